@@ -1,0 +1,270 @@
+#!/usr/bin/env python
+"""Train a diffusion model on pixels (DDPM, DDIM, v-prediction, rectified flow), or sample from one.
+
+  accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=PICTURES
+  python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pydantic
+import torch
+from accelerate import PartialState
+
+from src import pictures
+from src.config import Length, Span, UserError, config, dump, free, load, run_script, to_steps, training_arguments
+from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.diffusion import ProcessConfig, build_process
+from src.models import UNetConfig
+from src.sampling import Sampler, SamplerConfig, open_trained
+from src.sampling.files import Frames
+from src.sampling.opened import build_unet
+from src.sampling.preview import PreviewConfig, first_pictures, held_out_loss, preview
+from src.training import checkpoint
+from src.training.checkpoint import CheckpointConfig, export
+from src.training.clock import Cadence, Clock
+from src.training.ema import EMA, EMAConfig
+from src.training.launch import MachineConfig, StepGate, StopRequest, explain_out_of_memory, settle_reducer, start, start_trackers
+from src.training.optimizer import OptimizerConfig, adamw, learning_rate, update
+from src.training.run import LogConfig, RunDirectory, describe_data, describe_run
+from src.training.seeds import generator, normal, torch_seed, uniforms
+from src.training.state import Meter, Trained
+from src.training.stream import split_batch, stream, to_network
+
+
+@config
+class Config(MachineConfig):
+    """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    data: Sources
+    held_out: HeldOut = 0.0
+    image: ImageConfig
+    class_conditional: bool = False
+    label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
+    balance_classes: bool = False
+    process: ProcessConfig
+    model: UNetConfig
+    optimizer: OptimizerConfig
+    steps: Length
+    batch_size: int = pydantic.Field(gt=0)
+    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    ema: EMAConfig = EMAConfig()
+    preview: PreviewConfig = PreviewConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    export_every: Length | None = free(None)
+    export_dir: str = free("models")
+    max_nonfinite_steps: int = free(10, ge=1)
+
+
+def main() -> int:
+    parser = training_arguments(Config, __doc__ or "", default="configs/landscape64_ddpm.json")
+    parser.add_argument("--ckpt", metavar="FILE", action="append", default=[], help="with --ckpt_sampling; repeatable")
+    parser.add_argument("--ckpt_sampling", action="store_true", help="sample from each --ckpt into results/")
+    args = parser.parse_args()
+    if args.ckpt_sampling:
+        return sample_checkpoints(args.ckpt)
+    if args.ckpt:
+        raise UserError("--ckpt is for sampling: add --ckpt_sampling; a run goes on by itself when started again")
+    cfg = load(args.config, Config, args.set)
+    with explain_out_of_memory(cfg.micro_batch_size or cfg.batch_size):
+        return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
+
+
+def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+    # Start on the devices there are.
+    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
+    device, dtype = accelerator.device, getattr(torch, cfg.dtype)
+    split = split_batch(
+        cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes
+    )
+    run = RunDirectory(run_dir, writes=accelerator.is_main_process and not dry_run)
+
+    # Look at the data.
+    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    num_classes = len(train_set.class_names) if cfg.class_conditional else None
+    if num_classes == 0:
+        raise UserError("class_conditional is true and the data has no classes: use class subfolders or a label_column")
+    facts = describe_data(train_set, held_out)
+
+    def resolve(length: int | Span | None) -> int:
+        return to_steps(length, batch_size=cfg.batch_size, num_images=len(train_set))
+
+    total_steps = resolve(cfg.steps)
+
+    # Build process, network, optimiser, EMA, and the sampler of the previews.
+    process = build_process(cfg.process)
+    shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
+    torch.manual_seed(torch_seed(cfg.seed, "weights"))
+    network = build_unet(cfg.model, cfg.image, num_classes).to(device, dtype)
+    bare_optimizer = adamw(network.parameters(), cfg.optimizer)
+    rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
+    ema = EMA(network, cfg.ema, cfg.batch_size)
+    trained = Trained(network, bare_optimizer, ema)
+    sampler = Sampler(
+        ema.network,
+        process,
+        cfg.preview.sampler,
+        shape=shape,
+        num_classes=num_classes,
+        clip_x0=cfg.process.clip,
+        guidable=cfg.label_dropout > 0,
+    )
+
+    # Go on where the run was.
+    step, progress = 0, {}
+    resumed = None if dry_run else run.newest_checkpoint()
+    if resumed is not None:
+        progress = run.adopt_progress(resumed, facts)
+        step = progress["step"]
+        trained.load(resumed)
+    run.adopt_config(cfg, resumed)
+    if step >= total_steps and run.final.exists():
+        run.say(f"{run_dir} is finished ({step} steps); sample from it: python sample.py {run_dir}")
+        return 0
+    model, optimizer = accelerator.prepare(network, bare_optimizer)
+    if accelerator.scaler is not None and "scaler" in progress:
+        accelerator.scaler.load_state_dict(progress["scaler"])
+    settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    meter = Meter(accelerator, progress.get("meter"))
+    best = progress.get("best")
+    stop = StopRequest()
+    gate = StepGate(accelerator, stop, every_minutes=cfg.checkpoint.every_minutes, patience=cfg.max_nonfinite_steps)
+    gate.skipped_in_a_row = progress.get("skipped_in_a_row", 0)
+
+    # Say what will happen.
+    run.begin(step, facts, train_set)
+    start_trackers(accelerator, cfg.log.project, cfg.name, cfg, step)
+    run.say(describe_run(cfg.name, facts, split, total_steps, trained.num_parameters, step, device))
+    if run.writes and step == 0:
+        first_pictures(run.path, process, train_set, cfg.image, cfg.seed)
+    log_now, preview_now, save_now, export_now = (
+        Cadence(resolve(length) if length is not None else None)
+        for length in (cfg.log.every, cfg.preview.every, cfg.checkpoint.every, cfg.export_every)
+    )
+    batches = stream(
+        train_set,
+        cfg.image,
+        split,
+        seed=cfg.seed,
+        balanced=cfg.balance_classes,
+        start_step=step,
+        workers=cfg.workers,
+        device=device,
+    )
+    clock = Clock(step, total_steps, split.batch, shown=accelerator.is_main_process)
+
+    # Train.
+    model.train()
+    while step < total_steps:
+        # Draw noise, times and dropped labels for the whole batch; each rank takes its share below.
+        rng = generator(cfg.seed, "step", step)
+        u, dropped = uniforms(rng, split.batch), uniforms(rng, split.batch) < cfg.label_dropout
+        eps = normal((split.batch, *shape), cfg.seed, "noise", step, device=device, dtype=dtype)
+
+        # Gradients: every loss is its sum over the micro-batch times world size over the batch.
+        for part in range(split.accumulation):
+            micro, here = next(batches), split.of_step(part)
+            condition = {}
+            if num_classes is not None:
+                null = dropped[here] | (micro.labels < 0)
+                condition["labels"] = torch.where(null, num_classes, micro.labels).to(device, non_blocking=True)
+            if cfg.model.dropout:
+                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            with accelerator.no_sync(model) if part < split.accumulation - 1 else nullcontext():
+                x0 = to_network(micro.images, device, dtype)
+                loss = process.losses(model, x0, eps[here], process.draw_times(u[here]), **condition).loss.sum()
+                accelerator.backward(loss * (split.world / split.batch))
+            meter.add(loss.detach(), split.micro)
+
+        # Update. By now it is known whether the step before was finite: then its weights enter the EMA.
+        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.optimizer.clip or float("inf"))
+        if (counted := gate.settle()) is not None:
+            ema.update(network, counted * split.batch)
+        rate = rate_at(step)
+        update(optimizer, rate, norm)
+        step += 1
+        gate.send(step, torch.isfinite(norm))
+        clock.tick()
+        if dry_run:
+            if clock.measured(device, step):
+                clock.report(cfg.name, split, trained.num_parameters, len(train_set), device)
+                return 0
+            continue
+
+        # Now and then: log, preview, save. All of it waits for the device.
+        last = step == total_steps
+        if not (last or gate.stop or gate.save or any(due(step) for due in (log_now, preview_now, save_now, export_now))):
+            continue
+        if (counted := gate.settle()) is not None:
+            ema.update(network, counted * split.batch)
+        values, keep = {}, save_now(step) or last
+        if log_now(step) or last:
+            values = {"loss": meter.read(), "lr": rate, "grad_norm": float(norm)} | clock.read(len(train_set))
+        if preview_now(step) or last:
+            picture = run.samples / f"step_{step:08d}.png"
+            preview(sampler, cfg.preview, picture, class_names=train_set.class_names, accelerator=accelerator)
+            if held_out is not None:
+                values["held_out_loss"] = held_out_loss(
+                    ema.network, process, held_out, cfg.image, batch_size=split.micro, num_classes=num_classes, accelerator=accelerator
+                )
+                if best is None or values["held_out_loss"] < best["held_out_loss"]:
+                    best = {"step": step, "held_out_loss": values["held_out_loss"]}
+                    keep |= cfg.checkpoint.keep_best
+        if values:
+            run.log(step, values)
+            accelerator.log(values, step=step)
+            run.say_progress(clock, step, total_steps, values)
+        if keep or gate.save or gate.stop:
+            state = {"step": step, "meter": meter.saved(), "best": best, "skipped_in_a_row": gate.skipped_in_a_row}
+            if accelerator.scaler is not None:
+                state["scaler"] = accelerator.scaler.state_dict()
+            if run.writes:
+                run.save(trained.tensors(), {"progress": state, "config": dump(cfg), "data": facts}, cfg.checkpoint)
+            gate.saved()
+        if export_now(step) and run.writes:
+            file = Path(cfg.export_dir) / f"ckpt_epoch{step * split.batch // len(train_set)}_ddpm.pt"
+            export(file, trained.tensors()["ema"], dump(cfg), facts, step)
+        if gate.stop and not last:
+            clock.close()
+            run.finish("stopped", step, total_steps, f"stopped at step {step} and saved; to go on, run the same command again")
+            accelerator.end_training()
+            return 1
+
+    # Leave what sampling needs, and say what to do next.
+    clock.close()
+    if run.writes:
+        documents = {"progress": {"step": step}, "config": dump(cfg), "data": facts}
+        checkpoint.write_folder(run.final, {"ema": trained.tensors()["ema"]}, documents)
+        run.draw_curve("loss", "held_out_loss")
+    run.finish("finished", step, total_steps, f"finished; see {run.samples}, and draw more: python sample.py {run_dir} --frames")
+    accelerator.end_training()
+    return 0
+
+
+def sample_checkpoints(files: list[str]) -> int:
+    """Sample 16 pictures from each file, all from the same noise, with frames and GIF, into results/."""
+    if not files:
+        raise UserError("--ckpt_sampling needs at least one --ckpt FILE: a run, a checkpoint, or an export")
+    device = PartialState().device
+    out = Path("results")
+    for file in files:
+        opened = open_trained(file, device)
+        sampler = opened.sampler(SamplerConfig())
+        suffix = "" if len(files) == 1 else f"_{opened.name}_{opened.step}"
+        frames = Frames(4, sampler.steps, count=16, note=opened.name)
+        labels = None if opened.num_classes is None else [i * opened.num_classes // 16 for i in range(16)]
+        x = sampler.draw(0, range(16), labels, device=device, callback=frames)
+        frames.finish(x)
+        captions = [opened.class_names[label] for label in labels] if labels is not None else None
+        pictures.save(pictures.grid(pictures.to_uint8(x), columns=4, labels=captions), out / f"grid{suffix}.png")
+        command = frames.write(out / f"denoised{suffix}", "denoised", ".jpg", out / f"denoised{suffix}.gif", fps=5)
+        print(f"{file}: {out}/grid{suffix}.png, {out}/denoised{suffix}.gif; the GIF again:\n  {command}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

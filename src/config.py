@@ -1,0 +1,371 @@
+"""Configuration: JSON files into frozen, strict dataclasses, and the one way a script ends on a user's mistake."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import time
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import pydantic
+from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one line that says what is wrong and what to do. Ends a script with status 2."""
+
+
+def free(default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
+    """A field that may change when a run is resumed, because no step's result depends on it."""
+    if default is not dataclasses.MISSING:
+        constraints["default"] = default
+    return Field(json_schema_extra={"free": True}, **constraints)
+
+
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, free))
+def config(cls: type[T]) -> type[T]:
+    """Decorator: a frozen dataclass validated by pydantic; unknown keys, wrong types and infinities are errors."""
+    strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return pydantic_dataclass(frozen=True, kw_only=True, config=strict)(cls)
+
+
+def wrong(message: str) -> PydanticCustomError:
+    """The error that a validator of a config raises: `message` appears after the JSON path, as it is."""
+    return PydanticCustomError("config", "{message}", {"message": message})
+
+
+def kind_of(value: Any) -> str:
+    return {dict: "object", list: "list", tuple: "list"}.get(type(value), "plain" if _is_plain(value) else "object")
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+# ---------------------------------------------------------------------------------------------- lengths
+
+
+@config
+class Span:
+    """A length given in exactly one unit: `{"steps": 100}`, `{"epochs": 1}` or `{"images": 50000}`."""
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    images: int | None = Field(None, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _one_unit(self) -> "Span":
+        if sum(unit is not None for unit in (self.steps, self.epochs, self.images)) != 1:
+            raise wrong("give exactly one of steps, epochs, images")
+        return self
+
+
+Length = Annotated[
+    Annotated[int, Field(gt=0), Tag("plain")] | Annotated[Span, Tag("object")],
+    Discriminator(lambda value: "plain" if _is_plain(value) else "object"),
+]
+
+
+def to_steps(length: int | Span, *, batch_size: int, num_images: int) -> int:
+    """Optimiser steps in `length`: a number is steps already; epochs and images are rounded up, to at least 1.
+
+    `batch_size` is images per step, `num_images` those in one epoch.
+    """
+    if isinstance(length, int):
+        return length
+    if length.steps is not None:
+        return length.steps
+    images = length.images if length.images is not None else typing.cast(float, length.epochs) * num_images
+    return max(1, -int(-images // batch_size))
+
+
+# ---------------------------------------------------------------------------------------------- reading JSON
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise UserError(f"the key {key!r} stands twice in one object; keep one")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")) or value != value:
+        raise UserError(f"{text} is not a finite number")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """Parse strict JSON; duplicate keys, NaN, Infinity and numbers like 1e999 are a UserError."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_finite)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"not valid JSON at {where}: {error.msg} (is the file cut short?)") from None
+    except RecursionError:
+        raise UserError("not a config: nested too deeply") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file strictly; every failure is a UserError that names the file."""
+    try:
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------- walking types
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The types behind Annotated and unions, None left out."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _choices(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [choice for part in get_args(annotation) for choice in _choices(part)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _fields(owner: Any) -> dict[str, Any]:
+    return typing.get_type_hints(owner, include_extras=True) if dataclasses.is_dataclass(owner) else {}
+
+
+def _tags(owner: Any) -> set[str]:
+    """The words by which a union tells this dataclass: the values of its one-word Literal fields."""
+    found = set()
+    for hint in _fields(owner).values():
+        if get_origin(hint) is Literal:
+            found.update(str(word) for word in get_args(hint))
+    return found
+
+
+def _descend(owners: list[Any], element: str | int) -> list[Any]:
+    """The types one step down from `owners`; a step that is the tag of a union narrows them instead."""
+    below: list[Any] = []
+    for owner in owners:
+        if isinstance(element, int):
+            if get_origin(owner) in (tuple, list):
+                below += _choices(get_args(owner)[0])
+        elif element in _fields(owner):
+            below += _choices(_fields(owner)[element])
+    if below:
+        return below
+    return [owner for owner in owners if element in _tags(owner)] or owners
+
+
+def _keys_allowed(root: Any, path: Sequence[str | int]) -> list[str]:
+    owners = _choices(root)
+    for element in path:
+        owners = _descend(owners, element)
+    return sorted({key for owner in owners for key in _fields(owner)})
+
+
+def _is_free(root: Any, path: Sequence[str]) -> bool:
+    owners = _choices(root)
+    for element in path:
+        for owner in owners:
+            field = getattr(owner, "__pydantic_fields__", {}).get(element)
+            if field is not None and (field.json_schema_extra or {}).get("free"):
+                return True
+        owners = _descend(owners, element)
+    return False
+
+
+def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The dotted keys in which two dumped configs of type `root` differ: (harmless on resume, not harmless)."""
+    harmless: list[str] = []
+    other: list[str] = []
+
+    def walk(before: Any, after: Any, path: tuple[str, ...]) -> None:
+        if before == after:
+            return
+        if isinstance(before, dict) and isinstance(after, dict) and not _is_free(root, path):
+            for key in sorted({*before, *after}):
+                walk(before.get(key), after.get(key), (*path, key))
+        else:
+            (harmless if _is_free(root, path) else other).append(".".join(path))
+
+    walk(old, new, ())
+    return harmless, other
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def _explain(root: Any, raw: Any, error: pydantic.ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        path: list[str] = []
+        here = raw
+        for element in item["loc"]:  # elements that are not in the JSON are tags of unions: not shown
+            if isinstance(here, dict) and element in here:
+                here = here[element]
+            elif isinstance(here, list) and isinstance(element, int) and element < len(here):
+                here = here[element]
+            elif element != item["loc"][-1] or item["type"] not in ("missing", "missing_argument"):
+                continue
+            path.append(str(element))
+        where = ".".join(path) or "the config"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            key = str(item["loc"][-1])
+            allowed = _keys_allowed(root, item["loc"][:-1])
+            close = difflib.get_close_matches(key, allowed, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ";"
+            message = f"unknown key{hint} allowed here: {', '.join(allowed)}"
+        elif item["type"] in ("missing", "missing_argument"):
+            message = "this key is missing"
+        elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            context = item.get("ctx", {})
+            field = str(context.get("discriminator", "")).strip("'")
+            allowed = str(context.get("expected_tags", ", ".join(sorted(_union_tags(root, item["loc"])))))
+            word = context.get("tag")
+            close = difflib.get_close_matches(str(word), allowed.replace("'", "").split(", "), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            where = f"{where}.{field}" if field.isidentifier() else where
+            message = (
+                f"{word!r} is not known{hint} Allowed: {allowed}" if word is not None else f"missing; allowed: {allowed}"
+            )
+        elif item["type"] == "literal_error":
+            expected = item.get("ctx", {}).get("expected", "")
+            close = difflib.get_close_matches(str(here), expected.replace("'", "").replace(" or ", ", ").split(", "), 1)
+            message = f"{here!r} is not known; allowed: {expected}" + (f"; did you mean {close[0]!r}?" if close else "")
+        elif item["type"] != "config" and not isinstance(here, dict | list):
+            message = f"{message[0].lower()}{message[1:]}, not {here!r}"
+        lines.append(f"{where}: {message}")
+    more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
+
+
+def _union_tags(root: Any, path: Sequence[str | int]) -> set[str]:
+    owners = _choices(root)
+    for element in path:
+        owners = _descend(owners, element)
+    return {tag for owner in owners for tag in _tags(owner)}
+
+
+def validate(root: type[T], raw: Any, *, origin: str = "config") -> T:
+    """Turn parsed JSON into the dataclass `root`; a UserError names the JSON path, what is allowed, and the likely word."""
+    if isinstance(raw, dict):
+        raw = {key: value for key, value in raw.items() if key != "$schema"}
+    try:
+        return pydantic.TypeAdapter(root).validate_json(json.dumps(raw))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{origin}: {_explain(root, raw, error)}") from None
+
+
+def dump(value: Any) -> dict[str, Any]:
+    """The plain JSON dictionary of a config dataclass, defaults included."""
+    return pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {assignment}: write it as KEY=VALUE, as in --set optimizer.lr=1e-4")
+    try:
+        value = parse_json(text)
+    except UserError as error:
+        if "not valid JSON" not in str(error) or text[:1] in '{["':
+            raise UserError(f"--set {key}: {error}") from None
+        value = text  # a bare word is a string
+    path = key.split(".")
+    here = raw
+    for depth, part in enumerate(path[:-1]):
+        below = here.get(part)
+        if isinstance(below, list) and path[depth + 1].isdigit():
+            index = int(path[depth + 1])
+            if index >= len(below):
+                raise UserError(f"--set {key}: the list {part} has {len(below)} entries, counted from 0")
+            raise UserError(f"--set {key}: give the whole list, as in --set '{part}=[...]'")
+        if not isinstance(below, dict):
+            below = here[part] = {}
+        here = below
+    if path[-1] in ("source", "kind") and here.get(path[-1]) != value:
+        # Another kind has other keys: those that it does not know go with the old kind.
+        allowed = _keys_allowed(root, [*path[:-1], str(value)])
+        for stale in [old for old in here if old not in allowed]:
+            del here[stale]
+    here[path[-1]] = value
+
+
+def load(path: str | Path, root: type[T], overrides: Sequence[str] = ()) -> T:
+    """Load a JSON config, apply `KEY=VALUE` overrides, and validate it as `root`."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a JSON object, {{...}}")
+    for assignment in sorted(overrides, key=lambda text: text.partition("=")[0].split(".")[-1] not in ("source", "kind")):
+        _override(root, raw, assignment)
+    return validate(root, raw, origin=str(path))
+
+
+def json_schema(root: type) -> str:
+    """The JSON Schema of a root config, as text, for editors."""
+    schema = pydantic.TypeAdapter(root).json_schema()
+    schema["properties"]["$schema"] = {"type": "string"}
+    return json.dumps(schema, indent=1) + "\n"
+
+
+class _PrintSchema(argparse.Action):
+    def __init__(self, *args: Any, root: type, **kwargs: Any) -> None:
+        super().__init__(*args, nargs=0, help="print the JSON Schema of the config and stop", **kwargs)
+        self.root = root
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(json_schema(self.root), end="")
+        parser.exit()
+
+
+def training_arguments(root: type, description: str, *, default: str) -> argparse.ArgumentParser:
+    """The command line that all training scripts share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-cfg", "--config", metavar="FILE", default=default, help=f"JSON config (default {default})")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run lives (default runs/NAME)")
+    parser.add_argument("--dry-run", action="store_true", help="measure data, speed, memory and time; write nothing")
+    parser.add_argument("--schema", action=_PrintSchema, root=root)
+    return parser
+
+
+def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a script's main and exit: 0 done, 2 the user's mistake in one line on standard error, 1 anything else.
+
+    Under a launcher rank 0 prints the line. Another rank waits a moment first: where rank 0 failed as well the launcher
+    ends it before it speaks, and where it alone failed somebody has to.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        status = main() or 0
+    except UserError as error:
+        if rank:
+            time.sleep(3)
+        print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 1
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,132 @@
+"""One memory-mapped file of uint8 pixels, so that ranks share the page cache and a batch is one indexed copy.
+
+A packed folder holds `pixels.bin`, `records.npy` (N, 5: byte offset, height, width, label, held out) and `manifest.json`.
+"""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import UserError, read_json
+from .sources import PackedPictures, PictureSet, _digest, _fraction
+from .transforms import shorter_side
+
+VERSION = 1
+BLOCK = 256
+
+
+def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out: float = 0.0) -> int:
+    """Write `pictures` with their shorter side at `size` into the folder `out`; gives the number of pictures.
+
+    Staged in `out`.partial and renamed when whole; after a kill the same call goes on where it was.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; give another folder or remove it")
+    staged = out.with_name(out.name + ".partial")
+    request = {"fingerprint": pictures.fingerprint, "size": size, "channels": channels, "held_out": held_out}
+    done = _resume(staged, request)
+    names = pictures.names
+
+    def one(i: int) -> np.ndarray:
+        part = pictures.parts[pictures.which[i]]
+        picture = part.load(int(pictures.index[i]), channels=channels, at_least=size)
+        if not isinstance(picture, Image.Image):
+            picture = Image.fromarray(picture.squeeze(-1) if picture.shape[2] == 1 else picture)
+        return shorter_side(picture.convert("RGB" if channels == 3 else "L"), size)
+
+    try:
+        with (
+            open(staged / "pixels.bin", "ab") as pixels,
+            open(staged / "records.bin", "ab") as records,
+            ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool,
+            tqdm(total=len(names), initial=done, desc="packing", unit="img", disable=None) as bar,
+        ):
+            offset = pixels.tell()
+            for start in range(done, len(names), BLOCK):
+                block = range(start, min(start + BLOCK, len(names)))
+                written = []
+                for i, array in zip(block, pool.map(one, block), strict=True):
+                    pixels.write(np.ascontiguousarray(array).tobytes())
+                    held = _fraction(names[i]) < held_out
+                    written.append((offset, array.shape[0], array.shape[1], int(pictures.labels[i]), int(held)))
+                    offset += array.size
+                    bar.update()
+                pixels.flush()  # pixels before records: a record never points at bytes that are not there
+                os.fsync(pixels.fileno())
+                records.write(np.array(written, dtype=np.int64).tobytes())
+                records.flush()
+                os.fsync(records.fileno())
+        table = np.fromfile(staged / "records.bin", dtype=np.int64).reshape(-1, 5)
+        np.save(staged / "records.npy", table)
+        manifest = {
+            **request,
+            "version": VERSION,
+            "count": len(table),
+            "bytes": int(offset),
+            "class_names": list(pictures.class_names),
+            "names": names,
+        }
+        (staged / "manifest.json").write_text(json.dumps(manifest))
+        (staged / "records.bin").unlink()
+        (staged / "request.json").unlink()
+        staged.replace(out)
+    except OSError as error:
+        raise UserError(f"packing into {out} stopped: {error}; mend it and run the same command again to go on") from None
+    return len(table)
+
+
+def _resume(staged: Path, request: dict) -> int:
+    """Make the staging folder ready and give the number of pictures that are already whole in it."""
+    try:
+        same = json.loads((staged / "request.json").read_text()) == request
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        (staged / "request.json").write_text(json.dumps(request))
+        return 0
+    records = staged / "records.bin"
+    if not records.exists():
+        if not (staged / "records.npy").exists():
+            (staged / "pixels.bin").unlink(missing_ok=True)
+            return 0
+        np.load(staged / "records.npy").tofile(records)  # killed between the last record and the rename
+    whole = records.stat().st_size // 40
+    os.truncate(records, whole * 40)
+    table = np.fromfile(records, dtype=np.int64).reshape(-1, 5)
+    channels = request["channels"]
+    end = int(table[-1, 0] + table[-1, 1] * table[-1, 2] * channels) if whole else 0
+    if (staged / "pixels.bin").exists():
+        os.truncate(staged / "pixels.bin", end)
+    return whole
+
+
+def open_packed(path: Path, split: str) -> PackedPictures:
+    """Map a packed folder. `split` is train, held_out or all."""
+    path = path.expanduser()
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path} is not a packed data set (no manifest.json); make one with prepare_data.py pack")
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{path} was packed by another version; pack it again")
+    if not (path / "pixels.bin").exists() or (path / "pixels.bin").stat().st_size != manifest["bytes"]:
+        raise UserError(f"{path}/pixels.bin is missing or cut; pack it again")
+    table = np.load(path / "records.npy")
+    keep = np.ones(len(table), dtype=bool) if split == "all" else (table[:, 4] == (split == "held_out"))
+    names = [name for name, kept in zip(manifest["names"], keep, strict=True) if kept]
+    return PackedPictures(
+        names=names,
+        labels=table[keep, 3],
+        class_names=tuple(manifest["class_names"]),
+        fingerprint=_digest("packed", manifest["fingerprint"], str(manifest["size"]), table[keep].tobytes()),
+        pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
+        records=table[keep, :3],
+        channels=manifest["channels"],
+    )

@@ -1,0 +1,546 @@
+"""Where pictures come from: folders, `datasets`, digits, shapes, packed files; all read through one interface."""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from pydantic import Discriminator, Field, Tag
+
+from ..config import UserError, config, kind_of
+from .scan import ScanConfig, ScanReport, scan
+from .transforms import ImageConfig, Pixels, decode, square
+
+ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+SHAPES = ("circle", "cross", "square", "triangle")
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+@config
+class FolderSource:
+    """A folder of pictures: class subfolders, or flat. `split` is the subfolder to use where there are train/, test/ ..."""
+
+    source: Literal["folder"]
+    path: str
+    split: str | None = None
+    subset: int | None = Field(None, gt=0)
+    scan: ScanConfig = ScanConfig()
+
+
+@config
+class DatasetsSource:
+    """A `datasets` data set: `name` on the hub, `imagefolder` (with `data_dir`), or a folder that save_to_disk wrote."""
+
+    source: Literal["datasets"]
+    name: str
+    configuration: str | None = None
+    data_dir: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str | None = None
+    subset: int | None = Field(None, gt=0)
+    scan: ScanConfig = ScanConfig()
+
+
+@config
+class DigitsSource:
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels. `split` train and test are nine and one tenth of them."""
+
+    source: Literal["digits"]
+    split: Literal["all", "train", "test"] = "all"
+    subset: int | None = Field(None, gt=0)
+
+
+@config
+class ShapesSource:
+    """Drawn circles, crosses, squares and triangles in colours: `count` pictures of `size` pixels, for tests."""
+
+    source: Literal["shapes"]
+    count: int = Field(512, gt=0)
+    size: int = Field(32, ge=8, le=512)
+    split: Literal["train", "test"] = "train"
+    subset: int | None = Field(None, gt=0)
+
+
+@config
+class PackedSource:
+    """A folder that `prepare_data.py pack` wrote. `split` train or held_out as it was packed, or all."""
+
+    source: Literal["packed"]
+    path: str
+    split: Literal["all", "train", "held_out"] = "all"
+    subset: int | None = Field(None, gt=0)
+
+
+Source = FolderSource | DatasetsSource | DigitsSource | ShapesSource | PackedSource
+OneSource = Annotated[Source, Field(discriminator="source")]
+Sources = Annotated[
+    Annotated[OneSource, Tag("object")] | Annotated[tuple[OneSource, ...], Field(min_length=1), Tag("list")],
+    Discriminator(kind_of),
+]
+HeldOut = Annotated[
+    Annotated[float, Field(ge=0, lt=1), Tag("plain")]
+    | Annotated[OneSource, Tag("object")]
+    | Annotated[tuple[OneSource, ...], Field(min_length=1), Tag("list")],
+    Discriminator(kind_of),
+]
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass
+class Pictures:
+    """One opened source. `labels` are indices into `class_names`, -1 where a picture has no class."""
+
+    names: list[str]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    report: ScanReport = field(default_factory=ScanReport)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image | Pixels:
+        """The picture, mode L or RGB; a JPEG may come at a fraction of its size, but not below `at_least`."""
+        raise NotImplementedError
+
+    @property
+    def uniform(self) -> Pixels | None:
+        """All pictures as one array (N, H, W, C), where they are of one size and lie in memory or in a mapped file."""
+        return None
+
+
+@dataclass
+class FolderPictures(Pictures):
+    paths: list[str] = field(default_factory=list)
+
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
+        return decode(Path(self.paths[index]), channels=channels, at_least=at_least)
+
+
+@dataclass
+class DatasetsPictures(Pictures):
+    rows: Any = None
+    indices: list[int] = field(default_factory=list)
+    column: str = "image"
+
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
+        return decode(_encoded(self.rows[self.indices[index]][self.column]), channels=channels, at_least=at_least)
+
+
+@dataclass
+class ArrayPictures(Pictures):
+    """Pictures of one size in memory, (N, H, W, C)."""
+
+    pixels: Pixels = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
+
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
+        return self.pixels[index]
+
+    @property
+    def uniform(self) -> Pixels:
+        return self.pixels
+
+
+@dataclass
+class PackedPictures(Pictures):
+    """Pictures of any size in one mapped file; `records` (N, 3) are byte offset, height and width."""
+
+    pixels: Pixels = field(default_factory=lambda: np.zeros(0, np.uint8))
+    records: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    channels: int = 3
+
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
+        offset, height, width = self.records[index].tolist()
+        size = height * width * self.channels
+        return self.pixels[offset : offset + size].reshape(height, width, self.channels)
+
+    @property
+    def uniform(self) -> Pixels | None:
+        if len(self.records) == 0 or (self.records[:, 1:] != self.records[0, 1:]).any():
+            return None
+        height, width = self.records[0, 1:].tolist()
+        size = height * width * self.channels
+        start = int(self.records[0, 0])
+        if (np.diff(self.records[:, 0]) != size).any():
+            return None
+        return self.pixels[start : start + size * len(self.records)].reshape(-1, height, width, self.channels)
+
+
+def _digest(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode("utf-8", "surrogateescape") if isinstance(part, str) else bytes(part))
+        found.update(b"\0")
+    return found.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _walk(root: str, visited: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
+    """All picture files below `root` in the order of their names; hidden ones and link loops left out."""
+    found: list[os.DirEntry[str]] = []
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            try:
+                if entry.is_dir():
+                    state = entry.stat()
+                    if (state.st_dev, state.st_ino) not in visited:
+                        visited.add((state.st_dev, state.st_ino))
+                        found += _walk(entry.path, visited)
+                elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in ENDINGS:
+                    found.append(entry)
+            except OSError:
+                continue
+    return found
+
+
+def _open_folder(spec: FolderSource) -> FolderPictures:
+    root = Path(spec.path).expanduser()
+    if not root.is_dir():
+        kind = "is a file, not a folder" if root.exists() else "does not exist"
+        raise UserError(f"data folder {spec.path} {kind}; set data.path to your folder of pictures")
+
+    def subfolders(folder: Path) -> list[Path]:
+        hidden = (".", "__MACOSX")
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(hidden))
+
+    def holds_pictures(folder: Path) -> bool:
+        return any(entry.is_file() and entry.suffix.lower() in ENDINGS for entry in folder.iterdir())
+
+    try:
+        while True:  # archives often unpack into one folder inside another
+            below = subfolders(root)
+            named = [folder.name for folder in below if folder.name.lower() in SPLIT_NAMES]
+            if spec.split is not None and any(folder.name == spec.split for folder in below):
+                root = root / spec.split
+                break
+            if len(below) == 1 and not holds_pictures(root) and not (named and spec.split is None):
+                root = below[0]
+                continue
+            break
+        if spec.split is not None and root.name != spec.split:
+            known = ", ".join(folder.name for folder in below) or "none"
+            raise UserError(f"data folder {spec.path} has no split {spec.split!r}; its subfolders: {known}")
+        if spec.split is None and named and len(named) == len(below):
+            raise UserError(
+                f"data folder {spec.path} holds the splits {', '.join(named)}; set data.split to the one to train on"
+            )
+        while not holds_pictures(root) and len(subfolders(root)) == 1:
+            root = subfolders(root)[0]
+        files = _walk(str(root), set())
+    except PermissionError as error:
+        raise UserError(f"data folder {spec.path} cannot be read: {error}") from None
+    if not files:
+        raise UserError(f"data folder {spec.path} holds no pictures ({', '.join(sorted(ENDINGS))})")
+    names = [os.path.relpath(entry.path, root) for entry in files]
+    stamps = []
+    for entry in files:
+        state = entry.stat()
+        stamps.append((state.st_size, state.st_mtime_ns))
+    good, report = scan(
+        names, stamps, lambda i: files[i].path, spec.scan, key=str(root.resolve()), where=f"data folder {spec.path}"
+    )
+    names = [names[i] for i in good]
+    folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
+    class_names = tuple(sorted({name for name in folders if name is not None}))
+    number = {name: i for i, name in enumerate(class_names)}
+    return FolderPictures(
+        names=names,
+        labels=np.array([-1 if name is None else number[name] for name in folders], dtype=np.int64),
+        class_names=class_names,
+        fingerprint=_digest(*names, *(str(stamps[i][0]) for i in good)),
+        report=report,
+        paths=[files[i].path for i in good],
+    )
+
+
+# ---------------------------------------------------------------------------------------------- datasets
+
+
+def _encoded(cell: Any) -> bytes | Path:
+    if cell is None:
+        raise ValueError("no picture in this row")
+    return cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"])
+
+
+def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
+    import datasets
+
+    where = f"data set {spec.name!r}"
+    try:
+        if Path(spec.name).expanduser().is_dir() and (Path(spec.name).expanduser() / "state.json").exists() or (
+            Path(spec.name).expanduser() / "dataset_dict.json"
+        ).exists():
+            rows = datasets.load_from_disk(str(Path(spec.name).expanduser()))
+            if isinstance(rows, datasets.DatasetDict):
+                if spec.split not in rows:
+                    raise UserError(f"{where} has no split {spec.split!r}; it has: {', '.join(rows)}")
+                rows = rows[spec.split]
+        else:
+            rows = datasets.load_dataset(spec.name, spec.configuration, data_dir=spec.data_dir, split=spec.split)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where} cannot be loaded: {reason}; for a folder: --set data.source=folder") from None
+    assert isinstance(rows, datasets.Dataset)
+    features = rows.features
+    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if spec.image_column not in pictures:
+        raise UserError(f"{where} has no image column {spec.image_column!r}; it has: {', '.join(pictures) or 'none'}")
+    others = [name for name in features if name not in pictures]
+    labels, class_names = np.full(len(rows), -1, dtype=np.int64), ()
+    if spec.label_column is not None:
+        if spec.label_column not in others:
+            raise UserError(f"{where} has no label column {spec.label_column!r}; it has: {', '.join(others) or 'none'}")
+        values = rows[spec.label_column][:]
+        feature = features[spec.label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            class_names = tuple(feature.names)
+            labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+        else:
+            class_names = tuple(sorted({str(value) for value in values if value is not None}))
+            number = {name: i for i, name in enumerate(class_names)}
+            labels = np.array([-1 if value is None else number[str(value)] for value in values], dtype=np.int64)
+    rows = rows.select_columns([spec.image_column]).cast_column(spec.image_column, datasets.Image(decode=False))
+
+    names = [f"{spec.split}/{i:08d}" for i in range(len(rows))]
+    fingerprint = rows._fingerprint
+
+    def source(i: int) -> Any:
+        encoded = _encoded(rows[i][spec.image_column])
+        return io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+
+    stamps = [(1, 0)] * len(rows)
+    if spec.scan.min_file_bytes:
+        sizes = (_encoded(row[spec.image_column]) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        stamps = [(len(cell) if isinstance(cell, bytes) else cell.stat().st_size, 0) for cell in sizes]
+    good, report = scan(names, stamps, source, spec.scan, key=f"datasets|{fingerprint}|{spec.split}", where=where)
+    return DatasetsPictures(
+        names=[names[i] for i in good],
+        labels=labels[good],
+        class_names=class_names,
+        fingerprint=_digest(spec.name, fingerprint, np.array(good, dtype=np.int64).tobytes()),
+        report=report,
+        rows=rows,
+        indices=good,
+        column=spec.image_column,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- digits, shapes, packed
+
+
+def _fraction(name: str) -> float:
+    """A number in [0, 1) that is a function of the name alone: what decides who is held out, for ever."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2.0**64
+
+
+def _open_digits(spec: DigitsSource) -> ArrayPictures:
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    pixels = np.rint(digits.images / 16 * 255).astype(np.uint8)[..., None]
+    names = [f"digits/{i:04d}" for i in range(len(pixels))]
+    keep = [i for i, name in enumerate(names) if spec.split == "all" or (spec.split == "test") == (_fraction(name) < 0.1)]
+    return ArrayPictures(
+        names=[names[i] for i in keep],
+        labels=digits.target[keep].astype(np.int64),
+        class_names=tuple("0123456789"),
+        fingerprint=_digest(pixels[keep].tobytes()),
+        pixels=pixels[keep],
+    )
+
+
+def draw_shape(kind: str, size: int, rng: np.random.Generator) -> Pixels:
+    """One shape in a colour on a pale ground, (size, size, 3)."""
+    scale = 4  # drawn large and reduced, for smooth edges
+    pale, strong = rng.integers(200, 256, 3), rng.integers(0, 170, 3)
+    image = Image.new("RGB", (size * scale, size * scale), tuple(map(int, pale)))
+    draw = ImageDraw.Draw(image)
+    radius = rng.uniform(0.22, 0.38) * size * scale
+    x, y = rng.uniform(radius, size * scale - radius, 2)
+    colour = tuple(map(int, strong))
+    if kind == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    elif kind == "square":
+        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    elif kind == "triangle":
+        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+    else:
+        draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=colour)
+        draw.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill=colour)
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+
+
+def _open_shapes(spec: ShapesSource) -> ArrayPictures:
+    split = 0 if spec.split == "train" else 1
+    pixels = [
+        draw_shape(SHAPES[i % len(SHAPES)], spec.size, np.random.default_rng([split, i])) for i in range(spec.count)
+    ]
+    return ArrayPictures(
+        names=[f"shapes/{spec.split}/{i:06d}" for i in range(spec.count)],
+        labels=np.arange(spec.count, dtype=np.int64) % len(SHAPES),
+        class_names=SHAPES,
+        fingerprint=_digest("shapes", spec.split, str(spec.size), str(spec.count)),
+        pixels=np.stack(pixels),
+    )
+
+
+def _open_packed(spec: PackedSource) -> PackedPictures:
+    from .packing import open_packed
+
+    return open_packed(Path(spec.path), spec.split)
+
+
+OPENERS: dict[type, Any] = {
+    FolderSource: _open_folder,
+    DatasetsSource: _open_datasets,
+    DigitsSource: _open_digits,
+    ShapesSource: _open_shapes,
+    PackedSource: _open_packed,
+}
+
+# ---------------------------------------------------------------------------------------------- one set of pictures
+
+
+class PictureSet:
+    """Pictures of one or several sources, selected and in a fixed order: what training reads.
+
+    `labels` (N,) are indices into `class_names`, -1 for none; `names` are relative paths.
+    """
+
+    def __init__(self, parts: Sequence[Pictures], chosen: Sequence[NDArray[np.int64]]) -> None:
+        self.parts = list(parts)
+        self.which = np.concatenate([np.full(len(c), i, dtype=np.int32) for i, c in enumerate(chosen)])
+        self.index = np.concatenate([np.asarray(c, dtype=np.int64) for c in chosen])
+        self.class_names = tuple(sorted({name for part in parts for name in part.class_names}, key=_natural))
+        number = {name: i for i, name in enumerate(self.class_names)}
+        labels = []
+        for part, c in zip(parts, chosen, strict=True):
+            own = np.array([*(number[name] for name in part.class_names), -1], dtype=np.int64)  # [-1] is no class
+            labels.append(own[part.labels[c]])
+        self.labels = np.concatenate(labels)
+        self._ready: Pixels | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.parts[w].names[i] for w, i in zip(self.which.tolist(), self.index.tolist(), strict=True)]
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of what is in the set and in which order."""
+        return _digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pictures by class."""
+        counts = {name: int((self.labels == i).sum()) for i, name in enumerate(self.class_names)}
+        unlabelled = int((self.labels < 0).sum())
+        return counts | ({"(no class)": unlabelled} if unlabelled else {})
+
+    def prepare(self, spec: ImageConfig) -> None:
+        """Make the batch of small sets in memory, or of a packed file of the right size, one indexed copy."""
+        uniform = self.parts[0].uniform if len(self.parts) == 1 else None
+        if uniform is not None and uniform.shape[1:] == (spec.size, spec.size, spec.channels):
+            self._ready = uniform
+        elif uniform is not None and isinstance(self.parts[0], ArrayPictures):
+            plain = ImageConfig(size=spec.size, channels=spec.channels)
+            self._ready = np.stack([square(picture, plain, np.full(3, 0.5)) for picture in uniform])
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch is one indexed copy, so that loader workers would only cost."""
+        return self._ready is not None
+
+    def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
+        """(B, size, size, channels) uint8 of the pictures `indices` (B,), cut and flipped by `u` (B, 3)."""
+        if self._ready is not None:
+            pixels = self._ready[self.index[indices]]
+            if spec.flip:
+                mirrored = u[:, 2] < 0.5
+                pixels[mirrored] = pixels[mirrored, :, ::-1]
+            return pixels
+        return np.stack([self._one(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
+
+    def _one(self, i: int, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
+        """A picture that broke after the scan is replaced by the one after it, and said."""
+        for attempt in range(20):
+            j = (i + attempt) % len(self)
+            part = self.parts[self.which[j]]
+            try:
+                return square(part.load(int(self.index[j]), channels=spec.channels, at_least=spec.size), spec, u)
+            except Exception as error:
+                name = part.names[int(self.index[j])]
+                print(f"warning: {name!r} can no longer be read ({error}); the next picture takes its place", flush=True)
+        raise UserError(f"twenty pictures in a row, from {self.names[i]!r} on, can no longer be read; is the disk gone?")
+
+    def only(self, keep: NDArray[np.bool_]) -> "PictureSet":
+        chosen = [self.index[(self.which == w) & keep] for w in range(len(self.parts))]
+        return PictureSet(self.parts, chosen)
+
+
+def _natural(name: str) -> tuple[int, str]:
+    return (int(name), "") if name.isdigit() else (1 << 62, name)
+
+
+def _as_list(sources: Any) -> list[Source]:
+    return list(sources) if isinstance(sources, tuple) else [sources]
+
+
+def open_sources(sources: Source | Sequence[Source]) -> PictureSet:
+    """Open one or several sources as one set; `subset` keeps the pictures whose names hash lowest."""
+    parts, chosen = [], []
+    for spec in _as_list(sources):
+        part: Pictures = OPENERS[type(spec)](spec)
+        keep = np.arange(len(part))
+        if spec.subset is not None and spec.subset < len(part):
+            order = sorted(range(len(part)), key=lambda i: (_fraction(part.names[i]), i))
+            keep = np.array(sorted(order[: spec.subset]))
+        parts.append(part)
+        chosen.append(keep)
+    found = PictureSet(parts, chosen)
+    if len(found) == 0:
+        raise UserError("the data has no pictures")
+    return found
+
+
+def open_data(data: Source | Sequence[Source], held_out: float | Source | Sequence[Source]) -> tuple[PictureSet, PictureSet | None]:
+    """The training pictures, and those held out: a fraction by hash of the relative path, or sources of their own."""
+    everything = open_sources(data)
+    if not isinstance(held_out, float | int):
+        held = open_sources(held_out)
+        unknown = [name for name in held.class_names if name not in everything.class_names]
+        if unknown:
+            raise UserError(f"held_out has classes that data lacks: {', '.join(unknown[:5])}")
+        return everything, _relabel(held, everything.class_names)
+    if held_out == 0:
+        return everything, None
+    out = np.array([_fraction(name) < held_out for name in everything.names])
+    if out.all() or not out.any():
+        raise UserError(f"held_out {held_out:g} of {len(everything)} pictures leaves one side empty; change it")
+    return everything.only(~out), everything.only(out)
+
+
+def _relabel(pictures: PictureSet, class_names: tuple[str, ...]) -> PictureSet:
+    number = np.array([*(class_names.index(name) for name in pictures.class_names), -1], dtype=np.int64)
+    pictures.labels, pictures.class_names = number[pictures.labels], class_names
+    return pictures
+
+

@@ -1,0 +1,105 @@
+"""From a file to the square of uint8 pixels that a network sees."""
+
+import io
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ..config import config
+
+Pixels = NDArray[np.uint8]
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs another program
+Image.MAX_IMAGE_PIXELS = None  # the scan holds pictures to `max_pixels` by their header, before anything is decoded
+
+
+@config
+class ImageConfig:
+    """What the network sees: the shorter side resized to `size`, then a square cut from the middle or at random.
+
+    `flip` mirrors half of the pictures left to right.
+    """
+
+    size: int = pydantic.Field(ge=2, le=4096)
+    channels: Literal[1, 3] = 3
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit and wider greyscale by its range: 0..65535 where the values fit, else smallest..largest."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    if image.mode != "F" and low >= 0 and high <= 65535:
+        low, high = 0.0, 65535.0
+    scaled = (values - low) / max(high - low, 1e-12) * 255
+    return Image.fromarray(np.rint(np.nan_to_num(scaled)).clip(0, 255).astype(np.uint8))
+
+
+def normalise(image: Image.Image, channels: int) -> Image.Image:
+    """An opened picture as it is meant to be seen: turned by its EXIF tag, transparency over white, mode L or RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = _to_8_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def decode(file: Path | bytes, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
+    """The first frame of a picture file, normalised. A JPEG far larger than `at_least` is decoded at a fraction of its size."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        if at_least is not None and image.format == "JPEG":
+            image.draft(None, (2 * at_least, 2 * at_least))
+        image.load()
+        return normalise(image, channels)
+
+
+def _array(image: Image.Image) -> Pixels:
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def square(picture: Image.Image | Pixels, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
+    """(size, size, channels) uint8. `u` are three numbers in [0, 1): where to cut across and down, and whether to flip."""
+    width, height = picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
+    side = min(width, height)
+    across, down = (u[0], u[1]) if spec.crop == "random" else (0.5, 0.5)
+    left, top = across * (width - side), down * (height - side)
+    if side == spec.size:
+        x, y = int(left), int(top)
+        pixels = _array(picture) if isinstance(picture, Image.Image) else picture
+        pixels = pixels[y : y + side, x : x + side]
+    else:
+        if not isinstance(picture, Image.Image):
+            picture = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+        box = (left, top, left + side, top + side)  # cut before resizing, so a long thin picture costs nothing
+        pixels = _array(picture.resize((spec.size, spec.size), Image.Resampling.BICUBIC, box=box))
+    if pixels.shape[2] != spec.channels:
+        pixels = _array(Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels).convert(
+            "RGB" if spec.channels == 3 else "L"
+        ))
+    return pixels[:, ::-1] if spec.flip and u[2] < 0.5 else pixels
+
+
+def shorter_side(image: Image.Image, size: int) -> Pixels:
+    """The whole picture with its shorter side at `size`, (H, W, C) uint8."""
+    side = min(image.size)
+    width, height = (max(size, round(length * size / side)) for length in image.size)
+    return _array(image if side == size else image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def position_uniforms(seed: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Three numbers in [0, 1) for each position of the stream, a function of (seed, position): (N, 3).
+
+    SplitMix64 (Steele et al. 2014) of a counter: no generator is made per picture.
+    """
+    counter = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)[:, None] * np.uint64(4)
+    z = (counter + np.arange(3, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53

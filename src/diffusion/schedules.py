@@ -1,0 +1,272 @@
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, with t = 0 at the data and t = 1 (or the last entry) at the noise.
+
+Levels live in float64 on the CPU; whoever uses them casts last.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..config import UserError, config
+
+
+class Level(NamedTuple):
+    """Signal and noise at some times: float64 tensors on the CPU, of the shape of the times."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+class Schedule(Protocol):
+    """What solvers and the process ask of a schedule."""
+
+    @property
+    def clean(self) -> float:
+        """The time of the clean level, alpha = 1 and sigma = 0."""
+        ...
+
+    @property
+    def network_at_clean(self) -> bool:
+        """Whether a network may be called at the clean level."""
+        ...
+
+    def level(self, t: Tensor) -> Level:
+        """alpha and sigma at times `t`."""
+        ...
+
+    def time(self, u: Tensor) -> Tensor:
+        """The times at which sigma / (alpha + sigma) is `u`; the inverse of `level`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TableSchedule:
+    """A discrete schedule: levels 0 .. T-1 from `betas` (T,), float64, and the clean level at t = -1.
+
+    Between entries u = sigma / (alpha + sigma) is linear in t and alpha^2 + sigma^2 = 1.
+    alpha_t^2 = prod_{s <= t} (1 - beta_s) (Eq. 4, Ho et al. 2020, arXiv:2006.11239).
+    """
+
+    betas: Tensor
+    clean: float = -1.0
+    network_at_clean: bool = False
+
+    def __post_init__(self) -> None:
+        if self.betas.ndim != 1 or not bool(((self.betas > 0) & (self.betas < 1)).all()):
+            raise UserError("the schedule's betas must lie between 0 and 1; use more steps or smaller betas")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.betas)
+
+    @cached_property
+    def alphas_bar(self) -> Tensor:
+        """alpha_t^2, (T,)."""
+        return torch.cumprod(1 - self.betas.double(), dim=0)
+
+    @cached_property
+    def _table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and u at t = -1, 0, .. T-1."""
+        one = torch.ones(1, dtype=torch.float64)
+        squares = torch.cat([one, self.alphas_bar])
+        alpha, sigma = squares.sqrt(), (1 - squares).sqrt()
+        return alpha, sigma, sigma / (alpha + sigma)
+
+    def level(self, t: Tensor) -> Level:
+        alpha, sigma, u_table = self._table
+        t = t.detach().to("cpu", torch.float64)
+        if t.numel() and (t.min() < self.clean or t.max() > self.num_steps - 1):
+            raise ValueError(f"times must lie in [-1, {self.num_steps - 1}]")
+        below = t.floor()
+        index = below.long() + 1
+        if bool((t == below).all()):
+            return Level(alpha[index], sigma[index])
+        above = (index + 1).clamp(max=self.num_steps)
+        u = torch.lerp(u_table[index], u_table[above], t - below)
+        norm = torch.sqrt((1 - u) ** 2 + u**2)
+        entry = t == below
+        return Level(torch.where(entry, alpha[index], (1 - u) / norm), torch.where(entry, sigma[index], u / norm))
+
+    def time(self, u: Tensor) -> Tensor:
+        table = self._table[2]
+        u = u.detach().to("cpu", torch.float64)
+        above = torch.searchsorted(table, u).clamp(1, self.num_steps)
+        low, high = table[above - 1], table[above]
+        return (above - 2 + ((u - low) / (high - low)).clamp(0, 1)).double()
+
+
+@dataclass(frozen=True)
+class BlendSchedule:
+    """The straight blend, continuous: alpha = 1 - t, sigma = t.
+
+    Eq. 1, Heitz et al. 2023, arXiv:2305.03486 (their alpha is our 1 - t); Eq. 1, Liu et al. 2022, arXiv:2209.03003.
+    """
+
+    network_at_clean: bool = True
+    clean: float = 0.0
+
+    def level(self, t: Tensor) -> Level:
+        t = t.detach().to("cpu", torch.float64)
+        if t.numel() and (t.min() < 0 or t.max() > 1):
+            raise ValueError("times of the blend must lie in [0, 1]")
+        return Level(1 - t, t.clone())
+
+    def time(self, u: Tensor) -> Tensor:
+        return u.detach().to("cpu", torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+@config
+class BetaSchedule:
+    """betas from `beta_start` to `beta_end`: linearly, linearly in their root, or along a sigmoid from -6 to 6.
+
+    `rescale_betas` multiplies both ends by 1000 / steps, as guided-diffusion does, so that few steps end in noise too.
+    """
+
+    kind: Literal["linear", "quadratic", "sigmoid"]
+    steps: int = Field(1000, ge=2)
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    rescale_betas: bool = False
+
+
+@config
+class CosineSchedule:
+    """alpha_bar(t) = cos^2((t + 0.008) / 1.008 * pi / 2), betas capped at 0.999 (Eq. 17, Nichol & Dhariwal 2021)."""
+
+    kind: Literal["cosine"]
+    steps: int = Field(1000, ge=2)
+
+
+@config
+class BlendScheduleConfig:
+    """alpha = 1 - t, sigma = t: IADB and rectified flow."""
+
+    kind: Literal["blend"]
+
+
+ScheduleConfig = Annotated[BetaSchedule | CosineSchedule | BlendScheduleConfig, Field(discriminator="kind")]
+
+
+def beta_schedule(spec: BetaSchedule) -> Tensor:
+    """The betas of `linear`, `quadratic` and `sigmoid` schedules, float64 (steps,)."""
+    scale = 1000 / spec.steps if spec.rescale_betas else 1.0
+    start, end = scale * spec.beta_start, scale * spec.beta_end
+
+    def line(low: float, high: float) -> Tensor:
+        return torch.linspace(low, high, spec.steps, dtype=torch.float64)
+
+    curves = {
+        "linear": lambda: line(start, end),
+        "quadratic": lambda: line(math.sqrt(start), math.sqrt(end)) ** 2,
+        "sigmoid": lambda: torch.sigmoid(line(-6, 6)) * (end - start) + start,
+    }
+    return curves[spec.kind]()
+
+
+def cosine_betas(steps: int) -> Tensor:
+    """beta_t = min(1 - alpha_bar(t + 1) / alpha_bar(t), 0.999), float64 (steps,). Eq. 17, arXiv:2102.09672."""
+
+    def alpha_bar(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    ratios = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
+    return torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
+
+
+def build_schedule(
+    spec: BetaSchedule | CosineSchedule | BlendScheduleConfig, *, network_at_clean: bool = True
+) -> TableSchedule | BlendSchedule:
+    """The schedule that a config names. `network_at_clean` says whether the target can be read at t = 0 of the blend."""
+    if isinstance(spec, BlendScheduleConfig):
+        return BlendSchedule(network_at_clean)
+    return TableSchedule(cosine_betas(spec.steps) if isinstance(spec, CosineSchedule) else beta_schedule(spec))
+
+
+# ---------------------------------------------------------------------------------------------- sampling times
+
+Spacing = Literal["even", "strided", "trailing", "dense_clean", "dense_noise"]
+SPACINGS: tuple[str, ...] = ("even", "strided", "trailing", "dense_clean", "dense_noise")
+
+
+def _even_section(start: int, size: int, count: int) -> list[int]:
+    """`count` entries of [start, start + size), both ends among them, as guided-diffusion rounds them."""
+    if count > size:
+        raise UserError(f"cannot take {count} steps out of a section of {size}; ask for at most {size}")
+    stride = (size - 1) / (count - 1) if count > 1 else 1.0
+    taken, at = [], 0.0
+    for _ in range(count):
+        taken.append(start + round(at))
+        at += stride
+    return taken
+
+
+def _sections(total: int, counts: list[int]) -> list[int]:
+    """Split `total` entries into len(counts) parts, the longer ones first, and take counts[i] evenly from each."""
+    size, longer = divmod(total, len(counts))
+    taken: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        length = size + (i < longer)
+        taken += _even_section(start, length, count)
+        start += length
+    return taken
+
+
+def _table_times(total: int, steps: int, spacing: str) -> list[int]:
+    if spacing == "even":
+        return [total - 1] if steps == 1 else _even_section(0, total, steps)
+    if spacing == "strided":
+        for stride in range(1, total + 1):
+            taken = list(range(0, total, stride))
+            if len(taken) == steps:
+                return taken
+        fit = sorted({len(range(0, total, stride)) for stride in range(1, total + 1)}, key=lambda n: abs(n - steps))
+        near = ", ".join(map(str, sorted(fit[:2])))
+        raise UserError(f"no whole stride through {total} entries gives {steps} steps; the nearest are {near}")
+    if spacing == "trailing":
+        return sorted(round(total - i * total / steps) - 1 for i in range(steps))
+    # A square: DDIM's "quad" (App. D.2, Song et al. 2020, arXiv:2010.02502) over all levels; entries that would fall
+    # together are pushed apart.
+    square = [int(i * i * (total - 1) / max(1, steps - 1) ** 2) for i in range(steps)]
+    for i in range(1, steps):
+        square[i] = max(square[i], square[i - 1] + 1)
+    if steps == 1:
+        return [total - 1]
+    return square if spacing == "dense_clean" else sorted(total - 1 - entry for entry in square)
+
+
+def times(schedule: TableSchedule | BlendSchedule, steps: int | list[int], spacing: str = "even") -> Tensor:
+    """The sampling times: float64 (steps + 1,), descending, ended by the clean level.
+
+    `even` has both ends of the schedule; `strided` is DDIM's whole stride from 0; `trailing` counts down from the last
+    entry; `dense_clean` and `dense_noise` crowd towards one end as squares do. A list of counts takes `counts[i]` evenly
+    from the i-th of equal sections of a table, the first the cleanest (guided-diffusion's "100,50,25").
+    """
+    if spacing not in SPACINGS:
+        raise UserError(f"spacing {spacing!r} is not known; allowed: {', '.join(SPACINGS)}")
+    counts = [steps] if isinstance(steps, int) else list(steps)
+    if not counts or min(counts) < 1:
+        raise UserError("the number of sampling steps must be at least 1")
+    if isinstance(schedule, TableSchedule):
+        if sum(counts) > schedule.num_steps:
+            raise UserError(f"{sum(counts)} sampling steps are more than the schedule's {schedule.num_steps}")
+        if isinstance(steps, int):
+            taken = _table_times(schedule.num_steps, steps, spacing)
+        elif spacing == "even":
+            taken = _sections(schedule.num_steps, counts)
+        else:
+            raise UserError(f"sections of steps go with the spacing 'even', not {spacing!r}")
+        return torch.tensor([*reversed(taken), schedule.clean], dtype=torch.float64)
+    if not isinstance(steps, int) or spacing == "strided":
+        raise UserError("sections and strides belong to a table; on the blend use even, dense_clean or dense_noise")
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    curves = {"dense_clean": grid**2, "dense_noise": 1 - (1 - grid) ** 2}
+    return curves.get(spacing, grid)

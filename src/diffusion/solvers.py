@@ -1,0 +1,184 @@
+"""Samplers as plain functions.
+
+With u = sigma / (alpha + sigma) and x' = x / (alpha + sigma) every schedule is the straight blend x' = (1 - u) x0 + u eps,
+and dx'/du = eps - x0 (the blend of arXiv:2305.03486 read at any schedule). So the deterministic samplers are ODE solvers on the
+blend path. `times` descend (N + 1,), usually to the clean level; into a level where the network must not be called the last
+interval is one Euler step. No solver changes its arguments.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import UserError
+from .process import Denoiser, Prediction, like
+from .schedules import Schedule
+from .variance import log_variance, standard_deviation, transitions
+
+Callback = Callable[[int, Tensor, Tensor, Prediction], None]  # (step, t, x_t, what the network said of it)
+Noise = Callable[[int, Tensor], Tensor]  # (step, a tensor of the wanted shape) -> standard normal
+Slope = Callable[[Tensor, float], Tensor]
+
+
+class _Step(Protocol):
+    def __call__(self, slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor: ...
+
+
+def _midpoint_step(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
+    return x + h * slope(x + h / 2 * first, u + h / 2)
+
+
+def _heun_step(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
+    return x + h / 2 * (first + slope(x + h * first, u + h))
+
+
+def _rk4_step(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
+    second = slope(x + h / 2 * first, u + h / 2)
+    third = slope(x + h / 2 * second, u + h / 2)
+    fourth = slope(x + h * third, u + h)
+    return x + h / 6 * (first + 2 * second + 2 * third + fourth)
+
+
+def _blend_path(
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, callback: Callback | None, step: _Step | None
+) -> Tensor:
+    alpha, sigma = schedule.level(times)
+    scale = alpha + sigma
+    u = sigma / scale
+
+    def slope(x_blend: Tensor, at: float) -> Tensor:
+        t = schedule.time(torch.tensor(at, dtype=torch.float64))
+        level = schedule.level(t)
+        prediction = denoiser(x_blend * like(level.alpha + level.sigma, x_blend), t)
+        return prediction.eps - prediction.x0
+
+    for i in range(len(times) - 1):
+        prediction = denoiser(x, times[i])
+        if callback is not None:
+            callback(i, times[i], x, prediction)
+        reachable = schedule.network_at_clean or float(times[i + 1]) != schedule.clean
+        if step is None or not reachable:
+            x = like(alpha[i + 1], x) * prediction.x0 + like(sigma[i + 1], x) * prediction.eps
+        else:
+            first = prediction.eps - prediction.x0
+            x_blend = step(slope, x / like(scale[i], x), float(u[i]), float(u[i + 1] - u[i]), first)
+            x = x_blend * like(scale[i + 1], x)
+    return x
+
+
+def euler(
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
+) -> Tensor:
+    """x_s = alpha_s x0 + sigma_s eps: DDIM with eta 0 (Eq. 12, arXiv:2010.02502) and the IADB iteration. Order 1."""
+    return _blend_path(denoiser, x, times, schedule, callback, None)
+
+
+def midpoint(
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
+) -> Tensor:
+    """The explicit midpoint rule in u, two network calls a step. Order 2."""
+    return _blend_path(denoiser, x, times, schedule, callback, _midpoint_step)
+
+
+def heun(
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
+) -> Tensor:
+    """Heun's rule in u, two network calls a step. Order 2."""
+    return _blend_path(denoiser, x, times, schedule, callback, _heun_step)
+
+
+def rk4(
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
+) -> Tensor:
+    """The classical Runge-Kutta rule in u, four network calls a step. Order 4."""
+    return _blend_path(denoiser, x, times, schedule, callback, _rk4_step)
+
+
+def dpmpp_2m(
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
+) -> Tensor:
+    """DPM-Solver++(2M) in lambda = log(alpha / sigma) (Alg. 2, Lu et al. 2022, arXiv:2211.01095). One call a step.
+
+    First order into sigma = 0 and out of alpha = 0, where lambda is infinite.
+    """
+    alpha, sigma = schedule.level(times)
+    logsnr_half = alpha.log() - sigma.log()
+    previous: Tensor | None = None
+    for i in range(len(times) - 1):
+        prediction = denoiser(x, times[i])
+        if callback is not None:
+            callback(i, times[i], x, prediction)
+        x0 = prediction.x0
+        h = logsnr_half[i + 1] - logsnr_half[i]
+        if previous is not None and bool(torch.isfinite(h)):
+            h_before = logsnr_half[i] - logsnr_half[i - 1]
+            weight = h / (2 * h_before)  # 0 where h_before is infinite
+            x0 = like(1 + weight, x) * x0 - like(weight, x) * previous
+        ratio = sigma[i + 1] / sigma[i]
+        x = like(ratio, x) * x + like(alpha[i + 1] - alpha[i] * ratio, x) * x0
+        previous = prediction.x0
+    return x
+
+
+def ddim(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise,
+    eta: float = 0.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDIM (Eqs. 12 and 16, Song et al. 2020, arXiv:2010.02502): eta 0 is deterministic, eta 1 has the posterior's variance."""
+    if eta < 0:
+        raise UserError("eta must be at least 0")
+    _, sigma = schedule.level(times)
+    alpha = schedule.level(times).alpha
+    spread = eta * transitions(schedule, times).beta_tilde.sqrt()
+    for i in range(len(times) - 1):
+        prediction = denoiser(x, times[i])
+        if callback is not None:
+            callback(i, times[i], x, prediction)
+        kept = (sigma[i + 1] ** 2 - spread[i] ** 2).clamp(min=0).sqrt()
+        following = like(alpha[i + 1], x) * prediction.x0 + like(kept, x) * prediction.eps
+        if spread[i] > 0:
+            following = following + like(spread[i], x) * noise(i, x)
+        x = following
+    return x
+
+
+def ancestral(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise,
+    variance: str,
+    mean_shift: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Ancestral sampling of the chain along `times` (Alg. 2, Ho et al. 2020, arXiv:2006.11239).
+
+    `variance` is small, large or learned; `mean_shift(x_t, t, variance)` is added to each mean (classifier guidance).
+    """
+    steps = transitions(schedule, times)
+    for i in range(len(times) - 1):
+        prediction = denoiser(x, times[i])
+        if callback is not None:
+            callback(i, times[i], x, prediction)
+        log_var = log_variance(steps, i, variance, prediction.variance_fraction)
+        log_var = like(log_var, x) if log_var.ndim == 0 else log_var
+        mean = like(steps.from_x_t[i], x) * x + like(steps.from_x0[i], x) * prediction.x0
+        if mean_shift is not None:
+            mean = mean + mean_shift(x, times[i], log_var.exp())
+        into_clean = float(times[i + 1]) == schedule.clean
+        x = mean if into_clean else mean + standard_deviation(log_var) * noise(i, x)
+    return x
+
+
+DETERMINISTIC = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dpmpp_2m": dpmpp_2m}
+SOLVERS: tuple[str, ...] = (*DETERMINISTIC, "ddim", "ancestral")

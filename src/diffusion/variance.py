@@ -1,0 +1,64 @@
+"""The Gaussian steps of a (respaced) chain: posterior means and the variances that ancestral sampling may use."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedules import Schedule
+
+
+class Transitions(NamedTuple):
+    """For each step of a chain from times[i] to times[i + 1], float64 (len(times) - 1,).
+
+    The posterior q(x_s | x_t, x0) has mean `from_x_t` x_t + `from_x0` x0 and variance `beta_tilde` (Eqs. 6-7,
+    arXiv:2006.11239); `beta` is the variance of q(x_t | x_s). `log_beta_tilde` is the logarithm, that of the step into
+    the clean level replaced by the one before it, where beta_tilde would be 0.
+    """
+
+    from_x_t: Tensor
+    from_x0: Tensor
+    beta: Tensor
+    beta_tilde: Tensor
+    log_beta_tilde: Tensor
+
+
+def transitions(schedule: Schedule, times: Tensor) -> Transitions:
+    """The Gaussian steps along descending `times` (N + 1,)."""
+    alpha, sigma = schedule.level(times)
+    alpha_t, sigma_t, alpha_s, sigma_s = alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
+    ratio = alpha_t / alpha_s
+    beta = sigma_t**2 - ratio**2 * sigma_s**2
+    beta_tilde = beta * sigma_s**2 / sigma_t**2
+    floor = beta_tilde.clone()
+    if len(floor) > 1 and floor[-1] == 0:
+        floor[-1] = floor[-2]
+    elif floor[-1] == 0:
+        floor[-1] = beta[-1]
+    return Transitions(
+        from_x_t=ratio * sigma_s**2 / sigma_t**2,
+        from_x0=alpha_s * beta / sigma_t**2,
+        beta=beta,
+        beta_tilde=beta_tilde,
+        log_beta_tilde=floor.log(),
+    )
+
+
+def log_variance(steps: Transitions, index: int, kind: str, fraction: Tensor | None) -> Tensor:
+    """The log variance of the model's step `index`: () for `small` and `large`, the shape of `fraction` for `learned`.
+
+    Learned: f log beta + (1 - f) log beta_tilde (Eq. 15, Nichol & Dhariwal 2021, arXiv:2102.09672).
+    """
+    small = steps.log_beta_tilde[index]
+    if kind == "learned":
+        if fraction is None:
+            raise ValueError("the network's output has no learned variance")
+        log_beta = steps.beta[index].log()
+        return fraction * log_beta.to(fraction) + (1 - fraction) * small.to(fraction)
+    # The step into the clean level uses beta_tilde of the one before it in both fixed choices.
+    last = index == len(steps.beta) - 1
+    return small if kind == "small" or last else steps.beta[index].log()
+
+
+def standard_deviation(log_variance: Tensor) -> Tensor:
+    return torch.exp(0.5 * log_variance)

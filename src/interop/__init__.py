@@ -1,0 +1,1 @@
+"""Other projects' networks: a map of key names each way."""

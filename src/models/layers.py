@@ -1,0 +1,135 @@
+"""The parts that the networks are built of."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+AttentionKind = Literal["none", "full", "linear"]
+Resampling = Literal["conv", "conv_right", "average", "max", "nearest", "residual"]
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with its parameters set to zero, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def sinusoidal_embedding(time: Tensor, channels: int, *, order: str, frequency_shift: float) -> Tensor:
+    """(B,) -> (B, channels): cosines and sines of time at frequencies 10000^(-k / (channels / 2 - frequency_shift)).
+
+    Sec. 3.5, Vaswani et al. 2017, arXiv:1706.03762.
+    """
+    half = channels // 2
+    k = torch.arange(half, dtype=torch.float32, device=time.device)
+    frequencies = torch.exp(-math.log(10000) * k / (half - frequency_shift))
+    angles = time[:, None] * frequencies.to(time.dtype)  # (B, channels / 2)
+    parts = (angles.cos(), angles.sin()) if order == "cos_sin" else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
+
+
+class Downsample(nn.Module):
+    """Halve height and width: a strided convolution (padded on both sides, or on the right and bottom), or pooling."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind in ("conv", "conv_right"):
+            self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if kind == "conv" else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "conv":
+            return self.conv(x)
+        if self.kind == "conv_right":
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return F.max_pool2d(x, 2) if self.kind == "max" else F.avg_pool2d(x, 2)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repeating pixels, then, where `kind` is `conv`, a 3x3 convolution."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if kind == "conv" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, around a shortcut; the embedding is added or scales and shifts the second norm.
+
+    `resample` (down, up) halves or doubles the picture inside the block, in branch and shortcut alike.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int,
+        *,
+        scale_shift: bool,
+        dropout: float,
+        groups: int,
+        eps: float,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm_1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embed = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
+        self.norm_2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.resample = resample or nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (B, C, H, W), embedding (B, E), already through SiLU -> (B, out, H', W')."""
+        h = self.conv_1(self.resample(F.silu(self.norm_1(x))))  # (B, out, H', W')
+        e = self.embed(embedding)[:, :, None, None]  # (B, out or 2 out, 1, 1)
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm_2(h), 1 + scale)
+        else:
+            h = self.norm_2(h + e)
+        return self.skip(self.resample(x)) + self.conv_2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, around a shortcut.
+
+    `full` is softmax attention. `linear` costs O(pixels): softmax over the channels of q and over the positions of k, then
+    q (k^T v) (Eq. 4, Shen et al. 2018, arXiv:1812.01243). `split_qkv_first` says whether the projection's channels are
+    laid out (3, heads, d) or (heads, 3, d).
+    """
+
+    def __init__(
+        self, channels: int, *, kind: str, heads: int, split_qkv_first: bool, groups: int, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.heads = heads
+        self.layout = "(three heads d)" if split_qkv_first else "(heads three d)"
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C)
+        q, k, v = rearrange(
+            self.qkv(tokens), f"b n {self.layout} -> three b heads n d", three=3, heads=self.heads
+        )  # each (B, heads, N, d)
+        if self.kind == "full":
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:
+            context = k.softmax(dim=-2).transpose(-2, -1) @ v  # (B, heads, d, d)
+            mixed = q.softmax(dim=-1) @ context
+        mixed = self.out(rearrange(mixed, "b heads n d -> b n (heads d)"))
+        return x + rearrange(mixed, "b (h w) c -> b c h w", h=x.shape[2])

@@ -1,0 +1,147 @@
+"""Samples as files: whole batches dealt to ranks, each picture written once, a killed sampling goes on."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import pictures
+from ..config import UserError
+from ..diffusion import Prediction
+from .opened import Opened
+from .sampler import Sampler, describe
+
+
+class Frames:
+    """A solver's callback that keeps pictures of the way: x_t on the left, the current x0 estimate on the right."""
+
+    def __init__(self, columns: int, steps: int, *, count: int, most: int = 60, note: str = "") -> None:
+        self.columns, self.count, self.note = columns, count, note
+        kept = min(most, steps)
+        self.keep = {round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)}
+        self.steps = steps
+        self.images: list[Image.Image] = []
+
+    def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+        if step in self.keep:
+            self._add(x_t, prediction.x0, step)
+
+    def finish(self, x: Tensor) -> None:
+        """The last frame: the pictures as they came out."""
+        self._add(x, x, self.steps)
+
+    def _add(self, x_t: Tensor, x0: Tensor, step: int) -> None:
+        def sheet(x: Tensor, title: str) -> Image.Image:
+            return pictures.grid(pictures.to_uint8(x[: self.count]), columns=self.columns, title=title)
+
+        done = f"step {step} of {self.steps}"
+        self.images.append(pictures.beside(sheet(x_t, f"x_t, {done}"), sheet(x0, f"estimate of x_0 {self.note}")))
+
+    def write(self, folder: Path, stem: str, ending: str, out: Path, *, fps: int) -> str:
+        """The frames as numbered files in the new folder, and the GIF; gives the command that makes it again."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{stem}_*{ending}"):
+            old.unlink()
+        paths = [folder / f"{stem}_{i:03d}{ending}" for i in range(len(self.images))]
+        for path, image in zip(paths, self.images, strict=True):
+            pictures.save(image, path)
+        return pictures.gif(paths, folder / f"{stem}_%03d{ending}", out, fps=fps)
+
+
+def columns_for(count: int, num_blocks: int = 1) -> int:
+    """A grid near a square; where classes stand in equal blocks, a row for each."""
+    if num_blocks > 1 and count % num_blocks == 0 and count // num_blocks <= 16:
+        return count // num_blocks
+    return max(1, min(16, int(np.ceil(np.sqrt(count)))))
+
+
+def write_samples(
+    opened: Opened,
+    sampler: Sampler,
+    out: Path,
+    *,
+    count: int,
+    batch_size: int,
+    labels: Sequence[int] | None,
+    seed: int,
+    frames: bool,
+    device: torch.device,
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+) -> list[Path]:
+    """Draw `count` pictures into `out`: PNGs, metadata.json, grid.png, and with `frames` the denoising GIF.
+
+    Files that are there already are kept; a folder that holds other pictures is a UserError. Gives the pictures' paths.
+    """
+    request: dict[str, Any] = {
+        "weights": opened.digest,
+        "run": opened.name,
+        "step": opened.step,
+        **describe(sampler, seed),
+        "num_samples": count,
+        "batch_size": batch_size,
+        "classes": [opened.class_names[label] for label in labels] if labels is not None else None,
+    }
+    metadata = out / "metadata.json"
+    if out.exists() and any(out.iterdir()):
+        try:
+            same = {k: v for k, v in json.loads(metadata.read_text()).items() if k in request} == request
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise UserError(f"{out} holds other pictures; give another --out or remove it")
+    barrier()  # all have looked before anybody writes
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        staged = out / ".metadata.part"
+        staged.write_text(json.dumps({**request, "path": str(opened.path), "config": opened.config}, indent=1) + "\n")
+        staged.replace(metadata)
+    barrier()
+
+    digits = max(5, len(str(count - 1)))
+    paths = [out / f"{i:0{digits}d}.png" for i in range(count)]
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    mine = batches[rank::world]
+    gif_wanted = frames and rank == 0 and not (out / "denoising.gif").exists()
+    with tqdm(total=sum(map(len, mine)) * (world if rank == 0 else 1), desc="sampling", unit="img", disable=None if rank == 0 else True) as bar:
+        for batch in mine:
+            watched = None
+            if gif_wanted and batch.start == 0:
+                shown = min(16, len(batch))
+                watched = Frames(columns_for(shown), sampler.steps, count=shown)
+            if watched is not None or not all(paths[i].exists() for i in batch):
+                chosen = [labels[i] for i in batch] if labels is not None else None
+                x = sampler.draw(seed, batch, chosen, device=device, callback=watched, batch_size=batch_size)
+                for i, pixels in zip(batch, pictures.to_uint8(x), strict=True):
+                    if not paths[i].exists():
+                        pictures.save(pictures.to_image(pixels), paths[i])
+                if watched is not None:
+                    watched.finish(x)
+                    watched.write(out / "frames", "frame", ".png", out / "denoising.gif", fps=12)
+            bar.update(len(batch) * (world if rank == 0 else 1))
+    barrier()
+    if rank == 0:
+        _wait_for(paths)
+        shown = min(count, 256)
+        blocks = len(set(labels)) if labels is not None and list(labels) == sorted(labels, key=labels.index) else 1
+        array = np.stack([np.asarray(Image.open(path)).reshape(opened.image.size, opened.image.size, -1) for path in paths[:shown]])
+        names = [opened.class_names[label] for label in labels[:shown]] if labels is not None else None
+        pictures.save(pictures.grid(array, columns=columns_for(shown, blocks), labels=names), out / "grid.png")
+    return paths
+
+
+def _wait_for(paths: Sequence[Path], seconds: float = 60) -> None:
+    """On network file systems another machine's file may be seen a little later."""
+    limit = time.monotonic() + seconds
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > limit:
+            raise UserError(f"{missing[0]} was not written; run the same command again to go on")
+        time.sleep(0.2)

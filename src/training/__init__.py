@@ -1,0 +1,1 @@
+"""What the training scripts share: launch, stream, seeds, optimiser, EMA, gate, checkpoints, run directory."""

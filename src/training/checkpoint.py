@@ -1,0 +1,172 @@
+"""Checkpoints: safetensors and JSON in a folder that is whole or absent, its bytes known by their hashes."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..config import Length, UserError, config, free
+
+MANIFEST = "MANIFEST.json"
+Tensors = Mapping[str, Mapping[str, Tensor]]
+Documents = Mapping[str, Any]
+
+
+@config
+class CheckpointConfig:
+    """Written every `every` steps and every `every_minutes`; the last `keep` stay, and the one of the lowest held-out loss
+    where `keep_best` is set."""
+
+    every: Length | None = free(None)
+    every_minutes: float | None = free(30.0, gt=0)
+    keep: int = free(3, ge=1)
+    keep_best: bool = free(False)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def write_folder(folder: Path, tensors: Tensors, documents: Documents) -> None:
+    """Write `NAME.safetensors` and `NAME.json` files into the new `folder`: staged, flushed, manifest last, renamed.
+
+    A full disk is a UserError and leaves what was there before.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        files = {}
+        for name, state in tensors.items():
+            content = safetensors.torch.save({key: value.contiguous() for key, value in state.items()})
+            files[f"{name}.safetensors"] = _write(staged / f"{name}.safetensors", content)
+        for name, document in documents.items():
+            files[f"{name}.json"] = _write(staged / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
+        _write(staged / MANIFEST, (json.dumps({"version": 1, "files": files}, indent=1) + "\n").encode())
+        _flush_folder(staged)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            staged.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            staged.rename(folder)
+        _flush_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"the disk is full: {folder} was not written, what was saved before is whole; make room and run the "
+                "same command again"
+            ) from None
+        raise
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint's bytes are not what was written, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+        for name, facts in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                    return f"{name} is damaged"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    return sorted((path for path in checkpoints.glob("step_*") if path.is_dir()), reverse=True)
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose bytes match, and a line for each newer one that was passed over."""
+    passed = []
+    for folder in _steps(checkpoints):
+        reason = damage(folder)
+        if reason is None:
+            return folder, passed
+        passed.append(f"passed over {folder.name}: {reason}")
+    return None, passed
+
+
+def retain(checkpoints: Path, keep: int, best: int | None) -> None:
+    """Remove all but the last `keep` checkpoints and that of step `best`; and what a kill left half-written."""
+    spared = {step_folder(checkpoints, best)} if best is not None else set()
+    for folder in _steps(checkpoints)[keep:]:
+        if folder not in spared:
+            hidden = folder.with_name(f".{folder.name}.old")
+            folder.rename(hidden)  # so that a kill leaves no checkpoint with files missing
+            shutil.rmtree(hidden)
+    for leftover in checkpoints.glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of `NAME.safetensors`, on the CPU."""
+    try:
+        return safetensors.torch.load_file(folder / f"{name}.safetensors")
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {name}.safetensors") from None
+    except SafetensorError as error:
+        raise UserError(f"{folder}/{name}.safetensors is damaged ({error})") from None
+
+
+def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None:
+    """Load weights; a checkpoint of another architecture is a UserError that names the first keys that differ."""
+    own = network.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} and not {tuple(own[key].shape)}"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
+    ]
+    if missing or extra or shapes:
+        parts = [f"it lacks {', '.join(missing[:5])}"] if missing else []
+        parts += [f"it has in excess {', '.join(extra[:5])}"] if extra else []
+        parts += ["; ".join(shapes[:5])] if shapes else []
+        raise UserError(f"{where} is of another architecture: {'; '.join(parts)}")
+    network.load_state_dict(state)
+
+
+def export(path: Path, weights: Mapping[str, Tensor], settings: Any, data: Any, step: int) -> None:
+    """One `.pt` file of tensors and config, read with `weights_only=True`; whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(path.name + ".part")
+    torch.save({"weights": dict(weights), "config": settings, "data": data, "step": step}, staged)
+    staged.replace(path)

@@ -1,0 +1,43 @@
+"""An exponential moving average of the weights."""
+
+import copy
+
+import pydantic
+import torch
+from torch import nn
+
+from ..config import config
+
+
+@config
+class EMAConfig:
+    """`half_life_images`: after so many images a weight counts half; early on, `ramp_up` times the images seen."""
+
+    half_life_images: float = pydantic.Field(500_000, gt=0)
+    ramp_up: float | None = pydantic.Field(0.05, gt=0)
+
+
+class EMA:
+    """A float32 copy of a network (float64 for a float64 one) whose weights follow: `network` is what previews use.
+
+    Eq. (App. F), Karras et al. 2022, arXiv:2206.00364: beta = 0.5^(batch / half life).
+    """
+
+    def __init__(self, network: nn.Module, spec: EMAConfig, batch_size: int) -> None:
+        self.spec, self.batch_size = spec, batch_size
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._own = list(self.network.parameters())
+
+    def decay(self, images_seen: int) -> float:
+        """How much of the old average is kept by the update after `images_seen` images."""
+        half_life = self.spec.half_life_images
+        if self.spec.ramp_up is not None:
+            half_life = min(half_life, max(1.0, images_seen * self.spec.ramp_up))
+        return 0.5 ** (self.batch_size / half_life)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, images_seen: int) -> None:
+        """Move towards the weights of `network`, which have seen `images_seen` images."""
+        torch._foreach_lerp_(self._own, list(network.parameters()), 1 - self.decay(images_seen))
+        for own, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
+            own.copy_(theirs)

@@ -1,0 +1,235 @@
+"""Starting on the devices there are, and noticing what the launcher did not say."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+from ..config import UserError, config, dump, free
+
+TWO_ON_A_CPU = (
+    "ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc-per-node 2 SCRIPT ..."
+)
+
+
+@config
+class MachineConfig:
+    """How a run uses its machine.
+
+    `dtype` float64 is for proofs. `deterministic` makes a GPU repeat itself to the bit. `cpu_threads` fixes the threads of
+    a process on a CPU, which is what makes one process and two agree there to the bit. `workers` decode pictures ahead.
+    A collective that waits longer than `timeout_minutes` ends the run.
+    """
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    dtype: Literal["float32", "float64"] = "float32"
+    deterministic: bool = False
+    cpu_threads: int | None = None
+    workers: int = free(4, ge=0)
+    timeout_minutes: float = free(10.0, gt=0)
+
+
+def _check_environment() -> None:
+    environment = os.environ
+    world = environment.get("WORLD_SIZE")
+    if environment.get("MASTER_ADDR") and world is None:
+        raise UserError(
+            "the launcher set MASTER_ADDR but no WORLD_SIZE, so only one process runs (`accelerate launch --cpu "
+            f"--num_processes 2` does this); start two on a CPU with: {TWO_ON_A_CPU}"
+        )
+    if world is not None and int(world) > 1 and "RANK" not in environment:
+        raise UserError(f"WORLD_SIZE is {world} but RANK is not set; use a launcher (accelerate launch, torchrun), or unset it")
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if environment.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise UserError(f"the launcher asks for {engine}, which this script does not support; launch with plain DDP")
+
+
+def precision_for(wanted: str) -> str:
+    """bf16, or fp16 on a GPU that has no bf16."""
+    if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    return wanted
+
+
+def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path | None = None) -> Accelerator:
+    """The Accelerator, after holding the launcher against the config: each contradiction is a UserError."""
+    _check_environment()
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", machine.mixed_precision):
+        raise UserError(
+            f"the launcher asks for mixed_precision {asked} and the config for {machine.mixed_precision}; "
+            "leave it out of the launch, the config decides"
+        )
+    if machine.cpu_threads is not None:
+        torch.set_num_threads(machine.cpu_threads)
+    precision = precision_for(machine.mixed_precision)
+    if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise UserError("mixed_precision fp16 needs a GPU; use no or bf16 on a CPU")
+    if machine.dtype == "float64" and precision != "no":
+        raise UserError("dtype float64 goes with mixed_precision no")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=1,
+        mixed_precision=precision,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder) if folder else None, logging_dir=str(folder / "tensorboard") if folder else None),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=machine.timeout_minutes))],
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise UserError(
+            f"WORLD_SIZE is {world} but accelerate sees {accelerator.num_processes} process(es); on a CPU start with: "
+            f"{TWO_ON_A_CPU}"
+        )
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, project: str, run_name: str, settings: Any, step: int) -> None:
+    """Open the trackers, named as the run, going on at `step`."""
+    if not accelerator.log_with:
+        return
+
+    def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                yield from flatten(below, f"{path}.{key}" if path else key)
+        else:
+            yield path, value if isinstance(value, bool | int | float | str) else str(value)
+
+    accelerator.init_trackers(
+        project,
+        config=dict(flatten(dump(settings))),
+        init_kwargs={
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {"name": run_name, "id": f"{project}-{run_name}".replace("/", "-"), "resume": "allow"},
+        },
+    )
+
+
+def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: torch.Tensor) -> None:
+    """DDP orders its sums anew after its first backward; from three ranks on that changes their rounding. So one is thrown
+    away before the first step that counts."""
+    if accelerator.num_processes < 3:
+        return
+    accelerator.backward(network(*inputs).square().mean() * 0)
+    network.zero_grad(set_to_none=True)
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask for a stop; the second of the same kind ends the process at once.
+
+    (A launcher passes Ctrl-C on as SIGTERM: one of each is still one request.)
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._seen: set[int] = set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if number in self._seen:
+            os._exit(1)
+        self._seen.add(number)
+        if not self.asked:
+            print("stopping after this step; once more ends at once", file=sys.stderr, flush=True)
+        self.asked = True
+
+
+class StepGate:
+    """One small asynchronous collective a step: were the gradients finite, is a stop asked, is a save due?
+
+    `send` starts it, `settle` reads it, usually one step later, so that no step waits for the device.
+    """
+
+    def __init__(self, accelerator: Accelerator, stop: StopRequest, *, every_minutes: float | None, patience: int) -> None:
+        self.device, self.distributed = accelerator.device, accelerator.num_processes > 1
+        self.main = accelerator.is_main_process
+        self.request, self.every_minutes, self.patience = stop, every_minutes, patience
+        self.stop = self.save = False
+        self.skipped_in_a_row = 0
+        self._saved_at = time.monotonic()
+        self._pending: tuple[Any, Any, torch.Tensor, int] | None = None
+
+    def send(self, step: int, finite: torch.Tensor) -> None:
+        """`finite` () bool on the device: whether step `step`, counted from 1, had finite gradients here."""
+        due = self.main and self.every_minutes is not None and time.monotonic() - self._saved_at > 60 * self.every_minutes
+        flags = torch.zeros(3, device=self.device)
+        flags[0] = ~finite
+        if self.request.asked:
+            flags[1] = 1
+        if due:
+            flags[2] = 1
+        work = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True) if self.distributed else None
+        event = None
+        if self.device.type == "cuda":
+            if work is not None:
+                work.wait()  # the stream waits, not the host
+            host = torch.empty(3, pin_memory=True)
+            host.copy_(flags, non_blocking=True)
+            event, flags = torch.cuda.Event(), host
+            event.record()
+        self._pending = (work, event, flags, step)
+
+    def settle(self) -> int | None:
+        """The number of the step that was sent last, if it counts: None if it was read before, or was not finite and so
+        changed nothing. A UserError after `patience` such steps in a row."""
+        if self._pending is None:
+            return None
+        work, event, flags, step = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        elif work is not None:
+            work.wait()
+        bad, stop, save = (value > 0 for value in flags.tolist())
+        self.stop |= stop
+        self.save |= save
+        if not bad:
+            self.skipped_in_a_row = 0
+            return step
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.patience:
+            raise UserError(
+                f"step {step}: the loss or its gradient is not finite, the {self.patience}th time in a row; the last "
+                "checkpoint is good: lower optimizer.lr or set optimizer.clip, in a new --run-dir or after removing this one"
+            )
+        return None
+
+    def saved(self) -> None:
+        self.save = False
+        self._saved_at = time.monotonic()
+
+
+@contextmanager
+def explain_out_of_memory(micro: int) -> Iterator[None]:
+    """An out-of-memory error as a UserError that says which micro-batch to try."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _too_large(micro) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
+            raise _too_large(micro) from error
+        raise
+
+
+def _too_large(micro: int) -> UserError:
+    if micro > 1:
+        return UserError(f"out of memory at micro_batch_size {micro}; try --set micro_batch_size={micro // 2}")
+    return UserError("out of memory at micro_batch_size 1; try a smaller image.size or model.base_channels")

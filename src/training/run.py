@@ -1,0 +1,233 @@
+"""A run directory: who owns it, what it says, where it goes on."""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import pydantic
+import torch
+from tqdm import tqdm
+
+from .. import pictures
+from ..config import Length, UserError, config, differences, dump, free, read_json
+from ..data import PictureSet
+from .checkpoint import CheckpointConfig, Tensors, newest, retain, step_folder, write_folder
+from .clock import Clock
+from .stream import Split
+
+
+@config
+class LogConfig:
+    """A line in metrics.jsonl, and in the trackers (tensorboard, wandb) of `project`, every `every` steps."""
+
+    every: Length = free(50)
+    trackers: tuple[str, ...] = free(("tensorboard",))
+    project: str = free("atelier")
+
+    @pydantic.field_validator("trackers")
+    @classmethod
+    def _known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        for tracker in trackers:
+            if tracker not in ("tensorboard", "wandb"):
+                raise ValueError(f"{tracker!r} is not known; allowed: tensorboard, wandb")
+        return trackers
+
+
+def describe_data(train_set: PictureSet, held_out: PictureSet | None) -> dict[str, Any]:
+    """What travels with the weights: classes, counts, the hash of the file list."""
+    return {
+        "class_names": list(train_set.class_names),
+        "counts": train_set.counts,
+        "images": len(train_set),
+        "held_out_images": len(held_out) if held_out is not None else 0,
+        "fingerprint": train_set.fingerprint,
+        "skipped": {reason: n for part in train_set.parts for reason, n in part.report.reasons.items()},
+    }
+
+
+class RunDirectory:
+    """runs/NAME. `writes` is False on all ranks but the first, and in a dry run: then it says and writes nothing."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        self._lock: IO[str] | None = None
+        self._log: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+        if writes:
+            self._claim()
+            self._log = open(path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def _claim(self) -> None:
+        """Refuse a directory that a live process is writing. The kernel drops the claim when the process dies."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"the run directory {self.path} cannot be written: {error}") from None
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            raise UserError(
+                f"the run directory {self.path} is in use by {owner}; wait for it, stop it, or give another --run-dir"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def _note(self, message: str) -> None:
+        if self._log is not None:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            self._log.flush()
+
+    def say(self, message: str) -> None:
+        """A line for the person and for log.txt."""
+        if self._log is not None:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+            self._note(message)
+
+    def write_json(self, name: str, document: Any) -> None:
+        if self.writes:
+            staged = self.path / f".{name}.part"
+            staged.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            staged.replace(self.path / name)
+
+    def write_status(self, state: str, step: int, steps: int) -> None:
+        """status.json: running, stopped or finished, and how far."""
+        self.write_json(
+            "status.json",
+            {"state": state, "step": step, "steps": steps, "pid": os.getpid(), "time": round(time.time(), 1)},
+        )
+
+    def adopt_progress(self, resumed: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        """progress.json of the checkpoint that the run goes on from; other pictures than it was trained on are a UserError."""
+        before = read_json(resumed / "data.json")
+        if before["fingerprint"] != facts["fingerprint"]:
+            raise UserError(
+                f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
+                "give another --run-dir"
+            )
+        return read_json(resumed / "progress.json")
+
+    def adopt_config(self, settings: Any, resumed: Path | None) -> None:
+        """Write config.json; where the run goes on, hold it against the one it was started with.
+
+        Harmless changes are said; any other is a UserError that names the keys.
+        """
+        new = dump(settings)
+        if resumed is not None:
+            harmless, other = differences(type(settings), read_json(resumed / "config.json"), new)
+            lengths = [key for key in other if key.split(".")[0] == "steps"]
+            if settings.optimizer.schedule.kind == "constant":  # where the run ends changes no step before
+                other = [key for key in other if key not in lengths]
+                harmless += lengths
+            if other:
+                raise UserError(
+                    f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
+                )
+            if harmless:
+                self.say(f"changed since the checkpoint: {', '.join(harmless)}")
+        self.write_json("config.json", new)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose bytes are whole; says which it passed over. Reads only."""
+        found, passed = newest(self.checkpoints)
+        for line in passed:
+            self.say(line)
+        if found is None and passed:
+            raise UserError(f"no checkpoint of {self.path} is whole ({'; '.join(passed)}); remove them to start anew")
+        return found
+
+    def begin(self, step: int, facts: dict[str, Any], train_set: PictureSet) -> None:
+        """Write data.json and skipped.json (every file left out, with the reason); cut metrics.jsonl to `step` and go on
+        writing there."""
+        if not self.writes:
+            return
+        self.write_json("data.json", facts)
+        skipped = [{"name": name, "reason": why} for part in train_set.parts for name, why in part.report.skipped]
+        self.write_json("skipped.json", skipped)
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        staged = self.path / ".metrics.jsonl.part"
+        staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        staged.replace(self.path / "metrics.jsonl")
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole."""
+        found = []
+        path = self.path / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a run that was killed while it wrote
+        return found
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
+
+    def say_progress(self, clock: Clock, step: int, steps: int, values: dict[str, float]) -> None:
+        """The values on the progress bar, or, where there is none (no terminal), as a line."""
+        clock.show(step, values)
+        if self.writes:
+            self.write_status("running", step, steps)
+            line = f"step {step}/{steps} " + " ".join(f"{name} {value:.4g}" for name, value in values.items())
+            (self._note if clock.bar_shown else self.say)(line)
+
+    def save(self, tensors: Tensors, documents: dict[str, Any], spec: CheckpointConfig) -> None:
+        """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept."""
+        progress = documents["progress"]
+        write_folder(step_folder(self.checkpoints, progress["step"]), tensors, documents)
+        best = progress["best"]["step"] if spec.keep_best and progress["best"] else None
+        retain(self.checkpoints, spec.keep, best)
+
+    def finish(self, state: str, step: int, steps: int, message: str) -> None:
+        """The last word of a run that ends in order."""
+        self.write_status(state, step, steps)
+        self.say(message)
+
+    def draw_curve(self, *names: str) -> None:
+        """loss.png: these values of metrics.jsonl over the steps."""
+        lines = self.read_metrics()
+        series = {}
+        for name in names:
+            known = [(line["step"], line[name]) for line in lines if name in line]
+            if known:
+                series[name] = ([step for step, _ in known], [value for _, value in known])
+        pictures.curves(self.path / "loss.png", {"loss": series}, xlabel="step", title=self.path.name, log=True)
+
+
+def describe_run(
+    name: str, facts: dict[str, Any], split: Split, steps: int, parameters: int, step: int, device: torch.device
+) -> str:
+    """What will happen, in two lines."""
+    skipped = ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"
+    at = f"going on at step {step}" if step else "starting at step 0"
+    return (
+        f"{name}: {facts['images']} pictures in {len(facts['class_names']) or 'no'} classes ({facts['held_out_images']} held "
+        f"out; left out: {skipped}), {parameters / 1e6:.2f} M parameters\n"
+        f"{at} of {steps} = {steps * split.batch / facts['images']:.1f} epochs; a step is {split.batch} images = {split.world} x "
+        f"{device.type} x {split.accumulation} x {split.micro}. Interrupt at will: the same command goes on"
+    )

@@ -1,0 +1,163 @@
+"""The endless stream of pictures: position p of the stream is a function of (seed, p), so resuming is starting there."""
+
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..config import UserError
+from ..data import ImageConfig, PictureSet
+from ..data.transforms import position_uniforms
+from .seeds import generator
+
+
+class MicroBatch(NamedTuple):
+    """What one device takes at a time: images (B, H, W, C) uint8, labels (B,) with -1 for none, and the stream's
+    position of the first."""
+
+    images: Tensor
+    labels: Tensor
+    position: int
+
+
+class Split(NamedTuple):
+    """How the images of a step are dealt: to `world` ranks, each taking `accumulation` micro-batches of `micro`."""
+
+    batch: int
+    micro: int
+    accumulation: int
+    rank: int
+    world: int
+
+    def positions(self, step: int, part: int) -> range:
+        """Where in the stream this rank's micro-batch `part` of a step begins and ends."""
+        first = step * self.batch + self.rank * self.micro * self.accumulation + part * self.micro
+        return range(first, first + self.micro)
+
+    def of_step(self, part: int) -> slice:
+        """The same place within the step's batch: for slicing what was drawn for the whole batch."""
+        first = self.positions(0, part).start
+        return slice(first, first + self.micro)
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, world: int) -> Split:
+    """Derive the accumulation; a UserError names the nearest sizes where they do not divide."""
+    micro = micro_batch_size if micro_batch_size is not None else max(1, batch_size // world)
+    unit = micro * world
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+        sizes = " or ".join(str(size) for size in (below, above) if size)
+        micros = [m for m in range(1, batch_size // world + 1) if batch_size % (m * world) == 0]
+        near = sorted(sorted(micros, key=lambda m: abs(m - micro))[:2])
+        hint = f", or micro_batch_size {' or '.join(map(str, near))}" if near else ""
+        raise UserError(
+            f"batch_size {batch_size} is not a multiple of {world} process(es) times micro_batch_size {micro}; "
+            f"set batch_size to {sizes}{hint}"
+        )
+    return Split(batch_size, micro, batch_size // unit, rank, world)
+
+
+class Order:
+    """Which picture stands at a position: a shuffle of all pictures per epoch, or, balanced, as many of each class."""
+
+    def __init__(self, labels: NDArray[np.int64], seed: int, *, balanced: bool) -> None:
+        self.count, self.labels, self.seed, self.balanced = len(labels), labels, seed, balanced
+        self._epochs: dict[int, NDArray[np.int64]] = {}
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:
+                self._epochs.pop(min(self._epochs))
+            rng = generator(self.seed, "order", epoch)
+            self._epochs[epoch] = self._balanced(rng) if self.balanced else rng.permutation(self.count)
+        return self._epochs[epoch]
+
+    def _balanced(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        classes = np.unique(self.labels)
+        each = -(-self.count // len(classes))
+        drawn = []
+        for label in classes:
+            members = np.flatnonzero(self.labels == label)
+            rounds = -(-each // len(members))
+            drawn.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:each])
+        return rng.permutation(np.concatenate(drawn))[: self.count]
+
+    def __call__(self, positions: range) -> NDArray[np.int64]:
+        return np.array([self._epoch(p // self.count)[p % self.count] for p in positions], dtype=np.int64)
+
+
+class _Positions(Dataset[MicroBatch]):
+    def __init__(self, pictures: PictureSet, spec: ImageConfig, order: Order) -> None:
+        self.pictures, self.spec, self.order = pictures, spec, order
+
+    def __getitem__(self, positions: range) -> MicroBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        indices = self.order(positions)
+        u = position_uniforms(self.order.seed, np.arange(positions.start, positions.stop))
+        images = self.pictures.batch(indices, self.spec, u)
+        return MicroBatch(
+            torch.from_numpy(np.ascontiguousarray(images)),
+            torch.from_numpy(self.pictures.labels[indices]),
+            positions.start,
+        )
+
+
+class _From(Sampler[range]):
+    def __init__(self, split: Split, start_step: int) -> None:
+        self.split, self.start_step = split, start_step
+
+    def __iter__(self) -> Iterator[range]:
+        step = self.start_step
+        while True:
+            for part in range(self.split.accumulation):
+                yield self.split.positions(step, part)
+            step += 1
+
+
+def _quiet_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def stream(
+    pictures: PictureSet,
+    spec: ImageConfig,
+    split: Split,
+    *,
+    seed: int,
+    balanced: bool = False,
+    start_step: int = 0,
+    workers: int = 0,
+    device: torch.device,
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches from `start_step` on, for ever; `split.accumulation` of them make a step.
+
+    `workers` processes decode ahead, unless the pictures lie ready in memory, where a batch is one copy.
+    """
+    pictures.prepare(spec)
+    data = _Positions(pictures, spec, Order(pictures.labels, seed, balanced=balanced))
+    workers = 0 if pictures.ready else workers
+    return iter(
+        DataLoader(
+            data,
+            sampler=_From(split, start_step),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_quiet_worker,
+            timeout=600 if workers else 0,
+        )
+    )
+
+
+def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, H, W, C) uint8 -> (B, C, H, W) in [-1, 1] on the device."""
+    moved = images.to(device, non_blocking=True)
+    return rearrange(moved, "b h w c -> b c h w").to(dtype) / 127.5 - 1
