@@ -99,7 +99,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     process = build_process(cfg.process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, cfg.image, num_classes).to(device, dtype)
+    network = build_unet(cfg.model, cfg.image, num_classes).to(device, dtype, memory_format=torch.channels_last)
     bare_optimizer = adamw(network.parameters(), cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema, cfg.batch_size)

@@ -69,7 +69,7 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
                     return "more pixels than max_pixels"
                 if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
                     return "absurd shape"
-                if image.format == "JPEG":
+                if image.format in ("JPEG", "MPO"):
                     image.draft(None, (64, 64))  # reads the whole file, keeps little of it
                 if width * height > _LARGE_PIXELS:
                     with _large:

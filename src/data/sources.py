@@ -240,7 +240,8 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
             )
         while not holds_pictures(root) and len(subfolders(root)) == 1:
             root = subfolders(root)[0]
-        files = _walk(str(root), set())
+        state = root.stat()
+        files = _walk(str(root), {(state.st_dev, state.st_ino)})
     except PermissionError as error:
         raise UserError(f"data folder {spec.path} cannot be read: {error}") from None
     if not files:
@@ -501,7 +502,7 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def _as_list(sources: Any) -> list[Source]:
-    return list(sources) if isinstance(sources, tuple) else [sources]
+    return list(sources) if isinstance(sources, tuple | list) else [sources]
 
 
 def open_sources(sources: Source | Sequence[Source]) -> PictureSet:

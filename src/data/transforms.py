@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from ..config import config
 
 Pixels = NDArray[np.uint8]
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs another program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs another program
 Image.MAX_IMAGE_PIXELS = None  # the scan holds pictures to `max_pixels` by their header, before anything is decoded
 
 
@@ -53,7 +53,7 @@ def normalise(image: Image.Image, channels: int) -> Image.Image:
 def decode(file: Path | bytes, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
     """The first frame of a picture file, normalised. A JPEG far larger than `at_least` is decoded at a fraction of its size."""
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-        if at_least is not None and image.format == "JPEG":
+        if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * at_least, 2 * at_least))
         image.load()
         return normalise(image, channels)
@@ -98,7 +98,7 @@ def position_uniforms(seed: int, positions: NDArray[np.int64]) -> NDArray[np.flo
 
     SplitMix64 (Steele et al. 2014) of a counter: no generator is made per picture.
     """
-    counter = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)[:, None] * np.uint64(4)
+    counter = np.array([[seed]], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)[:, None] * np.uint64(4)
     z = (counter + np.arange(3, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -97,7 +97,9 @@ class TableSchedule:
         u = u.detach().to("cpu", torch.float64)
         above = torch.searchsorted(table, u).clamp(1, self.num_steps)
         low, high = table[above - 1], table[above]
-        return (above - 2 + ((u - low) / (high - low)).clamp(0, 1)).double()
+        t = above - 2 + ((u - low) / (high - low)).clamp(0, 1)
+        entry = t.round()
+        return torch.where((t - entry).abs() < 1e-9, entry, t)  # rounding must not make an entry a time between two
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
     only("downsample_type", "conv")
     only("upsample_type", "conv")
     only("attn_norm_num_groups", None)
+    if theirs.get("resnet_time_scale_shift", "default") != "default" and theirs.get("add_attention", True):
+        raise UserError("UNet2DModel with scale_shift and add_attention has an attention without norm: not supported")
     widths = list(theirs["block_out_channels"])
     down, up = list(theirs["down_block_types"]), list(theirs["up_block_types"])
     attention = {"DownBlock2D": "none", "AttnDownBlock2D": "full"}

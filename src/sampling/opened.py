@@ -127,7 +127,7 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
     load_weights(network, weights, path)
     return Opened(
         path=path,
-        network=network.to(device).eval().requires_grad_(False),
+        network=network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False),
         process=build_process(validate(ProcessConfig, config["process"], origin=f"{path}: process")),
         image=image,
         class_names=class_names,

@@ -1,0 +1,153 @@
+"""What the tests share: where the reference numbers are, launching scripts, smoke runs that several tests look at."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+SMOKE = "configs/smoke/ddpm.json"
+torch.set_num_threads(1)  # tests run side by side
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scans are remembered where the test can be forgotten."""
+    monkeypatch.setenv("ATELIER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def shared_folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"../shared/{name} is not here: a user's clone has none")
+    return folder
+
+
+@pytest.fixture
+def vectors() -> Path:
+    return shared_folder("vectors")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """In CI, with ../shared there, a vector test that skips has failed."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and "vectors" in getattr(item, "fixturenames", ()) and os.environ.get("CI") and SHARED.is_dir():
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped although ../shared is here: {report.longrepr}"
+
+
+def randomise(network: torch.nn.Module, scale: float = 0.1) -> torch.nn.Module:
+    """Every parameter from a normal, the zero-initialised ones too, so that every branch counts."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return network
+
+
+def command(processes: int, *arguments: str | Path) -> list[str]:
+    """A script on one process with plain python, or on several as the design says."""
+    words = [str(argument) for argument in arguments]
+    if processes == 1:
+        return [sys.executable, *words]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, *words]
+
+
+def environment(processes: int = 1, **extra: str) -> dict[str, str]:
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    several = {"ACCELERATE_USE_CPU": "true"} if processes > 1 else {}
+    return {**clean, **several, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", **extra}
+
+
+@dataclass
+class Finished:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def all(self) -> str:
+        return self.out + self.err
+
+
+def launch(*arguments: str | Path, processes: int = 1, cwd: Path = ROOT, timeout: float = 240, **extra: str) -> Finished:
+    """Run a script of the repository to its end."""
+    done = subprocess.run(
+        command(processes, *arguments),
+        cwd=cwd,
+        env=environment(processes, **extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def one_line(finished: Finished) -> str:
+    """The one line of a user's mistake: exit status 2, no traceback, one line on standard error."""
+    assert finished.status == 2, finished.all
+    assert "Traceback" not in finished.all, finished.all
+    lines = [line for line in finished.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), finished.err
+    return lines[0]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke config trained on one process; read only."""
+    run = tmp_path_factory.mktemp("smoke") / "one"
+    models = run.parent / "models"
+    done = launch(
+        "ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, "--set", "export_every=30", "--set", f"export_dir={models}"
+    )
+    assert done.status == 0, done.all
+    assert "= 1 x cpu x 2 x 8" in done.out, "one process, two micro-batches"
+    return run
+
+
+@pytest.fixture(scope="session")
+def smoke_run_on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke config trained on two processes; read only."""
+    run = tmp_path_factory.mktemp("smoke") / "two"
+    done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, processes=2)
+    assert done.status == 0, done.all
+    assert "= 2 x cpu x 1 x 8" in done.out, "there were two processes"
+    return run
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the smoke config with changes (a function of the dictionary) to a file."""
+
+    def write(change: Callable[[dict], object] = lambda raw: None) -> Path:
+        raw = json.loads((ROOT / SMOKE).read_text())
+        change(raw)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(raw))
+        return path
+
+    return write

@@ -1,0 +1,158 @@
+"""Strict configuration: every mistake has its line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from src.config import (
+    Length,
+    Span,
+    UserError,
+    config,
+    differences,
+    dump,
+    free,
+    json_schema,
+    load,
+    parse_json,
+    run_script,
+    to_steps,
+    validate,
+)
+from src.data import Sources
+
+
+@config
+class Inner:
+    rate: float = Field(0.1, gt=0)
+    widths: tuple[int, ...] = (1, 2)
+
+
+@config
+class Root:
+    name: str
+    inner: Inner = Inner()
+    steps: Length = 10
+    every: Length | None = free(None)
+    data: Sources | None = None
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"name": "a", "inner": {"rat": 1.0}}, r"inner\.rat: unknown key; did you mean 'rate'\? allowed here: rate, widths"),
+        ({"nam": "a"}, r"name: this key is missing; nam: unknown key; did you mean 'name'\?"),
+        ({"name": 3}, r"name: input should be a valid string, not 3"),
+        ({"name": "a", "inner": {"rate": "fast"}}, r"inner\.rate: input should be a valid number, not 'fast'"),
+        ({"name": "a", "inner": {"rate": -1}}, r"inner\.rate: .*greater than 0"),
+        ({"name": "a", "inner": {"widths": [1, 2.5]}}, r"inner\.widths\.1"),
+        ({"name": "a", "steps": {"epoch": 1}}, r"steps\.epoch: unknown key; did you mean 'epochs'\?"),
+        ({"name": "a", "steps": {"epochs": 1, "images": 5}}, r"steps: give exactly one of"),
+        ({"name": "a", "steps": True}, r"steps: .*not True"),
+        ({"name": "a", "data": {"source": "foldr", "path": "x"}}, r"data\.source: 'foldr' is not known; did you mean 'folder'\?"),
+        ({"name": "a", "data": {"path": "x"}}, r"data\.source: missing; allowed: .*folder"),
+        ({"name": "a", "data": [{"source": "digits"}, {"source": "folder", "pat": "x"}]}, r"data\.1\.pat: unknown key; did you mean 'path'"),
+        ({"name": "a", "data": {"source": "folder", "path": "x", "scan": {"max_pixel": 3}}}, r"data\.scan\.max_pixel: .*'max_pixels'"),
+    ],
+)
+def test_mistakes_are_named_with_their_path(raw: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        validate(Root, raw)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": NaN}', "NaN is not a finite number"),
+        ('{"a": -Infinity}', "-Infinity is not"),
+        ('{"a": 1e999}', "1e999 is not a finite number"),
+        ('{"a": 1,', "not valid JSON at line 1"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_json_is_strict(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_json(text)
+
+
+def write(folder: Path, raw: dict) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_load_and_override(tmp_path: Path) -> None:
+    path = write(tmp_path, {"$schema": "x.json", "name": "a", "data": {"source": "datasets", "name": "hub/x", "split": "train"}})
+    plain = load(path, Root)
+    assert plain.name == "a" and plain.inner.rate == 0.1
+    changed = load(path, Root, ["inner.rate=1e-4", "name=b=c", "inner.widths=[3]", "every={\"epochs\": 1}"])
+    assert (changed.inner.rate, changed.name, changed.inner.widths) == (1e-4, "b=c", (3,))
+    assert changed.every == Span(epochs=1)
+    folder = load(path, Root, ["data.path=/pictures", "data.source=folder"])  # in any order; old keys go with the old kind
+    assert dump(folder)["data"]["path"] == "/pictures" and dump(folder)["data"]["split"] == "train"
+    for wrong, said in [("inner.rate", "KEY=VALUE"), ("inner.rat=1", "did you mean"), ("inner.rate=NaN", "finite"), ("inner={", "JSON")]:
+        with pytest.raises(UserError, match=said):
+            load(path, Root, [wrong])
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path / "none.json", Root)
+    path = tmp_path / "binary.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="text file"):
+        load(path, Root)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="JSON object"):
+        load(path, Root)
+
+
+def test_lengths() -> None:
+    def steps(length: int | Span) -> int:
+        return to_steps(length, batch_size=32, num_images=1000)
+
+    assert steps(7) == 7 and steps(Span(steps=9)) == 9
+    assert steps(Span(images=64)) == 2 and steps(Span(images=65)) == 3 and steps(Span(images=1)) == 1
+    assert steps(Span(epochs=2)) == 63 and steps(Span(epochs=0.5)) == 16
+
+
+def test_what_may_change_on_resume() -> None:
+    before = dump(validate(Root, {"name": "a", "every": 5}))
+    after = dump(validate(Root, {"name": "a", "every": {"epochs": 1}, "inner": {"rate": 0.2}, "steps": 20}))
+    assert differences(Root, before, after) == (["every"], ["inner.rate", "steps"])
+    assert differences(Root, before, before) == ([], [])
+
+
+def test_dump_and_validate_are_inverse() -> None:
+    root = validate(Root, {"name": "a", "data": [{"source": "digits"}], "steps": {"images": 5}})
+    assert validate(Root, dump(root)) == root
+
+
+def test_schema_names_every_key() -> None:
+    schema = json.loads(json_schema(Root))
+    assert set(schema["properties"]) == {"$schema", "name", "inner", "steps", "every", "data"}
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (None, 0, ""),
+        (UserError("mend it"), 2, "error: mend it\n"),
+        (KeyboardInterrupt(), 1, "interrupted\n"),
+        (RuntimeError("a bug"), 1, "RuntimeError: a bug"),
+    ],
+)
+def test_how_a_script_ends(raised: BaseException | None, status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        if raised is not None:
+            raise raised
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == status
+    assert said in capsys.readouterr().err
