@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a diffusion model on pixels (DDPM, DDIM, v-prediction, rectified flow), or sample from one.
 
-  accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=PICTURES
-  python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
+accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=PICTURES
+python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
 """
 
 from contextlib import nullcontext
@@ -13,7 +13,19 @@ import torch
 from accelerate import PartialState
 
 from src import pictures
-from src.config import Length, Span, UserError, config, dump, free, load, run_script, to_steps, training_arguments
+from src.config import (
+    Length,
+    Span,
+    UserError,
+    config,
+    dump,
+    free,
+    load,
+    run_script,
+    to_steps,
+    training_arguments,
+    wrong,
+)
 from src.data import HeldOut, ImageConfig, Sources, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
@@ -25,8 +37,16 @@ from src.training import checkpoint
 from src.training.checkpoint import CheckpointConfig, export
 from src.training.clock import Cadence, Clock
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, StepGate, StopRequest, explain_out_of_memory, settle_reducer, start, start_trackers
-from src.training.optimizer import OptimizerConfig, adamw, learning_rate, update
+from src.training.launch import (
+    MachineConfig,
+    StepGate,
+    StopRequest,
+    explain_out_of_memory,
+    settle_reducer,
+    start,
+    start_trackers,
+)
+from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, RunDirectory, describe_data, describe_run
 from src.training.seeds import generator, normal, torch_seed, uniforms
 from src.training.state import Meter, Trained
@@ -59,6 +79,13 @@ class Config(MachineConfig):
     export_dir: str = free("models")
     max_nonfinite_steps: int = free(10, ge=1)
 
+    @pydantic.field_validator("process")
+    @classmethod
+    def _trainable(cls, process: ProcessConfig) -> ProcessConfig:
+        if process.variance == "learned":
+            raise wrong("variance: 'learned' cannot be trained here (it is for imported networks); use small or large")
+        return process
+
 
 def main() -> int:
     parser = training_arguments(Config, __doc__ or "", default="configs/landscape64_ddpm.json")
@@ -78,10 +105,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
-    split = split_batch(
-        cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes
-    )
-    run = RunDirectory(run_dir, writes=accelerator.is_main_process and not dry_run)
+    split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
     train_set, held_out = open_data(cfg.data, cfg.held_out)
@@ -90,7 +114,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         raise UserError("class_conditional is true and the data has no classes: use class subfolders or a label_column")
     facts = describe_data(train_set, held_out)
 
-    def resolve(length: int | Span | None) -> int:
+    def resolve(length: int | Span) -> int:
         return to_steps(length, batch_size=cfg.batch_size, num_images=len(train_set))
 
     total_steps = resolve(cfg.steps)
@@ -99,7 +123,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     process = build_process(cfg.process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, cfg.image, num_classes).to(device, dtype, memory_format=torch.channels_last)
+    network = build_unet(cfg.model, cfg.image, num_classes).to(device, dtype)
     bare_optimizer = adamw(network.parameters(), cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema, cfg.batch_size)
@@ -115,6 +139,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     )
 
     # Go on where the run was.
+    run = RunDirectory(run_dir, writes=accelerator.is_main_process and not dry_run)
     step, progress = 0, {}
     resumed = None if dry_run else run.newest_checkpoint()
     if resumed is not None:
@@ -181,7 +206,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             meter.add(loss.detach(), split.micro)
 
         # Update. By now it is known whether the step before was finite: then its weights enter the EMA.
-        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.optimizer.clip or float("inf"))
+        norm = clip_gradients(accelerator, model, cfg.optimizer)
         if (counted := gate.settle()) is not None:
             ema.update(network, counted * split.batch)
         rate = rate_at(step)
@@ -209,7 +234,13 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             preview(sampler, cfg.preview, picture, class_names=train_set.class_names, accelerator=accelerator)
             if held_out is not None:
                 values["held_out_loss"] = held_out_loss(
-                    ema.network, process, held_out, cfg.image, batch_size=split.micro, num_classes=num_classes, accelerator=accelerator
+                    ema.network,
+                    process,
+                    held_out,
+                    cfg.image,
+                    batch_size=split.micro,
+                    num_classes=num_classes,
+                    accelerator=accelerator,
                 )
                 if best is None or values["held_out_loss"] < best["held_out_loss"]:
                     best = {"step": step, "held_out_loss": values["held_out_loss"]}
@@ -240,7 +271,12 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         documents = {"progress": {"step": step}, "config": dump(cfg), "data": facts}
         checkpoint.write_folder(run.final, {"ema": trained.tensors()["ema"]}, documents)
         run.draw_curve("loss", "held_out_loss")
-    run.finish("finished", step, total_steps, f"finished; see {run.samples}, and draw more: python sample.py {run_dir} --frames")
+    run.finish(
+        "finished",
+        step,
+        total_steps,
+        f"finished; see {run.samples}, and draw more: python sample.py {run_dir} --frames",
+    )
     accelerator.end_training()
     return 0
 
@@ -249,7 +285,7 @@ def sample_checkpoints(files: list[str]) -> int:
     """Sample 16 pictures from each file, all from the same noise, with frames and GIF, into results/."""
     if not files:
         raise UserError("--ckpt_sampling needs at least one --ckpt FILE: a run, a checkpoint, or an export")
-    device = PartialState().device
+    device = torch.device(PartialState().device or "cpu")
     out = Path("results")
     for file in files:
         opened = open_trained(file, device)

@@ -47,7 +47,7 @@ def main() -> None:
         origin="arguments",
     )
     state = PartialState(cpu=args.device == "cpu")
-    device = torch.device(args.device) if args.device and state.num_processes == 1 else state.device
+    device = torch.device(args.device) if args.device and state.num_processes == 1 else torch.device(state.device or "cpu")
     opened = open_trained(args.run, device)
     sampler = opened.sampler(spec)
     labels = None

@@ -33,11 +33,11 @@ def free(default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
     return Field(json_schema_extra={"free": True}, **constraints)
 
 
-@typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, free))
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
     """Decorator: a frozen dataclass validated by pydantic; unknown keys, wrong types and infinities are errors."""
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    return pydantic_dataclass(frozen=True, kw_only=True, config=strict)(cls)
+    return pydantic_dataclass(frozen=True, kw_only=True, config=strict)(cls)  # pyright: ignore[reportReturnType]
 
 
 def wrong(message: str) -> PydanticCustomError:
@@ -215,12 +215,12 @@ def _explain(root: Any, raw: Any, error: pydantic.ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
         path: list[str] = []
-        here = raw
+        here: Any = raw
         for element in item["loc"]:  # elements that are not in the JSON are tags of unions: not shown
-            if isinstance(here, dict) and element in here:
-                here = here[element]
-            elif isinstance(here, list) and isinstance(element, int) and element < len(here):
-                here = here[element]
+            if (isinstance(here, dict) and element in here) or (
+                isinstance(here, list) and isinstance(element, int) and element < len(here)
+            ):
+                here = here[element]  # pyright: ignore[reportCallIssue, reportArgumentType]
             elif element != item["loc"][-1] or item["type"] not in ("missing", "missing_argument"):
                 continue
             path.append(str(element))
@@ -242,9 +242,7 @@ def _explain(root: Any, raw: Any, error: pydantic.ValidationError) -> str:
             close = difflib.get_close_matches(str(word), allowed.replace("'", "").split(", "), 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             where = f"{where}.{field}" if field.isidentifier() else where
-            message = (
-                f"{word!r} is not known{hint} Allowed: {allowed}" if word is not None else f"missing; allowed: {allowed}"
-            )
+            message = f"{word!r} is not known{hint} Allowed: {allowed}" if word is not None else f"missing; allowed: {allowed}"
         elif item["type"] == "literal_error":
             expected = item.get("ctx", {}).get("expected", "")
             close = difflib.get_close_matches(str(here), expected.replace("'", "").replace(" or ", ", ").split(", "), 1)

@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 def to_uint8(images: Tensor) -> Pixels:
     """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8; values outside are cut."""
-    scaled = ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255)
+    scaled = ((images.float().cpu().nan_to_num() + 1) * 127.5).round().clamp(0, 255)
     return rearrange(scaled, "b c h w -> b h w c").numpy().astype(np.uint8)
 
 

@@ -122,7 +122,15 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("smoke") / "one"
     models = run.parent / "models"
     done = launch(
-        "ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, "--set", "export_every=30", "--set", f"export_dir={models}"
+        "ddpm_accelerate.py",
+        "-cfg",
+        SMOKE,
+        "--run-dir",
+        run,
+        "--set",
+        "export_every=30",
+        "--set",
+        f"export_dir={models}",
     )
     assert done.status == 0, done.all
     assert "= 1 x cpu x 2 x 8" in done.out, "one process, two micro-batches"

@@ -42,7 +42,10 @@ class Root:
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"name": "a", "inner": {"rat": 1.0}}, r"inner\.rat: unknown key; did you mean 'rate'\? allowed here: rate, widths"),
+        (
+            {"name": "a", "inner": {"rat": 1.0}},
+            r"inner\.rat: unknown key; did you mean 'rate'\? allowed here: rate, widths",
+        ),
         ({"nam": "a"}, r"name: this key is missing; nam: unknown key; did you mean 'name'\?"),
         ({"name": 3}, r"name: input should be a valid string, not 3"),
         ({"name": "a", "inner": {"rate": "fast"}}, r"inner\.rate: input should be a valid number, not 'fast'"),
@@ -51,10 +54,19 @@ class Root:
         ({"name": "a", "steps": {"epoch": 1}}, r"steps\.epoch: unknown key; did you mean 'epochs'\?"),
         ({"name": "a", "steps": {"epochs": 1, "images": 5}}, r"steps: give exactly one of"),
         ({"name": "a", "steps": True}, r"steps: .*not True"),
-        ({"name": "a", "data": {"source": "foldr", "path": "x"}}, r"data\.source: 'foldr' is not known; did you mean 'folder'\?"),
+        (
+            {"name": "a", "data": {"source": "foldr", "path": "x"}},
+            r"data\.source: 'foldr' is not known; did you mean 'folder'\?",
+        ),
         ({"name": "a", "data": {"path": "x"}}, r"data\.source: missing; allowed: .*folder"),
-        ({"name": "a", "data": [{"source": "digits"}, {"source": "folder", "pat": "x"}]}, r"data\.1\.pat: unknown key; did you mean 'path'"),
-        ({"name": "a", "data": {"source": "folder", "path": "x", "scan": {"max_pixel": 3}}}, r"data\.scan\.max_pixel: .*'max_pixels'"),
+        (
+            {"name": "a", "data": [{"source": "digits"}, {"source": "folder", "pat": "x"}]},
+            r"data\.1\.pat: unknown key; did you mean 'path'",
+        ),
+        (
+            {"name": "a", "data": {"source": "folder", "path": "x", "scan": {"max_pixel": 3}}},
+            r"data\.scan\.max_pixel: .*'max_pixels'",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_path(raw: dict, said: str) -> None:
@@ -86,15 +98,22 @@ def write(folder: Path, raw: dict) -> Path:
 
 
 def test_load_and_override(tmp_path: Path) -> None:
-    path = write(tmp_path, {"$schema": "x.json", "name": "a", "data": {"source": "datasets", "name": "hub/x", "split": "train"}})
+    path = write(
+        tmp_path, {"$schema": "x.json", "name": "a", "data": {"source": "datasets", "name": "hub/x", "split": "train"}}
+    )
     plain = load(path, Root)
     assert plain.name == "a" and plain.inner.rate == 0.1
-    changed = load(path, Root, ["inner.rate=1e-4", "name=b=c", "inner.widths=[3]", "every={\"epochs\": 1}"])
+    changed = load(path, Root, ["inner.rate=1e-4", "name=b=c", "inner.widths=[3]", 'every={"epochs": 1}'])
     assert (changed.inner.rate, changed.name, changed.inner.widths) == (1e-4, "b=c", (3,))
     assert changed.every == Span(epochs=1)
     folder = load(path, Root, ["data.path=/pictures", "data.source=folder"])  # in any order; old keys go with the old kind
     assert dump(folder)["data"]["path"] == "/pictures" and dump(folder)["data"]["split"] == "train"
-    for wrong, said in [("inner.rate", "KEY=VALUE"), ("inner.rat=1", "did you mean"), ("inner.rate=NaN", "finite"), ("inner={", "JSON")]:
+    for wrong, said in [
+        ("inner.rate", "KEY=VALUE"),
+        ("inner.rat=1", "did you mean"),
+        ("inner.rate=NaN", "finite"),
+        ("inner={", "JSON"),
+    ]:
         with pytest.raises(UserError, match=said):
             load(path, Root, [wrong])
 

@@ -282,13 +282,13 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
 
     where = f"data set {spec.name!r}"
     try:
-        if Path(spec.name).expanduser().is_dir() and (Path(spec.name).expanduser() / "state.json").exists() or (
+        if (Path(spec.name).expanduser().is_dir() and (Path(spec.name).expanduser() / "state.json").exists()) or (
             Path(spec.name).expanduser() / "dataset_dict.json"
         ).exists():
             rows = datasets.load_from_disk(str(Path(spec.name).expanduser()))
             if isinstance(rows, datasets.DatasetDict):
                 if spec.split not in rows:
-                    raise UserError(f"{where} has no split {spec.split!r}; it has: {', '.join(rows)}")
+                    raise UserError(f"{where} has no split {spec.split!r}; it has: {', '.join(map(str, rows))}")
                 rows = rows[spec.split]
         else:
             rows = datasets.load_dataset(spec.name, spec.configuration, data_dir=spec.data_dir, split=spec.split)
@@ -389,9 +389,7 @@ def draw_shape(kind: str, size: int, rng: np.random.Generator) -> Pixels:
 
 def _open_shapes(spec: ShapesSource) -> ArrayPictures:
     split = 0 if spec.split == "train" else 1
-    pixels = [
-        draw_shape(SHAPES[i % len(SHAPES)], spec.size, np.random.default_rng([split, i])) for i in range(spec.count)
-    ]
+    pixels = [draw_shape(SHAPES[i % len(SHAPES)], spec.size, np.random.default_rng([split, i])) for i in range(spec.count)]
     return ArrayPictures(
         names=[f"shapes/{spec.split}/{i:06d}" for i in range(spec.count)],
         labels=np.arange(spec.count, dtype=np.int64) % len(SHAPES),
@@ -467,8 +465,8 @@ class PictureSet:
 
     @property
     def ready(self) -> bool:
-        """Whether a batch is one indexed copy, so that loader workers would only cost."""
-        return self._ready is not None
+        """Whether nothing is decoded for a batch, so that loader workers would only cost."""
+        return all(isinstance(part, ArrayPictures | PackedPictures) for part in self.parts)
 
     def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """(B, size, size, channels) uint8 of the pictures `indices` (B,), cut and flipped by `u` (B, 3)."""
@@ -522,7 +520,9 @@ def open_sources(sources: Source | Sequence[Source]) -> PictureSet:
     return found
 
 
-def open_data(data: Source | Sequence[Source], held_out: float | Source | Sequence[Source]) -> tuple[PictureSet, PictureSet | None]:
+def open_data(
+    data: Source | Sequence[Source], held_out: float | Source | Sequence[Source]
+) -> tuple[PictureSet, PictureSet | None]:
     """The training pictures, and those held out: a fraction by hash of the relative path, or sources of their own."""
     everything = open_sources(data)
     if not isinstance(held_out, float | int):
@@ -543,5 +543,3 @@ def _relabel(pictures: PictureSet, class_names: tuple[str, ...]) -> PictureSet:
     number = np.array([*(class_names.index(name) for name in pictures.class_names), -1], dtype=np.int64)
     pictures.labels, pictures.class_names = number[pictures.labels], class_names
     return pictures
-
-

@@ -80,9 +80,11 @@ def square(picture: Image.Image | Pixels, spec: ImageConfig, u: NDArray[np.float
         box = (left, top, left + side, top + side)  # cut before resizing, so a long thin picture costs nothing
         pixels = _array(picture.resize((spec.size, spec.size), Image.Resampling.BICUBIC, box=box))
     if pixels.shape[2] != spec.channels:
-        pixels = _array(Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels).convert(
-            "RGB" if spec.channels == 3 else "L"
-        ))
+        pixels = _array(
+            Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels).convert(
+                "RGB" if spec.channels == 3 else "L"
+            )
+        )
     return pixels[:, ::-1] if spec.flip and u[2] < 0.5 else pixels
 
 
@@ -98,7 +100,9 @@ def position_uniforms(seed: int, positions: NDArray[np.int64]) -> NDArray[np.flo
 
     SplitMix64 (Steele et al. 2014) of a counter: no generator is made per picture.
     """
-    counter = np.array([[seed]], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)[:, None] * np.uint64(4)
+    counter = np.array([[seed]], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)[
+        :, None
+    ] * np.uint64(4)
     z = (counter + np.arange(3, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,5 +1,6 @@
 """What stands between a network and a solver: guidance, then clipping. Each takes denoisers and gives a denoiser."""
 
+import torch
 from torch import Tensor
 
 from .process import Denoiser, Prediction, like
@@ -33,7 +34,7 @@ def clip(denoiser: Denoiser, schedule: Schedule, low: float | Tensor, high: floa
         alpha, sigma = schedule.level(t)
         if not bool((sigma > 0).all()):  # at the clean level x_t is x0 and says nothing of eps
             return prediction
-        x0 = prediction.x0.clamp(low, high)
+        x0 = torch.clamp(prediction.x0, low, high)  # pyright: ignore[reportCallIssue, reportArgumentType]
         eps = (x_t - like(alpha, x_t) * x0) / like(sigma, x_t)
         return Prediction(x0, eps, prediction.variance_fraction)
 

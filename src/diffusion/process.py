@@ -167,8 +167,7 @@ class ProcessConfig:
             )
         if largest > 1000 and not self.clip:
             raise wrong(
-                f"reading {self.target!r} on this schedule amplifies errors {largest:.0f} times; "
-                "set clip to true, or use v"
+                f"reading {self.target!r} on this schedule amplifies errors {largest:.0f} times; set clip to true, or use v"
             )
         return self
 

@@ -68,37 +68,27 @@ def _blend_path(
     return x
 
 
-def euler(
-    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
-) -> Tensor:
+def euler(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """x_s = alpha_s x0 + sigma_s eps: DDIM with eta 0 (Eq. 12, arXiv:2010.02502) and the IADB iteration. Order 1."""
     return _blend_path(denoiser, x, times, schedule, callback, None)
 
 
-def midpoint(
-    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
-) -> Tensor:
+def midpoint(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """The explicit midpoint rule in u, two network calls a step. Order 2."""
     return _blend_path(denoiser, x, times, schedule, callback, _midpoint_step)
 
 
-def heun(
-    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
-) -> Tensor:
+def heun(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """Heun's rule in u, two network calls a step. Order 2."""
     return _blend_path(denoiser, x, times, schedule, callback, _heun_step)
 
 
-def rk4(
-    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
-) -> Tensor:
+def rk4(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """The classical Runge-Kutta rule in u, four network calls a step. Order 4."""
     return _blend_path(denoiser, x, times, schedule, callback, _rk4_step)
 
 
-def dpmpp_2m(
-    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
-) -> Tensor:
+def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """DPM-Solver++(2M) in lambda = log(alpha / sigma) (Alg. 2, Lu et al. 2022, arXiv:2211.01095). One call a step.
 
     First order into sigma = 0 and out of alpha = 0, where lambda is infinite.

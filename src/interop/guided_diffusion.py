@@ -149,16 +149,15 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def load(path: str | Path, flags: dict[str, Any] | str | Path) -> tuple[UNet, Process]:
     """A guided-diffusion U-Net checkpoint as (network, process); `flags` are guided-diffusion's own, or a JSON file of them."""
     if not isinstance(flags, dict):
-        flags = read_json(flags)
-        flags = flags.get("flags", flags)
+        found: dict[str, Any] = read_json(flags)
+        flags = found.get("flags", found)
+    assert isinstance(flags, dict)
     state = read_state(path)
     config = unet_config(flags)
     classes = len(state["label_emb.weight"]) if "label_emb.weight" in state else None
     stem, head = state.get("input_blocks.0.0.weight"), state.get("out.2.weight")
     if stem is None or head is None:
         raise UserError(f"{path}: not a guided-diffusion U-Net: it lacks input_blocks.0.0.weight or out.2.weight")
-    network = UNet(
-        config, in_channels=stem.shape[1], out_channels=head.shape[0], num_classes=classes, null_class=False
-    )
+    network = UNet(config, in_channels=stem.shape[1], out_channels=head.shape[0], num_classes=classes, null_class=False)
     network.load_state_dict(rename(network, state, module_names(config)))
     return network.eval(), process_from_flags(flags)

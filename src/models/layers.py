@@ -109,9 +109,7 @@ class Attention(nn.Module):
     laid out (3, heads, d) or (heads, 3, d).
     """
 
-    def __init__(
-        self, channels: int, *, kind: str, heads: int, split_qkv_first: bool, groups: int, eps: float = 1e-5
-    ) -> None:
+    def __init__(self, channels: int, *, kind: str, heads: int, split_qkv_first: bool, groups: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.kind = kind
         self.heads = heads

@@ -1,6 +1,7 @@
 """The U-Net: one network whose options span guided-diffusion's, diffusers' UNet2DModel and the light one for latents."""
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, cast
 
 import pydantic
 import torch
@@ -59,9 +60,12 @@ class UNetConfig:
             )
         if self.num_heads is not None and self.head_channels is not None:
             raise wrong("give num_heads or head_channels, not both")
+        attended = [width for width, kind in zip(self.widths, self.attention, strict=True) if kind != "none"]
+        attended += [self.widths[-1]] if self.mid_attention != "none" else []
         for channels in self.widths:
             if channels % self.norm_groups:
                 raise wrong(f"norm_groups {self.norm_groups} does not divide a width of {channels} channels")
+        for channels in attended:
             if channels % (self.num_heads or self.head_channels or 1):
                 key = "num_heads" if self.num_heads else "head_channels"
                 raise wrong(f"{key} {self.num_heads or self.head_channels} does not divide {channels} channels")
@@ -99,8 +103,8 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: list[Block], resample: nn.Module | None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.resample = resample
+        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
+        self.resample: nn.Module | None = resample
 
 
 class UNet(nn.Module):
@@ -220,7 +224,7 @@ class UNet(nn.Module):
 
         h = self.stem(x)  # (B, base, H, W)
         skips = [h]
-        for stage in self.down:
+        for stage in cast(Iterable[Stage], self.down):
             for block in stage.blocks:
                 h = run(block, h)
                 skips.append(h)
@@ -229,7 +233,7 @@ class UNet(nn.Module):
                 skips.append(h)
         for block in self.mid:
             h = run(block, h)  # (B, base mult[-1], H / factor, W / factor)
-        for stage in self.up:
+        for stage in cast(Iterable[Stage], self.up):
             for block in stage.blocks:
                 h = run(block, torch.cat([h, skips.pop()], dim=1))
             if stage.resample is not None:

@@ -111,7 +111,12 @@ def write_samples(
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[rank::world]
     gif_wanted = frames and rank == 0 and not (out / "denoising.gif").exists()
-    with tqdm(total=sum(map(len, mine)) * (world if rank == 0 else 1), desc="sampling", unit="img", disable=None if rank == 0 else True) as bar:
+    with tqdm(
+        total=sum(map(len, mine)) * (world if rank == 0 else 1),
+        desc="sampling",
+        unit="img",
+        disable=None if rank == 0 else True,
+    ) as bar:
         for batch in mine:
             watched = None
             if gif_wanted and batch.start == 0:
@@ -132,7 +137,9 @@ def write_samples(
         _wait_for(paths)
         shown = min(count, 256)
         blocks = len(set(labels)) if labels is not None and list(labels) == sorted(labels, key=labels.index) else 1
-        array = np.stack([np.asarray(Image.open(path)).reshape(opened.image.size, opened.image.size, -1) for path in paths[:shown]])
+        array = np.stack(
+            [np.asarray(Image.open(path)).reshape(opened.image.size, opened.image.size, -1) for path in paths[:shown]]
+        )
         names = [opened.class_names[label] for label in labels[:shown]] if labels is not None else None
         pictures.save(pictures.grid(array, columns=columns_for(shown, blocks), labels=names), out / "grid.png")
     return paths

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import UserError, config
 from ..diffusion import DETERMINISTIC, Denoiser, Process, ancestral, classifier_free, clip, ddim, times
@@ -72,6 +72,7 @@ class Sampler:
             raise UserError("guidance needs a network that was trained with label_dropout above 0")
         self.network, self.process, self.spec = network, process, spec
         self.shape, self.num_classes, self.clip_x0 = tuple(shape), num_classes, clip_x0
+        self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
         steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
         self.times = times(process.schedule, steps, spec.spacing)
 
@@ -114,7 +115,7 @@ class Sampler:
         if self.num_classes is not None:
             chosen = list(labels) if labels is not None else [self.num_classes] * len(indices)
             classes = torch.tensor([*chosen, *[chosen[-1]] * (len(padded) - len(indices))], device=device)
-        x = starting_noise(seed, padded, self.shape).to(device)
+        x = starting_noise(seed, padded, self.shape).to(device, self.dtype)
 
         def noise(step: int, like: Tensor) -> Tensor:
             return noise_of(seed, padded, self.shape, step + 1).to(like)
@@ -134,7 +135,14 @@ class Sampler:
 
 def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[int]:
     """A class for each picture, a function of (seed, picture)."""
-    return [int(np.random.Generator(np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=[0, 0, 1 << 32, 0])).integers(num_classes)) for i in indices]
+    return [
+        int(
+            np.random.Generator(
+                np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=[0, 0, 1 << 32, 0])
+            ).integers(num_classes)
+        )
+        for i in indices
+    ]
 
 
 def describe(sampler: Sampler, seed: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class EMA:
     def __init__(self, network: nn.Module, spec: EMAConfig, batch_size: int) -> None:
         self.spec, self.batch_size = spec, batch_size
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._own = list(self.network.parameters())
+        self._own: list[torch.Tensor] = list(self.network.parameters())
 
     def decay(self, images_seen: int) -> float:
         """How much of the old average is kept by the update after `images_seen` images."""
@@ -38,6 +38,8 @@ class EMA:
     @torch.no_grad()
     def update(self, network: nn.Module, images_seen: int) -> None:
         """Move towards the weights of `network`, which have seen `images_seen` images."""
-        torch._foreach_lerp_(self._own, list(network.parameters()), 1 - self.decay(images_seen))
-        for own, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
-            own.copy_(theirs)
+        theirs: list[torch.Tensor] = list(network.parameters())
+        weight = 1 - self.decay(images_seen)
+        torch._foreach_lerp_(self._own, theirs, weight)  # pyright: ignore[reportPrivateImportUsage]
+        for own, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
+            own.copy_(buffer)

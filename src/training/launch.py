@@ -17,9 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ..config import UserError, config, dump, free
 
-TWO_ON_A_CPU = (
-    "ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc-per-node 2 SCRIPT ..."
-)
+TWO_ON_A_CPU = "ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc-per-node 2 SCRIPT ..."
 
 
 @config
@@ -61,7 +59,7 @@ def precision_for(wanted: str) -> str:
     return wanted
 
 
-def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path | None = None) -> Accelerator:
+def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path(".")) -> Accelerator:
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError."""
     _check_environment()
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -81,7 +79,7 @@ def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Pat
         gradient_accumulation_steps=1,
         mixed_precision=precision,
         log_with=list(trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(folder) if folder else None, logging_dir=str(folder / "tensorboard") if folder else None),
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=machine.timeout_minutes))],
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,12 +1,13 @@
 """AdamW, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from ..config import Length, Span, config
 
@@ -59,16 +60,21 @@ class OptimizerConfig:
     eps: float = pydantic.Field(1e-8, gt=0)
     weight_decay: float = pydantic.Field(0.0, ge=0)
     clip: float | None = pydantic.Field(1.0, gt=0)
-    schedule: Annotated[
-        Constant | Annealed | OneCycle | MultiStep, pydantic.Field(discriminator="kind")
-    ] = pydantic.Field(default_factory=lambda: Constant(kind="constant"))
+    schedule: Annotated[Constant | Annealed | OneCycle | MultiStep, pydantic.Field(discriminator="kind")] = pydantic.Field(
+        default_factory=lambda: Constant(kind="constant")
+    )
 
 
 def adamw(parameters: Iterable[Tensor], spec: OptimizerConfig) -> torch.optim.AdamW:
     """torch's fused AdamW: one kernel for all parameters, and a step that can be left out without waiting for the device."""
-    return torch.optim.AdamW(
-        parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, spec: OptimizerConfig) -> Tensor:
+    """Bound the norm of all gradients together to `clip`, where it is set; gives the norm before, () on the device."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
+    assert isinstance(norm, Tensor)
+    return norm
 
 
 def update(optimizer: Any, rate: float, norm: Tensor) -> None:
@@ -95,7 +101,7 @@ def _one_cycle(spec: OneCycle, lr: float, step: int, total: int) -> float:
     begin = 0.0
     for i, (finish, first, last) in enumerate(phases):
         if step <= finish or i == len(phases) - 1:
-            part = (step - begin) / (finish - begin)
+            part = (step - begin) / (finish - begin) if finish > begin else 1.0
             if spec.anneal_strategy == "linear":
                 return first + (last - first) * part
             return last + (first - last) / 2 * (1 + math.cos(math.pi * part))
@@ -124,7 +130,7 @@ def learning_rate(spec: OptimizerConfig, total: int, resolve: Callable[[int | Sp
     return rate
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
     """An optimiser's moments on the CPU, keyed `PARAMETER/MOMENT`."""
     return {
         f"{names[parameter]}/{moment}": value.detach().cpu()
@@ -133,11 +139,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) 
     }
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], state: dict[str, Tensor]
-) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], state: Mapping[str, Tensor]) -> None:
     """Put moments saved by `optimizer_state` back, on each parameter's device (the step counter as the optimiser keeps it)."""
     for parameter, name in names.items():
         own = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
         if own:
-            optimizer.state[parameter] = {moment: value.to(parameter.device) for moment, value in own.items()}
+            optimizer.state[parameter] = {
+                moment: torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # in the parameter's memory format,
+                if value.shape == parameter.shape  # which fused kernels take for granted
+                else value.to(parameter.device)
+                for moment, value in own.items()
+            }

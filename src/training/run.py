@@ -228,6 +228,6 @@ def describe_run(
     return (
         f"{name}: {facts['images']} pictures in {len(facts['class_names']) or 'no'} classes ({facts['held_out_images']} held "
         f"out; left out: {skipped}), {parameters / 1e6:.2f} M parameters\n"
-        f"{at} of {steps} = {steps * split.batch / facts['images']:.1f} epochs; a step is {split.batch} images = {split.world} x "
-        f"{device.type} x {split.accumulation} x {split.micro}. Interrupt at will: the same command goes on"
+        f"{at} of {steps} = {steps * split.batch / facts['images']:.1f} epochs; a step is {split.batch} images = "
+        f"{split.world} x {device.type} x {split.accumulation} x {split.micro}. Interrupt at will: the same command goes on"
     )

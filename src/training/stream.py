@@ -1,5 +1,6 @@
 """The endless stream of pictures: position p of the stream is a function of (seed, p), so resuming is starting there."""
 
+import os
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -138,11 +139,11 @@ def stream(
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches from `start_step` on, for ever; `split.accumulation` of them make a step.
 
-    `workers` processes decode ahead, unless the pictures lie ready in memory, where a batch is one copy.
+    `workers` processes decode ahead, at most one for each core; none where the pictures are decoded already.
     """
     pictures.prepare(spec)
     data = _Positions(pictures, spec, Order(pictures.labels, seed, balanced=balanced))
-    workers = 0 if pictures.ready else workers
+    workers = 0 if pictures.ready else min(workers, os.cpu_count() or 1)
     return iter(
         DataLoader(
             data,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from src.config import UserError
 from src.diffusion import BlendSchedule, TableSchedule, build_schedule, times
-from src.diffusion.schedules import BetaSchedule, BlendScheduleConfig, CosineSchedule, beta_schedule, cosine_betas
+from src.diffusion.schedules import BetaSchedule, BlendScheduleConfig, beta_schedule, cosine_betas
 
 
 def linear(steps: int = 1000) -> TableSchedule:
@@ -63,7 +63,7 @@ def test_level_and_time_are_inverse_between_entries_too(schedule: TableSchedule 
 
 def test_a_level_is_the_tables_at_its_entries() -> None:
     schedule = linear(20)
-    alpha, sigma = schedule.level(torch.arange(20))
+    alpha = schedule.level(torch.arange(20)).alpha
     torch.testing.assert_close(alpha**2, schedule.alphas_bar)
     assert schedule.level(torch.tensor(schedule.clean)) == (1, 0)
     assert alpha.dtype == torch.float64 and alpha.device.type == "cpu"
@@ -118,7 +118,12 @@ def test_spacings() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "spacing", "said"),
-    [(0, "even", "at least 1"), (101, "even", "more than"), (30, "strided", "nearest are"), ([60, 10], "even", "at most 50")],
+    [
+        (0, "even", "at least 1"),
+        (101, "even", "more than"),
+        (30, "strided", "nearest are"),
+        ([60, 10], "even", "at most 50"),
+    ],
 )
 def test_steps_that_do_not_exist(steps: int | list[int], spacing: str, said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_orders_of_convergence(name: str, order: int, schedule: TableSchedule | 
 
     exact = solve(DETERMINISTIC["rk4"], 4096)
     errors = [float((solve(DETERMINISTIC[name], steps) - exact).abs().max()) for steps in (64, 128, 256, 512)]
-    slopes = [math.log2(before / after) for before, after in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log2(before / after) for before, after in pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.15), (errors, slopes)
 
 
@@ -286,7 +287,13 @@ def test_ancestral_adds_the_mean_shift() -> None:
     x = torch.randn(1, 8)
     plain = ancestral(random_denoiser(schedule), x, grid, schedule, noise=lambda s, z: torch.zeros_like(z), variance="small")
     moved = ancestral(
-        random_denoiser(schedule), x, grid, schedule, noise=lambda s, z: torch.zeros_like(z), variance="small", mean_shift=shift
+        random_denoiser(schedule),
+        x,
+        grid,
+        schedule,
+        noise=lambda s, z: torch.zeros_like(z),
+        variance="small",
+        mean_shift=shift,
     )
     torch.testing.assert_close(moved, plain + 1)
     assert shifts[0] == pytest.approx(float(transitions(schedule, grid).beta_tilde[0]), rel=1e-5)

@@ -88,7 +88,9 @@ def foreign_state(updown: bool) -> tuple[dict[str, Tensor], UNet]:
     state = {}
     for key, value in network.state_dict().items():
         module, _, kind = key.rpartition(".")
-        state[f"{names[module]}.{kind}"] = value[..., None] if names[module].endswith(("qkv", "proj_out")) and kind == "weight" else value
+        state[f"{names[module]}.{kind}"] = (
+            value[..., None] if names[module].endswith(("qkv", "proj_out")) and kind == "weight" else value
+        )
     return state, network  # pyright: ignore[reportReturnType]
 
 

@@ -23,9 +23,20 @@ def unet(num_classes: int | None = None, scale: float = 0.1, **options: object) 
     "options",
     [
         {},
-        {"attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6},
-        {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 5, "attention_head_dim": 4, "add_attention": False},
-        {"num_class_embeds": 3, "layers_per_block": 1, "norm_num_groups": 4},
+        {
+            "attention_head_dim": None,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "downsample_padding": 0,
+            "norm_eps": 1e-6,
+        },
+        {
+            "resnet_time_scale_shift": "scale_shift",
+            "num_class_embeds": 5,
+            "attention_head_dim": 4,
+            "add_attention": False,
+        },
+        {"num_class_embeds": 5, "layers_per_block": 1, "norm_num_groups": 4},
     ],
     ids=["plain", "ddpm", "scale_shift_classes", "classes"],
 )
@@ -63,7 +74,13 @@ def test_a_diffusers_unet_that_we_have_no_option_for_is_refused() -> None:
     "options",
     [
         {"downsample": down, "upsample": up}
-        for down, up in [("conv", "conv"), ("conv_right", "nearest"), ("average", "nearest"), ("max", "conv"), ("residual", "residual")]
+        for down, up in [
+            ("conv", "conv"),
+            ("conv_right", "nearest"),
+            ("average", "nearest"),
+            ("max", "conv"),
+            ("residual", "residual"),
+        ]
     ]
     + [
         {"attention": ["linear", "full"], "num_heads": 2},
@@ -136,9 +153,7 @@ def test_dropout_acts_while_training_alone() -> None:
 @pytest.mark.parametrize("split_qkv_first", [True, False])
 def test_attention_by_its_formula(split_qkv_first: bool) -> None:
     heads, channels = 2, 8
-    layer = randomise(
-        Attention(channels, kind="full", heads=heads, split_qkv_first=split_qkv_first, groups=4), scale=0.5
-    )
+    layer = randomise(Attention(channels, kind="full", heads=heads, split_qkv_first=split_qkv_first, groups=4), scale=0.5)
     x = torch.randn(1, channels, 3, 3)
     tokens = layer.norm(x).flatten(2).transpose(1, 2)[0]  # (9, 8)
     projected = layer.qkv(tokens)

@@ -1,0 +1,36 @@
+# `make env` brings .venv; `make demo` trains and samples on a laptop; `make test` and `make lint` are what CI runs.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+RUN := .venv/bin/python
+
+.PHONY: env dev demo test lint soak
+
+env: .venv/core
+dev: .venv/dev
+
+.venv/core: pyproject.toml
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	@touch $@
+
+.venv/dev: .venv/core
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: .venv/core
+	$(RUN) ddpm_accelerate.py -cfg configs/digits_ddpm.json
+	$(RUN) sample.py runs/digits_ddpm --classes 0/1/2/3/4/5/6/7/8/9 --num-samples 100 --batch-size 100 \
+		--steps 25 --guidance 1.5 --frames --out samples/digits
+	@echo "look at samples/digits/grid.png, samples/digits/denoising.gif and runs/digits_ddpm/loss.png"
+
+test: .venv/dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -q
+
+soak: .venv/dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak -n 2 -q --timeout 3600
+
+lint: .venv/dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright

@@ -1,0 +1,109 @@
+#!/usr/bin/env python
+"""Check a folder of pictures, unpack an archive, or pack pictures into one mapped file.
+
+python prepare_data.py check datasets/landscape --min-file-bytes 5000
+python prepare_data.py unpack landscape.zip --out datasets/landscape
+python prepare_data.py pack datasets/landscape --size 64 --out datasets/landscape64
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from src import pictures
+from src.config import UserError, config, read_json, run_script, validate
+from src.data import ImageConfig, PictureSet, open_sources
+from src.data.archives import unpack
+from src.data.packing import pack
+from src.data.sources import FolderSource, Sources
+
+
+@config
+class DataOnly:
+    """The part of a training config that this script reads."""
+
+    data: Sources
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|unpack|pack")
+    check = commands.add_parser("check", help="what is in a folder, and what a run would leave out")
+    packing = commands.add_parser("pack", help="write one mapped file that trains faster")
+    for command in (check, packing):
+        command.add_argument("data", help="a folder of pictures, or a config .json whose `data` is meant")
+        command.add_argument("--split", help="the subfolder to use where there are train/, test/ ...")
+        command.add_argument("--min-file-bytes", type=int, default=0, help="leave out smaller files")
+        command.add_argument("--max-broken-fraction", type=float, default=1.0, help="stop above this share of broken files")
+    check.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
+    check.add_argument("--json", action="store_true", help="print the findings as JSON")
+    packing.add_argument("--out", required=True, help="the new folder")
+    packing.add_argument("--size", type=int, required=True, help="pixels of the shorter side")
+    packing.add_argument("--channels", type=int, choices=(1, 3), default=3)
+    packing.add_argument("--held-out", type=float, default=0.0, help="mark this fraction, by hash of the path, as held out")
+    unpacking = commands.add_parser("unpack", help="unpack a zip or tar archive, safely")
+    unpacking.add_argument("archive")
+    unpacking.add_argument("--out", help="the new folder (default: the archive's name without its ending)")
+    return parser.parse_args()
+
+
+def open_pictures(args: argparse.Namespace) -> PictureSet:
+    if args.data.endswith(".json"):
+        raw = read_json(args.data)
+        if not isinstance(raw, dict) or "data" not in raw:
+            raise UserError(f"{args.data}: has no `data`")
+        return open_sources(validate(DataOnly, {"data": raw["data"]}, origin=args.data).data)
+    scan = {"min_file_bytes": args.min_file_bytes, "max_broken_fraction": args.max_broken_fraction}
+    spec = {"source": "folder", "path": args.data, "split": args.split, "scan": scan}
+    return open_sources(validate(FolderSource, spec, origin="arguments"))
+
+
+def check(args: argparse.Namespace) -> None:
+    found = open_pictures(args)
+    skipped = [(name, reason) for part in found.parts for name, reason in part.report.skipped]
+    if args.json:
+        findings = {
+            "pictures": len(found),
+            "classes": found.counts,
+            "skipped": skipped,
+            "fingerprint": found.fingerprint,
+        }
+        print(json.dumps(findings, indent=1))
+    else:
+        print(f"{len(found)} pictures can be trained on, {len(skipped)} files are left out")
+        for reason, count in {reason: n for part in found.parts for reason, n in part.report.reasons.items()}.items():
+            first = next(name for name, why in skipped if why == reason)
+            print(f"  {count:>8}  {reason}, for one {first!r}")
+        print(f"{len(found.class_names) or 'no'} classes")
+        for name, count in found.counts.items() if found.class_names else ():
+            print(f"  {count:>8}  {name}")
+    if args.sheet:
+        count = min(64, len(found))
+        chosen = np.random.default_rng(0).choice(len(found), count, replace=False)
+        seen = found.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
+        names = [found.class_names[label] if label >= 0 else "" for label in found.labels[chosen]]
+        sheet = pictures.grid(seen, columns=8, labels=names if found.class_names else None)
+        pictures.save(sheet, Path(args.sheet))
+        print(f"  {args.sheet}")
+
+
+def main() -> None:
+    args = arguments()
+    if args.command == "check":
+        check(args)
+    elif args.command == "pack":
+        if args.size < 2:
+            raise UserError("--size must be at least 2")
+        count = pack(open_pictures(args), Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
+        print(f"packed {count} pictures; train on them: --set data.source=packed --set data.path={args.out}")
+    else:
+        archive = Path(args.archive)
+        out = Path(args.out) if args.out else archive.with_name(archive.name.split(".")[0])
+        count = unpack(archive, out)
+        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,208 @@
+"""Seeded noise, the sampler, opening what was trained, files written once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.config import UserError, validate
+from src.diffusion import ProcessConfig, build_process
+from src.models import UNet, UNetConfig
+from src.sampling import Sampler, SamplerConfig, noise_of, open_trained, starting_noise
+from src.sampling.files import Frames, columns_for, write_samples
+from src.sampling.sampler import describe, random_labels
+from tests.conftest import launch, one_line, randomise
+
+CPU = torch.device("cpu")
+SHAPE = (1, 8, 8)
+
+
+def sampler(solver: str = "ddim", *, num_classes: int | None = 3, steps: int = 4, **options: object) -> Sampler:
+    config = {"base_channels": 8, "channel_mult": [1, 2], "attention": ["none", "none"], "blocks": 1, "norm_groups": 4}
+    network = randomise(UNet(validate(UNetConfig, config), in_channels=1, num_classes=num_classes)).eval()
+    process = build_process(validate(ProcessConfig, {"schedule": {"kind": "cosine", "steps": 50}, "target": "v"}))
+    spec = validate(SamplerConfig, {"solver": solver, "steps": steps, **options})
+    return Sampler(network, process, spec, shape=SHAPE, num_classes=num_classes, clip_x0=True)
+
+
+def test_noise_is_a_function_of_seed_and_picture_alone() -> None:
+    many = starting_noise(7, range(100), SHAPE)
+    assert torch.equal(starting_noise(7, [42, 3], SHAPE), many[[42, 3]])
+    assert not torch.equal(starting_noise(8, [42], SHAPE), many[[42]])
+    assert not torch.equal(noise_of(7, [42], SHAPE, 1), many[[42]])
+    assert not torch.equal(starting_noise(7 + 2**32, [42], SHAPE), many[[42]]), "all 64 bits of the seed count"
+    assert abs(many.mean()) < 0.05 and abs(many.std() - 1) < 0.03
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4", "dpmpp_2m", "ddim", "ancestral"])
+def test_every_solver_draws_the_same_picture_whoever_else_is_drawn(solver: str) -> None:
+    options = {"eta": 0.5} if solver == "ddim" else {}
+    draw = sampler(solver, **options).draw
+    many = draw(0, range(5), [0, 1, 2, 0, 1], device=CPU, batch_size=5)
+    one = draw(0, [3], [0], device=CPU, batch_size=5)
+    torch.testing.assert_close(one[0], many[3], rtol=1e-4, atol=1e-4)
+    assert torch.equal(draw(0, range(5), [0, 1, 2, 0, 1], device=CPU, batch_size=5), many)
+    assert many.shape == (5, *SHAPE) and many.abs().max() < 3
+
+
+def test_calls_are_counted() -> None:
+    for solver in ("euler", "midpoint", "heun", "rk4", "ddim"):
+        for guidance in (1.0, 2.0):
+            drawn = sampler(solver, guidance=guidance)
+            real, calls = drawn.network, []
+            drawn.network = lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1]
+            drawn.draw(0, [0], [1], device=CPU)
+            assert len(calls) == drawn.calls, (solver, guidance)
+    assert describe(sampler(), 3)["seed"] == 3
+
+
+def test_guidance_pulls_towards_the_class() -> None:
+    plain, strong = sampler(guidance=1.0), sampler(guidance=4.0)
+    null = plain.draw(0, [0], [3], device=CPU)
+    one, four = plain.draw(0, [0], [1], device=CPU), strong.draw(0, [0], [1], device=CPU)
+    assert (four - null).norm() > (one - null).norm() > 0
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(UserError, match="has no classes"):
+        sampler(num_classes=None, guidance=2.0)
+    with pytest.raises(UserError, match="eta belongs to"):
+        sampler("euler", eta=0.5)
+    with pytest.raises(UserError, match="more than the schedule's 50"):
+        sampler(steps=51)
+    assert random_labels(0, range(1000), 4).count(2) > 180
+    assert (columns_for(16), columns_for(100, 10), columns_for(1)) == (4, 10, 1)
+
+
+# ---------------------------------------------------------------------------------------------- opening
+
+
+def test_a_run_a_checkpoint_a_final_folder_and_an_export_are_the_same(smoke_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(smoke_run / "final", tmp_path / "moved")
+    export = next((smoke_run.parent / "models").glob("ckpt_epoch4_ddpm.pt"))
+    pictures = []
+    for path in (smoke_run, smoke_run / "checkpoints" / "step_00000030", tmp_path / "moved", export):
+        opened = open_trained(path, CPU)
+        assert opened.class_names == ("circle", "cross", "square", "triangle") and opened.step == 30
+        drawn = opened.sampler(SamplerConfig(steps=3))
+        pictures.append(drawn.draw(0, [0, 1], opened.labels("cross/0", 2), device=CPU))
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+
+
+def test_classes_by_name_and_number_in_equal_blocks(smoke_run: Path) -> None:
+    opened = open_trained(smoke_run, CPU)
+    assert opened.labels("square/0/triangle", 6) == [2, 2, 0, 0, 3, 3]
+    with pytest.raises(UserError, match="'hexagon' is not known; the classes are: circle, cross"):
+        opened.labels("hexagon", 4)
+    with pytest.raises(UserError, match="'4' is not known"):
+        opened.labels("4", 4)
+
+
+def spoil(folder: Path, name: str) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 255
+    (folder / name).write_bytes(content)
+
+
+def test_what_cannot_be_opened(smoke_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run or checkpoint"):
+        open_trained(tmp_path / "none", CPU)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_trained(tmp_path, CPU)
+    shutil.copytree(smoke_run / "final", tmp_path / "final")
+    spoil(tmp_path / "final", "ema.safetensors")
+    with pytest.raises(UserError, match="ema.safetensors is damaged"):
+        open_trained(tmp_path / "final", CPU)
+    export = next((smoke_run.parent / "models").iterdir())
+    (tmp_path / "cut.pt").write_bytes(export.read_bytes()[:2000])
+    with pytest.raises(UserError, match="damaged or no export"):
+        open_trained(tmp_path / "cut.pt", CPU)
+    found = torch.load(export, weights_only=True)
+    found["config"]["model"]["base_channels"] = 24
+    torch.save(found, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="another architecture"):
+        open_trained(tmp_path / "other.pt", CPU)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def draw_files(run: Path, out: Path, *, count: int = 7, world: int = 1, frames: bool = False, seed: int = 0) -> list[Path]:
+    opened = open_trained(run, CPU)
+    drawn = opened.sampler(SamplerConfig(steps=3, guidance=2.0))
+    paths: list[Path] = []
+    for rank in reversed(range(world)):  # the first rank last: it waits for the others' files
+        paths = write_samples(
+            opened, drawn, out, count=count, batch_size=3, labels=opened.labels("0/1/2", count), seed=seed, frames=frames,
+            device=CPU, rank=rank, world=world, barrier=lambda: out.mkdir(exist_ok=True),
+        )  # fmt: skip
+    return paths
+
+
+def test_a_killed_sampling_goes_on_and_gives_the_same_files(smoke_run: Path, tmp_path: Path) -> None:
+    paths = draw_files(smoke_run, tmp_path / "out")
+    whole = [path.read_bytes() for path in paths]
+    kept = paths[0].stat().st_mtime_ns
+    for lost in (paths[1], paths[4], paths[5]):
+        lost.unlink()
+    draw_files(smoke_run, tmp_path / "out")
+    assert [path.read_bytes() for path in paths] == whole
+    assert paths[0].stat().st_mtime_ns == kept, "what was there is not written again"
+    metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    assert metadata["num_samples"] == 7 and metadata["seed"] == 0 and metadata["classes"][0] == "circle"
+    assert metadata["guidance"] == 2.0 and metadata["config"]["name"] == "smoke_ddpm" and len(metadata["weights"]) == 64
+    with pytest.raises(UserError, match="holds other pictures"):
+        draw_files(smoke_run, tmp_path / "out", seed=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match="holds other pictures"):
+        draw_files(smoke_run, tmp_path / "other")
+
+
+def test_frames_and_gif(smoke_run: Path, tmp_path: Path) -> None:
+    draw_files(smoke_run, tmp_path / "out", frames=True)
+    frames = sorted((tmp_path / "out" / "frames").iterdir())
+    assert [frame.name for frame in frames] == [f"frame_{i:03d}.png" for i in range(4)]
+    with Image.open(tmp_path / "out" / "denoising.gif") as gif:
+        assert getattr(gif, "n_frames", 1) == 4
+    with Image.open(frames[-1]) as last:
+        left, right = np.split(np.asarray(last.convert("RGB"))[22:], 2, axis=1)  # below the titles
+        assert np.array_equal(left, right), "at the end x_t is the estimate of x_0"
+    with Image.open(frames[0]) as first:
+        left, right = np.split(np.asarray(first.convert("RGB"))[22:], 2, axis=1)
+        assert not np.array_equal(left, right)
+
+
+def test_frames_keep_both_ends_of_a_long_way() -> None:
+    frames = Frames(1, 1000, count=1, most=10)
+    assert len(frames.keep) == 10 and {0, 999} <= frames.keep
+
+
+def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Path) -> None:
+    arguments = ["sample.py", smoke_run, "--num-samples", "10", "--batch-size", "4", "--steps", "4", "--guidance", "2"]
+    one = launch(*arguments, "--out", tmp_path / "one")
+    two = launch(*arguments, "--out", tmp_path / "two", processes=2)
+    assert one.status == two.status == 0, one.all + two.all
+    names = sorted(path.name for path in (tmp_path / "one").glob("0*.png"))
+    assert len(names) == 10
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert (tmp_path / "two" / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--classes", "hexagon"], "the classes are: circle"),
+        (["--eta", "0.5", "--solver", "heun"], "eta belongs to the solver ddim"),
+        (["--steps", "1000"], "more than the schedule's 100"),
+        (["--num-samples", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_of_sample_py(smoke_run: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    assert said in one_line(launch("sample.py", smoke_run, "--out", tmp_path / "out", *arguments))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,225 @@
+"""The floors, the packages, the wheel, the configs, the README's commands."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.config import load
+from src.diffusion import build_process
+from src.sampling.opened import build_unet
+from tests.conftest import ROOT, environment, launch
+
+sys.path.insert(0, str(ROOT))
+import ddpm_accelerate
+
+FLOORS = {
+    "config": 0,
+    "diffusion": 1,
+    "models": 1,
+    "data": 1,
+    "pictures": 1,
+    "training": 2,
+    "sampling": 2,
+    "interop": 2,
+}
+SCRIPTS = ("ddpm_accelerate", "sample", "prepare_data")
+HEAVY = {
+    "datasets",
+    "diffusers",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+    "wandb",
+    "lpips",
+    "torchmetrics",
+    "imageio_ffmpeg",
+}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted module, whether imported by the module itself and not by a function) of a source file, made absolute."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                found += [(".".join([*base, name]), id(node) in top) for name in names]
+            else:
+                found.append((node.module or "", id(node) in top))
+    return found
+
+
+def test_no_arrow_runs_up() -> None:
+    files = list((ROOT / "src").rglob("*.py"))
+    assert len(files) > 20
+    for path in files:
+        own = path.relative_to(ROOT / "src").parts[0].removesuffix(".py")
+        for module, _ in imports(path):
+            parts = module.split(".")
+            assert parts[0] != "atelier", f"{path}: inside src/ only relative imports"
+            if parts[0] == "src" and len(parts) > 1 and own != "__init__":
+                assert FLOORS[parts[1]] <= FLOORS[own], f"{path} imports {module}"
+                if FLOORS[own] == FLOORS[parts[1]] == 1:
+                    assert parts[1] == own, f"{path}: floor 1 modules do not import each other ({module})"
+            assert parts[0] != "accelerate" or FLOORS[own] >= 2, f"{path} imports accelerate"
+            assert parts[0] not in SCRIPTS, f"{path} imports a script"
+
+
+def test_scripts_do_not_import_each_other_and_heavy_libraries_wait() -> None:
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / f"{name}.py" for name in SCRIPTS)]:
+        for module, at_the_top in imports(path):
+            assert module.split(".")[0] not in SCRIPTS, f"{path} imports {module}"
+            assert not (at_the_top and module.split(".")[0] in HEAVY), f"{path} imports {module} before it is needed"
+
+
+def test_the_package_list_is_the_folders() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("__init__.py")}
+    assert set(listed) == {"atelier" if folder == "." else f"atelier.{folder.replace('/', '.')}" for folder in folders}
+    assert all(
+        (folder / "__init__.py").exists() for folder in (ROOT / "src").iterdir() if folder.is_dir() and folder.name[0] != "_"
+    )
+
+
+def test_the_wheel_installs_as_atelier_alone(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    wheel = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as file:
+        tops = {name.split("/")[0] for name in file.namelist()}
+        file.extractall(tmp_path / "site")
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"atelier"}
+    code = "import atelier.sampling, atelier.diffusion as d, atelier.models; print(atelier.__file__, d.times.__module__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path / "site")),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and str(tmp_path / "site") in done.stdout, done.stderr
+
+
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.json") if "schemas" not in path.parts)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> None:
+    cfg = load(path, ddpm_accelerate.Config)
+    assert cfg.name.removeprefix("smoke_") in (path.stem, "ddpm")
+    process = build_process(cfg.process)
+    with torch.device("meta"):
+        network = build_unet(cfg.model, cfg.image, 10 if cfg.class_conditional else None)
+        x0 = torch.zeros(2, cfg.image.channels, cfg.image.size, cfg.image.size)
+        condition = {"labels": torch.zeros(2, dtype=torch.long)} if cfg.class_conditional else {}
+    t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
+    loss = process.losses(network, x0, torch.zeros_like(x0), t, **condition).loss
+    loss.sum().backward()
+    assert loss.shape == (2,) and next(network.parameters()).grad is not None
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_names_its_schema(path: Path) -> None:
+    raw = json.loads(path.read_text())
+    assert (path.parent / raw["$schema"]).resolve() == ROOT / "configs" / "schemas" / "ddpm_accelerate.json"
+
+
+def test_the_schema_is_the_scripts() -> None:
+    done = launch("ddpm_accelerate.py", "--schema")
+    assert done.status == 0 and done.out == (ROOT / "configs" / "schemas" / "ddpm_accelerate.json").read_text()
+
+
+def test_any_config_turns_to_a_folder_of_ones_own() -> None:
+    for path in CONFIGS:
+        cfg = load(path, ddpm_accelerate.Config, ["data.source=folder", "data.path=mine"])
+        assert cfg.data.source == "folder" and cfg.data.path == "mine"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_cifar10_config_is_the_papers_network() -> None:
+    cfg = load(ROOT / "configs" / "cifar10_ddpm.json", ddpm_accelerate.Config)
+    with torch.device("meta"):
+        network = build_unet(cfg.model, cfg.image, None)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307  # Sec. 4, arXiv:2006.11239: 35.7 M
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_soon_and_scripts_can_be_run(script: str) -> None:
+    path = ROOT / f"{script}.py"
+    assert path.stat().st_mode & 0o111 and path.read_text().startswith("#!/usr/bin/env python\n")
+    code = f"import sys; sys.argv = ['{script}.py', '--help']; import runpy; runpy.run_path('{script}.py', run_name='__main__')"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage:" in done.stdout and time.monotonic() - began < 60
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert not loaded & HEAVY
+
+
+def shell_lines(text: str) -> list[str]:
+    """The commands of the README's shell blocks, one a line, continued lines joined."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line.split(" #")[0].strip() for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def test_the_readmes_commands_run(smoke_run: Path, tmp_path: Path) -> None:
+    """Each command but make's, accelerate's and what needs more GPUs, on small stand-ins for the reader's pictures."""
+    from PIL import Image
+
+    for i in range(24):
+        for name in ("cats", "dogs"):
+            (tmp_path / "my_pictures" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40 + i, 36), (10 * i, 90, 200)).save(tmp_path / "my_pictures" / name / f"{i}.jpg")
+    import shutil
+
+    shutil.make_archive(str(tmp_path / "my_pictures"), "zip", tmp_path / "my_pictures")
+    shutil.rmtree(tmp_path / "my_pictures")
+    for name in ("ddpm_accelerate.py", "sample.py", "prepare_data.py", "src", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(smoke_run, tmp_path / "runs" / "digits_ddpm")
+    small = {
+        "steps": "4",
+        "batch_size": "4",
+        "model.base_channels": "32",
+        "model.blocks": "1",
+        "image.size": "16",
+        "workers": "0",
+    }
+    small |= {
+        "preview.num_samples": "2",
+        "preview.batch_size": "2",
+        "preview.sampler.steps": "2",
+        "mixed_precision": "no",
+    }
+    ran = 0
+    for line in shell_lines((ROOT / "README.md").read_text()):
+        if line.startswith(("make", "accelerate", "git", "cd", "conda", "ACCELERATE", "tensorboard")):
+            continue
+        words = line.split()
+        assert words[0] == "python", line
+        words = [word.replace("0/1/2/3", "circle/cross").replace("3/7", "circle/cross") for word in words[1:]]
+        if words[0] == "ddpm_accelerate.py" and "-cfg" in words:
+            words += [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+        if words[0] == "sample.py":
+            words += ["--steps", "2", "--num-samples", "4"]
+        done = launch(*words, cwd=tmp_path)
+        assert done.status == 0, f"{line}\n{done.all}"
+        ran += 1
+    assert ran >= 6

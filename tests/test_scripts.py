@@ -1,0 +1,364 @@
+"""The training script, launched: on one process and on two, killed, stopped, misused."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from src.config import load
+from src.training.checkpoint import newest
+from tests import kills
+from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics, one_line
+
+SCRIPT = "ddpm_accelerate.py"
+
+
+def train(run: Path, *more: str, processes: int = 1, **extra: str):
+    return launch(SCRIPT, "-cfg", SMOKE, "--run-dir", run, *more, processes=processes, **extra)
+
+
+# ---------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_what_the_design_says(smoke_run: Path) -> None:
+    names = {path.name for path in smoke_run.iterdir() if not path.name.startswith(".")}
+    pictures = {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png", "loss.png"}
+    files = {"config.json", "data.json", "metrics.jsonl", "log.txt", "status.json", "skipped.json"}
+    assert names == pictures | files | {"checkpoints", "final", "samples", "tensorboard"}
+    assert {path.name for path in (smoke_run / "checkpoints").iterdir()} == {f"step_000000{n}" for n in (10, 20, 30)}
+    inside = {path.name for path in (smoke_run / "checkpoints" / "step_00000030").iterdir()}
+    weights = {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    assert inside == weights | {"progress.json", "config.json", "data.json", "MANIFEST.json"}
+    assert {path.name for path in (smoke_run / "samples").iterdir()} == {"step_00000015.png", "step_00000030.png"}
+    assert json.loads((smoke_run / "status.json").read_text())["state"] == "finished"
+    assert list((smoke_run / "tensorboard").rglob("events.*"))
+    lines = metrics(smoke_run)
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and "held_out_loss" in lines[-1]
+    data = json.loads((smoke_run / "data.json").read_text())
+    assert data["class_names"] == ["circle", "cross", "square", "triangle"] and sum(data["counts"].values()) == data["images"]
+
+
+def test_the_config_of_a_run_is_whole(smoke_run: Path) -> None:
+    sys.path.insert(0, str(ROOT))
+    from ddpm_accelerate import Config
+
+    again = load(smoke_run / "config.json", Config)
+    assert again.batch_size == 16 and again.optimizer.betas == (0.9, 0.999)
+
+
+def test_pictures_before_training(smoke_run: Path) -> None:
+    with Image.open(smoke_run / "original.png") as original, Image.open(smoke_run / "noised.png") as noised:
+        assert original.width == noised.width == 4 + 12 * (64 + 4)
+
+
+def test_one_process_and_two_are_equal_to_the_bit(smoke_run: Path, smoke_run_on_two: Path) -> None:
+    kills.same_end(smoke_run, smoke_run_on_two)
+
+
+def test_splits_agree_in_float64(tmp_path: Path) -> None:
+    exact = ["--set", "dtype=float64", "--set", "model.dropout=0.0", "--set", "batch_size=12", "--set", "steps=8"]
+    exact += ["--set", "checkpoint.every=8"]
+    weights = []
+    for processes, micro in ((1, 12), (3, 2)):
+        run = tmp_path / str(processes)
+        done = train(run, *exact, "--set", f"micro_batch_size={micro}", processes=processes)
+        assert done.status == 0 and f"= {processes} x cpu x " in done.out, done.all
+        weights.append(load_file(run / "checkpoints" / "step_00000008" / "model.safetensors"))
+    for name, value in weights[0].items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- going on
+
+
+@pytest.fixture(scope="session")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("long") / "whole"
+    done = launch(*kills.arguments(run))
+    assert done.status == 0, done.all
+    return run
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_is_equal_to_the_bit(long_run: Path, tmp_path: Path, processes: int) -> None:
+    rng, run = random.Random(processes), tmp_path / "run"
+    killed = [kills.start_and_kill(run, processes, rng, inside_save=i == 0) for i in range(2)]
+    assert any(killed)
+    done = launch(*kills.arguments(run), processes=processes)
+    assert done.status == 0, done.all
+    kills.same_end(long_run, run)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(long_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(1, *kills.arguments(run)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 6/"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 1
+    last = lines[-1]
+    step = int(last.split("stopped at step ")[1].split()[0])
+    assert "run the same command again" in last and 6 <= step < 80
+    found, _ = newest(run / "checkpoints")
+    assert found is not None and found.name == f"step_{step:08d}"
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    done = launch(*kills.arguments(run))
+    assert done.status == 0 and f"going on at step {step} of 80" in done.out
+    kills.same_end(long_run, run)
+
+
+def test_a_finished_run_says_so_and_a_damaged_checkpoint_is_passed_over(smoke_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run, run)
+    done = train(run)
+    assert done.status == 0 and "is finished (30 steps)" in done.out
+    content = bytearray((run / "checkpoints" / "step_00000030" / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (run / "checkpoints" / "step_00000030" / "model.safetensors").write_bytes(content)
+    done = train(run)
+    assert done.status == 0 and "passed over step_00000030: model.safetensors is damaged" in done.out
+    assert "going on at step 20 of 30" in done.out
+    for name in ("model.safetensors", "ema.safetensors"):
+        again, before = (load_file(root / "checkpoints" / "step_00000030" / name) for root in (run, smoke_run))
+        assert all(torch.equal(again[key], before[key]) for key in before)
+
+
+def test_a_changed_config_is_sorted(smoke_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(smoke_run, run)
+    said = one_line(train(run, "--set", "optimizer.lr=0.5", "--set", "batch_size=32"))
+    assert "was started with another batch_size, optimizer.lr" in said
+    assert "another steps" in one_line(train(run, "--set", "steps=60")), "the cosine would have been another"
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 16
+    shutil.rmtree(run / "checkpoints" / "step_00000030")
+    done = train(run, "--set", "log.every=1", "--set", "checkpoint.keep=1")
+    assert done.status == 0 and "changed since the checkpoint: checkpoint.keep," in done.out and "log.every" in done.out
+    said = one_line(train(run, "--set", "data.count=64"))
+    assert "other pictures" in said or "another data" in said
+
+
+def test_more_steps_under_a_constant_rate(tmp_path: Path) -> None:
+    constant = ["--set", 'optimizer.schedule={"kind": "constant"}']
+    assert train(tmp_path / "run", *constant, "--set", "steps=10").status == 0
+    done = train(tmp_path / "run", *constant, "--set", "steps=20")
+    assert done.status == 0 and "going on at step 10 of 20" in done.out and "changed since the checkpoint: steps" in done.out
+
+
+def test_a_second_launch_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        command(1, *kills.arguments(run)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        limit = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < limit:
+            time.sleep(0.05)
+        said = one_line(launch(*kills.arguments(run)))
+        process.kill()
+    assert f"in use by process {process.pid}" in said
+
+
+# ---------------------------------------------------------------------------------------------- other ways to start
+
+
+def test_a_dry_run_measures_and_writes_nothing(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "--dry-run")
+    assert done.status == 0, done.all
+    for word in ("114 pictures", "parameters  0.1", "30 of 16 images", "images/s", "memory", "time"):
+        assert word in done.out, done.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_sampling_from_several_checkpoints(smoke_run: Path, tmp_path: Path) -> None:
+    export = next((smoke_run.parent / "models").iterdir())
+    one = launch(ROOT / SCRIPT, "--ckpt", export, "--ckpt_sampling", cwd=tmp_path)
+    assert one.status == 0, one.all
+    frames = sorted(path.name for path in (tmp_path / "results" / "denoised").iterdir())
+    assert frames == [f"denoised_{i:03d}.jpg" for i in range(51)]
+    with Image.open(tmp_path / "results" / "denoised.gif") as gif:
+        assert gif.info["duration"] == 200, "5 frames/s"
+    assert "ffmpeg" in one.out and "-framerate 5" in one.out
+    early = smoke_run / "checkpoints" / "step_00000010"
+    two = launch(ROOT / SCRIPT, "--ckpt", smoke_run, "--ckpt", early, "--ckpt_sampling", cwd=tmp_path)
+    assert two.status == 0, two.all
+    for step in (30, 10):
+        assert (tmp_path / "results" / f"grid_smoke_ddpm_{step}.png").exists()
+        assert (tmp_path / "results" / f"denoised_smoke_ddpm_{step}.gif").exists()
+    assert "needs at least one --ckpt" in one_line(launch(SCRIPT, "--ckpt_sampling"))
+    assert "add --ckpt_sampling" in one_line(launch(SCRIPT, "--ckpt", export))
+
+
+def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for i in range(40):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", (30 + i % 5, 24), (6 * i, 100, 200)).save(tmp_path / "data" / f"{i}.png")
+    done = launch(
+        ROOT / SCRIPT, "-cfg", ROOT / SMOKE, "--run-dir", tmp_path / "run", "--set", "data.source=folder", "--set",
+        f"data.path={tmp_path / 'data'}", "--set", "class_conditional=false", "--set", "label_dropout=0.0", "--set",
+        'process={"schedule": {"kind": "blend"}, "target": "blend"}', "--set", "mixed_precision=bf16", "--set", "workers=2",
+        "--set", 'log.trackers=["tensorboard", "wandb"]', "--set", "image.crop=random", "--set",
+        'preview.sampler={"solver": "heun", "steps": 3}', "--set", "steps=10", "--set", "checkpoint.keep_best=true",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.status == 0, done.all
+    assert metrics(tmp_path / "run")[-1]["loss"] < 2 and list(tmp_path.rglob("*.wandb"))
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw["model"]["attention"].append("full"), "model: attention has 3 entries and channel_mult 2"),
+        (
+            lambda raw: raw["model"].update(base_chanels=3),
+            "model.base_chanels: unknown key; did you mean 'base_channels'?",
+        ),
+        (lambda raw: raw.update(batch_size="16"), "batch_size: input should be a valid integer, not '16'"),
+        (lambda raw: raw["process"].update(schedule={"kind": "blend"}), "process: target 'eps' cannot be read"),
+        (lambda raw: raw.update(data={"source": "folder", "path": "/nowhere"}), "data folder /nowhere does not exist"),
+        (lambda raw: raw["image"].update(size=15), "image.size 15 is not divisible by 2"),
+        (lambda raw: raw.update(micro_batch_size=5), "batch_size 16 is not a multiple"),
+        (lambda raw: raw["preview"]["sampler"].update(steps=500), "more than the schedule's 100"),
+        (lambda raw: raw["process"].update(variance="learned"), "variance: 'learned' cannot be trained"),
+        (lambda raw: raw.update(label_dropout=0.0, preview={"sampler": {"guidance": 2.0}}), "label_dropout above 0"),
+    ],
+)
+def test_a_config_that_cannot_be_trained(write_config: Callable, tmp_path: Path, change: object, said: str) -> None:
+    done = launch(SCRIPT, "-cfg", write_config(change), "--run-dir", tmp_path / "run")
+    assert said in one_line(done)
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    assert "there is no such file" in one_line(launch(SCRIPT, "-cfg", tmp_path / "none.json"))
+    (tmp_path / "cut.json").write_text((ROOT / SMOKE).read_text()[:200])
+    assert "is the file cut short?" in one_line(launch(SCRIPT, "-cfg", tmp_path / "cut.json"))
+    assert "not a finite number" in one_line(launch(SCRIPT, "-cfg", SMOKE, "--set", "optimizer.lr=1e999"))
+
+
+def test_the_default_config_without_its_pictures(tmp_path: Path) -> None:
+    said = one_line(launch(ROOT / SCRIPT, "-cfg", ROOT / "configs" / "landscape64_ddpm.json", cwd=tmp_path))
+    assert "data folder datasets/landscape does not exist; set data.path" in said and not list(tmp_path.iterdir())
+
+
+def test_data_without_classes_or_with_one_broken_file_too_many(tmp_path: Path) -> None:
+    for i in range(8):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    folder = ["--set", "data.source=folder", "--set", f"data.path={tmp_path}"]
+    assert "the data has no classes" in one_line(train(tmp_path / "run", *folder))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    said = one_line(train(tmp_path / "run", *folder, "--set", "data.scan.max_broken_fraction=0.1"))
+    assert "1 of 9 pictures cannot be read" in said and "'broken.png'" in said and not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    explodes = ["--set", 'optimizer.schedule={"kind": "multistep", "milestones": [12], "gamma": 1e36}']
+    said = one_line(train(tmp_path / "run", *explodes, "--set", "max_nonfinite_steps=4"))
+    assert "step 17: the loss or its gradient is not finite, the 4th time in a row" in said
+    found, passed = newest(tmp_path / "run" / "checkpoints")
+    assert found is not None and found.name == "step_00000010" and not passed
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}], ids=str)
+def test_processes_that_accelerate_did_not_see(tmp_path: Path, variables: dict) -> None:
+    said = one_line(train(tmp_path / "run", **variables))
+    assert "WORLD_SIZE" in said and not (tmp_path / "run").exists()
+
+
+def test_accelerate_launch_on_a_cpu_is_refused_when_it_starts_one_of_two(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", SCRIPT, "-cfg", SMOKE,
+         "--run-dir", str(tmp_path / "run")], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "error: the launcher set MASTER_ADDR but no WORLD_SIZE" in done.stderr
+    assert "python -m torch.distributed.run --standalone --nproc-per-node 2" in done.stderr
+
+
+def limited(run: Path, *more: str, **limits: int) -> subprocess.CompletedProcess:
+    def limit() -> None:
+        for name, value in limits.items():
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+    return subprocess.run(
+        command(1, SCRIPT, "-cfg", SMOKE, "--run-dir", run, *more), cwd=ROOT, env=environment(), capture_output=True,
+        text=True, preexec_fn=limit, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_disk_that_is_full_while_saving(tmp_path: Path) -> None:
+    constant = ["--set", 'optimizer.schedule={"kind": "constant"}']
+    assert train(tmp_path / "run", *constant, "--set", "steps=10").status == 0
+    done = limited(tmp_path / "run", *constant, "--set", "steps=20", RLIMIT_FSIZE=300_000)
+    assert done.returncode == 2 and "error: the disk is full" in done.stderr and "Traceback" not in done.stderr
+    found, passed = newest(tmp_path / "run" / "checkpoints")
+    assert found is not None and found.name == "step_00000010" and not passed
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000010"]
+
+
+def test_out_of_memory(tmp_path: Path) -> None:
+    large = [
+        "--set",
+        "image.size=512",
+        "--set",
+        "batch_size=256",
+        "--set",
+        "micro_batch_size=256",
+        "--set",
+        "data.count=16",
+    ]
+    done = limited(tmp_path / "run", *large, "--set", "held_out=0.0", RLIMIT_AS=6_000_000_000)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error: out of memory at micro_batch_size 256; try --set micro_batch_size=128" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- the other script
+
+
+def test_prepare_data(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(tmp_path / "pictures" / name / f"{i}.png")
+    (tmp_path / "pictures" / "a" / "broken.jpg").write_bytes(b"no")
+    archive = shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "pictures")
+    done = launch("prepare_data.py", "unpack", archive, "--out", tmp_path / "data")
+    assert done.status == 0 and "unpacked 7 files" in done.out, done.all
+    done = launch("prepare_data.py", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
+    assert done.status == 0 and "6 pictures" in done.out and "not a picture" in done.out and (tmp_path / "sheet.png").exists()
+    done = launch("prepare_data.py", "check", tmp_path / "data", "--json")
+    assert json.loads(done.out)["classes"] == {"a": 3, "b": 3}
+    done = launch("prepare_data.py", "pack", tmp_path / "data", "--size", "16", "--out", tmp_path / "packed")
+    assert done.status == 0 and "packed 6 pictures" in done.out
+    packed = ["--set", "data.source=packed", "--set", f"data.path={tmp_path / 'packed'}", "--set", "held_out=0.0"]
+    assert "6 pictures in 2 classes" in train(tmp_path / "run", *packed, "--set", "steps=2").out
+    assert "exists" in one_line(
+        launch("prepare_data.py", "pack", tmp_path / "data", "--size", "16", "--out", tmp_path / "packed")
+    )
+    assert "no such archive" in one_line(launch("prepare_data.py", "unpack", tmp_path / "none.zip"))
+    assert "1 of 7" in one_line(launch("prepare_data.py", "check", tmp_path / "data", "--max-broken-fraction", "0"))

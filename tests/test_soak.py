@@ -1,0 +1,68 @@
+"""make soak: many kills, on one process and on two, and the ends are equal to the bit."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import kills
+from tests.conftest import SMOKE, launch
+
+pytestmark = pytest.mark.soak
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("soak") / "whole"
+    done = launch(*kills.arguments(run))
+    assert done.status == 0, done.all
+    return run
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_twenty_kills(whole: Path, tmp_path: Path, processes: int) -> None:
+    rng, run, killed, ends = random.Random(processes), tmp_path / "run", 0, 0
+    while killed < 20:
+        if kills.start_and_kill(run, processes, rng, inside_save=killed % 4 == 0):
+            killed += 1
+        else:  # it came to its end before it was hit: that end counts too, then anew
+            kills.same_end(whole, run)
+            shutil.rmtree(run)
+            ends += 1
+    done = launch(*kills.arguments(run), processes=processes)
+    assert done.status == 0, done.all
+    kills.same_end(whole, run)
+    print(f"{processes} process(es): {killed} kills, {ends + 1} ends, all equal")
+
+
+def test_one_two_and_three_processes_agree_in_float64(tmp_path: Path) -> None:
+    exact = ["--set", "dtype=float64", "--set", "model.dropout=0.0", "--set", "batch_size=12", "--set", "steps=30"]
+    exact += ["--set", "checkpoint.every=30"]
+    weights = []
+    for processes, micro in ((1, 12), (1, 4), (2, 6), (2, 3), (3, 4), (3, 2)):
+        run = tmp_path / f"{processes}_{micro}"
+        sizes = ["--set", f"micro_batch_size={micro}"]
+        done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *exact, *sizes, processes=processes)
+        assert done.status == 0 and f"= {processes} x cpu x {12 // processes // micro} x {micro}." in done.out, done.all
+        weights.append(load_file(run / "checkpoints" / "step_00000030" / "model.safetensors"))
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-9)
+
+
+def test_three_processes_go_on_to_the_bit(tmp_path: Path) -> None:
+    """From three on, DDP would order its sums anew after its first backward."""
+    ends = []
+    for stops in ([24], [12, 24]):
+        run = tmp_path / str(len(stops))
+        for steps in stops:
+            done = launch(
+                "ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, "--set", "batch_size=12", "--set", "micro_batch_size=4",
+                "--set", f"steps={steps}", "--set", 'optimizer.schedule={"kind": "constant"}', processes=3,
+            )  # fmt: skip
+            assert done.status == 0 and "= 3 x cpu x 1 x 4" in done.out, done.all
+        ends.append(load_file(run / "checkpoints" / "step_00000024" / "model.safetensors"))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

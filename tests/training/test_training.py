@@ -1,0 +1,500 @@
+"""The parts of the loop: each number against its formula or against torch."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from src.config import Span, UserError, validate
+from src.data import ImageConfig, open_sources
+from src.data.sources import ShapesSource
+from src.training import checkpoint
+from src.training.checkpoint import damage, load_weights, newest, retain, step_folder, write_folder
+from src.training.clock import Cadence
+from src.training.ema import EMA, EMAConfig
+from src.training.launch import MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
+from src.training.optimizer import OptimizerConfig, adamw, learning_rate, load_optimizer_state, optimizer_state, update
+from src.training.run import RunDirectory, describe_data
+from src.training.seeds import generator, normal, torch_seed, uniforms
+from src.training.state import Meter, Trained
+from src.training.stream import Order, split_batch, stream, to_network
+from tests.conftest import ROOT, environment
+
+CPU = torch.device("cpu")
+
+# ---------------------------------------------------------------------------------------------- learning rates
+
+
+def rates(schedule: dict, total: int, lr: float = 0.1) -> list[float]:
+    spec = validate(OptimizerConfig, {"lr": lr, "schedule": schedule})
+    rate = learning_rate(spec, total, lambda length: length if isinstance(length, int) else int(length.epochs or 0) * 10)
+    return [rate(step) for step in range(total)]
+
+
+def torch_rates(make: object, total: int, lr: float = 0.1) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = make(optimizer)  # pyright: ignore[reportCallIssue]
+    found = []
+    for step in range(total):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("total", [14, 97])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pct_start": 0.1, "anneal_strategy": "linear"},
+        {"three_phase": True, "pct_start": 0.4},
+        {"div_factor": 5.0, "final_div_factor": 100.0},
+    ],
+    ids=str,
+)
+def test_one_cycle_is_torchs(options: dict, total: int) -> None:
+    wanted = torch_rates(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=total, cycle_momentum=False, **options), total
+    )
+    assert rates({"kind": "one_cycle", **options}, total) == pytest.approx(wanted)
+
+
+def test_one_cycle_of_a_run_too_short_for_its_phases() -> None:
+    assert all(0 < rate <= 0.1 for total in (1, 2, 10) for rate in rates({"kind": "one_cycle", "pct_start": 0.1}, total))
+
+
+def test_multistep_is_torchs() -> None:
+    wanted = torch_rates(lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [5, 20], gamma=0.3), 40)
+    assert rates({"kind": "multistep", "milestones": [5, {"epochs": 2}], "gamma": 0.3}, 40) == pytest.approx(wanted)
+
+
+def test_warm_up_and_annealing_to_a_floor() -> None:
+    constant = rates({"kind": "constant", "warmup": 3}, 8)
+    assert constant == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.1])
+    cosine = rates({"kind": "cosine", "floor": 0.1}, 100)
+    wanted = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100, eta_min=0.01), 100)
+    assert cosine == pytest.approx(wanted)
+    linear = rates({"kind": "linear", "floor": 0.5, "warmup": 10}, 110)
+    assert linear[10] == pytest.approx(0.1) and linear[60] == pytest.approx(0.075) and min(linear[10:]) > 0.05
+
+
+# ---------------------------------------------------------------------------------------------- steps
+
+
+class Prepared:
+    """What accelerate gives, as far as `update` looks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.scaler = optimizer, None
+        self.param_groups = optimizer.param_groups
+        self.step, self.zero_grad = optimizer.step, optimizer.zero_grad
+
+
+def network_and_optimizer() -> tuple[nn.Module, torch.optim.AdamW]:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    return network, adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1, "weight_decay": 0.1}))
+
+
+def take_step(network: nn.Module, optimizer: torch.optim.Optimizer, spoil: float = 1.0) -> torch.Tensor:
+    (network(torch.ones(2, 3)).sum() * spoil).backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    update(Prepared(optimizer), 0.1, norm)
+    return norm
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(spoil: float) -> None:
+    network, optimizer = network_and_optimizer()
+    take_step(network, optimizer)
+    trained = Trained(network, optimizer, EMA(network, EMAConfig(), 1))
+    before = {part: {k: v.clone() for k, v in state.items()} for part, state in trained.tensors().items()}
+    norm = take_step(network, optimizer, spoil)
+    assert not torch.isfinite(norm)
+    for part, state in trained.tensors().items():
+        for name, value in state.items():
+            assert torch.equal(value, before[part][name]), (part, name)
+    take_step(network, optimizer)
+    assert not torch.equal(trained.tensors()["model"]["0.weight"], before["model"]["0.weight"])
+
+
+def test_update_is_adamw() -> None:
+    torch.manual_seed(0)
+    network, optimizer = network_and_optimizer()
+    torch.manual_seed(0)
+    other, _ = network_and_optimizer()
+    plain = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.1, foreach=False)
+    for _ in range(3):
+        take_step(network, optimizer)
+        other(torch.ones(2, 3)).sum().backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        plain.step()
+        plain.zero_grad()
+    for ours, theirs in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_moments_come_back_in_the_memory_format_of_their_parameter() -> None:
+    """A fused kernel walks parameter and moments side by side in memory."""
+    ends = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        network = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        names = {parameter: name for name, parameter in network.named_parameters()}
+        optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1}))
+        for step in range(4):
+            if resumed and step == 2:
+                state = {name: value.contiguous() for name, value in optimizer_state(optimizer, names).items()}
+                optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1}))
+                load_optimizer_state(optimizer, names, state)
+            x = torch.arange(3 * 25, dtype=torch.float32).reshape(1, 3, 5, 5).sin() * (step + 1)
+            network(x).square().sum().backward()
+            update(Prepared(optimizer), 0.1, torch.tensor(1.0))
+        ends.append(network.weight.detach().contiguous())
+    assert torch.equal(ends[0], ends[1])
+
+
+def test_ema_by_its_formula() -> None:
+    network = nn.Linear(2, 2)
+    ema = EMA(network, EMAConfig(half_life_images=100, ramp_up=None), batch_size=50)
+    assert ema.decay(10**6) == pytest.approx(0.5**0.5)
+    start_weight = network.weight.detach().clone()
+    assert ema.network.weight.data_ptr() != network.weight.data_ptr()
+    with torch.no_grad():
+        network.weight.fill_(3.0)
+    ema.update(network, 50)
+    ema.update(network, 100)
+    torch.testing.assert_close(ema.network.weight.data, 0.5 * start_weight + 0.5 * 3.0)  # two steps are one half-life
+    assert not ema.network.weight.requires_grad
+    ramped = EMA(network, EMAConfig(half_life_images=1000, ramp_up=0.1), batch_size=10)
+    assert ramped.decay(100) == pytest.approx(0.5) and ramped.decay(10**6) == pytest.approx(0.5**0.01)
+
+
+def test_optimizer_state_goes_out_and_in() -> None:
+    network, optimizer = network_and_optimizer()
+    take_step(network, optimizer)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    state = optimizer_state(optimizer, names)
+    assert set(state) == {f"{name}/{moment}" for name in names.values() for moment in ("step", "exp_avg", "exp_avg_sq")}
+    fresh = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1}))
+    load_optimizer_state(fresh, names, state)
+    for name, value in optimizer_state(fresh, names).items():
+        assert torch.equal(value, state[name])
+
+
+# ---------------------------------------------------------------------------------------------- randomness and the stream
+
+
+def test_seeds_are_functions_of_their_words() -> None:
+    assert generator(0, "a", 1).random() == generator(0, "a", 1).random() != generator(0, "a", 2).random()
+    assert torch_seed(0, "a") != torch_seed(0, "b") and 0 <= torch_seed(5) < 2**63
+    noise = normal((4, 1000), 0, "noise", 3, device=CPU, dtype=torch.float32)
+    assert torch.equal(noise, normal((4, 1000), 0, "noise", 3, device=CPU, dtype=torch.float32))
+    assert abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.05
+    assert normal((2,), 0, device=CPU, dtype=torch.float64).dtype == torch.float64
+    u = uniforms(generator(1), 1000)
+    assert u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1
+
+
+def test_batches_are_split_exactly() -> None:
+    whole = split_batch(16, 4, rank=0, world=1)
+    assert whole.accumulation == 4
+    covered = [p for part in range(4) for p in whole.positions(2, part)]
+    assert covered == list(range(32, 48))
+    halves = [split_batch(16, 4, rank=rank, world=2) for rank in (0, 1)]
+    assert [p for half in halves for part in range(2) for p in half.positions(2, part)] == covered
+    assert halves[1].of_step(1) == slice(12, 16)
+    assert split_batch(16, None, rank=0, world=2).micro == 8
+    with pytest.raises(UserError, match=r"batch_size to 12 or 15.*micro_batch_size 2 or 7|batch_size to 12 or 15"):
+        split_batch(14, 3, rank=0, world=1)
+    with pytest.raises(UserError, match="set batch_size to 8"):
+        split_batch(4, 4, rank=0, world=2)
+
+
+def test_each_epoch_has_every_picture_once() -> None:
+    order = Order(np.zeros(10, dtype=np.int64), seed=0, balanced=False)
+    first, second = order(range(10)), order(range(10, 20))
+    assert sorted(first) == sorted(second) == list(range(10)) and list(first) != list(second)
+    assert order(range(7, 13)).tolist() == [*first[7:], *second[:3]]
+    assert Order(np.zeros(10, dtype=np.int64), seed=1, balanced=False)(range(10)).tolist() != first.tolist()
+
+
+def test_balanced_order_has_as_many_of_each_class() -> None:
+    labels = np.array([0] * 90 + [1] * 10, dtype=np.int64)
+    drawn = labels[Order(labels, seed=0, balanced=True)(range(100))]
+    assert (drawn == 0).sum() == (drawn == 1).sum() == 50
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_starts_anywhere(workers: int, tmp_path: Path) -> None:
+    from src.data.sources import FolderSource
+
+    shapes = open_sources(ShapesSource(source="shapes", count=10, size=16))
+    for i in range(10):
+        from PIL import Image
+
+        Image.fromarray(np.asarray(shapes.parts[0].load(i, channels=3))).save(tmp_path / f"{i}.png")
+    pictures = open_sources(validate(FolderSource, {"source": "folder", "path": str(tmp_path)}))
+    spec, split = ImageConfig(size=12, crop="random", flip=True), split_batch(4, 2, rank=0, world=1)
+
+    def take(start_step: int, count: int) -> list:
+        batches = stream(pictures, spec, split, seed=3, start_step=start_step, workers=workers, device=CPU)
+        return [next(batches) for _ in range(count)]
+
+    whole, later = take(0, 12), take(4, 4)
+    for early, late in zip(whole[8:], later, strict=True):
+        assert torch.equal(early.images, late.images) and early.position == late.position
+    assert whole[3].images.shape == (2, 12, 12, 3) and whole[3].images.dtype == torch.uint8 and whole[3].position == 6
+
+
+def test_to_network_is_minus_one_to_one() -> None:
+    x = to_network(torch.tensor([[[[0, 127, 255]]]], dtype=torch.uint8), CPU)
+    assert x.shape == (1, 3, 1, 1) and x.flatten().tolist() == pytest.approx([-1, -0.00392, 1], abs=1e-4)
+
+
+def test_cadence() -> None:
+    assert [step for step in range(1, 10) if Cadence(3)(step)] == [3, 6, 9] and not Cadence(None)(5)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def write(folder: Path, step: int) -> Path:
+    target = step_folder(folder, step)
+    write_folder(target, {"model": {"w": torch.full((3,), float(step))}}, {"progress": {"step": step}})
+    return target
+
+
+def test_a_checkpoint_is_whole_and_knows_it(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    assert damage(folder) is None
+    assert checkpoint.read_tensors(folder, "model")["w"].tolist() == [5, 5, 5]
+    assert {path.name for path in folder.iterdir()} == {"MANIFEST.json", "model.safetensors", "progress.json"}
+    assert write(tmp_path, 5) == folder and damage(folder) is None, "written again in place"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
+            "bytes instead of",
+        ),
+        (lambda f: (f / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
+        (lambda f: (f / "MANIFEST.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "MANIFEST.json").write_text("[]"), "cannot be read"),
+    ],
+)
+def test_damage_is_found_and_passed_over(tmp_path: Path, spoil: object, said: str) -> None:
+    write(tmp_path, 5)
+    latest = write(tmp_path, 10)
+    spoil(latest)  # pyright: ignore[reportCallIssue]
+    found, passed = newest(tmp_path)
+    assert found == step_folder(tmp_path, 5) and len(passed) == 1 and said in passed[0]
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert damage(folder) == "model.safetensors is damaged"
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        write(tmp_path, step)
+    (tmp_path / ".step_00000009.partial").mkdir()
+    retain(tmp_path, 2, best=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000005", "step_00000006"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from src.config import run_script\n"
+        "from src.training.checkpoint import write_folder\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "run_script(lambda: write_folder(Path(sys.argv[1]), {'model': {'w': torch.zeros(100_000)}}, {}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(step_folder(tmp_path, 2))],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: the disk is full") and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"] and damage(step_folder(tmp_path, 1)) is None
+
+
+def test_weights_of_another_architecture() -> None:
+    network = nn.Linear(2, 3)
+    with pytest.raises(UserError, match=r"it lacks bias; it has in excess extra"):
+        load_weights(network, {"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}, Path("ckpt"))
+    with pytest.raises(UserError, match=r"weight is \(4, 2\) and not \(3, 2\)"):
+        load_weights(network, {"weight": torch.zeros(4, 2), "bias": torch.zeros(3)}, Path("ckpt"))
+
+
+def test_an_export_is_read_without_running_anything(tmp_path: Path) -> None:
+    checkpoint.export(tmp_path / "models" / "a.pt", {"w": torch.ones(2)}, {"name": "a"}, {"class_names": []}, 7)
+    found = torch.load(tmp_path / "models" / "a.pt", weights_only=True)
+    assert found["step"] == 7 and found["config"] == {"name": "a"} and found["weights"]["w"].tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------- the gate
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def stop_request():
+    import signal
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield StopRequest()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_the_gate_counts_finite_steps_and_ends_a_run_of_bad_ones(accelerator: Accelerator, stop_request: StopRequest) -> None:
+    gate = StepGate(accelerator, stop_request, every_minutes=None, patience=3)
+    good, bad = torch.tensor(True), torch.tensor(False)
+    gate.send(1, good)
+    assert gate.settle() == 1 and gate.settle() is None
+    for step in (2, 3):
+        gate.send(step, bad)
+        assert gate.settle() is None
+    assert gate.skipped_in_a_row == 2
+    gate.send(4, good)
+    assert gate.settle() == 4 and gate.skipped_in_a_row == 0
+    for step in (5, 6):
+        gate.send(step, bad)
+        gate.settle()
+    gate.send(7, bad)
+    with pytest.raises(UserError, match="step 7: .* not finite.*checkpoint"):
+        gate.settle()
+
+
+def test_the_gate_carries_stop_and_clock(accelerator: Accelerator, stop_request: StopRequest) -> None:
+    gate = StepGate(accelerator, stop_request, every_minutes=1e-9, patience=3)
+    time.sleep(0.01)
+    gate.send(1, torch.tensor(True))
+    gate.settle()
+    assert gate.save and not gate.stop
+    gate.saved()
+    stop_request.asked = True
+    gate.send(2, torch.tensor(True))
+    gate.settle()
+    assert gate.stop
+
+
+def test_meter(accelerator: Accelerator) -> None:
+    meter = Meter(accelerator, {"sum": 10.0, "count": 2.0})
+    meter.add(torch.tensor(20.0), 3)
+    meter.add(torch.tensor(float("nan")), 3)
+    assert meter.saved() == {"sum": 30.0, "count": 5.0} and meter.read() == 6.0 and meter.read() == 0.0
+
+
+# ---------------------------------------------------------------------------------------------- launch and run directory
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, "no WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision fp16 and the config for no"),
+    ],
+)
+def test_launchers_that_contradict(variables: dict, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        start(MachineConfig())
+
+
+def test_precision_without_a_gpu() -> None:
+    assert precision_for("bf16") == "bf16" or torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="needs a GPU"):
+            start(MachineConfig(mixed_precision="fp16"))
+    with pytest.raises(UserError, match="float64 goes with"):
+        start(MachineConfig(mixed_precision="bf16", dtype="float64"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_says_what_to_try(error: Exception) -> None:
+    with pytest.raises(UserError, match="try --set micro_batch_size=4"), explain_out_of_memory(8):
+        raise error
+    with pytest.raises(UserError, match="smaller image.size"), explain_out_of_memory(1):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(8):
+        raise RuntimeError("another")
+
+
+def test_a_live_run_directory_is_refused_and_a_dead_ones_is_not(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from src.training.run import RunDirectory\n"
+        "run = RunDirectory(Path(sys.argv[1]), writes=True); print('owned', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "owned\n"
+        with pytest.raises(UserError, match=f"in use by process {owner.pid} on"):
+            RunDirectory(tmp_path / "run", writes=True)
+        owner.kill()
+    assert RunDirectory(tmp_path / "run", writes=True).writes
+
+
+def test_metrics_are_cut_to_the_step(tmp_path: Path) -> None:
+    pictures = open_sources(ShapesSource(source="shapes", count=4, size=8))
+    facts = describe_data(pictures, None)
+    assert facts["counts"] == {"circle": 1, "cross": 1, "square": 1, "triangle": 1}
+    lines = [{"step": step, "loss": 1.0 / step} for step in (5, 10, 15)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 20, "lo')
+    run = RunDirectory(tmp_path, writes=True)
+    run.begin(10, facts, pictures)
+    run.log(15, {"loss": 0.5})
+    assert [(line["step"], line["loss"]) for line in run.read_metrics()] == [(5, 0.2), (10, 0.1), (15, 0.5)]
+    run.draw_curve("loss", "absent")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "data.json").read_text()) == facts
+
+
+def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path) -> None:
+    pictures = open_sources(ShapesSource(source="shapes", count=4, size=8))
+    run = RunDirectory(tmp_path / "run", writes=False)
+    run.begin(0, {}, pictures)
+    run.say("unsaid")
+    run.log(1, {"loss": 1.0})
+    run.write_status("running", 1, 2)
+    assert not (tmp_path / "run").exists() and Span(steps=1).steps == 1
