@@ -21,7 +21,7 @@ dev: .venv/dev
 demo: .venv/core
 	$(RUN) ddpm_accelerate.py -cfg configs/digits_ddpm.json
 	$(RUN) sample.py runs/digits_ddpm --classes 0/1/2/3/4/5/6/7/8/9 --num-samples 100 --batch-size 100 \
-		--steps 25 --guidance 1.5 --frames --out samples/digits
+		--steps 25 --guidance 2 --frames --out samples/digits
 	@echo "look at samples/digits/grid.png, samples/digits/denoising.gif and runs/digits_ddpm/loss.png"
 
 test: .venv/dev
