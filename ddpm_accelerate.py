@@ -291,7 +291,7 @@ def sample_checkpoints(files: list[str]) -> int:
         opened = open_trained(file, device)
         sampler = opened.sampler(SamplerConfig())
         suffix = "" if len(files) == 1 else f"_{opened.name}_{opened.step}"
-        frames = Frames(4, sampler.steps, count=16, note=opened.name)
+        frames = Frames(range(16), sampler.steps, note=opened.name)
         labels = None if opened.num_classes is None else [i * opened.num_classes // 16 for i in range(16)]
         x = sampler.draw(0, range(16), labels, device=device, callback=frames)
         frames.finish(x)

@@ -197,7 +197,6 @@ def test_the_readmes_commands_run(smoke_run: Path, tmp_path: Path) -> None:
     small = {
         "steps": "4",
         "batch_size": "4",
-        "model.base_channels": "32",
         "model.blocks": "1",
         "image.size": "16",
         "workers": "0",

@@ -20,10 +20,10 @@ from .sampler import Sampler, describe
 
 
 class Frames:
-    """A solver's callback that keeps pictures of the way: x_t on the left, the current x0 estimate on the right."""
+    """A solver's callback that keeps the way of the pictures `chosen` of a batch: x_t on the left, the current x0 estimate on the right."""
 
-    def __init__(self, columns: int, steps: int, *, count: int, most: int = 60, note: str = "") -> None:
-        self.columns, self.count, self.note = columns, count, note
+    def __init__(self, chosen: Sequence[int], steps: int, *, most: int = 60, note: str = "") -> None:
+        self.chosen, self.note = list(chosen), note
         kept = min(most, steps)
         self.keep = {round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)}
         self.steps = steps
@@ -39,7 +39,7 @@ class Frames:
 
     def _add(self, x_t: Tensor, x0: Tensor, step: int) -> None:
         def sheet(x: Tensor, title: str) -> Image.Image:
-            return pictures.grid(pictures.to_uint8(x[: self.count]), columns=self.columns, title=title)
+            return pictures.grid(pictures.to_uint8(x[self.chosen]), columns=columns_for(len(self.chosen)), title=title)
 
         done = f"step {step} of {self.steps}"
         self.images.append(pictures.beside(sheet(x_t, f"x_t, {done}"), sheet(x0, f"estimate of x_0 {self.note}")))
@@ -120,8 +120,8 @@ def write_samples(
         for batch in mine:
             watched = None
             if gif_wanted and batch.start == 0:
-                shown = min(16, len(batch))
-                watched = Frames(columns_for(shown), sampler.steps, count=shown)
+                shown = min(20, len(batch))  # spread over the batch, so that every class is among them
+                watched = Frames([i * len(batch) // shown for i in range(shown)], sampler.steps)
             if watched is not None or not all(paths[i].exists() for i in batch):
                 chosen = [labels[i] for i in batch] if labels is not None else None
                 x = sampler.draw(seed, batch, chosen, device=device, callback=watched, batch_size=batch_size)
