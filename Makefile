@@ -25,7 +25,7 @@ demo: .venv/core
 	@echo "look at samples/digits/grid.png, samples/digits/denoising.gif and runs/digits_ddpm/loss.png"
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q
 
 soak: .venv/dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak -n 2 -q --timeout 3600

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Training and sampling steps of our U-Net against diffusers' UNet2DModel of the same shape and weights, in one run.
 
-  python benchmarks/unet.py [--rounds 12] [--threads 2]
+python benchmarks/unet.py [--rounds 12] [--threads 2]
 """
 
 import argparse
@@ -52,7 +52,7 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def main() -> None:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)

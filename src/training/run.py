@@ -207,6 +207,14 @@ class RunDirectory:
         """The last word of a run that ends in order."""
         self.write_status(state, step, steps)
         self.say(message)
+        self.close()
+
+    def close(self) -> None:
+        """Give the directory up: another launch may have it."""
+        for file in (self._metrics, self._log, self._lock):
+            if file is not None:
+                file.close()
+        self._metrics = self._log = self._lock = None
 
     def draw_curve(self, *names: str) -> None:
         """loss.png: these values of metrics.jsonl over the steps."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.training import checkpoint
 from src.training.checkpoint import damage, load_weights, newest, retain, step_folder, write_folder
-from src.training.clock import Cadence
+from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
 from src.training.optimizer import OptimizerConfig, adamw, learning_rate, load_optimizer_state, optimizer_state, update
-from src.training.run import RunDirectory, describe_data
+from src.training.run import RunDirectory, describe_data, describe_run
 from src.training.seeds import generator, normal, torch_seed, uniforms
 from src.training.state import Meter, Trained
 from src.training.stream import Order, split_batch, stream, to_network
@@ -472,7 +473,8 @@ def test_a_live_run_directory_is_refused_and_a_dead_ones_is_not(tmp_path: Path) 
         with pytest.raises(UserError, match=f"in use by process {owner.pid} on"):
             RunDirectory(tmp_path / "run", writes=True)
         owner.kill()
-    assert RunDirectory(tmp_path / "run", writes=True).writes
+    with closing(RunDirectory(tmp_path / "run", writes=True)) as run:
+        assert run.writes
 
 
 def test_metrics_are_cut_to_the_step(tmp_path: Path) -> None:
@@ -486,6 +488,7 @@ def test_metrics_are_cut_to_the_step(tmp_path: Path) -> None:
     run.log(15, {"loss": 0.5})
     assert [(line["step"], line["loss"]) for line in run.read_metrics()] == [(5, 0.2), (10, 0.1), (15, 0.5)]
     run.draw_curve("loss", "absent")
+    run.close()
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert json.loads((tmp_path / "data.json").read_text()) == facts
 
@@ -498,3 +501,22 @@ def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path) -> None:
     run.log(1, {"loss": 1.0})
     run.write_status("running", 1, 2)
     assert not (tmp_path / "run").exists() and Span(steps=1).steps == 1
+
+
+def test_what_a_run_says_at_its_start() -> None:
+    pictures = open_sources(ShapesSource(source="shapes", count=8, size=8))
+    said = describe_run("mine", describe_data(pictures, None), split_batch(4, 2, rank=0, world=1), 20, 1_500_000, 6, CPU)
+    assert "mine: 8 pictures in 4 classes" in said and "1.50 M parameters" in said
+    assert "going on at step 6 of 20 = 10.0 epochs" in said and "4 images = 1 x cpu x 2 x 2" in said
+
+
+def test_the_clock_counts_images() -> None:
+    clock = Clock(10, 20, 4, shown=False)
+    for _ in range(3):
+        clock.tick()
+    time.sleep(0.05)
+    read = clock.read(52)
+    assert read["epoch"] == 1.0 and 0 < read["images_per_second"] <= 12 / 0.05
+    assert not clock.bar_shown
+    clock.close()
+    assert 0 < peak_memory_gigabytes(CPU) < 100

@@ -1,0 +1,73 @@
+"""Pictures before and while a run trains, and the held-out loss."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from src.config import validate
+from src.data import ImageConfig, open_sources
+from src.data.sources import ShapesSource
+from src.diffusion import ProcessConfig, build_process
+from src.sampling import Sampler, SamplerConfig
+from src.sampling.preview import PreviewConfig, first_pictures, held_out_loss, preview
+
+
+def process_of(kind: str, target: str):
+    return build_process(validate(ProcessConfig, {"schedule": {"kind": kind}, "target": target}))
+
+
+class Zero(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+        return x * 0 * self.one
+
+
+def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
+    """For eps the target's mean square is 1, however the pictures are batched."""
+    shapes = open_sources(ShapesSource(source="shapes", count=300, size=8))
+    found = [
+        held_out_loss(
+            Zero(),
+            process_of("linear", "eps"),
+            shapes,
+            ImageConfig(size=8),
+            batch_size=size,
+            num_classes=4,
+            accelerator=Accelerator(cpu=True),
+            most=200,
+        )
+        for size in (50, 200)
+    ]
+    assert found == pytest.approx([1, 1], abs=0.03)
+
+
+def test_a_preview_is_a_sheet_with_labels(tmp_path: Path) -> None:
+    process = process_of("cosine", "v")
+    spec = validate(PreviewConfig, {"num_samples": 6, "batch_size": 4, "sampler": {"steps": 2}})
+    drawn = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=3, clip_x0=True)
+    names = ("a", "b", "c")
+    preview(drawn, spec, tmp_path / "one.png", class_names=names, accelerator=Accelerator(cpu=True))
+    preview(drawn, spec, tmp_path / "two.png", class_names=names, accelerator=Accelerator(cpu=True))
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes(), "always from the same noise"
+    with Image.open(tmp_path / "one.png") as sheet:
+        assert sheet.width == 4 + 2 * 68
+
+
+@pytest.mark.parametrize(("kind", "target"), [("cosine", "v"), ("blend", "blend")])
+def test_pictures_before_training(tmp_path: Path, kind: str, target: str) -> None:
+    shapes = open_sources(ShapesSource(source="shapes", count=20, size=64))
+    first_pictures(tmp_path, process_of(kind, target), shapes, ImageConfig(size=64), seed=0)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png"}
+    with Image.open(tmp_path / "original.png") as original, Image.open(tmp_path / "noised.png") as noised:
+        left, right = (np.asarray(sheet.convert("RGB")).astype(int)[26:90] for sheet in (original, noised))
+    off = [abs(left[:, 4 + 68 * i : 68 + 68 * i] - right[:, 4 + 68 * i : 68 + 68 * i]).mean() for i in range(12)]
+    assert off[0] < 5 and off[-1] > 50, "from hardly noised to noise"

@@ -1,0 +1,39 @@
+"""What only a GPU shows; skipped without one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.training.seeds import normal
+from tests.conftest import SMOKE, launch, metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_smoke_run_learns_in_each_precision(tmp_path: Path, precision: str) -> None:
+    done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", tmp_path / "run", "--set", f"mixed_precision={precision}")
+    assert done.status == 0 and "x cuda x" in done.out, done.all
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < 0.85 * lines[0]["loss"]
+
+
+def test_a_deterministic_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+    more = ["--set", "deterministic=true", "--set", 'optimizer.schedule={"kind": "constant"}']
+    ends = []
+    for stops in ([20], [10, 20]):
+        run = tmp_path / str(len(stops))
+        for steps in stops:
+            done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *more, "--set", f"steps={steps}")
+            assert done.status == 0, done.all
+        ends.append(load_file(run / "checkpoints" / "step_00000020" / "model.safetensors"))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_noise_on_the_device_is_a_function_of_its_words() -> None:
+    device = torch.device("cuda")
+    one, two = (normal((1000,), 0, "noise", step, device=device, dtype=torch.float32) for step in (1, 2))
+    assert torch.equal(one, normal((1000,), 0, "noise", 1, device=device, dtype=torch.float32))
+    assert not torch.equal(one, two)
