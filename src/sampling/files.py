@@ -20,7 +20,7 @@ from .sampler import Sampler, describe
 
 
 class Frames:
-    """A callback that keeps the way of the pictures `chosen` of a batch: x_t on the left, the current x0 estimate on the right."""
+    """A callback that keeps the way of the pictures `chosen` of a batch: x_t on the left, the x0 estimate on the right."""
 
     def __init__(self, chosen: Sequence[int], steps: int, *, most: int = 60, note: str = "") -> None:
         self.chosen, self.note = list(chosen), note

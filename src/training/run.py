@@ -86,6 +86,7 @@ class RunDirectory:
         except OSError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
+            self.close()
             raise UserError(
                 f"the run directory {self.path} is in use by {owner}; wait for it, stop it, or give another --run-dir"
             ) from None
