@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pydantic
 import torch
-from accelerate import PartialState
 
 from src import pictures
 from src.config import (
@@ -44,6 +43,7 @@ from src.training.launch import (
     explain_out_of_memory,
     settle_reducer,
     start,
+    start_sampling,
     start_trackers,
 )
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
@@ -285,7 +285,9 @@ def sample_checkpoints(files: list[str]) -> int:
     """Sample 16 pictures from each file, all from the same noise, with frames and GIF, into results/."""
     if not files:
         raise UserError("--ckpt_sampling needs at least one --ckpt FILE: a run, a checkpoint, or an export")
-    device = torch.device(PartialState().device or "cpu")
+    state, device = start_sampling()
+    if not state.is_main_process:
+        return 0
     out = Path("results")
     for file in files:
         opened = open_trained(file, device)

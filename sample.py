@@ -6,14 +6,12 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
 from src.config import UserError, run_script, validate
 from src.diffusion import SOLVERS, SPACINGS
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.files import write_samples
 from src.sampling.sampler import random_labels
+from src.training.launch import start_sampling
 
 
 def arguments() -> argparse.Namespace:
@@ -46,8 +44,7 @@ def main() -> None:
         {key: getattr(args, key) for key in ("solver", "steps", "spacing", "eta", "guidance")},
         origin="arguments",
     )
-    state = PartialState(cpu=args.device == "cpu")
-    device = torch.device(args.device) if args.device and state.num_processes == 1 else torch.device(state.device or "cpu")
+    state, device = start_sampling(args.device)
     opened = open_trained(args.run, device)
     sampler = opened.sampler(spec)
     labels = None
@@ -77,6 +74,7 @@ def main() -> None:
     )
     if state.is_main_process:
         made = f"{args.num_samples} pictures of {opened.path} (step {opened.step}), {sampler.calls} network calls a batch"
+        made += f", {state.num_processes} process(es)"
         print(f"{made}\n  {out}/grid.png")
         if args.frames:
             print(f"  {out}/denoising.gif")

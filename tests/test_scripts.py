@@ -114,6 +114,7 @@ def test_sigterm_saves_and_says_how_to_go_on(long_run: Path, tmp_path: Path) -> 
         lines.append(line)
         if line.startswith("step 6/"):
             process.send_signal(signal.SIGTERM)
+    process.stdout.close()
     assert process.wait() == 1
     last = lines[-1]
     step = int(last.split("stopped at step ")[1].split()[0])

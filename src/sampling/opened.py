@@ -126,6 +126,8 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
     model = validate(UNetConfig, config["model"], origin=f"{path}: model")
     network = build_unet(model, image, len(class_names) if config["class_conditional"] else None)
     load_weights(network, weights, path)
+    if config.get("cpu_threads") is not None:
+        torch.set_num_threads(config["cpu_threads"])  # so that processes agree to the bit, as in training
     return Opened(
         path=path,
         network=network.to(device).eval().requires_grad_(False),

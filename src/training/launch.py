@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ..config import UserError, config, dump, free
@@ -52,6 +52,12 @@ def _check_environment() -> None:
             raise UserError(f"the launcher asks for {engine}, which this script does not support; launch with plain DDP")
 
 
+def _check_world(seen: int) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != seen:
+        raise UserError(f"WORLD_SIZE is {world} but accelerate sees {seen} process(es); on a CPU start with: {TWO_ON_A_CPU}")
+
+
 def precision_for(wanted: str) -> str:
     """bf16, or fp16 on a GPU that has no bf16."""
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -82,12 +88,7 @@ def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Pat
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=machine.timeout_minutes))],
     )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != accelerator.num_processes:
-        raise UserError(
-            f"WORLD_SIZE is {world} but accelerate sees {accelerator.num_processes} process(es); on a CPU start with: "
-            f"{TWO_ON_A_CPU}"
-        )
+    _check_world(accelerator.num_processes)
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -95,6 +96,23 @@ def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Pat
     elif accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     return accelerator
+
+
+def start_sampling(device: str | None = None) -> tuple[PartialState, torch.device]:
+    """The processes that there are and this one's device (`device`, where one is asked for), without a training setup."""
+    _check_environment()
+    on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    try:
+        state = PartialState(cpu=on_cpu)
+        _check_world(state.num_processes)
+        own = torch.device(state.device or "cpu")
+        chosen = torch.device(device) if device is not None else own
+        if chosen.type == own.type and chosen.index is None:
+            chosen = own  # of several, each process has its own
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+    return state, chosen
 
 
 def start_trackers(accelerator: Accelerator, project: str, run_name: str, settings: Any, step: int) -> None:

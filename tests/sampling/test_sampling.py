@@ -187,6 +187,7 @@ def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Pat
     one = launch(*arguments, "--out", tmp_path / "one")
     two = launch(*arguments, "--out", tmp_path / "two", processes=2)
     assert one.status == two.status == 0, one.all + two.all
+    assert "1 process(es)" in one.out and two.out.count("2 process(es)") == 1, "there were two, and one of them spoke"
     names = sorted(path.name for path in (tmp_path / "one").glob("0*.png"))
     assert len(names) == 10
     for name in names:
@@ -201,6 +202,7 @@ def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Pat
         (["--eta", "0.5", "--solver", "heun"], "eta belongs to the solver ddim"),
         (["--steps", "1000"], "more than the schedule's 100"),
         (["--num-samples", "0"], "at least 1"),
+        (["--device", "toaster"], "--device toaster cannot be used"),
     ],
 )
 def test_mistakes_of_sample_py(smoke_run: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
