@@ -6,12 +6,12 @@ python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pydantic
 import torch
 
-from src import pictures
 from src.config import (
     Length,
     Span,
@@ -28,9 +28,9 @@ from src.config import (
 from src.data import HeldOut, ImageConfig, Sources, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
-from src.sampling import Sampler, SamplerConfig, open_trained
-from src.sampling.files import Frames
-from src.sampling.opened import build_unet
+from src.sampling import Sampler
+from src.sampling.files import sample_checkpoints
+from src.sampling.opened import build_unet, count_classes
 from src.sampling.preview import PreviewConfig, first_pictures, held_out_loss, preview
 from src.training import checkpoint
 from src.training.checkpoint import CheckpointConfig, export
@@ -40,10 +40,10 @@ from src.training.launch import (
     MachineConfig,
     StepGate,
     StopRequest,
+    agree,
     explain_out_of_memory,
     settle_reducer,
     start,
-    start_sampling,
     start_trackers,
 )
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
@@ -55,14 +55,17 @@ from src.training.stream import split_batch, stream, to_network
 
 @config
 class Config(MachineConfig):
-    """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together."""
+    """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together.
+
+    Without `class_conditional` the data decides: classes are learned where there are any; previews are guided there alone.
+    """
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = pydantic.Field(0, ge=0, lt=2**32)
     data: Sources
     held_out: HeldOut = 0.0
     image: ImageConfig
-    class_conditional: bool = False
+    class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     balance_classes: bool = False
     process: ProcessConfig
@@ -93,11 +96,11 @@ def main() -> int:
     parser.add_argument("--ckpt_sampling", action="store_true", help="sample from each --ckpt into results/")
     args = parser.parse_args()
     if args.ckpt_sampling:
-        return sample_checkpoints(args.ckpt)
+        return sample_checkpoints(args.ckpt, Path("results"))
     if args.ckpt:
         raise UserError("--ckpt is for sampling: add --ckpt_sampling; a run goes on by itself when started again")
     cfg = load(args.config, Config, args.set)
-    with explain_out_of_memory(cfg.micro_batch_size or cfg.batch_size):
+    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
         return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
 
 
@@ -109,9 +112,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
 
     # Look at the data.
     train_set, held_out = open_data(cfg.data, cfg.held_out)
-    num_classes = len(train_set.class_names) if cfg.class_conditional else None
-    if num_classes == 0:
-        raise UserError("class_conditional is true and the data has no classes: use class subfolders or a label_column")
+    num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     facts = describe_data(train_set, held_out)
 
     def resolve(length: int | Span) -> int:
@@ -131,7 +132,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     sampler = Sampler(
         ema.network,
         process,
-        cfg.preview.sampler,
+        cfg.preview.sampler if num_classes is not None else replace(cfg.preview.sampler, guidance=1.0),
         shape=shape,
         num_classes=num_classes,
         clip_x0=cfg.process.clip,
@@ -141,13 +142,13 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     # Go on where the run was.
     run = RunDirectory(run_dir, writes=accelerator.is_main_process and not dry_run)
     step, progress = 0, {}
-    resumed = None if dry_run else run.newest_checkpoint()
+    resumed = None if dry_run else agree(run.newest_checkpoint() if run.writes else None)
     if resumed is not None:
         progress = run.adopt_progress(resumed, facts)
         step = progress["step"]
         trained.load(resumed)
-    run.adopt_config(cfg, resumed)
-    if step >= total_steps and run.final.exists():
+    run.hold_config(cfg, resumed)
+    if step >= total_steps and checkpoint.damage(run.final) is None:
         run.say(f"{run_dir} is finished ({step} steps); sample from it: python sample.py {run_dir}")
         return 0
     model, optimizer = accelerator.prepare(network, bare_optimizer)
@@ -161,15 +162,20 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     gate.skipped_in_a_row = progress.get("skipped_in_a_row", 0)
 
     # Say what will happen.
-    run.begin(step, facts, train_set)
-    start_trackers(accelerator, cfg.log.project, cfg.name, cfg, step)
-    run.say(describe_run(cfg.name, facts, split, total_steps, trained.num_parameters, step, device))
+    run.begin(step, cfg, facts, train_set, held_out)
+    start_trackers(accelerator, cfg.log.project, run_dir, cfg, step)
+    log_now, preview_now, save_now, export_now = cadences = [
+        Cadence(word, resolve(length) if length is not None else None)
+        for word, length in (
+            ("log", cfg.log.every),
+            ("preview", cfg.preview.every),
+            ("save", cfg.checkpoint.every),
+            ("export", cfg.export_every),
+        )
+    ]
+    run.say(describe_run(cfg.name, facts, split, total_steps, trained.num_parameters, step, device, cadences))
     if run.writes and step == 0:
         first_pictures(run.path, process, train_set, cfg.image, cfg.seed)
-    log_now, preview_now, save_now, export_now = (
-        Cadence(resolve(length) if length is not None else None)
-        for length in (cfg.log.every, cfg.preview.every, cfg.checkpoint.every, cfg.export_every)
-    )
     batches = stream(
         train_set,
         cfg.image,
@@ -222,7 +228,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
 
         # Now and then: log, preview, save. All of it waits for the device.
         last = step == total_steps
-        if not (last or gate.stop or gate.save or any(due(step) for due in (log_now, preview_now, save_now, export_now))):
+        if not (last or gate.stop or gate.save or any(due(step) for due in cadences)):
             continue
         if (counted := gate.settle()) is not None:
             ema.update(network, counted * split.batch)
@@ -249,7 +255,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             run.log(step, values)
             accelerator.log(values, step=step)
             run.say_progress(clock, step, total_steps, values)
-        if keep or gate.save or gate.stop:
+        if (keep or gate.save or gate.stop) and gate.skipped_in_a_row == 0:  # a run gone bad must not rotate out good ones
             state = {"step": step, "meter": meter.saved(), "best": best, "skipped_in_a_row": gate.skipped_in_a_row}
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
@@ -278,29 +284,6 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         f"finished; see {run.samples}, and draw more: python sample.py {run_dir} --frames",
     )
     accelerator.end_training()
-    return 0
-
-
-def sample_checkpoints(files: list[str]) -> int:
-    """Sample 16 pictures from each file, all from the same noise, with frames and GIF, into results/."""
-    if not files:
-        raise UserError("--ckpt_sampling needs at least one --ckpt FILE: a run, a checkpoint, or an export")
-    state, device = start_sampling()
-    if not state.is_main_process:
-        return 0
-    out = Path("results")
-    for file in files:
-        opened = open_trained(file, device)
-        sampler = opened.sampler(SamplerConfig())
-        suffix = "" if len(files) == 1 else f"_{opened.name}_{opened.step}"
-        frames = Frames(range(16), sampler.steps, note=opened.name)
-        labels = None if opened.num_classes is None else [i * opened.num_classes // 16 for i in range(16)]
-        x = sampler.draw(0, range(16), labels, device=device, callback=frames)
-        frames.finish(x)
-        captions = [opened.class_names[label] for label in labels] if labels is not None else None
-        pictures.save(pictures.grid(pictures.to_uint8(x), columns=4, labels=captions), out / f"grid{suffix}.png")
-        command = frames.write(out / f"denoised{suffix}", "denoised", ".jpg", out / f"denoised{suffix}.gif", fps=5)
-        print(f"{file}: {out}/grid{suffix}.png, {out}/denoised{suffix}.gif; the GIF again:\n  {command}")
     return 0
 
 

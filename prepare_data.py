@@ -51,6 +51,10 @@ def arguments() -> argparse.Namespace:
 
 def open_pictures(args: argparse.Namespace) -> PictureSet:
     if args.data.endswith(".json"):
+        if args.split is not None or args.min_file_bytes or args.max_broken_fraction != 1.0:
+            raise UserError(
+                "--split, --min-file-bytes and --max-broken-fraction are for a folder; a config's data says its own"
+            )
         raw = read_json(args.data)
         if not isinstance(raw, dict) or "data" not in raw:
             raise UserError(f"{args.data}: has no `data`")

@@ -11,7 +11,7 @@ from src.diffusion import SOLVERS, SPACINGS
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.files import write_samples
 from src.sampling.sampler import random_labels
-from src.training.launch import start_sampling
+from src.training.launch import explain_out_of_memory, start_sampling
 
 
 def arguments() -> argparse.Namespace:
@@ -37,8 +37,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if args.num_samples < 1 or args.batch_size < 1 or args.seed < 0:
-        raise UserError("--num-samples and --batch-size must be at least 1, --seed at least 0")
+    if args.num_samples < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**64:
+        raise UserError("--num-samples and --batch-size must be at least 1, --seed from 0 to 2^64 - 1")
     spec = validate(
         SamplerConfig,
         {key: getattr(args, key) for key in ("solver", "steps", "spacing", "eta", "guidance")},
@@ -58,20 +58,21 @@ def main() -> None:
         told = json.dumps([opened.digest, args.num_samples, args.batch_size, labels, vars(args)["spacing"], args.eta])
         tag = hashlib.sha256(told.encode()).hexdigest()[:6]
         out = f"samples/{opened.name}/{args.solver}{args.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
-    write_samples(
-        opened,
-        sampler,
-        Path(out),
-        count=args.num_samples,
-        batch_size=args.batch_size,
-        labels=labels,
-        seed=args.seed,
-        frames=args.frames,
-        device=device,
-        rank=state.process_index,
-        world=state.num_processes,
-        barrier=state.wait_for_everyone,
-    )
+    with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
+        write_samples(
+            opened,
+            sampler,
+            Path(out),
+            count=args.num_samples,
+            batch_size=args.batch_size,
+            labels=labels,
+            seed=args.seed,
+            frames=args.frames,
+            device=device,
+            rank=state.process_index,
+            world=state.num_processes,
+            barrier=state.wait_for_everyone,
+        )
     if state.is_main_process:
         made = f"{args.num_samples} pictures of {opened.path} (step {opened.step}), {sampler.calls} network calls a batch"
         made += f", {state.num_processes} process(es)"

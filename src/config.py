@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -298,11 +300,8 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
         if not isinstance(below, dict):
             below = here[part] = {}
         here = below
-    if path[-1] in ("source", "kind") and here.get(path[-1]) != value:
-        # Another kind has other keys: those that it does not know go with the old kind.
-        allowed = _keys_allowed(root, [*path[:-1], str(value)])
-        for stale in [old for old in here if old not in allowed]:
-            del here[stale]
+    if path[-1] in ("source", "kind"):
+        here.clear()  # to choose a kind is to start afresh: what was set for the old one does not belong to it
     here[path[-1]] = value
 
 
@@ -344,6 +343,18 @@ def training_arguments(root: type, description: str, *, default: str) -> argpars
     return parser
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def _mistake(message: str, rank: int) -> int:
+    if rank:  # where the first rank failed as well, its launcher ends this one while it waits
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(f"error: {message}" if not rank else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's main and exit: 0 done, 2 the user's mistake in one line on standard error, 1 anything else.
 
@@ -354,16 +365,24 @@ def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     try:
         status = main() or 0
     except UserError as error:
-        if rank:
-            time.sleep(3)
-        print(f"error: {error}" if not rank else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        status = 2
+        status = _mistake(str(error), rank)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 1
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except OSError as error:
+        if error.errno in FULL:
+            status = _mistake(f"the disk is full ({error.filename or 'while writing'}); make room and run it again", rank)
+        elif error.errno in FORBIDDEN and error.filename:
+            status = _mistake(f"{error.filename} cannot be used: {error.strerror}", rank)
+        else:
+            traceback.print_exc()
+            status = 1
+    except Exception as error:
+        if rank and any(word in str(error) for word in ("Connection closed by peer", "Connection reset by peer")):
+            status = _mistake("another process ended, so this one cannot go on", rank) and 1
+        else:
+            traceback.print_exc()
+            status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)

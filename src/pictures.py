@@ -56,7 +56,7 @@ def grid(
         picture = to_image(pictures[i]).convert("RGB")
         sheet.paste(picture.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
         if labels:
-            text = labels[i]
+            text = " ".join(labels[i].split())
             while len(text) > 1 and draw.textlength(text, font=font) > cell_w:
                 text = text[:-1]
             draw.text((x, y + cell_h), text, fill="black", font=font)
@@ -136,12 +136,14 @@ def gif(frames: Sequence[Path], pattern: Path, out: Path, *, fps: int) -> str:
     if not frames:
         raise UserError("there are no frames to make a GIF of")
     program = ffmpeg()
+    staged = out.with_name(f".{out.name}")
     if program is not None:
-        command = gif_command(str(pattern), str(out), fps=fps, program=program)
+        command = gif_command(str(pattern), str(staged), fps=fps, program=program)
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
         if done.returncode != 0:
             raise RuntimeError(f"ffmpeg failed: {done.stderr.strip().splitlines()[-1:]}")
     else:
         pictures = [Image.open(frame).convert("RGB") for frame in frames]
-        pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+        pictures[0].save(staged, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    staged.replace(out)
     return shlex.join(gif_command(str(pattern), str(out), fps=fps))

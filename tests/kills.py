@@ -38,12 +38,14 @@ def saving(run: Path) -> bool:
     return any((run / "checkpoints").glob(".step_*.partial"))
 
 
-def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save: bool) -> bool:
+def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save: bool) -> str:
     """Start the run and kill it at a moment drawn between its first logged step and its end, or inside a save.
 
-    False if it was done before. Asserts that it went on at the newest checkpoint that is whole.
+    Gives `ended` if it was done before, `inside` if the kill left a save half-written, else `killed`. Asserts that the run
+    went on at the newest checkpoint that is whole.
     """
     expected, _ = newest(run / "checkpoints") if (run / "checkpoints").exists() else (None, [])
+    went_on = json.loads((expected / "progress.json").read_text())["step"] if expected is not None else 0
     before = len((run / "log.txt").read_text()) if (run / "log.txt").exists() else 0
     process = subprocess.Popen(
         command(processes, *arguments(run)), cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL,
@@ -61,9 +63,10 @@ def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save
             break
         time.sleep(0.001)
     if first is not None:
-        went_on = json.loads((expected / "progress.json").read_text())["step"] if expected is not None else 0
         assert first == went_on + 1, f"the first step after {expected} was {first}"
-    return process.returncode != 0
+    if process.returncode == 0:
+        return "ended"
+    return "inside" if saving(run) else "killed"
 
 
 def same_end(one: Path, other: Path) -> None:

@@ -106,8 +106,8 @@ def test_load_and_override(tmp_path: Path) -> None:
     changed = load(path, Root, ["inner.rate=1e-4", "name=b=c", "inner.widths=[3]", 'every={"epochs": 1}'])
     assert (changed.inner.rate, changed.name, changed.inner.widths) == (1e-4, "b=c", (3,))
     assert changed.every == Span(epochs=1)
-    folder = load(path, Root, ["data.path=/pictures", "data.source=folder"])  # in any order; old keys go with the old kind
-    assert dump(folder)["data"]["path"] == "/pictures" and dump(folder)["data"]["split"] == "train"
+    folder = load(path, Root, ["data.path=/pictures", "data.source=folder"])  # in any order; old keys are gone
+    assert dump(folder)["data"]["path"] == "/pictures" and dump(folder)["data"]["split"] is None
     for wrong, said in [
         ("inner.rate", "KEY=VALUE"),
         ("inner.rat=1", "did you mean"),

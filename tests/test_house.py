@@ -123,11 +123,11 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.json") if "schemas
 def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> None:
     cfg = load(path, ddpm_accelerate.Config)
     assert cfg.name.removeprefix("smoke_") in (path.stem, "ddpm")
-    process = build_process(cfg.process)
+    process, conditional = build_process(cfg.process), cfg.class_conditional is None
     with torch.device("meta"):
-        network = build_unet(cfg.model, cfg.image, 10 if cfg.class_conditional else None)
+        network = build_unet(cfg.model, cfg.image, 10 if conditional else None)
         x0 = torch.zeros(2, cfg.image.channels, cfg.image.size, cfg.image.size)
-        condition = {"labels": torch.zeros(2, dtype=torch.long)} if cfg.class_conditional else {}
+        condition = {"labels": torch.zeros(2, dtype=torch.long)} if conditional else {}
     t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
     loss = process.losses(network, x0, torch.zeros_like(x0), t, **condition).loss
     loss.sum().backward()

@@ -1,6 +1,7 @@
 """The training script, launched: on one process and on two, killed, stopped, misused."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -96,7 +97,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_and_resumed_is_equal_to_the_bit(long_run: Path, tmp_path: Path, processes: int) -> None:
     rng, run = random.Random(processes), tmp_path / "run"
     killed = [kills.start_and_kill(run, processes, rng, inside_save=i == 0) for i in range(2)]
-    assert any(killed)
+    assert set(killed) != {"ended"}
     done = launch(*kills.arguments(run), processes=processes)
     assert done.status == 0, done.all
     kills.same_end(long_run, run)
@@ -204,9 +205,9 @@ def test_sampling_from_several_checkpoints(smoke_run: Path, tmp_path: Path) -> N
     early = smoke_run / "checkpoints" / "step_00000010"
     two = launch(ROOT / SCRIPT, "--ckpt", smoke_run, "--ckpt", early, "--ckpt_sampling", cwd=tmp_path)
     assert two.status == 0, two.all
-    for step in (30, 10):
-        assert (tmp_path / "results" / f"grid_smoke_ddpm_{step}.png").exists()
-        assert (tmp_path / "results" / f"denoised_smoke_ddpm_{step}.gif").exists()
+    for name in ("1_smoke_ddpm_30", "2_smoke_ddpm_10"):
+        assert (tmp_path / "results" / f"grid_{name}.png").exists()
+        assert (tmp_path / "results" / f"denoised_{name}.gif").exists()
     assert "needs at least one --ckpt" in one_line(launch(SCRIPT, "--ckpt_sampling"))
     assert "add --ckpt_sampling" in one_line(launch(SCRIPT, "--ckpt", export))
 
@@ -271,7 +272,9 @@ def test_data_without_classes_or_with_one_broken_file_too_many(tmp_path: Path) -
     for i in range(8):
         Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
     folder = ["--set", "data.source=folder", "--set", f"data.path={tmp_path}"]
-    assert "the data has no classes" in one_line(train(tmp_path / "run", *folder))
+    said = one_line(train(tmp_path / "run", *folder, "--set", "class_conditional=true"))
+    assert "the data has no classes" in said
+    assert "class_conditional=null" in said
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     said = one_line(train(tmp_path / "run", *folder, "--set", "data.scan.max_broken_fraction=0.1"))
     assert "1 of 9 pictures cannot be read" in said and "'broken.png'" in said and not (tmp_path / "run").exists()
@@ -336,6 +339,48 @@ def test_out_of_memory(tmp_path: Path) -> None:
     done = limited(tmp_path / "run", *large, "--set", "held_out=0.0", RLIMIT_AS=6_000_000_000)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "error: out of memory at micro_batch_size 256; try --set micro_batch_size=128" in done.stderr
+
+
+def test_stopped_as_launchers_do_with_loader_workers(tmp_path: Path) -> None:
+    """A launcher sends SIGTERM to the whole group, the loader's workers among it."""
+    for i in range(40):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.new("RGB", (30, 24), (6 * i, 100, 200)).save(tmp_path / "data" / f"{i}.png")
+    folder = ["--set", "data.source=folder", "--set", f"data.path={tmp_path / 'data'}", "--set", "workers=2"]
+    with subprocess.Popen(
+        command(1, *kills.arguments(tmp_path / "run", *folder)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("step 6/"):
+                os.killpg(process.pid, signal.SIGTERM)
+    assert process.returncode == 1 and "stopped at step" in said and "Traceback" not in said, said
+    assert newest(tmp_path / "run" / "checkpoints")[0] is not None
+
+
+def test_a_run_that_goes_bad_keeps_the_checkpoints_from_before(tmp_path: Path) -> None:
+    explodes = ["--set", 'optimizer.schedule={"kind": "multistep", "milestones": [9], "gamma": 1e36}']
+    one_line(train(tmp_path / "run", *explodes, "--set", "checkpoint.every=2", "--set", "preview.every=null"))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_00000006", "step_00000008", "step_00000010"], "step 10 was the last that counted"
+    assert all(line["loss"] is None or line["loss"] < 1e30 for line in metrics(tmp_path / "run"))
+
+
+def test_a_mistake_on_two_processes_is_one_line_of_ours(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "--set", "data.source=folder", "--set", "data.path=/nowhere", processes=2)
+    assert done.status != 0
+    assert done.err.count("data folder /nowhere does not exist") == 1, done.err
+
+
+def test_a_flat_folder_turns_a_config_with_classes_into_one_without(tmp_path: Path) -> None:
+    for i in range(20):
+        Image.new("RGB", (20, 20), (10 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    quick = ["--set", "steps=2", "--set", "preview.sampler.guidance=2.0", "--set", "preview.num_samples=2"]
+    done = train(tmp_path / "run", "--set", "data.source=folder", "--set", f"data.path={tmp_path}", *quick)
+    assert done.status == 0 and "in no classes" in done.out, done.all
 
 
 # ---------------------------------------------------------------------------------------------- the other script

@@ -63,7 +63,9 @@ def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out:
                 records.flush()
                 os.fsync(records.fileno())
         table = np.fromfile(staged / "records.bin", dtype=np.int64).reshape(-1, 5)
-        np.save(staged / "records.npy", table)
+        with open(staged / "records.npy", "wb") as file:
+            np.save(file, table)
+            os.fsync(file.fileno())
         manifest = {
             **request,
             "version": VERSION,
@@ -72,10 +74,13 @@ def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out:
             "class_names": list(pictures.class_names),
             "names": names,
         }
-        (staged / "manifest.json").write_text(json.dumps(manifest))
-        (staged / "records.bin").unlink()
-        (staged / "request.json").unlink()
+        with open(staged / "manifest.json", "w") as file:
+            file.write(json.dumps(manifest))
+            file.flush()
+            os.fsync(file.fileno())
         staged.replace(out)
+        for name in ("records.bin", "request.json"):
+            (out / name).unlink()
     except OSError as error:
         raise UserError(f"packing into {out} stopped: {error}; mend it and run the same command again to go on") from None
     return len(table)
@@ -94,10 +99,8 @@ def _resume(staged: Path, request: dict) -> int:
         return 0
     records = staged / "records.bin"
     if not records.exists():
-        if not (staged / "records.npy").exists():
-            (staged / "pixels.bin").unlink(missing_ok=True)
-            return 0
-        np.load(staged / "records.npy").tofile(records)  # killed between the last record and the rename
+        (staged / "pixels.bin").unlink(missing_ok=True)
+        return 0
     whole = records.stat().st_size // 40
     os.truncate(records, whole * 40)
     table = np.fromfile(records, dtype=np.int64).reshape(-1, 5)

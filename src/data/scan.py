@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..config import UserError, config
 from .transforms import FORMATS
 
 TOO_SMALL = "smaller than min_file_bytes"
+FOR_NOW = "cannot be read now: "  # not remembered: the next scan looks again
 VERSION = 1
 _large = threading.Lock()  # pictures beyond this many pixels are decoded one at a time, so that memory stays bounded
 _LARGE_PIXELS = 25_000_000
@@ -78,13 +79,11 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
                     image.load()
     except UnidentifiedImageError:
         return "not a picture"
-    except FileNotFoundError:
-        return "file is gone"
-    except PermissionError:
-        return "not allowed to read"
     except MemoryError:
-        return "needs more memory than there is"
+        return f"{FOR_NOW}it needs more memory than there is"
     except Exception as error:  # decoders raise whatever they like on damaged bytes
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"{FOR_NOW}{error.strerror}"
         return "truncated" if "truncat" in str(error).lower() else "damaged"
     return None
 
@@ -93,22 +92,24 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
 def _remembered(key: str):
     """The facts of earlier scans of `key`, under a lock: of several ranks one scans, the others find it done."""
     folder = cache_folder() / "scans"
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}.json"
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
+    with ExitStack() as stack:
+        facts: dict[str, Any] = {}
+        with suppress(OSError):  # a cache that cannot be used costs time, not the run
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path.with_suffix(".lock"), "w")), fcntl.LOCK_EX)
+        with suppress(OSError, ValueError):
             facts = json.loads(path.read_text())
-        except (OSError, ValueError):
-            facts = {}
 
         def save() -> None:
             staged = path.with_suffix(".part")
             try:
-                staged.write_text(json.dumps(facts))
+                lasting = {name: fact for name, fact in facts.items() if not str(fact[2]).startswith(FOR_NOW)}
+                staged.write_text(json.dumps(lasting))
                 staged.replace(path)
-            except OSError:  # a cache that cannot be written costs time, not the run
-                staged.unlink(missing_ok=True)
+            except OSError:
+                with suppress(OSError):
+                    staged.unlink(missing_ok=True)
 
         yield facts, save
 

@@ -114,8 +114,8 @@ class Pictures:
         raise NotImplementedError
 
     @property
-    def uniform(self) -> Pixels | None:
-        """All pictures as one array (N, H, W, C), where they are of one size and lie in memory or in a mapped file."""
+    def uniform(self) -> tuple[Pixels, NDArray[np.int64]] | None:
+        """One array (M, H, W, C) in memory or in a mapped file, and where in it each picture stands, if all have one size."""
         return None
 
 
@@ -147,8 +147,8 @@ class ArrayPictures(Pictures):
         return self.pixels[index]
 
     @property
-    def uniform(self) -> Pixels:
-        return self.pixels
+    def uniform(self) -> tuple[Pixels, NDArray[np.int64]]:
+        return self.pixels, np.arange(len(self.pixels))
 
 
 @dataclass
@@ -165,15 +165,14 @@ class PackedPictures(Pictures):
         return self.pixels[offset : offset + size].reshape(height, width, self.channels)
 
     @property
-    def uniform(self) -> Pixels | None:
+    def uniform(self) -> tuple[Pixels, NDArray[np.int64]] | None:
         if len(self.records) == 0 or (self.records[:, 1:] != self.records[0, 1:]).any():
             return None
         height, width = self.records[0, 1:].tolist()
         size = height * width * self.channels
-        start = int(self.records[0, 0])
-        if (np.diff(self.records[:, 0]) != size).any():
-            return None
-        return self.pixels[start : start + size * len(self.records)].reshape(-1, height, width, self.channels)
+        if (self.records[:, 0] % size).any() or len(self.pixels) % size:
+            return None  # pictures of another size lie between
+        return self.pixels.reshape(-1, height, width, self.channels), self.records[:, 0] // size
 
 
 def _digest(*parts: Any) -> str:
@@ -195,15 +194,14 @@ def _walk(root: str, visited: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             try:
-                if entry.is_dir():
-                    state = entry.stat()
-                    if (state.st_dev, state.st_ino) not in visited:
-                        visited.add((state.st_dev, state.st_ino))
-                        found += _walk(entry.path, visited)
-                elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in ENDINGS:
-                    found.append(entry)
-            except OSError:
+                folder, state = entry.is_dir(), entry.stat()
+            except FileNotFoundError:  # a link that leads nowhere
                 continue
+            if folder and (state.st_dev, state.st_ino) not in visited:
+                visited.add((state.st_dev, state.st_ino))
+                found += _walk(entry.path, visited)
+            elif not folder and os.path.splitext(entry.name)[1].lower() in ENDINGS:
+                found.append(entry)
     return found
 
 
@@ -211,7 +209,8 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
     root = Path(spec.path).expanduser()
     if not root.is_dir():
         kind = "is a file, not a folder" if root.exists() else "does not exist"
-        raise UserError(f"data folder {spec.path} {kind}; set data.path to your folder of pictures")
+        raise UserError(f"data folder {spec.path} {kind}; set data.path (held_out.path) to your folder of pictures")
+    named_from = root / (spec.split or "")  # names, and so who is held out, do not depend on what else the folder holds
 
     def subfolders(folder: Path) -> list[Path]:
         hidden = (".", "__MACOSX")
@@ -246,16 +245,16 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
         raise UserError(f"data folder {spec.path} cannot be read: {error}") from None
     if not files:
         raise UserError(f"data folder {spec.path} holds no pictures ({', '.join(sorted(ENDINGS))})")
-    names = [os.path.relpath(entry.path, root) for entry in files]
-    stamps = []
-    for entry in files:
-        state = entry.stat()
-        stamps.append((state.st_size, state.st_mtime_ns))
+    if not named_from.is_dir():
+        named_from = root
+    names = [os.path.relpath(entry.path, named_from) for entry in files]
+    stamps = [(entry.stat().st_size, entry.stat().st_mtime_ns) for entry in files]  # as the walk saw them
     good, report = scan(
         names, stamps, lambda i: files[i].path, spec.scan, key=str(root.resolve()), where=f"data folder {spec.path}"
     )
+    below_root = [os.path.relpath(files[i].path, root).split(os.sep) for i in good]
+    folders = [parts[0] if len(parts) > 1 else None for parts in below_root]
     names = [names[i] for i in good]
-    folders = [name.split(os.sep)[0] if os.sep in name else None for name in names]
     class_names = tuple(sorted({name for name in folders if name is not None}))
     number = {name: i for i, name in enumerate(class_names)}
     return FolderPictures(
@@ -290,6 +289,8 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
                 if spec.split not in rows:
                     raise UserError(f"{where} has no split {spec.split!r}; it has: {', '.join(map(str, rows))}")
                 rows = rows[spec.split]
+            elif rows.split is not None and str(rows.split) != spec.split:
+                raise UserError(f"{where} is the split {str(rows.split)!r} alone, and {spec.split!r} is asked for")
         else:
             rows = datasets.load_dataset(spec.name, spec.configuration, data_dir=spec.data_dir, split=spec.split)
     except UserError:
@@ -433,7 +434,8 @@ class PictureSet:
             own = np.array([*(number[name] for name in part.class_names), -1], dtype=np.int64)  # [-1] is no class
             labels.append(own[part.labels[c]])
         self.labels = np.concatenate(labels)
-        self._ready: Pixels | None = None
+        self._ready: tuple[Pixels, NDArray[np.int64]] | None = None
+        self._light = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -457,21 +459,27 @@ class PictureSet:
     def prepare(self, spec: ImageConfig) -> None:
         """Make the batch of small sets in memory, or of a packed file of the right size, one indexed copy."""
         uniform = self.parts[0].uniform if len(self.parts) == 1 else None
-        if uniform is not None and uniform.shape[1:] == (spec.size, spec.size, spec.channels):
+        if uniform is not None and uniform[0].shape[1:] == (spec.size, spec.size, spec.channels):
             self._ready = uniform
         elif uniform is not None and isinstance(self.parts[0], ArrayPictures):
             plain = ImageConfig(size=spec.size, channels=spec.channels)
-            self._ready = np.stack([square(picture, plain, np.full(3, 0.5)) for picture in uniform])
+            self._ready = np.stack([square(picture, plain, np.full(3, 0.5)) for picture in uniform[0]]), uniform[1]
+        cut_alone = [
+            isinstance(part, PackedPictures) and bool((part.records[:, 1:].min(axis=1) == spec.size).all())
+            for part in self.parts
+        ]
+        self._light = self._ready is not None or all(cut_alone)
 
     @property
     def ready(self) -> bool:
-        """Whether nothing is decoded for a batch, so that loader workers would only cost."""
-        return all(isinstance(part, ArrayPictures | PackedPictures) for part in self.parts)
+        """Whether, once prepared, a batch is nothing but copies, so that loader workers would only cost."""
+        return self._light
 
     def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """(B, size, size, channels) uint8 of the pictures `indices` (B,), cut and flipped by `u` (B, 3)."""
         if self._ready is not None:
-            pixels = self._ready[self.index[indices]]
+            everything, where = self._ready
+            pixels = everything[where[self.index[indices]]]
             if spec.flip:
                 mirrored = u[:, 2] < 0.5
                 pixels[mirrored] = pixels[mirrored, :, ::-1]
@@ -479,15 +487,17 @@ class PictureSet:
         return np.stack([self._one(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
 
     def _one(self, i: int, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
-        """A picture that broke after the scan is replaced by the one after it, and said."""
+        """A picture that broke after the scan is replaced by the next of its class, and said."""
+        fellows = np.flatnonzero(self.labels == self.labels[i])
+        first = int(np.searchsorted(fellows, i))
         for attempt in range(20):
-            j = (i + attempt) % len(self)
+            j = int(fellows[(first + attempt) % len(fellows)])
             part = self.parts[self.which[j]]
             try:
                 return square(part.load(int(self.index[j]), channels=spec.channels, at_least=spec.size), spec, u)
             except Exception as error:
                 name = part.names[int(self.index[j])]
-                print(f"warning: {name!r} can no longer be read ({error}); the next picture takes its place", flush=True)
+                print(f"warning: {name!r} can no longer be read ({error}); the next one takes its place", flush=True)
         raise UserError(f"twenty pictures in a row, from {self.names[i]!r} on, can no longer be read; is the disk gone?")
 
     def only(self, keep: NDArray[np.bool_]) -> "PictureSet":

@@ -50,7 +50,11 @@ class Denoiser(Protocol):
 def like(values: Tensor, x: Tensor) -> Tensor:
     """Float64 values () or (B,), made ready to multiply `x` (B, ...): its device, at least float32, broadcastable."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return values.to(dtype).to(x.device).reshape(values.shape + (1,) * (x.ndim - values.ndim if values.ndim else 0))
+    return (
+        values.to(dtype)
+        .to(x.device, non_blocking=True)
+        .reshape(values.shape + (1,) * (x.ndim - values.ndim if values.ndim else 0))
+    )
 
 
 @config

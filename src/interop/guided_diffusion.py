@@ -83,16 +83,16 @@ def rename(network: UNet, state: dict[str, Tensor], names: dict[str, str]) -> di
     return renamed
 
 
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part]
 
 
 def unet_config(flags: dict[str, Any]) -> UNetConfig:
     """guided-diffusion's flags as our architecture."""
-    default_mult = {512: "1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4", 32: "1,2,2,2"}
+    default_mult = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4", 32: "1,2,2,2"}
     size = flags["image_size"]
-    mult = _integers(flags.get("channel_mult") or default_mult.get(size, "1,2,3,4"))
-    factors = {size // resolution for resolution in _integers(flags["attention_resolutions"])}
+    mult = _numbers(flags.get("channel_mult") or default_mult.get(size, "1,2,3,4"))
+    factors = {size // resolution for resolution in _numbers(flags["attention_resolutions"])}
     if flags.get("num_heads_upsample", -1) not in (-1, flags["num_heads"]):
         raise UserError("num_heads_upsample other than num_heads is not supported")
     by_channels = flags.get("num_head_channels", -1) != -1

@@ -35,7 +35,7 @@ class UNetConfig:
     """
 
     base_channels: int = pydantic.Field(64, ge=1)
-    channel_mult: tuple[int, ...] = pydantic.Field((1, 2, 2, 4), min_length=1)
+    channel_mult: tuple[float, ...] = pydantic.Field((1, 2, 2, 4), min_length=1)
     blocks: int = pydantic.Field(2, ge=1)
     attention: tuple[AttentionKind, ...] = ("none", "none", "full", "full")
     mid_attention: AttentionKind = "full"
@@ -63,7 +63,7 @@ class UNetConfig:
         attended = [width for width, kind in zip(self.widths, self.attention, strict=True) if kind != "none"]
         attended += [self.widths[-1]] if self.mid_attention != "none" else []
         for channels in self.widths:
-            if channels % self.norm_groups:
+            if channels < 1 or channels % self.norm_groups:
                 raise wrong(f"norm_groups {self.norm_groups} does not divide a width of {channels} channels")
         for channels in attended:
             if channels % (self.num_heads or self.head_channels or 1):
@@ -73,7 +73,7 @@ class UNetConfig:
 
     @property
     def widths(self) -> list[int]:
-        return [self.base_channels * mult for mult in self.channel_mult]
+        return [int(self.base_channels * mult) for mult in self.channel_mult]
 
     @property
     def factor(self) -> int:
@@ -164,9 +164,9 @@ class UNet(nn.Module):
 
         levels = list(zip(config.widths, config.attention, strict=True))
         last = len(levels) - 1
-        self.stem = nn.Conv2d(in_channels, base, 3, padding=1)
+        self.stem = nn.Conv2d(in_channels, levels[0][0], 3, padding=1)
         self.down = nn.ModuleList()
-        channels, skips = base, [base]
+        channels, skips = levels[0][0], [levels[0][0]]
         for level, (width, kind) in enumerate(levels):
             blocks = []
             for _ in range(config.blocks):
@@ -222,7 +222,7 @@ class UNet(nn.Module):
         def step(resample: nn.Module, h: Tensor) -> Tensor:
             return run(resample, h) if isinstance(resample, ResidualBlock) else resample(h)
 
-        h = self.stem(x)  # (B, base, H, W)
+        h = self.stem(x)  # (B, widths[0], H, W)
         skips = [h]
         for stage in cast(Iterable[Stage], self.down):
             for block in stage.blocks:

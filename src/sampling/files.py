@@ -15,8 +15,9 @@ from tqdm import tqdm
 from .. import pictures
 from ..config import UserError
 from ..diffusion import Prediction
-from .opened import Opened
-from .sampler import Sampler, describe
+from ..training.launch import start_sampling
+from .opened import Opened, open_trained
+from .sampler import Sampler, SamplerConfig, describe
 
 
 class Frames:
@@ -91,7 +92,7 @@ def write_samples(
         "classes": [opened.class_names[label] for label in labels] if labels is not None else None,
     }
     metadata = out / "metadata.json"
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
         try:
             same = {k: v for k, v in json.loads(metadata.read_text()).items() if k in request} == request
         except (OSError, ValueError):
@@ -143,6 +144,34 @@ def write_samples(
         names = [opened.class_names[label] for label in labels[:shown]] if labels is not None else None
         pictures.save(pictures.grid(array, columns=columns_for(shown, blocks), labels=names), out / "grid.png")
     return paths
+
+
+def sample_checkpoints(files: Sequence[str], out: Path) -> int:
+    """16 pictures from each run, checkpoint or export, all from the same noise: grid, numbered frames and GIF in `out`."""
+    if not files:
+        raise UserError("--ckpt_sampling needs at least one --ckpt FILE: a run, a checkpoint, or an export")
+    state, device = start_sampling()
+    if not state.is_main_process:
+        return 0
+    opened = [open_trained(file, device) for file in files]  # a mistake in the last is told before the first is drawn
+    for file, run in zip(files, opened, strict=True):
+        sampler = run.sampler(SamplerConfig())
+        suffix = "" if len(files) == 1 else f"_{opened.index(run) + 1}_{run.name}_{run.step}"
+        frames = Frames(range(16), sampler.steps, note=run.name)
+        labels = None if run.num_classes is None else [i * run.num_classes // 16 for i in range(16)]
+        with tqdm(total=sampler.steps, desc=f"sampling {run.name}", unit="step", disable=None) as bar:
+
+            def watch(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+                frames(step, t, x_t, prediction)  # noqa: B023
+                bar.update()
+
+            x = sampler.draw(0, range(16), labels, device=device, callback=watch)
+        frames.finish(x)
+        captions = [run.class_names[label] for label in labels] if labels is not None else None
+        pictures.save(pictures.grid(pictures.to_uint8(x), columns=4, labels=captions), out / f"grid{suffix}.png")
+        command = frames.write(out / f"denoised{suffix}", "denoised", ".jpg", out / f"denoised{suffix}.gif", fps=5)
+        print(f"{file}: {out}/grid{suffix}.png, {out}/denoised{suffix}.gif; the GIF again:\n  {command}")
+    return 0
 
 
 def _wait_for(paths: Sequence[Path], seconds: float = 60) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Opened:
 
     @property
     def num_classes(self) -> int | None:
-        return len(self.class_names) if self.config["class_conditional"] else None
+        return count_classes(self.config["class_conditional"], self.class_names)
 
     @property
     def name(self) -> str:
@@ -63,6 +64,16 @@ class Opened:
             else:
                 raise UserError(f"class {word!r} is not known; the classes are: {', '.join(self.class_names)}")
         return [chosen[i * len(chosen) // count] for i in range(count)]
+
+
+def count_classes(class_conditional: bool | None, class_names: Sequence[str]) -> int | None:
+    """How many classes a network has: None where it learns none. True asks for classes, None takes what the data has."""
+    if class_conditional and not class_names:
+        raise UserError(
+            "class_conditional is true and the data has no classes: use class subfolders or a label_column, or "
+            "--set class_conditional=null"
+        )
+    return len(class_names) if class_names and class_conditional is not False else None
 
 
 def build_unet(config: UNetConfig, image: ImageConfig, num_classes: int | None) -> UNet:
@@ -107,10 +118,10 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
             weights, config, data, step = (found[key] for key in ("weights", "config", "data", "step"))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as error:
+            digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
-        digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
     elif path.is_dir():
         folder = _find(path)
         weights = read_tensors(folder, "ema")
@@ -124,7 +135,7 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
     image = validate(ImageConfig, config["image"], origin=f"{path}: image")
     class_names = tuple(data["class_names"])
     model = validate(UNetConfig, config["model"], origin=f"{path}: model")
-    network = build_unet(model, image, len(class_names) if config["class_conditional"] else None)
+    network = build_unet(model, image, count_classes(config["class_conditional"], class_names))
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:
         torch.set_num_threads(config["cpu_threads"])  # so that processes agree to the bit, as in training

@@ -12,15 +12,16 @@ from torch import Tensor
 from .. import pictures
 from ..config import Length, config, free
 from ..data import ImageConfig, PictureSet
+from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
 from ..training.seeds import generator, normal
 from ..training.stream import to_network
-from .sampler import Sampler, SamplerConfig
+from .sampler import Sampler, SamplerConfig, noise_of
 
 
 @config
 class PreviewConfig:
-    """A grid of `num_samples` pictures from the EMA weights every `every` steps, always from the same noise."""
+    """`num_samples` pictures from the EMA weights every `every` steps and at the end, always from the same noise."""
 
     every: Length | None = free(None)
     num_samples: int = free(16, ge=1)
@@ -63,7 +64,7 @@ def held_out_loss(
     accelerator: Accelerator,
     most: int = 1024,
 ) -> float:
-    """The mean loss on up to `most` held-out pictures, each always with the same noise and time, on all ranks."""
+    """The mean loss on up to `most` held-out pictures, spread over all, each always with the same noise and time."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     count = min(most, len(held_out))
     shape = (spec.channels, spec.size, spec.size)
@@ -72,10 +73,10 @@ def held_out_loss(
     total = torch.zeros((), device=device, dtype=dtype)
     plain = ImageConfig(size=spec.size, channels=spec.channels)
     for start in range(rank * batch_size, count, batch_size * world):
-        indices = np.arange(start, min(start + batch_size, count))
+        indices = np.linspace(0, len(held_out) - 1, count).astype(np.int64)[start : start + batch_size]
         x0 = to_network(torch.from_numpy(held_out.batch(indices, plain, np.full((len(indices), 3), 0.5))), device, dtype)
-        eps = normal((len(indices), *shape), "held out", start, device=device, dtype=x0.dtype)
-        u = torch.from_numpy(generator("held out times", start).random(len(indices)))
+        eps = noise_of(0, indices.tolist(), shape).to(x0)
+        u = torch.from_numpy(position_uniforms(0, indices)[:, 0])
         condition = {}
         if num_classes is not None:
             labels = torch.from_numpy(held_out.labels[indices])

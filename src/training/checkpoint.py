@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON in a folder that is whole or absent, its bytes known by their hashes."""
 
-import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import Length, UserError, config, free
+from ..config import FULL, Length, UserError, config, free
 
 MANIFEST = "MANIFEST.json"
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -77,7 +77,7 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents) -> None:
         _flush_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             raise UserError(
                 f"the disk is full: {folder} was not written, what was saved before is whole; make room and run the "
                 "same command again"
@@ -168,5 +168,10 @@ def export(path: Path, weights: Mapping[str, Tensor], settings: Any, data: Any, 
     """One `.pt` file of tensors and config, read with `weights_only=True`; whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".part")
-    torch.save({"weights": dict(weights), "config": settings, "data": data, "step": step}, staged)
-    staged.replace(path)
+    content = io.BytesIO()
+    torch.save({"weights": dict(weights), "config": settings, "data": data, "step": step}, content)
+    try:
+        staged.write_bytes(content.getbuffer())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)

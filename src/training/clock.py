@@ -13,10 +13,10 @@ DRY_WARMUP, DRY_STEPS = 2, 8
 
 
 class Cadence:
-    """Due at every `every`-th step; never without one."""
+    """Due at every `every`-th step; never without one. `word` says what is."""
 
-    def __init__(self, every: int | None) -> None:
-        self.every = every
+    def __init__(self, word: str, every: int | None) -> None:
+        self.word, self.every = word, every
 
     def __call__(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0
@@ -65,7 +65,7 @@ class Clock:
 
     def measured(self, device: torch.device, step: int) -> bool:
         """In a dry run: time the steps after the first ones; true when enough are timed."""
-        if step == self.first + DRY_WARMUP:
+        if step == self.first + min(DRY_WARMUP, self.steps - self.first - 1):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             self.read(1)

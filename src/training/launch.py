@@ -1,5 +1,7 @@
 """Starting on the devices there are, and noticing what the launcher did not say."""
 
+import hashlib
+import importlib.util
 import os
 import signal
 import sys
@@ -13,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from pydantic import Field
 
 from ..config import UserError, config, dump, free
 
@@ -32,7 +35,7 @@ class MachineConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     dtype: Literal["float32", "float64"] = "float32"
     deterministic: bool = False
-    cpu_threads: int | None = None
+    cpu_threads: int | None = Field(None, gt=0)
     workers: int = free(4, ge=0)
     timeout_minutes: float = free(10.0, gt=0)
 
@@ -40,6 +43,8 @@ class MachineConfig:
 def _check_environment() -> None:
     environment = os.environ
     world = environment.get("WORLD_SIZE")
+    if world is not None and not world.isdigit():
+        raise UserError(f"WORLD_SIZE is {world!r}, not a number; a launcher sets it: unset it")
     if environment.get("MASTER_ADDR") and world is None:
         raise UserError(
             "the launcher set MASTER_ADDR but no WORLD_SIZE, so only one process runs (`accelerate launch --cpu "
@@ -68,6 +73,9 @@ def precision_for(wanted: str) -> str:
 def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path(".")) -> Accelerator:
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError."""
     _check_environment()
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"log.trackers asks for {tracker}, which is not installed: pip install {tracker}")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", machine.mixed_precision):
         raise UserError(
@@ -115,7 +123,7 @@ def start_sampling(device: str | None = None) -> tuple[PartialState, torch.devic
     return state, chosen
 
 
-def start_trackers(accelerator: Accelerator, project: str, run_name: str, settings: Any, step: int) -> None:
+def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settings: Any, step: int) -> None:
     """Open the trackers, named as the run, going on at `step`."""
     if not accelerator.log_with:
         return
@@ -132,7 +140,11 @@ def start_trackers(accelerator: Accelerator, project: str, run_name: str, settin
         config=dict(flatten(dump(settings))),
         init_kwargs={
             "tensorboard": {"purge_step": step + 1},
-            "wandb": {"name": run_name, "id": f"{project}-{run_name}".replace("/", "-"), "resume": "allow"},
+            "wandb": {
+                "name": run_dir.name,
+                "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],  # the same run when it goes on
+                "resume": "allow",
+            },
         },
     )
 
@@ -144,6 +156,13 @@ def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: 
         return
     accelerator.backward(network(*inputs).square().mean() * 0)
     network.zero_grad(set_to_none=True)
+
+
+def agree(chosen: Path | None) -> Path | None:
+    """What the first rank chose, on all ranks."""
+    box = [chosen]
+    broadcast_object_list(box)
+    return box[0]
 
 
 class StopRequest:
@@ -176,7 +195,9 @@ class StepGate:
     def __init__(self, accelerator: Accelerator, stop: StopRequest, *, every_minutes: float | None, patience: int) -> None:
         self.device, self.distributed = accelerator.device, accelerator.num_processes > 1
         self.main = accelerator.is_main_process
-        self.request, self.every_minutes, self.patience = stop, every_minutes, patience
+        self.request, self.every_minutes = stop, every_minutes
+        # Under fp16 the loss scale starts high, and each halving of it is a step that does not count.
+        self.patience = patience if accelerator.scaler is None else patience + 30
         self.stop = self.save = False
         self.skipped_in_a_row = 0
         self._saved_at = time.monotonic()
@@ -233,19 +254,25 @@ class StepGate:
 
 
 @contextmanager
-def explain_out_of_memory(micro: int) -> Iterator[None]:
-    """An out-of-memory error as a UserError that says which micro-batch to try."""
+def explain_out_of_memory(batch: int, micro: int | None = None, *, key: str = "micro_batch_size") -> Iterator[None]:
+    """An out-of-memory error as a UserError that says which micro-batch to try: the largest that fits into half of it and
+    divides `batch` on the processes that there are."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _too_large(micro) from error
+        raise _too_large(batch, micro, key) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
-            raise _too_large(micro) from error
+            raise _too_large(batch, micro, key) from error
         raise
 
 
-def _too_large(micro: int) -> UserError:
-    if micro > 1:
-        return UserError(f"out of memory at micro_batch_size {micro}; try --set micro_batch_size={micro // 2}")
-    return UserError("out of memory at micro_batch_size 1; try a smaller image.size or model.base_channels")
+def _too_large(batch: int, micro: int | None, key: str) -> UserError:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = micro or batch // world
+    smaller = [size for size in range(1, micro // 2 + 1) if batch % (size * world) == 0 or key.startswith("--")]
+    if not smaller:
+        return UserError(f"out of memory at {key} {micro}; try a smaller image.size or model.base_channels")
+    advice = f"{key} {smaller[-1]}" if key.startswith("--") else f"--set {key}={smaller[-1]} and, if previews are large, "
+    advice += "" if key.startswith("--") else "a smaller preview.batch_size"
+    return UserError(f"out of memory at {key} {micro}; try {advice}")

@@ -51,12 +51,15 @@ class MultiStep:
     warmup: Length | None = None
 
 
+Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
+
+
 @config
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) and its schedule; `clip` bounds the gradient's norm."""
 
     lr: float = pydantic.Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = pydantic.Field(1e-8, gt=0)
     weight_decay: float = pydantic.Field(0.0, ge=0)
     clip: float | None = pydantic.Field(1.0, gt=0)

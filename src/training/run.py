@@ -2,10 +2,13 @@
 
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +20,7 @@ from .. import pictures
 from ..config import Length, UserError, config, differences, dump, free, read_json
 from ..data import PictureSet
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, step_folder, write_folder
-from .clock import Clock
+from .clock import Cadence, Clock
 from .stream import Split
 
 
@@ -38,6 +41,12 @@ class LogConfig:
         return trackers
 
 
+def _skipped(train_set: PictureSet, held_out: PictureSet | None) -> list[tuple[str, str]]:
+    """(name, reason) of every file left out of the sources of both sets."""
+    parts = {id(part): part for part in [*train_set.parts, *(held_out.parts if held_out is not None else [])]}
+    return [entry for part in parts.values() for entry in part.report.skipped]
+
+
 def describe_data(train_set: PictureSet, held_out: PictureSet | None) -> dict[str, Any]:
     """What travels with the weights: classes, counts, the hash of the file list."""
     return {
@@ -46,7 +55,7 @@ def describe_data(train_set: PictureSet, held_out: PictureSet | None) -> dict[st
         "images": len(train_set),
         "held_out_images": len(held_out) if held_out is not None else 0,
         "fingerprint": train_set.fingerprint,
-        "skipped": {reason: n for part in train_set.parts for reason, n in part.report.reasons.items()},
+        "skipped": dict(Counter(why for _, why in _skipped(train_set, held_out)).most_common()),
     }
 
 
@@ -129,8 +138,8 @@ class RunDirectory:
             )
         return read_json(resumed / "progress.json")
 
-    def adopt_config(self, settings: Any, resumed: Path | None) -> None:
-        """Write config.json; where the run goes on, hold it against the one it was started with.
+    def hold_config(self, settings: Any, resumed: Path | None) -> None:
+        """Where the run goes on, hold its config against the one it was started with.
 
         Harmless changes are said; any other is a UserError that names the keys.
         """
@@ -147,7 +156,6 @@ class RunDirectory:
                 )
             if harmless:
                 self.say(f"changed since the checkpoint: {', '.join(harmless)}")
-        self.write_json("config.json", new)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint whose bytes are whole; says which it passed over. Reads only."""
@@ -158,13 +166,16 @@ class RunDirectory:
             raise UserError(f"no checkpoint of {self.path} is whole ({'; '.join(passed)}); remove them to start anew")
         return found
 
-    def begin(self, step: int, facts: dict[str, Any], train_set: PictureSet) -> None:
-        """Write data.json and skipped.json (every file left out, with the reason); cut metrics.jsonl to `step` and go on
-        writing there."""
+    def begin(
+        self, step: int, settings: Any, facts: dict[str, Any], train_set: PictureSet, held_out: PictureSet | None
+    ) -> None:
+        """Write config.json, data.json and skipped.json (every file left out, with the reason); cut metrics.jsonl to `step`
+        and go on writing there."""
         if not self.writes:
             return
+        self.write_json("config.json", dump(settings))
         self.write_json("data.json", facts)
-        skipped = [{"name": name, "reason": why} for part in train_set.parts for name, why in part.report.skipped]
+        skipped = [{"name": name, "reason": why} for name, why in _skipped(train_set, held_out)]
         self.write_json("skipped.json", skipped)
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         staged = self.path / ".metrics.jsonl.part"
@@ -184,9 +195,10 @@ class RunDirectory:
         return found
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; what is not finite is null there."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
             self._metrics.flush()
 
     def say_progress(self, clock: Clock, step: int, steps: int, values: dict[str, float]) -> None:
@@ -222,21 +234,30 @@ class RunDirectory:
         lines = self.read_metrics()
         series = {}
         for name in names:
-            known = [(line["step"], line[name]) for line in lines if name in line]
+            known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if known:
                 series[name] = ([step for step, _ in known], [value for _, value in known])
         pictures.curves(self.path / "loss.png", {"loss": series}, xlabel="step", title=self.path.name, log=True)
 
 
 def describe_run(
-    name: str, facts: dict[str, Any], split: Split, steps: int, parameters: int, step: int, device: torch.device
+    name: str,
+    facts: dict[str, Any],
+    split: Split,
+    steps: int,
+    parameters: int,
+    step: int,
+    device: torch.device,
+    cadences: Sequence[Cadence],
 ) -> str:
-    """What will happen, in two lines."""
+    """What will happen, all lengths in steps."""
+    told = ", ".join(f"{cadence.word} every {cadence.every}" for cadence in cadences if cadence.every is not None)
     skipped = ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"
     at = f"going on at step {step}" if step else "starting at step 0"
     return (
         f"{name}: {facts['images']} pictures in {len(facts['class_names']) or 'no'} classes ({facts['held_out_images']} held "
         f"out; left out: {skipped}), {parameters / 1e6:.2f} M parameters\n"
         f"{at} of {steps} = {steps * split.batch / facts['images']:.1f} epochs; a step is {split.batch} images = "
-        f"{split.world} x {device.type} x {split.accumulation} x {split.micro}. Interrupt at will: the same command goes on"
+        f"{split.world} x {device.type} x {split.accumulation} x {split.micro}\n"
+        f"{told} steps. Interrupt at will: the same command goes on"
     )

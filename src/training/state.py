@@ -58,7 +58,7 @@ class Meter:
         return {"sum": total, "count": count}
 
     def read(self) -> float:
-        """The mean over all ranks since the last reading."""
+        """The mean over all ranks since the last reading; NaN where nothing was counted."""
         saved = self.saved()
         self._sums.zero_()
-        return saved["sum"] / max(1.0, saved["count"])
+        return saved["sum"] / saved["count"] if saved["count"] else float("nan")

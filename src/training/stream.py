@@ -121,7 +121,8 @@ class _From(Sampler[range]):
 
 
 def _quiet_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+    # Ctrl-C and a launcher's SIGTERM go to the whole process group: out of it, so that the main process alone decides.
+    os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 

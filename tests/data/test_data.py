@@ -416,7 +416,7 @@ def test_packed_squares_are_one_indexed_copy(tmp_path: Path) -> None:
     pack(open_sources(ShapesSource(source="shapes", count=8, size=16)), tmp_path / "packed", size=16, channels=3)
     found = packed_set(tmp_path / "packed")
     found.prepare(ImageConfig(size=16))
-    assert found.ready and isinstance(found.parts[0].uniform, np.memmap) and found._ready is not None
+    assert found.ready and found._ready is not None and isinstance(found._ready[0], np.memmap)
 
 
 def test_packing_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,3 +509,59 @@ def test_links_and_damage_are_refused(tmp_path: Path) -> None:
 def test_the_report_of_a_set_is_json(tmp_path: Path) -> None:
     found = folder_set(classes_folder(tmp_path, "a", "b"))
     assert json.dumps(found.counts) and len(found.fingerprint) == 64
+
+
+def test_who_is_held_out_does_not_depend_on_what_else_the_folder_holds(tmp_path: Path) -> None:
+    for i in range(40):
+        picture(tmp_path / "a" / f"{i}.png")
+    spec = validate(FolderSource, {"source": "folder", "path": str(tmp_path)})
+    alone = open_data(spec, 0.3)[1]
+    picture(tmp_path / "b" / "0.png")  # now a/ and b/ are classes
+    beside = open_data(spec, 0.3)[1]
+    assert alone is not None and beside is not None
+    assert set(alone.names) == {name for name in beside.names if name.startswith("a")}
+
+
+def test_what_cannot_be_read_now_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        picture(tmp_path / f"{i}.png")
+    real, denied = Image.open, [True]
+
+    def deny(source: object, **more: object) -> Image.Image:
+        if denied[0] and str(source).endswith("1.png"):
+            raise PermissionError(13, "Permission denied")
+        return real(source, **more)  # pyright: ignore
+
+    monkeypatch.setattr(Image, "open", deny)
+    found = folder_set(tmp_path, scan={"max_broken_fraction": 0.5})
+    assert found.parts[0].report.reasons == {"cannot be read now: Permission denied": 1}
+    denied[0] = False
+    assert len(folder_set(tmp_path)) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ATELIER_CACHE", str(tmp_path / "file" / "cache"))
+    picture(tmp_path / "data" / "0.png")
+    assert len(folder_set(tmp_path / "data")) == 1
+
+
+def test_a_replaced_picture_is_of_the_same_class(tmp_path: Path) -> None:
+    found = folder_set(classes_folder(tmp_path, "a", "b", each=2))
+    (tmp_path / "a" / "1.png").write_bytes(b"gone")
+    batch = found.batch(np.array([1]), ImageConfig(size=8), MIDDLE[None])
+    assert batch[0, 0, 0].tolist() == [255, 0, 0], "the other red one, not the next in the list"
+
+
+def test_a_packed_split_with_gaps_is_one_indexed_copy_too(tmp_path: Path) -> None:
+    shapes = open_sources(ShapesSource(source="shapes", count=40, size=16))
+    pack(shapes, tmp_path / "packed", size=16, channels=3, held_out=0.3)
+    held = packed_set(tmp_path / "packed", "held_out")
+    held.prepare(ImageConfig(size=16))
+    assert held.ready and 0 < len(held) < 40
+    batch = held.batch(np.arange(len(held)), ImageConfig(size=16), np.tile(MIDDLE, (len(held), 1)))
+    for name, pixels in zip(held.names, batch, strict=True):
+        assert np.array_equal(pixels, shapes.parts[0].load(shapes.names.index(name), channels=3))
+    other = packed_set(tmp_path / "packed")
+    other.prepare(ImageConfig(size=8))
+    assert not other.ready, "resizing is work for the loader's workers"
