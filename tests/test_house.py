@@ -222,3 +222,8 @@ def test_the_readmes_commands_run(smoke_run: Path, tmp_path: Path) -> None:
         assert done.status == 0, f"{line}\n{done.all}"
         ran += 1
     assert ran >= 6
+    python = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(python) == 1
+    code = python[0].replace('"0/1/2/3/4/5/6/7/8/9"', '"0/1/2/3"')
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "digits.png").exists(), done.stderr
