@@ -222,6 +222,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         clock.tick()
         if dry_run:
             if clock.measured(device, step):
+                batches.close()
                 clock.report(cfg.name, split, trained.num_parameters, len(train_set), device)
                 return 0
             continue
@@ -267,12 +268,14 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             export(file, trained.tensors()["ema"], dump(cfg), facts, step)
         if gate.stop and not last:
             clock.close()
+            batches.close()
             run.finish("stopped", step, total_steps, f"stopped at step {step} and saved; to go on, run the same command again")
             accelerator.end_training()
             return 1
 
     # Leave what sampling needs, and say what to do next.
     clock.close()
+    batches.close()
     if run.writes:
         documents = {"progress": {"step": step}, "config": dump(cfg), "data": facts}
         checkpoint.write_folder(run.final, {"ema": trained.tensors()["ema"]}, documents)

@@ -227,6 +227,7 @@ def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> N
     )  # fmt: skip
     assert done.status == 0, done.all
     assert metrics(tmp_path / "run")[-1]["loss"] < 2 and list(tmp_path.rglob("*.wandb"))
+    assert "Traceback" not in done.all
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -48,7 +48,7 @@ def test_one_two_and_three_processes_agree_in_float64(tmp_path: Path) -> None:
         run = tmp_path / f"{processes}_{micro}"
         sizes = ["--set", f"micro_batch_size={micro}"]
         done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *exact, *sizes, processes=processes)
-        assert done.status == 0 and f"= {processes} x cpu x {12 // processes // micro} x {micro}." in done.out, done.all
+        assert done.status == 0 and f"= {processes} x cpu x {12 // processes // micro} x {micro}\n" in done.out, done.all
         weights.append(load_file(run / "checkpoints" / "step_00000030" / "model.safetensors"))
     for other in weights[1:]:
         for name, value in weights[0].items():

@@ -2,8 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,15 +137,16 @@ def stream(
     start_step: int = 0,
     workers: int = 0,
     device: torch.device,
-) -> Iterator[MicroBatch]:
-    """This rank's micro-batches from `start_step` on, for ever; `split.accumulation` of them make a step.
+) -> Generator[MicroBatch, None, None]:
+    """This rank's micro-batches from `start_step` on, for ever; `split.accumulation` of them make a step. `close()` ends its
+    workers.
 
     `workers` processes decode ahead, at most one for each core; none where the pictures are decoded already.
     """
     pictures.prepare(spec)
     data = _Positions(pictures, spec, Order(pictures.labels, seed, balanced=balanced))
     workers = 0 if pictures.ready else min(workers, os.cpu_count() or 1)
-    return iter(
+    batches: Any = iter(
         DataLoader(
             data,
             sampler=_From(split, start_step),
@@ -157,6 +158,11 @@ def stream(
             timeout=600 if workers else 0,
         )
     )
+    try:
+        yield from batches
+    finally:
+        if workers:
+            batches._shutdown_workers()  # here and now: left to the interpreter's end they are killed, and torch complains
 
 
 def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
