@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ HeldOut = Annotated[
 
 
 @dataclass
-class Pictures:
+class Pictures(ABC):
     """One opened source. `labels` are indices into `class_names`, -1 where a picture has no class."""
 
     names: list[str]
@@ -109,9 +110,9 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.names)
 
+    @abstractmethod
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image | Pixels:
         """The picture, mode L or RGB; a JPEG may come at a fraction of its size, but not below `at_least`."""
-        raise NotImplementedError
 
     @property
     def uniform(self) -> tuple[Pixels, NDArray[np.int64]] | None:

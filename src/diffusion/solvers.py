@@ -125,8 +125,7 @@ def ddim(
     """DDIM (Eqs. 12 and 16, Song et al. 2020, arXiv:2010.02502): eta 0 is deterministic, eta 1 has the posterior's variance."""
     if eta < 0:
         raise UserError("eta must be at least 0")
-    _, sigma = schedule.level(times)
-    alpha = schedule.level(times).alpha
+    alpha, sigma = schedule.level(times)
     spread = eta * transitions(schedule, times).beta_tilde.sqrt()
     for i in range(len(times) - 1):
         prediction = denoiser(x, times[i])

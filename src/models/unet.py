@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import config, free, wrong
-from .layers import Attention, AttentionKind, Downsample, ResidualBlock, Upsample, sinusoidal_embedding
+from .layers import Attention, AttentionKind, Downsample, ResidualBlock, Upsample, sinusoidal_embedding, zeroed
 
 
 @config
@@ -193,7 +193,7 @@ class UNet(nn.Module):
             self.up.append(Stage(blocks, resample(channels, down=False) if level > 0 else None))
 
         self.head_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
-        self.head = zeroed_conv(channels, out_channels or in_channels)
+        self.head = zeroed(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
 
     def _embed(self, time: Tensor, labels: Tensor | None) -> Tensor:
         spec = self.config.time_embedding
@@ -239,11 +239,3 @@ class UNet(nn.Module):
             if stage.resample is not None:
                 h = step(stage.resample, h)
         return self.head(F.silu(self.head_norm(h)))  # (B, out_channels, H, W)
-
-
-def zeroed_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """The last convolution, zero at the start."""
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]
-    return conv

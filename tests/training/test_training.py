@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from src.config import Span, UserError, validate
+from src.config import UserError, validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.training import checkpoint
@@ -503,7 +503,7 @@ def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path) -> None:
     run.say("unsaid")
     run.log(1, {"loss": 1.0})
     run.write_status("running", 1, 2)
-    assert not (tmp_path / "run").exists() and Span(steps=1).steps == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_run_says_at_its_start() -> None:
