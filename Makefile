@@ -3,14 +3,14 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 RUN := .venv/bin/python
 
-.PHONY: env dev demo test lint soak
+.PHONY: env dev demo demo-pixels test lint soak
 
 env: .venv/core
 dev: .venv/dev
 
 .venv/core: pyproject.toml
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0
+	$(PIP) torch==2.13.0 torchvision==0.28.0
 	$(PIP) -e .
 	@touch $@
 
@@ -18,7 +18,16 @@ dev: .venv/dev
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+# The whole pipeline on real handwritten digits: the autoencoder in stages, diffusion on its latents, pictures.
 demo: .venv/core
+	$(RUN) train_vae.py -cfg configs/digits_vae.json
+	$(RUN) train_ldm.py -cfg configs/digits_ldm.json
+	$(RUN) sample.py runs/digits_ldm --classes 0/1/2/3/4/5/6/7/8/9 --num-samples 100 --batch-size 100 \
+		--steps 25 --guidance 2 --frames --out samples/digits_ldm
+	@echo "look at samples/digits_ldm/grid.png and denoising.gif, and at reconstructions in runs/digits_vae/samples"
+
+# Diffusion on the pixels themselves.
+demo-pixels: .venv/core
 	$(RUN) ddpm_accelerate.py -cfg configs/digits_ddpm.json
 	$(RUN) sample.py runs/digits_ddpm --classes 0/1/2/3/4/5/6/7/8/9 --num-samples 100 --batch-size 100 \
 		--steps 25 --guidance 2 --frames --out samples/digits

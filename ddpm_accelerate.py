@@ -5,51 +5,28 @@ accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set da
 python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
 """
 
-from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pydantic
 import torch
 
-from src.config import (
-    Length,
-    Span,
-    UserError,
-    config,
-    dump,
-    free,
-    load,
-    run_script,
-    to_steps,
-    training_arguments,
-    wrong,
-)
+from src.config import Length, UserError, config, dump, free, load, run_script, to_steps, training_arguments, wrong
 from src.data import HeldOut, ImageConfig, Sources, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
-from src.sampling import Sampler
 from src.sampling.files import sample_checkpoints
-from src.sampling.opened import build_unet, count_classes
-from src.sampling.preview import PreviewConfig, first_pictures, held_out_loss, preview
-from src.training import checkpoint
+from src.sampling.opened import build_unet, count_classes, sampler_of
+from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.training.checkpoint import CheckpointConfig, export
-from src.training.clock import Cadence, Clock
+from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import (
-    MachineConfig,
-    StepGate,
-    StopRequest,
-    agree,
-    explain_out_of_memory,
-    settle_reducer,
-    start,
-    start_trackers,
-)
+from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
-from src.training.run import LogConfig, RunDirectory, describe_data, describe_run
-from src.training.seeds import generator, normal, torch_seed, uniforms
-from src.training.state import Meter, Trained
+from src.training.run import LogConfig, describe_data
+from src.training.seeds import torch_seed
+from src.training.session import Session
+from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 
 
@@ -114,180 +91,99 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     facts = describe_data(train_set, held_out)
-
-    def resolve(length: int | Span) -> int:
-        return to_steps(length, batch_size=cfg.batch_size, num_images=len(train_set))
-
+    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
     total_steps = resolve(cfg.steps)
 
     # Build process, network, optimiser, EMA, and the sampler of the previews.
     process = build_process(cfg.process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, cfg.image, num_classes).to(device, dtype)
+    network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
     bare_optimizer = adamw(network.parameters(), cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
-    ema = EMA(network, cfg.ema, cfg.batch_size)
+    ema = EMA(network, cfg.ema)
     trained = Trained(network, bare_optimizer, ema)
-    sampler = Sampler(
-        ema.network,
-        process,
-        cfg.preview.sampler if num_classes is not None else replace(cfg.preview.sampler, guidance=1.0),
-        shape=shape,
-        num_classes=num_classes,
-        clip_x0=cfg.process.clip,
-        guidable=cfg.label_dropout > 0,
+    previews = cfg.preview.sampler.without_guidance(num_classes is None)
+    sampler = sampler_of(
+        previews, ema.network, process, shape, num_classes, clip=cfg.process.clip, label_dropout=cfg.label_dropout
     )
 
     # Go on where the run was.
-    run = RunDirectory(run_dir, writes=accelerator.is_main_process and not dry_run)
-    step, progress = 0, {}
-    resumed = None if dry_run else agree(run.newest_checkpoint() if run.writes else None)
-    if resumed is not None:
-        progress = run.adopt_progress(resumed, facts)
-        step = progress["step"]
-        trained.load(resumed)
-    run.hold_config(cfg, resumed)
-    if step >= total_steps and checkpoint.damage(run.final) is None:
-        run.say(f"{run_dir} is finished ({step} steps); sample from it: python sample.py {run_dir}")
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, dry_run=dry_run)
+    if session.finished:
+        session.run.say(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
         return 0
     model, optimizer = accelerator.prepare(network, bare_optimizer)
-    if accelerator.scaler is not None and "scaler" in progress:
-        accelerator.scaler.load_state_dict(progress["scaler"])
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    meter = Meter(accelerator, progress.get("meter"))
-    best = progress.get("best")
-    stop = StopRequest()
-    gate = StepGate(accelerator, stop, every_minutes=cfg.checkpoint.every_minutes, patience=cfg.max_nonfinite_steps)
-    gate.skipped_in_a_row = progress.get("skipped_in_a_row", 0)
-
-    # Say what will happen.
-    run.begin(step, cfg, facts, train_set, held_out)
-    start_trackers(accelerator, cfg.log.project, run_dir, cfg, step)
-    log_now, preview_now, save_now, export_now = cadences = [
-        Cadence(word, resolve(length) if length is not None else None)
-        for word, length in (
-            ("log", cfg.log.every),
-            ("preview", cfg.preview.every),
-            ("save", cfg.checkpoint.every),
-            ("export", cfg.export_every),
-        )
-    ]
-    run.say(describe_run(cfg.name, facts, split, total_steps, trained.num_parameters, step, device, cadences))
-    if run.writes and step == 0:
-        first_pictures(run.path, process, train_set, cfg.image, cfg.seed)
+    images = split.images_at(session.step)
+    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=images)
+    session.enter(split, resolve, end=total_steps)
+    if session.run.writes and session.step == 0:
+        first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
+    examples = pictures_of(held_out, cfg.image) if held_out is not None else None
     batches = stream(
         train_set,
         cfg.image,
         split,
         seed=cfg.seed,
         balanced=cfg.balance_classes,
-        start_step=step,
+        start_step=session.step,
         workers=cfg.workers,
         device=device,
     )
-    clock = Clock(step, total_steps, split.batch, shown=accelerator.is_main_process)
 
     # Train.
     model.train()
-    while step < total_steps:
-        # Draw noise, times and dropped labels for the whole batch; each rank takes its share below.
-        rng = generator(cfg.seed, "step", step)
-        u, dropped = uniforms(rng, split.batch), uniforms(rng, split.batch) < cfg.label_dropout
-        eps = normal((split.batch, *shape), cfg.seed, "noise", step, device=device, dtype=dtype)
+    while session.step < total_steps:
+        # Draw times, noise and dropped labels for the whole batch; each rank takes its share below.
+        step = session.step
+        draws = Draws(
+            process, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
+        )
 
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            condition = {}
-            if num_classes is not None:
-                null = dropped[here] | (micro.labels < 0)
-                condition["labels"] = torch.where(null, num_classes, micro.labels).to(device, non_blocking=True)
             if cfg.model.dropout:
                 torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
-            with accelerator.no_sync(model) if part < split.accumulation - 1 else nullcontext():
+            with accumulating(accelerator, model, part, split.accumulation):
                 x0 = to_network(micro.images, device, dtype)
-                loss = process.losses(model, x0, eps[here], process.draw_times(u[here]), **condition).loss.sum()
+                condition = draws.condition(micro, here, num_classes)
+                loss = process.losses(model, x0, draws.eps[here], draws.t[here], **condition).loss.sum()
                 accelerator.backward(loss * (split.world / split.batch))
-            meter.add(loss.detach(), split.micro)
+            session.meter.add(split.micro, loss=loss)
 
-        # Update. By now it is known whether the step before was finite: then its weights enter the EMA.
+        # Update.
         norm = clip_gradients(accelerator, model, cfg.optimizer)
-        if (counted := gate.settle()) is not None:
-            ema.update(network, counted * split.batch)
-        rate = rate_at(step)
-        update(optimizer, rate, norm)
-        step += 1
-        gate.send(step, torch.isfinite(norm))
-        clock.tick()
+        session.settle()
+        update(optimizer, rate_at(step), norm)
+        session.count(torch.isfinite(norm))
         if dry_run:
-            if clock.measured(device, step):
+            if session.measured():
                 batches.close()
-                clock.report(cfg.name, split, trained.num_parameters, len(train_set), device)
-                return 0
+                return session.end_dry_run()
             continue
 
-        # Now and then: log, preview, save. All of it waits for the device.
-        last = step == total_steps
-        if not (last or gate.stop or gate.save or any(due(step) for due in cadences)):
+        # Now and then: log, preview, save, export.
+        if not session.due:
             continue
-        if (counted := gate.settle()) is not None:
-            ema.update(network, counted * split.batch)
-        values, keep = {}, save_now(step) or last
-        if log_now(step) or last:
-            values = {"loss": meter.read(), "lr": rate, "grad_norm": float(norm)} | clock.read(len(train_set))
-        if preview_now(step) or last:
-            picture = run.samples / f"step_{step:08d}.png"
-            preview(sampler, cfg.preview, picture, class_names=train_set.class_names, accelerator=accelerator)
-            if held_out is not None:
-                values["held_out_loss"] = held_out_loss(
-                    ema.network,
-                    process,
-                    held_out,
-                    cfg.image,
-                    batch_size=split.micro,
-                    num_classes=num_classes,
-                    accelerator=accelerator,
-                )
-                if best is None or values["held_out_loss"] < best["held_out_loss"]:
-                    best = {"step": step, "held_out_loss": values["held_out_loss"]}
-                    keep |= cfg.checkpoint.keep_best
-        if values:
-            run.log(step, values)
-            accelerator.log(values, step=step)
-            run.say_progress(clock, step, total_steps, values)
-        if (keep or gate.save or gate.stop) and gate.skipped_in_a_row == 0:  # a run gone bad must not rotate out good ones
-            state = {"step": step, "meter": meter.saved(), "best": best, "skipped_in_a_row": gate.skipped_in_a_row}
-            if accelerator.scaler is not None:
-                state["scaler"] = accelerator.scaler.state_dict()
-            if run.writes:
-                run.save(trained.tensors(), {"progress": state, "config": dump(cfg), "data": facts}, cfg.checkpoint)
-            gate.saved()
-        if export_now(step) and run.writes:
-            file = Path(cfg.export_dir) / f"ckpt_epoch{step * split.batch // len(train_set)}_ddpm.pt"
-            export(file, trained.tensors()["ema"], dump(cfg), facts, step)
-        if gate.stop and not last:
-            clock.close()
+        values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+        if session.now("preview"):
+            values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)
+            best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
+        session.report(values)
+        session.save(keep=best and cfg.checkpoint.keep_best)
+        if session.now("export") and session.run.writes:
+            file = Path(cfg.export_dir) / f"ckpt_epoch{split.images_at(session.step) // len(train_set)}_ddpm.pt"
+            export(file, trained.weights(), dump(cfg), facts, session.step)
+        if session.stopping:
             batches.close()
-            run.finish("stopped", step, total_steps, f"stopped at step {step} and saved; to go on, run the same command again")
-            accelerator.end_training()
-            return 1
+            return session.end_stopped()
 
     # Leave what sampling needs, and say what to do next.
-    clock.close()
     batches.close()
-    if run.writes:
-        documents = {"progress": {"step": step}, "config": dump(cfg), "data": facts}
-        checkpoint.write_folder(run.final, {"ema": trained.tensors()["ema"]}, documents)
-        run.draw_curve("loss", "held_out_loss")
-    run.finish(
-        "finished",
-        step,
-        total_steps,
-        f"finished; see {run.samples}, and draw more: python sample.py {run_dir} --frames",
-    )
-    accelerator.end_training()
-    return 0
+    message = f"finished; see {session.run.samples}, and draw more: python sample.py {run_dir} --frames"
+    return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 
 if __name__ == "__main__":

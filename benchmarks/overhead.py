@@ -56,8 +56,8 @@ def loop_milliseconds(steps: int) -> float:
 def network_milliseconds(rounds: int) -> tuple[float, float]:
     """Forward and backward of the demo's network alone; and clipping, AdamW and EMA of its parameters."""
     cfg = load(CONFIG, script.Config)
-    network = build_unet(cfg.model, cfg.image, 10)
-    optimizer, ema = adamw(network.parameters(), cfg.optimizer), EMA(network, cfg.ema, cfg.batch_size)
+    network = build_unet(cfg.model, (1, cfg.image.size, cfg.image.size), 10)
+    optimizer, ema = adamw(network.parameters(), cfg.optimizer), EMA(network, cfg.ema)
     x = torch.randn(cfg.batch_size, 1, 16, 16)
     t, y = torch.rand(cfg.batch_size) * 1000, torch.randint(0, 10, (cfg.batch_size,))
     spent: list[tuple[float, float]] = []
@@ -68,7 +68,7 @@ def network_milliseconds(rounds: int) -> tuple[float, float]:
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(network, 1000)
+        ema.update(network, 1000, cfg.batch_size)
         spent.append((between - began, time.perf_counter() - between))
     alone, update = zip(*spent[2:], strict=True)
     return 1e3 * statistics.median(alone), 1e3 * statistics.median(update)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.interop.diffusers import unet_from_diffusers
+from src.vision import import_torchvision
 
 PLAIN = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")}
 PLAIN |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")}
@@ -52,6 +53,7 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def main() -> None:
+    import_torchvision()
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -3,7 +3,7 @@
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,9 @@ def curves(
     *,
     xlabel: str,
     title: str = "",
-    log: bool = False,
+    log: Collection[str] = (),
 ) -> None:
-    """Panels side by side, each {label of its y axis: {name of a line: (x, y)}}, as a PNG."""
+    """Panels side by side, each {label of its y axis: {name of a line: (x, y)}}, as a PNG; those in `log` on a log scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
@@ -98,7 +98,7 @@ def curves(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
-        if log:
+        if ylabel in log:
             axes.set_yscale("log")
         if len(series) > 1:
             axes.legend()

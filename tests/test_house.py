@@ -9,20 +9,29 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from src import losses
 from src.config import load
 from src.diffusion import build_process
+from src.models import VAE, Discriminator
 from src.sampling.opened import build_unet
+from src.training.stages import plan_stages
 from tests.conftest import ROOT, environment, launch
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
+import train_ldm
+import train_vae
 
 FLOORS = {
     "config": 0,
+    "vision": 0,
+    "losses": 1,
+    "metrics": 1,
     "diffusion": 1,
     "models": 1,
     "data": 1,
@@ -31,7 +40,8 @@ FLOORS = {
     "sampling": 2,
     "interop": 2,
 }
-SCRIPTS = ("ddpm_accelerate", "sample", "prepare_data")
+SCRIPTS = ("train_vae", "train_ldm", "ddpm_accelerate", "sample", "prepare_data")
+TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate")
 HEAVY = {
     "datasets",
     "diffusers",
@@ -41,6 +51,8 @@ HEAVY = {
     "wandb",
     "lpips",
     "torchmetrics",
+    "torchvision",
+    "efficientnet_lite_pytorch",
     "imageio_ffmpeg",
 }
 
@@ -119,42 +131,75 @@ def test_the_wheel_installs_as_atelier_alone(tmp_path: Path) -> None:
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.json") if "schemas" not in path.parts)
 
 
+def script_of(path: Path) -> Any:
+    """The training script that a config is for, by the schema that it names."""
+    named = (path.parent / json.loads(path.read_text())["$schema"]).resolve()
+    assert named.parent == ROOT / "configs" / "schemas"
+    return {"train_vae": train_vae, "train_ldm": train_ldm, "ddpm_accelerate": ddpm_accelerate}[named.stem]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> None:
-    cfg = load(path, ddpm_accelerate.Config)
-    assert cfg.name.removeprefix("smoke_") in (path.stem, "ddpm")
+    script = script_of(path)
+    cfg = load(path, script.Config)
+    assert cfg.name.removeprefix("smoke_") == path.stem
+    if script is train_vae:
+        return one_stage_after_the_other(cfg)
     process, conditional = build_process(cfg.process), cfg.class_conditional is None
+    shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
+    if script is train_ldm:
+        autoencoder = load(path.with_name(f"{Path(cfg.autoencoder).name.removeprefix('smoke_')}.json"), train_vae.Config)
+        assert (autoencoder.data, autoencoder.held_out, autoencoder.image) == (cfg.data, cfg.held_out, cfg.image)
+        shape = autoencoder.model.latent_shape(cfg.image.size)
     with torch.device("meta"):
-        network = build_unet(cfg.model, cfg.image, 10 if conditional else None)
-        x0 = torch.zeros(2, cfg.image.channels, cfg.image.size, cfg.image.size)
+        network = build_unet(cfg.model, shape, 27 if conditional else None)
+        x0 = torch.zeros(2, *shape)
         condition = {"labels": torch.zeros(2, dtype=torch.long)} if conditional else {}
     t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
     loss = process.losses(network, x0, torch.zeros_like(x0), t, **condition).loss
     loss.sum().backward()
     assert loss.shape == (2,) and next(network.parameters()).grad is not None
+    return None
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_names_its_schema(path: Path) -> None:
-    raw = json.loads(path.read_text())
-    assert (path.parent / raw["$schema"]).resolve() == ROOT / "configs" / "schemas" / "ddpm_accelerate.json"
+def one_stage_after_the_other(cfg: Any) -> None:
+    """Each at its size: a reconstruction, its loss, and the discriminator's verdict."""
+    stages = plan_stages(cfg, 1000, rank=0, world=1)
+    assert [stage.config for stage in stages] == list(cfg.stages)
+    with torch.device("meta"):
+        network, judge = VAE(cfg.model, cfg.image.channels), Discriminator(cfg.discriminator, cfg.image.channels)
+        for stage in stages:
+            images = torch.zeros(1, cfg.image.channels, stage.image.size, stage.image.size)
+            made = network(images, torch.zeros(1, *cfg.model.latent_shape(stage.image.size)))
+            loss = losses.reconstruction_loss(stage.config.reconstruction, made.images, images)
+            loss = loss + losses.kl_divergence(made.mean, made.logvar) + losses.generator_loss("hinge", judge(made.images))
+            loss.sum().backward()
+    assert network.last.weight.grad is not None
 
 
-def test_the_schema_is_the_scripts() -> None:
-    done = launch("ddpm_accelerate.py", "--schema")
-    assert done.status == 0 and done.out == (ROOT / "configs" / "schemas" / "ddpm_accelerate.json").read_text()
+@pytest.mark.parametrize("script", TRAINING)
+def test_the_schema_is_the_scripts(script: str) -> None:
+    done = launch(f"{script}.py", "--schema")
+    assert done.status == 0 and done.out == (ROOT / "configs" / "schemas" / f"{script}.json").read_text()
+
+
+def test_the_scripts_read_top_to_bottom_in_250_lines() -> None:
+    for script in SCRIPTS:
+        assert len((ROOT / f"{script}.py").read_text().splitlines()) <= 250, script
 
 
 def test_any_config_turns_to_a_folder_of_ones_own() -> None:
     for path in CONFIGS:
-        cfg = load(path, ddpm_accelerate.Config, ["data.source=folder", "data.path=mine"])
+        if isinstance(json.loads(path.read_text())["data"], list):
+            continue
+        cfg = load(path, script_of(path).Config, ["data.source=folder", "data.path=mine"])
         assert cfg.data.source == "folder" and cfg.data.path == "mine"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_the_cifar10_config_is_the_papers_network() -> None:
     cfg = load(ROOT / "configs" / "cifar10_ddpm.json", ddpm_accelerate.Config)
     with torch.device("meta"):
-        network = build_unet(cfg.model, cfg.image, None)
+        network = build_unet(cfg.model, (3, 32, 32), None)
     assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307  # Sec. 4, arXiv:2006.11239: 35.7 M
 
 

@@ -43,7 +43,7 @@ def test_beside_and_save(tmp_path: Path) -> None:
 
 
 def test_curves(tmp_path: Path) -> None:
-    pictures.curves(tmp_path / "c.png", {"y": {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}}, xlabel="x", log=True)
+    pictures.curves(tmp_path / "c.png", {"y": {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}}, xlabel="x", log={"y"})
     with Image.open(tmp_path / "c.png") as image:
         assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 20) or []) > 10
 

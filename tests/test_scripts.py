@@ -244,7 +244,7 @@ def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> N
         (lambda raw: raw.update(batch_size="16"), "batch_size: input should be a valid integer, not '16'"),
         (lambda raw: raw["process"].update(schedule={"kind": "blend"}), "process: target 'eps' cannot be read"),
         (lambda raw: raw.update(data={"source": "folder", "path": "/nowhere"}), "data folder /nowhere does not exist"),
-        (lambda raw: raw["image"].update(size=15), "image.size 15 is not divisible by 2"),
+        (lambda raw: raw["image"].update(size=15), "the network sees 15 px, not divisible by 2"),
         (lambda raw: raw.update(micro_batch_size=5), "batch_size 16 is not a multiple"),
         (lambda raw: raw["preview"]["sampler"].update(steps=500), "more than the schedule's 100"),
         (lambda raw: raw["process"].update(variance="learned"), "variance: 'learned' cannot be trained"),

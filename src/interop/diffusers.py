@@ -1,14 +1,15 @@
-"""diffusers' UNet2DModel as our U-Net, by a map of key names."""
+"""diffusers' UNet2DModel as our U-Net, by a map of key names; its AutoencoderKL behind the interface of ours."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import UserError
 from ..models import UNet, UNetConfig
 from ..models.unet import TimeEmbedding
+from ..vision import import_torchvision
 from .guided_diffusion import rename
 
 RESIDUAL = {
@@ -112,3 +113,52 @@ def unet_from_diffusers(theirs: Mapping[str, Any], state: Mapping[str, Tensor]) 
     )
     network.load_state_dict(rename(network, _fuse_qkv(state), module_names(config)))
     return network.eval()
+
+
+class DiffusersAutoencoder(nn.Module):
+    """An AutoencoderKL with our names: moments(images) and decode(z). `scaling` is the mean and the standard deviation of its
+    latents, by its own shift_factor and scaling_factor."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        theirs = network.config
+        self.config = {key: value for key, value in dict(theirs).items() if not key.startswith("_")}
+        self.channels, self.latent_channels = theirs["in_channels"], theirs["latent_channels"]
+        self.factor = 2 ** (len(theirs["block_out_channels"]) - 1)
+        self.scaling = (float(theirs.get("shift_factor") or 0.0), 1.0 / theirs["scaling_factor"])
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) in [-1, 1] -> mean and logvar (B, D, h, w), as the network has them."""
+        found = self.network.encode(images).latent_dist
+        return found.mean, found.logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, D, h, w) as the network has them -> (B, C, H, W)."""
+        return self.network.decode(z).sample
+
+
+def _autoencoder_class() -> Any:
+    import_torchvision()
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    except ImportError:
+        raise UserError("a diffusers autoencoder needs the package diffusers: pip install diffusers") from None
+    return AutoencoderKL
+
+
+def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
+    """An AutoencoderKL of this config, its weights still to be loaded."""
+    return DiffusersAutoencoder(_autoencoder_class().from_config(dict(config)))
+
+
+def load_autoencoder(name: str) -> DiffusersAutoencoder:
+    """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too); a UserError says why
+    it cannot be loaded. Safetensors alone are read."""
+    kind, reasons = _autoencoder_class(), []
+    for subfolder in (None, "vae"):
+        try:
+            return DiffusersAutoencoder(kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True))
+        except Exception as error:
+            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
+    raise UserError(f"the diffusers autoencoder {name} cannot be loaded: {reasons[0]}")

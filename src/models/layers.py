@@ -1,13 +1,14 @@
 """The parts that the networks are built of."""
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 AttentionKind = Literal["none", "full", "linear"]
 Resampling = Literal["conv", "conv_right", "average", "max", "nearest", "residual"]
 
@@ -17,6 +18,11 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def channels_last(module: M) -> M:
+    """The module with its weights laid out for pictures whose channels lie side by side, which is faster."""
+    return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def sinusoidal_embedding(time: Tensor, channels: int, *, order: str, frequency_shift: float) -> Tensor:
@@ -50,18 +56,21 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by repeating pixels, then, where `kind` is `conv`, a 3x3 convolution."""
+    """Double height and width by repeating pixels (`mode` nearest) or between them (bilinear), then, where `kind` is `conv`,
+    a 3x3 convolution."""
 
-    def __init__(self, channels: int, kind: str) -> None:
+    def __init__(self, channels: int, kind: str, mode: str = "nearest") -> None:
         super().__init__()
+        self.mode = mode
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if kind == "conv" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2, mode=self.mode))
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, around a shortcut; the embedding is added or scales and shifts the second norm.
+    """Norm, SiLU, convolution, twice, around a shortcut; the embedding is added or scales and shifts the second norm (with
+    `embedding_channels` None there is none).
 
     `resample` (down, up) halves or doubles the picture inside the block, in branch and shortcut alike.
     """
@@ -70,10 +79,10 @@ class ResidualBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        embedding_channels: int,
+        embedding_channels: int | None,
         *,
-        scale_shift: bool,
-        dropout: float,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
         groups: int,
         eps: float,
         resample: nn.Module | None = None,
@@ -82,18 +91,19 @@ class ResidualBlock(nn.Module):
         self.scale_shift = scale_shift
         self.norm_1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.embed = nn.Linear(embedding_channels, out_channels * (2 if scale_shift else 1))
+        embedded = out_channels * (2 if scale_shift else 1)
+        self.embed = nn.Linear(embedding_channels, embedded) if embedding_channels is not None else None
         self.norm_2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.resample = resample or nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), embedding (B, E), already through SiLU -> (B, out, H', W')."""
         h = self.conv_1(self.resample(F.silu(self.norm_1(x))))  # (B, out, H', W')
-        e = self.embed(embedding)[:, :, None, None]  # (B, out or 2 out, 1, 1)
-        if self.scale_shift:
+        e = self.embed(embedding)[:, :, None, None] if self.embed is not None else 0  # (B, out or 2 out, 1, 1)
+        if self.scale_shift and isinstance(e, Tensor):
             scale, shift = e.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm_2(h), 1 + scale)
         else:

@@ -23,24 +23,25 @@ from .sampler import Sampler, SamplerConfig, describe
 class Frames:
     """A callback that keeps the way of the pictures `chosen` of a batch: x_t on the left, the x0 estimate on the right."""
 
-    def __init__(self, chosen: Sequence[int], steps: int, *, most: int = 60, note: str = "") -> None:
-        self.chosen, self.note = list(chosen), note
-        kept = min(most, steps)
-        self.keep = {round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)}
-        self.steps = steps
+    def __init__(self, chosen: Sequence[int], sampler: Sampler, *, most: int = 60, note: str = "") -> None:
+        self.chosen, self.sampler, self.note = list(chosen), sampler, note
+        self.steps = sampler.steps
+        kept = min(most, self.steps)
+        self.keep = {round(i * (self.steps - 1) / max(1, kept - 1)) for i in range(kept)}
         self.images: list[Image.Image] = []
 
     def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
         if step in self.keep:
-            self._add(x_t, prediction.x0, step)
+            seen = self.sampler.pictures
+            self._add(seen(x_t[self.chosen]), seen(prediction.x0[self.chosen]), step)
 
-    def finish(self, x: Tensor) -> None:
-        """The last frame: the pictures as they came out."""
-        self._add(x, x, self.steps)
+    def finish(self, images: Tensor) -> None:
+        """The last frame: the pictures of the batch as they came out."""
+        self._add(images[self.chosen], images[self.chosen], self.steps)
 
     def _add(self, x_t: Tensor, x0: Tensor, step: int) -> None:
-        def sheet(x: Tensor, title: str) -> Image.Image:
-            return pictures.grid(pictures.to_uint8(x[self.chosen]), columns=columns_for(len(self.chosen)), title=title)
+        def sheet(images: Tensor, title: str) -> Image.Image:
+            return pictures.grid(pictures.to_uint8(images), columns=columns_for(len(self.chosen)), title=title)
 
         done = f"step {step} of {self.steps}"
         self.images.append(pictures.beside(sheet(x_t, f"x_t, {done}"), sheet(x0, f"estimate of x_0 {self.note}")))
@@ -122,7 +123,7 @@ def write_samples(
             watched = None
             if gif_wanted and batch.start == 0:
                 shown = min(20, len(batch))  # spread over the batch, so that every class is among them
-                watched = Frames([i * len(batch) // shown for i in range(shown)], sampler.steps)
+                watched = Frames([i * len(batch) // shown for i in range(shown)], sampler)
             if watched is not None or not all(paths[i].exists() for i in batch):
                 chosen = [labels[i] for i in batch] if labels is not None else None
                 x = sampler.draw(seed, batch, chosen, device=device, callback=watched, batch_size=batch_size)
@@ -157,7 +158,7 @@ def sample_checkpoints(files: Sequence[str], out: Path) -> int:
     for file, run in zip(files, opened, strict=True):
         sampler = run.sampler(SamplerConfig())
         suffix = "" if len(files) == 1 else f"_{opened.index(run) + 1}_{run.name}_{run.step}"
-        frames = Frames(range(16), sampler.steps, note=run.name)
+        frames = Frames(range(16), sampler, note=run.name)
         labels = None if run.num_classes is None else [i * run.num_classes // 16 for i in range(16)]
         with tqdm(total=sampler.steps, desc=f"sampling {run.name}", unit="step", disable=None) as bar:
 

@@ -8,28 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import UserError, read_json, validate
 from ..data import ImageConfig
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import UNet, UNetConfig
+from ..models.layers import channels_last
 from ..training.checkpoint import damage, load_weights, newest, read_tensors
-from .sampler import Sampler, SamplerConfig
+from .autoencoder import LatentCodec, kept_autoencoder
+from .sampler import Bound, Sampler, SamplerConfig
 
 
 @dataclass(frozen=True)
 class Opened:
-    """EMA weights with all that belongs to them. `digest` is the hash of the weights."""
+    """EMA weights with all that belongs to them. `digest` is the hash of the weights; `codec` makes pictures of what a latent
+    run draws, and `shape` (C, H, W) is what its network sees."""
 
     path: Path
     network: nn.Module
     process: Process
     image: ImageConfig
+    shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     config: dict[str, Any]
     step: int
     digest: str
+    codec: LatentCodec | None = None
+    bounds: tuple[Bound, Bound] = (-1.0, 1.0)
 
     @property
     def num_classes(self) -> int | None:
@@ -40,14 +46,16 @@ class Opened:
         return self.config["name"]
 
     def sampler(self, spec: SamplerConfig) -> Sampler:
-        return Sampler(
+        return sampler_of(
+            spec,
             self.network,
             self.process,
-            spec,
-            shape=(self.image.channels, self.image.size, self.image.size),
-            num_classes=self.num_classes,
-            clip_x0=self.config["process"]["clip"],
-            guidable=self.config["label_dropout"] > 0,
+            self.shape,
+            self.num_classes,
+            clip=self.config["process"]["clip"],
+            label_dropout=self.config["label_dropout"],
+            codec=self.codec,
+            bounds=self.bounds,
         )
 
     def labels(self, text: str, count: int) -> list[int]:
@@ -66,6 +74,31 @@ class Opened:
         return [chosen[i * len(chosen) // count] for i in range(count)]
 
 
+def sampler_of(
+    spec: SamplerConfig,
+    network: nn.Module,
+    process: Process,
+    shape: Sequence[int],
+    num_classes: int | None,
+    *,
+    clip: bool,
+    label_dropout: float,
+    codec: LatentCodec | None = None,
+    bounds: tuple[Bound, Bound] = (-1.0, 1.0),
+) -> Sampler:
+    """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`."""
+    return Sampler(
+        network,
+        process,
+        spec,
+        shape=shape,
+        num_classes=num_classes,
+        clip_x0=bounds if clip else None,
+        guidable=label_dropout > 0,
+        codec=codec,
+    )
+
+
 def count_classes(class_conditional: bool | None, class_names: Sequence[str]) -> int | None:
     """How many classes a network has: None where it learns none. True asks for classes, None takes what the data has."""
     if class_conditional and not class_names:
@@ -76,16 +109,42 @@ def count_classes(class_conditional: bool | None, class_names: Sequence[str]) ->
     return len(class_names) if class_names and class_conditional is not False else None
 
 
-def build_unet(config: UNetConfig, image: ImageConfig, num_classes: int | None) -> UNet:
-    """The U-Net of a pixel run, in channels_last, which is faster; the picture must be divisible by its down-sampling."""
-    if image.size % config.factor:
-        near = sorted({image.size // config.factor * config.factor, -(-image.size // config.factor) * config.factor} - {0})
+def build_unet(config: UNetConfig, shape: Sequence[int], num_classes: int | None) -> UNet:
+    """The U-Net of pictures or latents (C, H, W), in channels_last, which is faster; H must be divisible by its factor."""
+    channels, size = shape[0], shape[1]
+    if size % config.factor:
+        near = sorted({size // config.factor * config.factor, -(-size // config.factor) * config.factor} - {0})
         raise UserError(
-            f"image.size {image.size} is not divisible by {config.factor}, what {len(config.channel_mult)} entries of "
-            f"model.channel_mult ask for; use {' or '.join(map(str, near))}"
+            f"the network sees {size} px, not divisible by {config.factor}, what {len(config.channel_mult)} entries of "
+            f"model.channel_mult ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
         )
-    network = UNet(config, in_channels=image.channels, num_classes=num_classes)
-    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return channels_last(UNet(config, in_channels=channels, num_classes=num_classes))
+
+
+def start_from(name: str, class_names: Sequence[str], *networks: UNet) -> str:
+    """Put the EMA weights of the diffusion run `name` into networks of the same architecture; where its classes are others,
+    all but the embedding of the labels. Gives what was done, in words."""
+    found = open_trained(name, torch.device("cpu"))
+    weights = found.network.state_dict()
+    same = found.class_names == tuple(class_names) or found.num_classes is None
+    for network in networks:
+        own = network.state_dict()
+        embedding = {key: value for key, value in own.items() if key.startswith("label_embedding")}
+        taken = (
+            weights
+            if same and embedding.keys() <= weights.keys()
+            else {key: value for key, value in weights.items() if not key.startswith("label_embedding")} | embedding
+        )
+        load_weights(network, taken, Path(name))
+    if same:
+        return f"starting from the weights of {name} (step {found.step})"
+    return f"starting from the weights of {name} (step {found.step}); its classes are others, so the label embedding is new"
+
+
+def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lowest and highest of each channel over all latents, as they are known to a latent run: (D, 1, 1) each."""
+    low, high = (torch.tensor(facts[key], device=device)[:, None, None] for key in ("low", "high"))
+    return low, high
 
 
 def _find(path: Path) -> Path:
@@ -113,7 +172,7 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
 
     A UserError says what is missing, damaged or of another architecture.
     """
-    path = Path(path)
+    path = folder = Path(path)
     if path.is_file():
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -130,12 +189,23 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
         digest = read_json(folder / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"]
     else:
         raise UserError(f"{path}: there is no such run or checkpoint")
+    if "stages" in config:
+        raise UserError(f"{path} is an autoencoder, which draws nothing by itself: train_ldm.py trains on its latents")
     if not {"model", "process", "image", "class_conditional"} <= set(config):
-        raise UserError(f"{path} is not a pixel diffusion run")
+        raise UserError(f"{path} is no diffusion run of this project")
     image = validate(ImageConfig, config["image"], origin=f"{path}: image")
+    shape, latent = (image.channels, image.size, image.size), {}
+    if "latents" in data:
+        facts = data["latents"]
+        autoencoder = kept_autoencoder(folder, device)
+        shape = tuple(facts["shape"])
+        latent = {
+            "codec": LatentCodec(autoencoder.network, facts["mean"], facts["std"]),
+            "bounds": latent_bounds(facts, device),
+        }
     class_names = tuple(data["class_names"])
     model = validate(UNetConfig, config["model"], origin=f"{path}: model")
-    network = build_unet(model, image, count_classes(config["class_conditional"], class_names))
+    network = build_unet(model, shape, count_classes(config["class_conditional"], class_names))
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:
         torch.set_num_threads(config["cpu_threads"])  # so that processes agree to the bit, as in training
@@ -144,8 +214,10 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
         network=network.to(device).eval().requires_grad_(False),
         process=build_process(validate(ProcessConfig, config["process"], origin=f"{path}: process")),
         image=image,
+        shape=shape,
         class_names=class_names,
         config=config,
         step=step,
         digest=digest,
+        **latent,
     )

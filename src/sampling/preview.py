@@ -1,12 +1,15 @@
-"""Pictures on fixed noise while a run trains, and the loss on held-out pictures."""
+"""Pictures on fixed noise while a run trains, the loss on held-out pictures, and what a person looks at before."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import pictures
@@ -15,67 +18,110 @@ from ..data import ImageConfig, PictureSet
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
 from ..training.seeds import generator, normal
+from ..training.session import Session
 from ..training.stream import to_network
-from .sampler import Sampler, SamplerConfig, noise_of
+from .sampler import Codec, Sampler, SamplerConfig, noise_of
 
 
 @config
 class PreviewConfig:
-    """`num_samples` pictures from the EMA weights every `every` steps and at the end, always from the same noise."""
+    """Pictures from the EMA weights every `every` steps and at the end, always from the same noise.
+
+    `sheets` one is a sheet of `num_samples` pictures; class is one of so many for each class.
+    """
 
     every: Length | None = free(None)
     num_samples: int = free(16, ge=1)
     batch_size: int = free(16, ge=1)
+    sheets: Literal["one", "class"] = free("one")
     sampler: SamplerConfig = pydantic.Field(default=SamplerConfig(), json_schema_extra={"free": True})
 
 
+class Examples(NamedTuple):
+    """What a loss is measured on: labels (N,), -1 for none, and `load(indices)`, which gives x0 (B, C, H, W) on the CPU or
+    the device, always the same."""
+
+    labels: NDArray[np.int64]
+    load: Callable[[NDArray[np.int64]], Tensor]
+
+
 def preview(
-    sampler: Sampler, spec: PreviewConfig, path: Path, *, class_names: tuple[str, ...], accelerator: Accelerator
-) -> None:
-    """Draw the preview on all ranks; the first writes the sheet."""
+    sampler: Sampler, spec: PreviewConfig, session: Session, class_names: tuple[str, ...], held_out: Examples | None
+) -> dict[str, float]:
+    """Draw the preview of the session's step on all ranks, and measure the loss on what is held out.
+
+    The first rank writes the sheets: `step_STEP.png`, or in the folder `step_STEP` one `sample_CLASS_4x4.png` for each class.
+    """
+    stem = session.run.samples / f"step_{session.step:08d}"
+    n, count = len(class_names), spec.num_samples
+    columns = max(1, min(16, round(math.sqrt(count))))
+    if sampler.num_classes is None or spec.sheets == "one":
+        labels = [i * n // count % n for i in range(count)] if sampler.num_classes is not None else None
+        sheets = [(stem.with_name(f"{stem.name}.png"), labels)]
+    else:
+        size = f"{columns}x{-(-count // columns)}"
+        safe = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in class_names]
+        sheets = [(stem / f"sample_{safe[i]}_{size}.png", [i] * count) for i in range(n)]
+    for path, labels in sheets:
+        drawn = _draw(sampler, count, spec.batch_size, labels, session.accelerator)
+        if session.accelerator.is_main_process:
+            names = [class_names[label] for label in labels] if labels is not None else None
+            captions = names if spec.sheets == "one" else None
+            pictures.save(pictures.grid(pictures.to_uint8(drawn), columns=columns, labels=captions), path)
+    if held_out is None:
+        return {}
+    batch = session.split.micro
+    loss = held_out_loss(sampler.network, sampler.process, held_out, batch, sampler.num_classes, session.accelerator)
+    return {"held_out_loss": loss}
+
+
+def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | None, accelerator: Accelerator) -> Tensor:
+    """(count, C, H, W), each rank drawing its share."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    each = math.ceil(spec.num_samples / world)
+    each = math.ceil(count / world)
     indices = range(rank * each, (rank + 1) * each)
-    n = len(class_names)
-    labels = [i * n // spec.num_samples % n for i in range(each * world)] if sampler.num_classes is not None else None
     drawn: list[Tensor] = []
-    for start in range(0, each, spec.batch_size):
-        part = indices[start : start + spec.batch_size]
-        chosen = [labels[i] for i in part] if labels is not None else None
+    for start in range(0, each, batch_size):
+        part = indices[start : start + batch_size]
+        chosen = [labels[i % count] for i in part] if labels is not None else None
         drawn.append(sampler.draw(0, part, chosen, device=accelerator.device))
     x = accelerator.gather(torch.cat(drawn))
-    if accelerator.is_main_process:
-        assert isinstance(x, Tensor)
-        sheet = pictures.to_uint8(x[: spec.num_samples])
-        names = [class_names[label] for label in labels[: spec.num_samples]] if labels is not None else None
-        columns = max(1, min(16, round(math.sqrt(spec.num_samples))))
-        pictures.save(pictures.grid(sheet, columns=columns, labels=names), path)
+    assert isinstance(x, Tensor)
+    return x[:count]
+
+
+def pictures_of(held_out: PictureSet, spec: ImageConfig) -> Examples:
+    """Pictures cut from the middle, in [-1, 1]."""
+    plain = ImageConfig(size=spec.size, channels=spec.channels)
+    held_out.prepare(plain)
+
+    def load(indices: NDArray[np.int64]) -> Tensor:
+        pixels = held_out.batch(indices, plain, np.full((len(indices), 3), 0.5))
+        return to_network(torch.from_numpy(pixels), torch.device("cpu"))
+
+    return Examples(held_out.labels, load)
 
 
 @torch.no_grad()
 def held_out_loss(
-    network: torch.nn.Module,
+    network: Any,
     process: Process,
-    held_out: PictureSet,
-    spec: ImageConfig,
-    *,
+    held_out: Examples,
     batch_size: int,
     num_classes: int | None,
     accelerator: Accelerator,
     most: int = 1024,
 ) -> float:
-    """The mean loss on up to `most` held-out pictures, spread over all, each always with the same noise and time."""
+    """The mean loss on up to `most` held-out examples, spread over all, each always with the same noise and time."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    count = min(most, len(held_out))
-    shape = (spec.channels, spec.size, spec.size)
-    held_out.prepare(spec)
+    total_count = len(held_out.labels)
+    count = min(most, total_count)
     dtype = next(network.parameters()).dtype
     total = torch.zeros((), device=device, dtype=dtype)
-    plain = ImageConfig(size=spec.size, channels=spec.channels)
     for start in range(rank * batch_size, count, batch_size * world):
-        indices = np.linspace(0, len(held_out) - 1, count).astype(np.int64)[start : start + batch_size]
-        x0 = to_network(torch.from_numpy(held_out.batch(indices, plain, np.full((len(indices), 3), 0.5))), device, dtype)
-        eps = noise_of(0, indices.tolist(), shape).to(x0)
+        indices = np.linspace(0, total_count - 1, count).astype(np.int64)[start : start + batch_size]
+        x0 = held_out.load(indices).to(device, dtype)
+        eps = noise_of(0, indices.tolist(), x0.shape[1:]).to(x0)
         u = torch.from_numpy(position_uniforms(0, indices)[:, 0])
         condition = {}
         if num_classes is not None:
@@ -87,25 +133,39 @@ def held_out_loss(
     return float(summed) / count
 
 
-def first_pictures(folder: Path, process: Process, train_set: PictureSet, spec: ImageConfig, seed: int) -> None:
-    """What a person looks at before training: `contact_sheet.png` of what the network will see, `original.png` beside
-    `noised.png` (12 pictures at growing times, in the title), and `beta_alpha_hat.png` (the schedule)."""
+@torch.no_grad()
+def first_pictures(
+    folder: Path,
+    train_set: PictureSet,
+    spec: ImageConfig,
+    seed: int,
+    process: Process | None = None,
+    codec: Codec | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """What a person looks at before training: `contact_sheet.png` of what the network will see; with a process `original.png`
+    beside `noised.png` (12 pictures at growing times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec,
+    which lives on `device`, its latents are noised, and decoded to be looked at."""
     count = min(64, len(train_set))
     chosen = generator(seed, "contact sheet").choice(len(train_set), count, replace=False)
     seen = train_set.batch(chosen, spec, np.full((count, 3), 0.5))
     names = [train_set.class_names[label] if label >= 0 else "" for label in train_set.labels[chosen]]
     sheet = pictures.grid(seen, columns=8, labels=names if train_set.class_names else None)
     pictures.save(sheet, folder / "contact_sheet.png")
+    if process is None:
+        return
 
-    x0 = to_network(torch.from_numpy(seen[:12]), torch.device("cpu"))
-    n = len(x0)
+    images = to_network(torch.from_numpy(seen[:12]), device or torch.device("cpu"))
+    x0 = codec.encode(images) if codec is not None else images
     schedule = process.schedule
-    t = process.draw_times(torch.linspace(0, 1 - 1e-9, n, dtype=torch.float64))
+    t = process.draw_times(torch.linspace(0, 1 - 1e-9, len(x0), dtype=torch.float64))
     eps = normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype)
-    noised = pictures.to_uint8(process.add_noise(x0, eps, t))
+    noised = process.add_noise(x0, eps, t)
+    noised = pictures.to_uint8(codec.decode(noised) if codec is not None else noised)
     told = [f"{value:g}" if isinstance(schedule, TableSchedule) else f"{value:.2f}" for value in t.tolist()]
+    decoded = "" if codec is None else ", decoded"
     pictures.save(pictures.grid(seen[:12], columns=12, title="x_0"), folder / "original.png")
-    pictures.save(pictures.grid(noised, columns=12, title=f"x_t at t = {', '.join(told)}"), folder / "noised.png")
+    pictures.save(pictures.grid(noised, columns=12, title=f"x_t at t = {', '.join(told)}{decoded}"), folder / "noised.png")
 
     if isinstance(schedule, TableSchedule):
         index = list(range(schedule.num_steps))

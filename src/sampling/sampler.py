@@ -1,7 +1,8 @@
 """One sampler for previews, sample.py and everything else that draws pictures."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pydantic
@@ -12,6 +13,8 @@ from ..config import UserError, config
 from ..diffusion import DETERMINISTIC, Denoiser, Process, ancestral, classifier_free, clip, ddim, times
 from ..diffusion.schedules import Spacing
 from ..diffusion.solvers import Callback, Noise
+
+Bound = float | Tensor
 
 
 @config
@@ -30,6 +33,17 @@ class SamplerConfig:
         if self.eta and self.solver != "ddim":
             raise ValueError(f"eta belongs to the solver ddim, not to {self.solver}")
         return self
+
+    def without_guidance(self, unguided: bool = True) -> "SamplerConfig":
+        return replace(self, guidance=1.0) if unguided else self
+
+
+class Codec(Protocol):
+    """Between pictures (B, C, H, W) in [-1, 1] and what diffusion sees, (B, D, h, w) with unit variance. Pixels have none."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
 
 
 def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int = 0) -> Tensor:
@@ -52,7 +66,9 @@ def starting_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> T
 class Sampler:
     """Draws pictures from a network and a process as `spec` says.
 
-    `shape` is (C, H, W). `num_classes` is None for an unconditional network. A UserError says what does not fit.
+    `shape` is (C, H, W) of what the network sees, `codec` what makes pictures of that. `clip_x0` are the bounds that the
+    estimate of x_0 is held to, numbers or tensors (C, 1, 1). `num_classes` is None for an unconditional network. A UserError
+    says what does not fit.
     """
 
     def __init__(
@@ -63,15 +79,16 @@ class Sampler:
         *,
         shape: Sequence[int],
         num_classes: int | None,
-        clip_x0: bool,
+        clip_x0: tuple[Bound, Bound] | None,
         guidable: bool = True,
+        codec: Codec | None = None,
     ) -> None:
         if spec.guidance != 1 and num_classes is None:
             raise UserError("guidance needs a class-conditional network; this one has no classes")
         if spec.guidance != 1 and not guidable:
             raise UserError("guidance needs a network that was trained with label_dropout above 0")
         self.network, self.process, self.spec = network, process, spec
-        self.shape, self.num_classes, self.clip_x0 = tuple(shape), num_classes, clip_x0
+        self.shape, self.num_classes, self.clip_x0, self.codec = tuple(shape), num_classes, clip_x0, codec
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
         steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
         self.times = times(process.schedule, steps, spec.spacing)
@@ -93,7 +110,12 @@ class Sampler:
             null = torch.full_like(labels, self.num_classes or 0)
             unconditional = self.process.denoiser(self.network, labels=null)
             denoiser = classifier_free(denoiser, unconditional, self.spec.guidance)
-        return clip(denoiser, self.process.schedule, -1.0, 1.0) if self.clip_x0 else denoiser
+        return clip(denoiser, self.process.schedule, *self.clip_x0) if self.clip_x0 is not None else denoiser
+
+    @torch.no_grad()
+    def pictures(self, x: Tensor) -> Tensor:
+        """What the network sees (B, *shape) as pictures (B, C, H, W)."""
+        return self.codec.decode(x) if self.codec is not None else x
 
     @torch.no_grad()
     def draw(
@@ -106,7 +128,8 @@ class Sampler:
         callback: Callback | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """The pictures `indices` of `seed`, (len(indices), C, H, W) in about [-1, 1], on the device.
+        """The pictures `indices` of `seed`, (len(indices), C, H, W) in about [-1, 1], on the device. A callback sees what the
+        network sees.
 
         The network runs at `batch_size` (padded with the last picture), so a picture does not depend on how many are asked.
         """
@@ -121,7 +144,7 @@ class Sampler:
             return noise_of(seed, padded, self.shape, step + 1).to(like)
 
         x = self._solve(self._denoiser(classes), x, noise, callback)
-        return x[: len(indices)]
+        return self.pictures(x)[: len(indices)]
 
     def _solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, callback: Callback | None) -> Tensor:
         schedule = self.process.schedule

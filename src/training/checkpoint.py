@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,36 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def retain(checkpoints: Path, keep: int, best: int | None) -> None:
-    """Remove all but the last `keep` checkpoints and that of step `best`; and what a kill left half-written."""
-    spared = {step_folder(checkpoints, best)} if best is not None else set()
+def _remove(folder: Path) -> None:
+    hidden = folder.with_name(f".{folder.name}.old")
+    folder.rename(hidden)  # so that a kill leaves no checkpoint with files missing
+    shutil.rmtree(hidden)
+
+
+def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> None:
+    """Make the checkpoint of `step`, or the last one before it, the newest, its progress changed by `progress`."""
+    folders = _steps(checkpoints)
+    kept = next((folder for folder in folders if folder <= step_folder(checkpoints, step) and damage(folder) is None), None)
+    if kept is None:
+        raise UserError(f"there is no checkpoint of step {step} or before to go back to; start anew with a smaller weight")
+    for folder in folders[: folders.index(kept)]:
+        _remove(folder)
+    tensors, documents = {}, {}
+    for path in kept.iterdir():
+        if path.suffix == ".safetensors":
+            tensors[path.stem] = read_tensors(kept, path.stem)
+        elif path.name != MANIFEST:
+            documents[path.stem] = json.loads(path.read_text())
+    documents["progress"] |= progress
+    write_folder(kept, tensors, documents)
+
+
+def retain(checkpoints: Path, keep: int, spared_steps: Collection[int] = ()) -> None:
+    """Remove all but the last `keep` checkpoints and those of `spared_steps`; and what a kill left half-written."""
+    spared = {step_folder(checkpoints, step) for step in spared_steps}
     for folder in _steps(checkpoints)[keep:]:
         if folder not in spared:
-            hidden = folder.with_name(f".{folder.name}.old")
-            folder.rename(hidden)  # so that a kill leaves no checkpoint with files missing
-            shutil.rmtree(hidden)
+            _remove(folder)
     for leftover in checkpoints.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -25,35 +25,35 @@ class Cadence:
 class Clock:
     """The progress bar of a run (images, images/s, time left; on the main process only), and its speed."""
 
-    def __init__(self, step: int, steps: int, batch: int, *, shown: bool) -> None:
-        self.first, self.steps, self.batch = step, steps, batch
+    def __init__(self, step: int, images: int, total_images: int, *, shown: bool) -> None:
         self._began = self._read_at = time.monotonic()
-        self._done = self._read_done = step
+        self._images = self._read_images = images
         self._bar = tqdm(
-            total=steps * batch,
-            initial=step * batch,
+            total=total_images,
+            initial=images,
             desc=f"step {step}",
             unit="img",
             unit_scale=True,
             disable=None if shown else True,
         )
         self._shown = shown
+        self._rows: list[tuple[str, int, Split, float]] = []
 
     @property
     def bar_shown(self) -> bool:
         return not self._bar.disable
 
-    def tick(self) -> None:
-        """One more step is done."""
-        self._done += 1
-        self._bar.update(self.batch)
+    def tick(self, images: int) -> None:
+        """One more step, of so many images, is done."""
+        self._images += images
+        self._bar.update(images)
 
     def read(self, images_per_epoch: int) -> dict[str, float]:
         """epoch, and images_per_second since the last reading."""
         now = time.monotonic()
-        speed = (self._done - self._read_done) * self.batch / max(1e-9, now - self._read_at)
-        self._read_at, self._read_done = now, self._done
-        return {"epoch": self._done * self.batch / images_per_epoch, "images_per_second": round(speed, 1)}
+        speed = (self._images - self._read_images) / max(1e-9, now - self._read_at)
+        self._read_at, self._read_images = now, self._images
+        return {"epoch": self._images / images_per_epoch, "images_per_second": round(speed, 1)}
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Put epoch, step and loss on the bar."""
@@ -63,35 +63,35 @@ class Clock:
     def close(self) -> None:
         self._bar.close()
 
-    def measured(self, device: torch.device, step: int) -> bool:
-        """In a dry run: time the steps after the first ones; true when enough are timed."""
-        if step == self.first + min(DRY_WARMUP, self.steps - self.first - 1):
+    def measured(self, device: torch.device, split: Split, step: int, steps: int, name: str = "") -> bool:
+        """In a dry run: time a stage's steps (`steps` in all, `step` done) after the first ones; true when enough are."""
+        if step == min(DRY_WARMUP, steps - 1):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             self.read(1)
-        enough = step >= min(self.first + DRY_STEPS, self.steps)
-        if enough and device.type == "cuda":
+        if step < min(DRY_STEPS, steps):
+            return False
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return enough
+        self._rows.append((name, steps, split, self.read(1)["images_per_second"]))
+        return True
 
-    def report(self, name: str, split: Split, parameters: int, images: int, device: torch.device) -> None:
+    def report(self, name: str, parameters: int, images: int, device: torch.device) -> None:
         """What a dry run found out."""
         self.close()
         if not self._shown:
             return
-        speed = self.read(1)["images_per_second"]
-        seconds = self.steps * self.batch / max(speed, 1e-9)
-        rows = {
-            "data": f"{images} pictures",
-            "parameters": f"{parameters / 1e6:.2f} M",
-            "steps": f"{self.steps} of {split.batch} images = {self.steps * split.batch / images:.1f} epochs",
-            "one step": f"{split.world} x {device.type} x {split.accumulation} x {split.micro} images",
-            "images/s": f"{speed:.1f}",
-            "memory": f"{peak_memory_gigabytes(device):.2f} GB",
-            "time": f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min",
-        }
+        seconds = sum(steps * split.batch / max(speed, 1e-9) for _, steps, split, speed in self._rows)
         print(f"{name}, a dry run: nothing was written")
-        for row, value in rows.items():
+        rows = [("data", f"{images} pictures"), ("parameters", f"{parameters / 1e6:.2f} M")]
+        for stage, steps, split, speed in self._rows:
+            told = f"{steps} of {split.batch} images = {steps * split.batch / images:.1f} epochs"
+            rows += [(stage or "steps", told)]
+            rows += [("one step", f"{split.world} x {device.type} x {split.accumulation} x {split.micro} images")]
+            rows += [("images/s", f"{speed:.1f}")]
+        rows += [("memory", f"{peak_memory_gigabytes(device):.2f} GB")]
+        rows += [("time", f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min")]
+        for row, value in rows:
             print(f"  {row:<11} {value}")
 
 

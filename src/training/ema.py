@@ -23,23 +23,23 @@ class EMA:
     Eq. (App. F), Karras et al. 2022, arXiv:2206.00364: beta = 0.5^(batch / half life).
     """
 
-    def __init__(self, network: nn.Module, spec: EMAConfig, batch_size: int) -> None:
-        self.spec, self.batch_size = spec, batch_size
+    def __init__(self, network: nn.Module, spec: EMAConfig) -> None:
+        self.spec = spec
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self._own: list[torch.Tensor] = list(self.network.parameters())
 
-    def decay(self, images_seen: int) -> float:
-        """How much of the old average is kept by the update after `images_seen` images."""
+    def decay(self, images_seen: int, batch_size: int) -> float:
+        """How much of the old average is kept by the update after `images_seen` images, the last `batch_size` of them new."""
         half_life = self.spec.half_life_images
         if self.spec.ramp_up is not None:
             half_life = min(half_life, max(1.0, images_seen * self.spec.ramp_up))
-        return 0.5 ** (self.batch_size / half_life)
+        return 0.5 ** (batch_size / half_life)
 
     @torch.no_grad()
-    def update(self, network: nn.Module, images_seen: int) -> None:
-        """Move towards the weights of `network`, which have seen `images_seen` images."""
+    def update(self, network: nn.Module, images_seen: int, batch_size: int) -> None:
+        """Move towards the weights of `network`, which have seen `images_seen` images, the last `batch_size` in one step."""
         theirs: list[torch.Tensor] = list(network.parameters())
-        weight = 1 - self.decay(images_seen)
+        weight = 1 - self.decay(images_seen, batch_size)
         torch._foreach_lerp_(self._own, theirs, weight)  # pyright: ignore[reportPrivateImportUsage]
         for own, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
             own.copy_(buffer)

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from pydantic import Field
 
 from ..config import UserError, config, dump, free
@@ -70,8 +70,11 @@ def precision_for(wanted: str) -> str:
     return wanted
 
 
-def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path(".")) -> Accelerator:
-    """The Accelerator, after holding the launcher against the config: each contradiction is a UserError."""
+def start(
+    machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path("."), fp16: bool = True
+) -> Accelerator:
+    """The Accelerator, after holding the launcher against the config: each contradiction is a UserError. Without `fp16` so is
+    that precision, whose loss scale two optimisers cannot share."""
     _check_environment()
     for tracker in trackers:
         if importlib.util.find_spec(tracker) is None:
@@ -85,6 +88,8 @@ def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Pat
     if machine.cpu_threads is not None:
         torch.set_num_threads(machine.cpu_threads)
     precision = precision_for(machine.mixed_precision)
+    if precision == "fp16" and not fp16:
+        raise UserError("mixed_precision fp16 (or bf16 on a GPU that has none) is not for two optimisers; use bf16 or no")
     if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise UserError("mixed_precision fp16 needs a GPU; use no or bf16 on a CPU")
     if machine.dtype == "float64" and precision != "no":
@@ -94,7 +99,10 @@ def start(machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Pat
         mixed_precision=precision,
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=machine.timeout_minutes))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=machine.timeout_minutes)),
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # they are the same on all ranks by what is done to them
+        ],
     )
     _check_world(accelerator.num_processes)
     if machine.deterministic:
@@ -154,7 +162,8 @@ def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: 
     away before the first step that counts."""
     if accelerator.num_processes < 3:
         return
-    accelerator.backward(network(*inputs).square().mean() * 0)
+    made = network(*inputs)
+    accelerator.backward((made[0] if isinstance(made, tuple) else made).square().mean() * 0)
     network.zero_grad(set_to_none=True)
 
 
@@ -251,6 +260,11 @@ class StepGate:
     def saved(self) -> None:
         self.save = False
         self._saved_at = time.monotonic()
+
+
+def accumulating(accelerator: Accelerator, model: torch.nn.Module, part: int, parts: int) -> AbstractContextManager[Any]:
+    """Gradients of micro-batch `part` of a step: averaged over the ranks in the last one alone."""
+    return accelerator.no_sync(model) if part < parts - 1 else nullcontext()
 
 
 @contextmanager

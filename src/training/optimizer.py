@@ -51,6 +51,7 @@ class MultiStep:
     warmup: Length | None = None
 
 
+Schedule = Annotated[Constant | Annealed | OneCycle | MultiStep, pydantic.Field(discriminator="kind")]
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
@@ -63,9 +64,7 @@ class OptimizerConfig:
     eps: float = pydantic.Field(1e-8, gt=0)
     weight_decay: float = pydantic.Field(0.0, ge=0)
     clip: float | None = pydantic.Field(1.0, gt=0)
-    schedule: Annotated[Constant | Annealed | OneCycle | MultiStep, pydantic.Field(discriminator="kind")] = pydantic.Field(
-        default_factory=lambda: Constant(kind="constant")
-    )
+    schedule: Schedule = pydantic.Field(default_factory=lambda: Constant(kind="constant"))
 
 
 def adamw(parameters: Iterable[Tensor], spec: OptimizerConfig) -> torch.optim.AdamW:

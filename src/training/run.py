@@ -8,20 +8,18 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pydantic
-import torch
 from tqdm import tqdm
 
 from .. import pictures
 from ..config import Length, UserError, config, differences, dump, free, read_json
 from ..data import PictureSet
+from ..data.latents import differs
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, step_folder, write_folder
-from .clock import Cadence, Clock
-from .stream import Split
+from .clock import Clock
 
 
 @config
@@ -136,6 +134,9 @@ class RunDirectory:
                 f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
                 "give another --run-dir"
             )
+        if before.get("latents") != facts.get("latents"):
+            found = differs(before.get("latents") or {}, facts["latents"]) or ["another cache, made anew"]
+            raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 
     def hold_config(self, settings: Any, resumed: Path | None) -> None:
@@ -147,9 +148,13 @@ class RunDirectory:
         if resumed is not None:
             harmless, other = differences(type(settings), read_json(resumed / "config.json"), new)
             lengths = [key for key in other if key.split(".")[0] == "steps"]
-            if settings.optimizer.schedule.kind == "constant":  # where the run ends changes no step before
-                other = [key for key in other if key not in lengths]
-                harmless += lengths
+            before = read_json(resumed / "config.json").get("stages")
+            if before is not None and before == new["stages"][: len(before)]:
+                lengths = ["stages"]  # more of them, after those that there were
+            elif settings.optimizer.schedule.kind != "constant":  # where a run ends changes no step before
+                lengths = []
+            harmless += [key for key in other if key in lengths]
+            other = [key for key in other if key not in lengths]
             if other:
                 raise UserError(
                     f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
@@ -206,15 +211,18 @@ class RunDirectory:
         clock.show(step, values)
         if self.writes:
             self.write_status("running", step, steps)
-            line = f"step {step}/{steps} " + " ".join(f"{name} {value:.4g}" for name, value in values.items())
+            line = f"step {step}/{steps} " + " ".join(
+                f"{name} {value:.4g}" for name, value in values.items() if "latent_" not in name
+            )
             (self._note if clock.bar_shown else self.say)(line)
 
     def save(self, tensors: Tensors, documents: dict[str, Any], spec: CheckpointConfig) -> None:
         """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept."""
         progress = documents["progress"]
         write_folder(step_folder(self.checkpoints, progress["step"]), tensors, documents)
-        best = progress["best"]["step"] if spec.keep_best and progress["best"] else None
-        retain(self.checkpoints, spec.keep, best)
+        spared = {progress["best"]["step"]} if spec.keep_best and progress["best"] else set()
+        healthy = progress.get("guard", {}).get("healthy_step")  # where a rollback would go
+        retain(self.checkpoints, spec.keep, spared | ({healthy} if healthy is not None else set()))
 
     def finish(self, state: str, step: int, steps: int, message: str) -> None:
         """The last word of a run that ends in order."""
@@ -229,35 +237,13 @@ class RunDirectory:
                 file.close()
         self._metrics = self._log = self._lock = None
 
-    def draw_curve(self, *names: str) -> None:
-        """loss.png: these values of metrics.jsonl over the steps."""
+    def draw_curves(self, panels: dict[str, list[str]]) -> None:
+        """loss.png: values of metrics.jsonl over the steps, panel by panel; what was never logged is left out."""
         lines = self.read_metrics()
-        series = {}
-        for name in names:
-            known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if known:
-                series[name] = ([step for step, _ in known], [value for _, value in known])
-        pictures.curves(self.path / "loss.png", {"loss": series}, xlabel="step", title=self.path.name, log=True)
-
-
-def describe_run(
-    name: str,
-    facts: dict[str, Any],
-    split: Split,
-    steps: int,
-    parameters: int,
-    step: int,
-    device: torch.device,
-    cadences: Sequence[Cadence],
-) -> str:
-    """What will happen, all lengths in steps."""
-    told = ", ".join(f"{cadence.word} every {cadence.every}" for cadence in cadences if cadence.every is not None)
-    skipped = ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"
-    at = f"going on at step {step}" if step else "starting at step 0"
-    return (
-        f"{name}: {facts['images']} pictures in {len(facts['class_names']) or 'no'} classes ({facts['held_out_images']} held "
-        f"out; left out: {skipped}), {parameters / 1e6:.2f} M parameters\n"
-        f"{at} of {steps} = {steps * split.batch / facts['images']:.1f} epochs; a step is {split.batch} images = "
-        f"{split.world} x {device.type} x {split.accumulation} x {split.micro}\n"
-        f"{told} steps. Interrupt at will: the same command goes on"
-    )
+        found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        for panel, names in panels.items():
+            for name in names:
+                known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+                if known:
+                    found.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
+        pictures.curves(self.path / "loss.png", found, xlabel="step", title=self.path.name, log={"loss"})

@@ -1,7 +1,7 @@
-"""What a checkpoint holds besides the step: weights, moments, EMA, and the loss since the last line of the log."""
+"""What a checkpoint holds besides the step: weights, moments, EMA, and the losses since the last line of the log."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,52 +13,79 @@ from .optimizer import load_optimizer_state, optimizer_state
 
 
 class Trained:
-    """A network with its optimiser and its EMA: to tensors keyed by parameter name, and back."""
+    """A network with its optimiser and its EMA, and an adversary with its own: to tensors keyed by parameter name, and back."""
 
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
-        self.network, self.optimizer, self.ema = network, optimizer, ema
-        self._names = {parameter: name for name, parameter in network.named_parameters()}
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA,
+        adversary: tuple[nn.Module, torch.optim.Optimizer] | None = None,
+    ) -> None:
+        self.network, self.ema = network, ema
+        self._pairs = {("model", "optimizer"): (network, optimizer)}
+        if adversary is not None:
+            self._pairs["discriminator", "discriminator_optimizer"] = adversary
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self._names)
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The EMA weights, on the CPU: what a finished run leaves."""
+        return _on_cpu(self.ema.network)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            "model": {name: value.detach().cpu() for name, value in self.network.state_dict().items()},
-            "ema": {name: value.detach().cpu() for name, value in self.ema.network.state_dict().items()},
-            "optimizer": optimizer_state(self.optimizer, self._names),
-        }
+        found = {"ema": self.weights()}
+        for (name, moments), (network, optimizer) in self._pairs.items():
+            found[name] = _on_cpu(network)
+            found[moments] = optimizer_state(optimizer, _names(network))
+        return found
 
     def load(self, folder: Path) -> None:
         """Put a checkpoint's tensors back; one of another architecture is a UserError."""
-        checkpoint.load_weights(self.network, checkpoint.read_tensors(folder, "model"), folder)
         checkpoint.load_weights(self.ema.network, checkpoint.read_tensors(folder, "ema"), folder)
-        load_optimizer_state(self.optimizer, self._names, checkpoint.read_tensors(folder, "optimizer"))
+        for (name, moments), (network, optimizer) in self._pairs.items():
+            checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
+            load_optimizer_state(optimizer, _names(network), checkpoint.read_tensors(folder, moments))
+
+
+def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in network.state_dict().items()}
+
+
+def _names(network: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in network.named_parameters()}
 
 
 class Meter:
-    """The mean loss of a stretch of steps. It stays on the device until it is read; what is not finite is not counted."""
+    """The means of named losses over a stretch of steps. They stay on the device until they are read; what is not finite is
+    not counted."""
 
-    def __init__(self, accelerator: Accelerator, saved: dict[str, float] | None = None) -> None:
+    def __init__(self, accelerator: Accelerator, saved: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self._accelerator = accelerator
-        self._sums = torch.zeros(2, device=accelerator.device)
-        if saved is not None and accelerator.is_main_process:
-            self._sums += torch.tensor([saved["sum"], saved["count"]], device=accelerator.device)
+        self._sums: dict[str, Tensor] = {}
+        for name, sums in (saved or {}).items():
+            mine = [sums["sum"], sums["count"]] if accelerator.is_main_process else [0.0, 0.0]
+            self._sums[name] = torch.tensor(mine, device=accelerator.device)
 
-    def add(self, loss: Tensor, images: int) -> None:
-        """`loss` () is a sum over `images`."""
-        finite = torch.isfinite(loss)
-        self._sums += torch.stack([torch.where(finite, loss, 0), finite * images]).to(self._sums.dtype)
+    def add(self, images: int, **losses: Tensor) -> None:
+        """Each loss () is a sum over `images`."""
+        for name, loss in losses.items():
+            finite = torch.isfinite(loss)
+            new = torch.stack([torch.where(finite, loss, 0), finite * images]).detach().to(torch.float32)
+            self._sums[name] = self._sums[name] + new if name in self._sums else new
 
-    def saved(self) -> dict[str, float]:
+    def saved(self) -> dict[str, dict[str, float]]:
         """What a checkpoint keeps of it, all ranks together."""
-        summed: Any = self._accelerator.reduce(self._sums)
-        total, count = summed.tolist()
-        return {"sum": total, "count": count}
+        if not self._sums:
+            return {}
+        summed = self._accelerator.reduce(torch.stack(list(self._sums.values())))
+        assert isinstance(summed, Tensor)
+        return {name: {"sum": total, "count": count} for name, (total, count) in zip(self._sums, summed.tolist(), strict=True)}
 
-    def read(self) -> float:
-        """The mean over all ranks since the last reading; NaN where nothing was counted."""
+    def read(self) -> dict[str, float]:
+        """The means over all ranks since the last reading; NaN where nothing was counted."""
         saved = self.saved()
-        self._sums.zero_()
-        return saved["sum"] / saved["count"] if saved["count"] else float("nan")
+        self._sums = {}
+        return {name: sums["sum"] / sums["count"] if sums["count"] else float("nan") for name, sums in saved.items()}

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import UserError
 from ..data import ImageConfig, PictureSet
+from ..data.latents import LatentSet
 from ..data.transforms import position_uniforms
 from .seeds import generator
 
@@ -28,23 +29,32 @@ class MicroBatch(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How the images of a step are dealt: to `world` ranks, each taking `accumulation` micro-batches of `micro`."""
+    """How the images of a step are dealt: to `world` ranks, each taking `accumulation` micro-batches of `micro`.
+
+    In a run of several stages each has its split, from `first_step` on, when `images_before` images have been seen.
+    """
 
     batch: int
     micro: int
     accumulation: int
     rank: int
     world: int
+    first_step: int = 0
+    images_before: int = 0
 
-    def positions(self, step: int, part: int) -> range:
-        """Where in the stream this rank's micro-batch `part` of a step begins and ends."""
-        first = step * self.batch + self.rank * self.micro * self.accumulation + part * self.micro
-        return range(first, first + self.micro)
+    def images_at(self, step: int) -> int:
+        """Images seen after `step` steps of the run."""
+        return self.images_before + (step - self.first_step) * self.batch
 
     def of_step(self, part: int) -> slice:
-        """The same place within the step's batch: for slicing what was drawn for the whole batch."""
-        first = self.positions(0, part).start
+        """This rank's micro-batch `part` within a step's batch: for slicing what was drawn for the whole batch."""
+        first = self.rank * self.micro * self.accumulation + part * self.micro
         return slice(first, first + self.micro)
+
+    def positions(self, step: int, part: int) -> range:
+        """Where in the stream it begins and ends."""
+        here = self.of_step(part)
+        return range(self.images_at(step) + here.start, self.images_at(step) + here.stop)
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, world: int) -> Split:
@@ -163,6 +173,17 @@ def stream(
     finally:
         if workers:
             batches._shutdown_workers()  # here and now: left to the interpreter's end they are killed, and torch complains
+
+
+def latent_stream(
+    latents: LatentSet, labels: NDArray[np.int64], split: Split, *, seed: int, balanced: bool, flip: bool, start_step: int
+) -> Iterator[MicroBatch]:
+    """The same of a latent cache: `images` are moments (B, 2, D, h, w) on its device. `flip` takes half of them mirrored."""
+    order = Order(labels, seed, balanced=balanced)
+    for positions in _From(split, start_step):
+        indices = order(positions)
+        mirrored = position_uniforms(seed, np.arange(positions.start, positions.stop))[:, 2] < (0.5 if flip else 0.0)
+        yield MicroBatch(latents.moments(indices, mirrored), torch.from_numpy(labels[indices]), positions.start)
 
 
 def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

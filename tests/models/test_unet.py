@@ -8,6 +8,7 @@ from src.config import UserError, validate
 from src.interop.diffusers import unet_from_diffusers
 from src.models import UNet, UNetConfig
 from src.models.layers import Attention, sinusoidal_embedding
+from src.vision import import_torchvision
 from tests.conftest import randomise
 
 SMALL = {"base_channels": 16, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "norm_groups": 8}
@@ -41,6 +42,7 @@ def unet(num_classes: int | None = None, scale: float = 0.1, **options: object) 
     ids=["plain", "ddpm", "scale_shift_classes", "classes"],
 )
 def test_a_diffusers_unet_gives_the_same_output(options: dict) -> None:
+    import_torchvision()
     from diffusers import UNet2DModel
 
     theirs = UNet2DModel(

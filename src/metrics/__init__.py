@@ -1,0 +1,5 @@
+"""What says how good pictures are: logged while training, and printed."""
+
+from .reconstruction import colour_drift, psnr, ssim
+
+__all__ = ["colour_drift", "psnr", "ssim"]

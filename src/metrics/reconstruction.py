@@ -1,0 +1,33 @@
+"""How far reconstructions are from their pictures; (B, C, H, W) in [-1, 1] each, per picture unless said."""
+
+from torch import Tensor
+
+from ..vision import import_torchvision
+
+SMALLEST_FOR_SSIM = 11  # its window
+
+
+def psnr(drawn: Tensor, images: Tensor) -> Tensor:
+    """(B,) decibels: 10 log10(2^2 / mean squared error), by torchmetrics."""
+    import_torchvision()
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    found = [
+        peak_signal_noise_ratio(a[None], b[None], data_range=2.0) for a, b in zip(drawn.float(), images.float(), strict=True)
+    ]
+    return images.new_tensor([float(value) for value in found])
+
+
+def ssim(drawn: Tensor, images: Tensor) -> Tensor:
+    """(B,) structural similarity, 1 for equal pictures, by torchmetrics (Wang et al. 2004); pictures of at least 11 px."""
+    import_torchvision()
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    found = structural_similarity_index_measure(drawn.float(), images.float(), data_range=2.0, reduction="none")
+    assert isinstance(found, Tensor)
+    return found.reshape(len(images))
+
+
+def colour_drift(drawn: Tensor, images: Tensor) -> Tensor:
+    """(B, C): the mean of each channel in the reconstruction less that in the picture, in steps of 1/255."""
+    return (drawn - images).float().mean((2, 3)) * 127.5

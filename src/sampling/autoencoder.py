@@ -1,0 +1,193 @@
+"""A frozen autoencoder, ours or diffusers': opened for latent diffusion, kept beside its weights, and as a codec."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import UserError, read_json, validate
+from ..interop.diffusers import autoencoder_from_config, load_autoencoder
+from ..models import VAE, VAEConfig
+from ..training.checkpoint import Documents, Tensors, damage, load_weights, read_tensors, write_folder
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """`network` has moments(images) -> (mean, logvar or None) and decode(z). `document` is all that, with the weights, builds
+    it again; `digest` is the hash of the weights. `scaling` is the (mean, std) of its latents where it brings its own,
+    `sizes` the sides in pixels that it was trained at, where that is known."""
+
+    network: Any
+    path: str
+    document: dict[str, Any]
+    digest: str
+    channels: int
+    latent_channels: int
+    factor: int
+    sizes: tuple[int, ...] | None = None
+    scaling: tuple[float, float] | None = None
+
+    def files(self) -> tuple[Tensors, Documents]:
+        """What a latent run keeps of it: autoencoder.safetensors and autoencoder_config.json."""
+        tensors = {name: value.detach().cpu() for name, value in self.network.state_dict().items()}
+        document = {**self.document, "path": self.path, "digest": self.digest}
+        return {"autoencoder": tensors}, {"autoencoder_config": document}
+
+    def keep(self, folder: Path) -> None:
+        """Write those files, unless they are there, so that a latent run does not need the autoencoder's any more."""
+        if damage(folder) is not None:
+            write_folder(folder, *self.files())
+
+    def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
+        """(D, h, w) of pictures of `size` px; a UserError where it was made for others."""
+        if channels != self.channels:
+            raise UserError(
+                f"image.channels is {channels} and the autoencoder {self.path} has {self.channels}; set image.channels"
+            )
+        if size % self.factor:
+            raise UserError(f"image.size {size} is not divisible by {self.factor}, by which {self.path} reduces pictures")
+        if self.sizes is not None and size not in self.sizes:
+            known = " and ".join(map(str, sorted(self.sizes)))
+            raise UserError(f"image.size is {size} and the autoencoder {self.path} was trained at {known} px; set image.size")
+        return self.latent_channels, size // self.factor, size // self.factor
+
+
+class LatentCodec:
+    """Between pictures and latents of mean 0 and standard deviation 1 per channel: `mean` and `std` are (D,)."""
+
+    def __init__(self, network: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.network = network
+        self.mean, self.std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """(B, D, h, w) as the autoencoder has it -> as diffusion sees it."""
+        return (z - self.mean.to(z)) / self.std.to(z)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> the normalised means, (B, D, h, w)."""
+        return self.normalise(self.network.moments(images)[0])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, D, h, w) normalised -> (B, C, H, W)."""
+        own = next(self.network.parameters()).dtype
+        return self.network.decode((latents * self.std.to(latents) + self.mean.to(latents)).to(own))
+
+
+def build_vae(config: dict[str, Any], channels: int, *, tanh: bool, where: str) -> VAE:
+    network = VAE(validate(VAEConfig, config, origin=f"{where}: model"), channels)
+    network.tanh = tanh
+    return network
+
+
+def _frozen(network: nn.Module, device: torch.device) -> nn.Module:
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _rebuild(document: dict[str, Any], weights: dict[str, Tensor], path: str, digest: str, device: torch.device) -> Autoencoder:
+    """From what `files` kept, or a run of ours left."""
+    if document["kind"] == "diffusers":
+        found = autoencoder_from_config(document["config"])
+        load_weights(found, weights, Path(path))
+        return Autoencoder(
+            network=_frozen(found, device),
+            path=path,
+            document=document,
+            digest=digest,
+            channels=found.channels,
+            latent_channels=found.latent_channels,
+            factor=found.factor,
+            scaling=found.scaling,
+        )
+    network = build_vae(document["model"], document["channels"], tanh=document["tanh"], where=path)
+    load_weights(network, weights, Path(path))
+    return Autoencoder(
+        network=_frozen(network, device),
+        path=path,
+        document=document,
+        digest=digest,
+        channels=document["channels"],
+        latent_channels=network.spec.latent_channels,
+        factor=network.spec.factor,
+        sizes=tuple(document["sizes"]),
+    )
+
+
+def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
+    """The autoencoder that a latent run keeps: in `folder`, or in the run that the checkpoint `folder` belongs to."""
+    for place in (folder, folder.parent.parent / "autoencoder", folder / "autoencoder"):
+        if (place / "autoencoder_config.json").exists():
+            reason = damage(place)
+            if reason is not None:
+                raise UserError(f"{place} is damaged: {reason}")
+            document = read_json(place / "autoencoder_config.json")
+            weights = read_tensors(place, "autoencoder")
+            return _rebuild(document, weights, document["path"], document["digest"], device)
+    raise UserError(f"{folder}: its autoencoder is not there; give the run, or its final folder")
+
+
+def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencoder:
+    """The autoencoder that a config names; where it is gone, the one that the latent run `run_dir` keeps."""
+    try:
+        return open_autoencoder(name, device)
+    except UserError:
+        if not (run_dir / "autoencoder" / "autoencoder_config.json").exists():
+            raise
+        return kept_autoencoder(run_dir, device)
+
+
+def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
+    """Open a finished run of train_vae.py (or one of its checkpoints), or a diffusers AutoencoderKL: a folder or a hub name.
+
+    A UserError says what is missing, unfinished or of another kind.
+    """
+    path = Path(name).expanduser()
+    if (path / "config.json").exists() and "_class_name" in read_json(path / "config.json"):
+        return _of_diffusers(name, device)
+    if not path.exists():
+        if name.count("/") == 1 and not path.parent.exists():
+            return _of_diffusers(name, device)
+        raise UserError(f"autoencoder {name} does not exist; train one (train_vae.py), or name a diffusers AutoencoderKL")
+    folder = path
+    if not (path / "ema.safetensors").exists():
+        folder = path / "final"
+        if damage(folder) is not None:
+            status = read_json(path / "status.json") if (path / "status.json").exists() else None
+            at = f" (step {status['step']} of {status['steps']})" if status is not None else ""
+            raise UserError(
+                f"the autoencoder {name} has not finished{at}; run its command again, or name one of its checkpoints to take "
+                "it as it is"
+            )
+    reason = damage(folder)
+    if reason is not None:
+        raise UserError(f"{folder} is damaged: {reason}")
+    config, progress = read_json(folder / "config.json"), read_json(folder / "progress.json")
+    if "stages" not in config:
+        raise UserError(f"{name} is no autoencoder but a diffusion run; name a run of train_vae.py")
+    document = {
+        "kind": "atelier",
+        "model": config["model"],
+        "channels": config["image"]["channels"],
+        "tanh": progress["tanh"],
+        "sizes": sorted({stage["image_size"] or config["image"]["size"] for stage in config["stages"]}),
+    }
+    digest = read_json(folder / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"]
+    return _rebuild(document, read_tensors(folder, "ema"), name, digest, device)
+
+
+def start_from(name: str, *networks: VAE) -> bool:
+    """Put the weights of a run of train_vae.py into networks of the same architecture; gives whether tanh was on in it."""
+    found = open_autoencoder(name, torch.device("cpu"))
+    for network in networks:
+        load_weights(network, found.network.state_dict(), Path(name))
+    return found.document.get("tanh", False)
+
+
+def _of_diffusers(name: str, device: torch.device) -> Autoencoder:
+    found = load_autoencoder(name)
+    weights = {key: value.detach().cpu() for key, value in found.state_dict().items()}
+    digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
+    return _rebuild({"kind": "diffusers", "config": found.config}, weights, name, digest, device)

@@ -1,0 +1,208 @@
+"""Encode a data set once: all ranks, a block of pictures at a time, going on where a kill left it."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import UserError
+from ..data import ImageConfig, PictureSet
+from ..data.latents import (
+    BLOCK,
+    LatentSet,
+    Moments,
+    block_path,
+    blocks_of,
+    cache_sums,
+    open_latents,
+    statistics,
+    sums_of,
+    write_block,
+)
+from ..training.stream import to_network
+from .autoencoder import Autoencoder, LatentCodec
+from .preview import Examples
+
+
+class Latents:
+    """A data set as its latents: `train` and, where pictures are held out, `held_out`; `facts` is the contract and the
+    statistics, which travel with the weights; `codec` makes pictures of them."""
+
+    def __init__(self, autoencoder: Autoencoder, facts: dict[str, Any], sets: dict[str, LatentSet]) -> None:
+        self.autoencoder, self.facts = autoencoder, facts
+        self.train, self._held_out = sets["train"], sets.get("held_out")
+        self.codec = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
+
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Moments (B, 2, D, h, w) -> normalised latents (B, D, h, w) drawn from the posterior with this noise."""
+        mean, logvar = moments.unbind(1)
+        return self.codec.normalise(mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise)
+
+    def held_out(self, labels: np.ndarray) -> Examples:
+        """The held-out latents at their means, with the labels of their pictures."""
+        latents = self._held_out
+        assert latents is not None
+
+        def load(indices: np.ndarray) -> Tensor:
+            return self.codec.normalise(latents.moments(indices, np.zeros(len(indices), dtype=bool))[:, 0])
+
+        return Examples(labels, load)
+
+
+def contract_of(
+    autoencoder: Autoencoder, image: ImageConfig, train_set: PictureSet, held_out: PictureSet | None
+) -> dict[str, Any]:
+    """What latents are of: a change in any of it makes them others."""
+    if image.crop != "center":
+        raise UserError("image.crop 'random' gives a picture other latents each time; use center")
+    return {
+        "autoencoder": autoencoder.digest,
+        "pictures": train_set.fingerprint,
+        "held_out": held_out.fingerprint if held_out is not None else None,
+        "image": {"size": image.size, "channels": image.channels, "flip": image.flip},
+        "shape": list(autoencoder.latent_shape(image.channels, image.size)),
+    }
+
+
+def cache_folder(
+    autoencoder: Autoencoder, image: ImageConfig, train_set: PictureSet, held_out: PictureSet | None, otherwise: Path
+) -> Path:
+    """Where a cache is kept when nobody says: in the autoencoder's run, else in the folder `otherwise`."""
+    contract, run = contract_of(autoencoder, image, train_set, held_out), Path(autoencoder.path)
+    name = f"{contract['image']['size']}px_{hashlib.sha256(json.dumps(contract).encode()).hexdigest()[:8]}"
+    return (run if (run / "checkpoints").is_dir() else otherwise) / "latents" / name
+
+
+@torch.no_grad()
+def _encode(
+    autoencoder: Autoencoder, pictures: PictureSet, image: ImageConfig, indices: Sequence[int], flip: bool, batch: int
+) -> Moments:
+    """(n, 1 or 2, 2, D, h, w) float32 of the pictures `indices`, in batches of always the same size."""
+    device = next(autoencoder.network.parameters()).device
+    plain = ImageConfig(size=image.size, channels=image.channels)
+    starts = range(0, len(indices), batch)
+
+    def load(start: int) -> Tensor:
+        part = np.array(indices[start : start + batch], dtype=np.int64)
+        return torch.from_numpy(np.ascontiguousarray(pictures.batch(part, plain, np.full((len(part), 3), 0.5))))
+
+    found = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes beside Python
+        for pixels in pool.map(load, starts):
+            count = len(pixels)
+            padded = torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)])
+            images = to_network(padded, device)
+            sides = []
+            for side in (images, images.flip(3)) if flip else (images,):
+                mean, logvar = autoencoder.network.moments(side)
+                sides.append(torch.stack([mean, torch.full_like(mean, -30.0) if logvar is None else logvar], dim=1))
+            found.append(torch.stack(sides, dim=1)[:count].float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def encode_latents(
+    autoencoder: Autoencoder,
+    train_set: PictureSet,
+    held_out: PictureSet | None,
+    image: ImageConfig,
+    folder: Path,
+    *,
+    batch_size: int,
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+) -> None:
+    """Make the cache `folder`, which is not there. Staged in FOLDER.partial: after a kill the same call goes on."""
+    contract = contract_of(autoencoder, image, train_set, held_out)
+    sets = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
+    staged = folder.with_name(folder.name + ".partial")
+    barrier()  # all have seen that it is not there before anybody writes
+    if rank == 0:
+        request = staged / "request.json"
+        if not request.exists() or json.loads(request.read_text()) != contract:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            request.write_text(json.dumps(contract))
+    barrier()
+    for pictures in sets.values():
+        pictures.prepare(ImageConfig(size=image.size, channels=image.channels))
+    total = sum(map(len, sets.values()))
+    with tqdm(total=total, desc="encoding latents", unit="img", disable=None if rank == 0 else True) as bar:
+        for split, pictures in sets.items():
+            for number, indices in blocks_of(len(pictures), rank, world):
+                if not block_path(staged, split, number).with_suffix(".json").exists():
+                    flip = image.flip and split == "train"
+                    write_block(staged, split, number, _encode(autoencoder, pictures, image, indices, flip, batch_size))
+                bar.update(min(total - bar.n, len(indices) * world))
+    barrier()
+    if rank == 0:
+        counts = {split: len(pictures) for split, pictures in sets.items()}
+        manifest = {**contract, "counts": counts, **_statistics(autoencoder, cache_sums(staged, len(train_set)))}
+        part = staged / "manifest.part"
+        part.write_text(json.dumps(manifest, indent=1))
+        part.replace(staged / "manifest.json")
+        (staged / "request.json").unlink()
+        staged.replace(folder)
+    barrier()
+
+
+def _statistics(autoencoder: Autoencoder, sums: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Those of the latents, but mean and std by the autoencoder's own scaling where it brings one; low and high as diffusion
+    sees them."""
+    found = statistics(sums)
+    if autoencoder.scaling is not None:
+        channels = len(found["mean"])
+        found |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
+    mean, std = np.array(found["mean"]), np.array(found["std"])
+    return found | {key: ((np.array(found[key]) - mean) / std).tolist() for key in ("low", "high")}
+
+
+def latents_of(
+    autoencoder: Autoencoder,
+    train_set: PictureSet,
+    held_out: PictureSet | None,
+    image: ImageConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    dry_run: bool = False,
+) -> Latents:
+    """The latents in the cache `folder`, which is made if it is missing; on the device where they fit. A cache of something
+    else is a UserError.
+
+    In a dry run nothing is written: where there is no cache, the first latents stand for all.
+    """
+    contract = contract_of(autoencoder, image, train_set, held_out)
+    counts = {"train": len(train_set)} | ({"held_out": len(held_out)} if held_out is not None else {})
+    if dry_run and not folder.exists():
+        train_set.prepare(ImageConfig(size=image.size, channels=image.channels))
+        block = _encode(autoencoder, train_set, image, range(min(BLOCK, len(train_set))), image.flip, batch_size)
+        sets = {split: LatentSet([block] * -(-count // BLOCK), accelerator.device) for split, count in counts.items()}
+        return Latents(autoencoder, contract | _statistics(autoencoder, [sums_of(block)]), sets)
+    if not folder.exists():
+        encode_latents(
+            autoencoder,
+            train_set,
+            held_out,
+            image,
+            folder,
+            batch_size=batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            barrier=accelerator.wait_for_everyone,
+        )
+    manifest, sets = open_latents(folder, contract, counts, accelerator.device)
+    for latents in sets.values():
+        latents.settle()
+    return Latents(autoencoder, {key: value for key, value in manifest.items() if key != "counts"}, sets)

@@ -1,0 +1,105 @@
+"""The adversary's weight: as the gradients say, and smaller after a rollback; and the guard that asks for one."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pydantic
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..config import config
+
+
+class AdaptiveWeight:
+    """The ratio |gradient of the reconstruction| / |gradient of the verdict| at the decoder's last layer (Eq. 7, Esser et al.
+    2020, arXiv:2012.09841), over the global batch.
+
+    `value` () is used by the step after the one that measured it, so that no step needs a collective in its middle; it is
+    0 until then.
+    """
+
+    def __init__(self, last_layer: Tensor, accelerator: Accelerator, saved: float = 0.0, *, most: float = 1e4) -> None:
+        self.last_layer, self.accelerator, self.most = last_layer, accelerator, most
+        self.value = torch.tensor(saved, device=accelerator.device, dtype=last_layer.dtype)
+        self._sums: Tensor | None = None
+
+    def measure(self, reconstruction: Tensor, verdict: Tensor) -> None:
+        """Add a micro-batch: two losses (), sums over its pictures, whose graphs are kept."""
+        found = [torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0] for loss in (reconstruction, verdict)]
+        self._sums = torch.stack(found) if self._sums is None else self._sums + torch.stack(found)
+
+    def update(self, counts: Tensor) -> None:
+        """All micro-batches are measured: the next step's value, unless `counts` () bool says that this step did not."""
+        if self._sums is None:
+            return
+        sums = self.accelerator.reduce(self._sums)
+        assert isinstance(sums, Tensor)
+        ours, theirs = sums.flatten(1).norm(dim=1)
+        ratio = (ours / theirs.clamp(min=1e-12)).clamp(max=self.most)
+        self.value = torch.where(counts & torch.isfinite(ratio), ratio, self.value)
+        self._sums = None
+
+
+@config
+class GuardConfig:
+    """In adversarial stages: when held-out reconstruction is worse than the stage's best by `worse_factor`, say so; with
+    `rollback` go back to the checkpoint before, with the adversary's weight times `shrink`, at most `max_rollbacks` times."""
+
+    worse_factor: float = pydantic.Field(1.5, gt=1)
+    rollback: bool = False
+    shrink: float = pydantic.Field(0.25, gt=0, lt=1)
+    max_rollbacks: int = pydantic.Field(3, ge=1)
+
+
+@dataclass
+class Guard:
+    """Watches one run: the stage's best reconstruction so far, its start included, the last healthy step, the rollbacks.
+
+    All of it is in the checkpoint; `rollbacks` enters every seed and the adversary's weight.
+    """
+
+    stage: int = 0
+    best: float = float("inf")
+    healthy_step: int | None = None
+    rollbacks: int = 0
+
+    def saved(self) -> dict[str, Any]:
+        return {**asdict(self), "best": self.best if self.best < float("inf") else None}
+
+    @classmethod
+    def load(cls, saved: dict[str, Any] | None) -> "Guard":
+        if saved is None:
+            return cls()
+        return cls(**{**saved, "best": saved["best"] if saved["best"] is not None else float("inf")})
+
+    def enter(self, stage: int) -> bool:
+        """Whether this stage is new, so that its start must be measured."""
+        if stage == self.stage:
+            return False
+        self.stage, self.best, self.healthy_step = stage, float("inf"), None
+        return True
+
+    def watch(self, spec: GuardConfig, step: int, value: float) -> bool:
+        """Whether the held-out reconstruction loss `value` is one to go on from; remembers the best and the step."""
+        healthy = value <= spec.worse_factor * self.best  # False for NaN
+        if healthy:
+            self.best, self.healthy_step = min(self.best, value), step or None  # nothing is saved at step 0
+        return healthy
+
+    def explain(self, spec: GuardConfig, step: int, value: float, values: dict[str, float]) -> str:
+        told = f"step {step}: held-out reconstruction is {value:.4g}, {value / self.best:.2f} times the stage's best"
+        for name in ("discriminator_accuracy", "adaptive_weight"):
+            if name in values:
+                told += f", {name.replace('_', ' ')} {values[name]:.3g}"
+        if not spec.rollback:
+            return f"{told}: the adversary is too strong; lower its weight, or set guard.rollback"
+        if self.rollbacks >= spec.max_rollbacks:
+            return f"{told}: rolled back {self.rollbacks} times already (guard.max_rollbacks), so the run goes on as it is"
+        if self.healthy_step is None:
+            return f"{told}: there is no checkpoint of this stage from before it, so the run goes on as it is"
+        weight = spec.shrink ** (self.rollbacks + 1)
+        return f"{told}: going back to step {self.healthy_step}, with {weight:g} times the adversary's weight"
+
+    def rolls_back(self, spec: GuardConfig) -> bool:
+        return spec.rollback and self.rollbacks < spec.max_rollbacks and self.healthy_step is not None

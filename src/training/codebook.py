@@ -1,0 +1,36 @@
+"""One step of a codebook: what the micro-batches of all ranks say, added up, then one update."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..models.vae import Codebook, Reconstruction
+from .seeds import generator
+
+
+class CodebookStep:
+    """`latents` is the shape (B, D, h, w) of the whole batch's. Which vectors of it would take the place of dead codes is a
+    function of (seed, step), whoever holds them."""
+
+    def __init__(self, codebook: Codebook, latents: Sequence[int], seed: int, step: int) -> None:
+        self.codebook = codebook
+        rng, codes, device = generator(seed, "codes", step), codebook.spec.codes, codebook.codebook.device
+        self._image = torch.from_numpy(rng.integers(latents[0], size=codes)).to(device)
+        self._place = torch.from_numpy(rng.integers(latents[2] * latents[3], size=codes)).to(device)
+        self._sums: Tensor | None = None
+
+    def watch(self, made: Reconstruction, here: slice) -> Tensor:
+        """Add the micro-batch that stands at `here` in the batch; gives the vectors of its codes, (b, D, h, w)."""
+        assert made.codes is not None
+        found = self.codebook.statistics(made.mean.detach(), made.codes, self._image - here.start, self._place)
+        self._sums = found if self._sums is None else self._sums + found
+        return self.codebook.look_up(made.codes)
+
+    def update(self, accelerator: Accelerator, counts: Tensor) -> None:
+        """The codebook follows, unless `counts` () bool says that this step did not."""
+        assert self._sums is not None
+        sums = accelerator.reduce(self._sums)
+        assert isinstance(sums, Tensor)
+        self.codebook.update(sums, counts)

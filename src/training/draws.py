@@ -1,0 +1,39 @@
+"""What a diffusion step draws, for its whole batch: each rank takes its share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..diffusion import Process
+from .seeds import generator, normal, uniforms
+from .stream import MicroBatch, Split
+
+
+class Draws:
+    """Times `t` (B,), noise `eps` (B, *shape) and whose label is dropped (B,): functions of (seed, step)."""
+
+    def __init__(
+        self,
+        process: Process,
+        split: Split,
+        shape: Sequence[int],
+        *,
+        seed: int,
+        step: int,
+        label_dropout: float,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        rng = generator(seed, "step", step)
+        self.t = process.draw_times(uniforms(rng, split.batch))
+        self.dropped = uniforms(rng, split.batch) < label_dropout
+        self.eps = normal((split.batch, *shape), seed, "noise", step, device=device, dtype=dtype)
+
+    def condition(self, micro: MicroBatch, here: slice, num_classes: int | None) -> dict[str, Tensor]:
+        """The labels of the micro-batch that stands at `here`, the null class where they are dropped or there are none."""
+        if num_classes is None:
+            return {}
+        null = self.dropped[here] | (micro.labels < 0)
+        labels = torch.where(null, num_classes, micro.labels)
+        return {"labels": labels.to(self.eps.device, non_blocking=True)}

@@ -1,0 +1,218 @@
+"""What every training loop keeps besides its networks: where it goes on, what is due, the log, the checkpoint, the end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..config import Span, dump
+from ..data import PictureSet
+from . import checkpoint
+from .checkpoint import Documents, Tensors
+from .clock import Cadence, Clock
+from .launch import StepGate, StopRequest, agree, start_trackers
+from .run import RunDirectory
+from .state import Meter, Trained
+from .stream import Split
+
+
+class Session:
+    """A run from its first line to its last. The script owns data, networks and what a step computes.
+
+    `cfg` is a training config, `facts` what travels with the weights. Opens the run directory and, where it holds a
+    checkpoint, puts `trained` back to it: then `step` is its step and `progress` its progress.json.
+    """
+
+    split: Split
+    meter: Meter
+    gate: StepGate
+    clock: Clock
+
+    def __init__(
+        self,
+        cfg: Any,
+        accelerator: Accelerator,
+        run_dir: Path,
+        trained: Trained,
+        facts: dict[str, Any],
+        *,
+        total_steps: int,
+        dry_run: bool,
+    ) -> None:
+        self.cfg, self.accelerator, self.trained, self.facts = cfg, accelerator, trained, facts
+        self.total_steps, self.dry_run = total_steps, dry_run
+        self.run = RunDirectory(run_dir, writes=accelerator.is_main_process and not dry_run)
+        self.step, self.progress = 0, {}
+        resumed = None if dry_run else agree(self.run.newest_checkpoint() if self.run.writes else None)
+        if resumed is not None:
+            self.progress = self.run.adopt_progress(resumed, facts)
+            self.step = self.progress["step"]
+            trained.load(resumed)
+        self.run.hold_config(cfg, resumed)
+        self.best: dict[str, float] | None = self.progress.get("best")
+        self._cadences: dict[str, Cadence] = {}
+        self._first, self._end, self._name = 0, total_steps, ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run had come to its end before."""
+        return self.step >= self.total_steps and checkpoint.damage(self.run.final) is None
+
+    def begin(self, train_set: PictureSet, held_out: PictureSet | None, *, total_images: int, images: int) -> None:
+        """Once the networks are prepared: say what will happen and open all that is written while it does. Of
+        `total_images`, `images` are behind."""
+        accelerator, cfg = self.accelerator, self.cfg
+        if accelerator.scaler is not None and "scaler" in self.progress:
+            accelerator.scaler.load_state_dict(self.progress["scaler"])
+        self.meter = Meter(accelerator, self.progress.get("meter"))
+        minutes = cfg.checkpoint.every_minutes
+        self.gate = StepGate(accelerator, StopRequest(), every_minutes=minutes, patience=cfg.max_nonfinite_steps)
+        self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
+        self.run.begin(self.step, cfg, self.facts, train_set, held_out)
+        start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step)
+        facts = self.facts
+        skipped = ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"
+        self.run.say(
+            f"{cfg.name}: {facts['images']} pictures in {len(facts['class_names']) or 'no'} classes "
+            f"({facts['held_out_images']} held out; left out: {skipped}), {self.trained.num_parameters / 1e6:.2f} M "
+            "parameters\n"
+            f"{f'going on at step {self.step}' if self.step else 'starting at step 0'} of {self.total_steps} = "
+            f"{total_images / facts['images']:.1f} epochs. Interrupt at will: the same command goes on"
+        )
+        self.clock = Clock(self.step, images, total_images, shown=accelerator.is_main_process)
+
+    def enter(self, split: Split, resolve: Callable[[int | Span], int], *, end: int, name: str = "") -> None:
+        """A stage up to step `end`, or the whole run: its batches, and what is due how often in it."""
+        cfg, self.split, self._first, self._end, self._name = self.cfg, split, split.first_step, end, name
+        lengths = {"log": cfg.log.every, "preview": cfg.preview.every, "save": cfg.checkpoint.every}
+        lengths["export"] = getattr(cfg, "export_every", None)
+        self._cadences = {
+            word: Cadence(word, resolve(length) if length is not None else None) for word, length in lengths.items()
+        }
+        told = ", ".join(f"{word} every {due.every}" for word, due in self._cadences.items() if due.every is not None)
+        here = f"{split.world} x {self.accelerator.device.type} x {split.accumulation} x {split.micro}"
+        self.run.say(f"{name}a step is {split.batch} images = {here}\n{told} steps")
+
+    # ------------------------------------------------------------------------------------------ in a step
+
+    def settle(self) -> None:
+        """By now it is known whether the step before was finite: then its weights enter the EMA."""
+        counted = self.gate.settle()
+        if counted is not None:
+            self.trained.ema.update(self.trained.network, self.split.images_at(counted), self.split.batch)
+
+    def count(self, finite: Tensor) -> None:
+        """One more step is done; `finite` () bool on the device: its gradients were."""
+        self.step += 1
+        self.gate.send(self.step, finite)
+        self.clock.tick(self.split.batch)
+
+    def measured(self) -> bool:
+        """In a dry run: whether enough steps of the stage are timed."""
+        done, steps = self.step - self._first, self._end - self._first
+        return self.clock.measured(self.accelerator.device, self.split, done, steps, self._name.partition(":")[0])
+
+    # ------------------------------------------------------------------------------------------ now and then
+
+    @property
+    def due(self) -> bool:
+        """Whether anything is: then the device is waited for."""
+        some = self._ending or self.gate.stop or self.gate.save or any(due(self.step) for due in self._cadences.values())
+        if some:
+            self.settle()
+        return some
+
+    @property
+    def _ending(self) -> bool:
+        return self.step >= self._end
+
+    def now(self, word: str) -> bool:
+        """Whether log, preview, save or export is due: each of the first three at the end of a stage, too."""
+        return self._cadences[word](self.step) or (self._ending and word != "export")
+
+    def logged(self, **values: Any) -> dict[str, float]:
+        """The losses' means, these values and the speed, where a line is due."""
+        if not self.now("log"):
+            return {}
+        told = {name: float(value) for name, value in values.items()}
+        return self.meter.read() | told | self.clock.read(self.facts["images"])
+
+    def better(self, name: str, value: float) -> bool:
+        """Whether `value` is the lowest of this name so far, which is then remembered."""
+        if self.best is not None and value >= self.best.get(name, float("inf")):
+            return False
+        self.best = {"step": self.step, name: value}
+        return True
+
+    def report(self, values: dict[str, float]) -> None:
+        """A line of metrics.jsonl, of the trackers, and for the person."""
+        if values:
+            self.run.log(self.step, values)
+            self.accelerator.log(values, step=self.step)
+            self.run.say_progress(self.clock, self.step, self.total_steps, values)
+
+    def save(self, *, keep: bool = False, **more: Any) -> bool:
+        """A checkpoint, where one is due, or a stop or the clock asks for it; `more` goes into its progress."""
+        if not (keep or self.now("save") or self.gate.save or self.gate.stop):
+            return False
+        if self.gate.skipped_in_a_row:  # a run gone bad must not rotate out good ones
+            return False
+        state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        if self.run.writes:
+            self.run.save(self.trained.tensors(), self.documents(state), self.cfg.checkpoint)
+        self.gate.saved()
+        return True
+
+    def documents(self, progress: dict[str, Any]) -> dict[str, Any]:
+        return {"progress": progress, "config": dump(self.cfg), "data": self.facts}
+
+    @property
+    def stopping(self) -> bool:
+        return self.gate.stop and self.step < self.total_steps
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def end_dry_run(self) -> int:
+        self.clock.report(self.cfg.name, self.trained.num_parameters, self.facts["images"], self.accelerator.device)
+        return 0
+
+    def end_stopped(self) -> int:
+        message = f"stopped at step {self.step} and saved; to go on, run the same command again"
+        return self._end_run("stopped", message, 1)
+
+    def end_finished(
+        self,
+        message: str,
+        curves: dict[str, list[str]],
+        *,
+        progress: dict[str, Any] | None = None,
+        more: tuple[Tensors, Documents] = ({}, {}),
+    ) -> int:
+        """Leave `final/` (`progress` beside the step, and `more` files), loss.png with panels of `curves`, and a last word."""
+        if self.run.writes:
+            documents = {**self.documents({"step": self.step, **(progress or {})}), **more[1]}
+            checkpoint.write_folder(self.run.final, {"ema": self.trained.weights(), **more[0]}, documents)
+            self.run.draw_curves(curves)
+        return self._end_run("finished", message, 0)
+
+    def roll_back(self, step: int | None, **progress: Any) -> None:
+        """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up: the script starts
+        again from it."""
+        if self.run.writes and step is not None:
+            checkpoint.roll_back(self.run.checkpoints, step, progress)
+        self.clock.close()
+        self.run.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.free_memory()
+        self.accelerator.wait_for_everyone()
+
+    def _end_run(self, state: str, message: str, status: int) -> int:
+        self.clock.close()
+        self.run.finish(state, self.step, self.total_steps, message)
+        self.accelerator.end_training()
+        return status

@@ -1,0 +1,159 @@
+"""The stages of the autoencoder: what each trains on, and where in the run it lies."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import pydantic
+
+from ..config import Length, Span, UserError, config, to_steps
+from ..data import ImageConfig
+from .optimizer import OptimizerConfig, Schedule, learning_rate
+from .stream import Split, split_batch
+
+
+@config
+class AdversarialTerm:
+    """The PatchGAN's verdict, times `weight`, from `start_step` of the stage on (from its start without one). `adaptive`
+    multiplies it by the ratio of the reconstruction's and the verdict's gradients at the decoder's last layer."""
+
+    weight: float = pydantic.Field(0.5, gt=0)
+    start_step: Length | None = None
+    adaptive: bool = False
+    loss: Literal["hinge", "vanilla"] = "hinge"
+
+
+@config
+class PerceptualTerm:
+    """The perceptual distance, times `weight`."""
+
+    weight: float = pydantic.Field(1.0, gt=0)
+
+
+@config
+class StageConfig:
+    """One stage. What is left out is as at the top of the config; `tanh`, once on, stays on in the stages that follow."""
+
+    steps: Length
+    image_size: int | None = pydantic.Field(None, ge=2, le=4096)
+    batch_size: int | None = pydantic.Field(None, gt=0)
+    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    reconstruction: Literal["l1", "mse"] = "l1"
+    kl_weight: float = pydantic.Field(1e-4, ge=0)
+    adversarial: AdversarialTerm | None = None
+    perceptual: PerceptualTerm | None = None
+    tanh: bool = False
+    lr: float | None = pydantic.Field(None, gt=0)
+    schedule: Schedule | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage in steps of the run: `first` up to `end`; its adversary begins at step `judged_from`, if at all."""
+
+    config: StageConfig
+    number: int
+    first: int
+    end: int
+    judged_from: int | None
+    image: ImageConfig
+    split: Split
+    resolve: Callable[[int | Span], int]
+
+    def rate(self, spec: OptimizerConfig) -> Callable[[int], float]:
+        """step of the run -> the autoencoder's learning rate: the schedule starts anew in each stage."""
+        own = replace(spec, lr=self.config.lr or spec.lr, schedule=self.config.schedule or spec.schedule)
+        at = learning_rate(own, self.end - self.first, self.resolve)
+        return lambda step: at(step - self.first)
+
+    def adversary_rate(self, spec: OptimizerConfig) -> Callable[[int], float]:
+        """The same of the discriminator, whose schedule starts where it does."""
+        first = self.judged_from if self.judged_from is not None else self.first
+        at = learning_rate(replace(spec, schedule=self.config.schedule or spec.schedule), self.end - first, self.resolve)
+        return lambda step: at(step - first)
+
+    def describe(self, stages: int) -> str:
+        """stage 2 of 4: steps 100 to 200, 256 px, l1 + 0.0001 KL + ..."""
+        own = self.config
+        terms = [own.reconstruction, f"{own.kl_weight:g} KL"]
+        if own.perceptual is not None:
+            terms.append(f"{own.perceptual.weight:g} perceptual")
+        if own.adversarial is not None:
+            adaptive = " adaptive" if own.adversarial.adaptive else ""
+            terms.append(f"{own.adversarial.weight:g}{adaptive} adversarial from step {self.judged_from}")
+        bounded = ", tanh" if own.tanh else ""
+        where = f"stage {self.number} of {stages}: steps {self.first} to {self.end}, {self.image.size} px"
+        return f"{where}, {' + '.join(terms)}{bounded}; "
+
+
+def plan_stages(cfg: Any, num_images: int, *, rank: int, world: int) -> list[Stage]:
+    """The `stages` of the autoencoder's config `cfg`, one after the other.
+
+    A UserError says which does not fit: a picture that the autoencoder cannot reduce or the discriminator not judge, an
+    adversary that would start after its stage's end, a codebook larger than the data.
+    """
+    factor = cfg.model.factor
+    planned: list[Stage] = []
+    step = images = 0
+    for i, own in enumerate(cfg.stages):
+        where = f"stages.{i}"
+        size = own.image_size or cfg.image.size
+        if size % factor:
+            raise UserError(
+                f"{where}: pictures of {size} px cannot be reduced {factor} times; use {-(-size // factor) * factor} px, or "
+                "fewer model.widths"
+            )
+        if own.adversarial is not None and size < cfg.discriminator.smallest_picture:
+            raise UserError(
+                f"{where}: pictures of {size} px leave the discriminator no patch; use {cfg.discriminator.smallest_picture} px "
+                "or more, or fewer discriminator.layers"
+            )
+        bottleneck, vectors = cfg.model.bottleneck, num_images * (size // factor) ** 2
+        if bottleneck.kind == "vq" and bottleneck.codes > vectors:
+            raise UserError(
+                f"model.bottleneck.codes: {bottleneck.codes} codes are more than the {vectors} latent vectors of {num_images} "
+                f"pictures at {size} px; use fewer"
+            )
+        batch = own.batch_size or cfg.batch_size
+        resolve = partial(to_steps, batch_size=batch, num_images=num_images)
+        steps = resolve(own.steps)
+        judged = None
+        if own.adversarial is not None:
+            judged = resolve(own.adversarial.start_step) if own.adversarial.start_step is not None else 0
+            if judged >= steps:
+                raise UserError(
+                    f"{where}.adversarial.start_step is {judged} and the stage has {steps} steps; start it earlier, or leave "
+                    "adversarial out"
+                )
+        micro = own.micro_batch_size or (cfg.micro_batch_size if own.batch_size is None else None)
+        try:
+            split = split_batch(batch, micro, rank=rank, world=world)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        planned.append(
+            Stage(
+                config=own,
+                number=i + 1,
+                first=step,
+                end=step + steps,
+                judged_from=step + judged if judged is not None else None,
+                image=replace(cfg.image, size=size),
+                split=split._replace(first_step=step, images_before=images),
+                resolve=resolve,
+            )
+        )
+        step, images = step + steps, images + steps * batch
+    return planned
+
+
+def warnings(stages: Sequence[StageConfig], *, from_scratch: bool) -> list[str]:
+    """What is allowed and seldom wanted."""
+    found, tanh = [], False
+    for i, stage in enumerate(stages):
+        tanh |= stage.tanh
+        if stage.perceptual is not None and not tanh:
+            found.append(f"stages.{i}: perceptual without tanh lets colours run out of their range; set tanh")
+    if stages[0].tanh and from_scratch:
+        found.append("stages.0: tanh in a first stage from scratch leaves blobs; turn it on in a later one")
+    return found

@@ -1,0 +1,197 @@
+#!/usr/bin/env python
+"""Train diffusion on the latents of a frozen autoencoder, by class where the pictures have classes.
+
+accelerate launch train_ldm.py -cfg configs/wikiart256_ldm.json
+python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=PICTURES --dry-run
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pydantic
+import torch
+
+from src.config import Length, config, free, load, run_script, to_steps, training_arguments, wrong
+from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.diffusion import ProcessConfig, build_process
+from src.models import UNetConfig
+from src.sampling.autoencoder import autoencoder_for
+from src.sampling.latents import cache_folder, latents_of
+from src.sampling.opened import build_unet, count_classes, latent_bounds, sampler_of, start_from
+from src.sampling.preview import PreviewConfig, first_pictures, preview
+from src.training.checkpoint import CheckpointConfig
+from src.training.draws import Draws
+from src.training.ema import EMA, EMAConfig
+from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
+from src.training.run import LogConfig, describe_data
+from src.training.seeds import normal, torch_seed
+from src.training.session import Session
+from src.training.state import Trained
+from src.training.stream import latent_stream, split_batch
+
+
+@config
+class Config(MachineConfig):
+    """All there is to set. `autoencoder` is a finished run of train_vae.py, or a diffusers AutoencoderKL (folder or hub name).
+
+    `latents` is the folder of the latent cache, which is made if it is missing (without it: in the autoencoder's run).
+    `batch_size` counts the images of an optimiser step, on all devices together. Without `class_conditional` the data
+    decides. `init_from` is a latent run whose weights are the start; its classes may be others.
+    """
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    autoencoder: str
+    latents: str | None = None
+    encode_batch_size: int = pydantic.Field(16, gt=0)
+    data: Sources
+    held_out: HeldOut = 0.0
+    image: ImageConfig
+    class_conditional: bool | None = None
+    label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
+    balance_classes: bool = False
+    process: ProcessConfig
+    model: UNetConfig
+    optimizer: OptimizerConfig
+    steps: Length
+    batch_size: int = pydantic.Field(gt=0)
+    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    init_from: str | None = None
+    ema: EMAConfig = EMAConfig()
+    preview: PreviewConfig = PreviewConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    max_nonfinite_steps: int = free(10, ge=1)
+
+    @pydantic.field_validator("process")
+    @classmethod
+    def _trainable(cls, process: ProcessConfig) -> ProcessConfig:
+        if process.variance == "learned":
+            raise wrong("variance: 'learned' cannot be trained here (it is for imported networks); use small or large")
+        return process
+
+
+def main() -> int:
+    args = training_arguments(Config, __doc__ or "", default="configs/landscape256_ldm.json").parse_args()
+    cfg = load(args.config, Config, args.set)
+    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
+        return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
+
+
+def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+    # Start on the devices there are.
+    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
+    device, dtype = accelerator.device, getattr(torch, cfg.dtype)
+    split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+
+    # Look at the data and the autoencoder; encode the one with the other, unless that was done before.
+    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    num_classes = count_classes(cfg.class_conditional, train_set.class_names)
+    autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
+    shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
+    torch.manual_seed(torch_seed(cfg.seed, "weights"))
+    network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
+    folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
+    encoding = {"batch_size": cfg.encode_batch_size, "dry_run": dry_run}
+    latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
+    facts = describe_data(train_set, held_out) | {"latents": latents.facts}
+    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
+    total_steps = resolve(cfg.steps)
+
+    # Build process, optimiser, EMA, and the sampler of the previews.
+    process = build_process(cfg.process)
+    bare_optimizer = adamw(network.parameters(), cfg.optimizer)
+    rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
+    ema = EMA(network, cfg.ema)
+    trained = Trained(network, bare_optimizer, ema)
+    sampler = sampler_of(
+        cfg.preview.sampler.without_guidance(num_classes is None),
+        ema.network,
+        process,
+        shape,
+        num_classes,
+        clip=cfg.process.clip,
+        label_dropout=cfg.label_dropout,
+        codec=latents.codec,
+        bounds=latent_bounds(latents.facts, device),
+    )
+
+    # Go on where the run was.
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, dry_run=dry_run)
+    if session.finished:
+        session.run.say(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        return 0
+    if cfg.init_from is not None and not session.progress:
+        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
+    model, optimizer = accelerator.prepare(network, bare_optimizer)
+    settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    images = split.images_at(session.step)
+    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=images)
+    session.enter(split, resolve, end=total_steps)
+    if session.run.writes:
+        autoencoder.keep(run_dir / "autoencoder")
+        if session.step == 0:
+            first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
+    examples = latents.held_out(held_out.labels) if held_out is not None else None
+    batches = latent_stream(
+        latents.train,
+        train_set.labels,
+        split,
+        seed=cfg.seed,
+        balanced=cfg.balance_classes,
+        flip=cfg.image.flip,
+        start_step=session.step,
+    )
+
+    # Train.
+    model.train()
+    while session.step < total_steps:
+        # Draw times, noise, dropped labels and the posterior's noise for the whole batch; each rank takes its share below.
+        step = session.step
+        draws = Draws(
+            process, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
+        )
+        posterior = normal(draws.eps.shape, cfg.seed, "posterior", step, device=device, dtype=dtype)
+
+        # Gradients: every loss is its sum over the micro-batch times world size over the batch.
+        for part in range(split.accumulation):
+            micro, here = next(batches), split.of_step(part)
+            if cfg.model.dropout:
+                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            with accumulating(accelerator, model, part, split.accumulation):
+                x0 = latents.draw(micro.images, posterior[here])
+                condition = draws.condition(micro, here, num_classes)
+                loss = process.losses(model, x0, draws.eps[here], draws.t[here], **condition).loss.sum()
+                accelerator.backward(loss * (split.world / split.batch))
+            session.meter.add(split.micro, loss=loss)
+
+        # Update.
+        norm = clip_gradients(accelerator, model, cfg.optimizer)
+        session.settle()
+        update(optimizer, rate_at(step), norm)
+        session.count(torch.isfinite(norm))
+        if dry_run:
+            if session.measured():
+                return session.end_dry_run()
+            continue
+
+        # Now and then: log, preview, save.
+        if not session.due:
+            continue
+        values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+        if session.now("preview"):
+            values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)
+            best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
+        session.report(values)
+        session.save(keep=best and cfg.checkpoint.keep_best)
+        if session.stopping:
+            return session.end_stopped()
+
+    # Leave what sampling needs, the autoencoder with it, and say what to do next.
+    message = f"finished; see {session.run.samples}, and draw more: python sample.py {run_dir} --frames"
+    return session.end_finished(message, {"loss": ["loss", "held_out_loss"]}, more=autoencoder.files())
+
+
+if __name__ == "__main__":
+    run_script(main)

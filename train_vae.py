@@ -1,0 +1,250 @@
+#!/usr/bin/env python
+"""Train an autoencoder in stages: L1 with a PatchGAN that starts late, tanh, a perceptual loss, larger pictures.
+
+accelerate launch train_vae.py -cfg configs/wikiart256_vae.json
+python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES --dry-run
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pydantic
+import torch
+
+from src import losses
+from src.config import config, free, load, run_script, training_arguments, wrong
+from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
+from src.models.layers import channels_last
+from src.sampling.autoencoder import start_from
+from src.sampling.preview import first_pictures, pictures_of
+from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
+from src.training.adversary import AdaptiveWeight, Guard, GuardConfig
+from src.training.checkpoint import CheckpointConfig
+from src.training.codebook import CodebookStep
+from src.training.ema import EMA, EMAConfig
+from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, update
+from src.training.run import LogConfig, describe_data
+from src.training.seeds import normal, torch_seed
+from src.training.session import Session
+from src.training.stages import StageConfig, plan_stages, warnings
+from src.training.state import Trained
+from src.training.stream import stream, to_network
+
+AGAIN = -1  # after a rollback: from the checkpoint before
+
+
+@config
+class Config(MachineConfig):
+    """All there is to set. `stages` follow each other; `image`, `batch_size` and `optimizer` hold where a stage says nothing.
+
+    `batch_size` counts the images of an optimiser step, on all devices together. `init_from` is a run of this script whose
+    weights are the start.
+    """
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    data: Sources
+    held_out: HeldOut = 0.0
+    image: ImageConfig
+    model: VAEConfig
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    perceptual: losses.PerceptualConfig = losses.PerceptualConfig()
+    optimizer: OptimizerConfig
+    discriminator_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, betas=(0.5, 0.9))
+    stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
+    batch_size: int = pydantic.Field(gt=0)
+    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    init_from: str | None = None
+    ema: EMAConfig = EMAConfig(half_life_images=10_000)
+    guard: GuardConfig = GuardConfig()
+    preview: ReconstructConfig = ReconstructConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    max_nonfinite_steps: int = free(10, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.perceptual.network == "random" and not self.name.startswith("smoke"):
+            raise wrong("perceptual.network: 'random' is for smoke tests; use efficientnet_lite0, vgg, alex or squeeze")
+        return self
+
+
+def main() -> int:
+    args = training_arguments(Config, __doc__ or "", default="configs/landscape256_vae.json").parse_args()
+    cfg = load(args.config, Config, args.set)
+    run_dir = Path(args.run_dir or f"runs/{cfg.name}")
+    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
+        while (status := train(cfg, run_dir, dry_run=args.dry_run)) == AGAIN:
+            pass
+    return status
+
+
+def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+    # Start on the devices there are.
+    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir, fp16=False)
+    device, dtype = accelerator.device, getattr(torch, cfg.dtype)
+
+    # Look at the data, and lay out the stages.
+    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    facts = describe_data(train_set, held_out)
+    where = "held_out" if held_out is not None else "train"
+    stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)
+
+    # Build autoencoder, discriminator, perceptual loss, optimisers, EMA.
+    torch.manual_seed(torch_seed(cfg.seed, "weights"))
+    network = channels_last(VAE(cfg.model, cfg.image.channels).to(device, dtype))
+    discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels).to(device, dtype))
+    perceptual = None
+    if any(stage.config.perceptual is not None for stage in stages):
+        perceptual = losses.Perceptual(cfg.perceptual, sizes=[stage.image.size for stage in stages]).to(device, dtype)
+    bare = adamw(network.parameters(), cfg.optimizer), adamw(discriminator.parameters(), cfg.discriminator_optimizer)
+    ema = EMA(network, cfg.ema)
+    trained = Trained(network, bare[0], ema, adversary=(discriminator, bare[1]))
+
+    # Go on where the run was.
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=stages[-1].end, dry_run=dry_run)
+    if session.finished:
+        session.run.say(f"{run_dir} is finished ({session.step} steps); now: train_ldm.py with autoencoder {run_dir}")
+        return 0
+    tanh = session.progress.get("tanh", False)
+    if cfg.init_from is not None and not session.progress:
+        tanh = start_from(cfg.init_from, network, ema.network)
+    guard = Guard.load(session.progress.get("guard"))
+    seed = torch_seed(cfg.seed, "rollback", guard.rollbacks) if guard.rollbacks else cfg.seed
+    adaptive = AdaptiveWeight(network.last.weight, accelerator, session.progress.get("adaptive_weight", 0.0))
+    model, judge, optimizer, judge_optimizer = accelerator.prepare(network, discriminator, *bare)
+    now = next((stage for stage in stages if session.step < stage.end), stages[-1])
+    blank = torch.zeros(1, cfg.image.channels, now.image.size, now.image.size, device=device, dtype=dtype)
+    settle_reducer(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(now.image.size)))
+    settle_reducer(accelerator, judge, blank)
+    total_images, images_seen = stages[-1].split.images_at(stages[-1].end), now.split.images_at(session.step)
+    session.begin(train_set, held_out, total_images=total_images, images=images_seen)
+    if session.run.writes and session.step == 0:
+        for line in warnings(cfg.stages, from_scratch=cfg.init_from is None):
+            session.run.say(f"warning: {line}")
+        first_pictures(run_dir, train_set, now.image, cfg.seed)
+
+    for stage in stages[now.number - 1 :]:
+        # Enter the stage: picture size, tanh, learning rates, and how well it reconstructs at the start.
+        own, split, term = stage.config, stage.split, stage.config.adversarial
+        network.tanh = ema.network.tanh = tanh = tanh or own.tanh
+        rate_at, judge_rate_at = stage.rate(cfg.optimizer), stage.adversary_rate(cfg.discriminator_optimizer)
+        session.enter(split, stage.resolve, end=stage.end, name=stage.describe(len(stages)))
+        examples = pictures_of(held_out if held_out is not None else train_set, stage.image)
+        look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, batch_size=split.micro)
+        if guard.enter(stage.number) and term is not None and not dry_run:
+            guard.watch(cfg.guard, session.step, look()["l1"])
+        batches = stream(train_set, stage.image, split, seed=seed, start_step=session.step, workers=cfg.workers, device=device)
+
+        # Train.
+        model.train()
+        while session.step < stage.end:
+            # Draw the latents' noise for the whole batch; each rank takes its share below.
+            step = session.step
+            judged = term is not None and stage.judged_from is not None and (dry_run or step >= stage.judged_from)
+            noise_shape = (split.batch, *cfg.model.latent_shape(stage.image.size))
+            noise = normal(noise_shape, seed, "noise", step, device=device, dtype=dtype)
+            codes = CodebookStep(network.codebook, noise_shape, seed, step) if network.codebook is not None else None
+
+            # Gradients: every loss is its sum over the micro-batch times world size over the batch.
+            scale = split.world / split.batch
+            for part in range(split.accumulation):
+                micro, here = next(batches), split.of_step(part)
+                images = to_network(micro.images, device, dtype)
+                with accumulating(accelerator, model, part, split.accumulation):
+                    made = model(images, noise[here])
+                    told = {own.reconstruction: losses.reconstruction_loss(own.reconstruction, made.images, images)}
+                    loss = told[own.reconstruction]
+                    if own.perceptual is not None and perceptual is not None:
+                        with accelerator.autocast():
+                            told["perceptual"] = perceptual(made.images, images)
+                        loss = loss + own.perceptual.weight * told["perceptual"]
+                    if judged:  # the discriminator is frozen here, and learns below
+                        discriminator.requires_grad_(False)
+                        with accelerator.autocast():
+                            told["adversarial"] = losses.generator_loss(term.loss, discriminator(made.images))
+                        weight = term.weight * cfg.guard.shrink**guard.rollbacks
+                        if term.adaptive:
+                            adaptive.measure(loss.sum(), told["adversarial"].sum())
+                            weight = weight * adaptive.value
+                        loss = loss + weight * told["adversarial"]
+                    if codes is None:
+                        told["kl"] = losses.kl_divergence(made.mean, made.logvar)
+                        loss = loss + own.kl_weight * told["kl"]
+                    else:
+                        told["commitment"] = losses.commitment_loss(made.mean, codes.watch(made, here))
+                        loss = loss + codes.codebook.spec.commitment * told["commitment"]
+                    accelerator.backward(loss.sum() * scale)
+                if judged:
+                    discriminator.requires_grad_(True)
+                    with accumulating(accelerator, judge, part, split.accumulation):
+                        real, drawn = judge(torch.cat([images, made.images.detach().to(dtype)])).chunk(2)
+                        told["discriminator"] = losses.discriminator_loss(term.loss, real, drawn)
+                        told["discriminator_accuracy"] = losses.discriminator_accuracy(real, drawn)
+                        accelerator.backward(told["discriminator"].sum() * scale)
+                session.meter.add(split.micro, loss=loss.sum(), **{name: value.sum() for name, value in told.items()})
+
+            # Update both, or, where a gradient is not finite, neither.
+            norm = clip_gradients(accelerator, model, cfg.optimizer)
+            judge_norm = clip_gradients(accelerator, judge, cfg.discriminator_optimizer) if judged else torch.zeros_like(norm)
+            counts = torch.isfinite(norm + judge_norm)
+            session.settle()
+            update(optimizer, rate_at(step), norm + judge_norm)
+            if judged:
+                update(judge_optimizer, judge_rate_at(step), norm + judge_norm)
+                adaptive.update(counts)
+            if codes is not None:
+                codes.update(accelerator, counts)
+            session.count(counts)
+            if dry_run:
+                if session.measured():
+                    session.step = stage.end
+                continue
+
+            # Now and then: log, look at reconstructions, save.
+            if not session.due:
+                continue
+            values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+            if values and judged:
+                values |= {"discriminator_grad_norm": float(judge_norm), "adaptive_weight": float(adaptive.value)}
+            healthy, seen = True, {}
+            if session.now("preview"):
+                seen = look(sheet=session.run.samples / f"step_{session.step:08d}.png")
+                seen |= network.codebook.usage() if network.codebook is not None else {}
+                values |= {f"{where}_{name}": value for name, value in seen.items()}
+                told = "lpips" if perceptual is not None else "l1"
+                best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
+                healthy = not judged or guard.watch(cfg.guard, session.step, seen["l1"])
+                for line in troubled_channels(seen):
+                    session.run.say(f"warning: step {session.step}: {line}")
+            session.report(values)
+            if not healthy:
+                session.run.say(f"warning: {guard.explain(cfg.guard, session.step, seen['l1'], values)}")
+                if guard.rolls_back(cfg.guard):
+                    batches.close()
+                    session.roll_back(guard.healthy_step, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
+                    return AGAIN
+            keep = best or (cfg.guard.rollback and guard.healthy_step == session.step)
+            session.save(keep=keep, tanh=tanh, guard=guard.saved(), adaptive_weight=float(adaptive.value))
+            if session.stopping:
+                batches.close()
+                return session.end_stopped()
+        batches.close()
+    if dry_run:
+        return session.end_dry_run()
+
+    # Leave what latent diffusion needs, and say what to do next.
+    message = f"finished; see {session.run.samples}; next, diffusion on its latents: train_ldm.py --set autoencoder={run_dir}"
+    curves = {
+        "loss": ["loss", f"{where}_l1", f"{where}_lpips"],
+        "PSNR": [f"{where}_psnr"],
+        "adversary": ["discriminator_accuracy"],
+    }
+    return session.end_finished(message, curves, progress={"tanh": tanh})
+
+
+if __name__ == "__main__":
+    run_script(main)
