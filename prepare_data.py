@@ -1,23 +1,28 @@
 #!/usr/bin/env python
-"""Check a folder of pictures, unpack an archive, or pack pictures into one mapped file.
+"""Check a folder of pictures, unpack an archive, pack pictures into one mapped file, or encode them ahead.
 
 python prepare_data.py check datasets/landscape --min-file-bytes 5000
 python prepare_data.py unpack landscape.zip --out datasets/landscape
 python prepare_data.py pack datasets/landscape --size 64 --out datasets/landscape64
+python prepare_data.py latents runs/landscape256_vae
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from src import pictures
 from src.config import UserError, config, read_json, run_script, validate
-from src.data import ImageConfig, PictureSet, open_sources
+from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
 from src.data.archives import unpack
 from src.data.packing import pack
 from src.data.sources import FolderSource, Sources
+from src.sampling.autoencoder import open_autoencoder
+from src.sampling.latents import cache_folder, latents_of
+from src.training.launch import start_sampling
 
 
 @config
@@ -27,9 +32,18 @@ class DataOnly:
     data: Sources
 
 
+@config
+class ToEncode(DataOnly):
+    """And the part of those two that says what to encode."""
+
+    autoencoder: str
+    held_out: HeldOut = 0.0
+    image: ImageConfig
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check|unpack|pack")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|unpack|pack|latents")
     check = commands.add_parser("check", help="what is in a folder, and what a run would leave out")
     packing = commands.add_parser("pack", help="write one mapped file that trains faster")
     for command in (check, packing):
@@ -46,6 +60,11 @@ def arguments() -> argparse.Namespace:
     unpacking = commands.add_parser("unpack", help="unpack a zip or tar archive, safely")
     unpacking.add_argument("archive")
     unpacking.add_argument("--out", help="the new folder (default: the archive's name without its ending)")
+    encoding = commands.add_parser("latents", help="encode pictures ahead of train_ldm.py; a launcher may start several")
+    encoding.add_argument("run", help="a run of train_vae.py, whose pictures are meant, or a config .json of train_ldm.py")
+    encoding.add_argument("--size", type=int, help="pixels, where the run was trained at several sizes")
+    encoding.add_argument("--out", help="the cache's folder (default: in the autoencoder's run)")
+    encoding.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
     return parser.parse_args()
 
 
@@ -93,10 +112,31 @@ def check(args: argparse.Namespace) -> None:
         print(f"  {args.sheet}")
 
 
+def latents(args: argparse.Namespace) -> None:
+    state, device = start_sampling()
+    path = Path(args.run)
+    raw = read_json(path if path.suffix == ".json" else path / "config.json")
+    named = {key: raw[key] for key in ("data", "held_out", "image", "autoencoder") if key in raw}
+    if not {"data", "image"} <= set(named) or (path.suffix == ".json" and "autoencoder" not in named):
+        raise UserError(f"{path} is neither a run of train_vae.py nor a config of train_ldm.py")
+    spec = validate(ToEncode, {"autoencoder": args.run, **named}, origin=args.run)
+    image = replace(spec.image, size=args.size or spec.image.size, crop="center")
+    train_set, held_out = open_data(spec.data, spec.held_out)
+    autoencoder = open_autoencoder(spec.autoencoder, device)
+    otherwise = Path("runs") / str(raw.get("name", "latents"))
+    folder = Path(args.out) if args.out else cache_folder(autoencoder, image, train_set, held_out, otherwise)
+    found = latents_of(autoencoder, train_set, held_out, image, folder, state, batch_size=args.batch_size)
+    if state.is_main_process:
+        told = ", ".join(f"{mean:.2f} +- {std:.2f}" for mean, std in zip(found.facts["mean"], found.facts["std"], strict=True))
+        print(f"{folder}: latents of {len(train_set)} pictures, {'x'.join(map(str, found.facts['shape']))}; channels {told}")
+
+
 def main() -> None:
     args = arguments()
     if args.command == "check":
         check(args)
+    elif args.command == "latents":
+        latents(args)
     elif args.command == "pack":
         if args.size < 2:
             raise UserError("--size must be at least 2")

@@ -28,12 +28,10 @@ from src.training.launch import MachineConfig, accumulating, explain_out_of_memo
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, update
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import normal, torch_seed
-from src.training.session import Session
+from src.training.session import AGAIN, Session
 from src.training.stages import StageConfig, plan_stages, warnings
 from src.training.state import Trained
 from src.training.stream import stream, to_network
-
-AGAIN = -1  # after a rollback: from the checkpoint before
 
 
 @config
@@ -129,13 +127,13 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
 
     for stage in stages[now.number - 1 :]:
         # Enter the stage: picture size, tanh, learning rates, and how well it reconstructs at the start.
-        own, split, term = stage.config, stage.split, stage.config.adversarial
+        own, split = stage.config, stage.split
         network.tanh = ema.network.tanh = tanh = tanh or own.tanh
         rate_at, judge_rate_at = stage.rate(cfg.optimizer), stage.adversary_rate(cfg.discriminator_optimizer)
         session.enter(split, stage.resolve, end=stage.end, name=stage.describe(len(stages)))
         examples = pictures_of(held_out if held_out is not None else train_set, stage.image)
         look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, batch_size=split.micro)
-        if guard.enter(stage.number) and term is not None and not dry_run:
+        if guard.enter(stage.number) and own.adversarial is not None and not dry_run:
             guard.watch(cfg.guard, session.step, look()["l1"])
         batches = stream(train_set, stage.image, split, seed=seed, start_step=session.step, workers=cfg.workers, device=device)
 
@@ -144,7 +142,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         while session.step < stage.end:
             # Draw the latents' noise for the whole batch; each rank takes its share below.
             step = session.step
-            judged = term is not None and stage.judged_from is not None and (dry_run or step >= stage.judged_from)
+            adversary = stage.adversary_at(step, always=dry_run)
             noise_shape = (split.batch, *cfg.model.latent_shape(stage.image.size))
             noise = normal(noise_shape, seed, "noise", step, device=device, dtype=dtype)
             codes = CodebookStep(network.codebook, noise_shape, seed, step) if network.codebook is not None else None
@@ -162,12 +160,12 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
                         with accelerator.autocast():
                             told["perceptual"] = perceptual(made.images, images)
                         loss = loss + own.perceptual.weight * told["perceptual"]
-                    if judged:  # the discriminator is frozen here, and learns below
+                    if adversary is not None:  # the discriminator is frozen here, and learns below
                         discriminator.requires_grad_(False)
                         with accelerator.autocast():
-                            told["adversarial"] = losses.generator_loss(term.loss, discriminator(made.images))
-                        weight = term.weight * cfg.guard.shrink**guard.rollbacks
-                        if term.adaptive:
+                            told["adversarial"] = losses.generator_loss(adversary.loss, discriminator(made.images))
+                        weight = adversary.weight * cfg.guard.shrink**guard.rollbacks
+                        if adversary.adaptive:
                             adaptive.measure(loss.sum(), told["adversarial"].sum())
                             weight = weight * adaptive.value
                         loss = loss + weight * told["adversarial"]
@@ -178,22 +176,24 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
                         told["commitment"] = losses.commitment_loss(made.mean, codes.watch(made, here))
                         loss = loss + codes.codebook.spec.commitment * told["commitment"]
                     accelerator.backward(loss.sum() * scale)
-                if judged:
+                if adversary is not None:
                     discriminator.requires_grad_(True)
                     with accumulating(accelerator, judge, part, split.accumulation):
                         real, drawn = judge(torch.cat([images, made.images.detach().to(dtype)])).chunk(2)
-                        told["discriminator"] = losses.discriminator_loss(term.loss, real, drawn)
+                        told["discriminator"] = losses.discriminator_loss(adversary.loss, real, drawn)
                         told["discriminator_accuracy"] = losses.discriminator_accuracy(real, drawn)
                         accelerator.backward(told["discriminator"].sum() * scale)
                 session.meter.add(split.micro, loss=loss.sum(), **{name: value.sum() for name, value in told.items()})
 
             # Update both, or, where a gradient is not finite, neither.
             norm = clip_gradients(accelerator, model, cfg.optimizer)
-            judge_norm = clip_gradients(accelerator, judge, cfg.discriminator_optimizer) if judged else torch.zeros_like(norm)
+            judge_norm = (
+                clip_gradients(accelerator, judge, cfg.discriminator_optimizer) if adversary is not None else norm.new_zeros(())
+            )
             counts = torch.isfinite(norm + judge_norm)
             session.settle()
             update(optimizer, rate_at(step), norm + judge_norm)
-            if judged:
+            if adversary is not None:
                 update(judge_optimizer, judge_rate_at(step), norm + judge_norm)
                 adaptive.update(counts)
             if codes is not None:
@@ -208,7 +208,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             if not session.due:
                 continue
             values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
-            if values and judged:
+            if values and adversary is not None:
                 values |= {"discriminator_grad_norm": float(judge_norm), "adaptive_weight": float(adaptive.value)}
             healthy, seen = True, {}
             if session.now("preview"):
@@ -217,7 +217,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
                 values |= {f"{where}_{name}": value for name, value in seen.items()}
                 told = "lpips" if perceptual is not None else "l1"
                 best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
-                healthy = not judged or guard.watch(cfg.guard, session.step, seen["l1"])
+                healthy = adversary is None or guard.watch(cfg.guard, session.step, seen["l1"])
                 for line in troubled_channels(seen):
                     session.run.say(f"warning: step {session.step}: {line}")
             session.report(values)
@@ -225,8 +225,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
                 session.run.say(f"warning: {guard.explain(cfg.guard, session.step, seen['l1'], values)}")
                 if guard.rolls_back(cfg.guard):
                     batches.close()
-                    session.roll_back(guard.healthy_step, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
-                    return AGAIN
+                    return session.roll_back(guard.healthy_step, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
             keep = best or (cfg.guard.rollback and guard.healthy_step == session.step)
             session.save(keep=keep, tanh=tanh, guard=guard.saved(), adaptive_weight=float(adaptive.value))
             if session.stopping:

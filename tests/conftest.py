@@ -1,5 +1,6 @@
 """What the tests share: where the reference numbers are, launching scripts, smoke runs that several tests look at."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+
+from src.config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -110,6 +114,21 @@ def one_line(finished: Finished) -> str:
     lines = [line for line in finished.err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), finished.err
     return lines[0]
+
+
+def refused(script: str, *arguments: str | Path) -> str:
+    """The message of the mistake that a script's main ends on, in this process: quick where nothing is launched."""
+    AcceleratorState._reset_state(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.syspath_prepend(str(ROOT))
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        main = importlib.import_module(script).main
+        with pytest.raises(UserError) as raised:
+            main()
+    AcceleratorState._reset_state(True)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def metrics(run: Path) -> list[dict]:

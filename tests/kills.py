@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,12 +16,65 @@ from safetensors.torch import load_file
 from src.training.checkpoint import newest
 from tests.conftest import ROOT, command, environment, metrics
 
-# Slow enough to be hit, with many saves.
-LONG = ["--set", "steps=80", "--set", "checkpoint.every=4", "--set", "log.every=1", "--set", "preview.every=40"]
+
+@dataclass(frozen=True)
+class Job:
+    """A script with a config that is slow enough to be hit, with many saves."""
+
+    script: str
+    config: str
+    more: tuple[str, ...] = ()
+
+    def arguments(self, run: Path, *more: str) -> list[str]:
+        return [self.script, "-cfg", self.config, "--run-dir", str(run), *self.more, *more]
+
+
+def settings(**values: object) -> tuple[str, ...]:
+    """--set KEY=VALUE ..., dots in keys written as two underscores."""
+    pairs = [
+        f"{key.replace('__', '.')}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()
+    ]
+    return tuple(word for pair in pairs for word in ("--set", pair))
+
+
+PIXELS = Job(
+    "ddpm_accelerate.py",
+    "configs/smoke/ddpm.json",
+    settings(steps=80, checkpoint__every=4, log__every=1, preview__every=40),
+)
+# The smoke run's four stages, longer; a kill comes before, after and across their boundaries.
+AUTOENCODER = Job(
+    "train_vae.py",
+    "configs/smoke/vae.json",
+    settings(
+        checkpoint__every=4,
+        log__every=1,
+        preview__every=20,
+        stages=[
+            {"steps": 22, "adversarial": {"weight": 0.1, "start_step": 11}},
+            {"steps": 22, "adversarial": {"weight": 0.1, "adaptive": True}, "tanh": True},
+            {"steps": 22, "adversarial": {"weight": 0.1, "adaptive": True}, "perceptual": {"weight": 0.5}, "tanh": True},
+            {
+                "steps": 10,
+                "image_size": 24,
+                "batch_size": 8,
+                "micro_batch_size": 4,
+                "perceptual": {"weight": 0.5},
+                "adversarial": {"weight": 0.1},
+                "tanh": True,
+            },
+        ],
+    ),
+)
+CODEBOOK = Job(
+    AUTOENCODER.script,
+    AUTOENCODER.config,
+    (*AUTOENCODER.more, *settings(model__bottleneck={"kind": "vq", "codes": 32})),
+)
 
 
 def arguments(run: Path, *more: str) -> list[str]:
-    return ["ddpm_accelerate.py", "-cfg", "configs/smoke/ddpm.json", "--run-dir", str(run), *LONG, *more]
+    return PIXELS.arguments(run, *more)
 
 
 def kill_all(process: subprocess.Popen) -> None:
@@ -38,7 +92,7 @@ def saving(run: Path) -> bool:
     return any((run / "checkpoints").glob(".step_*.partial"))
 
 
-def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save: bool) -> str:
+def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save: bool, job: Job = PIXELS) -> str:
     """Start the run and kill it at a moment drawn between its first logged step and its end, or inside a save.
 
     Gives `ended` if it was done before, `inside` if the kill left a save half-written, else `killed`. Asserts that the run
@@ -48,7 +102,7 @@ def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save
     went_on = json.loads((expected / "progress.json").read_text())["step"] if expected is not None else 0
     before = len((run / "log.txt").read_text()) if (run / "log.txt").exists() else 0
     process = subprocess.Popen(
-        command(processes, *arguments(run)), cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL,
+        command(processes, *job.arguments(run)), cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     first, waited = None, time.monotonic() + rng.uniform(0, 2.0)
@@ -73,8 +127,10 @@ def same_end(one: Path, other: Path) -> None:
     """Weights, moments and EMA of the last checkpoint to the bit, and the losses of every logged step."""
     ends = [newest(run / "checkpoints")[0] for run in (one, other)]
     assert ends[0] is not None and ends[1] is not None and ends[0].name == ends[1].name
-    for name in ("model", "ema", "optimizer"):
-        left, right = (load_file(end / f"{name}.safetensors") for end in ends)
+    files = sorted(path.name for path in ends[0].glob("*.safetensors"))
+    assert files == sorted(path.name for path in ends[1].glob("*.safetensors")) and len(files) >= 3
+    for name in files:
+        left, right = (load_file(end / name) for end in ends)
         assert left.keys() == right.keys()
         for key in left:
             assert torch.equal(left[key], right[key]), f"{name} {key}"

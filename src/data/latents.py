@@ -137,7 +137,7 @@ def open_latents(
     for split, count in counts.items():
         try:
             blocks = [np.load(block_path(folder, split, i), mmap_mode="r") for i in range(-(-count // BLOCK))]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the latent cache {folder} is damaged ({error}); remove it, and it is made again") from None
         if sum(map(len, blocks)) != count:
             raise UserError(f"the latent cache {folder} is cut short; remove it, and it is made again")

@@ -155,10 +155,17 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
 def load_autoencoder(name: str) -> DiffusersAutoencoder:
     """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too); a UserError says why
     it cannot be loaded. Safetensors alone are read."""
-    kind, reasons = _autoencoder_class(), []
-    for subfolder in (None, "vae"):
+    import huggingface_hub.utils.logging
+
+    kind = _autoencoder_class()
+    huggingface_hub.utils.logging.set_verbosity_error()  # what it tells of each try, we say once
+    try:
         try:
-            return DiffusersAutoencoder(kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True))
-        except Exception as error:
-            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0])
-    raise UserError(f"the diffusers autoencoder {name} cannot be loaded: {reasons[0]}")
+            return DiffusersAutoencoder(kind.from_pretrained(name, use_safetensors=True))
+        except OSError as error:
+            if "file named" not in str(error):
+                raise
+            return DiffusersAutoencoder(kind.from_pretrained(name, subfolder="vae", use_safetensors=True))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the diffusers autoencoder {name} cannot be loaded: {reason}") from None

@@ -3,7 +3,7 @@
 import pydantic
 from torch import Tensor, nn
 
-from ..config import config
+from ..config import config, wrong
 
 
 @config
@@ -17,7 +17,7 @@ class DiscriminatorConfig:
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "DiscriminatorConfig":
         if self.base_channels % self.norm_groups:
-            raise ValueError(f"norm_groups {self.norm_groups} does not divide base_channels {self.base_channels}")
+            raise wrong(f"norm_groups {self.norm_groups} does not divide base_channels {self.base_channels}")
         return self
 
     @property

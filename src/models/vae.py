@@ -183,8 +183,8 @@ class Codebook(nn.Module):
         self.codebook.copy_(torch.where(counts, sums / size[:, None].clamp(min=1e-12), self.codebook))
 
     def usage(self) -> dict[str, float]:
-        """`code_perplexity`, as of how many codes are used evenly, and `codes_used`, the share used at a tenth of that or
-        more."""
+        """`code_perplexity`, as of how many codes are used evenly, and `codes_used`, the share used at more than a
+        tenth of that."""
         p = self.size.double() / self.size.double().sum().clamp(min=1e-12)
         perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
         return {"code_perplexity": float(perplexity), "codes_used": float((p > 0.1 / perplexity).double().mean())}
@@ -257,7 +257,7 @@ class VAE(nn.Module):
         if tile is None or max(h.shape[2:]) <= tile:
             return self._draw(h)
         factor, fade = self.spec.factor, max(1, tile // 4)
-        rows, columns = (_starts(length, tile, tile - fade) for length in h.shape[2:])
+        rows, columns = (_starts(length, tile, max(1, tile - fade)) for length in h.shape[2:])
         drawn = weight = None
         for top in rows:
             for left in columns:
@@ -280,6 +280,8 @@ def _starts(length: int, tile: int, stride: int) -> list[int]:
 
 
 def _ramp(length: int, fade: int) -> Tensor:
-    """1 in the middle, falling linearly to near 0 over `fade` pixels at both ends."""
+    """1 in the middle, falling along half a sine to near 0 over `fade` pixels at both ends: a tile's border, which saw no
+    neighbours, hardly counts."""
     at = torch.arange(length, dtype=torch.float64)
-    return (torch.minimum(at, length - 1 - at) + 1).div(fade).clamp(max=1)
+    nearness = ((torch.minimum(at, length - 1 - at) + 0.5) / fade).clamp(max=1)
+    return (0.5 * torch.pi * nearness).sin().square()

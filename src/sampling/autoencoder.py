@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import UserError, read_json, validate
 from ..interop.diffusers import autoencoder_from_config, load_autoencoder
 from ..models import VAE, VAEConfig
+from ..models.layers import channels_last
 from ..training.checkpoint import Documents, Tensors, damage, load_weights, read_tensors, write_folder
 
 
@@ -84,7 +85,7 @@ def build_vae(config: dict[str, Any], channels: int, *, tanh: bool, where: str) 
 
 
 def _frozen(network: nn.Module, device: torch.device) -> nn.Module:
-    return network.to(device).eval().requires_grad_(False)
+    return channels_last(network).to(device).eval().requires_grad_(False)
 
 
 def _rebuild(document: dict[str, Any], weights: dict[str, Tensor], path: str, digest: str, device: torch.device) -> Autoencoder:
@@ -148,7 +149,7 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     if (path / "config.json").exists() and "_class_name" in read_json(path / "config.json"):
         return _of_diffusers(name, device)
     if not path.exists():
-        if name.count("/") == 1 and not path.parent.exists():
+        if name.count("/") == 1 and name[0] not in "./~" and not name.startswith("runs/") and not path.parent.exists():
             return _of_diffusers(name, device)
         raise UserError(f"autoencoder {name} does not exist; train one (train_vae.py), or name a diffusers AutoencoderKL")
     folder = path
@@ -178,7 +179,7 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     return _rebuild(document, read_tensors(folder, "ema"), name, digest, device)
 
 
-def start_from(name: str, *networks: VAE) -> bool:
+def start_from(name: str, *networks: Any) -> bool:
     """Put the weights of a run of train_vae.py into networks of the same architecture; gives whether tanh was on in it."""
     found = open_autoencoder(name, torch.device("cpu"))
     for network in networks:

@@ -1,5 +1,6 @@
 """Encode a data set once: all ranks, a block of pictures at a time, going on where a kill left it."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -7,11 +8,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -127,7 +128,9 @@ def encode_latents(
     sets = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
     staged = folder.with_name(folder.name + ".partial")
     barrier()  # all have seen that it is not there before anybody writes
+    claim = None
     if rank == 0:
+        claim = _claim(folder)
         request = staged / "request.json"
         if not request.exists() or json.loads(request.read_text()) != contract:
             shutil.rmtree(staged, ignore_errors=True)
@@ -145,7 +148,7 @@ def encode_latents(
                     write_block(staged, split, number, _encode(autoencoder, pictures, image, indices, flip, batch_size))
                 bar.update(min(total - bar.n, len(indices) * world))
     barrier()
-    if rank == 0:
+    if claim is not None:
         counts = {split: len(pictures) for split, pictures in sets.items()}
         manifest = {**contract, "counts": counts, **_statistics(autoencoder, cache_sums(staged, len(train_set)))}
         part = staged / "manifest.part"
@@ -153,7 +156,20 @@ def encode_latents(
         part.replace(staged / "manifest.json")
         (staged / "request.json").unlink()
         staged.replace(folder)
+        claim.close()
     barrier()
+
+
+def _claim(folder: Path) -> IO[str]:
+    """Refuse a cache that another process is making; the kernel drops the claim when it dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"the latent cache {folder} is being made by another process; wait for it") from None
+    return lock
 
 
 def _statistics(autoencoder: Autoencoder, sums: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -173,7 +189,7 @@ def latents_of(
     held_out: PictureSet | None,
     image: ImageConfig,
     folder: Path,
-    accelerator: Accelerator,
+    processes: Accelerator | PartialState,
     *,
     batch_size: int,
     dry_run: bool = False,
@@ -183,12 +199,12 @@ def latents_of(
 
     In a dry run nothing is written: where there is no cache, the first latents stand for all.
     """
-    contract = contract_of(autoencoder, image, train_set, held_out)
+    contract, device = contract_of(autoencoder, image, train_set, held_out), next(autoencoder.network.parameters()).device
     counts = {"train": len(train_set)} | ({"held_out": len(held_out)} if held_out is not None else {})
     if dry_run and not folder.exists():
         train_set.prepare(ImageConfig(size=image.size, channels=image.channels))
         block = _encode(autoencoder, train_set, image, range(min(BLOCK, len(train_set))), image.flip, batch_size)
-        sets = {split: LatentSet([block] * -(-count // BLOCK), accelerator.device) for split, count in counts.items()}
+        sets = {split: LatentSet([block] * -(-count // BLOCK), device) for split, count in counts.items()}
         return Latents(autoencoder, contract | _statistics(autoencoder, [sums_of(block)]), sets)
     if not folder.exists():
         encode_latents(
@@ -198,11 +214,11 @@ def latents_of(
             image,
             folder,
             batch_size=batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            barrier=accelerator.wait_for_everyone,
+            rank=processes.process_index,
+            world=processes.num_processes,
+            barrier=processes.wait_for_everyone,
         )
-    manifest, sets = open_latents(folder, contract, counts, accelerator.device)
+    manifest, sets = open_latents(folder, contract, counts, device)
     for latents in sets.values():
         latents.settle()
     return Latents(autoencoder, {key: value for key, value in manifest.items() if key != "counts"}, sets)

@@ -121,7 +121,7 @@ def build_unet(config: UNetConfig, shape: Sequence[int], num_classes: int | None
     return channels_last(UNet(config, in_channels=channels, num_classes=num_classes))
 
 
-def start_from(name: str, class_names: Sequence[str], *networks: UNet) -> str:
+def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     """Put the EMA weights of the diffusion run `name` into networks of the same architecture; where its classes are others,
     all but the embedding of the labels. Gives what was done, in words."""
     found = open_trained(name, torch.device("cpu"))

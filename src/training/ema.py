@@ -1,6 +1,7 @@
 """An exponential moving average of the weights."""
 
 import copy
+from typing import Any
 
 import pydantic
 import torch
@@ -25,7 +26,7 @@ class EMA:
 
     def __init__(self, network: nn.Module, spec: EMAConfig) -> None:
         self.spec = spec
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network: Any = copy.deepcopy(network).eval().requires_grad_(False)
         self._own: list[torch.Tensor] = list(self.network.parameters())
 
     def decay(self, images_seen: int, batch_size: int) -> float:

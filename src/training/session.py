@@ -17,6 +17,8 @@ from .run import RunDirectory
 from .state import Meter, Trained
 from .stream import Split
 
+AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
+
 
 class Session:
     """A run from its first line to its last. The script owns data, networks and what a step computes.
@@ -199,9 +201,8 @@ class Session:
             self.run.draw_curves(curves)
         return self._end_run("finished", message, 0)
 
-    def roll_back(self, step: int | None, **progress: Any) -> None:
-        """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up: the script starts
-        again from it."""
+    def roll_back(self, step: int | None, **progress: Any) -> int:
+        """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up; gives AGAIN."""
         if self.run.writes and step is not None:
             checkpoint.roll_back(self.run.checkpoints, step, progress)
         self.clock.close()
@@ -210,6 +211,7 @@ class Session:
             tracker.finish()
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
+        return AGAIN
 
     def _end_run(self, state: str, message: str, status: int) -> int:
         self.clock.close()

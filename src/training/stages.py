@@ -73,6 +73,11 @@ class Stage:
         at = learning_rate(replace(spec, schedule=self.config.schedule or spec.schedule), self.end - first, self.resolve)
         return lambda step: at(step - first)
 
+    def adversary_at(self, step: int, *, always: bool = False) -> AdversarialTerm | None:
+        """The adversary of this step, if it has begun (or `always`)."""
+        begun = self.judged_from is not None and (always or step >= self.judged_from)
+        return self.config.adversarial if begun else None
+
     def describe(self, stages: int) -> str:
         """stage 2 of 4: steps 100 to 200, 256 px, l1 + 0.0001 KL + ..."""
         own = self.config

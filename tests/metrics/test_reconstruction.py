@@ -1,0 +1,95 @@
+"""What is measured of reconstructions, against torchmetrics' modules and by closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.metrics import colour_drift, psnr, ssim
+from src.metrics.reconstruction import SMALLEST_FOR_SSIM
+from src.vision import import_torchvision
+
+
+def pictures(channels: int = 3, size: int = 24) -> tuple[Tensor, Tensor]:
+    images = torch.rand(4, channels, size, size) * 2 - 1
+    noise = torch.tensor([0.01, 0.1, 0.3, 1.0])[:, None, None, None] * torch.randn_like(images)
+    return (images + noise).clamp(-1, 1), images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_psnr_is_that_of_torchmetrics_picture_by_picture(channels: int) -> None:
+    import_torchvision()
+    from torchmetrics.image import PeakSignalNoiseRatio
+
+    drawn, images = pictures(channels)
+    found = psnr(drawn, images)
+    assert found.shape == (4,) and found.dtype == images.dtype
+    for i in range(4):
+        wanted = PeakSignalNoiseRatio(data_range=2.0)(drawn[i : i + 1], images[i : i + 1])
+        torch.testing.assert_close(found[i], wanted)
+
+
+def test_psnr_by_its_closed_form() -> None:
+    drawn, images = pictures()
+    for i, found in enumerate(psnr(drawn, images).tolist()):
+        error = float((drawn[i].double() - images[i].double()).square().mean())
+        assert math.isclose(found, 10 * math.log10(4 / error), rel_tol=1e-5)
+
+
+def test_psnr_of_an_even_shift_is_known() -> None:
+    images = torch.zeros(2, 3, 8, 8)
+    torch.testing.assert_close(psnr(images + 0.02, images), torch.full((2,), 40.0))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_is_that_of_torchmetrics_picture_by_picture(channels: int) -> None:
+    import_torchvision()
+    from torchmetrics.image import StructuralSimilarityIndexMeasure
+
+    drawn, images = pictures(channels)
+    found = ssim(drawn, images)
+    assert found.shape == (4,)
+    for i in range(4):
+        wanted = StructuralSimilarityIndexMeasure(data_range=2.0)(drawn[i : i + 1], images[i : i + 1])
+        torch.testing.assert_close(found[i], wanted)
+
+
+def test_equal_pictures_are_infinitely_alike() -> None:
+    _, images = pictures()
+    assert bool((psnr(images, images) == math.inf).all())
+    torch.testing.assert_close(ssim(images, images), torch.ones(4))
+
+
+def test_more_noise_is_worse() -> None:
+    drawn, images = pictures()
+    for measure in (psnr, ssim):
+        found = measure(drawn, images).tolist()
+        assert found == sorted(found, reverse=True) and len(set(found)) == 4, measure.__name__
+
+
+def test_a_batch_of_one_gives_one_number() -> None:
+    drawn, images = pictures()
+    for measure in (psnr, ssim):
+        assert measure(drawn[:1], images[:1]).shape == (1,)
+        torch.testing.assert_close(measure(drawn[:1], images[:1]), measure(drawn, images)[:1])
+
+
+def test_ssim_takes_a_picture_as_small_as_its_window() -> None:
+    found = ssim(*pictures(size=SMALLEST_FOR_SSIM))
+    assert bool(torch.isfinite(found).all()) and bool((found.diff() < 0).all())
+
+
+def test_colour_drift_is_in_steps_of_a_255th() -> None:
+    images = (torch.randint(0, 250, (2, 3, 8, 8)).double() / 127.5) - 1
+    steps = torch.tensor([[3.0, 0, -2], [0, 5, 1]]).double()
+    drawn = (images + 1) * 127.5 + steps[:, :, None, None]  # bytes, so many steps brighter
+    found = colour_drift(drawn / 127.5 - 1, images)
+    torch.testing.assert_close(found.double(), steps, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_that_is_even_on_both_sides_is_no_drift() -> None:
+    images = torch.zeros(1, 3, 8, 8)
+    noise = torch.randn(1, 3, 8, 4)
+    drift = colour_drift(images + torch.cat([noise, -noise], dim=3), images)
+    torch.testing.assert_close(drift, torch.zeros(1, 3), rtol=0, atol=1e-4)

@@ -1,0 +1,428 @@
+"""The two training scripts of the latent pipeline, launched: on one process and on two, killed, moved, misused."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from src.config import read_json
+from tests import kills
+from tests.conftest import ROOT, launch, metrics, one_line, refused
+from tests.kills import settings
+
+VAE, LDM = "configs/smoke/vae.json", "configs/smoke/ldm.json"
+
+
+def train_vae(run: Path, *more: str, processes: int = 1, **sets: object):
+    return launch("train_vae.py", "-cfg", VAE, "--run-dir", run, *more, *settings(**sets), processes=processes)
+
+
+def train_ldm(run: Path, autoencoder: Path | str, *more: str, processes: int = 1, **sets: object):
+    named = settings(autoencoder=str(autoencoder), **sets)
+    return launch("train_ldm.py", "-cfg", LDM, "--run-dir", run, *named, *more, processes=processes)
+
+
+def refuse_ldm(run: Path, **sets: object) -> str:
+    return refused("train_ldm", "-cfg", LDM, "--run-dir", run, *settings(**sets))
+
+
+def ended(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def vae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke autoencoder, all four stages, on one process; read only but for latent caches."""
+    run = tmp_path_factory.mktemp("vae") / "one"
+    done = train_vae(run)
+    assert done.status == 0 and "Traceback" not in done.all, done.all
+    return run
+
+
+@pytest.fixture(scope="session")
+def ldm_run(vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke diffusion on its latents, on one process; read only."""
+    run = tmp_path_factory.mktemp("ldm") / "one"
+    done = train_ldm(run, vae_run)
+    assert done.status == 0 and "Traceback" not in done.all and "Warning" not in done.err, done.all
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- the autoencoder
+
+
+def test_an_autoencoder_goes_through_its_stages(vae_run: Path) -> None:
+    inside = {path.name for path in (vae_run / "checkpoints" / "step_00000030").iterdir()}
+    tensors = {f"{name}.safetensors" for name in ("model", "ema", "optimizer", "discriminator", "discriminator_optimizer")}
+    assert inside == tensors | {"progress.json", "config.json", "data.json", "MANIFEST.json"}
+    assert {path.name for path in (vae_run / "samples").iterdir()} == {
+        f"step_{step:08d}.png" for step in (5, 10, 15, 18, 20, 25, 26, 30)
+    }, "every five steps and at the end of each stage"
+    lines = metrics(vae_run)
+    by_step = {line["step"]: line for line in lines}
+    assert "adversarial" not in by_step[6] and by_step[8]["discriminator"] > 0, "the adversary starts late"
+    assert by_step[8]["adaptive_weight"] == 0 < by_step[14]["adaptive_weight"]
+    assert "perceptual" not in by_step[18] and by_step[20]["perceptual"] > 0 and "mse" in by_step[30]
+    assert (
+        by_step[30]["held_out_psnr"] > by_step[5]["held_out_psnr"] + 2
+        and by_step[30]["held_out_l1"] < by_step[5]["held_out_l1"]
+    )
+    for name in ("ssim", "lpips", "colour_drift", "latent_mean_3", "latent_std_0"):
+        assert f"held_out_{name}" in by_step[30]
+    assert by_step[10]["lr"] < 1e-6 < by_step[12]["lr"], "the schedule starts anew in each stage"
+    log = (vae_run / "log.txt").read_text()
+    assert "stage 4 of 4: steps 26 to 30, 24 px, mse + 0.0001 KL + 0.5 perceptual + 0.1 adversarial from step 26, tanh" in log
+    assert read_json(vae_run / "final" / "progress.json") == {"step": 30, "tanh": True}
+    assert read_json(vae_run / "checkpoints" / "step_00000025" / "progress.json")["guard"]["stage"] == 3
+
+
+def test_an_autoencoder_on_one_process_and_two_is_equal_to_the_bit(vae_run: Path, tmp_path: Path) -> None:
+    done = train_vae(tmp_path / "two", processes=2)
+    assert done.status == 0 and "= 2 x cpu x 1 x 8\n" in done.out, done.all
+    kills.same_end(vae_run, tmp_path / "two")
+
+
+def test_gradients_of_both_networks_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    """Adam's moments after the first steps are the gradients, with a fixed weight and with an adaptive one."""
+    adversarial = {"weight": 0.2}
+    stages = [
+        {"steps": 3, "adversarial": adversarial},
+        {"steps": 3, "adversarial": adversarial | {"adaptive": True}, "perceptual": {"weight": 0.5}, "tanh": True},
+    ]
+    exact = {"dtype": "float64", "stages": stages, "checkpoint__every": 1, "checkpoint__keep": 9, "preview__num_measured": 4}
+    for processes, micro in ((1, 16), (2, 4)):
+        done = train_vae(tmp_path / str(processes), processes=processes, micro_batch_size=micro, **exact)
+        assert done.status == 0 and f"= {processes} x cpu x {16 // processes // micro} x {micro}\n" in done.out, done.all
+    for step in range(1, 7):
+        for name in ("optimizer", "discriminator_optimizer", "model", "discriminator"):
+            one, two = (ended(tmp_path / processes, step, name) for processes in "12")
+            assert one.keys() == two.keys() and len(one) > 10
+            for key, value in one.items():
+                assert value.dtype == torch.float64 or key.endswith("/step")
+                torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9, msg=f"{step} {name} {key}")
+    weight = read_json(tmp_path / "1" / "checkpoints" / "step_00000006" / "progress.json")["adaptive_weight"]
+    assert weight > 0 and read_json(tmp_path / "2" / "checkpoints" / "step_00000006" / "progress.json")[
+        "adaptive_weight"
+    ] == pytest.approx(weight, rel=1e-9)
+
+
+def test_a_codebook_in_bf16_is_killed_and_resumed_on_two(tmp_path: Path) -> None:
+    sets = {"model__bottleneck": {"kind": "vq", "codes": 24}, "mixed_precision": "bf16", "checkpoint__every": 4}
+    stages = [{"steps": 8}, {"steps": 6, "adversarial": {"weight": 0.1, "adaptive": True}, "tanh": True}]
+    whole = train_vae(tmp_path / "whole", stages=stages, **sets)
+    assert whole.status == 0, whole.all
+    last = metrics(tmp_path / "whole")[-1]
+    assert 1 < last["held_out_code_perplexity"] <= 24 and 0 < last["held_out_codes_used"] <= 1 and last["commitment"] > 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for path in ("step_00000012", "step_00000014"):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / path)
+    shutil.rmtree(tmp_path / "again" / "final")
+    done = train_vae(tmp_path / "again", stages=stages, processes=2, **sets)
+    assert done.status == 0 and "going on at step 8 of 14" in done.out and "= 2 x cpu x 1 x 8" in done.out, done.all
+    kills.same_end(tmp_path / "whole", tmp_path / "again")
+    assert (ended(tmp_path / "whole", 14)["codebook.size"] > 0).all(), "dead codes were revived"
+
+
+def test_an_autoencoder_is_killed_and_resumed_on_two(tmp_path: Path) -> None:
+    rng, whole, run = random.Random(0), tmp_path / "whole", tmp_path / "run"
+    done = launch(*kills.AUTOENCODER.arguments(whole))
+    assert done.status == 0, done.all
+    assert kills.start_and_kill(run, 2, rng, inside_save=False, job=kills.AUTOENCODER) != "ended"
+    done = launch(*kills.AUTOENCODER.arguments(run), processes=2)
+    assert done.status == 0, done.all
+    kills.same_end(whole, run)
+
+
+def test_the_guard_goes_back_and_recovers_from_a_destroying_discriminator(tmp_path: Path) -> None:
+    stages = [{"steps": 20}, {"steps": 24, "adversarial": {"weight": 3000.0}, "tanh": True, "lr": 5e-3}]
+    guard = {"worse_factor": 1.3, "rollback": True, "shrink": 1e-6, "max_rollbacks": 2}
+    sets = {"stages": stages, "preview__every": 4, "checkpoint__every": 50, "optimizer__schedule": {"kind": "constant"}}
+    alone = train_vae(tmp_path / "alone", guard={**guard, "rollback": False}, **sets)
+    assert alone.status == 0 and "the adversary is too strong; lower its weight, or set guard.rollback" in alone.out, alone.all
+    done = train_vae(tmp_path / "run", guard=guard, **sets)
+    assert done.status == 0 and "going back to step 20, with 1e-06 times the adversary's weight" in done.out, done.all
+    assert "going on at step 20 of 44" in done.out
+    progress = read_json(tmp_path / "run" / "checkpoints" / "step_00000044" / "progress.json")
+    assert progress["guard"]["rollbacks"] == 1
+    before, spoilt, recovered = (
+        next(line["held_out_l1"] for line in metrics(tmp_path / run) if line["step"] == step)
+        for run, step in (("run", 20), ("alone", 44), ("run", 44))
+    )
+    assert spoilt > 1.3 * before and recovered < 1.1 * before
+    assert [line["step"] for line in metrics(tmp_path / "run")] == sorted({line["step"] for line in metrics(tmp_path / "run")})
+
+
+def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> None:
+    said = train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 2, "perceptual": {"weight": 0.1}}])
+    assert said.status == 0 and "perceptual without tanh" in said.out, said.all
+    assert read_json(tmp_path / "run" / "final" / "progress.json")["tanh"] is True, "it stays on"
+    assert metrics(tmp_path / "run")[-1]["held_out_l1"] < 1.2 * metrics(vae_run)[-1]["held_out_l1"]
+    more = [{"steps": 2, "perceptual": {"weight": 0.1}}, {"steps": 3}]
+    done = train_vae(tmp_path / "run", init_from=str(vae_run), stages=more)
+    assert done.status == 0 and "going on at step 2 of 5" in done.out and "changed since the checkpoint: stages" in done.out
+    assert "/nowhere does not exist" in one_line(train_vae(tmp_path / "new", init_from="/nowhere"))
+    said = one_line(train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 4}]))
+    assert "was started with another stages" in said
+
+
+def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
+    done = launch("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", "--dry-run")
+    assert done.status == 0, done.all
+    for word in ("stage 1 of 4 10 of 16", "stage 4 of 4 4 of 8", "images/s", "time"):
+        assert word in done.out, done.out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ({"image__size": 15}, "stages.0: pictures of 15 px cannot be reduced 2 times; use 16 px"),
+        ({"discriminator__layers": 4}, "stages.0: pictures of 16 px leave the discriminator no patch; use 48 px"),
+        (
+            {"stages": [{"steps": 10, "adversarial": {"start_step": 10}}]},
+            "stages.0.adversarial.start_step is 10 and the stage has 10 steps",
+        ),
+        ({"stages": []}, "stages: "),
+        (
+            {"model__bottleneck": {"kind": "vq", "codes": 9000}},
+            "9000 codes are more than the 7296 latent vectors of 114 pictures",
+        ),
+        ({"perceptual__network": "vgg"}, "perceptual.network 'vgg' needs ImageNet weights that are not at"),
+        ({"name": "mine"}, "perceptual.network: 'random' is for smoke tests"),
+        ({"mixed_precision": "fp16"}, "mixed_precision fp16 (or bf16 on a GPU that has none) is not for two optimisers"),
+        ({"stages": [{"steps": 4, "batch_size": 6, "micro_batch_size": 4}]}, "stages.0: batch_size 6 is not a multiple"),
+        ({"model__norm_groups": 3}, "norm_groups 3 does not divide a width of 8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_an_autoencoder_that_cannot_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: dict, said: str) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert said in refused("train_vae", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(**sets))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path) -> None:
+    from src.vision import import_torchvision
+
+    arguments = ["train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(perceptual__network="alex")]
+    said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path)))
+    assert (
+        f"needs ImageNet weights that are not at {tmp_path}/hub/checkpoints/alexnet" in said
+        and "or use efficientnet_lite0" in said
+    )
+    weights = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(import_torchvision().models.alexnet(weights=None).state_dict(), weights)
+    said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path)))
+    assert "perceptual.network 'alex' cannot take pictures of 16 px" in said and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------- diffusion on its latents
+
+
+def test_a_latent_run_leaves_all_that_sampling_needs(vae_run: Path, ldm_run: Path) -> None:
+    final = {path.name for path in (ldm_run / "final").iterdir()}
+    own = {"ema.safetensors", "config.json", "data.json", "progress.json", "MANIFEST.json"}
+    assert final == own | {"autoencoder.safetensors", "autoencoder_config.json"}
+    names = {path.name for path in (ldm_run / "samples" / "step_00000030").iterdir()}
+    assert names == {f"sample_{name}_2x2.png" for name in ("circle", "cross", "square", "triangle")}
+    assert {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png", "loss.png"} <= {
+        path.name for path in ldm_run.iterdir()
+    }
+    lines = metrics(ldm_run)
+    assert lines[-1]["loss"] < 0.95 * lines[0]["loss"] and "held_out_loss" in lines[-1]
+    latents = read_json(ldm_run / "data.json")["latents"]
+    assert latents["shape"] == [4, 8, 8] and len(latents["mean"]) == 4
+    digest = read_json(vae_run / "final" / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"]
+    assert latents["autoencoder"] == digest
+
+
+def test_latents_are_normalised_over_the_training_set(vae_run: Path, ldm_run: Path) -> None:
+    """Mean 0 and standard deviation 1 per channel over all pictures, their mirror images and the posterior's noise."""
+    facts = read_json(ldm_run / "data.json")["latents"]
+    cache = next(path for path in (vae_run / "latents").iterdir() if path.is_dir())
+    moments = np.concatenate([np.load(path) for path in sorted((cache / "train").glob("*.npy"))])
+    assert moments.shape == (114, 2, 2, 4, 8, 8), "picture and mirror image, mean and log-variance"
+    noise = np.random.default_rng(0).standard_normal((20, 114, 2, 4, 8, 8))
+    z = moments[:, :, 0] + np.exp(moments[:, :, 1] / 2) * noise
+    z = (z - np.reshape(facts["mean"], (4, 1, 1))) / np.reshape(facts["std"], (4, 1, 1))
+    np.testing.assert_allclose(z.mean((0, 1, 2, 4, 5)), 0, atol=5e-3)
+    np.testing.assert_allclose(z.std((0, 1, 2, 4, 5)), 1, atol=5e-3)
+
+
+def test_latent_diffusion_on_one_process_and_two_is_equal_to_the_bit(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
+    done = train_ldm(tmp_path / "two", vae_run, latents=str(tmp_path / "cache"), processes=2)
+    assert done.status == 0 and "= 2 x cpu x 1 x 8\n" in done.out, done.all
+    kills.same_end(ldm_run, tmp_path / "two")
+    one = next(path for path in (vae_run / "latents").iterdir() if path.is_dir())
+    for path in sorted(one.rglob("*.npy")):
+        assert path.read_bytes() == (tmp_path / "cache" / path.relative_to(one)).read_bytes(), path
+
+
+def test_latent_diffusion_goes_on_to_the_bit(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(ldm_run, tmp_path / "run")
+    for path in ("step_00000020", "step_00000030"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / path)
+    shutil.rmtree(tmp_path / "run" / "final")
+    done = train_ldm(tmp_path / "run", vae_run)
+    assert done.status == 0 and "going on at step 10 of 30" in done.out, done.all
+    kills.same_end(ldm_run, tmp_path / "run")
+    assert "is finished (30 steps)" in train_ldm(tmp_path / "run", vae_run).out
+
+
+def test_final_moves_without_the_autoencoders_run(ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
+    arguments = ["--num-samples", "6", "--batch-size", "4", "--steps", "4", "--guidance", "2", "--eta", "0.8", "--frames"]
+    here = launch("sample.py", ldm_run, *arguments, "--classes", "cross/circle", "--out", tmp_path / "here")
+    assert here.status == 0, here.all
+    shutil.copytree(ldm_run / "final", tmp_path / "elsewhere")
+    moved = vae_run.rename(vae_run.with_name("gone"))
+    try:
+        done = launch("sample.py", tmp_path / "elsewhere", *arguments, "--classes", "cross/circle", "--out", tmp_path / "there")
+        early = launch(
+            "sample.py", ldm_run / "checkpoints" / "step_00000010", "--num-samples", "1", "--out", tmp_path / "early"
+        )
+    finally:
+        moved.rename(vae_run)
+    assert done.status == early.status == 0, done.all + early.all
+    for i in range(6):
+        assert (tmp_path / "here" / f"{i:05d}.png").read_bytes() == (tmp_path / "there" / f"{i:05d}.png").read_bytes()
+    with Image.open(tmp_path / "there" / "denoising.gif") as gif, Image.open(tmp_path / "there" / "00000.png") as picture:
+        assert getattr(gif, "n_frames", 1) == 5 and picture.size == (16, 16)
+
+
+def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("latents"))
+    done = launch("prepare_data.py", "latents", tmp_path / "vae", processes=2)
+    assert done.status == 0 and "latents of 114 pictures, 4x8x8" in done.out, done.all
+    (made,) = (path for path in (tmp_path / "vae" / "latents").iterdir() if path.is_dir())
+    stamp = (made / "manifest.json").stat().st_mtime_ns
+    done = train_ldm(tmp_path / "run", tmp_path / "vae", steps=2)
+    assert done.status == 0 and (made / "manifest.json").stat().st_mtime_ns == stamp, done.all
+    done = launch("prepare_data.py", "latents", tmp_path / "vae", "--size", "24", "--out", tmp_path / "large")
+    assert "4x12x12" in done.out, done.all
+    assert "is neither a run" in refused("prepare_data", "latents", ROOT / "configs" / "smoke" / "ddpm.json")
+
+
+def test_a_dry_run_of_latent_diffusion_writes_no_cache(vae_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("latents"))
+    done = train_ldm(tmp_path / "run", tmp_path / "vae", "--dry-run")
+    assert done.status == 0 and "114 pictures" in done.out and "images/s" in done.out, done.all
+    assert not (tmp_path / "run").exists() and not (tmp_path / "vae" / "latents").exists()
+
+
+def test_classes_of_another_run(ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (20, 20), (20 * i, 80, 120)).save(tmp_path / "data" / name / f"{i}.png")
+    data = {"data": {"source": "folder", "path": str(tmp_path / "data")}, "steps": 2, "batch_size": 8}
+    done = train_ldm(tmp_path / "run", vae_run, init_from=str(ldm_run), **data)
+    assert done.status == 0 and "its classes are others, so the label embedding is new" in done.out, done.all
+    assert ended(tmp_path / "run", 2)["label_embedding.weight"].shape[0] == 3
+    start = ended(ldm_run, 30, "ema")["stem.weight"]
+    assert (ended(tmp_path / "run", 2)["stem.weight"] - start).abs().max() < 0.02
+
+
+def test_without_classes_and_eps_clipped_to_the_latents_range(vae_run: Path, tmp_path: Path) -> None:
+    process = {"schedule": {"kind": "linear", "steps": 100, "rescale_betas": True}, "target": "eps", "clip": True}
+    sets = {"process": process, "class_conditional": False, "label_dropout": 0.0, "steps": 4, "mixed_precision": "bf16"}
+    done = train_ldm(tmp_path / "run", vae_run, **sets)
+    assert done.status == 0 and (tmp_path / "run" / "samples" / "step_00000004.png").exists(), done.all
+    from src.sampling import SamplerConfig, open_trained
+
+    sampler = open_trained(tmp_path / "run", torch.device("cpu")).sampler(SamplerConfig(steps=10))
+    facts = read_json(tmp_path / "run" / "data.json")["latents"]
+    assert sampler.clip_x0 is not None
+    for bound, key in zip(sampler.clip_x0, ("low", "high"), strict=True):
+        assert isinstance(bound, torch.Tensor)
+        torch.testing.assert_close(bound.flatten(), torch.tensor(facts[key]))
+    seen = []
+    sampler.draw(
+        0, range(2), None, device=torch.device("cpu"), callback=lambda _, __, ___, prediction: seen.append(prediction.x0)
+    )
+    assert all(float(x0.max()) <= max(facts["high"]) + 1e-4 for x0 in seen[:-1])
+    assert "trained without classes" in refused("sample", tmp_path / "run", "--classes", "cross", "--out", tmp_path / "s")
+    assert "guidance needs" in refused("sample", tmp_path / "run", "--guidance", "2", "--out", tmp_path / "s")
+
+
+def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
+    from src.interop.diffusers import autoencoder_from_config
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    wide = {"block_out_channels": [8, 16], "norm_num_groups": 4, "scaling_factor": 0.5, "shift_factor": 0.25}
+    autoencoder_from_config({**blocks, **wide}).network.save_pretrained(tmp_path / "vae")
+    done = train_ldm(tmp_path / "run", tmp_path / "vae", steps=2)
+    assert done.status == 0, done.all
+    facts = read_json(tmp_path / "run" / "data.json")["latents"]
+    assert facts["mean"] == [0.25] * 4 and facts["std"] == [2.0] * 4, "its own scaling"
+    assert (tmp_path / "run" / "latents").is_dir(), "beside the run, not in a folder that is somebody else's"
+    shutil.copytree(tmp_path / "run" / "final", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "vae")
+    done = launch("sample.py", tmp_path / "elsewhere", "--num-samples", "2", "--steps", "2", "--out", tmp_path / "s")
+    assert done.status == 0 and (tmp_path / "s" / "00001.png").exists(), done.all
+    assert "does not exist; train one" in refuse_ldm(tmp_path / "other", autoencoder=str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ({"image__channels": 1}, "image.channels is 1 and the autoencoder"),
+        ({"image__size": 32}, "was trained at 16 and 24 px; set image.size"),
+        ({"image__size": 17}, "image.size 17 is not divisible by 2"),
+        ({"image__crop": "random"}, "image.crop 'random' gives a picture other latents each time; use center"),
+        ({"autoencoder": "runs/nothing"}, "autoencoder runs/nothing does not exist; train one"),
+        (
+            {"model__channel_mult": [1, 1, 1, 1, 1], "model__attention": ["none"] * 5},
+            "the network sees 8 px, not divisible by 16",
+        ),
+        ({"label_dropout": 0.0, "preview": {"sampler": {"guidance": 2.0}}}, "label_dropout above 0"),
+        ({"process__variance": "learned"}, "variance: 'learned' cannot be trained"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_latent_diffusion_that_cannot_be_trained(vae_run: Path, tmp_path: Path, sets: dict, said: str) -> None:
+    assert said in refuse_ldm(tmp_path / "run", **{"autoencoder": str(vae_run), **sets})
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_latent_cache_of_something_else(vae_run: Path, tmp_path: Path) -> None:
+    cache, early = tmp_path / "cache", vae_run / "checkpoints" / "step_00000025"
+    assert train_ldm(tmp_path / "run", vae_run, latents=str(cache), steps=2).status == 0
+    named = {"autoencoder": str(vae_run), "latents": str(cache)}
+    said = one_line(train_ldm(tmp_path / "other", vae_run, latents=str(cache), data__count=100))
+    assert "was made of other pictures and other held-out pictures; remove it" in said
+    assert "was made of another image (size" in refuse_ldm(tmp_path / "other", image__flip=False, **named)
+    assert "was made of another autoencoder" in refuse_ldm(tmp_path / "other", **named | {"autoencoder": str(early)})
+    said = refuse_ldm(tmp_path / "run", autoencoder=str(early), latents=str(tmp_path / "new"), steps=2)
+    assert "was trained on latents of another autoencoder" in said
+    (cache / "train" / "block_00000.npy").write_bytes(b"")
+    assert "is damaged" in refuse_ldm(tmp_path / "run", **named, steps=2)
+    (tmp_path / "empty").mkdir()
+    assert "is no latent cache" in refuse_ldm(tmp_path / "other", **named | {"latents": str(tmp_path / "empty")})
+
+
+def test_an_autoencoder_that_never_finished(vae_run: Path, smoke_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("final", "latents"))
+    status = json.loads((tmp_path / "vae" / "status.json").read_text()) | {"step": 25, "state": "stopped"}
+    (tmp_path / "vae" / "status.json").write_text(json.dumps(status))
+    said = one_line(train_ldm(tmp_path / "run", tmp_path / "vae"))
+    assert "has not finished (step 25 of 30); run its command again, or name one of its checkpoints" in said
+    assert "is no autoencoder but a diffusion run" in refuse_ldm(tmp_path / "run", autoencoder=str(smoke_run))
+    weights = tmp_path / "vae" / "checkpoints" / "step_00000025" / "ema.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert "is damaged" in refuse_ldm(tmp_path / "run", autoencoder=str(weights.parent))
+    assert "is an autoencoder, which draws nothing" in refused("sample", vae_run, "--out", tmp_path / "s")
+
+
+def test_an_unknown_class(ldm_run: Path, tmp_path: Path) -> None:
+    said = refused("sample", ldm_run, "--classes", "hexagon", "--out", tmp_path / "s")
+    assert "class 'hexagon' is not known; the classes are: circle, cross, square, triangle" in said
