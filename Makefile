@@ -2,6 +2,9 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 RUN := .venv/bin/python
+# Threads that wait sleep: on a machine that does other work too, spinning ones make everything ten times slower.
+export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 0
 
 .PHONY: env dev demo demo-pixels test lint soak
 

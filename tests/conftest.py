@@ -178,3 +178,21 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def vae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke autoencoder, all four stages, on one process; read only but for latent caches."""
+    run = tmp_path_factory.mktemp("vae") / "one"
+    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", run)
+    assert done.status == 0 and "Traceback" not in done.all, done.all
+    return run
+
+
+@pytest.fixture(scope="session")
+def ldm_run(vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke diffusion on its latents, on one process; read only."""
+    run = tmp_path_factory.mktemp("ldm") / "one"
+    done = launch("train_ldm.py", "-cfg", "configs/smoke/ldm.json", "--set", f"autoencoder={vae_run}", "--run-dir", run)
+    assert done.status == 0 and "Traceback" not in done.all and "Warning" not in done.err, done.all
+    return run

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from src import losses
 from src.config import load
@@ -224,49 +226,45 @@ def shell_lines(text: str) -> list[str]:
     return [line.split(" #")[0].strip() for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
-def test_the_readmes_commands_run(smoke_run: Path, tmp_path: Path) -> None:
-    """Each command but make's, accelerate's and what needs more GPUs, on small stand-ins for the reader's pictures."""
-    from PIL import Image
+SMALL = {"batch_size": 4, "workers": 0, "mixed_precision": "no", "checkpoint.every": None}
+SMALL_DIFFUSION = {"steps": 4, "model.blocks": 1, "preview.num_samples": 2, "preview.batch_size": 2, "preview.sampler.steps": 2}
+TINY = {
+    "ddpm_accelerate.py": SMALL | SMALL_DIFFUSION | {"image.size": 16},
+    "train_ldm.py": SMALL | SMALL_DIFFUSION | {"image.size": 64, "held_out": 0.1},
+    "train_vae.py": SMALL
+    | {"image.size": 64, "held_out": 0.1, "micro_batch_size": 4, "model.widths": [8, 8, 8, 8], "model.blocks": 1}
+    | {"discriminator.base_channels": 8, "stages": [{"steps": 2, "adversarial": {"weight": 0.1}}, {"steps": 1, "tanh": True}]},
+}
 
+
+def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, tmp_path: Path) -> None:
+    """Each command but make's, accelerate's and what needs more GPUs, on small stand-ins for the reader's pictures."""
     for i in range(24):
         for name in ("cats", "dogs"):
             (tmp_path / "my_pictures" / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40 + i, 36), (10 * i, 90, 200)).save(tmp_path / "my_pictures" / name / f"{i}.jpg")
-    import shutil
-
     shutil.make_archive(str(tmp_path / "my_pictures"), "zip", tmp_path / "my_pictures")
     shutil.rmtree(tmp_path / "my_pictures")
-    for name in ("ddpm_accelerate.py", "sample.py", "prepare_data.py", "src", "configs"):
+    for name in (*(f"{script}.py" for script in SCRIPTS), "src", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copytree(smoke_run, tmp_path / "runs" / "digits_ddpm")
-    small = {
-        "steps": "4",
-        "batch_size": "4",
-        "model.blocks": "1",
-        "image.size": "16",
-        "workers": "0",
-    }
-    small |= {
-        "preview.num_samples": "2",
-        "preview.batch_size": "2",
-        "preview.sampler.steps": "2",
-        "mixed_precision": "no",
-    }
+    for name, run in (("digits_ddpm", smoke_run), ("digits_ldm", ldm_run), ("wikiart256_ldm", ldm_run)):
+        shutil.copytree(run / "final", tmp_path / "runs" / name / "final")
     ran = 0
     for line in shell_lines((ROOT / "README.md").read_text()):
         if line.startswith(("make", "accelerate", "git", "cd", "conda", "ACCELERATE", "tensorboard")):
             continue
         words = line.split()
         assert words[0] == "python", line
-        words = [word.replace("0/1/2/3", "circle/cross").replace("3/7", "circle/cross") for word in words[1:]]
-        if words[0] == "ddpm_accelerate.py" and "-cfg" in words:
-            words += [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+        words = [word.replace("3/7", "circle/cross").replace("High_Renaissance", "circle") for word in words[1:]]
+        if "-cfg" in words:
+            pairs = [f"{key}={json.dumps(value)}" for key, value in TINY[words[0]].items()]
+            words += [word for pair in pairs for word in ("--set", pair)]
         if words[0] == "sample.py":
             words += ["--steps", "2", "--num-samples", "4"]
         done = launch(*words, cwd=tmp_path)
         assert done.status == 0, f"{line}\n{done.all}"
         ran += 1
-    assert ran >= 6
+    assert ran >= 10
     python = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(python) == 1
     code = python[0].replace('"0/1/2/3/4/5/6/7/8/9"', '"0/1/2/3"')

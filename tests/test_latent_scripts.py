@@ -36,24 +36,6 @@ def ended(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{name}.safetensors")
 
 
-@pytest.fixture(scope="session")
-def vae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke autoencoder, all four stages, on one process; read only but for latent caches."""
-    run = tmp_path_factory.mktemp("vae") / "one"
-    done = train_vae(run)
-    assert done.status == 0 and "Traceback" not in done.all, done.all
-    return run
-
-
-@pytest.fixture(scope="session")
-def ldm_run(vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke diffusion on its latents, on one process; read only."""
-    run = tmp_path_factory.mktemp("ldm") / "one"
-    done = train_ldm(run, vae_run)
-    assert done.status == 0 and "Traceback" not in done.all and "Warning" not in done.err, done.all
-    return run
-
-
 # ---------------------------------------------------------------------------------------------- the autoencoder
 
 

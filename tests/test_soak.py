@@ -2,14 +2,18 @@
 
 import random
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.config import read_json
+from src.training.checkpoint import newest
 from tests import kills
-from tests.conftest import SMOKE, launch
+from tests.conftest import ROOT, SMOKE, command, environment, launch
 
 pytestmark = pytest.mark.soak
 
@@ -38,6 +42,60 @@ def test_twenty_kills(whole: Path, tmp_path: Path, processes: int) -> None:
     assert done.status == 0, done.all
     kills.same_end(whole, run)
     print(f"{processes} process(es): {len(hits)} kills, {hits.count('inside')} inside a save, {ends + 1} ends, all equal")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("job", [kills.AUTOENCODER, kills.CODEBOOK], ids=["adversarial", "codebook"])
+def test_kills_across_the_stages_of_an_autoencoder(tmp_path: Path, job: kills.Job, processes: int) -> None:
+    """With discriminator, adaptive weight, perceptual loss, and a codebook in one of the two."""
+    rng, whole, run = random.Random(processes), tmp_path / "whole", tmp_path / "run"
+    assert launch(*job.arguments(whole)).status == 0
+    hits: list[str] = []
+    stages: set[int] = set()
+    while len(hits) < 10 or hits.count("inside") < 3:
+        hit = kills.start_and_kill(run, processes, rng, inside_save=len(hits) % 3 == 0, job=job)
+        found, _ = newest(run / "checkpoints")
+        stages |= {read_json(found / "progress.json")["guard"]["stage"]} if found is not None else set()
+        if hit != "ended":
+            hits.append(hit)
+        else:
+            kills.same_end(whole, run)
+            shutil.rmtree(run)
+    done = launch(*job.arguments(run), processes=processes)
+    assert done.status == 0, done.all
+    kills.same_end(whole, run)
+    assert len(stages) >= 3, "killed in several stages"
+    print(f"{processes} process(es): {len(hits)} kills, {hits.count('inside')} inside a save, in stages {sorted(stages)}")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_while_latents_are_encoded(vae_run: Path, tmp_path: Path, processes: int) -> None:
+    rng, ends = random.Random(processes), []
+    for name in ("whole", "killed"):
+        cache, run = tmp_path / name / "cache", tmp_path / name / "run"
+        sets = kills.settings(autoencoder=str(vae_run), latents=str(cache), data__count=6000, steps=10, preview__every=10)
+        job = kills.Job("train_ldm.py", "configs/smoke/ldm.json", sets)
+        hits = 0
+        while name == "killed" and hits < 6 and not cache.exists():
+            process = subprocess.Popen(
+                command(processes, *job.arguments(run)), cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            made = len(list(cache.with_name("cache.partial").rglob("*.json")))
+            while process.poll() is None and len(list(cache.with_name("cache.partial").rglob("*.json"))) <= made:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.3))
+            hits += process.poll() is None
+            kills.kill_all(process)
+        assert name == "whole" or hits >= 3
+        done = launch(*job.arguments(run), processes=processes)
+        assert done.status == 0, done.all
+        ends.append(run)
+    kills.same_end(*ends)
+    blocks = sorted((tmp_path / "whole" / "cache").rglob("*.npy"))
+    assert len(blocks) > 20
+    for path in blocks:
+        assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
 def test_one_two_and_three_processes_agree_in_float64(tmp_path: Path) -> None:
