@@ -209,7 +209,8 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
                 continue
             values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
             if values and adversary is not None:
-                values |= {"discriminator_grad_norm": float(judge_norm), "adaptive_weight": float(adaptive.value)}
+                values |= {"discriminator_grad_norm": float(judge_norm)}
+                values |= {"adaptive_weight": float(adaptive.value)} if adversary.adaptive else {}
             healthy, seen = True, {}
             if session.now("preview"):
                 seen = look(sheet=session.run.samples / f"step_{session.step:08d}.png")
