@@ -42,8 +42,8 @@ class Config(MachineConfig):
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = pydantic.Field(0, ge=0, lt=2**32)
-    autoencoder: str
-    latents: str | None = None
+    autoencoder: str = free()
+    latents: str | None = free(None)
     encode_batch_size: int = pydantic.Field(16, gt=0)
     data: Sources
     held_out: HeldOut = 0.0
@@ -93,7 +93,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
-    encoding = {"batch_size": cfg.encode_batch_size, "dry_run": dry_run}
+    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "dry_run": dry_run}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
     facts = describe_data(train_set, held_out) | {"latents": latents.facts}
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,7 +85,13 @@ def cache_folder(
 
 @torch.no_grad()
 def _encode(
-    autoencoder: Autoencoder, pictures: PictureSet, image: ImageConfig, indices: Sequence[int], flip: bool, batch: int
+    autoencoder: Autoencoder,
+    pictures: PictureSet,
+    image: ImageConfig,
+    indices: Sequence[int],
+    flip: bool,
+    batch: int,
+    workers: int,
 ) -> Moments:
     """(n, 1 or 2, 2, D, h, w) float32 of the pictures `indices`, in batches of always the same size."""
     device = next(autoencoder.network.parameters()).device
@@ -98,7 +103,7 @@ def _encode(
         return torch.from_numpy(np.ascontiguousarray(pictures.batch(part, plain, np.full((len(part), 3), 0.5))))
 
     found = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes beside Python
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
         for pixels in pool.map(load, starts):
             count = len(pixels)
             padded = torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)])
@@ -119,6 +124,7 @@ def encode_latents(
     folder: Path,
     *,
     batch_size: int,
+    workers: int,
     rank: int,
     world: int,
     barrier: Callable[[], None],
@@ -145,7 +151,9 @@ def encode_latents(
             for number, indices in blocks_of(len(pictures), rank, world):
                 if not block_path(staged, split, number).with_suffix(".json").exists():
                     flip = image.flip and split == "train"
-                    write_block(staged, split, number, _encode(autoencoder, pictures, image, indices, flip, batch_size))
+                    write_block(
+                        staged, split, number, _encode(autoencoder, pictures, image, indices, flip, batch_size, workers)
+                    )
                 bar.update(min(total - bar.n, len(indices) * world))
     barrier()
     if claim is not None:
@@ -192,6 +200,7 @@ def latents_of(
     processes: Accelerator | PartialState,
     *,
     batch_size: int,
+    workers: int = 4,
     dry_run: bool = False,
 ) -> Latents:
     """The latents in the cache `folder`, which is made if it is missing; on the device where they fit. A cache of something
@@ -203,7 +212,7 @@ def latents_of(
     counts = {"train": len(train_set)} | ({"held_out": len(held_out)} if held_out is not None else {})
     if dry_run and not folder.exists():
         train_set.prepare(ImageConfig(size=image.size, channels=image.channels))
-        block = _encode(autoencoder, train_set, image, range(min(BLOCK, len(train_set))), image.flip, batch_size)
+        block = _encode(autoencoder, train_set, image, range(min(BLOCK, len(train_set))), image.flip, batch_size, workers)
         sets = {split: LatentSet([block] * -(-count // BLOCK), device) for split, count in counts.items()}
         return Latents(autoencoder, contract | _statistics(autoencoder, [sums_of(block)]), sets)
     if not folder.exists():
@@ -214,6 +223,7 @@ def latents_of(
             image,
             folder,
             batch_size=batch_size,
+            workers=workers,
             rank=processes.process_index,
             world=processes.num_processes,
             barrier=processes.wait_for_everyone,
