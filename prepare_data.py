@@ -37,6 +37,8 @@ class ToEncode(DataOnly):
     """And the part of those two that says what to encode."""
 
     autoencoder: str
+    latents: str | None = None
+    encode_batch_size: int = 16
     held_out: HeldOut = 0.0
     image: ImageConfig
 
@@ -64,7 +66,7 @@ def arguments() -> argparse.Namespace:
     encoding.add_argument("run", help="a run of train_vae.py, whose pictures are meant, or a config .json of train_ldm.py")
     encoding.add_argument("--size", type=int, help="pixels, where the run was trained at several sizes")
     encoding.add_argument("--out", help="the cache's folder (default: in the autoencoder's run)")
-    encoding.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    encoding.add_argument("--batch-size", type=int, help="pictures at a time (default 16)")
     return parser.parse_args()
 
 
@@ -116,7 +118,8 @@ def latents(args: argparse.Namespace) -> None:
     state, device = start_sampling()
     path = Path(args.run)
     raw = read_json(path if path.suffix == ".json" else path / "config.json")
-    named = {key: raw[key] for key in ("data", "held_out", "image", "autoencoder") if key in raw}
+    keys = ("data", "held_out", "image", "autoencoder", "latents", "encode_batch_size")
+    named = {key: raw[key] for key in keys if key in raw}
     if not {"data", "image"} <= set(named) or (path.suffix == ".json" and "autoencoder" not in named):
         raise UserError(f"{path} is neither a run of train_vae.py nor a config of train_ldm.py")
     spec = validate(ToEncode, {"autoencoder": args.run, **named}, origin=args.run)
@@ -124,8 +127,9 @@ def latents(args: argparse.Namespace) -> None:
     train_set, held_out = open_data(spec.data, spec.held_out)
     autoencoder = open_autoencoder(spec.autoencoder, device)
     otherwise = Path("runs") / str(raw.get("name", "latents"))
-    folder = Path(args.out) if args.out else cache_folder(autoencoder, image, train_set, held_out, otherwise)
-    found = latents_of(autoencoder, train_set, held_out, image, folder, state, batch_size=args.batch_size)
+    named_folder, batch = args.out or spec.latents, args.batch_size or spec.encode_batch_size
+    folder = Path(named_folder) if named_folder else cache_folder(autoencoder, image, train_set, held_out, otherwise)
+    found = latents_of(autoencoder, train_set, held_out, image, folder, state, batch_size=batch)
     if state.is_main_process:
         told = ", ".join(f"{mean:.2f} +- {std:.2f}" for mean, std in zip(found.facts["mean"], found.facts["std"], strict=True))
         print(f"{folder}: latents of {len(train_set)} pictures, {'x'.join(map(str, found.facts['shape']))}; channels {told}")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pydantic
 import torch
 
-from src.config import Length, config, free, load, run_script, to_steps, training_arguments, wrong
+from src.config import Length, config, free, load, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, open_data
-from src.diffusion import ProcessConfig, build_process
+from src.diffusion import TrainableProcess, build_process
 from src.models import UNetConfig
 from src.sampling.autoencoder import autoencoder_for
 from src.sampling.latents import cache_folder, latents_of
@@ -51,7 +51,7 @@ class Config(MachineConfig):
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     balance_classes: bool = False
-    process: ProcessConfig
+    process: TrainableProcess
     model: UNetConfig
     optimizer: OptimizerConfig
     steps: Length
@@ -63,13 +63,6 @@ class Config(MachineConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     max_nonfinite_steps: int = free(10, ge=1)
-
-    @pydantic.field_validator("process")
-    @classmethod
-    def _trainable(cls, process: ProcessConfig) -> ProcessConfig:
-        if process.variance == "learned":
-            raise wrong("variance: 'learned' cannot be trained here (it is for imported networks); use small or large")
-        return process
 
 
 def main() -> int:

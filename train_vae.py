@@ -20,7 +20,7 @@ from src.models.layers import channels_last
 from src.sampling.autoencoder import start_from
 from src.sampling.preview import first_pictures, pictures_of
 from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
-from src.training.adversary import AdaptiveWeight, Guard, GuardConfig
+from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
 from src.training.checkpoint import CheckpointConfig
 from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig
@@ -195,7 +195,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             update(optimizer, rate_at(step), norm + judge_norm)
             if adversary is not None:
                 update(judge_optimizer, judge_rate_at(step), norm + judge_norm)
-                adaptive.update(counts)
+            adaptive.update(counts)
             if codes is not None:
                 codes.update(accelerator, counts)
             session.count(counts)
@@ -214,12 +214,12 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             healthy, seen = True, {}
             if session.now("preview"):
                 seen = look(sheet=session.run.samples / f"step_{session.step:08d}.png")
-                seen |= network.codebook.usage() if network.codebook is not None else {}
                 values |= {f"{where}_{name}": value for name, value in seen.items()}
+                values |= network.codebook.usage() if network.codebook is not None else {}
                 told = "lpips" if perceptual is not None else "l1"
                 best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
-                healthy = adversary is None or guard.watch(cfg.guard, session.step, seen["l1"])
-                for line in troubled_channels(seen):
+                healthy = guard.watch(cfg.guard, session.step, seen["l1"]) or adversary is None
+                for line in troubled_channels(seen) + won(values):
                     session.run.say(f"warning: step {session.step}: {line}")
             session.report(values)
             if not healthy:

@@ -66,6 +66,9 @@ AUTOENCODER = Job(
         ],
     ),
 )
+LATENTS = Job(
+    "train_ldm.py", "configs/smoke/ldm.json", settings(steps=80, checkpoint__every=4, log__every=1, preview__every=40)
+)
 CODEBOOK = Job(
     AUTOENCODER.script,
     AUTOENCODER.config,
@@ -134,11 +137,15 @@ def same_end(one: Path, other: Path) -> None:
         assert left.keys() == right.keys()
         for key in left:
             assert torch.equal(left[key], right[key]), f"{name} {key}"
+    left, right = (json.loads((end / "progress.json").read_text()) for end in ends)
+    assert left.get("adaptive_weight") == right.get("adaptive_weight") and left.get("tanh") == right.get("tanh")
+    assert {**left.get("guard", {}), "best": 0} == {**right.get("guard", {}), "best": 0}  # its best is a sum over ranks
     for left, right in zip(metrics(one), metrics(other), strict=True):
         for name in (
             "step",
             "loss",
             "held_out_loss",
+            "held_out_l1",
         ):  # what is only logged is summed in another order by two processes
             assert (name in left) == (name in right)
             assert name not in left or left[name] == pytest.approx(right[name], rel=1e-5)

@@ -100,7 +100,7 @@ def test_a_codebook_in_bf16_is_killed_and_resumed_on_two(tmp_path: Path) -> None
     whole = train_vae(tmp_path / "whole", stages=stages, **sets)
     assert whole.status == 0, whole.all
     last = metrics(tmp_path / "whole")[-1]
-    assert 1 < last["held_out_code_perplexity"] <= 24 and 0 < last["held_out_codes_used"] <= 1 and last["commitment"] > 0
+    assert 1 < last["code_perplexity"] <= 24 and 0 < last["codes_used"] <= 1 and last["commitment"] > 0
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     for path in ("step_00000012", "step_00000014"):
         shutil.rmtree(tmp_path / "again" / "checkpoints" / path)
@@ -122,19 +122,20 @@ def test_an_autoencoder_is_killed_and_resumed_on_two(tmp_path: Path) -> None:
 
 
 def test_the_guard_goes_back_and_recovers_from_a_destroying_discriminator(tmp_path: Path) -> None:
-    stages = [{"steps": 20}, {"steps": 24, "adversarial": {"weight": 3000.0}, "tanh": True, "lr": 5e-3}]
+    late = {"weight": 3000.0, "start_step": 9}  # the previews before it are what it is held against
+    stages = [{"steps": 20}, {"steps": 32, "adversarial": late, "tanh": True, "lr": 5e-3}]
     guard = {"worse_factor": 1.3, "rollback": True, "shrink": 1e-6, "max_rollbacks": 2}
     sets = {"stages": stages, "preview__every": 4, "checkpoint__every": 50, "optimizer__schedule": {"kind": "constant"}}
     alone = train_vae(tmp_path / "alone", guard={**guard, "rollback": False}, **sets)
     assert alone.status == 0 and "the adversary is too strong; lower its weight, or set guard.rollback" in alone.out, alone.all
     done = train_vae(tmp_path / "run", guard=guard, **sets)
-    assert done.status == 0 and "going back to step 20, with 1e-06 times the adversary's weight" in done.out, done.all
-    assert "going on at step 20 of 44" in done.out
-    progress = read_json(tmp_path / "run" / "checkpoints" / "step_00000044" / "progress.json")
+    assert done.status == 0 and "going back to step 28, with 1e-06 times the adversary's weight" in done.out, done.all
+    assert "going on at step 28 of 52" in done.out
+    progress = read_json(tmp_path / "run" / "checkpoints" / "step_00000052" / "progress.json")
     assert progress["guard"]["rollbacks"] == 1
     before, spoilt, recovered = (
         next(line["held_out_l1"] for line in metrics(tmp_path / run) if line["step"] == step)
-        for run, step in (("run", 20), ("alone", 44), ("run", 44))
+        for run, step in (("run", 28), ("alone", 52), ("run", 52))
     )
     assert spoilt > 1.3 * before and recovered < 1.1 * before
     assert [line["step"] for line in metrics(tmp_path / "run")] == sorted({line["step"] for line in metrics(tmp_path / "run")})

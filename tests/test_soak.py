@@ -6,14 +6,18 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
 
 from src.config import read_json
 from src.training.checkpoint import newest
 from tests import kills
-from tests.conftest import ROOT, SMOKE, command, environment, launch
+from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics
 
 pytestmark = pytest.mark.soak
 
@@ -126,3 +130,44 @@ def test_three_processes_go_on_to_the_bit(tmp_path: Path) -> None:
             assert done.status == 0 and "= 3 x cpu x 1 x 4" in done.out, done.all
         ends.append(load_file(run / "checkpoints" / "step_00000024" / "model.safetensors"))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_of_latent_diffusion(vae_run: Path, tmp_path: Path, processes: int) -> None:
+    rng, whole, run = random.Random(processes), tmp_path / "whole", tmp_path / "run"
+    named = kills.settings(autoencoder=str(vae_run), latents=str(tmp_path / "cache"))
+    job = kills.Job(kills.LATENTS.script, kills.LATENTS.config, (*kills.LATENTS.more, *named))
+    assert launch(*job.arguments(whole)).status == 0
+    hits: list[str] = []
+    while len(hits) < 8 or hits.count("inside") < 2:
+        hit = kills.start_and_kill(run, processes, rng, inside_save=len(hits) % 3 == 0, job=job)
+        if hit != "ended":
+            hits.append(hit)
+        else:
+            kills.same_end(whole, run)
+            shutil.rmtree(run)
+    done = launch(*job.arguments(run), processes=processes)
+    assert done.status == 0, done.all
+    kills.same_end(whole, run)
+
+
+def test_the_demos_digits_are_read_by_a_classifier(tmp_path: Path) -> None:
+    """An SVC fitted on scikit-learn's digits reads at least 90 % of what the demo draws as its label."""
+    quick = ["--set", "log.trackers=[]"]
+    for script, config, run, more in (
+        ("train_vae.py", "digits_vae", "vae", quick),
+        ("train_ldm.py", "digits_ldm", "ldm", [*quick, "--set", f"autoencoder={tmp_path / 'vae'}"]),
+    ):
+        done = launch(script, "-cfg", f"configs/{config}.json", "--run-dir", tmp_path / run, *more, timeout=1200)
+        assert done.status == 0, done.all
+    assert metrics(tmp_path / "vae")[-1]["held_out_psnr"] > 26
+    done = launch(
+        "sample.py", tmp_path / "ldm", "--classes", "0/1/2/3/4/5/6/7/8/9", "--num-samples", "100", "--batch-size", "100",
+        "--steps", "25", "--guidance", "2", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.status == 0, done.all
+    digits = load_digits()
+    reader = SVC(gamma=0.001).fit(digits.data, digits.target)
+    drawn = [Image.open(tmp_path / "out" / f"{i:05d}.png").resize((8, 8), Image.Resampling.BOX) for i in range(100)]
+    read = reader.predict(np.stack([np.asarray(image).flatten() / 255 * 16 for image in drawn]))
+    assert (read == np.repeat(np.arange(10), 10)).mean() >= 0.9

@@ -30,7 +30,7 @@ WORDS = {
 
 def differs(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[str]:
     """In words, what a cache was made of that is not what `contract` says."""
-    return [WORDS[key] for key in WORDS if manifest.get(key) != contract[key]]
+    return [WORDS[key] for key in WORDS if manifest.get(key) != contract.get(key)]
 
 
 def cache_sums(folder: Path, pictures: int) -> list[dict[str, Any]]:
@@ -66,7 +66,10 @@ def write_block(folder: Path, split: str, number: int, moments: Moments) -> None
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)
-    staged.write_text(json.dumps(sums_of(moments)))
+    with open(staged, "w") as file:
+        json.dump(sums_of(moments), file)
+        file.flush()
+        os.fsync(file.fileno())
     staged.replace(path.with_suffix(".json"))
 
 

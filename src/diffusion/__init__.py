@@ -1,7 +1,7 @@
 """The mathematics of diffusion and blending; knows no network."""
 
 from .guidance import classifier_free, clip
-from .process import Denoiser, Losses, Prediction, Process, ProcessConfig, TimeInput, build_process, gain
+from .process import Denoiser, Losses, Prediction, Process, ProcessConfig, TimeInput, TrainableProcess, build_process, gain
 from .schedules import SPACINGS, BlendSchedule, Level, Schedule, TableSchedule, build_schedule, times
 from .solvers import DETERMINISTIC, SOLVERS, ancestral, ddim, dpmpp_2m, euler, heun, midpoint, rk4
 from .variance import log_variance, transitions
@@ -20,6 +20,7 @@ __all__ = [
     "Schedule",
     "TableSchedule",
     "TimeInput",
+    "TrainableProcess",
     "ancestral",
     "build_process",
     "build_schedule",

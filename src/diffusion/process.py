@@ -6,7 +6,7 @@ Every target is linear in the clean picture and the noise, y = p x0 + q eps, so 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import pydantic
 import torch
@@ -174,6 +174,15 @@ class ProcessConfig:
                 f"reading {self.target!r} on this schedule amplifies errors {largest:.0f} times; set clip to true, or use v"
             )
         return self
+
+
+def _trainable(spec: ProcessConfig) -> ProcessConfig:
+    if spec.variance == "learned":
+        raise wrong("variance: 'learned' cannot be trained here (it is for imported networks); use small or large")
+    return spec
+
+
+TrainableProcess = Annotated[ProcessConfig, pydantic.AfterValidator(_trainable)]
 
 
 def gain(process: Process, t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..config import UserError, read_json, validate
 from ..interop.diffusers import autoencoder_from_config, load_autoencoder
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
-from ..training.checkpoint import Documents, Tensors, damage, load_weights, read_tensors, write_folder
+from ..training.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Autoencoder:
 
     def keep(self, folder: Path) -> None:
         """Write those files, unless they are there, so that a latent run does not need the autoencoder's any more."""
-        if damage(folder) is not None:
+        if damage(folder) is not None or read_json(folder / "autoencoder_config.json")["digest"] != self.digest:
             write_folder(folder, *self.files())
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
@@ -76,6 +76,10 @@ class LatentCodec:
         """(B, D, h, w) normalised -> (B, C, H, W)."""
         own = next(self.network.parameters()).dtype
         return self.network.decode((latents * self.std.to(latents) + self.mean.to(latents)).to(own))
+
+
+def _step(folder: Path) -> int:
+    return read_json(folder / "progress.json")["step"]
 
 
 def build_vae(config: dict[str, Any], channels: int, *, tanh: bool, where: str) -> VAE:
@@ -146,6 +150,8 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     A UserError says what is missing, unfinished or of another kind.
     """
     path = Path(name).expanduser()
+    if any((path / known).exists() for known in ("model_index.json", "vae/config.json")):
+        return _of_diffusers(name, device)
     if (path / "config.json").exists() and "_class_name" in read_json(path / "config.json"):
         return _of_diffusers(name, device)
     if not path.exists():
@@ -155,7 +161,11 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     folder = path
     if not (path / "ema.safetensors").exists():
         folder = path / "final"
-        if damage(folder) is not None:
+        if not (path / "config.json").exists():
+            raise UserError(f"the autoencoder {name} is neither a run of train_vae.py nor a diffusers AutoencoderKL")
+        checkpoint, _ = newest(path / "checkpoints")
+        ahead = damage(folder) is None and checkpoint is not None and _step(checkpoint) > _step(folder)
+        if damage(folder) is not None or ahead:
             status = read_json(path / "status.json") if (path / "status.json").exists() else None
             at = f" (step {status['step']} of {status['steps']})" if status is not None else ""
             raise UserError(

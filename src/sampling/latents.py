@@ -137,6 +137,8 @@ def encode_latents(
     claim = None
     if rank == 0:
         claim = _claim(folder)
+        if folder.exists():
+            raise UserError(f"the latent cache {folder} was made by another process meanwhile; run the same command again")
         request = staged / "request.json"
         if not request.exists() or json.loads(request.read_text()) != contract:
             shutil.rmtree(staged, ignore_errors=True)

@@ -125,20 +125,20 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     """Put the EMA weights of the diffusion run `name` into networks of the same architecture; where its classes are others,
     all but the embedding of the labels. Gives what was done, in words."""
     found = open_trained(name, torch.device("cpu"))
-    weights = found.network.state_dict()
-    same = found.class_names == tuple(class_names) or found.num_classes is None
+    weights, key = found.network.state_dict(), "label_embedding.weight"
+    own = networks[0].state_dict()
+    same = found.class_names == tuple(class_names) and key in weights
+    told = f"starting from the weights of {name} (step {found.step})"
+    if key in own and not same:
+        told += "; its classes are others, so the label embedding is new"
+    elif key in weights and key not in own:
+        told += "; without its label embedding, since this run learns no classes"
+    if key not in own or not same:
+        weights = {name: value for name, value in weights.items() if name != key}
     for network in networks:
-        own = network.state_dict()
-        embedding = {key: value for key, value in own.items() if key.startswith("label_embedding")}
-        taken = (
-            weights
-            if same and embedding.keys() <= weights.keys()
-            else {key: value for key, value in weights.items() if not key.startswith("label_embedding")} | embedding
-        )
-        load_weights(network, taken, Path(name))
-    if same:
-        return f"starting from the weights of {name} (step {found.step})"
-    return f"starting from the weights of {name} (step {found.step}); its classes are others, so the label embedding is new"
+        mine = network.state_dict()
+        load_weights(network, weights if same or key not in mine else {**weights, key: mine[key]}, Path(name))
+    return told
 
 
 def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -198,6 +198,8 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
     if "latents" in data:
         facts = data["latents"]
         autoencoder = kept_autoencoder(folder, device)
+        if autoencoder.digest != facts["autoencoder"]:
+            raise UserError(f"{path}: the autoencoder beside it is another than the one it was trained on")
         shape = tuple(facts["shape"])
         latent = {
             "codec": LatentCodec(autoencoder.network, facts["mean"], facts["std"]),

@@ -61,6 +61,8 @@ def preview(
     else:
         size = f"{columns}x{-(-count // columns)}"
         safe = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in class_names]
+        if len(set(safe)) < n:
+            safe = [f"{i}_{name}" for i, name in enumerate(safe)]
         sheets = [(stem / f"sample_{safe[i]}_{size}.png", [i] * count) for i in range(n)]
     for path, labels in sheets:
         drawn = _draw(sampler, count, spec.batch_size, labels, session.accelerator)

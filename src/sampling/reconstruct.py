@@ -22,7 +22,7 @@ class ReconstructConfig:
     """Every `every` steps and at the end of a stage: a sheet of `num_samples` held-out pictures (of training pictures where
     none are held out), and numbers over up to `num_measured` of them."""
 
-    every: Length | None = free(None)
+    every: Length | None = None  # not free to change on the way: the guard decides by what it sees here
     num_samples: int = free(8, ge=1)
     num_measured: int = pydantic.Field(512, ge=1)
 

@@ -31,7 +31,8 @@ class AdaptiveWeight:
 
     def update(self, counts: Tensor) -> None:
         """All micro-batches are measured: the next step's value, unless `counts` () bool says that this step did not."""
-        if self._sums is None:
+        if self._sums is None:  # nothing was measured: what was known is of another stage
+            self.value = torch.zeros_like(self.value)
             return
         sums = self.accelerator.reduce(self._sums)
         assert isinstance(sums, Tensor)
@@ -39,6 +40,19 @@ class AdaptiveWeight:
         ratio = (ours / theirs.clamp(min=1e-12)).clamp(max=self.most)
         self.value = torch.where(counts & torch.isfinite(ratio), ratio, self.value)
         self._sums = None
+
+
+def won(values: dict[str, float]) -> list[str]:
+    """In words, that one of the two adversaries has won, by what was logged."""
+    found = []
+    if values.get("discriminator_accuracy", 0.5) > 0.98:
+        found.append(
+            f"the discriminator has won (accuracy {values['discriminator_accuracy']:.3f}), so its verdict says nothing; lower "
+            "discriminator_optimizer.lr, or start it later"
+        )
+    if values.get("adaptive_weight", 0.0) >= 1e4:
+        found.append("the adaptive weight is at its limit: the discriminator's gradient is as good as 0")
+    return found
 
 
 @config

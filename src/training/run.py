@@ -135,7 +135,7 @@ class RunDirectory:
                 "give another --run-dir"
             )
         if before.get("latents") != facts.get("latents"):
-            found = differs(before.get("latents") or {}, facts["latents"]) or ["another cache, made anew"]
+            found = differs(before.get("latents") or {}, facts.get("latents") or {}) or ["another cache, made anew"]
             raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 
@@ -214,7 +214,8 @@ class RunDirectory:
             line = f"step {step}/{steps} " + " ".join(
                 f"{name} {value:.4g}" for name, value in values.items() if "latent_" not in name
             )
-            (self._note if clock.bar_shown else self.say)(line)
+            seldom = any(name.startswith(("held_out", "train_")) for name in values)
+            (self._note if clock.bar_shown and not seldom else self.say)(line)
 
     def save(self, tensors: Tensors, documents: dict[str, Any], spec: CheckpointConfig) -> None:
         """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept."""

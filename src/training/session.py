@@ -202,16 +202,19 @@ class Session:
         return self._end_run("finished", message, 0)
 
     def roll_back(self, step: int | None, **progress: Any) -> int:
-        """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up; gives AGAIN."""
+        """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up; gives AGAIN, or 1 where
+        a stop was asked for."""
         if self.run.writes and step is not None:
             checkpoint.roll_back(self.run.checkpoints, step, progress)
         self.clock.close()
+        if self.gate.stop:
+            self.run.say("stopped after going back; to go on, run the same command again")
         self.run.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
-        return AGAIN
+        return 1 if self.gate.stop else AGAIN
 
     def _end_run(self, state: str, message: str, status: int) -> int:
         self.clock.close()

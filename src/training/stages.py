@@ -33,7 +33,8 @@ class PerceptualTerm:
 
 @config
 class StageConfig:
-    """One stage. What is left out is as at the top of the config; `tanh`, once on, stays on in the stages that follow."""
+    """One stage. What is left out is as at the top of the config, but that a stage with its own `batch_size` has its own
+    `micro_batch_size` too (all of it at once without one); `tanh`, once on, stays on in the stages that follow."""
 
     steps: Length
     image_size: int | None = pydantic.Field(None, ge=2, le=4096)
