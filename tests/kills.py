@@ -115,7 +115,7 @@ def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save
             steps = re.findall(r" step (\d+)/", log)
             if steps:
                 first, waited = int(steps[0]), time.monotonic() + rng.uniform(0, 2.0)
-        elif saving(run) if inside_save else time.monotonic() > waited:
+        elif time.monotonic() > waited and (saving(run) or not inside_save):
             kill_all(process)
             break
         time.sleep(0.001)

@@ -56,7 +56,7 @@ def test_kills_across_the_stages_of_an_autoencoder(tmp_path: Path, job: kills.Jo
     assert launch(*job.arguments(whole)).status == 0
     hits: list[str] = []
     stages: set[int] = set()
-    while len(hits) < 10 or hits.count("inside") < 3:
+    while len(hits) < 10 or hits.count("inside") < 3 or len(stages) < 3:
         hit = kills.start_and_kill(run, processes, rng, inside_save=len(hits) % 3 == 0, job=job)
         found, _ = newest(run / "checkpoints")
         stages |= {read_json(found / "progress.json")["guard"]["stage"]} if found is not None else set()
@@ -68,7 +68,6 @@ def test_kills_across_the_stages_of_an_autoencoder(tmp_path: Path, job: kills.Jo
     done = launch(*job.arguments(run), processes=processes)
     assert done.status == 0, done.all
     kills.same_end(whole, run)
-    assert len(stages) >= 3, "killed in several stages"
     print(f"{processes} process(es): {len(hits)} kills, {hits.count('inside')} inside a save, in stages {sorted(stages)}")
 
 

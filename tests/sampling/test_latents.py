@@ -1,0 +1,153 @@
+"""The latent cache and the codec: what is stored, normalised, refused; the sheet and the words for troubled channels."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from src.config import UserError
+from src.data import ImageConfig, open_sources
+from src.data import latents as cache
+from src.data.sources import ShapesSource
+from src.models import VAE, VAEConfig
+from src.sampling.autoencoder import Autoencoder, LatentCodec
+from src.sampling.latents import latents_of
+from src.sampling.preview import pictures_of
+from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
+from src.training.stream import latent_stream, split_batch, to_network
+from tests.conftest import randomise
+
+CPU = torch.device("cpu")
+IMAGE = ImageConfig(size=16, flip=True)
+
+
+def autoencoder(**more: Any) -> Autoencoder:
+    network = randomise(VAE(VAEConfig(widths=(8, 16), blocks=1), 3)).eval().requires_grad_(False)
+    return Autoencoder(
+        network=network, path="somewhere", document={}, digest="d", channels=3, latent_channels=4, factor=2, **more
+    )
+
+
+@pytest.fixture
+def shapes() -> Any:
+    return open_sources(ShapesSource(source="shapes", count=40, size=16))
+
+
+def test_a_cache_holds_the_moments_of_pictures_and_their_mirror_images(tmp_path: Path, shapes: Any) -> None:
+    found = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
+    indices, mirrored = np.array([3, 39, 0]), np.array([False, True, True])
+    moments = found.train.moments(indices, mirrored)
+    pixels = torch.from_numpy(shapes.batch(indices, ImageConfig(size=16), np.full((3, 3), 0.5)))
+    images = to_network(pixels, CPU)
+    images[1:] = images[1:].flip(3)
+    mean, logvar = autoencoder().network.moments(images)
+    torch.testing.assert_close(moments, torch.stack([mean, logvar], dim=1), rtol=1e-4, atol=1e-5)
+    z = found.draw(moments, torch.zeros_like(mean))
+    torch.testing.assert_close(z, found.codec.encode(images), rtol=1e-3, atol=1e-4)
+    low, high = (torch.tensor(found.facts[key])[:, None, None] for key in ("low", "high"))
+    assert (z >= low - 1e-3).all() and (z <= high + 1e-3).all()
+
+
+def test_in_memory_and_from_the_file_are_the_same_and_batches_follow_positions(tmp_path: Path, shapes: Any) -> None:
+    found = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=8)
+    mapped = cache.LatentSet(found.train.blocks, CPU)
+    assert found.train.resident and not mapped.resident and len(mapped) == 40 and mapped.bytes == 40 * 2 * 2 * 4 * 64 * 4
+    split = split_batch(8, 4, rank=0, world=1)
+
+    def batches(latents: Any, start: int) -> Any:
+        return latent_stream(latents, shapes.labels, split, seed=2, balanced=False, flip=True, start_step=start)
+
+    one, two, late = batches(found.train, 0), batches(mapped, 0), batches(found.train, 3)
+    seen = [next(one) for _ in range(10)]
+    for micro in seen:
+        other = next(two)
+        assert torch.equal(micro.images, other.images) and torch.equal(micro.labels, other.labels)
+    assert torch.equal(next(late).images, seen[6].images), "step 3 begins with the seventh micro-batch"
+    assert sorted(int(label) for micro in seen for label in micro.labels) == sorted(shapes.labels.tolist()), "one epoch"
+
+
+def test_statistics_by_the_law_of_total_variance() -> None:
+    rng = np.random.default_rng(0)
+    blocks = [rng.standard_normal((n, 1, 2, 3, 2, 2)).astype(np.float32) for n in (5, 9)]
+    found = cache.statistics([cache.sums_of(block) for block in blocks])
+    everything = np.concatenate(blocks).astype(np.float64)
+    mean, logvar = everything[:, :, 0], everything[:, :, 1]
+    np.testing.assert_allclose(found["mean"], mean.mean((0, 1, 3, 4)))
+    variance = mean.var((0, 1, 3, 4)) + np.exp(logvar).mean((0, 1, 3, 4))
+    np.testing.assert_allclose(found["std"], np.sqrt(variance))
+    assert found["low"] == mean.min((0, 1, 3, 4)).tolist() and found["high"] == mean.max((0, 1, 3, 4)).tolist()
+
+
+def test_differences_in_words() -> None:
+    contract = {"autoencoder": "a", "pictures": "p", "held_out": None, "image": {"size": 16}}
+    assert cache.differs(contract, contract) == []
+    assert cache.differs({**contract, "autoencoder": "b", "image": {"size": 8}}, contract) == [
+        "another autoencoder", "another image (size, channels or flip)",
+    ]  # fmt: skip
+    assert [number for number, _ in cache.blocks_of(1000, 1, 2)] == [1, 3]
+    assert [len(indices) for _, indices in cache.blocks_of(1000, 0, 1)] == [256, 256, 256, 232]
+
+
+def test_a_codec_goes_there_and_back() -> None:
+    own = autoencoder()
+    codec = LatentCodec(own.network, [1.0, 0.0, -2.0, 0.5], [2.0, 1.0, 0.5, 4.0])
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean = own.network.moments(images)[0]
+    torch.testing.assert_close(codec.decode(codec.encode(images)), own.network.decode(mean), rtol=1e-4, atol=1e-5)
+    assert float(codec.normalise(torch.tensor([3.0, 1, -1, 0.5])[:, None, None].expand(1, 4, 1, 1))[0, 0]) == 1.0
+
+
+def test_pictures_that_an_autoencoder_was_not_made_for() -> None:
+    assert autoencoder(sizes=(16, 32)).latent_shape(3, 32) == (4, 16, 16)
+    for channels, size, said in (
+        (1, 16, "has 3; set image.channels"),
+        (3, 17, "not divisible by 2"),
+        (3, 64, "at 16 and 32 px"),
+    ):
+        with pytest.raises(UserError, match=said):
+            autoencoder(sizes=(16, 32)).latent_shape(channels, size)
+
+
+def test_reconstruction_is_measured_and_shown(tmp_path: Path, shapes: Any) -> None:
+    class Same(torch.nn.Module):
+        """An autoencoder that gives back what it was given, a little brighter."""
+
+        spec = VAEConfig(widths=(8,), latent_channels=3)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return images, None
+
+        def decode(self, z: torch.Tensor) -> torch.Tensor:
+            return z * 0.5 + 2 / 127.5
+
+    sheet = tmp_path / "sheet.png"
+    values = reconstruct(
+        Same(), pictures_of(shapes, IMAGE), ReconstructConfig(num_samples=5), Accelerator(cpu=True), batch_size=16, sheet=sheet
+    )
+    images = pictures_of(shapes, IMAGE).load(np.arange(40))
+    drawn = images * 0.5 + 2 / 127.5
+    assert values["l1"] == pytest.approx(float((drawn - images).abs().mean()), rel=1e-5)
+    mse = (drawn - images).square().flatten(1).mean(1)
+    assert values["psnr"] == pytest.approx(float((10 * torch.log10(4 / mse)).mean()), rel=1e-4)
+    drift = (drawn - images).mean((0, 2, 3)) * 127.5
+    assert values["colour_drift"] == pytest.approx(float(max(drift, key=abs)), rel=1e-4)
+    assert values["latent_std_1"] == pytest.approx(float(images[:, 1].double().std(correction=0)), rel=1e-4)
+    with Image.open(sheet) as picture:
+        assert picture.width == 4 + 5 * 68, "five columns"
+
+
+def test_channels_in_trouble_are_named() -> None:
+    healthy = {"latent_mean_0": 0.1, "latent_std_0": 1.0}
+    assert troubled_channels(healthy) == []
+    said = troubled_channels(
+        healthy | {"latent_mean_1": 0.0, "latent_std_1": 1e-3, "latent_mean_2": 500.0, "latent_std_2": 3.0}
+    )
+    assert len(said) == 2 and "latent channel 1 is dead" in said[0] and "latent channel 2 explodes" in said[1]

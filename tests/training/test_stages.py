@@ -1,0 +1,150 @@
+"""The autoencoder's stages, its adversary's weight, the guard, a codebook's step."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from src.config import validate
+from src.data import ImageConfig
+from src.diffusion import ProcessConfig, build_process
+from src.models import DiscriminatorConfig, VAEConfig
+from src.models.vae import Codebook, Reconstruction, VQBottleneck
+from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
+from src.training.codebook import CodebookStep
+from src.training.draws import Draws
+from src.training.optimizer import OptimizerConfig
+from src.training.stages import StageConfig, plan_stages, warnings
+from src.training.stream import MicroBatch, split_batch
+
+
+def stages(*raw: dict[str, Any]) -> tuple[StageConfig, ...]:
+    return tuple(validate(StageConfig, entry) for entry in raw)
+
+
+def config_of(*raw: dict[str, Any]) -> Any:
+    return SimpleNamespace(
+        stages=stages(*raw),
+        image=ImageConfig(size=32),
+        model=VAEConfig(widths=(8, 16), blocks=1),
+        discriminator=DiscriminatorConfig(base_channels=8, layers=2),
+        batch_size=8,
+        micro_batch_size=4,
+    )
+
+
+def test_stages_follow_each_other_in_steps_and_images() -> None:
+    late = {"weight": 0.5, "start_step": {"epochs": 0.5}}
+    cfg = config_of(
+        {"steps": {"epochs": 1}, "adversarial": late}, {"steps": 5, "image_size": 64, "batch_size": 2}, {"steps": 3}
+    )
+    first, second, third = plan_stages(cfg, 100, rank=0, world=1)
+    assert (first.first, first.end, first.judged_from) == (0, 13, 7), "13 steps of 8 are an epoch of 100"
+    assert (second.first, second.end, second.split.images_before, second.split.micro) == (13, 18, 104, 2)
+    assert (third.split.images_before, third.split.images_at(19), third.image.size) == (114, 122, 32)
+    assert second.split.positions(14, 0) == range(106, 108) and second.split.of_step(0) == slice(0, 2)
+    assert first.adversary_at(6) is None and first.adversary_at(7) is first.config.adversarial
+    assert first.adversary_at(0, always=True) is not None and second.adversary_at(13, always=True) is None
+    assert "stage 2 of 3: steps 13 to 18, 64 px, l1 + 0.0001 KL" in second.describe(3)
+
+
+def test_rates_start_anew_in_each_stage() -> None:
+    spec = validate(OptimizerConfig, {"lr": 0.1, "schedule": {"kind": "one_cycle"}})
+    cfg = config_of(
+        {"steps": 10, "adversarial": {"start_step": 4}}, {"steps": 10, "lr": 0.01, "schedule": {"kind": "constant"}}
+    )
+    first, second = plan_stages(cfg, 100, rank=0, world=1)
+    assert first.rate(spec)(0) == pytest.approx(0.1 / 25) and max(first.rate(spec)(step) for step in range(10)) > 0.09
+    assert second.rate(spec)(10) == second.rate(spec)(19) == 0.01
+    assert first.adversary_rate(spec)(4) == pytest.approx(0.1 / 25), "the discriminator's starts where it does"
+
+
+def test_what_is_seldom_wanted_is_said() -> None:
+    said = warnings(stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), from_scratch=True)
+    assert len(said) == 1 and "leaves blobs" in said[0], "tanh stays on, so the second stage is in order"
+    assert warnings(stages({"steps": 1, "tanh": True}), from_scratch=False) == []
+    assert "perceptual without tanh" in warnings(stages({"steps": 1, "perceptual": {}}), from_scratch=True)[0]
+
+
+def test_the_adaptive_weight_is_the_ratio_of_gradients_of_the_whole_batch() -> None:
+    last = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    adaptive = AdaptiveWeight(last, Accelerator(cpu=True))
+    assert adaptive.value == 0
+    for x in (1.0, 2.0):  # two micro-batches: gradients 3 (1, 1) and 3 (0.5, 0)
+        adaptive.measure((x * last).sum(), 0.5 * x * last[0])
+    assert adaptive.value == 0, "it holds from the next step on"
+    adaptive.update(torch.tensor(True))
+    assert float(adaptive.value) == pytest.approx(2**0.5 / 0.5)
+    adaptive.measure((9 * last).sum(), last[0])
+    adaptive.update(torch.tensor(False))
+    assert float(adaptive.value) == pytest.approx(2**0.5 / 0.5), "a step that did not count changes nothing"
+    adaptive.measure(last.sum(), 0 * last[0])
+    adaptive.update(torch.tensor(True))
+    assert float(adaptive.value) == 1e4, "bounded"
+    adaptive.update(torch.tensor(True))
+    assert adaptive.value == 0, "and forgotten when a step has no adversary"
+
+
+def test_the_guard_holds_reconstruction_against_the_stages_best() -> None:
+    spec, guard = GuardConfig(worse_factor=1.5, rollback=True, max_rollbacks=1), Guard()
+    assert guard.enter(1) and not guard.enter(1)
+    assert guard.watch(spec, 0, 0.4) and guard.healthy_step is None
+    assert guard.watch(spec, 10, 0.2) and guard.watch(spec, 20, 0.29) and not guard.watch(spec, 30, 0.31)
+    assert (guard.best, guard.healthy_step) == (0.2, 20) and guard.rolls_back(spec)
+    assert not guard.watch(spec, 40, float("nan"))
+    assert "1.55 times" in guard.explain(spec, 30, 0.31, {}) and "going back to step 20, with 0.25 times" in guard.explain(
+        spec, 30, 0.31, {}
+    )
+    again = Guard.load(guard.saved())
+    assert again == guard and Guard.load(None) == Guard() == Guard.load(Guard().saved())
+    again.rollbacks = 1
+    assert not again.rolls_back(spec) and "rolled back 1 times already" in again.explain(spec, 30, 0.31, {})
+    assert guard.enter(2) and guard.best == float("inf") and not guard.rolls_back(spec)
+    assert "no checkpoint of this stage" in guard.explain(spec, 1, 0.5, {})
+
+
+def test_an_adversary_that_has_won_is_named() -> None:
+    assert won({"discriminator_accuracy": 0.7, "adaptive_weight": 3.0}) == [] == won({})
+    assert "has won (accuracy 0.990)" in won({"discriminator_accuracy": 0.99})[0]
+    assert "at its limit" in won({"adaptive_weight": 1e4})[0]
+
+
+def test_a_codebooks_step_is_the_same_however_the_batch_is_split() -> None:
+    torch.manual_seed(0)
+    mean, ends = torch.randn(8, 3, 2, 2), []
+    for parts in (1, 2, 4):
+        torch.manual_seed(1)
+        book = Codebook(VQBottleneck(kind="vq", codes=6), 3).double()
+        step = CodebookStep(book, mean.shape, 5, 0)
+        for i in range(parts):
+            here = slice(i * 8 // parts, (i + 1) * 8 // parts)
+            codes = book.nearest(mean[here].double())
+            vectors = step.watch(Reconstruction(mean[here], mean[here].double(), None, codes), here)
+            assert torch.equal(vectors, book.look_up(codes))
+        step.update(Accelerator(cpu=True), torch.tensor(True))
+        ends.append(book.codebook)
+    for other in ends[1:]:
+        torch.testing.assert_close(other, ends[0], rtol=0, atol=1e-12)
+
+
+def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
+    process = build_process(validate(ProcessConfig, {"schedule": {"kind": "cosine", "steps": 50}, "target": "v"}))
+    split = split_batch(64, 16, rank=0, world=2)
+
+    def draw(step: int, dropout: float = 0.25) -> Draws:
+        return Draws(
+            process, split, (1, 2, 2), seed=3, step=step, label_dropout=dropout, device=torch.device("cpu"), dtype=torch.float32
+        )
+
+    one, again, other = draw(7), draw(7), draw(8)
+    assert torch.equal(one.eps, again.eps) and torch.equal(one.t, again.t) and torch.equal(one.dropped, again.dropped)
+    assert not torch.equal(one.eps, other.eps) and one.eps.shape == (64, 1, 2, 2) and 0 < int(one.dropped.sum()) < 40
+    micro = MicroBatch(torch.zeros(16, 2, 2, 1), torch.tensor([0, 1, -1, 2] * 4), 0)
+    here = split.of_step(1)
+    assert one.condition(micro, here, None) == {}
+    labels = one.condition(micro, here, 5)["labels"]
+    null = one.dropped[here] | (micro.labels < 0)
+    assert torch.equal(labels == 5, null) and torch.equal(labels[~null], micro.labels[~null])
+    assert not draw(7, dropout=0.0).dropped.any() and draw(7, dropout=1.0).dropped.all()
