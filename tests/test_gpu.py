@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.data.latents import LatentSet
 from src.training.seeds import normal
 from tests.conftest import SMOKE, launch, metrics
 
@@ -37,3 +39,22 @@ def test_noise_on_the_device_is_a_function_of_its_words() -> None:
     one, two = (normal((1000,), 0, "noise", step, device=device, dtype=torch.float32) for step in (1, 2))
     assert torch.equal(one, normal((1000,), 0, "noise", 1, device=device, dtype=torch.float32))
     assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_latent_pipeline_learns_and_keeps_its_cache_on_the_device(tmp_path: Path, precision: str) -> None:
+    more = ["--set", f"mixed_precision={precision}"]
+    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "vae", *more)
+    assert done.status == 0 and "x cuda x" in done.out, done.all
+    lines = [line for line in metrics(tmp_path / "vae") if "held_out_l1" in line]
+    assert lines[-1]["held_out_l1"] < 0.8 * lines[0]["held_out_l1"]
+    named = ["--set", f"autoencoder={tmp_path / 'vae'}"]
+    done = launch("train_ldm.py", "-cfg", "configs/smoke/ldm.json", "--run-dir", tmp_path / "ldm", *named, *more)
+    assert done.status == 0 and "x cuda x" in done.out, done.all
+    assert metrics(tmp_path / "ldm")[-1]["loss"] < 0.95 * metrics(tmp_path / "ldm")[0]["loss"]
+    latents = LatentSet([torch.randn(5, 2, 2, 4, 8, 8).numpy()], torch.device("cuda"))
+    latents.settle()
+    indices, mirrored = np.array([4, 0]), np.array([True, False])
+    assert latents.resident and latents.moments(indices, mirrored).is_cuda
+    mapped = LatentSet(latents.blocks, torch.device("cuda"))
+    assert torch.equal(latents.moments(indices, mirrored), mapped.moments(indices, mirrored))
