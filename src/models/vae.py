@@ -249,7 +249,8 @@ class VAE(nn.Module):
         """(B, D, h, w) -> (B, C, H, W); a codebook's vectors are looked up first.
 
         A latent picture larger than `tile` is drawn in overlapping tiles that fade into each other, after the middle, where
-        attention looks at all of it: memory stays that of a tile and there are no seams.
+        attention looks at all of it: memory stays that of a tile and there are no seams. Group norms see a tile alone, so
+        contrast may differ a little from that of the whole drawn at once.
         """
         if self.codebook is not None:
             z = self.codebook.look_up(self.codebook.nearest(z)).to(z.dtype)

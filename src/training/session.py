@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..config import Span, dump
+from ..config import Span, UserError, dump
 from ..data import PictureSet
 from . import checkpoint
 from .checkpoint import Documents, Tensors
@@ -47,15 +47,22 @@ class Session:
         self.total_steps, self.dry_run = total_steps, dry_run
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process and not dry_run)
         self.step, self.progress = 0, {}
-        resumed = None if dry_run else agree(self.run.newest_checkpoint() if self.run.writes else None)
-        if resumed is not None:
-            self.progress = self.run.adopt_progress(resumed, facts)
-            self.step = self.progress["step"]
-            trained.load(resumed)
-        self.run.hold_config(cfg, resumed)
+        try:
+            self._resume()
+        except UserError:
+            self.run.close()
+            raise
         self.best: dict[str, float] | None = self.progress.get("best")
         self._cadences: dict[str, Cadence] = {}
         self._first, self._end, self._name = 0, total_steps, ""
+
+    def _resume(self) -> None:
+        resumed = None if self.dry_run else agree(self.run.newest_checkpoint() if self.run.writes else None)
+        if resumed is not None:
+            self.progress = self.run.adopt_progress(resumed, self.facts)
+            self.step = self.progress["step"]
+            self.trained.load(resumed)
+        self.run.hold_config(self.cfg, resumed)
 
     @property
     def finished(self) -> bool:
