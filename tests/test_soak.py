@@ -30,45 +30,40 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_twenty_kills(whole: Path, tmp_path: Path, processes: int) -> None:
-    rng, run, ends = random.Random(processes), tmp_path / "run", 0
-    hits: list[str] = []
-    while len(hits) < 20 or hits.count("inside") < 5:
-        hit = kills.start_and_kill(run, processes, rng, inside_save=len(hits) % 3 == 0)
+def kill_often(
+    job: kills.Job, whole: Path, run: Path, processes: int, *, kills_wanted: int, inside: int, stages: int = 0
+) -> None:
+    """Kill a run until it was hit so often, so often inside a save and in so many stages; every end is that of `whole`."""
+    rng, hits, seen = random.Random(processes), list[str](), set[int]()
+    while len(hits) < kills_wanted or hits.count("inside") < inside or len(seen) < stages:
+        hit = kills.start_and_kill(run, processes, rng, inside_save=len(hits) % 3 == 0, job=job)
+        found, _ = newest(run / "checkpoints")
+        if found is not None:
+            seen.add(read_json(found / "progress.json").get("guard", {}).get("stage", 0))
         if hit != "ended":
             hits.append(hit)
         else:  # it came to its end before it was hit: that end counts too, then anew
             kills.same_end(whole, run)
             shutil.rmtree(run)
-            ends += 1
-    done = launch(*kills.arguments(run), processes=processes)
+    done = launch(*job.arguments(run), processes=processes)
     assert done.status == 0, done.all
     kills.same_end(whole, run)
-    print(f"{processes} process(es): {len(hits)} kills, {hits.count('inside')} inside a save, {ends + 1} ends, all equal")
+    print(
+        f"{job.script}, {processes} process(es): {len(hits)} kills, {hits.count('inside')} inside a save, stages {sorted(seen)}"
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_twenty_kills(whole: Path, tmp_path: Path, processes: int) -> None:
+    kill_often(kills.PIXELS, whole, tmp_path / "run", processes, kills_wanted=20, inside=5)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("job", [kills.AUTOENCODER, kills.CODEBOOK], ids=["adversarial", "codebook"])
 def test_kills_across_the_stages_of_an_autoencoder(tmp_path: Path, job: kills.Job, processes: int) -> None:
     """With discriminator, adaptive weight, perceptual loss, and a codebook in one of the two."""
-    rng, whole, run = random.Random(processes), tmp_path / "whole", tmp_path / "run"
-    assert launch(*job.arguments(whole)).status == 0
-    hits: list[str] = []
-    stages: set[int] = set()
-    while len(hits) < 10 or hits.count("inside") < 3 or len(stages) < 3:
-        hit = kills.start_and_kill(run, processes, rng, inside_save=len(hits) % 3 == 0, job=job)
-        found, _ = newest(run / "checkpoints")
-        stages |= {read_json(found / "progress.json")["guard"]["stage"]} if found is not None else set()
-        if hit != "ended":
-            hits.append(hit)
-        else:
-            kills.same_end(whole, run)
-            shutil.rmtree(run)
-    done = launch(*job.arguments(run), processes=processes)
-    assert done.status == 0, done.all
-    kills.same_end(whole, run)
-    print(f"{processes} process(es): {len(hits)} kills, {hits.count('inside')} inside a save, in stages {sorted(stages)}")
+    assert launch(*job.arguments(tmp_path / "whole")).status == 0
+    kill_often(job, tmp_path / "whole", tmp_path / "run", processes, kills_wanted=10, inside=3, stages=3)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -133,21 +128,10 @@ def test_three_processes_go_on_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_of_latent_diffusion(vae_run: Path, tmp_path: Path, processes: int) -> None:
-    rng, whole, run = random.Random(processes), tmp_path / "whole", tmp_path / "run"
     named = kills.settings(autoencoder=str(vae_run), latents=str(tmp_path / "cache"))
     job = kills.Job(kills.LATENTS.script, kills.LATENTS.config, (*kills.LATENTS.more, *named))
-    assert launch(*job.arguments(whole)).status == 0
-    hits: list[str] = []
-    while len(hits) < 8 or hits.count("inside") < 2:
-        hit = kills.start_and_kill(run, processes, rng, inside_save=len(hits) % 3 == 0, job=job)
-        if hit != "ended":
-            hits.append(hit)
-        else:
-            kills.same_end(whole, run)
-            shutil.rmtree(run)
-    done = launch(*job.arguments(run), processes=processes)
-    assert done.status == 0, done.all
-    kills.same_end(whole, run)
+    assert launch(*job.arguments(tmp_path / "whole")).status == 0
+    kill_often(job, tmp_path / "whole", tmp_path / "run", processes, kills_wanted=8, inside=2)
 
 
 def test_the_demos_digits_are_read_by_a_classifier(tmp_path: Path) -> None:

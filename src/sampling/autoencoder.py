@@ -82,43 +82,25 @@ def _step(folder: Path) -> int:
     return read_json(folder / "progress.json")["step"]
 
 
-def build_vae(config: dict[str, Any], channels: int, *, tanh: bool, where: str) -> VAE:
-    network = VAE(validate(VAEConfig, config, origin=f"{where}: model"), channels)
-    network.tanh = tanh
-    return network
-
-
 def _frozen(network: nn.Module, device: torch.device) -> nn.Module:
     return channels_last(network).to(device).eval().requires_grad_(False)
 
 
 def _rebuild(document: dict[str, Any], weights: dict[str, Tensor], path: str, digest: str, device: torch.device) -> Autoencoder:
     """From what `files` kept, or a run of ours left."""
+    network: Any
     if document["kind"] == "diffusers":
-        found = autoencoder_from_config(document["config"])
-        load_weights(found, weights, Path(path))
-        return Autoencoder(
-            network=_frozen(found, device),
-            path=path,
-            document=document,
-            digest=digest,
-            channels=found.channels,
-            latent_channels=found.latent_channels,
-            factor=found.factor,
-            scaling=found.scaling,
-        )
-    network = build_vae(document["model"], document["channels"], tanh=document["tanh"], where=path)
+        found = network = autoencoder_from_config(document["config"])
+        own = {"channels": found.channels, "latent_channels": found.latent_channels, "factor": found.factor}
+        own |= {"scaling": found.scaling}
+    else:
+        spec = validate(VAEConfig, document["model"], origin=f"{path}: model")
+        network = VAE(spec, document["channels"])
+        network.tanh = document["tanh"]
+        own = {"channels": document["channels"], "latent_channels": spec.latent_channels, "factor": spec.factor}
+        own |= {"sizes": tuple(document["sizes"])}
     load_weights(network, weights, Path(path))
-    return Autoencoder(
-        network=_frozen(network, device),
-        path=path,
-        document=document,
-        digest=digest,
-        channels=document["channels"],
-        latent_channels=network.spec.latent_channels,
-        factor=network.spec.factor,
-        sizes=tuple(document["sizes"]),
-    )
+    return Autoencoder(network=_frozen(network, device), path=path, document=document, digest=digest, **own)
 
 
 def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:

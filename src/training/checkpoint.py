@@ -23,8 +23,8 @@ Documents = Mapping[str, Any]
 
 @config
 class CheckpointConfig:
-    """Written every `every` steps and every `every_minutes`; the last `keep` stay, and the one of the lowest held-out loss
-    where `keep_best` is set."""
+    """Written every `every` steps and every `every_minutes`; the last `keep` stay, and the best one
+    where `keep_best` is set (lowest held-out loss; of an autoencoder LPIPS, or L1 without a perceptual loss)."""
 
     every: Length | None = free(None)
     every_minutes: float | None = free(30.0, gt=0)
