@@ -50,7 +50,7 @@ class Config(MachineConfig):
     optimizer: OptimizerConfig
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    micro_batch_size: int | None = free(None, gt=0)
     ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -56,7 +56,7 @@ class Config(MachineConfig):
     optimizer: OptimizerConfig
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    micro_batch_size: int | None = free(None, gt=0)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()

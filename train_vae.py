@@ -5,6 +5,7 @@ accelerate launch train_vae.py -cfg configs/wikiart256_vae.json
 python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES --dry-run
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ class Config(MachineConfig):
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, betas=(0.5, 0.9))
     stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
     batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    micro_batch_size: int | None = free(None, gt=0)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig(half_life_images=10_000)
     guard: GuardConfig = GuardConfig()
@@ -74,13 +75,13 @@ def main() -> int:
     args = training_arguments(Config, __doc__ or "", default="configs/landscape256_vae.json").parse_args()
     cfg = load(args.config, Config, args.set)
     run_dir = Path(args.run_dir or f"runs/{cfg.name}")
-    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
-        while (status := train(cfg, run_dir, dry_run=args.dry_run)) == AGAIN:
+    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as trying:
+        while (status := train(cfg, run_dir, trying, dry_run=args.dry_run)) == AGAIN:
             pass
     return status
 
 
-def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+def train(cfg: Config, run_dir: Path, trying: Callable[[int, int, str], None], *, dry_run: bool) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir, fp16=False)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
@@ -128,6 +129,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     for stage in stages[now.number - 1 :]:
         # Enter the stage: picture size, tanh, learning rates, and how well it reconstructs at the start.
         own, split = stage.config, stage.split
+        trying(split.batch, split.micro, f"stages.{stage.number - 1}.micro_batch_size")
         network.tanh = ema.network.tanh = tanh = tanh or own.tanh
         rate_at, judge_rate_at = stage.rate(cfg.optimizer), stage.adversary_rate(cfg.discriminator_optimizer)
         session.enter(split, stage.resolve, end=stage.end, name=stage.describe(len(stages)))
@@ -187,9 +189,9 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
 
             # Update both, or, where a gradient is not finite, neither.
             norm = clip_gradients(accelerator, model, cfg.optimizer)
-            judge_norm = (
-                clip_gradients(accelerator, judge, cfg.discriminator_optimizer) if adversary is not None else norm.new_zeros(())
-            )
+            judge_norm = norm.new_zeros(())
+            if adversary is not None:
+                judge_norm = clip_gradients(accelerator, judge, cfg.discriminator_optimizer)
             counts = torch.isfinite(norm + judge_norm)
             session.settle()
             update(optimizer, rate_at(step), norm + judge_norm)
@@ -209,8 +211,8 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
                 continue
             values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
             if values and adversary is not None:
-                values |= {"discriminator_grad_norm": float(judge_norm)}
-                values |= {"adaptive_weight": float(adaptive.value)} if adversary.adaptive else {}
+                told = {"adaptive_weight": float(adaptive.value)} if adversary.adaptive else {}
+                values |= {"discriminator_grad_norm": float(judge_norm), **told}
             healthy, seen = True, {}
             if session.now("preview"):
                 seen = look(sheet=session.run.samples / f"step_{session.step:08d}.png")
@@ -238,11 +240,8 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
 
     # Leave what latent diffusion needs, and say what to do next.
     message = f"finished; see {session.run.samples}; next, diffusion on its latents: train_ldm.py --set autoencoder={run_dir}"
-    curves = {
-        "loss": ["loss", f"{where}_l1", f"{where}_lpips"],
-        "PSNR": [f"{where}_psnr"],
-        "adversary": ["discriminator_accuracy"],
-    }
+    curves = {"loss": ["loss", f"{where}_l1", f"{where}_lpips"], "PSNR": [f"{where}_psnr"]}
+    curves |= {"adversary": ["discriminator_accuracy"]}
     return session.end_finished(message, curves, progress={"tanh": tanh})
 
 

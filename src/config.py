@@ -134,6 +134,18 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: {error}") from None
 
 
+def write_flushed(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, and wait until it is on the disk; an OSError names the file."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 # ---------------------------------------------------------------------------------------------- walking types
 
 
@@ -181,7 +193,7 @@ def _keys_allowed(root: Any, path: Sequence[str | int]) -> list[str]:
     return sorted({key for owner in owners for key in _fields(owner)})
 
 
-def _is_free(root: Any, path: Sequence[str]) -> bool:
+def _is_free(root: Any, path: Sequence[str | int]) -> bool:
     owners = _choices(root)
     for element in path:
         for owner in owners:
@@ -197,14 +209,20 @@ def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[li
     harmless: list[str] = []
     other: list[str] = []
 
-    def walk(before: Any, after: Any, path: tuple[str, ...]) -> None:
+    def walk(before: Any, after: Any, path: tuple[str | int, ...]) -> None:
         if before == after:
             return
-        if isinstance(before, dict) and isinstance(after, dict) and not _is_free(root, path):
+        inside = type(before) is type(after) and not _is_free(root, path)
+        if inside and isinstance(before, dict):
             for key in sorted({*before, *after}):
                 walk(before.get(key), after.get(key), (*path, key))
+        elif inside and isinstance(before, list) and any(isinstance(entry, dict) for entry in before):
+            for i, (was, now) in enumerate(zip(before, after, strict=False)):
+                walk(was, now, (*path, i))
+            if len(before) != len(after):
+                other.append(".".join(map(str, path)))
         else:
-            (harmless if _is_free(root, path) else other).append(".".join(path))
+            (harmless if _is_free(root, path) else other).append(".".join(map(str, path)))
 
     walk(old, new, ())
     return harmless, other
@@ -288,16 +306,16 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
         if "not valid JSON" not in str(error) or text[:1] in '{["':
             raise UserError(f"--set {key}: {error}") from None
         value = text  # a bare word is a string
-    path = key.split(".")
-    here = raw
-    for depth, part in enumerate(path[:-1]):
-        below = here.get(part)
-        if isinstance(below, list) and path[depth + 1].isdigit():
-            index = int(path[depth + 1])
-            if index >= len(below):
+    path: list[Any] = list(key.split("."))
+    here: Any = raw
+    for i in range(1, len(path)):
+        part = path[i - 1]
+        below = here[part] if isinstance(here, list) else here.get(part)
+        if isinstance(below, list) and path[i].isdigit():
+            path[i] = int(path[i])
+            if path[i] >= len(below):
                 raise UserError(f"--set {key}: the list {part} has {len(below)} entries, counted from 0")
-            raise UserError(f"--set {key}: give the whole list, as in --set '{part}=[...]'")
-        if not isinstance(below, dict):
+        elif not isinstance(below, dict):
             below = here[part] = {}
         here = below
     if path[-1] in ("source", "kind"):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,8 +94,15 @@ class Finished:
         return self.out + self.err
 
 
-def launch(*arguments: str | Path, processes: int = 1, cwd: Path = ROOT, timeout: float = 240, **extra: str) -> Finished:
-    """Run a script of the repository to its end."""
+def launch(
+    *arguments: str | Path,
+    processes: int = 1,
+    cwd: Path = ROOT,
+    timeout: float = 240,
+    limit: tuple[int, int] | None = None,
+    **extra: str,
+) -> Finished:
+    """Run a script of the repository to its end; `limit` is (resource.RLIMIT_..., bytes)."""
     done = subprocess.run(
         command(processes, *arguments),
         cwd=cwd,
@@ -103,6 +111,7 @@ def launch(*arguments: str | Path, processes: int = 1, cwd: Path = ROOT, timeout
         text=True,
         timeout=timeout,
         stdin=subprocess.DEVNULL,
+        preexec_fn=None if limit is None else lambda: resource.setrlimit(limit[0], (limit[1],) * 2),
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 

@@ -27,6 +27,7 @@ from src.data import Sources
 @config
 class Inner:
     rate: float = Field(0.1, gt=0)
+    every: int | None = free(None)
     widths: tuple[int, ...] = (1, 2)
 
 
@@ -34,6 +35,7 @@ class Inner:
 class Root:
     name: str
     inner: Inner = Inner()
+    inners: tuple[Inner, ...] = ()
     steps: Length = 10
     every: Length | None = free(None)
     data: Sources | None = None
@@ -44,7 +46,7 @@ class Root:
     [
         (
             {"name": "a", "inner": {"rat": 1.0}},
-            r"inner\.rat: unknown key; did you mean 'rate'\? allowed here: rate, widths",
+            r"inner\.rat: unknown key; did you mean 'rate'\? allowed here: every, rate, widths",
         ),
         ({"nam": "a"}, r"name: this key is missing; nam: unknown key; did you mean 'name'\?"),
         ({"name": 3}, r"name: input should be a valid string, not 3"),
@@ -108,8 +110,12 @@ def test_load_and_override(tmp_path: Path) -> None:
     assert changed.every == Span(epochs=1)
     folder = load(path, Root, ["data.path=/pictures", "data.source=folder"])  # in any order; old keys are gone
     assert dump(folder)["data"]["path"] == "/pictures" and dump(folder)["data"]["split"] is None
+    path = write(tmp_path, {"name": "a", "inners": [{"rate": 1}, {"rate": 2, "widths": [3, 4]}]})
+    inners = load(path, Root, ["inners.0.every=7", "inners.1.widths.0=5"]).inners
+    assert inners == (Inner(rate=1, every=7), Inner(rate=2, widths=(5, 4)))
     for wrong, said in [
         ("inner.rate", "KEY=VALUE"),
+        ("inners.2.rate=1", "the list inners has 2 entries, counted from 0"),
         ("inner.rat=1", "did you mean"),
         ("inner.rate=NaN", "finite"),
         ("inner={", "JSON"),
@@ -144,6 +150,9 @@ def test_what_may_change_on_resume() -> None:
     after = dump(validate(Root, {"name": "a", "every": {"epochs": 1}, "inner": {"rate": 0.2}, "steps": 20}))
     assert differences(Root, before, after) == (["every"], ["inner.rate", "steps"])
     assert differences(Root, before, before) == ([], [])
+    before = {"inners": [{"rate": 1, "every": 2}, {"rate": 1}]}
+    after = {"inners": [{"rate": 1, "every": 3}, {"rate": 2}, {"rate": 1}]}
+    assert differences(Root, before, after) == (["inners.0.every"], ["inners.1.rate", "inners"])
 
 
 def test_dump_and_validate_are_inverse() -> None:
@@ -153,7 +162,7 @@ def test_dump_and_validate_are_inverse() -> None:
 
 def test_schema_names_every_key() -> None:
     schema = json.loads(json_schema(Root))
-    assert set(schema["properties"]) == {"$schema", "name", "inner", "steps", "every", "data"}
+    assert set(schema["properties"]) == {"$schema", "name", "inner", "inners", "steps", "every", "data"}
     assert schema["additionalProperties"] is False
 
 

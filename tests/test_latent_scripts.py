@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -146,12 +147,13 @@ def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> 
     assert said.status == 0 and "perceptual without tanh" in said.out, said.all
     assert read_json(tmp_path / "run" / "final" / "progress.json")["tanh"] is True, "it stays on"
     assert metrics(tmp_path / "run")[-1]["held_out_l1"] < 1.2 * metrics(vae_run)[-1]["held_out_l1"]
-    more = [{"steps": 2, "perceptual": {"weight": 0.1}}, {"steps": 3}]
+    more = [{"steps": 2, "micro_batch_size": 4, "perceptual": {"weight": 0.1}}, {"steps": 3}]
     done = train_vae(tmp_path / "run", init_from=str(vae_run), stages=more)
-    assert done.status == 0 and "going on at step 2 of 5" in done.out and "changed since the checkpoint: stages" in done.out
+    assert done.status == 0 and "going on at step 2 of 5" in done.out
+    assert "changed since the checkpoint: stages.0.micro_batch_size, stages\n" in done.out
     assert "/nowhere does not exist" in one_line(train_vae(tmp_path / "new", init_from="/nowhere"))
     said = one_line(train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 4}]))
-    assert "was started with another stages" in said
+    assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in said
 
 
 def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
@@ -287,7 +289,10 @@ def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None
     stamp = (made / "manifest.json").stat().st_mtime_ns
     done = train_ldm(tmp_path / "run", tmp_path / "vae", steps=2)
     assert done.status == 0 and (made / "manifest.json").stat().st_mtime_ns == stamp, done.all
-    done = launch("prepare_data.py", "latents", tmp_path / "vae", "--size", "24", "--out", tmp_path / "large")
+    large = ("prepare_data.py", "latents", tmp_path / "vae", "--size", "24", "--out", tmp_path / "large")
+    full = one_line(launch(*large, limit=(resource.RLIMIT_FSIZE, 60_000)))
+    assert full.startswith("error: the disk is full (") and full.endswith("make room and run it again")
+    done = launch(*large)
     assert "4x12x12" in done.out, done.all
     assert "is neither a run" in refused("prepare_data", "latents", ROOT / "configs" / "smoke" / "ddpm.json")
 

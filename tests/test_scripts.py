@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics, o
 SCRIPT = "ddpm_accelerate.py"
 
 
-def train(run: Path, *more: str, processes: int = 1, **extra: str):
+def train(run: Path, *more: str, processes: int = 1, **extra: Any):
     return launch(SCRIPT, "-cfg", SMOKE, "--run-dir", run, *more, processes=processes, **extra)
 
 
@@ -305,22 +306,11 @@ def test_accelerate_launch_on_a_cpu_is_refused_when_it_starts_one_of_two(tmp_pat
     assert "python -m torch.distributed.run --standalone --nproc-per-node 2" in done.stderr
 
 
-def limited(run: Path, *more: str, **limits: int) -> subprocess.CompletedProcess:
-    def limit() -> None:
-        for name, value in limits.items():
-            resource.setrlimit(getattr(resource, name), (value, value))
-
-    return subprocess.run(
-        command(1, SCRIPT, "-cfg", SMOKE, "--run-dir", run, *more), cwd=ROOT, env=environment(), capture_output=True,
-        text=True, preexec_fn=limit, timeout=120,
-    )  # fmt: skip
-
-
 def test_a_disk_that_is_full_while_saving(tmp_path: Path) -> None:
     constant = ["--set", 'optimizer.schedule={"kind": "constant"}']
     assert train(tmp_path / "run", *constant, "--set", "steps=10").status == 0
-    done = limited(tmp_path / "run", *constant, "--set", "steps=20", RLIMIT_FSIZE=300_000)
-    assert done.returncode == 2 and "error: the disk is full" in done.stderr and "Traceback" not in done.stderr
+    done = train(tmp_path / "run", *constant, "--set", "steps=20", limit=(resource.RLIMIT_FSIZE, 300_000))
+    assert one_line(done).startswith("error: the disk is full")
     found, passed = newest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.name == "step_00000010" and not passed
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000010"]
@@ -337,9 +327,9 @@ def test_out_of_memory(tmp_path: Path) -> None:
         "--set",
         "data.count=16",
     ]
-    done = limited(tmp_path / "run", *large, "--set", "held_out=0.0", RLIMIT_AS=6_000_000_000)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "error: out of memory at micro_batch_size 256; try --set micro_batch_size=128" in done.stderr
+    done = train(tmp_path / "run", *large, "--set", "held_out=0.0", limit=(resource.RLIMIT_AS, 6_000_000_000))
+    assert done.status == 2 and "Traceback" not in done.err, done.err
+    assert "error: out of memory at micro_batch_size 256; try --set micro_batch_size=128" in done.err
 
 
 def test_stopped_as_launchers_do_with_loader_workers(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, 1 or 2, 2, D
 log-variance), and last of all `manifest.json`: what it was made of, and the statistics of the training latents.
 """
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import UserError, read_json
+from ..config import UserError, read_json, write_flushed
 
 BLOCK = 256  # pictures in a file, and what a kill costs at most
 Moments = NDArray[np.float32]
@@ -60,17 +61,11 @@ def write_block(folder: Path, split: str, number: int, moments: Moments) -> None
     """One block and its sums; both are there, whole, once the .json is."""
     path = block_path(folder, split, number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(".part")
-    with open(staged, "wb") as file:
-        np.save(file, moments)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
-    with open(staged, "w") as file:
-        json.dump(sums_of(moments), file)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path.with_suffix(".json"))
+    staged, content = path.with_suffix(".part"), io.BytesIO()
+    np.save(content, moments)  # into memory: given a file, NumPy goes past Python and loses why it could not write
+    for suffix, whole in ((".npy", content.getbuffer()), (".json", json.dumps(sums_of(moments)).encode())):
+        write_flushed(staged, whole)
+        staged.replace(path.with_suffix(suffix))
 
 
 def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

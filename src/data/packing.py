@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import UserError, read_json
+from ..config import UserError, read_json, write_flushed
 from .sources import PackedPictures, PictureSet, _digest, _fraction
 from .transforms import shorter_side
 
@@ -65,6 +65,7 @@ def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out:
         table = np.fromfile(staged / "records.bin", dtype=np.int64).reshape(-1, 5)
         with open(staged / "records.npy", "wb") as file:
             np.save(file, table)
+            file.flush()
             os.fsync(file.fileno())
         manifest = {
             **request,
@@ -74,10 +75,7 @@ def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out:
             "class_names": list(pictures.class_names),
             "names": names,
         }
-        with open(staged / "manifest.json", "w") as file:
-            file.write(json.dumps(manifest))
-            file.flush()
-            os.fsync(file.fileno())
+        write_flushed(staged / "manifest.json", json.dumps(manifest).encode())
         staged.replace(out)
         for name in ("records.bin", "request.json"):
             (out / name).unlink()

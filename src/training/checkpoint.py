@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import FULL, Length, UserError, config, free
+from ..config import FULL, Length, UserError, config, free, write_flushed
 
 MANIFEST = "MANIFEST.json"
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -41,10 +41,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_flushed(path, content)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -268,16 +268,27 @@ def accumulating(accelerator: Accelerator, model: torch.nn.Module, part: int, pa
 
 
 @contextmanager
-def explain_out_of_memory(batch: int, micro: int | None = None, *, key: str = "micro_batch_size") -> Iterator[None]:
+def explain_out_of_memory(
+    batch: int, micro: int | None = None, *, key: str = "micro_batch_size"
+) -> Iterator[Callable[[int, int, str], None]]:
     """An out-of-memory error as a UserError that says which micro-batch to try: the largest that fits into half of it and
-    divides `batch` on the processes that there are."""
+    divides `batch` on the processes that there are.
+
+    Gives a function to call with another batch, micro-batch and key where these change on the way.
+    """
+    tried = (batch, micro, key)
+
+    def change(batch: int, micro: int, key: str) -> None:
+        nonlocal tried
+        tried = (batch, micro, key)
+
     try:
-        yield
+        yield change
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _too_large(batch, micro, key) from error
+        raise _too_large(*tried) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
-            raise _too_large(batch, micro, key) from error
+            raise _too_large(*tried) from error
         raise
 
 

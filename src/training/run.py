@@ -146,13 +146,13 @@ class RunDirectory:
         """
         new = dump(settings)
         if resumed is not None:
-            harmless, other = differences(type(settings), read_json(resumed / "config.json"), new)
-            lengths = [key for key in other if key.split(".")[0] == "steps"]
-            before = read_json(resumed / "config.json").get("stages")
-            if before is not None and before == new["stages"][: len(before)]:
+            before = read_json(resumed / "config.json")
+            harmless, other = differences(type(settings), before, new)
+            lengths = []
+            if settings.optimizer.schedule.kind == "constant":  # then where a run ends changes no step before
+                lengths = [key for key in other if key.split(".")[0] == "steps"]
+            if len(new.get("stages", ())) > len(before.get("stages", ())):
                 lengths = ["stages"]  # more of them, after those that there were
-            elif settings.optimizer.schedule.kind != "constant":  # where a run ends changes no step before
-                lengths = []
             harmless += [key for key in other if key in lengths]
             other = [key for key in other if key not in lengths]
             if other:

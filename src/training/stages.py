@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from ..config import Length, Span, UserError, config, to_steps
+from ..config import Length, Span, UserError, config, free, to_steps
 from ..data import ImageConfig
 from .optimizer import OptimizerConfig, Schedule, learning_rate
 from .stream import Split, split_batch
@@ -39,7 +39,7 @@ class StageConfig:
     steps: Length
     image_size: int | None = pydantic.Field(None, ge=2, le=4096)
     batch_size: int | None = pydantic.Field(None, gt=0)
-    micro_batch_size: int | None = pydantic.Field(None, gt=0)
+    micro_batch_size: int | None = free(None, gt=0)
     reconstruction: Literal["l1", "mse"] = "l1"
     kl_weight: float = pydantic.Field(1e-4, ge=0)
     adversarial: AdversarialTerm | None = None

@@ -457,6 +457,10 @@ def test_out_of_memory_says_what_to_try(error: Exception) -> None:
         raise error
     with pytest.raises(UserError, match="try --batch-size 7"), explain_out_of_memory(15, 15, key="--batch-size"):
         raise error
+    said = pytest.raises(UserError, match="try --set stages.3.micro_batch_size=2 ")
+    with said, explain_out_of_memory(15) as trying:
+        trying(4, 4, "stages.3.micro_batch_size")
+        raise error
     with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(8):
         raise RuntimeError("another")
 
