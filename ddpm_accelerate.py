@@ -13,10 +13,10 @@ import torch
 
 from src.config import Length, UserError, config, dump, free, load, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, open_data
-from src.diffusion import TrainableProcess, build_process
+from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.files import sample_checkpoints
-from src.sampling.opened import build_unet, count_classes, sampler_of
+from src.sampling.opened import build_unet, count_classes, sampler_of, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.training.checkpoint import CheckpointConfig, export
 from src.training.draws import Draws
@@ -28,6 +28,7 @@ from src.training.seeds import torch_seed
 from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
+from src.training.times import TimeSampler, TimesConfig, UniformTimes
 
 
 @config
@@ -35,6 +36,7 @@ class Config(MachineConfig):
     """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together.
 
     Without `class_conditional` the data decides: classes are learned where there are any; previews are guided there alone.
+    `init_from` is a run, or what convert.py made of another project's, whose weights are the start; its classes may be others.
     """
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -45,12 +47,14 @@ class Config(MachineConfig):
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     balance_classes: bool = False
-    process: TrainableProcess
+    process: ProcessConfig
+    times: TimesConfig = UniformTimes()
     model: UNetConfig
     optimizer: OptimizerConfig
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
     micro_batch_size: int | None = free(None, gt=0)
+    init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -89,13 +93,14 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
 
     # Build process, network, optimiser, EMA, and the sampler of the previews.
     process = build_process(cfg.process)
+    times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
+    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(device, dtype)
     bare_optimizer = adamw(network.parameters(), cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = Trained(network, bare_optimizer, ema)
+    trained = Trained(network, bare_optimizer, ema, times=times)
     previews = cfg.preview.sampler.without_guidance(num_classes is None)
     sampler = sampler_of(
         previews, ema.network, process, shape, num_classes, clip=cfg.process.clip, label_dropout=cfg.label_dropout
@@ -106,6 +111,8 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     if session.finished:
         session.run.say(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
         return 0
+    if cfg.init_from is not None and not session.progress:
+        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     images = split.images_at(session.step)
@@ -131,7 +138,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         # Draw times, noise and dropped labels for the whole batch; each rank takes its share below.
         step = session.step
         draws = Draws(
-            process, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
+            times, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
         )
 
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
@@ -142,9 +149,11 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = to_network(micro.images, device, dtype)
                 condition = draws.condition(micro, here, num_classes)
-                loss = process.losses(model, x0, draws.eps[here], draws.t[here], **condition).loss.sum()
+                found = process.losses(model, x0, draws.eps[here], draws.t[here], **condition)
+                loss = times.weigh(found.loss, here).sum()
                 accelerator.backward(loss * (split.world / split.batch))
-            session.meter.add(split.micro, loss=loss)
+            session.meter.add(split.micro, loss=loss, **{name: term.sum() for name, term in found.terms.items()})
+        times.observe(accelerator)
 
         # Update.
         norm = clip_gradients(accelerator, model, cfg.optimizer)

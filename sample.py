@@ -8,10 +8,22 @@ from pathlib import Path
 
 from src.config import UserError, run_script, validate
 from src.diffusion import SOLVERS, SPACINGS
+from src.interop.upscaling import open_upscaler, upscale_folder
 from src.sampling import SamplerConfig, open_trained
+from src.sampling.classifier import open_classifier
+from src.sampling.edit import load_edit, load_low
 from src.sampling.files import write_samples
 from src.sampling.sampler import random_labels
 from src.training.launch import explain_out_of_memory, start_sampling
+
+HOW = ("solver", "steps", "spacing", "eta", "guidance", "guidance_method", "guidance_interval", "threshold", "stop_at")
+HOW = (*HOW, "double_sampling")
+
+
+def steps(text: str) -> int | list[int]:
+    """50, or counts for equal sections of the table, the cleanest first: 100,50,25."""
+    counts = [int(part) for part in text.split(",")]
+    return counts[0] if len(counts) == 1 else counts
 
 
 def arguments() -> argparse.Namespace:
@@ -19,45 +31,109 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         epilog="example: python sample.py runs/digits_ddpm --classes 3/7 --num-samples 16 --guidance 2 --frames",
     )
-    parser.add_argument("run", help="a run, a checkpoint, a final folder, or an export")
+    parser.add_argument("run", nargs="?", help="a run, a checkpoint, a final folder, or an export")
     parser.add_argument("--out", help="folder for the pictures (default samples/RUN/...)")
-    parser.add_argument("--num-samples", type=int, default=16)
+    parser.add_argument("--num-samples", type=int, help="default 16, or one for each picture of --low")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time; changes them only by rounding")
     parser.add_argument("--classes", help="names or numbers, A/B/C, dealt in equal blocks (default: random)")
-    parser.add_argument("--solver", choices=SOLVERS, default="ddim")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--spacing", choices=SPACINGS, default="even")
-    parser.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as ancestral sampling")
-    parser.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1 is none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", action="store_true", help="write the denoising GIF and its frames")
+    parser.add_argument("--npz", action="store_true", help="also all in one file, as guided-diffusion's evaluator reads it")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    solver = parser.add_argument_group("solver")
+    solver.add_argument("--solver", choices=SOLVERS, default="ddim")
+    solver.add_argument("--steps", type=steps, default=50, help="how many, or counts for equal sections: 100,50,25")
+    solver.add_argument("--spacing", choices=SPACINGS, default="even")
+    solver.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as ancestral sampling")
+    solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")
+    solver.add_argument("--stop-at", type=int, metavar="S", help="end after S steps, with the estimate of x_0")
+    solver.add_argument("--double-sampling", type=int, metavar="S", help="noise again to step S, and denoise once more")
+    guidance = parser.add_argument_group("guidance")
+    guidance.add_argument("--guidance", type=float, help="scale; 1 is none of classifier_free, 0 of a classifier")
+    guidance.add_argument("--guidance-method", choices=("classifier_free", "classifier"), default="classifier_free")
+    guidance.add_argument("--classifier", metavar="RUN", help="a run of train_classifier.py, or an imported classifier")
+    guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
+    edit = parser.add_argument_group("from a picture")
+    edit.add_argument("--image", metavar="FILE", help="a picture to start from, or to draw a part of anew")
+    edit.add_argument("--start-at", type=int, default=0, metavar="S", help="noise it to where S steps are done")
+    edit.add_argument("--mask", metavar="FILE", help="white where it is drawn anew; of the picture's size")
+    edit.add_argument("--resamplings", type=int, default=1, metavar="N", help="take each step N times, so that parts agree")
+    edit.add_argument("--low", metavar="FOLDER", help="what an upsampler makes larger: pictures, or an .npz of samples")
+    upscale = parser.add_argument_group("upscaling (Real-ESRGAN)")
+    upscale.add_argument("--upscale", action="store_true", help="the samples four times as large, too")
+    upscale.add_argument("--upscale-only", metavar="FOLDER", help="the pictures of a folder instead, into --out")
+    upscale.add_argument("--upscaler", metavar="FILE", help="weights (default models/RealESRGAN_x4plus.pth)")
     return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what makes no sense together, before anything is opened."""
+    wanted = 1 if args.num_samples is None else args.num_samples
+    if wanted < 1 or args.batch_size < 1 or args.resamplings < 1 or not 0 <= args.seed < 2**64:
+        raise UserError("--num-samples, --batch-size and --resamplings must be at least 1, --seed from 0 to 2^64 - 1")
+    if (args.run is None) == (args.upscale_only is None):
+        raise UserError("give a run to sample from, or --upscale-only FOLDER")
+    if args.image is None and (args.mask is not None or args.start_at):
+        raise UserError("--mask and --start-at are about a picture: give it with --image")
+    if args.resamplings > 1 and args.mask is None:
+        raise UserError("--resamplings belongs to --mask")
+    if args.classifier is not None and args.guidance_method != "classifier":
+        raise UserError("--classifier guides only with --guidance-method classifier")
+    if args.upscaler is not None and not (args.upscale or args.upscale_only):
+        raise UserError("--upscaler is for --upscale and --upscale-only")
+    if args.guidance is None:
+        args.guidance = 1.0  # none of classifier_free, the gradient as it is of a classifier
 
 
 def main() -> None:
     args = arguments()
-    if args.num_samples < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**64:
-        raise UserError("--num-samples and --batch-size must be at least 1, --seed from 0 to 2^64 - 1")
-    spec = validate(
-        SamplerConfig,
-        {key: getattr(args, key) for key in ("solver", "steps", "spacing", "eta", "guidance")},
-        origin="arguments",
-    )
+    check(args)
+    how = validate(SamplerConfig, {key: getattr(args, key) for key in HOW}, origin="arguments")
     state, device = start_sampling(args.device)
+    ranks = {"rank": state.process_index, "world": state.num_processes, "barrier": state.wait_for_everyone}
+    upscaler = open_upscaler(args.upscaler, device) if args.upscale or args.upscale_only else None
+    if args.upscale_only:
+        out = Path(args.out or f"samples/{Path(args.upscale_only).resolve().name}_upscaled")
+        assert upscaler is not None
+        with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
+            paths = upscale_folder(Path(args.upscale_only), out, upscaler, batch_size=args.batch_size, **ranks)
+        if state.is_main_process:
+            print(f"{len(paths)} pictures, {upscaler.scale} times as large, in {out}")
+        return
+
     opened = open_trained(args.run, device)
-    sampler = opened.sampler(spec)
-    labels = None
+    classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
+    sampler = opened.sampler(how, classifier)
+    class_names = opened.class_names if opened.num_classes is not None or classifier is None else classifier.class_names
+    labels, low, told = None, None, {}
+    if args.low is not None:
+        low, labels = load_low(opened, args.low)
+        args.num_samples = min(args.num_samples or len(low), len(low))
+        told["low"] = hashlib.sha256(low.numpy().tobytes()).hexdigest()
+    elif opened.low_resolution is not None:
+        raise UserError(f"{args.run} is an upsampler: give --low the pictures of {opened.low_resolution} px to make larger")
+    args.num_samples = args.num_samples or 16
     if args.classes is not None:
-        labels = opened.labels(args.classes, args.num_samples)
-    elif opened.num_classes is not None:
-        labels = random_labels(args.seed, range(args.num_samples), opened.num_classes)
+        labels = opened.labels(args.classes, args.num_samples, class_names)
+    elif labels is not None and opened.num_classes is not None:
+        labels = labels[: args.num_samples]
+    elif opened.num_classes is not None or classifier is not None:
+        labels = random_labels(args.seed, range(args.num_samples), len(class_names))
+    edit = None
+    if args.image is not None:
+        keep = {"start_at": args.start_at, "resamplings": args.resamplings}
+        edit = load_edit(opened, args.image, args.mask, steps=sampler.steps, **keep)
+        files = {key: hashlib.sha256(Path(getattr(args, key)).read_bytes()).hexdigest() for key in ("image", "mask")
+                 if getattr(args, key) is not None}  # fmt: skip
+        told["edit"] = {**files, **keep}
+    if classifier is not None:
+        told["classifier"] = classifier.digest
 
     out = args.out
     if out is None:
-        told = json.dumps([opened.digest, args.num_samples, args.batch_size, labels, vars(args)["spacing"], args.eta])
-        tag = hashlib.sha256(told.encode()).hexdigest()[:6]
-        out = f"samples/{opened.name}/{args.solver}{args.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
+        words = [opened.digest, args.num_samples, args.batch_size, labels, {key: getattr(args, key) for key in HOW}, told]
+        tag = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:6]
+        out = f"samples/{opened.name}/{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
         write_samples(
             opened,
@@ -69,16 +145,21 @@ def main() -> None:
             seed=args.seed,
             frames=args.frames,
             device=device,
-            rank=state.process_index,
-            world=state.num_processes,
-            barrier=state.wait_for_everyone,
+            class_names=class_names,
+            edit=edit,
+            low=low,
+            upscaler=upscaler,
+            npz=args.npz,
+            told=told,
+            **ranks,
         )
     if state.is_main_process:
         made = f"{args.num_samples} pictures of {opened.path} (step {opened.step}), {sampler.calls} network calls a batch"
         made += f", {state.num_processes} process(es)"
         print(f"{made}\n  {out}/grid.png")
-        if args.frames:
-            print(f"  {out}/denoising.gif")
+        for wanted, name in ((args.frames, "denoising.gif"), (args.upscale, "upscaled"), (args.npz, "samples_*.npz")):
+            if wanted:
+                print(f"  {out}/{name}")
 
 
 if __name__ == "__main__":

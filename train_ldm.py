@@ -13,7 +13,7 @@ import torch
 
 from src.config import Length, config, free, load, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, open_data
-from src.diffusion import TrainableProcess, build_process
+from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.autoencoder import autoencoder_for
 from src.sampling.latents import cache_folder, latents_of
@@ -29,6 +29,7 @@ from src.training.seeds import normal, torch_seed
 from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import latent_stream, split_batch
+from src.training.times import TimeSampler, TimesConfig, UniformTimes
 
 
 @config
@@ -51,7 +52,8 @@ class Config(MachineConfig):
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     balance_classes: bool = False
-    process: TrainableProcess
+    process: ProcessConfig
+    times: TimesConfig = UniformTimes()
     model: UNetConfig
     optimizer: OptimizerConfig
     steps: Length
@@ -84,7 +86,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
+    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(device, dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
     encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "dry_run": dry_run}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
@@ -94,10 +96,11 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
 
     # Build process, optimiser, EMA, and the sampler of the previews.
     process = build_process(cfg.process)
+    times = TimeSampler(cfg.times, process)
     bare_optimizer = adamw(network.parameters(), cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = Trained(network, bare_optimizer, ema)
+    trained = Trained(network, bare_optimizer, ema, times=times)
     sampler = sampler_of(
         cfg.preview.sampler.without_guidance(num_classes is None),
         ema.network,
@@ -143,7 +146,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         # Draw times, noise, dropped labels and the posterior's noise for the whole batch; each rank takes its share below.
         step = session.step
         draws = Draws(
-            process, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
+            times, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
         )
         posterior = normal(draws.eps.shape, cfg.seed, "posterior", step, device=device, dtype=dtype)
 
@@ -155,9 +158,11 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = latents.draw(micro.images, posterior[here])
                 condition = draws.condition(micro, here, num_classes)
-                loss = process.losses(model, x0, draws.eps[here], draws.t[here], **condition).loss.sum()
+                found = process.losses(model, x0, draws.eps[here], draws.t[here], **condition)
+                loss = times.weigh(found.loss, here).sum()
                 accelerator.backward(loss * (split.world / split.batch))
-            session.meter.add(split.micro, loss=loss)
+            session.meter.add(split.micro, loss=loss, **{name: term.sum() for name, term in found.terms.items()})
+        times.observe(accelerator)
 
         # Update.
         norm = clip_gradients(accelerator, model, cfg.optimizer)

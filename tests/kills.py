@@ -91,12 +91,17 @@ def kill_all(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
-def saving(run: Path) -> bool:
-    return any((run / "checkpoints").glob(".step_*.partial"))
+def saving(run: Path, since: float) -> bool:
+    """Whether a save is half-written that began after `since`: what earlier kills left does not count."""
+    try:
+        return any(path.stat().st_mtime > since for path in (run / "checkpoints").glob(".step_*.partial"))
+    except FileNotFoundError:  # it was just finished
+        return False
 
 
 def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save: bool, job: Job = PIXELS) -> str:
-    """Start the run and kill it at a moment drawn between its first logged step and its end, or inside a save.
+    """Start the run and kill it up to ten steps after its first, at any moment or inside a save. (Steps, not seconds: on a slow
+    machine it would come no further.)
 
     Gives `ended` if it was done before, `inside` if the kill left a save half-written, else `killed`. Asserts that the run
     went on at the newest checkpoint that is whole.
@@ -104,26 +109,27 @@ def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save
     expected, _ = newest(run / "checkpoints") if (run / "checkpoints").exists() else (None, [])
     went_on = json.loads((expected / "progress.json").read_text())["step"] if expected is not None else 0
     before = len((run / "log.txt").read_text()) if (run / "log.txt").exists() else 0
+    began = time.time()
     process = subprocess.Popen(
         command(processes, *job.arguments(run)), cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    first, waited = None, time.monotonic() + rng.uniform(0, 2.0)
+    steps, wanted, moment, reached = list[str](), rng.randint(1, 11), rng.uniform(0, 0.2), 0.0
     while process.poll() is None:
-        if first is None:
+        if len(steps) < wanted:
             log = (run / "log.txt").read_text()[before:] if (run / "log.txt").exists() else ""
             steps = re.findall(r" step (\d+)/", log)
-            if steps:
-                first, waited = int(steps[0]), time.monotonic() + rng.uniform(0, 2.0)
-        elif time.monotonic() > waited and (saving(run) or not inside_save):
+            reached = time.monotonic() + moment
+        elif time.monotonic() > reached and (saving(run, began) or not inside_save):
             kill_all(process)
             break
         time.sleep(0.001)
+    first = int(steps[0]) if steps else None
     if first is not None:
         assert first == went_on + 1, f"the first step after {expected} was {first}"
     if process.returncode == 0:
         return "ended"
-    return "inside" if saving(run) else "killed"
+    return "inside" if saving(run, began) else "killed"
 
 
 def same_end(one: Path, other: Path) -> None:

@@ -20,12 +20,14 @@ from src import losses
 from src.config import load
 from src.diffusion import build_process
 from src.models import VAE, Discriminator
+from src.sampling.classifier import build_classifier, noise_process
 from src.sampling.opened import build_unet
 from src.training.stages import plan_stages
 from tests.conftest import ROOT, environment, launch
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
+import train_classifier
 import train_ldm
 import train_vae
 
@@ -42,8 +44,8 @@ FLOORS = {
     "sampling": 2,
     "interop": 2,
 }
-SCRIPTS = ("train_vae", "train_ldm", "ddpm_accelerate", "sample", "prepare_data")
-TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate")
+TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_classifier")
+SCRIPTS = (*TRAINING, "sample", "evaluate", "prepare_data", "convert")
 HEAVY = {
     "datasets",
     "diffusers",
@@ -55,6 +57,7 @@ HEAVY = {
     "torchmetrics",
     "torchvision",
     "efficientnet_lite_pytorch",
+    "spandrel",
     "imageio_ffmpeg",
 }
 
@@ -137,7 +140,8 @@ def script_of(path: Path) -> Any:
     """The training script that a config is for, by the schema that it names."""
     named = (path.parent / json.loads(path.read_text())["$schema"]).resolve()
     assert named.parent == ROOT / "configs" / "schemas"
-    return {"train_vae": train_vae, "train_ldm": train_ldm, "ddpm_accelerate": ddpm_accelerate}[named.stem]
+    scripts = (train_vae, train_ldm, ddpm_accelerate, train_classifier)
+    return {script.__name__: script for script in scripts}[named.stem]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -147,14 +151,16 @@ def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> 
     assert cfg.name.removeprefix("smoke_") == path.stem
     if script is train_vae:
         return one_stage_after_the_other(cfg)
-    process, conditional = build_process(cfg.process), cfg.class_conditional is None
+    if script is train_classifier:
+        return one_batch_of_a_classifier(cfg)
+    process, conditional = build_process(cfg.process), cfg.class_conditional is not False
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     if script is train_ldm:
         autoencoder = load(path.with_name(f"{Path(cfg.autoencoder).name.removeprefix('smoke_')}.json"), train_vae.Config)
         assert (autoencoder.data, autoencoder.held_out, autoencoder.image) == (cfg.data, cfg.held_out, cfg.image)
         shape = autoencoder.model.latent_shape(cfg.image.size)
     with torch.device("meta"):
-        network = build_unet(cfg.model, shape, 27 if conditional else None)
+        network = build_unet(cfg.model, shape, 27 if conditional else None, learned=cfg.process.variance == "learned")
         x0 = torch.zeros(2, *shape)
         condition = {"labels": torch.zeros(2, dtype=torch.long)} if conditional else {}
     t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
@@ -162,6 +168,17 @@ def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> 
     loss.sum().backward()
     assert loss.shape == (2,) and next(network.parameters()).grad is not None
     return None
+
+
+def one_batch_of_a_classifier(cfg: Any) -> None:
+    process = noise_process(cfg.noise)
+    with torch.device("meta"):
+        network = build_classifier(cfg.classifier, cfg.image, 27)
+        x0 = torch.zeros(2, cfg.image.channels, cfg.image.size, cfg.image.size)
+    t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
+    logits = network(process.add_noise(x0, torch.zeros_like(x0), t), process.network_time(t).to("meta", torch.float32))
+    logits.sum().backward()
+    assert logits.shape == (2, 27) and next(network.parameters()).grad is not None
 
 
 def one_stage_after_the_other(cfg: Any) -> None:
@@ -198,11 +215,22 @@ def test_any_config_turns_to_a_folder_of_ones_own() -> None:
         assert cfg.data.source == "folder" and cfg.data.path == "mine"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_cifar10_config_is_the_papers_network() -> None:
-    cfg = load(ROOT / "configs" / "cifar10_ddpm.json", ddpm_accelerate.Config)
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("cifar10_ddpm", None, 35_746_307),  # Sec. 4, arXiv:2006.11239: 35.7 M
+        ("cifar10_improved_ddpm", None, 52_546_438),  # improved-diffusion's README: 50 M
+        ("imagenet64_ddpm", 1000, 295_904_454 + 768),  # Table 10, arXiv:2105.05233: 296 M; and our null class
+        ("imagenet128_ddpm", 1000, 421_529_606 + 1024),  # 422 M
+        ("imagenet256_uncond_ddpm", None, 552_814_086),  # guided-diffusion's: 552.8 M
+    ],
+)
+def test_the_published_configs_are_the_published_networks(name: str, classes: int | None, parameters: int) -> None:
+    cfg = load(ROOT / "configs" / f"{name}.json", ddpm_accelerate.Config)
     with torch.device("meta"):
-        network = build_unet(cfg.model, (3, 32, 32), None)
-    assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307  # Sec. 4, arXiv:2006.11239: 35.7 M
+        shape = (3, cfg.image.size, cfg.image.size)
+        network = build_unet(cfg.model, shape, classes, learned=cfg.process.variance == "learned")
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

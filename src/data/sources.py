@@ -1,8 +1,12 @@
-"""Where pictures come from: folders, `datasets`, digits, shapes, packed files; all read through one interface."""
+"""Where pictures come from: folders, `datasets`, digits, EMNIST, shapes, packed files; all read through one interface."""
 
+import gzip
 import hashlib
 import io
+import math
 import os
+import string
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +42,10 @@ class FolderSource:
 
 @config
 class DatasetsSource:
-    """A `datasets` data set: `name` on the hub, `imagefolder` (with `data_dir`), or a folder that save_to_disk wrote."""
+    """A `datasets` data set: `name` on the hub, `imagefolder` (with `data_dir`), or a folder that save_to_disk wrote.
+
+    `transpose` exchanges rows and columns: copies of EMNIST lie on their side as NIST's files do.
+    """
 
     source: Literal["datasets"]
     name: str
@@ -47,6 +54,7 @@ class DatasetsSource:
     split: str = "train"
     image_column: str = "image"
     label_column: str | None = None
+    transpose: bool = False
     subset: int | None = Field(None, gt=0)
     scan: ScanConfig = ScanConfig()
 
@@ -57,6 +65,21 @@ class DigitsSource:
 
     source: Literal["digits"]
     split: Literal["all", "train", "test"] = "all"
+    subset: int | None = Field(None, gt=0)
+
+
+@config
+class EmnistSource:
+    """EMNIST's own files (Cohen et al. 2017, arXiv:1702.05373) in `path`, plain or .gz, as NIST's gzip.zip has them.
+
+    28x28 pixels, grey, turned upright here. The classes of `letters` are A-Z, each of both cases; those of `digits` and `mnist`
+    0-9; of `byclass` 0-9, A-Z and a-z; of `balanced` and `bymerge` the same but for 15 small letters that look like the large.
+    """
+
+    source: Literal["emnist"]
+    path: str
+    split: Literal["letters", "digits", "balanced", "byclass", "bymerge", "mnist"]
+    part: Literal["train", "test"] = "train"
     subset: int | None = Field(None, gt=0)
 
 
@@ -81,7 +104,7 @@ class PackedSource:
     subset: int | None = Field(None, gt=0)
 
 
-Source = FolderSource | DatasetsSource | DigitsSource | ShapesSource | PackedSource
+Source = FolderSource | DatasetsSource | DigitsSource | EmnistSource | ShapesSource | PackedSource
 OneSource = Annotated[Source, Field(discriminator="source")]
 Sources = Annotated[
     Annotated[OneSource, Tag("object")] | Annotated[tuple[OneSource, ...], Field(min_length=1), Tag("list")],
@@ -133,9 +156,11 @@ class DatasetsPictures(Pictures):
     rows: Any = None
     indices: list[int] = field(default_factory=list)
     column: str = "image"
+    transpose: bool = False
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
-        return decode(_encoded(self.rows[self.indices[index]][self.column]), channels=channels, at_least=at_least)
+        image = decode(_encoded(self.rows[self.indices[index]][self.column]), channels=channels, at_least=at_least)
+        return image.transpose(Image.Transpose.TRANSPOSE) if self.transpose else image
 
 
 @dataclass
@@ -332,15 +357,85 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
         sizes = (_encoded(row[spec.image_column]) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
         stamps = [(len(cell) if isinstance(cell, bytes) else cell.stat().st_size, 0) for cell in sizes]
     good, report = scan(names, stamps, source, spec.scan, key=f"datasets|{fingerprint}|{spec.split}", where=where)
+    turned = ["transposed"] if spec.transpose else []
     return DatasetsPictures(
         names=[names[i] for i in good],
         labels=labels[good],
         class_names=class_names,
-        fingerprint=_digest(spec.name, fingerprint, np.array(good, dtype=np.int64).tobytes()),
+        fingerprint=_digest(spec.name, fingerprint, np.array(good, dtype=np.int64).tobytes(), *turned),
         report=report,
         rows=rows,
         indices=good,
         column=spec.image_column,
+        transpose=spec.transpose,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- EMNIST
+
+_CAPITALS = string.digits + string.ascii_uppercase
+EMNIST_CLASSES = {
+    "letters": string.ascii_uppercase,
+    "digits": string.digits,
+    "mnist": string.digits,
+    "byclass": _CAPITALS + string.ascii_lowercase,
+    "bymerge": _CAPITALS + "abdefghnqrt",
+    "balanced": _CAPITALS + "abdefghnqrt",
+}
+
+
+def _read_idx(folders: Sequence[Path], name: str, axes: int) -> tuple[bytes, Pixels]:
+    """The bytes of an idx file and what they hold: uint8 of so many axes.
+
+    Two zeros, the type (8 is unsigned bytes), the number of axes, each length in four bytes, big-endian; then the values.
+    """
+    found = [path for folder in folders for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+    if not found:
+        raise UserError(
+            f"{folders[0]} has no {name}, plain or .gz; it is in gzip.zip on the EMNIST page of NIST: unpack that there, "
+            "or set data.path (held_out.path) to where it is"
+        )
+    path = found[0]
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); download it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    start = 4 + 4 * axes
+    if content[:4] != bytes([0, 0, 8, axes]) or len(content) < start:
+        raise UserError(f"{path} is not an idx file of bytes with {axes} axes (its first bytes are {content[:4].hex(' ')})")
+    shape = np.frombuffer(content, ">u4", count=axes, offset=4).tolist()
+    if len(content) - start != math.prod(shape):
+        raise UserError(
+            f"{path} says that it holds {' x '.join(map(str, shape))} bytes, and has {len(content) - start}; download it again"
+        )
+    return content, np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _open_emnist(spec: EmnistSource) -> ArrayPictures:
+    root = Path(spec.path).expanduser()
+    folders = [root, root / "gzip"]  # as the zip unpacks
+    stem = f"emnist-{spec.split}-{spec.part}"
+    picture_bytes, pictures = _read_idx(folders, f"{stem}-images-idx3-ubyte", 3)
+    label_bytes, labels = _read_idx(folders, f"{stem}-labels-idx1-ubyte", 1)
+    if len(pictures) != len(labels):
+        raise UserError(f"{root}: {stem} has {len(pictures)} pictures and {len(labels)} labels; download both again")
+    classes = EMNIST_CLASSES[spec.split]
+    first = 1 if spec.split == "letters" else 0  # the letters alone are counted from 1
+    if len(labels) and not first <= labels.min() <= labels.max() < first + len(classes):
+        raise UserError(
+            f"{root}: the labels of {stem} run from {labels.min()} to {labels.max()}, those of EMNIST from {first} to "
+            f"{first + len(classes) - 1}; download it again"
+        )
+    return ArrayPictures(
+        names=[f"emnist/{spec.split}/{spec.part}/{i:06d}" for i in range(len(labels))],
+        labels=labels.astype(np.int64) - first,
+        class_names=tuple(classes),
+        fingerprint=_digest(picture_bytes, label_bytes),
+        pixels=np.ascontiguousarray(pictures.transpose(0, 2, 1))[..., None],  # the files have columns where others have rows
     )
 
 
@@ -411,6 +506,7 @@ OPENERS: dict[type, Any] = {
     FolderSource: _open_folder,
     DatasetsSource: _open_datasets,
     DigitsSource: _open_digits,
+    EmnistSource: _open_emnist,
     ShapesSource: _open_shapes,
     PackedSource: _open_packed,
 }
@@ -501,9 +597,20 @@ class PictureSet:
                 print(f"warning: {name!r} can no longer be read ({error}); the next one takes its place", flush=True)
         raise UserError(f"twenty pictures in a row, from {self.names[i]!r} on, can no longer be read; is the disk gone?")
 
+    def lowest(self, count: int) -> "PictureSet":
+        """The `count` pictures whose names hash lowest, or all where there are no more."""
+        keep = np.zeros(len(self), dtype=np.bool_)
+        keep[_lowest(self.names, count)] = True
+        return _relabel(self.only(keep), self.class_names)
+
     def only(self, keep: NDArray[np.bool_]) -> "PictureSet":
         chosen = [self.index[(self.which == w) & keep] for w in range(len(self.parts))]
         return PictureSet(self.parts, chosen)
+
+
+def _lowest(names: Sequence[str], count: int) -> NDArray[np.int64]:
+    """Which of the names hash lowest, in their order."""
+    return np.array(sorted(sorted(range(len(names)), key=lambda i: (_fraction(names[i]), i))[:count]))
 
 
 def _natural(name: str) -> tuple[int, str]:
@@ -521,8 +628,7 @@ def open_sources(sources: Source | Sequence[Source]) -> PictureSet:
         part: Pictures = OPENERS[type(spec)](spec)
         keep = np.arange(len(part))
         if spec.subset is not None and spec.subset < len(part):
-            order = sorted(range(len(part)), key=lambda i: (_fraction(part.names[i]), i))
-            keep = np.array(sorted(order[: spec.subset]))
+            keep = _lowest(part.names, spec.subset)
         parts.append(part)
         chosen.append(keep)
     found = PictureSet(parts, chosen)

@@ -1,7 +1,17 @@
 """The mathematics of diffusion and blending; knows no network."""
 
-from .guidance import classifier_free, clip
-from .process import Denoiser, Losses, Prediction, Process, ProcessConfig, TimeInput, TrainableProcess, build_process, gain
+from .guidance import (
+    classifier_free,
+    classifier_gradient,
+    classifier_guided,
+    clip,
+    dynamic_threshold,
+    is_within,
+    on_schedule,
+    within,
+)
+from .likelihood import BitsPerDimension, bits_per_dimension
+from .process import Denoiser, LossConfig, Losses, Prediction, Process, ProcessConfig, TimeInput, build_process, gain
 from .schedules import SPACINGS, BlendSchedule, Level, Schedule, TableSchedule, build_schedule, times
 from .solvers import DETERMINISTIC, SOLVERS, ancestral, ddim, dpmpp_2m, euler, heun, midpoint, rk4
 from .variance import log_variance, transitions
@@ -10,9 +20,11 @@ __all__ = [
     "DETERMINISTIC",
     "SOLVERS",
     "SPACINGS",
+    "BitsPerDimension",
     "BlendSchedule",
     "Denoiser",
     "Level",
+    "LossConfig",
     "Losses",
     "Prediction",
     "Process",
@@ -20,20 +32,26 @@ __all__ = [
     "Schedule",
     "TableSchedule",
     "TimeInput",
-    "TrainableProcess",
     "ancestral",
+    "bits_per_dimension",
     "build_process",
     "build_schedule",
     "classifier_free",
+    "classifier_gradient",
+    "classifier_guided",
     "clip",
     "ddim",
     "dpmpp_2m",
+    "dynamic_threshold",
     "euler",
     "gain",
     "heun",
+    "is_within",
     "log_variance",
     "midpoint",
+    "on_schedule",
     "rk4",
     "times",
     "transitions",
+    "within",
 ]

@@ -6,14 +6,17 @@ Every target is linear in the clean picture and the noise, y = p x0 + q eps, so 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol
 
 import pydantic
 import torch
 from torch import Tensor
 
 from ..config import config, wrong
-from .schedules import BlendSchedule, BlendScheduleConfig, Level, ScheduleConfig, TableSchedule, build_schedule
+from .likelihood import variational_term
+from .schedules import BlendSchedule, BlendScheduleConfig, Level, ScheduleConfig, TableSchedule, build_schedule, like
+from .variance import Transitions, transitions
 
 Target = Literal["eps", "x0", "v", "blend"]
 Variance = Literal["small", "large", "learned"]
@@ -36,25 +39,23 @@ class Prediction(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Per sample, (B,): `loss` is what is trained."""
+    """Per sample, (B,): `loss` is what is trained; `mse` the squared error of the output, and `vb` the variational term of the
+    step in bits per dimension, where the loss has them."""
 
     loss: Tensor
+    mse: Tensor | None = None
+    vb: Tensor | None = None
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """What the loss is made of, where that is more than one thing: for the log."""
+        return {"mse": self.mse, "vb": self.vb} if self.mse is not None and self.vb is not None else {}
 
 
 class Denoiser(Protocol):
     """All that a solver sees of a network."""
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Prediction: ...
-
-
-def like(values: Tensor, x: Tensor) -> Tensor:
-    """Float64 values () or (B,), made ready to multiply `x` (B, ...): its device, at least float32, broadcastable."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return (
-        values.to(dtype)
-        .to(x.device, non_blocking=True)
-        .reshape(values.shape + (1,) * (x.ndim - values.ndim if values.ndim else 0))
-    )
 
 
 @config
@@ -66,9 +67,24 @@ class TimeInput:
     scale: float = pydantic.Field(1.0, gt=0)
 
 
+@config
+class LossConfig:
+    """What is trained: `simple`, the squared error of the target; `hybrid`, that plus `variational_weight` times the step's
+    variational term in bits per dimension, which teaches the learned variance alone; `kl`, the variational term; `rescaled_kl`,
+    the same times the number of steps.
+
+    Guided-diffusion's hybrid loss has the weight 1, its rescaled one (improved-diffusion's L_hybrid) steps / 1000. With
+    `min_snr_gamma` the squared error is weighted as min(SNR, gamma) weighs that of x0 (Hang et al. 2023, arXiv:2303.09556).
+    """
+
+    kind: Literal["simple", "hybrid", "kl", "rescaled_kl"] = "simple"
+    variational_weight: float = pydantic.Field(1.0, gt=0)
+    min_snr_gamma: float | None = pydantic.Field(None, gt=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Schedule, target, variance and what the network is fed; it holds no network.
+    """Schedule, target, variance, loss and what the network is fed; it holds no network.
 
     Times `t` are float64 or integer tensors on the CPU, () or (B,); pictures are (B, C, ...) on any device.
     """
@@ -77,6 +93,7 @@ class Process:
     target: Target
     variance: Variance = "large"
     time_input: TimeInput = TimeInput()
+    loss: LossConfig = LossConfig()
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps (Eq. 4, arXiv:2006.11239)."""
@@ -120,11 +137,43 @@ class Process:
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         return network(x_t, time.to(dtype).to(x_t.device, non_blocking=True), **condition)
 
+    @cached_property
+    def chain(self) -> Transitions:
+        """The steps of the whole table; that from level t is the one of index T - 1 - t."""
+        if not isinstance(self.schedule, TableSchedule):
+            raise ValueError("the variational bound and learned variances need a table; the blend has none")
+        return transitions(self.schedule, torch.arange(self.schedule.num_steps - 1, -2, -1, dtype=torch.float64))
+
     def losses(self, network: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, **condition: Any) -> Losses:
-        """The mean over a sample's elements of (network(x_t) - y)^2, for each sample (Eq. 14, arXiv:2006.11239)."""
-        y = self._call(network, self.add_noise(x0, eps, t), t, condition)
+        """What `loss` says, for each sample; times (B,) are entries where the loss has a variational term.
+
+        simple: the mean over a sample's elements of (network(x_t) - y)^2 (Eq. 14, arXiv:2006.11239). hybrid: Eq. 16,
+        arXiv:2102.09672, the mean of the model's step detached.
+        """
+        x_t = self.add_noise(x0, eps, t)
+        output = self._call(network, x_t, t, condition)
+        kind, vb = self.loss.kind, None
+        if kind != "simple":
+            y, *rest = output.chunk(2, dim=1) if self.variance == "learned" else (output,)
+            frozen = torch.cat([y.detach(), *rest], dim=1) if kind == "hybrid" else output
+            prediction = self.read(frozen, x_t, t)
+            index = len(self.chain.beta) - 1 - t.long()
+            vb = variational_term(self.chain, index, x0, x_t, prediction.x0, self.variance, prediction.variance_fraction)
+            if kind != "hybrid":
+                return Losses(vb * (len(self.chain.beta) if kind == "rescaled_kl" else 1.0), vb=vb)
+            output = y
         target = self.make_target(x0, eps, t)
-        return Losses((y.to(target.dtype) - target).square().flatten(1).mean(1))
+        mse = (output.to(target.dtype) - target).square().flatten(1).mean(1)
+        loss = mse * like(self.loss_weight(t), mse) if self.loss.min_snr_gamma is not None else mse
+        return Losses(loss if vb is None else loss + self.loss.variational_weight * vb, mse, vb)
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """min(SNR, gamma) times the square of what an error of the output makes in x0, float64 of the shape of `t`."""
+        level = self.schedule.level(t)
+        p, q = COEFFICIENTS[self.target](level)
+        gain_of_x0 = level.sigma / (level.alpha * q - level.sigma * p)
+        clamped = ((level.alpha / level.sigma) ** 2).clamp(max=self.loss.min_snr_gamma)
+        return torch.where(level.sigma > 0, clamped * gain_of_x0**2, torch.zeros_like(clamped))
 
     def denoiser(self, network: Callable[..., Tensor], **condition: Any) -> Denoiser:
         """The network as solvers see it, with its condition (labels) bound."""
@@ -143,7 +192,8 @@ class Process:
 
 @config
 class ProcessConfig:
-    """Schedule, target, the variance of ancestral sampling, and what the network is told of the time.
+    """Schedule, target, the variance of ancestral sampling (`learned`: the network's second output), the loss, and what the
+    network is told of the time.
 
     `clip` holds the x0 estimate inside [-1, 1] while sampling; needed where reading the output amplifies its error.
     """
@@ -153,6 +203,7 @@ class ProcessConfig:
     variance: Variance = "large"
     clip: bool = True
     time_input: TimeInput | None = None
+    loss: LossConfig = LossConfig()
 
     @pydantic.model_validator(mode="after")
     def _gain(self) -> "ProcessConfig":
@@ -160,6 +211,15 @@ class ProcessConfig:
         if process.time_input.kind == "index" and isinstance(process.schedule, BlendSchedule):
             raise wrong("time_input.kind: the blend has no table to index; use t or alpha")
         schedule = process.schedule
+        learned, loss = self.variance == "learned", self.loss.kind
+        if isinstance(schedule, BlendSchedule) and (learned or loss != "simple"):
+            raise wrong("the blend has no chain of steps: loss.kind is simple there, and variance small or large")
+        if learned and loss == "simple":
+            raise wrong("loss.kind: the simple loss teaches no learned variance; use hybrid, kl or rescaled_kl")
+        if not learned and loss == "hybrid":
+            raise wrong("loss.kind: the hybrid loss teaches a learned variance; set variance to learned, or use simple")
+        if self.loss.min_snr_gamma is not None and loss not in ("simple", "hybrid"):
+            raise wrong("loss.min_snr_gamma weighs a squared error, which kl and rescaled_kl have not; leave it out")
         if isinstance(schedule, TableSchedule):
             used = torch.arange(schedule.num_steps)
         else:
@@ -176,15 +236,6 @@ class ProcessConfig:
         return self
 
 
-def _trainable(spec: ProcessConfig) -> ProcessConfig:
-    if spec.variance == "learned":
-        raise wrong("variance: 'learned' cannot be trained here (it is for imported networks); use small or large")
-    return spec
-
-
-TrainableProcess = Annotated[ProcessConfig, pydantic.AfterValidator(_trainable)]
-
-
 def gain(process: Process, t: Tensor) -> Tensor:
     """1 / |alpha q - sigma p|: by how much reading an output at times `t` amplifies its error."""
     level = process.schedule.level(t)
@@ -199,5 +250,6 @@ def build_process(spec: ProcessConfig) -> Process:
         schedule=build_schedule(spec.schedule, network_at_clean=spec.target != "x0"),
         target=spec.target,
         variance=spec.variance,
+        loss=spec.loss,
         time_input=spec.time_input or (TimeInput(kind="t", scale=1000.0) if blend else TimeInput()),
     )

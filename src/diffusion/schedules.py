@@ -22,6 +22,16 @@ class Level(NamedTuple):
     sigma: Tensor
 
 
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """Float64 values () or (B,), made ready to multiply `x` (B, ...): its device, at least float32, broadcastable."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (
+        values.to(dtype)
+        .to(x.device, non_blocking=True)
+        .reshape(values.shape + (1,) * (x.ndim - values.ndim if values.ndim else 0))
+    )
+
+
 class Schedule(Protocol):
     """What solvers and the process ask of a schedule."""
 
@@ -57,7 +67,8 @@ class TableSchedule:
     network_at_clean: bool = False
 
     def __post_init__(self) -> None:
-        if self.betas.ndim != 1 or not bool(((self.betas > 0) & (self.betas < 1)).all()):
+        inner = self.betas[:-1]  # the last may be 1: then the noisiest level has no signal
+        if self.betas.ndim != 1 or not bool(((inner > 0) & (inner < 1)).all()) or not 0 < self.betas[-1] <= 1:
             raise UserError("the schedule's betas must lie between 0 and 1; use more steps or smaller betas")
 
     @property
@@ -130,6 +141,7 @@ class BetaSchedule:
     """betas from `beta_start` to `beta_end`: linearly, linearly in their root, or along a sigmoid from -6 to 6.
 
     `rescale_betas` multiplies both ends by 1000 / steps, as guided-diffusion does, so that few steps end in noise too.
+    `zero_terminal_snr` leaves no signal in the noisiest level (for the targets v and x0).
     """
 
     kind: Literal["linear", "quadratic", "sigmoid"]
@@ -137,14 +149,19 @@ class BetaSchedule:
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
     rescale_betas: bool = False
+    zero_terminal_snr: bool = False
 
 
 @config
 class CosineSchedule:
-    """alpha_bar(t) = cos^2((t + 0.008) / 1.008 * pi / 2), betas capped at 0.999 (Eq. 17, Nichol & Dhariwal 2021)."""
+    """alpha_bar(t) = cos^2((t + 0.008) / 1.008 * pi / 2), betas capped at 0.999 (Eq. 17, Nichol & Dhariwal 2021).
+
+    `zero_terminal_snr` leaves no signal in the noisiest level (for the targets v and x0).
+    """
 
     kind: Literal["cosine"]
     steps: int = Field(1000, ge=2)
+    zero_terminal_snr: bool = False
 
 
 @config
@@ -183,13 +200,22 @@ def cosine_betas(steps: int) -> Tensor:
     return torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
 
 
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas (T,) whose alpha is shifted and scaled so that the first level stays and the last has no signal, beta 1
+    (Alg. 1, Lin et al. 2023, arXiv:2305.08891)."""
+    alpha = torch.cumprod(1 - betas, dim=0).sqrt()
+    squares = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return 1 - torch.cat([squares[:1], squares[1:] / squares[:-1]])
+
+
 def build_schedule(
     spec: BetaSchedule | CosineSchedule | BlendScheduleConfig, *, network_at_clean: bool = True
 ) -> TableSchedule | BlendSchedule:
     """The schedule that a config names. `network_at_clean` says whether the target can be read at t = 0 of the blend."""
     if isinstance(spec, BlendScheduleConfig):
         return BlendSchedule(network_at_clean)
-    return TableSchedule(cosine_betas(spec.steps) if isinstance(spec, CosineSchedule) else beta_schedule(spec))
+    betas = cosine_betas(spec.steps) if isinstance(spec, CosineSchedule) else beta_schedule(spec)
+    return TableSchedule(rescale_zero_terminal_snr(betas) if spec.zero_terminal_snr else betas)
 
 
 # ---------------------------------------------------------------------------------------------- sampling times

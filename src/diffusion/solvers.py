@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
-from .process import Denoiser, Prediction, like
-from .schedules import Schedule
+from .process import Denoiser, Prediction
+from .schedules import Schedule, like
 from .variance import log_variance, standard_deviation, transitions
 
 Callback = Callable[[int, Tensor, Tensor, Prediction], None]  # (step, t, x_t, what the network said of it)
@@ -161,7 +161,7 @@ def ancestral(
             callback(i, times[i], x, prediction)
         log_var = log_variance(steps, i, variance, prediction.variance_fraction)
         log_var = like(log_var, x) if log_var.ndim == 0 else log_var
-        mean = like(steps.from_x_t[i], x) * x + like(steps.from_x0[i], x) * prediction.x0
+        mean = steps.mean(i, prediction.x0, x)
         if mean_shift is not None:
             mean = mean + mean_shift(x, times[i], log_var.exp())
         into_clean = float(times[i + 1]) == schedule.clean

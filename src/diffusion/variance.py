@@ -1,11 +1,11 @@
-"""The Gaussian steps of a (respaced) chain: posterior means and the variances that ancestral sampling may use."""
+"""The Gaussian steps of a (respaced) chain: posterior means, and the variances that the model's step may have."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .schedules import Schedule
+from .schedules import Schedule, like
 
 
 class Transitions(NamedTuple):
@@ -21,6 +21,15 @@ class Transitions(NamedTuple):
     beta: Tensor
     beta_tilde: Tensor
     log_beta_tilde: Tensor
+
+    @property
+    def into_clean(self) -> Tensor:
+        """Whether a step ends at the clean level, (N,)."""
+        return self.beta_tilde == 0
+
+    def mean(self, index: int | Tensor, x0: Tensor, x_t: Tensor) -> Tensor:
+        """The posterior's mean of step `index`, one for all or (B,)."""
+        return like(self.from_x_t[index], x_t) * x_t + like(self.from_x0[index], x_t) * x0
 
 
 def transitions(schedule: Schedule, times: Tensor) -> Transitions:
@@ -44,20 +53,19 @@ def transitions(schedule: Schedule, times: Tensor) -> Transitions:
     )
 
 
-def log_variance(steps: Transitions, index: int, kind: str, fraction: Tensor | None) -> Tensor:
-    """The log variance of the model's step `index`: () for `small` and `large`, the shape of `fraction` for `learned`.
+def log_variance(steps: Transitions, index: int | Tensor, kind: str, fraction: Tensor | None) -> Tensor:
+    """The log variance of the model's step `index`, one for all or (B,): of that shape for `small` and `large`, and of the
+    shape of `fraction` for `learned`.
 
     Learned: f log beta + (1 - f) log beta_tilde (Eq. 15, Nichol & Dhariwal 2021, arXiv:2102.09672).
     """
-    small = steps.log_beta_tilde[index]
+    small, log_beta = steps.log_beta_tilde[index], steps.beta[index].log()
     if kind == "learned":
         if fraction is None:
             raise ValueError("the network's output has no learned variance")
-        log_beta = steps.beta[index].log()
-        return fraction * log_beta.to(fraction) + (1 - fraction) * small.to(fraction)
+        return fraction * like(log_beta, fraction) + (1 - fraction) * like(small, fraction)
     # The step into the clean level uses beta_tilde of the one before it in both fixed choices.
-    last = index == len(steps.beta) - 1
-    return small if kind == "small" or last else steps.beta[index].log()
+    return small if kind == "small" else torch.where(steps.into_clean[index], small, log_beta)
 
 
 def standard_deviation(log_variance: Tensor) -> Tensor:

@@ -1,16 +1,31 @@
-"""diffusers' UNet2DModel as our U-Net, by a map of key names; its AutoencoderKL behind the interface of ours."""
+"""diffusers' UNet2DModel and its folders, both ways, by a map of key names; its AutoencoderKL behind the interface of ours."""
 
-from collections.abc import Mapping
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import UserError
+from ..config import UserError, read_json, validate, write_flushed
+from ..diffusion import ProcessConfig
+from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
-from ..models.unet import TimeEmbedding
+from ..models.layers import Attention
+from ..training.checkpoint import read_tensors
 from ..vision import import_torchvision
-from .guided_diffusion import rename
+from .guided_diffusion import read_state, rename
+from .imported import Imported
+
+VERSION = "0.35.0"  # of diffusers, the oldest whose folders these are
+WEIGHTS = "diffusion_pytorch_model"
+
+# ---------------------------------------------------------------------------------------------- the network
 
 RESIDUAL = {
     "norm_1": "norm1",
@@ -21,6 +36,11 @@ RESIDUAL = {
     "skip": "conv_shortcut",
 }
 ATTENTION = {"norm": "group_norm", "qkv": "qkv", "out": "to_out.0"}
+FORMERLY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # before diffusers 0.15
+
+# The attention of a block, and how it resamples: None is what downsample_type and upsample_type say.
+DOWN = {"DownBlock2D": ("none", "conv"), "AttnDownBlock2D": ("full", None), "ResnetDownsampleBlock2D": ("none", "resnet")}
+UP = {"UpBlock2D": ("none", "conv"), "AttnUpBlock2D": ("full", None), "ResnetUpsampleBlock2D": ("none", "resnet")}
 
 
 def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
@@ -34,41 +54,125 @@ def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
 
     only("time_embedding_type", "positional")
     only("center_input_sample", False)
+    only("mid_block_type", "UNetMidBlock2D")
     only("mid_block_scale_factor", 1)
-    only("act_fn", "silu")
+    only("act_fn", "silu", "swish")
     only("class_embed_type", None)
-    only("downsample_type", "conv")
-    only("upsample_type", "conv")
-    only("attn_norm_num_groups", None)
-    if theirs.get("resnet_time_scale_shift", "default") != "default" and theirs.get("add_attention", True):
+    widths, groups = list(theirs["block_out_channels"]), theirs.get("norm_num_groups", 32)
+    only("time_embedding_dim", None, 4 * widths[0])
+    scale_shift = only("resnet_time_scale_shift", "default", "scale_shift") == "scale_shift"
+    mid_attention = theirs.get("add_attention", True)
+    if mid_attention and scale_shift and theirs.get("attn_norm_num_groups") is None:
         raise UserError("UNet2DModel with scale_shift and add_attention has an attention without norm: not supported")
-    widths = list(theirs["block_out_channels"])
-    down, up = list(theirs["down_block_types"]), list(theirs["up_block_types"])
-    attention = {"DownBlock2D": "none", "AttnDownBlock2D": "full"}
-    mirrored = [kind.replace("UpBlock2D", "DownBlock2D") for kind in reversed(up)]
-    if any(kind not in attention for kind in down) or mirrored != down:
-        raise UserError(f"UNet2DModel with blocks {down} and {up} is not supported")
-    if any(width % widths[0] for width in widths):
-        raise UserError(f"UNet2DModel with widths {widths} is not supported: each must be a multiple of the first")
-    head = theirs.get("attention_head_dim", 8)
-    return UNetConfig(
-        base_channels=widths[0],
-        channel_mult=tuple(width // widths[0] for width in widths),
-        blocks=theirs["layers_per_block"],
-        attention=tuple(attention[kind] for kind in down),  # pyright: ignore[reportArgumentType]
-        mid_attention="full" if theirs.get("add_attention", True) else "none",
-        head_channels=head,
-        embedding="scale_shift" if only("resnet_time_scale_shift", "default", "scale_shift") == "scale_shift" else "add",
-        downsample="conv" if only("downsample_padding", 1, 0) == 1 else "conv_right",
-        upsample="conv",
-        dropout=float(theirs.get("dropout", 0.0)),
-        norm_groups=theirs.get("norm_num_groups", 32),
-        norm_eps=float(theirs.get("norm_eps", 1e-5)),
-        time_embedding=TimeEmbedding(
-            order="cos_sin" if theirs.get("flip_sin_to_cos", True) else "sin_cos",
-            frequency_shift=float(theirs.get("freq_shift", 0)),
-        ),
+    if mid_attention:
+        only("attn_norm_num_groups", None, groups)
+
+    down, up = list(theirs["down_block_types"]), list(reversed(theirs["up_block_types"]))
+    last = len(widths) - 1
+    if any(kind not in DOWN for kind in down) or any(kind not in UP for kind in up) or not len(down) == len(up) == last + 1:
+        raise UserError(f"UNet2DModel with blocks {down} and {up[::-1]} is not supported; allowed: {', '.join([*DOWN, *UP])}")
+    attention = [DOWN[kind][0] for kind in down]
+    if attention != [UP[kind][0] for kind in up]:
+        raise UserError(f"UNet2DModel with blocks {down} and {up[::-1]} is not supported: attention differs down and up")
+    type_down, type_up = only("downsample_type", "conv", "resnet"), only("upsample_type", "conv", "resnet")
+    ways_down = {DOWN[kind][1] or type_down for kind in down[:last]} or {type_down}
+    ways_up = {UP[kind][1] or type_up for kind in up[1:]} or {type_up}
+    if len(ways_down) > 1 or len(ways_up) > 1:
+        raise UserError(f"UNet2DModel with blocks {down} and {up[::-1]} is not supported: they resample in different ways")
+    downsample = "conv" if only("downsample_padding", 1, 0) == 1 else "conv_right"
+    return validate(
+        UNetConfig,
+        {
+            "base_channels": widths[0],
+            "channel_mult": [_multiple(widths[0], width) for width in widths],
+            "blocks": theirs["layers_per_block"],
+            "attention": attention,
+            "mid_attention": "full" if mid_attention else "none",
+            "head_channels": theirs.get("attention_head_dim", 8),
+            "embedding": "scale_shift" if scale_shift else "add",
+            "downsample": "residual" if ways_down == {"resnet"} else downsample,
+            "upsample": "residual" if ways_up == {"resnet"} else "conv",
+            "dropout": float(theirs.get("dropout", 0.0)),
+            "norm_groups": groups,
+            "norm_eps": float(theirs.get("norm_eps", 1e-5)),
+            "time_embedding": {
+                "order": "cos_sin" if theirs.get("flip_sin_to_cos", True) else "sin_cos",
+                "frequency_shift": float(theirs.get("freq_shift", 0)),
+            },
+        },
+        origin="this UNet2DModel as model",
     )
+
+
+def _multiple(base: int, width: int) -> float:
+    """width / base, such that base times it is not rounded down to less than width."""
+    mult = width / base
+    return mult if int(base * mult) == width else math.nextafter(mult, math.inf)
+
+
+def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:
+    """Our network as the `config.json` of a UNet2DModel for pictures of `image_size`: the inverse of `unet_config`.
+
+    What UNet2DModel has not is a UserError that names the option. It has residual resampling (its blocks `Resnet...`) and,
+    with `attn_norm_num_groups`, a middle attention beside scale_shift.
+    """
+    config = network.config
+    assert isinstance(config, UNetConfig)
+
+    def only(option: str, value: Any, *allowed: Any) -> None:
+        if value not in allowed:
+            words = " or ".join(str(word) for word in allowed)
+            raise UserError(f"UNet2DModel has no model.{option} {value}; what can be exported has {words}")
+
+    for kind in config.attention:
+        only("attention", kind, "none", "full")
+    only("mid_attention", config.mid_attention, "none", "full")
+    only("downsample", config.downsample, "conv", "conv_right", "residual")
+    only("upsample", config.upsample, "conv", "residual")
+    only("time_embedding.scale", config.time_embedding.scale, 1.0)
+    only("channel_mult[0]", config.channel_mult[0], 1)
+    sizes = sorted({width // config.heads(width) for width in config.attended})
+    one_head = all(config.heads(width) == 1 for width in config.attended)
+    if len(sizes) > 1 and not one_head:
+        raise UserError(
+            f"model.num_heads {config.num_heads} makes heads of {', '.join(map(str, sizes))} channels, and UNet2DModel has one "
+            "size for all; what can be exported has model.head_channels"
+        )
+    scale_shift = config.embedding == "scale_shift"
+    residual_down, residual_up = config.downsample == "residual", config.upsample == "residual"
+    down = {"full": "AttnDownBlock2D", "none": "ResnetDownsampleBlock2D" if residual_down else "DownBlock2D"}
+    up = {"full": "AttnUpBlock2D", "none": "ResnetUpsampleBlock2D" if residual_up else "UpBlock2D"}
+    rows = network.label_embedding.num_embeddings if network.label_embedding is not None else None
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
+        "act_fn": "silu",
+        "add_attention": config.mid_attention == "full",
+        "attention_head_dim": None if one_head else sizes[0],
+        "attn_norm_num_groups": config.norm_groups if scale_shift and config.mid_attention == "full" else None,
+        "block_out_channels": config.widths,
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "down_block_types": [down[kind] for kind in config.attention],
+        "downsample_padding": 0 if config.downsample == "conv_right" else 1,
+        "downsample_type": "resnet" if residual_down else "conv",
+        "dropout": config.dropout,
+        "flip_sin_to_cos": config.time_embedding.order == "cos_sin",
+        "freq_shift": config.time_embedding.frequency_shift,
+        "in_channels": network.stem.in_channels,
+        "layers_per_block": config.blocks,
+        "mid_block_scale_factor": 1,
+        "norm_eps": config.norm_eps,
+        "norm_num_groups": config.norm_groups,
+        "num_class_embeds": rows,
+        "num_train_timesteps": None,
+        "out_channels": network.head.out_channels,
+        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
+        "sample_size": image_size,
+        "time_embedding_type": "positional",
+        "up_block_types": [up[kind] for kind in reversed(config.attention)],
+        "upsample_type": "resnet" if residual_up else "conv",
+    }
 
 
 def module_names(config: UNetConfig) -> dict[str, str]:
@@ -76,8 +180,11 @@ def module_names(config: UNetConfig) -> dict[str, str]:
     names = {"time_in": "time_embedding.linear_1", "time_out": "time_embedding.linear_2"}
     names |= {"label_embedding": "class_embedding", "stem": "conv_in", "head_norm": "conv_norm_out", "head": "conv_out"}
 
+    def residual(ours: str, theirs: str) -> None:
+        names.update({f"{ours}.{a}": f"{theirs}.{b}" for a, b in RESIDUAL.items()})
+
     def block(ours: str, theirs: str, i: int) -> None:
-        names.update({f"{ours}.residual.{a}": f"{theirs}.resnets.{i}.{b}" for a, b in RESIDUAL.items()})
+        residual(f"{ours}.residual", f"{theirs}.resnets.{i}")
         names.update({f"{ours}.attention.{a}": f"{theirs}.attentions.{i}.{b}" for a, b in ATTENTION.items()})
 
     for level in range(len(config.channel_mult)):
@@ -85,8 +192,9 @@ def module_names(config: UNetConfig) -> dict[str, str]:
             block(f"down.{level}.blocks.{i}", f"down_blocks.{level}", i)
         for i in range(config.blocks + 1):
             block(f"up.{level}.blocks.{i}", f"up_blocks.{level}", i)
-        names[f"down.{level}.resample.conv"] = f"down_blocks.{level}.downsamplers.0.conv"
-        names[f"up.{level}.resample.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        for ours, theirs in (("down", f"down_blocks.{level}.downsamplers.0"), ("up", f"up_blocks.{level}.upsamplers.0")):
+            residual(f"{ours}.{level}.resample", theirs)
+            names[f"{ours}.{level}.resample.conv"] = f"{theirs}.conv"
     block("mid.0", "mid_block", 0)
     block("mid.1", "mid_block", 1)
     return names
@@ -94,25 +202,386 @@ def module_names(config: UNetConfig) -> dict[str, str]:
 
 def _fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     fused = dict(state)
-    for key in [key for key in state if ".to_q." in key]:
-        parts = [fused.pop(key.replace(".to_q.", f".to_{part}.")) for part in "qkv"]
-        fused[key.replace(".to_q.", ".qkv.")] = torch.cat(parts)
+    for old, new in FORMERLY.items():
+        fused = {key.replace(old, new) if ".attentions." in key else key: value for key, value in fused.items()}
+    for key in [key for key in fused if ".to_q." in key]:
+        names = [key.replace(".to_q.", f".to_{part}.") for part in "qkv"]
+        if all(name in fused for name in names):
+            fused[key.replace(".to_q.", ".qkv.")] = torch.cat([fused.pop(name) for name in names])
     return fused
 
 
-def unet_from_diffusers(theirs: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
-    """A UNet2DModel, by its config and state dict, as our U-Net with the same output."""
+def unet_from_diffusers(theirs: Mapping[str, Any], state: Mapping[str, Tensor], *, null_class: bool = False) -> UNet:
+    """A UNet2DModel, by its config and state dict, as our U-Net with the same output; with `null_class` the last of its
+    classes is the one for no class."""
     config = unet_config(theirs)
     classes = theirs.get("num_class_embeds")
     network = UNet(
         config,
         in_channels=theirs["in_channels"],
         out_channels=theirs["out_channels"],
-        num_classes=classes,
-        null_class=False,
+        num_classes=classes - null_class if classes is not None else None,
+        null_class=null_class,
     )
     network.load_state_dict(rename(network, _fuse_qkv(state), module_names(config)))
     return network.eval()
+
+
+def state_for_diffusers(network: UNet) -> dict[str, Tensor]:
+    """The weights of our network under UNet2DModel's names, float32 on the CPU: the inverse of `unet_from_diffusers`."""
+    assert isinstance(network.config, UNetConfig)
+    names, state = module_names(network.config), {}
+    attentions = {f"{name}.qkv": module for name, module in network.named_modules() if isinstance(module, Attention)}
+    for key, value in network.state_dict().items():
+        module, _, kind = key.rpartition(".")
+        value = value.detach().to("cpu", torch.float32)
+        if module in attentions:  # the order of its rows, (three heads d) or (heads three d), is a layout and no option
+            layer = attentions[module]
+            parts = rearrange(value, f"{layer.layout} ... -> three (heads d) ...", three=3, heads=layer.heads)
+            owner = names[module].removesuffix("qkv")
+            state |= {f"{owner}to_{name}.{kind}": part.contiguous() for name, part in zip("qkv", parts, strict=True)}
+        else:
+            state[f"{names[module]}.{kind}"] = value.contiguous()
+    return state
+
+
+# ---------------------------------------------------------------------------------------------- the process
+
+BETAS = {"linear": "linear", "scaled_linear": "quadratic", "sigmoid": "sigmoid", "squaredcos_cap_v2": "cosine"}
+TARGETS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
+DDPM_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "clip_sample_range": 1.0,
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "rescale_betas_zero_snr": False,
+}
+# How their sampler goes through the levels, which is no part of the process; `tensor_format` is a word of diffusers 0.1.
+SAMPLING = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "tensor_format": "pt"}
+
+
+def _named(table: Mapping[str, str], ours: str) -> str:
+    return next(theirs for theirs, name in table.items() if name == ours)
+
+
+def process_config(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig:
+    """A `scheduler_config.json` of DDPMScheduler or DDIMScheduler as our process; `learned` says whether the network's
+    output has channels for the variance. A UserError names key and value that we have nothing for.
+
+    How the network was trained is not in it: a learned variance has the hybrid loss here.
+    """
+    found = {**DDPM_DEFAULTS, **theirs}
+
+    def refuse(key: str, allowed: str) -> UserError:
+        return UserError(f"a scheduler with {key}={found[key]!r} is not supported; allowed: {allowed}")
+
+    def ours(key: str, table: Mapping[str, str]) -> str:
+        if found[key] not in list(table):
+            raise refuse(key, ", ".join(table))
+        return table[found[key]]
+
+    if found.get("_class_name", "DDPMScheduler") not in ("DDPMScheduler", "DDIMScheduler"):
+        raise refuse("_class_name", "DDPMScheduler, DDIMScheduler")
+    for key in found:
+        if key not in DDPM_DEFAULTS and key not in SAMPLING and not key.startswith("_") and found[key] is not None:
+            raise refuse(key, "to leave it out")
+    if found["trained_betas"] is not None:
+        raise refuse("trained_betas", "null, and a beta_schedule")
+    if found["thresholding"]:
+        raise refuse("thresholding", "false")
+    if found["clip_sample"] and found["clip_sample_range"] != 1:
+        raise refuse("clip_sample_range", "1.0")
+    variance = ours("variance_type", VARIANCES)
+    if (variance == "learned") != learned:
+        raise refuse("variance_type", "learned_range with twice as many channels out as in, else fixed_small or fixed_large")
+    kind = ours("beta_schedule", BETAS)
+    betas = {} if kind == "cosine" else {"beta_start": found["beta_start"], "beta_end": found["beta_end"]}
+    return validate(
+        ProcessConfig,
+        {
+            "schedule": {
+                "kind": kind,
+                "steps": found["num_train_timesteps"],
+                "zero_terminal_snr": found["rescale_betas_zero_snr"],
+                **betas,
+            },
+            "target": ours("prediction_type", TARGETS),
+            "variance": variance,
+            "clip": found["clip_sample"],
+            "loss": {"kind": "hybrid" if variance == "learned" else "simple"},
+        },
+        origin="this scheduler as process",
+    )
+
+
+def scheduler_config(spec: ProcessConfig) -> dict[str, Any]:
+    """Our process as the `scheduler_config.json` of a DDPMScheduler: the inverse of `process_config`.
+
+    A UserError names the option that it has not.
+    """
+    schedule = spec.schedule
+    if isinstance(schedule, BlendScheduleConfig):
+        raise UserError("DDPMScheduler has no process.schedule blend; what can be exported has a table of betas")
+    if spec.target not in TARGETS.values():
+        raise UserError(
+            f"DDPMScheduler has no process.target {spec.target}; what can be exported has {', '.join(TARGETS.values())}"
+        )
+    time = spec.time_input
+    if time is not None and (time.kind, time.scale) != ("index", 1.0):
+        raise UserError(
+            f"UNet2DModel is told the index of the level and has no process.time_input {time.kind} times {time.scale:g}; what "
+            "can be exported has index times 1"
+        )
+    changed: dict[str, Any] = {
+        "num_train_timesteps": schedule.steps,
+        "beta_schedule": _named(BETAS, schedule.kind),
+        "variance_type": _named(VARIANCES, spec.variance),
+        "prediction_type": _named(TARGETS, spec.target),
+        "clip_sample": spec.clip,
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
+    }
+    if isinstance(schedule, BetaSchedule):
+        scale = 1000 / schedule.steps if schedule.rescale_betas else 1.0
+        changed |= {"beta_start": scale * schedule.beta_start, "beta_end": scale * schedule.beta_end}
+    return {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION, **DDPM_DEFAULTS, **changed}
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _folder(name: str | Path) -> Path:
+    """A folder as it is, or what the hub has under this name: its JSON and one file of weights."""
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+
+    files = [f"{place}{file}" for place in ("", "unet/") for file in ("config.json", f"{WEIGHTS}.safetensors")]
+    files += ["model_index.json", "classes.json", "scheduler_config.json", "scheduler/scheduler_config.json"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
+        if _weights(folder) is None:
+            files = [f"{place}{WEIGHTS}.bin" for place in ("", "unet/")]
+            folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} is no folder, and the hub does not give it: {reason}") from None
+    return folder
+
+
+def _weights(folder: Path) -> Path | None:
+    return _beside(folder, "unet", f"{WEIGHTS}.safetensors") or _beside(folder, "unet", f"{WEIGHTS}.bin")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not the JSON object that diffusers writes")
+    return found
+
+
+def _beside(folder: Path, subfolder: str, file: str) -> Path | None:
+    """The file in its subfolder, or in the folder itself, as the first folders of diffusers have it."""
+    return next((path for path in (folder / subfolder / file, folder / file) if path.is_file()), None)
+
+
+def read(name: str | Path) -> Imported:
+    """A folder of diffusers with a UNet2DModel, of a DDPMPipeline or the model's alone, or its name on the hub.
+
+    Weights are safetensors, or a .bin that is read without running anything in it. A UserError says which file is missing, and
+    names each option that we have nothing for.
+    """
+    folder = _folder(name)
+    path = _beside(folder, "unet", "config.json")
+    if path is None:
+        raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json")
+    theirs = _object(path)
+    if (kind := theirs.get("_class_name", "UNet2DModel")) != "UNet2DModel":
+        raise UserError(f"{path} is of a {kind}; a UNet2DModel is what can be read")
+    needed = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "in_channels", "out_channels")
+    missing = [key for key in (*needed, "sample_size") if theirs.get(key) is None]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    size, channels, outputs = theirs["sample_size"], theirs["in_channels"], theirs["out_channels"]
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise UserError(f"{path}: sample_size {size} is no square, which is what can be read")
+    if outputs not in (channels, 2 * channels):
+        raise UserError(f"{path}: {channels} channels in and {outputs} out is no network of a diffusion process")
+    process, told = _read_process(folder, learned=outputs == 2 * channels)
+
+    weights = _weights(folder)
+    if weights is None:
+        raise UserError(f"{name} holds no {WEIGHTS}.safetensors and no {WEIGHTS}.bin")
+    state = read_tensors(weights.parent, WEIGHTS) if weights.suffix == ".safetensors" else read_state(weights)
+    classes = _object(folder / "classes.json") if (folder / "classes.json").is_file() else {}
+    null_class = classes.get("null_class") is True and theirs.get("num_class_embeds") is not None
+    try:
+        model, network = unet_config(theirs), unet_from_diffusers(theirs, state, null_class=null_class)
+    except UserError as error:
+        raise UserError(f"{path.parent}: {error}") from None
+    names = classes.get("class_names")
+    return Imported(
+        network=network,
+        model=model,
+        process=process,
+        image_size=sides.pop(),
+        class_names=tuple(map(str, names)) if isinstance(names, list) and len(names) == network.num_classes else (),
+        channels=channels,
+        num_classes=network.num_classes,
+        null_class=null_class,
+        told=(f"network: {path}, weights {weights.name}", *told),
+    )
+
+
+def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[str]]:
+    """What the folder's scheduler_config.json says, or else DDPMScheduler's defaults; and where it is from, in words."""
+    path = _beside(folder, "scheduler", "scheduler_config.json")
+    settings = _object(path) if path is not None else {}
+    try:
+        process = process_config(settings, learned=learned)
+    except UserError as error:
+        raise UserError(f"{path or folder}: {error}") from None
+    told = [f"process: {path}"]
+    if path is None:
+        told = [
+            "process: there is no scheduler_config.json, so DDPMScheduler's defaults: linear betas, 1000 steps, eps, clipped"
+        ]
+    left = [f"{key} {settings[key]}" for key, usual in SAMPLING.items() if settings.get(key, usual) != usual]
+    if left:
+        told.append(f"left out, since sampling has settings of its own: {', '.join(left)}")
+    if learned:
+        told.append("loss: hybrid of weight 1, of which the folder says nothing")
+    return process, told
+
+
+def export(
+    network: UNet,
+    spec: ProcessConfig,
+    *,
+    image_size: int,
+    out: Path,
+    name: str,
+    class_names: Sequence[str] = (),
+    card: str = "",
+) -> None:
+    """Write the new folder `out`, which diffusers' DDPMPipeline.from_pretrained loads and samples from; whole or absent.
+
+    `network` sees pictures (1 or 3 channels, image_size, image_size) in [-1, 1]. DDIMPipeline loads it too, but for what its
+    scheduler has not: a learned variance, and the sigmoid schedule. `card` is Markdown for the end of its README.md; of a
+    class-conditional network `classes.json` keeps `class_names` and whether the last class is the null class. What a
+    UNet2DModel or a DDPMScheduler has not is a UserError that names the option, before anything is written.
+    """
+    theirs, scheduler = unet2d_config(network, image_size=image_size), scheduler_config(spec)
+    channels, outputs = theirs["in_channels"], theirs["out_channels"]
+    if channels not in (1, 3):
+        raise UserError(
+            f"the network sees {channels} channels; a DDPMPipeline draws pictures of 1 or 3, and decodes no latents"
+        )
+    if outputs != channels * (2 if spec.variance == "learned" else 1):
+        raise UserError(
+            f"a network of {channels} channels in and {outputs} out does not go with process.variance {spec.variance}"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; give another folder with --out")
+    index = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
+    index |= {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    documents: dict[str, Any] = {"model_index.json": index, "unet/config.json": theirs}
+    documents["scheduler/scheduler_config.json"] = scheduler
+    if network.num_classes is not None:
+        documents["classes.json"] = {"class_names": list(class_names), "null_class": network.null_class}
+    files = {path: (json.dumps(document, indent=2) + "\n").encode() for path, document in documents.items()}
+    files["README.md"] = _card(network, spec, theirs, folder=out.name, name=name, class_names=class_names, card=card).encode()
+    files[f"unet/{WEIGHTS}.safetensors"] = safetensors.torch.save(state_for_diffusers(network), metadata={"format": "pt"})
+    staged = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        for path, content in files.items():
+            (staged / path).parent.mkdir(parents=True, exist_ok=True)
+            write_flushed(staged / path, content)
+        if out.exists():
+            out.rmdir()
+        staged.rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _card(
+    network: UNet,
+    spec: ProcessConfig,
+    theirs: Mapping[str, Any],
+    *,
+    folder: str,
+    name: str,
+    class_names: Sequence[str],
+    card: str,
+) -> str:
+    """The README.md of an exported folder: what it is, and how to draw from it."""
+    assert not isinstance(spec.schedule, BlendScheduleConfig)
+    classes, size, channels, steps = network.num_classes, theirs["sample_size"], theirs["in_channels"], spec.schedule.steps
+    colours = "RGB" if channels == 3 else "grey"
+    kind = f"with {classes} classes" if classes is not None else "without classes"
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "tags:",
+        "- class-conditional" if classes is not None else "- unconditional-image-generation",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A diffusion model of {colours} pictures of {size} x {size} pixels, {kind}: a UNet2DModel with "
+        f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters. It predicts {spec.target} "
+        f"on the {spec.schedule.kind} schedule of {steps} steps; the variance of its steps is {spec.variance}. "
+        "Trained with Atelier.",
+        "",
+        "```python",
+    ]
+    if classes is None:
+        ddim = spec.variance != "learned" and spec.schedule.kind != "sigmoid"
+        lines += [
+            "from diffusers import DDPMPipeline" if not ddim else "from diffusers import DDIMPipeline, DDPMPipeline",
+            "",
+            f'images = DDPMPipeline.from_pretrained("{folder}")(batch_size=4, num_inference_steps={steps}).images',
+        ]
+        if ddim:  # our samplers recompute eps where x0 was clipped
+            lines += [
+                f'pipeline = DDIMPipeline.from_pretrained("{folder}")',
+                f"images = pipeline(batch_size=4, num_inference_steps={min(50, steps)}, use_clipped_model_output=True).images",
+            ]
+    else:
+        lines += [
+            "import torch",
+            "from diffusers import DDPMScheduler, UNet2DModel",
+            "",
+            f'unet = UNet2DModel.from_pretrained("{folder}", subfolder="unet")',
+            f'scheduler = DDPMScheduler.from_pretrained("{folder}", subfolder="scheduler")',
+            f"labels = torch.arange(4) % {classes}",
+            f"x = torch.randn(4, {channels}, {size}, {size})",
+            "with torch.no_grad():",
+            "    for t in scheduler.timesteps:",
+            "        x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample",
+            "images = (x / 2 + 0.5).clamp(0, 1)",
+        ]
+    lines += ["```", ""]
+    if class_names and classes is not None:
+        lines += [f"Classes: {', '.join(f'{i} {class_name}' for i, class_name in enumerate(class_names))}.", ""]
+    if classes is not None and network.null_class:
+        lines += [f"Class {classes} is no class, for classifier-free guidance.", ""]
+    return "\n".join(lines) + (f"{card.strip()}\n" if card else "")
+
+
+# ---------------------------------------------------------------------------------------------- autoencoders
 
 
 class DiffusersAutoencoder(nn.Module):

@@ -1,7 +1,7 @@
 """The U-Net: one network whose options span guided-diffusion's, diffusers' UNet2DModel and the light one for latents."""
 
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Generic, Literal, Self, TypeVar, cast
 
 import pydantic
 import torch
@@ -26,13 +26,8 @@ class TimeEmbedding:
 
 
 @config
-class UNetConfig:
-    """The architecture. `channel_mult` and `attention` have one entry for each resolution, the largest picture first.
-
-    Attention has `num_heads` heads or heads of `head_channels` channels; with neither, one head. `residual` resampling
-    happens inside a residual block (guided-diffusion's `resblock_updown`); `conv_right` pads on the right and bottom alone,
-    as the DDPM paper's network does.
-    """
+class EncoderConfig:
+    """The way down, as the U-Net and the noisy classifier have it."""
 
     base_channels: int = pydantic.Field(64, ge=1)
     channel_mult: tuple[float, ...] = pydantic.Field((1, 2, 2, 4), min_length=1)
@@ -44,7 +39,6 @@ class UNetConfig:
     split_qkv_first: bool = True
     embedding: Literal["scale_shift", "add"] = "scale_shift"
     downsample: Literal["conv", "conv_right", "average", "max", "residual"] = "conv"
-    upsample: Literal["conv", "nearest", "residual"] = "conv"
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
     norm_groups: int = pydantic.Field(32, ge=1)
     norm_eps: float = pydantic.Field(1e-5, gt=0)
@@ -52,7 +46,7 @@ class UNetConfig:
     gradient_checkpointing: bool = free(False)
 
     @pydantic.model_validator(mode="after")
-    def _fits(self) -> "UNetConfig":
+    def _fits(self) -> Self:
         if len(self.attention) != len(self.channel_mult):
             raise wrong(
                 f"attention has {len(self.attention)} entries and channel_mult {len(self.channel_mult)}; "
@@ -60,12 +54,10 @@ class UNetConfig:
             )
         if self.num_heads is not None and self.head_channels is not None:
             raise wrong("give num_heads or head_channels, not both")
-        attended = [width for width, kind in zip(self.widths, self.attention, strict=True) if kind != "none"]
-        attended += [self.widths[-1]] if self.mid_attention != "none" else []
         for channels in self.widths:
             if channels < 1 or channels % self.norm_groups:
                 raise wrong(f"norm_groups {self.norm_groups} does not divide a width of {channels} channels")
-        for channels in attended:
+        for channels in self.attended:
             if channels % (self.num_heads or self.head_channels or 1):
                 key = "num_heads" if self.num_heads else "head_channels"
                 raise wrong(f"{key} {self.num_heads or self.head_channels} does not divide {channels} channels")
@@ -76,6 +68,19 @@ class UNetConfig:
         return [int(self.base_channels * mult) for mult in self.channel_mult]
 
     @property
+    def attended(self) -> list[int]:
+        """The widths at which there is attention."""
+        kinds = zip([*self.widths, self.widths[-1]], [*self.attention, self.mid_attention], strict=True)
+        return [width for width, kind in kinds if kind != "none"]
+
+    @property
+    def skips(self) -> list[int]:
+        """The channels that the stem, each block and each resampling leave on the way down."""
+        last = len(self.widths) - 1
+        levels = ([width] * (self.blocks + (level < last)) for level, width in enumerate(self.widths))
+        return [self.widths[0], *(channels for level in levels for channels in level)]
+
+    @property
     def factor(self) -> int:
         """Pictures must be divisible by this."""
         return 2 ** (len(self.channel_mult) - 1)
@@ -84,6 +89,18 @@ class UNetConfig:
         if self.num_heads is not None:
             return self.num_heads
         return channels // self.head_channels if self.head_channels is not None else 1
+
+
+@config
+class UNetConfig(EncoderConfig):
+    """The architecture. `channel_mult` and `attention` have one entry for each resolution, the largest picture first.
+
+    Attention has `num_heads` heads or heads of `head_channels` channels; with neither, one head. `residual` resampling
+    happens inside a residual block (guided-diffusion's `resblock_updown`); `conv_right` pads on the right and bottom alone,
+    as the DDPM paper's network does.
+    """
+
+    upsample: Literal["conv", "nearest", "residual"] = "conv"
 
 
 class Block(nn.Module):
@@ -107,11 +124,105 @@ class Stage(nn.Module):
         self.resample: nn.Module | None = resample
 
 
-class UNet(nn.Module):
-    """network(x, time, labels=None): x (B, in_channels, H, W), time (B,), labels (B,) -> (B, out_channels, H, W).
+C = TypeVar("C", bound=EncoderConfig)
+
+
+class Encoder(nn.Module, Generic[C]):
+    """What the U-Net and the noisy classifier share: the embedding of the time (and of `num_labels` labels), the stem, the
+    stages down and the middle."""
+
+    def __init__(self, config: C, in_channels: int, num_labels: int | None = None) -> None:
+        super().__init__()
+        self.config: C = config
+        base, embedding = config.base_channels, 4 * config.base_channels
+        self.time_in = nn.Linear(base, embedding)
+        self.time_out = nn.Linear(embedding, embedding)
+        self.label_embedding = nn.Embedding(num_labels, embedding) if num_labels is not None else None
+
+        widths = config.widths
+        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        channels = widths[0]
+        for level, (width, kind) in enumerate(zip(widths, config.attention, strict=True)):
+            blocks = []
+            for _ in range(config.blocks):
+                blocks.append(Block(self._residual(channels, width), self._attention(width, kind)))
+                channels = width
+            self.down.append(Stage(blocks, self._downsample(channels) if level < len(widths) - 1 else None))
+
+        self.mid = nn.ModuleList(
+            [
+                Block(self._residual(channels, channels), self._attention(channels, config.mid_attention)),
+                Block(self._residual(channels, channels)),
+            ]
+        )
+
+    def _residual(self, narrow: int, wide: int, resample: nn.Module | None = None) -> ResidualBlock:
+        return ResidualBlock(
+            narrow,
+            wide,
+            4 * self.config.base_channels,
+            scale_shift=self.config.embedding == "scale_shift",
+            dropout=self.config.dropout,
+            groups=self.config.norm_groups,
+            eps=self.config.norm_eps,
+            resample=resample,
+        )
+
+    def _attention(self, channels: int, kind: str) -> Attention | None:
+        if kind == "none":
+            return None
+        return Attention(
+            channels,
+            kind=kind,
+            heads=self.config.heads(channels),
+            split_qkv_first=self.config.split_qkv_first,
+            groups=self.config.norm_groups,
+            eps=self.config.norm_eps,
+        )
+
+    def _downsample(self, channels: int) -> nn.Module:
+        if self.config.downsample == "residual":
+            return self._residual(channels, channels, Downsample(channels, "average"))
+        return Downsample(channels, self.config.downsample)
+
+    def _embed_time(self, time: Tensor) -> Tensor:
+        """(B,) -> (B, 4 base), before the SiLU."""
+        spec = self.config.time_embedding
+        features = sinusoidal_embedding(
+            time * spec.scale, self.config.base_channels, order=spec.order, frequency_shift=spec.frequency_shift
+        )
+        return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
+
+    def _run(self, module: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        """A block, or a resampling, which sees the embedding only where it is a residual block."""
+        if not isinstance(module, Block | ResidualBlock):
+            return module(h)
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, h, embedding, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return module(h, embedding)
+
+    def _encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
+        """What the stem, each block and each resampling leave on the way down (`config.skips` channels), and at last the
+        middle (B, base mult[-1], H / factor, W / factor)."""
+        h = self.stem(x)  # (B, widths[0], H, W)
+        features = [h]
+        for stage in cast(Iterable[Stage], self.down):
+            for module in (*stage.blocks, *([] if stage.resample is None else [stage.resample])):
+                h = self._run(module, h, embedding)
+                features.append(h)
+        for block in self.mid:
+            h = self._run(block, h, embedding)
+        return [*features, h]
+
+
+class UNet(Encoder[UNetConfig]):
+    """network(x, time, labels=None, low=None): x (B, in_channels, H, W), time (B,), labels (B,) -> (B, out_channels, H, W).
 
     With `num_classes` the labels are 0 .. num_classes - 1, and num_classes itself is the null class, which `labels=None`
-    means; a network imported without one (`null_class=False`) must be given labels.
+    means; a network imported without one (`null_class=False`) must be given labels. With `low_channels` it raises the
+    resolution of `low` (B, low_channels, h, w), which it sees beside `x`, resized to its size; a ValueError says where `low`
+    is missing or not wanted.
     Ho et al. 2020, arXiv:2006.11239; Dhariwal & Nichol 2021, arXiv:2105.05233.
     """
 
@@ -123,84 +234,32 @@ class UNet(nn.Module):
         out_channels: int | None = None,
         num_classes: int | None = None,
         null_class: bool = True,
+        low_channels: int = 0,
     ) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, in_channels + low_channels, num_classes + null_class if num_classes is not None else None)
         self.num_classes = num_classes
         self.null_class = null_class
-        base, embedding = config.base_channels, 4 * config.base_channels
-        self.time_in = nn.Linear(base, embedding)
-        self.time_out = nn.Linear(embedding, embedding)
-        self.label_embedding = nn.Embedding(num_classes + null_class, embedding) if num_classes is not None else None
+        self.low_channels = low_channels
 
-        def residual(narrow: int, wide: int, resample: nn.Module | None = None) -> ResidualBlock:
-            return ResidualBlock(
-                narrow,
-                wide,
-                embedding,
-                scale_shift=config.embedding == "scale_shift",
-                dropout=config.dropout,
-                groups=config.norm_groups,
-                eps=config.norm_eps,
-                resample=resample,
-            )
+        def upsample(channels: int) -> nn.Module:
+            if config.upsample == "residual":
+                return self._residual(channels, channels, Upsample(channels, "nearest"))
+            return Upsample(channels, config.upsample)
 
-        def attention(channels: int, kind: str) -> Attention | None:
-            if kind == "none":
-                return None
-            return Attention(
-                channels,
-                kind=kind,
-                heads=config.heads(channels),
-                split_qkv_first=config.split_qkv_first,
-                groups=config.norm_groups,
-                eps=config.norm_eps,
-            )
-
-        def resample(channels: int, down: bool) -> nn.Module:
-            if (config.downsample if down else config.upsample) == "residual":
-                return residual(channels, channels, Downsample(channels, "average") if down else Upsample(channels, "nearest"))
-            return Downsample(channels, config.downsample) if down else Upsample(channels, config.upsample)
-
-        levels = list(zip(config.widths, config.attention, strict=True))
-        last = len(levels) - 1
-        self.stem = nn.Conv2d(in_channels, levels[0][0], 3, padding=1)
-        self.down = nn.ModuleList()
-        channels, skips = levels[0][0], [levels[0][0]]
-        for level, (width, kind) in enumerate(levels):
-            blocks = []
-            for _ in range(config.blocks):
-                blocks.append(Block(residual(channels, width), attention(width, kind)))
-                channels = width
-                skips.append(channels)
-            self.down.append(Stage(blocks, resample(channels, down=True) if level < last else None))
-            if level < last:
-                skips.append(channels)
-
-        self.mid = nn.ModuleList(
-            [
-                Block(residual(channels, channels), attention(channels, config.mid_attention)),
-                Block(residual(channels, channels)),
-            ]
-        )
-
+        channels, skips = config.widths[-1], config.skips
         self.up = nn.ModuleList()  # the smallest picture first
-        for level, (width, kind) in reversed(list(enumerate(levels))):
+        for level, (width, kind) in reversed(list(enumerate(zip(config.widths, config.attention, strict=True)))):
             blocks = []
             for _ in range(config.blocks + 1):
-                blocks.append(Block(residual(channels + skips.pop(), width), attention(width, kind)))
+                blocks.append(Block(self._residual(channels + skips.pop(), width), self._attention(width, kind)))
                 channels = width
-            self.up.append(Stage(blocks, resample(channels, down=False) if level > 0 else None))
+            self.up.append(Stage(blocks, upsample(channels) if level > 0 else None))
 
         self.head_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
         self.head = zeroed(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
 
     def _embed(self, time: Tensor, labels: Tensor | None) -> Tensor:
-        spec = self.config.time_embedding
-        features = sinusoidal_embedding(
-            time * spec.scale, self.config.base_channels, order=spec.order, frequency_shift=spec.frequency_shift
-        )
-        embedding = self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
+        embedding = self._embed_time(time)
         if self.label_embedding is not None:
             if labels is None:
                 if not self.null_class:
@@ -211,31 +270,23 @@ class UNet(nn.Module):
             raise ValueError("this network has no classes: labels must be None")
         return F.silu(embedding)
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+    def _beside(self, x: Tensor, low: Tensor | None) -> Tensor:
+        """x and the small pictures, resized to it: (B, in_channels + low_channels, H, W)."""
+        if not self.low_channels:
+            if low is not None:
+                raise ValueError("this network raises no resolution: low must be None")
+            return x
+        if low is None:
+            raise ValueError("this network raises the resolution of small pictures: it must be given low")
+        low = F.interpolate(low, x.shape[2:], mode="bilinear", align_corners=False)
+        return torch.cat([x, low.to(x.dtype)], dim=1)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None, low: Tensor | None = None) -> Tensor:
         embedding = self._embed(time, labels)  # (B, 4 base)
-
-        def run(block: nn.Module, h: Tensor) -> Tensor:
-            if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(block, h, embedding, use_reentrant=False)  # pyright: ignore[reportReturnType]
-            return block(h, embedding)
-
-        def step(resample: nn.Module, h: Tensor) -> Tensor:
-            return run(resample, h) if isinstance(resample, ResidualBlock) else resample(h)
-
-        h = self.stem(x)  # (B, widths[0], H, W)
-        skips = [h]
-        for stage in cast(Iterable[Stage], self.down):
-            for block in stage.blocks:
-                h = run(block, h)
-                skips.append(h)
-            if stage.resample is not None:
-                h = step(stage.resample, h)
-                skips.append(h)
-        for block in self.mid:
-            h = run(block, h)  # (B, base mult[-1], H / factor, W / factor)
+        *skips, h = self._encode(self._beside(x, low), embedding)
         for stage in cast(Iterable[Stage], self.up):
             for block in stage.blocks:
-                h = run(block, torch.cat([h, skips.pop()], dim=1))
+                h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding)
             if stage.resample is not None:
-                h = step(stage.resample, h)
+                h = self._run(stage.resample, h, embedding)
         return self.head(F.silu(self.head_norm(h)))  # (B, out_channels, H, W)

@@ -1,8 +1,9 @@
 """Samples as files: whole batches dealt to ranks, each picture written once, a killed sampling goes on."""
 
+import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import UserError
+from ..config import UserError, write_flushed
 from ..diffusion import Prediction
+from ..interop.upscaling import Upscaler
 from ..training.launch import start_sampling
 from .opened import Opened, open_trained
-from .sampler import Sampler, SamplerConfig, describe
+from .sampler import Edit, Sampler, SamplerConfig, describe
 
 
 class Frames:
@@ -78,11 +80,20 @@ def write_samples(
     rank: int,
     world: int,
     barrier: Callable[[], None],
+    class_names: Sequence[str] = (),
+    edit: Edit | None = None,
+    low: Tensor | None = None,
+    upscaler: Upscaler | None = None,
+    npz: bool = False,
+    told: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Draw `count` pictures into `out`: PNGs, metadata.json, grid.png, and with `frames` the denoising GIF.
 
-    Files that are there already are kept; a folder that holds other pictures is a UserError. Gives the pictures' paths.
+    With an `upscaler` they are written a second time, larger, into `out`/upscaled; with `npz` all of them into one file that
+    guided-diffusion's evaluator reads. `told` is what else they depend on. Files that are there already are kept; a folder that
+    holds other pictures is a UserError. Gives the pictures' paths.
     """
+    class_names = class_names or opened.class_names
     request: dict[str, Any] = {
         "weights": opened.digest,
         "run": opened.name,
@@ -90,7 +101,8 @@ def write_samples(
         **describe(sampler, seed),
         "num_samples": count,
         "batch_size": batch_size,
-        "classes": [opened.class_names[label] for label in labels] if labels is not None else None,
+        "classes": [class_names[label] for label in labels] if labels is not None else None,
+        **(told or {}),
     }
     metadata = out / "metadata.json"
     if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
@@ -110,6 +122,7 @@ def write_samples(
 
     digits = max(5, len(str(count - 1)))
     paths = [out / f"{i:0{digits}d}.png" for i in range(count)]
+    large = [out / "upscaled" / path.name for path in paths]
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[rank::world]
     gif_wanted = frames and rank == 0 and not (out / "denoising.gif").exists()
@@ -124,12 +137,16 @@ def write_samples(
             if gif_wanted and batch.start == 0:
                 shown = min(20, len(batch))  # spread over the batch, so that every class is among them
                 watched = Frames([i * len(batch) // shown for i in range(shown)], sampler)
-            if watched is not None or not all(paths[i].exists() for i in batch):
+            due = [large, paths] if upscaler is not None else [paths]
+            if watched is not None or not all(files[i].exists() for files in due for i in batch):
                 chosen = [labels[i] for i in batch] if labels is not None else None
-                x = sampler.draw(seed, batch, chosen, device=device, callback=watched, batch_size=batch_size)
-                for i, pixels in zip(batch, pictures.to_uint8(x), strict=True):
-                    if not paths[i].exists():
-                        pictures.save(pictures.to_image(pixels), paths[i])
+                given = {"edit": edit, "low": low[batch.start : batch.stop] if low is not None else None}
+                x = sampler.draw(seed, batch, chosen, device=device, callback=watched, batch_size=batch_size, **given)
+                for files in due:
+                    made = upscaler.upscale(x) if upscaler is not None and files is large else x
+                    for i, pixels in zip(batch, pictures.to_uint8(made), strict=True):
+                        if not files[i].exists():
+                            pictures.save(pictures.to_image(pixels), files[i])
                 if watched is not None:
                     watched.finish(x)
                     watched.write(out / "frames", "frame", ".png", out / "denoising.gif", fps=12)
@@ -142,9 +159,24 @@ def write_samples(
         array = np.stack(
             [np.asarray(Image.open(path)).reshape(opened.image.size, opened.image.size, -1) for path in paths[:shown]]
         )
-        names = [opened.class_names[label] for label in labels[:shown]] if labels is not None else None
+        names = [class_names[label] for label in labels[:shown]] if labels is not None else None
         pictures.save(pictures.grid(array, columns=columns_for(shown, blocks), labels=names), out / "grid.png")
+        if npz:
+            _write_npz(paths, opened.image.channels, labels, out)
     return paths
+
+
+def _write_npz(paths: Sequence[Path], channels: int, labels: Sequence[int] | None, out: Path) -> None:
+    """samples_NxHxWxC.npz: the pictures as arr_0 (N, H, W, C) uint8, and their labels as arr_1 where they have any."""
+    pixels = [np.asarray(Image.open(path)) for path in paths]
+    arrays = [np.stack([array.reshape(*array.shape[:2], channels) for array in pixels])]
+    if labels is not None:
+        arrays.append(np.array(labels, dtype=np.int64))
+    content = io.BytesIO()
+    np.savez(content, *arrays)
+    staged = out / ".samples.part"
+    write_flushed(staged, content.getbuffer())
+    staged.replace(out / f"samples_{'x'.join(map(str, arrays[0].shape))}.npz")
 
 
 def sample_checkpoints(files: Sequence[str], out: Path) -> int:

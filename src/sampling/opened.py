@@ -1,7 +1,5 @@
 """Open what was trained: a run directory, a checkpoint, a final folder, or an export."""
 
-import hashlib
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError, read_json, validate
+from ..config import UserError, validate
 from ..data import ImageConfig
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import UNet, UNetConfig
 from ..models.layers import channels_last
-from ..training.checkpoint import damage, load_weights, newest, read_tensors
+from ..training.checkpoint import load_weights
 from .autoencoder import LatentCodec, kept_autoencoder
+from .classifier import OpenedClassifier
+from .folders import read_weights
 from .sampler import Bound, Sampler, SamplerConfig
 
 
@@ -42,10 +42,22 @@ class Opened:
         return count_classes(self.config["class_conditional"], self.class_names)
 
     @property
+    def null_class(self) -> bool:
+        """Whether it was built with a class for no class."""
+        return isinstance(self.network, UNet) and self.network.null_class
+
+    @property
+    def low_resolution(self) -> int | None:
+        """Of an upsampler: the size of the pictures that it starts from."""
+        return self.config.get("low_resolution")
+
+    @property
     def name(self) -> str:
         return self.config["name"]
 
-    def sampler(self, spec: SamplerConfig) -> Sampler:
+    def sampler(self, spec: SamplerConfig, classifier: OpenedClassifier | None = None) -> Sampler:
+        if classifier is not None:
+            self._check(classifier)
         return sampler_of(
             spec,
             self.network,
@@ -56,13 +68,32 @@ class Opened:
             label_dropout=self.config["label_dropout"],
             codec=self.codec,
             bounds=self.bounds,
+            classifier=classifier,
         )
 
-    def labels(self, text: str, count: int) -> list[int]:
-        """`A/B/C`, names or numbers, dealt to `count` pictures in equal blocks."""
-        if self.num_classes is None:
+    def _check(self, classifier: OpenedClassifier) -> None:
+        """Refuse a classifier of other pictures or classes."""
+        mine, its = (self.shape if self.codec is None else None), (classifier.image.channels, classifier.image.size)
+        if mine is None:
+            raise UserError(f"{self.path} draws latents, which no classifier of pictures sees; use classifier_free guidance")
+        if mine[:2] != its:
+            raise UserError(
+                f"the classifier {classifier.path} sees {its[1]} px in {its[0]} channel(s), {self.path} draws {mine[1]} px in "
+                f"{mine[0]}; train one with the same image"
+            )
+        if self.num_classes is not None and self.class_names != classifier.class_names:
+            raise UserError(
+                f"the classifier {classifier.path} knows other classes ({_few(classifier.class_names)}) than {self.path} "
+                f"({_few(self.class_names)})"
+            )
+
+    def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
+        """`A/B/C`, names or numbers, dealt to `count` pictures in equal blocks; an unconditional network guided by a classifier
+        takes those of the classifier."""
+        names = self.class_names if self.num_classes is not None else tuple(class_names)
+        if not names:
             raise UserError(f"{self.path} was trained without classes; leave --classes out")
-        known = {name: i for i, name in enumerate(self.class_names)}
+        known = {name: i for i, name in enumerate(names)}
         chosen = []
         for word in text.split("/"):
             if word in known:
@@ -70,8 +101,19 @@ class Opened:
             elif word.isdigit() and int(word) < len(known):
                 chosen.append(int(word))
             else:
-                raise UserError(f"class {word!r} is not known; the classes are: {', '.join(self.class_names)}")
+                raise UserError(f"class {word!r} is not known; the classes are: {_few(names, 40)}")
+        if count % len(chosen):
+            near = sorted({count // len(chosen) * len(chosen), -(-count // len(chosen)) * len(chosen)} - {0})
+            raise UserError(
+                f"{count} pictures cannot be dealt to {len(chosen)} classes in equal blocks; ask for "
+                f"{' or '.join(map(str, near))}"
+            )
         return [chosen[i * len(chosen) // count] for i in range(count)]
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def sampler_of(
@@ -85,6 +127,7 @@ def sampler_of(
     label_dropout: float,
     codec: LatentCodec | None = None,
     bounds: tuple[Bound, Bound] = (-1.0, 1.0),
+    classifier: OpenedClassifier | None = None,
 ) -> Sampler:
     """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`."""
     return Sampler(
@@ -96,6 +139,7 @@ def sampler_of(
         clip_x0=bounds if clip else None,
         guidable=label_dropout > 0,
         codec=codec,
+        classifier=classifier,
     )
 
 
@@ -109,8 +153,19 @@ def count_classes(class_conditional: bool | None, class_names: Sequence[str]) ->
     return len(class_names) if class_names and class_conditional is not False else None
 
 
-def build_unet(config: UNetConfig, shape: Sequence[int], num_classes: int | None) -> UNet:
-    """The U-Net of pictures or latents (C, H, W), in channels_last, which is faster; H must be divisible by its factor."""
+def build_unet(
+    config: UNetConfig,
+    shape: Sequence[int],
+    num_classes: int | None,
+    *,
+    learned: bool = False,
+    null_class: bool = True,
+    upsampler: bool = False,
+) -> UNet:
+    """The U-Net of pictures or latents (C, H, W), in channels_last, which is faster; H must be divisible by its factor.
+
+    With `learned` its output has C channels more, for the variance; an `upsampler` sees a smaller picture, too.
+    """
     channels, size = shape[0], shape[1]
     if size % config.factor:
         near = sorted({size // config.factor * config.factor, -(-size // config.factor) * config.factor} - {0})
@@ -118,7 +173,15 @@ def build_unet(config: UNetConfig, shape: Sequence[int], num_classes: int | None
             f"the network sees {size} px, not divisible by {config.factor}, what {len(config.channel_mult)} entries of "
             f"model.channel_mult ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
         )
-    return channels_last(UNet(config, in_channels=channels, num_classes=num_classes))
+    network = UNet(
+        config,
+        in_channels=channels,
+        out_channels=2 * channels if learned else channels,
+        num_classes=num_classes,
+        null_class=null_class,
+        low_channels=channels if upsampler else 0,
+    )
+    return channels_last(network)
 
 
 def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
@@ -129,7 +192,10 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     own = networks[0].state_dict()
     same = found.class_names == tuple(class_names) and key in weights
     told = f"starting from the weights of {name} (step {found.step})"
-    if key in own and not same:
+    if same and key in own and len(weights[key]) < len(own[key]):  # it never learned to go without a label
+        weights[key] = torch.cat([weights[key], weights[key].mean(0, keepdim=True)])
+        told += "; its null class is new, the mean of the others"
+    elif key in own and not same:
         told += "; its classes are others, so the label embedding is new"
     elif key in weights and key not in own:
         told += "; without its label embedding, since this run learns no classes"
@@ -147,48 +213,15 @@ def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, 
     return low, high
 
 
-def _find(path: Path) -> Path:
-    """The folder with the weights: `path` itself, its final, or its newest whole checkpoint."""
-    if (path / "ema.safetensors").exists() or (path / "MANIFEST.json").exists():
-        reason = damage(path)
-        if reason is not None:
-            raise UserError(f"{path} is damaged: {reason}")
-        return path
-    final = path / "final"
-    checkpoint, passed = newest(path / "checkpoints")
-    if final.is_dir() and damage(final) is None:
-        ahead = read_json(final / "progress.json")["step"]
-        if checkpoint is None or read_json(checkpoint / "progress.json")["step"] <= ahead:
-            return final
-    if checkpoint is not None:
-        return checkpoint
-    if passed:
-        raise UserError(f"{path}: no checkpoint is whole ({'; '.join(passed)})")
-    raise UserError(f"{path} holds no checkpoint; give a run, a checkpoint, a final folder or an export")
-
-
 def open_trained(path: str | Path, device: torch.device) -> Opened:
     """Open a run, checkpoint, final folder or `.pt` export with its EMA weights on the device.
 
     A UserError says what is missing, damaged or of another architecture.
     """
-    path = folder = Path(path)
-    if path.is_file():
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            weights, config, data, step = (found[key] for key in ("weights", "config", "data", "step"))
-            digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
-    elif path.is_dir():
-        folder = _find(path)
-        weights = read_tensors(folder, "ema")
-        config, data = read_json(folder / "config.json"), read_json(folder / "data.json")
-        step = read_json(folder / "progress.json")["step"]
-        digest = read_json(folder / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"]
-    else:
-        raise UserError(f"{path}: there is no such run or checkpoint")
+    path = Path(path)
+    folder, weights, config, data, step, digest = read_weights(path)
+    if "classifier" in config:
+        raise UserError(f"{path} is a classifier, which draws nothing by itself: give a diffusion run, and --classifier {path}")
     if "stages" in config:
         raise UserError(f"{path} is an autoencoder, which draws nothing by itself: train_ldm.py trains on its latents")
     if not {"model", "process", "image", "class_conditional"} <= set(config):
@@ -207,14 +240,23 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
         }
     class_names = tuple(data["class_names"])
     model = validate(UNetConfig, config["model"], origin=f"{path}: model")
-    network = build_unet(model, shape, count_classes(config["class_conditional"], class_names))
+    spec = validate(ProcessConfig, config["process"], origin=f"{path}: process")
+    num_classes, key = count_classes(config["class_conditional"], class_names), "label_embedding.weight"
+    network = build_unet(
+        model,
+        shape,
+        num_classes,
+        learned=spec.variance == "learned",
+        null_class=key not in weights or num_classes is None or len(weights[key]) > num_classes,
+        upsampler=config.get("low_resolution") is not None,
+    )
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:
         torch.set_num_threads(config["cpu_threads"])  # so that processes agree to the bit, as in training
     return Opened(
         path=path,
         network=network.to(device).eval().requires_grad_(False),
-        process=build_process(validate(ProcessConfig, config["process"], origin=f"{path}: process")),
+        process=build_process(spec),
         image=image,
         shape=shape,
         class_names=class_names,

@@ -2,40 +2,83 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pydantic
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError, config
-from ..diffusion import DETERMINISTIC, Denoiser, Process, ancestral, classifier_free, clip, ddim, times
-from ..diffusion.schedules import Spacing
-from ..diffusion.solvers import Callback, Noise
+from ..config import UserError, config, dump, wrong
+from ..diffusion import (
+    DETERMINISTIC,
+    Denoiser,
+    Prediction,
+    Process,
+    Schedule,
+    ancestral,
+    classifier_free,
+    classifier_gradient,
+    classifier_guided,
+    clip,
+    ddim,
+    dynamic_threshold,
+    is_within,
+    on_schedule,
+    times,
+    within,
+)
+from ..diffusion.guidance import Gradient
+from ..diffusion.schedules import Spacing, like
+from ..diffusion.solvers import Callback
 
 Bound = float | Tensor
 
 
 @config
 class SamplerConfig:
-    """How pictures are drawn: the solver, its steps and their spacing, DDIM's eta, and the scale of classifier-free guidance
-    (1 is none)."""
+    """How pictures are drawn: the solver, its steps (or counts for equal sections) and their spacing, DDIM's eta, and guidance.
+
+    `guidance` is the scale of classifier-free guidance (1 is none), or of the gradient of a classifier (0 is none);
+    `guidance_interval` holds it to noise levels sigma / alpha between two. `threshold` is the quantile of dynamic
+    thresholding. `stop_at` ends after so many steps, with the estimate of x_0; `double_sampling` noises the finished picture
+    again to where so many steps are done, and denoises it once more.
+    """
 
     solver: Literal["euler", "midpoint", "heun", "rk4", "dpmpp_2m", "ddim", "ancestral"] = "ddim"
     steps: int | tuple[int, ...] = 50
     spacing: Spacing = "even"
     eta: float = pydantic.Field(0.0, ge=0)
     guidance: float = 1.0
+    guidance_method: Literal["classifier_free", "classifier"] = "classifier_free"
+    guidance_interval: tuple[float, float] | None = None
+    threshold: float | None = pydantic.Field(None, gt=0, le=1)
+    stop_at: int | None = pydantic.Field(None, ge=1)
+    double_sampling: int | None = pydantic.Field(None, ge=0)
 
     @pydantic.model_validator(mode="after")
     def _used(self) -> "SamplerConfig":
+        steps = self.steps if isinstance(self.steps, int) else sum(self.steps)
         if self.eta and self.solver != "ddim":
-            raise ValueError(f"eta belongs to the solver ddim, not to {self.solver}")
+            raise wrong(f"eta belongs to the solver ddim, not to {self.solver}")
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise wrong("guidance_interval: give two noise levels sigma / alpha, the lower one first, such as [0.3, 3]")
+        if self.guidance_interval is not None and not self.guided:
+            raise wrong("guidance_interval: there is no guidance to hold to it; give a guidance scale")
+        if self.stop_at is not None and self.stop_at >= steps:
+            raise wrong(f"stop_at: {self.stop_at} of {steps} steps leaves none out; give less")
+        if self.double_sampling is not None and self.double_sampling >= steps:
+            raise wrong(f"double_sampling: after {self.double_sampling} of {steps} steps there is none to do again; give less")
+        if self.stop_at is not None and self.double_sampling is not None:
+            raise wrong("stop_at and double_sampling do not go together; leave one out")
         return self
 
+    @property
+    def guided(self) -> bool:
+        return self.guidance != (1 if self.guidance_method == "classifier_free" else 0)
+
     def without_guidance(self, unguided: bool = True) -> "SamplerConfig":
-        return replace(self, guidance=1.0) if unguided else self
+        return replace(self, guidance=1.0, guidance_interval=None) if unguided else self
 
 
 class Codec(Protocol):
@@ -46,14 +89,14 @@ class Codec(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
 
 
-def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int = 0) -> Tensor:
-    """Standard normal noise, (len(indices), *shape) float32 on the CPU: a function of (seed, picture, step) alone.
+def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int = 0, sweep: int = 0) -> Tensor:
+    """Standard normal noise, (len(indices), *shape) float32 on the CPU: a function of (seed, picture, step, sweep) alone.
 
-    Philox (Salmon et al. 2011) with (seed, picture) as its key and the step in its counter.
+    Philox (Salmon et al. 2011) with (seed, picture) as its key, and the step and how often it was taken before in its counter.
     """
-    drawn = []
+    drawn, counter = [], np.array([0, 0, sweep, step], dtype=np.uint64)
     for i in indices:
-        bits = np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=np.array([0, 0, 0, step], dtype=np.uint64))
+        bits = np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter)
         drawn.append(np.random.Generator(bits).standard_normal(tuple(shape), dtype=np.float32))
     return torch.from_numpy(np.stack(drawn))
 
@@ -61,6 +104,26 @@ def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int 
 def starting_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """What the pictures `indices` start from, (B, *shape)."""
     return noise_of(seed, indices, shape)
+
+
+class Classifier(Protocol):
+    """What guides: the logits (B, K) of pictures noised along its own schedule."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    def logits(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+
+
+class Edit(NamedTuple):
+    """What a sampling keeps of a given picture: it starts from it (C, H, W), as the network sees it, where `start_at` steps are
+    done, and keeps it where `mask` (1, H, W) is 0. `resamplings` times each step is drawn, noised again in between, so that
+    what is drawn and what is kept agree (Alg. 1, Lugmayr et al. 2022, arXiv:2201.09865)."""
+
+    x0: Tensor
+    start_at: int = 0
+    mask: Tensor | None = None
+    resamplings: int = 1
 
 
 class Sampler:
@@ -82,13 +145,20 @@ class Sampler:
         clip_x0: tuple[Bound, Bound] | None,
         guidable: bool = True,
         codec: Codec | None = None,
+        classifier: Classifier | None = None,
     ) -> None:
-        if spec.guidance != 1 and num_classes is None:
+        free = spec.guided and spec.guidance_method == "classifier_free"
+        if free and num_classes is None:
             raise UserError("guidance needs a class-conditional network; this one has no classes")
-        if spec.guidance != 1 and not guidable:
+        if free and not guidable:
             raise UserError("guidance needs a network that was trained with label_dropout above 0")
+        if spec.guided and spec.guidance_method == "classifier" and classifier is None:
+            raise UserError(
+                "guidance by a classifier needs one: sample.py takes --classifier RUN, a run of train_classifier.py"
+            )
         self.network, self.process, self.spec = network, process, spec
         self.shape, self.num_classes, self.clip_x0, self.codec = tuple(shape), num_classes, clip_x0, codec
+        self.classifier = classifier if spec.guided and spec.guidance_method == "classifier" else None
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
         steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
         self.times = times(process.schedule, steps, spec.spacing)
@@ -99,18 +169,43 @@ class Sampler:
 
     @property
     def calls(self) -> int:
-        """Network calls for one batch."""
+        """Network calls for one batch, without an edit."""
         each = {"midpoint": 2, "heun": 2, "rk4": 4}.get(self.spec.solver, 1)
+        done = range(self.steps if self.spec.stop_at is None else self.spec.stop_at)
+        again = range(self.spec.double_sampling, self.steps) if self.spec.double_sampling is not None else range(0)
         last = each if self.process.schedule.network_at_clean else 1
-        return ((self.steps - 1) * each + last) * (1 if self.spec.guidance == 1 else 2)
+        made = [(i, each if i < self.steps - 1 else last) for part in (done, again) for i in part]
+        made += [(self.spec.stop_at, 1)] if self.spec.stop_at is not None else []
+        free = self.spec.guided and self.spec.guidance_method == "classifier_free"
+        return sum(count * (2 if free and self._guides(self.times[i]) else 1) for i, count in made)
 
-    def _denoiser(self, labels: Tensor | None) -> Denoiser:
-        denoiser = self.process.denoiser(self.network, **({} if labels is None else {"labels": labels}))
-        if self.spec.guidance != 1 and labels is not None:
-            null = torch.full_like(labels, self.num_classes or 0)
-            unconditional = self.process.denoiser(self.network, labels=null)
-            denoiser = classifier_free(denoiser, unconditional, self.spec.guidance)
-        return clip(denoiser, self.process.schedule, *self.clip_x0) if self.clip_x0 is not None else denoiser
+    def _guides(self, t: Tensor) -> bool:
+        levels = self.spec.guidance_interval
+        return levels is None or is_within(levels, self.process.schedule, t)
+
+    def _gradient(self, labels: Tensor | None) -> Gradient | None:
+        if self.classifier is None:
+            return None
+        assert labels is not None
+        logits = on_schedule(self.classifier.logits, self.classifier.schedule, self.process.schedule)
+        return classifier_gradient(logits, labels, self.spec.guidance)
+
+    def _denoiser(self, labels: Tensor | None, gradient: Gradient | None, low: Tensor | None) -> Denoiser:
+        """Guidance, then clipping."""
+        schedule, spec = self.process.schedule, self.spec
+        condition = {} if self.num_classes is None or labels is None else {"labels": labels}
+        condition |= {"low": low} if low is not None else {}
+        plain = denoiser = self.process.denoiser(self.network, **condition)
+        if gradient is not None and spec.solver != "ancestral":
+            denoiser = classifier_guided(denoiser, gradient, schedule)
+        elif gradient is None and spec.guided and labels is not None:
+            null = {**condition, "labels": torch.full_like(labels, self.num_classes or 0)}
+            denoiser = classifier_free(denoiser, self.process.denoiser(self.network, **null), spec.guidance)
+        if spec.guidance_interval is not None and denoiser is not plain:
+            denoiser = within(spec.guidance_interval, denoiser, plain, schedule)
+        if spec.threshold is not None:
+            return dynamic_threshold(denoiser, schedule, spec.threshold)
+        return clip(denoiser, schedule, *self.clip_x0) if self.clip_x0 is not None else denoiser
 
     @torch.no_grad()
     def pictures(self, x: Tensor) -> Tensor:
@@ -127,33 +222,109 @@ class Sampler:
         device: torch.device,
         callback: Callback | None = None,
         batch_size: int | None = None,
+        edit: Edit | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
         """The pictures `indices` of `seed`, (len(indices), C, H, W) in about [-1, 1], on the device. A callback sees what the
-        network sees.
+        network sees. An upsampler is given the pictures that it makes larger, `low` (len(indices), C, h, w).
 
         The network runs at `batch_size` (padded with the last picture), so a picture does not depend on how many are asked.
         """
         padded = [*indices, *[indices[-1]] * ((batch_size or len(indices)) - len(indices))]
         classes = None
-        if self.num_classes is not None:
-            chosen = list(labels) if labels is not None else [self.num_classes] * len(indices)
+        if self.num_classes is not None or self.classifier is not None:
+            chosen = list(labels) if labels is not None else [self.num_classes or 0] * len(indices)
             classes = torch.tensor([*chosen, *[chosen[-1]] * (len(padded) - len(indices))], device=device)
+
+        def noise(step: int, like: Tensor, sweep: int = 0) -> Tensor:
+            return noise_of(seed, padded, self.shape, step + 1, sweep).to(like)
+
         x = starting_noise(seed, padded, self.shape).to(device, self.dtype)
-
-        def noise(step: int, like: Tensor) -> Tensor:
-            return noise_of(seed, padded, self.shape, step + 1).to(like)
-
-        x = self._solve(self._denoiser(classes), x, noise, callback)
+        if low is not None:
+            low = torch.cat([low, low[-1:].expand(len(padded) - len(indices), -1, -1, -1)]).to(x)
+        way = _Way(self, classes, noise, callback, low)
+        first = edit.start_at if edit is not None else 0
+        if edit is not None and first:
+            x = self.process.add_noise(edit.x0.to(x).expand_as(x), x, self.times[first])
+        x = way.go(x, first, self.spec.stop_at or self.steps, edit)
+        if self.spec.stop_at is not None:
+            x = way.estimate(x, self.spec.stop_at)
+        if self.spec.double_sampling is not None:
+            x = way.again(x, self.spec.double_sampling, edit)
         return self.pictures(x)[: len(indices)]
 
-    def _solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, callback: Callback | None) -> Tensor:
-        schedule = self.process.schedule
-        if self.spec.solver == "ddim":
-            return ddim(denoiser, x, self.times, schedule, noise=noise, eta=self.spec.eta, callback=callback)
-        if self.spec.solver == "ancestral":
-            variance = self.process.variance
-            return ancestral(denoiser, x, self.times, schedule, noise=noise, variance=variance, callback=callback)
-        return DETERMINISTIC[self.spec.solver](denoiser, x, self.times, schedule, callback=callback)
+
+class _Way:
+    """One batch on its way along the sampler's times. `sweep` counts how often a step was taken before: its noise is new."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        labels: Tensor | None,
+        noise: Callable[..., Tensor],
+        callback: Callback | None,
+        low: Tensor | None = None,
+    ) -> None:
+        self.sampler, self.noise, self.callback, self.sweep = sampler, noise, callback, 0
+        self.gradient = sampler._gradient(labels)
+        self.denoiser = sampler._denoiser(labels, self.gradient, low)
+
+    def _shift(self, x_t: Tensor, t: Tensor, variance: Tensor) -> Tensor:
+        assert self.gradient is not None
+        return variance * self.gradient(x_t, t) if self.sampler._guides(t) else torch.zeros_like(x_t)
+
+    def _solve(self, x: Tensor, first: int, end: int) -> Tensor:
+        """From where `first` steps are done to where `end` are."""
+        spec, process = self.sampler.spec, self.sampler.process
+        part, schedule = self.sampler.times[first : end + 1], process.schedule
+
+        def told(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+            if self.callback is not None:
+                self.callback(first + step, t, x_t, prediction)
+
+        def noise(step: int, like: Tensor) -> Tensor:
+            return self.noise(first + step, like, self.sweep)
+
+        if spec.solver == "ddim":
+            return ddim(self.denoiser, x, part, schedule, noise=noise, eta=spec.eta, callback=told)
+        if spec.solver == "ancestral":
+            shift = self._shift if self.gradient is not None else None
+            return ancestral(
+                self.denoiser, x, part, schedule, noise=noise, variance=process.variance, mean_shift=shift, callback=told
+            )
+        return DETERMINISTIC[spec.solver](self.denoiser, x, part, schedule, callback=told)
+
+    def go(self, x: Tensor, first: int, end: int, edit: Edit | None) -> Tensor:
+        """The same, held to what an edit keeps."""
+        if edit is None or edit.mask is None:
+            return self._solve(x, first, end)
+        process, times, n = self.sampler.process, self.sampler.times, self.sampler.steps
+        alpha, sigma = process.schedule.level(times)
+        kept, mask, before = edit.x0.to(x).expand_as(x), edit.mask.to(x), self.sweep
+        for i in range(first, end):
+            for self.sweep in range(before, before + edit.resamplings):
+                if self.sweep > before:
+                    ratio = alpha[i] / alpha[i + 1]
+                    spread = (sigma[i] ** 2 - ratio**2 * sigma[i + 1] ** 2).sqrt()
+                    x = like(ratio, x) * x + like(spread, x) * self.noise(2 * n + i, x, self.sweep)
+                x = self._solve(x, i, i + 1)
+                noised = process.add_noise(kept, self.noise(n + i, x, self.sweep), times[i + 1])
+                x = mask * x + (1 - mask) * noised
+        return x
+
+    def estimate(self, x: Tensor, step: int) -> Tensor:
+        """The estimate of x_0 where `step` steps are done."""
+        t = self.sampler.times[step]
+        prediction = self.denoiser(x, t)
+        if self.callback is not None:
+            self.callback(step, t, x, prediction)
+        return prediction.x0
+
+    def again(self, x0: Tensor, first: int, edit: Edit | None) -> Tensor:
+        """The finished picture noised again to where `first` steps are done, and denoised once more."""
+        self.sweep += 1
+        x = self.sampler.process.add_noise(x0, self.noise(3 * self.sampler.steps, x0, self.sweep), self.sampler.times[first])
+        return self.go(x, first, self.sampler.steps, edit)
 
 
 def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[int]:
@@ -170,14 +341,4 @@ def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[i
 
 def describe(sampler: Sampler, seed: int) -> dict[str, Any]:
     """What is needed to draw the same pictures again, besides the weights."""
-    spec = sampler.spec
-    steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
-    return {
-        "solver": spec.solver,
-        "steps": steps,
-        "spacing": spec.spacing,
-        "eta": spec.eta,
-        "guidance": spec.guidance,
-        "seed": seed,
-        "network_calls": sampler.calls,
-    }
+    return {**dump(sampler.spec), "seed": seed, "network_calls": sampler.calls}

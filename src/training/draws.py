@@ -5,17 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..diffusion import Process
 from .seeds import generator, normal, uniforms
 from .stream import MicroBatch, Split
+from .times import TimeSampler
 
 
 class Draws:
-    """Times `t` (B,), noise `eps` (B, *shape) and whose label is dropped (B,): functions of (seed, step)."""
+    """Times `t` (B,), noise `eps` (B, *shape) and whose label is dropped (B,): functions of (seed, step), and the times of what
+    `times` has learned."""
 
     def __init__(
         self,
-        process: Process,
+        times: TimeSampler,
         split: Split,
         shape: Sequence[int],
         *,
@@ -26,7 +27,7 @@ class Draws:
         dtype: torch.dtype,
     ) -> None:
         rng = generator(seed, "step", step)
-        self.t = process.draw_times(uniforms(rng, split.batch))
+        self.t = times.draw(uniforms(rng, split.batch))
         self.dropped = uniforms(rng, split.batch) < label_dropout
         self.eps = normal((split.batch, *shape), seed, "noise", step, device=device, dtype=dtype)
 

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from . import checkpoint
 from .ema import EMA
 from .optimizer import load_optimizer_state, optimizer_state
+from .times import TimeSampler
 
 
 class Trained:
-    """A network with its optimiser and its EMA, and an adversary with its own: to tensors keyed by parameter name, and back."""
+    """A network with its optimiser and its EMA, an adversary with its own, and what `times` has learned: to tensors keyed by
+    parameter name, and back."""
 
     def __init__(
         self,
@@ -21,8 +23,9 @@ class Trained:
         optimizer: torch.optim.Optimizer,
         ema: EMA,
         adversary: tuple[nn.Module, torch.optim.Optimizer] | None = None,
+        times: TimeSampler | None = None,
     ) -> None:
-        self.network, self.ema = network, ema
+        self.network, self.ema, self._times = network, ema, times
         self._pairs = {("model", "optimizer"): (network, optimizer)}
         if adversary is not None:
             self._pairs["discriminator", "discriminator_optimizer"] = adversary
@@ -40,7 +43,8 @@ class Trained:
         for (name, moments), (network, optimizer) in self._pairs.items():
             found[name] = _on_cpu(network)
             found[moments] = optimizer_state(optimizer, _names(network))
-        return found
+        learned = self._times.tensors() if self._times is not None else {}
+        return found | ({"times": learned} if learned else {})
 
     def load(self, folder: Path) -> None:
         """Put a checkpoint's tensors back; one of another architecture is a UserError."""
@@ -48,6 +52,8 @@ class Trained:
         for (name, moments), (network, optimizer) in self._pairs.items():
             checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
             load_optimizer_state(optimizer, _names(network), checkpoint.read_tensors(folder, moments))
+        if self._times is not None and self._times.tensors():
+            self._times.load(checkpoint.read_tensors(folder, "times"))
 
 
 def _on_cpu(network: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """The process: every target is read back, at every level, on every schedule."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def test_reading_is_done_in_float32_at_least() -> None:
 
 
 def test_the_learned_variance_is_the_second_half() -> None:
-    process = process_of({"kind": "linear"}, "eps", variance="learned")
+    process = process_of({"kind": "linear"}, "eps", variance="learned", loss={"kind": "hybrid"})
     y = torch.cat([torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.5)], dim=1)
     read = process.read(y, torch.randn(1, 3, 2, 2), torch.tensor([10]))
     assert read.variance_fraction is not None and bool((read.variance_fraction == 0.75).all())
@@ -120,3 +122,34 @@ def test_a_network_must_not_be_called_where_x0_says_nothing() -> None:
     assert not process_of({"kind": "blend"}, "x0").schedule.network_at_clean
     assert process_of({"kind": "blend"}, "blend").schedule.network_at_clean
     assert TimeInput().kind == "index"
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("eps", lambda snr, gamma: min(snr, gamma) / snr),
+        ("x0", lambda snr, gamma: min(snr, gamma)),
+        ("v", lambda snr, gamma: min(snr, gamma) / (snr + 1)),
+    ],
+)
+def test_min_snr_weights_by_their_formulas(target: str, wanted: Callable[[float, float], float]) -> None:
+    """Sec. 3.4, Hang et al. 2023, arXiv:2303.09556."""
+    process = process_of({"kind": "cosine"}, target, loss={"kind": "simple", "min_snr_gamma": 5.0})
+    t = torch.tensor([3.0, 300.0, 700.0])
+    snr = [float(level) for level in (process.schedule.level(t).alpha / process.schedule.level(t).sigma) ** 2]
+    assert snr[0] > 5 > snr[2]
+    torch.testing.assert_close(process.loss_weight(t), torch.tensor([wanted(s, 5.0) for s in snr], dtype=torch.float64))
+    x0, eps = torch.randn(2, 3, 1, 4, 4)
+    losses = process.losses(lambda x, time: torch.zeros_like(x), x0, eps, t)
+    assert losses.mse is not None and losses.terms == {}
+    torch.testing.assert_close(losses.loss, losses.mse * process.loss_weight(t).float())
+
+
+def test_min_snr_weighs_any_target_as_it_weighs_x0() -> None:
+    """On the blend too: an error of the output, read as one of x0, costs min(SNR, gamma) times its square."""
+    process = process_of({"kind": "blend"}, "blend", loss={"kind": "simple", "min_snr_gamma": 2.0})
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    x_t, y, error = torch.randn(3, 3, 1, 2, 2, dtype=torch.float64)
+    moved = (process.read(y + error, x_t, t).x0 - process.read(y, x_t, t).x0).square().mean((1, 2, 3))
+    snr = ((1 - t) / t) ** 2
+    torch.testing.assert_close(process.loss_weight(t) * error.square().mean((1, 2, 3)), snr.clamp(max=2.0) * moved)

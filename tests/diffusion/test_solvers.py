@@ -24,8 +24,8 @@ from src.diffusion import (
     times,
     transitions,
 )
-from src.diffusion.process import Denoiser, like
-from src.diffusion.schedules import BetaSchedule, Schedule, beta_schedule, cosine_betas
+from src.diffusion.process import Denoiser
+from src.diffusion.schedules import BetaSchedule, Schedule, beta_schedule, cosine_betas, like
 
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.6, 0.3], [0.3, 0.4]], dtype=torch.float64)

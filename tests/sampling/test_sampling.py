@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,19 +15,21 @@ from src.diffusion import ProcessConfig, build_process
 from src.models import UNet, UNetConfig
 from src.sampling import Sampler, SamplerConfig, noise_of, open_trained, starting_noise
 from src.sampling.files import Frames, columns_for, write_samples
-from src.sampling.sampler import describe, random_labels
+from src.sampling.sampler import Edit, describe, random_labels
 from tests.conftest import launch, one_line, randomise
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
 
 
-def sampler(solver: str = "ddim", *, num_classes: int | None = 3, steps: int = 4, **options: object) -> Sampler:
+def sampler(
+    solver: str = "ddim", *, num_classes: int | None = 3, steps: Any = 4, classifier: Any = None, **options: Any
+) -> Sampler:
     config = {"base_channels": 8, "channel_mult": [1, 2], "attention": ["none", "none"], "blocks": 1, "norm_groups": 4}
     network = randomise(UNet(validate(UNetConfig, config), in_channels=1, num_classes=num_classes)).eval()
     process = build_process(validate(ProcessConfig, {"schedule": {"kind": "cosine", "steps": 50}, "target": "v"}))
     spec = validate(SamplerConfig, {"solver": solver, "steps": steps, **options})
-    return Sampler(network, process, spec, shape=SHAPE, num_classes=num_classes, clip_x0=(-1.0, 1.0))
+    return Sampler(network, process, spec, shape=SHAPE, num_classes=num_classes, clip_x0=(-1.0, 1.0), classifier=classifier)
 
 
 def test_noise_is_a_function_of_seed_and_picture_alone() -> None:
@@ -60,6 +63,85 @@ def test_calls_are_counted() -> None:
     assert describe(sampler(), 3)["seed"] == 3
 
 
+def test_calls_of_shortened_repeated_and_partly_guided_ways() -> None:
+    for options in (
+        {"stop_at": 3}, {"double_sampling": 2}, {"guidance": 2.0, "guidance_interval": [0.1, 2.0]},
+        {"solver": "heun", "double_sampling": 3}, {"guidance": 2.0, "guidance_interval": [0.0, 0.5], "stop_at": 5},
+    ):  # fmt: skip
+        drawn = sampler(steps=6, **options)
+        real, calls = drawn.network, []
+        drawn.network = lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1]
+        drawn.draw(0, [0], [1], device=CPU)
+        assert len(calls) == drawn.calls, options
+
+
+def test_stopping_early_gives_the_estimate_of_x0_there() -> None:
+    seen, watched = {}, sampler("ancestral", steps=6)
+    watched.draw(0, [0], [1], device=CPU, callback=lambda step, t, x_t, prediction: seen.update({step: prediction.x0}))
+    for step in (1, 4):
+        assert torch.equal(sampler("ancestral", steps=6, stop_at=step).draw(0, [0], [1], device=CPU), seen[step])
+
+
+def test_double_sampling_noises_the_finished_picture_and_goes_on() -> None:
+    once, twice = sampler(steps=6), sampler(steps=6, double_sampling=4)
+    seen = []
+    drawn = twice.draw(0, [0], [1], device=CPU, callback=lambda step, t, x_t, prediction: seen.append((step, t, x_t)))
+    assert [step for step, *_ in seen] == [0, 1, 2, 3, 4, 5, 4, 5]
+    finished = once.draw(0, [0], [1], device=CPU)
+    _, t, x_t = seen[6]
+    alpha, sigma = twice.process.schedule.level(t)
+    noise = (x_t - alpha.float() * finished) / sigma.float()
+    assert abs(float(noise.std()) - 1) < 0.3 and not torch.equal(drawn, finished)
+    assert not torch.allclose(noise, starting_noise(0, [0], SHAPE), atol=1e-3), "new noise"
+
+
+def test_a_given_picture_is_started_from_and_kept_where_the_mask_is_black() -> None:
+    picture, drawn = torch.linspace(-0.9, 0.9, 64).reshape(SHAPE), sampler("ddim", steps=10, eta=1.0)
+    near = drawn.draw(0, [0], [1], device=CPU, edit=Edit(picture, start_at=9))
+    far = drawn.draw(0, [0], [1], device=CPU, edit=Edit(picture, start_at=2))
+    assert (near[0] - picture).norm() < (far[0] - picture).norm()
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :, 5:] = 1
+    for resamplings in (1, 3):
+        filled = drawn.draw(0, [0, 1], [1, 2], device=CPU, edit=Edit(picture, mask=mask, resamplings=resamplings))
+        torch.testing.assert_close(filled[:, :, :, :5], picture[:, :, :5].expand(2, -1, -1, -1))
+        assert (filled[:, :, :, 5:] - picture[:, :, 5:]).abs().max() > 0.1 and not torch.equal(filled[0], filled[1])
+        again = drawn.draw(0, [1], [2], device=CPU, batch_size=2, edit=Edit(picture, mask=mask, resamplings=resamplings))
+        torch.testing.assert_close(again[0], filled[1], rtol=1e-4, atol=1e-4)
+
+
+class Brightness:
+    """A classifier of two classes, dark and bright, on its own schedule."""
+
+    schedule = build_process(validate(ProcessConfig, {"schedule": {"kind": "linear", "steps": 80}, "target": "v"})).schedule
+
+    def logits(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        mean = x_t.mean((1, 2, 3))
+        return torch.stack([-mean, mean], dim=1)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ancestral", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("num_classes", [None, 2])
+def test_a_classifier_guides_networks_with_classes_and_without(solver: str, num_classes: int | None) -> None:
+    means = {}
+    for scale, levels in ((0.0, None), (200.0, None), (200.0, [1e6, 2e6])):
+        drawn = sampler(
+            solver, num_classes=num_classes, steps=8, guidance=scale, guidance_method="classifier", classifier=Brightness(),
+            **({"guidance_interval": levels} if levels else {}),
+        )  # fmt: skip
+        means[scale, levels is None] = drawn.draw(0, range(4), [0, 0, 1, 1], device=CPU).mean((1, 2, 3))
+    shift = means[200.0, True] - means[0.0, True]
+    assert bool((shift[:2] < -0.01).all()) and bool((shift[2:] > 0.01).all())
+    torch.testing.assert_close(means[200.0, False], means[0.0, True])
+
+
+def test_sections_and_dynamic_thresholds() -> None:
+    sections = sampler(steps=[4, 3, 2])
+    assert sections.steps == 9 and len(sections.times) == 10 and describe(sections, 0)["steps"] == [4, 3, 2]
+    held = sampler(threshold=0.5).draw(0, [0], [1], device=CPU)
+    assert held.abs().max() <= 1.001
+
+
 def test_guidance_pulls_towards_the_class() -> None:
     plain, strong = sampler(guidance=1.0), sampler(guidance=4.0)
     null = plain.draw(0, [0], [3], device=CPU)
@@ -74,6 +156,14 @@ def test_what_does_not_fit() -> None:
         sampler("euler", eta=0.5)
     with pytest.raises(UserError, match="more than the schedule's 50"):
         sampler(steps=51)
+    for options, said in (
+        ({"stop_at": 4}, "leaves none out"), ({"double_sampling": 4}, "none to do again"),
+        ({"stop_at": 2, "double_sampling": 2}, "do not go together"), ({"guidance_interval": [0, 1]}, "no guidance to hold"),
+        ({"guidance": 2, "guidance_interval": [2, 1]}, "the lower one first"),
+        ({"guidance": 2, "guidance_method": "classifier"}, "guidance by a classifier needs one"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            sampler(**options)
     assert random_labels(0, range(1000), 4).count(2) > 180
     assert (columns_for(16), columns_for(100, 10), columns_for(1)) == (4, 10, 1)
 
@@ -100,6 +190,8 @@ def test_classes_by_name_and_number_in_equal_blocks(smoke_run: Path) -> None:
         opened.labels("hexagon", 4)
     with pytest.raises(UserError, match="'4' is not known"):
         opened.labels("4", 4)
+    with pytest.raises(UserError, match="16 pictures cannot be dealt to 3 classes in equal blocks; ask for 15 or 18"):
+        opened.labels("0/1/2", 16)
 
 
 def spoil(folder: Path, name: str) -> None:
@@ -136,8 +228,9 @@ def draw_files(run: Path, out: Path, *, count: int = 7, world: int = 1, frames: 
     drawn = opened.sampler(SamplerConfig(steps=3, guidance=2.0))
     paths: list[Path] = []
     for rank in reversed(range(world)):  # the first rank last: it waits for the others' files
+        labels = [i * 3 // count for i in range(count)]
         paths = write_samples(
-            opened, drawn, out, count=count, batch_size=3, labels=opened.labels("0/1/2", count), seed=seed, frames=frames,
+            opened, drawn, out, count=count, batch_size=3, labels=labels, seed=seed, frames=frames,
             device=CPU, rank=rank, world=world, barrier=lambda: out.mkdir(exist_ok=True),
         )  # fmt: skip
     return paths

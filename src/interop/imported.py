@@ -1,0 +1,81 @@
+"""What a converter found in another project's file: a network, and all that sampling needs besides."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..config import UserError, dump, write_flushed
+from ..diffusion import ProcessConfig
+from ..models import ClassifierConfig, UNetConfig
+from ..training.checkpoint import write_folder
+
+
+@dataclass(frozen=True)
+class Imported:
+    """`network` is built of `model` and holds its weights; it sees pictures (channels, image_size, image_size).
+
+    `num_classes` is None for a network without classes, `null_class` whether it has one for no class; `low_resolution` is the
+    size of the pictures that an upsampler starts from; `class_names` are the classes' where the file has them. `told` says, line by line, where facts come from.
+    """
+
+    network: nn.Module
+    model: UNetConfig | ClassifierConfig
+    process: ProcessConfig
+    image_size: int
+    channels: int
+    num_classes: int | None
+    null_class: bool = False
+    low_resolution: int | None = None
+    class_names: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+
+
+def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = ()) -> Path | None:
+    """Write what was imported into the new folder `out`, as the `final` of a run is: everything opens it. Gives the config
+    beside it that trains on from there (nothing trains a classifier or an upsampler on).
+
+    Classes without names are numbers. A UserError for another number of names, and for a folder that is there.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; give another --out, or remove it")
+    numbers = tuple(str(i) for i in range(found.num_classes or 0))
+    if class_names and len(class_names) != len(numbers):
+        raise UserError(f"{len(class_names)} names are given for {len(numbers)} classes")
+    names = tuple(class_names) or found.class_names or numbers
+    process, image = dump(found.process), {"size": found.image_size, "channels": found.channels}
+    if isinstance(found.model, ClassifierConfig):
+        noise = {"schedule": process["schedule"], "time_input": process["time_input"]}
+        config = {"name": name, "image": image, "noise": noise, "classifier": dump(found.model)}
+    else:
+        config = {
+            "name": name,
+            "image": image,
+            "class_conditional": found.num_classes is not None,
+            "label_dropout": 0.1 if found.null_class else 0.0,
+            "process": process,
+            "model": dump(found.model),
+            "low_resolution": found.low_resolution,
+        }
+    data = {"class_names": list(names), "imported": list(found.told)}
+    weights = {key: value.detach().cpu() for key, value in found.network.state_dict().items()}
+    write_folder(out, {"ema": weights}, {"config": config, "data": data, "progress": {"step": 0}})
+    if isinstance(found.model, ClassifierConfig) or found.low_resolution is not None:
+        return None
+    train = out / "finetune.json"
+    start = {
+        **{key: value for key, value in config.items() if key != "low_resolution"},
+        "name": f"{name}_finetuned",
+        "data": {"source": "folder", "path": "datasets/mine"},
+        "class_conditional": None if found.num_classes is not None else False,
+        "optimizer": {"lr": 1e-5, "betas": [0.9, 0.999], "weight_decay": 0.0, "schedule": {"kind": "constant", "warmup": 500}},
+        "steps": 20_000,
+        "batch_size": 32,
+        "init_from": str(out),
+        "preview": {"every": 1000, "num_samples": 16},
+        "checkpoint": {"every": 1000},
+    }
+    write_flushed(train, (json.dumps(start, indent=2) + "\n").encode())
+    return train

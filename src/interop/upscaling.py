@@ -1,0 +1,249 @@
+"""Pictures four times as large: Real-ESRGAN's network (RRDBNet, and its compact one), as spandrel reads it, tile by tile."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from .. import pictures
+from ..config import UserError
+from ..data.scan import ScanConfig, inspect
+from ..data.sources import ENDINGS
+from ..data.transforms import FORMATS, decode
+from ..vision import import_torchvision
+
+WEIGHTS = "models/RealESRGAN_x4plus.pth"
+WHERE = "RealESRGAN_x4plus.pth is a file of release v0.1.0 of the GitHub project xinntao/Real-ESRGAN"
+FAMILY = ("ESRGAN", "Compact")  # spandrel's names of RRDBNet and SRVGGNetCompact: all that Real-ESRGAN has released
+MAX_PIXELS = 16_000_000  # of a picture in a folder: four times a side, in float32, is 3 GB
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """A network that makes pictures `scale` times as large, (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w).
+
+    `tile` is the longest side that it sees at once, `overlap` the margin of a tile that is not kept, both in pixels of its
+    input. Sides that it sees are multiples of `multiple` and at least `minimum`.
+
+    The network: RRDBNet, Wang et al. 2018 (ESRGAN, arXiv:1809.00219); its weights: Wang et al. 2021 (Real-ESRGAN,
+    arXiv:2107.10833).
+    """
+
+    network: nn.Module
+    scale: int
+    multiple: int = 1
+    minimum: int = 1
+    tile: int = 256
+    overlap: int = 16
+
+    def __post_init__(self) -> None:
+        if self.overlap < 0 or self.tile < 2 * self.overlap + 2 * self.multiple:
+            least = 2 * self.overlap + 2 * self.multiple
+            raise UserError(f"a tile of {self.tile} px with an overlap of {self.overlap} px keeps nothing; at least {least} px")
+
+    @torch.no_grad()
+    def upscale(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1], C 1 or 3 -> (B, C, scale H, scale W) in [-1, 1], float32, on the device of `images`.
+
+        Grey pictures go through as three channels, whose mean comes back. A picture with a side above `tile` is cut into
+        overlapping tiles of one size; where `overlap` is at least the network's receptive radius, the result is that of the
+        whole picture, and beyond it the margins hide the seams. Tiles alone are moved to the network's device. A UserError
+        for another number of channels.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise UserError(f"pictures to upscale are (B, 1 or 3, H, W), not {tuple(images.shape)}")
+        device, s = next(self.network.parameters()).device, self.scale
+        batch, channels, height, width = images.shape
+        x = ((images.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)  # outside of it the network was not trained
+        x = functional.pad(x, (0, self._missing(width), 0, self._missing(height)), mode="replicate")
+        size = x.shape[2:]
+        made = torch.empty(batch, channels, s * size[0], s * size[1], device=images.device)
+        h, w = (min(side, self._tile) for side in size)
+        for y, top, bottom in self._windows(size[0]):
+            for x_at, left, right in self._windows(size[1]):
+                part = self.network(x[:, :, y : y + h, x_at : x_at + w].to(device)).clamp(0, 1) * 2 - 1
+                part = part[:, :, s * (top - y) : s * (bottom - y), s * (left - x_at) : s * (right - x_at)]
+                made[:, :, s * top : s * bottom, s * left : s * right] = part if channels == 3 else part.mean(1, keepdim=True)
+        return made[:, :, : s * height, : s * width]
+
+    @property
+    def _tile(self) -> int:
+        return self.tile // self.multiple * self.multiple
+
+    def _missing(self, side: int) -> int:
+        """Pixels to add to a side, so that the network takes it."""
+        return -(-max(side, self.minimum) // self.multiple) * self.multiple - side
+
+    def _windows(self, side: int) -> list[tuple[int, int, int]]:
+        """(start of a tile, start and end of what is kept of it) along one side.
+
+        Neighbours share at least twice the overlap and meet in its middle. The last tile ends with the picture, so all have
+        one size; starts are multiples of `multiple`, so that a network that folds pixels folds the same ones.
+        """
+        if side <= self._tile:
+            return [(0, 0, side)]
+        step = (self._tile - 2 * self.overlap) // self.multiple * self.multiple
+        starts = [*range(0, side - self._tile, step), side - self._tile]
+        seams = [(before + self._tile + after) // 2 for before, after in pairwise(starts)]
+        return list(zip(starts, [0, *seams], [*seams, side], strict=True))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """A state dict from safetensors or a .pth, without running anything in it: spandrel's own reader runs TorchScript."""
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's hints on files that are refused all the same
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
+    except Exception:  # damaged bytes end in whatever they like
+        raise UserError(f"{path}: not weights that can be read without running code, or damaged; {WHERE}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a state dict; {WHERE}")
+    return state
+
+
+def open_upscaler(weights: str | Path | None, device: torch.device | str, *, tile: int = 256, overlap: int = 16) -> Upscaler:
+    """The upscaler of a weights file, by default models/RealESRGAN_x4plus.pth, ready on `device`.
+
+    Any RRDBNet (ESRGAN, BSRGAN, Real-ESRGAN with its 6-block and x2 ones) and Real-ESRGAN's compact network, as .pth or
+    safetensors; size and scale follow from the weights. A UserError says which file is missing or why it is no upscaler.
+    """
+    path = Path(weights if weights is not None else WEIGHTS).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: there are no such weights; {WHERE}")
+    import_torchvision()
+    try:
+        from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
+    except ImportError:
+        raise UserError("upscaling needs the package spandrel: pip install spandrel") from None
+    state = _read_state(path)
+    try:
+        found = ModelLoader().load_from_state_dict(state)
+    except UnsupportedModelError:
+        raise UserError(f"{path}: not an upscaler (spandrel knows no network with these weights); {WHERE}") from None
+    except Exception as error:  # it reads sizes off the weights, and fails in many ways where they do not fit
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: not an upscaler, or damaged ({reason}); {WHERE}") from None
+    if found.architecture.id not in FAMILY:
+        raise UserError(f"{path}: a network of {found.architecture.name}, not of Real-ESRGAN; {WHERE}")
+    channels = (found.input_channels, found.output_channels)
+    if not isinstance(found, ImageModelDescriptor) or channels != (3, 3) or found.scale < 2:
+        told = f"{channels[0]} channels to {channels[1]} at scale {found.scale}"
+        raise UserError(f"{path}: not an upscaler of pictures in colour, but of {told}; {WHERE}")
+    network = found.model.eval().requires_grad_(False).to(device)
+    needs = found.size_requirements
+    return Upscaler(network, found.scale, needs.multiple_of, max(1, needs.minimum), tile, overlap)
+
+
+def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
+    """Every picture below `folder` in the order of its path, hidden ones left out, and the PNG in `out` that it becomes."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}; give a folder of pictures"
+        )
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{out} lies in {folder}, whose pictures are read; give another folder to write to")
+    found: dict[Path, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.suffix.lower() not in ENDINGS or any(part.startswith(".") for part in name.parts) or not path.is_file():
+            continue
+        target = out / name.with_suffix(".png")
+        if target in found:
+            raise UserError(f"{found[target]} and {path} would both become {target}; rename one of them")
+        found[target] = path
+    if not found:
+        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))})")
+    return [(path, target) for target, path in found.items()]
+
+
+def _decode(path: Path) -> pictures.Pixels | str:
+    """(H, W, 1 or 3) uint8, or why the picture cannot be read."""
+    try:
+        reason = inspect(lambda: path, path.stat().st_size, ScanConfig(max_pixels=MAX_PIXELS))
+        if reason is not None:
+            return reason.replace("max_pixels", f"{MAX_PIXELS:,}")
+        with Image.open(path, formats=FORMATS) as image:
+            grey = Image.getmodebase(image.mode) == "L"
+        pixels = np.array(decode(path, channels=1 if grey else 3))
+    except OSError as error:
+        return error.strerror or "damaged"
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def upscale_folder(
+    folder: Path,
+    out: Path,
+    upscaler: Upscaler,
+    *,
+    batch_size: int,
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+) -> list[Path]:
+    """Upscale every picture of a folder and of those in it; gives the PNGs that are in `out` in the end, of all ranks.
+
+    sub/name.jpg becomes out/sub/name.png, grey stays grey, transparency lies over white. `batch_size` consecutive pictures
+    make a batch, and batches are dealt to ranks; of one batch, pictures of one size go through together, those above
+    upscaler.tile one at a time. So a picture is a function of folder and batch_size, for any number of processes and after a
+    kill. Files that are there already are kept. What cannot be read, or has more than MAX_PIXELS, is left out with a line
+    that names it. A UserError for a folder that is missing, holds no readable picture, or two that differ by their ending
+    alone, before anything is written.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size} must be at least 1")
+    todo = _targets(folder, out)
+    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+    mine = batches[rank::world]
+    barrier()  # all have looked before anybody writes
+    with tqdm(
+        total=sum(map(len, mine)) * (world if rank == 0 else 1),
+        desc="upscaling",
+        unit="img",
+        disable=None if rank == 0 else True,
+    ) as bar:
+        for batch in mine:
+            if not all(target.exists() for _, target in batch):
+                _upscale_batch(batch, upscaler)
+            bar.update(len(batch) * (world if rank == 0 else 1))
+    barrier()
+    written = [target for _, target in todo if target.exists()]
+    if not written:
+        raise UserError(f"{folder}: none of its {len(todo)} pictures can be read")
+    return written
+
+
+def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
+    by_shape: dict[tuple[int, ...], list[tuple[Path, pictures.Pixels]]] = defaultdict(list)
+    for path, target in batch:
+        pixels = _decode(path)
+        if isinstance(pixels, str):
+            tqdm.write(f"{path}: left out ({pixels})")
+        else:
+            by_shape[pixels.shape].append((target, pixels))
+    for shape, same in by_shape.items():
+        at_once = 1 if max(shape[:2]) > upscaler.tile else len(same)
+        for start in range(0, len(same), at_once):
+            part = same[start : start + at_once]
+            if all(target.exists() for target, _ in part):
+                continue
+            images = torch.from_numpy(rearrange(np.stack([pixels for _, pixels in part]), "b h w c -> b c h w"))
+            made = pictures.to_uint8(upscaler.upscale(images.float() / 127.5 - 1))
+            for (target, _), pixels in zip(part, made, strict=True):
+                if not target.exists():
+                    pictures.save(pictures.to_image(pixels), target)

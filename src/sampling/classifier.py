@@ -1,0 +1,142 @@
+"""Classifiers of noised pictures: open one, and measure it by noise level."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .. import pictures
+from ..config import Length, UserError, free, validate
+from ..config import config as settings
+from ..data import ImageConfig
+from ..diffusion import Process, Schedule, TimeInput, build_schedule
+from ..diffusion.schedules import BlendScheduleConfig, ScheduleConfig
+from ..models import Classifier, ClassifierConfig
+from ..models.layers import channels_last
+from ..training.checkpoint import load_weights
+from .folders import read_weights
+from .preview import Examples
+from .sampler import noise_of
+
+
+@settings
+class NoiseConfig:
+    """How pictures are noised for a classifier, and what it is told of the time: as the diffusion's process, so that both mean
+    the same by it. Without `time_input` a table feeds its index, the blend 1000 t."""
+
+    schedule: ScheduleConfig
+    time_input: TimeInput | None = None
+
+
+def noise_process(spec: NoiseConfig) -> Process:
+    """The process that noises; its target is read by nobody."""
+    blend = isinstance(spec.schedule, BlendScheduleConfig)
+    fed = spec.time_input or (TimeInput(kind="t", scale=1000.0) if blend else TimeInput())
+    return Process(schedule=build_schedule(spec.schedule), target="v", time_input=fed)
+
+
+@dataclass(frozen=True)
+class OpenedClassifier:
+    """EMA weights of a classifier with all that belongs to them."""
+
+    path: Path
+    network: nn.Module
+    process: Process
+    image: ImageConfig
+    class_names: tuple[str, ...]
+    step: int
+    digest: str
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.process.schedule
+
+    def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """(B, K) of pictures noised along its own schedule at times `t`, one for all or (B,)."""
+        time = self.process.network_time(t.expand(len(x_t)) if t.ndim == 0 else t)
+        return self.network(x_t, time.to(torch.float32).to(x_t.device, non_blocking=True))
+
+
+def open_classifier(path: str | Path, device: torch.device) -> OpenedClassifier:
+    """Open a run of train_classifier.py, its checkpoint or final folder, or an imported classifier."""
+    path = Path(path)
+    _, weights, config, data, step, digest = read_weights(path)
+    if "classifier" not in config:
+        raise UserError(f"{path} is no classifier: give a run of train_classifier.py, or what convert.py made of one")
+    image = validate(ImageConfig, config["image"], origin=f"{path}: image")
+    spec = validate(ClassifierConfig, config["classifier"], origin=f"{path}: classifier")
+    network = build_classifier(spec, image, len(data["class_names"]))
+    load_weights(network, weights, path)
+    return OpenedClassifier(
+        path=path,
+        network=network.to(device).eval().requires_grad_(False),
+        process=noise_process(validate(NoiseConfig, config["noise"], origin=f"{path}: noise")),
+        image=image,
+        class_names=tuple(data["class_names"]),
+        step=step,
+        digest=digest,
+    )
+
+
+def build_classifier(spec: ClassifierConfig, image: ImageConfig, num_classes: int) -> Classifier:
+    """The classifier of such pictures, in channels_last, which is faster."""
+    if image.size % spec.factor:
+        raise UserError(
+            f"pictures of {image.size} px are not divisible by {spec.factor}, what {len(spec.channel_mult)} entries of "
+            "classifier.channel_mult ask for; change them, or image.size"
+        )
+    return channels_last(Classifier(spec, in_channels=image.channels, image_size=image.size, num_classes=num_classes))
+
+
+@settings
+class MeasureConfig:
+    """Every `every` steps and at the end the accuracy on `num_measured` held-out pictures (or, where none are held out, on
+    pictures that it trains on), each noised to `levels` levels from clean to noise."""
+
+    every: Length | None = free(None)
+    num_measured: int = free(512, ge=1)
+    levels: int = free(10, ge=2)
+
+
+@torch.no_grad()
+def accuracy_by_level(
+    network: nn.Module, process: Process, examples: Examples, spec: MeasureConfig, batch_size: int, accelerator: Accelerator
+) -> tuple[float, list[float]]:
+    """The mean cross entropy in nats over all levels, and the accuracy at each, on all ranks together: always of the same
+    pictures and noise."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    labelled = np.flatnonzero(examples.labels >= 0)
+    count = min(spec.num_measured, len(labelled))
+    chosen = labelled[np.linspace(0, len(labelled) - 1, count).astype(np.int64)]
+    dtype = next(network.parameters()).dtype
+    sums = torch.zeros(2, spec.levels, device=device, dtype=torch.float64)
+    for start in range(rank * batch_size, count, batch_size * world):
+        indices = chosen[start : start + batch_size]
+        x0 = examples.load(indices).to(device, dtype)
+        labels = torch.from_numpy(examples.labels[indices]).to(device)
+        eps = noise_of(0, indices.tolist(), x0.shape[1:]).to(x0)
+        for i, t in enumerate(levels_of(process, spec.levels)):
+            times = t.expand(len(x0))
+            logits = network(process.add_noise(x0, eps, times), process.network_time(times).to(device, dtype)).double()
+            sums[0, i] += F.cross_entropy(logits, labels, reduction="sum")
+            sums[1, i] += (logits.argmax(1) == labels).sum()
+    summed = accelerator.reduce(sums)
+    assert isinstance(summed, Tensor)
+    loss, right = (summed / count).tolist()
+    return sum(loss) / len(loss), right
+
+
+def levels_of(process: Process, count: int) -> Tensor:
+    """`count` times from the cleanest that is trained to pure noise, float64."""
+    return process.draw_times(torch.linspace(0, 1 - 1e-9, count, dtype=torch.float64))
+
+
+def draw_accuracy(path: Path, process: Process, accuracy: list[float], num_classes: int, where: str) -> None:
+    """The share of right answers by noise level as a plot, with that of guessing."""
+    t = levels_of(process, len(accuracy)).tolist()
+    shown = {where.replace("_", " "): (t, accuracy), "guessing": (t, [1 / num_classes] * len(t))}
+    pictures.curves(path, {"accuracy": shown}, xlabel="t")

@@ -1,0 +1,84 @@
+"""Given pictures, to start from, to fill in, or to make larger: files into what a sampling takes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..config import UserError
+from ..data import ImageConfig
+from ..data.sources import ENDINGS
+from ..data.transforms import decode, square
+from ..training.stream import to_network
+from .opened import Opened
+from .sampler import Edit
+
+
+def load_edit(opened: Opened, picture: str, mask: str | None, *, start_at: int, resamplings: int, steps: int) -> Edit:
+    """The picture cut and resized as in training, and as the network sees it; where the mask is white it is drawn anew.
+
+    A UserError for a file that cannot be read, a mask of another size than the picture, a step that there is not.
+    """
+    if start_at == 0 and mask is None:
+        raise UserError("--image alone changes nothing: say where to start from it (--start-at), or what to draw anew (--mask)")
+    if not 0 <= start_at < steps:
+        raise UserError(f"--start-at {start_at}: there are {steps} steps, counted from 0")
+    device = next(opened.network.parameters()).device
+    plain, middle = ImageConfig(size=opened.image.size, channels=opened.image.channels), np.full(3, 0.5)
+    shown = _open(picture, opened.image.channels)
+    pixels = torch.from_numpy(np.array(square(shown, plain, middle)))[None]
+    x0 = to_network(pixels, device)
+    kept = opened.codec.encode(x0) if opened.codec is not None else x0
+    if mask is None:
+        return Edit(kept[0], start_at)
+    white = _open(mask, 1)
+    if white.size != shown.size:
+        raise UserError(
+            f"the mask {mask} has {white.width} x {white.height} px and {picture} {shown.width} x {shown.height}; give one of "
+            "the same size, white where the picture is drawn anew"
+        )
+    cut = torch.from_numpy(np.array(square(white, ImageConfig(size=plain.size, channels=1), middle)))
+    return Edit(kept[0], start_at, _shrink((cut[:, :, 0] > 127).float()[None], opened.shape[1]).to(device), resamplings)
+
+
+def _shrink(mask: Tensor, size: int) -> Tensor:
+    """(1, H, W) -> (1, size, size): whatever a mask touches is drawn anew."""
+    return F.adaptive_max_pool2d(mask, size)
+
+
+def _open(path: str, channels: int) -> Image.Image:
+    try:
+        return decode(Path(path), channels=channels)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not a picture that can be read ({error})") from None
+
+
+def load_low(opened: Opened, source: str) -> tuple[Tensor, list[int] | None]:
+    """The pictures that an upsampler makes larger, (N, C, h, w) in [-1, 1] on the CPU, and their labels where an .npz has them.
+
+    `source` is a folder (one that sample.py wrote, or any of pictures), or an .npz of guided-diffusion's samples. A UserError
+    for pictures of another size.
+    """
+    size, channels, path = opened.low_resolution, opened.image.channels, Path(source)
+    if size is None:
+        raise UserError(f"{opened.path} is no upsampler; leave --low out")
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                arrays = [found[key] for key in ("arr_0", "arr_1") if key in found]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: not an .npz of samples ({error})") from None
+        if not arrays or arrays[0].shape[1:] != (size, size, channels) or arrays[0].dtype != np.uint8:
+            raise UserError(f"{path}: holds no (N, {size}, {size}, {channels}) uint8 pictures as arr_0")
+        labels = arrays[1].tolist() if len(arrays) > 1 else None
+        return to_network(torch.from_numpy(arrays[0]), torch.device("cpu")), labels
+    drawn = sorted(path.glob("[0-9]*.png"))
+    paths = drawn or sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
+    if not paths:
+        raise UserError(f"{path}: no folder with pictures, and no .npz")
+    plain, middle = ImageConfig(size=size, channels=channels), np.full(3, 0.5)
+    pixels = np.stack([square(_open(str(file), channels), plain, middle) for file in paths])
+    return to_network(torch.from_numpy(pixels), torch.device("cpu")), None

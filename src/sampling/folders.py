@@ -1,0 +1,65 @@
+"""Find and read what a run left: its EMA weights, and the JSON beside them."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import UserError, read_json
+from ..training.checkpoint import damage, newest, read_tensors
+
+
+class Weights(NamedTuple):
+    """EMA weights from `folder` with their config, data.json, step, and the hash that names them."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    data: dict[str, Any]
+    step: int
+    digest: str
+
+
+def _find(path: Path) -> Path:
+    """The folder with the weights: `path` itself, its final, or its newest whole checkpoint."""
+    if (path / "ema.safetensors").exists() or (path / "MANIFEST.json").exists():
+        reason = damage(path)
+        if reason is not None:
+            raise UserError(f"{path} is damaged: {reason}")
+        return path
+    final = path / "final"
+    checkpoint, passed = newest(path / "checkpoints")
+    if final.is_dir() and damage(final) is None:
+        ahead = read_json(final / "progress.json")["step"]
+        if checkpoint is None or read_json(checkpoint / "progress.json")["step"] <= ahead:
+            return final
+    if checkpoint is not None:
+        return checkpoint
+    if passed:
+        raise UserError(f"{path}: no checkpoint is whole ({'; '.join(passed)})")
+    raise UserError(f"{path} holds no checkpoint; give a run, a checkpoint, a final folder or an export")
+
+
+def read_weights(path: Path) -> Weights:
+    """Those of a run, a checkpoint, a final folder or a `.pt` export; a UserError says what is missing or damaged."""
+    folder = path
+    if path.is_file():
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            weights, config, data, step = (found[key] for key in ("weights", "config", "data", "step"))
+            digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
+    elif path.is_dir():
+        folder = _find(path)
+        weights = read_tensors(folder, "ema")
+        config, data = read_json(folder / "config.json"), read_json(folder / "data.json")
+        step = read_json(folder / "progress.json")["step"]
+        digest = read_json(folder / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"]
+    else:
+        raise UserError(f"{path}: there is no such run or checkpoint")
+    return Weights(folder, weights, config, data, step, digest)

@@ -1,0 +1,133 @@
+"""Bits per dimension of a whole data set: all ranks, a block of pictures at a time, going on where a kill left it."""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import pictures
+from ..config import UserError, write_flushed
+from ..data import PictureSet
+from ..diffusion import TableSchedule, bits_per_dimension, clip
+from .opened import Opened
+from .preview import pictures_of
+from .sampler import noise_of
+
+BLOCK = 64  # pictures in a file, and what a kill costs at most
+KEYS = ("prior", "terms", "eps_mse", "x0_mse")
+
+
+def _check(opened: Opened, data: PictureSet) -> None:
+    if opened.codec is not None:
+        raise UserError(f"{opened.path} draws latents, which have no bits per dimension of pictures; give a run on pixels")
+    if not isinstance(opened.process.schedule, TableSchedule):
+        raise UserError(f"{opened.path} is on the blend: it has no chain of steps, so no bits per dimension")
+    if opened.num_classes is not None and data.class_names != opened.class_names:
+        raise UserError(f"the data has other classes than {opened.path} was trained on")
+    if opened.num_classes is not None and not opened.null_class and bool((data.labels < 0).any()):
+        raise UserError(f"{opened.path} has no null class, and some pictures have no class")
+
+
+@torch.no_grad()
+def _measure(opened: Opened, data: PictureSet, block: range, times: Tensor, batch_size: int, seed: int) -> dict[str, Any]:
+    device, schedule = next(opened.network.parameters()).device, opened.process.schedule
+    examples, found = pictures_of(data, opened.image), []
+    for start in range(block.start, block.stop, batch_size):
+        indices = np.arange(start, min(start + batch_size, block.stop))
+        x0, condition = examples.load(indices).to(device), {}
+        if opened.num_classes is not None:
+            labels = torch.from_numpy(data.labels[indices])
+            condition = {"labels": torch.where(labels < 0, opened.num_classes, labels).to(device)}
+        denoiser = opened.process.denoiser(opened.network, **condition)
+        found.append(
+            bits_per_dimension(
+                clip(denoiser, schedule, *opened.bounds) if opened.config["process"]["clip"] else denoiser,
+                x0,
+                times,
+                schedule,
+                noise=lambda step, like: noise_of(seed, indices.tolist(), like.shape[1:], step).to(like),  # noqa: B023
+                variance=opened.process.variance,
+            )
+        )
+    return {key: torch.cat([getattr(part, key) for part in found]).double().cpu().numpy() for key in KEYS}
+
+
+def measure_likelihood(
+    opened: Opened,
+    data: PictureSet,
+    times: Tensor,
+    out: Path,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+) -> dict[str, Any]:
+    """The variational bound of every picture along `times` (N + 1,), into `out`: a file for every block of pictures,
+    likelihood.json (the means), likelihood.png (the terms by time). Gives the means.
+
+    Every picture has its own noise, so the figures are the same on any number of processes and after a kill. A UserError for
+    what has no likelihood, and for a folder of other figures.
+    """
+    _check(opened, data)
+    request = {
+        "weights": opened.digest,
+        "pictures": data.fingerprint,
+        "count": len(data),
+        "times": times.tolist(),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    told = out / "request.json"
+    if out.exists() and any(out.iterdir()) and (not told.exists() or json.loads(told.read_text()) != request):
+        raise UserError(f"{out} holds other figures; give another --out or remove it")
+    barrier()  # all have looked before anybody writes
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_flushed(out / ".request.part", json.dumps(request).encode())
+        (out / ".request.part").replace(told)
+    barrier()
+    blocks = [range(start, min(start + BLOCK, len(data))) for start in range(0, len(data), BLOCK)]
+    paths = [out / f"block_{i:05d}.npz" for i in range(len(blocks))]
+    with tqdm(total=len(data), desc="likelihood", unit="img", disable=None if rank == 0 else True) as bar:
+        for path, block in list(zip(paths, blocks, strict=True))[rank::world]:
+            if not path.exists():
+                content = io.BytesIO()
+                np.savez(content, **_measure(opened, data, block, times, batch_size, seed))
+                write_flushed(path.with_suffix(".part"), content.getbuffer())
+                path.with_suffix(".part").replace(path)
+            bar.update(min(len(block) * world, len(data) - bar.n))
+    barrier()
+    parts = []
+    for path in paths:
+        with np.load(path) as part:
+            parts.append({key: part[key] for key in KEYS})
+    each = {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
+    totals = each["prior"] + each["terms"].sum(1)
+    means = {
+        "bits_per_dimension": float(totals.mean()),
+        "standard_error": float(totals.std(ddof=1) / math.sqrt(len(totals))) if len(totals) > 1 else 0.0,
+        "prior": float(each["prior"].mean()),
+        "decoder": float(each["terms"][:, -1].mean()),
+        "terms": each["terms"].mean(0).tolist(),
+        "eps_mse": each["eps_mse"].mean(0).tolist(),
+        "x0_mse": each["x0_mse"].mean(0).tolist(),
+        "steps": times[:-1].tolist(),
+        "pictures": len(data),
+    }
+    if rank == 0:
+        write_flushed(out / ".likelihood.part", (json.dumps(means, indent=1) + "\n").encode())
+        (out / ".likelihood.part").replace(out / "likelihood.json")
+        t = means["steps"]
+        panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": {"eps": (t, means["eps_mse"])}}
+        panels["mean squared error"]["x_0"] = (t, means["x0_mse"])
+        pictures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
+    return means

@@ -1,0 +1,170 @@
+"""Guidance by its formulas: a classifier's gradient in each solver, intervals, thresholds."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.config import validate
+from src.diffusion import (
+    ProcessConfig,
+    ancestral,
+    build_process,
+    classifier_free,
+    classifier_gradient,
+    classifier_guided,
+    ddim,
+    dynamic_threshold,
+    is_within,
+    on_schedule,
+    times,
+    transitions,
+    within,
+)
+from src.diffusion.process import Prediction, Process
+from src.diffusion.schedules import like
+
+
+def process_of(kind: str = "linear", target: str = "eps") -> Process:
+    schedule = {"kind": kind} | (
+        {} if kind == "blend" else {"steps": 100, **({"rescale_betas": True} if kind == "linear" else {})}
+    )
+    return build_process(validate(ProcessConfig, {"schedule": schedule, "target": target}))
+
+
+WEIGHTS = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+LABELS = torch.tensor([1, 4])
+
+
+def logits(x_t: Tensor, t: Tensor) -> Tensor:
+    return x_t.flatten(1) @ WEIGHTS.T
+
+
+def constant(x0: Tensor) -> Any:
+    """A denoiser that always says `x0`."""
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        alpha, sigma = process_of().schedule.level(t)
+        return Prediction(x0, (x_t - like(alpha, x_t) * x0) / like(sigma, x_t))
+
+    return denoise
+
+
+def test_the_gradient_is_that_of_log_p() -> None:
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    found = classifier_gradient(logits, LABELS, 2.5)(x, torch.tensor(3.0))
+    chances = torch.softmax(logits(x, torch.tensor(3.0)), dim=1)
+    by_hand = WEIGHTS[LABELS] - chances @ WEIGHTS  # of a linear classifier: w_y - sum_k p_k w_k
+    torch.testing.assert_close(found, 2.5 * by_hand.reshape(x.shape), rtol=0, atol=1e-6)
+    assert not found.requires_grad
+
+
+def test_all_but_ancestral_sampling_shift_eps() -> None:
+    """eps - sigma s grad log p, and x0 so that x_t = alpha x0 + sigma eps still holds; DDIM steps with both."""
+    process, x_t, x0 = process_of(), torch.randn(2, 3, 2, 2).double(), torch.randn(2, 3, 2, 2).double()
+    gradient = classifier_gradient(logits, LABELS, 3.0)
+    guided = classifier_guided(constant(x0), gradient, process.schedule)
+    t = torch.tensor(60.0)
+    plain, found = constant(x0)(x_t, t), guided(x_t, t)
+    alpha, sigma = process.schedule.level(t)
+    torch.testing.assert_close(found.eps, plain.eps - sigma * gradient(x_t, t))
+    torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x_t)
+    chain = torch.tensor([60.0, 40.0])
+    next_alpha, next_sigma = process.schedule.level(chain[1])
+    stepped = ddim(guided, x_t, chain, process.schedule, noise=lambda step, like: torch.zeros_like(like))
+    torch.testing.assert_close(stepped, next_alpha * found.x0 + next_sigma * found.eps)
+
+
+def test_ancestral_sampling_adds_variance_times_gradient_to_the_mean() -> None:
+    process, x_t, x0 = process_of(), torch.randn(2, 3, 2, 2).double(), torch.randn(2, 3, 2, 2).double()
+    gradient, chain = classifier_gradient(logits, LABELS, 3.0), torch.tensor([60.0, 40.0])
+    zero: Any = {"noise": lambda step, like: torch.zeros_like(like), "variance": "large"}
+    plain = ancestral(constant(x0), x_t, chain, process.schedule, **zero)
+    shifted = ancestral(constant(x0), x_t, chain, process.schedule, mean_shift=lambda x, t, v: v * gradient(x, t), **zero)
+    variance = transitions(process.schedule, torch.tensor([60.0, 40.0, -1.0])).beta[0]
+    torch.testing.assert_close(shifted - plain, variance * gradient(x_t, chain[0]))
+
+
+def test_in_pure_noise_a_classifier_sees_nothing() -> None:
+    spec = {"schedule": {"kind": "cosine", "steps": 50, "zero_terminal_snr": True}, "target": "v"}
+    process = build_process(validate(ProcessConfig, spec))
+    x = torch.randn(1, 3, 2, 2).double()
+    prediction = Prediction(x, x)
+    says: Any = lambda x_t, t: prediction  # noqa: E731
+    guided = classifier_guided(says, classifier_gradient(logits, LABELS[:1], 1.0), process.schedule)
+    assert guided(x, torch.tensor(49.0)) is prediction and bool((guided(x, torch.tensor(40.0)).x0 != x).any())
+
+
+@pytest.mark.parametrize("own", ["cosine", "blend", "linear"])
+def test_a_classifier_on_another_schedule_is_asked_at_the_same_ratio_of_noise(own: str) -> None:
+    mine, its = process_of(), process_of(own, "v")
+    x0, eps = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64)
+    t, seen = torch.tensor(37.0, dtype=torch.float64), []
+    on_schedule(lambda x, there: seen.append((x, there)) or x, its.schedule, mine.schedule)(mine.add_noise(x0, eps, t), t)
+    x, there = seen[0]
+    torch.testing.assert_close(x, its.add_noise(x0, eps, there), rtol=0, atol=1e-9)
+    if own == "linear":
+        assert float(there) == 37.0
+
+
+def test_an_interval_of_noise_levels() -> None:
+    process = process_of()
+    schedule = process.schedule
+    alpha, sigma = schedule.level(torch.tensor(30.0))
+    at = float(sigma / alpha)
+    assert is_within((at, 5.0), schedule, torch.tensor(30.0)) and not is_within((at * 1.01, 5.0), schedule, torch.tensor(30.0))
+    assert not is_within((0.0, at * 0.99), schedule, torch.tensor(30.0))
+    inside: Any = lambda x, t: Prediction(x + 1, x)  # noqa: E731
+    outside: Any = lambda x, t: Prediction(x, x)  # noqa: E731
+    chosen, x = within((at * 0.9, at * 1.1), inside, outside, schedule), torch.zeros(1)
+    assert [float(chosen(x, torch.tensor(t)).x0) for t in (10.0, 30.0, 80.0)] == [0, 1, 0]
+
+
+def test_classifier_free_guidance_by_its_formula() -> None:
+    both = [torch.randn(2, 3, 4) for _ in range(2)]
+    conditional: Any = lambda x, t: Prediction(both[0], both[0])  # noqa: E731
+    null: Any = lambda x, t: Prediction(both[1], both[1])  # noqa: E731
+    found = classifier_free(conditional, null, 3.0)(both[0], torch.tensor(1.0))
+    torch.testing.assert_close(found.eps, both[1] + 3 * (both[0] - both[1]))
+
+
+def test_dynamic_thresholding_by_its_formula() -> None:
+    """Sec. 2.3, Saharia et al. 2022: s is a quantile of |x0|, at least 1; x0 is held to [-s, s] and divided by it."""
+    process = process_of()
+    x0 = torch.stack([torch.linspace(-4, 4, 101), torch.linspace(-0.5, 0.5, 101)]).double()
+    x_t, t = torch.randn(2, 101).double(), torch.tensor(50.0)
+    found = dynamic_threshold(constant(x0), process.schedule, 0.9)(x_t, t)
+    s = torch.quantile(x0[0].abs(), 0.9)
+    torch.testing.assert_close(found.x0[0], x0[0].clamp(-s, s) / s)
+    torch.testing.assert_close(found.x0[1], x0[1])
+    alpha, sigma = process.schedule.level(t)
+    torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x_t)
+
+
+def test_guided_sampling_of_a_mixture_finds_the_class() -> None:
+    """Data at -1 and 1, class by sign: classifier guidance turns an unconditional sampler into a conditional one."""
+    process = process_of("cosine", "x0")
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        alpha, sigma = process.schedule.level(t)
+        x0 = torch.tanh(like(alpha / sigma**2, x_t) * x_t)  # E[x0 | x_t]
+        return Prediction(x0, (x_t - like(alpha, x_t) * x0) / like(sigma, x_t))
+
+    def signs(x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = process.schedule.level(t)
+        return torch.cat([-x_t, x_t], dim=1) * like(alpha / sigma**2, x_t)
+
+    gradient = classifier_gradient(signs, torch.ones(400, dtype=torch.long), 1.0)
+    x = torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chain, generator = times(process.schedule, 50), torch.Generator().manual_seed(1)
+
+    def noise(step: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype)
+
+    plain = ddim(denoise, x, chain, process.schedule, noise=noise)
+    assert 0.4 < float((plain > 0).double().mean()) < 0.6
+    guided = ddim(classifier_guided(denoise, gradient, process.schedule), x, chain, process.schedule, noise=noise)
+    assert float((guided > 0).double().mean()) > 0.97
+    shift: Any = {"mean_shift": lambda x, t, v: v * gradient(x, t), "variance": "small", "noise": noise}
+    assert float((ancestral(denoise, x, chain, process.schedule, **shift) > 0).double().mean()) > 0.97

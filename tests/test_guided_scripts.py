@@ -1,0 +1,277 @@
+"""Learned variance, likelihood, classifiers and guidance, imports: launched as a user launches them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from src.config import read_json
+from src.sampling import SamplerConfig, open_trained
+from src.sampling.classifier import open_classifier
+from tests import kills
+from tests.conftest import ROOT, SMOKE, launch, metrics, one_line, refused
+from tests.kills import settings
+
+CLASSIFIER = "configs/smoke/classifier.json"
+HYBRID = settings(process__variance="learned", process__loss={"kind": "hybrid"}, times={"kind": "second_moment", "history": 2})
+
+
+@pytest.fixture(scope="session")
+def hybrid_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke config with learned variance, the hybrid loss, and times by the second moment; read only."""
+    run = tmp_path_factory.mktemp("hybrid") / "one"
+    done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *HYBRID)
+    assert done.status == 0, done.all
+    return run
+
+
+@pytest.fixture(scope="session")
+def classifier_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke classifier on one process; read only."""
+    run = tmp_path_factory.mktemp("classifier") / "one"
+    done = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", run)
+    assert done.status == 0 and "= 1 x cpu x 2 x 8" in done.out, done.all
+    return run
+
+
+def go_back(run: Path, out: Path) -> None:
+    """A copy of a run as if it had been killed after its checkpoint of step 10."""
+    shutil.copytree(run, out)
+    for name in ("final", "checkpoints/step_00000020", "checkpoints/step_00000030"):
+        shutil.rmtree(out / name)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_the_hybrid_loss_is_logged_by_its_terms_and_resumed_on_two(hybrid_run: Path, tmp_path: Path) -> None:
+    """The history of the times is in the checkpoint, and the same on all ranks."""
+    for line in metrics(hybrid_run):
+        assert {"loss", "mse", "vb"} <= line.keys() and line["vb"] > 0
+    go_back(hybrid_run, tmp_path / "two")
+    done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", tmp_path / "two", *HYBRID, processes=2)
+    assert done.status == 0 and "going on at step 10 of 30" in done.out and "= 2 x cpu x 1 x 8" in done.out, done.all
+    kills.same_end(hybrid_run, tmp_path / "two")
+    learned = load_file(hybrid_run / "checkpoints" / "step_00000030" / "times.safetensors")
+    assert learned["history"].shape == (100, 2) and int(learned["counts"].sum()) > 100
+    assert "pending.1.losses" in learned, "the last two steps do not count yet"
+
+
+def test_a_classifier_on_one_process_and_two_is_equal_to_the_bit(classifier_run: Path, tmp_path: Path) -> None:
+    done = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "two", processes=2)
+    assert done.status == 0 and "= 2 x cpu x 1 x 8" in done.out, done.all
+    kills.same_end(classifier_run, tmp_path / "two")
+    last = metrics(classifier_run)[-1]
+    assert [key for key in last if key.startswith("held_out_accuracy")] == [f"held_out_accuracy_{i}" for i in range(4)]
+    assert (classifier_run / "samples" / "step_00000030.png").stat().st_size > 5000
+    again = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", classifier_run)
+    assert again.status == 0 and "is finished (30 steps); guide with it: python sample.py" in again.out
+
+
+def test_a_classifier_learns_and_is_better_where_there_is_less_noise(tmp_path: Path) -> None:
+    sets = settings(steps=300, preview__every=300, preview__num_measured=80, checkpoint__every=None, log__every=100)
+    more = settings(optimizer__lr=2e-3, data__count=400, held_out=0.2)
+    done = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *sets, *more)
+    assert done.status == 0, done.all
+    last = metrics(tmp_path / "run")[-1]
+    assert last["held_out_accuracy_0"] > 0.55 and last["held_out_accuracy_0"] > last["held_out_accuracy_3"] + 0.2
+    opened = open_classifier(tmp_path / "run", torch.device("cpu"))
+    assert opened.class_names == ("circle", "cross", "square", "triangle") and opened.step == 300
+
+
+def test_a_classifier_is_killed_and_resumed(classifier_run: Path, tmp_path: Path) -> None:
+    go_back(classifier_run, tmp_path / "run")
+    done = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run")
+    assert done.status == 0 and "going on at step 10 of 30" in done.out, done.all
+    kills.same_end(classifier_run, tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def sample(run: Path, out: Path, *more: str | Path, processes: int = 1) -> Any:
+    words = ("--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", out)
+    return launch("sample.py", run, *words, *more, processes=processes)
+
+
+def read(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("0*.png"))]
+
+
+def test_classifier_guidance_from_the_command_line(hybrid_run: Path, classifier_run: Path, tmp_path: Path) -> None:
+    guided = ("--guidance-method", "classifier", "--classifier", classifier_run, "--classes", "circle/square")
+    done = sample(hybrid_run, tmp_path / "two", *guided, "--guidance", "3", "--solver", "ancestral", "--npz", processes=2)
+    assert done.status == 0 and "2 process(es)" in done.out, done.all
+    one = sample(hybrid_run, tmp_path / "one", *guided, "--guidance", "3", "--solver", "ancestral")
+    assert one.status == 0 and read(tmp_path / "one") == read(tmp_path / "two") and len(read(tmp_path / "one")) == 4
+    plain = sample(hybrid_run, tmp_path / "plain", *guided, "--guidance", "0", "--solver", "ancestral")
+    assert plain.status == 0 and read(tmp_path / "plain") != read(tmp_path / "one")
+    with np.load(tmp_path / "two" / "samples_4x16x16x3.npz") as found:
+        assert found["arr_0"].dtype == np.uint8 and found["arr_1"].tolist() == [0, 0, 2, 2]
+        assert np.array_equal(found["arr_0"][2], np.asarray(Image.open(tmp_path / "two" / "00002.png")))
+    told = read_json(tmp_path / "two" / "metadata.json")
+    assert told["guidance_method"] == "classifier" and len(told["classifier"]) == 64
+
+
+def test_from_a_picture_with_a_mask_and_in_sections(hybrid_run: Path, tmp_path: Path) -> None:
+    picture, mask = Image.new("RGB", (24, 20), (200, 60, 30)), Image.new("L", (24, 20), 0)
+    picture.save(tmp_path / "picture.png")
+    mask.paste(255, (12, 0, 24, 20))
+    mask.save(tmp_path / "mask.png")
+    keep = ("--image", tmp_path / "picture.png", "--mask", tmp_path / "mask.png", "--resamplings", "2", "--frames")
+    done = sample(hybrid_run, tmp_path / "out", *keep)
+    assert done.status == 0, done.all
+    for i in range(4):
+        pixels = np.asarray(Image.open(tmp_path / "out" / f"0000{i}.png")).astype(int)
+        assert np.abs(pixels[:, :7] - (200, 60, 30)).max() <= 1 and np.abs(pixels[:, 9:] - (200, 60, 30)).max() > 20
+    done = sample(hybrid_run, tmp_path / "sections", "--steps", "3,2", "--solver", "ancestral", "--stop-at", "4")
+    assert done.status == 0 and "5 network calls" in done.out, done.all
+    Image.new("L", (16, 16), 255).save(tmp_path / "small.png")
+    said = refused("sample", hybrid_run, *keep[:2], "--mask", tmp_path / "small.png", "--out", tmp_path / "x")
+    assert "has 16 x 16 px and" in said and "24 x 20; give one of the same size" in said
+    assert "--image alone changes nothing" in refused("sample", hybrid_run, *keep[:2])
+    assert "counted from 0" in refused("sample", hybrid_run, *keep[:2], "--start-at", "50")
+    assert "not a picture" in refused("sample", hybrid_run, "--image", tmp_path / "none.png", "--start-at", "5")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--guidance-method", "classifier"), "guidance by a classifier needs one: sample.py takes --classifier RUN"),
+        (("--mask", "m.png"), "--mask and --start-at are about a picture"),
+        (("--resamplings", "3"), "--resamplings belongs to --mask"),
+        (("--classifier", "x"), "guides only with --guidance-method classifier"),
+        (("--upscaler", "x.pth"), "--upscaler is for --upscale"),
+        (("--upscale",), "models/RealESRGAN_x4plus.pth: there are no such weights"),
+        (("--classes", "0/1/2"), "16 pictures cannot be dealt to 3 classes in equal blocks"),
+        (("--classes", "9"), "class '9' is not known; the classes are: circle"),
+        (("--steps", "99,2"), "more than the schedule's 100"),
+        (("--steps", "20", "--spacing", "strided", "--stop-at", "20"), "stop_at: 20 of 20 steps leaves none out"),
+        (("--steps", "30", "--spacing", "strided"), "no whole stride through 100 entries gives 30 steps"),
+        (("--steps", "60,20,20"), "cannot take 60 steps out of a section of 34"),
+    ],
+)
+def test_what_sampling_refuses(hybrid_run: Path, words: tuple[str, ...], said: str) -> None:
+    assert said in refused("sample", hybrid_run, *words)
+
+
+def test_a_classifier_of_other_classes_or_size_is_refused(hybrid_run: Path, classifier_run: Path, tmp_path: Path) -> None:
+    def changed(file: str, change: Any) -> Path:
+        out = tmp_path / file / str(len(list(tmp_path.rglob("final"))))
+        shutil.copytree(classifier_run / "final", out / "final")
+        raw = read_json(out / "final" / file)
+        change(raw)
+        (out / "final" / file).write_text(json.dumps(raw))
+        manifest = read_json(out / "final" / "MANIFEST.json")
+        manifest["files"].pop(file)
+        (out / "final" / "MANIFEST.json").write_text(json.dumps(manifest))
+        return out
+
+    guided = ("--guidance-method", "classifier", "--classifier")
+    others = changed("data.json", lambda raw: raw.update(class_names=["a", "b", "c", "d"]))
+    assert "knows other classes (a, b, c, d)" in refused("sample", hybrid_run, *guided, others)
+    larger = changed("config.json", lambda raw: (raw["image"].update(size=32), raw["classifier"].update(pool="adaptive")))
+    with pytest.raises(AssertionError):  # other weights too: an attention pool has no adaptive one's
+        assert "sees 32 px" in refused("sample", hybrid_run, *guided, larger)
+    assert "is no classifier" in refused("sample", hybrid_run, *guided, hybrid_run)
+    assert "is a classifier, which draws nothing by itself" in refused("sample", classifier_run)
+    (tmp_path / "flat").mkdir()
+    for i in range(40):
+        Image.new("RGB", (20, 20), (6 * i, 10, 10)).save(tmp_path / "flat" / f"{i}.png")
+    flat = settings(data={"source": "folder", "path": str(tmp_path / "flat")})
+    assert "the data has none" in refused("train_classifier", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *flat)
+
+
+# ---------------------------------------------------------------------------------------------- likelihood
+
+
+def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, tmp_path: Path) -> None:
+    words = ("evaluate.py", hybrid_run, "--likelihood", "--steps", "8", "--part", "train", "--num-images", "80")
+    done = launch(*words, "--out", tmp_path / "two", processes=2)
+    assert done.status == 0 and "bits per dimension = prior" in done.out and "80 pictures, 8 steps" in done.out, done.all
+    whole = read_json(tmp_path / "two" / "likelihood.json")
+    assert (tmp_path / "two" / "likelihood.png").exists() and len(whole["terms"]) == 8 and whole["pictures"] == 80
+    assert whole["bits_per_dimension"] == pytest.approx(whole["prior"] + sum(whole["terms"]))
+    assert whole["terms"][-1] == whole["decoder"]
+    (tmp_path / "two" / "block_00001.npz").unlink()
+    (tmp_path / "two" / "likelihood.json").unlink()
+    again = launch(*words, "--out", tmp_path / "two", "--json")
+    assert again.status == 0 and json.loads(again.out) == whole, again.all
+    said = one_line(launch(*words[:-1], "70", "--out", tmp_path / "two"))
+    assert "holds other figures" in said
+
+
+def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path) -> None:
+    assert "say what to measure" in refused("evaluate", hybrid_run)
+    assert "which have no bits per dimension" in refused("evaluate", ldm_run, "--likelihood", "--out", tmp_path / "x")
+    assert "such as 100,50,25" in refused("evaluate", hybrid_run, "--likelihood", "--steps", "many")
+    for i in range(3):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20), (90 * i, 10, 10)).save(tmp_path / "mine" / f"{i}.png")
+    words = ("evaluate", hybrid_run, "--likelihood", "--data", tmp_path / "mine", "--steps", "4", "--out", tmp_path / "y")
+    assert "other classes than" in refused(*words)
+    assert ROOT.exists()
+
+
+# ---------------------------------------------------------------------------------------------- other projects' checkpoints
+
+
+def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, tmp_path: Path) -> None:
+    for name, flags in (("adm_64_class_conditional", True), ("adm_64_classifier", True)):
+        words = ("--flags", vectors / f"{name}.json") if flags else ()
+        done = launch("convert.py", "guided-diffusion", vectors / f"{name}.pt", "--out", tmp_path / name, *words)
+        assert done.status == 0 and "python sample.py" in done.out, done.all
+    network, classifier = tmp_path / "adm_64_class_conditional", tmp_path / "adm_64_classifier"
+    guided = ("--guidance-method", "classifier", "--classifier", classifier, "--classes", "7/900", "--solver", "ancestral")
+    done = launch(
+        "sample.py", network, *guided, "--num-samples", "2", "--batch-size", "2", "--steps", "2", "--out", tmp_path / "out"
+    )
+    assert done.status == 0 and np.asarray(Image.open(tmp_path / "out" / "00001.png")).shape == (64, 64, 3), done.all
+    assert "trained with label_dropout above 0" in refused("sample", network, "--guidance", "2")
+    assert "class '1000' is not known" in refused("sample", network, "--classes", "1000")
+    for name in ("cats", "dogs"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (70, 66), (40 * i, 90, 200)).save(tmp_path / "mine" / name / f"{i}.png")
+    config = network / "finetune.json"
+    quick = settings(data__path=str(tmp_path / "mine"), steps=2, batch_size=2, preview__every=None, checkpoint__every=None)
+    few = settings(preview__num_samples=2, preview__sampler={"steps": 2}, log__trackers=[])
+    done = launch("ddpm_accelerate.py", "-cfg", config, "--run-dir", tmp_path / "run", *quick, *few, timeout=400)
+    assert done.status == 0 and "its classes are others, so the label embedding is new" in done.out, done.all
+    before = load_file(network / "ema.safetensors")["stem.weight"]
+    after = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors")["stem.weight"]
+    assert 0 < float((after - before).abs().max()) < 1e-3
+    words = ("convert", "guided-diffusion", vectors / "adm_64_classifier.pt", "--out", network)
+    assert "give the MODEL_FLAGS and DIFFUSION_FLAGS" in refused(*words)
+    assert "is there already" in refused(*words, "--flags", vectors / "adm_64_classifier.json")
+
+
+def test_a_run_goes_to_diffusers_and_back(hybrid_run: Path, tmp_path: Path) -> None:
+    there = launch("convert.py", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
+    assert there.status == 0 and (tmp_path / "theirs" / "model_index.json").exists(), there.all
+    assert "README.md says how" in there.out and "library_name: diffusers" in (tmp_path / "theirs" / "README.md").read_text()
+    back = launch("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "back", "--name", "again")
+    assert back.status == 0, back.all
+    pictures = []
+    for run in (hybrid_run, tmp_path / "back"):
+        opened = open_trained(run, torch.device("cpu"))
+        assert opened.class_names == ("circle", "cross", "square", "triangle")
+        sampler = opened.sampler(SamplerConfig(solver="ancestral", steps=5))
+        pictures.append(sampler.draw(0, range(3), [0, 1, 4], device=torch.device("cpu")))
+    torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=1e-4)
+    assert "exists and is not empty" in refused("convert", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
+
+
+def test_half_precision_in_one_file(hybrid_run: Path, tmp_path: Path) -> None:
+    done = launch("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors", "--fp16")
+    assert done.status == 0, done.all
+    found, kept = load_file(tmp_path / "half.safetensors"), load_file(hybrid_run / "final" / "ema.safetensors")
+    assert found.keys() == kept.keys() and all(value.dtype == torch.float16 for value in found.values())
+    torch.testing.assert_close(found["stem.weight"].float(), kept["stem.weight"], rtol=1e-3, atol=1e-4)
+    assert "is there already" in refused("convert", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors")

@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+"""Train a classifier of noised pictures, for classifier guidance: sample.py RUN --guidance-method classifier --classifier THIS.
+
+accelerate launch train_classifier.py -cfg configs/imagenet64_classifier.json
+python train_classifier.py -cfg configs/digits_classifier.json --dry-run
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pydantic
+import torch
+import torch.nn.functional as F
+
+from src.config import Length, UserError, config, free, load, run_script, to_steps, training_arguments
+from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.models import ClassifierConfig
+from src.sampling.classifier import (
+    MeasureConfig,
+    NoiseConfig,
+    accuracy_by_level,
+    build_classifier,
+    draw_accuracy,
+    noise_process,
+)
+from src.sampling.preview import first_pictures, pictures_of
+from src.training.checkpoint import CheckpointConfig
+from src.training.draws import Draws
+from src.training.ema import EMA, EMAConfig
+from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
+from src.training.run import LogConfig, describe_data
+from src.training.seeds import torch_seed
+from src.training.session import Session
+from src.training.state import Trained
+from src.training.stream import split_batch, stream, to_network
+from src.training.times import TimeSampler, TimesConfig, UniformTimes
+
+
+@config
+class Config(MachineConfig):
+    """All there is to set. `noise` is that of the diffusion which it will guide. `batch_size` counts the images of an optimiser
+    step, on all devices together."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    data: Sources
+    held_out: HeldOut = 0.0
+    image: ImageConfig
+    balance_classes: bool = False
+    noise: NoiseConfig
+    times: TimesConfig = UniformTimes()
+    classifier: ClassifierConfig
+    optimizer: OptimizerConfig
+    steps: Length
+    batch_size: int = pydantic.Field(gt=0)
+    micro_batch_size: int | None = free(None, gt=0)
+    ema: EMAConfig = EMAConfig()
+    preview: MeasureConfig = MeasureConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    max_nonfinite_steps: int = free(10, ge=1)
+
+
+def main() -> int:
+    args = training_arguments(Config, __doc__ or "", default="configs/digits_classifier.json").parse_args()
+    cfg = load(args.config, Config, args.set)
+    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
+        return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
+
+
+def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+    # Start on the devices there are.
+    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
+    device, dtype = accelerator.device, getattr(torch, cfg.dtype)
+    split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+
+    # Look at the data.
+    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    num_classes = len(train_set.class_names)
+    if not num_classes:
+        raise UserError("a classifier needs classes and the data has none: use class subfolders or a label_column")
+    facts = describe_data(train_set, held_out)
+    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
+    total_steps = resolve(cfg.steps)
+
+    # Build what noises, network, optimiser, EMA.
+    process = noise_process(cfg.noise)
+    times = TimeSampler(cfg.times, process)
+    shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
+    torch.manual_seed(torch_seed(cfg.seed, "weights"))
+    network = build_classifier(cfg.classifier, cfg.image, num_classes).to(device, dtype)
+    bare_optimizer = adamw(network.parameters(), cfg.optimizer)
+    rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
+    ema = EMA(network, cfg.ema)
+    trained = Trained(network, bare_optimizer, ema, times=times)
+
+    # Go on where the run was.
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, dry_run=dry_run)
+    use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {run_dir}"
+    if session.finished:
+        session.run.say(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
+        return 0
+    model, optimizer = accelerator.prepare(network, bare_optimizer)
+    settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
+    session.enter(split, resolve, end=total_steps)
+    if session.run.writes and session.step == 0:
+        first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
+    where, examples = ("train", train_set) if held_out is None else ("held_out", held_out)
+    measure = partial(accuracy_by_level, ema.network, process, pictures_of(examples, cfg.image), cfg.preview, split.micro)
+    batches = stream(
+        train_set,
+        cfg.image,
+        split,
+        seed=cfg.seed,
+        balanced=cfg.balance_classes,
+        start_step=session.step,
+        workers=cfg.workers,
+        device=device,
+    )
+
+    # Train.
+    model.train()
+    while session.step < total_steps:
+        # Draw times and noise for the whole batch; each rank takes its share below.
+        step = session.step
+        draws = Draws(times, split, shape, seed=cfg.seed, step=step, label_dropout=0.0, device=device, dtype=dtype)
+
+        # Gradients: every loss is its sum over the micro-batch times world size over the batch; no label, no loss.
+        for part in range(split.accumulation):
+            micro, here = next(batches), split.of_step(part)
+            if cfg.classifier.dropout:
+                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            with accumulating(accelerator, model, part, split.accumulation):
+                x_t = process.add_noise(to_network(micro.images, device, dtype), draws.eps[here], draws.t[here])
+                labels = micro.labels.to(device, non_blocking=True)
+                logits = model(x_t, process.network_time(draws.t[here]).to(device, dtype, non_blocking=True))
+                losses = F.cross_entropy(logits.to(dtype), labels, reduction="none", ignore_index=-1)
+                loss = times.weigh(losses, here).sum()
+                accelerator.backward(loss * (split.world / split.batch))
+            session.meter.add(split.micro, loss=loss, accuracy=(logits.argmax(1) == labels).sum())
+        times.observe(accelerator)
+
+        # Update.
+        norm = clip_gradients(accelerator, model, cfg.optimizer)
+        session.settle()
+        update(optimizer, rate_at(step), norm)
+        session.count(torch.isfinite(norm))
+        if dry_run:
+            if session.measured():
+                batches.close()
+                return session.end_dry_run()
+            continue
+
+        # Now and then: log, measure by noise level, save.
+        if not session.due:
+            continue
+        values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+        if session.now("preview"):
+            loss, accuracy = measure(accelerator)
+            values |= {f"{where}_loss": loss} | {f"{where}_accuracy_{i}": value for i, value in enumerate(accuracy)}
+            best = session.better(f"{where}_loss", loss)
+            if session.run.writes:
+                draw_accuracy(session.run.samples / f"step_{session.step:08d}.png", process, accuracy, num_classes, where)
+        session.report(values)
+        session.save(keep=best and cfg.checkpoint.keep_best)
+        if session.stopping:
+            batches.close()
+            return session.end_stopped()
+
+    # Leave what guidance needs, and say what to do next.
+    batches.close()
+    message = f"finished; see the accuracy by noise level in {session.run.samples}, and guide with it: {use}"
+    return session.end_finished(message, {"loss": ["loss", f"{where}_loss"], "accuracy": ["accuracy"]})
+
+
+if __name__ == "__main__":
+    run_script(main)
