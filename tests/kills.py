@@ -69,6 +69,20 @@ AUTOENCODER = Job(
 LATENTS = Job(
     "train_ldm.py", "configs/smoke/ldm.json", settings(steps=80, checkpoint__every=4, log__every=1, preview__every=40)
 )
+# Learned variance, and times whose history is in the checkpoint.
+GUIDED = Job(
+    PIXELS.script,
+    PIXELS.config,
+    (
+        *PIXELS.more,
+        *settings(process__variance="learned", process__loss={"kind": "hybrid"}, times={"kind": "second_moment", "history": 2}),
+    ),
+)
+CLASSIFIER = Job(
+    "train_classifier.py",
+    "configs/smoke/classifier.json",
+    settings(steps=80, checkpoint__every=4, log__every=1, preview__every=40),
+)
 CODEBOOK = Job(
     AUTOENCODER.script,
     AUTOENCODER.config,

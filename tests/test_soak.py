@@ -59,6 +59,13 @@ def test_twenty_kills(whole: Path, tmp_path: Path, processes: int) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("job", [kills.GUIDED, kills.CLASSIFIER], ids=["second_moment", "classifier"])
+def test_kills_of_what_guides_and_is_guided(tmp_path: Path, job: kills.Job, processes: int) -> None:
+    assert launch(*job.arguments(tmp_path / "whole")).status == 0
+    kill_often(job, tmp_path / "whole", tmp_path / "run", processes, kills_wanted=8, inside=2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("job", [kills.AUTOENCODER, kills.CODEBOOK], ids=["adversarial", "codebook"])
 def test_kills_across_the_stages_of_an_autoencoder(tmp_path: Path, job: kills.Job, processes: int) -> None:
     """With discriminator, adaptive weight, perceptual loss, and a codebook in one of the two."""

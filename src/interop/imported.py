@@ -18,7 +18,8 @@ class Imported:
     """`network` is built of `model` and holds its weights; it sees pictures (channels, image_size, image_size).
 
     `num_classes` is None for a network without classes, `null_class` whether it has one for no class; `low_resolution` is the
-    size of the pictures that an upsampler starts from; `class_names` are the classes' where the file has them. `told` says, line by line, where facts come from.
+    size of the pictures that an upsampler starts from; `class_names` are those of the file, if it has any. `told` says, line by
+    line, where facts come from.
     """
 
     network: nn.Module
