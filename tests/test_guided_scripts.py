@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from src.config import read_json
+from src.config import UserError, read_json, validate
+from src.diffusion import ProcessConfig
+from src.interop.imported import Imported, keep
+from src.models import UNet, UNetConfig
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.classifier import open_classifier
+from src.sampling.edit import load_low
 from tests import kills
-from tests.conftest import ROOT, SMOKE, launch, metrics, one_line, refused
+from tests.conftest import SMOKE, launch, metrics, one_line, randomise, refused
+from tests.interop.test_upscaling import rrdb
 from tests.kills import settings
 
 CLASSIFIER = "configs/smoke/classifier.json"
+CPU = torch.device("cpu")
 HYBRID = settings(process__variance="learned", process__loss={"kind": "hybrid"}, times={"kind": "second_moment", "history": 2})
 
 
@@ -81,7 +88,7 @@ def test_a_classifier_learns_and_is_better_where_there_is_less_noise(tmp_path: P
     assert done.status == 0, done.all
     last = metrics(tmp_path / "run")[-1]
     assert last["held_out_accuracy_0"] > 0.55 and last["held_out_accuracy_0"] > last["held_out_accuracy_3"] + 0.2
-    opened = open_classifier(tmp_path / "run", torch.device("cpu"))
+    opened = open_classifier(tmp_path / "run", CPU)
     assert opened.class_names == ("circle", "cross", "square", "triangle") and opened.step == 300
 
 
@@ -162,23 +169,14 @@ def test_what_sampling_refuses(hybrid_run: Path, words: tuple[str, ...], said: s
 
 
 def test_a_classifier_of_other_classes_or_size_is_refused(hybrid_run: Path, classifier_run: Path, tmp_path: Path) -> None:
-    def changed(file: str, change: Any) -> Path:
-        out = tmp_path / file / str(len(list(tmp_path.rglob("final"))))
-        shutil.copytree(classifier_run / "final", out / "final")
-        raw = read_json(out / "final" / file)
-        change(raw)
-        (out / "final" / file).write_text(json.dumps(raw))
-        manifest = read_json(out / "final" / "MANIFEST.json")
-        manifest["files"].pop(file)
-        (out / "final" / "MANIFEST.json").write_text(json.dumps(manifest))
-        return out
-
     guided = ("--guidance-method", "classifier", "--classifier")
-    others = changed("data.json", lambda raw: raw.update(class_names=["a", "b", "c", "d"]))
-    assert "knows other classes (a, b, c, d)" in refused("sample", hybrid_run, *guided, others)
-    larger = changed("config.json", lambda raw: (raw["image"].update(size=32), raw["classifier"].update(pool="adaptive")))
-    with pytest.raises(AssertionError):  # other weights too: an attention pool has no adaptive one's
-        assert "sees 32 px" in refused("sample", hybrid_run, *guided, larger)
+    opened, classifier = open_trained(hybrid_run, CPU), open_classifier(classifier_run, CPU)
+    larger = replace(classifier, image=replace(classifier.image, size=32))
+    others = replace(classifier, class_names=("a", "b", "c", "d"))
+    with pytest.raises(UserError, match=r"knows other classes \(a, b, c, d\) than .*\(circle, cross, square, triangle\)"):
+        opened.sampler(SamplerConfig(guidance_method="classifier"), others)
+    with pytest.raises(UserError, match=r"sees 32 px in 3 channel\(s\), .* draws 16 px in 3; train one with the same image"):
+        opened.sampler(SamplerConfig(guidance_method="classifier"), larger)
     assert "is no classifier" in refused("sample", hybrid_run, *guided, hybrid_run)
     assert "is a classifier, which draws nothing by itself" in refused("sample", classifier_run)
     (tmp_path / "flat").mkdir()
@@ -216,7 +214,6 @@ def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path)
         Image.new("RGB", (20, 20), (90 * i, 10, 10)).save(tmp_path / "mine" / f"{i}.png")
     words = ("evaluate", hybrid_run, "--likelihood", "--data", tmp_path / "mine", "--steps", "4", "--out", tmp_path / "y")
     assert "other classes than" in refused(*words)
-    assert ROOT.exists()
 
 
 # ---------------------------------------------------------------------------------------------- other projects' checkpoints
@@ -235,6 +232,11 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
     assert done.status == 0 and np.asarray(Image.open(tmp_path / "out" / "00001.png")).shape == (64, 64, 3), done.all
     assert "trained with label_dropout above 0" in refused("sample", network, "--guidance", "2")
     assert "class '1000' is not known" in refused("sample", network, "--classes", "1000")
+    assert "was imported and names no pictures: give --data" in refused("evaluate", network, "--likelihood")
+    (tmp_path / "seven").mkdir()
+    shutil.copy(tmp_path / "out" / "00000.png", tmp_path / "seven" / "0.png")
+    words = ("evaluate", network, "--likelihood", "--data", tmp_path / "seven", "--steps", "2", "--out", tmp_path / "bits")
+    assert "other classes than" in refused(*words)
     for name in ("cats", "dogs"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         for i in range(4):
@@ -260,10 +262,10 @@ def test_a_run_goes_to_diffusers_and_back(hybrid_run: Path, tmp_path: Path) -> N
     assert back.status == 0, back.all
     pictures = []
     for run in (hybrid_run, tmp_path / "back"):
-        opened = open_trained(run, torch.device("cpu"))
+        opened = open_trained(run, CPU)
         assert opened.class_names == ("circle", "cross", "square", "triangle")
         sampler = opened.sampler(SamplerConfig(solver="ancestral", steps=5))
-        pictures.append(sampler.draw(0, range(3), [0, 1, 4], device=torch.device("cpu")))
+        pictures.append(sampler.draw(0, range(3), [0, 1, 4], device=CPU))
     torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=1e-4)
     assert "exists and is not empty" in refused("convert", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
 
@@ -275,3 +277,46 @@ def test_half_precision_in_one_file(hybrid_run: Path, tmp_path: Path) -> None:
     assert found.keys() == kept.keys() and all(value.dtype == torch.float16 for value in found.values())
     torch.testing.assert_close(found["stem.weight"].float(), kept["stem.weight"], rtol=1e-3, atol=1e-4)
     assert "is there already" in refused("convert", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors")
+
+
+def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: Path) -> None:
+    torch.save({"params_ema": rrdb().state_dict()}, tmp_path / "weights.pth")
+    weights = ("--upscaler", tmp_path / "weights.pth")
+    done = sample(hybrid_run, tmp_path / "out", "--upscale", *weights, processes=2)
+    assert done.status == 0 and f"{tmp_path / 'out'}/upscaled" in done.out, done.all
+    assert [path.name for path in sorted((tmp_path / "out" / "upscaled").iterdir())] == [f"0000{i}.png" for i in range(4)]
+    assert np.asarray(Image.open(tmp_path / "out" / "upscaled" / "00003.png")).shape == (64, 64, 3)
+    (tmp_path / "out" / "upscaled" / "00001.png").unlink()
+    again = sample(hybrid_run, tmp_path / "out", "--upscale", *weights)
+    assert again.status == 0 and (tmp_path / "out" / "upscaled" / "00001.png").exists(), again.all
+    alone = launch("sample.py", "--upscale-only", tmp_path / "out" / "upscaled", "--out", tmp_path / "huge", *weights)
+    assert alone.status == 0 and "4 pictures, 4 times as large" in alone.out, alone.all
+    assert np.asarray(Image.open(tmp_path / "huge" / "00000.png")).shape == (256, 256, 3)
+    assert "give a run to sample from, or --upscale-only" in refused("sample", hybrid_run, "--upscale-only", tmp_path)
+
+
+def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path: Path) -> None:
+    config = {"base_channels": 8, "channel_mult": [1, 2], "attention": ["none", "none"], "blocks": 1, "norm_groups": 4}
+    model = validate(UNetConfig, config)
+    network = randomise(UNet(model, in_channels=3, num_classes=4, null_class=False, low_channels=3))
+    process = validate(ProcessConfig, {"schedule": {"kind": "linear", "steps": 50}, "target": "eps"})
+    found = Imported(network, model, process, image_size=32, channels=3, num_classes=4, low_resolution=16)
+    assert keep(found, tmp_path / "up", name="up") is None
+    assert "give --low the pictures of 16 px" in refused("sample", tmp_path / "up")
+    assert "is no upsampler" in refused("sample", hybrid_run, "--low", tmp_path)
+    done = sample(hybrid_run, tmp_path / "small", "--npz", "--classes", "circle/cross")
+    assert done.status == 0, done.all
+    pictures = []
+    for low in (tmp_path / "small", tmp_path / "small" / "samples_4x16x16x3.npz"):
+        words = ("--batch-size", "3", "--steps", "3", "--out", tmp_path / f"large{len(pictures)}", "--low", low)
+        done = launch("sample.py", tmp_path / "up", *words, *(("--classes", "0/1") if low.is_dir() else ()))
+        assert done.status == 0 and "4 pictures of" in done.out, done.all
+        pictures.append(read(tmp_path / f"large{len(pictures)}"))
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 4, "the .npz brings the labels 0, 0, 1, 1"
+    opened = open_trained(tmp_path / "up", CPU)
+    low, _ = load_low(opened, str(tmp_path / "small"))
+    drawn = opened.sampler(SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=low)
+    other = opened.sampler(SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=-low)
+    assert drawn.shape == (4, 3, 32, 32) and not torch.allclose(drawn, other, atol=1e-3)
+    np.savez(tmp_path / "wrong.npz", np.zeros((2, 8, 8, 3), np.uint8))
+    assert "holds no (N, 16, 16, 3) uint8 pictures" in refused("sample", tmp_path / "up", "--low", tmp_path / "wrong.npz")

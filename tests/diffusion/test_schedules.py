@@ -1,14 +1,26 @@
 """Schedules against diffusers and the reference numbers; sampling times against published sets."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.config import UserError
-from src.diffusion import BlendSchedule, TableSchedule, build_schedule, times
+from src.config import UserError, validate
+from src.diffusion import (
+    BlendSchedule,
+    Prediction,
+    ProcessConfig,
+    TableSchedule,
+    ancestral,
+    build_process,
+    build_schedule,
+    ddim,
+    dpmpp_2m,
+    times,
+)
 from src.diffusion.schedules import BetaSchedule, BlendScheduleConfig, beta_schedule, cosine_betas
 
 
@@ -135,3 +147,40 @@ def test_spacings_that_do_not_exist() -> None:
         times(linear(), 10, "odd")
     with pytest.raises(UserError, match="belong to a table"):
         times(BlendSchedule(), 10, "strided")
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_zero_terminal_snr_is_that_of_diffusers_and_leaves_no_signal(kind: str) -> None:
+    """Alg. 1, Lin et al. 2023, arXiv:2305.08891."""
+    from diffusers import DDPMScheduler
+
+    spec = validate(ProcessConfig, {"schedule": {"kind": kind, "steps": 200, "zero_terminal_snr": True}, "target": "v"})
+    schedule = build_process(spec).schedule
+    assert isinstance(schedule, TableSchedule)
+    named = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[kind]
+    reference = DDPMScheduler(
+        num_train_timesteps=200, beta_start=1e-4, beta_end=0.02, beta_schedule=named, rescale_betas_zero_snr=True
+    )
+    torch.testing.assert_close(schedule.alphas_bar[:-1].float(), reference.alphas_cumprod[:-1], rtol=2e-4, atol=1e-6)
+    alpha, sigma = schedule.level(torch.tensor([0.0, 199.0]))
+    assert float(alpha[1]) == 0 and float(sigma[1]) == 1 and float(schedule.betas[-1]) == 1
+    plain = beta_schedule(BetaSchedule(kind="linear", steps=200)) if kind == "linear" else cosine_betas(200)
+    assert float(alpha[0] ** 2) == pytest.approx(1 - float(plain[0])), "the first level stays"
+    with pytest.raises(UserError, match="'eps' cannot be read at one end of the"):
+        validate(ProcessConfig, {"schedule": {"kind": kind, "steps": 200, "zero_terminal_snr": True}, "target": "eps"})
+
+
+@pytest.mark.parametrize("solver", [ddim, ancestral, dpmpp_2m])
+def test_solvers_start_from_a_level_without_signal(solver: Callable[..., torch.Tensor]) -> None:
+    spec = {"schedule": {"kind": "cosine", "steps": 60, "zero_terminal_snr": True}, "target": "v"}
+    process = build_process(validate(ProcessConfig, spec))
+    truth = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+
+    def denoise(x_t: torch.Tensor, t: torch.Tensor) -> Prediction:
+        alpha, sigma = process.schedule.level(t)
+        return Prediction(truth, (x_t - alpha * truth) / sigma)
+
+    more = {} if solver is dpmpp_2m else {"noise": lambda step, like: torch.randn_like(like)}
+    more |= {"variance": "large"} if solver is ancestral else {}
+    found = solver(denoise, torch.randn(2, 1, 4, 4, dtype=torch.float64), times(process.schedule, 12), process.schedule, **more)
+    torch.testing.assert_close(found, truth)
