@@ -104,7 +104,8 @@ def main() -> None:
     opened = open_trained(args.run, device)
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     sampler = opened.sampler(how, classifier)
-    class_names = opened.class_names if opened.num_classes is not None or classifier is None else classifier.class_names
+    known = classifier.class_names if classifier is not None else ()
+    class_names = opened.class_names if opened.num_classes is not None else known
     labels, low, told = None, None, {}
     if args.low is not None:
         low, labels = load_low(opened, args.low)

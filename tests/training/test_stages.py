@@ -18,6 +18,7 @@ from src.training.draws import Draws
 from src.training.optimizer import OptimizerConfig
 from src.training.stages import StageConfig, plan_stages, warnings
 from src.training.stream import MicroBatch, split_batch
+from src.training.times import TimeSampler, UniformTimes
 
 
 def stages(*raw: dict[str, Any]) -> tuple[StageConfig, ...]:
@@ -131,11 +132,11 @@ def test_a_codebooks_step_is_the_same_however_the_batch_is_split() -> None:
 
 def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
     process = build_process(validate(ProcessConfig, {"schedule": {"kind": "cosine", "steps": 50}, "target": "v"}))
-    split = split_batch(64, 16, rank=0, world=2)
+    split, times = split_batch(64, 16, rank=0, world=2), TimeSampler(UniformTimes(), process)
 
     def draw(step: int, dropout: float = 0.25) -> Draws:
         return Draws(
-            process, split, (1, 2, 2), seed=3, step=step, label_dropout=dropout, device=torch.device("cpu"), dtype=torch.float32
+            times, split, (1, 2, 2), seed=3, step=step, label_dropout=dropout, device=torch.device("cpu"), dtype=torch.float32
         )
 
     one, again, other = draw(7), draw(7), draw(8)
