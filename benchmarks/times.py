@@ -81,9 +81,8 @@ def main() -> None:
         spread = float((square - mean.square()).sum())
         rows.append({"times": name, "loss": np.mean(values), "std": np.std(values), "variance": spread})
     print(f"{opened.path}, {steps} steps, {args.batches} batches of 64, L_vlb in bits/dim")
-    print(
-        "| times | L_vlb | its standard deviation over batches | variance of the gradient | ratio |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| times | L_vlb | its deviation over batches | variance of the gradient | ratio |")
+    print("| --- | --- | --- | --- | --- |")
     for row in rows:
         ratio = row["variance"] / rows[0]["variance"]
         print(f"| {row['times']} | {row['loss']:.3f} | {row['std']:.3f} | {row['variance']:.4g} | {ratio:.3f} |")

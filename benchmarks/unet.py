@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Training and sampling steps of our U-Net against diffusers' UNet2DModel of the same shape and weights, in one run.
+"""Training and sampling steps of our U-Net against diffusers' UNet2DModel of the same shape and weights, in one run; with
+--options those of guided-diffusion's 64 px network, each option on and off.
 
 python benchmarks/unet.py [--rounds 12] [--threads 2]
+python benchmarks/unet.py --options [--width 192] [--batch 32] [--device cuda]
 """
 
 import argparse
@@ -9,15 +11,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import ddpm_accelerate
+from src.config import load
+from src.diffusion import build_process
 from src.interop.diffusers import unet_from_diffusers
+from src.models import UNet
+from src.models.layers import channels_last
 from src.vision import import_torchvision
 
+ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")}
 PLAIN |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")}
 SHAPES = {
@@ -52,6 +62,75 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: statistics.median(times) for name, times in spent.items()}
 
 
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 operations a second, by the makers
+
+
+def measure_options(args: argparse.Namespace) -> None:
+    """guided-diffusion's class-conditional 64 px network (configs/imagenet64_ddpm.json) at a width: a training step (forward,
+    loss, backward, AdamW) and a network call, from the plain one, one option after the other."""
+    cfg = load(ROOT / "configs" / "imagenet64_ddpm.json", ddpm_accelerate.Config)
+    model = replace(cfg.model, base_channels=args.width, head_channels=min(64, args.width), gradient_checkpointing=False)
+    device, process = torch.device(args.device), build_process(cfg.process)
+    x0 = torch.rand(args.batch, 3, 64, 64, device=device) * 2 - 1
+    eps, labels = torch.randn_like(x0), torch.randint(0, 1000, (args.batch,), device=device)
+    t = torch.randint(0, 1000, (args.batch,)).double()
+
+    def step(*, bf16: bool, last: bool, compiled: bool, fused: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+        torch.manual_seed(0)
+        network: nn.Module = UNet(model, in_channels=3, out_channels=6, num_classes=1000, null_class=False).to(device)
+        network = channels_last(network) if last else network
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused, foreach=not fused)
+        if compiled:
+            network.compile()
+
+        def train() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = process.losses(network, x0, eps, t, labels=labels).loss.mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            wait(device)
+
+        @torch.no_grad()
+        def call() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                network(x0, t.float().to(device), labels)
+            wait(device)
+
+        return train, call
+
+    ways = {
+        "float32": {}, "+ channels_last": {"last": True}, "+ fused AdamW": {"last": True, "fused": True},
+        "+ compile": {"last": True, "fused": True, "compiled": True}, "bf16": {"bf16": True},
+        "bf16 + channels_last": {"bf16": True, "last": True},
+        "bf16 + channels_last + fused AdamW": {"bf16": True, "last": True, "fused": True},
+        "bf16 + channels_last + fused AdamW + compile": {"bf16": True, "last": True, "fused": True, "compiled": True},
+    }  # fmt: skip
+    off = {"bf16": False, "last": False, "compiled": False, "fused": False}
+    built = {name: step(**{**off, **way}) for name, way in ways.items()}
+    counter = FlopCounterMode(display=False)
+    with counter:
+        built["float32"][0]()
+    training = interleaved({name: train for name, (train, _) in built.items()}, args.rounds)
+    sampling = interleaved({name: call for name, (_, call) in built.items()}, args.rounds)
+    peak = next((value for name, value in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    print(f"{args.width} channels, batch {args.batch}, {counter.get_total_flops() / 1e12:.3f} TFLOP a training step")
+    print("| | training step | against float32 | of the peak rate | images/s | network call | against float32 |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in ways:
+        train, call = training[name], sampling[name]
+        share = f"{counter.get_total_flops() / train / peak:.0%}" if peak is not None and "bf16" in name else ""
+        print(
+            f"| {name} | {train * 1e3:.0f} ms | {training['float32'] / train:.2f} | {share} | {args.batch / train:.1f} | "
+            f"{call * 1e3:.0f} ms | {sampling['float32'] / call:.2f} |"
+        )
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def main() -> None:
     import_torchvision()
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -59,9 +138,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--options", action="store_true", help="what each option is worth")
+    parser.add_argument("--width", type=int, default=192, help="with --options: channels of the first level")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(machine())
+    if args.options:
+        measure_options(args)
+        return
     print("| shape | batch | training: diffusers | ours | ratio | sampling: diffusers | ours | ratio | largest difference |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for title, (size, batch, options) in SHAPES.items():
