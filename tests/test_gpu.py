@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from src.data.latents import LatentSet
 from src.training.seeds import normal
+from tests import kills
 from tests.conftest import SMOKE, launch, metrics
+from tests.kills import settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -58,3 +60,18 @@ def test_the_latent_pipeline_learns_and_keeps_its_cache_on_the_device(tmp_path: 
     assert latents.resident and latents.moments(indices, mirrored).is_cuda
     mapped = LatentSet(latents.blocks, torch.device("cuda"))
     assert torch.equal(latents.moments(indices, mirrored), mapped.moments(indices, mirrored))
+
+
+def test_learned_variance_times_by_the_second_moment_and_a_classifier_that_guides(tmp_path: Path) -> None:
+    for job in (kills.GUIDED, kills.CLASSIFIER):
+        more = settings(mixed_precision="bf16", compile=True, checkpoint__every=40)
+        done = launch(*job.arguments(tmp_path / job.script), *more, timeout=900)
+        assert done.status == 0 and "x cuda x" in done.out, done.all
+        lines = metrics(tmp_path / job.script)
+        assert lines[-1]["loss"] < lines[0]["loss"]
+    guided = ("--guidance-method", "classifier", "--classifier", tmp_path / kills.CLASSIFIER.script, "--guidance", "2")
+    run, out = tmp_path / kills.GUIDED.script, tmp_path / "out"
+    done = launch("sample.py", run, *guided, "--solver", "ancestral", "--steps", "10", "--out", out)
+    assert done.status == 0 and (out / "grid.png").exists(), done.all
+    done = launch("evaluate.py", run, "--likelihood", "--steps", "10", "--out", tmp_path / "bits")
+    assert done.status == 0 and "bits per dimension" in done.out, done.all

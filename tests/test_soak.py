@@ -161,3 +161,17 @@ def test_the_demos_digits_are_read_by_a_classifier(tmp_path: Path) -> None:
     drawn = [Image.open(tmp_path / "out" / f"{i:05d}.png").resize((8, 8), Image.Resampling.BOX) for i in range(100)]
     read = reader.predict(np.stack([np.asarray(image).flatten() / 255 * 16 for image in drawn]))
     assert (read == np.repeat(np.arange(10), 10)).mean() >= 0.9
+
+
+def test_compiled_networks_train_as_plain_ones(tmp_path: Path) -> None:
+    """Of diffusion and of a classifier, from the same start: the losses agree to rounding."""
+    for script, config in (("ddpm_accelerate.py", SMOKE), ("train_classifier.py", "configs/smoke/classifier.json")):
+        dropout = "model.dropout=0.0" if script.startswith("ddpm") else "classifier.dropout=0.0"
+        losses = []
+        for compiled in ("false", "true"):
+            run = tmp_path / script / compiled
+            words = ("--set", f"compile={compiled}", "--set", dropout, "--set", "steps=10")
+            done = launch(script, "-cfg", config, "--run-dir", run, *words, timeout=1200)
+            assert done.status == 0, done.all
+            losses.append([line["loss"] for line in metrics(run)])
+        assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-3)

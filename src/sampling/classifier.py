@@ -113,7 +113,7 @@ def accuracy_by_level(
     count = min(spec.num_measured, len(labelled))
     chosen = labelled[np.linspace(0, len(labelled) - 1, count).astype(np.int64)]
     dtype = next(network.parameters()).dtype
-    sums = torch.zeros(2, spec.levels, device=device, dtype=torch.float64)
+    sums = torch.zeros(2, spec.levels, device=device)
     for start in range(rank * batch_size, count, batch_size * world):
         indices = chosen[start : start + batch_size]
         x0 = examples.load(indices).to(device, dtype)
@@ -121,7 +121,7 @@ def accuracy_by_level(
         eps = noise_of(0, indices.tolist(), x0.shape[1:]).to(x0)
         for i, t in enumerate(levels_of(process, spec.levels)):
             times = t.expand(len(x0))
-            logits = network(process.add_noise(x0, eps, times), process.network_time(times).to(device, dtype)).double()
+            logits = network(process.add_noise(x0, eps, times), process.network_time(times).to(dtype).to(device)).float()
             sums[0, i] += F.cross_entropy(logits, labels, reduction="sum")
             sums[1, i] += (logits.argmax(1) == labels).sum()
     summed = accelerator.reduce(sums)

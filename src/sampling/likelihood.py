@@ -56,7 +56,7 @@ def _measure(opened: Opened, data: PictureSet, block: range, times: Tensor, batc
                 variance=opened.process.variance,
             )
         )
-    return {key: torch.cat([getattr(part, key) for part in found]).double().cpu().numpy() for key in KEYS}
+    return {key: torch.cat([getattr(part, key) for part in found]).cpu().double().numpy() for key in KEYS}
 
 
 def measure_likelihood(
