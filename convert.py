@@ -2,12 +2,13 @@
 """Bring other projects' checkpoints in, and runs out: guided- and improved-diffusion, diffusers folders, safetensors."""
 
 import argparse
+import re
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from src.config import UserError, run_script, validate, write_flushed
+from src.config import UserError, run_script, validate, write_whole
 from src.diffusion import ProcessConfig
 from src.interop import diffusers, guided_diffusion
 from src.interop.imported import Imported, keep
@@ -48,7 +49,10 @@ def bring_in(args: argparse.Namespace, found: Imported) -> None:
             names = [line.strip() for line in Path(args.class_names).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{args.class_names}: cannot be read as a text file ({error})") from None
-    train = keep(found, out, name=args.name or out.resolve().name, class_names=names)
+    name = args.name or re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name).lstrip("._-") or "imported"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UserError(f"--name {name!r}: begin with a letter or a digit, and use letters, digits, dots, dashes, underscores")
+    train = keep(found, out, name=name, class_names=names)
     for line in found.told:
         print(line)
     if train is not None:
@@ -85,9 +89,8 @@ def to_safetensors(run: str, out: Path, *, half: bool) -> None:
         for key, value in opened.network.state_dict().items()
     }
     told = {"run": opened.name, "step": str(opened.step), "weights": opened.digest}
-    staged = out.with_name(f".{out.name}.part")
-    write_flushed(staged, safetensors.torch.save(weights, metadata=told))
-    staged.replace(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, safetensors.torch.save(weights, metadata=told))
     print(f"{out}: {len(weights)} tensors, {out.stat().st_size / 1e6:.1f} MB")
 
 

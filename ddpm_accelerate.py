@@ -33,8 +33,8 @@ from src.training.times import TimeSampler, TimesConfig, UniformTimes
 
 @config
 class Config(MachineConfig):
-    """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together. `compile` costs
-    minutes at the start and makes steps faster on a GPU.
+    """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together. `compile` is torch's:
+    minutes at the start, for faster steps.
 
     Without `class_conditional` the data decides: classes are learned where there are any; previews are guided there alone.
     `init_from` is a run, or what convert.py made of another project's, whose weights are the start; its classes may be others.
@@ -55,7 +55,7 @@ class Config(MachineConfig):
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
     micro_batch_size: int | None = free(None, gt=0)
-    compile: bool = False
+    compile: bool = free(False)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()

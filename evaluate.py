@@ -47,6 +47,8 @@ def arguments() -> argparse.Namespace:
 def open_pictures(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     """The pictures that are meant: the run's own, or others."""
     few = {"subset": args.num_images} if args.num_images is not None else {}
+    if args.data is not None and args.part is not None:
+        raise UserError("--part is of the run's own pictures and --data are others; leave one out")
     if args.data is not None:
         source = parse_json(args.data) if args.data[:1] == "{" else {"source": "folder", "path": args.data}
         return open_data(validate(Data, {"data": {**source, **few}}, origin="--data").data, 0.0)[0]

@@ -26,7 +26,8 @@ def steps(text: str) -> int | list[int]:
     return counts[0] if len(counts) == 1 else counts
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
+    """What was asked, and what is not asked."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="example: python sample.py runs/digits_ddpm --classes 3/7 --num-samples 16 --guidance 2 --frames",
@@ -63,16 +64,20 @@ def arguments() -> argparse.Namespace:
     upscale.add_argument("--upscale", action="store_true", help="the samples four times as large, too")
     upscale.add_argument("--upscale-only", metavar="FOLDER", help="the pictures of a folder instead, into --out")
     upscale.add_argument("--upscaler", metavar="FILE", help="weights (default models/RealESRGAN_x4plus.pth)")
-    return parser.parse_args()
+    return parser.parse_args(), parser.parse_args([])
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     """Refuse what makes no sense together, before anything is opened."""
     wanted = 1 if args.num_samples is None else args.num_samples
     if wanted < 1 or args.batch_size < 1 or args.resamplings < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--num-samples, --batch-size and --resamplings must be at least 1, --seed from 0 to 2^64 - 1")
     if (args.run is None) == (args.upscale_only is None):
         raise UserError("give a run to sample from, or --upscale-only FOLDER")
+    alone = {"upscale_only", "upscaler", "out", "batch_size", "device"}
+    idle = [key for key, value in vars(args).items() if key not in alone and value != getattr(defaults, key)]
+    if args.upscale_only is not None and idle:
+        raise UserError(f"--{idle[0].replace('_', '-')} is about drawing pictures, and --upscale-only draws none; leave it out")
     if args.image is None and (args.mask is not None or args.start_at):
         raise UserError("--mask and --start-at are about a picture: give it with --image")
     if args.resamplings > 1 and args.mask is None:
@@ -86,8 +91,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = arguments()
-    check(args)
+    args, defaults = arguments()
+    check(args, defaults)
     how = validate(SamplerConfig, {key: getattr(args, key) for key in HOW}, origin="arguments")
     state, device = start_sampling(args.device)
     ranks = {"rank": state.process_index, "world": state.num_processes, "barrier": state.wait_for_everyone}
@@ -109,7 +114,9 @@ def main() -> None:
     labels, low, told = None, None, {}
     if args.low is not None:
         low, labels = load_low(opened, args.low)
-        args.num_samples = min(args.num_samples or len(low), len(low))
+        if (args.num_samples or 1) > len(low):
+            raise UserError(f"--num-samples {args.num_samples}: {args.low} has {len(low)} pictures")
+        args.num_samples = args.num_samples or len(low)
         told["low"] = hashlib.sha256(low.numpy().tobytes()).hexdigest()
     elif opened.low_resolution is not None:
         raise UserError(f"{args.run} is an upsampler: give --low the pictures of {opened.low_resolution} px to make larger")
@@ -129,6 +136,8 @@ def main() -> None:
         told["edit"] = {**files, **keep}
     if classifier is not None:
         told["classifier"] = classifier.digest
+    if upscaler is not None:
+        told["upscaler"] = upscaler.digest
 
     out = args.out
     if out is None:
@@ -155,7 +164,7 @@ def main() -> None:
             **ranks,
         )
     if state.is_main_process:
-        made = f"{args.num_samples} pictures of {opened.path} (step {opened.step}), {sampler.calls} network calls a batch"
+        made = f"{args.num_samples} pictures of {opened.path} (step {opened.step}), {sampler.calls(edit)} network calls a batch"
         made += f", {state.num_processes} process(es)"
         print(f"{made}\n  {out}/grid.png")
         for wanted, name in ((args.frames, "denoising.gif"), (args.upscale, "upscaled"), (args.npz, "samples_*.npz")):

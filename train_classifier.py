@@ -22,6 +22,7 @@ from src.sampling.classifier import (
     build_classifier,
     draw_accuracy,
     noise_process,
+    start_classifier_from,
 )
 from src.sampling.preview import first_pictures, pictures_of
 from src.training.checkpoint import CheckpointConfig
@@ -40,7 +41,8 @@ from src.training.times import TimeSampler, TimesConfig, UniformTimes
 @config
 class Config(MachineConfig):
     """All there is to set. `noise` is that of the diffusion which it will guide. `batch_size` counts the images of an optimiser
-    step, on all devices together. `compile` costs minutes at the start and makes steps faster on a GPU."""
+    step, on all devices together. `compile` is torch's: minutes at the start, for faster steps.
+    `init_from` is a classifier whose weights are the start; of other classes its last layer is new."""
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = pydantic.Field(0, ge=0, lt=2**32)
@@ -55,7 +57,8 @@ class Config(MachineConfig):
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
     micro_batch_size: int | None = free(None, gt=0)
-    compile: bool = False
+    compile: bool = free(False)
+    init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: MeasureConfig = MeasureConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -102,6 +105,8 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     if session.finished:
         session.run.say(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
         return 0
+    if cfg.init_from is not None and not session.progress:
+        session.run.say(start_classifier_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)

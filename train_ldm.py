@@ -38,8 +38,8 @@ class Config(MachineConfig):
 
     `latents` is the folder of the latent cache, which is made if it is missing (without it: in the autoencoder's run).
     `batch_size` counts the images of an optimiser step, on all devices together. Without `class_conditional` the data
-    decides. `init_from` is a latent run whose weights are the start; its classes may be others. `compile` costs minutes at the
-    start and makes steps faster on a GPU.
+    decides. `init_from` is a latent run whose weights are the start; its classes may be others. `compile` is torch's: minutes
+    at the start, for faster steps.
     """
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -60,7 +60,7 @@ class Config(MachineConfig):
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
     micro_batch_size: int | None = free(None, gt=0)
-    compile: bool = False
+    compile: bool = free(False)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()

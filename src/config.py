@@ -146,6 +146,16 @@ def write_flushed(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that it is whole or absent: beside its place, flushed, and then moved there."""
+    staged = path.with_name(f".{path.name}.part")
+    try:
+        write_flushed(staged, content)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------- walking types
 
 

@@ -92,6 +92,22 @@ def test_a_classifier_learns_and_is_better_where_there_is_less_noise(tmp_path: P
     assert opened.class_names == ("circle", "cross", "square", "triangle") and opened.step == 300
 
 
+def test_a_classifier_of_another_run(classifier_run: Path, tmp_path: Path) -> None:
+    shapes = settings(steps=2, init_from=str(classifier_run), log__trackers=[])
+    same = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "same", *shapes)
+    assert same.status == 0 and f"starting from the weights of {classifier_run} (step 30)\n" in same.out, same.all
+    for name in ("cats", "dogs"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (20, 20), (20 * i, 90, 200)).save(tmp_path / "mine" / name / f"{i}.png")
+    mine = settings(data={"source": "folder", "path": str(tmp_path / "mine")}, held_out=0.0, batch_size=8, micro_batch_size=4)
+    done = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *shapes, *mine)
+    assert done.status == 0 and "its classes are others, so its last layer is new" in done.out, done.all
+    before = load_file(classifier_run / "final" / "ema.safetensors")
+    after = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors")
+    assert after["head.out.weight"].shape[0] == 2 and float((after["stem.weight"] - before["stem.weight"]).abs().max()) < 0.05
+
+
 def test_a_classifier_is_killed_and_resumed(classifier_run: Path, tmp_path: Path) -> None:
     go_back(classifier_run, tmp_path / "run")
     done = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run")
@@ -162,6 +178,7 @@ def test_from_a_picture_with_a_mask_and_in_sections(hybrid_run: Path, tmp_path: 
         (("--steps", "20", "--spacing", "strided", "--stop-at", "20"), "stop_at: 20 of 20 steps leaves none out"),
         (("--steps", "30", "--spacing", "strided"), "no whole stride through 100 entries gives 30 steps"),
         (("--steps", "60,20,20"), "cannot take 60 steps out of a section of 34"),
+        (("--classes", "\u00b2"), "is not known; the classes are: circle"),
     ],
 )
 def test_what_sampling_refuses(hybrid_run: Path, words: tuple[str, ...], said: str) -> None:
@@ -207,13 +224,19 @@ def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, 
 
 def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path) -> None:
     assert "say what to measure" in refused("evaluate", hybrid_run)
+    assert "--data are others; leave one out" in refused(
+        "evaluate", hybrid_run, "--likelihood", "--part", "train", "--data", "x"
+    )
+    assert "dynamic thresholding is for pixels" in refused("sample", ldm_run, "--threshold", "0.9")
     assert "which have no bits per dimension" in refused("evaluate", ldm_run, "--likelihood", "--out", tmp_path / "x")
     assert "such as 100,50,25" in refused("evaluate", hybrid_run, "--likelihood", "--steps", "many")
     for i in range(3):
         (tmp_path / "mine").mkdir(exist_ok=True)
         Image.new("RGB", (20, 20), (90 * i, 10, 10)).save(tmp_path / "mine" / f"{i}.png")
     words = ("evaluate", hybrid_run, "--likelihood", "--data", tmp_path / "mine", "--steps", "4", "--out", tmp_path / "y")
-    assert "other classes than" in refused(*words)
+    (tmp_path / "mine" / "cats").mkdir()
+    shutil.move(tmp_path / "mine" / "0.png", tmp_path / "mine" / "cats" / "0.png")
+    assert "the data has other classes (cats) than" in refused(*words)
 
 
 # ---------------------------------------------------------------------------------------------- other projects' checkpoints
@@ -236,7 +259,7 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
     (tmp_path / "seven").mkdir()
     shutil.copy(tmp_path / "out" / "00000.png", tmp_path / "seven" / "0.png")
     words = ("evaluate", network, "--likelihood", "--data", tmp_path / "seven", "--steps", "2", "--out", tmp_path / "bits")
-    assert "other classes than" in refused(*words)
+    assert "has no null class, and some pictures have no class" in refused(*words)
     for name in ("cats", "dogs"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         for i in range(4):
@@ -277,6 +300,7 @@ def test_half_precision_in_one_file(hybrid_run: Path, tmp_path: Path) -> None:
     assert found.keys() == kept.keys() and all(value.dtype == torch.float16 for value in found.values())
     torch.testing.assert_close(found["stem.weight"].float(), kept["stem.weight"], rtol=1e-3, atol=1e-4)
     assert "is there already" in refused("convert", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors")
+    assert launch("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "new" / "whole.safetensors").status == 0
 
 
 def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: Path) -> None:
@@ -293,6 +317,13 @@ def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: P
     assert alone.status == 0 and "4 pictures, 4 times as large" in alone.out, alone.all
     assert np.asarray(Image.open(tmp_path / "huge" / "00000.png")).shape == (256, 256, 3)
     assert "give a run to sample from, or --upscale-only" in refused("sample", hybrid_run, "--upscale-only", tmp_path)
+    only = ("sample", "--upscale-only", tmp_path / "out" / "upscaled")
+    assert "--classes is about drawing pictures" in refused(*only, "--classes", "3")
+    torch.save({"params_ema": rrdb(2).state_dict()}, tmp_path / "others.pth")
+    others = ("--upscaler", tmp_path / "others.pth")
+    assert "holds other pictures" in refused(*only, "--out", tmp_path / "huge", *others)
+    words = (hybrid_run, "--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", tmp_path / "out", "--upscale")
+    assert "holds other pictures" in refused("sample", *words, *others)
 
 
 def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path: Path) -> None:
@@ -318,5 +349,21 @@ def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path:
     drawn = opened.sampler(SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=low)
     other = opened.sampler(SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=-low)
     assert drawn.shape == (4, 3, 32, 32) and not torch.allclose(drawn, other, atol=1e-3)
-    np.savez(tmp_path / "wrong.npz", np.zeros((2, 8, 8, 3), np.uint8))
-    assert "holds no (N, 16, 16, 3) uint8 pictures" in refused("sample", tmp_path / "up", "--low", tmp_path / "wrong.npz")
+    wrong, shown = tmp_path / "wrong.npz", np.zeros((2, 16, 16, 3), np.uint8)
+    for arrays, said in (
+        ((np.zeros((2, 8, 8, 3), np.uint8),), "holds no (N, 16, 16, 3) uint8 pictures"),
+        ((shown[:0],), "holds no (N, 16, 16, 3) uint8 pictures"),
+        ((shown, np.array([0, 4])), "arr_1 is no list of 2 labels from 0 to 3"),
+        ((shown, np.array([0])), "arr_1 is no list of 2 labels"),
+        ((shown, np.array([0.0, 1.0])), "arr_1 is no list of 2 labels"),
+    ):
+        np.savez(wrong, *arrays)
+        assert said in refused("sample", tmp_path / "up", "--low", wrong)
+    np.savez(wrong, shown)
+    assert "has 2 pictures" in refused("sample", tmp_path / "up", "--low", wrong, "--num-samples", "3")
+    for content in (wrong.read_bytes()[:300], b"text", wrong.read_bytes().replace(b"NUMPY", b"NUMPX")):
+        wrong.write_bytes(content)
+        assert "not an .npz of samples, or damaged" in refused("sample", tmp_path / "up", "--low", wrong)
+    up = tmp_path / "up"
+    assert "is an upsampler" in refused("evaluate", up, "--likelihood", "--data", tmp_path / "small", "--steps", "2")
+    assert "an upsampler draws from other pictures" in refused("ddpm_accelerate", "--ckpt", up, "--ckpt_sampling")

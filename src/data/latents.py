@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import UserError, read_json, write_flushed
+from ..config import UserError, read_json, write_whole
 
 BLOCK = 256  # pictures in a file, and what a kill costs at most
 Moments = NDArray[np.float32]
@@ -61,11 +61,10 @@ def write_block(folder: Path, split: str, number: int, moments: Moments) -> None
     """One block and its sums; both are there, whole, once the .json is."""
     path = block_path(folder, split, number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged, content = path.with_suffix(".part"), io.BytesIO()
+    content = io.BytesIO()
     np.save(content, moments)  # into memory: given a file, NumPy goes past Python and loses why it could not write
     for suffix, whole in ((".npy", content.getbuffer()), (".json", json.dumps(sums_of(moments)).encode())):
-        write_flushed(staged, whole)
-        staged.replace(path.with_suffix(suffix))
+        write_whole(path.with_suffix(suffix), whole)
 
 
 def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -75,6 +75,7 @@ class LossConfig:
 
     Guided-diffusion's hybrid loss has the weight 1, its rescaled one (improved-diffusion's L_hybrid) steps / 1000. With
     `min_snr_gamma` the squared error is weighted as min(SNR, gamma) weighs that of x0 (Hang et al. 2023, arXiv:2303.09556).
+    The variational term of the last step is that of pixels of 256 values, on latents too (as DiT has it).
     """
 
     kind: Literal["simple", "hybrid", "kl", "rescaled_kl"] = "simple"
@@ -218,6 +219,10 @@ class ProcessConfig:
             raise wrong("loss.kind: the simple loss teaches no learned variance; use hybrid, kl or rescaled_kl")
         if not learned and loss == "hybrid":
             raise wrong("loss.kind: the hybrid loss teaches a learned variance; set variance to learned, or use simple")
+        if self.loss.min_snr_gamma is not None and getattr(self.schedule, "zero_terminal_snr", False):
+            raise wrong(
+                "loss.min_snr_gamma gives a level without signal no weight, and zero_terminal_snr starts there; leave one out"
+            )
         if self.loss.min_snr_gamma is not None and loss not in ("simple", "hybrid"):
             raise wrong("loss.min_snr_gamma weighs a squared error, which kl and rescaled_kl have not; leave it out")
         if isinstance(schedule, TableSchedule):
@@ -227,7 +232,8 @@ class ProcessConfig:
         largest = float(gain(process, used).max())
         if largest == float("inf"):
             raise wrong(
-                f"target {self.target!r} cannot be read at one end of the {self.schedule.kind!r} schedule; use v or blend"
+                f"target {self.target!r} cannot be read at one end of the {self.schedule.kind!r} schedule; use v or "
+                f"{'x0' if isinstance(schedule, TableSchedule) else 'blend'}"
             )
         if largest > 1000 and not self.clip:
             raise wrong(

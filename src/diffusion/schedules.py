@@ -276,7 +276,9 @@ def times(schedule: TableSchedule | BlendSchedule, steps: int | list[int], spaci
 
     `even` has both ends of the schedule; `strided` is DDIM's whole stride from 0; `trailing` counts down from the last
     entry; `dense_clean` and `dense_noise` crowd towards one end as squares do. A list of counts takes `counts[i]` evenly
-    from the i-th of equal sections of a table, the first the cleanest (guided-diffusion's "100,50,25").
+    from the i-th of equal sections of a table, the first the cleanest (guided-diffusion's "100,50,25"). Two of these are not as
+    published, since sampling starts from noise: one step is that from the last entry (guided-diffusion's: from entry 0), and
+    dense_clean reaches the last entry as DDIM's paper has it (its code ends at 0.8 of the table).
     """
     if spacing not in SPACINGS:
         raise UserError(f"spacing {spacing!r} is not known; allowed: {', '.join(SPACINGS)}")

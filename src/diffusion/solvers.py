@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import UserError
 from .process import Denoiser, Prediction
 from .schedules import Schedule, like
-from .variance import log_variance, standard_deviation, transitions
+from .variance import Transitions, log_variance, standard_deviation, transitions
 
 Callback = Callable[[int, Tensor, Tensor, Prediction], None]  # (step, t, x_t, what the network said of it)
 Noise = Callable[[int, Tensor], Tensor]  # (step, a tensor of the wanted shape) -> standard normal
@@ -149,12 +149,14 @@ def ancestral(
     variance: str,
     mean_shift: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     callback: Callback | None = None,
+    steps: Transitions | None = None,
 ) -> Tensor:
     """Ancestral sampling of the chain along `times` (Alg. 2, Ho et al. 2020, arXiv:2006.11239).
 
-    `variance` is small, large or learned; `mean_shift(x_t, t, variance)` is added to each mean (classifier guidance).
+    `variance` is small, large or learned; `mean_shift(x_t, t, variance)` is added to each mean (classifier guidance). Where
+    `times` are a part of a longer chain, `steps` are its transitions.
     """
-    steps = transitions(schedule, times)
+    steps = transitions(schedule, times) if steps is None else steps
     for i in range(len(times) - 1):
         prediction = denoiser(x, times[i])
         if callback is not None:
@@ -163,7 +165,10 @@ def ancestral(
         log_var = like(log_var, x) if log_var.ndim == 0 else log_var
         mean = steps.mean(i, prediction.x0, x)
         if mean_shift is not None:
-            mean = mean + mean_shift(x, times[i], log_var.exp())
+            used = (
+                like(steps.beta_tilde[i], x) if variance == "small" else log_var.exp()
+            )  # into the clean level 0, as published
+            mean = mean + mean_shift(x, times[i], used)
         into_clean = float(times[i + 1]) == schedule.clean
         x = mean if into_clean else mean + standard_deviation(log_var) * noise(i, x)
     return x

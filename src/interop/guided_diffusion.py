@@ -579,6 +579,11 @@ def _resolve(found: Architecture, flags: Mapping[str, Any] | None) -> tuple[int,
         source = f"from the published {name}, whose architecture this is (another run of it needs its own flags)"
     size = _size(found, flags)
     _check(found, flags, size)
+    if flags.get("diffusion_steps", 1000) != 1000 and "rescale_timesteps" not in flags:
+        raise UserError(
+            f"the flags say diffusion_steps {flags['diffusion_steps']} and not rescale_timesteps, whose default is true in "
+            f"improved-diffusion and false in guided-diffusion: give {WHERE}"
+        )
     given = {name: flags[name] for name in (*sizes, *defaults) if name in flags}
     assumed = {name: value for name, value in defaults.items() if name not in given}
     seen = found.flags(size) | {"picture channels": found.channels, "classes": found.num_classes or "none"}

@@ -1,5 +1,7 @@
 """Pictures four times as large: Real-ESRGAN's network (RRDBNet, and its compact one), as spandrel reads it, tile by tile."""
 
+import hashlib
+import json
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import UserError
+from ..config import UserError, write_whole
 from ..data.scan import ScanConfig, inspect
 from ..data.sources import ENDINGS
 from ..data.transforms import FORMATS, decode
@@ -35,7 +37,7 @@ class Upscaler:
     """A network that makes pictures `scale` times as large, (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w).
 
     `tile` is the longest side that it sees at once, `overlap` the margin of a tile that is not kept, both in pixels of its
-    input. Sides that it sees are multiples of `multiple` and at least `minimum`.
+    input. Sides that it sees are multiples of `multiple` and at least `minimum`. `digest` is the hash of its file.
 
     The network: RRDBNet, Wang et al. 2018 (ESRGAN, arXiv:1809.00219); its weights: Wang et al. 2021 (Real-ESRGAN,
     arXiv:2107.10833).
@@ -47,6 +49,7 @@ class Upscaler:
     minimum: int = 1
     tile: int = 256
     overlap: int = 16
+    digest: str = ""
 
     def __post_init__(self) -> None:
         if self.overlap < 0 or self.tile < 2 * self.overlap + 2 * self.multiple:
@@ -147,7 +150,8 @@ def open_upscaler(weights: str | Path | None, device: torch.device | str, *, til
         raise UserError(f"{path}: not an upscaler of pictures in colour, but of {told}; {WHERE}")
     network = found.model.eval().requires_grad_(False).to(device)
     needs = found.size_requirements
-    return Upscaler(network, found.scale, needs.multiple_of, max(1, needs.minimum), tile, overlap)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Upscaler(network, found.scale, needs.multiple_of, max(1, needs.minimum), tile, overlap, digest)
 
 
 def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
@@ -208,9 +212,15 @@ def upscale_folder(
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} must be at least 1")
     todo = _targets(folder, out)
+    request, told = {"folder": str(folder.resolve()), "weights": upscaler.digest}, out / ".upscaled.json"
+    if out.exists() and any(out.iterdir()) and (not told.exists() or json.loads(told.read_text()) != request):
+        raise UserError(f"{out} holds other pictures; give another folder to write to, or remove it")
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     mine = batches[rank::world]
     barrier()  # all have looked before anybody writes
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(told, json.dumps(request).encode())
     with tqdm(
         total=sum(map(len, mine)) * (world if rank == 0 else 1),
         desc="upscaling",

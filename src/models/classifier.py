@@ -86,6 +86,11 @@ class Classifier(Encoder[ClassifierConfig]):
             pixels = (image_size // config.factor) ** 2
             self.head = AttentionPool(channels, pixels, num_classes, heads=config.heads(channels))
 
+    @property
+    def last_layer(self) -> str:
+        """How the names of the parameters begin that make logits of features."""
+        return {"spatial": "head.2.", "adaptive": "head.", "attention": "head.out."}[self.pool]
+
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         if self.pool == "attention" and x.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(f"this classifier sees pictures of {self.image_size} px, not {x.shape[2]} x {x.shape[3]}")

@@ -1,16 +1,19 @@
 """Classifiers of noised pictures: open one, and measure it by noise level."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pydantic
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .. import pictures
-from ..config import Length, UserError, free, validate
+from ..config import Length, UserError, free, validate, wrong
 from ..config import config as settings
 from ..data import ImageConfig
 from ..diffusion import Process, Schedule, TimeInput, build_schedule
@@ -31,6 +34,12 @@ class NoiseConfig:
     schedule: ScheduleConfig
     time_input: TimeInput | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "NoiseConfig":
+        if isinstance(self.schedule, BlendScheduleConfig) and self.time_input is not None and self.time_input.kind == "index":
+            raise wrong("time_input.kind: the blend has no table to index; use t or alpha")
+        return self
+
 
 def noise_process(spec: NoiseConfig) -> Process:
     """The process that noises; its target is read by nobody."""
@@ -44,7 +53,7 @@ class OpenedClassifier:
     """EMA weights of a classifier with all that belongs to them."""
 
     path: Path
-    network: nn.Module
+    network: Classifier
     process: Process
     image: ImageConfig
     class_names: tuple[str, ...]
@@ -92,6 +101,21 @@ def build_classifier(spec: ClassifierConfig, image: ImageConfig, num_classes: in
     return channels_last(Classifier(spec, in_channels=image.channels, image_size=image.size, num_classes=num_classes))
 
 
+def start_classifier_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
+    """Put the EMA weights of the classifier `name` into networks of the same architecture; where its classes are others, all
+    but the layer that makes logits of features. Gives what was done, in words."""
+    found = open_classifier(name, torch.device("cpu"))
+    weights, told = found.network.state_dict(), f"starting from the weights of {name} (step {found.step})"
+    last = found.network.last_layer
+    if found.class_names != tuple(class_names):
+        weights = {key: value for key, value in weights.items() if not key.startswith(last)}
+        told += "; its classes are others, so its last layer is new"
+    for network in networks:
+        own = {key: value for key, value in network.state_dict().items() if key.startswith(last)}
+        load_weights(network, {**own, **weights}, Path(name))
+    return told
+
+
 @settings
 class MeasureConfig:
     """Every `every` steps and at the end the accuracy on `num_measured` held-out pictures (or, where none are held out, on
@@ -110,6 +134,8 @@ def accuracy_by_level(
     pictures and noise."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     labelled = np.flatnonzero(examples.labels >= 0)
+    if not len(labelled):
+        raise UserError("none of the pictures to measure on has a class; hold out others, or set held_out to 0")
     count = min(spec.num_measured, len(labelled))
     chosen = labelled[np.linspace(0, len(labelled) - 1, count).astype(np.int64)]
     dtype = next(network.parameters()).dtype

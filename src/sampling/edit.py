@@ -1,5 +1,7 @@
 """Given pictures, to start from, to fill in, or to make larger: files into what a sampling takes."""
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +70,16 @@ def load_low(opened: Opened, source: str) -> tuple[Tensor, list[int] | None]:
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as found:
-                arrays = [found[key] for key in ("arr_0", "arr_1") if key in found]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: not an .npz of samples ({error})") from None
-        if not arrays or arrays[0].shape[1:] != (size, size, channels) or arrays[0].dtype != np.uint8:
+                shown, labels = found["arr_0"], found.get("arr_1")
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
+            raise UserError(f"{path}: not an .npz of samples, or damaged") from None
+        if shown.ndim != 4 or not len(shown) or shown.shape[1:] != (size, size, channels) or shown.dtype != np.uint8:
             raise UserError(f"{path}: holds no (N, {size}, {size}, {channels}) uint8 pictures as arr_0")
-        labels = arrays[1].tolist() if len(arrays) > 1 else None
-        return to_network(torch.from_numpy(arrays[0]), torch.device("cpu")), labels
+        if labels is not None:
+            known = opened.num_classes or 0
+            if labels.shape != (len(shown),) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= known:
+                raise UserError(f"{path}: arr_1 is no list of {len(shown)} labels from 0 to {known - 1}")
+        return to_network(torch.from_numpy(shown), torch.device("cpu")), None if labels is None else labels.tolist()
     drawn = sorted(path.glob("[0-9]*.png"))
     paths = drawn or sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
     if not paths:

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import UserError, write_flushed
+from ..config import UserError
 from ..diffusion import Prediction
 from ..interop.upscaling import Upscaler
 from ..training.launch import start_sampling
@@ -98,7 +99,7 @@ def write_samples(
         "weights": opened.digest,
         "run": opened.name,
         "step": opened.step,
-        **describe(sampler, seed),
+        **describe(sampler, seed, edit),
         "num_samples": count,
         "batch_size": batch_size,
         "classes": [class_names[label] for label in labels] if labels is not None else None,
@@ -162,21 +163,28 @@ def write_samples(
         names = [class_names[label] for label in labels[:shown]] if labels is not None else None
         pictures.save(pictures.grid(array, columns=columns_for(shown, blocks), labels=names), out / "grid.png")
         if npz:
-            _write_npz(paths, opened.image.channels, labels, out)
+            _write_npz(paths, labels, out)
     return paths
 
 
-def _write_npz(paths: Sequence[Path], channels: int, labels: Sequence[int] | None, out: Path) -> None:
-    """samples_NxHxWxC.npz: the pictures as arr_0 (N, H, W, C) uint8, and their labels as arr_1 where they have any."""
-    pixels = [np.asarray(Image.open(path)) for path in paths]
-    arrays = [np.stack([array.reshape(*array.shape[:2], channels) for array in pixels])]
-    if labels is not None:
-        arrays.append(np.array(labels, dtype=np.int64))
-    content = io.BytesIO()
-    np.savez(content, *arrays)
+def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -> None:
+    """samples_NxHxWx3.npz: the pictures as arr_0 (N, H, W, 3) uint8, grey ones in three equal channels as the evaluator wants
+    them, and their labels as arr_1 where they have any. One picture at a time is in memory."""
+    with Image.open(paths[0]) as first:
+        shape = (len(paths), first.height, first.width, 3)
     staged = out / ".samples.part"
-    write_flushed(staged, content.getbuffer())
-    staged.replace(out / f"samples_{'x'.join(map(str, arrays[0].shape))}.npz")
+    with zipfile.ZipFile(staged, "w") as file:
+        with file.open("arr_0.npy", "w", force_zip64=True) as stream:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for path in paths:
+                with Image.open(path) as image:
+                    stream.write(np.asarray(image.convert("RGB")).tobytes())
+        if labels is not None:
+            content = io.BytesIO()
+            np.save(content, np.array(labels, dtype=np.int64))
+            file.writestr("arr_1.npy", content.getvalue())
+    staged.replace(out / f"samples_{'x'.join(map(str, shape))}.npz")
 
 
 def sample_checkpoints(files: Sequence[str], out: Path) -> int:
@@ -187,6 +195,8 @@ def sample_checkpoints(files: Sequence[str], out: Path) -> int:
     if not state.is_main_process:
         return 0
     opened = [open_trained(file, device) for file in files]  # a mistake in the last is told before the first is drawn
+    if any(run.low_resolution is not None for run in opened):
+        raise UserError("an upsampler draws from other pictures: python sample.py RUN --low PICTURES")
     for file, run in zip(files, opened, strict=True):
         sampler = run.sampler(SamplerConfig())
         suffix = "" if len(files) == 1 else f"_{opened.index(run) + 1}_{run.name}_{run.step}"

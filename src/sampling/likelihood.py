@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import UserError, write_flushed
+from ..config import UserError, write_whole
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
-from .opened import Opened
+from .opened import Opened, few
 from .preview import pictures_of
 from .sampler import noise_of
 
@@ -29,8 +29,13 @@ def _check(opened: Opened, data: PictureSet) -> None:
         raise UserError(f"{opened.path} draws latents, which have no bits per dimension of pictures; give a run on pixels")
     if not isinstance(opened.process.schedule, TableSchedule):
         raise UserError(f"{opened.path} is on the blend: it has no chain of steps, so no bits per dimension")
-    if opened.num_classes is not None and data.class_names != opened.class_names:
-        raise UserError(f"the data has other classes than {opened.path} was trained on")
+    if opened.low_resolution is not None:
+        raise UserError(f"{opened.path} is an upsampler: what it draws depends on another picture, which the data has not")
+    if opened.num_classes is not None and data.class_names not in ((), opened.class_names):
+        raise UserError(
+            f"the data has other classes ({few(data.class_names)}) than {opened.path} ({few(opened.class_names)}); give class "
+            "subfolders of those names, or, where it was imported, import it with --class-names"
+        )
     if opened.num_classes is not None and not opened.null_class and bool((data.labels < 0).any()):
         raise UserError(f"{opened.path} has no null class, and some pictures have no class")
 
@@ -92,18 +97,17 @@ def measure_likelihood(
     barrier()  # all have looked before anybody writes
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_flushed(out / ".request.part", json.dumps(request).encode())
-        (out / ".request.part").replace(told)
+        write_whole(told, json.dumps(request).encode())
     barrier()
-    blocks = [range(start, min(start + BLOCK, len(data))) for start in range(0, len(data), BLOCK)]
+    size = max(BLOCK, batch_size)
+    blocks = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
     paths = [out / f"block_{i:05d}.npz" for i in range(len(blocks))]
     with tqdm(total=len(data), desc="likelihood", unit="img", disable=None if rank == 0 else True) as bar:
         for path, block in list(zip(paths, blocks, strict=True))[rank::world]:
             if not path.exists():
                 content = io.BytesIO()
                 np.savez(content, **_measure(opened, data, block, times, batch_size, seed))
-                write_flushed(path.with_suffix(".part"), content.getbuffer())
-                path.with_suffix(".part").replace(path)
+                write_whole(path, content.getbuffer())
             bar.update(min(len(block) * world, len(data) - bar.n))
     barrier()
     parts = []
@@ -124,8 +128,7 @@ def measure_likelihood(
         "pictures": len(data),
     }
     if rank == 0:
-        write_flushed(out / ".likelihood.part", (json.dumps(means, indent=1) + "\n").encode())
-        (out / ".likelihood.part").replace(out / "likelihood.json")
+        write_whole(out / "likelihood.json", (json.dumps(means, indent=1) + "\n").encode())
         t = means["steps"]
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": {"eps": (t, means["eps_mse"])}}
         panels["mean squared error"]["x_0"] = (t, means["x0_mse"])

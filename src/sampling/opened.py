@@ -83,8 +83,8 @@ class Opened:
             )
         if self.num_classes is not None and self.class_names != classifier.class_names:
             raise UserError(
-                f"the classifier {classifier.path} knows other classes ({_few(classifier.class_names)}) than {self.path} "
-                f"({_few(self.class_names)})"
+                f"the classifier {classifier.path} knows other classes ({few(classifier.class_names)}) than {self.path} "
+                f"({few(self.class_names)})"
             )
 
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
@@ -98,10 +98,10 @@ class Opened:
         for word in text.split("/"):
             if word in known:
                 chosen.append(known[word])
-            elif word.isdigit() and int(word) < len(known):
+            elif word.isdecimal() and word.isascii() and int(word) < len(known):
                 chosen.append(int(word))
             else:
-                raise UserError(f"class {word!r} is not known; the classes are: {_few(names, 40)}")
+                raise UserError(f"class {word!r} is not known; the classes are: {few(names, 40)}")
         if count % len(chosen):
             near = sorted({count // len(chosen) * len(chosen), -(-count // len(chosen)) * len(chosen)} - {0})
             raise UserError(
@@ -111,7 +111,7 @@ class Opened:
         return [chosen[i * len(chosen) // count] for i in range(count)]
 
 
-def _few(names: Sequence[str], most: int = 5) -> str:
+def few(names: Sequence[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

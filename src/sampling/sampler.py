@@ -26,11 +26,13 @@ from ..diffusion import (
     is_within,
     on_schedule,
     times,
+    transitions,
     within,
 )
 from ..diffusion.guidance import Gradient
 from ..diffusion.schedules import Spacing, like
 from ..diffusion.solvers import Callback
+from ..diffusion.variance import Transitions
 
 Bound = float | Tensor
 
@@ -158,6 +160,8 @@ class Sampler:
             )
         self.network, self.process, self.spec = network, process, spec
         self.shape, self.num_classes, self.clip_x0, self.codec = tuple(shape), num_classes, clip_x0, codec
+        if spec.threshold is not None and codec is not None:
+            raise UserError("dynamic thresholding is for pixels: latents have no bounds at -1 and 1; leave threshold out")
         self.classifier = classifier if spec.guided and spec.guidance_method == "classifier" else None
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
         steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
@@ -167,14 +171,14 @@ class Sampler:
     def steps(self) -> int:
         return len(self.times) - 1
 
-    @property
-    def calls(self) -> int:
-        """Network calls for one batch, without an edit."""
+    def calls(self, edit: Edit | None = None) -> int:
+        """Network calls for one batch."""
         each = {"midpoint": 2, "heun": 2, "rk4": 4}.get(self.spec.solver, 1)
-        done = range(self.steps if self.spec.stop_at is None else self.spec.stop_at)
+        first, times = (edit.start_at, edit.resamplings if edit.mask is not None else 1) if edit is not None else (0, 1)
+        done = range(first, self.steps if self.spec.stop_at is None else self.spec.stop_at)
         again = range(self.spec.double_sampling, self.steps) if self.spec.double_sampling is not None else range(0)
         last = each if self.process.schedule.network_at_clean else 1
-        made = [(i, each if i < self.steps - 1 else last) for part in (done, again) for i in part]
+        made = [(i, times * (each if i < self.steps - 1 else last)) for part in (done, again) for i in part]
         made += [(self.spec.stop_at, 1)] if self.spec.stop_at is not None else []
         free = self.spec.guided and self.spec.guidance_method == "classifier_free"
         return sum(count * (2 if free and self._guides(self.times[i]) else 1) for i, count in made)
@@ -191,21 +195,26 @@ class Sampler:
         return classifier_gradient(logits, labels, self.spec.guidance)
 
     def _denoiser(self, labels: Tensor | None, gradient: Gradient | None, low: Tensor | None) -> Denoiser:
-        """Guidance, then clipping."""
+        """Classifier-free guidance, then clipping; but clipping, then a classifier's, in guided-diffusion's order."""
         schedule, spec = self.process.schedule, self.spec
         condition = {} if self.num_classes is None or labels is None else {"labels": labels}
         condition |= {"low": low} if low is not None else {}
-        plain = denoiser = self.process.denoiser(self.network, **condition)
+        plain = self.process.denoiser(self.network, **condition)
+
+        def bounded(denoiser: Denoiser) -> Denoiser:
+            if spec.threshold is not None:
+                return dynamic_threshold(denoiser, schedule, spec.threshold)
+            return clip(denoiser, schedule, *self.clip_x0) if self.clip_x0 is not None else denoiser
+
+        guided = outside = bounded(plain)
         if gradient is not None and spec.solver != "ancestral":
-            denoiser = classifier_guided(denoiser, gradient, schedule)
+            guided = classifier_guided(outside, gradient, schedule)
         elif gradient is None and spec.guided and labels is not None:
             null = {**condition, "labels": torch.full_like(labels, self.num_classes or 0)}
-            denoiser = classifier_free(denoiser, self.process.denoiser(self.network, **null), spec.guidance)
-        if spec.guidance_interval is not None and denoiser is not plain:
-            denoiser = within(spec.guidance_interval, denoiser, plain, schedule)
-        if spec.threshold is not None:
-            return dynamic_threshold(denoiser, schedule, spec.threshold)
-        return clip(denoiser, schedule, *self.clip_x0) if self.clip_x0 is not None else denoiser
+            guided = bounded(classifier_free(plain, self.process.denoiser(self.network, **null), spec.guidance))
+        if spec.guidance_interval is not None and guided is not outside:
+            return within(spec.guidance_interval, guided, outside, schedule)
+        return guided
 
     @torch.no_grad()
     def pictures(self, x: Tensor) -> Tensor:
@@ -246,9 +255,13 @@ class Sampler:
         first = edit.start_at if edit is not None else 0
         if edit is not None and first:
             x = self.process.add_noise(edit.x0.to(x).expand_as(x), x, self.times[first])
+        if self.spec.stop_at is not None and first >= self.spec.stop_at:
+            raise UserError(f"start_at {first} is not before stop_at {self.spec.stop_at}: nothing would be drawn")
+        if edit is not None and edit.mask is not None and self.spec.solver == "dpmpp_2m":
+            raise UserError("dpmpp_2m remembers the step before, which a mask changes; use another solver")
         x = way.go(x, first, self.spec.stop_at or self.steps, edit)
         if self.spec.stop_at is not None:
-            x = way.estimate(x, self.spec.stop_at)
+            x = way.estimate(x, self.spec.stop_at, edit)
         if self.spec.double_sampling is not None:
             x = way.again(x, self.spec.double_sampling, edit)
         return self.pictures(x)[: len(indices)]
@@ -289,9 +302,9 @@ class _Way:
             return ddim(self.denoiser, x, part, schedule, noise=noise, eta=spec.eta, callback=told)
         if spec.solver == "ancestral":
             shift = self._shift if self.gradient is not None else None
-            return ancestral(
-                self.denoiser, x, part, schedule, noise=noise, variance=process.variance, mean_shift=shift, callback=told
-            )
+            steps = Transitions(*(values[first:end] for values in transitions(schedule, self.sampler.times)))
+            more = {"variance": process.variance, "mean_shift": shift, "steps": steps}
+            return ancestral(self.denoiser, x, part, schedule, noise=noise, callback=told, **more)
         return DETERMINISTIC[spec.solver](self.denoiser, x, part, schedule, callback=told)
 
     def go(self, x: Tensor, first: int, end: int, edit: Edit | None) -> Tensor:
@@ -312,13 +325,16 @@ class _Way:
                 x = mask * x + (1 - mask) * noised
         return x
 
-    def estimate(self, x: Tensor, step: int) -> Tensor:
-        """The estimate of x_0 where `step` steps are done."""
+    def estimate(self, x: Tensor, step: int, edit: Edit | None) -> Tensor:
+        """The estimate of x_0 where `step` steps are done, and what an edit keeps."""
         t = self.sampler.times[step]
         prediction = self.denoiser(x, t)
         if self.callback is not None:
             self.callback(step, t, x, prediction)
-        return prediction.x0
+        if edit is None or edit.mask is None:
+            return prediction.x0
+        mask = edit.mask.to(x)
+        return mask * prediction.x0 + (1 - mask) * edit.x0.to(x)
 
     def again(self, x0: Tensor, first: int, edit: Edit | None) -> Tensor:
         """The finished picture noised again to where `first` steps are done, and denoised once more."""
@@ -339,6 +355,6 @@ def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[i
     ]
 
 
-def describe(sampler: Sampler, seed: int) -> dict[str, Any]:
+def describe(sampler: Sampler, seed: int, edit: Edit | None = None) -> dict[str, Any]:
     """What is needed to draw the same pictures again, besides the weights."""
-    return {**dump(sampler.spec), "seed": seed, "network_calls": sampler.calls}
+    return {**dump(sampler.spec), "seed": seed, "network_calls": sampler.calls(edit)}

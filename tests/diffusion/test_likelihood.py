@@ -169,6 +169,15 @@ def test_kl_is_the_variational_term_and_rescaled_times_the_steps() -> None:
         ({"variance": "small"}, "set variance to learned, or use simple"),
         ({"schedule": {"kind": "blend"}, "target": "v"}, "the blend has no chain of steps"),
         ({"loss": {"kind": "kl", "min_snr_gamma": 5}}, "weighs a squared error"),
+        (
+            {
+                "schedule": {"kind": "cosine", "zero_terminal_snr": True},
+                "target": "v",
+                "variance": "large",
+                "loss": {"kind": "simple", "min_snr_gamma": 5},
+            },
+            "gives a level without signal no weight",
+        ),
         ({"loss": {"kind": "hybrd"}}, "'simple', 'hybrid', 'kl' or 'rescaled_kl'"),
     ],
 )

@@ -59,7 +59,7 @@ def test_calls_are_counted() -> None:
             real, calls = drawn.network, []
             drawn.network = lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1]
             drawn.draw(0, [0], [1], device=CPU)
-            assert len(calls) == drawn.calls, (solver, guidance)
+            assert len(calls) == drawn.calls(), (solver, guidance)
     assert describe(sampler(), 3)["seed"] == 3
 
 
@@ -72,7 +72,13 @@ def test_calls_of_shortened_repeated_and_partly_guided_ways() -> None:
         real, calls = drawn.network, []
         drawn.network = lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1]
         drawn.draw(0, [0], [1], device=CPU)
-        assert len(calls) == drawn.calls, options
+        assert len(calls) == drawn.calls(), options
+    drawn, calls = sampler(steps=6), []
+    real = drawn.network
+    drawn.network = lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+    edit = Edit(torch.zeros(SHAPE), start_at=2, mask=torch.ones(1, 8, 8), resamplings=3)
+    drawn.draw(0, [0], [1], device=CPU, edit=edit)
+    assert len(calls) == drawn.calls(edit) == 12
 
 
 def test_stopping_early_gives_the_estimate_of_x0_there() -> None:
@@ -108,6 +114,39 @@ def test_a_given_picture_is_started_from_and_kept_where_the_mask_is_black() -> N
         assert (filled[:, :, :, 5:] - picture[:, :, 5:]).abs().max() > 0.1 and not torch.equal(filled[0], filled[1])
         again = drawn.draw(0, [1], [2], device=CPU, batch_size=2, edit=Edit(picture, mask=mask, resamplings=resamplings))
         torch.testing.assert_close(again[0], filled[1], rtol=1e-4, atol=1e-4)
+
+
+def test_stopping_early_keeps_what_the_mask_keeps() -> None:
+    picture, mask = torch.full(SHAPE, 0.3), torch.zeros(1, 8, 8)
+    mask[:, :4] = 1
+    drawn = sampler(steps=6, stop_at=3).draw(0, [0], [1], device=CPU, edit=Edit(picture, mask=mask))
+    assert bool((drawn[0, :, 4:] == picture[:, 4:]).all()) and not torch.allclose(drawn[0, :, :4], picture[:, :4], atol=0.01)
+    with pytest.raises(UserError, match="start_at 3 is not before stop_at 3"):
+        sampler(steps=6, stop_at=3).draw(0, [0], [1], device=CPU, edit=Edit(picture, start_at=3))
+    with pytest.raises(UserError, match="dpmpp_2m remembers the step before"):
+        sampler("dpmpp_2m").draw(0, [0], [1], device=CPU, edit=Edit(picture, mask=mask))
+
+
+def test_resampling_makes_what_is_drawn_agree_with_what_is_kept() -> None:
+    """Two pixels of a Gaussian with correlation 0.9; the first is known. The mean of the second is 0.9 times it; without
+    resampling it lags behind (Fig. 3, Lugmayr et al. 2022)."""
+    covariance = torch.tensor([[0.25, 0.225], [0.225, 0.25]])
+    process = build_process(validate(ProcessConfig, {"schedule": {"kind": "cosine", "steps": 200}, "target": "x0"}))
+
+    def best(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = process.schedule.level(time[:1].double())
+        total = alpha.float() ** 2 * covariance + sigma.float() ** 2 * torch.eye(2)
+        return (x.flatten(1) @ torch.linalg.solve(total, alpha.float() * covariance)).reshape(x.shape)
+
+    means = []
+    for resamplings in (1, 10):
+        spec = SamplerConfig(solver="ancestral", steps=40)
+        drawn = Sampler(best, process, spec, shape=(1, 1, 2), num_classes=None, clip_x0=None)
+        edit = Edit(torch.tensor([[[0.4, 0.0]]]), mask=torch.tensor([[[0.0, 1.0]]]), resamplings=resamplings)
+        found = drawn.draw(0, range(600), None, device=CPU, edit=edit)
+        assert bool((found[:, 0, 0, 0] == 0.4).all())
+        means.append(float(found[:, 0, 0, 1].mean()))
+    assert means[0] < 0.3 and means[1] == pytest.approx(0.36, abs=0.05)
 
 
 class Brightness:
