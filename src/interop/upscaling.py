@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -234,6 +235,8 @@ def upscale_folder(
     barrier()
     written = [target for _, target in todo if target.exists()]
     if not written:
+        if rank == 0:
+            shutil.rmtree(out)
         raise UserError(f"{folder}: none of its {len(todo)} pictures can be read")
     return written
 

@@ -69,7 +69,7 @@ def load_low(opened: Opened, source: str) -> tuple[Tensor, list[int] | None]:
         raise UserError(f"{opened.path} is no upsampler; leave --low out")
     if path.suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
                 shown, labels = found["arr_0"], found.get("arr_1")
         except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
             raise UserError(f"{path}: not an .npz of samples, or damaged") from None
