@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from src.config import UserError, validate
-from src.diffusion import ProcessConfig, build_process
+from src.diffusion import ProcessConfig, build_process, euler, transitions
 from src.models import UNet, UNetConfig
 from src.sampling import Sampler, SamplerConfig, noise_of, open_trained, starting_noise
 from src.sampling.files import Frames, columns_for, write_samples
-from src.sampling.sampler import Edit, describe, random_labels
+from src.sampling.sampler import Edit, _Way, describe, random_labels
 from tests.conftest import launch, one_line, randomise
 
 CPU = torch.device("cpu")
@@ -172,6 +172,33 @@ def test_a_classifier_guides_networks_with_classes_and_without(solver: str, num_
     shift = means[200.0, True] - means[0.0, True]
     assert bool((shift[:2] < -0.01).all()) and bool((shift[2:] > 0.01).all())
     torch.testing.assert_close(means[200.0, False], means[0.0, True])
+
+
+def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
+    """In guided-diffusion's order: clip x0, take its eps, subtract sigma times the gradient, and clip no more; ancestral
+    sampling moves the mean by variance times gradient instead."""
+    guided = {"guidance": 300.0, "guidance_method": "classifier", "classifier": Brightness(), "num_classes": None}
+    x, labels = starting_noise(5, range(2), SHAPE), torch.tensor([0, 1])
+    drawn = sampler("ddim", steps=4, **guided)
+    schedule, (t, s) = drawn.process.schedule, drawn.times[1:3]
+    (alpha, sigma), (alpha_s, sigma_s) = (map(float, schedule.level(at)) for at in (t, s))
+    gradient = drawn._gradient(labels)
+    assert gradient is not None
+    with torch.no_grad():
+        plain = drawn.process.denoiser(drawn.network)(x, t)
+        assert plain.x0.abs().max() > 1, "there is something to clip"
+        eps = (x - alpha * plain.x0.clamp(-1, 1)) / sigma - sigma * gradient(x, t)
+        wanted = alpha_s * (x - sigma * eps) / alpha + sigma_s * eps
+        denoiser = drawn._denoiser(labels, gradient, None)
+        torch.testing.assert_close(euler(denoiser, x, drawn.times[1:3], schedule), wanted, rtol=1e-4, atol=1e-4)
+
+        chain = sampler("ancestral", steps=4, **guided)
+        chain.network = drawn.network
+        way = _Way(chain, labels, lambda step, like, sweep: torch.zeros_like(like), None)
+        steps = transitions(schedule, drawn.times)
+        mean = steps.mean(1, plain.x0.clamp(-1, 1), x)
+        wanted = mean + float(steps.beta[1]) * gradient(x, t)
+        torch.testing.assert_close(way._solve(x, 1, 2), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_sections_and_dynamic_thresholds() -> None:
