@@ -12,6 +12,7 @@ from src.data import HeldOut, Sources, open_data
 from src.diffusion import SPACINGS, TableSchedule, times
 from src.sampling import open_trained
 from src.sampling.likelihood import measure_likelihood
+from src.sampling.sampler import parse_steps
 from src.training.launch import explain_out_of_memory, start_sampling
 
 
@@ -75,10 +76,10 @@ def main() -> None:
     if not isinstance(schedule, TableSchedule):
         raise UserError(f"{args.run} is on the blend: it has no chain of steps, so no bits per dimension")
     try:
-        counts = [int(part) for part in (args.steps or str(schedule.num_steps)).split(",")]
+        steps = parse_steps(args.steps) if args.steps is not None else schedule.num_steps
     except ValueError:
         raise UserError(f"--steps {args.steps}: give a number, or counts for equal sections, such as 100,50,25") from None
-    chain = times(schedule, counts[0] if len(counts) == 1 else counts, args.spacing)
+    chain = times(schedule, steps, args.spacing)
     told = json.dumps([opened.digest, data.fingerprint, chain.tolist(), args.batch_size, args.seed])
     out = Path(args.out or f"evaluations/{opened.name}/likelihood_{hashlib.sha256(told.encode()).hexdigest()[:8]}")
     with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):

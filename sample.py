@@ -13,17 +13,11 @@ from src.sampling import SamplerConfig, open_trained
 from src.sampling.classifier import open_classifier
 from src.sampling.edit import load_edit, load_low
 from src.sampling.files import write_samples
-from src.sampling.sampler import random_labels
+from src.sampling.sampler import parse_steps, random_labels
 from src.training.launch import explain_out_of_memory, start_sampling
 
 HOW = ("solver", "steps", "spacing", "eta", "guidance", "guidance_method", "guidance_interval", "threshold", "stop_at")
 HOW = (*HOW, "double_sampling")
-
-
-def steps(text: str) -> int | list[int]:
-    """50, or counts for equal sections of the table, the cleanest first: 100,50,25."""
-    counts = [int(part) for part in text.split(",")]
-    return counts[0] if len(counts) == 1 else counts
 
 
 def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
@@ -43,7 +37,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     solver = parser.add_argument_group("solver")
     solver.add_argument("--solver", choices=SOLVERS, default="ddim")
-    solver.add_argument("--steps", type=steps, default=50, help="how many, or counts for equal sections: 100,50,25")
+    solver.add_argument("--steps", type=parse_steps, default=50, help="how many, or counts for equal sections: 100,50,25")
     solver.add_argument("--spacing", choices=SPACINGS, default="even")
     solver.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as ancestral sampling")
     solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")

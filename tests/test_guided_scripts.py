@@ -367,3 +367,22 @@ def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path:
     up = tmp_path / "up"
     assert "is an upsampler" in refused("evaluate", up, "--likelihood", "--data", tmp_path / "small", "--steps", "2")
     assert "an upsampler draws from other pictures" in refused("ddpm_accelerate", "--ckpt", up, "--ckpt_sampling")
+
+
+class Evil:
+    """A pickle of it makes a file where it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (Path.touch, (self.path,))  # pyright: ignore[reportReturnType]
+
+
+def test_a_checkpoint_that_wants_to_run_code(hybrid_run: Path, tmp_path: Path) -> None:
+    torch.save({"input_blocks.0.0.weight": Evil(tmp_path / "touched")}, tmp_path / "evil.pt")
+    said = refused("convert", "guided-diffusion", tmp_path / "evil.pt", "--out", tmp_path / "out")
+    assert "run code" in said or "safely" in said
+    weights = ("--upscaler", tmp_path / "evil.pt")
+    assert "without running code" in refused("sample", hybrid_run, "--upscale", *weights, "--out", tmp_path / "samples")
+    assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()

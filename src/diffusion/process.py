@@ -249,13 +249,17 @@ def gain(process: Process, t: Tensor) -> Tensor:
     return 1 / (level.alpha * q - level.sigma * p).abs()
 
 
+def fed(schedule: ScheduleConfig, given: TimeInput | None) -> TimeInput:
+    """What a network is told of the time; without `given` the index of a table, 1000 t of the blend."""
+    return given or (TimeInput(kind="t", scale=1000.0) if isinstance(schedule, BlendScheduleConfig) else TimeInput())
+
+
 def build_process(spec: ProcessConfig) -> Process:
     """The process that a config names. Without `time_input` a table feeds its index, the blend 1000 t."""
-    blend = isinstance(spec.schedule, BlendScheduleConfig)
     return Process(
         schedule=build_schedule(spec.schedule, network_at_clean=spec.target != "x0"),
         target=spec.target,
         variance=spec.variance,
         loss=spec.loss,
-        time_input=spec.time_input or (TimeInput(kind="t", scale=1000.0) if blend else TimeInput()),
+        time_input=fed(spec.schedule, spec.time_input),
     )

@@ -1,7 +1,6 @@
 """diffusers' UNet2DModel and its folders, both ways, by a map of key names; its AutoencoderKL behind the interface of ours."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..models import UNet, UNetConfig
 from ..models.layers import Attention
 from ..training.checkpoint import read_tensors
 from ..vision import import_torchvision
-from .guided_diffusion import read_state, rename
+from .guided_diffusion import multiple, read_state, rename
 from .imported import Imported
 
 VERSION = "0.35.0"  # of diffusers, the oldest whose folders these are
@@ -84,7 +83,7 @@ def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
         UNetConfig,
         {
             "base_channels": widths[0],
-            "channel_mult": [_multiple(widths[0], width) for width in widths],
+            "channel_mult": [multiple(widths[0], width) for width in widths],
             "blocks": theirs["layers_per_block"],
             "attention": attention,
             "mid_attention": "full" if mid_attention else "none",
@@ -102,12 +101,6 @@ def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
         },
         origin="this UNet2DModel as model",
     )
-
-
-def _multiple(base: int, width: int) -> float:
-    """width / base, such that base times it is not rounded down to less than width."""
-    mult = width / base
-    return mult if int(base * mult) == width else math.nextafter(mult, math.inf)
 
 
 def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def read_shapes(shapes: Mapping[str, Sequence[int]], depth: int | None = None) -
         "kind": kind,
         "num_channels": base,
         "num_res_blocks": blocks,
-        "channel_mult": tuple(_multiple(base, widths[i]) for i in starts),
+        "channel_mult": tuple(multiple(base, widths[i]) for i in starts),
         "attention": tuple(attended[i] for i in starts),
         "mid_attention": "middle_block.1.qkv.weight" in shapes,
         "resblock_updown": not convolved if len(starts) > 1 else None,
@@ -247,7 +247,7 @@ def _fits(blocks: int, widths: list[int], attended: list[bool]) -> bool:
     return True
 
 
-def _multiple(base: int, width: int) -> float:
+def multiple(base: int, width: int) -> float:
     """The multiple of base that is width when it is rounded down, as the config rounds it."""
     mult = width / base
     return mult if int(base * mult) == width else math.nextafter(mult, math.inf)
@@ -380,7 +380,7 @@ def _check(found: Architecture, flags: Mapping[str, Any], size: int) -> None:
             where = f", pictures of {size} px,"
         if name == "channel_mult":
             said = _multiples(_numbers(name, said, float))
-            where = f", pictures of {size} px,"
+            where = f", pictures of {size} px," if flags.get(name) else f" (the default for {size} px)"
         if said != seen:
             raise UserError(f"{name} is {told[name]} in the flags{where} and {seen} in the weights")
     if flags.get("num_heads_upsample", -1) not in (-1, flags.get("num_heads", HEADS["num_heads"])):

@@ -17,6 +17,7 @@ from ..config import Length, UserError, free, validate, wrong
 from ..config import config as settings
 from ..data import ImageConfig
 from ..diffusion import Process, Schedule, TimeInput, build_schedule
+from ..diffusion.process import fed
 from ..diffusion.schedules import BlendScheduleConfig, ScheduleConfig
 from ..models import Classifier, ClassifierConfig
 from ..models.layers import channels_last
@@ -43,9 +44,7 @@ class NoiseConfig:
 
 def noise_process(spec: NoiseConfig) -> Process:
     """The process that noises; its target is read by nobody."""
-    blend = isinstance(spec.schedule, BlendScheduleConfig)
-    fed = spec.time_input or (TimeInput(kind="t", scale=1000.0) if blend else TimeInput())
-    return Process(schedule=build_schedule(spec.schedule), target="v", time_input=fed)
+    return Process(schedule=build_schedule(spec.schedule), target="v", time_input=fed(spec.schedule, spec.time_input))
 
 
 @dataclass(frozen=True)

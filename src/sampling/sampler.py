@@ -83,6 +83,12 @@ class SamplerConfig:
         return replace(self, guidance=1.0, guidance_interval=None) if unguided else self
 
 
+def parse_steps(text: str) -> int | list[int]:
+    """50, or counts for equal sections of the table, the cleanest first: 100,50,25. A ValueError where it is neither."""
+    counts = [int(part) for part in text.split(",")]
+    return counts[0] if len(counts) == 1 else counts
+
+
 class Codec(Protocol):
     """Between pictures (B, C, H, W) in [-1, 1] and what diffusion sees, (B, D, h, w) with unit variance. Pixels have none."""
 
