@@ -18,7 +18,7 @@ from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.classifier import open_classifier
-from src.sampling.edit import load_low
+from src.sampling.edit import load_edit, load_low
 from tests import kills
 from tests.conftest import SMOKE, launch, metrics, one_line, randomise, refused
 from tests.interop.test_upscaling import rrdb
@@ -161,6 +161,27 @@ def test_from_a_picture_with_a_mask_and_in_sections(hybrid_run: Path, tmp_path: 
     assert "--image alone changes nothing" in refused("sample", hybrid_run, *keep[:2])
     assert "counted from 0" in refused("sample", hybrid_run, *keep[:2], "--start-at", "50")
     assert "not a picture" in refused("sample", hybrid_run, "--image", tmp_path / "none.png", "--start-at", "5")
+
+
+def test_a_picture_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Path) -> None:
+    """What a mask touches is drawn anew, latent by latent; the rest is the picture as its autoencoder has it."""
+    opened = open_trained(ldm_run, CPU)
+    assert opened.codec is not None
+    size, latent = opened.image.size, opened.shape[1]
+    picture, mask = Image.new("RGB", (size, size), (180, 90, 40)), Image.new("L", (size, size), 0)
+    mask.putpixel((size - 1, 0), 255)
+    picture.save(tmp_path / "picture.png")
+    mask.save(tmp_path / "mask.png")
+    paths = str(tmp_path / "picture.png"), str(tmp_path / "mask.png")
+    edit = load_edit(opened, *paths, start_at=0, resamplings=1, steps=4)
+    assert edit.mask is not None and edit.mask.shape == (1, latent, latent) and float(edit.mask.sum()) == 1
+    assert float(edit.mask[0, 0, -1]) == 1 and edit.x0.shape == opened.shape
+    drawn = opened.sampler(SamplerConfig(steps=4))
+    seen = []
+    drawn.draw(0, [0], [0], device=CPU, edit=edit, callback=lambda step, t, x_t, prediction: seen.append(x_t))
+    whole = drawn.draw(0, [0], [0], device=CPU, edit=edit._replace(mask=torch.zeros(1, latent, latent)))
+    torch.testing.assert_close(whole[0], opened.codec.decode(edit.x0[None])[0])
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize(
