@@ -11,14 +11,14 @@ from pathlib import Path
 import pydantic
 import torch
 
-from src.config import Length, UserError, config, dump, free, load, run_script, to_steps, training_arguments
+from src.config import Length, config, free, load, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.files import sample_checkpoints
-from src.sampling.opened import build_unet, count_classes, sampler_of, start_from
+from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
-from src.training.checkpoint import CheckpointConfig, export
+from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
@@ -33,12 +33,9 @@ from src.training.times import TimeSampler, TimesConfig, UniformTimes
 
 @config
 class Config(MachineConfig):
-    """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together. `compile` is torch's:
-    minutes at the start, for faster steps.
-
-    Without `class_conditional` the data decides: classes are learned where there are any; previews are guided there alone.
-    `init_from` is a run, or what convert.py made of another project's, whose weights are the start; its classes may be others.
-    """
+    """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together. Without
+    `class_conditional` the data decides, and previews are guided where it has classes. `init_from` is a run, or what convert.py
+    made, whose weights are the start; its classes may be others. `compile` is torch's: minutes at the start, faster steps."""
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = pydantic.Field(0, ge=0, lt=2**32)
@@ -71,10 +68,8 @@ def main() -> int:
     parser.add_argument("--ckpt", metavar="FILE", action="append", default=[], help="with --ckpt_sampling; repeatable")
     parser.add_argument("--ckpt_sampling", action="store_true", help="sample from each --ckpt into results/")
     args = parser.parse_args()
-    if args.ckpt_sampling:
-        return sample_checkpoints(args.ckpt, Path("results"))
-    if args.ckpt:
-        raise UserError("--ckpt is for sampling: add --ckpt_sampling; a run goes on by itself when started again")
+    if args.ckpt or args.ckpt_sampling:
+        return sample_checkpoints(args.ckpt, Path("results"), asked=args.ckpt_sampling)
     cfg = load(args.config, Config, args.set)
     with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
         return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
@@ -103,10 +98,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     trained = Trained(network, bare_optimizer, ema, times=times)
-    previews = cfg.preview.sampler.without_guidance(num_classes is None)
-    sampler = sampler_of(
-        previews, ema.network, process, shape, num_classes, clip=cfg.process.clip, label_dropout=cfg.label_dropout
-    )
+    sampler = preview_sampler(cfg, ema.network, process, shape, num_classes)
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, dry_run=dry_run)
@@ -119,8 +111,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    images = split.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=images)
+    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes and session.step == 0:
         first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
@@ -179,9 +170,8 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
         session.report(values)
         session.save(keep=best and cfg.checkpoint.keep_best)
-        if session.now("export") and session.run.writes:
-            file = Path(cfg.export_dir) / f"ckpt_epoch{split.images_at(session.step) // len(train_set)}_ddpm.pt"
-            export(file, trained.weights(), dump(cfg), facts, session.step)
+        if session.now("export"):
+            session.export(Path(cfg.export_dir), f"ckpt_epoch{split.images_at(session.step) // len(train_set)}_ddpm.pt")
         if session.stopping:
             batches.close()
             return session.end_stopped()

@@ -17,7 +17,7 @@ from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.autoencoder import autoencoder_for
 from src.sampling.latents import cache_folder, latents_of
-from src.sampling.opened import build_unet, count_classes, latent_bounds, sampler_of, start_from
+from src.sampling.opened import build_unet, count_classes, latent_bounds, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, preview
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
@@ -103,17 +103,8 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     trained = Trained(network, bare_optimizer, ema, times=times)
-    sampler = sampler_of(
-        cfg.preview.sampler.without_guidance(num_classes is None),
-        ema.network,
-        process,
-        shape,
-        num_classes,
-        clip=cfg.process.clip,
-        label_dropout=cfg.label_dropout,
-        codec=latents.codec,
-        bounds=latent_bounds(latents.facts, device),
-    )
+    bounds = latent_bounds(latents.facts, device)
+    sampler = preview_sampler(cfg, ema.network, process, shape, num_classes, codec=latents.codec, bounds=bounds)
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, dry_run=dry_run)
@@ -126,8 +117,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    images = split.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=images)
+    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes:
         autoencoder.keep(run_dir / "autoencoder")

@@ -187,8 +187,10 @@ def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -
     staged.replace(out / f"samples_{'x'.join(map(str, shape))}.npz")
 
 
-def sample_checkpoints(files: Sequence[str], out: Path) -> int:
+def sample_checkpoints(files: Sequence[str], out: Path, *, asked: bool = True) -> int:
     """16 pictures from each run, checkpoint or export, all from the same noise: grid, numbered frames and GIF in `out`."""
+    if not asked:
+        raise UserError("--ckpt is for sampling: add --ckpt_sampling; a run goes on by itself when started again")
     if not files:
         raise UserError("--ckpt_sampling needs at least one --ckpt FILE: a run, a checkpoint, or an export")
     state, device = start_sampling()

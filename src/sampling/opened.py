@@ -143,6 +143,22 @@ def sampler_of(
     )
 
 
+def preview_sampler(
+    cfg: Any,
+    network: nn.Module,
+    process: Process,
+    shape: Sequence[int],
+    num_classes: int | None,
+    *,
+    codec: LatentCodec | None = None,
+    bounds: tuple[Bound, Bound] = (-1.0, 1.0),
+) -> Sampler:
+    """The sampler of a training config's previews, guided where there are classes."""
+    spec, clipped = cfg.preview.sampler.without_guidance(num_classes is None), cfg.process.clip
+    more = {"clip": clipped, "label_dropout": cfg.label_dropout, "codec": codec, "bounds": bounds}
+    return sampler_of(spec, network, process, shape, num_classes, **more)
+
+
 def count_classes(class_conditional: bool | None, class_names: Sequence[str]) -> int | None:
     """How many classes a network has: None where it learns none. True asks for classes, None takes what the data has."""
     if class_conditional and not class_names:

@@ -179,6 +179,11 @@ class Session:
     def documents(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {"progress": progress, "config": dump(self.cfg), "data": self.facts}
 
+    def export(self, folder: Path, name: str) -> None:
+        """The EMA weights of now, with their config, as one `.pt` file."""
+        if self.run.writes:
+            checkpoint.export(folder / name, self.trained.weights(), dump(self.cfg), self.facts, self.step)
+
     @property
     def stopping(self) -> bool:
         return self.gate.stop and self.step < self.total_steps
