@@ -201,7 +201,8 @@ class Sampler:
         return classifier_gradient(logits, labels, self.spec.guidance)
 
     def _denoiser(self, labels: Tensor | None, gradient: Gradient | None, low: Tensor | None) -> Denoiser:
-        """Classifier-free guidance, then clipping; but clipping, then a classifier's, in guided-diffusion's order."""
+        """Guidance, then clipping. A classifier shifts the eps of the clipped estimate, as in guided-diffusion, which does not clip
+        again; in almost pure noise, where sigma^2 / alpha is large, the shift would throw x0 far out."""
         schedule, spec = self.process.schedule, self.spec
         condition = {} if self.num_classes is None or labels is None else {"labels": labels}
         condition |= {"low": low} if low is not None else {}
@@ -214,7 +215,7 @@ class Sampler:
 
         guided = outside = bounded(plain)
         if gradient is not None and spec.solver != "ancestral":
-            guided = classifier_guided(outside, gradient, schedule)
+            guided = bounded(classifier_guided(outside, gradient, schedule))
         elif gradient is None and spec.guided and labels is not None:
             null = {**condition, "labels": torch.full_like(labels, self.num_classes or 0)}
             guided = bounded(classifier_free(plain, self.process.denoiser(self.network, **null), spec.guidance))

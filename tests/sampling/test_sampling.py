@@ -175,8 +175,8 @@ def test_a_classifier_guides_networks_with_classes_and_without(solver: str, num_
 
 
 def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
-    """In guided-diffusion's order: clip x0, take its eps, subtract sigma times the gradient, and clip no more; ancestral
-    sampling moves the mean by variance times gradient instead."""
+    """In guided-diffusion's order: clip x0, take its eps, subtract sigma times the gradient; then, which it does not, clip the
+    x0 of that. Ancestral sampling moves the mean by variance times gradient instead."""
     guided = {"guidance": 300.0, "guidance_method": "classifier", "classifier": Brightness(), "num_classes": None}
     x, labels = starting_noise(5, range(2), SHAPE), torch.tensor([0, 1])
     drawn = sampler("ddim", steps=4, **guided)
@@ -188,7 +188,10 @@ def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
         plain = drawn.process.denoiser(drawn.network)(x, t)
         assert plain.x0.abs().max() > 1, "there is something to clip"
         eps = (x - alpha * plain.x0.clamp(-1, 1)) / sigma - sigma * gradient(x, t)
-        wanted = alpha_s * (x - sigma * eps) / alpha + sigma_s * eps
+        shifted = (x - sigma * eps) / alpha
+        assert shifted.abs().max() > 1, "and again"
+        x0 = shifted.clamp(-1, 1)
+        wanted = alpha_s * x0 + sigma_s * (x - alpha * x0) / sigma
         denoiser = drawn._denoiser(labels, gradient, None)
         torch.testing.assert_close(euler(denoiser, x, drawn.times[1:3], schedule), wanted, rtol=1e-4, atol=1e-4)
 
