@@ -201,8 +201,8 @@ class Sampler:
         return classifier_gradient(logits, labels, self.spec.guidance)
 
     def _denoiser(self, labels: Tensor | None, gradient: Gradient | None, low: Tensor | None) -> Denoiser:
-        """Guidance, then clipping. A classifier shifts the eps of the clipped estimate, as in guided-diffusion, which does not clip
-        again; in almost pure noise, where sigma^2 / alpha is large, the shift would throw x0 far out."""
+        """Guidance, then clipping. A classifier shifts the eps of the clipped estimate, as in guided-diffusion, which does not
+        clip again; in almost pure noise, where sigma^2 / alpha is large, the shift would throw x0 far out."""
         schedule, spec = self.process.schedule, self.spec
         condition = {} if self.num_classes is None or labels is None else {"labels": labels}
         condition |= {"low": low} if low is not None else {}
