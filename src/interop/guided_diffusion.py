@@ -380,9 +380,10 @@ def _check(found: Architecture, flags: Mapping[str, Any], size: int) -> None:
             where = f", pictures of {size} px,"
         if name == "channel_mult":
             said = _multiples(_numbers(name, said, float))
-            where = f", pictures of {size} px," if flags.get(name) else f" (the default for {size} px)"
+            where = f", pictures of {size} px,"
         if said != seen:
-            raise UserError(f"{name} is {told[name]} in the flags{where} and {seen} in the weights")
+            given = f"in the flags{where}" if flags.get(name) is not None else f"by default for {size} px, which the flags say,"
+            raise UserError(f"{name} is {told[name]} {given} and {seen} in the weights")
     if flags.get("num_heads_upsample", -1) not in (-1, flags.get("num_heads", HEADS["num_heads"])):
         raise UserError("num_heads_upsample other than num_heads is not supported")
 

@@ -575,7 +575,7 @@ def test_flags_that_agree_with_the_weights(unet_file: Path) -> None:
         ({"num_channels": 128}, "num_channels is 128 in the flags and 32 in the weights"),
         ({"num_res_blocks": 3}, "num_res_blocks is 3 in the flags and 2 in the weights"),
         ({"channel_mult": "1,2,2"}, "channel_mult is 1,2,2 in the flags, pictures of 16 px, and 1,1,2 in the weights"),
-        ({"image_size": 64}, "channel_mult is 1,2,3,4 in the flags, pictures of 64 px, and 1,1,2 in the weights"),
+        ({"image_size": 64}, "channel_mult is 1,2,3,4 by default for 64 px, which the flags say, and 1,1,2 in the weights"),
         (
             {"attention_resolutions": "16,8"},
             "attention_resolutions is 16,8 in the flags, pictures of 16 px, and 8,4 in the weights",
