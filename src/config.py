@@ -413,4 +413,6 @@ def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
             status = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # all is written: torch's threads may abort a rank that ends before another
+        os._exit(status)
     sys.exit(status)
