@@ -2,6 +2,7 @@
 """Draw pictures from a run: PNGs, a grid, what is needed to draw them again, and the GIF of how they came about."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -16,8 +17,7 @@ from src.sampling.files import write_samples
 from src.sampling.sampler import parse_steps, random_labels
 from src.training.launch import explain_out_of_memory, start_sampling
 
-HOW = ("solver", "steps", "spacing", "eta", "guidance", "guidance_method", "guidance_interval", "threshold", "stop_at")
-HOW = (*HOW, "double_sampling")
+HOW = [field.name for field in dataclasses.fields(SamplerConfig)]
 
 
 def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
@@ -44,7 +44,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     solver.add_argument("--stop-at", type=int, metavar="S", help="end after S steps, with the estimate of x_0")
     solver.add_argument("--double-sampling", type=int, metavar="S", help="noise again to step S, and denoise once more")
     guidance = parser.add_argument_group("guidance")
-    guidance.add_argument("--guidance", type=float, help="scale; 1 is none of classifier_free, 0 of a classifier")
+    guidance.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is none of classifier_free, 0 of a classifier")
     guidance.add_argument("--guidance-method", choices=("classifier_free", "classifier"), default="classifier_free")
     guidance.add_argument("--classifier", metavar="RUN", help="a run of train_classifier.py, or an imported classifier")
     guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
@@ -80,8 +80,6 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
         raise UserError("--classifier guides only with --guidance-method classifier")
     if args.upscaler is not None and not (args.upscale or args.upscale_only):
         raise UserError("--upscaler is for --upscale and --upscale-only")
-    if args.guidance is None:
-        args.guidance = 1.0  # none of classifier_free, the gradient as it is of a classifier
 
 
 def main() -> None:

@@ -82,6 +82,12 @@ class LossConfig:
     variational_weight: float = pydantic.Field(1.0, gt=0)
     min_snr_gamma: float | None = pydantic.Field(None, gt=0)
 
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> "LossConfig":
+        if self.kind != "hybrid" and self.variational_weight != 1.0:
+            raise wrong(f"variational_weight weighs a part of the hybrid loss, which {self.kind!r} has not; leave it out")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Process:

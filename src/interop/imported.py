@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..config import UserError, dump, write_flushed
+from ..config import UserError, dump, write_whole
 from ..diffusion import ProcessConfig
 from ..models import ClassifierConfig, UNetConfig
 from ..training.checkpoint import write_folder
@@ -36,7 +36,7 @@ class Imported:
 
 def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = ()) -> Path | None:
     """Write what was imported into the new folder `out`, as the `final` of a run is: everything opens it. Gives the config
-    beside it that trains on from there (nothing trains a classifier or an upsampler on).
+    beside it that trains on from there (a classifier's `init_from` takes the folder itself; nothing trains an upsampler on).
 
     Classes without names are numbers. A UserError for another number of names, and for a folder that is there.
     """
@@ -78,5 +78,5 @@ def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = 
         "preview": {"every": 1000, "num_samples": 16},
         "checkpoint": {"every": 1000},
     }
-    write_flushed(train, (json.dumps(start, indent=2) + "\n").encode())
+    write_whole(train, (json.dumps(start, indent=2) + "\n").encode())
     return train

@@ -235,7 +235,7 @@ def upscale_folder(
     barrier()
     written = [target for _, target in todo if target.exists()]
     if not written:
-        if rank == 0:
+        if rank == 0 and [path.name for path in out.iterdir()] == [told.name]:  # nothing else was there, and nothing came
             shutil.rmtree(out)
         raise UserError(f"{folder}: none of its {len(todo)} pictures can be read")
     return written

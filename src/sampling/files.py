@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import UserError
+from ..config import UserError, write_whole
 from ..diffusion import Prediction
 from ..interop.upscaling import Upscaler
 from ..training.launch import start_sampling
@@ -116,9 +116,8 @@ def write_samples(
     barrier()  # all have looked before anybody writes
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        staged = out / ".metadata.part"
-        staged.write_text(json.dumps({**request, "path": str(opened.path), "config": opened.config}, indent=1) + "\n")
-        staged.replace(metadata)
+        document = {**request, "path": str(opened.path), "config": opened.config}
+        write_whole(metadata, (json.dumps(document, indent=1) + "\n").encode())
     barrier()
 
     digits = max(5, len(str(count - 1)))

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import FULL, Length, UserError, config, free, write_flushed
+from ..config import FULL, Length, UserError, config, free, write_flushed, write_whole
 
 MANIFEST = "MANIFEST.json"
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -186,11 +186,6 @@ def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None
 def export(path: Path, weights: Mapping[str, Tensor], settings: Any, data: Any, step: int) -> None:
     """One `.pt` file of tensors and config, read with `weights_only=True`; whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
     content = io.BytesIO()
     torch.save({"weights": dict(weights), "config": settings, "data": data, "step": step}, content)
-    try:
-        staged.write_bytes(content.getbuffer())
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_whole(path, content.getbuffer())

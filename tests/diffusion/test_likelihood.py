@@ -168,6 +168,7 @@ def test_kl_is_the_variational_term_and_rescaled_times_the_steps() -> None:
         ({"loss": {"kind": "simple"}}, "teaches no learned variance; use hybrid"),
         ({"variance": "small"}, "set variance to learned, or use simple"),
         ({"schedule": {"kind": "blend"}, "target": "v"}, "the blend has no chain of steps"),
+        ({"loss": {"kind": "kl", "variational_weight": 2.0}}, "weighs a part of the hybrid loss, which 'kl' has not"),
         ({"loss": {"kind": "kl", "min_snr_gamma": 5}}, "weighs a squared error"),
         (
             {

@@ -379,3 +379,9 @@ def test_folders_that_cannot_be_upscaled(folder: Path, tmp_path: Path, upscaler:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"nothing")
     assert "none of its 1 pictures" in refuse(tmp_path / "broken")
+    picture(tmp_path / "broken" / "b.png", 6, 8, 3)
+    kept = upscale(tmp_path / "broken", out, upscaler)
+    (tmp_path / "broken" / "b.png").unlink()
+    with pytest.raises(UserError, match="none of its 1 pictures"):
+        upscale(tmp_path / "broken", out, upscaler)
+    assert len(kept) == 1 and kept[0].exists(), "what an earlier run made is not lost"
