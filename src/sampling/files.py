@@ -172,18 +172,21 @@ def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -
     with Image.open(paths[0]) as first:
         shape = (len(paths), first.height, first.width, 3)
     staged = out / ".samples.part"
-    with zipfile.ZipFile(staged, "w") as file:
-        with file.open("arr_0.npy", "w", force_zip64=True) as stream:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
-            for path in paths:
-                with Image.open(path) as image:
-                    stream.write(np.asarray(image.convert("RGB")).tobytes())
-        if labels is not None:
-            content = io.BytesIO()
-            np.save(content, np.array(labels, dtype=np.int64))
-            file.writestr("arr_1.npy", content.getvalue())
-    staged.replace(out / f"samples_{'x'.join(map(str, shape))}.npz")
+    try:
+        with zipfile.ZipFile(staged, "w") as file:
+            with file.open("arr_0.npy", "w", force_zip64=True) as stream:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stream, header)
+                for path in paths:
+                    with Image.open(path) as image:
+                        stream.write(np.asarray(image.convert("RGB")).tobytes())
+            if labels is not None:
+                content = io.BytesIO()
+                np.save(content, np.array(labels, dtype=np.int64))
+                file.writestr("arr_1.npy", content.getvalue())
+        staged.replace(out / f"samples_{'x'.join(map(str, shape))}.npz")
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def sample_checkpoints(files: Sequence[str], out: Path, *, asked: bool = True) -> int:
