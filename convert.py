@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Bring other projects' checkpoints in, and runs out: guided- and improved-diffusion, diffusers folders, safetensors."""
+"""Bring other projects' checkpoints in, and runs out: guided- and improved-diffusion, IADB, diffusers folders, safetensors."""
 
 import argparse
 import re
@@ -10,7 +10,7 @@ import torch
 
 from src.config import UserError, run_script, validate, write_whole
 from src.diffusion import ProcessConfig
-from src.interop import diffusers, guided_diffusion
+from src.interop import diffusers, guided_diffusion, iadb
 from src.interop.imported import Imported, keep
 from src.models import UNet
 from src.sampling import open_trained
@@ -28,11 +28,16 @@ def arguments() -> argparse.Namespace:
     )
     theirs = commands.add_parser("diffusers", help="import a folder of diffusers with a UNet2DModel, or a whole DDPMPipeline")
     theirs.add_argument("checkpoint", metavar="folder")
-    for importing in (guided, theirs):
+    blended = commands.add_parser("iadb", help="import an IADB checkpoint of a UNet2DModel, a state dict or Lightning's")
+    blended.add_argument("checkpoint")
+    blended.add_argument("--model-config", metavar="FILE", help="the YAML that the network was built from")
+    blended.add_argument("--image-size", metavar="N", type=int, help="the pictures' side, where no YAML says it")
+    blended.add_argument("--autoencoder", metavar="NAME", help="of a network on latents: an AutoencoderKL, folder or hub name")
+    for importing in (guided, theirs, blended):
         importing.add_argument("--out", required=True, help="the new folder: sample.py and the others open it as a run")
         importing.add_argument("--name", help="what it is called (default: that of the folder)")
         importing.add_argument("--class-names", metavar="FILE", help="a text file with a name a line, in the labels' order")
-    out = commands.add_parser("to-diffusers", help="write a run as a folder that DDPMPipeline.from_pretrained loads")
+    out = commands.add_parser("to-diffusers", help="write a run as a folder that diffusers loads")
     out.add_argument("run")
     out.add_argument("--out", required=True)
     plain = commands.add_parser("safetensors", help="write a run's EMA weights into one file")
@@ -57,7 +62,7 @@ def bring_in(args: argparse.Namespace, found: Imported) -> None:
         print(line)
     if train is not None:
         print(f"{out}: draw from it with python sample.py {out}; train it on your own pictures with")
-        print(f"  python ddpm_accelerate.py -cfg {train} --set data.path=PICTURES")
+        print(f"  python {found.script} -cfg {train} --set data.path=PICTURES")
     elif found.low_resolution is not None:
         print(f"{out}: make pictures of {found.low_resolution} px larger with python sample.py {out} --low PICTURES")
     else:
@@ -66,7 +71,8 @@ def bring_in(args: argparse.Namespace, found: Imported) -> None:
 
 def to_diffusers(run: str, out: Path) -> None:
     opened = open_trained(run, torch.device("cpu"))
-    if not isinstance(opened.network, UNet) or opened.codec is not None or opened.low_resolution is not None:
+    plain = opened.codec is None and opened.low_resolution is None and opened.gaussian
+    if not isinstance(opened.network, UNet) or not plain:
         raise UserError(f"{run} does not draw pixels from noise alone; a UNet2DModel can be written of nothing else")
     process = validate(ProcessConfig, opened.config["process"], origin=run)
     diffusers.export(
@@ -100,6 +106,9 @@ def main() -> None:
         bring_in(args, guided_diffusion.read(args.checkpoint, args.flags))
     elif args.command == "diffusers":
         bring_in(args, diffusers.read(args.checkpoint))
+    elif args.command == "iadb":
+        given = {"model_config": args.model_config, "image_size": args.image_size, "autoencoder": args.autoencoder}
+        bring_in(args, iadb.read(args.checkpoint, **given))
     elif args.command == "to-diffusers":
         to_diffusers(args.run, Path(args.out))
     else:

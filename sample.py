@@ -1,20 +1,26 @@
 #!/usr/bin/env python
-"""Draw pictures from a run: PNGs, a grid, what is needed to draw them again, and the GIF of how they came about."""
+"""Draw from a run: PNGs, a grid, what is needed to draw them again, the GIF of how they came about; or go back."""
 
 import argparse
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from src.config import UserError, run_script, validate
 from src.diffusion import SOLVERS, SPACINGS
 from src.interop.upscaling import open_upscaler, upscale_folder
-from src.sampling import SamplerConfig, open_trained
+from src.sampling import SamplerConfig
 from src.sampling.classifier import open_classifier
-from src.sampling.edit import load_edit, load_low
+from src.sampling.edit import files_of, load_edit, load_low, start_from_pictures
 from src.sampling.files import write_samples
-from src.sampling.sampler import parse_steps, random_labels
+from src.sampling.inversion import fingerprint, write_inversions
+from src.sampling.opened import Opened, Run, open_run
+from src.sampling.points import write_points
+from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
 from src.training.launch import explain_out_of_memory, start_sampling
 
 HOW = [field.name for field in dataclasses.fields(SamplerConfig)]
@@ -38,6 +44,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     solver = parser.add_argument_group("solver")
     solver.add_argument("--solver", choices=SOLVERS, default="ddim")
     solver.add_argument("--steps", type=parse_steps, default=50, help="how many, or counts for equal sections: 100,50,25")
+    solver.add_argument("--alphas", type=parse_alphas, metavar="A,B,..", help="of the blend: each step's alpha, from 0 to 1")
     solver.add_argument("--spacing", choices=SPACINGS, default="even")
     solver.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as ancestral sampling")
     solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")
@@ -53,6 +60,8 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     edit.add_argument("--start-at", type=int, default=0, metavar="S", help="noise it to where S steps are done")
     edit.add_argument("--mask", metavar="FILE", help="white where it is drawn anew; of the picture's size")
     edit.add_argument("--resamplings", type=int, default=1, metavar="N", help="take each step N times, so that parts agree")
+    edit.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what to start from")
+    edit.add_argument("--invert", metavar="PLACE", help="a picture, or a folder: back to the source, and forth again")
     edit.add_argument("--low", metavar="FOLDER", help="what an upsampler makes larger: pictures, or an .npz of samples")
     upscale = parser.add_argument_group("upscaling (Real-ESRGAN)")
     upscale.add_argument("--upscale", action="store_true", help="the samples four times as large, too")
@@ -82,6 +91,48 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
         raise UserError("--upscaler is for --upscale and --upscale-only")
 
 
+def hashed(*words: Any) -> str:
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:6]
+
+
+def draw_points(
+    run: Run, how: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace, device: torch.device
+) -> None:
+    """The pictures of a run of 2-D points."""
+    taken = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *HOW}
+    idle = [key for key, value in vars(args).items() if key not in taken and value != getattr(defaults, key)]
+    if idle:
+        raise UserError(f"--{idle[0].replace('_', '-')} is about pictures, and {args.run} is a run of 2-D points; leave it out")
+    count = args.num_samples or 20_000
+    label = run.labels(args.classes, 1)[0] if args.classes is not None else None
+    sampler = run.sampler(how)
+    request = {"weights": run.digest, "num_samples": count, "class": label, **describe(sampler, args.seed)}
+    out = Path(args.out or f"samples/{run.name}/{args.solver}{sampler.steps}_{hashed(request)}")
+    made = write_points(sampler, out, count=count, seed=args.seed, label=label, device=device, frames=args.frames, told=request)
+    print(f"{count} points of {run.path} (step {run.step}), {sampler.calls()} network calls")
+    for path in made:
+        print(f"  {path}")
+
+
+def invert(opened: Opened, how: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """Pictures back to their source, and forth again."""
+    taken = {"run", "invert", "out", "classes", "batch_size", "device", *HOW}
+    idle = [key for key, value in vars(args).items() if key not in taken and value != getattr(defaults, key)]
+    if idle:
+        raise UserError(f"--{idle[0].replace('_', '-')} is about drawing new pictures, and --invert draws none; leave it out")
+    files = files_of(args.invert)
+    label = opened.labels(args.classes, 1)[0] if args.classes is not None else None
+    sampler = opened.sampler(how)
+    tag = hashed(opened.digest, fingerprint(files), label, describe(sampler, 0))
+    out = Path(args.out or f"samples/{opened.name}/inversion_{args.solver}{sampler.steps}_{tag}")
+    mean = write_inversions(opened, sampler, files, out, label=label, batch_size=args.batch_size)
+    print(f"{len(files)} pictures to their source and back by {opened.path}, {sampler.calls()} network calls each way:")
+    print(
+        f"  lost on the way {100 * mean['rms']:.2f} % RMS; source of standard deviation {mean['std']:.3f}, correlation with the"
+    )
+    print(f"  picture {mean['correlation']:.3f}\n  {out}/inversion.png, {out}/sources.npy")
+
+
 def main() -> None:
     args, defaults = arguments()
     check(args, defaults)
@@ -98,9 +149,18 @@ def main() -> None:
             print(f"{len(paths)} pictures, {upscaler.scale} times as large, in {out}")
         return
 
-    opened = open_trained(args.run, device)
+    opened = open_run(args.run, device)
+    if not isinstance(opened, Opened):
+        if state.is_main_process:
+            draw_points(opened, how, args, defaults, device)
+        return
+    if args.invert is not None:
+        if state.is_main_process:
+            invert(opened, how, args, defaults)
+        return
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
-    sampler = opened.sampler(how, classifier)
+    given = start_from_pictures(opened, args.source) if args.source is not None else None
+    sampler = opened.sampler(how, classifier, source=given)
     known = classifier.class_names if classifier is not None else ()
     class_names = opened.class_names if opened.num_classes is not None else known
     labels, low, told = None, None, {}
@@ -112,6 +172,9 @@ def main() -> None:
         told["low"] = hashlib.sha256(low.numpy().tobytes()).hexdigest()
     elif opened.low_resolution is not None:
         raise UserError(f"{args.run} is an upsampler: give --low the pictures of {opened.low_resolution} px to make larger")
+    if args.source is not None:
+        files = files_of(args.source)
+        args.num_samples, told["source"] = args.num_samples or len(files), fingerprint(files)
     args.num_samples = args.num_samples or 16
     if args.classes is not None:
         labels = opened.labels(args.classes, args.num_samples, class_names)
@@ -133,8 +196,8 @@ def main() -> None:
 
     out = args.out
     if out is None:
-        words = [opened.digest, args.num_samples, args.batch_size, labels, {key: getattr(args, key) for key in HOW}, told]
-        tag = hashlib.sha256(json.dumps(words).encode()).hexdigest()[:6]
+        how_told = {key: getattr(args, key) for key in HOW}
+        tag = hashed(opened.digest, args.num_samples, args.batch_size, labels, how_told, told)
         out = f"samples/{opened.name}/{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
         write_samples(
@@ -159,7 +222,8 @@ def main() -> None:
         made = f"{args.num_samples} pictures of {opened.path} (step {opened.step}), {sampler.calls(edit)} network calls a batch"
         made += f", {state.num_processes} process(es)"
         print(f"{made}\n  {out}/grid.png")
-        for wanted, name in ((args.frames, "denoising.gif"), (args.upscale, "upscaled"), (args.npz, "samples_*.npz")):
+        made = ((args.frames, "denoising.gif"), (args.upscale, "upscaled"), (args.npz, "samples_*.npz"))
+        for wanted, name in (*made, (sampler.source is not None, "ways.png")):
             if wanted:
                 print(f"  {out}/{name}")
 

@@ -16,8 +16,9 @@ from src.data import HeldOut, ImageConfig, Sources, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.autoencoder import autoencoder_for
+from src.sampling.ends import latent_bounds
 from src.sampling.latents import cache_folder, latents_of
-from src.sampling.opened import build_unet, count_classes, latent_bounds, preview_sampler, start_from
+from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, preview
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
@@ -123,7 +124,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         autoencoder.keep(run_dir / "autoencoder")
         if session.step == 0:
             first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
-    examples = latents.held_out(held_out.labels) if held_out is not None else None
+    examples = latents.examples(held_out.labels) if held_out is not None else None
     batches = latent_stream(
         latents.train,
         train_set.labels,

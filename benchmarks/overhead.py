@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What a training step costs besides the network: the script's own loop around a network of zero cost.
 
-  python benchmarks/overhead.py [--steps 300] [--threads 2]
+  python benchmarks/overhead.py [--steps 300] [--threads 2] [--points]
 
-The loop is the real one (stream of batches, noise, targets, loss, gate, clipping, AdamW, EMA, log); the network is one
+The loop is the script's own (stream of batches, noise, targets, loss, gate, clipping, AdamW, EMA, log); the network is one
 parameter. A second row adds what grows with the parameters (clipping, AdamW and EMA of the demo's network).
 """
 
@@ -16,19 +16,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-import ddpm_accelerate as script
+import ddpm_accelerate
+import train_iadb
 from benchmarks.unet import machine
 from src.config import load
+from src.models import MLP, MLPConfig
 from src.sampling.opened import build_unet
 from src.training.ema import EMA
 from src.training.optimizer import adamw
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits_ddpm.json"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 class Nothing(nn.Module):
@@ -42,28 +45,26 @@ class Nothing(nn.Module):
         return x * self.scale
 
 
-def loop_milliseconds(steps: int) -> float:
-    """Milliseconds of a step of `ddpm_accelerate.train` at the demo's size around `Nothing`; previews and saves left out."""
+def loop_milliseconds(script: Any, config: Path, steps: int) -> float:
+    """Milliseconds of a step of a script's `train` at its size around `Nothing`; previews and saves left out."""
     cadence = ["preview.every=null", "checkpoint.every=null", f"log.every={steps // 3}", f"steps={steps}", "held_out=0.0"]
-    cfg = load(CONFIG, script.Config, [*cadence, "log.trackers=[]", "preview.num_samples=1", "preview.sampler.steps=1"])
-    script.build_unet = lambda *_: Nothing()
+    more = ["preview.calls=[1]"] if script is train_iadb else ["preview.sampler.steps=1"]
+    cfg = load(config, script.Config, [*cadence, *more, "log.trackers=[]", "preview.num_samples=1"])
+    script.build_unet = script.MLP = lambda *_, **__: Nothing()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         script.train(cfg, Path(folder) / "run", dry_run=False)
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(1e3 * cfg.batch_size / line["images_per_second"] for line in lines[1:])
 
 
-def network_milliseconds(rounds: int) -> tuple[float, float]:
-    """Forward and backward of the demo's network alone; and clipping, AdamW and EMA of its parameters."""
-    cfg = load(CONFIG, script.Config)
-    network = build_unet(cfg.model, (1, cfg.image.size, cfg.image.size), 10)
+def network_milliseconds(cfg: Any, network: nn.Module, x: Tensor, labels: Tensor | None, rounds: int) -> tuple[float, float]:
+    """Forward and backward of a network alone; and clipping, AdamW and EMA of its parameters."""
     optimizer, ema = adamw(network.parameters(), cfg.optimizer), EMA(network, cfg.ema)
-    x = torch.randn(cfg.batch_size, 1, 16, 16)
-    t, y = torch.rand(cfg.batch_size) * 1000, torch.randint(0, 10, (cfg.batch_size,))
+    t = torch.rand(len(x))
     spent: list[tuple[float, float]] = []
     for _ in range(rounds):
         began = time.perf_counter()
-        network(x, t, y).square().mean().backward()
+        network(x, t, labels).square().mean().backward()
         between = time.perf_counter()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -74,16 +75,8 @@ def network_milliseconds(rounds: int) -> tuple[float, float]:
     return 1e3 * statistics.median(alone), 1e3 * statistics.median(update)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    network, update = network_milliseconds(25)
-    loop = loop_milliseconds(args.steps)
-    print(machine())
-    print("| at the demo's size (16 px, batch 64) | ms a step | share of a step |")
+def table(title: str, network: float, update: float, loop: float) -> None:
+    print(f"| {title} | ms a step | share of a step |")
     print("| --- | --- | --- |")
     for name, spent in (
         ("forward and backward of the network", network),
@@ -91,6 +84,32 @@ def main() -> None:
         ("clipping, AdamW and EMA of the network's parameters", update),
     ):
         print(f"| {name} | {spent:.2f} | {100 * spent / (network + loop + update):.1f} % |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--points", action="store_true", help="the MLP of points2d_iadb on one core, instead of the demo's U-Net"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1 if args.points else args.threads)
+    if args.points:
+        config = CONFIGS / "points2d_iadb.json"
+        cfg = load(config, train_iadb.Config)
+        assert isinstance(cfg.model, MLPConfig)
+        parts = network_milliseconds(cfg, MLP(cfg.model), torch.randn(cfg.batch_size, 2), None, 60)
+        loop, title = loop_milliseconds(train_iadb, config, args.steps), f"points2d_iadb (batch {cfg.batch_size})"
+    else:
+        config = CONFIGS / "digits_ddpm.json"
+        cfg = load(config, ddpm_accelerate.Config)
+        network = build_unet(cfg.model, (1, cfg.image.size, cfg.image.size), 10)
+        x, labels = torch.randn(cfg.batch_size, 1, 16, 16), torch.randint(0, 10, (cfg.batch_size,))
+        parts = network_milliseconds(cfg, network, x, labels, 25)
+        loop, title = loop_milliseconds(ddpm_accelerate, config, args.steps), "at the demo's size (16 px, batch 64)"
+    print(machine())
+    table(title, *parts, loop)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,9 @@ Length = Annotated[
 ]
 
 
+ENDLESS = 10**15  # steps of a run without end
+
+
 def to_steps(length: int | Span, *, batch_size: int, num_images: int) -> int:
     """Optimiser steps in `length`: a number is steps already; epochs and images are rounded up, to at least 1.
 
@@ -272,7 +275,8 @@ def _explain(root: Any, raw: Any, error: pydantic.ValidationError) -> str:
             close = difflib.get_close_matches(str(word), allowed.replace("'", "").split(", "), 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             where = f"{where}.{field}" if field.isidentifier() else where
-            message = f"{word!r} is not known{hint} Allowed: {allowed}" if word is not None else f"missing; allowed: {allowed}"
+            message = f"{word!r} is not known{hint or '.'} Allowed: {allowed}"
+            message = f"missing; allowed: {allowed}" if word is None else message
         elif item["type"] == "literal_error":
             expected = item.get("ctx", {}).get("expected", "")
             close = difflib.get_close_matches(str(here), expected.replace("'", "").replace(" or ", ", ").split(", "), 1)
@@ -328,7 +332,7 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
         elif not isinstance(below, dict):
             below = here[part] = {}
         here = below
-    if path[-1] in ("source", "kind"):
+    if len(path) > 1 and path[-1] in ("source", "kind"):
         here.clear()  # to choose a kind is to start afresh: what was set for the old one does not belong to it
     here[path[-1]] = value
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,6 +141,21 @@ def refused(script: str, *arguments: str | Path) -> str:
     return str(raised.value)
 
 
+def run_here(script: str, *arguments: str | Path) -> None:
+    """A script's main to its end in this process: quick where launching is not what is tested."""
+    AcceleratorState._reset_state(True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.syspath_prepend(str(ROOT))
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        try:
+            assert not importlib.import_module(script).main()
+        finally:
+            AcceleratorState._reset_state(True)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -203,5 +219,14 @@ def ldm_run(vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke diffusion on its latents, on one process; read only."""
     run = tmp_path_factory.mktemp("ldm") / "one"
     done = launch("train_ldm.py", "-cfg", "configs/smoke/ldm.json", "--set", f"autoencoder={vae_run}", "--run-dir", run)
+    assert done.status == 0 and "Traceback" not in done.all and "Warning" not in done.err, done.all
+    return run
+
+
+@pytest.fixture(scope="session")
+def iadb_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke config of blending, noise to pictures, on one process; read only but for pairs."""
+    run = tmp_path_factory.mktemp("iadb") / "one"
+    done = launch("train_iadb.py", "-cfg", "configs/smoke/iadb.json", "--run-dir", run)
     assert done.status == 0 and "Traceback" not in done.all and "Warning" not in done.err, done.all
     return run

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -88,6 +89,34 @@ CODEBOOK = Job(
     AUTOENCODER.config,
     (*AUTOENCODER.more, *settings(model__bottleneck={"kind": "vq", "codes": 32})),
 )
+
+
+POINTS = Job(
+    "train_iadb.py",
+    "configs/points2d_iadb.json",
+    settings(
+        steps=200,
+        model={"kind": "mlp", "width": 24, "layers": 2},
+        batch_size=64,
+        micro_batch_size=32,
+        preview={"every": 100, "num_samples": 32, "calls": [1, 2]},
+        checkpoint__every=10,
+        log__every=1,
+        log__trackers=[],
+    ),
+)
+BLEND = Job(
+    "train_iadb.py", "configs/smoke/iadb.json", settings(steps=80, checkpoint__every=4, log__every=1, preview__every=40)
+)
+
+
+def go_back(run: Path, out: Path, step: int = 10) -> None:
+    """A copy of a run as if it had been killed after its checkpoint of this step."""
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "final")
+    for path in (out / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
 
 
 def arguments(run: Path, *more: str) -> list[str]:

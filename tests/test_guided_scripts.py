@@ -47,13 +47,6 @@ def classifier_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def go_back(run: Path, out: Path) -> None:
-    """A copy of a run as if it had been killed after its checkpoint of step 10."""
-    shutil.copytree(run, out)
-    for name in ("final", "checkpoints/step_00000020", "checkpoints/step_00000030"):
-        shutil.rmtree(out / name)
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 
@@ -61,7 +54,7 @@ def test_the_hybrid_loss_is_logged_by_its_terms_and_resumed_on_two(hybrid_run: P
     """The history of the times is in the checkpoint, and the same on all ranks."""
     for line in metrics(hybrid_run):
         assert {"loss", "mse", "vb"} <= line.keys() and line["vb"] > 0
-    go_back(hybrid_run, tmp_path / "two")
+    kills.go_back(hybrid_run, tmp_path / "two")
     done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", tmp_path / "two", *HYBRID, processes=2)
     assert done.status == 0 and "going on at step 10 of 30" in done.out and "= 2 x cpu x 1 x 8" in done.out, done.all
     kills.same_end(hybrid_run, tmp_path / "two")
@@ -109,7 +102,7 @@ def test_a_classifier_of_another_run(classifier_run: Path, tmp_path: Path) -> No
 
 
 def test_a_classifier_is_killed_and_resumed(classifier_run: Path, tmp_path: Path) -> None:
-    go_back(classifier_run, tmp_path / "run")
+    kills.go_back(classifier_run, tmp_path / "run")
     done = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run")
     assert done.status == 0 and "going on at step 10 of 30" in done.out, done.all
     kills.same_end(classifier_run, tmp_path / "run")

@@ -19,7 +19,7 @@ from PIL import Image
 from src import losses
 from src.config import load
 from src.diffusion import build_process
-from src.models import VAE, Discriminator
+from src.models import MLP, VAE, Discriminator
 from src.sampling.classifier import build_classifier, noise_process
 from src.sampling.opened import build_unet
 from src.training.stages import plan_stages
@@ -28,6 +28,7 @@ from tests.conftest import ROOT, environment, launch
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
 import train_classifier
+import train_iadb
 import train_ldm
 import train_vae
 
@@ -44,8 +45,8 @@ FLOORS = {
     "sampling": 2,
     "interop": 2,
 }
-TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_classifier")
-SCRIPTS = (*TRAINING, "sample", "evaluate", "prepare_data", "convert")
+TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
+SCRIPTS = (*TRAINING, "sample", "interpolate", "evaluate", "prepare_data", "convert")
 HEAVY = {
     "datasets",
     "diffusers",
@@ -140,7 +141,7 @@ def script_of(path: Path) -> Any:
     """The training script that a config is for, by the schema that it names."""
     named = (path.parent / json.loads(path.read_text())["$schema"]).resolve()
     assert named.parent == ROOT / "configs" / "schemas"
-    scripts = (train_vae, train_ldm, ddpm_accelerate, train_classifier)
+    scripts = (train_vae, train_ldm, ddpm_accelerate, train_iadb, train_classifier)
     return {script.__name__: script for script in scripts}[named.stem]
 
 
@@ -154,13 +155,22 @@ def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> 
     if script is train_classifier:
         return one_batch_of_a_classifier(cfg)
     process, conditional = build_process(cfg.process), cfg.class_conditional is not False
-    shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
+    shape = (2,) if cfg.image is None else (cfg.image.channels, cfg.image.size, cfg.image.size)
+    if script is train_iadb and cfg.autoencoder is not None:
+        shape = (4, cfg.image.size // 8, cfg.image.size // 8)  # Stable Diffusion's
+        if (path.with_name(f"{Path(cfg.autoencoder).name}.json")).exists():
+            ours = load(path.with_name(f"{Path(cfg.autoencoder).name}.json"), train_vae.Config)
+            assert ours.image == cfg.image
+            shape = ours.model.latent_shape(cfg.image.size)
     if script is train_ldm:
         autoencoder = load(path.with_name(f"{Path(cfg.autoencoder).name.removeprefix('smoke_')}.json"), train_vae.Config)
         assert (autoencoder.data, autoencoder.held_out, autoencoder.image) == (cfg.data, cfg.held_out, cfg.image)
         shape = autoencoder.model.latent_shape(cfg.image.size)
     with torch.device("meta"):
-        network = build_unet(cfg.model, shape, 27 if conditional else None, learned=cfg.process.variance == "learned")
+        if shape == (2,):
+            network = MLP(cfg.model, num_classes=27 if conditional else None)
+        else:
+            network = build_unet(cfg.model, shape, 27 if conditional else None, learned=cfg.process.variance == "learned")
         x0 = torch.zeros(2, *shape)
         condition = {"labels": torch.zeros(2, dtype=torch.long)} if conditional else {}
     t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
@@ -211,7 +221,8 @@ def test_the_scripts_read_top_to_bottom_in_250_lines() -> None:
 
 def test_any_config_turns_to_a_folder_of_ones_own() -> None:
     for path in CONFIGS:
-        if isinstance(json.loads(path.read_text())["data"], list):
+        raw = json.loads(path.read_text())
+        if isinstance(raw["data"], list) or "image" not in raw:
             continue
         cfg = load(path, script_of(path).Config, ["data.source=folder", "data.path=mine"])
         assert cfg.data.source == "folder" and cfg.data.path == "mine"  # pyright: ignore[reportAttributeAccessIssue]
@@ -225,10 +236,12 @@ def test_any_config_turns_to_a_folder_of_ones_own() -> None:
         ("imagenet64_ddpm", 1000, 295_904_454 + 768),  # Table 10, arXiv:2105.05233: 296 M; and our null class
         ("imagenet128_ddpm", 1000, 421_529_606 + 1024),  # 422 M
         ("imagenet256_uncond_ddpm", None, 552_814_086),  # guided-diffusion's: 552.8 M
+        ("celeba64_iadb", None, 113_673_219),  # the paper's UNet2DModel
     ],
 )
 def test_the_published_configs_are_the_published_networks(name: str, classes: int | None, parameters: int) -> None:
-    cfg = load(ROOT / "configs" / f"{name}.json", ddpm_accelerate.Config)
+    path = ROOT / "configs" / f"{name}.json"
+    cfg = load(path, script_of(path).Config)
     with torch.device("meta"):
         shape = (3, cfg.image.size, cfg.image.size)
         network = build_unet(cfg.model, shape, classes, learned=cfg.process.variance == "learned")
@@ -262,6 +275,7 @@ TINY = {
     "ddpm_accelerate.py": SMALL | SMALL_DIFFUSION | {"image.size": 16},
     "train_classifier.py": SMALL | {"steps": 4, "classifier.blocks": 1, "preview.num_measured": 4, "image.size": 16},
     "train_ldm.py": SMALL | SMALL_DIFFUSION | {"image.size": 64, "held_out": 0.1},
+    "train_iadb.py": {"steps": 4, "batch_size": 64, "preview.num_samples": 16, "checkpoint.every": None},
     "train_vae.py": SMALL
     | {"image.size": 64, "held_out": 0.1, "micro_batch_size": 4, "model.widths": [8, 8, 8, 8], "model.blocks": 1}
     | {"discriminator.base_channels": 8, "stages": [{"steps": 2, "adversarial": {"weight": 0.1}}, {"steps": 1, "tanh": True}]},
@@ -278,6 +292,8 @@ def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, tmp_path: Path
     shutil.rmtree(tmp_path / "my_pictures")
     for name in (*(f"{script}.py" for script in SCRIPTS), "src", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my_digits").mkdir()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "my_digits" / "1.png")
     for name, run in (("digits_ddpm", smoke_run), ("digits_ldm", ldm_run), ("wikiart256_ldm", ldm_run)):
         shutil.copytree(run / "final", tmp_path / "runs" / name / "final")
     ran = 0
@@ -292,7 +308,10 @@ def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, tmp_path: Path
             pairs = [f"{key}={json.dumps(value)}" for key, value in TINY[words[0]].items()]
             words += [word for pair in pairs for word in ("--set", pair)]
         if words[0] == "sample.py":
-            words += ["--steps", "2", "--num-samples", "4"]
+            words += ["--steps", "2", *([] if "--invert" in words else ["--num-samples", "4"])]
+        if words[0] == "interpolate.py":
+            words = [word.replace("3/7/1/0", "circle/cross/square/triangle") for word in words]
+            words += ["--steps", "2", "--frames-between", "2"]
         if words[0] == "evaluate.py":
             words += ["--steps", "2", "--num-images", "4"]
         done = launch(*words, cwd=tmp_path)
@@ -300,7 +319,8 @@ def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, tmp_path: Path
         ran += 1
     assert ran >= 14
     python = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(python) == 1
-    code = python[0].replace('"0/1/2/3/4/5/6/7/8/9", 10', '"0/1/2/3", 8').replace("range(10)", "range(8)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "digits.png").exists(), done.stderr
+    assert len(python) == 2 and len(python[0].splitlines()) <= 10
+    for code, made in zip(python, ("points.png", "digits.png"), strict=True):
+        code = code.replace('"0/1/2/3/4/5/6/7/8/9", 10', '"0/1/2/3", 8').replace("range(10)", "range(8)").replace("=300", "=30")
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0 and (tmp_path / made).exists(), done.stderr

@@ -15,9 +15,13 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from src.config import read_json
+from src.data import open_sources
+from src.data.points import CheckerboardSource, draw_points
+from src.data.sources import DigitsSource
 from src.training.checkpoint import newest
 from tests import kills
 from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics
+from tests.test_iadb_scripts import sliced_wasserstein
 
 pytestmark = pytest.mark.soak
 
@@ -175,3 +179,73 @@ def test_compiled_networks_train_as_plain_ones(tmp_path: Path) -> None:
             assert done.status == 0, done.all
             losses.append([line["loss"] for line in metrics(run)])
         assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("job", [kills.BLEND, kills.POINTS], ids=["pictures", "points"])
+def test_kills_of_blending(tmp_path: Path, job: kills.Job, processes: int) -> None:
+    assert launch(*job.arguments(tmp_path / "whole")).status == 0
+    kill_often(job, tmp_path / "whole", tmp_path / "run", processes, kills_wanted=8, inside=2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_while_pairs_are_made_and_learned(tmp_path: Path, processes: int) -> None:
+    """Blocks of pairs are whole or absent, and those that are there are kept."""
+    assert launch(*kills.POINTS.arguments(tmp_path / "first")).status == 0
+    rng, ends, made = random.Random(processes), [], []
+    for name in ("whole", "killed"):
+        first = tmp_path / name / "first"
+        shutil.copytree(tmp_path / "first", first)
+        pairs = {"run": str(first), "count": 8000, "batch_size": 32, "sampler": {"solver": "rk4", "steps": 64}}
+        job = kills.Job(kills.POINTS.script, kills.POINTS.config, (*kills.POINTS.more, *kills.settings(pairs=pairs)))
+        run, hits = tmp_path / name / "run", 0
+        while name == "killed" and hits < 5 and not any(first.glob("pairs/*/manifest.json")):
+            before = len(list(first.glob("pairs/*.partial/pairs/*.json")))
+            process = subprocess.Popen(
+                command(processes, *job.arguments(run)), cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            while process.poll() is None and len(list(first.glob("pairs/*.partial/pairs/*.json"))) <= before:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.2))
+            hits += process.poll() is None
+            kills.kill_all(process)
+        assert name == "whole" or hits >= 3
+        if name == "killed":
+            hit = [kills.start_and_kill(run, processes, rng, inside_save=i % 2 == 0, job=job) for i in range(4)]
+            assert hit.count("ended") < 3
+        done = launch(*job.arguments(run), processes=processes)
+        assert done.status == 0, done.all
+        ends.append(run)
+        made.append({path.name: path.read_bytes() for path in first.glob("pairs/*/pairs/*")})
+    assert len(made[0]) == 2 * 32 and made[0] == made[1]
+    kills.same_end(*ends)
+
+
+def test_points_of_the_demo_are_as_near_as_draws_of_the_density(tmp_path: Path) -> None:
+    done = launch("train_iadb.py", "-cfg", "configs/points2d_iadb.json", "--run-dir", tmp_path / "run", timeout=1200)
+    assert done.status == 0, done.all
+    board, rng, count = draw_points(CheckerboardSource(source="checkerboard")).points, np.random.default_rng(0), 4000
+
+    def drawn() -> np.ndarray:
+        return rng.choice(board, count, replace=False)
+
+    with np.load(tmp_path / "run" / "points" / "points.npz") as found:
+        data = found["data"][:count]
+    assert sliced_wasserstein(data, drawn()) <= max(sliced_wasserstein(drawn(), drawn()) for _ in range(20))
+
+
+def test_the_demos_digits_go_to_their_noise_and_back(tmp_path: Path) -> None:
+    """rk4, 16 steps. A path that whitens keeps a correlation: for a Gaussian of the digits' covariance C the noise C^-1/2 x has
+    tr C^1/2 / sqrt(d tr C), 0.32, with the picture x."""
+    done = launch("ddpm_accelerate.py", "-cfg", "configs/digits_ddpm.json", "--run-dir", tmp_path / "run", timeout=1200)
+    assert done.status == 0, done.all
+    digits = open_sources(DigitsSource(source="digits", split="test"))
+    (tmp_path / "digits").mkdir()
+    for i in range(40):
+        Image.fromarray(np.asarray(digits.parts[0].load(i, channels=1))[:, :, 0]).save(tmp_path / "digits" / f"{i:02d}.png")
+    words = ("--invert", tmp_path / "digits", "--solver", "rk4", "--steps", "16", "--out", tmp_path / "out")
+    assert launch("sample.py", tmp_path / "run", *words).status == 0
+    told = read_json(tmp_path / "out" / "inversion.json")
+    assert told["network_calls"] <= 64 and told["mean"]["rms"] < 0.01
+    assert 0.9 < told["mean"]["std"] < 1.1 and told["mean"]["correlation"] < 0.32

@@ -1,6 +1,20 @@
-"""Pictures: where they come from, which are left out, and what the network sees of them."""
+"""Pictures and points: where they come from, which are left out, and what the network sees of them."""
 
+from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_points
 from .sources import HeldOut, PictureSet, Source, Sources, open_data, open_sources
 from .transforms import ImageConfig
 
-__all__ = ["HeldOut", "ImageConfig", "PictureSet", "Source", "Sources", "open_data", "open_sources"]
+__all__ = [
+    "DataEnd",
+    "GaussianSource",
+    "HeldOut",
+    "ImageConfig",
+    "PictureSet",
+    "PointSet",
+    "Source",
+    "SourceEnd",
+    "Sources",
+    "open_data",
+    "open_points",
+    "open_sources",
+]

@@ -57,13 +57,13 @@ def sums_of(moments: Moments) -> dict[str, Any]:
     }
 
 
-def write_block(folder: Path, split: str, number: int, moments: Moments) -> None:
-    """One block and its sums; both are there, whole, once the .json is."""
+def write_block(folder: Path, split: str, number: int, values: NDArray[np.float32], facts: Mapping[str, Any]) -> None:
+    """One block and what is known of it; both are there, whole, once the .json is."""
     path = block_path(folder, split, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    np.save(content, moments)  # into memory: given a file, NumPy goes past Python and loses why it could not write
-    for suffix, whole in ((".npy", content.getbuffer()), (".json", json.dumps(sums_of(moments)).encode())):
+    np.save(content, values)  # into memory: given a file, NumPy goes past Python and loses why it could not write
+    for suffix, whole in ((".npy", content.getbuffer()), (".json", json.dumps(facts).encode())):
         write_whole(path.with_suffix(suffix), whole)
 
 
@@ -130,16 +130,18 @@ def open_latents(
     found = differs(manifest, contract)
     if found:
         raise UserError(f"the latent cache {folder} was made of {' and '.join(found)}; remove it, or give another `latents`")
-    sets = {}
-    for split, count in counts.items():
-        try:
-            blocks = [np.load(block_path(folder, split, i), mmap_mode="r") for i in range(-(-count // BLOCK))]
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"the latent cache {folder} is damaged ({error}); remove it, and it is made again") from None
-        if sum(map(len, blocks)) != count:
-            raise UserError(f"the latent cache {folder} is cut short; remove it, and it is made again")
-        sets[split] = LatentSet(blocks, device)
-    return manifest, sets
+    return manifest, {split: open_blocks(folder, split, count, device) for split, count in counts.items()}
+
+
+def open_blocks(folder: Path, split: str, count: int, device: torch.device, name: str = "latent cache") -> LatentSet:
+    """The blocks of a cache that holds `count`; a UserError where they are damaged or too few."""
+    try:
+        blocks = [np.load(block_path(folder, split, i), mmap_mode="r") for i in range(-(-count // BLOCK))]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the {name} {folder} is damaged ({error}); remove it, and it is made again") from None
+    if sum(map(len, blocks)) != count:
+        raise UserError(f"the {name} {folder} is cut short; remove it, and it is made again")
+    return LatentSet(blocks, device)
 
 
 def blocks_of(count: int, rank: int, world: int) -> Iterable[tuple[int, Sequence[int]]]:

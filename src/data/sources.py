@@ -585,16 +585,16 @@ class PictureSet:
 
     def _one(self, i: int, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """A picture that broke after the scan is replaced by the next of its class, and said."""
-        fellows = np.flatnonzero(self.labels == self.labels[i])
-        first = int(np.searchsorted(fellows, i))
-        for attempt in range(20):
-            j = int(fellows[(first + attempt) % len(fellows)])
+        j = i
+        for attempt in range(1, 21):
             part = self.parts[self.which[j]]
             try:
                 return square(part.load(int(self.index[j]), channels=spec.channels, at_least=spec.size), spec, u)
             except Exception as error:
                 name = part.names[int(self.index[j])]
                 print(f"warning: {name!r} can no longer be read ({error}); the next one takes its place", flush=True)
+                fellows = np.flatnonzero(self.labels == self.labels[i])
+                j = int(fellows[(int(np.searchsorted(fellows, i)) + attempt) % len(fellows)])
         raise UserError(f"twenty pictures in a row, from {self.names[i]!r} on, can no longer be read; is the disk gone?")
 
     def lowest(self, count: int) -> "PictureSet":
@@ -609,8 +609,8 @@ class PictureSet:
 
 
 def _lowest(names: Sequence[str], count: int) -> NDArray[np.int64]:
-    """Which of the names hash lowest, in their order."""
-    return np.array(sorted(sorted(range(len(names)), key=lambda i: (_fraction(names[i]), i))[:count]))
+    """Which of the names hash lowest, in their order: by another hash than that of who is held out, or all of them were."""
+    return np.array(sorted(sorted(range(len(names)), key=lambda i: (_fraction(f"subset of {names[i]}"), i))[:count]))
 
 
 def _natural(name: str) -> tuple[int, str]:

@@ -12,12 +12,13 @@ from .guidance import (
 )
 from .likelihood import BitsPerDimension, bits_per_dimension
 from .process import Denoiser, LossConfig, Losses, Prediction, Process, ProcessConfig, TimeInput, build_process, gain
-from .schedules import SPACINGS, BlendSchedule, Level, Schedule, TableSchedule, build_schedule, times
-from .solvers import DETERMINISTIC, SOLVERS, ancestral, ddim, dpmpp_2m, euler, heun, midpoint, rk4
+from .schedules import SPACINGS, BlendSchedule, Level, Schedule, TableSchedule, build_schedule, inversion_times, times
+from .solvers import DETERMINISTIC, INVERTIBLE, SOLVERS, ancestral, ddim, dpmpp_2m, euler, heun, midpoint, redraw, rk4
 from .variance import log_variance, transitions
 
 __all__ = [
     "DETERMINISTIC",
+    "INVERTIBLE",
     "SOLVERS",
     "SPACINGS",
     "BitsPerDimension",
@@ -46,10 +47,12 @@ __all__ = [
     "euler",
     "gain",
     "heun",
+    "inversion_times",
     "is_within",
     "log_variance",
     "midpoint",
     "on_schedule",
+    "redraw",
     "rk4",
     "times",
     "transitions",

@@ -300,3 +300,13 @@ def times(schedule: TableSchedule | BlendSchedule, steps: int | list[int], spaci
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     curves = {"dense_clean": grid**2, "dense_noise": 1 - (1 - grid) ** 2}
     return curves.get(spacing, grid)
+
+
+def inversion_times(times: Tensor, schedule: TableSchedule | BlendSchedule) -> Tensor:
+    """Sampling times (N + 1,) the other way, from the data to the noise.
+
+    Where the network may not be called at the clean level they begin at the first trained one, (N,): what is inverted counts as
+    being there.
+    """
+    way = times.flip(0)
+    return way if schedule.network_at_clean or float(way[0]) != schedule.clean else way[1:]

@@ -174,5 +174,30 @@ def ancestral(
     return x
 
 
+def redraw(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    schedule: Schedule,
+    *,
+    source: Noise,
+    callback: Callback | None = None,
+) -> Tensor:
+    """x_s = alpha_s x0 + sigma_s eps', eps' a new draw of the source at each step: source(step, x) -> (B, ...).
+
+    The stochastic variant of iterative alpha-(de)blending (Heitz et al. 2023, arXiv:2305.03486); one call a step.
+    """
+    alpha, sigma = schedule.level(times)
+    for i in range(len(times) - 1):
+        prediction = denoiser(x, times[i])
+        if callback is not None:
+            callback(i, times[i], x, prediction)
+        x = like(alpha[i + 1], x) * prediction.x0
+        if sigma[i + 1] > 0:
+            x = x + like(sigma[i + 1], x) * source(i, x)
+    return x
+
+
 DETERMINISTIC = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dpmpp_2m": dpmpp_2m}
-SOLVERS: tuple[str, ...] = (*DETERMINISTIC, "ddim", "ancestral")
+SOLVERS: tuple[str, ...] = (*DETERMINISTIC, "ddim", "ancestral", "redraw")
+INVERTIBLE = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "ddim": euler}  # ddim with eta 0 is euler

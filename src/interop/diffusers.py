@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import UserError, read_json, validate, write_flushed
+from ..config import UserError, dump, read_json, validate, write_flushed
 from ..diffusion import ProcessConfig
+from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
@@ -193,10 +194,16 @@ def module_names(config: UNetConfig) -> dict[str, str]:
     return names
 
 
-def _fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    fused = dict(state)
+def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A UNet2DModel's state dict, its attentions by the names that diffusers has had since 0.15."""
+    renamed = dict(state)
     for old, new in FORMERLY.items():
-        fused = {key.replace(old, new) if ".attentions." in key else key: value for key, value in fused.items()}
+        renamed = {key.replace(old, new) if ".attentions." in key else key: value for key, value in renamed.items()}
+    return renamed
+
+
+def _fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    fused = present_names(state)
     for key in [key for key in fused if ".to_q." in key]:
         names = [key.replace(".to_q.", f".to_{part}.") for part in "qkv"]
         if all(name in fused for name in names):
@@ -262,6 +269,21 @@ DDPM_DEFAULTS = {
 }
 # How their sampler goes through the levels, which is no part of the process; `tensor_format` is a word of diffusers 0.1.
 SAMPLING = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "tensor_format": "pt"}
+FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW_SAMPLING = {
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "time_shift_type": "exponential",
+    "stochastic_sampling": False,
+}
 
 
 def _named(table: Mapping[str, str], ours: str) -> str:
@@ -269,11 +291,14 @@ def _named(table: Mapping[str, str], ours: str) -> str:
 
 
 def process_config(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig:
-    """A `scheduler_config.json` of DDPMScheduler or DDIMScheduler as our process; `learned` says whether the network's
-    output has channels for the variance. A UserError names key and value that we have nothing for.
+    """A `scheduler_config.json` of DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler as our process; `learned`
+    says whether the network's output has channels for the variance. A UserError names key and value that we have nothing for.
 
-    How the network was trained is not in it: a learned variance has the hybrid loss here.
+    How the network was trained is not in it: a learned variance has the hybrid loss here. With the last of them a network
+    predicts eps - x0: our `blend` is what its head gives negated.
     """
+    if theirs.get("_class_name") == FLOW:
+        return _flow_process(theirs, learned=learned)
     found = {**DDPM_DEFAULTS, **theirs}
 
     def refuse(key: str, allowed: str) -> UserError:
@@ -285,7 +310,7 @@ def process_config(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig
         return table[found[key]]
 
     if found.get("_class_name", "DDPMScheduler") not in ("DDPMScheduler", "DDIMScheduler"):
-        raise refuse("_class_name", "DDPMScheduler, DDIMScheduler")
+        raise refuse("_class_name", f"DDPMScheduler, DDIMScheduler, {FLOW}")
     for key in found:
         if key not in DDPM_DEFAULTS and key not in SAMPLING and not key.startswith("_") and found[key] is not None:
             raise refuse(key, "to leave it out")
@@ -318,14 +343,42 @@ def process_config(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig
     )
 
 
-def scheduler_config(spec: ProcessConfig) -> dict[str, Any]:
-    """Our process as the `scheduler_config.json` of a DDPMScheduler: the inverse of `process_config`.
+def _flow_process(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig:
+    """That of a FlowMatchEulerDiscreteScheduler: x_t = (1 - t) x0 + t eps, and the network is fed t times its timesteps."""
+    for key, value in theirs.items():
+        known = key in FLOW_SAMPLING or key.startswith("_") or key == "num_train_timesteps"
+        if not known and value is not None and not (key == "invert_sigmas" and value is False):
+            raise UserError(f"a {FLOW} with {key}={value!r} is not supported; allowed: to leave it out")
+    if learned:
+        raise UserError(f"a {FLOW} with twice as many channels out as in is not supported; the blend learns no variance")
+    return validate(
+        ProcessConfig,
+        {
+            "schedule": {"kind": "blend"},
+            "target": "blend",
+            "clip": False,
+            "time_input": {"kind": "t", "scale": theirs.get("num_train_timesteps", 1000)},
+        },
+        origin="this scheduler as process",
+    )
 
-    A UserError names the option that it has not.
+
+def scheduler_config(spec: ProcessConfig) -> dict[str, Any] | None:
+    """Our process as the `scheduler_config.json` of a DDPMScheduler, or of a FlowMatchEulerDiscreteScheduler for the blend: the
+    inverse of `process_config`. None of a blend whose network is fed another time than that, which is 1000 t.
+
+    A UserError names the option that they have not.
     """
     schedule = spec.schedule
     if isinstance(schedule, BlendScheduleConfig):
-        raise UserError("DDPMScheduler has no process.schedule blend; what can be exported has a table of betas")
+        if spec.target != "blend":
+            raise UserError(
+                f"diffusers has no process.schedule blend with process.target {spec.target}; what can be exported has blend"
+            )
+        time = fed(schedule, spec.time_input)
+        if (time.kind, time.scale) != ("t", 1000.0):
+            return None
+        return {"_class_name": FLOW, "_diffusers_version": VERSION, "num_train_timesteps": 1000, **FLOW_SAMPLING}
     if spec.target not in TARGETS.values():
         raise UserError(
             f"DDPMScheduler has no process.target {spec.target}; what can be exported has {', '.join(TARGETS.values())}"
@@ -360,7 +413,7 @@ def _folder(name: str | Path) -> Path:
     import huggingface_hub
 
     files = [f"{place}{file}" for place in ("", "unet/") for file in ("config.json", f"{WEIGHTS}.safetensors")]
-    files += ["model_index.json", "classes.json", "scheduler_config.json", "scheduler/scheduler_config.json"]
+    files += ["model_index.json", "classes.json", "process.json", "scheduler_config.json", "scheduler/scheduler_config.json"]
     try:
         folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
         if _weights(folder) is None:
@@ -391,8 +444,8 @@ def _beside(folder: Path, subfolder: str, file: str) -> Path | None:
 def read(name: str | Path) -> Imported:
     """A folder of diffusers with a UNet2DModel, of a DDPMPipeline or the model's alone, or its name on the hub.
 
-    Weights are safetensors, or a .bin that is read without running anything in it. A UserError says which file is missing, and
-    names each option that we have nothing for.
+    What `export` wrote comes back as it was. Weights are safetensors, or a .bin that is read without running anything in it. A
+    UserError says which file is missing, and names each option that we have nothing for.
     """
     folder = _folder(name)
     path = _beside(folder, "unet", "config.json")
@@ -411,12 +464,14 @@ def read(name: str | Path) -> Imported:
         raise UserError(f"{path}: sample_size {size} is no square, which is what can be read")
     if outputs not in (channels, 2 * channels):
         raise UserError(f"{path}: {channels} channels in and {outputs} out is no network of a diffusion process")
-    process, told = _read_process(folder, learned=outputs == 2 * channels)
+    process, told, negated = _read_process(folder, learned=outputs == 2 * channels)
 
     weights = _weights(folder)
     if weights is None:
         raise UserError(f"{name} holds no {WEIGHTS}.safetensors and no {WEIGHTS}.bin")
     state = read_tensors(weights.parent, WEIGHTS) if weights.suffix == ".safetensors" else read_state(weights)
+    if negated:
+        state = _negated(state)
     classes = _object(folder / "classes.json") if (folder / "classes.json").is_file() else {}
     null_class = classes.get("null_class") is True and theirs.get("num_class_embeds") is not None
     try:
@@ -434,13 +489,23 @@ def read(name: str | Path) -> Imported:
         num_classes=network.num_classes,
         null_class=null_class,
         told=(f"network: {path}, weights {weights.name}", *told),
+        script="train_iadb.py" if process.target == "blend" else "ddpm_accelerate.py",
     )
 
 
-def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[str]]:
-    """What the folder's scheduler_config.json says, or else DDPMScheduler's defaults; and where it is from, in words."""
-    path = _beside(folder, "scheduler", "scheduler_config.json")
+def _negated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the UNet2DModel that gives minus what this one gives."""
+    return {key: -value if key.startswith("conv_out.") else value for key, value in state.items()}
+
+
+def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[str], bool]:
+    """What the folder's process.json (which is ours) or scheduler_config.json says, or else DDPMScheduler's defaults; where it
+    is from, in words; and whether the network gives minus its target, as a FlowMatchEulerDiscreteScheduler wants it."""
+    path, ours = _beside(folder, "scheduler", "scheduler_config.json"), folder / "process.json"
     settings = _object(path) if path is not None else {}
+    negated = settings.get("_class_name") == FLOW
+    if ours.is_file():
+        return validate(ProcessConfig, _object(ours), origin=str(ours)), [f"process: {ours}"], negated
     try:
         process = process_config(settings, learned=learned)
     except UserError as error:
@@ -450,12 +515,13 @@ def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[s
         told = [
             "process: there is no scheduler_config.json, so DDPMScheduler's defaults: linear betas, 1000 steps, eps, clipped"
         ]
-    left = [f"{key} {settings[key]}" for key, usual in SAMPLING.items() if settings.get(key, usual) != usual]
+    usual = FLOW_SAMPLING if negated else SAMPLING
+    left = [f"{key} {settings[key]}" for key in usual if settings.get(key, usual[key]) != usual[key]]
     if left:
         told.append(f"left out, since sampling has settings of its own: {', '.join(left)}")
     if learned:
         told.append("loss: hybrid of weight 1, of which the folder says nothing")
-    return process, told
+    return process, told, negated
 
 
 def export(
@@ -471,9 +537,11 @@ def export(
     """Write the new folder `out`, which diffusers' DDPMPipeline.from_pretrained loads and samples from; whole or absent.
 
     `network` sees pictures (1 or 3 channels, image_size, image_size) in [-1, 1]. DDIMPipeline loads it too, but for what its
-    scheduler has not: a learned variance, and the sigmoid schedule. `card` is Markdown for the end of its README.md; of a
-    class-conditional network `classes.json` keeps `class_names` and whether the last class is the null class. What a
-    UNet2DModel or a DDPMScheduler has not is a UserError that names the option, before anything is written.
+    scheduler has not: a learned variance, and the sigmoid schedule. Of the blend there is no pipeline: the folder has the
+    UNet2DModel, its head negated, and a FlowMatchEulerDiscreteScheduler; where the network is fed another time than 1000 t, the
+    UNet2DModel alone. Its README.md has the loop that samples, and process.json brings it back. `card` is Markdown for the end
+    of that README.md; of a class-conditional network `classes.json` keeps `class_names` and whether the last class is the null
+    class. What a UNet2DModel or their schedulers have not is a UserError that names the option, before anything is written.
     """
     theirs, scheduler = unet2d_config(network, image_size=image_size), scheduler_config(spec)
     channels, outputs = theirs["in_channels"], theirs["out_channels"]
@@ -487,15 +555,24 @@ def export(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; give another folder with --out")
-    index = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
-    index |= {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-    documents: dict[str, Any] = {"model_index.json": index, "unet/config.json": theirs}
-    documents["scheduler/scheduler_config.json"] = scheduler
+    blend, place = isinstance(spec.schedule, BlendScheduleConfig), "unet/" if scheduler is not None else ""
+    documents: dict[str, Any] = {f"{place}config.json": theirs}
+    if scheduler is not None:
+        documents["scheduler/scheduler_config.json"] = scheduler
+    if blend:
+        documents["process.json"] = dump(spec)
+    else:
+        index = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
+        index |= {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+        documents["model_index.json"] = index
     if network.num_classes is not None:
         documents["classes.json"] = {"class_names": list(class_names), "null_class": network.null_class}
+    state = state_for_diffusers(network)
+    if blend and scheduler is not None:
+        state = _negated(state)
     files = {path: (json.dumps(document, indent=2) + "\n").encode() for path, document in documents.items()}
     files["README.md"] = _card(network, spec, theirs, folder=out.name, name=name, class_names=class_names, card=card).encode()
-    files[f"unet/{WEIGHTS}.safetensors"] = safetensors.torch.save(state_for_diffusers(network), metadata={"format": "pt"})
+    files[f"{place}{WEIGHTS}.safetensors"] = safetensors.torch.save(state, metadata={"format": "pt"})
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -520,10 +597,10 @@ def _card(
     card: str,
 ) -> str:
     """The README.md of an exported folder: what it is, and how to draw from it."""
-    assert not isinstance(spec.schedule, BlendScheduleConfig)
-    classes, size, channels, steps = network.num_classes, theirs["sample_size"], theirs["in_channels"], spec.schedule.steps
-    colours = "RGB" if channels == 3 else "grey"
+    classes, size = network.num_classes, theirs["sample_size"]
+    colours = "RGB" if theirs["in_channels"] == 3 else "grey"
     kind = f"with {classes} classes" if classes is not None else "without classes"
+    what, code = (_blend_card if isinstance(spec.schedule, BlendScheduleConfig) else _ddpm_card)(network, spec, theirs, folder)
     lines = [
         "---",
         "library_name: diffusers",
@@ -534,26 +611,31 @@ def _card(
         f"# {name}",
         "",
         f"A diffusion model of {colours} pictures of {size} x {size} pixels, {kind}: a UNet2DModel with "
-        f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters. It predicts {spec.target} "
-        f"on the {spec.schedule.kind} schedule of {steps} steps; the variance of its steps is {spec.variance}. "
+        f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters. {what} "
         "Trained with Atelier.",
         "",
         "```python",
+        *code,
+        "```",
+        "",
     ]
-    if classes is None:
-        ddim = spec.variance != "learned" and spec.schedule.kind != "sigmoid"
-        lines += [
-            "from diffusers import DDPMPipeline" if not ddim else "from diffusers import DDIMPipeline, DDPMPipeline",
-            "",
-            f'images = DDPMPipeline.from_pretrained("{folder}")(batch_size=4, num_inference_steps={steps}).images',
-        ]
-        if ddim:  # our samplers recompute eps where x0 was clipped
-            lines += [
-                f'pipeline = DDIMPipeline.from_pretrained("{folder}")',
-                f"images = pipeline(batch_size=4, num_inference_steps={min(50, steps)}, use_clipped_model_output=True).images",
-            ]
-    else:
-        lines += [
+    if class_names and classes is not None:
+        lines += [f"Classes: {', '.join(f'{i} {class_name}' for i, class_name in enumerate(class_names))}.", ""]
+    if classes is not None and network.null_class:
+        lines += [f"Class {classes} is no class, for classifier-free guidance.", ""]
+    return "\n".join(lines) + (f"{card.strip()}\n" if card else "")
+
+
+def _ddpm_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str) -> tuple[str, list[str]]:
+    """What a network with a table of levels predicts, and the Python that draws from it."""
+    assert not isinstance(spec.schedule, BlendScheduleConfig)
+    classes, size, channels, steps = network.num_classes, theirs["sample_size"], theirs["in_channels"], spec.schedule.steps
+    what = (
+        f"It predicts {spec.target} on the {spec.schedule.kind} schedule of {steps} steps; the variance of its steps is "
+        f"{spec.variance}."
+    )
+    if classes is not None:
+        return what, [
             "import torch",
             "from diffusers import DDPMScheduler, UNet2DModel",
             "",
@@ -566,12 +648,68 @@ def _card(
             "        x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample",
             "images = (x / 2 + 0.5).clamp(0, 1)",
         ]
-    lines += ["```", ""]
-    if class_names and classes is not None:
-        lines += [f"Classes: {', '.join(f'{i} {class_name}' for i, class_name in enumerate(class_names))}.", ""]
-    if classes is not None and network.null_class:
-        lines += [f"Class {classes} is no class, for classifier-free guidance.", ""]
-    return "\n".join(lines) + (f"{card.strip()}\n" if card else "")
+    ddim = spec.variance != "learned" and spec.schedule.kind != "sigmoid"
+    code = [
+        "from diffusers import DDPMPipeline" if not ddim else "from diffusers import DDIMPipeline, DDPMPipeline",
+        "",
+        f'images = DDPMPipeline.from_pretrained("{folder}")(batch_size=4, num_inference_steps={steps}).images',
+    ]
+    if ddim:  # our samplers recompute eps where x0 was clipped
+        code += [
+            f'pipeline = DDIMPipeline.from_pretrained("{folder}")',
+            f"images = pipeline(batch_size=4, num_inference_steps={min(50, steps)}, use_clipped_model_output=True).images",
+        ]
+    return what, code
+
+
+def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str) -> tuple[str, list[str]]:
+    """The same on the blend, where a loop draws."""
+    classes, time = network.num_classes, fed(spec.schedule, spec.time_input)
+    condition = ", class_labels=labels" if classes is not None else ""
+    labels = [f"labels = torch.arange(4) % {classes}"] if classes is not None else []
+    noise = f"x = torch.randn(4, {theirs['in_channels']}, {theirs['sample_size']}, {theirs['sample_size']})"
+    images = "images = (x / 2 + 0.5).clamp(0, 1)"
+    if scheduler_config(spec) is not None:
+        what = "It predicts noise minus data on the straight blend x_t = (1 - t) data + t noise, and is fed 1000 t."
+        clipped = ["        v = (x - (x - t / 1000 * v).clamp(-1, 1)) / (t / 1000)  # data inside [-1, 1]"] if spec.clip else []
+        return what, [
+            "import torch",
+            f"from diffusers import {FLOW}, UNet2DModel",
+            "",
+            f'unet = UNet2DModel.from_pretrained("{folder}", subfolder="unet")',
+            f'scheduler = {FLOW}.from_pretrained("{folder}", subfolder="scheduler")',
+            "scheduler.set_timesteps(sigmas=[1 - i / 50 for i in range(50)])",
+            *labels,
+            noise,
+            "with torch.no_grad():",
+            "    for t in scheduler.timesteps:",
+            f"        v = unet(x, t{condition}).sample",
+            *clipped,
+            "        x = scheduler.step(v, t, x).prev_sample",
+            images,
+        ]
+    shown = "alpha" if time.kind == "alpha" else "(1 - alpha)"
+    shown = shown if time.scale == 1 else f"{str(time.scale).removesuffix('.0')} * {shown}"
+    what = (
+        "It predicts data minus noise on the straight blend x_alpha = (1 - alpha) noise + alpha data (iterative "
+        f"alpha-(de)blending, arXiv:2305.03486), and is fed {shown}, which no scheduler of diffusers does: this loop does."
+    )
+    clipped = ["        d = ((x + (1 - alpha) * d).clamp(-1, 1) - x) / (1 - alpha)  # data inside [-1, 1]"] if spec.clip else []
+    return what, [
+        "import torch",
+        "from diffusers import UNet2DModel",
+        "",
+        f'unet = UNet2DModel.from_pretrained("{folder}")',
+        *labels,
+        noise,
+        "alphas = torch.linspace(0, 1, 51)",
+        "with torch.no_grad():",
+        "    for alpha, after in zip(alphas, alphas[1:]):",
+        f"        d = unet(x, {shown}{condition}).sample",
+        *clipped,
+        "        x = x + (after - alpha) * d",
+        images,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- autoencoders

@@ -525,12 +525,12 @@ def published(found: Architecture) -> tuple[str, dict[str, Any]] | None:
 # ------------------------------------------------------------------------------------------------------ reading a checkpoint
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Another project's state dict, read without running anything in it."""
+def read_pickle(path: str | Path) -> Any:
+    """What torch saved in another project's file, read without running anything in it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is odd in a pickle, the error says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # of broken bytes the unpickler may make anything
@@ -541,6 +541,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             ) from None
         reason = (str(error).strip().splitlines() or ["it ends too soon"])[0].split(". ")[0]
         raise UserError(f"{path}: not a state dict that can be read safely ({reason})") from None
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Another project's state dict, read without running anything in it."""
+    state = read_pickle(path)
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):

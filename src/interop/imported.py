@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,14 +13,20 @@ from ..diffusion import ProcessConfig
 from ..models import ClassifierConfig, UNetConfig
 from ..training.checkpoint import write_folder
 
+if TYPE_CHECKING:
+    from ..sampling.autoencoder import Autoencoder
+
+UNKNOWN = 1e9  # where the range of latents is not known: a bound that holds nothing back, and that JSON can write
+
 
 @dataclass(frozen=True)
 class Imported:
-    """`network` is built of `model` and holds its weights; it sees pictures (channels, image_size, image_size).
+    """`network` is built of `model` and holds its weights; it sees pictures (channels, image_size, image_size), or
+    their latents by `autoencoder`, which brings its own scaling.
 
     `num_classes` is None for a network without classes, `null_class` whether it has one for no class; `low_resolution` is the
     size of the pictures that an upsampler starts from; `class_names` are those of the file, if it has any. `told` says, line by
-    line, where facts come from.
+    line, where facts come from; `script` is what trains such a network on.
     """
 
     network: nn.Module
@@ -32,6 +39,8 @@ class Imported:
     low_resolution: int | None = None
     class_names: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
+    script: str = "ddpm_accelerate.py"
+    autoencoder: "Autoencoder | None" = None
 
 
 def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = ()) -> Path | None:
@@ -60,9 +69,15 @@ def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = 
             "model": dump(found.model),
             "low_resolution": found.low_resolution,
         }
-    data = {"class_names": list(names), "imported": list(found.told)}
-    weights = {key: value.detach().cpu() for key, value in found.network.state_dict().items()}
-    write_folder(out, {"ema": weights}, {"config": config, "data": data, "progress": {"step": 0}})
+    data: dict[str, Any] = {"class_names": list(names), "imported": list(found.told)}
+    tensors: dict[str, Any] = {"ema": {key: value.detach().cpu() for key, value in found.network.state_dict().items()}}
+    documents = {"config": config, "data": data, "progress": {"step": 0}}
+    if found.autoencoder is not None:
+        config["autoencoder"] = found.autoencoder.path
+        kept, described = found.autoencoder.files()
+        tensors, documents = {**tensors, **kept}, {**documents, **described}
+        data["latents"] = _latent_facts(found, found.autoencoder)
+    write_folder(out, tensors, documents)
     if isinstance(found.model, ClassifierConfig) or found.low_resolution is not None:
         return None
     train = out / "finetune.json"
@@ -80,3 +95,17 @@ def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = 
     }
     write_whole(train, (json.dumps(start, indent=2) + "\n").encode())
     return train
+
+
+def _latent_facts(found: Imported, autoencoder: "Autoencoder") -> dict[str, Any]:
+    """What a latent run knows of its latents, as far as an autoencoder with its own scaling says it; their range is
+    not known."""
+    assert autoencoder.scaling is not None
+    shape = autoencoder.latent_shape(found.channels, found.image_size)
+    each = {"mean": autoencoder.scaling[0], "std": autoencoder.scaling[1], "low": -UNKNOWN, "high": UNKNOWN}
+    return {
+        "autoencoder": autoencoder.digest,
+        "image": {"size": found.image_size, "channels": found.channels},
+        "shape": list(shape),
+        **{key: [value] * shape[0] for key, value in each.items()},
+    }

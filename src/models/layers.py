@@ -20,6 +20,11 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
+def embed_labels(embedding: nn.Embedding, labels: Tensor) -> Tensor:
+    """(B,) class numbers, or (B, rows) weights of the embedding's rows -> (B, channels): weights blend classes."""
+    return labels @ embedding.weight if labels.is_floating_point() else embedding(labels)
+
+
 def channels_last(module: M) -> M:
     """The module with its weights laid out for pictures whose channels lie side by side, which is faster."""
     return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

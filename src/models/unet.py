@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import config, free, wrong
-from .layers import Attention, AttentionKind, Downsample, ResidualBlock, Upsample, sinusoidal_embedding, zeroed
+from .layers import (
+    Attention,
+    AttentionKind,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    embed_labels,
+    sinusoidal_embedding,
+    zeroed,
+)
 
 
 @config
@@ -220,10 +229,10 @@ class UNet(Encoder[UNetConfig]):
     """network(x, time, labels=None, low=None): x (B, in_channels, H, W), time (B,), labels (B,) -> (B, out_channels, H, W).
 
     With `num_classes` the labels are 0 .. num_classes - 1, and num_classes itself is the null class, which `labels=None`
-    means; a network imported without one (`null_class=False`) must be given labels. With `low_channels` it raises the
-    resolution of `low` (B, low_channels, h, w), which it sees beside `x`, resized to its size; a ValueError says where `low`
-    is missing or not wanted.
-    Ho et al. 2020, arXiv:2006.11239; Dhariwal & Nichol 2021, arXiv:2105.05233.
+    means; a network imported without one (`null_class=False`) must be given labels. Labels may be weights (B, classes) that
+    blend them. With `low_channels` it raises the resolution of `low` (B, low_channels, h, w), which it sees beside `x`,
+    resized to its size; a ValueError says where `low` is missing or not wanted. Ho et al. 2020, arXiv:2006.11239; Dhariwal
+    & Nichol 2021, arXiv:2105.05233.
     """
 
     def __init__(
@@ -265,7 +274,7 @@ class UNet(Encoder[UNetConfig]):
                 if not self.null_class:
                     raise ValueError("this network has no null class: it must be given labels")
                 labels = torch.full(time.shape, self.num_classes or 0, device=time.device)
-            embedding = embedding + self.label_embedding(labels)
+            embedding = embedding + embed_labels(self.label_embedding, labels)
         elif labels is not None:
             raise ValueError("this network has no classes: labels must be None")
         return F.silu(embedding)

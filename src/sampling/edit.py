@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from ..config import UserError
 from ..data import ImageConfig
 from ..data.sources import ENDINGS
 from ..data.transforms import decode, square
+from ..training.seeds import generator
 from ..training.stream import to_network
 from .opened import Opened
-from .sampler import Edit
+from .sampler import Edit, Start
 
 
 def load_edit(opened: Opened, picture: str, mask: str | None, *, start_at: int, resamplings: int, steps: int) -> Edit:
@@ -28,22 +30,52 @@ def load_edit(opened: Opened, picture: str, mask: str | None, *, start_at: int, 
         raise UserError("--image alone changes nothing: say where to start from it (--start-at), or what to draw anew (--mask)")
     if not 0 <= start_at < steps:
         raise UserError(f"--start-at {start_at}: there are {steps} steps, counted from 0")
-    device = next(opened.network.parameters()).device
-    plain, middle = ImageConfig(size=opened.image.size, channels=opened.image.channels), np.full(3, 0.5)
-    shown = _open(picture, opened.image.channels)
-    pixels = torch.from_numpy(np.array(square(shown, plain, middle)))[None]
-    x0 = to_network(pixels, device)
-    kept = opened.codec.encode(x0) if opened.codec is not None else x0
+    kept = as_seen(opened, [picture])
     if mask is None:
         return Edit(kept[0], start_at)
-    white = _open(mask, 1)
+    shown, white = _open(picture, opened.image.channels), _open(mask, 1)
     if white.size != shown.size:
         raise UserError(
             f"the mask {mask} has {white.width} x {white.height} px and {picture} {shown.width} x {shown.height}; give one of "
             "the same size, white where the picture is drawn anew"
         )
-    cut = torch.from_numpy(np.array(square(white, ImageConfig(size=plain.size, channels=1), middle)))
-    return Edit(kept[0], start_at, _shrink((cut[:, :, 0] > 127).float()[None], opened.shape[1]).to(device), resamplings)
+    cut = torch.from_numpy(np.array(square(white, ImageConfig(size=opened.image.size, channels=1), np.full(3, 0.5))))
+    return Edit(kept[0], start_at, _shrink((cut[:, :, 0] > 127).float()[None], opened.shape[1]).to(kept.device), resamplings)
+
+
+@torch.no_grad()
+def as_seen(opened: Opened, files: Sequence[str | Path]) -> Tensor:
+    """Pictures cut and resized as in training, as the network sees them: (N, *shape) on its device. A UserError for a file that
+    cannot be read."""
+    image = ImageConfig(size=opened.image.size, channels=opened.image.channels)
+    pixels = np.stack([square(_open(str(file), image.channels), image, np.full(3, 0.5)) for file in files])
+    x0 = to_network(torch.from_numpy(pixels), next(opened.network.parameters()).device)
+    return opened.codec.encode(x0) if opened.codec is not None else x0
+
+
+def start_from_pictures(opened: Opened, place: str) -> Start:
+    """A Start from given pictures in the order of their names; another draw of it deals them anew. A UserError where the run
+    starts from noise."""
+    if opened.gaussian:
+        raise UserError(f"{opened.path} starts from noise; --source is for a run between two data sets")
+    seen = as_seen(opened, files_of(place)).float().cpu()
+
+    def start(seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
+        order = generator(seed, "source", draw).permutation(len(seen)) if draw else np.arange(len(seen))
+        return seen[order[np.array(indices, dtype=np.int64) % len(seen)]]
+
+    return start
+
+
+def files_of(place: str) -> list[Path]:
+    """A picture, or those of a folder by name (of a folder of sample.py's, its samples); a UserError where there is none."""
+    path = Path(place)
+    found = [path]
+    if path.is_dir():
+        found = sorted(path.glob("[0-9]*.png")) or sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
+    if not found or not found[0].exists():
+        raise UserError(f"{place}: no picture, and no folder with pictures")
+    return found
 
 
 def _shrink(mask: Tensor, size: int) -> Tensor:
@@ -80,10 +112,7 @@ def load_low(opened: Opened, source: str) -> tuple[Tensor, list[int] | None]:
             if labels.shape != (len(shown),) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= known:
                 raise UserError(f"{path}: arr_1 is no list of {len(shown)} labels from 0 to {known - 1}")
         return to_network(torch.from_numpy(shown), torch.device("cpu")), None if labels is None else labels.tolist()
-    drawn = sorted(path.glob("[0-9]*.png"))
-    paths = drawn or sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
-    if not paths:
-        raise UserError(f"{path}: no folder with pictures, and no .npz")
+    paths = files_of(source)
     plain, middle = ImageConfig(size=size, channels=channels), np.full(3, 0.5)
     pixels = np.stack([square(_open(str(file), channels), plain, middle) for file in paths])
     return to_network(torch.from_numpy(pixels), torch.device("cpu")), None

@@ -161,9 +161,21 @@ def write_samples(
         )
         names = [class_names[label] for label in labels[:shown]] if labels is not None else None
         pictures.save(pictures.grid(array, columns=columns_for(shown, blocks), labels=names), out / "grid.png")
+        if sampler.source is not None:
+            _draw_ways(sampler, seed, paths[:32], out / "ways.png")
         if npz:
             _write_npz(paths, labels, out)
     return paths
+
+
+@torch.no_grad()
+def _draw_ways(sampler: Sampler, seed: int, paths: Sequence[Path], out: Path) -> None:
+    """What pictures came from, each beside what it became."""
+    own = next(sampler.network.parameters())  # pyright: ignore[reportFunctionMemberAccess]
+    sources = pictures.to_uint8(sampler.pictures(sampler.start(seed, range(len(paths))).to(own)))
+    rows = [row for source, path in zip(sources, paths, strict=True) for row in (source, np.asarray(Image.open(path)))]
+    array = np.stack([row.reshape(sources.shape[1:]) for row in rows])
+    pictures.save(pictures.grid(array, columns=2 * min(4, len(paths)), title="source and sample, side by side"), out)
 
 
 def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -> None:

@@ -48,9 +48,9 @@ class Latents:
         mean, logvar = moments.unbind(1)
         return self.codec.normalise(mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise)
 
-    def held_out(self, labels: np.ndarray) -> Examples:
-        """The held-out latents at their means, with the labels of their pictures."""
-        latents = self._held_out
+    def examples(self, labels: np.ndarray, *, held_out: bool = True) -> Examples:
+        """The held-out latents (or those for training) at their means, with the labels of their pictures."""
+        latents = self._held_out if held_out else self.train
         assert latents is not None
 
         def load(indices: np.ndarray) -> Tensor:
@@ -129,40 +129,64 @@ def encode_latents(
     world: int,
     barrier: Callable[[], None],
 ) -> None:
-    """Make the cache `folder`, which is not there. Staged in FOLDER.partial: after a kill the same call goes on."""
-    contract = contract_of(autoencoder, image, train_set, held_out)
+    """Make the cache `folder`, which is not there. After a kill the same call goes on."""
     sets = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
+    contract = contract_of(autoencoder, image, train_set, held_out)
+    for pictures in sets.values():
+        pictures.prepare(ImageConfig(size=image.size, channels=image.channels))
+
+    def encode(staged: Path, split: str, number: int, indices: Sequence[int]) -> None:
+        flip = image.flip and split == "train"
+        moments = _encode(autoencoder, sets[split], image, indices, flip, batch_size, workers)
+        write_block(staged, split, number, moments, sums_of(moments))
+
+    def finish(staged: Path) -> dict[str, Any]:
+        return _statistics(autoencoder, cache_sums(staged, len(train_set)))
+
+    counts = {split: len(pictures) for split, pictures in sets.items()}
+    ranks = {"rank": rank, "world": world, "barrier": barrier}
+    make_cache(folder, contract, counts, encode, finish, name="latent cache", doing="encoding latents", **ranks)
+
+
+def make_cache(
+    folder: Path,
+    contract: dict[str, Any],
+    counts: dict[str, int],
+    make: Callable[[Path, str, int, Sequence[int]], None],
+    finish: Callable[[Path], dict[str, Any]],
+    *,
+    name: str,
+    doing: str,
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+) -> None:
+    """Make a cache of blocks on all ranks: `make(folder, split, number, indices)` writes one, whole, its .json last;
+    manifest.json has the contract, the counts and what `finish` adds. Staged in FOLDER.partial: after a kill the same call
+    goes on."""
     staged = folder.with_name(folder.name + ".partial")
     barrier()  # all have seen that it is not there before anybody writes
     claim = None
     if rank == 0:
-        claim = _claim(folder)
+        claim = _claim(folder, name)
         if folder.exists():
-            raise UserError(f"the latent cache {folder} was made by another process meanwhile; run the same command again")
+            raise UserError(f"the {name} {folder} was made by another process meanwhile; run the same command again")
         request = staged / "request.json"
         if not request.exists() or json.loads(request.read_text()) != contract:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
             request.write_text(json.dumps(contract))
     barrier()
-    for pictures in sets.values():
-        pictures.prepare(ImageConfig(size=image.size, channels=image.channels))
-    total = sum(map(len, sets.values()))
-    with tqdm(total=total, desc="encoding latents", unit="img", disable=None if rank == 0 else True) as bar:
-        for split, pictures in sets.items():
-            for number, indices in blocks_of(len(pictures), rank, world):
+    with tqdm(total=sum(counts.values()), desc=doing, unit="img", disable=None if rank == 0 else True) as bar:
+        for split, count in counts.items():
+            for number, indices in blocks_of(count, rank, world):
                 if not block_path(staged, split, number).with_suffix(".json").exists():
-                    flip = image.flip and split == "train"
-                    write_block(
-                        staged, split, number, _encode(autoencoder, pictures, image, indices, flip, batch_size, workers)
-                    )
-                bar.update(min(total - bar.n, len(indices) * world))
+                    make(staged, split, number, indices)
+                bar.update(min(bar.total - bar.n, len(indices) * world))
     barrier()
     if claim is not None:
-        counts = {split: len(pictures) for split, pictures in sets.items()}
-        manifest = {**contract, "counts": counts, **_statistics(autoencoder, cache_sums(staged, len(train_set)))}
         part = staged / "manifest.part"
-        part.write_text(json.dumps(manifest, indent=1))
+        part.write_text(json.dumps({**contract, "counts": counts, **finish(staged)}, indent=1))
         part.replace(staged / "manifest.json")
         (staged / "request.json").unlink()
         staged.replace(folder)
@@ -170,7 +194,7 @@ def encode_latents(
     barrier()
 
 
-def _claim(folder: Path) -> IO[str]:
+def _claim(folder: Path, name: str) -> IO[str]:
     """Refuse a cache that another process is making; the kernel drops the claim when it dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
@@ -178,7 +202,7 @@ def _claim(folder: Path) -> IO[str]:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise UserError(f"the latent cache {folder} is being made by another process; wait for it") from None
+        raise UserError(f"the {name} {folder} is being made by another process; wait for it") from None
     return lock
 
 

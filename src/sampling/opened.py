@@ -1,91 +1,88 @@
 """Open what was trained: a run directory, a checkpoint, a final folder, or an export."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..config import UserError, validate
-from ..data import ImageConfig
+from ..config import UserError, config, validate
+from ..data import ImageConfig, SourceEnd
 from ..diffusion import Process, ProcessConfig, build_process
-from ..models import UNet, UNetConfig
+from ..models import MLP, MLPConfig, UNet, UNetConfig
 from ..models.layers import channels_last
 from ..training.checkpoint import load_weights
 from .autoencoder import LatentCodec, kept_autoencoder
 from .classifier import OpenedClassifier
+from .ends import EncodedEnd, End, latent_bounds, open_end
 from .folders import read_weights
-from .sampler import Bound, Sampler, SamplerConfig
+from .sampler import Bound, Sampler, SamplerConfig, Start
+
+GAUSSIAN = {"source": "gaussian"}
+
+
+@config
+class _Source:
+    source: SourceEnd
 
 
 @dataclass(frozen=True)
-class Opened:
-    """EMA weights with all that belongs to them. `digest` is the hash of the weights; `codec` makes pictures of what a latent
-    run draws, and `shape` (C, H, W) is what its network sees."""
+class Run:
+    """EMA weights with all that belongs to them, of pictures or of 2-D points. `digest` is the hash of the weights, `shape`
+    what the network sees: (C, H, W), or (2,) of a point."""
 
     path: Path
     network: nn.Module
     process: Process
-    image: ImageConfig
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     class_names: tuple[str, ...]
     config: dict[str, Any]
     step: int
     digest: str
-    codec: LatentCodec | None = None
-    bounds: tuple[Bound, Bound] = (-1.0, 1.0)
 
     @property
     def num_classes(self) -> int | None:
         return count_classes(self.config["class_conditional"], self.class_names)
 
     @property
-    def null_class(self) -> bool:
-        """Whether it was built with a class for no class."""
-        return isinstance(self.network, UNet) and self.network.null_class
-
-    @property
-    def low_resolution(self) -> int | None:
-        """Of an upsampler: the size of the pictures that it starts from."""
-        return self.config.get("low_resolution")
-
-    @property
     def name(self) -> str:
         return self.config["name"]
 
-    def sampler(self, spec: SamplerConfig, classifier: OpenedClassifier | None = None) -> Sampler:
-        if classifier is not None:
-            self._check(classifier)
-        return sampler_of(
-            spec,
+    @property
+    def gaussian(self) -> bool:
+        """Whether sampling starts from standard normal noise."""
+        return self.config.get("source", GAUSSIAN) == GAUSSIAN
+
+    def starts(self) -> Start | None:
+        """What sampling starts from where that is no noise: the source of the run's config, or what was held out of it. A
+        UserError where it is gone."""
+        if self.gaussian:
+            return None
+        spec = validate(_Source, {"source": self.config["source"]}, origin=str(self.path)).source
+        share = self.config.get("held_out", 0.0)
+        try:
+            return self._end(spec, share if isinstance(share, float | int) else 0.0).starts()
+        except UserError as error:
+            raise UserError(f"{self.path} starts from other data, which is needed: {error}; or give --source FOLDER") from None
+
+    def _end(self, spec: Any, held_out: float) -> End:
+        """The source, of 2-D points."""
+        return open_end(spec, held_out, None)
+
+    def sampler(self, spec: SamplerConfig, *, source: Start | None = None) -> Sampler:
+        """`source` is what to start from instead of the run's own source."""
+        return Sampler(
             self.network,
             self.process,
-            self.shape,
-            self.num_classes,
-            clip=self.config["process"]["clip"],
-            label_dropout=self.config["label_dropout"],
-            codec=self.codec,
-            bounds=self.bounds,
-            classifier=classifier,
+            spec,
+            shape=self.shape,
+            num_classes=self.num_classes,
+            clip_x0=None,
+            guidable=self.config["label_dropout"] > 0,
+            source=source or self.starts(),
         )
-
-    def _check(self, classifier: OpenedClassifier) -> None:
-        """Refuse a classifier of other pictures or classes."""
-        mine, its = (self.shape if self.codec is None else None), (classifier.image.channels, classifier.image.size)
-        if mine is None:
-            raise UserError(f"{self.path} draws latents, which no classifier of pictures sees; use classifier_free guidance")
-        if mine[:2] != its:
-            raise UserError(
-                f"the classifier {classifier.path} sees {its[1]} px in {its[0]} channel(s), {self.path} draws {mine[1]} px in "
-                f"{mine[0]}; train one with the same image"
-            )
-        if self.num_classes is not None and self.class_names != classifier.class_names:
-            raise UserError(
-                f"the classifier {classifier.path} knows other classes ({few(classifier.class_names)}) than {self.path} "
-                f"({few(self.class_names)})"
-            )
 
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
         """`A/B/C`, names or numbers, dealt to `count` pictures in equal blocks; an unconditional network guided by a classifier
@@ -111,6 +108,64 @@ class Opened:
         return [chosen[i * len(chosen) // count] for i in range(count)]
 
 
+@dataclass(frozen=True)
+class Opened(Run):
+    """A run of pictures: `codec` makes them of what a latent run draws."""
+
+    image: ImageConfig
+    codec: LatentCodec | None = None
+    bounds: tuple[Bound, Bound] = (-1.0, 1.0)
+
+    @property
+    def null_class(self) -> bool:
+        """Whether it was built with a class for no class."""
+        return isinstance(self.network, UNet) and self.network.null_class
+
+    @property
+    def low_resolution(self) -> int | None:
+        """Of an upsampler: the size of the pictures that it starts from."""
+        return self.config.get("low_resolution")
+
+    def _end(self, spec: Any, held_out: float) -> End:
+        end = open_end(spec, held_out, replace(self.image, flip=False, crop="center"))
+        return end if self.codec is None else EncodedEnd(end, self.codec)
+
+    def sampler(
+        self, spec: SamplerConfig, classifier: OpenedClassifier | None = None, *, source: Start | None = None
+    ) -> Sampler:
+        if classifier is not None:
+            self._check(classifier)
+        return sampler_of(
+            spec,
+            self.network,
+            self.process,
+            self.shape,
+            self.num_classes,
+            clip=self.config["process"]["clip"],
+            label_dropout=self.config["label_dropout"],
+            codec=self.codec,
+            bounds=self.bounds,
+            classifier=classifier,
+            source=source or self.starts(),
+        )
+
+    def _check(self, classifier: OpenedClassifier) -> None:
+        """Refuse a classifier of other pictures or classes."""
+        mine, its = (self.shape if self.codec is None else None), (classifier.image.channels, classifier.image.size)
+        if mine is None:
+            raise UserError(f"{self.path} draws latents, which no classifier of pictures sees; use classifier_free guidance")
+        if mine[:2] != its:
+            raise UserError(
+                f"the classifier {classifier.path} sees {its[1]} px in {its[0]} channel(s), {self.path} draws {mine[1]} px in "
+                f"{mine[0]}; train one with the same image"
+            )
+        if self.num_classes is not None and self.class_names != classifier.class_names:
+            raise UserError(
+                f"the classifier {classifier.path} knows other classes ({few(classifier.class_names)}) than {self.path} "
+                f"({few(self.class_names)})"
+            )
+
+
 def few(names: Sequence[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -128,6 +183,7 @@ def sampler_of(
     codec: LatentCodec | None = None,
     bounds: tuple[Bound, Bound] = (-1.0, 1.0),
     classifier: OpenedClassifier | None = None,
+    source: Start | None = None,
 ) -> Sampler:
     """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`."""
     return Sampler(
@@ -140,6 +196,7 @@ def sampler_of(
         guidable=label_dropout > 0,
         codec=codec,
         classifier=classifier,
+        source=source,
     )
 
 
@@ -203,7 +260,7 @@ def build_unet(
 def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     """Put the EMA weights of the diffusion run `name` into networks of the same architecture; where its classes are others,
     all but the embedding of the labels. Gives what was done, in words."""
-    found = open_trained(name, torch.device("cpu"))
+    found = open_run(name, torch.device("cpu"))
     weights, key = found.network.state_dict(), "label_embedding.weight"
     own = networks[0].state_dict()
     same = found.class_names == tuple(class_names) and key in weights
@@ -223,17 +280,19 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     return told
 
 
-def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The lowest and highest of each channel over all latents, as they are known to a latent run: (D, 1, 1) each."""
-    low, high = (torch.tensor(facts[key], device=device)[:, None, None] for key in ("low", "high"))
-    return low, high
-
-
 def open_trained(path: str | Path, device: torch.device) -> Opened:
-    """Open a run, checkpoint, final folder or `.pt` export with its EMA weights on the device.
+    """Open a run of pictures, a checkpoint, a final folder or a `.pt` export with its EMA weights on the device.
 
-    A UserError says what is missing, damaged or of another architecture.
+    A UserError says what is missing, damaged, of another architecture or of 2-D points.
     """
+    found = open_run(path, device)
+    if not isinstance(found, Opened):
+        raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {path} draws them")
+    return found
+
+
+def open_run(path: str | Path, device: torch.device) -> Run:
+    """The same of a run of pictures or of 2-D points."""
     path = Path(path)
     folder, weights, config, data, step, digest = read_weights(path)
     if "classifier" in config:
@@ -242,42 +301,37 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
         raise UserError(f"{path} is an autoencoder, which draws nothing by itself: train_ldm.py trains on its latents")
     if not {"model", "process", "image", "class_conditional"} <= set(config):
         raise UserError(f"{path} is no diffusion run of this project")
-    image = validate(ImageConfig, config["image"], origin=f"{path}: image")
-    shape, latent = (image.channels, image.size, image.size), {}
-    if "latents" in data:
-        facts = data["latents"]
-        autoencoder = kept_autoencoder(folder, device)
-        if autoencoder.digest != facts["autoencoder"]:
-            raise UserError(f"{path}: the autoencoder beside it is another than the one it was trained on")
-        shape = tuple(facts["shape"])
-        latent = {
-            "codec": LatentCodec(autoencoder.network, facts["mean"], facts["std"]),
-            "bounds": latent_bounds(facts, device),
-        }
     class_names = tuple(data["class_names"])
-    model = validate(UNetConfig, config["model"], origin=f"{path}: model")
     spec = validate(ProcessConfig, config["process"], origin=f"{path}: process")
     num_classes, key = count_classes(config["class_conditional"], class_names), "label_embedding.weight"
-    network = build_unet(
-        model,
-        shape,
-        num_classes,
-        learned=spec.variance == "learned",
-        null_class=key not in weights or num_classes is None or len(weights[key]) > num_classes,
-        upsampler=config.get("low_resolution") is not None,
-    )
+    found = {"path": path, "process": build_process(spec), "class_names": class_names, "config": config, "step": step}
+    if config["image"] is None:
+        model = validate(MLPConfig, config["model"], origin=f"{path}: model")
+        network, shape = MLP(model, num_classes=num_classes), (2,)
+    else:
+        image = validate(ImageConfig, config["image"], origin=f"{path}: image")
+        shape, latent = (image.channels, image.size, image.size), {}
+        if "latents" in data:
+            facts = data["latents"]
+            autoencoder = kept_autoencoder(folder, device)
+            if autoencoder.digest != facts["autoencoder"]:
+                raise UserError(f"{path}: the autoencoder beside it is another than the one it was trained on")
+            shape = tuple(facts["shape"])
+            latent = {
+                "codec": LatentCodec(autoencoder.network, facts["mean"], facts["std"]),
+                "bounds": latent_bounds(facts, device),
+            }
+        network = build_unet(
+            validate(UNetConfig, config["model"], origin=f"{path}: model"),
+            shape,
+            num_classes,
+            learned=spec.variance == "learned",
+            null_class=key not in weights or num_classes is None or len(weights[key]) > num_classes,
+            upsampler=config.get("low_resolution") is not None,
+        )
+        found |= {"image": image, **latent}
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:
         torch.set_num_threads(config["cpu_threads"])  # so that processes agree to the bit, as in training
-    return Opened(
-        path=path,
-        network=network.to(device).eval().requires_grad_(False),
-        process=build_process(spec),
-        image=image,
-        shape=shape,
-        class_names=class_names,
-        config=config,
-        step=step,
-        digest=digest,
-        **latent,
-    )
+    found |= {"network": network.to(device).eval().requires_grad_(False), "shape": shape, "digest": digest}
+    return Opened(**found) if "image" in found else Run(**found)

@@ -20,7 +20,7 @@ from ..diffusion import Process, TableSchedule
 from ..training.seeds import generator, normal
 from ..training.session import Session
 from ..training.stream import to_network
-from .sampler import Codec, Sampler, SamplerConfig, noise_of
+from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
 
 
 @config
@@ -113,8 +113,10 @@ def held_out_loss(
     num_classes: int | None,
     accelerator: Accelerator,
     most: int = 1024,
+    source: Start | None = None,
 ) -> float:
-    """The mean loss on up to `most` held-out examples, spread over all, each always with the same noise and time."""
+    """The mean loss on up to `most` held-out examples, spread over all, each always with the same noise (what `source` gives)
+    and time."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     total_count = len(held_out.labels)
     count = min(most, total_count)
@@ -123,7 +125,8 @@ def held_out_loss(
     for start in range(rank * batch_size, count, batch_size * world):
         indices = np.linspace(0, total_count - 1, count).astype(np.int64)[start : start + batch_size]
         x0 = held_out.load(indices).to(device, dtype)
-        eps = noise_of(0, indices.tolist(), x0.shape[1:]).to(x0)
+        own = indices.tolist()
+        eps = (source(0, own, 0) if source is not None else noise_of(0, own, x0.shape[1:])).to(x0)
         u = torch.from_numpy(position_uniforms(0, indices)[:, 0])
         condition = {}
         if num_classes is not None:

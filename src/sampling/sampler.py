@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..config import UserError, config, dump, wrong
 from ..diffusion import (
     DETERMINISTIC,
+    INVERTIBLE,
+    BlendSchedule,
     Denoiser,
     Prediction,
     Process,
@@ -23,15 +25,17 @@ from ..diffusion import (
     clip,
     ddim,
     dynamic_threshold,
+    inversion_times,
     is_within,
     on_schedule,
+    redraw,
     times,
     transitions,
     within,
 )
 from ..diffusion.guidance import Gradient
 from ..diffusion.schedules import Spacing, like
-from ..diffusion.solvers import Callback
+from ..diffusion.solvers import Callback, Noise
 from ..diffusion.variance import Transitions
 
 Bound = float | Tensor
@@ -44,11 +48,13 @@ class SamplerConfig:
     `guidance` is the scale of classifier-free guidance (1 is none), or of the gradient of a classifier (0 is none);
     `guidance_interval` holds it to noise levels sigma / alpha between two. `threshold` is the quantile of dynamic
     thresholding. `stop_at` ends after so many steps, with the estimate of x_0; `double_sampling` noises the finished picture
-    again to where so many steps are done, and denoises it once more.
+    again to where so many steps are done, and denoises it once more. `alphas`, from 0 to 1, are the steps themselves, on the
+    blend: then `steps` and `spacing` say nothing.
     """
 
-    solver: Literal["euler", "midpoint", "heun", "rk4", "dpmpp_2m", "ddim", "ancestral"] = "ddim"
+    solver: Literal["euler", "midpoint", "heun", "rk4", "dpmpp_2m", "ddim", "ancestral", "redraw"] = "ddim"
     steps: int | tuple[int, ...] = 50
+    alphas: tuple[float, ...] | None = None
     spacing: Spacing = "even"
     eta: float = pydantic.Field(0.0, ge=0)
     guidance: float = 1.0
@@ -61,6 +67,14 @@ class SamplerConfig:
     @pydantic.model_validator(mode="after")
     def _used(self) -> "SamplerConfig":
         steps = self.steps if isinstance(self.steps, int) else sum(self.steps)
+        if self.alphas is not None:
+            steps = len(self.alphas) - 1
+            outside = [alpha for alpha in self.alphas if not 0 <= alpha <= 1]
+            if outside:
+                raise wrong(f"alphas: {outside[0]:g} lies outside [0, 1]; alpha goes from 0, the source, to 1, the data")
+            rising = all(before < after for before, after in zip(self.alphas, self.alphas[1:], strict=False))
+            if not rising or len(self.alphas) < 2 or (self.alphas[0], self.alphas[-1]) != (0, 1):
+                raise wrong("alphas: give them rising from 0 to 1, such as 0,0.3,0.6,0.8,1")
         if self.eta and self.solver != "ddim":
             raise wrong(f"eta belongs to the solver ddim, not to {self.solver}")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
@@ -81,6 +95,11 @@ class SamplerConfig:
 
     def without_guidance(self, unguided: bool = True) -> "SamplerConfig":
         return replace(self, guidance=1.0, guidance_interval=None) if unguided else self
+
+
+def parse_alphas(text: str) -> list[float]:
+    """0,0.3,0.7,1. A ValueError where it is no list of numbers."""
+    return [float(part) for part in text.split(",")]
 
 
 def parse_steps(text: str) -> int | list[int]:
@@ -114,6 +133,9 @@ def starting_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> T
     return noise_of(seed, indices, shape)
 
 
+Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, pictures, draw) -> (B, *shape) on the CPU
+
+
 class Classifier(Protocol):
     """What guides: the logits (B, K) of pictures noised along its own schedule."""
 
@@ -137,7 +159,8 @@ class Edit(NamedTuple):
 class Sampler:
     """Draws pictures from a network and a process as `spec` says.
 
-    `shape` is (C, H, W) of what the network sees, `codec` what makes pictures of that. `clip_x0` are the bounds that the
+    `shape` is (C, H, W) of what the network sees (or (2,) of a point), `codec` what makes pictures of that. `source` draws what
+    sampling starts from, where that is not standard normal noise. `clip_x0` are the bounds that the
     estimate of x_0 is held to, numbers or tensors (C, 1, 1). `num_classes` is None for an unconditional network. A UserError
     says what does not fit.
     """
@@ -154,7 +177,10 @@ class Sampler:
         guidable: bool = True,
         codec: Codec | None = None,
         classifier: Classifier | None = None,
+        source: Start | None = None,
     ) -> None:
+        if source is not None:
+            _refuse_gaussian(spec)
         free = spec.guided and spec.guidance_method == "classifier_free"
         if free and num_classes is None:
             raise UserError("guidance needs a class-conditional network; this one has no classes")
@@ -168,10 +194,22 @@ class Sampler:
         self.shape, self.num_classes, self.clip_x0, self.codec = tuple(shape), num_classes, clip_x0, codec
         if spec.threshold is not None and codec is not None:
             raise UserError("dynamic thresholding is for pixels: latents have no bounds at -1 and 1; leave threshold out")
+        self.source = source
         self.classifier = classifier if spec.guided and spec.guidance_method == "classifier" else None
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
         steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
-        self.times = times(process.schedule, steps, spec.spacing)
+        if spec.alphas is None:
+            self.times = times(process.schedule, steps, spec.spacing)
+        elif isinstance(process.schedule, BlendSchedule):
+            self.times = 1 - torch.tensor(spec.alphas, dtype=torch.float64)
+        else:
+            raise UserError("alphas belong to the blend; this run has a table of levels: give steps and a spacing")
+
+    def start(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
+        """What the pictures `indices` of `seed` start from, (B, *shape) float32 on the CPU; another `draw` of it is new."""
+        if self.source is not None:
+            return self.source(seed, indices, draw)
+        return noise_of(seed, indices, self.shape, draw)
 
     @property
     def steps(self) -> int:
@@ -217,7 +255,8 @@ class Sampler:
         if gradient is not None and spec.solver != "ancestral":
             guided = bounded(classifier_guided(outside, gradient, schedule))
         elif gradient is None and spec.guided and labels is not None:
-            null = {**condition, "labels": torch.full_like(labels, self.num_classes or 0)}
+            nobody = torch.full((len(labels),), self.num_classes or 0, device=labels.device)
+            null = {**condition, "labels": nobody}
             guided = bounded(classifier_free(plain, self.process.denoiser(self.network, **null), spec.guidance))
         if spec.guidance_interval is not None and guided is not outside:
             return within(spec.guidance_interval, guided, outside, schedule)
@@ -251,14 +290,35 @@ class Sampler:
         if self.num_classes is not None or self.classifier is not None:
             chosen = list(labels) if labels is not None else [self.num_classes or 0] * len(indices)
             classes = torch.tensor([*chosen, *[chosen[-1]] * (len(padded) - len(indices))], device=device)
-
-        def noise(step: int, like: Tensor, sweep: int = 0) -> Tensor:
-            return noise_of(seed, padded, self.shape, step + 1, sweep).to(like)
-
-        x = starting_noise(seed, padded, self.shape).to(device, self.dtype)
+        x = self.start(seed, padded).to(device, self.dtype)
         if low is not None:
             low = torch.cat([low, low[-1:].expand(len(padded) - len(indices), -1, -1, -1)]).to(x)
-        way = _Way(self, classes, noise, callback, low)
+        x = self.move(x, classes, seed=seed, indices=padded, callback=callback, edit=edit, low=low)
+        return self.pictures(x)[: len(indices)]
+
+    @torch.no_grad()
+    def move(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        *,
+        seed: int = 0,
+        indices: Sequence[int] = (),
+        callback: Callback | None = None,
+        edit: Edit | None = None,
+        low: Tensor | None = None,
+    ) -> Tensor:
+        """From the source to the data, both (B, *shape) as the network sees them. Labels are (B,), or (B, classes and null
+        class) weights that blend them; what a step draws anew is that of the pictures `indices` of `seed`."""
+        indices = indices or range(len(x))
+
+        def noise(step: int, like: Tensor, sweep: int = 0) -> Tensor:
+            return noise_of(seed, indices, self.shape, step + 1, sweep).to(like)
+
+        def source(step: int, like: Tensor) -> Tensor:
+            return self.start(seed, indices, step + 1).to(like)
+
+        way = _Way(self, labels, noise, callback, low, source)
         first = edit.start_at if edit is not None else 0
         if edit is not None and first:
             x = self.process.add_noise(edit.x0.to(x).expand_as(x), x, self.times[first])
@@ -266,12 +326,44 @@ class Sampler:
             raise UserError(f"start_at {first} is not before stop_at {self.spec.stop_at}: nothing would be drawn")
         if edit is not None and edit.mask is not None and self.spec.solver == "dpmpp_2m":
             raise UserError("dpmpp_2m remembers the step before, which a mask changes; use another solver")
+        if edit is not None and edit.mask is not None and self.source is not None:
+            raise UserError("a mask keeps a picture by noising it, and this run starts from other data; leave --mask out")
         x = way.go(x, first, self.spec.stop_at or self.steps, edit)
         if self.spec.stop_at is not None:
             x = way.estimate(x, self.spec.stop_at, edit)
         if self.spec.double_sampling is not None:
             x = way.again(x, self.spec.double_sampling, edit)
-        return self.pictures(x)[: len(indices)]
+        return x
+
+    @torch.no_grad()
+    def invert(self, x0: Tensor, labels: Tensor | None = None, *, callback: Callback | None = None) -> Tensor:
+        """From the data back to the source, both (B, *shape) as the network sees them: the solver's way in the other direction.
+
+        On a table it begins at the first trained level, where the picture has the size that it has there.
+        """
+        solve = INVERTIBLE.get(self.spec.solver)
+        if solve is None or self.spec.eta:
+            raise UserError(f"the solver {self.spec.solver} cannot be gone back; allowed: {', '.join(INVERTIBLE)} (with eta 0)")
+        schedule = self.process.schedule
+        way = inversion_times(self.times, schedule)
+        x = like(schedule.level(way[0]).alpha, x0) * x0
+        return solve(self._denoiser(labels, None, None), x, way, schedule, callback=callback)
+
+
+def _refuse_gaussian(spec: SamplerConfig) -> None:
+    """A UserError for what assumes that sampling starts from Gaussian noise."""
+    asked = {
+        "the solver ancestral": spec.solver == "ancestral",
+        "eta": spec.eta > 0,
+        "double_sampling": spec.double_sampling is not None,
+        "guidance by a classifier": spec.guided and spec.guidance_method == "classifier",
+    }
+    found = [word for word, is_asked in asked.items() if is_asked]
+    if found:
+        raise UserError(
+            f"{found[0]} assumes Gaussian noise at the start, and this run starts from other data; use euler, midpoint, heun, "
+            "rk4 or redraw"
+        )
 
 
 class _Way:
@@ -284,8 +376,10 @@ class _Way:
         noise: Callable[..., Tensor],
         callback: Callback | None,
         low: Tensor | None = None,
+        source: Noise | None = None,
     ) -> None:
         self.sampler, self.noise, self.callback, self.sweep = sampler, noise, callback, 0
+        self.source = source
         self.gradient = sampler._gradient(labels)
         self.denoiser = sampler._denoiser(labels, self.gradient, low)
 
@@ -307,6 +401,10 @@ class _Way:
 
         if spec.solver == "ddim":
             return ddim(self.denoiser, x, part, schedule, noise=noise, eta=spec.eta, callback=told)
+        if spec.solver == "redraw":
+            assert self.source is not None
+            again = self.source
+            return redraw(self.denoiser, x, part, schedule, source=lambda step, x: again(first + step, x), callback=told)
         if spec.solver == "ancestral":
             shift = self._shift if self.gradient is not None else None
             steps = Transitions(*(values[first:end] for values in transitions(schedule, self.sampler.times)))

@@ -7,6 +7,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from ..config import ENDLESS
 from .stream import Split
 
 DRY_WARMUP, DRY_STEPS = 2, 8
@@ -25,7 +26,7 @@ class Cadence:
 class Clock:
     """The progress bar of a run (images, images/s, time left; on the main process only), and its speed."""
 
-    def __init__(self, step: int, images: int, total_images: int, *, shown: bool) -> None:
+    def __init__(self, step: int, images: int, total_images: int | None, *, shown: bool) -> None:
         self._began = self._read_at = time.monotonic()
         self._images = self._read_images = images
         self._bar = tqdm(
@@ -86,11 +87,13 @@ class Clock:
         rows = [("data", f"{images} pictures"), ("parameters", f"{parameters / 1e6:.2f} M")]
         for stage, steps, split, speed in self._rows:
             told = f"{steps} of {split.batch} images = {steps * split.batch / images:.1f} epochs"
+            told = f"without end, of {split.batch} images" if steps == ENDLESS else told
             rows += [(stage or "steps", told)]
             rows += [("one step", f"{split.world} x {device.type} x {split.accumulation} x {split.micro} images")]
             rows += [("images/s", f"{speed:.1f}")]
         rows += [("memory", f"{peak_memory_gigabytes(device):.2f} GB")]
-        rows += [("time", f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min")]
+        if all(steps < ENDLESS for _, steps, _, _ in self._rows):
+            rows += [("time", f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min")]
         for row, value in rows:
             print(f"  {row:<11} {value}")
 

@@ -1,6 +1,7 @@
 """What a diffusion step draws, for its whole batch: each rank takes its share."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,7 +30,13 @@ class Draws:
         rng = generator(seed, "step", step)
         self.t = times.draw(uniforms(rng, split.batch))
         self.dropped = uniforms(rng, split.batch) < label_dropout
-        self.eps = normal((split.batch, *shape), seed, "noise", step, device=device, dtype=dtype)
+        self._noise = ((split.batch, *shape), seed, "noise", step)
+        self._on = {"device": device, "dtype": dtype}
+
+    @cached_property
+    def eps(self) -> Tensor:
+        shape, *words = self._noise
+        return normal(shape, *words, **self._on)
 
     def condition(self, micro: MicroBatch, here: slice, num_classes: int | None) -> dict[str, Tensor]:
         """The labels of the micro-batch that stands at `here`, the null class where they are dropped or there are none."""
@@ -37,4 +44,4 @@ class Draws:
             return {}
         null = self.dropped[here] | (micro.labels < 0)
         labels = torch.where(null, num_classes, micro.labels)
-        return {"labels": labels.to(self.eps.device, non_blocking=True)}
+        return {"labels": labels.to(self._on["device"], non_blocking=True)}

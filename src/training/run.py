@@ -15,8 +15,8 @@ import pydantic
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import Length, UserError, config, differences, dump, free, read_json
-from ..data import PictureSet
+from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json
+from ..data import PictureSet, PointSet
 from ..data.latents import differs
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, step_folder, write_folder
 from .clock import Clock
@@ -39,13 +39,13 @@ class LogConfig:
         return trackers
 
 
-def _skipped(train_set: PictureSet, held_out: PictureSet | None) -> list[tuple[str, str]]:
+def _skipped(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[tuple[str, str]]:
     """(name, reason) of every file left out of the sources of both sets."""
     parts = {id(part): part for part in [*train_set.parts, *(held_out.parts if held_out is not None else [])]}
     return [entry for part in parts.values() for entry in part.report.skipped]
 
 
-def describe_data(train_set: PictureSet, held_out: PictureSet | None) -> dict[str, Any]:
+def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> dict[str, Any]:
     """What travels with the weights: classes, counts, the hash of the file list."""
     return {
         "class_names": list(train_set.class_names),
@@ -123,12 +123,23 @@ class RunDirectory:
         """status.json: running, stopped or finished, and how far."""
         self.write_json(
             "status.json",
-            {"state": state, "step": step, "steps": steps, "pid": os.getpid(), "time": round(time.time(), 1)},
+            {
+                "state": state,
+                "step": step,
+                "steps": steps if steps < ENDLESS else None,
+                "pid": os.getpid(),
+                "time": round(time.time(), 1),
+            },
         )
 
     def adopt_progress(self, resumed: Path, facts: dict[str, Any]) -> dict[str, Any]:
         """progress.json of the checkpoint that the run goes on from; other pictures than it was trained on are a UserError."""
         before = read_json(resumed / "data.json")
+        source = facts.get("source") or {}
+        if (before.get("source") or {}).get("fingerprint") != source.get("fingerprint"):
+            raise UserError(f"{self.path} was started from another source; bring it back, or give another --run-dir")
+        if before.get("pairs") != facts.get("pairs"):
+            raise UserError(f"{self.path} was trained on other pairs; give the same `pairs`, or another --run-dir")
         if before["fingerprint"] != facts["fingerprint"]:
             raise UserError(
                 f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
@@ -172,7 +183,12 @@ class RunDirectory:
         return found
 
     def begin(
-        self, step: int, settings: Any, facts: dict[str, Any], train_set: PictureSet, held_out: PictureSet | None
+        self,
+        step: int,
+        settings: Any,
+        facts: dict[str, Any],
+        train_set: PictureSet | PointSet,
+        held_out: PictureSet | PointSet | None,
     ) -> None:
         """Write config.json, data.json and skipped.json (every file left out, with the reason); cut metrics.jsonl to `step`
         and go on writing there."""
@@ -211,7 +227,7 @@ class RunDirectory:
         clock.show(step, values)
         if self.writes:
             self.write_status("running", step, steps)
-            line = f"step {step}/{steps} " + " ".join(
+            line = f"step {step}{f'/{steps}' if steps < ENDLESS else ''} " + " ".join(
                 f"{name} {value:.4g}" for name, value in values.items() if "latent_" not in name
             )
             seldom = any(name.startswith(("held_out", "train_")) for name in values)

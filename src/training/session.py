@@ -7,8 +7,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..config import Span, UserError, dump
-from ..data import PictureSet
+from ..config import ENDLESS, Span, UserError, dump
+from ..data import PictureSet, PointSet
 from . import checkpoint
 from .checkpoint import Documents, Tensors
 from .clock import Cadence, Clock
@@ -69,7 +69,14 @@ class Session:
         """Whether the run had come to its end before."""
         return self.step >= self.total_steps and checkpoint.damage(self.run.final) is None
 
-    def begin(self, train_set: PictureSet, held_out: PictureSet | None, *, total_images: int, images: int) -> None:
+    def begin(
+        self,
+        train_set: PictureSet | PointSet,
+        held_out: PictureSet | PointSet | None,
+        *,
+        total_images: int,
+        images: int,
+    ) -> None:
         """Once the networks are prepared: say what will happen and open all that is written while it does. Of
         `total_images`, `images` are behind."""
         accelerator, cfg = self.accelerator, self.cfg
@@ -82,15 +89,17 @@ class Session:
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step)
         facts = self.facts
+        endless, epochs = self.total_steps == ENDLESS, total_images / facts["images"]
         skipped = ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"
         self.run.say(
             f"{cfg.name}: {facts['images']} pictures in {len(facts['class_names']) or 'no'} classes "
             f"({facts['held_out_images']} held out; left out: {skipped}), {self.trained.num_parameters / 1e6:.2f} M "
             "parameters\n"
-            f"{f'going on at step {self.step}' if self.step else 'starting at step 0'} of {self.total_steps} = "
-            f"{total_images / facts['images']:.1f} epochs. Interrupt at will: the same command goes on"
+            f"{f'going on at step {self.step}' if self.step else 'starting at step 0'} "
+            f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
+            "Interrupt at will: the same command goes on"
         )
-        self.clock = Clock(self.step, images, total_images, shown=accelerator.is_main_process)
+        self.clock = Clock(self.step, images, None if endless else total_images, shown=accelerator.is_main_process)
 
     def enter(self, split: Split, resolve: Callable[[int | Span], int], *, end: int, name: str = "") -> None:
         """A stage up to step `end`, or the whole run: its batches, and what is due how often in it."""

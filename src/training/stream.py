@@ -1,5 +1,6 @@
 """The endless stream of pictures: position p of the stream is a function of (seed, p), so resuming is starting there."""
 
+import itertools
 import os
 import signal
 from collections.abc import Generator, Iterator
@@ -100,7 +101,10 @@ class Order:
         return rng.permutation(np.concatenate(drawn))[: self.count]
 
     def __call__(self, positions: range) -> NDArray[np.int64]:
-        return np.array([self._epoch(p // self.count)[p % self.count] for p in positions], dtype=np.int64)
+        first, last = positions.start // self.count, (positions.stop - 1) // self.count
+        inside = [(epoch, slice(max(0, positions.start - epoch * self.count), positions.stop - epoch * self.count))
+                  for epoch in range(first, last + 1)]  # fmt: skip
+        return np.concatenate([self._epoch(epoch)[part] for epoch, part in inside]).astype(np.int64)
 
 
 class _Positions(Dataset[MicroBatch]):
@@ -118,16 +122,19 @@ class _Positions(Dataset[MicroBatch]):
         )
 
 
+def positions_of(split: Split, start_step: int) -> Iterator[range]:
+    """Where this rank's micro-batches stand in the stream, from `start_step` on, for ever."""
+    for step in itertools.count(start_step):
+        for part in range(split.accumulation):
+            yield split.positions(step, part)
+
+
 class _From(Sampler[range]):
     def __init__(self, split: Split, start_step: int) -> None:
         self.split, self.start_step = split, start_step
 
     def __iter__(self) -> Iterator[range]:
-        step = self.start_step
-        while True:
-            for part in range(self.split.accumulation):
-                yield self.split.positions(step, part)
-            step += 1
+        return positions_of(self.split, self.start_step)
 
 
 def _quiet_worker(_: int) -> None:
@@ -180,7 +187,7 @@ def latent_stream(
 ) -> Iterator[MicroBatch]:
     """The same of a latent cache: `images` are moments (B, 2, D, h, w) on its device. `flip` takes half of them mirrored."""
     order = Order(labels, seed, balanced=balanced)
-    for positions in _From(split, start_step):
+    for positions in positions_of(split, start_step):
         indices = order(positions)
         mirrored = position_uniforms(seed, np.arange(positions.start, positions.stop))[:, 2] < (0.5 if flip else 0.0)
         yield MicroBatch(latents.moments(indices, mirrored), torch.from_numpy(labels[indices]), positions.start)

@@ -325,6 +325,8 @@ def test_several_sources_and_subsets(tmp_path: Path) -> None:
     assert [both.class_names[label] for label in both.labels] == [name.split("/")[0] for name in both.names]
     few = open_sources(validate(FolderSource, {"source": "folder", "path": str(one), "subset": 4}))
     fewer = open_sources(validate(FolderSource, {"source": "folder", "path": str(one), "subset": 2}))
+    digits, held_out = open_data(validate(DigitsSource, {"source": "digits", "subset": 100}), 0.1)
+    assert len(digits) > 80 and held_out is not None and len(held_out) > 3, "a subset is not all held out"
     assert len(few) == 4 and set(fewer.names) < set(few.names)
     held = open_data(specs[1], specs[1])[1]
     assert held is not None and len(held) == 6

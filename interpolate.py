@@ -1,0 +1,151 @@
+#!/usr/bin/env python
+"""Animate the way from picture to picture: through seeds along great circles, or through your own pictures; MP4 and GIF."""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from src import pictures
+from src.config import UserError, run_script, validate
+from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
+from src.sampling import Opened, SamplerConfig, open_trained
+from src.sampling.edit import as_seen, files_of, start_from_pictures
+from src.sampling.interpolation import Journey, Keys, claim, difference, inverted, write_frames
+from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
+from src.training.launch import explain_out_of_memory, start_sampling
+
+HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python interpolate.py runs/digits_ddpm --seeds 3/14/15 --classes 1/7/4 --guidance 2 --loop",
+    )
+    parser.add_argument("run", help="a run, a checkpoint, a final folder, or an export")
+    keys = parser.add_argument_group("keys: what the animation goes through")
+    keys.add_argument("--seeds", metavar="A/B/C", help="the first picture that sample.py draws of each of these seeds")
+    keys.add_argument("--num-seeds", type=int, metavar="N", help="the same of N seeds from --seed on (default 5)")
+    keys.add_argument("--seed", type=int, default=0)
+    keys.add_argument("--pictures", nargs="+", metavar="FILE", help="your own, inverted; with --solver rk4 they come back best")
+    keys.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what becomes of these pictures")
+    keys.add_argument("--classes", help="names or numbers, A/B/C, dealt to the keys in equal blocks and blended between them")
+    keys.add_argument("--loop", action="store_true", help="go on from the last key to the first")
+    keys.add_argument("--frames-between", type=int, default=48, metavar="N", help="from one key to the next (default 48)")
+    keys.add_argument("--fps", type=int, default=24, help="frames a second (default 24)")
+    parser.add_argument("--out", help="folder for frames, MP4 and GIF (default samples/RUN/interpolation_...)")
+    parser.add_argument("--batch-size", type=int, default=16, help="frames at a time; changes them only by rounding")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    solver = parser.add_argument_group("solver (noise that a step draws is the same in all frames)")
+    solver.add_argument("--solver", choices=SOLVERS, default="ddim")
+    solver.add_argument("--steps", type=parse_steps, default=50, help="how many, or counts for equal sections: 100,50,25")
+    solver.add_argument("--alphas", type=parse_alphas, help="the steps themselves, of a blend, from 0 to 1: 0,0.3,0.7,1")
+    solver.add_argument("--spacing", choices=SPACINGS, default="even")
+    solver.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as ancestral sampling")
+    solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")
+    solver.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1 is none")
+    solver.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
+    """The keys: seeds, or files; a UserError for what makes no sense, before anything is opened."""
+    if sum(asked is not None for asked in (args.seeds, args.num_seeds, args.pictures, args.source)) > 1:
+        raise UserError("--seeds, --num-seeds, --pictures and --source each name the keys; give one of them")
+    if args.frames_between < 1 or args.batch_size < 1 or not 1 <= args.fps <= 100:
+        raise UserError("--frames-between and --batch-size must be at least 1, --fps from 1 to 100")
+    words = args.seeds.split("/") if args.seeds is not None else []
+    if not all(word.isdecimal() and word.isascii() for word in words):
+        raise UserError(f"--seeds {args.seeds}: give numbers with a slash between them, such as 3/14/15")
+    places = args.pictures or ([args.source] if args.source is not None else [])
+    files = [file for place in places for file in files_of(place)]
+    count = 0 if files else 5 if args.num_seeds is None else args.num_seeds
+    seeds = [int(word) for word in words] or list(range(args.seed, args.seed + count))
+    if not all(0 <= seed < 2**64 for seed in (*seeds, args.seed)):
+        raise UserError("seeds go from 0 to 2^64 - 1")
+    if len(files or seeds) < 2:
+        raise UserError(f"an animation goes through two keys or more, and here is {len(files or seeds)}; give more")
+    if args.pictures and (args.solver not in INVERTIBLE or args.eta):
+        name = f"{args.solver} with eta {args.eta:g}" if args.eta else args.solver
+        raise UserError(f"{name} cannot be gone back, as --pictures need; allowed: {', '.join(INVERTIBLE)} (with eta 0)")
+    return seeds, files
+
+
+def classes_of(opened: Opened, words: str | None, seeds: list[int], files: list[Path]) -> list[int] | None:
+    """A class for each key: the ones asked for, else a seed's own as in sample.py, or no class of a file."""
+    if words is not None:
+        return opened.labels(words, len(seeds or files))
+    if opened.num_classes is None:
+        return None
+    if files and not opened.config["label_dropout"]:
+        raise UserError(f"{opened.path} never learned to go without a class: give --classes those of the pictures")
+    return [random_labels(seed, [0], opened.num_classes)[0] for seed in seeds] or [opened.num_classes] * len(files)
+
+
+def main() -> None:
+    args = arguments()
+    seeds, files = check(args)
+    how = validate(SamplerConfig, {key: getattr(args, key) for key in HOW}, origin="arguments")
+    state, device = start_sampling(args.device)
+    rank, world, barrier = state.process_index, state.num_processes, state.wait_for_everyone
+    opened = open_trained(args.run, device)
+    if opened.low_resolution is not None:
+        raise UserError(f"{args.run} is an upsampler, which draws from other pictures; give the run that draws those")
+    sampler = opened.sampler(how, source=start_from_pictures(opened, args.source) if args.source is not None else None)
+    labels = classes_of(opened, args.classes, seeds, files)
+    x0 = as_seen(opened, files) if args.pictures else None
+
+    # Where it goes, and whether that holds other frames
+    names = [*opened.class_names, None]
+    request = {
+        "weights": opened.digest,
+        "run": opened.name,
+        "step": opened.step,
+        **describe(sampler, seeds[0] if seeds else args.seed),
+        "keys": seeds or [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        "inverted": x0 is not None,
+        "classes": [names[label] for label in labels] if labels is not None else None,
+        "frames_between": args.frames_between,
+        "loop": args.loop,
+        "batch_size": args.batch_size,
+    }
+    tag = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:6]
+    out = Path(args.out or f"samples/{opened.name}/interpolation_{tag}")
+    told = {"files": [str(file) for file in files], "path": str(opened.path), "config": opened.config}
+    claim(out, request, told, rank=rank, barrier=barrier)
+
+    # The frames
+    journey, batch = Journey(len(seeds or files), args.frames_between, args.loop), args.batch_size
+    ranks = {"device": device, "rank": rank, "world": world, "barrier": barrier}
+    with explain_out_of_memory(batch, batch, key="--batch-size"):
+        if x0 is not None:
+            starts = inverted(sampler, x0, labels, batch_size=batch)
+        else:  # a seed's own, or the pictures of the source in their order
+            starts = torch.cat([sampler.start(seed, [0]) for seed in seeds] or [sampler.start(0, range(len(files)))])
+        more = {"seed": request["seed"], "batch_size": batch, **ranks}
+        paths = write_frames(opened, sampler, Keys(starts, labels), journey, out / "frames", **more)
+    if not state.is_main_process:
+        return
+
+    # The GIF, and the MP4 where there is an ffmpeg that makes it
+    pattern = out / "frames" / "frame_%05d.png"
+    pictures.gif(paths, pattern, out / "animation.gif", fps=args.fps)
+    made = [out / "frames", out / "animation.gif"]
+    try:
+        pictures.mp4(pattern, out / "animation.mp4", fps=args.fps)
+        made.append(out / "animation.mp4")
+    except UserError as error:
+        print(error)
+    print(f"{len(paths)} frames through {journey.keys} keys of {opened.path} (step {opened.step}), {world} process(es)")
+    print(f"  {sampler.calls()} network calls a frame, {len(paths) / args.fps:.1f} seconds at {args.fps} frames a second")
+    if x0 is not None:
+        off = difference(sampler.pictures(x0), paths[:: args.frames_between][: len(files)])
+        print(f"  the pictures come back to {off:.1f} of 255 levels on average; more --steps or --solver rk4 bring them closer")
+    print("\n".join(f"  {path}" for path in made))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,253 @@
+"""The two ends of the blend, opened: pictures, latents, 2-D points, or pairs that an earlier run made."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+
+from ..config import UserError
+from ..data import GaussianSource, ImageConfig, PictureSet, PointSet, open_data, open_points
+from ..data.points import PointSource
+from ..training.run import describe_data
+from ..training.seeds import generator, normal, torch_seed
+from ..training.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
+from .autoencoder import Autoencoder, LatentCodec
+from .latents import Latents, cache_folder, latents_of
+from .preview import Examples, pictures_of
+from .sampler import Start
+
+
+class End(ABC):
+    """One end: `train` is what is learned from, `held_out` what is not, or None; `shape` what the network sees of one."""
+
+    shape: tuple[int, ...]
+    train: PictureSet | PointSet
+    held_out: PictureSet | PointSet | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What travels with the weights."""
+        return describe_data(self.train, self.held_out)
+
+    @abstractmethod
+    def stream(
+        self,
+        split: Split,
+        *,
+        seed: int,
+        balanced: bool,
+        start_step: int,
+        workers: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Generator[MicroBatch, None, None]:
+        """This rank's micro-batches from `start_step` on, as the network sees them (B, *shape), for ever."""
+
+    @abstractmethod
+    def examples(self) -> Examples:
+        """What is held out, or, where nothing is, what is learned from; always the same for one index."""
+
+    def starts(self) -> Start:
+        """A Start for sampling: its examples, in an order that is a function of (seed, draw)."""
+        examples = self.examples()
+        count = len(examples.labels)
+
+        def start(seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
+            order = generator(seed, "source", draw).permutation(count)
+            return examples.load(order[np.array(indices, dtype=np.int64) % count]).float().cpu()
+
+        return start
+
+
+class PictureEnd(End):
+    """Pictures (C, H, W)."""
+
+    def __init__(self, train: PictureSet, held_out: PictureSet | None, image: ImageConfig) -> None:
+        self.train, self.held_out, self.image = train, held_out, image
+        self.shape = (image.channels, image.size, image.size)
+
+    def stream(
+        self, split: Split, *, device: torch.device, dtype: torch.dtype, **more: Any
+    ) -> Generator[MicroBatch, None, None]:
+        assert isinstance(self.train, PictureSet)
+        with closing(stream(self.train, self.image, split, device=device, **more)) as batches:
+            for micro in batches:
+                yield micro._replace(images=to_network(micro.images, device, dtype))
+
+    def examples(self) -> Examples:
+        chosen = self.held_out or self.train
+        assert isinstance(chosen, PictureSet)
+        return pictures_of(chosen, self.image)
+
+
+class LatentEnd(End):
+    """The latents (D, h, w) of pictures."""
+
+    def __init__(self, train: PictureSet, held_out: PictureSet | None, latents: Latents, image: ImageConfig) -> None:
+        self.train, self.held_out, self.latents, self.image = train, held_out, latents, image
+        self.shape = tuple(latents.facts["shape"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return super().facts | {"latents": self.latents.facts}
+
+    def stream(
+        self, split: Split, *, seed: int, start_step: int, device: torch.device, dtype: torch.dtype, balanced: bool, **_: Any
+    ) -> Generator[MicroBatch, None, None]:
+        more = {"balanced": balanced, "flip": self.image.flip, "start_step": start_step}
+        batches = latent_stream(self.latents.train, self.train.labels, split, seed=seed, **more)
+        for step in itertools.count(
+            start_step
+        ):  # the posterior's noise is drawn for the whole batch: each rank takes its share
+            noise = normal((split.batch, *self.shape), seed, "posterior", step, device=device, dtype=dtype)
+            for part in range(split.accumulation):
+                micro = next(batches)
+                yield micro._replace(images=self.latents.draw(micro.images, noise[split.of_step(part)]))
+
+    def examples(self) -> Examples:
+        return self.latents.examples((self.held_out or self.train).labels, held_out=self.held_out is not None)
+
+
+class PointEnd(End):
+    """Points (2,) of a density."""
+
+    def __init__(self, train: PointSet, held_out: PointSet | None) -> None:
+        self.train, self.held_out, self.shape = train, held_out, (2,)
+
+    def stream(
+        self, split: Split, *, seed: int, start_step: int, device: torch.device, dtype: torch.dtype, balanced: bool, **_: Any
+    ) -> Generator[MicroBatch, None, None]:
+        assert isinstance(self.train, PointSet)
+        points = torch.from_numpy(self.train.points).to(device, dtype)
+        order = Order(self.train.labels, seed, balanced=balanced)
+        for positions in positions_of(split, start_step):
+            chosen = order(positions)
+            labels = torch.from_numpy(self.train.labels[chosen])
+            yield MicroBatch(points[torch.from_numpy(chosen).to(device)], labels, positions.start)
+
+    def examples(self) -> Examples:
+        chosen = self.held_out or self.train
+        assert isinstance(chosen, PointSet)
+        return Examples(chosen.labels, lambda indices: torch.from_numpy(chosen.points[indices]))
+
+
+class EncodedEnd(End):
+    """Pictures whose latents are wanted now and then: nothing is cached, and nothing trains on it."""
+
+    def __init__(self, pictures: End, codec: LatentCodec) -> None:
+        self.pictures, self.codec = pictures, codec
+        self.train, self.held_out = pictures.train, pictures.held_out
+
+    def stream(self, split: Split, **_: Any) -> Generator[MicroBatch, None, None]:
+        raise AssertionError("a run trains on cached latents")
+
+    @torch.no_grad()
+    def examples(self) -> Examples:
+        pictures, own = self.pictures.examples(), next(self.codec.network.parameters())
+        return Examples(pictures.labels, lambda indices: self.codec.encode(pictures.load(indices).to(own)))
+
+
+def open_end(spec: Any, held_out: Any, image: ImageConfig | None) -> "PictureEnd | PointEnd":
+    """What a config's `data` or `source` names, pictures or points; a UserError says what does not fit."""
+    if isinstance(spec, PointSource):
+        if image is not None:
+            raise UserError(f"{spec.source} is a density of 2-D points: set image to null, or name pictures at both ends")
+        return PointEnd(*open_points(spec, held_out if isinstance(held_out, float | int) else 0.0))
+    if image is None:
+        raise UserError('pictures need image, as in {"size": 64}; 2-D points have none')
+    return PictureEnd(*open_data(spec, held_out), image)
+
+
+class Ends:
+    """Both: `data`, and `source`, which is None for Gaussian noise. A UserError where their shapes differ."""
+
+    def __init__(self, data: End, source: End | None) -> None:
+        self.data, self.source, self.shape = data, source, data.shape
+        if source is not None and source.shape != data.shape:
+            shapes = " and ".join(" x ".join(map(str, end.shape)) for end in (data, source))
+            raise UserError(f"data and source have different shapes, {shapes}; blend like with like")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What travels with the weights."""
+        return self.data.facts | ({"source": self.source.facts} if self.source is not None else {})
+
+    @property
+    def num_images(self) -> int:
+        """Those of an epoch."""
+        return len(self.data.train)
+
+    def starts(self) -> Start | None:
+        """What sampling starts from, where that is not Gaussian noise."""
+        return self.source.starts() if self.source is not None else None
+
+    def held_out(self) -> Examples | None:
+        """What a loss can be measured on."""
+        return self.data.examples() if self.data.held_out is not None else None
+
+    def codec(self, device: torch.device) -> dict[str, Any]:
+        """The codec and the bounds of latents, as a sampler takes them; nothing where there are none."""
+        if not isinstance(self.data, LatentEnd):
+            return {}
+        return {"codec": self.data.latents.codec, "bounds": latent_bounds(self.data.latents.facts, device)}
+
+    def encoded(
+        self,
+        autoencoder: Autoencoder,
+        processes: Accelerator | PartialState,
+        folder: str | None,
+        otherwise: Path,
+        *,
+        batch_size: int,
+        workers: int,
+        dry_run: bool,
+    ) -> "Ends":
+        """Both ends as latents, from their caches, which are made where they are missing: in `folder` (the source's beside
+        it), or where the autoencoder's run keeps them, else in `otherwise`. The source's are normalised as the data's."""
+        found: list[LatentEnd] = []
+        for end, suffix in ((self.data, ""), (self.source, "_source")):
+            if end is None:
+                continue
+            assert isinstance(end, PictureEnd) and isinstance(end.train, PictureSet) and not isinstance(end.held_out, PointSet)
+            own = Path(folder + suffix) if folder else cache_folder(autoencoder, end.image, end.train, end.held_out, otherwise)
+            more = {"batch_size": batch_size, "workers": workers, "dry_run": dry_run}
+            latents = latents_of(autoencoder, end.train, end.held_out, end.image, own, processes, **more)
+            if found:
+                latents.codec = found[0].latents.codec
+            found.append(LatentEnd(end.train, end.held_out, latents, end.image))
+        return Ends(found[0], found[1] if len(found) > 1 else None)
+
+    def stream(
+        self, split: Split, *, seed: int, balanced: bool, **more: Any
+    ) -> Generator[tuple[MicroBatch, Tensor | None], None, None]:
+        """(data with its labels, source or None) of this rank, for ever, paired at random and anew in each epoch."""
+        with closing(self.data.stream(split, seed=seed, balanced=balanced, **more)) as data:
+            if self.source is None:
+                for micro in data:
+                    yield micro, None
+                return
+            own = torch_seed(seed, "source") % 2**32
+            with closing(self.source.stream(split, seed=own, balanced=False, **more)) as source:
+                for micro, start in zip(data, source, strict=True):
+                    yield micro, start.images
+
+
+def open_ends(data: Any, source: Any, held_out: Any, image: ImageConfig | None) -> Ends:
+    """What a config names: pictures or points at both ends, or Gaussian noise as the source. A held-out share is held out
+    of both."""
+    share = held_out if isinstance(held_out, float | int) else 0.0
+    opened = open_end(data, held_out, image)
+    return Ends(opened, None if isinstance(source, GaussianSource) else open_end(source, share, image))
+
+
+def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lowest and highest of each channel over all latents, as they are known to a latent run: (D, 1, 1) each."""
+    low, high = (torch.tensor(facts[key], device=device)[:, None, None] for key in ("low", "high"))
+    return low, high

@@ -1,0 +1,71 @@
+"""From pictures back to their source, and forth again."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import pictures
+from ..config import UserError, write_whole
+from .edit import as_seen
+from .opened import Opened
+from .sampler import Sampler, describe
+
+
+def measure(x0: Tensor, source: Tensor, again: Tensor) -> dict[str, float]:
+    """Of one picture, as the network sees it: `rms` of what is lost on the way there and back, relative to the picture's own
+    standard deviation; `std` of the source; `correlation` of source and picture."""
+    flat, noise = x0.flatten().double(), source.flatten().double()
+    lost = (again.double() - x0.double()).square().mean().sqrt() / flat.std()
+    both = torch.corrcoef(torch.stack([flat, noise]))[0, 1]
+    return {"rms": float(lost), "std": float(noise.std()), "correlation": float(both)}
+
+
+def write_inversions(
+    opened: Opened, sampler: Sampler, files: Sequence[Path], out: Path, *, label: int | None, batch_size: int
+) -> dict[str, float]:
+    """Into the new folder `out`: `inversion.png` (picture, its source, and the picture again, in rows), `sources.npy`
+    (N, *shape), `inversion.json` with what `measure` says of each. Gives the means.
+
+    `label` is the class that the way is asked with, none without one. Both ways are clipped as the run samples: without it, a
+    network that predicts eps throws its estimate of x_0 out of all bounds near the noise.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds other pictures; give another --out or remove it")
+    rows, sources, told = [], [], []
+    for first in tqdm(range(0, len(files), batch_size), desc="inverting", unit="batch", disable=None):
+        part = list(files[first : first + batch_size])
+        x0 = as_seen(opened, part).to(sampler.dtype)
+        labels = None
+        if sampler.num_classes is not None:
+            labels = torch.full((len(x0),), sampler.num_classes if label is None else label, device=x0.device)
+        source = sampler.invert(x0, labels)
+        again = sampler.move(source, labels)
+        shown = [sampler.pictures(x) for x in (x0, source, again)]
+        rows.append(pictures.to_uint8(torch.stack(shown, dim=1).flatten(0, 1)))
+        sources.append(source.float().cpu().numpy())
+        told += [{"file": file.name, **measure(*three)} for file, *three in zip(part, x0, source, again, strict=True)]
+    mean = {key: float(np.mean([abs(entry[key]) for entry in told])) for key in ("rms", "std", "correlation")}
+    out.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.save(content, np.concatenate(sources))
+    write_whole(out / "sources.npy", content.getbuffer())
+    document: dict[str, Any] = {"weights": opened.digest, **describe(sampler, 0), "mean": mean, "pictures": told}
+    title = f"picture, source, and back again with {sampler.calls()} network calls each way"
+    pictures.save(
+        pictures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title), out / "inversion.png"
+    )
+    write_whole(out / "inversion.json", (json.dumps(document, indent=1) + "\n").encode())
+    return mean
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """The hash of what is in the files."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()

@@ -1,0 +1,135 @@
+"""Pairs (source, its sample) that an earlier run makes ahead, to train straighter paths on: reflow."""
+
+import hashlib
+import json
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from pydantic import Discriminator, Tag
+from torch import Tensor
+
+from ..config import UserError, config, dump, kind_of, read_json
+from ..data.latents import LatentSet, block_path, open_blocks, write_block
+from ..training.stream import MicroBatch, Order, Split, positions_of
+from .ends import Ends
+from .latents import make_cache
+from .opened import open_run
+from .preview import Examples
+from .sampler import Sampler, SamplerConfig, random_labels
+
+
+@config
+class PairsConfig:
+    """`count` pairs (source, sample) of the finished run `run`, made once, on all ranks, by `sampler`: its calls cost their
+    time once, and what it draws is what is learned.
+
+    Sec. 2.2, Liu et al. 2022, arXiv:2209.03003.
+    """
+
+    run: str
+    count: int = pydantic.Field(20_000, ge=2)
+    seed: int = pydantic.Field(1, ge=0, lt=2**32)
+    sampler: SamplerConfig = SamplerConfig(solver="heun", steps=32)
+    batch_size: int = pydantic.Field(64, ge=1)
+
+
+Pairs = Annotated[
+    Annotated[str | None, Tag("plain")] | Annotated[PairsConfig, Tag("object")],
+    Discriminator(kind_of),
+]
+
+
+class PairEnds(Ends):
+    """The ends of a run, paired as an earlier run has moved the one to the other. Made in its folder (else in `run_dir`)."""
+
+    def __init__(
+        self,
+        spec: str | PairsConfig,
+        ends: Ends,
+        num_classes: int | None,
+        run_dir: Path,
+        accelerator: Accelerator,
+        *,
+        dry_run: bool,
+    ) -> None:
+        super().__init__(ends.data, ends.source)
+        spec = PairsConfig(run=spec) if isinstance(spec, str) else spec
+        run = open_run(spec.run, accelerator.device)
+        if run.shape != self.shape:
+            sizes = [" x ".join(map(str, shape)) for shape in (run.shape, self.shape)]
+            raise UserError(f"pairs.run {spec.run} makes {sizes[0]}, and this run sees {sizes[1]}; name a run of the same data")
+        if num_classes is not None and (run.num_classes is None or run.class_names != tuple(ends.data.train.class_names)):
+            raise UserError(f"pairs.run {spec.run} has other classes; name another run, or set class_conditional to false")
+        if run.gaussian != (ends.source is None):
+            raise UserError(f"pairs.run {spec.run} starts from another source; give both runs the same")
+        self._contract = {"weights": run.digest, "shape": list(self.shape)}
+        self._contract |= {key: value for key, value in dump(spec).items() if key != "run"}
+        name = hashlib.sha256(json.dumps(self._contract).encode()).hexdigest()[:8]
+        folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / name
+        sampler, classes = run.sampler(spec.sampler), len(run.class_names) if num_classes is not None else None
+
+        def write(staged: Path, split: str, number: int, indices: Sequence[int]) -> None:
+            values, labels = _make(sampler, spec, indices, classes, accelerator.device)
+            write_block(staged, split, number, values, {"labels": labels})
+
+        if dry_run and not folder.exists():  # the first ones stand for all
+            values, labels = _make(sampler, spec, range(min(spec.count, 64)), classes, accelerator.device)
+            repeats = -(-spec.count // len(values))
+            self._pairs, self._labels = LatentSet([values] * repeats, accelerator.device), np.tile(labels, repeats)
+            return
+        if not folder.exists():
+            ranks: dict[str, Any] = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+            ranks["barrier"] = accelerator.wait_for_everyone
+            words = {"name": "folder of pairs", "doing": "making pairs"}
+            make_cache(folder, self._contract, {"pairs": spec.count}, write, lambda _: {}, **words, **ranks)
+        manifest = read_json(folder / "manifest.json")
+        if any(manifest.get(key) != value for key, value in self._contract.items()):
+            raise UserError(f"the folder of pairs {folder} is of something else; remove it, and it is made again")
+        self._pairs = open_blocks(folder, "pairs", spec.count, accelerator.device, "folder of pairs")
+        self._pairs.settle()
+        facts = [read_json(block_path(folder, "pairs", i).with_suffix(".json")) for i in range(len(self._pairs.blocks))]
+        self._labels = np.array([label for block in facts for label in block["labels"]], dtype=np.int64)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return super().facts | {"images": self.num_images, "pairs": self._contract}
+
+    @property
+    def num_images(self) -> int:
+        return len(self._labels)
+
+    def held_out(self) -> Examples | None:
+        """Nothing: what is held out is not paired."""
+        return None
+
+    def stream(
+        self, split: Split, *, seed: int, balanced: bool, start_step: int, dtype: torch.dtype, **_: Any
+    ) -> Generator[tuple[MicroBatch, Tensor | None], None, None]:
+        order = Order(self._labels, seed, balanced=balanced)
+        for positions in positions_of(split, start_step):
+            chosen = order(positions)
+            source, data = self._pairs.moments(chosen, np.zeros(len(chosen), dtype=bool)).to(dtype).unbind(1)
+            yield MicroBatch(data, torch.from_numpy(self._labels[chosen]), positions.start), source
+
+
+def _make(
+    sampler: Sampler, spec: PairsConfig, indices: Sequence[int], classes: int | None, device: torch.device
+) -> tuple[NDArray[np.float32], list[int]]:
+    """(n, 1, 2, *shape): source and sample as the network sees them, with labels, -1 for none; in batches of always one
+    size."""
+    made, labels = [], random_labels(spec.seed, indices, classes) if classes is not None else [-1] * len(indices)
+    for first in range(0, len(indices), spec.batch_size):
+        part = list(indices[first : first + spec.batch_size])
+        padded = [*part, *[part[-1]] * (spec.batch_size - len(part))]
+        own = [*labels[first : first + len(part)], *[0] * (spec.batch_size - len(part))]
+        x = sampler.start(spec.seed, padded).to(device, sampler.dtype)
+        condition = torch.tensor(own, device=device) if classes is not None else None
+        end = sampler.move(x, condition, seed=spec.seed, indices=padded)
+        made.append(torch.stack([x, end], dim=1)[: len(part)].float().cpu().numpy())
+    return np.concatenate(made)[:, None], labels

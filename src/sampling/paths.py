@@ -1,0 +1,151 @@
+"""How straight the paths have become: the same sources after few network calls and many, while a run trains."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from .. import pictures
+from ..config import Length, config, free
+from ..diffusion import Prediction
+from ..training.seeds import generator
+from ..training.session import Session
+from .ends import Ends
+from .preview import Examples, held_out_loss
+from .sampler import Sampler, SamplerConfig
+
+
+@config
+class PathPreviewConfig:
+    """`num_samples` sources from the EMA weights every `every` steps and at the end, always the same ones, after so many
+    network `calls`, side by side; `batch_size` at a time."""
+
+    every: Length | None = free(None)
+    num_samples: int = free(8, ge=1)
+    batch_size: int = free(16, ge=1)
+    calls: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 16, 64), min_length=1, json_schema_extra={"free": True})
+    guidance: float = free(1.0)
+
+
+class PathLength:
+    """A callback that adds up how far each sample of a batch goes."""
+
+    def __init__(self) -> None:
+        self._first = self._last = None
+        self._length = torch.zeros(())
+
+    def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+        self._go(x_t)
+
+    def _go(self, x: Tensor) -> None:
+        if self._last is None:
+            self._first = x
+        else:
+            self._length = self._length + (x - self._last).flatten(1).norm(dim=1)
+        self._last = x
+
+    def straightness(self, end: Tensor) -> Tensor:
+        """(B,): one minus the ratio of chord to path length, for paths that end at `end` (B, ...): 0 is a straight line."""
+        self._go(end)
+        assert self._first is not None
+        chord = (end - self._first).flatten(1).norm(dim=1)
+        return 1 - chord / self._length.clamp(min=1e-12)
+
+
+def preview_paths(
+    sampler_for: Callable[[SamplerConfig], Sampler],
+    spec: PathPreviewConfig,
+    session: Session,
+    class_names: Sequence[str],
+    ends: Ends,
+) -> dict[str, float]:
+    """Draw the preview of the session's step on all ranks as `step_STEP.png`, and measure: `straightness` along the most calls,
+    and the loss on what is held out. 2-D points are drawn beside those of the data."""
+    accelerator, count, n = session.accelerator, spec.num_samples, len(class_names)
+    each = math.ceil(count / accelerator.num_processes)
+    mine = [i % count for i in range(accelerator.process_index * each, (accelerator.process_index + 1) * each)]
+    columns: list[Tensor] = []
+    straightness = torch.zeros(())
+    for calls in sorted(spec.calls):
+        sampler = sampler_for(SamplerConfig(solver="euler", steps=calls, guidance=spec.guidance))
+        starts, reached, measured = [], [], []
+        for first in range(0, each, spec.batch_size):
+            part = mine[first : first + spec.batch_size]
+            x = sampler.start(0, part).to(accelerator.device, sampler.dtype)
+            labels = None
+            if sampler.num_classes is not None:
+                labels = torch.tensor([i * n // count % n for i in part], device=accelerator.device)
+            length = PathLength()
+            end = sampler.move(x, labels, indices=part, callback=length)
+            measured.append(length.straightness(end))
+            starts.append(sampler.pictures(x))
+            reached.append(sampler.pictures(end))
+        columns = columns or [_gathered(session, starts)[:count]]
+        columns.append(_gathered(session, reached)[:count])
+        straightness = _gathered(session, measured)[:count].mean()
+    if accelerator.is_main_process:
+        words = ", ".join(map(str, sorted(spec.calls)))
+        path = session.run.samples / f"step_{session.step:08d}.png"
+        if columns[0].ndim == 2:
+            titles = ["source", *(f"{calls} network call{'s' * (calls > 1)}" for calls in sorted(spec.calls)), "data"]
+            shown = [column.cpu().numpy() for column in columns] + [_some(ends.data.examples(), count)]
+            panels = [pictures.scatter(points, title=title) for points, title in zip(shown, titles, strict=True)]
+            pictures.save(pictures.in_a_row(panels), path)
+        else:
+            rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
+            title = f"source, then after {words} network calls"
+            pictures.save(pictures.grid(pictures.to_uint8(rows), columns=len(columns), title=title), path)
+    values = {"straightness": float(straightness)}
+    if (held_out := ends.held_out()) is not None:
+        sampler = sampler_for(SamplerConfig())
+        loss = held_out_loss(
+            sampler.network,
+            sampler.process,
+            held_out,
+            session.split.micro,
+            sampler.num_classes,
+            accelerator,
+            source=sampler.source,
+        )
+        values["held_out_loss"] = loss
+    return values
+
+
+def _gathered(session: Session, parts: list[Tensor]) -> Tensor:
+    found = session.accelerator.gather(torch.cat(parts))
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _some(examples: Examples, count: int) -> NDArray[np.float32]:
+    return examples.load(np.arange(min(count, len(examples.labels)))).cpu().numpy()
+
+
+@torch.no_grad()
+def first_ends(sampler: Sampler, data: Examples, folder: Path, *, count: int = 4, alphas: int = 9) -> None:
+    """What a person looks at before training: `blend.png`, rows of one source and one example each, blended from alpha 0 to
+    1; of 2-D points, the densities of the blend."""
+    device = next(sampler.network.parameters()).device  # pyright: ignore[reportFunctionMemberAccess]
+    points = len(sampler.shape) == 1
+    count = min(20_000 if points else count, len(data.labels))
+    chosen = generator(0, "blend").choice(len(data.labels), count, replace=False)
+    x0 = data.load(chosen).to(device, sampler.dtype)
+    eps = sampler.start(0, range(count)).to(x0)
+    levels = torch.linspace(0, 1, alphas, dtype=torch.float64)
+    blends = [sampler.process.add_noise(x0, eps, 1 - alpha) for alpha in levels]
+    if points:
+        panels = [
+            pictures.scatter(x.cpu().numpy(), size=160, title=f"alpha {a:g}")
+            for x, a in zip(blends, levels.tolist(), strict=True)
+        ]
+        pictures.save(pictures.in_a_row(panels), folder / "blend.png")
+        return
+    shown = torch.stack([sampler.pictures(x) for x in blends], dim=1).flatten(0, 1)
+    title = f"x_alpha, alpha from 0 (source) to 1 (data) in {alphas - 1} steps"
+    pictures.save(pictures.grid(pictures.to_uint8(shown), columns=alphas, title=title), folder / "blend.png")

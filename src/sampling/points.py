@@ -1,0 +1,98 @@
+"""2-D points on their way, for a person to look at."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import pictures
+from ..config import UserError, read_json, write_whole
+from ..diffusion import Prediction
+from .sampler import Sampler
+
+FIELD_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@torch.no_grad()
+def move_points(sampler: Sampler, seed: int, count: int, labels: Tensor | None, *, device: torch.device) -> Tensor:
+    """The points 0 .. count - 1 of `seed` after each step, (steps + 1, count, 2) on the CPU, the source first."""
+    way: list[Tensor] = []
+
+    def keep(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+        way.append(x_t.float().cpu())
+
+    x = sampler.start(seed, range(count)).to(device, sampler.dtype)
+    end = sampler.move(x, labels, seed=seed, indices=range(count), callback=keep)
+    return torch.stack([*way, end.float().cpu()])
+
+
+@torch.no_grad()
+def velocity(sampler: Sampler, at: Tensor, t: float, labels: Tensor | None = None) -> Tensor:
+    """What moves points `at` (N, 2) towards the data at time t: data - source as the network sees it, (N, 2)."""
+    condition = {"labels": labels} if labels is not None else {}
+    own = at.to(next(sampler.network.parameters()))  # pyright: ignore[reportFunctionMemberAccess]
+    found = sampler.process.denoiser(sampler.network, **condition)(own, torch.tensor(t, dtype=torch.float64))
+    return (found.x0 - found.eps).float().cpu()
+
+
+def write_points(
+    sampler: Sampler,
+    out: Path,
+    *,
+    count: int = 20_000,
+    seed: int = 0,
+    label: int | None = None,
+    device: torch.device,
+    fps: int = 24,
+    frames: bool = True,
+    told: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Into the folder `out`: `x0.png`, the source (the paper's x_0), `x1.png`, the samples, `trajectories.png` of 100 points,
+    `velocity.png` at five times, `points.npz` with both ends, and `points.gif` with the points on their way between them.
+
+    `label` is the class that is asked for, `told` what all depends on, for `metadata.json`. Gives the pictures' paths; a folder
+    that holds others is a UserError.
+    """
+    metadata = out / "metadata.json"
+    if told is not None and out.exists() and any(out.iterdir()) and (not metadata.exists() or read_json(metadata) != told):
+        raise UserError(f"{out} holds other frames; give another --out or remove it")
+    labels = torch.full((count,), label, device=device) if label is not None else None
+    way = move_points(sampler, seed, count, labels, device=device).numpy()
+    first, last = (pictures.scatter(way[i], title=title) for i, title in ((0, "x_0: the source"), (-1, "x_1: the data")))
+    out.mkdir(parents=True, exist_ok=True)
+    if told is not None:
+        write_whole(metadata, (json.dumps(told, indent=1) + "\n").encode())
+    pictures.save(first, out / "x0.png")
+    pictures.save(last, out / "x1.png")
+    pictures.trajectories(
+        out / "trajectories.png", way[:, :100], title=f"100 of {count} points, {sampler.calls()} network calls"
+    )
+    fields = {}
+    for t in FIELD_TIMES:  # at the points that are on their way then: elsewhere the network has seen nothing
+        at = way[int((sampler.times - t).abs().argmin())][:300]
+        some = labels[: len(at)] if labels is not None else None
+        fields[f"alpha = {1 - t:g}"] = at, velocity(sampler, torch.from_numpy(at).to(device), t, some).numpy()
+    pictures.velocity_fields(out / "velocity.png", fields)
+    content = io.BytesIO()
+    np.savez(content, source=way[0], data=way[-1])
+    write_whole(out / "points.npz", content.getbuffer())
+    made = [out / name for name in ("x0.png", "x1.png", "trajectories.png", "velocity.png")]
+    if not frames:
+        return made
+    folder = out / "frames"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("frame_*.png"):
+        old.unlink()
+    alphas = 1 - sampler.process.schedule.level(sampler.times).sigma
+    paths = [folder / f"frame_{i:03d}.png" for i in range(len(way))]
+    for i, path in enumerate(tqdm(paths, desc="frames", unit="img", disable=None)):
+        title = f"alpha = {float(alphas[i]):.2f}"
+        pictures.save(pictures.in_a_row([first, pictures.scatter(way[i], title=title), last]), path)
+    pictures.gif(paths, folder / "frame_%03d.png", out / "points.gif", fps=fps)
+    return [*made, out / "points.gif"]

@@ -1,0 +1,237 @@
+#!/usr/bin/env python
+"""Train iterative alpha-(de)blending between two densities: noise, pictures, latents, 2-D points.
+
+accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=PICTURES
+python train_iadb.py -cfg configs/points2d_iadb.json
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+import torch
+from pydantic import Discriminator, Tag
+
+from src.config import ENDLESS, Length, config, free, load, run_script, to_steps, training_arguments, wrong
+from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
+from src.diffusion import ProcessConfig, TimeInput, build_process
+from src.diffusion.schedules import BlendScheduleConfig
+from src.models import MLP, MLPConfig, UNetConfig
+from src.sampling import Sampler, SamplerConfig
+from src.sampling.autoencoder import autoencoder_for
+from src.sampling.ends import open_ends
+from src.sampling.opened import build_unet, count_classes, sampler_of, start_from
+from src.sampling.pairs import PairEnds, Pairs
+from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
+from src.sampling.points import write_points
+from src.training.checkpoint import CheckpointConfig
+from src.training.draws import Draws
+from src.training.ema import EMA, EMAConfig
+from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
+from src.training.run import LogConfig
+from src.training.seeds import torch_seed
+from src.training.session import Session
+from src.training.state import Trained
+from src.training.stream import split_batch
+from src.training.times import TimeSampler, TimesConfig, UniformTimes
+
+Model = Annotated[
+    Annotated[UNetConfig, Tag("unet")] | Annotated[MLPConfig, Tag("mlp")],
+    Discriminator(
+        lambda value: "mlp" if isinstance(value, MLPConfig) or (isinstance(value, dict) and "kind" in value) else "unet"
+    ),
+]
+IADB = ProcessConfig(schedule=BlendScheduleConfig(kind="blend"), target="blend", clip=False, time_input=TimeInput(kind="alpha"))
+
+
+@config
+class Config(MachineConfig):
+    """All there is to set. `source` is what one starts from (the paper's x_0, alpha 0), `data` what is wanted (its x_1,
+    alpha 1): both pictures of `image`, or both 2-D points, which have no `image`. With `autoencoder` (a finished run of
+    train_vae.py or a diffusers AutoencoderKL) pictures are blended as latents, kept in the folder `latents`.
+
+    `pairs` names an earlier run whose pairs (source, its sample) are trained on instead: reflow. `loss_reduction` sum is
+    the paper's, over a step's batch; mean is logged. Without `steps` a run has no end. `batch_size` counts the images of a
+    step on all devices together. `init_from` is a run whose weights are the start.
+    """
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    source: SourceEnd = GaussianSource(source="gaussian")
+    data: DataEnd
+    held_out: HeldOut = 0.0
+    image: ImageConfig | None = None
+    autoencoder: str | None = free(None)
+    latents: str | None = free(None)
+    encode_batch_size: int = pydantic.Field(16, gt=0)
+    pairs: Pairs = None
+    class_conditional: bool | None = None
+    label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
+    balance_classes: bool = False
+    process: ProcessConfig = IADB
+    times: TimesConfig = UniformTimes()
+    loss_reduction: Literal["mean", "sum"] = "mean"
+    model: Model
+    optimizer: OptimizerConfig
+    steps: Length | None
+    batch_size: int = pydantic.Field(gt=0)
+    micro_batch_size: int | None = free(None, gt=0)
+    compile: bool = free(False)
+    init_from: str | None = None
+    ema: EMAConfig = EMAConfig()
+    preview: PathPreviewConfig = PathPreviewConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    max_nonfinite_steps: int = free(10, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.process.schedule.kind != "blend":
+            raise wrong("process.schedule.kind: only the blend joins two densities; ddpm_accelerate.py trains on the others")
+        if isinstance(self.model, MLPConfig) != (self.image is None):
+            raise wrong("model: 2-D points, which have no image, need an mlp, and pictures a U-Net")
+        if self.image is None and self.autoencoder is not None:
+            raise wrong("autoencoder: 2-D points have no latents; leave it out")
+        if self.steps is None and self.optimizer.schedule.kind != "constant":
+            raise wrong("steps: a run without end needs optimizer.schedule.kind constant, since the others end")
+        return self
+
+
+def main() -> int:
+    args = training_arguments(Config, __doc__ or "", default="configs/points2d_iadb.json").parse_args()
+    cfg = load(args.config, Config, args.set)
+    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
+        return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
+
+
+def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+    # Start on the devices there are.
+    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
+    device, dtype = accelerator.device, getattr(torch, cfg.dtype)
+    split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+
+    # Open both ends: as they are, as latents, or paired by an earlier run.
+    ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image)
+    train_set, held_out = ends.data.train, ends.data.held_out
+    num_classes = count_classes(cfg.class_conditional, train_set.class_names)
+    autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
+    if autoencoder is not None:
+        encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "dry_run": dry_run}
+        ends = ends.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
+    if cfg.pairs is not None:
+        ends = PairEnds(cfg.pairs, ends, num_classes, run_dir, accelerator, dry_run=dry_run)
+    shape, starts = ends.shape, ends.starts()
+    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=ends.num_images)
+    total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
+
+    # Build process, network, optimiser, EMA, and the samplers of the previews.
+    process = build_process(cfg.process)
+    times = TimeSampler(cfg.times, process)
+    torch.manual_seed(torch_seed(cfg.seed, "weights"))
+    if isinstance(cfg.model, MLPConfig):
+        network = MLP(cfg.model, num_classes=num_classes).to(device, dtype)
+    else:
+        network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
+    bare_optimizer = adamw(network.parameters(), cfg.optimizer)
+    rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
+    ema = EMA(network, cfg.ema)
+    trained = Trained(network, bare_optimizer, ema, times=times)
+
+    def sampler_for(spec: SamplerConfig) -> Sampler:
+        spec = spec.without_guidance(num_classes is None)
+        more = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, "source": starts, **ends.codec(device)}
+        return sampler_of(spec, ema.network, process, shape, num_classes, **more)
+
+    sampler_for(SamplerConfig(guidance=cfg.preview.guidance))  # what is wrong with it is said now
+
+    # Go on where the run was.
+    session = Session(cfg, accelerator, run_dir, trained, ends.facts, total_steps=total_steps, dry_run=dry_run)
+    if session.finished:
+        session.run.say(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        return 0
+    if cfg.init_from is not None and not session.progress:
+        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
+    if cfg.compile:
+        network.compile()
+    model, optimizer = accelerator.prepare(network, bare_optimizer)
+    settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
+    session.enter(split, resolve, end=total_steps)
+    if session.run.writes:
+        if autoencoder is not None:
+            autoencoder.keep(run_dir / "autoencoder")
+        if session.step == 0:
+            first_ends(sampler_for(SamplerConfig()), ends.data.examples(), run_dir)
+    batches = ends.stream(
+        split,
+        seed=cfg.seed,
+        balanced=cfg.balance_classes,
+        start_step=session.step,
+        workers=cfg.workers,
+        device=device,
+        dtype=dtype,
+    )
+
+    # Train.
+    model.train()
+    while session.step < total_steps:
+        # Draw times, noise and dropped labels for the whole batch; each rank takes its share below.
+        step = session.step
+        draws = Draws(
+            times, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
+        )
+
+        # Gradients: every loss is its sum over the micro-batch times world size over the batch.
+        for part in range(split.accumulation):
+            (micro, source), here = next(batches), split.of_step(part)
+            if isinstance(cfg.model, UNetConfig) and cfg.model.dropout:
+                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            with accumulating(accelerator, model, part, split.accumulation):
+                x0, eps = micro.images, draws.eps[here] if source is None else source
+                condition = draws.condition(micro, here, num_classes)
+                found = process.losses(model, x0, eps, draws.t[here], **condition)
+                loss = times.weigh(found.loss, here).sum()
+                summed = x0[0].numel() * split.batch if cfg.loss_reduction == "sum" else 1
+                accelerator.backward(loss * (split.world / split.batch * summed))
+            session.meter.add(split.micro, loss=loss)
+        times.observe(accelerator)
+
+        # Update.
+        norm = clip_gradients(accelerator, model, cfg.optimizer)
+        session.settle()
+        update(optimizer, rate_at(step), norm)
+        session.count(torch.isfinite(norm))
+        if dry_run:
+            if session.measured():
+                batches.close()
+                return session.end_dry_run()
+            continue
+
+        # Now and then: log, preview, save.
+        if not session.due:
+            continue
+        values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+        if session.now("preview"):
+            values |= preview_paths(sampler_for, cfg.preview, session, train_set.class_names, ends)
+            best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
+        session.report(values)
+        session.save(keep=best and cfg.checkpoint.keep_best)
+        if session.stopping:
+            batches.close()
+            return session.end_stopped()
+
+    # Leave what sampling needs, and say what to do next; of 2-D points, show how they move.
+    batches.close()
+    if cfg.image is None and session.run.writes:
+        write_points(sampler_for(SamplerConfig(solver="euler", steps=128)), run_dir / "points", device=device)
+    message = (
+        f"finished; see {session.run.samples if cfg.image else run_dir / 'points'}, and draw more: python sample.py {run_dir}"
+    )
+    more = autoencoder.files() if autoencoder is not None else ({}, {})
+    return session.end_finished(message, {"loss": ["loss", "held_out_loss"], "straightness": ["straightness"]}, more=more)
+
+
+if __name__ == "__main__":
+    run_script(main)
