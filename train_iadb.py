@@ -224,6 +224,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
 
     # Leave what sampling needs, and say what to do next; of 2-D points, show how they move.
     batches.close()
+    session.clock.close()
     if cfg.image is None and session.run.writes:
         write_points(sampler_for(SamplerConfig(solver="euler", steps=128)), run_dir / "points", device=device)
     message = (

@@ -220,7 +220,7 @@ def test_points_are_killed_and_resumed(tmp_path: Path) -> None:
 def test_reflow_straightens_the_paths(points_run: Path, tmp_path: Path) -> None:
     """Pairs made on two processes are what one makes, and one goes on where two were; the paths become straighter."""
     words = ("train_iadb.py", "-cfg", "configs/points2d_iadb.json", *MOONS)
-    pairs = {"run": str(points_run), "count": 3000, "batch_size": 512, "sampler": {"solver": "heun", "steps": 8}}
+    pairs = {"run": str(points_run), "count": 3000, "batch_size": 256, "sampler": {"solver": "heun", "steps": 8}}
     more = settings(pairs=pairs, init_from=str(points_run), steps=100, preview__every=100, checkpoint__every=50)
     done = launch(*words, "--run-dir", tmp_path / "two", *more, processes=2)
     assert done.status == 0 and "= 2 x cpu x 1 x 512" in done.out, done.all

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shlex
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -188,3 +189,6 @@ def test_points_move_from_drawing_to_drawing_in_colab(checkout: Path, tmp_path: 
     with Image.open(run_dir / "points" / "points.gif") as gif:
         assert gif.n_frames == 129  # pyright: ignore[reportAttributeAccessIssue]
     assert json.loads((run_dir / "config.json").read_text())["source"]["path"] == "datasets/points2d/star.png"
+    command = shlex.split(source(notebook, "step-9").split("```sh\n")[1].split("```")[0].replace("\\\n", " "))
+    done = launch(*command[1:], "--dry-run", cwd=checkout)
+    assert command[0] == "python" and done.status == 0, done.all

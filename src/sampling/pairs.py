@@ -15,7 +15,7 @@ from pydantic import Discriminator, Tag
 from torch import Tensor
 
 from ..config import UserError, config, dump, kind_of, read_json
-from ..data.latents import LatentSet, block_path, open_blocks, write_block
+from ..data.latents import BLOCK, LatentSet, block_path, open_blocks, write_block
 from ..training.stream import MicroBatch, Order, Split, positions_of
 from .ends import Ends
 from .latents import make_cache
@@ -36,7 +36,7 @@ class PairsConfig:
     count: int = pydantic.Field(20_000, ge=2)
     seed: int = pydantic.Field(1, ge=0, lt=2**32)
     sampler: SamplerConfig = SamplerConfig(solver="heun", steps=32)
-    batch_size: int = pydantic.Field(64, ge=1)
+    batch_size: int = pydantic.Field(64, ge=1, le=BLOCK)
 
 
 Pairs = Annotated[
@@ -124,10 +124,11 @@ def _make(
     """(n, 1, 2, *shape): source and sample as the network sees them, with labels, -1 for none; in batches of always one
     size."""
     made, labels = [], random_labels(spec.seed, indices, classes) if classes is not None else [-1] * len(indices)
-    for first in range(0, len(indices), spec.batch_size):
-        part = list(indices[first : first + spec.batch_size])
-        padded = [*part, *[part[-1]] * (spec.batch_size - len(part))]
-        own = [*labels[first : first + len(part)], *[0] * (spec.batch_size - len(part))]
+    size = spec.batch_size
+    for first in range(0, len(indices), size):
+        part = list(indices[first : first + size])
+        padded = [*part, *[part[-1]] * (size - len(part))]
+        own = [*labels[first : first + len(part)], *[0] * (size - len(part))]
         x = sampler.start(spec.seed, padded).to(device, sampler.dtype)
         condition = torch.tensor(own, device=device) if classes is not None else None
         end = sampler.move(x, condition, seed=spec.seed, indices=padded)
