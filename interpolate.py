@@ -13,7 +13,8 @@ from src.config import UserError, run_script, validate
 from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
 from src.sampling import Opened, SamplerConfig, open_trained
 from src.sampling.edit import as_seen, files_of, start_from_pictures
-from src.sampling.interpolation import Journey, Keys, claim, difference, inverted, write_frames
+from src.sampling.files import claim
+from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
 from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
 from src.training.launch import explain_out_of_memory, start_sampling
 
@@ -115,7 +116,7 @@ def main() -> None:
     tag = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:6]
     out = Path(args.out or f"samples/{opened.name}/interpolation_{tag}")
     told = {"files": [str(file) for file in files], "path": str(opened.path), "config": opened.config}
-    claim(out, request, told, rank=rank, barrier=barrier)
+    claim(out, request, told, what="frames", rank=rank, barrier=barrier)
 
     # The frames
     journey, batch = Journey(len(seeds or files), args.frames_between, args.loop), args.batch_size

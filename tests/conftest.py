@@ -126,21 +126,6 @@ def one_line(finished: Finished) -> str:
     return lines[0]
 
 
-def refused(script: str, *arguments: str | Path) -> str:
-    """The message of the mistake that a script's main ends on, in this process: quick where nothing is launched."""
-    AcceleratorState._reset_state(True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.syspath_prepend(str(ROOT))
-        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        main = importlib.import_module(script).main
-        with pytest.raises(UserError) as raised:
-            main()
-    AcceleratorState._reset_state(True)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
 def run_here(script: str, *arguments: str | Path) -> None:
     """A script's main to its end in this process: quick where launching is not what is tested."""
     AcceleratorState._reset_state(True)
@@ -154,6 +139,14 @@ def run_here(script: str, *arguments: str | Path) -> None:
             AcceleratorState._reset_state(True)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
+def refused(script: str, *arguments: str | Path) -> str:
+    """The message of the mistake that a script's main ends on, in this process."""
+    with pytest.raises(UserError) as raised:
+        run_here(script, *arguments)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def metrics(run: Path) -> list[dict]:

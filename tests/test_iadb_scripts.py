@@ -283,9 +283,11 @@ def test_pictures_go_to_their_source_and_back(iadb_run: Path, ldm_run: Path, tmp
         more = ("--solver", "rk4", "--steps", "16", "--batch-size", "2")
         run_here("sample", run, "--invert", tmp_path / "mine", "--out", out, *more)
         told = read_json(out / "inversion.json")
-        assert told["network_calls"] == (64 if run == iadb_run else 61) and len(told["pictures"]) == 3
+        calls = read_json(out / "metadata.json")["network_calls"]
+        assert calls == (64 if run == iadb_run else 61) and len(told["pictures"]) == 3
         assert told["mean"]["rms"] < 0.05 and np.load(out / "sources.npy").shape[0] == 3
-        assert "holds other pictures" in refused("sample", run, "--invert", tmp_path / "mine", "--out", out, *more)
+        said = refused("sample", run, "--invert", tmp_path / "mine" / "1.png", "--out", out, *more)
+        assert "holds other pictures" in said
     assert "draws none" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--npz")
     assert "cannot be gone back" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--solver", "dpmpp_2m")
     assert "no picture, and no folder" in refused("sample", iadb_run, "--invert", tmp_path / "nothing")

@@ -60,6 +60,34 @@ class Frames:
         return pictures.gif(paths, folder / f"{stem}_%03d{ending}", out, fps=fps)
 
 
+def claim(
+    out: Path,
+    request: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+    *,
+    what: str = "pictures",
+    rank: int = 0,
+    barrier: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `request`, all that what is drawn depends on, and `more` to `out`/metadata.json; a UserError where the folder holds
+    something else. What a killed drawing left half-written is removed."""
+    if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
+        try:
+            known = json.loads((out / "metadata.json").read_text())
+            same = {key: known[key] for key in request} == json.loads(json.dumps(request))
+        except (OSError, ValueError, LookupError, TypeError):
+            same = False
+        if not same:
+            raise UserError(f"{out} holds other {what}; give another --out or remove it")
+    barrier()  # all have looked before anybody writes
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for part in (*out.glob("*.part"), *(out / "frames").glob("*.part")):
+            part.unlink()
+        write_whole(out / "metadata.json", (json.dumps({**request, **(more or {})}, indent=1) + "\n").encode())
+    barrier()
+
+
 def columns_for(count: int, num_blocks: int = 1) -> int:
     """A grid near a square; where classes stand in equal blocks, a row for each."""
     if num_blocks > 1 and count % num_blocks == 0 and count // num_blocks <= 16:
@@ -105,20 +133,7 @@ def write_samples(
         "classes": [class_names[label] for label in labels] if labels is not None else None,
         **(told or {}),
     }
-    metadata = out / "metadata.json"
-    if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
-        try:
-            same = {k: v for k, v in json.loads(metadata.read_text()).items() if k in request} == request
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            raise UserError(f"{out} holds other pictures; give another --out or remove it")
-    barrier()  # all have looked before anybody writes
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        document = {**request, "path": str(opened.path), "config": opened.config}
-        write_whole(metadata, (json.dumps(document, indent=1) + "\n").encode())
-    barrier()
+    claim(out, request, {"path": str(opened.path), "config": opened.config}, rank=rank, barrier=barrier)
 
     digits = max(5, len(str(count - 1)))
     paths = [out / f"{i:0{digits}d}.png" for i in range(count)]
@@ -153,7 +168,7 @@ def write_samples(
             bar.update(len(batch) * (world if rank == 0 else 1))
     barrier()
     if rank == 0:
-        _wait_for(paths)
+        wait_for(paths)
         shown = min(count, 256)
         blocks = len(set(labels)) if labels is not None and list(labels) == sorted(labels, key=labels.index) else 1
         array = np.stack(
@@ -233,7 +248,7 @@ def sample_checkpoints(files: Sequence[str], out: Path, *, asked: bool = True) -
     return 0
 
 
-def _wait_for(paths: Sequence[Path], seconds: float = 60) -> None:
+def wait_for(paths: Sequence[Path], seconds: float = 60) -> None:
     """On network file systems another machine's file may be seen a little later."""
     limit = time.monotonic() + seconds
     while missing := [path for path in paths if not path.exists()]:

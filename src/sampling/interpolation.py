@@ -1,10 +1,9 @@
 """From one picture to the next: the great circle between what two of them start from, and the frames on the way."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import UserError, write_whole
-from .files import _wait_for
+from .files import wait_for
 from .opened import Opened
 from .sampler import Sampler
 
@@ -104,26 +102,6 @@ def inverted(sampler: Sampler, x0: Tensor, labels: Sequence[int] | None, *, batc
     return torch.cat(found)[: len(x0)]
 
 
-def claim(out: Path, request: Mapping[str, Any], more: Mapping[str, Any], *, rank: int, barrier: Callable[[], None]) -> None:
-    """Write `request`, all that the frames depend on, and `more` to `out`/metadata.json; a UserError where the folder holds
-    other frames. What a killed rendering left half written is removed."""
-    if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
-        try:
-            known = json.loads((out / "metadata.json").read_text())
-            same = {key: known[key] for key in request} == request
-        except (OSError, ValueError, LookupError, TypeError):
-            same = False
-        if not same:
-            raise UserError(f"{out} holds other frames; give another --out or remove it")
-    barrier()  # all have looked before anybody writes
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for part in (out / "frames").glob("*.part"):
-            part.unlink()
-        write_whole(out / "metadata.json", (json.dumps({**request, **more}, indent=1) + "\n").encode())
-    barrier()
-
-
 @torch.no_grad()
 def write_frames(
     opened: Opened,
@@ -166,7 +144,7 @@ def write_frames(
             bar.update(min(len(batch) * (world if rank == 0 else 1), shown - bar.n))
     barrier()
     if rank == 0:
-        _wait_for(paths)
+        wait_for(paths)
     return paths
 
 

@@ -5,7 +5,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import UserError, write_whole
+from ..config import write_whole
 from .edit import as_seen
+from .files import claim
 from .opened import Opened
 from .sampler import Sampler, describe
 
@@ -31,14 +31,13 @@ def measure(x0: Tensor, source: Tensor, again: Tensor) -> dict[str, float]:
 def write_inversions(
     opened: Opened, sampler: Sampler, files: Sequence[Path], out: Path, *, label: int | None, batch_size: int
 ) -> dict[str, float]:
-    """Into the new folder `out`: `inversion.png` (picture, its source, and the picture again, in rows), `sources.npy`
+    """Into the folder `out`: `inversion.png` (picture, its source, and the picture again, in rows), `sources.npy`
     (N, *shape), `inversion.json` with what `measure` says of each. Gives the means.
 
     `label` is the class that the way is asked with, none without one. Both ways are clipped as the run samples: without it, a
     network that predicts eps throws its estimate of x_0 out of all bounds near the noise.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds other pictures; give another --out or remove it")
+    claim(out, {"weights": opened.digest, "label": label, "files": fingerprint(files), **describe(sampler, 0)})
     rows, sources, told = [], [], []
     for first in tqdm(range(0, len(files), batch_size), desc="inverting", unit="batch", disable=None):
         part = list(files[first : first + batch_size])
@@ -53,16 +52,14 @@ def write_inversions(
         sources.append(source.float().cpu().numpy())
         told += [{"file": file.name, **measure(*three)} for file, *three in zip(part, x0, source, again, strict=True)]
     mean = {key: float(np.mean([abs(entry[key]) for entry in told])) for key in ("rms", "std", "correlation")}
-    out.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.save(content, np.concatenate(sources))
     write_whole(out / "sources.npy", content.getbuffer())
-    document: dict[str, Any] = {"weights": opened.digest, **describe(sampler, 0), "mean": mean, "pictures": told}
     title = f"picture, source, and back again with {sampler.calls()} network calls each way"
     pictures.save(
         pictures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title), out / "inversion.png"
     )
-    write_whole(out / "inversion.json", (json.dumps(document, indent=1) + "\n").encode())
+    write_whole(out / "inversion.json", (json.dumps({"mean": mean, "pictures": told}, indent=1) + "\n").encode())
     return mean
 
 

@@ -1,7 +1,6 @@
 """2-D points on their way, for a person to look at."""
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import UserError, read_json, write_whole
+from ..config import write_whole
 from ..diffusion import Prediction
+from .files import claim
 from .sampler import Sampler
 
 FIELD_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -59,15 +59,12 @@ def write_points(
     `label` is the class that is asked for, `told` what all depends on, for `metadata.json`. Gives the pictures' paths; a folder
     that holds others is a UserError.
     """
-    metadata = out / "metadata.json"
-    if told is not None and out.exists() and any(out.iterdir()) and (not metadata.exists() or read_json(metadata) != told):
-        raise UserError(f"{out} holds other frames; give another --out or remove it")
+    if told is not None:
+        claim(out, told, what="frames")
     labels = torch.full((count,), label, device=device) if label is not None else None
     way = move_points(sampler, seed, count, labels, device=device).numpy()
     first, last = (pictures.scatter(way[i], title=title) for i, title in ((0, "x_0: the source"), (-1, "x_1: the data")))
     out.mkdir(parents=True, exist_ok=True)
-    if told is not None:
-        write_whole(metadata, (json.dumps(told, indent=1) + "\n").encode())
     pictures.save(first, out / "x0.png")
     pictures.save(last, out / "x1.png")
     pictures.trajectories(
