@@ -12,7 +12,7 @@ from src import pictures
 from src.config import UserError, run_script, validate
 from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
 from src.sampling import Opened, SamplerConfig, open_trained
-from src.sampling.edit import as_seen, files_of, start_from_pictures
+from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures
 from src.sampling.files import claim
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
 from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
@@ -81,9 +81,9 @@ def classes_of(opened: Opened, words: str | None, seeds: list[int], files: list[
         return opened.labels(words, len(seeds or files))
     if opened.num_classes is None:
         return None
-    if files and not opened.config["label_dropout"]:
-        raise UserError(f"{opened.path} never learned to go without a class: give --classes those of the pictures")
-    return [random_labels(seed, [0], opened.num_classes)[0] for seed in seeds] or [opened.num_classes] * len(files)
+    if files:
+        return [opened.no_class() or 0] * len(files)
+    return [random_labels(seed, [0], opened.num_classes)[0] for seed in seeds]
 
 
 def main() -> None:
@@ -95,7 +95,9 @@ def main() -> None:
     opened = open_trained(args.run, device)
     if opened.low_resolution is not None:
         raise UserError(f"{args.run} is an upsampler, which draws from other pictures; give the run that draws those")
-    sampler = opened.sampler(how, source=start_from_pictures(opened, args.source) if args.source is not None else None)
+    given = start_from_pictures(opened, args.source) if args.source is not None else None
+    given = from_nowhere if args.pictures and not opened.gaussian else given
+    sampler = opened.sampler(how, source=given)
     labels = classes_of(opened, args.classes, seeds, files)
     x0 = as_seen(opened, files) if args.pictures else None
 

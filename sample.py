@@ -15,7 +15,7 @@ from src.diffusion import SOLVERS, SPACINGS
 from src.interop.upscaling import open_upscaler, upscale_folder
 from src.sampling import SamplerConfig
 from src.sampling.classifier import open_classifier
-from src.sampling.edit import files_of, load_edit, load_low, start_from_pictures
+from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures
 from src.sampling.files import write_samples
 from src.sampling.inversion import fingerprint, write_inversions
 from src.sampling.opened import Opened, Run, open_run
@@ -23,6 +23,7 @@ from src.sampling.points import write_points
 from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
 from src.training.launch import explain_out_of_memory, start_sampling
 
+ONE_WAY = {"stop_at", "double_sampling"}  # of pictures that are drawn
 HOW = [field.name for field in dataclasses.fields(SamplerConfig)]
 
 
@@ -99,16 +100,18 @@ def draw_points(
     run: Run, how: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace, device: torch.device
 ) -> None:
     """The pictures of a run of 2-D points."""
-    taken = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *HOW}
+    taken = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *HOW} - ONE_WAY - {"threshold"}
     idle = [key for key, value in vars(args).items() if key not in taken and value != getattr(defaults, key)]
     if idle:
         raise UserError(f"--{idle[0].replace('_', '-')} is about pictures, and {args.run} is a run of 2-D points; leave it out")
     count = args.num_samples or 20_000
-    label = run.labels(args.classes, 1)[0] if args.classes is not None else None
+    labels = random_labels(args.seed, range(count), run.num_classes) if run.num_classes is not None else None
+    labels = run.labels(args.classes, count) if args.classes is not None else labels
     sampler = run.sampler(how)
-    request = {"weights": run.digest, "num_samples": count, "class": label, **describe(sampler, args.seed)}
+    request = {"weights": run.digest, "num_samples": count, "classes": args.classes, **describe(sampler, args.seed)}
     out = Path(args.out or f"samples/{run.name}/{args.solver}{sampler.steps}_{hashed(request)}")
-    made = write_points(sampler, out, count=count, seed=args.seed, label=label, device=device, frames=args.frames, told=request)
+    more = {"labels": labels, "device": device, "frames": args.frames, "told": request}
+    made = write_points(sampler, out, count=count, seed=args.seed, **more)
     print(f"{count} points of {run.path} (step {run.step}), {sampler.calls()} network calls")
     for path in made:
         print(f"  {path}")
@@ -116,13 +119,13 @@ def draw_points(
 
 def invert(opened: Opened, how: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     """Pictures back to their source, and forth again."""
-    taken = {"run", "invert", "out", "classes", "batch_size", "device", *HOW}
+    taken = {"run", "invert", "out", "classes", "batch_size", "device", *HOW} - ONE_WAY
     idle = [key for key, value in vars(args).items() if key not in taken and value != getattr(defaults, key)]
     if idle:
         raise UserError(f"--{idle[0].replace('_', '-')} is about drawing new pictures, and --invert draws none; leave it out")
     files = files_of(args.invert)
     label = opened.labels(args.classes, 1)[0] if args.classes is not None else None
-    sampler = opened.sampler(how)
+    sampler = opened.sampler(how, source=None if opened.gaussian else from_nowhere)
     tag = hashed(opened.digest, fingerprint(files), label, describe(sampler, 0))
     out = Path(args.out or f"samples/{opened.name}/inversion_{args.solver}{sampler.steps}_{tag}")
     mean = write_inversions(opened, sampler, files, out, label=label, batch_size=args.batch_size)

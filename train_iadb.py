@@ -25,6 +25,7 @@ from src.sampling.opened import build_unet, count_classes, sampler_of, start_fro
 from src.sampling.pairs import PairEnds, Pairs
 from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
 from src.sampling.points import write_points
+from src.sampling.sampler import random_labels
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
@@ -92,6 +93,11 @@ class Config(MachineConfig):
             raise wrong("process.schedule.kind: only the blend joins two densities; ddpm_accelerate.py trains on the others")
         if isinstance(self.model, MLPConfig) != (self.image is None):
             raise wrong("model: 2-D points, which have no image, need an mlp, and pictures a U-Net")
+        fed = self.process.time_input
+        if self.image is None and (self.process.clip or fed is None or fed.kind == "index" or fed.scale != 1):
+            raise wrong(
+                "process: 2-D points have no bounds to clip to, and an mlp is fed alpha or t as it is: leave process out"
+            )
         if self.image is None and self.autoencoder is not None:
             raise wrong("autoencoder: 2-D points have no latents; leave it out")
         if self.steps is None and self.optimizer.schedule.kind != "constant":
@@ -226,7 +232,9 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     batches.close()
     session.clock.close()
     if cfg.image is None and session.run.writes:
-        write_points(sampler_for(SamplerConfig(solver="euler", steps=128)), run_dir / "points", device=device)
+        labels = random_labels(0, range(20_000), num_classes) if num_classes is not None else None
+        walk = sampler_for(SamplerConfig(solver="euler", steps=128))
+        write_points(walk, run_dir / "points", labels=labels, device=device)
     message = (
         f"finished; see {session.run.samples if cfg.image else run_dir / 'points'}, and draw more: python sample.py {run_dir}"
     )

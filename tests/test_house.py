@@ -282,6 +282,7 @@ TINY = {
 }
 
 
+@pytest.mark.timeout(900)  # some thirty scripts, one after the other
 def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, tmp_path: Path) -> None:
     """Each command but make's, accelerate's and what needs more GPUs, on small stand-ins for the reader's pictures."""
     for i in range(24):

@@ -119,6 +119,10 @@ def test_from_one_set_of_pictures_to_another_in_latents(vae_run: Path, tmp_path:
     opened = open_trained(tmp_path / "elsewhere", CPU)
     with pytest.raises(ValueError, match=r"starts from other data, which is needed: .* or give --source FOLDER"):
         type(opened)(**{**vars(opened), "config": changed}).sampler(SamplerConfig())
+    said = refused("sample", tmp_path / "elsewhere", "--num-samples", "2", "--out", tmp_path / "given", *more)
+    assert "holds other pictures" in said, "the same but for where they come from"
+    red = tmp_path / "mine" / "red.png"
+    assert "a mask keeps a picture by noising it" in refused("sample", tmp_path / "elsewhere", "--image", red, "--mask", red)
     said = refused("sample", tmp_path / "elsewhere", "--solver", "ancestral", "--out", tmp_path / "no")
     assert "the solver ancestral assumes Gaussian noise" in said
     assert "has no chain of steps" in refused("evaluate", tmp_path / "elsewhere", "--likelihood")
@@ -214,6 +218,36 @@ def test_points_are_killed_and_resumed(tmp_path: Path) -> None:
     kills.same_end(whole, run)
 
 
+def test_points_with_classes_are_drawn_by_class(tmp_path: Path) -> None:
+    """Without label_dropout there is no null class: each point has a class, as pictures have."""
+    more = settings(class_conditional=None, steps=300, batch_size=512, micro_batch_size=512, ema__half_life_images=10000)
+    quiet = settings(preview={"every": 300, "num_samples": 8, "calls": [1]}, checkpoint__every=300)
+    run = tmp_path / "run"
+    run_here("train_iadb", "-cfg", "configs/points2d_iadb.json", "--run-dir", run, *MOONS, *more, *quiet)
+    moons = draw_points(MoonsSource(source="moons"))
+    with np.load(run / "points" / "points.npz") as found:
+        assert np.abs(found["data"].mean(0) - moons.points.mean(0)).max() < 0.15, "both moons"
+    run_here("sample", run, "--classes", "1", "--num-samples", "2000", "--steps", "8", "--out", tmp_path / "one")
+    with np.load(tmp_path / "one" / "points.npz") as found:
+        assert np.abs(found["data"].mean(0) - moons.points[moons.labels == 1].mean(0)).max() < 0.15
+    assert "--stop-at is about pictures" in refused("sample", run, "--stop-at", "3")
+    assert "--threshold is about pictures" in refused("sample", run, "--threshold", "0.9")
+    pairs = settings(pairs=str(run), class_conditional=False)
+    said = refused("train_iadb", "-cfg", "configs/points2d_iadb.json", "--run-dir", tmp_path / "no", *MOONS, *pairs)
+    assert "never learned to go without a class" in said
+
+
+def test_a_density_travels_with_the_weights(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 255).save(tmp_path / "density.png")
+    ends = settings(source={"source": "density", "path": str(tmp_path / "density.png"), "count": 500}, steps=2)
+    run = tmp_path / "run"
+    run_here("train_iadb", "-cfg", "configs/points2d_iadb.json", "--run-dir", run, *MOONS, *ends)
+    (tmp_path / "density.png").unlink()
+    run_here("sample", run / "final", "--num-samples", "100", "--steps", "2", "--out", tmp_path / "out")
+    with np.load(tmp_path / "out" / "points.npz") as found:
+        assert np.abs(found["source"]).max() <= 2 and 1 < found["source"].std() < 1.3
+
+
 # ---------------------------------------------------------------------------------------------- pairs
 
 
@@ -230,6 +264,7 @@ def test_reflow_straightens_the_paths(points_run: Path, tmp_path: Path) -> None:
     sampler = open_run(points_run, CPU).sampler(SamplerConfig(solver="heun", steps=8))
     x = sampler.start(1, range(5))
     block = np.load(folder / "pairs" / "block_00000.npy")
+    assert len(np.unique(np.concatenate([np.load(path) for path in folder.rglob("*.npy")])[:, 0, 0], axis=0)) == 3000
     assert np.allclose(block[:5, 0, 0], x) and np.allclose(block[:5, 0, 1], sampler.move(x), atol=1e-5)
 
     shutil.rmtree(folder)
@@ -289,6 +324,10 @@ def test_pictures_go_to_their_source_and_back(iadb_run: Path, ldm_run: Path, tmp
         said = refused("sample", run, "--invert", tmp_path / "mine" / "1.png", "--out", out, *more)
         assert "holds other pictures" in said
     assert "draws none" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--npz")
+    assert "draws none" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--stop-at", "3")
+    (tmp_path / "text.png").write_text("no picture")
+    said = refused("sample", iadb_run, "--invert", tmp_path / "text.png", "--out", tmp_path / "fresh")
+    assert "not a picture" in said and not (tmp_path / "fresh").exists(), "nothing is claimed for a mistake"
     assert "cannot be gone back" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--solver", "dpmpp_2m")
     assert "no picture, and no folder" in refused("sample", iadb_run, "--invert", tmp_path / "nothing")
     assert "starts from noise; --source is for" in refused("sample", iadb_run, "--source", tmp_path / "mine")
@@ -310,6 +349,13 @@ def test_pictures_go_to_their_source_and_back(iadb_run: Path, ldm_run: Path, tmp
         (SMOKE, {"pairs": "runs/nothing"}, "runs/nothing"),
         ("configs/points2d_iadb.json", {"data": {"source": "density", "path": "EMPTY"}}, "is empty: all of it is black"),
         ("configs/points2d_iadb.json", {"autoencoder": "runs/x"}, "2-D points have no latents"),
+        (
+            "configs/points2d_iadb.json",
+            {"process": {"schedule": {"kind": "blend"}, "target": "blend"}},
+            "2-D points have no bounds to clip to",
+        ),
+        ("configs/points2d_iadb.json", {"held_out": {"source": "digits"}}, "held_out of 2-D points is a share of them"),
+        (SMOKE, {"source": {"source": "folder", "path": "runs/nowhere"}}, "source: data folder runs/nowhere does not exist"),
         (SMOKE, {"label_dropout": 0.0, "preview": {"guidance": 2.0}}, "label_dropout above 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -327,6 +373,12 @@ def test_one_line_and_status_two(tmp_path: Path, iadb_run: Path, points_run: Pat
     pairs = settings(pairs=str(points_run))
     said = refused("train_iadb", "-cfg", SMOKE, "--run-dir", tmp_path / "b", *pairs)
     assert f"pairs.run {points_run} makes 2, and this run sees 3 x 16 x 16" in said
+    spiral = settings(pairs=str(points_run), data={"source": "spiral"})
+    said = refused("train_iadb", "-cfg", "configs/points2d_iadb.json", "--run-dir", tmp_path / "d", *MOONS, *spiral)
+    assert f"pairs.run {points_run} was trained on other data" in said
+    noisy = settings(pairs={"run": str(points_run), "sampler": {"solver": "redraw"}})
+    said = refused("train_iadb", "-cfg", "configs/points2d_iadb.json", "--run-dir", tmp_path / "e", *MOONS, *noisy)
+    assert "noise on the way parts a source from its sample" in said
     other = settings(pairs=str(iadb_run), source={"source": "digits"})
     said = refused("train_iadb", "-cfg", SMOKE, "--run-dir", tmp_path / "c", *other)
     assert "starts from another source" in said

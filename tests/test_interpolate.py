@@ -320,7 +320,7 @@ def test_what_is_asked_of_pictures(smoke_run: Path, shapes: list[Path], tmp_path
     (tmp_path / "broken.png").write_bytes(b"no picture")
     assert "broken.png: not a picture" in refused("interpolate", smoke_run, "--pictures", shapes[0], tmp_path / "broken.png")
     run = imported(tmp_path / "imported")
-    assert "give --classes those of the pictures" in refused("interpolate", run, "--pictures", *shapes)
+    assert "never learned to go without a class: give --classes" in refused("interpolate", run, "--pictures", *shapes)
     said = animate(run, tmp_path / "out", "--pictures", shapes[0].parent, "--classes", "0/1/2", "--frames-between", "2")
     assert "5 frames through 3 keys" in said, "a folder is its pictures"
 

@@ -1,6 +1,7 @@
 """Two-dimensional densities: from a picture, mixtures of Gaussians, two moons, a spiral, a checkerboard; as sets of points."""
 
 import hashlib
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,26 +114,33 @@ class PointSet:
         return hashlib.sha256(self.points.tobytes() + self.labels.tobytes()).hexdigest()
 
 
-def density_of(path: str, *, invert: bool = False) -> NDArray[np.float64]:
-    """The probability (H, W) of each pixel of a picture, the first row at the top; one without any is a UserError."""
+def picture_of(path: str) -> bytes:
+    """A density's picture as a greyscale PNG; one that cannot be read is a UserError."""
     try:
-        image = decode(Path(path).expanduser(), channels=1)
+        image, content = decode(Path(path).expanduser(), channels=1), io.BytesIO()
     except FileNotFoundError:
         raise UserError(f"the density picture {path} does not exist") from None
     except Exception as error:
         raise UserError(f"the density picture {path} cannot be read: {error}") from None
-    weight = np.asarray(image, dtype=np.float64)
-    weight = 255 - weight if invert else weight
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def density_of(spec: DensitySource, picture: bytes | None = None) -> NDArray[np.float64]:
+    """The probability (H, W) of each pixel of its picture (`picture`, where that is known), the first row at the top; a
+    UserError where there is none."""
+    weight = np.asarray(decode(picture or picture_of(spec.path), channels=1), dtype=np.float64)
+    weight = 255 - weight if spec.invert else weight
     if not weight.any():
-        colour, other = ("white", "true to false") if invert else ("black", "false to true")
+        colour, other = ("white", "true to false") if spec.invert else ("black", "false to true")
         raise UserError(
-            f"the density picture {path} is empty: all of it is {colour}; draw on it, or change invert from {other}"
+            f"the density picture {spec.path} is empty: all of it is {colour}; draw on it, or change invert from {other}"
         )
     return weight / weight.sum()
 
 
-def _from_density(spec: DensitySource, rng: np.random.Generator) -> tuple[NDArray[Any], None]:
-    density = density_of(spec.path, invert=spec.invert)
+def _from_density(spec: DensitySource, rng: np.random.Generator, picture: bytes | None = None) -> tuple[NDArray[Any], None]:
+    density = density_of(spec, picture)
     height, width = density.shape
     cell = np.searchsorted(np.cumsum(density), rng.random(spec.count) * density.sum(), side="right").clip(max=density.size - 1)
     row, column = np.divmod(cell, width)
@@ -177,11 +185,13 @@ DRAWN_BY: dict[type, Any] = {
 }
 
 
-def draw_points(spec: PointSource) -> PointSet:
-    """`count` points of a density, always the same ones; a UserError where a picture cannot be read or is empty."""
+def draw_points(spec: PointSource, picture: bytes | None = None) -> PointSet:
+    """`count` points of a density, always the same ones; a UserError where a picture cannot be read or is empty. `picture` is
+    what a DensitySource's path held, where that is known."""
     words = repr(sorted((key, value) for key, value in dump(spec).items() if key != "path")).encode()
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words).digest()[:8], "little"))
-    points, labels = DRAWN_BY[type(spec)](spec, rng)
+    known = (picture,) if isinstance(spec, DensitySource) else ()
+    points, labels = DRAWN_BY[type(spec)](spec, rng, *known)
     names = () if labels is None else tuple(str(i) for i in range(int(labels.max()) + 1))
     if isinstance(spec, MixtureSource):
         names = tuple(str(i) for i in range(len(spec.means)))
@@ -189,9 +199,9 @@ def draw_points(spec: PointSource) -> PointSet:
     return PointSet(np.ascontiguousarray(points, dtype=np.float32), found, names)
 
 
-def open_points(spec: PointSource, held_out: float) -> tuple[PointSet, PointSet | None]:
+def open_points(spec: PointSource, held_out: float, picture: bytes | None = None) -> tuple[PointSet, PointSet | None]:
     """The points to train on, and the share of them that is held out."""
-    everything = draw_points(spec)
+    everything = draw_points(spec, picture)
     first = len(everything) - math.ceil(len(everything) * held_out)
     if first == len(everything):
         return everything, None

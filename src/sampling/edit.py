@@ -28,6 +28,8 @@ def load_edit(opened: Opened, picture: str, mask: str | None, *, start_at: int, 
     """
     if start_at == 0 and mask is None:
         raise UserError("--image alone changes nothing: say where to start from it (--start-at), or what to draw anew (--mask)")
+    if mask is not None and not opened.gaussian:
+        raise UserError("a mask keeps a picture by noising it, and this run starts from other data; leave --mask out")
     if not 0 <= start_at < steps:
         raise UserError(f"--start-at {start_at}: there are {steps} steps, counted from 0")
     kept = as_seen(opened, [picture])
@@ -65,6 +67,11 @@ def start_from_pictures(opened: Opened, place: str) -> Start:
         return seen[order[np.array(indices, dtype=np.int64) % len(seen)]]
 
     return start
+
+
+def from_nowhere(seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
+    """The Start of a sampler that only goes back, and needs none."""
+    raise AssertionError("nothing is drawn")
 
 
 def files_of(place: str) -> list[Path]:

@@ -1,5 +1,6 @@
 """The two ends of the blend, opened: pictures, latents, 2-D points, or pairs that an earlier run made."""
 
+import base64
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..data import GaussianSource, ImageConfig, PictureSet, PointSet, open_data, open_points
-from ..data.points import PointSource
+from ..data.points import DensitySource, PointSource, picture_of
 from ..training.run import describe_data
 from ..training.seeds import generator, normal, torch_seed
 from ..training.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
@@ -51,12 +52,15 @@ class End(ABC):
         """This rank's micro-batches from `start_step` on, as the network sees them (B, *shape), for ever."""
 
     @abstractmethod
-    def examples(self) -> Examples:
-        """What is held out, or, where nothing is, what is learned from; always the same for one index."""
+    def _examples(self, chosen: Any) -> Examples: ...
 
-    def starts(self) -> Start:
-        """A Start for sampling: its examples, in an order that is a function of (seed, draw)."""
-        examples = self.examples()
+    def examples(self, *, trained: bool = False) -> Examples:
+        """What is held out, or, where nothing is (or with `trained`), what is learned from; always the same for one index."""
+        return self._examples(self.train if trained or self.held_out is None else self.held_out)
+
+    def starts(self, *, trained: bool = False) -> Start:
+        """A Start for sampling: these examples, in an order that is a function of (seed, draw)."""
+        examples = self.examples(trained=trained)
         count = len(examples.labels)
 
         def start(seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
@@ -81,9 +85,7 @@ class PictureEnd(End):
             for micro in batches:
                 yield micro._replace(images=to_network(micro.images, device, dtype))
 
-    def examples(self) -> Examples:
-        chosen = self.held_out or self.train
-        assert isinstance(chosen, PictureSet)
+    def _examples(self, chosen: PictureSet) -> Examples:
         return pictures_of(chosen, self.image)
 
 
@@ -111,15 +113,20 @@ class LatentEnd(End):
                 micro = next(batches)
                 yield micro._replace(images=self.latents.draw(micro.images, noise[split.of_step(part)]))
 
-    def examples(self) -> Examples:
-        return self.latents.examples((self.held_out or self.train).labels, held_out=self.held_out is not None)
+    def _examples(self, chosen: PictureSet) -> Examples:
+        return self.latents.examples(chosen.labels, held_out=chosen is not self.train)
 
 
 class PointEnd(End):
-    """Points (2,) of a density."""
+    """Points (2,) of a density, which, where it is a picture, travels with the weights."""
 
-    def __init__(self, train: PointSet, held_out: PointSet | None) -> None:
-        self.train, self.held_out, self.shape = train, held_out, (2,)
+    def __init__(self, train: PointSet, held_out: PointSet | None, picture: bytes | None = None) -> None:
+        self.train, self.held_out, self.shape, self.picture = train, held_out, (2,), picture
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        picture = base64.b64encode(self.picture).decode() if self.picture is not None else None
+        return super().facts | ({"density": picture} if picture is not None else {})
 
     def stream(
         self, split: Split, *, seed: int, start_step: int, device: torch.device, dtype: torch.dtype, balanced: bool, **_: Any
@@ -132,9 +139,7 @@ class PointEnd(End):
             labels = torch.from_numpy(self.train.labels[chosen])
             yield MicroBatch(points[torch.from_numpy(chosen).to(device)], labels, positions.start)
 
-    def examples(self) -> Examples:
-        chosen = self.held_out or self.train
-        assert isinstance(chosen, PointSet)
+    def _examples(self, chosen: PointSet) -> Examples:
         return Examples(chosen.labels, lambda indices: torch.from_numpy(chosen.points[indices]))
 
 
@@ -149,17 +154,22 @@ class EncodedEnd(End):
         raise AssertionError("a run trains on cached latents")
 
     @torch.no_grad()
-    def examples(self) -> Examples:
-        pictures, own = self.pictures.examples(), next(self.codec.network.parameters())
+    def _examples(self, chosen: PictureSet) -> Examples:
+        pictures, own = self.pictures._examples(chosen), next(self.codec.network.parameters())
         return Examples(pictures.labels, lambda indices: self.codec.encode(pictures.load(indices).to(own)))
 
 
-def open_end(spec: Any, held_out: Any, image: ImageConfig | None) -> "PictureEnd | PointEnd":
-    """What a config's `data` or `source` names, pictures or points; a UserError says what does not fit."""
+def open_end(spec: Any, held_out: Any, image: ImageConfig | None, picture: bytes | None = None) -> "PictureEnd | PointEnd":
+    """What a config's `data` or `source` names, pictures or points; a UserError says what does not fit. `picture` is that of a
+    density, where it is known."""
     if isinstance(spec, PointSource):
         if image is not None:
             raise UserError(f"{spec.source} is a density of 2-D points: set image to null, or name pictures at both ends")
-        return PointEnd(*open_points(spec, held_out if isinstance(held_out, float | int) else 0.0))
+        if not isinstance(held_out, float | int):
+            raise UserError("held_out of 2-D points is a share of them, such as 0.05")
+        if isinstance(spec, DensitySource):
+            picture = picture or picture_of(spec.path)
+        return PointEnd(*open_points(spec, held_out, picture), picture)
     if image is None:
         raise UserError('pictures need image, as in {"size": 64}; 2-D points have none')
     return PictureEnd(*open_data(spec, held_out), image)
@@ -244,7 +254,12 @@ def open_ends(data: Any, source: Any, held_out: Any, image: ImageConfig | None) 
     of both."""
     share = held_out if isinstance(held_out, float | int) else 0.0
     opened = open_end(data, held_out, image)
-    return Ends(opened, None if isinstance(source, GaussianSource) else open_end(source, share, image))
+    if isinstance(source, GaussianSource):
+        return Ends(opened, None)
+    try:
+        return Ends(opened, open_end(source, share, image))
+    except UserError as error:
+        raise UserError(f"source: {error}") from None
 
 
 def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:

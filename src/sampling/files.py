@@ -74,7 +74,8 @@ def claim(
     if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
         try:
             known = json.loads((out / "metadata.json").read_text())
-            same = {key: known[key] for key in request} == json.loads(json.dumps(request))
+            own = {key: value for key, value in known.items() if key not in (more or {})}
+            same = own == json.loads(json.dumps(request))
         except (OSError, ValueError, LookupError, TypeError):
             same = False
         if not same:

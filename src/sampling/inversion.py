@@ -37,14 +37,14 @@ def write_inversions(
     `label` is the class that the way is asked with, none without one. Both ways are clipped as the run samples: without it, a
     network that predicts eps throws its estimate of x_0 out of all bounds near the noise.
     """
+    sampler.check_invertible()
+    seen = as_seen(opened, files).to(sampler.dtype)
+    label = opened.no_class() if label is None else label
     claim(out, {"weights": opened.digest, "label": label, "files": fingerprint(files), **describe(sampler, 0)})
     rows, sources, told = [], [], []
     for first in tqdm(range(0, len(files), batch_size), desc="inverting", unit="batch", disable=None):
-        part = list(files[first : first + batch_size])
-        x0 = as_seen(opened, part).to(sampler.dtype)
-        labels = None
-        if sampler.num_classes is not None:
-            labels = torch.full((len(x0),), sampler.num_classes if label is None else label, device=x0.device)
+        part, x0 = files[first : first + batch_size], seen[first : first + batch_size]
+        labels = torch.full((len(x0),), label, device=x0.device) if label is not None else None
         source = sampler.invert(x0, labels)
         again = sampler.move(source, labels)
         shown = [sampler.pictures(x) for x in (x0, source, again)]

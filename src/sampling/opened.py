@@ -1,5 +1,6 @@
 """Open what was trained: a run directory, a checkpoint, a final folder, or an export."""
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +31,8 @@ class _Source:
 
 @dataclass(frozen=True)
 class Run:
-    """EMA weights with all that belongs to them, of pictures or of 2-D points. `digest` is the hash of the weights, `shape`
-    what the network sees: (C, H, W), or (2,) of a point."""
+    """EMA weights with all that belongs to them, of pictures or of 2-D points. `facts` is its data.json, `digest` the hash of
+    the weights, `shape` what the network sees: (C, H, W), or (2,) of a point."""
 
     path: Path
     network: nn.Module
@@ -39,6 +40,7 @@ class Run:
     shape: tuple[int, ...]
     class_names: tuple[str, ...]
     config: dict[str, Any]
+    facts: dict[str, Any]
     step: int
     digest: str
 
@@ -65,11 +67,20 @@ class Run:
         try:
             return self._end(spec, share if isinstance(share, float | int) else 0.0).starts()
         except UserError as error:
-            raise UserError(f"{self.path} starts from other data, which is needed: {error}; or give --source FOLDER") from None
+            raise UserError(f"{self.path} starts from other data, which is needed: {error}{self._instead}") from None
+
+    _instead = ""
+
+    def no_class(self) -> int | None:
+        """The label for no class, None of a run without classes; a UserError where it never learned to go without."""
+        if self.num_classes is not None and not self.config["label_dropout"]:
+            raise UserError(f"{self.path} never learned to go without a class: give --classes, or train with label_dropout")
+        return self.num_classes
 
     def _end(self, spec: Any, held_out: float) -> End:
         """The source, of 2-D points."""
-        return open_end(spec, held_out, None)
+        kept = (self.facts.get("source") or {}).get("density")
+        return open_end(spec, held_out, None, base64.b64decode(kept) if kept is not None else None)
 
     def sampler(self, spec: SamplerConfig, *, source: Start | None = None) -> Sampler:
         """`source` is what to start from instead of the run's own source."""
@@ -115,6 +126,8 @@ class Opened(Run):
     image: ImageConfig
     codec: LatentCodec | None = None
     bounds: tuple[Bound, Bound] = (-1.0, 1.0)
+
+    _instead = "; or give --source FOLDER"
 
     @property
     def null_class(self) -> bool:
@@ -304,7 +317,8 @@ def open_run(path: str | Path, device: torch.device) -> Run:
     class_names = tuple(data["class_names"])
     spec = validate(ProcessConfig, config["process"], origin=f"{path}: process")
     num_classes, key = count_classes(config["class_conditional"], class_names), "label_embedding.weight"
-    found = {"path": path, "process": build_process(spec), "class_names": class_names, "config": config, "step": step}
+    found = {"path": path, "process": build_process(spec), "class_names": class_names, "config": config}
+    found |= {"facts": data, "step": step}
     if config["image"] is None:
         model = validate(MLPConfig, config["model"], origin=f"{path}: model")
         network, shape = MLP(model, num_classes=num_classes), (2,)

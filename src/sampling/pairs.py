@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from pydantic import Discriminator, Tag
 from torch import Tensor
 
-from ..config import UserError, config, dump, kind_of, read_json
+from ..config import UserError, config, dump, kind_of, read_json, wrong
 from ..data.latents import BLOCK, LatentSet, block_path, open_blocks, write_block
+from ..diffusion import DETERMINISTIC
 from ..training.stream import MicroBatch, Order, Split, positions_of
 from .ends import Ends
 from .latents import make_cache
@@ -26,8 +27,8 @@ from .sampler import Sampler, SamplerConfig, random_labels
 
 @config
 class PairsConfig:
-    """`count` pairs (source, sample) of the finished run `run`, made once, on all ranks, by `sampler`: its calls cost their
-    time once, and what it draws is what is learned.
+    """`count` pairs (source, sample) of the finished run `run` (at most one for each source that is learned from), made once,
+    on all ranks, by `sampler`: its calls cost their time once, and what it draws is what is learned.
 
     Sec. 2.2, Liu et al. 2022, arXiv:2209.03003.
     """
@@ -38,11 +39,28 @@ class PairsConfig:
     sampler: SamplerConfig = SamplerConfig(solver="heun", steps=32)
     batch_size: int = pydantic.Field(64, ge=1, le=BLOCK)
 
+    @pydantic.model_validator(mode="after")
+    def _paired(self) -> "PairsConfig":
+        if self.sampler.solver not in DETERMINISTIC and (self.sampler.solver != "ddim" or self.sampler.eta):
+            raise wrong("sampler: noise on the way parts a source from its sample; use euler, midpoint, heun or rk4")
+        if self.sampler.stop_at is not None or self.sampler.double_sampling is not None:
+            raise wrong("sampler: pairs are of a source and the end of its way; leave stop_at and double_sampling out")
+        return self
+
 
 Pairs = Annotated[
     Annotated[str | None, Tag("plain")] | Annotated[PairsConfig, Tag("object")],
     Discriminator(kind_of),
 ]
+
+
+LATENTS = {"autoencoder": "autoencoder", "mean": "mean", "std": "scale"}
+
+
+def _at(facts: Any, way: Sequence[str]) -> Any:
+    for key in way:
+        facts = (facts or {}).get(key)
+    return facts
 
 
 class PairEnds(Ends):
@@ -68,30 +86,40 @@ class PairEnds(Ends):
             raise UserError(f"pairs.run {spec.run} has other classes; name another run, or set class_conditional to false")
         if run.gaussian != (ends.source is None):
             raise UserError(f"pairs.run {spec.run} starts from another source; give both runs the same")
+        mine, its = ends.facts, run.facts
+        shared = {"other data": ("fingerprint",), "another source": ("source", "fingerprint")}
+        shared |= {f"latents of another {word}": ("latents", key) for key, word in LATENTS.items()}
+        for what, way in shared.items():
+            if "fingerprint" in its and _at(mine, way) != _at(its, way):  # an import does not say what it was trained on
+                raise UserError(f"pairs.run {spec.run} was trained on {what}; give both runs the same")
+        count = spec.count if ends.source is None else min(spec.count, len(ends.source.train))
+        if num_classes is None:
+            run.no_class()
         self._contract = {"weights": run.digest, "shape": list(self.shape)}
         self._contract |= {key: value for key, value in dump(spec).items() if key != "run"}
         name = hashlib.sha256(json.dumps(self._contract).encode()).hexdigest()[:8]
         folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / name
-        sampler, classes = run.sampler(spec.sampler), len(run.class_names) if num_classes is not None else None
+        source = ends.source.starts(trained=True) if ends.source is not None else None
+        sampler, classes = run.sampler(spec.sampler, source=source), len(run.class_names) if num_classes is not None else None
 
         def write(staged: Path, split: str, number: int, indices: Sequence[int]) -> None:
             values, labels = _make(sampler, spec, indices, classes, accelerator.device)
             write_block(staged, split, number, values, {"labels": labels})
 
         if dry_run and not folder.exists():  # the first ones stand for all
-            values, labels = _make(sampler, spec, range(min(spec.count, 64)), classes, accelerator.device)
-            repeats = -(-spec.count // len(values))
+            values, labels = _make(sampler, spec, range(min(count, 64)), classes, accelerator.device)
+            repeats = -(-count // len(values))
             self._pairs, self._labels = LatentSet([values] * repeats, accelerator.device), np.tile(labels, repeats)
             return
         if not folder.exists():
             ranks: dict[str, Any] = {"rank": accelerator.process_index, "world": accelerator.num_processes}
             ranks["barrier"] = accelerator.wait_for_everyone
             words = {"name": "folder of pairs", "doing": "making pairs"}
-            make_cache(folder, self._contract, {"pairs": spec.count}, write, lambda _: {}, **words, **ranks)
+            make_cache(folder, self._contract, {"pairs": count}, write, lambda _: {}, **words, **ranks)
         manifest = read_json(folder / "manifest.json")
         if any(manifest.get(key) != value for key, value in self._contract.items()):
             raise UserError(f"the folder of pairs {folder} is of something else; remove it, and it is made again")
-        self._pairs = open_blocks(folder, "pairs", spec.count, accelerator.device, "folder of pairs")
+        self._pairs = open_blocks(folder, "pairs", count, accelerator.device, "folder of pairs")
         self._pairs.settle()
         facts = [read_json(block_path(folder, "pairs", i).with_suffix(".json")) for i in range(len(self._pairs.blocks))]
         self._labels = np.array([label for block in facts for label in block["labels"]], dtype=np.int64)

@@ -1,7 +1,7 @@
 """2-D points on their way, for a person to look at."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def write_points(
     *,
     count: int = 20_000,
     seed: int = 0,
-    label: int | None = None,
+    labels: Sequence[int] | None = None,
     device: torch.device,
     fps: int = 24,
     frames: bool = True,
@@ -56,13 +56,13 @@ def write_points(
     """Into the folder `out`: `x0.png`, the source (the paper's x_0), `x1.png`, the samples, `trajectories.png` of 100 points,
     `velocity.png` at five times, `points.npz` with both ends, and `points.gif` with the points on their way between them.
 
-    `label` is the class that is asked for, `told` what all depends on, for `metadata.json`. Gives the pictures' paths; a folder
-    that holds others is a UserError.
+    `labels` are the classes (count,) of a conditional network, `told` what all depends on, for `metadata.json`. Gives the
+    pictures' paths; a folder that holds others is a UserError.
     """
     if told is not None:
         claim(out, told, what="frames")
-    labels = torch.full((count,), label, device=device) if label is not None else None
-    way = move_points(sampler, seed, count, labels, device=device).numpy()
+    classes = torch.tensor(labels, device=device) if labels is not None else None
+    way = move_points(sampler, seed, count, classes, device=device).numpy()
     first, last = (pictures.scatter(way[i], title=title) for i, title in ((0, "x_0: the source"), (-1, "x_1: the data")))
     out.mkdir(parents=True, exist_ok=True)
     pictures.save(first, out / "x0.png")
@@ -72,8 +72,10 @@ def write_points(
     )
     fields = {}
     for t in FIELD_TIMES:  # at the points that are on their way then: elsewhere the network has seen nothing
+        if t == 0 and not sampler.process.schedule.network_at_clean:
+            continue
         at = way[int((sampler.times - t).abs().argmin())][:300]
-        some = labels[: len(at)] if labels is not None else None
+        some = classes[: len(at)] if classes is not None else None
         fields[f"alpha = {1 - t:g}"] = at, velocity(sampler, torch.from_numpy(at).to(device), t, some).numpy()
     pictures.velocity_fields(out / "velocity.png", fields)
     content = io.BytesIO()

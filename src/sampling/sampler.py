@@ -35,7 +35,7 @@ from ..diffusion import (
 )
 from ..diffusion.guidance import Gradient
 from ..diffusion.schedules import Spacing, like
-from ..diffusion.solvers import Callback, Noise
+from ..diffusion.solvers import Callback
 from ..diffusion.variance import Transitions
 
 Bound = float | Tensor
@@ -126,11 +126,6 @@ def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int 
         bits = np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter)
         drawn.append(np.random.Generator(bits).standard_normal(tuple(shape), dtype=np.float32))
     return torch.from_numpy(np.stack(drawn))
-
-
-def starting_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """What the pictures `indices` start from, (B, *shape)."""
-    return noise_of(seed, indices, shape)
 
 
 Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, pictures, draw) -> (B, *shape) on the CPU
@@ -315,8 +310,8 @@ class Sampler:
         def noise(step: int, like: Tensor, sweep: int = 0) -> Tensor:
             return noise_of(seed, indices, self.shape, step + 1, sweep).to(like)
 
-        def source(step: int, like: Tensor) -> Tensor:
-            return self.start(seed, indices, step + 1).to(like)
+        def source(step: int, like: Tensor, sweep: int = 0) -> Tensor:
+            return self.start(seed, indices, step + 1 + sweep * (self.steps + 1)).to(like)
 
         way = _Way(self, labels, noise, callback, low, source)
         first = edit.start_at if edit is not None else 0
@@ -326,8 +321,6 @@ class Sampler:
             raise UserError(f"start_at {first} is not before stop_at {self.spec.stop_at}: nothing would be drawn")
         if edit is not None and edit.mask is not None and self.spec.solver == "dpmpp_2m":
             raise UserError("dpmpp_2m remembers the step before, which a mask changes; use another solver")
-        if edit is not None and edit.mask is not None and self.source is not None:
-            raise UserError("a mask keeps a picture by noising it, and this run starts from other data; leave --mask out")
         x = way.go(x, first, self.spec.stop_at or self.steps, edit)
         if self.spec.stop_at is not None:
             x = way.estimate(x, self.spec.stop_at, edit)
@@ -335,16 +328,19 @@ class Sampler:
             x = way.again(x, self.spec.double_sampling, edit)
         return x
 
+    def check_invertible(self) -> None:
+        """A UserError where the solver's way cannot be gone back."""
+        if self.spec.solver not in INVERTIBLE or self.spec.eta:
+            raise UserError(f"the solver {self.spec.solver} cannot be gone back; allowed: {', '.join(INVERTIBLE)} (with eta 0)")
+
     @torch.no_grad()
     def invert(self, x0: Tensor, labels: Tensor | None = None, *, callback: Callback | None = None) -> Tensor:
         """From the data back to the source, both (B, *shape) as the network sees them: the solver's way in the other direction.
 
         On a table it begins at the first trained level, where the picture has the size that it has there.
         """
-        solve = INVERTIBLE.get(self.spec.solver)
-        if solve is None or self.spec.eta:
-            raise UserError(f"the solver {self.spec.solver} cannot be gone back; allowed: {', '.join(INVERTIBLE)} (with eta 0)")
-        schedule = self.process.schedule
+        self.check_invertible()
+        solve, schedule = INVERTIBLE[self.spec.solver], self.process.schedule
         way = inversion_times(self.times, schedule)
         x = like(schedule.level(way[0]).alpha, x0) * x0
         return solve(self._denoiser(labels, None, None), x, way, schedule, callback=callback)
@@ -376,7 +372,7 @@ class _Way:
         noise: Callable[..., Tensor],
         callback: Callback | None,
         low: Tensor | None = None,
-        source: Noise | None = None,
+        source: Callable[..., Tensor] | None = None,
     ) -> None:
         self.sampler, self.noise, self.callback, self.sweep = sampler, noise, callback, 0
         self.source = source
@@ -404,7 +400,7 @@ class _Way:
         if spec.solver == "redraw":
             assert self.source is not None
             again = self.source
-            return redraw(self.denoiser, x, part, schedule, source=lambda step, x: again(first + step, x), callback=told)
+            return redraw(self.denoiser, x, part, schedule, source=lambda i, x: again(first + i, x, self.sweep), callback=told)
         if spec.solver == "ancestral":
             shift = self._shift if self.gradient is not None else None
             steps = Transitions(*(values[first:end] for values in transitions(schedule, self.sampler.times)))

@@ -16,6 +16,7 @@ from src.data.points import (
     density_of,
     draw_points,
     open_points,
+    picture_of,
 )
 
 
@@ -74,21 +75,29 @@ def test_a_picture_is_dense_where_it_is_bright(tmp_path: Path) -> None:
     assert np.abs(points).max() <= 2 and points[:, 0].min() < -1.99, "the longer side is 4 wide"
     inverted = draw_points(DensitySource(source="density", path=str(tmp_path / "density.png"), invert=True)).points
     assert not ((inverted[:, 0] < -1.01) & (inverted[:, 1] > 0.51)).mean() > 0.02, "what was bright is nearly empty"
-    assert density_of(str(tmp_path / "density.png")).sum() == pytest.approx(1)
+    spec = DensitySource(source="density", path=str(tmp_path / "density.png"))
+    assert density_of(spec).sum() == pytest.approx(1)
+    kept = picture_of(spec.path)
+    (tmp_path / "density.png").unlink()
+    assert np.array_equal(draw_points(spec, kept).points, points), "the picture travels with the weights"
 
 
 def test_a_density_picture_that_is_empty_missing_or_none(tmp_path: Path) -> None:
     Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
     Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
     (tmp_path / "text.png").write_text("no picture")
+
+    def spec(name: str, *, invert: bool = False) -> DensitySource:
+        return DensitySource(source="density", path=str(tmp_path / name), invert=invert)
+
     with pytest.raises(UserError, match=r"black.png is empty: all of it is black; draw on it, or change invert"):
-        density_of(str(tmp_path / "black.png"))
+        density_of(spec("black.png"))
     with pytest.raises(UserError, match="all of it is white"):
-        density_of(str(tmp_path / "white.png"), invert=True)
+        density_of(spec("white.png", invert=True))
     with pytest.raises(UserError, match="does not exist"):
-        density_of(str(tmp_path / "none.png"))
+        density_of(spec("none.png"))
     with pytest.raises(UserError, match=r"text.png cannot be read"):
-        density_of(str(tmp_path / "text.png"))
+        density_of(spec("text.png"))
 
 
 def test_points_are_held_out() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, build_process, euler, transitions
 from src.models import UNet, UNetConfig
-from src.sampling import Sampler, SamplerConfig, noise_of, open_trained, starting_noise
+from src.sampling import Sampler, SamplerConfig, noise_of, open_trained
 from src.sampling.files import Frames, columns_for, write_samples
 from src.sampling.sampler import Edit, _Way, describe, random_labels
 from tests.conftest import launch, one_line, randomise
@@ -33,11 +33,11 @@ def sampler(
 
 
 def test_noise_is_a_function_of_seed_and_picture_alone() -> None:
-    many = starting_noise(7, range(100), SHAPE)
-    assert torch.equal(starting_noise(7, [42, 3], SHAPE), many[[42, 3]])
-    assert not torch.equal(starting_noise(8, [42], SHAPE), many[[42]])
+    many = noise_of(7, range(100), SHAPE)
+    assert torch.equal(noise_of(7, [42, 3], SHAPE), many[[42, 3]])
+    assert not torch.equal(noise_of(8, [42], SHAPE), many[[42]])
     assert not torch.equal(noise_of(7, [42], SHAPE, 1), many[[42]])
-    assert not torch.equal(starting_noise(7 + 2**32, [42], SHAPE), many[[42]]), "all 64 bits of the seed count"
+    assert not torch.equal(noise_of(7 + 2**32, [42], SHAPE), many[[42]]), "all 64 bits of the seed count"
     assert abs(many.mean()) < 0.05 and abs(many.std() - 1) < 0.03
 
 
@@ -98,7 +98,7 @@ def test_double_sampling_noises_the_finished_picture_and_goes_on() -> None:
     alpha, sigma = twice.process.schedule.level(t)
     noise = (x_t - alpha.float() * finished) / sigma.float()
     assert abs(float(noise.std()) - 1) < 0.3 and not torch.equal(drawn, finished)
-    assert not torch.allclose(noise, starting_noise(0, [0], SHAPE), atol=1e-3), "new noise"
+    assert not torch.allclose(noise, noise_of(0, [0], SHAPE), atol=1e-3), "new noise"
 
 
 def test_a_given_picture_is_started_from_and_kept_where_the_mask_is_black() -> None:
@@ -178,7 +178,7 @@ def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
     """In guided-diffusion's order: clip x0, take its eps, subtract sigma times the gradient; then, which it does not, clip the
     x0 of that. Ancestral sampling moves the mean by variance times gradient instead."""
     guided = {"guidance": 300.0, "guidance_method": "classifier", "classifier": Brightness(), "num_classes": None}
-    x, labels = starting_noise(5, range(2), SHAPE), torch.tensor([0, 1])
+    x, labels = noise_of(5, range(2), SHAPE), torch.tensor([0, 1])
     drawn = sampler("ddim", steps=4, **guided)
     schedule, (t, s) = drawn.process.schedule, drawn.times[1:3]
     (alpha, sigma), (alpha_s, sigma_s) = (map(float, schedule.level(at)) for at in (t, s))
