@@ -75,3 +75,16 @@ def test_learned_variance_times_by_the_second_moment_and_a_classifier_that_guide
     assert done.status == 0 and (out / "grid.png").exists(), done.all
     done = launch("evaluate.py", run, "--likelihood", "--steps", "10", "--out", tmp_path / "bits")
     assert done.status == 0 and "bits per dimension" in done.out, done.all
+
+
+def test_blending_pictures_points_and_pairs_on_a_gpu(tmp_path: Path) -> None:
+    for job, more in ((kills.BLEND, settings(mixed_precision="bf16", checkpoint__every=40)), (kills.POINTS, ())):
+        done = launch(*job.arguments(tmp_path / job.config), *more, timeout=900)
+        assert done.status == 0 and "x cuda x" in done.out, done.all
+        lines = metrics(tmp_path / job.config)
+        assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["straightness"] >= 0
+    first = str(tmp_path / kills.POINTS.config)
+    pairs = settings(pairs={"run": first, "count": 2000, "sampler": {"solver": "heun", "steps": 8}}, init_from=first)
+    done = launch(*kills.POINTS.arguments(tmp_path / "straight"), *pairs, timeout=900)
+    assert done.status == 0, done.all
+    assert metrics(tmp_path / "straight")[-1]["straightness"] < metrics(Path(first))[-1]["straightness"]
