@@ -20,7 +20,7 @@ from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.autoencoder import open_autoencoder
-from src.sampling.sampler import starting_noise
+from src.sampling.sampler import noise_of
 from src.training.checkpoint import read_tensors, write_folder
 from src.vision import import_torchvision
 from tests.conftest import ROOT, launch, randomise, refused
@@ -385,10 +385,10 @@ def test_an_import_draws_what_the_papers_loop_draws(tmp_path: Path) -> None:
     sampler = opened.sampler(SamplerConfig(solver="euler", steps=10))
     ours, reference = (
         sampler.draw(5, range(3), None, device=CPU),
-        papers_loop(theirs, starting_noise(5, range(3), (3, 8, 8)), 10),
+        papers_loop(theirs, noise_of(5, range(3), (3, 8, 8)), 10),
     )
     torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
-    assert float((reference - starting_noise(5, range(3), (3, 8, 8))).std()) > 0.1, "and the network moved it"
+    assert float((reference - noise_of(5, range(3), (3, 8, 8))).std()) > 0.1, "and the network moved it"
 
     assert train == tmp_path / "out" / "finetune.json"
     config = load(train, train_iadb.Config)
@@ -402,7 +402,7 @@ def test_classes_without_names_are_numbers(tmp_path: Path) -> None:
     opened = open_trained(tmp_path / "out", CPU)
     assert (opened.class_names, opened.null_class) == (("0", "1", "2"), False)
     drawn = opened.sampler(SamplerConfig(solver="euler", steps=4)).draw(0, range(3), [0, 1, 2], device=CPU)
-    x = starting_noise(0, range(3), (3, 8, 8))
+    x = noise_of(0, range(3), (3, 8, 8))
     with torch.no_grad():
         for t in range(4):
             x = x + theirs(x, torch.tensor(t / 4), class_labels=torch.tensor([0, 1, 2])).sample / 4
@@ -446,7 +446,7 @@ def test_a_network_on_latents_draws_pictures(tmp_path: Path) -> None:
     drawn = opened.sampler(SamplerConfig(solver="euler", steps=10)).draw(5, range(2), None, device=CPU)
     from diffusers import AutoencoderKL
 
-    latents = papers_loop(theirs, starting_noise(5, range(2), (4, 8, 8)), 10)
+    latents = papers_loop(theirs, noise_of(5, range(2), (4, 8, 8)), 10)
     with torch.no_grad():
         reference = AutoencoderKL.from_pretrained(vae).eval().decode(latents / 0.5 + 0.25).sample
     assert drawn.shape == (2, 3, 16, 16)
