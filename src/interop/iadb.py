@@ -226,8 +226,9 @@ def _walk(said: Said, section: dict[Any, Any], path: str, seen: set[int]) -> Non
         return
     seen.add(id(section))
     base, mult = section.get("base_channels", section.get("channels")), section.get("channel_mult")
-    multiplied = isinstance(base, int) and isinstance(mult, list)
+    multiplied = False
     if isinstance(base, int) and isinstance(mult, list):
+        multiplied = True
         where = f"{path}channel_mult"
         _take(said, "block_out_channels", where, [int(base * _typed(said, where, times, float)) for times in mult])
     for key, value in ((str(key), value) for key, value in section.items()):

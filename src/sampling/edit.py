@@ -50,9 +50,12 @@ def as_seen(opened: Opened, files: Sequence[str | Path]) -> Tensor:
     """Pictures cut and resized as in training, as the network sees them: (N, *shape) on its device. A UserError for a file that
     cannot be read."""
     image = ImageConfig(size=opened.image.size, channels=opened.image.channels)
-    pixels = np.stack([square(_open(str(file), image.channels), image, np.full(3, 0.5)) for file in files])
-    x0 = to_network(torch.from_numpy(pixels), next(opened.network.parameters()).device)
-    return opened.codec.encode(x0) if opened.codec is not None else x0
+    seen = []
+    for file in files:  # one by one: encoding a whole folder at once takes its memory
+        pixels = np.array(square(_open(str(file), image.channels), image, np.full(3, 0.5)))
+        x0 = to_network(torch.from_numpy(pixels)[None], next(opened.network.parameters()).device)
+        seen.append(opened.codec.encode(x0) if opened.codec is not None else x0)
+    return torch.cat(seen)
 
 
 def start_from_pictures(opened: Opened, place: str) -> Start:

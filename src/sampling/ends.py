@@ -118,15 +118,10 @@ class LatentEnd(End):
 
 
 class PointEnd(End):
-    """Points (2,) of a density, which, where it is a picture, travels with the weights."""
+    """Points (2,) of a density, and its `picture`, where it is one."""
 
     def __init__(self, train: PointSet, held_out: PointSet | None, picture: bytes | None = None) -> None:
         self.train, self.held_out, self.shape, self.picture = train, held_out, (2,), picture
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        picture = base64.b64encode(self.picture).decode() if self.picture is not None else None
-        return super().facts | ({"density": picture} if picture is not None else {})
 
     def stream(
         self, split: Split, *, seed: int, start_step: int, device: torch.device, dtype: torch.dtype, balanced: bool, **_: Any
@@ -186,8 +181,12 @@ class Ends:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What travels with the weights."""
-        return self.data.facts | ({"source": self.source.facts} if self.source is not None else {})
+        """What travels with the weights: of a source that is a density, its picture too, for sampling to start from."""
+        if self.source is None:
+            return self.data.facts
+        picture = self.source.picture if isinstance(self.source, PointEnd) else None
+        kept = {"density": base64.b64encode(picture).decode()} if picture is not None else {}
+        return self.data.facts | {"source": self.source.facts | kept}
 
     @property
     def num_images(self) -> int:

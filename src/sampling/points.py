@@ -49,7 +49,6 @@ def write_points(
     seed: int = 0,
     labels: Sequence[int] | None = None,
     device: torch.device,
-    fps: int = 24,
     frames: bool = True,
     told: Mapping[str, Any] | None = None,
 ) -> list[Path]:
@@ -93,5 +92,5 @@ def write_points(
     for i, path in enumerate(tqdm(paths, desc="frames", unit="img", disable=None)):
         title = f"alpha = {float(alphas[i]):.2f}"
         pictures.save(pictures.in_a_row([first, pictures.scatter(way[i], title=title), last]), path)
-    pictures.gif(paths, folder / "frame_%03d.png", out / "points.gif", fps=fps)
+    pictures.gif(paths, folder / "frame_%03d.png", out / "points.gif", fps=24)
     return [*made, out / "points.gif"]

@@ -155,9 +155,8 @@ class Sampler:
     """Draws pictures from a network and a process as `spec` says.
 
     `shape` is (C, H, W) of what the network sees (or (2,) of a point), `codec` what makes pictures of that. `source` draws what
-    sampling starts from, where that is not standard normal noise. `clip_x0` are the bounds that the
-    estimate of x_0 is held to, numbers or tensors (C, 1, 1). `num_classes` is None for an unconditional network. A UserError
-    says what does not fit.
+    sampling starts from, where that is not standard normal noise. `clip_x0` are the bounds that the estimate of x_0 is held to,
+    numbers or tensors (C, 1, 1). `num_classes` is None for an unconditional network. A UserError says what does not fit.
     """
 
     def __init__(
