@@ -14,6 +14,9 @@ from ..interop.diffusers import autoencoder_from_config, load_autoencoder
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
 from ..training.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
+from ..training.seeds import normal
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,19 @@ class LatentCodec:
         """(B, D, h, w) as the autoencoder has it -> as diffusion sees it."""
         return (z - self.mean.to(z)) / self.std.to(z)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> the normalised means, (B, D, h, w)."""
-        return self.normalise(self.network.moments(images)[0])
+    def draw(self, mean: Tensor, logvar: Tensor | None, noise: Tensor) -> Tensor:
+        """Normalised latents z = mean + exp(logvar / 2) noise, all (B, D, h, w): draws from the posterior, which are what a
+        run learns from (their mean is not one of them)."""
+        return self.normalise(mean.to(noise) if logvar is None else mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise)
+
+    def examples(self, mean: Tensor, logvar: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """`draw` with noise that belongs to the pictures' indices (B,): always the same."""
+        drawn = [normal(mean.shape[1:], "posterior of", int(i), device=CPU, dtype=mean.dtype) for i in indices]
+        return self.draw(mean, logvar, torch.stack(drawn).to(mean.device))
+
+    def encode(self, images: Tensor, indices: Sequence[int]) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> normalised latents (B, D, h, w) as a run learns from: the `examples` of these indices."""
+        return self.examples(*self.network.moments(images), indices)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, D, h, w) normalised -> (B, C, H, W)."""

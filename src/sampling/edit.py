@@ -51,10 +51,10 @@ def as_seen(opened: Opened, files: Sequence[str | Path]) -> Tensor:
     cannot be read."""
     image = ImageConfig(size=opened.image.size, channels=opened.image.channels)
     seen = []
-    for file in files:  # one by one: encoding a whole folder at once takes its memory
+    for i, file in enumerate(files):  # one by one: encoding a whole folder at once takes its memory
         pixels = np.array(square(_open(str(file), image.channels), image, np.full(3, 0.5)))
         x0 = to_network(torch.from_numpy(pixels)[None], next(opened.network.parameters()).device)
-        seen.append(opened.codec.encode(x0) if opened.codec is not None else x0)
+        seen.append(opened.codec.encode(x0, [i]) if opened.codec is not None else x0)
     return torch.cat(seen)
 
 

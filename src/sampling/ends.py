@@ -151,7 +151,7 @@ class EncodedEnd(End):
     @torch.no_grad()
     def _examples(self, chosen: PictureSet) -> Examples:
         pictures, own = self.pictures._examples(chosen), next(self.codec.network.parameters())
-        return Examples(pictures.labels, lambda indices: self.codec.encode(pictures.load(indices).to(own)))
+        return Examples(pictures.labels, lambda indices: self.codec.encode(pictures.load(indices).to(own), indices.tolist()))
 
 
 def open_end(spec: Any, held_out: Any, image: ImageConfig | None, picture: bytes | None = None) -> "PictureEnd | PointEnd":

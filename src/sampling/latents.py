@@ -46,15 +46,16 @@ class Latents:
     def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Moments (B, 2, D, h, w) -> normalised latents (B, D, h, w) drawn from the posterior with this noise."""
         mean, logvar = moments.unbind(1)
-        return self.codec.normalise(mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise)
+        return self.codec.draw(mean, logvar, noise)
 
     def examples(self, labels: np.ndarray, *, held_out: bool = True) -> Examples:
-        """The held-out latents (or those for training) at their means, with the labels of their pictures."""
+        """The held-out latents (or those for training), one draw of each, with the labels of their pictures."""
         latents = self._held_out if held_out else self.train
         assert latents is not None
 
         def load(indices: np.ndarray) -> Tensor:
-            return self.codec.normalise(latents.moments(indices, np.zeros(len(indices), dtype=bool))[:, 0])
+            mean, logvar = latents.moments(indices, np.zeros(len(indices), dtype=bool)).unbind(1)
+            return self.codec.examples(mean, logvar, indices.tolist())
 
         return Examples(labels, load)
 

@@ -161,7 +161,7 @@ def first_pictures(
         return
 
     images = to_network(torch.from_numpy(seen[:12]), device or torch.device("cpu"))
-    x0 = codec.encode(images) if codec is not None else images
+    x0 = codec.encode(images, range(len(images))) if codec is not None else images
     schedule = process.schedule
     t = process.draw_times(torch.linspace(0, 1 - 1e-9, len(x0), dtype=torch.float64))
     eps = normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype)

@@ -47,7 +47,7 @@ def test_a_cache_holds_the_moments_of_pictures_and_their_mirror_images(tmp_path:
     mean, logvar = autoencoder().network.moments(images)
     torch.testing.assert_close(moments, torch.stack([mean, logvar], dim=1), rtol=1e-4, atol=1e-5)
     z = found.draw(moments, torch.zeros_like(mean))
-    torch.testing.assert_close(z, found.codec.encode(images), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(z, found.codec.normalise(mean), rtol=1e-3, atol=1e-4)
     low, high = (torch.tensor(found.facts[key])[:, None, None] for key in ("low", "high"))
     assert (z >= low - 1e-3).all() and (z <= high + 1e-3).all()
 
@@ -97,8 +97,29 @@ def test_a_codec_goes_there_and_back() -> None:
     codec = LatentCodec(own.network, [1.0, 0.0, -2.0, 0.5], [2.0, 1.0, 0.5, 4.0])
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     mean = own.network.moments(images)[0]
-    torch.testing.assert_close(codec.decode(codec.encode(images)), own.network.decode(mean), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.decode(codec.normalise(mean)), own.network.decode(mean), rtol=1e-4, atol=1e-5)
     assert float(codec.normalise(torch.tensor([3.0, 1, -1, 0.5])[:, None, None].expand(1, 4, 1, 1))[0, 0]) == 1.0
+
+
+def test_pictures_are_encoded_as_the_draws_that_a_run_learns_from(tmp_path: Path, shapes: Any) -> None:
+    """What is held out has the posterior's variance, and a picture, cached or not, has the same latents each time."""
+    own, twice = autoencoder(), 6
+    images = torch.zeros(400, 3, 16, 16)
+    mean, logvar = own.network.moments(images)
+    codec = LatentCodec(own.network, [0.0] * 4, [2.0] * 4)
+    drawn = codec.encode(images, range(400))
+    around = (2 * drawn - mean) / (0.5 * logvar).exp()
+    torch.testing.assert_close(around.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
+    assert abs(float(around.mean())) < 0.01
+    torch.testing.assert_close(codec.encode(images[:1], [twice])[0], drawn[twice], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.examples(mean, None, range(400)), mean / 2)
+
+    held_out = open_sources(ShapesSource(source="shapes", count=8, size=16, split="test"))
+    found = latents_of(own, shapes, held_out, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
+    examples, some = found.examples(held_out.labels), np.array([5, 2])
+    pixels = torch.from_numpy(held_out.batch(some, ImageConfig(size=16), np.full((2, 3), 0.5)))
+    encoded = found.codec.encode(to_network(pixels, CPU), [5, 2])
+    torch.testing.assert_close(examples.load(some), encoded, rtol=1e-3, atol=1e-3)
 
 
 def test_pictures_that_an_autoencoder_was_not_made_for() -> None:
