@@ -83,7 +83,8 @@ class LatentCodec:
 
     def encode(self, images: Tensor, indices: Sequence[int]) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> normalised latents (B, D, h, w) as a run learns from: the `examples` of these indices."""
-        return self.examples(*self.network.moments(images), indices)
+        mean, logvar = self.network.moments(images)
+        return self.examples(mean, logvar, indices)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, D, h, w) normalised -> (B, C, H, W)."""
