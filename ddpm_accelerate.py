@@ -21,7 +21,7 @@ from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, pre
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import torch_seed
@@ -29,6 +29,7 @@ from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
+from src.training.trials import Attempt, run_training
 
 
 @config
@@ -70,14 +71,12 @@ def main() -> int:
     args = parser.parse_args()
     if args.ckpt or args.ckpt_sampling:
         return sample_checkpoints(args.ckpt, Path("results"), asked=args.ckpt_sampling)
-    cfg = load(args.config, Config, args.set)
-    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
-        return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
+    return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
-    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
+    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
@@ -101,7 +100,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     sampler = preview_sampler(cfg, ema.network, process, shape, num_classes)
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, dry_run=dry_run)
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
         session.run.say(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
         return 0
@@ -155,11 +154,6 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         session.settle()
         update(optimizer, rate_at(step), norm)
         session.count(torch.isfinite(norm))
-        if dry_run:
-            if session.measured():
-                batches.close()
-                return session.end_dry_run()
-            continue
 
         # Now and then: log, preview, save, export.
         if not session.due:
@@ -172,7 +166,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         session.save(keep=best and cfg.checkpoint.keep_best)
         if session.now("export"):
             session.export(Path(cfg.export_dir), f"ckpt_epoch{split.images_at(session.step) // len(train_set)}_ddpm.pt")
-        if session.stopping:
+        if session.leaves():
             batches.close()
             return session.end_stopped()
 

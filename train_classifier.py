@@ -28,7 +28,7 @@ from src.sampling.preview import first_pictures, pictures_of
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import torch_seed
@@ -36,6 +36,7 @@ from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
+from src.training.trials import Attempt, run_training
 
 
 @config
@@ -68,14 +69,12 @@ class Config(MachineConfig):
 
 def main() -> int:
     args = training_arguments(Config, __doc__ or "", default="configs/digits_classifier.json").parse_args()
-    cfg = load(args.config, Config, args.set)
-    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
-        return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
+    return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
-    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
+    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
@@ -100,7 +99,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     trained = Trained(network, bare_optimizer, ema, times=times)
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, dry_run=dry_run)
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {run_dir}"
     if session.finished:
         session.run.say(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
@@ -155,11 +154,6 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         session.settle()
         update(optimizer, rate_at(step), norm)
         session.count(torch.isfinite(norm))
-        if dry_run:
-            if session.measured():
-                batches.close()
-                return session.end_dry_run()
-            continue
 
         # Now and then: log, measure by noise level, save.
         if not session.due:
@@ -173,7 +167,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
                 draw_accuracy(session.run.samples / f"step_{session.step:08d}.png", process, accuracy, num_classes, where)
         session.report(values)
         session.save(keep=best and cfg.checkpoint.keep_best)
-        if session.stopping:
+        if session.leaves():
             batches.close()
             return session.end_stopped()
 

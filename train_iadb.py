@@ -29,7 +29,7 @@ from src.sampling.sampler import random_labels
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
 from src.training.run import LogConfig
 from src.training.seeds import torch_seed
@@ -37,6 +37,7 @@ from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import split_batch
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
+from src.training.trials import Attempt, run_training
 
 Model = Annotated[
     Annotated[UNetConfig, Tag("unet")] | Annotated[MLPConfig, Tag("mlp")],
@@ -107,14 +108,12 @@ class Config(MachineConfig):
 
 def main() -> int:
     args = training_arguments(Config, __doc__ or "", default="configs/points2d_iadb.json").parse_args()
-    cfg = load(args.config, Config, args.set)
-    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
-        return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
+    return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
-    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
+    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
@@ -124,10 +123,10 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     if autoencoder is not None:
-        encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "dry_run": dry_run}
+        encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt}
         ends = ends.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
     if cfg.pairs is not None:
-        ends = PairEnds(cfg.pairs, ends, num_classes, run_dir, accelerator, dry_run=dry_run)
+        ends = PairEnds(cfg.pairs, ends, num_classes, run_dir, accelerator, attempt)
     shape, starts = ends.shape, ends.starts()
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=ends.num_images)
     total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
@@ -153,7 +152,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     sampler_for(SamplerConfig(guidance=cfg.preview.guidance))  # what is wrong with it is said now
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, ends.facts, total_steps=total_steps, dry_run=dry_run)
+    session = Session(cfg, accelerator, run_dir, trained, ends.facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
         session.run.say(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
         return 0
@@ -209,11 +208,6 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         session.settle()
         update(optimizer, rate_at(step), norm)
         session.count(torch.isfinite(norm))
-        if dry_run:
-            if session.measured():
-                batches.close()
-                return session.end_dry_run()
-            continue
 
         # Now and then: log, preview, save.
         if not session.due:
@@ -224,7 +218,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
         session.report(values)
         session.save(keep=best and cfg.checkpoint.keep_best)
-        if session.stopping:
+        if session.leaves():
             batches.close()
             return session.end_stopped()
 

@@ -23,7 +23,7 @@ from src.sampling.preview import PreviewConfig, first_pictures, preview
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import normal, torch_seed
@@ -31,6 +31,7 @@ from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import latent_stream, split_batch
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
+from src.training.trials import Attempt, run_training
 
 
 @config
@@ -72,14 +73,12 @@ class Config(MachineConfig):
 
 def main() -> int:
     args = training_arguments(Config, __doc__ or "", default="configs/landscape256_ldm.json").parse_args()
-    cfg = load(args.config, Config, args.set)
-    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size):
-        return train(cfg, Path(args.run_dir or f"runs/{cfg.name}"), dry_run=args.dry_run)
+    return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
+def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
-    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir)
+    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
@@ -91,7 +90,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(device, dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
-    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "dry_run": dry_run}
+    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
     facts = describe_data(train_set, held_out) | {"latents": latents.facts}
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
@@ -108,7 +107,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
     sampler = preview_sampler(cfg, ema.network, process, shape, num_classes, codec=latents.codec, bounds=bounds)
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, dry_run=dry_run)
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
         session.run.say(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
         return 0
@@ -164,10 +163,6 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
         session.settle()
         update(optimizer, rate_at(step), norm)
         session.count(torch.isfinite(norm))
-        if dry_run:
-            if session.measured():
-                return session.end_dry_run()
-            continue
 
         # Now and then: log, preview, save.
         if not session.due:
@@ -178,7 +173,7 @@ def train(cfg: Config, run_dir: Path, *, dry_run: bool) -> int:
             best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
         session.report(values)
         session.save(keep=best and cfg.checkpoint.keep_best)
-        if session.stopping:
+        if session.leaves():
             return session.end_stopped()
 
     # Leave what sampling needs, the autoencoder with it, and say what to do next.

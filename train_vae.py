@@ -5,7 +5,6 @@ accelerate launch train_vae.py -cfg configs/wikiart256_vae.json
 python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES --dry-run
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +24,15 @@ from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
 from src.training.checkpoint import CheckpointConfig
 from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, explain_out_of_memory, settle_reducer, start
+from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, update
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import normal, torch_seed
-from src.training.session import AGAIN, Session
+from src.training.session import Session
 from src.training.stages import StageConfig, plan_stages, warnings
 from src.training.state import Trained
 from src.training.stream import stream, to_network
+from src.training.trials import Attempt, run_training
 
 
 @config
@@ -73,17 +73,12 @@ class Config(MachineConfig):
 
 def main() -> int:
     args = training_arguments(Config, __doc__ or "", default="configs/landscape256_vae.json").parse_args()
-    cfg = load(args.config, Config, args.set)
-    run_dir = Path(args.run_dir or f"runs/{cfg.name}")
-    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as trying:
-        while (status := train(cfg, run_dir, trying, dry_run=args.dry_run)) == AGAIN:
-            pass
-    return status
+    return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, trying: Callable[[int, int, str], None], *, dry_run: bool) -> int:
+def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
-    accelerator = start(cfg, trackers=() if dry_run else cfg.log.trackers, folder=run_dir, fp16=False)
+    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fp16=False)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
 
     # Look at the data, and lay out the stages.
@@ -104,7 +99,7 @@ def train(cfg: Config, run_dir: Path, trying: Callable[[int, int, str], None], *
     trained = Trained(network, bare[0], ema, adversary=(discriminator, bare[1]))
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=stages[-1].end, dry_run=dry_run)
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=stages[-1].end, attempt=attempt)
     if session.finished:
         session.run.say(f"{run_dir} is finished ({session.step} steps); now: train_ldm.py with autoencoder {run_dir}")
         return 0
@@ -129,13 +124,13 @@ def train(cfg: Config, run_dir: Path, trying: Callable[[int, int, str], None], *
     for stage in stages[now.number - 1 :]:
         # Enter the stage: picture size, tanh, learning rates, and how well it reconstructs at the start.
         own, split = stage.config, stage.split
-        trying(split.batch, split.micro, f"stages.{stage.number - 1}.micro_batch_size")
         network.tanh = ema.network.tanh = tanh = tanh or own.tanh
         rate_at, judge_rate_at = stage.rate(cfg.optimizer), stage.adversary_rate(cfg.discriminator_optimizer)
-        session.enter(split, stage.resolve, end=stage.end, name=stage.describe(len(stages)))
+        key = f"stages.{stage.number - 1}.micro_batch_size"
+        session.enter(split, stage.resolve, end=stage.end, name=stage.describe(len(stages)), key=key)
         examples = pictures_of(held_out if held_out is not None else train_set, stage.image)
         look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, batch_size=split.micro)
-        if guard.enter(stage.number) and own.adversarial is not None and not dry_run:
+        if guard.enter(stage.number) and own.adversarial is not None and not attempt.trial:
             guard.watch(cfg.guard, session.step, look()["l1"])
         batches = stream(train_set, stage.image, split, seed=seed, start_step=session.step, workers=cfg.workers, device=device)
 
@@ -144,7 +139,7 @@ def train(cfg: Config, run_dir: Path, trying: Callable[[int, int, str], None], *
         while session.step < stage.end:
             # Draw the latents' noise for the whole batch; each rank takes its share below.
             step = session.step
-            adversary = stage.adversary_at(step, always=dry_run)
+            adversary = stage.adversary_at(step, always=attempt.trial)
             noise_shape = (split.batch, *cfg.model.latent_shape(stage.image.size))
             noise = normal(noise_shape, seed, "noise", step, device=device, dtype=dtype)
             codes = CodebookStep(network.codebook, noise_shape, seed, step) if network.codebook is not None else None
@@ -201,10 +196,6 @@ def train(cfg: Config, run_dir: Path, trying: Callable[[int, int, str], None], *
             if codes is not None:
                 codes.update(accelerator, counts)
             session.count(counts)
-            if dry_run:
-                if session.measured():
-                    session.step = stage.end
-                continue
 
             # Now and then: log, look at reconstructions, save.
             if not session.due:
@@ -224,19 +215,17 @@ def train(cfg: Config, run_dir: Path, trying: Callable[[int, int, str], None], *
                 for line in troubled_channels(seen) + won(values):
                     session.run.say(f"warning: step {session.step}: {line}")
             session.report(values)
-            if not healthy:
+            if not healthy and not attempt.trial:
                 session.run.say(f"warning: {guard.explain(cfg.guard, session.step, seen['l1'], values)}")
                 if guard.rolls_back(cfg.guard):
                     batches.close()
                     return session.roll_back(guard.healthy_step, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
             keep = best or (cfg.guard.rollback and guard.healthy_step == session.step)
             session.save(keep=keep, tanh=tanh, guard=guard.saved(), adaptive_weight=float(adaptive.value))
-            if session.stopping:
+            if session.leaves():
                 batches.close()
                 return session.end_stopped()
         batches.close()
-    if dry_run:
-        return session.end_dry_run()
 
     # Leave what latent diffusion needs, and say what to do next.
     message = f"finished; see {session.run.samples}; next, diffusion on its latents: train_ldm.py --set autoencoder={run_dir}"

@@ -189,7 +189,7 @@ def test_a_second_launch_is_refused(tmp_path: Path) -> None:
 def test_a_dry_run_measures_and_writes_nothing(tmp_path: Path) -> None:
     done = train(tmp_path / "run", "--dry-run")
     assert done.status == 0, done.all
-    for word in ("114 pictures", "parameters  0.1", "30 of 16 images", "images/s", "memory", "time"):
+    for word in ("114 pictures", "parameters   0.1", "disk  ", "30 of 16 images", "images/s", "memory", "time"):
         assert word in done.out, done.out
     assert not (tmp_path / "run").exists()
 

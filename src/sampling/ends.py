@@ -19,6 +19,7 @@ from ..data.points import DensitySource, PointSource, picture_of
 from ..training.run import describe_data
 from ..training.seeds import generator, normal, torch_seed
 from ..training.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
+from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 from .latents import Latents, cache_folder, latents_of
 from .preview import Examples, pictures_of
@@ -216,7 +217,7 @@ class Ends:
         *,
         batch_size: int,
         workers: int,
-        dry_run: bool,
+        attempt: Attempt,
     ) -> "Ends":
         """Both ends as latents, from their caches, which are made where they are missing: in `folder` (the source's beside
         it), or where the autoencoder's run keeps them, else in `otherwise`. The source's are normalised as the data's."""
@@ -226,7 +227,7 @@ class Ends:
                 continue
             assert isinstance(end, PictureEnd) and isinstance(end.train, PictureSet) and not isinstance(end.held_out, PointSet)
             own = Path(folder + suffix) if folder else cache_folder(autoencoder, end.image, end.train, end.held_out, otherwise)
-            more = {"batch_size": batch_size, "workers": workers, "dry_run": dry_run}
+            more = {"batch_size": batch_size, "workers": workers, "attempt": attempt}
             latents = latents_of(autoencoder, end.train, end.held_out, end.image, own, processes, **more)
             if found:
                 latents.codec = found[0].latents.codec

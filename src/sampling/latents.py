@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from ..data.latents import (
     write_block,
 )
 from ..training.stream import to_network
+from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 from .preview import Examples
 
@@ -228,18 +230,20 @@ def latents_of(
     *,
     batch_size: int,
     workers: int = 4,
-    dry_run: bool = False,
+    attempt: Attempt | None = None,
 ) -> Latents:
     """The latents in the cache `folder`, which is made if it is missing; on the device where they fit. A cache of something
     else is a UserError.
 
-    In a dry run nothing is written: where there is no cache, the first latents stand for all.
+    In a trial nothing is written: where there is no cache, the first latents stand for all.
     """
     contract, device = contract_of(autoencoder, image, train_set, held_out), next(autoencoder.network.parameters()).device
     counts = {"train": len(train_set)} | ({"held_out": len(held_out)} if held_out is not None else {})
-    if dry_run and not folder.exists():
+    if attempt is not None and attempt.trial and not folder.exists():
         train_set.prepare(ImageConfig(size=image.size, channels=image.channels))
+        began = time.monotonic()
         block = _encode(autoencoder, train_set, image, range(min(BLOCK, len(train_set))), image.flip, batch_size, workers)
+        attempt.ahead((time.monotonic() - began) * (sum(counts.values()) / len(block) / processes.num_processes - 1))
         sets = {split: LatentSet([block] * -(-count // BLOCK), device) for split, count in counts.items()}
         return Latents(autoencoder, contract | _statistics(autoencoder, [sums_of(block)]), sets)
     if not folder.exists():

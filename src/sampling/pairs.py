@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from ..config import UserError, config, dump, kind_of, read_json, wrong
 from ..data.latents import BLOCK, LatentSet, block_path, open_blocks, write_block
 from ..diffusion import DETERMINISTIC
 from ..training.stream import MicroBatch, Order, Split, positions_of
+from ..training.trials import Attempt
 from .ends import Ends
 from .latents import make_cache
 from .opened import open_run
@@ -73,8 +75,7 @@ class PairEnds(Ends):
         num_classes: int | None,
         run_dir: Path,
         accelerator: Accelerator,
-        *,
-        dry_run: bool,
+        attempt: Attempt,
     ) -> None:
         super().__init__(ends.data, ends.source)
         spec = PairsConfig(run=spec) if isinstance(spec, str) else spec
@@ -106,9 +107,11 @@ class PairEnds(Ends):
             values, labels = _make(sampler, spec, indices, classes, accelerator.device)
             write_block(staged, split, number, values, {"labels": labels})
 
-        if dry_run and not folder.exists():  # the first ones stand for all
+        if attempt.trial and not folder.exists():  # the first ones stand for all
+            began = time.monotonic()
             values, labels = _make(sampler, spec, range(min(count, 64)), classes, accelerator.device)
             repeats = -(-count // len(values))
+            attempt.ahead((time.monotonic() - began) * (repeats / accelerator.num_processes - 1))
             self._pairs, self._labels = LatentSet([values] * repeats, accelerator.device), np.tile(labels, repeats)
             return
         if not folder.exists():

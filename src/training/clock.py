@@ -7,11 +7,6 @@ import time
 import torch
 from tqdm import tqdm
 
-from ..config import ENDLESS
-from .stream import Split
-
-DRY_WARMUP, DRY_STEPS = 2, 8
-
 
 class Cadence:
     """Due at every `every`-th step; never without one. `word` says what is."""
@@ -37,8 +32,6 @@ class Clock:
             unit_scale=True,
             disable=None if shown else True,
         )
-        self._shown = shown
-        self._rows: list[tuple[str, int, Split, float]] = []
 
     @property
     def bar_shown(self) -> bool:
@@ -63,39 +56,6 @@ class Clock:
 
     def close(self) -> None:
         self._bar.close()
-
-    def measured(self, device: torch.device, split: Split, step: int, steps: int, name: str = "") -> bool:
-        """In a dry run: time a stage's steps (`steps` in all, `step` done) after the first ones; true when enough are."""
-        if step == min(DRY_WARMUP, steps - 1):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            self.read(1)
-        if step < min(DRY_STEPS, steps):
-            return False
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self._rows.append((name, steps, split, self.read(1)["images_per_second"]))
-        return True
-
-    def report(self, name: str, parameters: int, images: int, device: torch.device) -> None:
-        """What a dry run found out."""
-        self.close()
-        if not self._shown:
-            return
-        seconds = sum(steps * split.batch / max(speed, 1e-9) for _, steps, split, speed in self._rows)
-        print(f"{name}, a dry run: nothing was written")
-        rows = [("data", f"{images} pictures"), ("parameters", f"{parameters / 1e6:.2f} M")]
-        for stage, steps, split, speed in self._rows:
-            told = f"{steps} of {split.batch} images = {steps * split.batch / images:.1f} epochs"
-            told = f"without end, of {split.batch} images" if steps == ENDLESS else told
-            rows += [(stage or "steps", told)]
-            rows += [("one step", f"{split.world} x {device.type} x {split.accumulation} x {split.micro} images")]
-            rows += [("images/s", f"{speed:.1f}")]
-        rows += [("memory", f"{peak_memory_gigabytes(device):.2f} GB")]
-        if all(steps < ENDLESS for _, steps, _, _ in self._rows):
-            rows += [("time", f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min")]
-        for row, value in rows:
-            print(f"  {row:<11} {value}")
 
 
 def peak_memory_gigabytes(device: torch.device) -> float:

@@ -285,19 +285,26 @@ def explain_out_of_memory(
     try:
         yield change
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _too_large(*tried) from error
+        raise OutOfMemory(*tried) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
-            raise _too_large(*tried) from error
+            raise OutOfMemory(*tried) from error
         raise
 
 
-def _too_large(batch: int, micro: int | None, key: str) -> UserError:
+class OutOfMemory(UserError):
+    """Too large a micro-batch, and which one to try."""
+
+    def __init__(self, batch: int, micro: int | None, key: str) -> None:
+        self.micro = micro or batch // int(os.environ.get("WORLD_SIZE", "1"))
+        super().__init__(_smaller(batch, self.micro, key))
+
+
+def _smaller(batch: int, micro: int, key: str) -> str:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = micro or batch // world
     smaller = [size for size in range(1, micro // 2 + 1) if batch % (size * world) == 0 or key.startswith("--")]
     if not smaller:
-        return UserError(f"out of memory at {key} {micro}; try a smaller image.size or model.base_channels")
+        return f"out of memory at {key} {micro}; try a smaller image.size or model.base_channels"
     advice = f"{key} {smaller[-1]}" if key.startswith("--") else f"--set {key}={smaller[-1]} and, if previews are large, "
     advice += "" if key.startswith("--") else "a smaller preview.batch_size"
-    return UserError(f"out of memory at {key} {micro}; try {advice}")
+    return f"out of memory at {key} {micro}; try {advice}"

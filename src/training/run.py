@@ -58,10 +58,10 @@ def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | Point
 
 
 class RunDirectory:
-    """runs/NAME. `writes` is False on all ranks but the first, and in a dry run: then it says and writes nothing."""
+    """runs/NAME. `writes` is False on all ranks but the first: then it says and writes nothing. `quiet`, it says nothing."""
 
-    def __init__(self, path: Path, *, writes: bool) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, *, writes: bool, quiet: bool = False) -> None:
+        self.path, self.writes, self._quiet = path, writes, quiet
         self._lock: IO[str] | None = None
         self._log: IO[str] | None = None
         self._metrics: IO[str] | None = None
@@ -109,8 +109,9 @@ class RunDirectory:
     def say(self, message: str) -> None:
         """A line for the person and for log.txt."""
         if self._log is not None:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
+            if not self._quiet:
+                tqdm.write(message, file=sys.stdout)
+                sys.stdout.flush()
             self._note(message)
 
     def write_json(self, name: str, document: Any) -> None:

@@ -10,14 +10,13 @@ from torch import Tensor
 from ..config import ENDLESS, Span, UserError, dump
 from ..data import PictureSet, PointSet
 from . import checkpoint
-from .checkpoint import Documents, Tensors
+from .checkpoint import Documents, Tensors, step_folder
 from .clock import Cadence, Clock
 from .launch import StepGate, StopRequest, agree, start_trackers
 from .run import RunDirectory
 from .state import Meter, Trained
 from .stream import Split
-
-AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
+from .trials import AGAIN, Attempt
 
 
 class Session:
@@ -41,11 +40,11 @@ class Session:
         facts: dict[str, Any],
         *,
         total_steps: int,
-        dry_run: bool,
+        attempt: Attempt,
     ) -> None:
         self.cfg, self.accelerator, self.trained, self.facts = cfg, accelerator, trained, facts
-        self.total_steps, self.dry_run = total_steps, dry_run
-        self.run = RunDirectory(run_dir, writes=accelerator.is_main_process and not dry_run)
+        self.total_steps, self.attempt = total_steps, attempt
+        self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=attempt.trial)
         self.step, self.progress = 0, {}
         try:
             self._resume()
@@ -54,10 +53,10 @@ class Session:
             raise
         self.best: dict[str, float] | None = self.progress.get("best")
         self._cadences: dict[str, Cadence] = {}
-        self._first, self._end, self._name = 0, total_steps, ""
+        self._first, self._end = 0, total_steps
 
     def _resume(self) -> None:
-        resumed = None if self.dry_run else agree(self.run.newest_checkpoint() if self.run.writes else None)
+        resumed = agree(self.run.newest_checkpoint() if self.run.writes else None)
         if resumed is not None:
             self.progress = self.run.adopt_progress(resumed, self.facts)
             self.step = self.progress["step"]
@@ -89,6 +88,7 @@ class Session:
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step)
         facts = self.facts
+        self.attempt.images, self.attempt.parameters = facts["images"], self.trained.num_parameters
         endless, epochs = self.total_steps == ENDLESS, total_images / facts["images"]
         skipped = ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"
         self.run.say(
@@ -99,11 +99,22 @@ class Session:
             f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
             "Interrupt at will: the same command goes on"
         )
-        self.clock = Clock(self.step, images, None if endless else total_images, shown=accelerator.is_main_process)
+        self.clock = Clock(
+            self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
+        )
 
-    def enter(self, split: Split, resolve: Callable[[int | Span], int], *, end: int, name: str = "") -> None:
-        """A stage up to step `end`, or the whole run: its batches, and what is due how often in it."""
-        cfg, self.split, self._first, self._end, self._name = self.cfg, split, split.first_step, end, name
+    def enter(
+        self,
+        split: Split,
+        resolve: Callable[[int | Span], int],
+        *,
+        end: int,
+        name: str = "",
+        key: str = "micro_batch_size",
+    ) -> None:
+        """A stage up to step `end`, or the whole run: its batches, and what is due how often in it; `key` of the config sets
+        its micro-batch."""
+        cfg, self.split, self._first, self._end = self.cfg, split, split.first_step, end
         lengths = {"log": cfg.log.every, "preview": cfg.preview.every, "save": cfg.checkpoint.every}
         lengths["export"] = getattr(cfg, "export_every", None)
         self._cadences = {
@@ -112,6 +123,7 @@ class Session:
         told = ", ".join(f"{word} every {due.every}" for word, due in self._cadences.items() if due.every is not None)
         here = f"{split.world} x {self.accelerator.device.type} x {split.accumulation} x {split.micro}"
         self.run.say(f"{name}a step is {split.batch} images = {here}\n{told} steps")
+        self.attempt.enter(name.partition(":")[0], split, end - split.first_step, self._cadences, key)
 
     # ------------------------------------------------------------------------------------------ in a step
 
@@ -126,18 +138,18 @@ class Session:
         self.step += 1
         self.gate.send(self.step, finite)
         self.clock.tick(self.split.batch)
-
-    def measured(self) -> bool:
-        """In a dry run: whether enough steps of the stage are timed."""
-        done, steps = self.step - self._first, self._end - self._first
-        return self.clock.measured(self.accelerator.device, self.split, done, steps, self._name.partition(":")[0])
+        self.attempt.counted(self.step - self._first, self.accelerator.device)
 
     # ------------------------------------------------------------------------------------------ now and then
 
     @property
     def due(self) -> bool:
         """Whether anything is: then the device is waited for."""
-        some = self._ending or self.gate.stop or self.gate.save or any(due(self.step) for due in self._cadences.values())
+        if self.attempt.trial:
+            device = self.accelerator.device
+            some = self.attempt.due(self.step - self._first, asked=self.gate.save, device=device) or self.gate.stop
+        else:
+            some = self._ending or self.gate.stop or self.gate.save or any(due(self.step) for due in self._cadences.values())
         if some:
             self.settle()
         return some
@@ -148,6 +160,8 @@ class Session:
 
     def now(self, word: str) -> bool:
         """Whether log, preview, save or export is due: each of the first three at the end of a stage, too."""
+        if self.attempt.trial:
+            return self.attempt.wants(word)
         return self._cadences[word](self.step) or (self._ending and word != "export")
 
     def logged(self, **values: Any) -> dict[str, float]:
@@ -175,6 +189,17 @@ class Session:
         """A checkpoint, where one is due, or a stop or the clock asks for it; `more` goes into its progress."""
         if not (keep or self.now("save") or self.gate.save or self.gate.stop):
             return False
+        with self.attempt.saving(step_folder(self.run.checkpoints, self.step), self.run.samples):
+            return self._save(more)
+
+    def leaves(self) -> bool:
+        """Whether the loop is left before its end. A trial leaves each stage once it has seen enough of it."""
+        if not self.attempt.trial:
+            return self.gate.stop and self.step < self.total_steps
+        self.step = self.attempt.next_step(self.step, self._end)
+        return self.gate.stop or self.step >= min(self.total_steps, self.attempt.last)
+
+    def _save(self, more: dict[str, Any]) -> bool:
         if self.gate.skipped_in_a_row:  # a run gone bad must not rotate out good ones
             return False
         state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more}
@@ -193,17 +218,12 @@ class Session:
         if self.run.writes:
             checkpoint.export(folder / name, self.trained.weights(), dump(self.cfg), self.facts, self.step)
 
-    @property
-    def stopping(self) -> bool:
-        return self.gate.stop and self.step < self.total_steps
-
     # ------------------------------------------------------------------------------------------ the end
 
-    def end_dry_run(self) -> int:
-        self.clock.report(self.cfg.name, self.trained.num_parameters, self.facts["images"], self.accelerator.device)
-        return 0
-
     def end_stopped(self) -> int:
+        if self.attempt.trial:
+            self._leave()
+            return 1 if self.gate.stop else 0
         message = f"stopped at step {self.step} and saved; to go on, run the same command again"
         return self._end_run("stopped", message, 1)
 
@@ -227,15 +247,19 @@ class Session:
         a stop was asked for."""
         if self.run.writes and step is not None:
             checkpoint.roll_back(self.run.checkpoints, step, progress)
-        self.clock.close()
         if self.gate.stop:
             self.run.say("stopped after going back; to go on, run the same command again")
+        self._leave()
+        return 1 if self.gate.stop else AGAIN
+
+    def _leave(self) -> None:
+        """Give everything up, in a process that goes on."""
+        self.clock.close()
         self.run.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
-        return 1 if self.gate.stop else AGAIN
 
     def _end_run(self, state: str, message: str, status: int) -> int:
         self.clock.close()

@@ -1,0 +1,336 @@
+"""What a training script's command line asks for: to train, to say what training would cost, or to prove that it resumes."""
+
+import argparse
+import gc
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+
+from ..config import ENDLESS, UserError, read_json
+from .checkpoint import damage, read_tensors, step_folder
+from .clock import Cadence, peak_memory_gigabytes
+from .launch import OutOfMemory, explain_out_of_memory
+from .stream import Split
+
+AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
+DRY_WARMUP, DRY_STEPS, DRY_SECONDS = 2, 8, 6.0
+FIT_STEPS = 2
+
+
+@dataclass
+class Measured:
+    """A stage in a dry run: its length, and what a step, a preview with its log line, and a checkpoint took of it."""
+
+    name: str
+    split: Split
+    steps: int
+    previews: int
+    saves: int
+    step_seconds: float = 0.0
+    preview_seconds: float = 0.0
+    save_seconds: float = 0.0
+
+
+@dataclass
+class Attempt:
+    """One call of a script's `train`. `run` is for real; the others are trials, in a folder that is thrown away.
+
+    `dry_run` takes steps of each stage until their speed is known, one preview and one checkpoint; `fit` takes two steps of
+    each; `verify` takes the run's own steps up to `last`, with a checkpoint after each.
+    """
+
+    kind: Literal["run", "dry_run", "fit", "verify"] = "run"
+    last: int = ENDLESS
+    stages: list[Measured] = field(default_factory=list)
+    ahead_seconds: float = 0.0
+    checkpoint_bytes: int = 0
+    preview_bytes: int = 0
+    images: int = 0
+    parameters: int = 0
+    trying: Callable[[int, int, str], None] = lambda *_: None
+    _mark: float = field(default_factory=time.monotonic)
+
+    @property
+    def trial(self) -> bool:
+        return self.kind != "run"
+
+    def ahead(self, seconds: float) -> None:
+        """There is so much to do before the first step that a dry run only did a part of (caches)."""
+        self.ahead_seconds += seconds
+
+    def lap(self, device: torch.device | None = None) -> float:
+        """Seconds since the last lap, when the device is done."""
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        before, self._mark = self._mark, time.monotonic()
+        return self._mark - before
+
+    def enter(self, name: str, split: Split, steps: int, cadences: dict[str, Cadence], key: str) -> None:
+        """A stage begins; `key` of the config sets its micro-batch."""
+        self.trying(split.batch, split.micro, key)
+        if not self.stages:
+            self.ahead_seconds += self.lap()
+
+        def times(word: str) -> int:
+            every = cadences[word].every
+            return 1 if every is None or steps >= ENDLESS else -(-steps // every)
+
+        self.stages.append(Measured(name, split, steps, times("preview"), times("save")))
+
+    def counted(self, done: int, device: torch.device) -> None:
+        """So many steps of the stage are done: the first ones warm up."""
+        if self.kind == "dry_run" and done == min(DRY_WARMUP, self.stages[-1].steps - 1):
+            self.lap(device)
+
+    def next_step(self, step: int, end: int) -> int:
+        """Where the loop goes on: a stage that is known well enough is left."""
+        return end if self.kind in ("dry_run", "fit") else step
+
+    def due(self, done: int, *, asked: bool, device: torch.device) -> bool:
+        """Whether the loop looks up: `asked` says that the time for measuring is over."""
+        if self.kind == "verify":
+            return True
+        stage = self.stages[-1]
+        over = done >= min(FIT_STEPS if self.kind == "fit" else DRY_STEPS, stage.steps)
+        if self.kind == "dry_run":
+            over = (over and asked) or done >= stage.steps
+            if over:
+                stage.step_seconds = self.lap(device) / max(1, done - min(DRY_WARMUP, stage.steps - 1))
+        return over
+
+    def wants(self, word: str) -> bool:
+        """What is done then: log, preview and save in a dry run."""
+        return word == "save" if self.kind == "verify" else self.kind == "dry_run" and word != "export"
+
+    @contextmanager
+    def saving(self, checkpoint: Path, samples: Path) -> Generator[None]:
+        """Around a checkpoint; what came before it was the preview."""
+        if self.kind != "dry_run":
+            yield
+            return
+        stage = self.stages[-1]
+        stage.preview_seconds = self.lap()
+        yield
+        stage.save_seconds = self.lap()
+        self.checkpoint_bytes = max(self.checkpoint_bytes, _bytes_in(checkpoint))
+        self.preview_bytes = max(self.preview_bytes, _bytes_in(samples) // len(self.stages))
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+Train = Callable[[Any, Path, Attempt], int]
+
+
+def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
+    """What `args` of config.training_arguments ask for: train(cfg, run directory, attempt), or trials of it."""
+    run_dir = Path(args.run_dir or f"runs/{cfg.name}")
+    if args.dry_run and args.verify_resume:
+        raise UserError("--dry-run and --verify-resume are two things; give one of them")
+    if args.dry_run:
+        return dry_run(train, cfg, run_dir)
+    if args.verify_resume:
+        return verify_resume(train, cfg, run_dir)
+    return _take(train, cfg, run_dir, Attempt())
+
+
+def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:
+    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as attempt.trying:
+        while (status := train(cfg, run_dir, attempt)) == AGAIN:
+            pass
+    return status
+
+
+@contextmanager
+def _thrown_away(run_dir: Path) -> Generator[Path]:
+    """A hidden folder beside `run_dir`, of the same file system, that is gone afterwards; on the first rank."""
+    folder = run_dir.with_name(f".{run_dir.name}.trial")
+    first = os.environ.get("RANK", "0") == "0"  # nothing is started yet
+    new = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+    finally:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in new:
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+def _without_traces(cfg: Any, **changes: Any) -> Any:
+    """The config of a trial: no trackers, no exports, nothing uploaded."""
+    own = {key.name for key in fields(cfg)}
+    changes = {"export_every": None, "bucket": None, "log": replace(cfg.log, trackers=()), **changes}
+    return replace(cfg, **{key: value for key, value in changes.items() if key in own})
+
+
+# ---------------------------------------------------------------------------------------------- what it would cost
+
+
+def dry_run(train: Train, cfg: Any, run_dir: Path) -> int:
+    """Say what a run costs: speed, memory, time to the end, disk; on one GPU also the largest micro-batch that fits."""
+    alone = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    attempt = Attempt("dry_run")
+    spec = replace(cfg.checkpoint, every_minutes=DRY_SECONDS / 60)
+    with _thrown_away(run_dir) as folder:
+        try:
+            status = _take(train, _without_traces(cfg, checkpoint=spec), folder, attempt)
+        except OutOfMemory as error:
+            if not alone:
+                raise
+            print(f"out of memory at micro_batch_size {error.micro}; looking for one that fits", flush=True)
+            status = 2
+        if status == 0 and PartialState().is_main_process:
+            device = PartialState().device or torch.device("cpu")
+            print(f"{cfg.name}, a dry run: nothing was written")
+            for row, value in costs(cfg, attempt, run_dir, peak_memory_gigabytes(device), device.type):
+                print(f"  {row:<12} {value}")
+        if alone:
+            print(f"  {'fits':<12} {_largest_micro_batch(train, cfg, folder)}")
+    return status
+
+
+def _largest_micro_batch(train: Train, cfg: Any, folder: Path) -> str:
+    """In words, the largest micro-batch with which two steps of each stage fit into the GPU."""
+
+    def fits(micro: int) -> bool:
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            _take(train, _without_traces(cfg, micro_batch_size=micro), folder, Attempt("fit"))
+        except OutOfMemory:
+            return False
+        return True
+
+    found = largest(divisors(cfg.batch_size), fits)
+    if found is None:
+        return "no micro_batch_size: out of memory with one picture; try a smaller image.size or model.base_channels"
+    return f"micro_batch_size up to {found}" + (" = batch_size" if found == cfg.batch_size else "")
+
+
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of ascending `sizes` that fits, where what is smaller than one that fits does too."""
+    low, high = -1, len(sizes)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+    return sizes[low] if low >= 0 else None
+
+
+def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str) -> list[tuple[str, str]]:
+    """What a dry run found out, in rows: data, parameters, each stage, memory (GB), disk under the rules by which
+    checkpoints are kept, time to the end."""
+    rows = [("data", f"{attempt.images} pictures"), ("parameters", f"{attempt.parameters / 1e6:.2f} M")]
+    seconds, one, kept, pictures = attempt.ahead_seconds, attempt.checkpoint_bytes, 0, 0
+    for stage in attempt.stages:
+        images, split, minutes = stage.steps * stage.split.batch, stage.split, cfg.checkpoint.every_minutes
+        by_clock = int(stage.steps * stage.step_seconds / 60 / minutes) if minutes is not None else 0
+        saves = max(stage.saves, by_clock)
+        told = f"{stage.steps} of {split.batch} images = {images / attempt.images:.1f} epochs"
+        rows += [(stage.name or "steps", told if stage.steps < ENDLESS else f"without end, of {split.batch} images")]
+        rows += [("one step", f"{split.world} x {device} x {split.accumulation} x {split.micro} images")]
+        rows += [("images/s", f"{split.batch / max(stage.step_seconds, 1e-9):.1f}")]
+        more = f"{stage.preview_seconds:.1f} s, a checkpoint {stage.save_seconds:.1f} s"
+        rows += [("preview", more if stage.steps >= ENDLESS else f"{more}: {stage.previews} and {saves} of them")]
+        seconds += stage.steps * stage.step_seconds + stage.previews * stage.preview_seconds + saves * stage.save_seconds
+        kept, pictures = kept + saves, pictures + stage.previews * attempt.preview_bytes
+    kept = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best)
+    needed, free = (kept + 2) * one + pictures, shutil.disk_usage(_existing(run_dir)).free
+    told = f"{_size(needed)}: {kept} checkpoints of {_size(one)}, one in the making, the final weights, previews"
+    advice = f"; ONLY {_size(free)} ARE FREE: make room, or lower checkpoint.keep" if needed > free else ""
+    rows += [("memory", f"{memory:.2f} GB"), ("disk", told + advice)]
+    if attempt.stages[-1].steps < ENDLESS:
+        rows += [("time", _duration(seconds))]
+    return rows
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.resolve().parents if parent.exists())
+
+
+# ---------------------------------------------------------------------------------------------- does it resume
+
+
+def verify_resume(train: Train, cfg: Any, run_dir: Path) -> int:
+    """A step, a save, a load into fresh objects, the next step both ways: are the two to the bit the same?
+
+    An autoencoder takes two steps of each stage, and is loaded in the first and in the last. Status 1 where they differ.
+    """
+    changes: dict[str, Any] = {"checkpoint": replace(cfg.checkpoint, keep=99), "deterministic": True}
+    last = 2
+    if hasattr(cfg, "stages"):
+        changes["stages"] = tuple(
+            replace(stage, steps=2, adversarial=stage.adversarial and replace(stage.adversarial, start_step=None))
+            for stage in cfg.stages
+        )
+        last = 2 * len(cfg.stages)
+    spec = _without_traces(cfg, **changes)
+    differences, told = list[str](), ""
+    with _thrown_away(run_dir) as folder:
+        _take(train, spec, folder / "whole", Attempt("verify", last=last))
+        state = PartialState()
+        for step in sorted({1, last - 1}):
+            again = folder / f"from_{step}"
+            if state.is_main_process:
+                shutil.copytree(step_folder(folder / "whole" / "checkpoints", step), step_folder(again / "checkpoints", step))
+            state.wait_for_everyone()
+            _take(train, spec, again, Attempt("verify", last=step + 1))
+            if state.is_main_process:
+                ends = [step_folder(run / "checkpoints", step + 1) for run in (folder / "whole", again)]
+                found, count = compare_checkpoints(*ends)
+                differences += [f"step {step + 1}: {line}" for line in found]
+                told += f"saved and loaded after step {step}: step {step + 1} both ways, {count} tensors; "
+    for line in differences:
+        print(line)
+    if state.is_main_process:
+        verdict = f"{len(differences)} DIFFER: what a step does depends on something that no checkpoint holds"
+        print(f"{cfg.name}: {told}{verdict if differences else 'bit-equal'}")
+    return 1 if differences else 0
+
+
+def compare_checkpoints(one: Path, other: Path) -> tuple[list[str], int]:
+    """A line for each tensor and each entry of progress.json in which two checkpoints differ; how many tensors there are.
+
+    The meter is let be: what is only logged is summed in another order by several processes.
+    """
+    for folder in (one, other):
+        reason = damage(folder)
+        if reason is not None:
+            return [f"{folder.name}: {reason}"], 0
+    found, count = list[str](), 0
+    for name in sorted({path.stem for folder in (one, other) for path in folder.glob("*.safetensors")}):
+        left, right = read_tensors(one, name), read_tensors(other, name)
+        count += len(left)
+        for key in sorted(left.keys() | right.keys()):
+            if key not in left or key not in right or left[key].shape != right[key].shape:
+                found.append(f"{name}: {key} is not in both")
+            elif not torch.equal(left[key], right[key]):
+                most = float((left[key].double() - right[key].double()).abs().max())
+                found.append(f"{name}: {key} differs by up to {most:.3g}")
+    left, right = read_json(one / "progress.json"), read_json(other / "progress.json")
+    keys = sorted((left.keys() | right.keys()) - {"meter"})
+    found += [f"progress.json: {key} differs" for key in keys if left.get(key) != right.get(key)]
+    return found, count

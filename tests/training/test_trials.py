@@ -1,0 +1,103 @@
+"""What --dry-run and --verify-resume say: of a run that is as it should be, and of one that is not."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from src.training.checkpoint import write_folder
+from src.training.stream import split_batch
+from src.training.trials import Attempt, Measured, compare_checkpoints, costs, divisors, largest
+from tests.conftest import ROOT, launch
+
+SPLIT = split_batch(16, 8, rank=0, world=1)
+
+
+def config_of(**checkpoint: Any) -> Any:
+    """What `costs` reads of a config."""
+    return SimpleNamespace(checkpoint=SimpleNamespace(**{"keep": 3, "keep_best": False, "every_minutes": None, **checkpoint}))
+
+
+def told(cfg: Any, attempt: Attempt, tmp_path: Path) -> dict[str, str]:
+    return dict(costs(cfg, attempt, tmp_path / "run", 1.5, "cpu"))
+
+
+def test_costs_are_steps_previews_checkpoints_and_what_comes_before(tmp_path: Path) -> None:
+    first = Measured("stage 1", SPLIT, steps=1000, previews=10, saves=5, step_seconds=0.1, preview_seconds=3, save_seconds=2)
+    second = Measured("stage 2", SPLIT, steps=100, previews=1, saves=1, step_seconds=0.5, preview_seconds=1, save_seconds=1)
+    attempt = Attempt("dry_run", stages=[first, second], checkpoint_bytes=10**6, preview_bytes=10**5, images=100)
+    attempt.ahead(28)
+    found = told(config_of(), attempt, tmp_path)
+    assert found["time"] == "3.7 min", "28 s + 100 + 30 + 10, and 50 + 1 + 1"
+    assert found["disk"].startswith("6.1 MB: 3 checkpoints of 1.0 MB") and found["memory"] == "1.50 GB"
+    assert found["images/s"] == "32.0" and found["stage 2"] == "100 of 16 images = 16.0 epochs"
+    assert told(config_of(every_minutes=0.08), attempt, tmp_path)["time"] == "4.3 min", "20 by the clock, and 10, not 5 and 1"
+    assert told(config_of(keep=1, keep_best=True), attempt, tmp_path)["disk"].startswith("5.1 MB: 2 checkpoints")
+
+
+def test_costs_warn_of_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Measured("", SPLIT, steps=10, previews=1, saves=1, step_seconds=1)
+    attempt = Attempt("dry_run", stages=[stage], checkpoint_bytes=10**9, images=100)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 10**9))
+    assert "3.0 GB: 1 checkpoints of 1.0 GB" in told(config_of(), attempt, tmp_path)["disk"]
+    assert "ONLY 2.0 GB ARE FREE" in told(config_of(), attempt, tmp_path)["disk"]
+
+
+@pytest.mark.parametrize("limit", range(14))
+def test_the_largest_micro_batch_that_fits(limit: int) -> None:
+    tried = list[int]()
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= limit
+
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert largest(divisors(12), fits) == max((size for size in divisors(12) if size <= limit), default=None)
+    assert len(tried) <= 3 and len(set(tried)) == len(tried), "each try takes seconds"
+
+
+def test_checkpoints_are_compared_to_the_bit(tmp_path: Path) -> None:
+    state = {"model": {"a": torch.arange(4.0), "b": torch.zeros(2)}, "ema": {"a": torch.ones(3)}}
+    progress = {"step": 2, "meter": {"loss": 1.0}, "best": None}
+
+    def write(name: str, tensors: Any, told: Any) -> Path:
+        write_folder(tmp_path / name, tensors, {"progress": told})
+        return tmp_path / name
+
+    one = write("one", state, progress)
+    assert compare_checkpoints(one, write("same", state, {**progress, "meter": {"loss": 1.1}})) == ([], 3)
+    close = {**state, "model": {**state["model"], "b": torch.tensor([0.0, 1e-45])}}
+    assert compare_checkpoints(one, write("close", close, progress))[0] == ["model: b differs by up to 1.4e-45"]
+    fewer = {**state, "model": {"a": torch.arange(4.0)}}
+    found, _ = compare_checkpoints(one, write("fewer", fewer, {**progress, "best": {"step": 1}}))
+    assert found == ["model: b is not in both", "progress.json: best differs"]
+    damaged = write("damaged", state, progress)
+    (damaged / "ema.safetensors").write_bytes(b"")
+    assert "ema.safetensors has 0 bytes" in compare_checkpoints(one, damaged)[0][0]
+
+
+def test_a_run_that_resumes_and_one_that_draws_what_no_checkpoint_holds(tmp_path: Path) -> None:
+    words = ("-cfg", "configs/smoke/ddpm.json", "--run-dir", tmp_path / "runs" / "x", "--set", "model.dropout=0.1")
+    done = launch("ddpm_accelerate.py", *words, "--verify-resume", processes=2)
+    assert done.status == 0 and "step 2 both ways" in done.out and "bit-equal" in done.out, done.all
+    assert not (tmp_path / "runs").exists(), "nothing is left"
+    text, seeding = (
+        (ROOT / "ddpm_accelerate.py").read_text(),
+        'torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))',
+    )
+    assert text.count(seeding) == 1
+    (tmp_path / "changed.py").write_text(text.replace(seeding, "pass"))
+    done = launch(tmp_path / "changed.py", *words, "--verify-resume", PYTHONPATH=str(ROOT))
+    assert done.status == 1 and "step 2: model: " in done.out and "DIFFER: what a step does depends on" in done.out, done.all
+
+
+def test_every_stage_of_an_autoencoder_is_resumed(tmp_path: Path) -> None:
+    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--verify-resume")
+    assert done.status == 0 and "step 2 both ways" in done.out and "step 8 both ways" in done.out, done.all
+    assert "bit-equal" in done.out and not list(tmp_path.iterdir())
+    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--verify-resume", "--dry-run")
+    assert done.status == 2 and "give one of them" in done.err
