@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pydantic import Discriminator, Field, Tag
 
-from ..config import UserError, config, kind_of
+from ..config import UserError, config, free, kind_of
 from .scan import ScanConfig, ScanReport, scan
 from .transforms import ImageConfig, Pixels, decode, square
 
@@ -34,7 +34,7 @@ class FolderSource:
     """A folder of pictures: class subfolders, or flat. `split` is the subfolder to use where there are train/, test/ ..."""
 
     source: Literal["folder"]
-    path: str
+    path: str = free()
     split: str | None = None
     subset: int | None = Field(None, gt=0)
     scan: ScanConfig = ScanConfig()
@@ -77,7 +77,7 @@ class EmnistSource:
     """
 
     source: Literal["emnist"]
-    path: str
+    path: str = free()
     split: Literal["letters", "digits", "balanced", "byclass", "bymerge", "mnist"]
     part: Literal["train", "test"] = "train"
     subset: int | None = Field(None, gt=0)
@@ -99,7 +99,7 @@ class PackedSource:
     """A folder that `prepare_data.py pack` wrote. `split` train or held_out as it was packed, or all."""
 
     source: Literal["packed"]
-    path: str
+    path: str = free()
     split: Literal["all", "train", "held_out"] = "all"
     subset: int | None = Field(None, gt=0)
 

@@ -156,6 +156,13 @@ def retain(checkpoints: Path, keep: int, spared_steps: Collection[int] = ()) -> 
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def spared_steps(progress: Mapping[str, Any], *, keep_best: bool) -> set[int]:
+    """The steps whose checkpoints a run still needs beside its last ones: its best, and that where a rollback would go."""
+    best = progress["best"]["step"] if keep_best and progress.get("best") else None
+    healthy = progress.get("guard", {}).get("healthy_step")
+    return {step for step in (best, healthy) if step is not None}
+
+
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of `NAME.safetensors`, on the CPU."""
     try:

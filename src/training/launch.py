@@ -29,7 +29,9 @@ class MachineConfig:
 
     `dtype` float64 is for proofs. `deterministic` makes a GPU repeat itself to the bit. `cpu_threads` fixes the threads of
     a process on a CPU, which is what makes one process and two agree there to the bit. `workers` decode pictures ahead.
-    A collective that waits longer than `timeout_minutes` ends the run.
+    A collective that waits longer than `timeout_minutes` ends the run. Each checkpoint goes into the `bucket` (gs://NAME[/PREFIX])
+    beside the training, and where the run's newest is there it is brought back. `stop_signal` (a scheduler's warning) is
+    handled as SIGTERM.
     """
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -38,6 +40,8 @@ class MachineConfig:
     cpu_threads: int | None = Field(None, gt=0)
     workers: int = free(4, ge=0)
     timeout_minutes: float = free(10.0, gt=0)
+    bucket: str | None = free(None, pattern="^gs://")
+    stop_signal: Literal["USR1", "USR2", "HUP"] = free("USR1")
 
 
 def _check_environment() -> None:
@@ -175,15 +179,15 @@ def agree(chosen: Path | None) -> Path | None:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask for a stop; the second of the same kind ends the process at once.
+    """SIGTERM, Ctrl-C and `warning` ask for a stop; the second of the same kind ends the process at once.
 
     (A launcher passes Ctrl-C on as SIGTERM: one of each is still one request.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warning: str = "USR1") -> None:
         self.asked = False
         self._seen: set[int] = set()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.Signals[f"SIG{warning}"]):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:

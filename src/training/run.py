@@ -18,7 +18,7 @@ from .. import pictures
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json
 from ..data import PictureSet, PointSet
 from ..data.latents import differs
-from .checkpoint import CheckpointConfig, Tensors, newest, retain, step_folder, write_folder
+from .checkpoint import CheckpointConfig, Tensors, newest, retain, spared_steps, step_folder, write_folder
 from .clock import Clock
 
 
@@ -238,9 +238,7 @@ class RunDirectory:
         """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept."""
         progress = documents["progress"]
         write_folder(step_folder(self.checkpoints, progress["step"]), tensors, documents)
-        spared = {progress["best"]["step"]} if spec.keep_best and progress["best"] else set()
-        healthy = progress.get("guard", {}).get("healthy_step")  # where a rollback would go
-        retain(self.checkpoints, spec.keep, spared | ({healthy} if healthy is not None else set()))
+        retain(self.checkpoints, spec.keep, spared_steps(progress, keep_best=spec.keep_best))
 
     def finish(self, state: str, step: int, steps: int, message: str) -> None:
         """The last word of a run that ends in order."""

@@ -17,6 +17,7 @@ from .run import RunDirectory
 from .state import Meter, Trained
 from .stream import Split
 from .trials import AGAIN, Attempt
+from .uploads import Uploads
 
 
 class Session:
@@ -83,9 +84,12 @@ class Session:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
         self.meter = Meter(accelerator, self.progress.get("meter"))
         minutes = cfg.checkpoint.every_minutes
-        self.gate = StepGate(accelerator, StopRequest(), every_minutes=minutes, patience=cfg.max_nonfinite_steps)
+        self.gate = StepGate(accelerator, StopRequest(cfg.stop_signal), every_minutes=minutes, patience=cfg.max_nonfinite_steps)
         self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
+        if cfg.bucket is not None and self.run.writes:
+            self.attempt.uploads = self.attempt.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
+            self.attempt.uploads.say = self.run.say
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step)
         facts = self.facts
         self.attempt.images, self.attempt.parameters = facts["images"], self.trained.num_parameters
@@ -207,8 +211,13 @@ class Session:
             state["scaler"] = self.accelerator.scaler.state_dict()
         if self.run.writes:
             self.run.save(self.trained.tensors(), self.documents(state), self.cfg.checkpoint)
+            self._upload()
         self.gate.saved()
         return True
+
+    def _upload(self) -> None:
+        if self.attempt.uploads is not None:
+            self.attempt.uploads.wake()
 
     def documents(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {"progress": progress, "config": dump(self.cfg), "data": self.facts}
@@ -247,6 +256,7 @@ class Session:
         a stop was asked for."""
         if self.run.writes and step is not None:
             checkpoint.roll_back(self.run.checkpoints, step, progress)
+            self._upload()
         if self.gate.stop:
             self.run.say("stopped after going back; to go on, run the same command again")
         self._leave()

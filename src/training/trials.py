@@ -19,6 +19,7 @@ from .checkpoint import damage, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .launch import OutOfMemory, explain_out_of_memory
 from .stream import Split
+from .uploads import Uploads, bring_back
 
 AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
 DRY_WARMUP, DRY_STEPS, DRY_SECONDS = 2, 8, 6.0
@@ -55,6 +56,7 @@ class Attempt:
     preview_bytes: int = 0
     images: int = 0
     parameters: int = 0
+    uploads: Uploads | None = None
     trying: Callable[[int, int, str], None] = lambda *_: None
     _mark: float = field(default_factory=time.monotonic)
 
@@ -140,7 +142,17 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
         return dry_run(train, cfg, run_dir)
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
-    return _take(train, cfg, run_dir, Attempt())
+    if cfg.bucket is not None:
+        brought = bring_back(cfg.bucket, run_dir)
+        if brought is not None:
+            print(brought, flush=True)
+    attempt = Attempt()
+    try:
+        return _take(train, cfg, run_dir, attempt)
+    finally:
+        if attempt.uploads is not None:
+            attempt.uploads.say = print
+            attempt.uploads.close()
 
 
 def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# source ./setup.sh             the environment, made where it is missing and active in this shell (bash or zsh); with
+#                               ATELIER_BUCKET=gs://... the bucket's datasets/ and checkpoints/ too
+# ./setup.sh push runs/NAME     to the bucket, and `pull NAME`, `bring`, `status`; each takes --dry-run
+#
+# Sourced, it changes nothing in the shell but what activating an environment does, and never ends it.
+
+_atelier_say() { printf 'setup: %s\n' "$1" >&2; }
+
+# _atelier_conda HERE: make the conda environment of environment.yaml where it is missing, and activate it.
+_atelier_conda() {
+    local name
+    name=$(sed -n 's/^name: *//p' "$1/environment.yaml")
+    if ! conda env list 2>/dev/null | grep -q "^$name "; then
+        _atelier_say "making the conda environment $name: minutes, once"
+        (cd "$1" && conda env create -q -f environment.yaml) || return 1
+    fi
+    eval "$(conda shell.posix hook)" && conda activate "$name"
+}
+
+# _atelier_venv HERE: the same with `make env` and .venv.
+_atelier_venv() {
+    if ! (cd "$1" && make --question env >/dev/null 2>&1); then
+        if ! command -v make >/dev/null 2>&1 || ! "${PYTHON:-python3}" -c 'import venv, ensurepip' >/dev/null 2>&1; then
+            _atelier_say "neither conda nor make and a python3 with venv is here: install one of them (Debian: apt install make python3-venv)"
+            return 2
+        fi
+        _atelier_say "making the environment .venv: minutes, once"
+        (cd "$1" && make env >&2) || return 1
+    fi
+    # shellcheck source=/dev/null
+    . "$1/.venv/bin/activate"
+}
+
+# _atelier_setup HERE [COMMAND ...]: the environment, then what the bucket has, or what COMMAND asks of it.
+_atelier_setup() {
+    local here=$1
+    shift
+    if command -v conda >/dev/null 2>&1; then _atelier_conda "$here"; else _atelier_venv "$here"; fi || {
+        local status_=$?
+        _atelier_say "the environment was not made"
+        return "$status_"
+    }
+    if [ $# -gt 0 ]; then
+        (cd "$here" && python -m src.data.buckets "$@")
+    elif [ -n "${ATELIER_BUCKET:-}" ]; then
+        (cd "$here" && python -m src.data.buckets bring) || _atelier_say "the environment is active; the bucket brought nothing, or not all"
+    else
+        _atelier_say "the environment is active (set ATELIER_BUCKET=gs://... to bring datasets and checkpoints too)"
+    fi
+}
+
+if [ -n "${ZSH_VERSION:-}" ]; then
+    case "$ZSH_EVAL_CONTEXT" in *:file*) _atelier_sourced=1 ;; *) _atelier_sourced= ;; esac
+    eval '_atelier_here=${${(%):-%x}:a:h}'
+else
+    [ "${BASH_SOURCE[0]}" != "$0" ] && _atelier_sourced=1 || _atelier_sourced=
+    _atelier_here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+fi
+if [ -n "$_atelier_sourced" ]; then # arguments here are those of whoever sources it
+    if _atelier_setup "$_atelier_here"; then _atelier_status=0; else _atelier_status=$?; fi
+    unset -f _atelier_say _atelier_conda _atelier_venv _atelier_setup
+    unset _atelier_here _atelier_sourced
+
+    eval "unset _atelier_status; return $_atelier_status"
+fi
+_atelier_setup "$_atelier_here" "$@"

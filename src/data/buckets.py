@@ -1,0 +1,722 @@
+"""Folders in a Google storage bucket and here: what differs moves, verified, and a manifest after all that it promises.
+
+python -m src.data.buckets push runs/digits_ldm --bucket gs://NAME
+python -m src.data.buckets pull digits_ldm
+python -m src.data.buckets status
+python -m src.data.buckets bring
+"""
+
+import argparse
+import base64
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from ..config import FULL, UserError, run_script, write_whole
+from .archives import unpack
+
+TRIES = 6  # in a row that bring no byte
+FIRST_DELAY = 1.0  # seconds at most before the second try; doubled up to LAST_DELAY
+LAST_DELAY = 16.0
+TIMEOUT = 60.0  # seconds without an answer
+CHUNK = 1 << 24  # bytes of an upload in memory, for each job
+BLOCK = 1 << 20
+HOW_TO_LOG_IN = "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS=key.json"
+# Of a live process, half-written, of editors.
+PASSING = (".lock", ".part", ".partial", ".old", ".unpacked", ".swp", ".swx", "~")
+JUNK = ("__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+
+Advance = Callable[[int], None]  # told of bytes that have moved; negative where they move again
+
+
+class Remote(NamedTuple):
+    """An object: bytes, crc32c (base64, big-endian), and the generation, which is another with each write."""
+
+    size: int
+    crc32c: str
+    generation: int
+
+
+class Moved(NamedTuple):
+    """Files and bytes that moved, files that were the same, and files that were deleted (or would, of a dry run)."""
+
+    files: int
+    bytes: int
+    same: int
+    deleted: int
+
+
+class Status(NamedTuple):
+    """Names only here, only in the bucket, and in both but different; how many are the same."""
+
+    here: list[str]
+    there: list[str]
+    different: list[str]
+    same: int
+
+
+class Empty(UserError):
+    """There is nothing to pull."""
+
+
+class Overwritten(UserError):
+    """The generation that was listed is no more."""
+
+
+class _Stopped(Exception):
+    """Another file failed, so this one need not go on."""
+
+
+def manifest(name: str) -> bool:
+    """Whether a file promises that the others in its folder are whole."""
+    return name.endswith(("MANIFEST.json", "manifest.json"))
+
+
+def passing(name: str) -> bool:
+    """Whether a file, or a folder that it is in, is only of a live process, half-written, or an editor's."""
+    return any(part.endswith(PASSING) or part in JUNK for part in name.split("/"))
+
+
+def _nothing(count: int) -> None:
+    pass
+
+
+def _join(*names: str) -> str:
+    return "/".join(name for name in names if name)
+
+
+def _check_name(name: str, where: str) -> None:
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or re.search(r"^[A-Za-z]:|[\x00-\x1f\\\ud800-\udfff]", name):
+        raise UserError(f"{where}: the name {name!r} could leave the folder or be no file's; rename it or delete it")
+
+
+def _crc32c(file: BinaryIO, size: int) -> str:
+    """Of the first `size` bytes, or of all where there are fewer."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    while size > 0 and (block := file.read(min(BLOCK, size))):
+        checksum.update(block)
+        size -= len(block)
+    return base64.b64encode(checksum.digest()).decode()
+
+
+def file_crc32c(path: Path) -> str:
+    with open(path, "rb") as file:
+        return _crc32c(file, path.stat().st_size)
+
+
+# ---------------------------------------------------------------------------------------------- one object
+
+
+def _code(error: BaseException) -> int | None:
+    """The HTTP status that an error of one of google's libraries stands for."""
+    code = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) else None
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _of_the_line(error: BaseException) -> bool:
+    """Whether no answer came, or one that was cut."""
+    import http.client
+
+    import google.auth.exceptions
+    import requests
+    import urllib3
+
+    cut = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError, TimeoutError)
+    return isinstance(error, (*cut, google.auth.exceptions.TransportError))
+
+
+def _retry(position: Callable[[], int] = lambda: 0) -> Any:
+    """Tries again after 408, 429, 5xx and cut connections, up to TRIES times in which `position` has not moved on."""
+    from google.api_core.retry import Retry
+
+    furthest, failed = -1, 0
+
+    def again(error: BaseException) -> bool:
+        nonlocal furthest, failed
+        if (response := getattr(error, "response", None)) is not None:
+            with suppress(Exception):
+                response.content  # noqa: B018 (read to its end: the library leaves the connection of a refused download open)
+        code = _code(error)
+        if not (code in (408, 429) or code >= 500 if code else _of_the_line(error)):
+            return False
+        here = position()
+        failed = 1 if here > furthest else failed + 1
+        furthest = max(here, furthest)
+        return failed < TRIES
+
+    return Retry(predicate=again, initial=FIRST_DELAY, maximum=LAST_DELAY, multiplier=2, timeout=None)
+
+
+class _Reader:
+    """A file that tells what is read of it."""
+
+    def __init__(self, file: BinaryIO, advance: Advance) -> None:
+        self.tell, self._file, self._advance = file.tell, file, advance
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._advance(len(content))
+        return content
+
+
+class _Writer:
+    """A file that tells what is written to it, and its crc32c."""
+
+    def __init__(self, file: BinaryIO, advance: Advance) -> None:
+        import google_crc32c
+
+        self._file, self._advance = file, advance
+        self._checksum = google_crc32c.Checksum()
+        self.size = 0
+
+    def write(self, content: bytes) -> int:
+        self._file.write(content)
+        self._checksum.update(content)
+        self.size += len(content)
+        self._advance(len(content))
+        return len(content)
+
+    @property
+    def crc32c(self) -> str:
+        return base64.b64encode(self._checksum.digest()).decode()
+
+
+class Bucket:
+    """Objects below `gs://NAME/PREFIX`, whose names are relative to that. Every failure is a UserError."""
+
+    def __init__(self, url: str, client: Any, name: str, prefix: str, anonymous: bool) -> None:
+        self.url, self.anonymous = url, anonymous
+        self._client, self._bucket, self._prefix = client, client.bucket(name), prefix
+
+    def __enter__(self) -> "Bucket":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def _blob(self, name: str, **more: Any) -> Any:
+        return self._bucket.blob(_join(self._prefix, name), **more)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        import google.api_core.exceptions
+        import google.auth.exceptions
+
+        where = _join(self.url, name)
+        try:
+            yield
+        except Exception as error:
+            code = _code(error)
+            unknown = isinstance(error, google.auth.exceptions.GoogleAuthError) and not _of_the_line(error)
+            if self.anonymous and (unknown or code in (401, 403)):
+                raise UserError(
+                    f"{where} is not for everybody and there are no credentials; give them: {HOW_TO_LOG_IN}"
+                ) from None
+            if unknown:
+                message = f"the credentials are not valid ({error.args[0]}); renew them"
+                raise UserError(f"{where}: {message}: {HOW_TO_LOG_IN}") from None
+            if code in (401, 403):
+                message = "these credentials may not use it; they need the role roles/storage.objectUser"
+                raise UserError(f"{where}: {message} ({_short(error)})") from None
+            if code == 404:
+                raise UserError(f"{self.url}: there is no such bucket; is the name right?") from None
+            if code in (408, 429) or (code or 0) >= 500 or _of_the_line(error):
+                message = f"no answer after {TRIES} tries ({_short(error)})"
+                raise UserError(f"{where}: {message}; run it again later, what has moved is not moved again") from None
+            if isinstance(error, google.api_core.exceptions.GoogleAPICallError):
+                raise UserError(f"{where}: refused ({_short(error)})") from None
+            raise
+
+    def list(self, under: str) -> dict[str, Remote]:
+        """The objects below `under/`, their names relative to it; a name that would leave a folder is a UserError."""
+        prefix = _join(self._prefix, under)
+        prefix += "/" if prefix else ""
+        fields = "items(name,size,crc32c,generation),nextPageToken"
+        with self._explained(under):
+            pages = self._client.list_blobs(self._bucket, prefix=prefix or None, fields=fields, timeout=TIMEOUT, retry=_retry())
+            blobs = [blob for blob in pages if not blob.name.endswith("/")]  # such a one stands for a folder, in the console
+        found = {blob.name[len(prefix) :]: Remote(blob.size, blob.crc32c, blob.generation) for blob in blobs}
+        for name in found:
+            _check_name(name, _join(self.url, under))
+        return found
+
+    def about(self, name: str) -> Remote | None:
+        """One object, or None where there is none."""
+        with self._explained(name):
+            blob = self._bucket.get_blob(_join(self._prefix, name), timeout=TIMEOUT, retry=_retry())
+        return None if blob is None else Remote(blob.size, blob.crc32c, blob.generation)
+
+    def put(self, path: Path, name: str, known: Remote | None, advance: Advance = _nothing) -> None:
+        """Write a file's bytes as they are now to the object that was listed as `known`, or to a new one.
+
+        Somebody else's write in between is a UserError, but where it wrote the same.
+        """
+        from google.api_core.exceptions import BadRequest
+        from google.auth.exceptions import GoogleAuthError
+
+        reason = ""
+        for _ in range(TRIES):
+            with open(path, "rb") as file, self._explained(name):
+                size = os.fstat(file.fileno()).st_size
+                crc32c = _crc32c(file, size)
+                file.seek(0)
+                try:
+                    return self._send(file, Remote(size, crc32c, known.generation if known else 0), name, advance)
+                except (BadRequest, ValueError) as error:  # other bytes, or fewer, than those whose crc32c was promised
+                    if isinstance(error, UserError | GoogleAuthError):
+                        raise
+                    reason = _short(error)
+                    advance(-file.tell())
+        raise UserError(f"{path}: not taken {TRIES} times; is it rewritten all the time? ({reason})")
+
+    def _send(self, file: BinaryIO, wanted: Remote, name: str, advance: Advance) -> None:
+        """`wanted` has the generation of what it replaces, 0 for nothing."""
+        from google.api_core.exceptions import PreconditionFailed
+
+        blob = self._blob(name, chunk_size=CHUNK)
+        blob.crc32c = wanted.crc32c  # the service refuses other bytes
+        try:
+            blob.upload_from_file(
+                _Reader(file, advance), size=wanted.size, checksum=None, if_generation_match=wanted.generation,
+                timeout=TIMEOUT, retry=_retry(file.tell),
+            )  # fmt: skip
+        except PreconditionFailed:
+            found = self.about(name)
+            if found is None or found[:2] != wanted[:2]:  # else a try before had arrived, and its answer had not
+                message = "somebody else has written it since it was listed; look at `status` and push again"
+                raise UserError(f"{_join(self.url, name)}: {message}") from None
+
+    def get(self, name: str, remote: Remote, path: Path, advance: Advance = _nothing) -> None:
+        """Read an object to a file that is whole (size and crc32c) or absent."""
+        part = path.with_name(f".{path.name}.part")
+        try:
+            for _ in range(TRIES):
+                with open(part, "wb") as file:
+                    written = _Writer(file, advance)
+                    self._receive(name, remote, written)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if (written.size, written.crc32c) == (remote.size, remote.crc32c):
+                    part.replace(path)
+                    return
+                advance(-written.size)
+            raise UserError(f"{_join(self.url, name)}: came damaged {TRIES} times; run it again, or push it anew")
+        except OSError as error:
+            if error.errno in FULL:
+                raise UserError(f"the disk is full: {path} was not written; make room and run the same command again") from None
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _receive(self, name: str, remote: Remote, written: _Writer) -> None:
+        from google.api_core.exceptions import NotFound
+
+        blob = self._blob(name, generation=remote.generation)
+        retry = _retry(lambda: written.size)
+        with self._explained(name):
+            try:
+                blob.download_to_file(written, checksum=None, raw_download=True, timeout=TIMEOUT, retry=retry)
+            except NotFound:
+                message = "was overwritten or deleted since it was listed; run it again"
+                raise Overwritten(f"{_join(self.url, name)} {message}") from None
+
+    def delete(self, name: str, remote: Remote) -> None:
+        """Delete the object that was listed; one that is gone is fine, one that was overwritten a UserError."""
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        with self._explained(name):
+            try:
+                self._blob(name).delete(if_generation_match=remote.generation, timeout=TIMEOUT, retry=_retry())
+            except NotFound:
+                pass
+            except PreconditionFailed:
+                raise Overwritten(f"{_join(self.url, name)} was overwritten since it was listed: not deleted") from None
+
+
+def open_bucket(url: str) -> Bucket:
+    """The bucket of `gs://NAME[/PREFIX]`, to be closed by `with`; nothing is asked of it yet.
+
+    Without credentials it is read as anybody may. A malformed url and a key that cannot be read are UserErrors.
+    """
+    matched = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/+(.*?))?/*", url)
+    if matched is None:
+        raise UserError(f"{url!r} is no bucket; write it as gs://NAME or gs://NAME/PREFIX")
+    name, prefix = matched[1], matched[2] or ""
+    if prefix:
+        _check_name(prefix, url)
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # it asks for rights on the bucket itself
+    import google.auth
+    from google.auth.credentials import AnonymousCredentials
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import storage
+
+    credentials: Any = None
+    if not os.environ.get("STORAGE_EMULATOR_HOST"):
+        try:
+            with warnings.catch_warnings():  # that a user's own credentials name no project to bill: none is needed
+                warnings.simplefilter("ignore")
+                credentials, _ = google.auth.default(scopes=storage.Client.SCOPE)
+        except DefaultCredentialsError as error:
+            if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+                raise UserError(f"GOOGLE_APPLICATION_CREDENTIALS: {_short(error)}") from None
+    anonymous = credentials is None
+    client = storage.Client(project=None, credentials=credentials or AnonymousCredentials())
+    return Bucket(f"gs://{_join(name, prefix)}", client, name, prefix, anonymous)
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def _files(folder: Path, skip: Callable[[str], bool]) -> dict[str, os.stat_result]:
+    """The files below a folder by name, in order. A linked folder that leads out of it is a UserError, another is left out."""
+    found: dict[str, os.stat_result] = {}
+    root = folder.resolve()
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a live run removes its old checkpoints
+            raise error
+
+    for top, folders, files in os.walk(folder, onerror=failed):
+        inside = "/".join(Path(top).relative_to(folder).parts)
+        folders[:] = [name for name in folders if not skip(_join(inside, name))]
+        for name in folders:
+            path = Path(top, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UserError(
+                    f"{path} is a link that leads out of {folder}; put the files there, or push and pull it by itself"
+                )
+        for name in (_join(inside, file) for file in files):
+            if skip(name):
+                continue
+            _check_name(name, str(folder))
+            try:
+                facts = (folder / name).stat()
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(facts.st_mode):
+                found[name] = facts
+    return dict(sorted(found.items()))
+
+
+def _same(folder: Path, here: dict[str, os.stat_result], there: dict[str, Remote], jobs: int) -> set[str]:
+    """The names whose sizes and then whose crc32c agree."""
+
+    def equal(name: str) -> bool:
+        try:
+            return file_crc32c(folder / name) == there[name].crc32c
+        except FileNotFoundError:
+            return False
+
+    names = [name for name in here if name in there and here[name].st_size == there[name].size]
+    with ThreadPoolExecutor(jobs) as pool:
+        return {name for name, same in zip(names, pool.map(equal, names), strict=True) if same}
+
+
+class _Crew:
+    """Does a thing for each of many names, `jobs` at a time, below one bar of bytes; the first failure ends the rest."""
+
+    def __init__(self, label: str, total: int, jobs: int, shown: bool) -> None:
+        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None if shown else True)
+        self._pool, self._lock, self._stop = ThreadPoolExecutor(jobs), threading.Lock(), threading.Event()
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+        self.bar.close()
+
+    def advance(self, count: int) -> None:
+        if count > 0 and self._stop.is_set():
+            raise _Stopped
+        with self._lock:
+            self.bar.update(count)
+
+    def all(self, work: Callable[[str], None], names: Iterable[str]) -> None:
+        for done in as_completed([self._pool.submit(work, name) for name in names]):
+            done.result()
+
+
+def push(
+    bucket: Bucket,
+    folder: Path,
+    under: str,
+    *,
+    delete: bool = False,
+    dry_run: bool = False,
+    last: Callable[[str], bool] = manifest,
+    skip: Callable[[str], bool] = passing,
+    jobs: int = 8,
+    shown: bool = True,
+) -> Moved:
+    """Make the bucket's `under/` what the folder is; with `delete`, what is only there goes.
+
+    Files that are `last` follow when all others have arrived, and not where one of their folder was replaced or removed
+    meanwhile. `skip` is asked for folders too. Where it is not `shown`, there is no bar, and nothing is said.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder to push")
+    here = _files(folder, skip)
+    if not here:
+        raise UserError(f"{folder} has no files to push")
+    there = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
+    same = _same(folder, here, there, jobs)
+    moving = [name for name in here if name not in same]
+    gone = sorted(there.keys() - here.keys()) if delete else []
+    plan = Moved(len(moving), sum(here[name].st_size for name in moving), len(same), len(gone))
+    if dry_run:
+        return plan
+    sent = list[str]()
+
+    def send(name: str) -> None:
+        try:
+            bucket.put(folder / name, _join(under, name), there.get(name), crew.advance)
+            sent.append(name)
+        except FileNotFoundError:  # by a live run: then no manifest of its folder goes either
+            pass
+
+    def remove(name: str) -> None:
+        bucket.delete(_join(under, name), there[name])
+
+    def settled(name: str) -> bool:
+        own = name[: name.rfind("/") + 1]
+        return all(_stands(folder / other, facts) for other, facts in here.items() if other.startswith(own))
+
+    with _Crew(f"push {under}", plan.bytes, jobs, shown) as crew:
+        crew.all(send, [name for name in moving if not last(name)])
+        held = [name for name in moving if last(name) and not settled(name)]
+        crew.all(send, [name for name in moving if last(name) and name not in held])
+        crew.all(remove, filter(last, gone))
+        crew.all(remove, [name for name in gone if not last(name)])
+    for name in held if shown else ():
+        print(f"{folder / name}: its folder changed meanwhile, so it goes with the next push", file=sys.stderr)
+    return Moved(len(sent), sum(here[name].st_size for name in sent), len(same), len(gone))
+
+
+def _stands(path: Path, before: os.stat_result) -> bool:
+    """Whether a file is still there, not replaced and not rewritten. (A log that grew stands.)"""
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return False
+    return now.st_ino == before.st_ino and (now.st_size > before.st_size or now.st_mtime_ns == before.st_mtime_ns)
+
+
+def pull(
+    bucket: Bucket,
+    under: str,
+    folder: Path,
+    *,
+    delete: bool = False,
+    dry_run: bool = False,
+    last: Callable[[str], bool] = manifest,
+    skip: Callable[[str], bool] = passing,
+    jobs: int = 8,
+) -> Moved:
+    """Make the folder what the bucket's `under/` is, in the same order as `push`; with `delete`, what is only here goes.
+
+    A disk without room for all that is to come is a UserError before the first byte.
+    """
+    there = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
+    if not there:
+        raise Empty(f"{_join(bucket.url, under)}/ has no files to pull; is the name right?")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; move it away")
+    here = _files(folder, skip)
+    for name in there:
+        if (folder / name).is_dir() or any(parent.as_posix() in there for parent in PurePosixPath(name).parents):
+            raise UserError(f"{folder / name} would be a file and a folder; delete or rename one of them")
+    same = _same(folder, here, there, jobs)
+    moving = [name for name in there if name not in same]
+    gone = sorted(here.keys() - there.keys()) if delete else []
+    plan = Moved(len(moving), sum(there[name].size for name in moving), len(same), len(gone))
+    if dry_run:
+        return plan
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    if plan.bytes > free:
+        raise UserError(f"{folder}: {plan.bytes / 1e9:.3f} GB are to come and {free / 1e9:.3f} GB are free; make room")
+
+    def fetch(name: str) -> None:
+        path, whole = folder / name, _join(under, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            bucket.get(whole, there[name], path, crew.advance)
+        except Overwritten:  # a log of a live run; a manifest is not taken, for it may promise other files
+            now = None if last(name) else bucket.about(whole)
+            if now is None:
+                raise
+            bucket.get(whole, now, path, crew.advance)
+
+    with _Crew(f"pull {under}", plan.bytes, jobs, shown=True) as crew:
+        crew.all(fetch, [name for name in moving if not last(name)])
+        crew.all(fetch, filter(last, moving))
+    for name in sorted(gone, key=lambda name: not last(name)):
+        (folder / name).unlink(missing_ok=True)
+        for parent in PurePosixPath(name).parents[:-1]:
+            if any((folder / parent).iterdir()):
+                break
+            (folder / parent).rmdir()
+    return plan
+
+
+def status(bucket: Bucket, under: str, folder: Path, *, skip: Callable[[str], bool] = passing, jobs: int = 8) -> Status:
+    """How a folder and the bucket's `under/` differ; either may be missing."""
+    there = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
+    return _compare(folder, there, skip, jobs)
+
+
+def _compare(folder: Path, there: dict[str, Remote], skip: Callable[[str], bool], jobs: int = 8) -> Status:
+    here = _files(folder, skip)
+    same = _same(folder, here, there, jobs)
+    both = here.keys() & there.keys()
+    return Status(sorted(here.keys() - both), sorted(there.keys() - both), sorted(both - same), len(same))
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+def _place(word: str) -> str:
+    """A place inside the project; a word that is no folder here is a run's name."""
+    path = PurePosixPath(word)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise UserError(f"{word!r} leaves the project folder; give a folder inside, such as runs/NAME")
+    place = path.as_posix()
+    _check_name(place, "arguments")
+    known = place in ("runs", "datasets", "checkpoints") or "/" in place or Path(place).exists()
+    return place if known else f"runs/{place}"
+
+
+def _skip(place: str) -> Callable[[str], bool]:
+    """Of datasets, what was unpacked here from an archive that travels stays here."""
+    if place != "datasets":
+        return passing
+    unpacked = {_stem(marker.name.removeprefix(".").removesuffix(".unpacked")) for marker in Path(place).glob(".*.unpacked")}
+    return lambda name: passing(name) or name.split("/")[0] in unpacked
+
+
+def _stem(archive: str) -> str | None:
+    """`x` of `x.tar.gz`; None of what is no archive."""
+    ending = next((ending for ending in sorted(ARCHIVES, key=len, reverse=True) if archive.endswith(ending)), None)
+    return archive.removesuffix(ending) or None if ending else None
+
+
+def _unpack_beside(archive: Path) -> str | None:
+    """Unpack `datasets/x.zip` to `datasets/x`, once; gives a line about it, or None where there was nothing to do."""
+    name = _stem(archive.name) or ""
+    out, marker = archive.with_name(name), archive.with_name(f".{archive.name}.unpacked")
+    facts = json.dumps({"bytes": archive.stat().st_size, "crc32c": file_crc32c(archive)})
+    if out.exists():
+        if not marker.exists():
+            return f"{out} is here already and not from {archive.name}: left as it is"
+        if marker.read_text() != facts:
+            return f"{archive} has changed since {out} was unpacked: left as it is; remove {out} and bring it again"
+        return None
+    staged = archive.with_name(f".{name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        count = unpack(archive, staged)
+        tops = list(staged.iterdir())
+        single = len(tops) == 1 and tops[0].name == name and tops[0].is_dir()
+        write_whole(marker, facts.encode())
+        (staged / name if single else staged).rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return f"unpacked {count} files into {out}"
+
+
+def _told(verb: str, moved: Moved, dry_run: bool) -> str:
+    line = f"{'would ' if dry_run else ''}{verb} {moved.files} files, {moved.bytes / 1e9:.3f} GB; {moved.same} are the same"
+    return line + (f"; {'to delete' if dry_run else 'deleted'}: {moved.deleted}" if moved.deleted else "")
+
+
+def _bring(bucket: Bucket, dry_run: bool) -> None:
+    for place in ("datasets", "checkpoints"):
+        try:
+            moved = pull(bucket, place, Path(place), dry_run=dry_run, skip=_skip(place))
+            print(f"{place}: {_told('pull', moved, dry_run)}")
+        except Empty:
+            print(f"{place}: the bucket has none")
+    if dry_run or not Path("datasets").is_dir():
+        return
+    for archive in sorted(path for path in Path("datasets").iterdir() if _stem(path.name) and path.is_file()):
+        line = _unpack_beside(archive)
+        if line:
+            print(line)
+
+
+def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
+    rows = list[tuple[str, Status]]()
+    if not places:
+        remote = {name: facts for name, facts in bucket.list("runs").items() if not passing(name)}
+        names = {name.split("/")[0] for name in remote if "/" in name}
+        names |= {path.name for path in Path("runs").glob("*") if path.is_dir() and not passing(path.name)}
+        for name in sorted(names):
+            there = {other.removeprefix(f"{name}/"): facts for other, facts in remote.items() if other.startswith(f"{name}/")}
+            rows.append((f"runs/{name}", _compare(Path("runs") / name, there, passing)))
+    for place in places or ("datasets", "checkpoints"):
+        rows.append((place, status(bucket, place, Path(place), skip=_skip(place))))
+    width = max(len(place) for place, _ in rows)
+    print(f"{'':{width}}  {'same':>7}  {'only here':>9}  {'only there':>10}  {'different':>9}")
+    for place, found in rows:
+        counts = f"{found.same:>7}  {len(found.here):>9}  {len(found.there):>10}  {len(found.different):>9}"
+        print(f"{place:{width}}  {counts}")
+    for place, found in rows if places else ():
+        for label, names in (("only here", found.here), ("only there", found.there), ("different", found.different)):
+            for name in names:
+                print(f"{label:>10}  {place}/{name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    bucket = os.environ.get("ATELIER_BUCKET")
+    parser.add_argument("command", choices=("push", "pull", "status", "bring"), help="bring: pull data sets and unpack them")
+    parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder such as runs/NAME, or a run's name")
+    parser.add_argument("--bucket", default=bucket, metavar="URL", help="gs://NAME[/PREFIX] (default: ATELIER_BUCKET)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would move, and move nothing")
+    parser.add_argument("--delete", action="store_true", help="delete what is not where it comes from")
+    args = parser.parse_args()
+    if not args.bucket:
+        raise UserError("no bucket is named; give --bucket gs://NAME, or set ATELIER_BUCKET")
+    moves = args.command in ("push", "pull")
+    if moves != bool(args.places) and args.command != "status":
+        raise UserError(f"{args.command} {'needs a PLACE, such as runs/NAME' if moves else 'takes no PLACE'}")
+    if args.delete and not moves:
+        raise UserError(f"--delete is for push and pull; {args.command} deletes nothing")
+    places = list(dict.fromkeys(_place(word) for word in args.places))
+    with open_bucket(args.bucket) as bucket:
+        if args.command == "bring":
+            _bring(bucket, args.dry_run)
+        elif args.command == "status":
+            _print_status(bucket, places)
+        for place in places if moves else ():
+            options = {"delete": args.delete, "dry_run": args.dry_run, "skip": _skip(place)}
+            if args.command == "push":
+                moved = push(bucket, Path(place), place, **options)
+            else:
+                moved = pull(bucket, place, Path(place), **options)
+            print(f"{place}: {_told(args.command, moved, args.dry_run)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,180 @@
+"""setup.sh: the environment, the bucket's folders, and a run that goes on where another machine left it."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.training.checkpoint import newest
+from tests import kills
+from tests.conftest import ROOT, environment, metrics
+from tests.storage import StorageServer
+
+SHELLS = [
+    pytest.param(shell, marks=pytest.mark.skipif(shutil.which(shell) is None, reason=f"there is no {shell} here"))
+    for shell in ("bash", "zsh")
+]
+
+
+@pytest.fixture
+def server() -> Iterator[StorageServer]:
+    with StorageServer() as server:
+        yield server
+
+
+def checkout(folder: Path) -> Path:
+    """A clone as `make env` leaves it: its environment is this one's."""
+    folder.mkdir()
+    for path in (ROOT / "src", ROOT / "configs", *ROOT.glob("*.py")):
+        (folder / path.name).symlink_to(path)
+    for name in ("setup.sh", "Makefile", "pyproject.toml", "environment.yaml"):
+        shutil.copy2(ROOT / name, folder / name)
+        os.utime(folder / name, (0, 0))
+    venv = folder / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "bin" / "activate").write_text(f'export VIRTUAL_ENV="{venv}" PATH="{Path(sys.executable).parent}:$PATH"\n')
+    (venv / "core").touch()
+    return folder
+
+
+def sh(shell: str, text: str, folder: Path, server: StorageServer | None = None, **extra: str) -> subprocess.CompletedProcess:
+    """`text` in a shell that reads no start files."""
+    quiet = {"bash": ["--noprofile", "--norc"], "zsh": ["-f"]}[shell]
+    more = {"ATELIER_BUCKET": "gs://bucket"} | ({"STORAGE_EMULATOR_HOST": server.url} if server is not None else {})
+    return subprocess.run(
+        [shell, *quiet, "-c", text], cwd=folder, env=environment(**more | extra), capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_sourced_it_leaves_the_shell_as_it_was_but_for_the_environment(
+    shell: str, server: StorageServer, tmp_path: Path
+) -> None:
+    """With a bucket that there is not, from another folder, where unset variables are errors, twice, and with arguments that
+    are the caller's."""
+    folder = checkout(tmp_path / "clone")
+    told = 'set -u; set -- push runs/x; before="$-"; cd /; source {0}/setup.sh; source {0}/setup.sh; '
+    told += (
+        'echo "status $?"; [ "$before" = "$-" ] && echo same options; echo "$# $1 $PWD $VIRTUAL_ENV"; set | grep "^_atelier"; '
+    )
+    told += "command -v _atelier_setup || echo nothing left"
+    done = sh(shell, told.format(folder), tmp_path, server, ATELIER_BUCKET="gs://wrong")
+    assert "status 0\nsame options\n2 push / " in done.stdout and f"{folder}/.venv\nnothing left\n" in done.stdout, done
+    assert done.stderr.count("gs://wrong: there is no such bucket; is the name right?") == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("the environment is active") == 2
+
+
+def test_it_brings_data_sets_and_checkpoints_and_takes_runs_there_and_back(server: StorageServer, tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "clone")
+    with zipfile.ZipFile(tmp_path / "cats.zip", "w") as file:
+        file.writestr("cats/a.png", b"a picture")
+    server.put("datasets/cats.zip", (tmp_path / "cats.zip").read_bytes())
+    server.put("checkpoints/old/MANIFEST.json", b"{}")
+    done = sh("bash", "source ./setup.sh --dry-run; echo alive", folder, server)
+    assert done.stdout.endswith("alive\n") and (folder / "datasets" / "cats" / "a.png").read_bytes() == b"a picture", done
+    assert (folder / "checkpoints" / "old" / "MANIFEST.json").exists()
+    (folder / "runs" / "x").mkdir(parents=True)
+    (folder / "runs" / "x" / "log.txt").write_text("one line")
+    done = sh("bash", "./setup.sh push runs/x --dry-run", folder, server)
+    assert done.returncode == 0 and "would push 1 files" in done.stdout and "runs/x/log.txt" not in server.objects()
+    assert sh("bash", "./setup.sh push runs/x", folder, server).returncode == 0
+    assert server.objects()["runs/x/log.txt"] == b"one line"
+    shutil.rmtree(folder / "runs")
+    done = sh("bash", "./setup.sh pull x && ./setup.sh status", folder, server)
+    assert (folder / "runs" / "x" / "log.txt").read_text() == "one line"
+    assert re.search(r"runs/x +1 +0 +0 +0", done.stdout), done
+    done = sh("bash", "./setup.sh pull ../x", folder, server)
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: '../x' leaves the project folder; give a folder inside, such as runs/NAME\n"
+    )
+
+
+def test_without_bucket_or_network_the_environment_comes_up(tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "clone")
+    done = sh("bash", "source ./setup.sh; echo $?; command -v python", folder, ATELIER_BUCKET="")
+    assert done.stdout == f"0\n{Path(sys.executable).parent}/python\n" and "set ATELIER_BUCKET" in done.stderr, done
+
+
+def test_an_environment_is_made_with_conda_where_it_is_else_with_make(tmp_path: Path) -> None:
+    """With stand-ins that note what they are asked."""
+    folder, bins = checkout(tmp_path / "clone"), tmp_path / "bin"
+    bins.mkdir()
+    conda = f'#!/bin/sh\necho "conda $@" >> {tmp_path}/asked\n[ "$1" = shell.posix ] && '
+    conda += """echo 'conda() { if [ "$1" = activate ]; then echo active $2; else command conda "$@"; fi; }'\n"""
+    conda += f'[ "$1 $2" = "env create" ] && echo "ddpm  /opt/ddpm" > {tmp_path}/made\n'
+    conda += f'[ "$1 $2" = "env list" ] && cat {tmp_path}/made 2>/dev/null\ntrue\n'
+    (bins / "conda").write_text(conda)
+    (bins / "conda").chmod(0o755)
+    path = {"PATH": f"{bins}:/usr/bin:/bin", "ATELIER_BUCKET": ""}
+    done = sh("bash", "source ./setup.sh; source ./setup.sh", folder, **path)
+    assert done.stdout == "active ddpm\nactive ddpm\n" and done.stderr.count("minutes, once") == 1, done
+    assert (tmp_path / "asked").read_text().count("env create -q -f environment.yaml") == 1
+
+    (bins / "conda").unlink()
+    (folder / ".venv" / "core").unlink()
+    (bins / "make").write_text(f'#!/bin/sh\necho "make $@" >> {tmp_path}/asked\n[ "$1" != --question ]\n')
+    (bins / "make").chmod(0o755)
+    assert sh("bash", "source ./setup.sh; echo $?", folder, **path).stdout == "0\n"
+    assert (tmp_path / "asked").read_text().endswith("make --question env\nmake env\n")
+    done = sh("bash", "source ./setup.sh; echo alive $?", folder, **path, PYTHON="/bin/false")
+    assert done.stdout == "alive 2\n" and "neither conda nor make and a python3 with venv is here: install one" in done.stderr
+    assert sh("bash", "./setup.sh", folder, **path, PYTHON="/bin/false").returncode == 2
+
+
+def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer, tmp_path: Path) -> None:
+    """An empty folder, its pictures from the bucket, a run killed half-way, the folder gone; elsewhere the same command."""
+    rng = random.Random(0)
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as file:
+        for i in range(40):
+            Image.new("RGB", (20, 20), tuple(rng.randrange(256) for _ in range(3))).save(tmp_path / "p.png")
+            file.write(tmp_path / "p.png", f"mine/{'cats' if i % 2 else 'dogs'}/{i}.png")
+    server.put("datasets/mine.zip", (tmp_path / "mine.zip").read_bytes())
+    sets = kills.settings(
+        data={"source": "folder", "path": "datasets/mine"}, held_out=0.1, steps=60, checkpoint__every=6, log__every=1,
+        log__trackers=[], preview__every=30, checkpoint__keep=2, name="mine",
+    )  # fmt: skip
+    words = ["ddpm_accelerate.py", "-cfg", "configs/smoke/ddpm.json", *sets]
+    command = " ".join(f"'{word}'" for word in ["python", *words, "--set", "bucket=gs://bucket"])
+
+    one = checkout(tmp_path / "one")
+    process = subprocess.Popen(
+        ["bash", "-c", f"source ./setup.sh && exec {command}"], cwd=one, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=environment(ATELIER_BUCKET="gs://bucket", STORAGE_EMULATOR_HOST=server.url),
+    )  # fmt: skip
+    try:
+        began = time.monotonic()
+        while not any("step_00000012/MANIFEST.json" in name for _, name in server.requests):
+            assert process.poll() is None and time.monotonic() - began < 120
+            time.sleep(0.02)
+    finally:
+        kills.kill_all(process)
+        assert process.stderr is not None
+        process.stderr.close()
+    server.settle()
+    found, _ = newest(one / "runs" / "mine" / "checkpoints")
+    assert found is not None and found.name < "step_00000060", "it was killed before its end"
+    shutil.rmtree(one)
+
+    two = checkout(tmp_path / "two")
+    done = sh("bash", f"source ./setup.sh && {command}", two, server)
+    assert done.returncode == 0, done
+    matched = re.search(r"brought step_(\d+) of runs/mine from gs://bucket", done.stdout)
+    assert matched is not None and f"going on at step {int(matched[1])} of 60" in done.stdout and int(matched[1]) >= 12, done
+    assert "all of runs/mine is in gs://bucket" in done.stdout
+    subprocess.run([sys.executable, *words, "--run-dir", "runs/never"], cwd=two, env=environment(), check=True)
+    kills.same_end(two / "runs" / "never", two / "runs" / "mine")
+    assert [line["step"] for line in metrics(two / "runs" / "mine")] == list(range(1, 61)), "the log goes on, too"
+    kept = {name.split("/")[3] for name in server.objects() if name.startswith("runs/mine/checkpoints/")}
+    assert kept == {"step_00000054", "step_00000060"}, "the bucket keeps as many as the folder"
+    assert "runs/mine/final/ema.safetensors" in server.objects()

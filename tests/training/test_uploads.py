@@ -1,0 +1,125 @@
+"""A run's checkpoints in a bucket: which are there, which come back, and what happens where it fails."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from src.config import UserError
+from src.training import uploads
+from src.training.checkpoint import damage, retain, roll_back, spared_steps, step_folder, write_folder
+from src.training.uploads import Uploads, bring_back
+from tests.storage import StorageServer
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
+    with StorageServer() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        monkeypatch.setattr("src.data.buckets.FIRST_DELAY", 0.01)
+        monkeypatch.setattr("src.data.buckets.LAST_DELAY", 0.02)
+        yield server
+
+
+def save(run: Path, step: int, **progress: Any) -> None:
+    state = {"step": step, "best": None, **progress}
+    config = {"checkpoint": {"keep_best": True}}
+    tensors = {"ema": {"w": torch.full((4,), float(step))}}
+    write_folder(step_folder(run / "checkpoints", step), tensors, {"progress": state, "config": config})
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(1, step + 1)))
+
+
+def there(server: StorageServer) -> list[int]:
+    """The steps of the whole checkpoints in the bucket."""
+    names = [name.split("/") for name in server.objects() if name.endswith("MANIFEST.json")]
+    return sorted(int(name[-2].removeprefix("step_")) for name in names)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not what():
+        assert time.monotonic() - began < 30
+        time.sleep(0.02)
+
+
+def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: StorageServer, tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    sent = Uploads("gs://bucket/mine", run, keep=2)
+    told = list[str]()
+    sent.say = told.append
+    for step in (1, 2, 3, 4):
+        save(run, step, best={"step": 1, "held_out_loss": 0.5})
+        retain(run / "checkpoints", 2, spared_steps({"best": {"step": 1}}, keep_best=True))
+        sent.wake()
+        wait_for(lambda step=step: step in there(server))
+    sent.close()
+    assert there(server) == [1, 3, 4] and told == [f"all of {run} is in gs://bucket/mine"]
+    assert server.objects()["mine/runs/x/metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
+    manifests = [name for operation, name in server.requests if operation in ("upload", "start")]
+    own = [name for name in manifests if "step_00000004" in name]
+    assert own[-1].endswith("MANIFEST.json") and len(own) == 4
+
+    shutil.rmtree(run)
+    line = bring_back("gs://bucket/mine", run)
+    assert line == f"brought step_00000001 and step_00000004 of {run} from gs://bucket/mine", "the best, and the newest"
+    assert damage(step_folder(run / "checkpoints", 4)) is None and damage(step_folder(run / "checkpoints", 1)) is None
+    assert not step_folder(run / "checkpoints", 3).exists() and (run / "metrics.jsonl").read_text().count("\n") == 4
+    assert bring_back("gs://bucket/mine", run) is None, "the second time, and every other process"
+
+
+def test_what_is_newer_here_stays_and_what_is_damaged_here_is_brought(server: StorageServer, tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    assert bring_back("gs://bucket", run) is None and not run.exists(), "nothing is there yet"
+    save(run, 5)
+    Uploads("gs://bucket", run, keep=2).close()
+    (run / "metrics.jsonl").write_text("later")
+    assert bring_back("gs://bucket", run) is None and (run / "metrics.jsonl").read_text() == "later"
+    save(run, 6)
+    assert bring_back("gs://bucket", run) is None
+    shutil.rmtree(step_folder(run / "checkpoints", 6))
+    (step_folder(run / "checkpoints", 5) / "ema.safetensors").write_bytes(b"cut")
+    assert "brought step_00000005" in str(bring_back("gs://bucket", run))
+    assert damage(step_folder(run / "checkpoints", 5)) is None
+
+
+def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too(server: StorageServer, tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    for step in (2, 4):
+        save(run, step)
+    sent = Uploads("gs://bucket", run, keep=2)
+    sent.wake()
+    wait_for(lambda: there(server) == [4])
+    roll_back(run / "checkpoints", 2, {"guard": {"rollbacks": 1}})
+    sent.wake()
+    wait_for(lambda: there(server) == [2])
+    sent.close()
+
+
+def test_what_fails_is_said_once_and_tried_again(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.05)
+    run, told = tmp_path / "x", list[str]()
+    save(run, 1)
+    server.forbidden.add("bucket")
+    sent = Uploads("gs://bucket", run, keep=2)
+    sent.say = told.append
+    sent.wake()
+    wait_for(lambda: len(server.requests) > 4)
+    assert len(told) == 1 and told[0].startswith("warning: not uploaded (gs://bucket") and "training goes on" in told[0]
+    server.forbidden.clear()
+    wait_for(lambda: there(server) == [1])
+    wait_for(lambda: len(told) == 2)
+    server.forbidden.add("bucket")
+    sent.close()
+    assert told[1] == "uploads to the bucket work again" and told[-1].startswith("NOT all of the run is in the bucket; later: ")
+
+
+def test_a_bucket_that_there_is_not_is_said_before_anything_is_made(server: StorageServer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such bucket"):
+        bring_back("gs://wrong", tmp_path / "runs" / "x")
+    assert not (tmp_path / "runs" / "x").exists()
