@@ -56,6 +56,16 @@ def sh(shell: str, text: str, folder: Path, server: StorageServer | None = None,
     )
 
 
+def pictures_in(folder: Path) -> Path:
+    """40 of them in two classes, each of one colour."""
+    rng = random.Random(0)
+    for i in range(40):
+        path = folder / ("cats" if i % 2 else "dogs") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), tuple(rng.randrange(256) for _ in range(3))).save(path)
+    return folder
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_sourced_it_leaves_the_shell_as_it_was_but_for_the_environment(
     shell: str, server: StorageServer, tmp_path: Path
@@ -134,11 +144,7 @@ def test_an_environment_is_made_with_conda_where_it_is_else_with_make(tmp_path: 
 
 def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer, tmp_path: Path) -> None:
     """An empty folder, its pictures from the bucket, a run killed half-way, the folder gone; elsewhere the same command."""
-    rng = random.Random(0)
-    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as file:
-        for i in range(40):
-            Image.new("RGB", (20, 20), tuple(rng.randrange(256) for _ in range(3))).save(tmp_path / "p.png")
-            file.write(tmp_path / "p.png", f"mine/{'cats' if i % 2 else 'dogs'}/{i}.png")
+    shutil.make_archive(str(tmp_path / "mine"), "zip", pictures_in(tmp_path / "mine"))
     server.put("datasets/mine.zip", (tmp_path / "mine.zip").read_bytes())
     sets = kills.settings(
         data={"source": "folder", "path": "datasets/mine"}, held_out=0.1, steps=60, checkpoint__every=6, log__every=1,

@@ -1,8 +1,11 @@
 """make soak: many kills, on one process and on two, and the ends are equal to the bit."""
 
 import random
+import re
 import shutil
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -265,3 +268,44 @@ def test_points_of_the_demo_are_as_near_as_draws_of_the_density(tmp_path: Path) 
     with np.load(tmp_path / "run" / "points" / "points.npz") as found:
         data = found["data"][:count]
     assert sliced_wasserstein(data, drawn()) <= max(sliced_wasserstein(drawn(), drawn()) for _ in range(20))
+
+
+def test_one_of_two_nodes_is_killed(tmp_path: Path) -> None:
+    """Two agents with two processes each, on the loopback; the second is killed with all below it. The first ends within its
+    limit and names the ranks that are gone; both started again go on to the end of a run that was never killed."""
+    job = kills.PIXELS
+    done = launch(*job.arguments(tmp_path / "whole", "--set", "micro_batch_size=4"), processes=4)
+    assert done.status == 0, done.all
+
+    def node(rank: int, port: int, run: Path) -> subprocess.Popen:
+        words = ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "2"]
+        words += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        more = ("--set", "micro_batch_size=4", "--set", "timeout_minutes=0.5")
+        return subprocess.Popen(
+            [sys.executable, *words, *job.arguments(run, *more)], cwd=ROOT, env=environment(2), stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def port() -> int:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            return found.getsockname()[1]
+
+    at, run = port(), tmp_path / "run"
+    nodes = [node(rank, at, run) for rank in (0, 1)]
+    while "step 20/" not in ((run / "log.txt").read_text() if (run / "log.txt").exists() else ""):
+        assert nodes[0].poll() is None and nodes[1].poll() is None
+        time.sleep(0.05)
+    kills.kill_all(nodes[1])
+    nodes[1].communicate()
+    began = time.monotonic()
+    _, said = nodes[0].communicate(timeout=120)
+    assert nodes[0].returncode != 0 and time.monotonic() - began < 60
+    assert re.search("error on rank [01]: ranks 2 and 3 of 4 no longer answer", said), said
+    at = port()
+    nodes = [node(rank, at, run) for rank in (0, 1)]
+    for one in nodes:
+        _, said = one.communicate(timeout=300)
+        assert one.returncode == 0, said
+    assert "going on at step" in (run / "log.txt").read_text()
+    kills.same_end(tmp_path / "whole", run)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -98,6 +99,7 @@ def start(
         raise UserError("mixed_precision fp16 needs a GPU; use no or bf16 on a CPU")
     if machine.dtype == "float64" and precision != "no":
         raise UserError("dtype float64 goes with mixed_precision no")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # torch has nothing in its place yet
     accelerator = Accelerator(
         gradient_accumulation_steps=1,
         mixed_precision=precision,
@@ -176,6 +178,32 @@ def agree(chosen: Path | None) -> Path | None:
     box = [chosen]
     broadcast_object_list(box)
     return box[0]
+
+
+def of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or hangs."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+
+
+def silent_ranks(patience_seconds: float = 5.0) -> str:
+    """After a collective failed: who no longer answers, in words. Those who still live all ask at about the same time; where
+    a launcher is about to end them all, it does."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    state = torch.distributed
+    if not state.is_initialized():
+        return "another process is gone"
+    try:
+        store = state.distributed_c10d._get_default_store()
+        store.set(f"atelier/alive/{state.get_rank()}", "yes")
+        time.sleep(patience_seconds)
+        silent = [rank for rank in range(state.get_world_size()) if not store.check([f"atelier/alive/{rank}"])]
+    except RuntimeError:  # the store is gone, and it is on the first machine
+        return f"rank 0 and its machine ({os.environ.get('MASTER_ADDR', 'the first')}) no longer answer"
+    if not silent:
+        return "a collective failed between ranks that live"
+    ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {' and '.join(map(str, silent))}"
+    return f"{ranks} of {state.get_world_size()} no longer answer{'s' if len(silent) == 1 else ''}"
 
 
 class StopRequest:

@@ -59,6 +59,11 @@ class Session:
     def _resume(self) -> None:
         resumed = agree(self.run.newest_checkpoint() if self.run.writes else None)
         if resumed is not None:
+            if not resumed.is_dir():
+                raise UserError(
+                    f"{resumed} is on the first machine and not on this one: put the run on a file system that all see, or "
+                    "set bucket"
+                )
             self.progress = self.run.adopt_progress(resumed, self.facts)
             self.step = self.progress["step"]
             self.trained.load(resumed)

@@ -4,6 +4,7 @@ import argparse
 import gc
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from accelerate import PartialState
 from ..config import ENDLESS, UserError, read_json
 from .checkpoint import damage, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
-from .launch import OutOfMemory, explain_out_of_memory
+from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks
 from .stream import Split
 from .uploads import Uploads, bring_back
 
@@ -156,9 +157,21 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
 
 
 def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:
-    with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as attempt.trying:
-        while (status := train(cfg, run_dir, attempt)) == AGAIN:
-            pass
+    try:
+        with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as attempt.trying:
+            while (status := train(cfg, run_dir, attempt)) == AGAIN:
+                pass
+    except RuntimeError as error:
+        if not of_a_lost_rank(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"error on rank {rank}: {silent_ranks()}, so this one cannot go on ({str(error).splitlines()[0][:200]}); what was "
+            "saved is whole: run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     return status
 
 
