@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from src.training.health import Row
+from src.training import health
+from src.training.health import Row, Verdict
 from src.training.proof import STAGES
 from tests.conftest import ROOT, SMOKE, launch, one_line, refused
 
@@ -78,6 +79,15 @@ def test_exit_status_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("ATELIER_BUCKET", "s3://nope")
     assert run(monkeypatch, "--run-dir", str(tmp_path)) == 1
     assert "bucket               fail  's3://nope' is no bucket" in capsys.readouterr().out
+
+
+def test_the_proof_is_tried_even_where_a_run_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    watch = lambda command, extra, folder, *rest: written.append(folder) or sound(*rest)  # noqa: E731
+    assert run(monkeypatch, "--run-dir", str(tmp_path / "run"), together=watch) == 0
+    monkeypatch.setattr(health, "rename", lambda _: Verdict("fail", "cannot be written", "elsewhere"))
+    assert run(monkeypatch, "--run-dir", str(tmp_path / "run"), together=watch) == 1
+    assert [tmp_path in folder.parents for folder in written] == [True, False]
 
 
 def test_a_config_that_does_not_load_is_one_line(tmp_path: Path, write_config: Callable[..., Path]) -> None:
