@@ -88,7 +88,8 @@ class Table:
         else:
             told = ", ".join(f"{number} {status}" for status, number in count.items())
             proven = all(known.get(name) == "pass" for name in ("gradients", "ten steps", "resume"))
-            last = "these processes train as one does, and go on where they were" if proven else "several processes were not tried (--processes N)"
+            last = "several processes were not tried (--processes N)"
+            last = "these processes train as one does, and go on where they were" if proven else last
             last = "mend what failed, and run it again" if count["fail"] else last
             print(f"\n{told}, in {time.monotonic() - self.began:.0f} s: {last}")
         return 1 if count["fail"] else 0
