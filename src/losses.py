@@ -124,19 +124,25 @@ def _unit(features: Tensor) -> Tensor:
     return features * (features.square().sum(1, keepdim=True) + 1e-10).rsqrt()
 
 
+def imagenet_weights(network: str) -> tuple[Path, str]:
+    """Where torch's cache keeps the ImageNet weights of an LPIPS backbone, and where they are to be had."""
+    torchvision: Any = import_torchvision()
+    url: str = getattr(torchvision.models, LPIPS_BACKBONES[network]).IMAGENET1K_V1.url
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2], url
+
+
 def _lpips(spec: PerceptualConfig) -> nn.Module:
     """LPIPS with its backbone's weights, which are looked for on this machine and never downloaded."""
     if importlib.util.find_spec("lpips") is None:
         raise UserError(f"perceptual.network {spec.network!r} needs the package lpips: pip install lpips")
-    torchvision: Any = import_torchvision()
+    cached, url = imagenet_weights(spec.network)
     import lpips
 
-    weights = getattr(torchvision.models, LPIPS_BACKBONES[spec.network]).IMAGENET1K_V1
-    path = Path(spec.weights or Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]).expanduser()
+    path = Path(spec.weights or cached).expanduser()
     if not path.is_file():
         raise UserError(
             f"perceptual.network {spec.network!r} needs ImageNet weights that are not at {path}; get them from "
-            f"{weights.url} and put them there or name the file in perceptual.weights, or use efficientnet_lite0"
+            f"{url} and put them there or name the file in perceptual.weights, or use efficientnet_lite0"
         )
     found = _read_weights(path)
     with warnings.catch_warnings():

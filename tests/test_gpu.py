@@ -1,5 +1,6 @@
 """What only a GPU shows; skipped without one."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,12 @@ def test_blending_pictures_points_and_pairs_on_a_gpu(tmp_path: Path) -> None:
     done = launch(*kills.POINTS.arguments(tmp_path / "straight"), *pairs, timeout=900)
     assert done.status == 0, done.all
     assert metrics(tmp_path / "straight")[-1]["straightness"] < metrics(Path(first))[-1]["straightness"]
+
+
+def test_the_doctor_finds_these_gpus_sound() -> None:
+    done = launch("doctor.py", "--json")
+    rows = {row["name"]: row for row in json.loads(done.out)}
+    assert rows["devices"]["status"] in ("pass", "warn") and "CPU" not in rows["devices"]["found"]
+    proof = ("arithmetic", "gradients", "ten steps", "resume")
+    together = {"pass"} if torch.cuda.device_count() > 1 else {"pass", "skip"}
+    assert {rows[name]["status"] for name in proof} <= together, done.out

@@ -46,7 +46,7 @@ FLOORS = {
     "interop": 2,
 }
 TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
-SCRIPTS = (*TRAINING, "sample", "interpolate", "evaluate", "prepare_data", "convert")
+SCRIPTS = (*TRAINING, "sample", "interpolate", "evaluate", "prepare_data", "convert", "doctor")
 HEAVY = {
     "datasets",
     "diffusers",

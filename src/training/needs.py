@@ -1,0 +1,164 @@
+"""What a training config asks of the machine: pictures, trackers, what it starts from, weights, room."""
+
+import importlib.util
+import netrc
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import UserError, dump
+from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size
+from .stream import split_batch
+
+Check = Callable[[], Verdict]
+
+
+def _sources(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for key in ("data", "source"):
+        named = settings.get(key) or []
+        yield from named if isinstance(named, list) else [named]
+
+
+def data(cfg: Any) -> Verdict:
+    """The folders and files that its pictures come from; a run counts what is in them."""
+    there, missing, elsewhere = [], [], []
+    for source in _sources(dump(cfg)):
+        path = source.get("path") or source.get("data_dir")
+        if source["source"] == "datasets" and path is None:
+            (there if Path(source["name"]).expanduser().is_dir() else elsewhere).append(source["name"])
+        elif path is not None:
+            (there if Path(path).expanduser().exists() else missing).append(path)
+    if missing:
+        return Verdict("fail", f"{' and '.join(missing)}: not here", "bring it, or name another: --set data.path=FOLDER")
+    if elsewhere:
+        told = f"{' and '.join(elsewhere)}: a data set of the hub, not tried"
+        return Verdict("skip", told, "python prepare_data.py check tries a folder that is here")
+    return Verdict("pass", f"{' and '.join(there)} is here" if there else "it makes or brings its own")
+
+
+def trackers(cfg: Any) -> Verdict:
+    missing = [name for name in cfg.log.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        how = f"pip install {' '.join(missing)}; or --set log.trackers=[]"
+        return Verdict("fail", f"{' and '.join(missing)} is not installed", how)
+    if "wandb" in cfg.log.trackers and not _logged_in() and os.environ.get("WANDB_MODE", "online") == "online":
+        return Verdict("warn", "nobody is logged in to wandb here", "wandb login, or export WANDB_MODE=offline")
+    return Verdict("pass", f"{' and '.join(cfg.log.trackers) or 'none'} asked for")
+
+
+def _logged_in() -> bool:
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    return known or bool(os.environ.get("WANDB_API_KEY"))
+
+
+def starts_from(cfg: Any) -> Verdict:
+    """The run whose weights are the start, and the one whose pairs are trained on."""
+    from ..sampling.folders import read_weights
+
+    pairs = getattr(cfg, "pairs", None)
+    named = {"init_from": cfg.init_from, "pairs": getattr(pairs, "run", pairs)}
+    told = []
+    for key, name in named.items():
+        if name is None:
+            continue
+        try:
+            told.append(f"{name} (step {read_weights(Path(name).expanduser()).step})")
+        except UserError as error:
+            return Verdict("fail", f"{key}: {error}", f"bring that run here, or --set {key}=ANOTHER")
+    return Verdict("pass", f"{' and '.join(told)} is here" if told else "from nothing")
+
+
+def autoencoder(cfg: Any) -> Verdict:
+    from ..sampling.autoencoder import open_autoencoder
+
+    name = cfg.autoencoder
+    if name.count("/") == 1 and name[0] not in "./~" and not name.startswith("runs/") and not Path(name).parent.exists():
+        return Verdict("skip", f"{name}: of the hub, not tried")
+    try:
+        open_autoencoder(name, torch.device("cpu"))
+    except UserError as error:
+        return Verdict("fail", str(error), "bring the run here, train it, or --set autoencoder=ANOTHER")
+    return Verdict("pass", f"{name} is here and whole")
+
+
+def perceptual(cfg: Any) -> Verdict:
+    if all(stage.perceptual is None for stage in cfg.stages) or cfg.perceptual.network == "random":
+        return Verdict("pass", "no stage asks for a network's weights")
+    if cfg.perceptual.network == "efficientnet_lite0":
+        return efficientnet_weights(required=True)
+    return backbone_weights(cfg.perceptual.network, cfg.perceptual.weights, required=True)
+
+
+def count_parameters(cfg: Any) -> tuple[int, int]:
+    """Of the network and, of an autoencoder's config, its adversary; a latent network is counted at 4 channels."""
+    from ..models import MLP, VAE, Discriminator
+    from ..sampling.classifier import build_classifier
+    from ..sampling.opened import build_unet
+
+    adversary = 0
+    with torch.device("meta"):
+        if hasattr(cfg, "stages"):
+            network: nn.Module = VAE(cfg.model, cfg.image.channels)
+            adversary = _count(Discriminator(cfg.discriminator, cfg.image.channels))
+        elif hasattr(cfg, "classifier"):
+            network = build_classifier(cfg.classifier, cfg.image, 10)
+        elif cfg.image is None:
+            network = MLP(cfg.model, num_classes=None)
+        else:
+            latent = getattr(cfg, "autoencoder", None) is not None
+            shape = (4, *2 * (cfg.model.factor,)) if latent else (cfg.image.channels, *2 * (cfg.image.size,))
+            network = build_unet(cfg.model, shape, None, learned=cfg.process.variance == "learned")
+    return _count(network), adversary
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def room(cfg: Any, folder: Path) -> Verdict:
+    """Free space for the checkpoints that are kept and the one being written: weights, EMA and two moments each."""
+    network, adversary = count_parameters(cfg)
+    one = (4 * network + 3 * adversary) * (8 if cfg.dtype == "float64" else 4)
+    kept = cfg.checkpoint.keep + 1 + cfg.checkpoint.keep_best
+    return free_space(folder, float(one * kept), f"{kept} checkpoints of {size(one)}")
+
+
+def loader(cfg: Any, world: int) -> Verdict:
+    """Shared memory for the batches that a machine's workers have ready: four each, and the one they fill."""
+    if cfg.workers == 0 or getattr(cfg, "image", None) is None:
+        return Verdict("pass", "the loader has no workers")
+    workers = min(cfg.workers, os.cpu_count() or 1) * world
+    micro = cfg.micro_batch_size or -(-cfg.batch_size // world)
+    return shared_memory(float(workers * 5 * micro * cfg.image.channels * cfg.image.size**2))
+
+
+def batches(cfg: Any, world: int) -> Verdict:
+    """Whether a step's pictures can be dealt to so many processes; of how many pictures there are it does not depend."""
+    from .stages import plan_stages
+
+    if hasattr(cfg, "stages"):
+        splits = [stage.split for stage in plan_stages(cfg, 10**6, rank=0, world=world)]
+    else:
+        splits = [split_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=world)]
+    told = dict.fromkeys(f"{split.batch} pictures = {world} x {split.accumulation} x {split.micro}" for split in splits)
+    return Verdict("pass", f"a step is {', then '.join(told)}")
+
+
+def checks(cfg: Any, folder: Path, here: int, world: int) -> dict[str, Check]:
+    """Those of this config, by name; of `world` processes `here` are on this machine, the run is written into `folder`."""
+    found: dict[str, Check] = {"batches": partial(batches, cfg, world), "data": partial(data, cfg)}
+    found["trackers"] = partial(trackers, cfg)
+    found["starting weights"] = partial(starts_from, cfg)
+    if getattr(cfg, "autoencoder", None) is not None:
+        found["autoencoder"] = partial(autoencoder, cfg)
+    if hasattr(cfg, "perceptual"):
+        found["perceptual loss"] = partial(perceptual, cfg)
+    return found | {"free space": partial(room, cfg, folder), "shared memory": partial(loader, cfg, here)}

@@ -1,0 +1,98 @@
+"""The proof on two processes, sound and with each thing broken that it checks: rank 0 prints {scenario: rows} as JSON.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/sabotage.py FOLDER
+"""
+
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from src.training import proof  # noqa: E402
+from src.training.state import Trained  # noqa: E402
+
+RANK = int(os.environ["RANK"])
+network, take_step, load, all_reduce = proof.Bench.network, proof.take_step, Trained.load, dist.all_reduce
+
+
+def other_gradients(bench: proof.Bench) -> torch.nn.Module:
+    """On rank 1 one parameter's are a thousandth larger."""
+    made = network(bench)
+    if RANK == 1:
+        next(made.parameters()).register_hook(lambda gradient: gradient * 1.001)
+    return made
+
+
+def other_parameter(bench: proof.Bench, trainee: proof.Trainee, step: int) -> float:
+    """On rank 1 a weight is changed a little, once."""
+    loss = take_step(bench, trainee, step)
+    if RANK == 1 and step == 3:
+        with torch.no_grad():
+            next(trainee.network.parameters()).flatten()[0] += 1e-9
+    return loss
+
+
+def without_a_moment(trained: Trained, folder: Path) -> None:
+    """On rank 1 one of the moments is lost."""
+    load(trained, folder)
+    if RANK == 1:
+        optimizer = trained._pairs["model", "optimizer"][1]
+        next(iter(optimizer.state.values()))["exp_avg"].zero_()
+
+
+def wrong_sum(values: torch.Tensor, *args: object, **more: object) -> object:
+    done = all_reduce(values, *args, **more)  # pyright: ignore[reportArgumentType]
+    if values.numel() > 1000:
+        values[7] += 1
+    return done
+
+
+def hanging(bench: proof.Bench) -> proof.Verdict:
+    """Rank 1 does not come."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    if RANK == 1:
+        time.sleep(5)
+        os._exit(0)
+    return proof.first_collective(bench)
+
+
+def run(folder: Path, stages: str) -> list[dict]:
+    rows: list[proof.Row] = []
+    chosen = {name: stage for name, stage in proof.STAGES.items() if name in stages.split(", ")}
+    with patch.object(proof, "STAGES", chosen):
+        try:
+            proof.prove(None, folder, rows.append)
+        except proof.Broken as error:
+            print(f"broken: {error}", file=sys.stderr)
+    return [row._asdict() for row in rows]
+
+
+def main() -> None:
+    folder, found, steps = Path(sys.argv[1]), {}, "ten steps, resume"
+    found["sound"] = run(folder, ", ".join(name for name in proof.STAGES if name != "compile"))
+    with patch.object(proof.Bench, "network", other_gradients):
+        found["gradients"] = run(folder, "gradients")
+    with patch.object(proof, "accumulating", lambda accelerator, model, *_: accelerator.no_sync(model)):
+        found["not averaged"] = run(folder, "gradients, ten steps")
+    with patch.object(proof, "take_step", other_parameter):
+        found["parameter"] = run(folder, "ten steps")
+    with patch.object(Trained, "load", without_a_moment):
+        found["moment"] = run(folder, steps)
+    with patch.object(dist, "all_reduce", wrong_sum):
+        found["sum"] = run(folder, "all-reduce")
+    proof.STAGES = {"first collective": hanging}
+    found["hang"] = run(folder, "first collective")
+    print(json.dumps(found), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
