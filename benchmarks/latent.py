@@ -39,6 +39,7 @@ from src.training.ema import EMA
 from src.training.optimizer import adamw
 from src.training.stages import StageConfig
 from src.training.stream import MicroBatch, stream, to_network
+from src.training.trials import Attempt
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WARMUP = 3  # turns that are not counted
@@ -71,7 +72,7 @@ def run(train: Callable[..., int], cfg: Any) -> None:
     """A script's training in a folder that is thrown away, without a word."""
     silence = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        status = train(cfg, Path(folder) / "run", dry_run=False)
+        status = train(cfg, Path(folder) / "run", Attempt())
     assert status == 0, silence.getvalue()
 
 
