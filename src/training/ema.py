@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..config import config
-from .sharding import shard_as
+from .parts import shard_as
 
 
 @config

@@ -99,6 +99,9 @@ def start(
     if machine.cpu_threads is not None:
         torch.set_num_threads(machine.cpu_threads)
     precision = precision_for(machine.mixed_precision)
+    plugin = plugin_for(precision)
+    if precision == "fp16" and plugin is not None:
+        raise UserError("mixed_precision fp16 (or bf16 on a GPU that has none) is not for FSDP; use bf16 or no")
     if precision == "fp16" and not fp16:
         raise UserError("mixed_precision fp16 (or bf16 on a GPU that has none) is not for two optimisers; use bf16 or no")
     if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -106,9 +109,6 @@ def start(
     if machine.dtype == "float64" and precision != "no":
         raise UserError("dtype float64 goes with mixed_precision no")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # torch has nothing in its place yet
-    plugin = plugin_for(precision)
-    if precision == "fp16" and plugin is not None:
-        raise UserError("mixed_precision fp16 (or bf16 on a GPU that has none) is not for FSDP; use bf16 or no")
     accelerator = Accelerator(
         gradient_accumulation_steps=1,
         mixed_precision=precision,
@@ -123,8 +123,8 @@ def start(
     _check_world(accelerator.num_processes)
     if plugin is not None and not accelerator.is_fsdp2:
         raise UserError(
-            "the launcher asks for FSDP and accelerate did not turn it on, as it does on GPUs alone that `accelerate launch` "
-            f"or torchrun gives one process each (here: {accelerator.num_processes} on {accelerator.device.type}); leave it out"
+            f"the launcher asks for FSDP and accelerate did not turn it on ({accelerator.num_processes} process(es) on "
+            f"{accelerator.device.type}): it takes GPUs, a launched process each; launch without FSDP here"
         )
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config import Length, Span, config
-from .sharding import full, like, on_cpu
+from .parts import full, on_cpu, part_of
 
 
 @config
@@ -153,8 +153,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, s
         own = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
         if own:
             optimizer.state[parameter] = {
-                moment: like(parameter, value)  # in the parameter's memory format, which fused kernels take for granted
-                if value.shape == parameter.shape
+                moment: torch.empty_like(parameter, dtype=value.dtype).copy_(part_of(parameter, value))  # in the parameter's
+                if value.shape == parameter.shape  # memory format, which fused kernels take for granted
                 else value.to(parameter.device)
                 for moment, value in own.items()
             }

@@ -4,15 +4,16 @@ accelerate and torch's `fully_shard` do it. What is saved is whole, keyed by par
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import UserError
+from .ema import EMA
+from .optimizer import load_optimizer_state, names_of, optimizer_state
 
 # What accelerate takes from its fsdp_config: (what it takes without one, what is supported, why).
 _SUPPORTED = {
@@ -37,12 +38,14 @@ def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
         if found.lower() != supported.lower():
             key = name.lower().replace("transformer_cls", "transformer_layer_cls")
             raise UserError(
-                f"the launcher's {key} is {found or 'not set'}; set {key}: {supported} ({why}), as in configs/accelerate/fsdp.yaml"
+                f"the launcher's {key} is {found or 'not set'}; set {key}: {supported} ({why}), as "
+                "configs/accelerate/fsdp.yaml does"
             )
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    lower = torch.bfloat16 if precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower and torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # Every rank has the weights, from the seed or from the checkpoint; accelerate need not send them.
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
 
@@ -52,17 +55,15 @@ def birthplace(accelerator: Accelerator) -> torch.device:
     return torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
 
 
-def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> tuple[Any, Any]:
+def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> tuple[Any, Any]:
     """accelerate's `prepare` of a network and its optimiser. With FSDP these and the EMA, whole until now, are cut in place,
     and each process goes on with its part; from then on all of them call what runs the networks or gathers tensors."""
     if not accelerator.is_fsdp2:
         return accelerator.prepare(network, optimizer)
-    from .optimizer import load_optimizer_state, names_of, optimizer_state
-
     moments = optimizer_state(optimizer, names_of(network))
     optimizer.state.clear()  # accelerate moves the optimiser's parameters to the parts, and leaves the moments behind
-    for each in (network, ema.network):
-        each.to(memory_format=torch.contiguous_format)  # parts are rows
+    for module in (network, ema.network):  # FSDP cuts rows, and takes no channels_last
+        module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     if accelerator.native_amp:
         autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
         network.forward = convert_outputs_to_fp32(autocast(network.forward))
@@ -70,39 +71,3 @@ def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim
     load_optimizer_state(optimizer, names_of(network), moments)
     ema.shard_as(network)
     return model, prepared
-
-
-def shard_as(copy: nn.Module, network: Any) -> None:
-    """Cut `copy` into the parts that FSDP has cut `network` into. Outside of a forward nothing of it stays whole."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    mesh = next(network.parameters()).device_mesh
-    units = [name for name, module in network.named_modules() if isinstance(module, FSDPModule)]
-    for name in reversed(units):  # the inner ones first
-        fully_shard(copy.get_submodule(name), mesh=mesh, reshard_after_forward=True)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which each process may hold a part: then all of them call this together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # importing DTensor takes half a second
-
-
-def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """All of each tensor, on the CPU; for a process that only takes part in gathering them (`keep` False), nothing."""
-    found = {}
-    for name, tensor in tensors.items():
-        gathered = full(tensor.detach())
-        if keep:
-            found[name] = gathered.cpu()
-    return found
-
-
-def like(own: Tensor, value: Tensor) -> Tensor:
-    """A new tensor with the values and dtype of `value`, which is whole, on the device, in the memory format and in the part
-    of `own`."""
-    if hasattr(own, "device_mesh"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(own, DTensor)
-        value = distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
-    return torch.empty_like(own, dtype=value.dtype).copy_(value)

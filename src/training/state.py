@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .ema import EMA
 from .optimizer import load_optimizer_state, names_of, optimizer_state
-from .sharding import on_cpu
+from .parts import on_cpu
 from .times import TimeSampler
 
 
