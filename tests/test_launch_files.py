@@ -23,11 +23,11 @@ HERE = ("ddpm_accelerate", "-cfg", SMOKE, *EXACT)
 DIFFUSION = ("ddpm_accelerate.py", *HERE[1:])
 
 
-def accelerate(name: str, *arguments: str | Path, **extra: str) -> Finished:
+def accelerate(name: str, *arguments: str | Path) -> Finished:
     """`accelerate launch` of two processes on a CPU with a launch file."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", FILES / f"{name}.yaml"]
     launcher += ["--num_processes", "2", "--main_process_port", "0"]
-    return launch(*launcher, *arguments, ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="", **extra)
+    return launch(*launcher, *arguments, timeout=900, ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
 
 
 def with_fsdp(run: Path, *arguments: str | Path) -> Finished:
@@ -215,3 +215,10 @@ def test_fsdp_goes_on_where_plain_runs_were(alone: Path, tmp_path: Path) -> None
 def test_fsdp_with_what_saves_time_and_memory(alone: Path, tmp_path: Path, more: dict) -> None:
     with_fsdp(tmp_path / "run", *DIFFUSION, *settings(**more))
     ends_near(alone, tmp_path / "run", 1e-9)
+
+
+@pytest.mark.soak
+def test_fsdp_in_trials(tmp_path: Path) -> None:
+    for trial, said in (("--verify-resume", "tensors; bit-equal"), ("--dry-run", "a dry run: nothing was written")):
+        done = accelerate("fsdp", "tests/fsdp_on_cpu.py", *DIFFUSION, trial, "--run-dir", tmp_path / "run")
+        assert done.status == 0 and said in done.out and not list(tmp_path.iterdir()), done.all
