@@ -26,7 +26,7 @@ from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learn
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import torch_seed
 from src.training.session import Session
-from src.training.sharding import birthplace, prepare
+from src.training.sharding import home, prepare
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
@@ -93,8 +93,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
-    network = network.to(birthplace(accelerator), dtype)
+    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
     bare_optimizer = adamw(network.parameters(), cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)

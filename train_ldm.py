@@ -28,7 +28,7 @@ from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learn
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import normal, torch_seed
 from src.training.session import Session
-from src.training.sharding import birthplace, prepare
+from src.training.sharding import home, prepare
 from src.training.state import Trained
 from src.training.stream import latent_stream, split_batch
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
@@ -89,8 +89,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
-    network = network.to(birthplace(accelerator), dtype)
+    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
     encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)

@@ -50,7 +50,7 @@ def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
 
 
-def birthplace(accelerator: Accelerator) -> torch.device:
+def home(accelerator: Accelerator) -> torch.device:
     """Where networks are built and loaded: on the device; with FSDP on the CPU, since no card may hold them whole."""
     return torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
 
