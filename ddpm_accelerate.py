@@ -26,6 +26,7 @@ from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learn
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import torch_seed
 from src.training.session import Session
+from src.training.sharding import home, prepare
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
@@ -76,7 +77,7 @@ def main() -> int:
 
 def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
-    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
+    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
@@ -92,7 +93,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(device, dtype)
+    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
     bare_optimizer = adamw(network.parameters(), cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
@@ -108,7 +109,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
         network.compile()
-    model, optimizer = accelerator.prepare(network, bare_optimizer)
+    model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)

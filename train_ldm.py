@@ -28,6 +28,7 @@ from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learn
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import normal, torch_seed
 from src.training.session import Session
+from src.training.sharding import home, prepare
 from src.training.state import Trained
 from src.training.stream import latent_stream, split_batch
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
@@ -78,7 +79,7 @@ def main() -> int:
 
 def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
-    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
+    accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
@@ -88,7 +89,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(device, dtype)
+    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
     encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
@@ -115,7 +116,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
         network.compile()
-    model, optimizer = accelerator.prepare(network, bare_optimizer)
+    model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)

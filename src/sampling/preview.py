@@ -122,8 +122,11 @@ def held_out_loss(
     count = min(most, total_count)
     dtype = next(network.parameters()).dtype
     total = torch.zeros((), device=device, dtype=dtype)
-    for start in range(rank * batch_size, count, batch_size * world):
-        indices = np.linspace(0, total_count - 1, count).astype(np.int64)[start : start + batch_size]
+    chosen = np.linspace(0, total_count - 1, count).astype(np.int64)
+    for first in range(0, count, batch_size * world):
+        start = first + rank * batch_size
+        real = start < count  # with FSDP no rank can run alone: one that has no batch left runs along
+        indices = chosen[start : start + batch_size] if real else chosen[:1]
         x0 = held_out.load(indices).to(device, dtype)
         own = indices.tolist()
         eps = (source(0, own, 0) if source is not None else noise_of(0, own, x0.shape[1:])).to(x0)
@@ -132,7 +135,8 @@ def held_out_loss(
         if num_classes is not None:
             labels = torch.from_numpy(held_out.labels[indices])
             condition = {"labels": torch.where(labels < 0, num_classes, labels).to(device)}
-        total += process.losses(network, x0, eps, process.draw_times(u), **condition).loss.sum()
+        loss = process.losses(network, x0, eps, process.draw_times(u), **condition).loss.sum()
+        total += loss if real else 0
     summed = accelerator.reduce(total)
     assert isinstance(summed, Tensor)
     return float(summed) / count

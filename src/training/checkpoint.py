@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import FULL, Length, UserError, config, free, write_flushed, write_whole
+from .parts import part_of
 
 MANIFEST = "MANIFEST.json"
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -187,7 +188,7 @@ def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None
         parts += [f"it has in excess {', '.join(extra[:5])}"] if extra else []
         parts += ["; ".join(shapes[:5])] if shapes else []
         raise UserError(f"{where} is of another architecture: {'; '.join(parts)}")
-    network.load_state_dict(state)
+    network.load_state_dict({key: part_of(own[key], value) for key, value in state.items()})
 
 
 def export(path: Path, weights: Mapping[str, Tensor], settings: Any, data: Any, step: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..config import config
+from .parts import shard_as
 
 
 @config
@@ -28,6 +29,11 @@ class EMA:
         self.spec = spec
         self.network: Any = copy.deepcopy(network).eval().requires_grad_(False)
         self._own: list[torch.Tensor] = list(self.network.parameters())
+
+    def shard_as(self, network: nn.Module) -> None:
+        """Cut it as FSDP has cut `network`: the same values, each process with its part."""
+        shard_as(self.network, network)
+        self._own = list(self.network.parameters())
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """How much of the old average is kept by the update after `images_seen` images, the last `batch_size` of them new."""

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from pydantic import Field
 
 from ..config import UserError, config, dump, free
+from .sharding import plugin_for
 
 TWO_ON_A_CPU = "ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc-per-node 2 SCRIPT ..."
 
@@ -45,7 +46,7 @@ class MachineConfig:
     stop_signal: Literal["USR1", "USR2", "HUP"] = free("USR1")
 
 
-def _check_environment() -> None:
+def _check_environment(*, fsdp: bool = False) -> None:
     environment = os.environ
     world = environment.get("WORLD_SIZE")
     if world is not None and not world.isdigit():
@@ -58,7 +59,7 @@ def _check_environment() -> None:
     if world is not None and int(world) > 1 and "RANK" not in environment:
         raise UserError(f"WORLD_SIZE is {world} but RANK is not set; use a launcher (accelerate launch, torchrun), or unset it")
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if environment.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+        if environment.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true" and not (fsdp and engine == "FSDP"):
             raise UserError(f"the launcher asks for {engine}, which this script does not support; launch with plain DDP")
 
 
@@ -76,11 +77,16 @@ def precision_for(wanted: str) -> str:
 
 
 def start(
-    machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path("."), fp16: bool = True
+    machine: MachineConfig,
+    *,
+    trackers: tuple[str, ...] = (),
+    folder: Path = Path("."),
+    fp16: bool = True,
+    fsdp: bool = False,
 ) -> Accelerator:
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError. Without `fp16` so is
-    that precision, whose loss scale two optimisers cannot share."""
-    _check_environment()
+    that precision, whose loss scale two optimisers cannot share; and FSDP without `fsdp`."""
+    _check_environment(fsdp=fsdp)
     for tracker in trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"log.trackers asks for {tracker}, which is not installed: pip install {tracker}")
@@ -93,6 +99,9 @@ def start(
     if machine.cpu_threads is not None:
         torch.set_num_threads(machine.cpu_threads)
     precision = precision_for(machine.mixed_precision)
+    plugin = plugin_for(precision)
+    if precision == "fp16" and plugin is not None:
+        raise UserError("mixed_precision fp16 (or bf16 on a GPU that has none) is not for FSDP; use bf16 or no")
     if precision == "fp16" and not fp16:
         raise UserError("mixed_precision fp16 (or bf16 on a GPU that has none) is not for two optimisers; use bf16 or no")
     if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -103,6 +112,7 @@ def start(
     accelerator = Accelerator(
         gradient_accumulation_steps=1,
         mixed_precision=precision,
+        fsdp_plugin=plugin,
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         kwargs_handlers=[
@@ -111,6 +121,11 @@ def start(
         ],
     )
     _check_world(accelerator.num_processes)
+    if plugin is not None and not accelerator.is_fsdp2:
+        raise UserError(
+            f"the launcher asks for FSDP and accelerate did not turn it on ({accelerator.num_processes} process(es) on "
+            f"{accelerator.device.type}): it takes GPUs, a launched process each; launch without FSDP here"
+        )
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -166,7 +181,7 @@ def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settin
 def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: torch.Tensor) -> None:
     """DDP orders its sums anew after its first backward; from three ranks on that changes their rounding. So one is thrown
     away before the first step that counts."""
-    if accelerator.num_processes < 3:
+    if accelerator.num_processes < 3 or accelerator.is_fsdp2:
         return
     made = network(*inputs)
     accelerator.backward((made[0] if isinstance(made, tuple) else made).square().mean() * 0)
@@ -295,8 +310,9 @@ class StepGate:
 
 
 def accumulating(accelerator: Accelerator, model: torch.nn.Module, part: int, parts: int) -> AbstractContextManager[Any]:
-    """Gradients of micro-batch `part` of a step: averaged over the ranks in the last one alone."""
-    return accelerator.no_sync(model) if part < parts - 1 else nullcontext()
+    """Gradients of micro-batch `part` of a step: averaged over the ranks in the last one alone. With FSDP in each: until then
+    every card would hold them whole."""
+    return accelerator.no_sync(model) if part < parts - 1 and not accelerator.is_fsdp2 else nullcontext()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config import Length, Span, config
+from .parts import full, on_cpu, part_of
 
 
 @config
@@ -76,7 +77,7 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, spec: OptimizerCo
     """Bound the norm of all gradients together to `clip`, where it is set; gives the norm before, () on the device."""
     norm = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
     assert isinstance(norm, Tensor)
-    return norm
+    return full(norm)
 
 
 def update(optimizer: Any, rate: float, norm: Tensor) -> None:
@@ -132,13 +133,18 @@ def learning_rate(spec: OptimizerConfig, total: int, resolve: Callable[[int | Sp
     return rate
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """An optimiser's moments on the CPU, keyed `PARAMETER/MOMENT`."""
-    return {
-        f"{names[parameter]}/{moment}": value.detach().cpu()
+def names_of(network: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in network.named_parameters()}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], *, keep: bool = True) -> dict[str, Tensor]:
+    """An optimiser's moments on the CPU, keyed `PARAMETER/MOMENT`; nothing where they need not be kept."""
+    moments = {
+        f"{names[parameter]}/{moment}": value
         for parameter, moments in optimizer.state.items()
         for moment, value in moments.items()
     }
+    return on_cpu(moments, keep=keep)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], state: Mapping[str, Tensor]) -> None:
@@ -147,8 +153,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, s
         own = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
         if own:
             optimizer.state[parameter] = {
-                moment: torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # in the parameter's memory format,
-                if value.shape == parameter.shape  # which fused kernels take for granted
+                moment: torch.empty_like(parameter, dtype=value.dtype).copy_(part_of(parameter, value))  # in the parameter's
+                if value.shape == parameter.shape  # memory format, which fused kernels take for granted
                 else value.to(parameter.device)
                 for moment, value in own.items()
             }

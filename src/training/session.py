@@ -214,8 +214,9 @@ class Session:
         state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
+        tensors = self.trained.tensors(keep=self.run.writes)
         if self.run.writes:
-            self.run.save(self.trained.tensors(), self.documents(state), self.cfg.checkpoint)
+            self.run.save(tensors, self.documents(state), self.cfg.checkpoint)
             self._upload()
         self.gate.saved()
         return True
@@ -229,8 +230,9 @@ class Session:
 
     def export(self, folder: Path, name: str) -> None:
         """The EMA weights of now, with their config, as one `.pt` file."""
+        weights = self.trained.weights(keep=self.run.writes)
         if self.run.writes:
-            checkpoint.export(folder / name, self.trained.weights(), dump(self.cfg), self.facts, self.step)
+            checkpoint.export(folder / name, weights, dump(self.cfg), self.facts, self.step)
 
     # ------------------------------------------------------------------------------------------ the end
 
@@ -250,9 +252,10 @@ class Session:
         more: tuple[Tensors, Documents] = ({}, {}),
     ) -> int:
         """Leave `final/` (`progress` beside the step, and `more` files), loss.png with panels of `curves`, and a last word."""
+        weights = self.trained.weights(keep=self.run.writes)
         if self.run.writes:
             documents = {**self.documents({"step": self.step, **(progress or {})}), **more[1]}
-            checkpoint.write_folder(self.run.final, {"ema": self.trained.weights(), **more[0]}, documents)
+            checkpoint.write_folder(self.run.final, {"ema": weights, **more[0]}, documents)
             self.run.draw_curves(curves)
         return self._end_run("finished", message, 0)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .ema import EMA
-from .optimizer import load_optimizer_state, optimizer_state
+from .optimizer import load_optimizer_state, names_of, optimizer_state
+from .parts import on_cpu
 from .times import TimeSampler
 
 
@@ -34,15 +35,16 @@ class Trained:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def weights(self) -> dict[str, Tensor]:
-        """The EMA weights, on the CPU: what a finished run leaves."""
-        return _on_cpu(self.ema.network)
+    def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The EMA weights, whole, on the CPU: what a finished run leaves. All ranks call it; those that need nothing say so."""
+        return on_cpu(self.ema.network.state_dict(), keep=keep)
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        found = {"ema": self.weights()}
+    def tensors(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint holds, likewise."""
+        found = {"ema": self.weights(keep=keep)}
         for (name, moments), (network, optimizer) in self._pairs.items():
-            found[name] = _on_cpu(network)
-            found[moments] = optimizer_state(optimizer, _names(network))
+            found[name] = on_cpu(network.state_dict(), keep=keep)
+            found[moments] = optimizer_state(optimizer, names_of(network), keep=keep)
         learned = self._times.tensors() if self._times is not None else {}
         return found | ({"times": learned} if learned else {})
 
@@ -51,17 +53,9 @@ class Trained:
         checkpoint.load_weights(self.ema.network, checkpoint.read_tensors(folder, "ema"), folder)
         for (name, moments), (network, optimizer) in self._pairs.items():
             checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
-            load_optimizer_state(optimizer, _names(network), checkpoint.read_tensors(folder, moments))
+            load_optimizer_state(optimizer, names_of(network), checkpoint.read_tensors(folder, moments))
         if self._times is not None and self._times.tensors():
             self._times.load(checkpoint.read_tensors(folder, "times"))
-
-
-def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in network.state_dict().items()}
-
-
-def _names(network: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in network.named_parameters()}
 
 
 class Meter:

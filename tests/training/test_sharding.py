@@ -1,0 +1,105 @@
+"""torch's `fully_shard` on two processes of a CPU: what is saved is whole, and goes back into parts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+
+from src.config import UserError, validate
+from src.models import UNet, UNetConfig
+from src.training import checkpoint
+from src.training.ema import EMA, EMAConfig
+from src.training.optimizer import OptimizerConfig, adamw, update
+from src.training.parts import full
+from src.training.state import Trained
+from tests.conftest import randomise
+from tests.training.test_training import Prepared
+
+
+def build(base_channels: int = 8) -> UNet:
+    spec = {
+        "base_channels": base_channels,
+        "channel_mult": [1, 2],
+        "blocks": 1,
+        "attention": ["none", "full"],
+        "norm_groups": 4,
+    }
+    network = UNet(validate(UNetConfig, spec), num_classes=3)
+    randomise(network)
+    return network.double()
+
+
+def shard(network: UNet, ema: EMA) -> None:
+    for block in [module for module in network.modules() if type(module).__name__ in ("Block", "ResidualBlock")][::-1]:
+        fully_shard(block)
+    fully_shard(network)
+    ema.shard_as(network)
+
+
+def train(network: UNet, sharded: bool) -> tuple[Trained, Prepared]:
+    ema = EMA(network, EMAConfig())
+    if sharded:
+        shard(network, ema)
+    optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 1e-2}))
+    return Trained(network, optimizer, ema), Prepared(optimizer)
+
+
+X, TIME, LABELS = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4.0).double(), torch.tensor([0, 1, 2, 3])
+
+
+def step(trained: Trained, prepared: Prepared, here: slice, ranks: int, *, finite: bool = True) -> torch.Tensor:
+    """Gives the norm of all gradients. `here` is the share of one of `ranks`."""
+    (trained.network(X[here], TIME[here], LABELS[here]).square().sum() * ranks / 4).backward()
+    norm = full(torch.nn.utils.clip_grad_norm_(trained.network.parameters(), 1.0))
+    update(prepared, 1e-2, norm if finite else norm * float("nan"))
+    trained.ema.update(trained.network, 100, 50)
+    return norm
+
+
+def round_trip(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    X.copy_(torch.randn(X.shape, dtype=X.dtype, generator=torch.Generator().manual_seed(0)))
+    everything, mine = slice(0, 4), slice(2 * rank, 2 * rank + 2)
+
+    alone = train(build(), sharded=False)
+    step(*alone, everything, ranks=1)
+    if rank == 0:
+        checkpoint.write_folder(folder / "saved", alone[0].tensors(), {})
+    dist.barrier()
+
+    # A whole checkpoint goes into parts, and comes back as it was; only who asks for it gets it.
+    network = randomise(build(), scale=0.3)
+    assert isinstance(network, UNet)
+    parts = train(network, sharded=True)
+    parts[0].load(folder / "saved")
+    for named in (parts[0].network, parts[0].ema.network):
+        here = sum(parameter.to_local().numel() for parameter in named.parameters())  # pyright: ignore[reportCallIssue]
+        assert here < 0.55 * parts[0].num_parameters, "half of it, and what does not divide by two"
+    back = parts[0].tensors(keep=rank == 0)
+    for name, tensors in alone[0].tensors().items():
+        assert back[name].keys() == (tensors.keys() if rank == 0 else set())
+        assert all(torch.equal(back[name][key], tensors[key]) for key in back[name])
+
+    # Steps, one of which is not finite and changes nothing but the EMA: on two halves what they are on the whole.
+    for finite in (True, False, True):
+        norms = step(*parts, mine, ranks=2, finite=finite), step(*alone, everything, ranks=1, finite=finite)
+        torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
+        with torch.no_grad():  # previews see the EMA of now: none before has left anything whole behind
+            seen = [trained.ema.network(X[mine], TIME[mine]) for trained in (parts[0], alone[0])]
+        torch.testing.assert_close(*seen, rtol=0, atol=1e-12)
+    found = parts[0].tensors()
+    for name, tensors in alone[0].tensors().items():
+        for key, value in tensors.items():
+            torch.testing.assert_close(found[name][key], value, rtol=0, atol=1e-12)
+
+    with pytest.raises(UserError, match="of another architecture"):
+        train(build(16), sharded=True)[0].load(folder / "saved")
+    dist.destroy_process_group()
+
+
+def test_whole_checkpoints_go_into_parts_and_back(tmp_path: Path) -> None:
+    mp.spawn(round_trip, args=(tmp_path,), nprocs=2)
