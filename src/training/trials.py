@@ -222,30 +222,27 @@ def dry_run(train: Train, cfg: Any, run_dir: Path) -> int:
             for row, value in costs(cfg, attempt, run_dir, peak_memory_gigabytes(device), device.type):
                 print(f"  {row:<12} {value}")
         if alone:
-            print(f"  {'fits':<12} {_largest_micro_batch(train, cfg, folder)}")
+            print(f"  {'fits':<12} {what_fits(train, cfg, folder)}")
     return status
 
 
-def _largest_micro_batch(train: Train, cfg: Any, folder: Path) -> str:
-    """In words, the largest micro-batch with which two steps of each stage fit into the GPU."""
+def what_fits(train: Train, cfg: Any, folder: Path) -> str:
+    """In words, the largest micro-batch with which two steps of each stage do not run out of memory."""
 
     def fits(micro: int) -> bool:
         gc.collect()
         torch.cuda.empty_cache()
+        shutil.rmtree(folder, ignore_errors=True)
+        one = {"batch_size": micro, "micro_batch_size": micro, "compile": False}
         try:
-            _take(train, _without_traces(cfg, micro_batch_size=micro), folder, Attempt("fit"))
+            return _take(train, _without_traces(cfg, **one), folder, Attempt("fit")) == 0
         except OutOfMemory:
             return False
-        return True
 
-    found = largest(divisors(cfg.batch_size), fits)
+    found = largest([size for size in range(1, cfg.batch_size + 1) if cfg.batch_size % size == 0], fits)
     if found is None:
         return "no micro_batch_size: out of memory with one picture; try a smaller image.size or model.base_channels"
     return f"micro_batch_size up to {found}" + (" = batch_size" if found == cfg.batch_size else "")
-
-
-def divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+import ddpm_accelerate
+from src.config import load
 from src.training.checkpoint import write_folder
+from src.training.clock import Cadence
 from src.training.stream import split_batch
-from src.training.trials import Attempt, Measured, compare_checkpoints, costs, divisors, largest
+from src.training.trials import Attempt, Measured, compare_checkpoints, costs, largest, what_fits
 from tests.conftest import ROOT, launch
 
 SPLIT = split_batch(16, 8, rank=0, world=1)
@@ -55,9 +58,31 @@ def test_the_largest_micro_batch_that_fits(limit: int) -> None:
         tried.append(size)
         return size <= limit
 
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
-    assert largest(divisors(12), fits) == max((size for size in divisors(12) if size <= limit), default=None)
+    sizes = [1, 2, 3, 4, 6, 12]
+    assert largest(sizes, fits) == max((size for size in sizes if size <= limit), default=None)
     assert len(tried) <= 3 and len(set(tried)) == len(tried), "each try takes seconds"
+
+
+def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
+    """It steps with so many pictures, leaves no trace, and runs out of memory above six."""
+    cfg, seen = load("configs/smoke/ddpm.json", ddpm_accelerate.Config, ["batch_size=24", "bucket=gs://x"]), list[int]()
+
+    def train(cfg: Any, run_dir: Path, attempt: Attempt) -> int:
+        assert not run_dir.exists() and attempt.kind == "fit" and cfg.bucket is None and cfg.log.trackers == ()
+        run_dir.mkdir()
+        cadences = {word: Cadence(word, None) for word in ("preview", "save")}
+        attempt.enter("", split_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=1), 10, cadences, "micro_batch_size")
+        seen.append(cfg.micro_batch_size)
+        if cfg.micro_batch_size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0
+
+    limit = 6
+    assert what_fits(train, cfg, tmp_path / "x") == "micro_batch_size up to 6" and len(seen) <= 4
+    limit = 24
+    assert what_fits(train, cfg, tmp_path / "x") == "micro_batch_size up to 24 = batch_size"
+    limit = 0
+    assert what_fits(train, cfg, tmp_path / "x").startswith("no micro_batch_size: out of memory with one picture")
 
 
 def test_checkpoints_are_compared_to_the_bit(tmp_path: Path) -> None:
