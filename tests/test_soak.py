@@ -309,3 +309,21 @@ def test_one_of_two_nodes_is_killed(tmp_path: Path) -> None:
         assert one.returncode == 0, said
     assert "going on at step" in (run / "log.txt").read_text()
     kills.same_end(tmp_path / "whole", run)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("train_ldm.py", ["-cfg", "configs/smoke/ldm.json"]),
+        ("train_iadb.py", ["-cfg", "configs/smoke/iadb.json"]),
+        ("train_iadb.py", ["-cfg", "configs/points2d_iadb.json", "--set", "batch_size=64"]),
+        ("train_classifier.py", ["-cfg", "configs/smoke/classifier.json"]),
+    ],
+    ids=["latents", "blending", "points", "classifier"],
+)
+def test_every_script_verifies_that_it_resumes(script: str, words: list[str], vae_run: Path, tmp_path: Path) -> None:
+    more = ["--set", f"autoencoder={vae_run}"] if script == "train_ldm.py" else []
+    for processes in (1, 2):
+        done = launch(script, *words, *more, "--run-dir", tmp_path / "x", "--verify-resume", processes=processes)
+        assert done.status == 0 and "step 2 both ways" in done.out and "bit-equal" in done.out, done.all
+    assert not list(tmp_path.iterdir())
