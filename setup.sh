@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # source ./setup.sh             the environment, made where it is missing and active in this shell (bash or zsh); with
 #                               ATELIER_BUCKET=gs://... the bucket's datasets/ and checkpoints/ too
-# ./setup.sh push runs/NAME     to the bucket, and `pull NAME`, `bring`, `status`; each takes --dry-run
+# ./setup.sh push runs/NAME     to the bucket, and `pull NAME`, `bring` (data sets and checkpoints), `status`; each takes
+#                               --dry-run, which alone is that of `bring`
 #
 # Sourced, it changes nothing in the shell but what activating an environment does, and never ends it.
 
@@ -11,16 +12,21 @@ _atelier_say() { printf 'setup: %s\n' "$1" >&2; }
 _atelier_conda() {
     local name
     name=$(sed -n 's/^name: *//p' "$1/environment.yaml")
-    if ! conda env list 2>/dev/null | grep -q "^$name "; then
+    eval "$(conda shell.posix hook)"
+    # A marker, as .venv/core is one: an environment that was left half-made does not count.
+    if [ ! -f "$1/.conda-made" ] || [ "$1/pyproject.toml" -nt "$1/.conda-made" ] || ! conda activate "$name" 2>/dev/null; then
         _atelier_say "making the conda environment $name: minutes, once"
-        (cd "$1" && conda env create -q -f environment.yaml) || return 1
+        (cd "$1" && { conda env create -q -f environment.yaml || conda env update -q -n "$name" -f environment.yaml; } >&2) || return 1
+        touch "$1/.conda-made"
+        conda activate "$name"
     fi
-    eval "$(conda shell.posix hook)" && conda activate "$name"
 }
 
 # _atelier_venv HERE: the same with `make env` and .venv.
 _atelier_venv() {
-    if ! (cd "$1" && make --question env >/dev/null 2>&1); then
+    if [ -L "$1/.venv" ] || { [ -f "$1/.venv/core" ] && ! command -v make >/dev/null 2>&1; }; then
+        : # somebody else's, or it cannot be looked after here: as it is
+    elif ! (cd "$1" && make --question env >/dev/null 2>&1); then
         if ! command -v make >/dev/null 2>&1 || ! "${PYTHON:-python3}" -c 'import venv, ensurepip' >/dev/null 2>&1; then
             _atelier_say "neither conda nor make and a python3 with venv is here: install one of them (Debian: apt install make python3-venv)"
             return 2
@@ -41,12 +47,19 @@ _atelier_setup() {
         _atelier_say "the environment was not made"
         return "$status_"
     }
+    case ${1:-} in --*) set -- bring "$@" ;; esac
     if [ $# -gt 0 ]; then
         (cd "$here" && python -m src.data.buckets "$@")
+        return
     elif [ -n "${ATELIER_BUCKET:-}" ]; then
-        (cd "$here" && python -m src.data.buckets bring) || _atelier_say "the environment is active; the bucket brought nothing, or not all"
+        (cd "$here" && python -m src.data.buckets bring) || _atelier_say "the bucket brought nothing, or not all"
     else
-        _atelier_say "the environment is active (set ATELIER_BUCKET=gs://... to bring datasets and checkpoints too)"
+        _atelier_say "set ATELIER_BUCKET=gs://... to bring datasets and checkpoints too"
+    fi
+    if [ -n "$_atelier_sourced" ]; then
+        _atelier_say "the environment is active"
+    elif [ $# -eq 0 ]; then
+        _atelier_say "the environment is there; \`source ./setup.sh\` makes it active in your shell"
     fi
 }
 
@@ -62,6 +75,7 @@ if [ -n "$_atelier_sourced" ]; then # arguments here are those of whoever source
     unset -f _atelier_say _atelier_conda _atelier_venv _atelier_setup
     unset _atelier_here _atelier_sourced
 
+    case $- in *e*) _atelier_status=0 ;; esac # where a failure ends the shell: it has been said
     eval "unset _atelier_status; return $_atelier_status"
 fi
 _atelier_setup "$_atelier_here" "$@"

@@ -65,7 +65,7 @@ def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
     slurm |= {"SUBMIT_DIR": str(folder), "TMPDIR": str(tmp_path / "local")}
     (tmp_path / "local").mkdir()
     extra = {f"SLURM_{key}": value for key, value in slurm.items()} | {"STAGE": "packed", "ATELIER_BUCKET": ""}
-    extra |= {"PATH": f"{bins}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true"}
+    extra |= {"PATH": f"{bins}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true", "USER": "somebody"}
 
     def submit() -> subprocess.Popen:
         words = ["bash", "cluster/slurm.sh", *job.arguments(Path("runs/x"))]
@@ -84,7 +84,9 @@ def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
     assert read_json(status)["state"] == "stopped" and "requeue 7" in (tmp_path / "asked").read_text()
     assert "a step is 16 images = 2 x cpu" in logs[0].read_text() and "stopped at step" in logs[0].read_text()
     assert "stopping after this step" in logs[1].read_text() and "a step is" not in logs[1].read_text()
-    assert (tmp_path / "local" / "atelier_packed" / "manifest.json").exists(), "staged"
+    staged = list((tmp_path / "local").iterdir())
+    assert len(staged) == 1 and staged[0].name.endswith("_packed") and (staged[0] / "pixels.bin").exists()
+    (staged[0] / "manifest.json").unlink()  # as of a copy that was interrupted
 
     (tmp_path / "asked").unlink()
     batch = submit()

@@ -90,7 +90,9 @@ def test_it_brings_data_sets_and_checkpoints_and_takes_runs_there_and_back(serve
         file.writestr("cats/a.png", b"a picture")
     server.put("datasets/cats.zip", (tmp_path / "cats.zip").read_bytes())
     server.put("checkpoints/old/MANIFEST.json", b"{}")
-    done = sh("bash", "source ./setup.sh --dry-run; echo alive", folder, server)
+    done = sh("bash", "./setup.sh --dry-run", folder, server)
+    assert done.returncode == 0 and "would pull 1 files" in done.stdout and not (folder / "datasets").exists(), done
+    done = sh("bash", "source ./setup.sh; echo alive", folder, server)
     assert done.stdout.endswith("alive\n") and (folder / "datasets" / "cats" / "a.png").read_bytes() == b"a picture", done
     assert (folder / "checkpoints" / "old" / "MANIFEST.json").exists()
     (folder / "runs" / "x").mkdir(parents=True)
@@ -122,14 +124,17 @@ def test_an_environment_is_made_with_conda_where_it_is_else_with_make(tmp_path: 
     bins.mkdir()
     conda = f'#!/bin/sh\necho "conda $@" >> {tmp_path}/asked\n[ "$1" = shell.posix ] && '
     conda += """echo 'conda() { if [ "$1" = activate ]; then echo active $2; else command conda "$@"; fi; }'\n"""
-    conda += f'[ "$1 $2" = "env create" ] && echo "ddpm  /opt/ddpm" > {tmp_path}/made\n'
-    conda += f'[ "$1 $2" = "env list" ] && cat {tmp_path}/made 2>/dev/null\ntrue\n'
+    conda += f'if [ "$1" = env ]; then [ "$2" = update ] || [ ! -f {tmp_path}/broken ]; exit; fi\n'
     (bins / "conda").write_text(conda)
     (bins / "conda").chmod(0o755)
     path = {"PATH": f"{bins}:/usr/bin:/bin", "ATELIER_BUCKET": ""}
     done = sh("bash", "source ./setup.sh; source ./setup.sh", folder, **path)
     assert done.stdout == "active ddpm\nactive ddpm\n" and done.stderr.count("minutes, once") == 1, done
     assert (tmp_path / "asked").read_text().count("env create -q -f environment.yaml") == 1
+    (tmp_path / "broken").touch()
+    (folder / ".conda-made").unlink()  # as where it was left half-made
+    done = sh("bash", "source ./setup.sh", folder, **path)
+    assert done.stdout == "active ddpm\n" and "env update -q -n ddpm" in (tmp_path / "asked").read_text(), done
 
     (bins / "conda").unlink()
     (folder / ".venv" / "core").unlink()
@@ -140,6 +145,8 @@ def test_an_environment_is_made_with_conda_where_it_is_else_with_make(tmp_path: 
     done = sh("bash", "source ./setup.sh; echo alive $?", folder, **path, PYTHON="/bin/false")
     assert done.stdout == "alive 2\n" and "neither conda nor make and a python3 with venv is here: install one" in done.stderr
     assert sh("bash", "./setup.sh", folder, **path, PYTHON="/bin/false").returncode == 2
+    done = sh("bash", "set -e; source ./setup.sh; echo alive", folder, **path, PYTHON="/bin/false")
+    assert done.stdout == "alive\n" and "the environment was not made" in done.stderr, done
 
 
 def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer, tmp_path: Path) -> None:

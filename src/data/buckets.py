@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,7 +36,7 @@ CHUNK = 1 << 24  # bytes of an upload in memory, for each job
 BLOCK = 1 << 20
 HOW_TO_LOG_IN = "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS=key.json"
 # Of a live process, half-written, of editors.
-PASSING = (".lock", ".part", ".partial", ".old", ".unpacked", ".swp", ".swx", "~")
+PASSING = (".lock", ".part", ".partial", ".old", ".trial", ".unpacked", ".swp", ".swx", "~")
 JUNK = ("__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 
@@ -87,7 +88,7 @@ def manifest(name: str) -> bool:
 
 def passing(name: str) -> bool:
     """Whether a file, or a folder that it is in, is only of a live process, half-written, or an editor's."""
-    return any(part.endswith(PASSING) or part in JUNK for part in name.split("/"))
+    return any(part.endswith(PASSING) or part.startswith(".doctor-") or part in JUNK for part in name.split("/"))
 
 
 def _nothing(count: int) -> None:
@@ -116,8 +117,15 @@ def _crc32c(file: BinaryIO, size: int) -> str:
 
 
 def file_crc32c(path: Path) -> str:
+    facts = path.stat()
+    return _known_crc32c(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _known_crc32c(path: Path, _inode: int, size: int, _time: int) -> str:
+    """A file that has not changed is read once by a process, however often a run is pushed."""
     with open(path, "rb") as file:
-        return _crc32c(file, path.stat().st_size)
+        return _crc32c(file, size)
 
 
 # ---------------------------------------------------------------------------------------------- one object
@@ -387,8 +395,9 @@ def open_bucket(url: str) -> Bucket:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _files(folder: Path, skip: Callable[[str], bool]) -> dict[str, os.stat_result]:
-    """The files below a folder by name, in order. A linked folder that leads out of it is a UserError, another is left out."""
+def _files(folder: Path, skip: Callable[[str], bool], out: set[str] | None = None) -> dict[str, os.stat_result]:
+    """The files below a folder by name, in order. A linked folder that leads out of it is a UserError, or goes into `out`;
+    another is left out."""
     found: dict[str, os.stat_result] = {}
     root = folder.resolve()
 
@@ -402,6 +411,9 @@ def _files(folder: Path, skip: Callable[[str], bool]) -> dict[str, os.stat_resul
         for name in folders:
             path = Path(top, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
+                if out is not None:
+                    out.add(_join(inside, name))
+                    continue
                 raise UserError(
                     f"{path} is a link that leads out of {folder}; put the files there, or push and pull it by itself"
                 )
@@ -543,7 +555,11 @@ def pull(
         raise Empty(f"{_join(bucket.url, under)}/ has no files to pull; is the name right?")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; move it away")
-    here = _files(folder, skip)
+    linked = set[str]()
+    here = _files(folder, skip, linked)
+    for link in sorted(linked & {parent.as_posix() for name in there for parent in PurePosixPath(name).parents}):
+        print(f"{folder / link} is a link that leads out of {folder}: left as it is", file=sys.stderr)
+        there = {name: remote for name, remote in there.items() if not name.startswith(f"{link}/")}
     for name in there:
         if (folder / name).is_dir() or any(parent.as_posix() in there for parent in PurePosixPath(name).parents):
             raise UserError(f"{folder / name} would be a file and a folder; delete or rename one of them")
@@ -587,7 +603,7 @@ def status(bucket: Bucket, under: str, folder: Path, *, skip: Callable[[str], bo
 
 
 def _compare(folder: Path, there: dict[str, Remote], skip: Callable[[str], bool], jobs: int = 8) -> Status:
-    here = _files(folder, skip)
+    here = _files(folder, skip, set())
     same = _same(folder, here, there, jobs)
     both = here.keys() & there.keys()
     return Status(sorted(here.keys() - both), sorted(there.keys() - both), sorted(both - same), len(same))

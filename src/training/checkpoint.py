@@ -129,8 +129,9 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> None:
-    """Make the checkpoint of `step`, or the last one before it, the newest, its progress changed by `progress`."""
+def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
+    """Make the checkpoint of `step`, or the last one before it, the newest, its progress changed by `progress`; gives its
+    step."""
     folders = _steps(checkpoints)
     kept = next((folder for folder in folders if folder <= step_folder(checkpoints, step) and damage(folder) is None), None)
     if kept is None:
@@ -145,6 +146,7 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> None
             documents[path.stem] = json.loads(path.read_text())
     documents["progress"] |= progress
     write_folder(kept, tensors, documents)
+    return documents["progress"]["step"]
 
 
 def retain(checkpoints: Path, keep: int, spared_steps: Collection[int] = ()) -> None:

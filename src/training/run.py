@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -234,11 +235,11 @@ class RunDirectory:
             seldom = any(name.startswith(("held_out", "train_")) for name in values)
             (self._note if clock.bar_shown and not seldom else self.say)(line)
 
-    def save(self, tensors: Tensors, documents: dict[str, Any], spec: CheckpointConfig) -> None:
-        """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept."""
+    def save(self, tensors: Tensors, documents: dict[str, Any], spec: CheckpointConfig, pinned: Collection[int] = ()) -> None:
+        """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept; `pinned` are."""
         progress = documents["progress"]
         write_folder(step_folder(self.checkpoints, progress["step"]), tensors, documents)
-        retain(self.checkpoints, spec.keep, spared_steps(progress, keep_best=spec.keep_best))
+        retain(self.checkpoints, spec.keep, spared_steps(progress, keep_best=spec.keep_best) | set(pinned))
 
     def finish(self, state: str, step: int, steps: int, message: str) -> None:
         """The last word of a run that ends in order."""

@@ -95,6 +95,8 @@ class Session:
         if cfg.bucket is not None and self.run.writes:
             self.attempt.uploads = self.attempt.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
             self.attempt.uploads.say = self.run.say
+            if self.step:  # it may have been saved here and not have arrived there
+                self.attempt.uploads.wake(self.step)
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step)
         facts = self.facts
         self.attempt.images, self.attempt.parameters = facts["images"], self.trained.num_parameters
@@ -216,14 +218,13 @@ class Session:
             state["scaler"] = self.accelerator.scaler.state_dict()
         tensors = self.trained.tensors(keep=self.run.writes)
         if self.run.writes:
-            self.run.save(tensors, self.documents(state), self.cfg.checkpoint)
-            self._upload()
+            uploads = self.attempt.uploads
+            pinned = uploads.pinned if uploads is not None else set[int]()
+            self.run.save(tensors, self.documents(state), self.cfg.checkpoint, pinned)
+            if uploads is not None:
+                uploads.wake(self.step)
         self.gate.saved()
         return True
-
-    def _upload(self) -> None:
-        if self.attempt.uploads is not None:
-            self.attempt.uploads.wake()
 
     def documents(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {"progress": progress, "config": dump(self.cfg), "data": self.facts}
@@ -263,8 +264,10 @@ class Session:
         """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up; gives AGAIN, or 1 where
         a stop was asked for."""
         if self.run.writes and step is not None:
-            checkpoint.roll_back(self.run.checkpoints, step, progress)
-            self._upload()
+            gone_to = checkpoint.roll_back(self.run.checkpoints, step, progress)
+            if self.attempt.uploads is not None:
+                self.attempt.uploads.wake(gone_to, went_back=True)
+                self.attempt.uploads.say = print  # until the run is open again
         if self.gate.stop:
             self.run.say("stopped after going back; to go on, run the same command again")
         self._leave()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from .checkpoint import damage, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks
 from .stream import Split
-from .uploads import Uploads, bring_back
+from .uploads import Uploads, bring_autoencoder, bring_back
 
 AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
 DRY_WARMUP, DRY_STEPS, DRY_SECONDS = 2, 8, 6.0
@@ -144,15 +145,18 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
     if cfg.bucket is not None:
-        brought = bring_back(cfg.bucket, run_dir)
-        if brought is not None:
-            print(brought, flush=True)
+        brought = [bring_back(cfg.bucket, run_dir)]
+        if getattr(cfg, "autoencoder", None) is not None:
+            brought.append(bring_autoencoder(cfg.bucket, cfg.autoencoder))
+        for line in filter(None, brought):
+            print(line, flush=True)
     attempt = Attempt()
     try:
         return _take(train, cfg, run_dir, attempt)
     finally:
         if attempt.uploads is not None:
-            attempt.uploads.say = print
+            attempt.uploads.say = partial(print, flush=True)
+            attempt.uploads.say(f"putting what is left into {cfg.bucket}")
             attempt.uploads.close()
 
 
@@ -221,7 +225,7 @@ def dry_run(train: Train, cfg: Any, run_dir: Path) -> int:
             print(f"{cfg.name}, a dry run: nothing was written")
             for row, value in costs(cfg, attempt, run_dir, peak_memory_gigabytes(device), device.type):
                 print(f"  {row:<12} {value}")
-        if alone:
+        if alone and status != 1:  # nobody asked for a stop
             print(f"  {'fits':<12} {what_fits(train, cfg, folder)}")
     return status
 
@@ -312,14 +316,18 @@ def verify_resume(train: Train, cfg: Any, run_dir: Path) -> int:
     spec = _without_traces(cfg, **changes)
     differences, told = list[str](), ""
     with _thrown_away(run_dir) as folder:
-        _take(train, spec, folder / "whole", Attempt("verify", last=last))
+        if _take(train, spec, folder / "whole", Attempt("verify", last=last)):
+            return 1
         state = PartialState()
         for step in sorted({1, last - 1}):
             again = folder / f"from_{step}"
+            if not step_folder(folder / "whole" / "checkpoints", step + 1).exists():
+                raise UserError(f"no step {step + 1} was saved: the run is shorter, or its loss is not finite")
             if state.is_main_process:
                 shutil.copytree(step_folder(folder / "whole" / "checkpoints", step), step_folder(again / "checkpoints", step))
             state.wait_for_everyone()
-            _take(train, spec, again, Attempt("verify", last=step + 1))
+            if _take(train, spec, again, Attempt("verify", last=step + 1)):
+                return 1
             if state.is_main_process:
                 ends = [step_folder(run / "checkpoints", step + 1) for run in (folder / "whole", again)]
                 found, count = compare_checkpoints(*ends)

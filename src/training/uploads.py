@@ -1,20 +1,24 @@
 """A run in a bucket: brought back before it starts, and its checkpoints put there while it goes on."""
 
 import fcntl
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config import read_json
+from ..config import UserError, read_json
 from ..data.buckets import Bucket, Remote, manifest, open_bucket, passing, pull, push
 from .checkpoint import MANIFEST, newest, spared_steps, step_folder
 
 RETRY_SECONDS = 60.0
+CACHES = ("latents", "pairs")  # large, and made again where they are missing
 
 
-def _place(run_dir: Path) -> str:
-    """Where in the bucket a run is: where `setup.sh push runs/NAME` puts it."""
-    return f"runs/{run_dir.resolve().name}"
+def place_of(run_dir: Path) -> str:
+    """Where in the bucket a run is, which is where `setup.sh push` puts it: its path below this folder, else runs/NAME."""
+    path = run_dir.resolve()
+    inside = path.is_relative_to(Path.cwd())
+    return path.relative_to(Path.cwd()).as_posix() if inside else f"runs/{path.name}"
 
 
 def _steps(objects: dict[str, Remote]) -> list[str]:
@@ -22,9 +26,9 @@ def _steps(objects: dict[str, Remote]) -> list[str]:
     return sorted(name.split("/")[1] for name in objects if name.startswith("checkpoints/step_") and name.endswith(MANIFEST))
 
 
-def _of_another_step(name: str, steps: set[str]) -> bool:
-    parts = name.split("/")
-    return parts[0] == "checkpoints" and len(parts) > 1 and parts[1] not in steps
+def _rest(name: str) -> bool:
+    """What is not of a run's folder besides its checkpoints."""
+    return passing(name) or name.split("/")[0] in (*CACHES, "checkpoints")
 
 
 def _spared(checkpoint: Path) -> set[str]:
@@ -35,95 +39,139 @@ def _spared(checkpoint: Path) -> set[str]:
 
 
 def bring_back(url: str, run_dir: Path) -> str | None:
-    """Where the bucket's newest checkpoint of the run is of a later step than any whole one here: bring it and all but the
-    other checkpoints. Gives a line about it, or None.
+    """Where the bucket's newest checkpoint of the run is of a later step than any whole one here: bring it, those that the run
+    needs beside it, and all else but caches. Gives a line about it, or None.
 
     Every process calls it, before any waits for another: the first of a machine does it, and the others find it done.
     """
+    checkpoints, place = run_dir / "checkpoints", place_of(run_dir)
     with open_bucket(url) as bucket:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         with open(run_dir.with_name(f".{run_dir.name}.bring.lock"), "a+") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-            steps = _steps(bucket.list(_place(run_dir)))
-            found, _ = newest(run_dir / "checkpoints")
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(f"{run_dir.parent} cannot be locked ({error.strerror}); put the run on another disk") from None
+            steps = _steps(bucket.list(place))
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                found, _ = newest(checkpoints)
+            else:  # it was looked at by the first
+                found = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
             if not steps or (found is not None and found.name >= steps[-1]):
                 return None
-            pull(bucket, _place(run_dir), run_dir, skip=lambda name: passing(name) or _of_another_step(name, {steps[-1]}))
-            kept = _spared(run_dir / "checkpoints" / steps[-1]) & set(steps)
-            if kept:
-                pull(bucket, _place(run_dir), run_dir, skip=lambda name: passing(name) or _of_another_step(name, kept))
-            return f"brought {' and '.join(sorted({steps[-1], *kept}))} of {run_dir} from {bucket.url}"
+            pull(bucket, f"{place}/checkpoints/{steps[-1]}", checkpoints / steps[-1])
+            kept = sorted(_spared(checkpoints / steps[-1]) & set(steps[:-1]))
+            for step in kept:
+                pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
+            pull(bucket, place, run_dir, skip=_rest)
+            return f"brought {' and '.join([*kept, steps[-1]])} of {run_dir} from {bucket.url}"
+
+
+def bring_autoencoder(url: str, name: str) -> str | None:
+    """The finished autoencoder runs/NAME, where it is in the bucket and not here. Gives a line about it, or None."""
+    run = Path(name)
+    if run.parts[:1] != ("runs",) or run.exists():
+        return None
+    with open_bucket(url) as bucket:
+        if not any(found.startswith("final/") for found in bucket.list(name)):
+            return None
+        pull(bucket, name, run, skip=lambda found: _rest(found) or found.split("/")[0] in ("samples", "tensorboard"))
+        return f"brought {run} from {bucket.url}"
 
 
 class Uploads:
-    """Puts the newest checkpoint of a run into a bucket whenever there is a new one, in a thread, and after it the rest of
-    the run; removes there those that `keep` newest and this folder no longer hold.
+    """Puts the checkpoints of a run into a bucket, each newest one when it is there, with those that are spared, and the rest
+    of the run; in a thread. Removes there those that are neither here nor among the `keep` last.
 
-    What fails is said once and tried again; it never ends the run.
+    What fails is said once and tried again; it never ends the run. What is `pinned` may not be removed here.
     """
 
     def __init__(self, url: str, run_dir: Path, keep: int) -> None:
         self._bucket, self._run_dir, self._keep = open_bucket(url), run_dir, keep
+        self._place = place_of(run_dir)
         self.say: Callable[[str], None] = print
         self._condition = threading.Condition()
-        self._wanted = 0  # so many times there was something to put
-        self._closing = False
+        self._next: str | None = None  # the checkpoint that is to be put
+        self._now: str | None = None  # the one that is being put
+        self._back: str | None = None  # the run went back to this one: what is newer there is void
+        self._woken, self._closing = False, False
         self._failed: str | None = None
+        self._told_of_others = False
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
-    def wake(self) -> None:
-        """There is a new checkpoint, or another newest."""
+    @property
+    def pinned(self) -> set[int]:
+        """The steps of checkpoints that are on their way."""
         with self._condition:
-            self._wanted += 1
+            return {int(name.removeprefix("step_")) for name in (self._next, self._now) if name is not None}
+
+    def wake(self, step: int, *, went_back: bool = False) -> None:
+        """The checkpoint of this step is the newest now."""
+        with self._condition:
+            self._next, self._woken = step_folder(Path(), step).name, True
+            self._back = self._next if went_back else self._back
             self._condition.notify()
 
     def close(self) -> None:
         """Put what is left, as long as that takes; where it fails, say how to do it later."""
         with self._condition:
             self._closing = True
-            self._wanted += 1
             self._condition.notify()
         self._thread.join()
         self._bucket.__exit__()
         if self._failed is None:
             self.say(f"all of {self._run_dir} is in {self._bucket.url}")
         else:
-            self.say(f"NOT all of the run is in the bucket; later: ./setup.sh push runs/{self._run_dir.name}")
+            self.say(f"NOT all of {self._run_dir} is in {self._bucket.url}; later: ./setup.sh push {self._place}")
 
     def _work(self) -> None:
-        tried, closing = 0, False
+        closing = False
         while not closing:
             with self._condition:
                 wait = RETRY_SECONDS if self._failed is not None else None
-                self._condition.wait_for(lambda: self._wanted > tried, timeout=wait)  # noqa: B023
-                tried, closing = self._wanted, self._closing
+                self._condition.wait_for(lambda: self._woken or self._closing, timeout=wait)
+                self._woken, closing = False, self._closing
+                self._now = self._next
+            failed, before = None, self._failed
             try:
-                self._put(self._bucket)
-                if self._failed is not None:
-                    self.say("uploads to the bucket work again")
-                self._failed = None
+                self._put(self._bucket, self._now)
             except Exception as error:  # whatever it is, training goes on
-                if self._failed is None:
-                    self.say(f"warning: not uploaded ({error}); it is tried again, and training goes on")
-                self._failed = str(error)
+                failed = str(error) or type(error).__name__
+            with self._condition:
+                self._failed = failed
+                if self._next == self._now and failed is None:
+                    self._next = None
+                self._now = None
+            if failed is not None and before is None:
+                self.say(f"warning: not uploaded ({failed}); it is tried again, and training goes on")
+            if failed is None and before is not None:
+                self.say("uploads to the bucket work again")
 
-    def _put(self, bucket: Bucket) -> None:
-        here, place = self._run_dir / "checkpoints", _place(self._run_dir)
-        found = sorted(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))
-        if found:
-            push(bucket, here / found[-1], f"{place}/checkpoints/{found[-1]}", shown=False)
-        push(bucket, self._run_dir, place, skip=lambda name: passing(name) or name == "checkpoints", shown=False)
-        self._tidy(bucket, place, found)
-
-    def _tidy(self, bucket: Bucket, place: str, here: list[str]) -> None:
-        """Remove checkpoints from the bucket that retention has removed here, and newer ones that were gone back behind."""
-        objects = bucket.list(place)
-        steps = _steps(objects)
-        if not here:
+    def _put(self, bucket: Bucket, step: str | None) -> None:
+        """The rest first: where it ends in between, the log is longer than the checkpoint, and is cut."""
+        push(bucket, self._run_dir, self._place, skip=_rest, shown=False)
+        if step is None:
             return
-        kept = {*here, *_spared(self._run_dir / "checkpoints" / here[-1])}
-        kept |= set([step for step in steps if step <= here[-1]][-self._keep :])
+        here = self._run_dir / "checkpoints"
+        spared = sorted(name for name in _spared(here / step) if name != step and (here / name / MANIFEST).exists())
+        for name in [*spared, step]:
+            push(bucket, here / name, f"{self._place}/checkpoints/{name}", shown=False)
+        self._tidy(bucket, step, {step, *spared, *(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))})
+
+    def _tidy(self, bucket: Bucket, step: str, here: set[str]) -> None:
+        """Remove checkpoints from the bucket that retention has removed here, and those that were gone back behind."""
+        objects, back = bucket.list(self._place), self._back
+        steps = _steps(objects)
+        kept = here | set([name for name in steps if name <= step][-self._keep :])
+        newer = {name.split("/")[1] for name in objects if name.startswith("checkpoints/") and name.split("/")[1] > step} - here
+        if newer and back is None:
+            kept |= newer
+            if not self._told_of_others:
+                self.say(f"warning: {bucket.url} has later steps of this run: does another machine train it, too?")
+            self._told_of_others = True
         for name in sorted(objects, key=lambda name: not manifest(name)):
-            if _of_another_step(name, kept):
-                bucket.delete(f"{place}/{name}", objects[name])
+            if name.startswith("checkpoints/") and name.split("/")[1] not in kept:
+                bucket.delete(f"{self._place}/{name}", objects[name])
+        with self._condition:
+            self._back = None if self._back == back else self._back

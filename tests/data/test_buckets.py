@@ -334,13 +334,16 @@ def test_names_that_would_leave_the_folder(server: StorageServer, bucket: Bucket
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_links_that_lead_out_and_names_that_clash(server: StorageServer, bucket: Bucket, run: Path, tmp_path: Path) -> None:
+def test_links_that_lead_out_and_names_that_clash(
+    server: StorageServer, bucket: Bucket, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.put("mine/x/way/a", b"a")
     (tmp_path / "away").mkdir()
     (run / "way").symlink_to(tmp_path / "away")
-    for call in (lambda: pull(bucket, "x", run), lambda: push(bucket, run, "x")):
-        assert "is a link that leads out" in mistake(call)
-    assert not tree(tmp_path / "away")
+    server.put("mine/x/beside", b"b")
+    assert "is a link that leads out" in mistake(push, bucket, run, "x")
+    assert pull(bucket, "x", run).files == 1 and "is a link that leads out" in capsys.readouterr().err
+    assert not tree(tmp_path / "away") and (run / "beside").read_bytes() == b"b"
     (run / "way").unlink()
     (run / "way").symlink_to(tmp_path / "nowhere")  # a link to nothing is no folder, and none is made behind it
     with pytest.raises(OSError, match="exists"):

@@ -12,7 +12,7 @@ import torch
 from src.config import UserError
 from src.training import uploads
 from src.training.checkpoint import damage, retain, roll_back, spared_steps, step_folder, write_folder
-from src.training.uploads import Uploads, bring_back
+from src.training.uploads import Uploads, bring_autoencoder, bring_back, place_of
 from tests.storage import StorageServer
 
 
@@ -54,7 +54,7 @@ def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: Stor
     for step in (1, 2, 3, 4):
         save(run, step, best={"step": 1, "held_out_loss": 0.5})
         retain(run / "checkpoints", 2, spared_steps({"best": {"step": 1}}, keep_best=True))
-        sent.wake()
+        sent.wake(step)
         wait_for(lambda step=step: step in there(server))
     sent.close()
     assert there(server) == [1, 3, 4] and told == [f"all of {run} is in gs://bucket/mine"]
@@ -75,7 +75,12 @@ def test_what_is_newer_here_stays_and_what_is_damaged_here_is_brought(server: St
     run = tmp_path / "x"
     assert bring_back("gs://bucket", run) is None and not run.exists(), "nothing is there yet"
     save(run, 5)
-    Uploads("gs://bucket", run, keep=2).close()
+    (run / "latents").mkdir()
+    (run / "latents" / "block_00000.npy").write_bytes(b"large")
+    sent = Uploads("gs://bucket", run, keep=2)
+    sent.wake(5)
+    sent.close()
+    assert not any("latents" in name for name in server.objects()), "caches are made again"
     (run / "metrics.jsonl").write_text("later")
     assert bring_back("gs://bucket", run) is None and (run / "metrics.jsonl").read_text() == "later"
     save(run, 6)
@@ -86,17 +91,57 @@ def test_what_is_newer_here_stays_and_what_is_damaged_here_is_brought(server: St
     assert damage(step_folder(run / "checkpoints", 5)) is None
 
 
-def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too(server: StorageServer, tmp_path: Path) -> None:
-    run = tmp_path / "x"
+def test_an_upload_slower_than_saves_still_puts_whole_checkpoints(server: StorageServer, tmp_path: Path) -> None:
+    """What is on its way is pinned; what came between is passed over."""
+    run, told = tmp_path / "x", list[str]()
+    sent = Uploads("gs://bucket", run, keep=1)
+    sent.say = told.append
+    server.faults.add("slow", "step_", times=40, seconds=0.1)
+    for step in range(1, 13):
+        save(run, step)
+        retain(run / "checkpoints", 1, sent.pinned)
+        sent.wake(step)
+        time.sleep(0.05)
+    wait_for(lambda: len(there(server)) > 0)
+    sent.close()
+    here = sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
+    assert here[-1] == there(server)[-1] == 12 and {*there(server)} <= {*here} and len(here) <= 3
+    assert told == [f"all of {run} is in gs://bucket"]
+    assert len(server.objects()) == 4 * len(there(server)) + 1, "nothing half-put is left"
+
+
+def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too_and_another_machines_stay(
+    server: StorageServer, tmp_path: Path
+) -> None:
+    run, told = tmp_path / "x", list[str]()
     for step in (2, 4):
         save(run, step)
     sent = Uploads("gs://bucket", run, keep=2)
-    sent.wake()
+    sent.say = told.append
+    sent.wake(4)
     wait_for(lambda: there(server) == [4])
-    roll_back(run / "checkpoints", 2, {"guard": {"rollbacks": 1}})
-    sent.wake()
+    server.put("runs/x/checkpoints/step_00000009/MANIFEST.json", b"{}")
+    save(run, 5)
+    sent.wake(5)
+    wait_for(lambda: there(server) == [4, 5, 9])
+    wait_for(lambda: told == ["warning: gs://bucket has later steps of this run: does another machine train it, too?"])
+    assert roll_back(run / "checkpoints", 3, {"guard": {"rollbacks": 1}}) == 2
+    sent.wake(2, went_back=True)
     wait_for(lambda: there(server) == [2])
     sent.close()
+
+
+def test_a_run_and_its_autoencoder_lie_where_setup_puts_them(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place_of(Path("runs/a/x")) == "runs/a/x" and place_of(Path("/elsewhere/x")) == "runs/x"
+    for name in ("runs/vae/final/ema.safetensors", "runs/vae/config.json", "runs/vae/checkpoints/step_00000001/MANIFEST.json"):
+        server.put(name, b"{}")
+    assert bring_autoencoder("gs://bucket", "runs/vae") == "brought runs/vae from gs://bucket"
+    assert {path.name for path in (tmp_path / "runs" / "vae").iterdir()} == {"final", "config.json"}
+    assert bring_autoencoder("gs://bucket", "runs/vae") is None, "it is here"
+    assert bring_autoencoder("gs://bucket", "runs/no") is None and bring_autoencoder("gs://bucket", "owner/name") is None
 
 
 def test_what_fails_is_said_once_and_tried_again(
@@ -108,7 +153,7 @@ def test_what_fails_is_said_once_and_tried_again(
     server.forbidden.add("bucket")
     sent = Uploads("gs://bucket", run, keep=2)
     sent.say = told.append
-    sent.wake()
+    sent.wake(1)
     wait_for(lambda: len(server.requests) > 4)
     assert len(told) == 1 and told[0].startswith("warning: not uploaded (gs://bucket") and "training goes on" in told[0]
     server.forbidden.clear()
@@ -116,7 +161,7 @@ def test_what_fails_is_said_once_and_tried_again(
     wait_for(lambda: len(told) == 2)
     server.forbidden.add("bucket")
     sent.close()
-    assert told[1] == "uploads to the bucket work again" and told[-1].startswith("NOT all of the run is in the bucket; later: ")
+    assert told[1] == "uploads to the bucket work again" and told[-1].startswith(f"NOT all of {run} is in gs://bucket; later: ")
 
 
 def test_a_bucket_that_there_is_not_is_said_before_anything_is_made(server: StorageServer, tmp_path: Path) -> None:
