@@ -167,6 +167,7 @@ def test_one_process_goes_on_where_fsdp_was(alone: Path, in_parts: Path, tmp_pat
     ends_near(alone, tmp_path / "run", 1e-12)
 
 
+@pytest.mark.soak
 def test_latents_with_fsdp_in_bf16(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
     """What is kept stays float32, and the losses are those of one process in float32, to rounding."""
     given = settings(autoencoder=str(vae_run), mixed_precision="bf16", steps=30)

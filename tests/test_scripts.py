@@ -94,7 +94,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_killed_and_resumed_is_equal_to_the_bit(long_run: Path, tmp_path: Path, processes: int) -> None:
     rng, run = random.Random(processes), tmp_path / "run"
     killed = [kills.start_and_kill(run, processes, rng, inside_save=i == 0) for i in range(2)]
