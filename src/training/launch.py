@@ -32,8 +32,8 @@ class MachineConfig:
     `dtype` float64 is for proofs. `deterministic` makes a GPU repeat itself to the bit. `cpu_threads` fixes the threads of
     a process on a CPU, which is what makes one process and two agree there to the bit. `workers` decode pictures ahead.
     A collective that waits longer than `timeout_minutes` ends the run. Each checkpoint goes into the `bucket` (gs://NAME[/PREFIX])
-    beside the training, and where the run's newest is there it is brought back. `stop_signal` (a scheduler's warning) is
-    handled as SIGTERM.
+    beside the training, and where the run's newest is there it is brought back. `stop_signal` (a scheduler's warning;
+    torchrun passes it on with `--signals_to_handle SIGTERM,SIGINT,SIGUSR1`) is handled as SIGTERM.
     """
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
