@@ -98,3 +98,12 @@ def test_the_doctor_finds_these_gpus_sound() -> None:
     proof = ("arithmetic", "gradients", "ten steps", "resume")
     together = {"pass"} if torch.cuda.device_count() > 1 else {"pass", "skip"}
     assert {rows[name]["status"] for name in proof} <= together, done.out
+
+
+def test_a_dry_run_looks_for_the_largest_micro_batch_and_a_run_verifies_that_it_resumes(tmp_path: Path) -> None:
+    words = ("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", tmp_path / "run")
+    done = launch(*words, "--dry-run")
+    assert done.status == 0 and "micro_batch_size up to 16 = batch_size" in done.out, done.all
+    done = launch(*words, "--verify-resume")
+    assert done.status == 0 and "bit-equal" in done.out, done.all
+    assert not list(tmp_path.iterdir())

@@ -321,9 +321,13 @@ def test_one_of_two_nodes_is_killed(tmp_path: Path) -> None:
     ],
     ids=["latents", "blending", "points", "classifier"],
 )
-def test_every_script_verifies_that_it_resumes(script: str, words: list[str], vae_run: Path, tmp_path: Path) -> None:
+def test_every_script_verifies_that_it_resumes_and_says_what_it_costs(
+    script: str, words: list[str], vae_run: Path, tmp_path: Path
+) -> None:
     more = ["--set", f"autoencoder={vae_run}"] if script == "train_ldm.py" else []
     for processes in (1, 2):
         done = launch(script, *words, *more, "--run-dir", tmp_path / "x", "--verify-resume", processes=processes)
         assert done.status == 0 and "step 2 both ways" in done.out and "bit-equal" in done.out, done.all
+    done = launch(script, *words, *more, "--run-dir", tmp_path / "x", "--dry-run")
+    assert done.status == 0 and "images/s" in done.out and "disk" in done.out, done.all
     assert not list(tmp_path.iterdir())
