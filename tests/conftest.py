@@ -126,19 +126,19 @@ def one_line(finished: Finished) -> str:
     return lines[0]
 
 
-def run_here(script: str, *arguments: str | Path) -> None:
+def run_here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> None:
     """A script's main to its end in this process: quick where launching is not what is tested."""
     AcceleratorState._reset_state(True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
+        patch.chdir(cwd)
         patch.syspath_prepend(str(ROOT))
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         try:
             assert not importlib.import_module(script).main()
         finally:
             AcceleratorState._reset_state(True)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def refused(script: str, *arguments: str | Path) -> str:

@@ -23,7 +23,7 @@ from src.models import MLP, VAE, Discriminator
 from src.sampling.classifier import build_classifier, noise_process
 from src.sampling.opened import build_unet
 from src.training.stages import plan_stages
-from tests.conftest import ROOT, environment, launch
+from tests.conftest import ROOT, environment, launch, run_here
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
@@ -316,8 +316,12 @@ def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, tmp_path: Path
             words += ["--steps", "2", "--frames-between", "2"]
         if words[0] == "evaluate.py":
             words += ["--steps", "2", "--num-images", "4"]
-        done = launch(*words, cwd=tmp_path)
-        assert done.status == 0, f"{line}\n{done.all}"
+        print(line)  # shown where it fails
+        if ran < 3:
+            done = launch(*words, cwd=tmp_path)
+            assert done.status == 0, f"{line}\n{done.all}"
+        else:  # the others in this process, which spares them their imports
+            run_here(words[0].removesuffix(".py"), *words[1:], cwd=tmp_path)
         ran += 1
     assert ran >= 14
     python = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
