@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from src.config import load
 from src.training.checkpoint import newest
 from tests import kills
-from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics, one_line
+from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics, one_line, refused
 
 SCRIPT = "ddpm_accelerate.py"
 
@@ -148,14 +148,16 @@ def test_a_finished_run_says_so_and_a_damaged_checkpoint_is_passed_over(smoke_ru
 def test_a_changed_config_is_sorted(smoke_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(smoke_run, run)
-    said = one_line(train(run, "--set", "optimizer.lr=0.5", "--set", "batch_size=32"))
+    said = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, "--set", "optimizer.lr=0.5", "--set", "batch_size=32")
     assert "was started with another batch_size, optimizer.lr" in said
-    assert "another steps" in one_line(train(run, "--set", "steps=60")), "the cosine would have been another"
+    assert "another steps" in refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, "--set", "steps=60"), (
+        "the cosine would have been another"
+    )
     assert json.loads((run / "config.json").read_text())["batch_size"] == 16
     shutil.rmtree(run / "checkpoints" / "step_00000030")
     done = train(run, "--set", "log.every=1", "--set", "checkpoint.keep=1")
     assert done.status == 0 and "changed since the checkpoint: checkpoint.keep," in done.out and "log.every" in done.out
-    said = one_line(train(run, "--set", "data.count=64"))
+    said = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, "--set", "data.count=64")
     assert "other pictures" in said or "another data" in said
 
 
@@ -209,8 +211,8 @@ def test_sampling_from_several_checkpoints(smoke_run: Path, tmp_path: Path) -> N
     for name in ("1_smoke_ddpm_30", "2_smoke_ddpm_10"):
         assert (tmp_path / "results" / f"grid_{name}.png").exists()
         assert (tmp_path / "results" / f"denoised_{name}.gif").exists()
-    assert "needs at least one --ckpt" in one_line(launch(SCRIPT, "--ckpt_sampling"))
-    assert "add --ckpt_sampling" in one_line(launch(SCRIPT, "--ckpt", export))
+    assert "needs at least one --ckpt" in refused("ddpm_accelerate", "--ckpt_sampling")
+    assert "add --ckpt_sampling" in refused("ddpm_accelerate", "--ckpt", export)
 
 
 def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> None:
@@ -259,10 +261,10 @@ def test_a_config_that_cannot_be_trained(write_config: Callable, tmp_path: Path,
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:
-    assert "there is no such file" in one_line(launch(SCRIPT, "-cfg", tmp_path / "none.json"))
+    assert "there is no such file" in refused("ddpm_accelerate", "-cfg", tmp_path / "none.json")
     (tmp_path / "cut.json").write_text((ROOT / SMOKE).read_text()[:200])
-    assert "is the file cut short?" in one_line(launch(SCRIPT, "-cfg", tmp_path / "cut.json"))
-    assert "not a finite number" in one_line(launch(SCRIPT, "-cfg", SMOKE, "--set", "optimizer.lr=1e999"))
+    assert "is the file cut short?" in refused("ddpm_accelerate", "-cfg", tmp_path / "cut.json")
+    assert "not a finite number" in refused("ddpm_accelerate", "-cfg", SMOKE, "--set", "optimizer.lr=1e999")
 
 
 def test_the_default_config_without_its_pictures(tmp_path: Path) -> None:
@@ -274,11 +276,12 @@ def test_data_without_classes_or_with_one_broken_file_too_many(tmp_path: Path) -
     for i in range(8):
         Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
     folder = ["--set", "data.source=folder", "--set", f"data.path={tmp_path}"]
-    said = one_line(train(tmp_path / "run", *folder, "--set", "class_conditional=true"))
+    words = ("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", tmp_path / "run", *folder, "--set")
+    said = refused(*words, "class_conditional=true")
     assert "the data has no classes" in said
     assert "class_conditional=null" in said
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    said = one_line(train(tmp_path / "run", *folder, "--set", "data.scan.max_broken_fraction=0.1"))
+    said = refused(*words, "data.scan.max_broken_fraction=0.1")
     assert "1 of 9 pictures cannot be read" in said and "'broken.png'" in said and not (tmp_path / "run").exists()
 
 
@@ -397,5 +400,5 @@ def test_prepare_data(tmp_path: Path) -> None:
     assert "exists" in one_line(
         launch("prepare_data.py", "pack", tmp_path / "data", "--size", "16", "--out", tmp_path / "packed")
     )
-    assert "no such archive" in one_line(launch("prepare_data.py", "unpack", tmp_path / "none.zip"))
-    assert "1 of 7" in one_line(launch("prepare_data.py", "check", tmp_path / "data", "--max-broken-fraction", "0"))
+    assert "no such archive" in refused("prepare_data", "unpack", tmp_path / "none.zip")
+    assert "1 of 7" in refused("prepare_data", "check", tmp_path / "data", "--max-broken-fraction", "0")
