@@ -55,6 +55,7 @@ class Attempt:
     stages: list[Measured] = field(default_factory=list)
     ahead_seconds: float = 0.0
     checkpoint_bytes: int = 0
+    weights_bytes: int = 0
     preview_bytes: int = 0
     images: int = 0
     parameters: int = 0
@@ -125,6 +126,8 @@ class Attempt:
         yield
         stage.save_seconds = self.lap()
         self.checkpoint_bytes = max(self.checkpoint_bytes, _bytes_in(checkpoint))
+        if (checkpoint / "ema.safetensors").exists():  # on the first rank
+            self.weights_bytes = (checkpoint / "ema.safetensors").stat().st_size
         self.preview_bytes = max(self.preview_bytes, _bytes_in(samples) // len(self.stages))
 
 
@@ -276,9 +279,9 @@ def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str)
         seconds += stage.steps * stage.step_seconds + stage.previews * stage.preview_seconds + saves * stage.save_seconds
         kept, pictures = kept + saves, pictures + stage.previews * attempt.preview_bytes
     kept = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best)
-    needed, free = (kept + 2) * one + pictures, shutil.disk_usage(_existing(run_dir)).free
-    told = f"{_size(needed)}: {kept} checkpoints of {_size(one)}, one in the making, the final weights, previews"
-    advice = f"; ONLY {_size(free)} ARE FREE: make room, or lower checkpoint.keep" if needed > free else ""
+    needed, free = kept * one + attempt.weights_bytes + pictures, shutil.disk_usage(_existing(run_dir)).free
+    told = f"{_size(needed)}: {kept} checkpoints of {_size(one)} (one more while it is written), final weights, previews"
+    advice = f"; ONLY {_size(free)} ARE FREE: make room, or lower checkpoint.keep" if needed + one > free else ""
     rows += [("memory", f"{memory:.2f} GB"), ("disk", told + advice)]
     if attempt.stages[-1].steps < ENDLESS:
         rows += [("time", _duration(seconds))]

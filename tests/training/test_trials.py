@@ -31,23 +31,24 @@ def told(cfg: Any, attempt: Attempt, tmp_path: Path) -> dict[str, str]:
 def test_costs_are_steps_previews_checkpoints_and_what_comes_before(tmp_path: Path) -> None:
     first = Measured("stage 1", SPLIT, steps=1000, previews=10, saves=5, step_seconds=0.1, preview_seconds=3, save_seconds=2)
     second = Measured("stage 2", SPLIT, steps=100, previews=1, saves=1, step_seconds=0.5, preview_seconds=1, save_seconds=1)
-    attempt = Attempt("dry_run", stages=[first, second], checkpoint_bytes=10**6, preview_bytes=10**5, images=100)
+    attempt = Attempt("dry_run", stages=[first, second], checkpoint_bytes=10**6, weights_bytes=2 * 10**5, images=100)
+    attempt.preview_bytes = 10**5
     attempt.ahead(28)
     found = told(config_of(), attempt, tmp_path)
     assert found["time"] == "3.7 min", "28 s + 100 + 30 + 10, and 50 + 1 + 1"
-    assert found["disk"].startswith("6.1 MB: 3 checkpoints of 1.0 MB") and found["memory"] == "1.50 GB"
+    assert found["disk"].startswith("4.3 MB: 3 checkpoints of 1.0 MB (one more") and found["memory"] == "1.50 GB"
     assert found["images/s"] == "32.0" and found["stage 2"] == "100 of 16 images = 16.0 epochs"
     assert told(config_of(every_minutes=0.08), attempt, tmp_path)["time"] == "4.3 min", "20 by the clock, and 10, not 5 and 1"
-    assert told(config_of(keep=1, keep_best=True), attempt, tmp_path)["disk"].startswith("5.1 MB: 2 checkpoints")
+    assert told(config_of(keep=1, keep_best=True), attempt, tmp_path)["disk"].startswith("3.3 MB: 2 checkpoints")
 
 
 def test_costs_warn_of_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Measured("", SPLIT, steps=10, previews=1, saves=1, step_seconds=1)
     attempt = Attempt("dry_run", stages=[stage], checkpoint_bytes=10**9, images=100)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 10**9))
-    assert "3.0 GB: 1 checkpoints of 1.0 GB" in told(config_of(), attempt, tmp_path)["disk"]
-    assert "ONLY 2.0 GB ARE FREE" in told(config_of(), attempt, tmp_path)["disk"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=15 * 10**8))
+    assert "1.0 GB: 1 checkpoints of 1.0 GB" in told(config_of(), attempt, tmp_path)["disk"]
+    assert "ONLY 1.5 GB ARE FREE" in told(config_of(), attempt, tmp_path)["disk"]
 
 
 @pytest.mark.parametrize("limit", range(14))
