@@ -662,7 +662,7 @@ def _unpack_beside(archive: Path) -> str | None:
 
 
 def _told(verb: str, moved: Moved, dry_run: bool) -> str:
-    line = f"{'would ' if dry_run else ''}{verb} {moved.files} files, {moved.bytes / 1e9:.3f} GB; {moved.same} are the same"
+    line = f"{'would ' if dry_run else ''}{verb} {moved.files} files, {moved.bytes / 1e6:,.1f} MB; {moved.same} are the same"
     return line + (f"; {'to delete' if dry_run else 'deleted'}: {moved.deleted}" if moved.deleted else "")
 
 
