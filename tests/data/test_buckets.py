@@ -418,7 +418,7 @@ def call(line: str) -> None:
 def test_runs_travel_under_their_names(server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(project / "runs" / "x", small())
     call("push runs/x --dry-run")
-    assert "runs/x: would push 5 files, 0.000 GB; 0 are the same" in capsys.readouterr().out and not server.objects()
+    assert "runs/x: would push 5 files, 0.0 MB; 0 are the same" in capsys.readouterr().out and not server.objects()
     call("push x")
     assert set(server.objects()) == {f"runs/x/{name}" for name in small()}
     shutil.rmtree(project / "runs")
