@@ -21,6 +21,7 @@ from ..data import PictureSet, PointSet
 from ..data.latents import differs
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, spared_steps, step_folder, write_folder
 from .clock import Clock
+from .report import Reporter, read_lines
 
 
 @config
@@ -66,6 +67,7 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         self._log: IO[str] | None = None
         self._metrics: IO[str] | None = None
+        self._reporter = Reporter(path, self.say) if writes and not quiet else None
         if writes:
             self._claim()
             self._log = open(path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
@@ -208,14 +210,7 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are whole."""
-        found = []
-        path = self.path / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue  # the last line of a run that was killed while it wrote
-        return found
+        return read_lines(self.path / "metrics.jsonl")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; what is not finite is null there."""
@@ -235,6 +230,11 @@ class RunDirectory:
             seldom = any(name.startswith(("held_out", "train_")) for name in values)
             (self._note if clock.bar_shown and not seldom else self.say)(line)
 
+    def report(self, *, now: bool) -> None:
+        """Write report.html: at once, or, not `now`, where the last one is old enough. A trial has none."""
+        if self._reporter is not None:
+            self._reporter.write(now=now)
+
     def save(self, tensors: Tensors, documents: dict[str, Any], spec: CheckpointConfig, pinned: Collection[int] = ()) -> None:
         """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept; `pinned` are."""
         progress = documents["progress"]
@@ -245,6 +245,7 @@ class RunDirectory:
         """The last word of a run that ends in order."""
         self.write_status(state, step, steps)
         self.say(message)
+        self.report(now=True)
         self.close()
 
     def close(self) -> None:

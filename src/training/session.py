@@ -54,7 +54,7 @@ class Session:
             raise
         self.best: dict[str, float] | None = self.progress.get("best")
         self._cadences: dict[str, Cadence] = {}
-        self._first, self._end = 0, total_steps
+        self._began, self._first, self._end = self.step, 0, total_steps
 
     def _resume(self) -> None:
         resumed = agree(self.run.newest_checkpoint() if self.run.writes else None)
@@ -149,6 +149,9 @@ class Session:
         self.step += 1
         self.gate.send(self.step, finite)
         self.clock.tick(self.split.batch)
+        if self.step == self._began + 1 and not self.attempt.trial:  # by now all that a person looks at first is there
+            self.run.write_status("running", self.step, self.total_steps)
+            self.run.report(now=True)
         self.attempt.counted(self.step - self._first, self.accelerator.device)
 
     # ------------------------------------------------------------------------------------------ now and then
@@ -190,11 +193,12 @@ class Session:
         return True
 
     def report(self, values: dict[str, float]) -> None:
-        """A line of metrics.jsonl, of the trackers, and for the person."""
+        """A line of metrics.jsonl, of the trackers, and for the person; after a preview, and now and then, the report."""
         if values:
             self.run.log(self.step, values)
             self.accelerator.log(values, step=self.step)
             self.run.say_progress(self.clock, self.step, self.total_steps, values)
+            self.run.report(now=self.now("preview"))
 
     def save(self, *, keep: bool = False, **more: Any) -> bool:
         """A checkpoint, where one is due, or a stop or the clock asks for it; `more` goes into its progress."""
