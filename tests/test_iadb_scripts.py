@@ -187,6 +187,8 @@ def test_points_are_shown_on_their_way(points_run: Path) -> None:
     for name in ("trajectories.png", "velocity.png"):
         assert len(np.unique(pixels(made / name))) > 50, "something is drawn"
     assert pixels(points_run / "samples" / "step_00000400.png").shape[1] == 6 * 264, "source, 1, 4, 16, 64 calls, data"
+    report = (points_run / "report.html").read_text()
+    assert all(f'alt="{name}"' in report for name in ("step 400", "blend.png", "points/x1.png", "points/points.gif"))
 
 
 def test_points_go_on_to_the_bit_on_two_processes_and_are_drawn_again(points_run: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def train(run: Path, *more: str, processes: int = 1, **extra: Any):
 def test_a_run_leaves_what_the_design_says(smoke_run: Path) -> None:
     names = {path.name for path in smoke_run.iterdir() if not path.name.startswith(".")}
     pictures = {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png", "loss.png"}
-    files = {"config.json", "data.json", "metrics.jsonl", "log.txt", "status.json", "skipped.json"}
+    files = {"config.json", "data.json", "metrics.jsonl", "log.txt", "status.json", "skipped.json", "report.html"}
     assert names == pictures | files | {"checkpoints", "final", "samples", "tensorboard"}
     assert {path.name for path in (smoke_run / "checkpoints").iterdir()} == {f"step_000000{n}" for n in (10, 20, 30)}
     inside = {path.name for path in (smoke_run / "checkpoints" / "step_00000030").iterdir()}

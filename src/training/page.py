@@ -57,6 +57,10 @@ button, select { padding: 5px 14px; border: 1px solid var(--edge); border-radius
 .frame figure, .pictures figure { margin: 0; max-width: 100%; overflow-x: auto; }
 .frame figcaption, .pictures figcaption { font-size: 13px; overflow-wrap: anywhere; }
 img { display: block; max-width: 100%; height: auto; border-radius: 3px; }
+@media (max-width: 640px) {
+  .frame figure:not(:only-child) { width: calc(50% - 7px); }
+  .frame:has(figure[hidden]) figure { width: auto; }
+}
 .wide { min-width: 600px; }
 .pictures img { width: auto; max-height: 440px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); gap: 14px; }

@@ -31,7 +31,7 @@ CLASSES = 60  # likewise, where each has its sheet
 SHEETS = 240  # at most, of all classes and steps together
 SAMPLE_BYTES = 4_000_000  # of all sheets together
 PICTURE_BYTES, MOVING_BYTES = 200_000, 2_000_000  # of any other picture, of a GIF
-SIDES = (1280, 896, 640, 448, 320, 224)  # pixels to which a picture that is too large is made smaller
+MOST_SIDE, LEAST_SIDE = 1280, 200  # pixels between which a picture that is too large is made smaller
 NAMES = 50  # of files that were left out
 WARNINGS, LOG_LINES, LOG_BYTES = 10, 40, 1 << 20
 EVERY_SECONDS = 60.0
@@ -175,13 +175,14 @@ def _encode(path: Path, most_bytes: int) -> Embedded | None:
         plain.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
         if file.tell() <= most_bytes:
             return Embedded(address("png", file.getvalue()), *size, smaller=False)
-    for side in SIDES:
+    side = min(MOST_SIDE, max(size))
+    while True:
         plain.thumbnail((side, side))
         file = io.BytesIO()
-        plain.save(file, "JPEG", quality=85)
-        if file.tell() <= most_bytes or side == SIDES[-1]:
+        plain.save(file, "JPEG", quality=80)
+        if file.tell() <= most_bytes or side <= LEAST_SIDE:
             return Embedded(address("jpeg", file.getvalue()), *size, smaller=max(size) > side)
-    return None
+        side = max(LEAST_SIDE, int(0.9 * side * math.sqrt(most_bytes / file.tell())))
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -266,10 +267,8 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 def _figure(picture: Embedded, name: str, told: str) -> str:
     caption = f"<figcaption>{escape(name)}</figcaption>" if name else ""
     wide = ' class="wide"' if picture.width > max(640, 2 * picture.height) else ""  # on a phone it is moved sideways
-    return (
-        f'<figure data-name="{escape(name)}"><img{wide} src="{picture.address}" width="{picture.width}" height="{picture.height}" '
-        f'alt="{escape(told)}">{caption}</figure>'
-    )
+    image = f'<img{wide} src="{picture.address}" width="{picture.width}" height="{picture.height}" alt="{escape(told)}">'
+    return f'<figure data-name="{escape(name)}">{image}{caption}</figure>'
 
 
 # ---------------------------------------------------------------------------------------------- charts

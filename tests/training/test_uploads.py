@@ -51,6 +51,9 @@ def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: Stor
     sent = Uploads("gs://bucket/mine", run, keep=2)
     told = list[str]()
     sent.say = told.append
+    run.mkdir()
+    (run / "report.html").write_text("<!DOCTYPE html>")
+    (run / ".report.html.part").write_text("<!DOC")
     for step in (1, 2, 3, 4):
         save(run, step, best={"step": 1, "held_out_loss": 0.5})
         retain(run / "checkpoints", 2, spared_steps({"best": {"step": 1}}, keep_best=True))
@@ -59,6 +62,7 @@ def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: Stor
     sent.close()
     assert there(server) == [1, 3, 4] and told == [f"all of {run} is in gs://bucket/mine"]
     assert server.objects()["mine/runs/x/metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
+    assert server.objects()["mine/runs/x/report.html"] == b"<!DOCTYPE html>" and not any("part" in x for x in server.objects())
     manifests = [name for operation, name in server.requests if operation in ("upload", "start")]
     own = [name for name in manifests if "step_00000004" in name]
     assert own[-1].endswith("MANIFEST.json") and len(own) == 4
