@@ -198,7 +198,7 @@ class Session:
             self.run.log(self.step, values)
             self.accelerator.log(values, step=self.step)
             self.run.say_progress(self.clock, self.step, self.total_steps, values)
-            self.run.report(now=self.now("preview"))
+        self.run.report(now=self.now("preview"))
 
     def save(self, *, keep: bool = False, **more: Any) -> bool:
         """A checkpoint, where one is due, or a stop or the clock asks for it; `more` goes into its progress."""

@@ -137,7 +137,8 @@ def test_all_that_a_run_left_is_on_its_page(
         f"step {int(path.stem.removeprefix('step_'))}" in " ".join(page.pictures) for path in (run / "samples").iterdir()
     )
     sheets = list((run / "samples").rglob("*.png"))
-    assert len([alt for alt in page.pictures if "step " in alt]) == len(sheets) and "contact_sheet.png" in page.pictures
+    assert len([alt for alt in page.pictures if "step " in alt]) == len(sheets)
+    assert {"contact_sheet.png", "blend.png"} & set(page.pictures)
     drawn = [points for found in page.charts for points in found["lines"]]
     for name in {name for line in logged for name in line} - {"step", "epoch"}:
         points = [[line["step"], float(f"{line[name]:.5g}")] for line in logged if name in line]
