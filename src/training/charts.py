@@ -22,7 +22,10 @@ class Line(NamedTuple):
 
 
 def short(value: float) -> str:
-    """A number for an axis or a legend: 0.01234, 1.5k, 2.25M."""
+    """A number for an axis or a legend: 0.01234, 1.5k, 2.25M, 8e-9."""
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     for size, unit, by in ((1e9, "G", 1e9), (1e6, "M", 1e6), (1e4, "k", 1e3)):
         if abs(value) >= size:
             return f"{value / by:.4g}{unit}"
@@ -99,7 +102,7 @@ def chart(title: str, lines: Sequence[Line], *, xlabel: str, log: bool = False, 
         f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{short(y)}</text>'
         for y in (log_ticks(y0, y1) if log else ticks(y0, y1))
     ]
-    for x in ticks(x0, x1, 5):
+    for x in ticks(x0, x1, 5) if max(xs) > min(xs) else xs[:1]:
         anchor = "middle" if at_x(x) < RIGHT - 20 else "end"
         drawn.append(f'<text x="{at_x(x):.1f}" y="{BOTTOM + 16}" text-anchor="{anchor}">{short(x)}</text>')
     drawn.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')

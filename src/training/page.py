@@ -42,7 +42,7 @@ a { color: var(--mark); }
 .state { padding: 1px 10px; border: 1.5px solid; border-radius: 99px; font-weight: 600; }
 .state.running { color: var(--running); } .state.finished { color: var(--finished); } .state.stopped { color: var(--stopped); }
 .head { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px 18px; margin: 14px 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px 18px; margin: 14px 0; }
 .facts dd { margin: 0; font-size: 19px; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .facts dt { font-size: 13px; }
 progress { width: 100%; height: 8px; accent-color: var(--mark); }
@@ -121,6 +121,7 @@ for (const player of document.querySelectorAll(".player")) {
 }
 // The values of a chart at the pointer, in its legend.
 const short = (value) => {
+  if (value && Math.abs(value) < 1e-3) return value.toExponential(3).replace(/\\.?0*e/, "e");
   for (const [size, unit, by] of [[1e9, "G", 1e9], [1e6, "M", 1e6], [1e4, "k", 1e3]])
     if (Math.abs(value) >= size) return Number((value / by).toPrecision(4)) + unit;
   return String(Number(value.toPrecision(4)));

@@ -387,13 +387,15 @@ def test_it_is_whole_or_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_round_numbers_on_the_axes() -> None:
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10] and ticks(0.118, 0.52) == [0.2, 0.3, 0.4, 0.5]
     assert log_ticks(0.9, 1200) == [1, 10, 100, 1000] and log_ticks(0.03, 0.3) == [0.05, 0.1, 0.2]
-    assert [short(value) for value in (0.012345, 1234.0, 25600, 3.072e6, 2e9, 0)] == [
+    assert [short(value) for value in (0.012345, 1234.0, 25600, 3.072e6, 2e9, 0, 1e-4, -8.12e-9)] == [
         "0.01235",
         "1234",
         "25.6k",
         "3.072M",
         "2G",
         "0",
+        "1e-4",
+        "-8.12e-9",
     ]
     rng = np.random.default_rng(0)
     for low, size in zip(rng.normal(size=200) * 10.0 ** rng.integers(-6, 7, 200), 10.0 ** rng.uniform(-6, 7, 200), strict=True):
