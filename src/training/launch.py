@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 import time
@@ -219,6 +220,12 @@ def silent_ranks(patience_seconds: float = 5.0) -> str:
         return "a collective failed between ranks that live"
     ranks = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {' and '.join(map(str, silent))}"
     return f"{ranks} of {state.get_world_size()} no longer answer{'s' if len(silent) == 1 else ''}"
+
+
+def undetermined(error: RuntimeError) -> str | None:
+    """What torch has no way to repeat to the bit on this device, where that is the error."""
+    found = re.match(r"(.+?) does not have a deterministic implementation", str(error))
+    return found[1] if found is not None else None
 
 
 class StopRequest:

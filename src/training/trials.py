@@ -19,7 +19,7 @@ from accelerate import PartialState
 from ..config import ENDLESS, UserError, read_json
 from .checkpoint import damage, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
-from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks
+from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
 from .stream import Split
 from .uploads import Uploads, bring_autoencoder, bring_back
 
@@ -169,6 +169,9 @@ def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:
             while (status := train(cfg, run_dir, attempt)) == AGAIN:
                 pass
     except RuntimeError as error:
+        if (missing := undetermined(error)) is not None:
+            told = f"deterministic: torch has no {missing} that repeats itself to the bit on this device"
+            raise UserError(f"{told}; --set deterministic=false, or train without what asks for it") from error
         if not of_a_lost_rank(error):
             raise
         rank = os.environ.get("RANK", "0")

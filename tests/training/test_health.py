@@ -386,6 +386,28 @@ def test_steps_and_resuming_that_go_wrong(tmp_path: Path, monkeypatch: pytest.Mo
         assert row.status == "fail" and "is damaged" in row.found and "all machines see" in row.advice
 
 
+def test_a_step_that_cannot_be_repeated_is_no_failure_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no deterministic way is allowed but in the steps that are compared to the bit: there nothing may be left so."""
+    warns, real = list[bool](), proof.take_step
+
+    def step(*args: Any) -> float:
+        warns.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        return real(*args)
+
+    monkeypatch.setattr(proof, "take_step", step)
+    assert prove(tmp_path, "ten steps", "resume")["resume"].status == "pass"
+    assert warns == [True] * 10 + [False] * 2 and not torch.are_deterministic_algorithms_enabled()
+
+    def put(*args: Any) -> float:
+        with pytest.warns(UserWarning) if torch.is_deterministic_algorithms_warn_only_enabled() else contextlib.nullcontext():
+            torch.zeros(2).put_(torch.tensor([1]), torch.ones(1))
+        return real(*args)
+
+    monkeypatch.setattr(proof, "take_step", put)
+    row = prove(tmp_path, "ten steps", "resume")["resume"]
+    assert row.status == "skip" and "no deterministic put_ here" in row.found, row
+
+
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda network: network)
     assert prove(tmp_path, "compile")["compile"].status == "pass"

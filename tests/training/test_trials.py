@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import ddpm_accelerate
-from src.config import load
+from src.config import UserError, load
 from src.training.checkpoint import write_folder
 from src.training.clock import Cadence
 from src.training.stream import split_batch
-from src.training.trials import Attempt, Measured, compare_checkpoints, costs, largest, what_fits
+from src.training.trials import Attempt, Measured, compare_checkpoints, costs, largest, run_training, what_fits
 from tests.conftest import ROOT, launch
 
 SPLIT = split_batch(16, 8, rank=0, world=1)
@@ -127,3 +127,19 @@ def test_every_stage_of_an_autoencoder_is_resumed(tmp_path: Path) -> None:
     assert "bit-equal" in done.out and not list(tmp_path.iterdir())
     done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--verify-resume", "--dry-run")
     assert done.status == 2 and "give one of them" in done.err
+
+
+def test_a_step_that_cannot_be_repeated_is_the_configs_mistake(tmp_path: Path) -> None:
+    """As the backward of max-pooling on a GPU, in a run that is to be deterministic."""
+    cfg = load("configs/smoke/ddpm.json", ddpm_accelerate.Config)
+
+    def train(*_: Any) -> int:
+        torch.use_deterministic_algorithms(True)
+        try:
+            torch.zeros(2).put_(torch.tensor([1]), torch.ones(1))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        return 0
+
+    with pytest.raises(UserError, match="deterministic: torch has no put_ that repeats itself .*--set deterministic=false"):
+        run_training(train, cfg, SimpleNamespace(run_dir=tmp_path, dry_run=False, verify_resume=False))  # pyright: ignore[reportArgumentType]
