@@ -14,6 +14,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -362,6 +363,19 @@ def test_a_device_that_computes_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setattr(Path, "glob", lambda self, pattern: [self / "nvidia0"])
         row = prove(tmp_path, "devices")["devices"]
         assert row.status == "fail" and "there are 1 GPUs" in row.found and "CUDA" in row.advice
+
+
+def test_a_gpu_is_full_of_what_others_keep_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stages before this one keep for themselves does not count: it is looked at before them."""
+    one = SimpleNamespace(device=torch.device("cuda"), everywhere=lambda mine: [mine], taken=int(0.4e9))
+    card = SimpleNamespace(name="T4", total_memory=int(16e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(13.8e9), card.total_memory))  # after an all-reduce
+    status(proof.devices(one), "pass", "1 x T4, 16 GB")  # pyright: ignore[reportArgumentType]
+    one.taken = int(3e9)
+    status(proof.devices(one), "warn", "3.0 GB of one are taken", "nvidia-smi")  # pyright: ignore[reportArgumentType]
+    one.everywhere = lambda mine: [mine, "A100, 80 GB"]
+    status(proof.devices(one), "warn", "1 x A100, 80 GB, 1 x T4, 16 GB", "not alike")  # pyright: ignore[reportArgumentType]
 
 
 def test_steps_and_resuming_that_go_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
