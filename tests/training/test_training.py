@@ -214,10 +214,20 @@ def test_batches_are_split_exactly() -> None:
     assert [p for half in halves for part in range(2) for p in half.positions(2, part)] == covered
     assert halves[1].of_step(1) == slice(12, 16)
     assert split_batch(16, None, rank=0, world=2).micro == 8
-    with pytest.raises(UserError, match="set batch_size to 12 or 15, or micro_batch_size 1 or 2"):
+    with pytest.raises(UserError, match="1 process.* times micro_batch_size 3; set .* 12 or 15, or micro_batch_size 1 or 2$"):
         split_batch(14, 3, rank=0, world=1)
-    with pytest.raises(UserError, match="set batch_size to 8"):
-        split_batch(4, 4, rank=0, world=2)
+    with pytest.raises(UserError, match="batch_size 4 is not a multiple of 3 process.es.; set batch_size to 3 or 6$"):
+        split_batch(4, 4, rank=0, world=3)
+    with pytest.raises(UserError, match="set batch_size to 4$"):
+        split_batch(2, None, rank=0, world=4)
+
+
+def test_a_devices_share_smaller_than_the_micro_batch_is_taken_whole() -> None:
+    splits = [split_batch(128, 32, rank=0, world=world) for world in (1, 2, 4, 8)]
+    assert [(split.accumulation, split.micro) for split in splits] == [(4, 32), (2, 32), (1, 32), (1, 16)], "the README's table"
+    last = split_batch(128, 32, rank=7, world=8)
+    assert last.of_step(0) == slice(112, 128) and last.positions(1, 0) == range(240, 256)
+    assert split_batch(8, 64, rank=0, world=1).micro == 8
 
 
 def test_each_epoch_has_every_picture_once() -> None:
