@@ -40,6 +40,7 @@ class Measured:
     step_seconds: float = 0.0
     preview_seconds: float = 0.0
     save_seconds: float = 0.0
+    exports: int = 0
 
 
 @dataclass
@@ -88,7 +89,9 @@ class Attempt:
             every = cadences[word].every
             return 1 if every is None or steps >= ENDLESS else -(-steps // every)
 
-        self.stages.append(Measured(name, split, steps, times("preview"), times("save")))
+        every = cadences["export"].every
+        exports = steps // every if every is not None and steps < ENDLESS else 0
+        self.stages.append(Measured(name, split, steps, times("preview"), times("save"), exports=exports))
 
     def counted(self, done: int, device: torch.device) -> None:
         """So many steps of the stage are done: the first ones warm up."""
@@ -204,9 +207,9 @@ def _thrown_away(run_dir: Path) -> Generator[Path]:
 
 
 def _without_traces(cfg: Any, **changes: Any) -> Any:
-    """The config of a trial: no trackers, no exports, nothing uploaded."""
+    """The config of a trial: no trackers, nothing uploaded."""
     own = {key.name for key in fields(cfg)}
-    changes = {"export_every": None, "bucket": None, "log": replace(cfg.log, trackers=()), **changes}
+    changes = {"bucket": None, "log": replace(cfg.log, trackers=()), **changes}
     return replace(cfg, **{key: value for key, value in changes.items() if key in own})
 
 
@@ -281,9 +284,10 @@ def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str)
         rows += [("preview", more if stage.steps >= ENDLESS else f"{more}: {stage.previews} and {saves} of them")]
         seconds += stage.steps * stage.step_seconds + stage.previews * stage.preview_seconds + saves * stage.save_seconds
         kept, pictures = kept + saves, pictures + stage.previews * attempt.preview_bytes
-    kept = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best)
-    needed, free = kept * one + attempt.weights_bytes + pictures, shutil.disk_usage(_existing(run_dir)).free
+    kept, exports = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best), sum(stage.exports for stage in attempt.stages)
+    needed, free = kept * one + (exports + 1) * attempt.weights_bytes + pictures, shutil.disk_usage(_existing(run_dir)).free
     told = f"{_size(needed)}: {kept} checkpoints of {_size(one)} (one more while it is written), final weights, previews"
+    told += f", {exports} exports of {_size(attempt.weights_bytes)}" if exports else ""
     advice = f"; ONLY {_size(free)} ARE FREE: make room, or lower checkpoint.keep" if needed + one > free else ""
     rows += [("memory", f"{memory:.2f} GB"), ("disk", told + advice)]
     if attempt.stages[-1].steps < ENDLESS:

@@ -53,10 +53,17 @@ def without_a_moment(trained: Trained, folder: Path) -> None:
 
 
 def wrong_sum(values: torch.Tensor, *args: object, **more: object) -> object:
+    """Of many numbers one is too large."""
     done = all_reduce(values, *args, **more)  # pyright: ignore[reportArgumentType]
     if values.numel() > 1000:
         values[7] += 1
     return done
+
+
+def wrong_ones(values: torch.Tensor, *args: object, **more: object) -> object:
+    """So is the sum of a single one."""
+    done = all_reduce(values, *args, **more)  # pyright: ignore[reportArgumentType]
+    return values.add_(1) if values.numel() == 1 else done
 
 
 def hanging(bench: proof.Bench) -> proof.Verdict:
@@ -97,6 +104,8 @@ def main() -> None:
         found["moment"] = run(folder, steps)
     with patch.object(dist, "all_reduce", wrong_sum):
         found["sum"] = run(folder, "all-reduce")
+    with patch.object(dist, "all_reduce", wrong_ones):
+        found["ones"] = run(folder, "first collective")
     proof.STAGES = {"first collective": hanging}
     found["hang"] = run(folder, "first collective")
     print(json.dumps(found), flush=True)

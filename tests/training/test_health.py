@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,8 +92,10 @@ def test_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(checkpoint, "write_folder", lambda folder, *rest: folder.exists() or write(folder, *rest))
         status(health.rename(tmp_path), "fail", "old contents")
     monkeypatch.setattr(tempfile, "mkdtemp", raising(PermissionError(13, "Permission denied")))
-    row = examine("rename", lambda: health.rename(tmp_path))
-    assert row.status == "fail" and "cannot be written (Permission denied)" in row.found
+    for check in (health.rename, health.flush, health.lock):
+        row = examine(check.__name__, partial(check, tmp_path))
+        assert row.status == "fail" and row.found == f"{tmp_path} cannot be written (Permission denied)"
+        assert row.advice == "give a --run-dir elsewhere"
 
 
 def test_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +219,7 @@ def smoke(*changes: str) -> ddpm_accelerate.Config:
 def test_a_configs_batches_are_dealt(tmp_path: Path) -> None:
     status(needs.batches(smoke(), 2), "pass", "16 pictures = 2 x 1 x 8")
     row = examine("batches", lambda: needs.batches(smoke(), 3))
-    assert row.status == "fail" and "set batch_size to 15 or 18" in row.found
+    assert row.status == "fail" and "set batch_size to 15 or 18" in row.advice
     stages = load(ROOT / "configs/smoke/vae.json", train_vae.Config)
     status(needs.batches(stages, 1), "pass", "then")
     assert examine("batches", lambda: needs.batches(stages, 7)).status == "fail"
@@ -482,6 +485,7 @@ def test_three_processes_are_sound_in_bf16(tmp_path: Path) -> None:
         ("parameter", "ten steps", "rank 1 has other weights"),
         ("moment", "resume", "rank 1: "),
         ("sum", "all-reduce", "is wrong"),
+        ("ones", "first collective", "the sum of 2 ones is 3"),
     ],
 )
 def test_two_processes_that_go_wrong(sabotaged: dict[str, dict[str, Row]], broken: str, stage: str, words: str) -> None:

@@ -13,9 +13,10 @@ from src.config import UserError, load
 from src.training.checkpoint import write_folder
 from src.training.clock import Cadence
 from src.training.stream import split_batch
-from src.training.trials import Attempt, Measured, compare_checkpoints, costs, largest, run_training, what_fits
+from src.training.trials import Attempt, Measured, _without_traces, compare_checkpoints, costs, largest, run_training, what_fits
 from tests.conftest import ROOT, launch
 
+WORDS = {"preview": 100, "save": 100, "export": 300}
 SPLIT = split_batch(16, 8, rank=0, world=1)
 
 
@@ -40,6 +41,16 @@ def test_costs_are_steps_previews_checkpoints_and_what_comes_before(tmp_path: Pa
     assert found["images/s"] == "32.0" and found["stage 2"] == "100 of 16 images = 16.0 epochs"
     assert told(config_of(every_minutes=0.08), attempt, tmp_path)["time"] == "4.3 min", "20 by the clock, and 10, not 5 and 1"
     assert told(config_of(keep=1, keep_best=True), attempt, tmp_path)["disk"].startswith("3.3 MB: 2 checkpoints")
+
+
+def test_costs_have_the_exports_which_a_trial_counts_and_does_not_write(tmp_path: Path) -> None:
+    attempt = Attempt("dry_run", checkpoint_bytes=10**6, weights_bytes=2 * 10**5, images=100)
+    attempt.enter("", SPLIT, 1000, {word: Cadence(word, every) for word, every in WORDS.items()}, "micro_batch_size")
+    assert attempt.stages[0].exports == 3 and not attempt.wants("export")
+    told_of_disk = told(config_of(), attempt, tmp_path)["disk"]
+    assert told_of_disk.startswith("3.8 MB: 3 checkpoints") and told_of_disk.endswith("previews, 3 exports of 0.2 MB")
+    cfg = load("configs/landscape64_ddpm.json", ddpm_accelerate.Config)
+    assert _without_traces(cfg).export_every == cfg.export_every is not None, "or there would be none to count"
 
 
 def test_costs_warn_of_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +82,7 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
     def train(cfg: Any, run_dir: Path, attempt: Attempt) -> int:
         assert not run_dir.exists() and attempt.kind == "fit" and cfg.bucket is None and cfg.log.trackers == ()
         run_dir.mkdir()
-        cadences = {word: Cadence(word, None) for word in ("preview", "save")}
+        cadences = {word: Cadence(word, None) for word in ("preview", "save", "export")}
         attempt.enter("", split_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=1), 10, cadences, "micro_batch_size")
         seen.append(cfg.micro_batch_size)
         if cfg.micro_batch_size > limit:
