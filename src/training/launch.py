@@ -351,7 +351,7 @@ class OutOfMemory(UserError):
     """Too large a micro-batch, and which one to try."""
 
     def __init__(self, batch: int, micro: int | None, key: str) -> None:
-        self.micro = micro or batch // int(os.environ.get("WORLD_SIZE", "1"))
+        self.key, self.micro = key, micro or batch // int(os.environ.get("WORLD_SIZE", "1"))
         super().__init__(_smaller(batch, self.micro, key))
 
 

@@ -75,7 +75,9 @@ def split_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, wor
             micros = [m for m in range(1, batch_size // world + 1) if batch_size % (m * world) == 0]
             near = sorted(sorted(micros, key=lambda m: abs(m - micro_batch_size))[:2])
             times, hint = f" times micro_batch_size {micro_batch_size}", f", or micro_batch_size {' or '.join(map(str, near))}"
-        raise UserError(f"batch_size {batch_size} is not a multiple of {world} process(es){times}; set batch_size to {sizes}{hint}")
+        raise UserError(
+            f"batch_size {batch_size} is not a multiple of {world} process(es){times}; set batch_size to {sizes}{hint}"
+        )
     share = batch_size // world
     micro = min(micro_batch_size or share, share)
     return Split(batch_size, micro, share // micro, rank, world)

@@ -1,6 +1,7 @@
 """What --dry-run and --verify-resume say: of a run that is as it should be, and of one that is not."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,23 @@ import pytest
 import torch
 
 import ddpm_accelerate
+import train_vae
 from src.config import UserError, load
 from src.training.checkpoint import write_folder
 from src.training.clock import Cadence
+from src.training.stages import plan_stages
 from src.training.stream import split_batch
-from src.training.trials import Attempt, Measured, _without_traces, compare_checkpoints, costs, largest, run_training, what_fits
+from src.training.trials import (
+    Attempt,
+    Measured,
+    _without_traces,
+    compare_checkpoints,
+    costs,
+    fitting,
+    largest,
+    run_training,
+    what_fits,
+)
 from tests.conftest import ROOT, launch
 
 WORDS = {"preview": 100, "save": 100, "export": 300}
@@ -90,11 +103,49 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
         return 0
 
     limit = 6
-    assert what_fits(train, cfg, tmp_path / "x") == "micro_batch_size up to 6" and len(seen) <= 4
+    assert what_fits(train, cfg, tmp_path / "x") == ["micro_batch_size up to 6"] and len(seen) <= 4
     limit = 24
-    assert what_fits(train, cfg, tmp_path / "x") == "micro_batch_size up to 24 = batch_size"
+    assert what_fits(train, cfg, tmp_path / "x") == ["micro_batch_size up to 24 = batch_size"]
     limit = 0
-    assert what_fits(train, cfg, tmp_path / "x").startswith("no micro_batch_size: out of memory with one picture")
+    assert what_fits(train, cfg, tmp_path / "x")[0].startswith("no micro_batch_size: out of memory with one picture")
+
+
+def test_micro_batches_of_each_stage_are_tried(tmp_path: Path) -> None:
+    """Those of 16 px and the last one, of 24, whose batch is its own: the memory is full at so many pixels."""
+    cfg, entered = load("configs/smoke/vae.json", train_vae.Config), list[int]()
+
+    def train(cfg: Any, _: Path, attempt: Attempt) -> int:
+        for stage in plan_stages(cfg, 114, rank=0, world=1):
+            if stage.first < attempt.last:
+                assert stage.config.adversarial is None or stage.judged_from == stage.first
+                entered.append(stage.number)
+                if stage.split.micro * stage.image.size**2 > limit:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0
+
+    limit = 9 * 16**2
+    found = what_fits(train, cfg, tmp_path / "x")
+    assert found == [*(f"stages.{i}.micro_batch_size up to 8" for i in range(3)), "stages.3.micro_batch_size up to 4"]
+    assert entered[0] == 1 and 0 < entered.count(4) <= 3, "what comes after a stage is left out"
+    limit = 24**2 - 1
+    assert [told[:28] for told in what_fits(train, cfg, tmp_path / "x")[2:]] == [
+        "stages.2.micro_batch_size up",
+        "no stages.3.micro_batch_size",
+    ]
+
+
+def test_several_processes_say_where_the_micro_batch_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load("configs/smoke/ddpm.json", ddpm_accelerate.Config)
+    look = partial(fitting, lambda *_: 0, cfg, tmp_path / "x")
+    assert look() == [], "no GPU, no search"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert look() == ["micro_batch_size up to 16 = batch_size"]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert look() == ["not looked for on 8 processes: --dry-run on one GPU says it, for each of these too"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "FSDP" in look()[0] and "one GPU" not in look()[0]
+    monkeypatch.setenv("RANK", "1")
+    assert look() == [], "one of them speaks"
 
 
 def test_checkpoints_are_compared_to_the_bit(tmp_path: Path) -> None:
