@@ -104,6 +104,8 @@ def test_a_dry_run_looks_for_the_largest_micro_batch_and_a_run_verifies_that_it_
     words = ("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", tmp_path / "run")
     done = launch(*words, "--dry-run")
     assert done.status == 0 and "micro_batch_size up to 16 = batch_size" in done.out, done.all
+    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "run", "--dry-run")
+    assert done.status == 0 and "stages.3.micro_batch_size up to 8 = batch_size" in done.out, done.all
     done = launch(*words, "--verify-resume")
     assert done.status == 0 and "bit-equal" in done.out, done.all
     assert not list(tmp_path.iterdir())

@@ -22,6 +22,7 @@ from src.diffusion import build_process
 from src.models import MLP, VAE, Discriminator
 from src.sampling.classifier import build_classifier, noise_process
 from src.sampling.opened import build_unet
+from src.training import needs
 from src.training.stages import plan_stages
 from tests.conftest import ROOT, environment, launch, run_here
 
@@ -150,6 +151,8 @@ def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> 
     script = script_of(path)
     cfg = load(path, script.Config)
     assert cfg.name.removeprefix("smoke_") == path.stem
+    for world in (1, 2, 4, 8):  # a UserError where its batches cannot be dealt
+        assert f"= {world} x " in needs.batches(cfg, world).found
     if script is train_vae:
         return one_stage_after_the_other(cfg)
     if script is train_classifier:

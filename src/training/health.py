@@ -51,8 +51,9 @@ def examine(name: str, check: Callable[[], Verdict]) -> Row:
     began = time.monotonic()
     try:
         verdict = check()
-    except UserError as error:
-        verdict = Verdict("fail", str(error))
+    except UserError as error:  # what is wrong; what to do
+        found, _, advice = str(error).partition("; ")
+        verdict = Verdict("fail", found, advice)
     except Exception as error:
         verdict = Verdict("fail", told(error), "this is not foreseen: look up the message")
     return Row(name, *verdict, round(time.monotonic() - began, 2))

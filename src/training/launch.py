@@ -2,9 +2,12 @@
 
 import hashlib
 import importlib.util
+import itertools
 import os
+import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -221,6 +224,58 @@ def silent_ranks(patience_seconds: float = 5.0) -> str:
     return f"{ranks} of {state.get_world_size()} no longer answer{'s' if len(silent) == 1 else ''}"
 
 
+class Heartbeats:
+    """Every rank's sign of life, in the store over which they met, and a line about who gives none any more.
+
+    Over NCCL torch ends a process that waits too long, with a report that does not say for whom. This ends nothing.
+    """
+
+    def __init__(self, rank: int, world: int, *, seconds: float = 5.0, patience: int = 6) -> None:
+        self.rank, self.world, self.seconds, self.patience = rank, world, seconds, patience
+        # A connection of its own: on the other one a wait keeps everybody waiting.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = torch.distributed.TCPStore(address, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """This rank is done: the others miss it no more."""
+        self._over.set()
+        self._thread.join(5)
+
+    def _key(self, rank: int) -> str:
+        return f"atelier/beat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+    def _watch(self) -> None:
+        last, missed = dict[int, bytes](), dict.fromkeys(range(self.world), 0)
+        try:
+            for beat in itertools.count():
+                ended = self._over.wait(self.seconds)
+                self._store.set(self._key(self.rank), "over" if ended else str(beat))
+                if ended:
+                    return
+                for rank in missed:
+                    here = self._store.get(self._key(rank)) if self._store.check([self._key(rank)]) else b""
+                    missed[rank] = missed[rank] + 1 if here == last.get(rank) and here not in (b"", b"over") else 0
+                    last[rank] = here
+                silent = [str(rank) for rank in missed if missed[rank] == self.patience]
+                if silent and self.rank == min(rank for rank in missed if missed[rank] < self.patience):
+                    self._say(f"rank {' and '.join(silent)} of {self.world} gave no sign of life for", self.patience)
+        except RuntimeError:  # the store is on the first machine
+            if not self._over.is_set():
+                self._say(f"rank 0's machine ({os.environ['MASTER_ADDR']}) does not answer for", 1)
+
+    def _say(self, what: str, beats: int) -> None:
+        print(f"warning on rank {self.rank}: {what} {beats * self.seconds:g} s", file=sys.stderr, flush=True)
+
+
+def undetermined(error: RuntimeError) -> str | None:
+    """What torch has no way to repeat to the bit on this device, where that is the error."""
+    found = re.match(r"(.+?) does not have a deterministic implementation", str(error))
+    return found[1] if found is not None else None
+
+
 class StopRequest:
     """SIGTERM, Ctrl-C and `warning` ask for a stop; the second of the same kind ends the process at once.
 
@@ -344,7 +399,7 @@ class OutOfMemory(UserError):
     """Too large a micro-batch, and which one to try."""
 
     def __init__(self, batch: int, micro: int | None, key: str) -> None:
-        self.micro = micro or batch // int(os.environ.get("WORLD_SIZE", "1"))
+        self.key, self.micro = key, micro or batch // int(os.environ.get("WORLD_SIZE", "1"))
         super().__init__(_smaller(batch, self.micro, key))
 
 

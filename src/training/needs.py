@@ -136,7 +136,8 @@ def loader(cfg: Any, world: int) -> Verdict:
     if cfg.workers == 0 or getattr(cfg, "image", None) is None:
         return Verdict("pass", "the loader has no workers")
     workers = min(cfg.workers, os.cpu_count() or 1) * world
-    micro = cfg.micro_batch_size or -(-cfg.batch_size // world)
+    share = -(-cfg.batch_size // world)
+    micro = min(cfg.micro_batch_size or share, share)
     return shared_memory(float(workers * 5 * micro * cfg.image.channels * cfg.image.size**2))
 
 

@@ -12,7 +12,7 @@ from ..data import PictureSet, PointSet
 from . import checkpoint
 from .checkpoint import Documents, Tensors, step_folder
 from .clock import Cadence, Clock
-from .launch import StepGate, StopRequest, agree, start_trackers
+from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
 from .run import RunDirectory
 from .state import Meter, Trained
 from .stream import Split
@@ -31,6 +31,7 @@ class Session:
     meter: Meter
     gate: StepGate
     clock: Clock
+    heart: Heartbeats | None = None
 
     def __init__(
         self,
@@ -97,6 +98,8 @@ class Session:
             self.attempt.uploads.say = self.run.say
             if self.step:  # it may have been saved here and not have arrived there
                 self.attempt.uploads.wake(self.step)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # over gloo the error itself says who is lost
+            self.heart = Heartbeats(accelerator.process_index, accelerator.num_processes)
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step)
         facts = self.facts
         self.attempt.images, self.attempt.parameters = facts["images"], self.trained.num_parameters
@@ -280,14 +283,20 @@ class Session:
     def _leave(self) -> None:
         """Give everything up, in a process that goes on."""
         self.clock.close()
+        self._rest()
         self.run.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
 
+    def _rest(self) -> None:
+        if self.heart is not None:
+            self.heart.close()
+
     def _end_run(self, state: str, message: str, status: int) -> int:
         self.clock.close()
+        self._rest()
         self.run.finish(state, self.step, self.total_steps, message)
         self.accelerator.end_training()
         return status

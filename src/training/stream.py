@@ -59,20 +59,28 @@ class Split(NamedTuple):
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, world: int) -> Split:
-    """Derive the accumulation; a UserError names the nearest sizes where they do not divide."""
-    micro = micro_batch_size if micro_batch_size is not None else max(1, batch_size // world)
-    unit = micro * world
-    if batch_size % unit:
-        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
-        sizes = " or ".join(str(size) for size in (below, above) if size)
-        micros = [m for m in range(1, batch_size // world + 1) if batch_size % (m * world) == 0]
-        near = sorted(sorted(micros, key=lambda m: abs(m - micro))[:2])
-        hint = f", or micro_batch_size {' or '.join(map(str, near))}" if near else ""
+    """Derive the accumulation. A device whose share of the batch is no larger than `micro_batch_size` takes it whole; a larger
+    one is divided. A UserError names the nearest sizes where that leaves a rest."""
+
+    def rest(batch: int) -> int:
+        share, left = divmod(batch, world)
+        return left or share % min(micro_batch_size or share, share) if share else batch
+
+    if rest(batch_size):
+        below = (batch for batch in range(batch_size, 0, -1) if not rest(batch))
+        above = (batch for batch in itertools.count(batch_size) if not rest(batch))
+        sizes = " or ".join(str(size) for size in (next(below, None), next(above)) if size is not None)
+        times, hint = "", ""
+        if batch_size % world == 0 and micro_batch_size is not None:
+            micros = [m for m in range(1, batch_size // world + 1) if batch_size % (m * world) == 0]
+            near = sorted(sorted(micros, key=lambda m: abs(m - micro_batch_size))[:2])
+            times, hint = f" times micro_batch_size {micro_batch_size}", f", or micro_batch_size {' or '.join(map(str, near))}"
         raise UserError(
-            f"batch_size {batch_size} is not a multiple of {world} process(es) times micro_batch_size {micro}; "
-            f"set batch_size to {sizes}{hint}"
+            f"batch_size {batch_size} is not a multiple of {world} process(es){times}; set batch_size to {sizes}{hint}"
         )
-    return Split(batch_size, micro, batch_size // unit, rank, world)
+    share = batch_size // world
+    micro = min(micro_batch_size or share, share)
+    return Split(batch_size, micro, share // micro, rank, world)
 
 
 class Order:

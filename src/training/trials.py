@@ -19,7 +19,7 @@ from accelerate import PartialState
 from ..config import ENDLESS, UserError, read_json
 from .checkpoint import damage, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
-from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks
+from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
 from .stream import Split
 from .uploads import Uploads, bring_autoencoder, bring_back
 
@@ -40,6 +40,7 @@ class Measured:
     step_seconds: float = 0.0
     preview_seconds: float = 0.0
     save_seconds: float = 0.0
+    exports: int = 0
 
 
 @dataclass
@@ -88,7 +89,9 @@ class Attempt:
             every = cadences[word].every
             return 1 if every is None or steps >= ENDLESS else -(-steps // every)
 
-        self.stages.append(Measured(name, split, steps, times("preview"), times("save")))
+        every = cadences["export"].every
+        exports = steps // every if every is not None and steps < ENDLESS else 0
+        self.stages.append(Measured(name, split, steps, times("preview"), times("save"), exports=exports))
 
     def counted(self, done: int, device: torch.device) -> None:
         """So many steps of the stage are done: the first ones warm up."""
@@ -169,6 +172,9 @@ def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:
             while (status := train(cfg, run_dir, attempt)) == AGAIN:
                 pass
     except RuntimeError as error:
+        if (missing := undetermined(error)) is not None:
+            told = f"deterministic: torch has no {missing} that repeats itself to the bit on this device"
+            raise UserError(f"{told}; --set deterministic=false, or train without what asks for it") from error
         if not of_a_lost_rank(error):
             raise
         rank = os.environ.get("RANK", "0")
@@ -201,9 +207,9 @@ def _thrown_away(run_dir: Path) -> Generator[Path]:
 
 
 def _without_traces(cfg: Any, **changes: Any) -> Any:
-    """The config of a trial: no trackers, no exports, nothing uploaded."""
+    """The config of a trial: no trackers, nothing uploaded."""
     own = {key.name for key in fields(cfg)}
-    changes = {"export_every": None, "bucket": None, "log": replace(cfg.log, trackers=()), **changes}
+    changes = {"bucket": None, "log": replace(cfg.log, trackers=()), **changes}
     return replace(cfg, **{key: value for key, value in changes.items() if key in own})
 
 
@@ -221,35 +227,73 @@ def dry_run(train: Train, cfg: Any, run_dir: Path) -> int:
         except OutOfMemory as error:
             if not alone:
                 raise
-            print(f"out of memory at micro_batch_size {error.micro}; looking for one that fits", flush=True)
+            print(f"out of memory at {error.key} {error.micro}; looking for one that fits", flush=True)
             status = 2
         if status == 0 and PartialState().is_main_process:
             device = PartialState().device or torch.device("cpu")
             print(f"{cfg.name}, a dry run: nothing was written")
             for row, value in costs(cfg, attempt, run_dir, peak_memory_gigabytes(device), device.type):
                 print(f"  {row:<12} {value}")
-        if alone and status != 1:  # nobody asked for a stop
-            print(f"  {'fits':<12} {what_fits(train, cfg, folder)}")
+        if status != 1:  # nobody asked for a stop
+            for told in fitting(train, cfg, folder):
+                print(f"  {'fits':<12} {told}")
     return status
 
 
-def what_fits(train: Train, cfg: Any, folder: Path) -> str:
-    """In words, the largest micro-batch with which two steps of each stage do not run out of memory."""
+def fitting(train: Train, cfg: Any, folder: Path) -> list[str]:
+    """What is said of the largest micro-batch: on one GPU each that fits, on several where it is looked for."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not torch.cuda.is_available() or os.environ.get("RANK", "0") != "0":
+        return []
+    if world == "1":
+        return what_fits(train, cfg, folder)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return ["not looked for with FSDP, where it grows with the number of cards: try a larger micro_batch_size"]
+    return [f"not looked for on {world} processes: --dry-run on one GPU says it, for each of these too"]
 
-    def fits(micro: int) -> bool:
-        gc.collect()
-        torch.cuda.empty_cache()
-        shutil.rmtree(folder, ignore_errors=True)
-        one = {"batch_size": micro, "micro_batch_size": micro, "compile": False}
-        try:
-            return _take(train, _without_traces(cfg, **one), folder, Attempt("fit")) == 0
-        except OutOfMemory:
-            return False
 
-    found = largest([size for size in range(1, cfg.batch_size + 1) if cfg.batch_size % size == 0], fits)
+def what_fits(train: Train, cfg: Any, folder: Path) -> list[str]:
+    """In words, by the key that sets it, the largest micro-batch with which two steps do not run out of memory; of an
+    autoencoder that of each stage."""
+    if not hasattr(cfg, "stages"):
+        return [_search("micro_batch_size", cfg.batch_size, partial(_steps_fit, train, cfg, folder))]
+    return [
+        _search(f"stages.{i}.micro_batch_size", stage.batch_size or cfg.batch_size, partial(_stage_fits, train, cfg, folder, i))
+        for i, stage in enumerate(cfg.stages)
+    ]
+
+
+def _search(key: str, batch: int, fits: Callable[[int], bool]) -> str:
+    found = largest([size for size in range(1, batch + 1) if batch % size == 0], fits)
     if found is None:
-        return "no micro_batch_size: out of memory with one picture; try a smaller image.size or model.base_channels"
-    return f"micro_batch_size up to {found}" + (" = batch_size" if found == cfg.batch_size else "")
+        return f"no {key}: out of memory with one picture; try a smaller image.size or model.base_channels"
+    return f"{key} up to {found}" + (" = batch_size" if found == batch else "")
+
+
+def _steps_fit(train: Train, cfg: Any, folder: Path, micro: int, *, last: int = ENDLESS, **changes: Any) -> bool:
+    gc.collect()
+    torch.cuda.empty_cache()
+    shutil.rmtree(folder, ignore_errors=True)
+    one = {"batch_size": micro, "micro_batch_size": micro, "compile": False, **changes}
+    try:
+        return _take(train, _without_traces(cfg, **one), folder, Attempt("fit", last=last)) == 0
+    except OutOfMemory:
+        return False
+
+
+def _stage_fits(train: Train, cfg: Any, folder: Path, number: int, micro: int) -> bool:
+    """After the stages before it, which take a picture at a time: what they leave behind takes memory too."""
+    stages = [replace(stage, batch_size=1, micro_batch_size=1) for stage in _short_stages(cfg, FIT_STEPS)]
+    stages[number] = replace(stages[number], batch_size=micro, micro_batch_size=micro)
+    return _steps_fit(train, cfg, folder, micro, last=FIT_STEPS * (number + 1), stages=tuple(stages))
+
+
+def _short_stages(cfg: Any, steps: int) -> tuple[Any, ...]:
+    """The stages of an autoencoder's config, of so many steps, the adversary in all of each."""
+    return tuple(
+        replace(stage, steps=steps, adversarial=stage.adversarial and replace(stage.adversarial, start_step=None))
+        for stage in cfg.stages
+    )
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -278,9 +322,10 @@ def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str)
         rows += [("preview", more if stage.steps >= ENDLESS else f"{more}: {stage.previews} and {saves} of them")]
         seconds += stage.steps * stage.step_seconds + stage.previews * stage.preview_seconds + saves * stage.save_seconds
         kept, pictures = kept + saves, pictures + stage.previews * attempt.preview_bytes
-    kept = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best)
-    needed, free = kept * one + attempt.weights_bytes + pictures, shutil.disk_usage(_existing(run_dir)).free
+    kept, exports = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best), sum(stage.exports for stage in attempt.stages)
+    needed, free = kept * one + (exports + 1) * attempt.weights_bytes + pictures, shutil.disk_usage(_existing(run_dir)).free
     told = f"{_size(needed)}: {kept} checkpoints of {_size(one)} (one more while it is written), final weights, previews"
+    told += f", {exports} exports of {_size(attempt.weights_bytes)}" if exports else ""
     advice = f"; ONLY {_size(free)} ARE FREE: make room, or lower checkpoint.keep" if needed + one > free else ""
     rows += [("memory", f"{memory:.2f} GB"), ("disk", told + advice)]
     if attempt.stages[-1].steps < ENDLESS:
@@ -311,10 +356,7 @@ def verify_resume(train: Train, cfg: Any, run_dir: Path) -> int:
     changes: dict[str, Any] = {"checkpoint": replace(cfg.checkpoint, keep=99), "deterministic": True}
     last = 2
     if hasattr(cfg, "stages"):
-        changes["stages"] = tuple(
-            replace(stage, steps=2, adversarial=stage.adversarial and replace(stage.adversarial, start_step=None))
-            for stage in cfg.stages
-        )
+        changes["stages"] = _short_stages(cfg, 2)
         last = 2 * len(cfg.stages)
     spec = _without_traces(cfg, **changes)
     differences, told = list[str](), ""

@@ -1,6 +1,8 @@
 """The proof on two processes, sound and with each thing broken that it checks: rank 0 prints {scenario: rows} as JSON.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/sabotage.py FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/sabotage.py FOLDER [bf16]
+
+With a word behind the folder only the gradients, sound, in that precision.
 """
 
 import json
@@ -9,6 +11,8 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -49,10 +53,17 @@ def without_a_moment(trained: Trained, folder: Path) -> None:
 
 
 def wrong_sum(values: torch.Tensor, *args: object, **more: object) -> object:
+    """Of many numbers one is too large."""
     done = all_reduce(values, *args, **more)  # pyright: ignore[reportArgumentType]
     if values.numel() > 1000:
         values[7] += 1
     return done
+
+
+def wrong_ones(values: torch.Tensor, *args: object, **more: object) -> object:
+    """So is the sum of a single one."""
+    done = all_reduce(values, *args, **more)  # pyright: ignore[reportArgumentType]
+    return values.add_(1) if values.numel() == 1 else done
 
 
 def hanging(bench: proof.Bench) -> proof.Verdict:
@@ -64,12 +75,12 @@ def hanging(bench: proof.Bench) -> proof.Verdict:
     return proof.first_collective(bench)
 
 
-def run(folder: Path, stages: str) -> list[dict]:
+def run(folder: Path, stages: str, cfg: Any = None) -> list[dict]:
     rows: list[proof.Row] = []
     chosen = {name: stage for name, stage in proof.STAGES.items() if name in stages.split(", ")}
     with patch.object(proof, "STAGES", chosen):
         try:
-            proof.prove(None, folder, rows.append)
+            proof.prove(cfg, folder, rows.append)
         except proof.Broken as error:
             print(f"broken: {error}", file=sys.stderr)
     return [row._asdict() for row in rows]
@@ -77,6 +88,11 @@ def run(folder: Path, stages: str) -> list[dict]:
 
 def main() -> None:
     folder, found, steps = Path(sys.argv[1]), {}, "ten steps, resume"
+    if len(sys.argv) > 2:
+        found[sys.argv[2]] = run(folder, "gradients", SimpleNamespace(mixed_precision=sys.argv[2]))
+        if RANK == 0:
+            print(json.dumps(found), flush=True)
+        return
     found["sound"] = run(folder, ", ".join(name for name in proof.STAGES if name != "compile"))
     with patch.object(proof.Bench, "network", other_gradients):
         found["gradients"] = run(folder, "gradients")
@@ -88,6 +104,8 @@ def main() -> None:
         found["moment"] = run(folder, steps)
     with patch.object(dist, "all_reduce", wrong_sum):
         found["sum"] = run(folder, "all-reduce")
+    with patch.object(dist, "all_reduce", wrong_ones):
+        found["ones"] = run(folder, "first collective")
     proof.STAGES = {"first collective": hanging}
     found["hang"] = run(folder, "first collective")
     print(json.dumps(found), flush=True)

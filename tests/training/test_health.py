@@ -13,7 +13,9 @@ import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,8 +92,10 @@ def test_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(checkpoint, "write_folder", lambda folder, *rest: folder.exists() or write(folder, *rest))
         status(health.rename(tmp_path), "fail", "old contents")
     monkeypatch.setattr(tempfile, "mkdtemp", raising(PermissionError(13, "Permission denied")))
-    row = examine("rename", lambda: health.rename(tmp_path))
-    assert row.status == "fail" and "cannot be written (Permission denied)" in row.found
+    for check in (health.rename, health.flush, health.lock):
+        row = examine(check.__name__, partial(check, tmp_path))
+        assert row.status == "fail" and row.found == f"{tmp_path} cannot be written (Permission denied)"
+        assert row.advice == "give a --run-dir elsewhere"
 
 
 def test_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +219,7 @@ def smoke(*changes: str) -> ddpm_accelerate.Config:
 def test_a_configs_batches_are_dealt(tmp_path: Path) -> None:
     status(needs.batches(smoke(), 2), "pass", "16 pictures = 2 x 1 x 8")
     row = examine("batches", lambda: needs.batches(smoke(), 3))
-    assert row.status == "fail" and "set batch_size to 24" in row.found
+    assert row.status == "fail" and "set batch_size to 15 or 18" in row.advice
     stages = load(ROOT / "configs/smoke/vae.json", train_vae.Config)
     status(needs.batches(stages, 1), "pass", "then")
     assert examine("batches", lambda: needs.batches(stages, 7)).status == "fail"
@@ -364,6 +368,19 @@ def test_a_device_that_computes_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
         assert row.status == "fail" and "there are 1 GPUs" in row.found and "CUDA" in row.advice
 
 
+def test_a_gpu_is_full_of_what_others_keep_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stages before this one keep for themselves does not count: it is looked at before them."""
+    one = SimpleNamespace(device=torch.device("cuda"), everywhere=lambda mine: [mine], taken=int(0.4e9))
+    card = SimpleNamespace(name="T4", total_memory=int(16e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(13.8e9), card.total_memory))  # after an all-reduce
+    status(proof.devices(one), "pass", "1 x T4, 16 GB")  # pyright: ignore[reportArgumentType]
+    one.taken = int(3e9)
+    status(proof.devices(one), "warn", "3.0 GB of one are taken", "nvidia-smi")  # pyright: ignore[reportArgumentType]
+    one.everywhere = lambda mine: [mine, "A100, 80 GB"]
+    status(proof.devices(one), "warn", "1 x A100, 80 GB, 1 x T4, 16 GB", "not alike")  # pyright: ignore[reportArgumentType]
+
+
 def test_steps_and_resuming_that_go_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         real = proof.backward
@@ -384,6 +401,29 @@ def test_steps_and_resuming_that_go_wrong(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(checkpoint, "damage", lambda folder: "model.safetensors is damaged")
         row = prove(tmp_path, "ten steps", "resume")["resume"]
         assert row.status == "fail" and "is damaged" in row.found and "all machines see" in row.advice
+
+
+def test_a_step_that_cannot_be_repeated_is_no_failure_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no deterministic way is allowed but in the steps that are compared to the bit: there nothing may be left so."""
+    warns, real = list[bool](), proof.take_step
+
+    def step(*args: Any) -> float:
+        warns.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        return real(*args)
+
+    monkeypatch.setattr(proof, "take_step", step)
+    assert prove(tmp_path, "ten steps", "resume")["resume"].status == "pass"
+    assert warns == [True] * 10 + [False] * 2 and not torch.are_deterministic_algorithms_enabled()
+
+    def put(*args: Any) -> float:
+        warned = pytest.warns(UserWarning, match="put_ does not have a deterministic")
+        with warned if torch.is_deterministic_algorithms_warn_only_enabled() else contextlib.nullcontext():
+            torch.zeros(2).put_(torch.tensor([1]), torch.ones(1))
+        return real(*args)
+
+    monkeypatch.setattr(proof, "take_step", put)
+    row = prove(tmp_path, "ten steps", "resume")["resume"]
+    assert row.status == "skip" and "no deterministic put_ here" in row.found, row
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,13 +450,18 @@ def test_the_worst_rank_speaks() -> None:
 # ---------------------------------------------------------------------------------------------- two processes' proof
 
 
-@pytest.fixture(scope="module")
-def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Row]]:
-    words = command(2, Path(__file__).parent / "sabotage.py", tmp_path_factory.mktemp("proof"))
-    done = subprocess.run(words, env=environment(2), capture_output=True, text=True, timeout=200, cwd=ROOT)
+def proven(processes: int, *words: str | Path) -> dict[str, dict[str, Row]]:
+    """What sabotage.py finds, by scenario and stage."""
+    started = command(processes, Path(__file__).parent / "sabotage.py", *words)
+    done = subprocess.run(started, env=environment(processes), capture_output=True, text=True, timeout=200, cwd=ROOT)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1, done.stdout + done.stderr
     return {name: {row["name"]: Row(**row) for row in rows} for name, rows in json.loads(lines[0]).items()}
+
+
+@pytest.fixture(scope="module")
+def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Row]]:
+    return proven(2, tmp_path_factory.mktemp("proof"))
 
 
 def test_two_processes_are_sound(sabotaged: dict[str, dict[str, Row]]) -> None:
@@ -424,6 +469,12 @@ def test_two_processes_are_sound(sabotaged: dict[str, dict[str, Row]]) -> None:
         name: "pass" for name in proof.STAGES if name != "compile"
     }, sabotaged["sound"]
     assert "2 processes" in sabotaged["sound"]["gradients"].found and "all 2 ranks" in sabotaged["sound"]["ten steps"].found
+
+
+def test_three_processes_are_sound_in_bf16(tmp_path: Path) -> None:
+    """Of a number of processes that is no power of two, a loss times it rounds to other bf16 than the loss itself."""
+    row = proven(3, tmp_path, "bf16")["bf16"]["gradients"]
+    assert row.status == "pass" and "3 processes' equal one's to" in row.found and "in bf16" in row.found, row
 
 
 @pytest.mark.parametrize(
@@ -435,6 +486,7 @@ def test_two_processes_are_sound(sabotaged: dict[str, dict[str, Row]]) -> None:
         ("parameter", "ten steps", "rank 1 has other weights"),
         ("moment", "resume", "rank 1: "),
         ("sum", "all-reduce", "is wrong"),
+        ("ones", "first collective", "the sum of 2 ones is 3"),
     ],
 )
 def test_two_processes_that_go_wrong(sabotaged: dict[str, dict[str, Row]], broken: str, stage: str, words: str) -> None:

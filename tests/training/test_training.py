@@ -20,7 +20,7 @@ from src.training import checkpoint
 from src.training.checkpoint import damage, load_weights, newest, retain, step_folder, write_folder
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
+from src.training.launch import Heartbeats, MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
 from src.training.optimizer import OptimizerConfig, adamw, learning_rate, load_optimizer_state, optimizer_state, update
 from src.training.run import RunDirectory, describe_data
 from src.training.seeds import generator, normal, torch_seed, uniforms
@@ -214,10 +214,20 @@ def test_batches_are_split_exactly() -> None:
     assert [p for half in halves for part in range(2) for p in half.positions(2, part)] == covered
     assert halves[1].of_step(1) == slice(12, 16)
     assert split_batch(16, None, rank=0, world=2).micro == 8
-    with pytest.raises(UserError, match="set batch_size to 12 or 15, or micro_batch_size 1 or 2"):
+    with pytest.raises(UserError, match="1 process.* times micro_batch_size 3; set .* 12 or 15, or micro_batch_size 1 or 2$"):
         split_batch(14, 3, rank=0, world=1)
-    with pytest.raises(UserError, match="set batch_size to 8"):
-        split_batch(4, 4, rank=0, world=2)
+    with pytest.raises(UserError, match="batch_size 4 is not a multiple of 3 process.es.; set batch_size to 3 or 6$"):
+        split_batch(4, 4, rank=0, world=3)
+    with pytest.raises(UserError, match="set batch_size to 4$"):
+        split_batch(2, None, rank=0, world=4)
+
+
+def test_a_devices_share_smaller_than_the_micro_batch_is_taken_whole() -> None:
+    splits = [split_batch(128, 32, rank=0, world=world) for world in (1, 2, 4, 8)]
+    assert [(split.accumulation, split.micro) for split in splits] == [(4, 32), (2, 32), (1, 32), (1, 16)], "the README's table"
+    last = split_batch(128, 32, rank=7, world=8)
+    assert last.of_step(0) == slice(112, 128) and last.positions(1, 0) == range(240, 256)
+    assert split_batch(8, 64, rank=0, world=1).micro == 8
 
 
 def test_each_epoch_has_every_picture_once() -> None:
@@ -440,6 +450,55 @@ def test_precision_without_a_gpu() -> None:
             start(MachineConfig(mixed_precision="fp16"))
     with pytest.raises(UserError, match="float64 goes with"):
         start(MachineConfig(mixed_precision="bf16", dtype="float64"))
+
+
+BEATS = """
+import sys, time
+from src.training.launch import Heartbeats
+heart = Heartbeats(int(sys.argv[1]), 3, seconds=0.4, patience=10)
+time.sleep(1)
+print("beats", flush=True)
+sys.stdin.readline()
+heart.close()
+"""
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 is killed, rank 2 comes to its end; then the store goes, which is on the first machine."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    began = [
+        subprocess.Popen(
+            [sys.executable, "-c", BEATS, rank], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port)),
+        )
+        for rank in ("1", "2")
+    ]  # fmt: skip
+    heart = Heartbeats(0, 3, seconds=0.4, patience=10)
+    try:
+        for one in began:
+            assert one.stdout is not None and one.stdout.readline() == "beats\n"
+        began[1].communicate("end\n", timeout=60)
+        time.sleep(2)
+        assert capsys.readouterr().err == "", "all live, or have said that they are done"
+        began[0].kill()
+        began[0].communicate()
+        deadline, said = time.monotonic() + 30, ""
+        while not said and time.monotonic() < deadline:
+            said = capsys.readouterr().err
+            time.sleep(0.1)
+        assert said == "warning on rank 0: rank 1 of 3 gave no sign of life for 4 s\n"
+    finally:
+        heart.close()
+        for one in began:
+            one.kill()
+    other = Heartbeats(2, 3, seconds=0.2)
+    del store
+    other._thread.join(30)
+    assert "warning on rank 2: rank 0's machine (127.0.0.1) does not answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

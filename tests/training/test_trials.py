@@ -1,6 +1,7 @@
 """What --dry-run and --verify-resume say: of a run that is as it should be, and of one that is not."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +10,26 @@ import pytest
 import torch
 
 import ddpm_accelerate
-from src.config import load
+import train_vae
+from src.config import UserError, load
 from src.training.checkpoint import write_folder
 from src.training.clock import Cadence
+from src.training.stages import plan_stages
 from src.training.stream import split_batch
-from src.training.trials import Attempt, Measured, compare_checkpoints, costs, largest, what_fits
+from src.training.trials import (
+    Attempt,
+    Measured,
+    _without_traces,
+    compare_checkpoints,
+    costs,
+    fitting,
+    largest,
+    run_training,
+    what_fits,
+)
 from tests.conftest import ROOT, launch
 
+WORDS = {"preview": 100, "save": 100, "export": 300}
 SPLIT = split_batch(16, 8, rank=0, world=1)
 
 
@@ -40,6 +54,16 @@ def test_costs_are_steps_previews_checkpoints_and_what_comes_before(tmp_path: Pa
     assert found["images/s"] == "32.0" and found["stage 2"] == "100 of 16 images = 16.0 epochs"
     assert told(config_of(every_minutes=0.08), attempt, tmp_path)["time"] == "4.3 min", "20 by the clock, and 10, not 5 and 1"
     assert told(config_of(keep=1, keep_best=True), attempt, tmp_path)["disk"].startswith("3.3 MB: 2 checkpoints")
+
+
+def test_costs_have_the_exports_which_a_trial_counts_and_does_not_write(tmp_path: Path) -> None:
+    attempt = Attempt("dry_run", checkpoint_bytes=10**6, weights_bytes=2 * 10**5, images=100)
+    attempt.enter("", SPLIT, 1000, {word: Cadence(word, every) for word, every in WORDS.items()}, "micro_batch_size")
+    assert attempt.stages[0].exports == 3 and not attempt.wants("export")
+    told_of_disk = told(config_of(), attempt, tmp_path)["disk"]
+    assert told_of_disk.startswith("3.8 MB: 3 checkpoints") and told_of_disk.endswith("previews, 3 exports of 0.2 MB")
+    cfg = load("configs/landscape64_ddpm.json", ddpm_accelerate.Config)
+    assert _without_traces(cfg).export_every == cfg.export_every is not None, "or there would be none to count"
 
 
 def test_costs_warn_of_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +95,7 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
     def train(cfg: Any, run_dir: Path, attempt: Attempt) -> int:
         assert not run_dir.exists() and attempt.kind == "fit" and cfg.bucket is None and cfg.log.trackers == ()
         run_dir.mkdir()
-        cadences = {word: Cadence(word, None) for word in ("preview", "save")}
+        cadences = {word: Cadence(word, None) for word in ("preview", "save", "export")}
         attempt.enter("", split_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=1), 10, cadences, "micro_batch_size")
         seen.append(cfg.micro_batch_size)
         if cfg.micro_batch_size > limit:
@@ -79,11 +103,49 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
         return 0
 
     limit = 6
-    assert what_fits(train, cfg, tmp_path / "x") == "micro_batch_size up to 6" and len(seen) <= 4
+    assert what_fits(train, cfg, tmp_path / "x") == ["micro_batch_size up to 6"] and len(seen) <= 4
     limit = 24
-    assert what_fits(train, cfg, tmp_path / "x") == "micro_batch_size up to 24 = batch_size"
+    assert what_fits(train, cfg, tmp_path / "x") == ["micro_batch_size up to 24 = batch_size"]
     limit = 0
-    assert what_fits(train, cfg, tmp_path / "x").startswith("no micro_batch_size: out of memory with one picture")
+    assert what_fits(train, cfg, tmp_path / "x")[0].startswith("no micro_batch_size: out of memory with one picture")
+
+
+def test_micro_batches_of_each_stage_are_tried(tmp_path: Path) -> None:
+    """Those of 16 px and the last one, of 24, whose batch is its own: the memory is full at so many pixels."""
+    cfg, entered = load("configs/smoke/vae.json", train_vae.Config), list[int]()
+
+    def train(cfg: Any, _: Path, attempt: Attempt) -> int:
+        for stage in plan_stages(cfg, 114, rank=0, world=1):
+            if stage.first < attempt.last:
+                assert stage.config.adversarial is None or stage.judged_from == stage.first
+                entered.append(stage.number)
+                if stage.split.micro * stage.image.size**2 > limit:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0
+
+    limit = 9 * 16**2
+    found = what_fits(train, cfg, tmp_path / "x")
+    assert found == [*(f"stages.{i}.micro_batch_size up to 8" for i in range(3)), "stages.3.micro_batch_size up to 4"]
+    assert entered[0] == 1 and 0 < entered.count(4) <= 3, "what comes after a stage is left out"
+    limit = 24**2 - 1
+    assert [told[:28] for told in what_fits(train, cfg, tmp_path / "x")[2:]] == [
+        "stages.2.micro_batch_size up",
+        "no stages.3.micro_batch_size",
+    ]
+
+
+def test_several_processes_say_where_the_micro_batch_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load("configs/smoke/ddpm.json", ddpm_accelerate.Config)
+    look = partial(fitting, lambda *_: 0, cfg, tmp_path / "x")
+    assert look() == [], "no GPU, no search"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert look() == ["micro_batch_size up to 16 = batch_size"]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert look() == ["not looked for on 8 processes: --dry-run on one GPU says it, for each of these too"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "FSDP" in look()[0] and "one GPU" not in look()[0]
+    monkeypatch.setenv("RANK", "1")
+    assert look() == [], "one of them speaks"
 
 
 def test_checkpoints_are_compared_to_the_bit(tmp_path: Path) -> None:
@@ -127,3 +189,19 @@ def test_every_stage_of_an_autoencoder_is_resumed(tmp_path: Path) -> None:
     assert "bit-equal" in done.out and not list(tmp_path.iterdir())
     done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--verify-resume", "--dry-run")
     assert done.status == 2 and "give one of them" in done.err
+
+
+def test_a_step_that_cannot_be_repeated_is_the_configs_mistake(tmp_path: Path) -> None:
+    """As the backward of max-pooling on a GPU, in a run that is to be deterministic."""
+    cfg = load("configs/smoke/ddpm.json", ddpm_accelerate.Config)
+
+    def train(*_: Any) -> int:
+        torch.use_deterministic_algorithms(True)
+        try:
+            torch.zeros(2).put_(torch.tensor([1]), torch.ones(1))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        return 0
+
+    with pytest.raises(UserError, match="deterministic: torch has no put_ that repeats itself .*--set deterministic=false"):
+        run_training(train, cfg, SimpleNamespace(run_dir=tmp_path, dry_run=False, verify_resume=False))  # pyright: ignore[reportArgumentType]
