@@ -15,6 +15,8 @@ from ..vision import import_torchvision
 Array = NDArray[Any]
 NEIGHBOURS = 5  # of precision, recall, density and coverage, as Naeem et al. have it
 MOST = 10_000  # pictures of each side for them: their cost grows with the square
+ALONE: dict[str, Any] = {"sync_on_compute": False}  # a rank has all features, and the others do not compute
+ROWS = 20_000_000  # distances at a time
 
 
 class Moments(NamedTuple):
@@ -56,7 +58,7 @@ def frechet(samples: Array, real: Moments) -> float:
     import_torchvision()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(len(real.sum)))
+    metric = FrechetInceptionDistance(feature=_Given(len(real.sum)), **ALONE)
     metric.update(torch.from_numpy(samples).double(), real=False)
     metric.real_features_sum, metric.real_features_cov_sum = real.sum, real.outer
     metric.real_features_num_samples = torch.tensor(real.count)
@@ -70,7 +72,9 @@ def kernel_distance(samples: Array, real: Array, *, subsets: int = 100, size: in
     from torchmetrics.image.kid import KernelInceptionDistance
 
     with _quietly(), _drawn_alike():
-        metric = KernelInceptionDistance(feature=_Given(0), subsets=subsets, subset_size=min(size, len(samples), len(real)))
+        metric = KernelInceptionDistance(
+            feature=_Given(0), subsets=subsets, subset_size=min(size, len(samples), len(real)), **ALONE
+        )
         metric.update(torch.from_numpy(samples).double(), real=False)
         metric.update(torch.from_numpy(real).double(), real=True)
         mean, std = metric.compute()
@@ -84,16 +88,17 @@ def inception_score(logits: Array, *, splits: int = 10) -> tuple[float, float]:
     from torchmetrics.image.inception import InceptionScore
 
     with _quietly(), _drawn_alike():
-        metric = InceptionScore(feature=_Given(0), splits=min(splits, len(logits)))
+        metric = InceptionScore(feature=_Given(0), splits=min(splits, len(logits)), **ALONE)
         metric.update(torch.from_numpy(logits).double())
         mean, std = metric.compute()
-    return float(mean), float(std) if len(logits) > 1 else 0.0
+    return float(mean), float(std.nan_to_num())
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `.*` will save all extracted features")
+        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split
         yield
 
 
@@ -106,7 +111,7 @@ def _points(features: Array) -> Tensor:
 
 def _rows(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of rows of the distances |x_i - y_j|: (first row, (b, M)), of 160 MB at most."""
-    block = max(1, 20_000_000 // len(y))
+    block = max(1, ROWS // len(y))
     for start in range(0, len(x), block):
         yield start, torch.cdist(x[start : start + block], y, compute_mode="use_mm_for_euclid_dist")
 

@@ -100,7 +100,7 @@ def drawn_features(
                 found[network.name].append(see(network, pixels))
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
-    size = batch_size * max(1, min(BLOCK // batch_size, -(-count // batch_size // ranks.world)))
+    size = batch_size * max(1, min(BLOCK, count // 16) // batch_size)  # enough for 16 ranks, however many there are
     return in_blocks(out, count, size, make, ranks, doing="sampling")
 
 
