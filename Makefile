@@ -17,7 +17,7 @@ dev: .venv/dev
 .venv/core: pyproject.toml
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0 torchvision==0.28.0
-	$(PIP) -e .
+	$(PIP) -e '.[eval]'
 	@touch $@
 
 .venv/dev: .venv/core

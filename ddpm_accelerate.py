@@ -18,6 +18,7 @@ from src.models import UNetConfig
 from src.sampling.files import sample_checkpoints
 from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
+from src.sampling.quality import open_quality
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
@@ -99,6 +100,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     ema = EMA(network, cfg.ema)
     trained = Trained(network, bare_optimizer, ema, times=times)
     sampler = preview_sampler(cfg, ema.network, process, shape, num_classes)
+    quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
@@ -117,15 +119,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
     examples = pictures_of(held_out, cfg.image) if held_out is not None else None
     batches = stream(
-        train_set,
-        cfg.image,
-        split,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
+        train_set, cfg.image, split, seed=cfg.seed, balanced=cfg.balance_classes, start_step=session.step, workers=cfg.workers,
         device=device,
-    )
+    )  # fmt: skip
 
     # Train.
     model.train()
@@ -156,15 +152,16 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         update(optimizer, rate_at(step), norm)
         session.count(torch.isfinite(norm))
 
-        # Now and then: log, preview, save, export.
+        # Now and then: log, preview, quality, save, export.
         if not session.due:
             continue
-        values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+        values = session.logged(lr=rate_at(step), grad_norm=norm)
         if session.now("preview"):
             values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)
-            best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
+        if quality is not None and session.now("quality"):
+            values |= quality.measure(sampler, cfg.preview.batch_size)
         session.report(values)
-        session.save(keep=best and cfg.checkpoint.keep_best)
+        session.save(keep=session.best_of(values))
         if session.now("export"):
             session.export(Path(cfg.export_dir), f"ckpt_epoch{split.images_at(session.step) // len(train_set)}_ddpm.pt")
         if session.leaves():

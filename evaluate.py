@@ -1,5 +1,12 @@
 #!/usr/bin/env python
-"""Measure a run: its likelihood in bits per dimension, term by term, on pictures that it did or did not see."""
+"""Measure a run, or a folder of pictures, against real ones: distances, precision and recall, copies; or its likelihood.
+
+python evaluate.py runs/wikiart256_ldm                            10,000 samples against the training pictures
+python evaluate.py runs/landscape256_vae                          reconstructions of held-out pictures
+python evaluate.py samples/mine --data datasets/mine --resize     pictures that are there already
+python evaluate.py runs/wikiart256_ldm --sweep steps=10,20,50 guidance=1,2,4
+python evaluate.py runs/digits_ddpm --likelihood --steps 100      bits per dimension
+"""
 
 import argparse
 import hashlib
@@ -7,13 +14,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from src.config import UserError, config, parse_json, run_script, validate
-from src.data import HeldOut, Sources, open_data
-from src.diffusion import SPACINGS, TableSchedule, times
+import torch
+
+from src.config import UserError, config, parse_json, read_json, run_script, validate
+from src.data import HeldOut, PictureSet, Sources, open_data
+from src.diffusion import TableSchedule, times
+from src.metrics.features import NAMES, open_features
 from src.sampling import open_trained
+from src.sampling.blocks import ranks_of
+from src.sampling.classifier import open_classifier
+from src.sampling.evaluation import Evaluation, Report, evaluate_autoencoder, evaluate_folder, evaluate_run, parse_sweep, sweep
 from src.sampling.likelihood import measure_likelihood
-from src.sampling.sampler import parse_steps
+from src.sampling.sampler import add_arguments, parse_steps, sampler_config
 from src.training.launch import explain_out_of_memory, start_sampling
+from src.training.run import append_metrics
 
 
 @config
@@ -25,75 +39,133 @@ class Data:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python evaluate.py runs/digits_ddpm --likelihood --steps 100"
-    )
-    parser.add_argument("run", help="a run, a checkpoint, a final folder, or an export")
-    parser.add_argument("--likelihood", action="store_true", help="the variational bound, in bits per dimension")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run, a checkpoint, a final folder, an export; or a folder of pictures")
+    parser.add_argument("--likelihood", action="store_true", help="the variational bound, in bits per dimension, instead")
     parser.add_argument(
-        "--part", choices=("held_out", "train"), help="of the run's pictures (default held_out where there are)"
+        "--sweep", nargs="+", metavar="KEY=A,B,..", help="one table for all settings of the sampler, and curves"
     )
+    parser.add_argument(
+        "--features", action="append", metavar="NAME", help=f"{', '.join(NAMES)} (default inception); repeatable"
+    )
+    parser.add_argument("--inception-weights", metavar="FILE", help="default: where torch's cache keeps them")
+    parser.add_argument("--weights", metavar="FILE", help="of dinov2 or timm:NAME, as timm has them (safetensors)")
+    parser.add_argument("--num-samples", type=int, default=10_000, metavar="N")
+    told = "of the run's pictures (default train; for a likelihood and an autoencoder held_out, where there are)"
+    parser.add_argument("--part", choices=("held_out", "train"), help=told)
     parser.add_argument("--data", metavar="FOLDER", help="other pictures: a folder, or a source as in a config, as JSON")
-    parser.add_argument("--num-images", type=int, metavar="N", help="the N whose names hash lowest (default all)")
-    parser.add_argument("--steps", help="a respaced chain: how many, or counts for equal sections (default the whole table)")
-    parser.add_argument("--spacing", choices=SPACINGS, default="even")
+    parser.add_argument("--num-images", type=int, metavar="N", help="of those, the N whose names hash lowest (default all)")
+    parser.add_argument("--resize", action="store_true", help="of a folder: cut the pictures of --data to the samples' size")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder for the figures (default evaluations/RUN/...)")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     parser.add_argument("--json", action="store_true", help="the figures for another program, on standard output")
+    add_arguments(parser)
+    parser.set_defaults(steps=None)
     return parser.parse_args()
 
 
-def open_pictures(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    """The pictures that are meant: the run's own, or others."""
+def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> tuple[PictureSet, PictureSet | None]:
+    """The pictures that are meant, the run's own or others, by default those of `part`; and, where they are what was trained
+    on, those held out."""
     few = {"subset": args.num_images} if args.num_images is not None else {}
     if args.data is not None and args.part is not None:
         raise UserError("--part is of the run's own pictures and --data are others; leave one out")
     if args.data is not None:
         source = parse_json(args.data) if args.data[:1] == "{" else {"source": "folder", "path": args.data}
-        return open_data(validate(Data, {"data": {**source, **few}}, origin="--data").data, 0.0)[0]
+        return open_data(validate(Data, {"data": {**source, **few}}, origin="--data").data, 0.0)[0], None
     if "data" not in settings:
-        raise UserError(f"{args.run} was imported and names no pictures: give --data FOLDER")
+        raise UserError(f"{args.run} names no pictures to measure it on: give --data FOLDER")
     spec = validate(Data, {key: settings[key] for key in ("data", "held_out") if key in settings}, origin=args.run)
     train_set, held_out = open_data(spec.data, spec.held_out)
     if args.part == "held_out" and held_out is None:
         raise UserError(f"{args.run} held nothing out; give --part train, or --data FOLDER")
-    chosen = train_set if held_out is None or args.part == "train" else held_out
-    return chosen.lowest(args.num_images) if args.num_images is not None else chosen
+    wanted = args.part or part
+    chosen = held_out if wanted == "held_out" and held_out is not None else train_set
+    beside = held_out if chosen is train_set else None
+    return (chosen.lowest(args.num_images) if args.num_images is not None else chosen), beside
 
 
 def main() -> None:
     args = arguments()
-    if not args.likelihood:
-        raise UserError("say what to measure: --likelihood")
-    if args.batch_size < 1 or not 0 <= args.seed < 2**64 or (args.num_images is not None and args.num_images < 1):
-        raise UserError("--batch-size and --num-images must be at least 1, --seed from 0 to 2^64 - 1")
+    counts = (args.batch_size, args.num_samples, args.num_images if args.num_images is not None else 1)
+    if min(counts) < 1 or not 0 <= args.seed < 2**64:
+        raise UserError("--batch-size, --num-samples and --num-images must be at least 1, --seed from 0 to 2^64 - 1")
     state, device = start_sampling(args.device)
+    with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
+        if args.likelihood:
+            likelihood(args, state, device)
+        else:
+            quality(args, state, device)
+
+
+# ---------------------------------------------------------------------------------------------- how good the pictures are
+
+
+def quality(args: argparse.Namespace, state: Any, device: torch.device) -> None:
+    """What is measured depends on what `run` is: pictures, an autoencoder, or what draws."""
+    place = Path(args.run)
+    made = place.is_dir() and not any((place / name).exists() for name in ("config.json", "ema.safetensors", "checkpoints"))
+    settings = read_json(place / "config.json") if (place / "config.json").exists() else {}
+    named = args.features or ["inception"]
+    networks = [open_features(name, args.inception_weights if name == "inception" else args.weights) for name in named]
+    it = Evaluation(
+        [network.to(device) for network in networks], Path(args.out) if args.out else None, ranks_of(state), device,
+        batch_size=args.batch_size, seed=args.seed,
+    )  # fmt: skip
+    if args.sweep is not None and (made or "stages" in settings):
+        raise UserError(f"--sweep draws samples in many ways, and {args.run} draws none: give a diffusion run")
+    if made:
+        report = evaluate_folder(it, place, open_pictures(args, {}, "train")[0], resize=args.resize)
+    elif "stages" in settings:
+        report = evaluate_autoencoder(it, args.run, settings, open_pictures(args, settings, "held_out")[0])
+    else:
+        opened = open_trained(args.run, device)
+        data, held_out = open_pictures(args, opened.config, "train")
+        if args.steps is None:
+            args.steps = "50"
+        classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
+        if args.sweep is not None:
+            settings = parse_sweep(sampler_config(args), args.sweep)
+            report = sweep(it, opened, data, settings, count=args.num_samples, classifier=classifier)
+        else:
+            how = opened.sampler(sampler_config(args), classifier)
+            report = evaluate_run(it, opened, how, data, held_out, count=args.num_samples)
+    if state.is_main_process:
+        show(report, args)
+
+
+def show(report: Report, args: argparse.Namespace) -> None:
+    """One table on the screen, and a line of metrics.jsonl: the run's own, or, where it has none, one beside the figures."""
+    values = {f"evaluation_{name}": value for name, value in report.values.items()}
+    run = Path(args.run)
+    place = run if (run / "metrics.jsonl").exists() else report.out
+    if values:
+        append_metrics(place, report.step, values)
+    if args.json:
+        print(json.dumps({"run": args.run, "step": report.step, **report.figures}))
+        return
+    print("\n".join(report.lines))
+    print("\n".join(f"  {path}" for path in report.files))
+
+
+# ---------------------------------------------------------------------------------------------- likelihood
+
+
+def likelihood(args: argparse.Namespace, state: Any, device: torch.device) -> None:
+    if args.sweep or args.features:
+        raise UserError("--likelihood draws nothing: leave --sweep and --features out")
     opened = open_trained(args.run, device)
-    data = open_pictures(args, opened.config)
+    data, _ = open_pictures(args, opened.config, "held_out")
     schedule = opened.process.schedule
     if not isinstance(schedule, TableSchedule):
         raise UserError(f"{args.run} is on the blend: it has no chain of steps, so no bits per dimension")
-    try:
-        steps = parse_steps(args.steps) if args.steps is not None else schedule.num_steps
-    except ValueError:
-        raise UserError(f"--steps {args.steps}: give a number, or counts for equal sections, such as 100,50,25") from None
+    steps = parse_steps(args.steps) if args.steps is not None else schedule.num_steps
     chain = times(schedule, steps, args.spacing)
     told = json.dumps([opened.digest, data.fingerprint, chain.tolist(), args.batch_size, args.seed])
     out = Path(args.out or f"evaluations/{opened.name}/likelihood_{hashlib.sha256(told.encode()).hexdigest()[:8]}")
-    with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
-        found = measure_likelihood(
-            opened,
-            data,
-            chain,
-            out,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            rank=state.process_index,
-            world=state.num_processes,
-            barrier=state.wait_for_everyone,
-        )
+    found = measure_likelihood(opened, data, chain, out, batch_size=args.batch_size, seed=args.seed, ranks=ranks_of(state))
     if not state.is_main_process:
         return
     if args.json:

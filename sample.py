@@ -2,7 +2,6 @@
 """Draw from a run: PNGs, a grid, what is needed to draw them again, the GIF of how they came about; or go back."""
 
 import argparse
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Any
 
 import torch
 
-from src.config import UserError, run_script, validate
-from src.diffusion import SOLVERS, SPACINGS
+from src.config import UserError, run_script
 from src.interop.upscaling import open_upscaler, upscale_folder
 from src.sampling import SamplerConfig
 from src.sampling.classifier import open_classifier
@@ -20,11 +18,10 @@ from src.sampling.files import write_samples
 from src.sampling.inversion import fingerprint, write_inversions
 from src.sampling.opened import Opened, Run, open_run
 from src.sampling.points import write_points
-from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
+from src.sampling.sampler import HOW, add_arguments, describe, random_labels, sampler_config
 from src.training.launch import explain_out_of_memory, start_sampling
 
 ONE_WAY = {"stop_at", "double_sampling"}  # of pictures that are drawn
-HOW = [field.name for field in dataclasses.fields(SamplerConfig)]
 
 
 def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
@@ -42,20 +39,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     parser.add_argument("--frames", action="store_true", help="write the denoising GIF and its frames")
     parser.add_argument("--npz", action="store_true", help="also all in one file, as guided-diffusion's evaluator reads it")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    solver = parser.add_argument_group("solver")
-    solver.add_argument("--solver", choices=SOLVERS, default="ddim")
-    solver.add_argument("--steps", type=parse_steps, default=50, help="how many, or counts for equal sections: 100,50,25")
-    solver.add_argument("--alphas", type=parse_alphas, metavar="A,B,..", help="of the blend: each step's alpha, from 0 to 1")
-    solver.add_argument("--spacing", choices=SPACINGS, default="even")
-    solver.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as ancestral sampling")
-    solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")
-    solver.add_argument("--stop-at", type=int, metavar="S", help="end after S steps, with the estimate of x_0")
-    solver.add_argument("--double-sampling", type=int, metavar="S", help="noise again to step S, and denoise once more")
-    guidance = parser.add_argument_group("guidance")
-    guidance.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is none of classifier_free, 0 of a classifier")
-    guidance.add_argument("--guidance-method", choices=("classifier_free", "classifier"), default="classifier_free")
-    guidance.add_argument("--classifier", metavar="RUN", help="a run of train_classifier.py, or an imported classifier")
-    guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
+    add_arguments(parser)
     edit = parser.add_argument_group("from a picture")
     edit.add_argument("--image", metavar="FILE", help="a picture to start from, or to draw a part of anew")
     edit.add_argument("--start-at", type=int, default=0, metavar="S", help="noise it to where S steps are done")
@@ -86,8 +70,6 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
         raise UserError("--mask and --start-at are about a picture: give it with --image")
     if args.resamplings > 1 and args.mask is None:
         raise UserError("--resamplings belongs to --mask")
-    if args.classifier is not None and args.guidance_method != "classifier":
-        raise UserError("--classifier guides only with --guidance-method classifier")
     if args.upscaler is not None and not (args.upscale or args.upscale_only):
         raise UserError("--upscaler is for --upscale and --upscale-only")
 
@@ -139,7 +121,7 @@ def invert(opened: Opened, how: SamplerConfig, args: argparse.Namespace, default
 def main() -> None:
     args, defaults = arguments()
     check(args, defaults)
-    how = validate(SamplerConfig, {key: getattr(args, key) for key in HOW}, origin="arguments")
+    how = sampler_config(args)
     state, device = start_sampling(args.device)
     ranks = {"rank": state.process_index, "world": state.num_processes, "barrier": state.wait_for_everyone}
     upscaler = open_upscaler(args.upscaler, device) if args.upscale or args.upscale_only else None

@@ -25,6 +25,7 @@ from src.sampling.opened import build_unet, count_classes, sampler_of, start_fro
 from src.sampling.pairs import PairEnds, Pairs
 from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
 from src.sampling.points import write_points
+from src.sampling.quality import open_quality
 from src.sampling.sampler import random_labels
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
@@ -150,6 +151,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         return sampler_of(spec, ema.network, process, shape, num_classes, **more)
 
     sampler_for(SamplerConfig(guidance=cfg.preview.guidance))  # what is wrong with it is said now
+    quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, ends.facts, total_steps=total_steps, attempt=attempt)
@@ -209,15 +211,16 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         update(optimizer, rate_at(step), norm)
         session.count(torch.isfinite(norm))
 
-        # Now and then: log, preview, save.
+        # Now and then: log, preview, quality, save.
         if not session.due:
             continue
-        values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+        values = session.logged(lr=rate_at(step), grad_norm=norm)
         if session.now("preview"):
             values |= preview_paths(sampler_for, cfg.preview, session, train_set.class_names, ends)
-            best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
+        if quality is not None and session.now("quality"):
+            values |= quality.measure(sampler_for(cfg.preview.most_calls), cfg.preview.batch_size)
         session.report(values)
-        session.save(keep=best and cfg.checkpoint.keep_best)
+        session.save(keep=session.best_of(values))
         if session.leaves():
             batches.close()
             return session.end_stopped()

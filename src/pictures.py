@@ -87,6 +87,7 @@ def curves(
     xlabel: str,
     title: str = "",
     log: Collection[str] = (),
+    marker: str = "",
 ) -> None:
     """Panels side by side, each {label of its y axis: {name of a line: (x, y)}}, as a PNG; those in `log` on a log scale."""
     from matplotlib.figure import Figure
@@ -95,7 +96,7 @@ def curves(
     for i, (ylabel, series) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for name, (x, y) in series.items():
-            axes.plot(x, y, label=name, linewidth=1.5)
+            axes.plot(x, y, label=name, linewidth=1.5, marker=marker)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)

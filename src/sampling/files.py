@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..config import UserError, write_whole
 from ..diffusion import Prediction
 from ..interop.upscaling import Upscaler
 from ..training.launch import start_sampling
+from .blocks import wait_for
 from .opened import Opened, open_trained
 from .sampler import Edit, Sampler, SamplerConfig, describe
 
@@ -247,12 +247,3 @@ def sample_checkpoints(files: Sequence[str], out: Path, *, asked: bool = True) -
         command = frames.write(out / f"denoised{suffix}", "denoised", ".jpg", out / f"denoised{suffix}.gif", fps=5)
         print(f"{file}: {out}/grid{suffix}.png, {out}/denoised{suffix}.gif; the GIF again:\n  {command}")
     return 0
-
-
-def wait_for(paths: Sequence[Path], seconds: float = 60) -> None:
-    """On network file systems another machine's file may be seen a little later."""
-    limit = time.monotonic() + seconds
-    while missing := [path for path in paths if not path.exists()]:
-        if time.monotonic() > limit:
-            raise UserError(f"{missing[0]} was not written; run the same command again to go on")
-        time.sleep(0.2)

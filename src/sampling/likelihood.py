@@ -1,21 +1,19 @@
 """Bits per dimension of a whole data set: all ranks, a block of pictures at a time, going on where a kill left it."""
 
-import io
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import pictures
 from ..config import UserError, write_whole
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
+from .blocks import Ranks, claim_request, in_blocks
 from .opened import Opened, few
 from .preview import pictures_of
 from .sampler import noise_of
@@ -72,9 +70,7 @@ def measure_likelihood(
     *,
     batch_size: int,
     seed: int,
-    rank: int,
-    world: int,
-    barrier: Callable[[], None],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """The variational bound of every picture along `times` (N + 1,), into `out`: a file for every block of pictures,
     likelihood.json (the means), likelihood.png (the terms by time). Gives the means.
@@ -91,30 +87,15 @@ def measure_likelihood(
         "batch_size": batch_size,
         "seed": seed,
     }
-    told = out / "request.json"
-    if out.exists() and any(out.iterdir()) and (not told.exists() or json.loads(told.read_text()) != request):
-        raise UserError(f"{out} holds other figures; give another --out or remove it")
-    barrier()  # all have looked before anybody writes
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(told, json.dumps(request).encode())
-    barrier()
-    size = max(BLOCK, batch_size)
-    blocks = [range(start, min(start + size, len(data))) for start in range(0, len(data), size)]
-    paths = [out / f"block_{i:05d}.npz" for i in range(len(blocks))]
-    with tqdm(total=len(data), desc="likelihood", unit="img", disable=None if rank == 0 else True) as bar:
-        for path, block in list(zip(paths, blocks, strict=True))[rank::world]:
-            if not path.exists():
-                content = io.BytesIO()
-                np.savez(content, **_measure(opened, data, block, times, batch_size, seed))
-                write_whole(path, content.getbuffer())
-            bar.update(min(len(block) * world, len(data) - bar.n))
-    barrier()
-    parts = []
-    for path in paths:
-        with np.load(path) as part:
-            parts.append({key: part[key] for key in KEYS})
-    each = {key: np.concatenate([part[key] for part in parts]) for key in KEYS}
+    claim_request(out, request, ranks)
+    each = in_blocks(
+        out,
+        len(data),
+        max(BLOCK, batch_size),
+        lambda block: _measure(opened, data, block, times, batch_size, seed),
+        ranks,
+        doing="likelihood",
+    )
     totals = each["prior"] + each["terms"].sum(1)
     means = {
         "bits_per_dimension": float(totals.mean()),
@@ -127,7 +108,7 @@ def measure_likelihood(
         "steps": times[:-1].tolist(),
         "pictures": len(data),
     }
-    if rank == 0:
+    if ranks.rank == 0:
         write_whole(out / "likelihood.json", (json.dumps(means, indent=1) + "\n").encode())
         t = means["steps"]
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": {"eps": (t, means["eps_mse"])}}

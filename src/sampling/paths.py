@@ -18,19 +18,26 @@ from ..training.seeds import generator
 from ..training.session import Session
 from .ends import Ends
 from .preview import Examples, held_out_loss
+from .quality import QualityConfig
 from .sampler import Sampler, SamplerConfig
 
 
 @config
 class PathPreviewConfig:
     """`num_samples` sources from the EMA weights every `every` steps and at the end, always the same ones, after so many
-    network `calls`, side by side; `batch_size` at a time."""
+    network `calls`, side by side; `batch_size` at a time. `quality` measures more, of pictures, after the most calls."""
 
     every: Length | None = free(None)
     num_samples: int = free(8, ge=1)
     batch_size: int = free(16, ge=1)
     calls: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 16, 64), min_length=1, json_schema_extra={"free": True})
     guidance: float = free(1.0)
+    quality: QualityConfig | None = Field(None, json_schema_extra={"free": True})
+
+    @property
+    def most_calls(self) -> SamplerConfig:
+        """The last of its columns."""
+        return SamplerConfig(solver="euler", steps=max(self.calls), guidance=self.guidance)
 
 
 class PathLength:
@@ -104,7 +111,7 @@ def preview_paths(
     values = {"straightness": float(straightness)}
     if (held_out := ends.held_out()) is not None:
         sampler = sampler_for(SamplerConfig())
-        loss = held_out_loss(
+        values |= held_out_loss(
             sampler.network,
             sampler.process,
             held_out,
@@ -113,7 +120,6 @@ def preview_paths(
             accelerator,
             source=sampler.source,
         )
-        values["held_out_loss"] = loss
     return values
 
 

@@ -20,6 +20,7 @@ from ..diffusion import Process, TableSchedule
 from ..training.seeds import generator, normal
 from ..training.session import Session
 from ..training.stream import to_network
+from .quality import QualityConfig
 from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
 
 
@@ -27,14 +28,18 @@ from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
 class PreviewConfig:
     """Pictures from the EMA weights every `every` steps and at the end, always from the same noise.
 
-    `sheets` one is a sheet of `num_samples` pictures; class is one of so many for each class.
+    `sheets` one is a sheet of `num_samples` pictures; class is one of so many for each class. `quality` measures more of them.
     """
 
     every: Length | None = free(None)
     num_samples: int = free(16, ge=1)
     batch_size: int = free(16, ge=1)
     sheets: Literal["one", "class"] = free("one")
+    quality: QualityConfig | None = pydantic.Field(None, json_schema_extra={"free": True})
     sampler: SamplerConfig = pydantic.Field(default=SamplerConfig(), json_schema_extra={"free": True})
+
+
+LEVELS = 10  # of noise, for which the held-out loss is told
 
 
 class Examples(NamedTuple):
@@ -73,8 +78,7 @@ def preview(
     if held_out is None:
         return {}
     batch = session.split.micro
-    loss = held_out_loss(sampler.network, sampler.process, held_out, batch, sampler.num_classes, session.accelerator)
-    return {"held_out_loss": loss}
+    return held_out_loss(sampler.network, sampler.process, held_out, batch, sampler.num_classes, session.accelerator)
 
 
 def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | None, accelerator: Accelerator) -> Tensor:
@@ -114,14 +118,14 @@ def held_out_loss(
     accelerator: Accelerator,
     most: int = 1024,
     source: Start | None = None,
-) -> float:
+) -> dict[str, float]:
     """The mean loss on up to `most` held-out examples, spread over all, each always with the same noise (what `source` gives)
-    and time."""
+    and time: held_out_loss, and held_out_loss_0 to _9 of those whose times are in each tenth, the cleanest first."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     total_count = len(held_out.labels)
     count = min(most, total_count)
     dtype = next(network.parameters()).dtype
-    total = torch.zeros((), device=device, dtype=dtype)
+    totals = torch.zeros(2, LEVELS, device=device, dtype=dtype)  # of losses, and how many
     chosen = np.linspace(0, total_count - 1, count).astype(np.int64)
     for first in range(0, count, batch_size * world):
         start = first + rank * batch_size
@@ -135,11 +139,15 @@ def held_out_loss(
         if num_classes is not None:
             labels = torch.from_numpy(held_out.labels[indices])
             condition = {"labels": torch.where(labels < 0, num_classes, labels).to(device)}
-        loss = process.losses(network, x0, eps, process.draw_times(u), **condition).loss.sum()
-        total += loss if real else 0
-    summed = accelerator.reduce(total)
+        loss = process.losses(network, x0, eps, process.draw_times(u), **condition).loss.to(dtype)
+        if real:
+            level = (u * LEVELS).long().to(device)
+            totals.index_add_(1, level, torch.stack([loss, torch.ones_like(loss)]))
+    summed = accelerator.reduce(totals)
     assert isinstance(summed, Tensor)
-    return float(summed) / count
+    losses, counts = summed.tolist()
+    levels = {f"held_out_loss_{i}": losses[i] / counts[i] for i in range(LEVELS) if counts[i]}
+    return {"held_out_loss": sum(losses) / count, **levels}
 
 
 @torch.no_grad()

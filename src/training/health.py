@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..config import UserError, write_flushed
+from ..metrics.features import INCEPTION_URL, inception_file
 from . import checkpoint
 
 Status = Literal["pass", "warn", "fail", "skip"]
@@ -251,10 +252,6 @@ def ffmpeg() -> Verdict:
     return Verdict("pass", f"H.264 by {program}")
 
 
-# The file that torchmetrics takes by torch-fidelity.
-INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-
-
 def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False) -> Verdict:
     """Whether weights are at `path`, with the hash that torch's names end in; `how` says how to bring them."""
     bad: Status = "fail" if required else "warn"
@@ -273,8 +270,8 @@ def fetch(url: str, path: Path) -> str:
 
 
 def inception_weights() -> Verdict:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rpartition("/")[2]
-    return weights_file(path, "FID and KID need it", fetch(INCEPTION, path))
+    path = inception_file()
+    return weights_file(path, "evaluate.py's FID, KID and IS need it", fetch(INCEPTION_URL, path))
 
 
 def backbone_weights(network: str, own: str | None = None, *, required: bool = False) -> Verdict:

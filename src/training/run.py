@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -57,6 +58,17 @@ def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | Point
         "fingerprint": train_set.fingerprint,
         "skipped": dict(Counter(why for _, why in _skipped(train_set, held_out)).most_common()),
     }
+
+
+def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
+    """One line more for metrics.jsonl in `folder`; what is not finite is null there."""
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(_line(step, values))
+
+
+def _line(step: int, values: dict[str, float]) -> str:
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps({"step": step, **finite}) + "\n"
 
 
 class RunDirectory:
@@ -215,8 +227,7 @@ class RunDirectory:
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; what is not finite is null there."""
         if self._metrics is not None:
-            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+            self._metrics.write(_line(step, values))
             self._metrics.flush()
 
     def say_progress(self, clock: Clock, step: int, steps: int, values: dict[str, float]) -> None:
@@ -225,7 +236,7 @@ class RunDirectory:
         if self.writes:
             self.write_status("running", step, steps)
             line = f"step {step}{f'/{steps}' if steps < ENDLESS else ''} " + " ".join(
-                f"{name} {value:.4g}" for name, value in values.items() if "latent_" not in name
+                f"{name} {value:.4g}" for name, value in values.items() if not re.search(r"latent_|loss_\d", name)
             )
             seldom = any(name.startswith(("held_out", "train_")) for name in values)
             (self._note if clock.bar_shown and not seldom else self.say)(line)

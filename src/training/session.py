@@ -131,6 +131,8 @@ class Session:
         cfg, self.split, self._first, self._end = self.cfg, split, split.first_step, end
         lengths = {"log": cfg.log.every, "preview": cfg.preview.every, "save": cfg.checkpoint.every}
         lengths["export"] = getattr(cfg, "export_every", None)
+        quality = getattr(cfg.preview, "quality", None)
+        lengths["quality"] = quality.every if quality is not None else None
         self._cadences = {
             word: Cadence(word, resolve(length) if length is not None else None) for word, length in lengths.items()
         }
@@ -176,10 +178,13 @@ class Session:
         return self.step >= self._end
 
     def now(self, word: str) -> bool:
-        """Whether log, preview, save or export is due: each of the first three at the end of a stage, too."""
+        """Whether log, preview, quality, save or export is due: all but the last at the end of a stage, too."""
+        due = self._cadences[word]
+        if word == "quality" and due.every is None:
+            return False
         if self.attempt.trial:
             return self.attempt.wants(word)
-        return self._cadences[word](self.step) or (self._ending and word != "export")
+        return due(self.step) or (self._ending and word != "export")
 
     def logged(self, **values: Any) -> dict[str, float]:
         """The losses' means, these values and the speed, where a line is due."""
@@ -194,6 +199,13 @@ class Session:
             return False
         self.best = {"step": self.step, name: value}
         return True
+
+    def best_of(self, values: dict[str, float]) -> bool:
+        """Whether the checkpoint of now is the best so far and to be kept: by the distance of samples where that is measured,
+        else by the loss on held-out pictures."""
+        measured = self._cadences["quality"].every is not None
+        name = "frechet_distance" if measured else "held_out_loss"
+        return name in values and self.better(name, values[name]) and self.cfg.checkpoint.keep_best
 
     def report(self, values: dict[str, float]) -> None:
         """A line of metrics.jsonl, of the trackers, and for the person; after a preview, and now and then, the report."""

@@ -41,6 +41,8 @@ class Measured:
     preview_seconds: float = 0.0
     save_seconds: float = 0.0
     exports: int = 0
+    measured: int = 0  # times that the quality of samples is measured, and what one takes
+    measured_seconds: float = 0.0
 
 
 @dataclass
@@ -72,6 +74,13 @@ class Attempt:
         """There is so much to do before the first step that a dry run only did a part of (caches)."""
         self.ahead_seconds += seconds
 
+    @contextmanager
+    def partly(self, share: float) -> Generator[None]:
+        """Around such a share of measuring the quality of samples, which a dry run does not do in full."""
+        self.stages[-1].preview_seconds = self.lap()
+        yield
+        self.stages[-1].measured_seconds = self.lap() / share
+
     def lap(self, device: torch.device | None = None) -> float:
         """Seconds since the last lap, when the device is done."""
         if device is not None and device.type == "cuda":
@@ -91,7 +100,8 @@ class Attempt:
 
         every = cadences["export"].every
         exports = steps // every if every is not None and steps < ENDLESS else 0
-        self.stages.append(Measured(name, split, steps, times("preview"), times("save"), exports=exports))
+        measured = times("quality") if cadences["quality"].every is not None else 0
+        self.stages.append(Measured(name, split, steps, times("preview"), times("save"), exports=exports, measured=measured))
 
     def counted(self, done: int, device: torch.device) -> None:
         """So many steps of the stage are done: the first ones warm up."""
@@ -125,7 +135,7 @@ class Attempt:
             yield
             return
         stage = self.stages[-1]
-        stage.preview_seconds = self.lap()
+        stage.preview_seconds += self.lap()
         yield
         stage.save_seconds = self.lap()
         self.checkpoint_bytes = max(self.checkpoint_bytes, _bytes_in(checkpoint))
@@ -320,7 +330,10 @@ def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str)
         rows += [("images/s", f"{split.batch / max(stage.step_seconds, 1e-9):.1f}")]
         more = f"{stage.preview_seconds:.1f} s, a checkpoint {stage.save_seconds:.1f} s"
         rows += [("preview", more if stage.steps >= ENDLESS else f"{more}: {stage.previews} and {saves} of them")]
+        if stage.measured:
+            rows += [("quality", f"{stage.measured_seconds:.1f} s: {stage.measured} of them")]
         seconds += stage.steps * stage.step_seconds + stage.previews * stage.preview_seconds + saves * stage.save_seconds
+        seconds += stage.measured * stage.measured_seconds
         kept, pictures = kept + saves, pictures + stage.previews * attempt.preview_bytes
     kept, exports = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best), sum(stage.exports for stage in attempt.stages)
     needed, free = kept * one + (exports + 1) * attempt.weights_bytes + pictures, shutil.disk_usage(_existing(run_dir)).free

@@ -1,0 +1,201 @@
+"""How alike two sets of pictures are, by their features: (N, D) of samples and (M, D) of real pictures, float32 or float64."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..vision import import_torchvision
+
+Array = NDArray[Any]
+NEIGHBOURS = 5  # of precision, recall, density and coverage, as Naeem et al. have it
+MOST = 10_000  # pictures of each side for them: their cost grows with the square
+ALONE: dict[str, Any] = {"sync_on_compute": False}  # a rank has all features, and the others do not compute
+ROWS = 20_000_000  # distances at a time
+
+
+class Moments(NamedTuple):
+    """Count, sum (D,) and sum of outer products (D, D) of features, in float64: what a Fréchet distance needs of a set."""
+
+    count: int
+    sum: Tensor
+    outer: Tensor
+
+
+def moments(features: Array) -> Moments:
+    x = torch.from_numpy(np.asarray(features)).double()
+    return Moments(len(x), x.sum(0), x.T @ x)
+
+
+class _Given(nn.Module):
+    """In place of torchmetrics' own network: what it is shown are features already."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_features = dim
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+@contextmanager
+def _drawn_alike(seed: int = 0) -> Iterator[None]:
+    """torchmetrics draws subsets from torch's generator: always the same ones here."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def frechet(samples: Array, real: Moments) -> float:
+    """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), by torchmetrics: the squared Fréchet distance between Gaussians of the means
+    and covariances of the samples (N, D) and of the real pictures (Eq. 6, Heusel et al. 2017, arXiv:1706.08500); 0 for equal
+    sets."""
+    import_torchvision()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Given(len(real.sum)), **ALONE)
+    metric.update(torch.from_numpy(samples).double(), real=False)
+    metric.real_features_sum, metric.real_features_cov_sum = real.sum, real.outer
+    metric.real_features_num_samples = torch.tensor(real.count)
+    return max(0.0, float(metric.compute()))
+
+
+def kernel_distance(samples: Array, real: Array, *, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
+    """KID (Binkowski et al. 2018, arXiv:1801.01401), by torchmetrics: the squared maximum mean discrepancy under the kernel
+    (x'y / D + 1)^3, unbiased: the mean over `subsets` of `size` pictures and its deviation. About 0 for equal sets."""
+    import_torchvision()
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    with _quietly(), _drawn_alike():
+        metric = KernelInceptionDistance(
+            feature=_Given(0), subsets=subsets, subset_size=min(size, len(samples), len(real)), **ALONE
+        )
+        metric.update(torch.from_numpy(samples).double(), real=False)
+        metric.update(torch.from_numpy(real).double(), real=True)
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def inception_score(logits: Array, *, splits: int = 10) -> tuple[float, float]:
+    """exp E KL(p(y | x) || p(y)) of class logits (N, K), the mean over `splits` and its standard deviation, by torchmetrics
+    (Salimans et al. 2016, arXiv:1606.03498). Higher is better; K at most."""
+    import_torchvision()
+    from torchmetrics.image.inception import InceptionScore
+
+    with _quietly(), _drawn_alike():
+        metric = InceptionScore(feature=_Given(0), splits=min(splits, len(logits)), **ALONE)
+        metric.update(torch.from_numpy(logits).double())
+        mean, std = metric.compute()
+    return float(mean), float(std.nan_to_num())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `.*` will save all extracted features")
+        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- neighbours
+
+
+def _points(features: Array) -> Tensor:
+    return torch.from_numpy(features).double()  # so that the fast way to distances is exact to 1e-7
+
+
+def _rows(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of rows of the distances |x_i - y_j|: (first row, (b, M)), of 160 MB at most."""
+    block = max(1, ROWS // len(y))
+    for start in range(0, len(x), block):
+        yield start, torch.cdist(x[start : start + block], y, compute_mode="use_mm_for_euclid_dist")
+
+
+def _radii(x: Tensor, neighbours: int) -> Tensor:
+    """(N,): each point's distance to its `neighbours`-th neighbour among the others."""
+    found = [rows.kthvalue(neighbours + 1, dim=1).values for _, rows in _rows(x, x)]  # the first is the point itself
+    return torch.cat(found)
+
+
+class Manifold(NamedTuple):
+    """Shares in [0, 1], but density, which may exceed 1; all near 1 for two draws of one distribution but precision and recall,
+    whose own value for such draws depends on the features."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def manifold(samples: Array, real: Array, *, neighbours: int = NEIGHBOURS) -> Manifold:
+    """A set is the balls around its points that reach to their k-th neighbours. Precision is the share of samples in the real
+    set's balls, recall that of real points in the samples' (Kynkäänniemi et al. 2019, arXiv:1904.06991). Density is the mean
+    number of real balls that a sample is in, over k; coverage the share of real balls that hold a sample (Naeem et al. 2020,
+    arXiv:2002.09797). At least k + 1 points of each."""
+    x, y = _points(samples), _points(real)
+    of_samples, of_real = _radii(x, neighbours), _radii(y, neighbours)
+    inside, counted = 0, 0
+    covered, recalled = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), dtype=torch.bool)
+    for start, rows in _rows(x, y):
+        in_real = rows <= of_real
+        inside += int(in_real.any(1).sum())
+        counted += int(in_real.sum())
+        covered |= in_real.any(0)
+        recalled |= (rows <= of_samples[start : start + len(rows), None]).any(0)
+    return Manifold(
+        precision=inside / len(x),
+        recall=float(recalled.float().mean()),
+        density=counted / (neighbours * len(x)),
+        coverage=float(covered.float().mean()),
+    )
+
+
+def nearest(samples: Array, real: Array, *, most: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(N, most) twice: each sample's distances to its nearest real pictures, the nearest first, and which those are."""
+    found = [rows.topk(min(most, len(real)), dim=1, largest=False) for _, rows in _rows(_points(samples), _points(real))]
+    return torch.cat([part.values for part in found]).float().numpy(), torch.cat([part.indices for part in found]).numpy()
+
+
+class Copying(NamedTuple):
+    """Whether samples are copies of training pictures, against pictures that nobody learned from.
+
+    `nearer` is the share of all pairs of a sample and a held-out picture in which the sample is nearer to its nearest training
+    picture than the held-out one to its: one half where samples are as new as unseen pictures. `copied` is the share of samples
+    nearer than 99 % of the held-out pictures are: 0.01 then.
+    """
+
+    nearer: float
+    copied: float
+
+
+def copying(samples: Array, held_out: Array) -> Copying:
+    """From distances (N,) and (M,) to the nearest training picture."""
+    ordered = np.sort(held_out)
+    below, upto = np.searchsorted(ordered, samples, side="left"), np.searchsorted(ordered, samples, side="right")
+    nearer = 1 - (below + upto) / 2 / len(ordered)  # equal ones count half
+    return Copying(float(nearer.mean()), float((samples < np.quantile(ordered, 0.01)).mean()))
+
+
+# ---------------------------------------------------------------------------------------------- classes
+
+
+def fit_reader(real: Array, labels: NDArray[np.int64]) -> Callable[[Array], NDArray[np.int64]]:
+    """A logistic regression on the features (M, D) of real pictures and their labels (M,): features (N, D) -> labels (N,)."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    reader: Any = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500, tol=1e-3))
+    reader.fit(real, labels)
+    return reader.predict
+
+
+def accuracy_by_class(read: NDArray[np.int64], wanted: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
+    """(num_classes,): the share of those of each class that were read as it; NaN where there are none."""
+    right = read == wanted
+    return np.array([right[wanted == k].mean() if (wanted == k).any() else np.nan for k in range(num_classes)])

@@ -1,0 +1,236 @@
+"""How good a run's pictures are against real ones: features of both, and what is computed of them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import pictures
+from ..config import Length, UserError, config, free
+from ..data import ImageConfig, PictureSet, PointSet
+from ..data.scan import cache_folder
+from ..metrics import distances
+from ..metrics.distances import Array, Moments
+from ..metrics.features import Features, open_features
+from ..training.trials import Attempt
+from .blocks import Ranks, in_blocks, ranks_here
+from .sampler import Sampler
+
+FEWEST = 10  # pictures of each side, under which no number says anything
+BLOCK = 512  # pictures in a file, and what a kill costs at most
+SHOWN = 12  # samples on the sheet of nearest training pictures
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """(B, C, H, W) in [-1, 1] -> uint8, as a file holds them."""
+    return torch.from_numpy(np.ascontiguousarray(rearrange(pictures.to_uint8(images), "b h w c -> b c h w")))
+
+
+@torch.no_grad()
+def see(network: Features, pixels: Tensor) -> Array:
+    """(B, C, H, W) uint8 -> (B, dim) float32."""
+    device = next(network.parameters()).device
+    return network(pixels.to(device)).cpu().numpy()
+
+
+def real_features(
+    network: Features, data: PictureSet, image: ImageConfig, *, batch_size: int = 32, workers: int = 4
+) -> NDArray[np.float32]:
+    """(N, dim) of all pictures, cut from the middle: each machine makes them once, on all its ranks, and keeps them with its
+    scans under a hash of pictures, size and weights. Gives them on every rank."""
+    plain = ImageConfig(size=image.size, channels=image.channels)
+    told = json.dumps([network.name, network.digest, data.fingerprint, image.size, image.channels])
+    folder = cache_folder() / "features" / hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def make(block: range) -> dict[str, Array]:
+        data.prepare(plain)
+
+        def load(start: int) -> Tensor:
+            indices = np.arange(start, min(start + batch_size, block.stop))
+            found = data.batch(indices, plain, np.full((len(indices), 3), 0.5))
+            return torch.from_numpy(np.ascontiguousarray(rearrange(found, "b h w c -> b c h w")))
+
+        with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
+            seen = [see(network, pixels) for pixels in pool.map(load, range(block.start, block.stop, batch_size))]
+        return {"features": np.concatenate(seen)}
+
+    return in_blocks(folder, len(data), BLOCK, make, ranks_here(), doing=f"{network.name} features of real pictures")[
+        "features"
+    ]
+
+
+def labels_like(data: PictureSet, count: int, num_classes: int | None) -> list[int] | None:
+    """A class for each sample, in the shares that the real pictures have; the null class for those of none."""
+    if num_classes is None:
+        return None
+    ordered = np.sort(np.where(data.labels < 0, num_classes, data.labels))
+    return ordered[np.arange(count) * len(ordered) // count].tolist()
+
+
+def drawn_features(
+    sampler: Sampler,
+    networks: Sequence[Features],
+    labels: Sequence[int] | None,
+    out: Path,
+    *,
+    count: int,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks,
+) -> dict[str, Array]:
+    """{name of a network: (count, dim)} of samples drawn on the way, in files of `out`; on every rank."""
+
+    def make(block: range) -> dict[str, Array]:
+        found: dict[str, list[Array]] = {network.name: [] for network in networks}
+        for start in range(block.start, block.stop, batch_size):
+            part = range(start, min(start + batch_size, block.stop))
+            chosen = [labels[i] for i in part] if labels is not None else None
+            pixels = pixels_of(sampler.draw(seed, part, chosen, device=device, batch_size=batch_size))
+            for network in networks:
+                found[network.name].append(see(network, pixels))
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    size = batch_size * max(1, min(BLOCK, count // 16) // batch_size)  # enough for 16 ranks, however many there are
+    return in_blocks(out, count, size, make, ranks, doing="sampling")
+
+
+def check_count(count: int, what: str) -> None:
+    if count < FEWEST:
+        raise UserError(f"{count} {what} are too few to measure anything; at least {FEWEST}")
+
+
+def flag(count: int, dim: int) -> str:
+    """What to know of a Fréchet distance of so few samples, or nothing."""
+    if count > dim:
+        return ""
+    return f"{count} samples are fewer than the {dim} features: the distance is too large, and compares only at that number"
+
+
+class Compared(NamedTuple):
+    """Numbers by name, and what to know of them."""
+
+    values: dict[str, float]
+    notes: list[str]
+
+
+def compare(samples: Array, real: Array, network: Features, *, neighbours: bool = True) -> Compared:
+    """frechet, kernel (KID, and kernel_std), inception_score where there are logits; precision, recall, density, coverage."""
+    values = {"frechet": distances.frechet(samples, distances.moments(real))}
+    values["kernel"], values["kernel_std"] = distances.kernel_distance(samples, real)
+    logits = network.logits(torch.from_numpy(samples))
+    if logits is not None:
+        values["inception_score"], values["inception_score_std"] = distances.inception_score(logits.cpu().numpy())
+    notes = [note for note in (flag(min(len(samples), len(real)), network.dim),) if note]
+    most = distances.MOST
+    if neighbours and min(len(samples), len(real)) > distances.NEIGHBOURS:
+        few = [side[np.arange(min(most, len(side))) * len(side) // min(most, len(side))] for side in (samples, real)]
+        values |= distances.manifold(*few)._asdict()
+        if len(samples) != len(real):
+            notes.append(f"precision to coverage are of {len(few[0])} samples and {len(few[1])} real pictures")
+    return Compared(values, notes)
+
+
+def draw_nearest(
+    out: Path,
+    samples: Array,
+    train: Array,
+    distance: Array,
+    draw: Callable[[Sequence[int]], NDArray[np.uint8]],
+    load: Callable[[Sequence[int]], NDArray[np.uint8]],
+) -> None:
+    """The sheet: the samples nearest to a training picture, and as many of the others, each followed by the three training
+    pictures nearest to it; `draw` and `load` give (N, H, W, C) uint8."""
+    order = np.argsort(distance, kind="stable")
+    others = order[len(order) // 2 :][:SHOWN] if len(order) >= 2 * SHOWN else order[:0]
+    chosen = np.concatenate([order[:SHOWN], others])
+    _, first = distances.nearest(samples[chosen], train, most=3)
+    drawn, known = draw(chosen.tolist()), load(first.flatten().tolist())
+    rows = [np.concatenate([drawn[i : i + 1], known[3 * i : 3 * i + 3]]) for i in range(len(chosen))]
+    names = [word for i in chosen for word in (f"sample {i}", f"{distance[i]:.3g}", "", "")]
+    title = (
+        f"the {min(SHOWN, len(order))} samples nearest to a training picture, then usual ones; beside each, its nearest three"
+    )
+    sheet = pictures.grid(np.concatenate(rows), columns=8, labels=names, title=title)
+    pictures.save(sheet, out)
+
+
+# ---------------------------------------------------------------------------------------------- while training
+
+
+@config
+class QualityConfig:
+    """While training, every `every` steps and at the end: the Fréchet distance of `num_samples` pictures of the EMA weights
+    from the training pictures, in the `features` of evaluate.py (`weights` is their file). The best checkpoint is kept."""
+
+    every: Length = free()
+    num_samples: int = free(2048, ge=FEWEST)
+    features: str = free("efficientnet_lite0")
+    weights: str | None = free(None)
+
+
+class Quality:
+    """Measures a run while it trains, on all ranks. Opened before anything is written; missing weights are a UserError."""
+
+    def __init__(
+        self,
+        spec: QualityConfig,
+        train_set: PictureSet | PointSet,
+        image: ImageConfig | None,
+        num_classes: int | None,
+        accelerator: Accelerator,
+        attempt: Attempt,
+    ) -> None:
+        if not isinstance(train_set, PictureSet) or image is None:
+            raise UserError("preview.quality measures pictures, and this run has 2-D points; leave it out")
+        check_count(len(train_set), "training pictures")
+        self._spec, self._train_set, self._image = spec, train_set, image
+        self._accelerator, self._attempt = accelerator, attempt
+        self._network = open_features(spec.features, spec.weights).to(accelerator.device)
+        self._labels = labels_like(train_set, spec.num_samples, num_classes)
+        self._real: Moments | None = None
+
+    def measure(self, sampler: Sampler, batch_size: int) -> dict[str, float]:
+        """{"frechet_distance"}, lower is better. A dry run draws one batch of it, and measures nothing."""
+        accelerator, count = self._accelerator, self._spec.num_samples
+        each = -(-count // accelerator.num_processes // batch_size) * batch_size  # all ranks as often: FSDP asks for that
+        mine = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
+        if self._attempt.trial:
+            with self._attempt.partly(batch_size / each):
+                self._draw(sampler, mine[:batch_size])
+            return {}
+        if self._real is None:
+            self._real = distances.moments(real_features(self._network, self._train_set, self._image))
+        seen = [self._draw(sampler, mine[i : i + batch_size]) for i in range(0, each, batch_size)]
+        gathered = accelerator.gather(torch.cat(seen))
+        assert isinstance(gathered, Tensor)
+        return {"frechet_distance": distances.frechet(gathered[:count].cpu().numpy(), self._real)}
+
+    @torch.no_grad()
+    def _draw(self, sampler: Sampler, part: range) -> Tensor:
+        """Features of the samples `part`, those beyond the last being the first again."""
+        indices = [i % self._spec.num_samples for i in part]
+        labels = [self._labels[i] for i in indices] if self._labels is not None else None
+        drawn = sampler.draw(0, indices, labels, device=self._accelerator.device)
+        return self._network(pixels_of(drawn).to(self._accelerator.device))
+
+
+def open_quality(
+    spec: QualityConfig | None,
+    train_set: PictureSet | PointSet,
+    image: ImageConfig | None,
+    num_classes: int | None,
+    accelerator: Accelerator,
+    attempt: Attempt,
+) -> Quality | None:
+    """What a config asks for, or None."""
+    return Quality(spec, train_set, image, num_classes, accelerator, attempt) if spec is not None else None

@@ -1,0 +1,189 @@
+"""evaluate.py: runs, reconstructions and folders of pictures, on one process and on two, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.config import UserError
+from src.data import open_sources
+from src.data.sources import ShapesSource
+from src.sampling.evaluation import parse_sweep
+from src.sampling.quality import labels_like
+from src.sampling.sampler import SamplerConfig
+from tests.conftest import launch, metrics, one_line, refused, run_here
+
+SHAPES = '{"source": "shapes", "count": 64, "size": 16}'
+RANDOM = ("--features", "random", "--batch-size", "8")
+
+
+def figures(out: Path) -> dict:
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def evaluate(*words: str | Path) -> None:
+    run_here("evaluate", *words, *RANDOM)
+
+
+@pytest.fixture(scope="module")
+def run(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that may be written to."""
+    copied = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(smoke_run, copied)
+    return copied
+
+
+def test_one_process_and_two_find_the_same_and_a_kill_costs_a_block(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (run, "--num-samples", "48", "--steps", "3")
+    evaluate(*words, "--out", tmp_path / "one")
+    told = capsys.readouterr().out
+    assert "Fréchet distance" in told and "read as their class" in told and "nearest.png" in told
+    found = figures(tmp_path / "one")
+    assert set(found["random"]) == {
+        "frechet", "frechet_held_out", "kernel", "kernel_std", "precision", "recall", "density", "coverage", "nearer",
+        "copied", "accuracy", "accuracy_held_out", "notes",
+    }  # fmt: skip
+    assert found["num_samples"] == 48 and found["real_pictures"] == 114 and found["network_calls"] == 3
+    assert set(found["accuracy_by_class_random"]["samples"]) == {"circle", "cross", "square", "triangle"}
+    last = metrics(run)[-1]
+    assert last["step"] == 30 and last["evaluation_frechet_random"] == found["random"]["frechet"]
+    with Image.open(tmp_path / "one" / "nearest.png") as sheet:
+        assert sheet.width == 4 + 8 * (64 + 4)
+
+    done = launch("evaluate.py", *words, *RANDOM, "--out", tmp_path / "two", "--json", processes=2)
+    assert done.status == 0, done.all
+    blocks = {folder: sorted((tmp_path / folder).glob("block_*")) for folder in ("one", "two")}
+    drawn = [np.concatenate([np.load(path)["random"] for path in paths]) for paths in blocks.values()]
+    assert len(blocks["two"]) >= 2 and (drawn[0] == drawn[1]).all()
+    assert figures(tmp_path / "two") == found
+    assert json.loads(done.out.strip().splitlines()[-1])["random"] == found["random"]
+
+    kept, gone = blocks["two"][0], blocks["two"][1]
+    stamp = kept.stat().st_mtime_ns
+    gone.unlink()
+    evaluate(*words, "--out", tmp_path / "two")
+    assert figures(tmp_path / "two") == found and gone.exists() and kept.stat().st_mtime_ns == stamp
+    assert "holds other figures" in refused("evaluate", *words, *RANDOM, "--seed", "1", "--out", tmp_path / "two")
+
+
+def test_real_pictures_against_themselves_are_at_no_distance(tmp_path: Path) -> None:
+    """Training pictures as samples: distance 0, all covered. Measured once and kept."""
+    source = open_sources(ShapesSource(source="shapes", count=64, size=16))
+    (tmp_path / "copies").mkdir()
+    for i in range(64):
+        Image.fromarray(np.asarray(source.parts[0].load(i, channels=3))).save(tmp_path / "copies" / f"{i:05d}.png")
+    evaluate(tmp_path / "copies", "--data", SHAPES, "--out", tmp_path / "same")
+    found = figures(tmp_path / "same")["random"]
+    assert found["frechet"] == pytest.approx(0, abs=1e-6) and -0.02 < found["kernel"] <= 0, "unbiased: at most 0 there"
+    assert found["precision"] == found["recall"] == found["coverage"] == 1
+
+    # Twice as large, and cut to their size again where that is asked for.
+    larger = '{"source": "shapes", "count": 64, "size": 32}'
+    message = refused("evaluate", tmp_path / "copies", "--data", larger, *RANDOM, "--out", tmp_path / "x")
+    assert "the samples are 16x16 px and the real picture shapes/train/000000 32x32" in message and "--resize" in message
+    evaluate(tmp_path / "copies", "--data", larger, "--resize", "--out", tmp_path / "resized")
+    assert 0 < figures(tmp_path / "resized")["random"]["frechet"] < 1
+
+    Image.new("RGB", (20, 20)).save(tmp_path / "copies" / "00099.png")
+    assert "is 16x16 px and" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
+    for path in list((tmp_path / "copies").iterdir())[5:]:
+        path.unlink()
+    assert "5 pictures in" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
+    (tmp_path / "empty").mkdir()
+    assert "no picture, and no folder with pictures" in refused("evaluate", tmp_path / "empty", "--data", SHAPES, *RANDOM)
+
+
+def test_reconstructions(vae_run: Path, tmp_path: Path) -> None:
+    evaluate(vae_run, "--out", tmp_path / "held_out")
+    found = figures(tmp_path / "held_out")
+    measured = metrics(vae_run)[-1]
+    assert metrics(vae_run)[-1]["evaluation_psnr"] == found["psnr"], "a line of its own"
+    before = next(line for line in reversed(metrics(vae_run)) if "held_out_psnr" in line)
+    assert found["psnr"] == pytest.approx(before["held_out_psnr"], abs=0.05), "8 bits a channel here, none there"
+    assert found["lpips"] == pytest.approx(before["held_out_lpips"], abs=0.02)
+    assert {"frechet", "kernel", "kernel_std", "notes"} == set(found["random"]) and measured["step"] == before["step"]
+    assert (tmp_path / "held_out" / "reconstructions.png").exists()
+    evaluate(vae_run, "--part", "train", "--num-images", "20", "--out", tmp_path / "train")
+    assert figures(tmp_path / "train")["real_pictures"] == 20
+    assert "draws none" in refused("evaluate", vae_run, "--sweep", "steps=1,2", *RANDOM)
+
+
+def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run on latents: the same noise in every row, so that a setting that changes nothing changes no number."""
+    words = (ldm_run, "--num-samples", "16", "--sweep", "steps=2,3", "eta=0,0.5", "--part", "train")
+    evaluate(*words, "--out", tmp_path / "out")
+    rows = figures(tmp_path / "out")["rows"]
+    assert [(row["steps"], row["eta"], row["network_calls"]) for row in rows] == [
+        (2, 0, 2),
+        (2, 0.5, 2),
+        (3, 0, 3),
+        (3, 0.5, 3),
+    ]
+    assert len({row["random"]["frechet"] for row in rows}) == 4
+    told = capsys.readouterr().out
+    assert "best: steps" in told and (tmp_path / "out" / "sweep.png").exists()
+    evaluate(ldm_run, "--num-samples", "16", "--steps", "2", "--out", tmp_path / "alone")
+    assert figures(tmp_path / "alone")["random"]["frechet"] == rows[0]["random"]["frechet"]
+    assert "evaluation_frechet_random" in metrics(ldm_run)[-1]
+
+
+def test_what_a_sweep_says() -> None:
+    found = parse_sweep(SamplerConfig(eta=0.5), ["steps=5,10", "spacing=even,trailing"])
+    assert [(how.steps, how.spacing, how.eta) for how in found] == [
+        (5, "even", 0.5), (5, "trailing", 0.5), (10, "even", 0.5), (10, "trailing", 0.5),
+    ]  # fmt: skip
+    for words, message in (
+        (["stepz=1"], "the sampler has no 'stepz'; allowed: alphas"),
+        (["steps"], "write it as KEY=A,B"),
+        (["steps=1", "steps=2"], "stands there twice"),
+        (["solver=ddim,dimm"], "dimm"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_sweep(SamplerConfig(), words)
+
+
+def test_samples_have_the_classes_of_the_real_pictures() -> None:
+    data = open_sources(ShapesSource(source="shapes", count=40, size=16))
+    data.labels = np.array([0] * 30 + [1] * 5 + [-1] * 5)
+    found = labels_like(data, 80, 4)
+    assert found is not None and [found.count(k) for k in (0, 1, 2, 4)] == [60, 10, 0, 10], "no class is the null class"
+    assert labels_like(data, 80, None) is None
+
+
+def test_mistakes(run: Path, tmp_path: Path, iadb_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = launch("evaluate.py", run, TORCH_HOME=str(tmp_path))
+    assert "get them from https" in one_line(done) and "--features efficientnet_lite0 works without" in done.err
+    out = ("--out", tmp_path / "x")
+    assert "'incepton' is not known" in refused("evaluate", run, "--features", "incepton")
+    assert "4 samples (--num-samples) are too few" in refused("evaluate", run, "--num-samples", "4", *RANDOM, *out)
+    assert "3 real pictures are too few" in refused("evaluate", run, "--num-images", "3", *RANDOM, *out)
+    assert "has no 'stepz'" in refused("evaluate", run, "--sweep", "stepz=3", *RANDOM, *out)
+    assert "leave one out" in refused("evaluate", run, "--part", "train", "--data", tmp_path, *RANDOM)
+    assert "give --data FOLDER" in refused("evaluate", tmp_path, *RANDOM)
+    assert "draws nothing: leave --sweep" in refused("evaluate", run, "--likelihood", "--sweep", "steps=1")
+    shutil.rmtree(iadb_run.parent / "bare", ignore_errors=True)
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("step_*", "final"))
+    assert "holds no checkpoint" in refused("evaluate", tmp_path / "bare", *RANDOM)
+    assert not (tmp_path / "x").exists()
+
+
+def test_samples_are_measured_while_a_run_trains(smoke_run: Path, smoke_run_on_two: Path, tmp_path: Path) -> None:
+    """configs/smoke/ddpm.json asks for it: equal on one process and two, and the best is remembered by it."""
+    found = [
+        [line["frechet_distance"] for line in metrics(run) if "frechet_distance" in line]
+        for run in (smoke_run, smoke_run_on_two)
+    ]
+    assert len(found[0]) == 2 and found[0] == pytest.approx(found[1], rel=1e-4)
+    progress = json.loads((smoke_run / "checkpoints" / "step_00000030" / "progress.json").read_text())
+    assert progress["best"]["frechet_distance"] == min(found[0])
+    levels = [value for name, value in metrics(smoke_run)[-1].items() if name.startswith("held_out_loss_")]
+    assert 1 < len(levels) <= 10 and min(levels) <= metrics(smoke_run)[-1]["held_out_loss"] <= max(levels)
+    torch.manual_seed(0)
+    evaluate(smoke_run / "checkpoints" / "step_00000030", "--num-samples", "16", "--steps", "5", "--out", tmp_path / "x")
+    assert figures(tmp_path / "x")["random"]["frechet"] == pytest.approx(found[0][-1], rel=1e-4), "as evaluate.py has it"
