@@ -314,6 +314,8 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"--set {assignment}: write it as KEY=VALUE, as in --set optimizer.lr=1e-4")
+    if not text:
+        raise UserError(f"--set {assignment}: there is no value; is a variable of the shell not set? (for none: {key}=null)")
     try:
         value = parse_json(text)
     except UserError as error:

@@ -115,6 +115,7 @@ def test_load_and_override(tmp_path: Path) -> None:
     assert inners == (Inner(rate=1, every=7), Inner(rate=2, widths=(5, 4)))
     for wrong, said in [
         ("inner.rate", "KEY=VALUE"),
+        ("inner.rate=", "there is no value; is a variable of the shell not set"),
         ("inners.2.rate=1", "the list inners has 2 entries, counted from 0"),
         ("inner.rat=1", "did you mean"),
         ("inner.rate=NaN", "finite"),
