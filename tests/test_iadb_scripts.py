@@ -210,6 +210,7 @@ def test_points_go_on_to_the_bit_on_two_processes_and_are_drawn_again(points_run
     assert "2-D points, not of pictures" in refused("convert", "safetensors", points_run, "--out", tmp_path / "w.safetensors")
 
 
+@pytest.mark.soak
 def test_points_are_killed_and_resumed(tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_here(*[word.removesuffix(".py") for word in kills.POINTS.arguments(whole)])
