@@ -137,6 +137,11 @@ def launch(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
 
 
+def shown(command: Sequence[str]) -> str:
+    """A command in words, its paths as seen from this folder."""
+    return shlex.join(["python", *(os.path.relpath(word, ROOT) if word.startswith("/") else word for word in command[1:])])
+
+
 def end(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
     if process.poll() is None:
         process.send_signal(number)
@@ -149,7 +154,7 @@ def end(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
 
 def our_command(run: Path, pictures_folder: Path, overrides: Sequence[str], config: Path = CONFIG) -> list[str]:
     """What a user types, in the repository's folder."""
-    sets = [f"data.path={pictures_folder / 'packed'}", *overrides]
+    sets = [f"data.path={os.path.relpath(pictures_folder / 'packed', ROOT)}", *overrides]
     words = [word for one in sets for word in ("--set", one)]
     return [sys.executable, "ddpm_accelerate.py", "-cfg", str(config), "--run-dir", str(run), *words]
 
@@ -213,7 +218,7 @@ def train_ours(
     network = open_trained(out / "weights" / "1.0", torch.device("cpu")).network
     count = sum(parameter.numel() for parameter in network.parameters())
     shutil.rmtree(run)
-    return {"parameters": count, "fractions": seen, "used": used, "command": shlex.join(["python", *command[1:]])}
+    return {"parameters": count, "fractions": seen, "used": used, "command": shown(command)}
 
 
 def train_peer(name: str, out: Path, pictures_folder: Path, lr: str, seconds: float) -> dict[str, Any]:
@@ -226,7 +231,7 @@ def train_peer(name: str, out: Path, pictures_folder: Path, lr: str, seconds: fl
         end(process, signal.SIGKILL)
     if process.returncode or not (out / "trained.json").exists():
         raise UserError(f"{name} failed: {(out / 'log.txt').read_text()[-2000:]}")
-    return read_json(out / "trained.json") | {"command": shlex.join(["python", *command[1:]]), "lr": lr}
+    return read_json(out / "trained.json") | {"command": shown(command), "lr": lr}
 
 
 # ---------------------------------------------------------------------------------------------- drawing and measuring
