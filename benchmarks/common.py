@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """The seconds of each, round by round, measured in turns, so that what else the machine does falls on all alike."""
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + warmup):
@@ -55,7 +55,7 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int, warmup: int = 
     return spent
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The median seconds of each, measured in turns."""
     return {name: statistics.median(times) for name, times in in_turns(calls, rounds).items()}
 
