@@ -62,4 +62,4 @@ def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[
 
 def goal(what: str, value: float, at_least: float) -> str:
     """A line that says whether a goal is met."""
-    return f"{'met' if value >= at_least else 'MISSED'}: {what}: {value:.2f} (goal: at least {at_least:g})"
+    return f"{'met' if value >= at_least else 'MISSED'}: {what}: {value:.3f} (goal: at least {at_least:g})"

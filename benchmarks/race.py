@@ -8,8 +8,8 @@ out. Each contestant trains in a process of its own, from its launch to the limi
 half of the time. Ours is configs/cifar10_race.json, its `steps` set by a probe of the speed so that its schedule ends within
 the limit. The peers (benchmarks/peers.py) have their defaults, at their own learning rate and at two more; the best of the
 three is the peer that counts. Off the clock each draws with 50 network calls a picture, ours from its EMA weights, the peers
-from those of EMA and raw that draw the better hundred pictures; measured is the Fréchet distance to the training pictures in
-features of EfficientNet-Lite0.
+from those of EMA and raw that draw the better 64 pictures (which choose the learning rate, too: sampling takes as long as
+training). Measured is the Fréchet distance to the training pictures in features of EfficientNet-Lite0.
 
 What is there already in --out is not done again, so that a race may be run in pieces (--only takes the beginning of a name).
 At the end there are the table, a sheet of samples and the distance against minutes. Takes up to 20 GB while it runs.
@@ -51,7 +51,7 @@ ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"
 CONFIG = ROOT / "configs" / "cifar10_race.json"
 RATES = {"diffusers": ("1e-4", "3e-4", "1e-3"), "ddp": ("1e-4", "3e-4", "1e-3")}  # the first is its own
 TITLES = {"ours": "ours", "diffusers": "diffusers", "ddp": "denoising-diffusion-pytorch"}
-PAIR = 100  # pictures that decide between EMA and raw weights
+PAIR = 64  # pictures that decide between EMA and raw weights, and between learning rates
 Result = dict[str, Any]
 
 
@@ -324,18 +324,24 @@ def at_the_end(result: Result) -> float:
 
 
 def best_of(results: Sequence[Result], peer: str) -> Result | None:
-    """A peer's training with the best of its learning rates."""
-    found = [result for result in results if result["name"].startswith(f"{peer}_") and "1.0" in result["distances"]]
-    return min(found, key=at_the_end, default=None)
+    """A peer's training with the best of its learning rates, judged by few pictures."""
+    found = [result for result in results if result["name"].startswith(f"{peer}_") and "pair" in result]
+    return min(found, key=lambda result: result["pair"][result["weights"]], default=None)
+
+
+def better_peer(results: Sequence[Result]) -> Result | None:
+    """The best training of all peers; None while one is not measured."""
+    best = [best_of(results, peer) for peer in RATES]
+    measured = [one for one in best if one is not None and "1.0" in one["distances"]]
+    return min(measured, key=at_the_end) if len(measured) == len(RATES) else None
 
 
 def goals(results: Sequence[Result], held_out: float) -> list[str]:
     """The two goals in words, and whether each is met; nothing while a contestant is missing."""
     ours = next((result for result in results if result["name"] == "ours" and "1.0" in result["distances"]), None)
-    best = [found for found in (best_of(results, peer) for peer in RATES) if found is not None]
-    if ours is None or len(best) < len(RATES):
+    peer = better_peer(results)
+    if ours is None or peer is None:
         return ["some contestants are missing: nothing can be said of the goals yet"]
-    peer = min(best, key=at_the_end)
     share = (at_the_end(ours) - held_out) / (at_the_end(peer) - held_out)
     told = [
         f"{'met' if share <= 0.5 else 'MISSED'}: our distance above that of the held-out pictures is {share:.2f} of that of "
@@ -362,21 +368,21 @@ def row(result: Result, held_out: float, title: str) -> str:
 def table(results: Sequence[Result], held_out: float, samples: int) -> str:
     """The learning rates of the peers, the race, the distance against time, and the goals."""
     done = [result for result in results if "1.0" in result["distances"]]
-    lines = ["| peer | learning rate | weights | distance |", "| --- | --- | --- | --- |"]
+    lines = [f"| peer | learning rate | weights | distance of {PAIR} samples |", "| --- | --- | --- | --- |"]
     for peer, rates in RATES.items():
-        for result in done:
-            if result["name"].startswith(f"{peer}_"):
-                own = " (its own)" if result["lr"] == rates[0] else ""
-                lines.append(f"| {TITLES[peer]} | {result['lr']}{own} | {result['weights']} | {at_the_end(result):.1f} |")
+        for result in results:
+            if result["name"].startswith(f"{peer}_") and "pair" in result:
+                own, few = " (its own)" if result["lr"] == rates[0] else "", result["pair"][result["weights"]]
+                lines.append(f"| {TITLES[peer]} | {result['lr']}{own} | {result['weights']} | {few:.1f} |")
     head = (
         "| | parameters | images seen | images/s | weights | Fréchet distance | above the held-out | seconds for the samples |"
     )
     lines += ["", head, "|" + " --- |" * 8]
     shown: list[tuple[Result, str]] = [(result, "ours") for result in done if result["name"] == "ours"]
     for peer, rates in RATES.items():
-        best = best_of(done, peer)
+        best = best_of(results, peer)
         shown += [(result, TITLES[peer]) for result in done if result["name"] == f"{peer}_{rates[0]}"]
-        if best is not None and best["lr"] != rates[0]:
+        if best is not None and best in done and best["lr"] != rates[0]:
             shown.append((best, f"{TITLES[peer]}, learning rate {best['lr']}"))
     lines += [row(result, held_out, title) for result, title in shown]
     lines.append(f"| {samples} held-out pictures | | | | | {held_out:.1f} | 0 | |")
@@ -427,22 +433,27 @@ def names() -> list[str]:
 def race(out: Path, folder: Path, minutes: float, samples: int, only: str = "", chosen: Callable[[], list[str]] = names) -> str:
     """Train and measure what is asked for and not there yet; gives the table of all that is."""
     field = [Contestant(name, out, folder) for name in chosen()]
-    for contestant in field:
-        if contestant.name.startswith(only):
-            contestant.train(60 * minutes)
-            contestant.measure(1.0, samples)
+    here = [contestant for contestant in field if contestant.name.startswith(only)]
+    for contestant in here:
+        contestant.train(60 * minutes)
+        contestant.weights()
     results = [contestant.result for contestant in field if contestant.result]
     best = [best_of(results, peer) for peer in RATES]
-    shown = [one for one in field if one.name == "ours" or one.result in best]
-    for contestant in shown:
-        if contestant.result and contestant.name.startswith(only):
+    own = [f"{peer}_{rates[0]}" for peer, rates in RATES.items()]
+    for contestant in here:
+        if contestant.name in ("ours", *own) or contestant.result in best:
+            contestant.measure(1.0, samples)
+    for contestant in here:
+        if contestant.name == "ours" or contestant.result == better_peer(results):
             for fraction in FRACTIONS:
                 contestant.measure(fraction, samples)
+    shown = [one for one in field if one.name == "ours" or one.result in best]
     held_out = held_out_distance(folder, samples)
     told = table(results, held_out, samples)
     ready = [(TITLES[one.kind], one) for one in shown if "1.0" in one.result.get("distances", {})]
     if ready:
         draw_sheet([(title, one.out / "samples_1.0.npy") for title, one in ready], out / "samples.png")
+        # Of the peer that is not the better one there is only the end, a line without length.
         draw_curve([(title, one.result) for title, one in ready], held_out, out / "distance.png")
     (out / "race.md").write_text(f"{machine('denoising-diffusion-pytorch')}\n\n{told}\n")
     return told
