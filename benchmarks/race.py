@@ -412,14 +412,13 @@ def draw_sheet(contestants: Sequence[tuple[str, Path]], path: Path, most_bytes: 
 def draw_curve(results: Sequence[tuple[str, Result]], held_out: float, path: Path) -> None:
     """Distance against minutes of training."""
     lines: dict[str, tuple[list[float], list[float]]] = {}
-    for title, result in results:
-        known = [
-            (part * result["minutes"], result["distances"][str(part)]["distance"])
-            for part in FRACTIONS
-            if str(part) in result["distances"]
-        ]
-        lines[title] = ([x for x, _ in known], [y for _, y in known])
     last = max(result["minutes"] for _, result in results)
+    for title, result in results:
+        found = {part: result["distances"][str(part)]["distance"] for part in FRACTIONS if str(part) in result["distances"]}
+        if len(found) > 1:
+            lines[title] = ([part * result["minutes"] for part in found], list(found.values()))
+        else:  # of the peer that is not the better one, the end alone
+            lines[f"{title}, at the end"] = ([0, last], 2 * list(found.values()))
     lines["held-out pictures"] = ([0, last], [held_out, held_out])
     pictures.curves(
         path, {"Fréchet distance, EfficientNet-Lite0": lines}, xlabel="minutes", log=["Fréchet distance, EfficientNet-Lite0"]
@@ -453,7 +452,6 @@ def race(out: Path, folder: Path, minutes: float, samples: int, only: str = "", 
     ready = [(TITLES[one.kind], one) for one in shown if "1.0" in one.result.get("distances", {})]
     if ready:
         draw_sheet([(title, one.out / "samples_1.0.npy") for title, one in ready], out / "samples.png")
-        # Of the peer that is not the better one there is only the end, a line without length.
         draw_curve([(title, one.result) for title, one in ready], held_out, out / "distance.png")
     (out / "race.md").write_text(f"{machine('denoising-diffusion-pytorch')}\n\n{told}\n")
     return told

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ddpm_accelerate
 import train_ldm
@@ -258,6 +258,13 @@ class Racer:
     call: Callable[[Tensor, Tensor], Tensor]
     draw: Callable[[int, int], Tensor]
 
+    def gigaflops(self, device: torch.device) -> float:
+        """Billions of operations of a network call for one picture."""
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            self.call(torch.zeros(1, 3, 32, 32, device=device), torch.zeros(1, device=device, dtype=torch.long))
+        return counter.get_total_flops() / 1e9
+
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.network.parameters())
@@ -379,16 +386,16 @@ def measure_peers(rounds: int, batch: int, device: torch.device) -> list[str]:
             continue
         theirs = build(device)
         ours = our_racer(theirs.parameters, device)
+        cells = [peer, *(f"{racer.parameters / 1e6:.2f} M, {racer.gigaflops(device):.2f}" for racer in (theirs, ours))]
         if device.type == "cuda":
             for racer in (ours, theirs):
                 racer.network.compile()
         training = in_turns({"ours": training_step(ours, batch, device), "its": training_step(theirs, batch, device)}, rounds)
         draws = {"ours": drawing(ours, batch, calls, device), "its": drawing(theirs, batch, calls, device)}
         sampling = in_turns(draws, max(2, rounds // 2), warmup=1)
-        cells = [peer, f"{theirs.parameters / 1e6:.2f} M", f"{ours.parameters / 1e6:.2f} M"]
         for what, spent, pictures in (("training", training, batch), ("sampling", sampling, batch * calls / 50)):
             ratio = statistics.median(its / own for its, own in zip(spent["its"], spent["ours"], strict=True))
-            cells += [f"{pictures / statistics.median(spent[name]):.1f}" for name in ("its", "ours")] + [f"{ratio:.2f}"]
+            cells += [f"{pictures / statistics.median(spent[name]):.3g}" for name in ("its", "ours")] + [f"{ratio:.2f}"]
             told.append(goal(f"{what}, our images/s over those of {peer} at equal parameters", ratio, at_least))
         rows.append(f"| {' | '.join(cells)} |")
     return [*rows, "", *told]
@@ -398,19 +405,19 @@ def measure_peers(rounds: int, batch: int, device: torch.device) -> list[str]:
 
 
 def launched(command: list[str], metrics: Path) -> tuple[float, float]:
-    """Seconds from the launch to the first line of metrics.jsonl, and the most memory of the process, in MB."""
-    began, first = time.perf_counter(), None
+    """Seconds from the launch to the first line of metrics.jsonl, and the most memory of the process, in MB (where there is
+    no /proc, 0)."""
+    began, first, megabytes = time.perf_counter(), None, 0.0
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    while process.poll() is None:
         if first is None and metrics.exists() and metrics.stat().st_size:
             first = time.perf_counter() - began
-        if pid:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            break
+        with contextlib.suppress(OSError, StopIteration):  # the peak so far; what wait() gives counts this process, too
+            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            megabytes = int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024 / 1e6
         time.sleep(0.02)
     assert process.returncode == 0 and first is not None, command
-    return first, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    return first, megabytes
 
 
 def measure_starts() -> list[str]:
@@ -455,9 +462,7 @@ def main() -> None:
     for title, _, _, ratio in loops:
         print(goal(f"{title.partition(':')[0]} against the bare loop", ratio, 0.97))
     print(f"\n32 px, batch {args.batch}, {device}{', bf16, compiled' if device.type == 'cuda' else ''}\n")
-    print(
-        "| at equal parameters | its | ours | training, images/s: its | ours | ratio | sampling, images/s: its | ours | ratio |"
-    )
+    print("| parameters, GFLOP a call: | its | ours | training, images/s: its | ours | ratio | sampling: its | ours | ratio |")
     print("|" + " --- |" * 9, flush=True)
     print("\n".join(measure_peers(args.rounds, args.batch, device)), flush=True)
     print("\n| start | seconds to the first step | most memory, MB |\n| --- | --- | --- |")
