@@ -9,6 +9,8 @@ own Unet (as in its README), GaussianDiffusion and Trainer, without its sampling
 """
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 import time
@@ -174,7 +176,8 @@ def _diffusers_pictures(network: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def _ddp_pictures(network: Any, shape: tuple[int, ...]) -> Tensor:
-    return diffusion_of(network).sample(batch_size=shape[0])
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        return diffusion_of(network).sample(batch_size=shape[0])
 
 
 def main() -> None:

@@ -275,7 +275,7 @@ def recipe() -> ddpm_accelerate.Config:
 
 
 def our_shape(parameters: int | None) -> UNetConfig:
-    """The race's network, its width changed in eights to come nearest to so many parameters."""
+    """The race's network, its width changed in fours to come nearest to so many parameters."""
     plain = recipe().model
     if parameters is None:
         return plain
@@ -286,9 +286,9 @@ def our_shape(parameters: int | None) -> UNetConfig:
         return sum(parameter.numel() for parameter in network.parameters())
 
     def shape_of(width: int) -> UNetConfig:
-        return replace(plain, base_channels=width, norm_groups=8, head_channels=None, num_heads=1)
+        return replace(plain, base_channels=width, norm_groups=4, head_channels=None, num_heads=1)
 
-    return shape_of(min(range(16, 129, 8), key=lambda width: abs(count(width) - parameters)))
+    return shape_of(min(range(16, 129, 4), key=lambda width: abs(count(width) - parameters)))
 
 
 def our_racer(parameters: int | None, device: torch.device) -> Racer:
