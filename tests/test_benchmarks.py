@@ -107,7 +107,7 @@ def test_a_peer_trains_and_draws(peer: str, tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(peers.TimeIsUp):
         peers.TRAINERS[peer](network, tmp_path / "pictures", 1e-3, snapshots)
     assert list(snapshots.seen) == [str(fraction) for fraction in peers.FRACTIONS]
-    assert snapshots.seen["1.0"]["images"] % 16 == 0 and snapshots.seen["1.0"]["seconds"] >= 0.5
+    assert snapshots.seen["1.0"]["images"] >= 16 and snapshots.seen["1.0"]["seconds"] >= 0.5
     monkeypatch.setattr(peers, "build", lambda _: tiny(peer))
     monkeypatch.setattr(peers, "CALLS", 3)
     for kind in ("ema", "raw"):
