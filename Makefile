@@ -5,11 +5,11 @@ RUN := .venv/bin/python
 # Threads that wait sleep: on a machine that does other work too, spinning ones make everything ten times slower.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
-# glibc keeps the memory of a batch for the next: a training step on a CPU is 12 to 17 % faster (benchmarks/results.md).
+# glibc keeps the memory of a batch for the next: a training step on a CPU is 12 to 17 % faster (benchmarks/results/data.md).
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: env dev demo demo-pixels demo-2d test lint soak
+.PHONY: env dev demo demo-pixels demo-2d test lint soak bench
 
 env: .venv/core
 dev: .venv/dev
@@ -22,6 +22,10 @@ dev: .venv/dev
 
 .venv/dev: .venv/core
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/bench: .venv/core
+	$(PIP) -e '.[bench]'
 	@touch $@
 
 # The whole pipeline on real handwritten digits: the autoencoder in stages, diffusion on its latents, pictures.
@@ -49,6 +53,10 @@ test: .venv/dev
 
 soak: .venv/dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak -n 2 -q --timeout 3600
+
+# Every table but the race's (benchmarks/README.md): half an hour.
+bench: .venv/bench
+	$(RUN) benchmarks/all.py
 
 lint: .venv/dev
 	$(RUN) -m ruff check .

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from benchmarks.unet import machine, wait
+from benchmarks.common import goal, installed, machine, wait
 from src.config import UserError, run_script
 from src.data import ImageConfig, PictureSet, open_sources
 from src.data.packing import pack
@@ -155,13 +154,6 @@ def open_ways(folder: Path, work: Path, spec: ImageConfig, batch: int, device: t
     return ways, len(pictures)
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def measure(args: argparse.Namespace, folder: Path, work: Path) -> None:
     spec, device = ImageConfig(size=args.size, crop="random", flip=True), torch.device(args.device)
     ways, count = open_ways(folder, work, spec, args.batch, device)
@@ -188,7 +180,7 @@ def measure(args: argparse.Namespace, folder: Path, work: Path) -> None:
     for w in args.workers:
         rivals = [rates for (name, workers), rates in found.items() if workers == w and name not in (PACKED, NOTHING)]
         ratio = statistics.median(a / max(others) for a, *others in zip(found[PACKED, w], *rivals, strict=True))
-        print(f"{w} workers: the packed file is {ratio:.1f} times the fastest other (goal: 3)")
+        print(goal(f"{w} workers: the packed file over the fastest other", ratio, 3))
 
 
 def main() -> None:

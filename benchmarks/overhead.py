@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import ddpm_accelerate
 import train_iadb
-from benchmarks.unet import machine
+from benchmarks.common import machine
 from src.config import load
 from src.models import MLP, MLPConfig
 from src.sampling.opened import build_unet
@@ -111,6 +111,13 @@ def main() -> None:
         loop, title = loop_milliseconds(ddpm_accelerate, config, args.steps), "at the demo's size (16 px, batch 64)"
     print(machine())
     table(title, *parts, loop)
+    whole = parts[0] + parts[1] + loop
+    if args.points:
+        share, most = (parts[1] + loop) / whole, 0.25
+        told = "what is not the network"
+    else:
+        share, most, told = loop / whole, 0.03, "the loop around it"
+    print(f"\n{'met' if share < most else 'MISSED'}: {told} is {100 * share:.1f} % of a step (goal: under {100 * most:.0f} %)")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ python benchmarks/unet.py --options [--width 192] [--batch 32] [--device cuda]
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddpm_accelerate
+from benchmarks.common import ROOT, goal, interleaved, machine, wait
 from src.config import load
 from src.diffusion import build_process
 from src.interop.diffusers import unet_from_diffusers
@@ -27,7 +26,6 @@ from src.models import UNet
 from src.models.layers import channels_last
 from src.vision import import_torchvision
 
-ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")}
 PLAIN |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")}
 SHAPES = {
@@ -36,30 +34,6 @@ SHAPES = {
     "32 px, 64/128/128, 2 blocks": (32, 16, {"block_out_channels": (64, 128, 128), "layers_per_block": 2}),
     "64 px, 32/64/128, 2 blocks": (64, 8, {"block_out_channels": (32, 64, 128), "layers_per_block": 2}),
 }
-
-
-def machine() -> str:
-    """What the numbers were measured on."""
-    import platform
-
-    import diffusers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    threads = torch.get_num_threads()
-    return f"torch {torch.__version__}, diffusers {diffusers.__version__}, {model}, {threads} threads"
-
-
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each, measured in turns, so that what else the machine does falls on all alike."""
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 2):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if turn > 1:
-                spent[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in spent.items()}
 
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense bf16 operations a second, by the makers
@@ -126,11 +100,6 @@ def measure_options(args: argparse.Namespace) -> None:
         )
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def main() -> None:
     import_torchvision()
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -148,6 +117,7 @@ def main() -> None:
     if args.options:
         measure_options(args)
         return
+    ratios: list[tuple[str, float]] = []
     print("| shape | batch | training: diffusers | ours | ratio | sampling: diffusers | ours | ratio | largest difference |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for title, (size, batch, options) in SHAPES.items():
@@ -176,7 +146,11 @@ def main() -> None:
         for found in (training, sampling):
             cells += [f"{found['diffusers'] * 1e3:.1f} ms", f"{found['ours'] * 1e3:.1f} ms"]
             cells.append(f"{found['diffusers'] / found['ours']:.2f}")
+        ratios.append((title, training["diffusers"] / training["ours"]))
         print(f"| {title} | {batch} | {' | '.join(cells)} | {difference:.1e} |", flush=True)
+    print()
+    for title, ratio in ratios:
+        print(goal(f"training against diffusers in the same shape, {title}", ratio, 1.1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""The race's recipe, one change a row: each row trains for the same minutes and is measured with a few hundred pictures.
+
+  nice -n 10 python benchmarks/ablate.py [benchmarks/ablations.json] [--minutes 5] [--samples 256] [--seed 2] [--only NAME]
+
+The file lists rows: {"name", "set": [overrides of configs/cifar10_race.json]}, or {"name", "of": another row, "sampler": {}},
+which draws from that row's weights without training. Results are added to benchmarks/results/ablations.json; a row that is
+done there with this seed, these minutes and this recipe is not done again. At the end the table is printed.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import ROOT, machine
+from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, prepare_pictures, train_ours
+from src.config import UserError, read_json, run_script
+
+RESULTS = ROOT / "benchmarks" / "results" / "ablations.json"
+KEYS = ("name", "seed", "minutes", "samples", "recipe", "set", "of", "sampler")  # what makes a result this row's
+Row = dict[str, Any]
+
+
+def check(rows: Sequence[Row]) -> None:
+    """A UserError for a row that cannot be run."""
+    trained = [row["name"] for row in rows if "set" in row]
+    for row in rows:
+        if ("set" in row) == ("of" in row) or ("of" in row and "sampler" not in row):
+            raise UserError(f"the row {row.get('name')!r} needs a `set`, or `of` and `sampler`")
+        if row.get("of", trained[0]) not in trained:
+            raise UserError(f"the row {row['name']!r} is of {row['of']!r}, which is no row that trains: {', '.join(trained)}")
+
+
+def identified(row: Row, *, seed: int, minutes: float, samples: int, config: Path = CONFIG) -> Row:
+    """A row with all that its result depends on."""
+    recipe = hashlib.sha256(json.dumps(read_json(config), sort_keys=True).encode()).hexdigest()[:8]
+    return {**row, "seed": seed, "minutes": minutes, "samples": samples, "recipe": recipe}
+
+
+def is_done(row: Row, results: Sequence[Row]) -> bool:
+    return any(all(row.get(key) == found.get(key) for key in KEYS) for found in results)
+
+
+def run_row(row: Row, work: Path, folder: Path) -> Row:
+    """Train where there is something to train, draw and measure."""
+    out = work / f"{row['recipe']}_{row['minutes']:g}_{row['seed']}" / (row.get("of") or row["name"])
+    weights, kept = out / "weights" / "1.0", out / "trained.json"
+    if not kept.exists():
+        if "of" in row:
+            raise UserError(f"the row {row['name']!r} draws from {row['of']!r}, whose weights are gone: run that one first")
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        trained = train_ours(out, folder, 60 * row["minutes"], [f"seed={row['seed']}", *row["set"]])
+        for part in (out / "weights").iterdir():
+            if part != weights:
+                shutil.rmtree(part)
+        kept.write_text(json.dumps(trained))
+    trained = read_json(kept)
+    began = time.perf_counter()
+    drawn = draw_ours(weights, row["samples"], row.get("sampler"))
+    seconds = time.perf_counter() - began
+    found = {"distance": distance_of(drawn, folder), "seconds_of_sampling": round(seconds, 1), "machine": machine("accelerate")}
+    return {**row, **found, "parameters": trained["parameters"], **trained["fractions"]["1.0"], "used": trained["used"]}
+
+
+def table(results: Sequence[Row], held_out: float | None = None) -> str:
+    """The rows, the best first, each against the first row of its own seed, minutes and recipe."""
+    lines = ["| row | change | seed | minutes | parameters | images seen | distance | against the baseline |"]
+    lines.append("|" + " --- |" * 8)
+
+    def kin(row: Row) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("recipe", "seed", "minutes", "samples"))
+
+    first: dict[tuple[Any, ...], float] = {}
+    for row in results:
+        first.setdefault(kin(row), row["distance"])
+    for row in sorted(results, key=lambda row: (*map(str, kin(row)), row["distance"])):
+        change = " ".join(row["set"]) if "set" in row else f"{row['of']} with {json.dumps(row['sampler'])}"
+        cells = [row["name"], change, f"{row['seed']}", f"{row['minutes']:g}", f"{row['parameters'] / 1e6:.2f} M"]
+        cells += [f"{row['images']:,}", f"{row['distance']:.1f}", f"{row['distance'] - first[kin(row)]:+.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if held_out is not None:
+        lines.append(f"\nas many held-out pictures: {held_out:.1f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, nargs="?", default=ROOT / "benchmarks" / "ablations.json")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", action="append", help="the name of a row; repeatable")
+    args = parser.parse_args()
+    rows = read_json(args.rows)
+    check(rows)
+    unknown = set(args.only or ()) - {row["name"] for row in rows}
+    if unknown:
+        raise UserError(f"--only {', '.join(sorted(unknown))}: no such row; there are {', '.join(row['name'] for row in rows)}")
+    folder = prepare_pictures(ROOT / "datasets")
+    results = read_json(RESULTS) if RESULTS.exists() else []
+    for row in rows:
+        wanted = identified(row, seed=args.seed, minutes=args.minutes, samples=args.samples)
+        if (args.only and row["name"] not in args.only) or is_done(wanted, results):
+            continue
+        print(f"{row['name']} ...", flush=True)
+        results.append(run_row(wanted, ROOT / "runs" / "ablations", folder))
+        staged = RESULTS.with_suffix(".part")
+        staged.write_text(json.dumps(results, indent=1) + "\n")
+        staged.rename(RESULTS)
+        print(f"{row['name']}: {results[-1]['distance']:.1f}", flush=True)
+    print(f"{machine('accelerate')}\n\n{table(results, held_out_distance(folder, args.samples))}")
+
+
+if __name__ == "__main__":
+    run_script(main)

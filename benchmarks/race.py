@@ -1,0 +1,480 @@
+#!/usr/bin/env python
+"""The same minutes of the same cores for this project, diffusers and denoising-diffusion-pytorch, and what each then draws.
+
+  nice -n 10 python benchmarks/race.py --minutes 20 [--samples 500] [--only ours] [--out runs/race]
+
+CIFAR-10 from ../shared/data (scikit-learn's digits where it is missing); the last 500 training pictures of each class are held
+out. Each contestant trains in a process of its own, from its launch to the limit; weights are kept at an eighth, a quarter and
+half of the time. Ours is configs/cifar10_race.json, its `steps` set by a probe of the speed so that its schedule ends within
+the limit. The peers (benchmarks/peers.py) have their defaults, at their own learning rate and at two more; the best of the
+three is the peer that counts. Off the clock each draws with 50 network calls a picture, ours from its EMA weights, the peers
+from those of EMA and raw that draw the better 64 pictures (which choose the learning rate, too: sampling takes as long as
+training). Measured is the Fréchet distance to the training pictures in features of EfficientNet-Lite0.
+
+What is there already in --out is not done again, so that a race may be run in pieces (--only takes the beginning of a name).
+At the end there are the table, a sheet of samples and the distance against minutes. Takes up to 20 GB while it runs.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.common import ROOT, environment, installed, machine
+from benchmarks.features import Features, features, frechet
+from benchmarks.peers import CALLS, FRACTIONS, SIZE
+from src import pictures
+from src.config import UserError, read_json, run_script
+from src.data import open_sources
+from src.data.packing import pack
+from src.data.scan import ScanConfig
+from src.data.sources import FolderSource
+from src.sampling import SamplerConfig, open_trained
+
+ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"
+CONFIG = ROOT / "configs" / "cifar10_race.json"
+RATES = {"diffusers": ("1e-4", "3e-4", "1e-3"), "ddp": ("1e-4", "3e-4", "1e-3")}  # the first is its own
+TITLES = {"ours": "ours", "diffusers": "diffusers", "ddp": "denoising-diffusion-pytorch"}
+PAIR = 64  # pictures that decide between EMA and raw weights, and between learning rates
+Result = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------- the pictures
+
+
+def split_classes(folder: Path, held_out: int) -> tuple[list[Path], list[Path]]:
+    """The files of class subfolders, and the last `held_out` of each class, sorted by name."""
+    train, kept = [], []
+    for one in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = sorted(one.iterdir())
+        train += files[:-held_out]
+        kept += files[-held_out:]
+    return train, kept
+
+
+def prepare_pictures(datasets: Path, archive: Path = ARCHIVE) -> Path:
+    """A folder with train/CLASS, held_out/CLASS and the training pictures packed; made once."""
+    name, held_out = ("cifar10_race", 500) if archive.exists() else ("digits_race", 30)
+    folder, staged = datasets / name, datasets / f"{name}.partial"
+    if folder.exists():
+        return folder
+    shutil.rmtree(staged, ignore_errors=True)
+    if archive.exists():
+        with tarfile.open(archive) as tar:
+            tar.extractall(staged / "all", filter="data")
+        found = next((staged / "all").rglob("train"))
+    else:
+        found = staged / "all"
+        write_digits(found)
+    for part, files in zip(("train", "held_out"), split_classes(found, held_out), strict=True):
+        for file in files:
+            place = staged / part / file.parent.name / file.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(place)
+    shutil.rmtree(staged / "all")
+    source = FolderSource(source="folder", path=str(staged / "train"), scan=ScanConfig(min_file_bytes=0))
+    pack(open_sources(source), staged / "packed", size=SIZE, channels=3)
+    staged.rename(folder)
+    return folder
+
+
+def write_digits(folder: Path) -> None:
+    """scikit-learn's digits at 32 px, in classes."""
+    from sklearn.datasets import load_digits
+
+    found: Any = load_digits()
+    for i, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray((image * (255 / 16)).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        picture.convert("RGB").save(folder / str(label) / f"{i:04d}.png")
+
+
+def known_features(folder: Path, part: str) -> Features:
+    """Those of all pictures of a part, worked out once: minutes for 45,000."""
+    kept = folder / f"features_{part}.npy"
+    if not kept.exists():
+        print(f"features of {folder / part} ...", flush=True)
+        files, found = sorted((folder / part).rglob("*.*")), []
+        for start in range(0, len(files), 500):
+            read = [np.asarray(Image.open(file).convert("RGB")) for file in files[start : start + 500]]
+            found.append(features(torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2)))
+        with open(kept.with_suffix(".part"), "wb") as file:
+            np.save(file, np.concatenate(found))
+        kept.with_suffix(".part").rename(kept)
+    return np.load(kept)
+
+
+def held_out_distance(folder: Path, samples: int) -> float:
+    """What a perfect model would get: the mean over as many disjoint sets of `samples` held-out pictures as there are."""
+    kept = known_features(folder, "held_out")
+    order, count = np.random.default_rng(0).permutation(len(kept)), max(1, len(kept) // samples)
+    parts = [kept[order[i * samples : (i + 1) * samples]] for i in range(count)]
+    return float(np.mean([frechet(part, known_features(folder, "train")) for part in parts]))
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def launch(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process whose words go into a file."""
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command in words, its paths as seen from this folder."""
+    return shlex.join(["python", *(os.path.relpath(word, ROOT) if word.startswith("/") else word for word in command[1:])])
+
+
+def end(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
+    if process.poll() is None:
+        process.send_signal(number)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def our_command(run: Path, pictures_folder: Path, overrides: Sequence[str], config: Path = CONFIG) -> list[str]:
+    """What a user types, in the repository's folder."""
+    sets = [f"data.path={os.path.relpath(pictures_folder / 'packed', ROOT)}", *overrides]
+    words = [word for one in sets for word in ("--set", one)]
+    return [sys.executable, "ddpm_accelerate.py", "-cfg", str(config), "--run-dir", str(run), *words]
+
+
+def probe(out: Path, pictures_folder: Path, overrides: Sequence[str], config: Path, seconds: float) -> tuple[float, float]:
+    """Of our recipe: seconds from the launch to the first step, and images/s, watched for so many seconds."""
+    run = out / "probe"
+    shutil.rmtree(run, ignore_errors=True)
+    command = our_command(run, pictures_folder, [*overrides, "steps=1000000", "log.every=2", "preview.every=null"], config)
+    began, first, process = time.time(), None, launch(command, out / "probe.txt")
+    metrics, rates = run / "metrics.jsonl", list[float]()
+    try:
+        while first is None or time.time() - first < seconds or len(rates) < 3:
+            time.sleep(0.2)
+            if process.poll() is not None:
+                raise UserError(f"our training ended in its probe: {(out / 'probe.txt').read_text()[-2000:]}")
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            rates = [json.loads(line)["images_per_second"] for line in lines[1:-1]]  # the last may be half written
+            if len(lines) > 1 and first is None:
+                first = time.time()
+    finally:
+        end(process, signal.SIGKILL)
+    rate, batch = len(rates) / sum(1 / each for each in rates), read_json(run / "config.json")["batch_size"]
+    shutil.rmtree(run)
+    return max(0.0, first - began - 4 * batch / rate), rate
+
+
+def train_ours(
+    out: Path, pictures_folder: Path, seconds: float, overrides: Sequence[str] = (), config: Path = CONFIG
+) -> dict[str, Any]:
+    """Train, keep the newest checkpoint there was at each fraction of the time, and end what is still running at the limit."""
+    start, rate = probe(out, pictures_folder, overrides, config, min(30.0, seconds / 8))
+    batch = read_json(config)["batch_size"]
+    batch = next((int(one.partition("=")[2]) for one in overrides if one.startswith("batch_size=")), batch)
+    steps = max(10, int((0.97 * seconds - start) * rate / batch))
+    timed = [f"steps={steps}", f"checkpoint.every_minutes={seconds / 60 / 40:.4g}", "preview.every=null"]
+    run = out / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    command = our_command(run, pictures_folder, [*overrides, *timed], config)
+    began, process, seen, used = time.time(), launch(command, out / "log.txt"), {}, ""
+    ended: float | None = None
+    try:
+        for fraction in FRACTIONS:
+            while time.time() - began < fraction * seconds and process.poll() is None:
+                time.sleep(0.05)
+            if process.poll() is not None:
+                if process.returncode:
+                    raise UserError(f"our training failed: {(out / 'log.txt').read_text()[-2000:]}")
+                ended = ended or time.time() - began
+            kept = run / "final" if ended else max((run / "checkpoints").glob("step_*"), default=None)
+            if kept is None:
+                continue
+            shutil.copytree(kept, out / "weights" / str(fraction), copy_function=os.link, dirs_exist_ok=True)
+            images = read_json(kept / "progress.json")["step"] * batch
+            seen[str(fraction)] = {"images": images, "seconds": round(ended or fraction * seconds, 1)}
+            used = "the finished run" if ended else f"{kept.name} of {steps}, the last checkpoint before the limit"
+    finally:
+        end(process)
+    if "1.0" not in seen:
+        raise UserError("our training had no checkpoint at the limit; give it more minutes")
+    network = open_trained(out / "weights" / "1.0", torch.device("cpu")).network
+    count = sum(parameter.numel() for parameter in network.parameters())
+    shutil.rmtree(run)
+    return {"parameters": count, "fractions": seen, "used": used, "command": shown(command)}
+
+
+def train_peer(name: str, out: Path, pictures_folder: Path, lr: str, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "benchmarks/peers.py", name, "--lr", lr, "--seconds", f"{seconds:g}"]
+    command += ["--pictures", str(pictures_folder / "train"), "--out", str(out)]
+    process = launch([*command, "--began", str(time.time())], out / "log.txt")
+    try:
+        process.wait()
+    finally:
+        end(process, signal.SIGKILL)
+    if process.returncode or not (out / "trained.json").exists():
+        raise UserError(f"{name} failed: {(out / 'log.txt').read_text()[-2000:]}")
+    return read_json(out / "trained.json") | {"command": shown(command), "lr": lr}
+
+
+# ---------------------------------------------------------------------------------------------- drawing and measuring
+
+
+def draw_ours(weights: Path, count: int, sampler: dict[str, Any] | None = None, batch: int = 100) -> Tensor:
+    """(count, 3, H, W) uint8 by the sampler of the config's previews (or another), with at most 50 network calls."""
+    run = open_trained(weights, torch.device("cpu"))
+    solver = run.sampler(SamplerConfig(**(run.config["preview"]["sampler"] if sampler is None else sampler)))
+    if solver.calls() > CALLS:
+        raise UserError(f"the sampler makes {solver.calls()} network calls, more than {CALLS}; give it fewer steps")
+    parts = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    drawn = torch.cat([solver.draw(0, part, None, device=torch.device("cpu")) for part in parts])
+    return ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def distance_of(samples: Tensor, folder: Path) -> float:
+    return frechet(features(samples), known_features(folder, "train"))
+
+
+class Contestant:
+    """One training of one contestant in its own folder, and what is known of it: `result` is kept in result.json."""
+
+    def __init__(self, name: str, out: Path, folder: Path) -> None:
+        self.name, self.kind = name, name.partition("_")[0]
+        self.out, self.folder, self.file = out / name, folder, out / name / "result.json"
+        self.result: Result = read_json(self.file) if self.file.exists() else {}
+
+    def save(self) -> None:
+        staged = self.file.with_suffix(".part")
+        staged.write_text(json.dumps(self.result, indent=1) + "\n")
+        staged.rename(self.file)
+
+    def train(self, seconds: float) -> None:
+        if self.result:
+            if self.result["minutes"] != round(seconds / 60, 3):
+                raise UserError(
+                    f"{self.out} was trained for {self.result['minutes']} minutes; give another --out, or remove it"
+                )
+            return
+        shutil.rmtree(self.out, ignore_errors=True)  # of a race that was ended in the middle
+        self.out.mkdir(parents=True)
+        print(f"{self.name}: training for {seconds / 60:g} minutes", flush=True)
+        if self.kind == "ours":
+            found = train_ours(self.out, self.folder, seconds)
+        else:
+            found = train_peer(self.kind, self.out, self.folder, self.name.partition("_")[2], seconds)
+        hardware = machine("accelerate", *(["denoising-diffusion-pytorch"] if self.kind == "ddp" else []))
+        self.result = {"name": self.name, "minutes": round(seconds / 60, 3), "machine": hardware, **found, "distances": {}}
+        self.save()
+
+    def draw(self, fraction: str, weights: str, count: int) -> tuple[Tensor, float]:
+        """Samples and the seconds they took."""
+        began, place = time.perf_counter(), self.out / "weights" / fraction
+        if self.kind == "ours":
+            drawn = draw_ours(place, count)
+        else:
+            drawn = peers.draw(self.kind, place / f"{weights}.safetensors", count)
+        return drawn, time.perf_counter() - began
+
+    def weights(self) -> str:
+        """Whether its EMA or its raw weights draw better at the limit."""
+        if "weights" not in self.result:
+            self.result["weights"] = "ema"
+            if self.kind != "ours":
+                found = {kind: distance_of(self.draw("1.0", kind, PAIR)[0], self.folder) for kind in ("ema", "raw")}
+                self.result |= {"weights": min(found, key=lambda kind: found[kind]), "pair": found}
+            self.save()
+        return self.result["weights"]
+
+    def measure(self, fraction: float, samples: int) -> None:
+        """Draw and measure at a fraction of the time, where that was not done."""
+        key = str(fraction)
+        known = self.result["distances"].get(key)
+        if key not in self.result["fractions"] or (known is not None and known["samples"] == samples):
+            return
+        print(f"{self.name}: {samples} pictures after {fraction:g} of the time", flush=True)
+        drawn, seconds = self.draw(key, self.weights(), samples)
+        np.save(self.out / f"samples_{key}.npy", drawn.numpy())
+        found = {"distance": distance_of(drawn, self.folder), "samples": samples, "seconds_of_sampling": round(seconds, 1)}
+        self.result["distances"][key] = found
+        self.save()
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+
+def at_the_end(result: Result) -> float:
+    return result["distances"]["1.0"]["distance"]
+
+
+def best_of(results: Sequence[Result], peer: str) -> Result | None:
+    """A peer's training with the best of its learning rates, judged by few pictures."""
+    found = [result for result in results if result["name"].startswith(f"{peer}_") and "pair" in result]
+    return min(found, key=lambda result: result["pair"][result["weights"]], default=None)
+
+
+def better_peer(results: Sequence[Result]) -> Result | None:
+    """The best training of all peers; None while one is not measured."""
+    best = [best_of(results, peer) for peer in RATES]
+    measured = [one for one in best if one is not None and "1.0" in one["distances"]]
+    return min(measured, key=at_the_end) if len(measured) == len(RATES) else None
+
+
+def goals(results: Sequence[Result], held_out: float) -> list[str]:
+    """The two goals in words, and whether each is met; nothing while a contestant is missing."""
+    ours = next((result for result in results if result["name"] == "ours" and "1.0" in result["distances"]), None)
+    peer = better_peer(results)
+    if ours is None or peer is None:
+        return ["some contestants are missing: nothing can be said of the goals yet"]
+    share = (at_the_end(ours) - held_out) / (at_the_end(peer) - held_out)
+    told = [
+        f"{'met' if share <= 0.5 else 'MISSED'}: our distance above that of the held-out pictures is {share:.2f} of that of "
+        f"the better peer, {peer['name']} (goal: at most 0.5)"
+    ]
+    quarter = ours["distances"].get("0.25")
+    if quarter is not None:
+        met = quarter["distance"] <= at_the_end(peer)
+        reached = (
+            f"after a quarter of the time ours is {quarter['distance']:.1f}, {peer['name']} at the end {at_the_end(peer):.1f}"
+        )
+        told.append(f"{'met' if met else 'MISSED'}: {reached} (goal: no more than that)")
+    return told
+
+
+def row(result: Result, held_out: float, title: str) -> str:
+    end_of, seen = result["distances"]["1.0"], result["fractions"]["1.0"]
+    cells = [title, f"{result['parameters'] / 1e6:.1f} M", f"{seen['images']:,}", f"{seen['images'] / seen['seconds']:.1f}"]
+    cells += [result["weights"], f"{at_the_end(result):.1f}", f"{at_the_end(result) - held_out:.1f}"]
+    cells += [f"{end_of['seconds_of_sampling']:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(results: Sequence[Result], held_out: float, samples: int) -> str:
+    """The learning rates of the peers, the race, the distance against time, and the goals."""
+    done = [result for result in results if "1.0" in result["distances"]]
+    lines = [f"| peer | learning rate | weights | distance of {PAIR} samples |", "| --- | --- | --- | --- |"]
+    for peer, rates in RATES.items():
+        for result in results:
+            if result["name"].startswith(f"{peer}_") and "pair" in result:
+                own, few = " (its own)" if result["lr"] == rates[0] else "", result["pair"][result["weights"]]
+                lines.append(f"| {TITLES[peer]} | {result['lr']}{own} | {result['weights']} | {few:.1f} |")
+    head = (
+        "| | parameters | images seen | images/s | weights | Fréchet distance | above the held-out | seconds for the samples |"
+    )
+    lines += ["", head, "|" + " --- |" * 8]
+    shown: list[tuple[Result, str]] = [(result, "ours") for result in done if result["name"] == "ours"]
+    for peer, rates in RATES.items():
+        best = best_of(results, peer)
+        shown += [(result, TITLES[peer]) for result in done if result["name"] == f"{peer}_{rates[0]}"]
+        if best is not None and best in done and best["lr"] != rates[0]:
+            shown.append((best, f"{TITLES[peer]}, learning rate {best['lr']}"))
+    lines += [row(result, held_out, title) for result, title in shown]
+    lines.append(f"| {samples} held-out pictures | | | | | {held_out:.1f} | 0 | |")
+    minutes = done[0]["minutes"] if done else 0
+    lines += ["", f"| distance after minutes | {' | '.join(f'{minutes * part:g}' for part in FRACTIONS)} |"]
+    lines.append("|" + " --- |" * (1 + len(FRACTIONS)))
+    for result, title in shown:
+        known = [result["distances"].get(str(part)) for part in FRACTIONS]
+        cells = [format(one["distance"], ".1f") if one else "" for one in known]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"- {line}" for line in goals(results, held_out))])
+
+
+def draw_sheet(contestants: Sequence[tuple[str, Path]], path: Path, most_bytes: int = 300_000) -> None:
+    """8 x 8 samples of each side by side, under `most_bytes`."""
+    sheets = []
+    for title, file in contestants:
+        drawn = np.load(file)[:64].transpose(0, 2, 3, 1)
+        sheets.append(pictures.grid(np.ascontiguousarray(drawn), columns=8, title=title, zoom=1))
+    whole = pictures.in_a_row(sheets)
+    for colours in (256, 128, 64, 32, 16):
+        pictures.save(whole.quantize(colours), path)
+        if path.stat().st_size <= most_bytes:
+            return
+
+
+def draw_curve(results: Sequence[tuple[str, Result]], held_out: float, path: Path) -> None:
+    """Distance against minutes of training."""
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    last = max(result["minutes"] for _, result in results)
+    for title, result in results:
+        found = {part: result["distances"][str(part)]["distance"] for part in FRACTIONS if str(part) in result["distances"]}
+        if len(found) > 1:
+            lines[title] = ([part * result["minutes"] for part in found], list(found.values()))
+        else:  # of the peer that is not the better one, the end alone
+            lines[f"{title}, at the end"] = ([0, last], 2 * list(found.values()))
+    lines["held-out pictures"] = ([0, last], [held_out, held_out])
+    pictures.curves(
+        path, {"Fréchet distance, EfficientNet-Lite0": lines}, xlabel="minutes", log=["Fréchet distance, EfficientNet-Lite0"]
+    )
+
+
+def names() -> list[str]:
+    return ["ours", *(f"{peer}_{lr}" for peer, rates in RATES.items() for lr in rates)]
+
+
+def race(out: Path, folder: Path, minutes: float, samples: int, only: str = "", chosen: Callable[[], list[str]] = names) -> str:
+    """Train and measure what is asked for and not there yet; gives the table of all that is."""
+    field = [Contestant(name, out, folder) for name in chosen()]
+    here = [contestant for contestant in field if contestant.name.startswith(only)]
+    for contestant in here:
+        contestant.train(60 * minutes)
+        contestant.weights()
+    results = [contestant.result for contestant in field if contestant.result]
+    best = [best_of(results, peer) for peer in RATES]
+    own = [f"{peer}_{rates[0]}" for peer, rates in RATES.items()]
+    for contestant in here:
+        if contestant.name in ("ours", *own) or contestant.result in best:
+            contestant.measure(1.0, samples)
+    for contestant in here:
+        if contestant.name == "ours" or contestant.result == better_peer(results):
+            for fraction in FRACTIONS:
+                contestant.measure(fraction, samples)
+    shown = [one for one in field if one.name == "ours" or one.result in best]
+    held_out = held_out_distance(folder, samples)
+    told = table(results, held_out, samples)
+    ready = [(TITLES[one.kind], one) for one in shown if "1.0" in one.result.get("distances", {})]
+    if ready:
+        draw_sheet([(title, one.out / "samples_1.0.npy") for title, one in ready], out / "samples.png")
+        draw_curve([(title, one.result) for title, one in ready], held_out, out / "distance.png")
+    (out / "race.md").write_text(f"{machine('denoising-diffusion-pytorch')}\n\n{told}\n")
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--only", default="", help="a contestant, or the beginning of its name: ours, diffusers, ddp_1e-4")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "race")
+    args = parser.parse_args()
+    if not any(name.startswith(args.only) for name in names()):
+        raise UserError(f"--only {args.only}: there is no such contestant; there are {', '.join(names())}")
+    if (
+        any(name.startswith("ddp") for name in names() if name.startswith(args.only))
+        and installed("denoising-diffusion-pytorch") is None
+    ):
+        raise UserError("denoising-diffusion-pytorch is missing: pip install -e '.[bench]', or --only ours")
+    folder = prepare_pictures(ROOT / "datasets")
+    print(machine("denoising-diffusion-pytorch"), flush=True)
+    print(race(args.out.resolve(), folder, args.minutes, args.samples, args.only))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,268 @@
+"""The benchmarks' own logic: what is held out, the peers' networks, distances, tables and goals, a race in pieces."""
+
+import json
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks import ablate, peers, race, speed
+from benchmarks.common import ROOT, goal, installed
+from benchmarks.features import features, frechet
+from src.config import UserError, load, read_json
+from src.sampling import SamplerConfig
+
+PEER_PACKAGE = {"diffusers": "diffusers", "ddp": "denoising-diffusion-pytorch"}
+
+
+def needs(peer: str) -> None:
+    if installed(PEER_PACKAGE[peer]) is None:
+        pytest.skip(f"{PEER_PACKAGE[peer]} is not installed: pip install -e '.[bench]'")
+
+
+def draw_pictures(folder: Path, per_class: int, size: int = 32) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / name / f"{i:04d}.png")
+
+
+# ---------------------------------------------------------------------------------------------- pictures and distances
+
+
+def test_the_last_pictures_of_each_class_are_held_out(tmp_path: Path) -> None:
+    draw_pictures(tmp_path, 12)
+    train, held_out = race.split_classes(tmp_path, 5)
+    assert [file.name for file in held_out] == [f"{i:04d}.png" for i in range(7, 12)] * 2
+    assert len(train) == 14 and not set(train) & set(held_out)
+
+
+def test_an_archive_becomes_a_folder_with_what_is_trained_on_packed(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "cifar10" / "train", 502, size=8)
+    with tarfile.open(tmp_path / "cifar10.tar", "w") as tar:
+        tar.add(tmp_path / "cifar10", "cifar10")
+    folder = race.prepare_pictures(tmp_path / "datasets", tmp_path / "cifar10.tar")
+    assert [len(list((folder / part).rglob("*.png"))) for part in ("train", "held_out")] == [4, 1000]
+    assert read_json(folder / "packed" / "manifest.json")
+    assert race.prepare_pictures(tmp_path / "datasets", tmp_path / "cifar10.tar") == folder
+
+
+def test_without_the_archive_there_are_digits(tmp_path: Path) -> None:
+    folder = race.prepare_pictures(tmp_path, tmp_path / "missing")
+    assert folder.name == "digits_race" and len(list((folder / "held_out").rglob("*.png"))) == 300
+
+
+def test_the_frechet_distance_is_that_of_gaussians() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 6))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T  # mean 0 and covariance 1, exactly
+    a, b, shift = np.diag([1.0, 2, 3, 4, 5, 6]), np.diag([2.0, 2, 1, 1, 3, 3]), np.arange(6.0)
+    assert frechet(x @ a, x @ a) == pytest.approx(0, abs=1e-6)
+    assert frechet(x @ a, x @ b + shift) == pytest.approx(((a - b) ** 2).sum() + (shift**2).sum(), rel=1e-4)
+    assert frechet((x @ a)[:5], x @ b) > 0  # fewer pictures than features
+
+
+def test_features_are_of_pictures() -> None:
+    found = features(torch.arange(2 * 3 * 32 * 32, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(2, 3, 32, 32))
+    assert found.shape == (2, 1280) and np.isfinite(found).all() and found.std() > 0
+
+
+# ---------------------------------------------------------------------------------------------- contestants
+
+
+@pytest.mark.parametrize("peer", ["diffusers", "ddp"])
+def test_the_peers_have_the_networks_of_their_defaults(peer: str) -> None:
+    needs(peer)
+    with torch.device("meta"):
+        network = peers.build(peer)
+    assert sum(parameter.numel() for parameter in network.parameters()) == peers.PARAMETERS[peer]
+
+
+def tiny(peer: str) -> Any:
+    peers.import_torchvision()
+    if peer == "ddp":
+        from denoising_diffusion_pytorch import Unet
+
+        return Unet(dim=8, dim_mults=(1, 2), flash_attn=True)
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    kinds: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return UNet2DModel(sample_size=32, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, **kinds)
+
+
+@pytest.mark.filterwarnings("ignore")  # their own
+@pytest.mark.parametrize("peer", ["diffusers", "ddp"])
+def test_a_peer_trains_and_draws(peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs(peer)
+    draw_pictures(tmp_path / "pictures", 60)
+    network = tiny(peer)
+    snapshots = peers.Snapshots(tmp_path, time.time(), 0.5)
+    with pytest.raises(peers.TimeIsUp):
+        peers.TRAINERS[peer](network, tmp_path / "pictures", 1e-3, snapshots)
+    assert list(snapshots.seen) == [str(fraction) for fraction in peers.FRACTIONS]
+    assert snapshots.seen["1.0"]["images"] >= 16 and snapshots.seen["1.0"]["seconds"] >= 0.5
+    monkeypatch.setattr(peers, "build", lambda _: tiny(peer))
+    monkeypatch.setattr(peers, "CALLS", 3)
+    for kind in ("ema", "raw"):
+        drawn = peers.draw(peer, tmp_path / "weights" / "1.0" / f"{kind}.safetensors", 3, batch=2)
+        assert drawn.shape == (3, 3, 32, 32) and drawn.dtype == torch.uint8 and drawn.float().std() > 0
+
+
+def test_the_clock_stands_while_weights_are_written(tmp_path: Path) -> None:
+    snapshots = peers.Snapshots(tmp_path, time.time() - 3, 20)
+
+    def weights() -> dict[str, Any]:
+        time.sleep(0.2)
+        return {"ema": nn.Linear(1, 1).state_dict()}
+
+    began = snapshots.began
+    snapshots.look(16, weights)
+    assert snapshots.began >= began + 0.2 and list(snapshots.seen) == ["0.125"]
+
+
+def test_ours_is_a_command_that_a_user_types() -> None:
+    words = race.our_command(ROOT / "runs" / "x", ROOT / "datasets" / "y", ["steps=5"])
+    script = "python ddpm_accelerate.py -cfg configs/cifar10_race.json --run-dir runs/x"
+    assert race.shown(words) == f"{script} --set data.path=datasets/y/packed --set steps=5"
+
+
+@pytest.mark.soak
+def test_ours_trains_by_the_clock(tmp_path: Path) -> None:
+    folder = race.prepare_pictures(tmp_path, tmp_path / "missing")
+    (tmp_path / "ours").mkdir()
+    small = ["model.base_channels=16", "model.head_channels=16", "batch_size=16"]
+    found = race.train_ours(tmp_path / "ours", folder, 40, small)
+    assert found["fractions"]["1.0"]["seconds"] <= 40 and found["fractions"]["1.0"]["images"] > 0
+    assert race.draw_ours(tmp_path / "ours" / "weights" / "1.0", 4).shape == (4, 3, 32, 32)
+
+
+# ---------------------------------------------------------------------------------------------- the race and its table
+
+
+def made_up(name: str, end: float, quarter: float) -> dict[str, Any]:
+    kept = {"images": 1000, "seconds": 1200.0}
+    found = {"name": name, "minutes": 20.0, "parameters": 4_000_000, "weights": "ema", "fractions": {"0.25": kept, "1.0": kept}}
+    lr = {"lr": name.partition("_")[2]} if "_" in name else {}
+    lr |= {"pair": {"ema": end + 10, "raw": 999}}
+    measured = {"samples": 500, "seconds_of_sampling": 60.0}
+    return {**found, **lr, "distances": {"0.25": {"distance": quarter, **measured}, "1.0": {"distance": end, **measured}}}
+
+
+@pytest.mark.parametrize(
+    ("end", "quarter", "verdicts"),
+    [(60, 110, ("met", "met")), (70, 120, ("met", "met")), (71, 121, ("MISSED", "MISSED")), (40, 130, ("met", "MISSED"))],
+)
+def test_the_goals_are_held_to_the_better_peer(end: float, quarter: float, verdicts: tuple[str, str]) -> None:
+    results = [made_up("ours", end, quarter), made_up("diffusers_1e-4", 300, 310), made_up("diffusers_1e-3", 150, 200)]
+    results += [made_up("ddp_1e-4", 200, 250), made_up("ddp_3e-4", 120, 260)]
+    told = race.goals(results, 20.0)
+    assert tuple(line.partition(":")[0] for line in told) == verdicts
+    assert "ddp_3e-4" in told[0]
+    shown = race.table(results, 20.0, 500)
+    assert (
+        "| diffusers | 1e-4 (its own) | ema | 310.0 |" in shown and "denoising-diffusion-pytorch, learning rate 3e-4" in shown
+    )
+    assert "| distance after minutes | 2.5 | 5 | 10 | 20 |" in shown
+
+
+def test_nothing_is_said_of_the_goals_while_a_contestant_is_missing() -> None:
+    (line,) = race.goals([made_up("ours", 60, 110), made_up("ddp_1e-4", 200, 250)], 20.0)
+    assert "missing" in line
+    assert "100 held-out pictures" in race.table([], 20.0, 100)
+
+
+def test_a_goal_says_whether_it_is_met() -> None:
+    assert goal("speed", 2.0, 2.0).startswith("met") and goal("speed", 1.99, 2.0).startswith("MISSED")
+
+
+def test_a_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, folder = list[str](), tmp_path / "pictures"
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for part, count in (("train", 200), ("held_out", 40)):
+        np.save(folder / f"features_{part}.npy", rng.standard_normal((count, 8)))
+
+    def train(out: Path, title: str) -> dict[str, Any]:
+        trained.append(title)
+        kept = {str(fraction): {"images": 100, "seconds": 60 * fraction} for fraction in race.FRACTIONS}
+        return {"parameters": 10, "fractions": kept, "used": "", "command": "python", "lr": title.partition("_")[2]}
+
+    def drawn(count: int, level: int) -> torch.Tensor:
+        return torch.full((count, 3, 32, 32), level, dtype=torch.uint8)
+
+    monkeypatch.setattr(race, "train_ours", lambda out, *_: train(out, "ours"))
+    monkeypatch.setattr(race, "train_peer", lambda name, out, folder, lr, seconds: train(out, f"{name}_{lr}"))
+    monkeypatch.setattr(race, "draw_ours", lambda weights, count: drawn(count, 0))
+    monkeypatch.setattr(peers, "draw", lambda name, weights, count: drawn(count, 100 if weights.stem == "raw" else 200))
+    monkeypatch.setattr(
+        race, "features", lambda x: x[:, 0, 0, :8].numpy() + np.random.default_rng(1).standard_normal((len(x), 8))
+    )
+
+    out = tmp_path / "out"
+    race.race(out, folder, 1.0, 20, "ours")
+    assert trained == ["ours"]
+    race.race(out, folder, 1.0, 20, "diffusers")
+    (out / "ddp_1e-4").mkdir()  # it was killed while it trained
+    (out / "ddp_1e-4" / "half").touch()
+    told = race.race(out, folder, 1.0, 20)
+    assert sorted(trained) == sorted(race.names())  # each once
+    assert not (out / "ddp_1e-4" / "half").exists()
+    assert told.count("met:") == 2 and (out / "race.md").exists() and (out / "distance.png").exists()
+    assert (out / "samples.png").stat().st_size <= 300_000
+    result = json.loads((out / "diffusers_1e-4" / "result.json").read_text())
+    assert result["weights"] == "raw" and set(result["distances"]) == {str(fraction) for fraction in race.FRACTIONS}
+    for name, measured in (("ddp_1e-4", {"1.0"}), ("ddp_1e-3", set())):  # only the better peer's way is drawn
+        assert set(json.loads((out / name / "result.json").read_text())["distances"]) == measured
+    with pytest.raises(UserError, match="another --out"):
+        race.race(out, folder, 2.0, 20, "ours")
+
+
+def test_the_sheet_of_samples_stays_small(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "noise.npy", rng.integers(0, 256, (64, 3, 32, 32), np.uint8))
+    race.draw_sheet([(title, tmp_path / "noise.npy") for title in ("a", "b", "c")], tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size <= 300_000
+
+
+# ---------------------------------------------------------------------------------------------- ablations and speed
+
+
+def test_every_row_of_the_ablations_is_a_config_and_draws_with_fifty_calls() -> None:
+    rows = read_json(ROOT / "benchmarks" / "ablations.json")
+    ablate.check(rows)
+    for row in rows:
+        if "set" in row:
+            load(race.CONFIG, speed.ddpm_accelerate.Config, row["set"])
+        else:
+            spec = SamplerConfig(**row["sampler"])
+            assert isinstance(spec.steps, int) and spec.steps * (2 if spec.solver == "heun" else 1) <= race.CALLS
+    with pytest.raises(UserError, match="no row that trains"):
+        ablate.check([*rows, {"name": "x", "of": "nothing", "sampler": {}}])
+    with pytest.raises(UserError, match="needs a `set`"):
+        ablate.check([*rows, {"name": "x"}])
+
+
+def test_a_row_that_is_done_is_known_by_all_that_its_result_depends_on() -> None:
+    row = {"name": "eps", "set": ["process.target=eps"]}
+    done = ablate.identified(row, seed=1, minutes=5.0, samples=256)
+    assert ablate.is_done(done, [{**done, "distance": 1.0}])
+    for other in ({"seed": 2}, {"minutes": 1.0}, {"samples": 16}, {"set": []}, {"recipe": "another"}):
+        assert not ablate.is_done({**done, **other}, [done])
+    measured = {"parameters": 10, "images": 100, "distance": 50.0}
+    base = {**ablate.identified({"name": "baseline", "set": []}, seed=1, minutes=5.0, samples=256), **measured}
+    shown = ablate.table([base, {**done, **measured, "distance": 44.0}])
+    assert shown.splitlines()[2].startswith("| eps | process.target=eps") and "-6.0" in shown
+
+
+def test_ours_is_widened_to_a_peers_parameters() -> None:
+    shape = speed.our_shape(5_000_000)
+    with torch.device("meta"):
+        network = speed.build_unet(shape, (3, 32, 32), None)
+    assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(5_000_000, rel=0.15)
