@@ -8,17 +8,20 @@ python -m src.data.buckets bring
 
 import argparse
 import base64
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -316,7 +319,7 @@ class Bucket:
 
     def get(self, name: str, remote: Remote, path: Path, advance: Advance = _nothing) -> None:
         """Read an object to a file that is whole (size and crc32c) or absent."""
-        part = path.with_name(f".{path.name}.part")
+        part = path.with_name(f".bring-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.part")
         try:
             for _ in range(TRIES):
                 with open(part, "wb") as file:
@@ -393,6 +396,37 @@ def open_bucket(url: str) -> Bucket:
 
 
 # ---------------------------------------------------------------------------------------------- folders
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process brings this folder, and keep them waiting. The kernel drops the lock when one dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.bring.lock"), "a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"{folder.parent} cannot be locked ({error.strerror}); put it on another disk") from None
+        yield
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the parts of pulls that were killed: on this machine, or an hour ago."""
+    for part in folder.rglob(".bring-*.part"):
+        host, pid, _ = part.stem.removeprefix(".bring-").rsplit("-", 2)
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600 or (host == socket.gethostname() and not _lives(int(pid))):
+                part.unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _files(folder: Path, skip: Callable[[str], bool], out: set[str] | None = None) -> dict[str, os.stat_result]:
@@ -547,6 +581,7 @@ def pull(
     jobs: int = 8,
 ) -> Moved:
     """Make the folder what the bucket's `under/` is, in the same order as `push`; with `delete`, what is only here goes.
+    Whoever may meet another process there calls it `alone`.
 
     A disk without room for all that is to come is a UserError before the first byte.
     """
@@ -569,6 +604,7 @@ def pull(
     plan = Moved(len(moving), sum(there[name].size for name in moving), len(same), len(gone))
     if dry_run:
         return plan
+    _sweep(folder)
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if plan.bytes > free:
         raise UserError(f"{folder}: {plan.bytes / 1e9:.3f} GB are to come and {free / 1e9:.3f} GB are free; make room")
@@ -667,18 +703,19 @@ def _told(verb: str, moved: Moved, dry_run: bool) -> str:
 
 
 def _bring(bucket: Bucket, dry_run: bool) -> None:
-    for place in ("datasets", "checkpoints"):
-        try:
-            moved = pull(bucket, place, Path(place), dry_run=dry_run, skip=_skip(place))
-            print(f"{place}: {_told('pull', moved, dry_run)}")
-        except Empty:
-            print(f"{place}: the bucket has none")
-    if dry_run or not Path("datasets").is_dir():
-        return
-    for archive in sorted(path for path in Path("datasets").iterdir() if _stem(path.name) and path.is_file()):
-        line = _unpack_beside(archive)
-        if line:
-            print(line)
+    for place in ("checkpoints", "datasets"):
+        with nullcontext() if dry_run else alone(Path(place)):
+            try:
+                moved = pull(bucket, place, Path(place), dry_run=dry_run, skip=_skip(place))
+                print(f"{place}: {_told('pull', moved, dry_run)}")
+            except Empty:
+                print(f"{place}: the bucket has none")
+            if dry_run or place != "datasets" or not Path(place).is_dir():
+                continue
+            for archive in sorted(path for path in Path(place).iterdir() if _stem(path.name) and path.is_file()):
+                line = _unpack_beside(archive)
+                if line:
+                    print(line)
 
 
 def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
@@ -730,7 +767,8 @@ def main() -> None:
             if args.command == "push":
                 moved = push(bucket, Path(place), place, **options)
             else:
-                moved = pull(bucket, place, Path(place), **options)
+                with nullcontext() if args.dry_run else alone(Path(place)):
+                    moved = pull(bucket, place, Path(place), **options)
             print(f"{place}: {_told(args.command, moved, args.dry_run)}")
 
 

@@ -116,7 +116,7 @@ def test_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status(health.lock(tmp_path), "pass")
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "lockf", raising(OSError(37, "No locks available")))
-        status(health.lock(tmp_path), "fail", "No locks available")
+        status(health.lock(tmp_path), "fail", "No locks available", "local_lock, which guards this machine alone")
     monkeypatch.setattr(fcntl, "lockf", lambda *_: None)  # it says yes, and holds nothing
     status(health.lock(tmp_path), "fail", "two processes")
 
