@@ -412,7 +412,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _sweep(folder: Path) -> None:
     """Remove the parts of pulls that were killed: on this machine, or an hour ago."""
-    for part in folder.rglob(".bring-*.part"):
+    for part in folder.rglob(".bring-*-*-*.part"):
         host, pid, _ = part.stem.removeprefix(".bring-").rsplit("-", 2)
         with suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > 3600 or (host == socket.gethostname() and not _lives(int(pid))):
@@ -519,7 +519,8 @@ def push(
     """Make the bucket's `under/` what the folder is; with `delete`, what is only there goes.
 
     Files that are `last` follow when all others have arrived, and not where one of their folder was replaced or removed
-    meanwhile. `skip` is asked for folders too. Where it is not `shown`, there is no bar, and nothing is said.
+    meanwhile; an old one goes from there before what it promises is replaced. `skip` is asked for folders too. Where it is not
+    `shown`, there is no bar, and nothing is said.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder to push")
@@ -528,6 +529,9 @@ def push(
         raise UserError(f"{folder} has no files to push")
     there = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
     same = _same(folder, here, there, jobs)
+    replaced = [name for name in here if name in there and name not in same and not last(name)]
+    void = [name for name in here if name in there and last(name) and any(one.startswith(_folder(name)) for one in replaced)]
+    same -= set(void)
     moving = [name for name in here if name not in same]
     gone = sorted(there.keys() - here.keys()) if delete else []
     plan = Moved(len(moving), sum(here[name].st_size for name in moving), len(same), len(gone))
@@ -546,10 +550,12 @@ def push(
         bucket.delete(_join(under, name), there[name])
 
     def settled(name: str) -> bool:
-        own = name[: name.rfind("/") + 1]
-        return all(_stands(folder / other, facts) for other, facts in here.items() if other.startswith(own))
+        return all(_stands(folder / other, facts) for other, facts in here.items() if other.startswith(_folder(name)))
 
     with _Crew(f"push {under}", plan.bytes, jobs, shown) as crew:
+        crew.all(remove, void)
+        for name in void:
+            del there[name]
         crew.all(send, [name for name in moving if not last(name)])
         held = [name for name in moving if last(name) and not settled(name)]
         crew.all(send, [name for name in moving if last(name) and name not in held])
@@ -558,6 +564,10 @@ def push(
     for name in held if shown else ():
         print(f"{folder / name}: its folder changed meanwhile, so it goes with the next push", file=sys.stderr)
     return Moved(len(sent), sum(here[name].st_size for name in sent), len(same), len(gone))
+
+
+def _folder(name: str) -> str:
+    return name[: name.rfind("/") + 1]
 
 
 def _stands(path: Path, before: os.stat_result) -> bool:

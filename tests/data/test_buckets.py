@@ -165,6 +165,21 @@ def test_manifests_go_last_and_not_where_a_file_failed(
     assert tree(back) == tree(run)
 
 
+def test_an_old_manifest_never_promises_new_files(server: StorageServer, bucket: Bucket, run: Path) -> None:
+    push(bucket, run, "x")
+    write(run, {"step_1/model": drawn(9000, seed=1), "log.txt": b"step 2\n"})
+    server.faults.add(400, "upload .*step_1/model", times=99)
+    assert "not taken 6 times" in mistake(push, bucket, run, "x")
+    assert f"mine/x/{MANIFEST}" not in server.objects() and "mine/x/step_1/model" in server.objects()
+    server.faults.waiting.clear()
+    push(bucket, run, "x")
+    write(run, {"step_1/model": drawn(9000)})
+    assert push(bucket, run, "x").files == 2, "the same manifest goes anew, too"
+    assert server.objects() == {f"mine/x/{name}": content for name, content in tree(run).items()}
+    (run / "step_1" / "more").write_bytes(b"which no manifest promised")
+    assert push(bucket, run, "x").files == 1
+
+
 @pytest.mark.parametrize("change", ["replaced", "removed"])
 def test_a_manifest_waits_where_its_folder_changes_meanwhile(
     bucket: Bucket, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
