@@ -20,7 +20,7 @@ from .. import pictures
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json
 from ..data import PictureSet, PointSet
 from ..data.latents import differs
-from .checkpoint import CheckpointConfig, Tensors, newest, retain, spared_steps, step_folder, write_folder
+from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
 from .report import Reporter, read_lines
 
@@ -207,9 +207,10 @@ class RunDirectory:
         held_out: PictureSet | PointSet | None,
     ) -> None:
         """Write config.json, data.json and skipped.json (every file left out, with the reason); cut metrics.jsonl to `step`
-        and go on writing there."""
+        and go on writing there. Checkpoints that were passed over are set aside."""
         if not self.writes:
             return
+        set_aside(self.checkpoints, step)
         self.write_json("config.json", dump(settings))
         self.write_json("data.json", facts)
         skipped = [{"name": name, "reason": why} for name, why in _skipped(train_set, held_out)]
@@ -250,7 +251,8 @@ class RunDirectory:
         """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept; `pinned` are."""
         progress = documents["progress"]
         write_folder(step_folder(self.checkpoints, progress["step"]), tensors, documents)
-        retain(self.checkpoints, spec.keep, spared_steps(progress, keep_best=spec.keep_best) | set(pinned))
+        spared = spared_steps(progress, keep_best=spec.keep_best) | {progress["step"], *pinned}
+        retain(self.checkpoints, spec.keep, spared)
 
     def finish(self, state: str, step: int, steps: int, message: str) -> None:
         """The last word of a run that ends in order."""
