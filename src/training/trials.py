@@ -21,7 +21,7 @@ from .checkpoint import damage, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
 from .stream import Split
-from .uploads import Uploads, bring_autoencoder, bring_back
+from .uploads import Uploads, bring_back, bring_run
 
 AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
 DRY_WARMUP, DRY_STEPS, DRY_SECONDS = 2, 8, 6.0
@@ -162,8 +162,8 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
         return verify_resume(train, cfg, run_dir)
     if cfg.bucket is not None:
         brought = [bring_back(cfg.bucket, run_dir)]
-        if getattr(cfg, "autoencoder", None) is not None:
-            brought.append(bring_autoencoder(cfg.bucket, cfg.autoencoder))
+        if Path(getattr(cfg, "autoencoder", None) or "").parts[:1] == ("runs",):
+            brought.append(bring_run(cfg.bucket, cfg.autoencoder))
         for line in filter(None, brought):
             print(line, flush=True)
     attempt = Attempt()

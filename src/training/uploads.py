@@ -1,14 +1,13 @@
 """A run in a bucket: brought back before it starts, and its checkpoints put there while it goes on."""
 
-import fcntl
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config import UserError, read_json
-from ..data.buckets import Bucket, Remote, manifest, open_bucket, passing, pull, push
-from .checkpoint import MANIFEST, newest, spared_steps, step_folder
+from ..config import read_json
+from ..data.buckets import Bucket, Remote, alone, manifest, open_bucket, passing, pull, push
+from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
 
 RETRY_SECONDS = 60.0
 CACHES = ("latents", "pairs")  # large, and made again where they are missing
@@ -45,38 +44,48 @@ def bring_back(url: str, run_dir: Path) -> str | None:
     Every process calls it, before any waits for another: the first of a machine does it, and the others find it done.
     """
     checkpoints, place = run_dir / "checkpoints", place_of(run_dir)
-    with open_bucket(url) as bucket:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        with open(run_dir.with_name(f".{run_dir.name}.bring.lock"), "a+") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX)
-            except OSError as error:
-                raise UserError(f"{run_dir.parent} cannot be locked ({error.strerror}); put the run on another disk") from None
-            steps = _steps(bucket.list(place))
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                found, _ = newest(checkpoints)
-            else:  # it was looked at by the first
-                found = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
-            if not steps or (found is not None and found.name >= steps[-1]):
-                return None
-            pull(bucket, f"{place}/checkpoints/{steps[-1]}", checkpoints / steps[-1])
-            kept = sorted(_spared(checkpoints / steps[-1]) & set(steps[:-1]))
-            for step in kept:
-                pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
-            pull(bucket, place, run_dir, skip=_rest)
-            return f"brought {' and '.join([*kept, steps[-1]])} of {run_dir} from {bucket.url}"
+    with open_bucket(url) as bucket, alone(run_dir):
+        steps = _steps(bucket.list(place))
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            found, _ = newest(checkpoints)
+        else:  # it was looked at by the first
+            found = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
+        if not steps or (found is not None and found.name >= steps[-1]):
+            return None
+        pull(bucket, f"{place}/checkpoints/{steps[-1]}", checkpoints / steps[-1])
+        kept = sorted(_spared(checkpoints / steps[-1]) & set(steps[:-1]))
+        for step in kept:
+            pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
+        pull(bucket, place, run_dir, skip=_rest)
+        return f"brought {' and '.join([*kept, steps[-1]])} of {run_dir} from {bucket.url}"
 
 
-def bring_autoencoder(url: str, name: str) -> str | None:
-    """The finished autoencoder runs/NAME, where it is in the bucket and not here. Gives a line about it, or None."""
+def bring_run(url: str, name: str) -> str | None:
+    """The weights of the run, or of a folder in one, `runs/NAME...`, where they are in the bucket and not whole here: its final
+    folder, else its newest checkpoint where there is none here. Gives a line about it, or None. Every process may call it."""
     run = Path(name)
-    if run.parts[:1] != ("runs",) or run.exists():
+    if damage(run) is None or damage(run / "final") is None:
         return None
     with open_bucket(url) as bucket:
-        if not any(found.startswith("final/") for found in bucket.list(name)):
+        folder = weights_in(bucket, run.as_posix())
+        if folder is None or (folder.parent.name == "checkpoints" and newest(folder.parent)[0] is not None):
             return None
-        pull(bucket, name, run, skip=lambda found: _rest(found) or found.split("/")[0] in ("samples", "tensorboard"))
-        return f"brought {run} from {bucket.url}"
+        with alone(run):
+            if damage(folder) is None:  # another process was first
+                return None
+            pull(bucket, folder.as_posix(), folder)
+        return f"brought {folder} from {bucket.url}"
+
+
+def weights_in(bucket: Bucket, name: str) -> Path | None:
+    """The whole folder in the bucket that a run's weights, or those of `name` itself, would be read from."""
+    objects = bucket.list(name)
+    if MANIFEST in objects:
+        return Path(name)
+    if f"final/{MANIFEST}" in objects:
+        return Path(name) / "final"
+    steps = _steps(objects)
+    return Path(name) / "checkpoints" / steps[-1] if steps else None
 
 
 class Uploads:

@@ -1,6 +1,8 @@
 """A run's checkpoints in a bucket: which are there, which come back, and what happens where it fails."""
 
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,8 @@ import torch
 from src.config import UserError
 from src.training import uploads
 from src.training.checkpoint import damage, retain, roll_back, spared_steps, step_folder, write_folder
-from src.training.uploads import Uploads, bring_autoencoder, bring_back, place_of
+from src.training.uploads import Uploads, bring_back, bring_run, place_of
+from tests.conftest import ROOT, environment
 from tests.storage import StorageServer
 
 
@@ -135,17 +138,57 @@ def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too_and_ano
     sent.close()
 
 
-def test_a_run_and_its_autoencoder_lie_where_setup_puts_them(
+def test_a_run_lies_where_setup_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place_of(Path("runs/a/x")) == "runs/a/x" and place_of(Path("/elsewhere/x")) == "runs/x"
+
+
+def test_the_weights_that_a_run_starts_from_are_brought(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert place_of(Path("runs/a/x")) == "runs/a/x" and place_of(Path("/elsewhere/x")) == "runs/x"
-    for name in ("runs/vae/final/ema.safetensors", "runs/vae/config.json", "runs/vae/checkpoints/step_00000001/MANIFEST.json"):
-        server.put(name, b"{}")
-    assert bring_autoencoder("gs://bucket", "runs/vae") == "brought runs/vae from gs://bucket"
-    assert {path.name for path in (tmp_path / "runs" / "vae").iterdir()} == {"final", "config.json"}
-    assert bring_autoencoder("gs://bucket", "runs/vae") is None, "it is here"
-    assert bring_autoencoder("gs://bucket", "runs/no") is None and bring_autoencoder("gs://bucket", "owner/name") is None
+    whole(tmp_path / "made" / "final")
+    for path in (tmp_path / "made" / "final").iterdir():
+        server.put(f"runs/vae/final/{path.name}", path.read_bytes())
+        server.put(f"runs/young/checkpoints/step_00000002/{path.name}", path.read_bytes())
+    server.put("runs/vae/config.json", b"{}")
+    server.put("runs/young/checkpoints/step_00000004/ema.safetensors", b"half")
+    final = Path("runs/vae/final")
+    assert bring_run("gs://bucket", "runs/vae") == "brought runs/vae/final from gs://bucket"
+    assert damage(final) is None and {path.name for path in Path("runs/vae").iterdir()} == {"final"}
+    server.forget()
+    assert bring_run("gs://bucket", "runs/vae") is None is bring_run("gs://bucket", "runs/vae/final") and not server.requests
+    (final / "ema.safetensors").write_bytes(b"cut")
+    assert bring_run("gs://bucket", "runs/vae/final") == "brought runs/vae/final from gs://bucket" and damage(final) is None
+    assert bring_run("gs://bucket", "runs/young") == "brought runs/young/checkpoints/step_00000002 from gs://bucket"
+    assert bring_run("gs://bucket", "runs/young") is None, "unfinished here, too"
+    assert bring_run("gs://bucket", "runs/no") is None and not Path("runs/no").exists()
+
+
+def whole(final: Path) -> None:
+    write_folder(final, {"ema": {"w": torch.arange(20_000.0)}}, {"config": {}, "data": {}, "progress": {"step": 3}})
+
+
+def test_four_processes_bring_an_autoencoder_at_once_and_a_kill_half_way_is_made_good(
+    server: StorageServer, tmp_path: Path
+) -> None:
+    whole(tmp_path / "made" / "final")
+    for path in (tmp_path / "made" / "final").iterdir():
+        server.put(f"runs/vae/final/{path.name}", path.read_bytes())
+    code = "from src.training.uploads import bring_run; from src.training.checkpoint import damage; from pathlib import Path; "
+    code += "print(bring_run('gs://bucket', 'runs/vae'), damage(Path('runs/vae/final')))"
+    words, extra = [sys.executable, "-c", code], environment(PYTHONPATH=str(ROOT), STORAGE_EMULATOR_HOST=server.url)
+    server.rate = 100_000  # 0.8 s for the weights
+    with subprocess.Popen(words, cwd=tmp_path, env=extra) as first:
+        wait_for(lambda: (tmp_path / "runs/vae/final/config.json").exists())
+        first.kill()
+    assert "missing" in str(damage(tmp_path / "runs/vae/final")) or not (tmp_path / "runs/vae/final").exists()
+    four = [
+        subprocess.Popen(words, cwd=tmp_path, env=extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    said = [process.communicate(timeout=120) for process in four]
+    assert sorted(out for out, _ in said) == ["None None\n"] * 3 + ["brought runs/vae/final from gs://bucket None\n"], said
 
 
 def test_what_fails_is_said_once_and_tried_again(
