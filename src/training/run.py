@@ -71,6 +71,20 @@ def _line(step: int, values: dict[str, float]) -> str:
     return json.dumps({"step": step, **finite}) + "\n"
 
 
+def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The keys that are not as in the config `before`, with which a run was started: harmless ones, and those with which it
+    cannot go on."""
+    new = dump(settings)
+    harmless, other = differences(type(settings), before, new)
+    lengths = []
+    if settings.optimizer.schedule.kind == "constant":  # then where a run ends changes no step before
+        lengths = [key for key in other if key.split(".")[0] == "steps"]
+    if len(new.get("stages", ())) > len(before.get("stages", ())):
+        lengths = ["stages"]  # more of them, after those that there were
+    harmless += [key for key in other if key in lengths]
+    return harmless, [key for key in other if key not in lengths]
+
+
 class RunDirectory:
     """runs/NAME. `writes` is False on all ranks but the first: then it says and writes nothing. `quiet`, it says nothing."""
 
@@ -171,17 +185,8 @@ class RunDirectory:
 
         Harmless changes are said; any other is a UserError that names the keys.
         """
-        new = dump(settings)
         if resumed is not None:
-            before = read_json(resumed / "config.json")
-            harmless, other = differences(type(settings), before, new)
-            lengths = []
-            if settings.optimizer.schedule.kind == "constant":  # then where a run ends changes no step before
-                lengths = [key for key in other if key.split(".")[0] == "steps"]
-            if len(new.get("stages", ())) > len(before.get("stages", ())):
-                lengths = ["stages"]  # more of them, after those that there were
-            harmless += [key for key in other if key in lengths]
-            other = [key for key in other if key not in lengths]
+            harmless, other = changes(settings, read_json(resumed / "config.json"))
             if other:
                 raise UserError(
                     f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
@@ -195,7 +200,9 @@ class RunDirectory:
         for line in passed:
             self.say(line)
         if found is None and passed:
-            raise UserError(f"no checkpoint of {self.path} is whole ({'; '.join(passed)}); remove them to start anew")
+            raise UserError(
+                f"no checkpoint of {self.path} is whole ({'; '.join(passed)}); remove them, in a bucket too, to start anew"
+            )
         return found
 
     def begin(

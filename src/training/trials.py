@@ -161,7 +161,7 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
     if cfg.bucket is not None:
-        brought = [bring_back(cfg.bucket, run_dir)]
+        brought = [bring_back(cfg.bucket, run_dir, cfg)]
         if Path(getattr(cfg, "autoencoder", None) or "").parts[:1] == ("runs",):
             brought.append(bring_run(cfg.bucket, cfg.autoencoder))
         for line in filter(None, brought):

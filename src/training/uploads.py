@@ -1,23 +1,31 @@
 """A run in a bucket: brought back before it starts, and its checkpoints put there while it goes on."""
 
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from ..config import read_json
+from ..config import UserError, read_json
 from ..data.buckets import Bucket, Remote, alone, manifest, open_bucket, passing, pull, push
 from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
+from .run import changes
 
 RETRY_SECONDS = 60.0
 CACHES = ("latents", "pairs")  # large, and made again where they are missing
 
 
 def place_of(run_dir: Path) -> str:
-    """Where in the bucket a run is, which is where `setup.sh push` puts it: its path below this folder, else runs/NAME."""
-    path = run_dir.resolve()
-    inside = path.is_relative_to(Path.cwd())
-    return path.relative_to(Path.cwd()).as_posix() if inside else f"runs/{path.name}"
+    """Where in the bucket a run is: its path below this folder, as it is written, which is where `setup.sh push` puts it. Of
+    one elsewhere it is runs/NAME and digits of its path, for two may have one name."""
+    path = Path(os.path.abspath(run_dir))
+    for parent in path.parents:
+        if parent.exists() and parent.samefile("."):
+            return path.relative_to(parent).as_posix()
+    return f"runs/{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _steps(objects: dict[str, Remote]) -> list[str]:
@@ -37,15 +45,36 @@ def _spared(checkpoint: Path) -> set[str]:
     return {step_folder(Path(), step).name for step in steps}
 
 
-def bring_back(url: str, run_dir: Path) -> str | None:
+def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_dir: Path, settings: Any) -> None:
+    """A UserError where the checkpoint in the bucket is of a run that was started with another config."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        bucket.get(f"{place}/checkpoints/{step}/config.json", remote, path)
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:  # damaged, as will be seen
+            return
+    _, other = changes(settings, before)
+    if other:
+        raise UserError(
+            f"{bucket.url} holds another run as {place}: it was started with another {', '.join(other)}; change it back, give "
+            f"another --run-dir, or, to start anew, remove both: rm -r {run_dir} and gcloud storage rm -r {bucket.url}/{place}"
+        )
+
+
+def bring_back(url: str, run_dir: Path, settings: Any) -> str | None:
     """Where the bucket's newest checkpoint of the run is of a later step than any whole one here: bring it, those that the run
-    needs beside it, and all else but caches. Gives a line about it, or None.
+    needs beside it, and all else but caches. Gives a line about it, or None; what is there of a run that was started with
+    another config than `settings` is a UserError.
 
     Every process calls it, before any waits for another: the first of a machine does it, and the others find it done.
     """
     checkpoints, place = run_dir / "checkpoints", place_of(run_dir)
     with open_bucket(url) as bucket, alone(run_dir):
-        steps = _steps(bucket.list(place))
+        objects = bucket.list(place)
+        steps = _steps(objects)
+        if steps and (config := objects.get(f"checkpoints/{steps[-1]}/config.json")) is not None:
+            _refuse_another(bucket, place, config, steps[-1], run_dir, settings)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             found, _ = newest(checkpoints)
         else:  # it was looked at by the first
@@ -132,7 +161,8 @@ class Uploads:
         if self._failed is None:
             self.say(f"all of {self._run_dir} is in {self._bucket.url}")
         else:
-            self.say(f"NOT all of {self._run_dir} is in {self._bucket.url}; later: ./setup.sh push {self._place}")
+            linked = "" if Path(self._place).exists() else f"ln -s {self._run_dir.absolute()} {self._place} && "
+            self.say(f"NOT all of {self._run_dir} is in {self._bucket.url}; later: {linked}./setup.sh push {self._place}")
 
     def _work(self) -> None:
         closing = False

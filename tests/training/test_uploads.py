@@ -5,22 +5,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from src.config import UserError
+import ddpm_accelerate
+from src.config import UserError, dump, load
 from src.training import uploads
 from src.training.checkpoint import damage, retain, roll_back, spared_steps, step_folder, write_folder
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, SMOKE, environment
 from tests.storage import StorageServer
+
+CONFIG = load(ROOT / SMOKE, ddpm_accelerate.Config, ["checkpoint.keep_best=true"])
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
+    """And the project, in which `run` is runs/x."""
+    monkeypatch.chdir(tmp_path)
     with StorageServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         monkeypatch.setattr("src.data.buckets.FIRST_DELAY", 0.01)
@@ -30,9 +36,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
 
 def save(run: Path, step: int, **progress: Any) -> None:
     state = {"step": step, "best": None, **progress}
-    config = {"checkpoint": {"keep_best": True}}
     tensors = {"ema": {"w": torch.full((4,), float(step))}}
-    write_folder(step_folder(run / "checkpoints", step), tensors, {"progress": state, "config": config})
+    write_folder(step_folder(run / "checkpoints", step), tensors, {"progress": state, "config": dump(CONFIG)})
     (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(1, step + 1)))
 
 
@@ -50,7 +55,7 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 
 def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: StorageServer, tmp_path: Path) -> None:
-    run = tmp_path / "x"
+    run = tmp_path / "runs" / "x"
     sent = Uploads("gs://bucket/mine", run, keep=2)
     told = list[str]()
     sent.say = told.append
@@ -71,16 +76,16 @@ def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: Stor
     assert own[-1].endswith("MANIFEST.json") and len(own) == 4
 
     shutil.rmtree(run)
-    line = bring_back("gs://bucket/mine", run)
+    line = bring_back("gs://bucket/mine", run, CONFIG)
     assert line == f"brought step_00000001 and step_00000004 of {run} from gs://bucket/mine", "the best, and the newest"
     assert damage(step_folder(run / "checkpoints", 4)) is None and damage(step_folder(run / "checkpoints", 1)) is None
     assert not step_folder(run / "checkpoints", 3).exists() and (run / "metrics.jsonl").read_text().count("\n") == 4
-    assert bring_back("gs://bucket/mine", run) is None, "the second time, and every other process"
+    assert bring_back("gs://bucket/mine", run, CONFIG) is None, "the second time, and every other process"
 
 
 def test_what_is_newer_here_stays_and_what_is_damaged_here_is_brought(server: StorageServer, tmp_path: Path) -> None:
-    run = tmp_path / "x"
-    assert bring_back("gs://bucket", run) is None and not run.exists(), "nothing is there yet"
+    run = tmp_path / "runs" / "x"
+    assert bring_back("gs://bucket", run, CONFIG) is None and not run.exists(), "nothing is there yet"
     save(run, 5)
     (run / "latents").mkdir()
     (run / "latents" / "block_00000.npy").write_bytes(b"large")
@@ -89,18 +94,18 @@ def test_what_is_newer_here_stays_and_what_is_damaged_here_is_brought(server: St
     sent.close()
     assert not any("latents" in name for name in server.objects()), "caches are made again"
     (run / "metrics.jsonl").write_text("later")
-    assert bring_back("gs://bucket", run) is None and (run / "metrics.jsonl").read_text() == "later"
+    assert bring_back("gs://bucket", run, CONFIG) is None and (run / "metrics.jsonl").read_text() == "later"
     save(run, 6)
-    assert bring_back("gs://bucket", run) is None
+    assert bring_back("gs://bucket", run, CONFIG) is None
     shutil.rmtree(step_folder(run / "checkpoints", 6))
     (step_folder(run / "checkpoints", 5) / "ema.safetensors").write_bytes(b"cut")
-    assert "brought step_00000005" in str(bring_back("gs://bucket", run))
+    assert "brought step_00000005" in str(bring_back("gs://bucket", run, CONFIG))
     assert damage(step_folder(run / "checkpoints", 5)) is None
 
 
 def test_an_upload_slower_than_saves_still_puts_whole_checkpoints(server: StorageServer, tmp_path: Path) -> None:
     """What is on its way is pinned; what came between is passed over."""
-    run, told = tmp_path / "x", list[str]()
+    run, told = tmp_path / "runs" / "x", list[str]()
     sent = Uploads("gs://bucket", run, keep=1)
     sent.say = told.append
     server.faults.add("slow", "step_", times=40, seconds=0.1)
@@ -120,7 +125,7 @@ def test_an_upload_slower_than_saves_still_puts_whole_checkpoints(server: Storag
 def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too_and_another_machines_stay(
     server: StorageServer, tmp_path: Path
 ) -> None:
-    run, told = tmp_path / "x", list[str]()
+    run, told = tmp_path / "runs" / "x", list[str]()
     for step in (2, 4):
         save(run, step)
     sent = Uploads("gs://bucket", run, keep=2)
@@ -139,14 +144,36 @@ def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too_and_ano
 
 
 def test_a_run_lies_where_setup_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert place_of(Path("runs/a/x")) == "runs/a/x" and place_of(Path("/elsewhere/x")) == "runs/x"
+    project = tmp_path / "project"
+    project.mkdir()
+    (tmp_path / "large").mkdir()
+    (tmp_path / "way").symlink_to(project)
+    monkeypatch.chdir(project)
+    assert place_of(Path("runs/a/x")) == place_of(tmp_path / "way" / "runs" / "a" / "x") == "runs/a/x"
+    (project / "runs").symlink_to(tmp_path / "large")
+    assert place_of(Path("runs/x")) == place_of(project / "runs" / "x") == "runs/x", "on the large disk, which has a link here"
+    one, other = place_of(Path("/elsewhere/x")), place_of(Path("/another/x"))
+    assert one != other and one.startswith("runs/x-") and other.startswith("runs/x-")
 
 
-def test_the_weights_that_a_run_starts_from_are_brought(
-    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_run_of_that_name_in_the_bucket_is_refused_before_anything_is_pulled(
+    server: StorageServer, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    run, other = tmp_path / "runs" / "x", replace(CONFIG, seed=1, workers=1)
+    save(run, 5)
+    sent = Uploads("gs://bucket/mine", run, keep=2)
+    sent.wake(5)
+    sent.close()
+    shutil.rmtree(run)
+    with pytest.raises(UserError, match=r"^gs://bucket/mine holds another run as runs/x: .* another seed; .*/mine/runs/x$"):
+        bring_back("gs://bucket/mine", run, other)
+    assert not run.exists()
+    assert "brought" in str(bring_back("gs://bucket/mine", run, replace(CONFIG, workers=1))), "that changes no step"
+    with pytest.raises(UserError, match="holds another run"):
+        bring_back("gs://bucket/mine", run, other)
+
+
+def test_the_weights_that_a_run_starts_from_are_brought(server: StorageServer, tmp_path: Path) -> None:
     whole(tmp_path / "made" / "final")
     for path in (tmp_path / "made" / "final").iterdir():
         server.put(f"runs/vae/final/{path.name}", path.read_bytes())
@@ -195,7 +222,7 @@ def test_what_fails_is_said_once_and_tried_again(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.05)
-    run, told = tmp_path / "x", list[str]()
+    run, told = tmp_path / "runs" / "x", list[str]()
     save(run, 1)
     server.forbidden.add("bucket")
     sent = Uploads("gs://bucket", run, keep=2)
@@ -213,5 +240,5 @@ def test_what_fails_is_said_once_and_tried_again(
 
 def test_a_bucket_that_there_is_not_is_said_before_anything_is_made(server: StorageServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such bucket"):
-        bring_back("gs://wrong", tmp_path / "runs" / "x")
+        bring_back("gs://wrong", tmp_path / "runs" / "x", CONFIG)
     assert not (tmp_path / "runs" / "x").exists()
