@@ -5,12 +5,13 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..config import UserError, read_json
-from ..data.buckets import Bucket, Remote, alone, manifest, open_bucket, passing, pull, push
+from ..data.buckets import Bucket, Empty, Remote, alone, manifest, open_bucket, passing, pull, push
 from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
 from .run import changes
 
@@ -58,12 +59,12 @@ def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_d
     if other:
         raise UserError(
             f"{bucket.url} holds another run as {place}: it was started with another {', '.join(other)}; change it back, give "
-            f"another --run-dir, or, to start anew, remove both: rm -r {run_dir} and gcloud storage rm -r {bucket.url}/{place}"
+            f"another --run-dir, or, to start anew, rm -r {run_dir} and gcloud storage rm -r {bucket.url}/{place}"
         )
 
 
 def bring_back(url: str, run_dir: Path, settings: Any) -> str | None:
-    """Where the bucket's newest checkpoint of the run is of a later step than any whole one here: bring it, those that the run
+    """Where the bucket's newest whole checkpoint of the run is of a later step than any here: bring it, those that the run
     needs beside it, and all else but caches. Gives a line about it, or None; what is there of a run that was started with
     another config than `settings` is a UserError.
 
@@ -79,14 +80,31 @@ def bring_back(url: str, run_dir: Path, settings: Any) -> str | None:
             found, _ = newest(checkpoints)
         else:  # it was looked at by the first
             found = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
-        if not steps or (found is not None and found.name >= steps[-1]):
-            return None
-        pull(bucket, f"{place}/checkpoints/{steps[-1]}", checkpoints / steps[-1])
-        kept = sorted(_spared(checkpoints / steps[-1]) & set(steps[:-1]))
-        for step in kept:
+        told, void = list[str](), list[str]()
+        for step in reversed(steps):
+            if found is not None and found.name >= step:
+                break
             pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
-        pull(bucket, place, run_dir, skip=_rest)
-        return f"brought {' and '.join([*kept, steps[-1]])} of {run_dir} from {bucket.url}"
+            reason = damage(checkpoints / step)
+            if reason is not None:
+                void.append(step)
+                told.append(f"passed over {step} of {bucket.url}/{place}: {reason}")
+                continue
+            kept = sorted(_spared(checkpoints / step) & set(steps))
+            for other in kept:
+                pull(bucket, f"{place}/checkpoints/{other}", checkpoints / other)
+            with suppress(Empty):  # where only checkpoints were pushed
+                pull(bucket, place, run_dir, skip=_rest)
+            told.append(f"brought {' and '.join([*kept, step])} of {run_dir} from {bucket.url}")
+            found = checkpoints / step
+            break
+        if void and found is None:
+            anew = f"to start anew, rm -r {run_dir} and gcloud storage rm -r {bucket.url}/{place}"
+            raise UserError(f"{'; '.join(told)}; none is whole: {anew}")
+        for step in void:  # so that it counts for nobody, until it is put anew
+            with suppress(UserError):
+                bucket.delete(f"{place}/checkpoints/{step}/{MANIFEST}", objects[f"checkpoints/{step}/{MANIFEST}"])
+        return "; ".join(told) or None
 
 
 def bring_run(url: str, name: str) -> str | None:
@@ -193,7 +211,12 @@ class Uploads:
         if step is None:
             return
         here = self._run_dir / "checkpoints"
-        spared = sorted(name for name in _spared(here / step) if name != step and (here / name / MANIFEST).exists())
+        reason = damage(here / step)
+        if reason is not None:
+            if not (here / step).exists():  # the run went back behind it meanwhile
+                return
+            raise UserError(f"{step}: {reason}")
+        spared = sorted(name for name in _spared(here / step) if name != step and damage(here / name) is None)
         for name in [*spared, step]:
             push(bucket, here / name, f"{self._place}/checkpoints/{name}", shown=False)
         self._tidy(bucket, step, {step, *spared, *(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))})

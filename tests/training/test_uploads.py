@@ -14,8 +14,9 @@ import torch
 
 import ddpm_accelerate
 from src.config import UserError, dump, load
+from src.data.buckets import open_bucket, push
 from src.training import uploads
-from src.training.checkpoint import damage, retain, roll_back, spared_steps, step_folder, write_folder
+from src.training.checkpoint import damage, newest, retain, roll_back, spared_steps, step_folder, write_folder
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
 from tests.conftest import ROOT, SMOKE, environment
 from tests.storage import StorageServer
@@ -101,6 +102,57 @@ def test_what_is_newer_here_stays_and_what_is_damaged_here_is_brought(server: St
     (step_folder(run / "checkpoints", 5) / "ema.safetensors").write_bytes(b"cut")
     assert "brought step_00000005" in str(bring_back("gs://bucket", run, CONFIG))
     assert damage(step_folder(run / "checkpoints", 5)) is None
+
+
+def spoil(server: StorageServer, step: int) -> None:
+    server.put(f"runs/x/checkpoints/step_{step:08d}/ema.safetensors", b"cut")
+
+
+def test_a_damaged_checkpoint_in_the_bucket_is_passed_over(server: StorageServer, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "x"
+    for step in (4, 8, 9):
+        save(run, step)
+        with open_bucket("gs://bucket") as bucket:  # the checkpoints alone, without a log
+            push(bucket, run / "checkpoints", "runs/x/checkpoints", shown=False)
+    spoil(server, 9)
+    shutil.rmtree(run)
+    said = bring_back("gs://bucket", run, CONFIG)
+    reason = "ema.safetensors has 3 bytes instead of 80"
+    assert said == (
+        f"passed over step_00000009 of gs://bucket/runs/x: {reason}; brought step_00000008 of {run} from gs://bucket"
+    )
+    assert newest(run / "checkpoints")[0] == step_folder(run / "checkpoints", 8) and there(server) == [4, 8]
+    assert bring_back("gs://bucket", run, CONFIG) is None
+    shutil.rmtree(run)
+    spoil(server, 8)
+    spoil(server, 4)
+    with pytest.raises(
+        UserError, match=r"step_00000008 .*step_00000004 .*none is whole: to start anew, rm -r .*runs/x and gcloud"
+    ):
+        bring_back("gs://bucket", run, CONFIG)
+    assert there(server) == [4, 8], "nor does it start anew the second time"
+
+
+def test_a_damaged_checkpoint_here_is_not_put_there(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, told = tmp_path / "runs" / "x", list[str]()
+    save(run, 2)
+    save(run, 4, best={"step": 2})
+    for step in (2, 4):
+        (step_folder(run / "checkpoints", step) / "ema.safetensors").write_bytes(b"cut")
+    sent = Uploads("gs://bucket", run, keep=2)
+    sent.say = told.append
+    sent.wake(4)
+    wait_for(lambda: len(told) == 1)
+    assert told == [
+        "warning: not uploaded (step_00000004: ema.safetensors has 3 bytes instead of 80); it is tried again, and training "
+        "goes on"
+    ]
+    save(run, 6, best={"step": 2})
+    sent.wake(6)
+    sent.close()
+    assert there(server) == [6] and told[1:] == ["uploads to the bucket work again", f"all of {run} is in gs://bucket"]
 
 
 def test_an_upload_slower_than_saves_still_puts_whole_checkpoints(server: StorageServer, tmp_path: Path) -> None:
