@@ -149,7 +149,7 @@ class Uploads:
         self._condition = threading.Condition()
         self._next: str | None = None  # the checkpoint that is to be put
         self._now: str | None = None  # the one that is being put
-        self._back: str | None = None  # the run went back to this one: what is newer there is void
+        self._back = False  # the run went back to the next one: what is newer there is void
         self._woken, self._closing = False, False
         self._failed: str | None = None
         self._told_of_others = False
@@ -166,7 +166,7 @@ class Uploads:
         """The checkpoint of this step is the newest now."""
         with self._condition:
             self._next, self._woken = step_folder(Path(), step).name, True
-            self._back = self._next if went_back else self._back
+            self._back |= went_back
             self._condition.notify()
 
     def close(self) -> None:
@@ -190,13 +190,15 @@ class Uploads:
                 self._condition.wait_for(lambda: self._woken or self._closing, timeout=wait)
                 self._woken, closing = False, self._closing
                 self._now = self._next
+                back, self._back = self._back, False
             failed, before = None, self._failed
             try:
-                self._put(self._bucket, self._now)
+                self._put(self._bucket, self._now, back)
             except Exception as error:  # whatever it is, training goes on
                 failed = str(error) or type(error).__name__
             with self._condition:
                 self._failed = failed
+                self._back |= back and failed is not None
                 if self._next == self._now and failed is None:
                     self._next = None
                 self._now = None
@@ -205,7 +207,7 @@ class Uploads:
             if failed is None and before is not None:
                 self.say("uploads to the bucket work again")
 
-    def _put(self, bucket: Bucket, step: str | None) -> None:
+    def _put(self, bucket: Bucket, step: str | None, back: bool) -> None:
         """The rest first: where it ends in between, the log is longer than the checkpoint, and is cut."""
         push(bucket, self._run_dir, self._place, skip=_rest, shown=False)
         if step is None:
@@ -219,15 +221,16 @@ class Uploads:
         spared = sorted(name for name in _spared(here / step) if name != step and damage(here / name) is None)
         for name in [*spared, step]:
             push(bucket, here / name, f"{self._place}/checkpoints/{name}", shown=False)
-        self._tidy(bucket, step, {step, *spared, *(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))})
+        self._tidy(bucket, step, back, {step, *spared, *(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))})
 
-    def _tidy(self, bucket: Bucket, step: str, here: set[str]) -> None:
-        """Remove checkpoints from the bucket that retention has removed here, and those that were gone back behind."""
-        objects, back = bucket.list(self._place), self._back
+    def _tidy(self, bucket: Bucket, step: str, back: bool, here: set[str]) -> None:
+        """Remove checkpoints from the bucket that retention has removed here, those that were gone `back` behind, and what is
+        of none that is whole."""
+        objects = bucket.list(self._place)
         steps = _steps(objects)
         kept = here | set([name for name in steps if name <= step][-self._keep :])
-        newer = {name.split("/")[1] for name in objects if name.startswith("checkpoints/") and name.split("/")[1] > step} - here
-        if newer and back is None:
+        newer = {name for name in steps if name > step} - here
+        if newer and not back:
             kept |= newer
             if not self._told_of_others:
                 self.say(f"warning: {bucket.url} has later steps of this run: does another machine train it, too?")
@@ -235,5 +238,3 @@ class Uploads:
         for name in sorted(objects, key=lambda name: not manifest(name)):
             if name.startswith("checkpoints/") and name.split("/")[1] not in kept:
                 bucket.delete(f"{self._place}/{name}", objects[name])
-        with self._condition:
-            self._back = None if self._back == back else self._back

@@ -195,6 +195,38 @@ def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too_and_ano
     sent.close()
 
 
+def test_going_back_while_the_void_checkpoint_is_put_removes_it_too(
+    server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.05)
+    run, told = tmp_path / "runs" / "x", list[str]()
+    for step in (2, 4):
+        save(run, step)
+    sent = Uploads("gs://bucket", run, keep=2)
+    sent.say = told.append
+    server.faults.add("slow", "upload .*step_00000004/MANIFEST", seconds=0.5)
+    sent.wake(4)
+    wait_for(lambda: any("step_00000004/MANIFEST" in name for operation, name in server.requests if operation == "upload"))
+    assert roll_back(run / "checkpoints", 2, {"guard": {"rollbacks": 1}}) == 2
+    server.faults.add(403, "upload .*step_00000002/ema")  # and it stays in mind where that fails at first
+    sent.wake(2, went_back=True)
+    wait_for(lambda: there(server) == [2])
+    sent.close()
+    assert len(told) == 3 and "not uploaded" in told[0], told
+
+
+def test_what_a_vanished_machine_left_half_put_is_removed_without_a_word(server: StorageServer, tmp_path: Path) -> None:
+    run, told = tmp_path / "runs" / "x", list[str]()
+    server.put("runs/x/checkpoints/step_00000010/ema.safetensors", b"half")
+    save(run, 9)
+    sent = Uploads("gs://bucket", run, keep=2)
+    sent.say = told.append
+    sent.wake(9)
+    sent.close()
+    assert there(server) == [9] and told == [f"all of {run} is in gs://bucket"]
+    assert not any("step_00000010" in name for name in server.objects())
+
+
 def test_a_run_lies_where_setup_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = tmp_path / "project"
     project.mkdir()
