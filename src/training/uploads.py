@@ -124,6 +124,23 @@ def bring_run(url: str, name: str) -> str | None:
         return f"brought {folder} from {bucket.url}"
 
 
+def starts(cfg: Any, *, fresh: bool) -> dict[str, str]:
+    """The runs that a run reads weights from, by the key of the config that names them; with `fresh` its start's, too."""
+    pairs = getattr(cfg, "pairs", None)
+    named = {"autoencoder": getattr(cfg, "autoencoder", None), "pairs": getattr(pairs, "run", pairs)}
+    named |= {"init_from": cfg.init_from} if fresh else {}
+    return {key: name for key, name in named.items() if name is not None}
+
+
+def bring(cfg: Any, run_dir: Path, *, trial: bool) -> list[str]:
+    """What a launch takes from the bucket: the run itself, but for a trial, and those below runs/ that it starts from. Gives
+    lines about it."""
+    told = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
+    fresh = trial or not any((run_dir / "checkpoints").glob("step_*"))
+    told += [bring_run(cfg.bucket, name) for name in starts(cfg, fresh=fresh).values() if Path(name).parts[:1] == ("runs",)]
+    return [line for line in told if line is not None]
+
+
 def weights_in(bucket: Bucket, name: str) -> Path | None:
     """The whole folder in the bucket that a run's weights, or those of `name` itself, would be read from."""
     objects = bucket.list(name)

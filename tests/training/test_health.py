@@ -256,6 +256,21 @@ def test_what_a_config_starts_from(tmp_path: Path) -> None:
     status(needs.autoencoder(load(ROOT / "configs/smoke/ldm.json", train_ldm.Config, ["autoencoder=some/vae"])), "skip", "hub")
 
 
+@pytest.mark.filterwarnings("ignore::ImportWarning")
+def test_what_a_config_starts_from_may_be_in_the_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    points = load(ROOT / "configs/points2d_iadb.json", train_iadb.Config, ["pairs=runs/old"])
+    latent = load(ROOT / "configs/smoke/ldm.json", train_ldm.Config, ["autoencoder=runs/vae"])
+    with StorageServer() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        for check, cfg, name in ((needs.starts_from, points, "runs/old"), (needs.autoencoder, latent, "runs/vae")):
+            status(check(cfg, "gs://bucket"), "fail", name)
+            server.put(f"{name}/final/MANIFEST.json", b"{}")
+            status(check(cfg, "gs://bucket"), "pass", f"{name} is in gs://bucket: a launch with that bucket brings it")
+            status(check(cfg, "gs://other"), "fail", name)
+            status(check(cfg), "fail", name)
+
+
 def test_a_configs_perceptual_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     path = ROOT / "configs/digits_vae.json"

@@ -1,5 +1,6 @@
 """A run's checkpoints in a bucket: which are there, which come back, and what happens where it fails."""
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 import ddpm_accelerate
+import train_iadb
 from src.config import UserError, dump, load
 from src.data.buckets import open_bucket, push
 from src.training import uploads
 from src.training.checkpoint import damage, newest, retain, roll_back, spared_steps, step_folder, write_folder
+from src.training.trials import run_training
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
 from tests.conftest import ROOT, SMOKE, environment
 from tests.storage import StorageServer
@@ -274,6 +277,28 @@ def test_the_weights_that_a_run_starts_from_are_brought(server: StorageServer, t
     assert bring_run("gs://bucket", "runs/young") == "brought runs/young/checkpoints/step_00000002 from gs://bucket"
     assert bring_run("gs://bucket", "runs/young") is None, "unfinished here, too"
     assert bring_run("gs://bucket", "runs/no") is None and not Path("runs/no").exists()
+
+
+@pytest.mark.parametrize("trial", ["dry_run", "verify_resume", None])
+def test_every_launch_brings_what_it_starts_from(server: StorageServer, tmp_path: Path, trial: str | None) -> None:
+    whole(tmp_path / "made")
+    for name in ("vae", "old", "first"):
+        for path in (tmp_path / "made").iterdir():
+            server.put(f"runs/{name}/final/{path.name}", path.read_bytes())
+    asked = ["bucket=gs://bucket", "autoencoder=runs/vae", "pairs=runs/old", "init_from=runs/first"]
+    cfg = load(ROOT / "configs/smoke/iadb.json", train_iadb.Config, asked)
+    args = argparse.Namespace(run_dir="runs/x", dry_run=trial == "dry_run", verify_resume=trial == "verify_resume")
+    seen = list[list[str]]()
+
+    def train(*_: Any) -> int:
+        seen.append(sorted(path.parent.name for path in Path("runs").glob("*/final") if damage(path) is None))
+        return 1
+
+    assert run_training(train, cfg, args) == 1 and seen == [["first", "old", "vae"]]
+    save(tmp_path / "runs" / "x", 3)
+    shutil.rmtree("runs/first")
+    run_training(train, cfg, args)
+    assert seen[1] == (["first", "old", "vae"] if trial else ["old", "vae"]), "a run that goes on does not start anew"
 
 
 def whole(final: Path) -> None:
