@@ -17,8 +17,9 @@ import ddpm_accelerate
 import train_iadb
 from src.config import UserError, dump, load
 from src.data.buckets import open_bucket, push
-from src.training import uploads
+from src.training import session, uploads
 from src.training.checkpoint import damage, newest, retain, roll_back, spared_steps, step_folder, write_folder
+from src.training.run import RunDirectory
 from src.training.trials import run_training
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
 from tests.conftest import ROOT, SMOKE, environment
@@ -299,6 +300,16 @@ def test_every_launch_brings_what_it_starts_from(server: StorageServer, tmp_path
     shutil.rmtree("runs/first")
     run_training(train, cfg, args)
     assert seen[1] == (["first", "old", "vae"] if trial else ["old", "vae"]), "a run that goes on does not start anew"
+
+
+def test_a_machine_without_the_checkpoint_is_told_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "agree", lambda _: tmp_path / "step_00000004")
+    here = session.Session.__new__(session.Session)
+    here.run = RunDirectory(tmp_path / "x", writes=False)
+    for bucket, words in ((None, "that all see, or set bucket$"), ("gs://bucket", "the bucket does not have it yet$")):
+        here.cfg = replace(CONFIG, bucket=bucket)
+        with pytest.raises(UserError, match=words):
+            here._resume()
 
 
 def whole(final: Path) -> None:
