@@ -173,6 +173,15 @@ def test_an_environment_that_cannot_be_brought_up_to_date_is_active_all_the_same
     assert done.stdout == "1\n" and "the environment was not made" in done.stderr, done
 
 
+@pytest.mark.parametrize("demo", ["demo", "demo-pixels"])
+def test_a_demo_can_be_made_again(tmp_path: Path, demo: str) -> None:
+    """Its pictures of last time, of another run, are not in the way."""
+    folder = checkout(tmp_path / "clone")
+    done = subprocess.run(["make", "-n", demo, "PYTHON=false"], cwd=folder, capture_output=True, text=True, check=True)
+    out = re.search(r"--out (samples/\w+)", done.stdout)
+    assert out is not None and done.stdout.index(f"rm -rf {out[1]}\n") < done.stdout.index("sample.py"), done
+
+
 def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer, tmp_path: Path) -> None:
     """An empty folder, its pictures from the bucket, a run killed half-way, the folder gone; elsewhere the same command."""
     shutil.make_archive(str(tmp_path / "mine"), "zip", pictures_in(tmp_path / "mine"))
