@@ -170,7 +170,7 @@ def batches(cfg: Any, world: int) -> Verdict:
     return Verdict("pass", f"a step is {', then '.join(told)}")
 
 
-def checks(cfg: Any, folder: Path, here: int, world: int, bucket: str | None) -> dict[str, Check]:
+def checks(cfg: Any, folder: Path, here: int, world: int, bucket: str | None = None) -> dict[str, Check]:
     """Those of this config, by name; of `world` processes `here` are on this machine, the run is written into `folder`, and
     what it starts from may be in the `bucket`."""
     found: dict[str, Check] = {"batches": partial(batches, cfg, world), "data": partial(data, cfg)}
