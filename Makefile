@@ -32,6 +32,7 @@ dev: .venv/dev
 demo: .venv/core
 	$(RUN) train_vae.py -cfg configs/digits_vae.json
 	$(RUN) train_ldm.py -cfg configs/digits_ldm.json
+	rm -rf samples/digits_ldm
 	$(RUN) sample.py runs/digits_ldm --classes 0/1/2/3/4/5/6/7/8/9 --num-samples 100 --batch-size 100 \
 		--steps 25 --guidance 2 --frames --out samples/digits_ldm
 	@echo "look at samples/digits_ldm/grid.png and denoising.gif, and at reconstructions in runs/digits_vae/samples"
@@ -39,6 +40,7 @@ demo: .venv/core
 # Diffusion on the pixels themselves.
 demo-pixels: .venv/core
 	$(RUN) ddpm_accelerate.py -cfg configs/digits_ddpm.json
+	rm -rf samples/digits
 	$(RUN) sample.py runs/digits_ddpm --classes 0/1/2/3/4/5/6/7/8/9 --num-samples 100 --batch-size 100 \
 		--steps 25 --guidance 2 --frames --out samples/digits
 	@echo "look at samples/digits/grid.png, samples/digits/denoising.gif and runs/digits_ddpm/loss.png"

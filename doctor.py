@@ -98,8 +98,8 @@ class Table:
 def checks(args: argparse.Namespace, cfg: Any, run_dir: Path, here: int, world: int) -> dict[str, Callable[[], health.Verdict]]:
     """What is looked at without the devices, top to bottom, `here` of `world` processes being on this machine. A config's own
     checks stand in for the general ones."""
-    asked = needs.checks(cfg, run_dir, here, world) if cfg is not None else {}
     url = args.bucket or getattr(cfg, "bucket", None) or os.environ.get("ATELIER_BUCKET")
+    asked = needs.checks(cfg, run_dir, here, world, url) if cfg is not None else {}
     first = {"versions": partial(health.versions, ROOT / "pyproject.toml")}
     general = {
         "rename": partial(health.rename, run_dir),

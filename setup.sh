@@ -16,9 +16,14 @@ _atelier_conda() {
     # A marker, as .venv/core is one: an environment that was left half-made does not count.
     if [ ! -f "$1/.conda-made" ] || [ "$1/pyproject.toml" -nt "$1/.conda-made" ] || ! conda activate "$name" 2>/dev/null; then
         _atelier_say "making the conda environment $name: minutes, once"
-        (cd "$1" && { conda env create -q -f environment.yaml || conda env update -q -n "$name" -f environment.yaml; } >&2) || return 1
-        touch "$1/.conda-made"
-        conda activate "$name"
+        if (cd "$1" && { conda env create -q -f environment.yaml || conda env update -q -n "$name" -f environment.yaml; } >&2); then
+            touch "$1/.conda-made"
+            conda activate "$name"
+        elif conda activate "$name" 2>/dev/null; then
+            _atelier_say "the conda environment $name was not brought up to date: as it is"
+        else
+            return 1
+        fi
     fi
 }
 
@@ -26,7 +31,12 @@ _atelier_conda() {
 _atelier_venv() {
     if [ -L "$1/.venv" ] || { [ -f "$1/.venv/core" ] && ! command -v make >/dev/null 2>&1; }; then
         : # somebody else's, or it cannot be looked after here: as it is
-    elif ! (cd "$1" && make --question env >/dev/null 2>&1); then
+    elif (cd "$1" && make --question env >/dev/null 2>&1); then
+        :
+    elif [ -f "$1/.venv/core" ]; then
+        _atelier_say "bringing the environment .venv up to date"
+        (cd "$1" && make env >&2) || _atelier_say "the environment .venv was not brought up to date: as it is"
+    else
         if ! command -v make >/dev/null 2>&1 || ! "${PYTHON:-python3}" -c 'import venv, ensurepip' >/dev/null 2>&1; then
             _atelier_say "neither conda nor make and a python3 with venv is here: install one of them (Debian: apt install make python3-venv)"
             return 2

@@ -14,10 +14,11 @@
 # sbatch --nodes=2 --export=ALL,STAGE=datasets/mine64 cluster/slurm.sh ddpm_accelerate.py -cfg configs/landscape64_ddpm.json \
 #   --set data.source=packed --set data.path=datasets/mine64
 #
-# A task for each GPU. Three minutes before the time is over each process gets the signal that the config names as
-# `stop_signal` (USR1), saves and stops, and the job is queued again. A preempted one stops in the same way, and waits for Slurm
-# to queue it again. STAGE is a packed data set (prepare_data.py pack), that of the config's data.path: each node copies it to its
-# own disk first. runs/ lies on a file system that all nodes see. A log for each rank: logs/NAME_JOB_rankN.txt.
+# A task for each GPU. Three minutes before the time is over (sbatch --signal=B:USR1@600: ten; USR2 does, too) each process gets
+# USR1, which every run takes as SIGTERM whatever `stop_signal` its config names, saves and stops, and the job is queued again. A
+# preempted one stops in the same way, and waits for Slurm to queue it again. STAGE is a packed data set (prepare_data.py pack),
+# that of the config's data.path: each node copies it to its own disk first. runs/ lies on a file system that all nodes see. A log
+# for each rank: logs/NAME_JOB_rankN.txt.
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 mkdir -p logs
 # shellcheck source=../setup.sh
@@ -38,7 +39,8 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 logs=logs/${SLURM_JOB_NAME}_${SLURM_JOB_ID}_rank
 warned= step=
-trap 'warned=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1 # srun passes it on
+trap 'warned=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1 USR2 # srun passes it on
+began=$(cat "${logs}0.txt" 2>/dev/null | wc -c) # of an earlier start
 # A rank that is done with stopping does not end those that still save; one that has died ends the others by their time limit.
 srun --kill-on-bad-exit=0 --open-mode=append --output="${logs}%t.txt" \
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python "$@"' \
@@ -52,7 +54,7 @@ while kill -0 "$step" 2>/dev/null; do # the signal ended the wait, not the step
 done
 if [ "$status" -ne 0 ] && [ -n "$warned" ]; then
     scontrol requeue "$SLURM_JOB_ID"
-elif [ "$status" -ne 0 ] && tail -n 5 "${logs}0.txt" | grep -q "stopped at step"; then
+elif [ "$status" -ne 0 ] && tail -c "+$((began + 1))" "${logs}0.txt" | grep -q "stopped at step"; then
     sleep "${GRACE:-600}" # a job that ends by itself would not count as preempted, and would not be queued again
 fi
 exit "$status"

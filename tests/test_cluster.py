@@ -36,7 +36,17 @@ true
 """
 
 
-def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
+# A rank that stops at a warning, or dies at once.
+RANK = """#!/bin/sh
+[ "$1" = dies.py ] && exit 1
+trap 'echo stopped at step 3; exit 1' USR1
+echo ready
+for i in $(seq 400); do sleep 0.05; done
+"""
+
+
+def cluster(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A checkout with cluster/, and an environment in which its commands are stand-ins and a job has two tasks on a node."""
     folder, bins = checkout(tmp_path / "clone"), tmp_path / "bin"
     (folder / "cluster").mkdir()
     shutil.copy(ROOT / "cluster" / "slurm.sh", folder / "cluster" / "slurm.sh")
@@ -45,6 +55,42 @@ def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
     for name, text in stand_ins.items():
         (bins / name).write_text(text)
         (bins / name).chmod(0o755)
+    slurm = {"JOB_ID": "7", "JOB_NAME": "atelier", "NTASKS": "2", "JOB_NUM_NODES": "1", "JOB_NODELIST": "node"}
+    slurm |= {"SUBMIT_DIR": str(folder), "TMPDIR": str(tmp_path / "local")}
+    (tmp_path / "local").mkdir()
+    extra = {f"SLURM_{key}": value for key, value in slurm.items()} | {"ATELIER_BUCKET": "", "USER": "somebody"}
+    return folder, extra | {"PATH": f"{bins}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true"}
+
+
+def submit(folder: Path, extra: dict[str, str], *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        ["bash", "cluster/slurm.sh", *words], cwd=folder, env=environment(**extra), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_what_an_earlier_start_said_does_not_count_and_any_warning_is_passed_on(tmp_path: Path) -> None:
+    folder, extra = cluster(tmp_path)
+    (tmp_path / "bin" / "python").write_text(RANK)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (folder / ".venv" / "bin" / "activate").write_text(f'export PATH="{tmp_path / "bin"}:$PATH"\n')
+    logs = [folder / "logs" / f"atelier_7_rank{rank}.txt" for rank in (0, 1)]
+    batch = submit(folder, extra, "stops.py")
+    while not all(log.exists() and "ready" in log.read_text() for log in logs):
+        assert batch.poll() is None, batch.communicate()
+        time.sleep(0.02)
+    batch.send_signal(signal.SIGUSR2)
+    said, _ = batch.communicate(timeout=30)
+    assert batch.returncode == 1 and "stopped at step 3" in logs[0].read_text(), said
+    assert "requeue 7" in (tmp_path / "asked").read_text()
+    batch = submit(folder, extra | {"GRACE": "100"}, "dies.py")
+    said, _ = batch.communicate(timeout=30)  # and not a hundred seconds
+    assert batch.returncode == 1, said
+
+
+def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
+    folder, extra = cluster(tmp_path)
+    extra["STAGE"] = "packed"
     packed = launch("prepare_data.py", "pack", pictures_in(tmp_path / "mine"), "--size", "16", "--out", folder / "packed")
     assert packed.status == 0, packed.all
 
@@ -59,21 +105,10 @@ def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
             checkpoint__every=40,
             preview__every=40,
             log__trackers=[],
+            stop_signal="USR2",
         ),
     )
-    slurm = {"JOB_ID": "7", "JOB_NAME": "atelier", "NTASKS": "2", "JOB_NUM_NODES": "1", "JOB_NODELIST": "node"}
-    slurm |= {"SUBMIT_DIR": str(folder), "TMPDIR": str(tmp_path / "local")}
-    (tmp_path / "local").mkdir()
-    extra = {f"SLURM_{key}": value for key, value in slurm.items()} | {"STAGE": "packed", "ATELIER_BUCKET": ""}
-    extra |= {"PATH": f"{bins}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true", "USER": "somebody"}
-
-    def submit() -> subprocess.Popen:
-        words = ["bash", "cluster/slurm.sh", *job.arguments(Path("runs/x"))]
-        return subprocess.Popen(
-            words, cwd=folder, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    status, batch = folder / "runs" / "x" / "status.json", submit()
+    status, batch = folder / "runs" / "x" / "status.json", submit(folder, extra, *job.arguments(Path("runs/x")))
     while not (status.exists() and read_json(status)["step"] >= 4):
         assert batch.poll() is None, batch.communicate()
         time.sleep(0.02)
@@ -89,7 +124,7 @@ def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
     (staged[0] / "manifest.json").unlink()  # as of a copy that was interrupted
 
     (tmp_path / "asked").unlink()
-    batch = submit()
+    batch = submit(folder, extra, *job.arguments(Path("runs/x")))
     said, _ = batch.communicate(timeout=240)
     assert batch.returncode == 0 and "requeue" not in (tmp_path / "asked").read_text(), said + logs[0].read_text()
     assert "going on at step" in logs[0].read_text() and read_json(status)["state"] == "finished"

@@ -149,6 +149,39 @@ def test_an_environment_is_made_with_conda_where_it_is_else_with_make(tmp_path: 
     assert done.stdout == "alive\n" and "the environment was not made" in done.stderr, done
 
 
+def test_an_environment_that_cannot_be_brought_up_to_date_is_active_all_the_same(tmp_path: Path) -> None:
+    """As without a network, where pyproject.toml is newer; and of conda where it was made by hand."""
+    folder, bins = checkout(tmp_path / "clone"), tmp_path / "bin"
+    bins.mkdir()
+    (bins / "make").write_text("#!/bin/sh\nexit 1\n")
+    (bins / "make").chmod(0o755)
+    path = {"PATH": f"{bins}:/usr/bin:/bin", "ATELIER_BUCKET": ""}
+    done = sh("bash", "source ./setup.sh; echo $? $VIRTUAL_ENV", folder, **path)
+    assert done.stdout == f"0 {folder}/.venv\n" and "was not brought up to date: as it is" in done.stderr, done
+    (folder / ".venv" / "core").unlink()  # half-made
+    done = sh("bash", "source ./setup.sh; echo $?", folder, **path)
+    assert done.stdout == "1\n" and "the environment was not made" in done.stderr, done
+
+    hook = """conda() { if [ "$1" = activate ]; then echo active $2; else command conda "$@"; fi; }"""
+    (bins / "conda").write_text(f"#!/bin/sh\n[ \"$1\" = shell.posix ] && echo '{hook}'\n")
+    (bins / "conda").chmod(0o755)
+    done = sh("bash", "source ./setup.sh; echo $?", folder, **path)
+    assert done.stdout == "active ddpm\n0\n" and "was not brought up to date: as it is" in done.stderr, done
+    assert not (folder / ".conda-made").exists(), "so it is tried again"
+    (bins / "conda").write_text(f"#!/bin/sh\n[ \"$1\" = shell.posix ] && echo '{hook.replace('echo active $2', 'return 1')}'\n")
+    done = sh("bash", "source ./setup.sh; echo $?", folder, **path)
+    assert done.stdout == "1\n" and "the environment was not made" in done.stderr, done
+
+
+@pytest.mark.parametrize("demo", ["demo", "demo-pixels"])
+def test_a_demo_can_be_made_again(tmp_path: Path, demo: str) -> None:
+    """Its pictures of last time, of another run, are not in the way."""
+    folder = checkout(tmp_path / "clone")
+    done = subprocess.run(["make", "-n", demo, "PYTHON=false"], cwd=folder, capture_output=True, text=True, check=True)
+    out = re.search(r"--out (samples/\w+)", done.stdout)
+    assert out is not None and done.stdout.index(f"rm -rf {out[1]}\n") < done.stdout.index("sample.py"), done
+
+
 def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer, tmp_path: Path) -> None:
     """An empty folder, its pictures from the bucket, a run killed half-way, the folder gone; elsewhere the same command."""
     shutil.make_archive(str(tmp_path / "mine"), "zip", pictures_in(tmp_path / "mine"))

@@ -8,17 +8,20 @@ python -m src.data.buckets bring
 
 import argparse
 import base64
+import fcntl
 import json
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -316,7 +319,7 @@ class Bucket:
 
     def get(self, name: str, remote: Remote, path: Path, advance: Advance = _nothing) -> None:
         """Read an object to a file that is whole (size and crc32c) or absent."""
-        part = path.with_name(f".{path.name}.part")
+        part = path.with_name(f".bring-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.part")
         try:
             for _ in range(TRIES):
                 with open(part, "wb") as file:
@@ -393,6 +396,37 @@ def open_bucket(url: str) -> Bucket:
 
 
 # ---------------------------------------------------------------------------------------------- folders
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process brings this folder, and keep them waiting. The kernel drops the lock when one dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.bring.lock"), "a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"{folder.parent} cannot be locked ({error.strerror}); put it on another disk") from None
+        yield
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the parts of pulls that were killed: on this machine, or an hour ago."""
+    for part in folder.rglob(".bring-*-*-*.part"):
+        host, pid, _ = part.stem.removeprefix(".bring-").rsplit("-", 2)
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600 or (host == socket.gethostname() and not _lives(int(pid))):
+                part.unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _files(folder: Path, skip: Callable[[str], bool], out: set[str] | None = None) -> dict[str, os.stat_result]:
@@ -485,7 +519,8 @@ def push(
     """Make the bucket's `under/` what the folder is; with `delete`, what is only there goes.
 
     Files that are `last` follow when all others have arrived, and not where one of their folder was replaced or removed
-    meanwhile. `skip` is asked for folders too. Where it is not `shown`, there is no bar, and nothing is said.
+    meanwhile; an old one goes from there before what it promises is replaced. `skip` is asked for folders too. Where it is not
+    `shown`, there is no bar, and nothing is said.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder to push")
@@ -494,6 +529,9 @@ def push(
         raise UserError(f"{folder} has no files to push")
     there = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
     same = _same(folder, here, there, jobs)
+    replaced = [name for name in here if name in there and name not in same and not last(name)]
+    void = [name for name in here if name in there and last(name) and any(one.startswith(_folder(name)) for one in replaced)]
+    same -= set(void)
     moving = [name for name in here if name not in same]
     gone = sorted(there.keys() - here.keys()) if delete else []
     plan = Moved(len(moving), sum(here[name].st_size for name in moving), len(same), len(gone))
@@ -512,10 +550,12 @@ def push(
         bucket.delete(_join(under, name), there[name])
 
     def settled(name: str) -> bool:
-        own = name[: name.rfind("/") + 1]
-        return all(_stands(folder / other, facts) for other, facts in here.items() if other.startswith(own))
+        return all(_stands(folder / other, facts) for other, facts in here.items() if other.startswith(_folder(name)))
 
     with _Crew(f"push {under}", plan.bytes, jobs, shown) as crew:
+        crew.all(remove, void)
+        for name in void:
+            del there[name]
         crew.all(send, [name for name in moving if not last(name)])
         held = [name for name in moving if last(name) and not settled(name)]
         crew.all(send, [name for name in moving if last(name) and name not in held])
@@ -524,6 +564,10 @@ def push(
     for name in held if shown else ():
         print(f"{folder / name}: its folder changed meanwhile, so it goes with the next push", file=sys.stderr)
     return Moved(len(sent), sum(here[name].st_size for name in sent), len(same), len(gone))
+
+
+def _folder(name: str) -> str:
+    return name[: name.rfind("/") + 1]
 
 
 def _stands(path: Path, before: os.stat_result) -> bool:
@@ -547,6 +591,7 @@ def pull(
     jobs: int = 8,
 ) -> Moved:
     """Make the folder what the bucket's `under/` is, in the same order as `push`; with `delete`, what is only here goes.
+    Whoever may meet another process there calls it `alone`.
 
     A disk without room for all that is to come is a UserError before the first byte.
     """
@@ -569,6 +614,7 @@ def pull(
     plan = Moved(len(moving), sum(there[name].size for name in moving), len(same), len(gone))
     if dry_run:
         return plan
+    _sweep(folder)
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if plan.bytes > free:
         raise UserError(f"{folder}: {plan.bytes / 1e9:.3f} GB are to come and {free / 1e9:.3f} GB are free; make room")
@@ -667,18 +713,19 @@ def _told(verb: str, moved: Moved, dry_run: bool) -> str:
 
 
 def _bring(bucket: Bucket, dry_run: bool) -> None:
-    for place in ("datasets", "checkpoints"):
-        try:
-            moved = pull(bucket, place, Path(place), dry_run=dry_run, skip=_skip(place))
-            print(f"{place}: {_told('pull', moved, dry_run)}")
-        except Empty:
-            print(f"{place}: the bucket has none")
-    if dry_run or not Path("datasets").is_dir():
-        return
-    for archive in sorted(path for path in Path("datasets").iterdir() if _stem(path.name) and path.is_file()):
-        line = _unpack_beside(archive)
-        if line:
-            print(line)
+    for place in ("checkpoints", "datasets"):
+        with nullcontext() if dry_run else alone(Path(place)):
+            try:
+                moved = pull(bucket, place, Path(place), dry_run=dry_run, skip=_skip(place))
+                print(f"{place}: {_told('pull', moved, dry_run)}")
+            except Empty:
+                print(f"{place}: the bucket has none")
+            if dry_run or place != "datasets" or not Path(place).is_dir():
+                continue
+            for archive in sorted(path for path in Path(place).iterdir() if _stem(path.name) and path.is_file()):
+                line = _unpack_beside(archive)
+                if line:
+                    print(line)
 
 
 def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
@@ -730,7 +777,8 @@ def main() -> None:
             if args.command == "push":
                 moved = push(bucket, Path(place), place, **options)
             else:
-                moved = pull(bucket, place, Path(place), **options)
+                with nullcontext() if args.dry_run else alone(Path(place)):
+                    moved = pull(bucket, place, Path(place), **options)
             print(f"{place}: {_told(args.command, moved, args.dry_run)}")
 
 

@@ -157,7 +157,7 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     folder = path
     if not (path / "ema.safetensors").exists():
         folder = path / "final"
-        if not (path / "config.json").exists():
+        if not (path / "config.json").exists() and not folder.is_dir():
             raise UserError(f"the autoencoder {name} is neither a run of train_vae.py nor a diffusers AutoencoderKL")
         checkpoint, _ = newest(path / "checkpoints")
         ahead = damage(folder) is None and checkpoint is not None and _step(checkpoint) > _step(folder)

@@ -123,6 +123,16 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
+def set_aside(checkpoints: Path, step: int) -> None:
+    """Hide the checkpoints newer than `step`, where a run goes on because they are damaged: as the last ones they would be
+    kept instead of whole ones. The next `retain` removes them."""
+    for folder in _steps(checkpoints):
+        if folder > step_folder(checkpoints, step):
+            hidden = folder.with_name(f".{folder.name}.damaged")
+            shutil.rmtree(hidden, ignore_errors=True)
+            folder.rename(hidden)
+
+
 def _remove(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.old")
     folder.rename(hidden)  # so that a kill leaves no checkpoint with files missing

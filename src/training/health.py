@@ -172,7 +172,10 @@ except OSError:
 
 def lock(folder: Path) -> Verdict:
     """A run directory is held by a lock that another process must not get."""
-    elsewhere = "two launches could write one run: give a --run-dir on a file system with locks (NFS: mount it with local_lock)"
+    elsewhere = (
+        "two launches could write one run: give a --run-dir on a file system with locks (NFS: mount it with local_lock, "
+    )
+    elsewhere += "which guards this machine alone: then start a run, and setup.sh, on one machine at a time)"
     with scratch(folder) as place, open(place / ".lock", "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

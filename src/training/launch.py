@@ -36,7 +36,7 @@ class MachineConfig:
     a process on a CPU, which is what makes one process and two agree there to the bit. `workers` decode pictures ahead.
     A collective that waits longer than `timeout_minutes` ends the run. Each checkpoint goes into the `bucket` (gs://NAME[/PREFIX])
     beside the training, and where the run's newest is there it is brought back. `stop_signal` (a scheduler's warning;
-    torchrun passes it on with `--signals_to_handle SIGTERM,SIGINT,SIGUSR1`) is handled as SIGTERM.
+    torchrun passes it on with `--signals_to_handle SIGTERM,SIGINT,SIGUSR1`) is handled as SIGTERM, and so is USR1 in any case.
     """
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -277,7 +277,8 @@ def undetermined(error: RuntimeError) -> str | None:
 
 
 class StopRequest:
-    """SIGTERM, Ctrl-C and `warning` ask for a stop; the second of the same kind ends the process at once.
+    """SIGTERM, Ctrl-C, USR1 (which cluster/slurm.sh sends) and `warning` ask for a stop; the second of the same kind ends the
+    process at once.
 
     (A launcher passes Ctrl-C on as SIGTERM: one of each is still one request.)
     """
@@ -285,7 +286,7 @@ class StopRequest:
     def __init__(self, warning: str = "USR1") -> None:
         self.asked = False
         self._seen: set[int] = set()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.Signals[f"SIG{warning}"]):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.Signals[f"SIG{warning}"]):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:

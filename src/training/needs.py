@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ..config import UserError, dump
-from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size
+from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within
 from .stream import split_batch
+from .uploads import starts, weights_in
 
 Check = Callable[[], Verdict]
 
@@ -59,24 +60,38 @@ def _logged_in() -> bool:
     return known or bool(os.environ.get("WANDB_API_KEY"))
 
 
-def starts_from(cfg: Any) -> Verdict:
+def starts_from(cfg: Any, bucket: str | None = None) -> Verdict:
     """The run whose weights are the start, and the one whose pairs are trained on."""
     from ..sampling.folders import read_weights
 
-    pairs = getattr(cfg, "pairs", None)
-    named = {"init_from": cfg.init_from, "pairs": getattr(pairs, "run", pairs)}
     told = []
-    for key, name in named.items():
-        if name is None:
+    for key, name in starts(cfg, fresh=True).items():
+        if key == "autoencoder":
             continue
         try:
-            told.append(f"{name} (step {read_weights(Path(name).expanduser()).step})")
+            told.append(f"{name} (step {read_weights(Path(name).expanduser()).step}) is here")
         except UserError as error:
-            return Verdict("fail", f"{key}: {error}", f"bring that run here, or --set {key}=ANOTHER")
-    return Verdict("pass", f"{' and '.join(told)} is here" if told else "from nothing")
+            if not _in_bucket(bucket, name):
+                return Verdict("fail", f"{key}: {error}", f"bring that run here, or --set {key}=ANOTHER")
+            told.append(f"{name} is in {bucket}: a launch with that bucket brings it")
+    return Verdict("pass", " and ".join(told) or "from nothing")
 
 
-def autoencoder(cfg: Any) -> Verdict:
+def _in_bucket(url: str | None, name: str) -> bool:
+    """Whether a launch brings the run `name`; not where the bucket cannot be read, which has a row of its own."""
+    from ..data.buckets import open_bucket
+
+    def look() -> Verdict:
+        with open_bucket(str(url)) as bucket:
+            return Verdict("fail" if weights_in(bucket, Path(name).as_posix()) is None else "pass", name)
+
+    try:
+        return url is not None and Path(name).parts[:1] == ("runs",) and within(30, look).status == "pass"
+    except (UserError, TimeoutError):
+        return False
+
+
+def autoencoder(cfg: Any, bucket: str | None = None) -> Verdict:
     from ..sampling.autoencoder import open_autoencoder
 
     name = cfg.autoencoder
@@ -85,6 +100,8 @@ def autoencoder(cfg: Any) -> Verdict:
     try:
         open_autoencoder(name, torch.device("cpu"))
     except UserError as error:
+        if _in_bucket(bucket, name):
+            return Verdict("pass", f"{name} is in {bucket}: a launch with that bucket brings it")
         return Verdict("fail", str(error), "bring the run here, train it, or --set autoencoder=ANOTHER")
     return Verdict("pass", f"{name} is here and whole")
 
@@ -153,13 +170,14 @@ def batches(cfg: Any, world: int) -> Verdict:
     return Verdict("pass", f"a step is {', then '.join(told)}")
 
 
-def checks(cfg: Any, folder: Path, here: int, world: int) -> dict[str, Check]:
-    """Those of this config, by name; of `world` processes `here` are on this machine, the run is written into `folder`."""
+def checks(cfg: Any, folder: Path, here: int, world: int, bucket: str | None = None) -> dict[str, Check]:
+    """Those of this config, by name; of `world` processes `here` are on this machine, the run is written into `folder`, and
+    what it starts from may be in the `bucket`."""
     found: dict[str, Check] = {"batches": partial(batches, cfg, world), "data": partial(data, cfg)}
     found["trackers"] = partial(trackers, cfg)
-    found["starting weights"] = partial(starts_from, cfg)
+    found["starting weights"] = partial(starts_from, cfg, bucket)
     if getattr(cfg, "autoencoder", None) is not None:
-        found["autoencoder"] = partial(autoencoder, cfg)
+        found["autoencoder"] = partial(autoencoder, cfg, bucket)
     if hasattr(cfg, "perceptual"):
         found["perceptual loss"] = partial(perceptual, cfg)
     return found | {"free space": partial(room, cfg, folder), "shared memory": partial(loader, cfg, here)}

@@ -20,7 +20,7 @@ from .. import pictures
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json
 from ..data import PictureSet, PointSet
 from ..data.latents import differs
-from .checkpoint import CheckpointConfig, Tensors, newest, retain, spared_steps, step_folder, write_folder
+from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
 from .report import Reporter, read_lines
 
@@ -69,6 +69,20 @@ def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
 def _line(step: int, values: dict[str, float]) -> str:
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return json.dumps({"step": step, **finite}) + "\n"
+
+
+def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The keys that are not as in the config `before`, with which a run was started: harmless ones, and those with which it
+    cannot go on."""
+    new = dump(settings)
+    harmless, other = differences(type(settings), before, new)
+    lengths = []
+    if settings.optimizer.schedule.kind == "constant":  # then where a run ends changes no step before
+        lengths = [key for key in other if key.split(".")[0] == "steps"]
+    if len(new.get("stages", ())) > len(before.get("stages", ())):
+        lengths = ["stages"]  # more of them, after those that there were
+    harmless += [key for key in other if key in lengths]
+    return harmless, [key for key in other if key not in lengths]
 
 
 class RunDirectory:
@@ -171,17 +185,8 @@ class RunDirectory:
 
         Harmless changes are said; any other is a UserError that names the keys.
         """
-        new = dump(settings)
         if resumed is not None:
-            before = read_json(resumed / "config.json")
-            harmless, other = differences(type(settings), before, new)
-            lengths = []
-            if settings.optimizer.schedule.kind == "constant":  # then where a run ends changes no step before
-                lengths = [key for key in other if key.split(".")[0] == "steps"]
-            if len(new.get("stages", ())) > len(before.get("stages", ())):
-                lengths = ["stages"]  # more of them, after those that there were
-            harmless += [key for key in other if key in lengths]
-            other = [key for key in other if key not in lengths]
+            harmless, other = changes(settings, read_json(resumed / "config.json"))
             if other:
                 raise UserError(
                     f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
@@ -195,7 +200,9 @@ class RunDirectory:
         for line in passed:
             self.say(line)
         if found is None and passed:
-            raise UserError(f"no checkpoint of {self.path} is whole ({'; '.join(passed)}); remove them to start anew")
+            raise UserError(
+                f"no checkpoint of {self.path} is whole ({'; '.join(passed)}); remove them, in a bucket too, to start anew"
+            )
         return found
 
     def begin(
@@ -207,9 +214,10 @@ class RunDirectory:
         held_out: PictureSet | PointSet | None,
     ) -> None:
         """Write config.json, data.json and skipped.json (every file left out, with the reason); cut metrics.jsonl to `step`
-        and go on writing there."""
+        and go on writing there. Checkpoints that were passed over are set aside."""
         if not self.writes:
             return
+        set_aside(self.checkpoints, step)
         self.write_json("config.json", dump(settings))
         self.write_json("data.json", facts)
         skipped = [{"name": name, "reason": why} for name, why in _skipped(train_set, held_out)]
@@ -250,7 +258,8 @@ class RunDirectory:
         """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept; `pinned` are."""
         progress = documents["progress"]
         write_folder(step_folder(self.checkpoints, progress["step"]), tensors, documents)
-        retain(self.checkpoints, spec.keep, spared_steps(progress, keep_best=spec.keep_best) | set(pinned))
+        spared = spared_steps(progress, keep_best=spec.keep_best) | {progress["step"], *pinned}
+        retain(self.checkpoints, spec.keep, spared)
 
     def finish(self, state: str, step: int, steps: int, message: str) -> None:
         """The last word of a run that ends in order."""

@@ -61,9 +61,9 @@ class Session:
         resumed = agree(self.run.newest_checkpoint() if self.run.writes else None)
         if resumed is not None:
             if not resumed.is_dir():
+                more = ", or set bucket" if self.cfg.bucket is None else "; the bucket does not have it yet"
                 raise UserError(
-                    f"{resumed} is on the first machine and not on this one: put the run on a file system that all see, or "
-                    "set bucket"
+                    f"{resumed} is on the first machine and not on this one: put the run on a file system that all see{more}"
                 )
             self.progress = self.run.adopt_progress(resumed, self.facts)
             self.step = self.progress["step"]

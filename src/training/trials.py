@@ -21,7 +21,7 @@ from .checkpoint import damage, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
 from .stream import Split
-from .uploads import Uploads, bring_autoencoder, bring_back
+from .uploads import Uploads, bring
 
 AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
 DRY_WARMUP, DRY_STEPS, DRY_SECONDS = 2, 8, 6.0
@@ -156,16 +156,13 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
     run_dir = Path(args.run_dir or f"runs/{cfg.name}")
     if args.dry_run and args.verify_resume:
         raise UserError("--dry-run and --verify-resume are two things; give one of them")
+    if cfg.bucket is not None:
+        for line in bring(cfg, run_dir, trial=args.dry_run or args.verify_resume):
+            print(line, flush=True)
     if args.dry_run:
         return dry_run(train, cfg, run_dir)
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
-    if cfg.bucket is not None:
-        brought = [bring_back(cfg.bucket, run_dir)]
-        if getattr(cfg, "autoencoder", None) is not None:
-            brought.append(bring_autoencoder(cfg.bucket, cfg.autoencoder))
-        for line in filter(None, brought):
-            print(line, flush=True)
     attempt = Attempt()
     try:
         return _take(train, cfg, run_dir, attempt)

@@ -1,24 +1,32 @@
 """A run in a bucket: brought back before it starts, and its checkpoints put there while it goes on."""
 
-import fcntl
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..config import UserError, read_json
-from ..data.buckets import Bucket, Remote, manifest, open_bucket, passing, pull, push
-from .checkpoint import MANIFEST, newest, spared_steps, step_folder
+from ..data.buckets import Bucket, Empty, Remote, alone, manifest, open_bucket, passing, pull, push
+from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
+from .run import changes
 
 RETRY_SECONDS = 60.0
 CACHES = ("latents", "pairs")  # large, and made again where they are missing
 
 
 def place_of(run_dir: Path) -> str:
-    """Where in the bucket a run is, which is where `setup.sh push` puts it: its path below this folder, else runs/NAME."""
-    path = run_dir.resolve()
-    inside = path.is_relative_to(Path.cwd())
-    return path.relative_to(Path.cwd()).as_posix() if inside else f"runs/{path.name}"
+    """Where in the bucket a run is: its path below this folder, as it is written, which is where `setup.sh push` puts it. Of
+    one elsewhere it is runs/NAME and digits of its path, for two may have one name."""
+    path = Path(os.path.abspath(run_dir))
+    for parent in path.parents:
+        if parent.exists() and parent.samefile("."):
+            return path.relative_to(parent).as_posix()
+    return f"runs/{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _steps(objects: dict[str, Remote]) -> list[str]:
@@ -38,45 +46,110 @@ def _spared(checkpoint: Path) -> set[str]:
     return {step_folder(Path(), step).name for step in steps}
 
 
-def bring_back(url: str, run_dir: Path) -> str | None:
-    """Where the bucket's newest checkpoint of the run is of a later step than any whole one here: bring it, those that the run
-    needs beside it, and all else but caches. Gives a line about it, or None.
+def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_dir: Path, settings: Any) -> None:
+    """A UserError where the checkpoint in the bucket is of a run that was started with another config."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        bucket.get(f"{place}/checkpoints/{step}/config.json", remote, path)
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:  # damaged, as will be seen
+            return
+    _, other = changes(settings, before)
+    if other:
+        raise UserError(
+            f"{bucket.url} holds another run as {place}: it was started with another {', '.join(other)}; change it back, give "
+            f"another --run-dir, or, to start anew, rm -r {run_dir} and gcloud storage rm -r {bucket.url}/{place}"
+        )
+
+
+def bring_back(url: str, run_dir: Path, settings: Any) -> str | None:
+    """Where the bucket's newest whole checkpoint of the run is of a later step than any here: bring it, those that the run
+    needs beside it, and all else but caches. Gives a line about it, or None; what is there of a run that was started with
+    another config than `settings` is a UserError.
 
     Every process calls it, before any waits for another: the first of a machine does it, and the others find it done.
     """
     checkpoints, place = run_dir / "checkpoints", place_of(run_dir)
-    with open_bucket(url) as bucket:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        with open(run_dir.with_name(f".{run_dir.name}.bring.lock"), "a+") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX)
-            except OSError as error:
-                raise UserError(f"{run_dir.parent} cannot be locked ({error.strerror}); put the run on another disk") from None
-            steps = _steps(bucket.list(place))
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                found, _ = newest(checkpoints)
-            else:  # it was looked at by the first
-                found = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
-            if not steps or (found is not None and found.name >= steps[-1]):
-                return None
-            pull(bucket, f"{place}/checkpoints/{steps[-1]}", checkpoints / steps[-1])
-            kept = sorted(_spared(checkpoints / steps[-1]) & set(steps[:-1]))
-            for step in kept:
-                pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
-            pull(bucket, place, run_dir, skip=_rest)
-            return f"brought {' and '.join([*kept, steps[-1]])} of {run_dir} from {bucket.url}"
+    with open_bucket(url) as bucket, alone(run_dir):
+        objects = bucket.list(place)
+        steps = _steps(objects)
+        if steps and (config := objects.get(f"checkpoints/{steps[-1]}/config.json")) is not None:
+            _refuse_another(bucket, place, config, steps[-1], run_dir, settings)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            found, _ = newest(checkpoints)
+        else:  # it was looked at by the first
+            found = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
+        told, void = list[str](), list[str]()
+        for step in reversed(steps):
+            if found is not None and found.name >= step:
+                break
+            pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
+            reason = damage(checkpoints / step)
+            if reason is not None:
+                void.append(step)
+                told.append(f"passed over {step} of {bucket.url}/{place}: {reason}")
+                continue
+            kept = sorted(_spared(checkpoints / step) & set(steps))
+            for other in kept:
+                pull(bucket, f"{place}/checkpoints/{other}", checkpoints / other)
+            with suppress(Empty):  # where only checkpoints were pushed
+                pull(bucket, place, run_dir, skip=_rest)
+            told.append(f"brought {' and '.join([*kept, step])} of {run_dir} from {bucket.url}")
+            found = checkpoints / step
+            break
+        if void and found is None:
+            anew = f"to start anew, rm -r {run_dir} and gcloud storage rm -r {bucket.url}/{place}"
+            raise UserError(f"{'; '.join(told)}; none is whole: {anew}")
+        for step in void:  # so that it counts for nobody, until it is put anew
+            with suppress(UserError):
+                bucket.delete(f"{place}/checkpoints/{step}/{MANIFEST}", objects[f"checkpoints/{step}/{MANIFEST}"])
+        return "; ".join(told) or None
 
 
-def bring_autoencoder(url: str, name: str) -> str | None:
-    """The finished autoencoder runs/NAME, where it is in the bucket and not here. Gives a line about it, or None."""
+def bring_run(url: str, name: str) -> str | None:
+    """The weights of the run, or of a folder in one, `runs/NAME...`, where they are in the bucket and not whole here: its final
+    folder, else its newest checkpoint where there is none here. Gives a line about it, or None. Every process may call it."""
     run = Path(name)
-    if run.parts[:1] != ("runs",) or run.exists():
+    if damage(run) is None or damage(run / "final") is None:
         return None
     with open_bucket(url) as bucket:
-        if not any(found.startswith("final/") for found in bucket.list(name)):
+        folder = weights_in(bucket, run.as_posix())
+        if folder is None or (folder.parent.name == "checkpoints" and newest(folder.parent)[0] is not None):
             return None
-        pull(bucket, name, run, skip=lambda found: _rest(found) or found.split("/")[0] in ("samples", "tensorboard"))
-        return f"brought {run} from {bucket.url}"
+        with alone(run):
+            if damage(folder) is None:  # another process was first
+                return None
+            pull(bucket, folder.as_posix(), folder)
+        return f"brought {folder} from {bucket.url}"
+
+
+def starts(cfg: Any, *, fresh: bool) -> dict[str, str]:
+    """The runs that a run reads weights from, by the key of the config that names them; with `fresh` its start's, too."""
+    pairs = getattr(cfg, "pairs", None)
+    named = {"autoencoder": getattr(cfg, "autoencoder", None), "pairs": getattr(pairs, "run", pairs)}
+    named |= {"init_from": cfg.init_from} if fresh else {}
+    return {key: name for key, name in named.items() if name is not None}
+
+
+def bring(cfg: Any, run_dir: Path, *, trial: bool) -> list[str]:
+    """What a launch takes from the bucket: the run itself, but for a trial, and those below runs/ that it starts from. Gives
+    lines about it."""
+    told = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
+    fresh = trial or not any((run_dir / "checkpoints").glob("step_*"))
+    told += [bring_run(cfg.bucket, name) for name in starts(cfg, fresh=fresh).values() if Path(name).parts[:1] == ("runs",)]
+    return [line for line in told if line is not None]
+
+
+def weights_in(bucket: Bucket, name: str) -> Path | None:
+    """The whole folder in the bucket that a run's weights, or those of `name` itself, would be read from."""
+    objects = bucket.list(name)
+    if MANIFEST in objects:
+        return Path(name)
+    if f"final/{MANIFEST}" in objects:
+        return Path(name) / "final"
+    steps = _steps(objects)
+    return Path(name) / "checkpoints" / steps[-1] if steps else None
 
 
 class Uploads:
@@ -93,7 +166,7 @@ class Uploads:
         self._condition = threading.Condition()
         self._next: str | None = None  # the checkpoint that is to be put
         self._now: str | None = None  # the one that is being put
-        self._back: str | None = None  # the run went back to this one: what is newer there is void
+        self._back = False  # the run went back to the next one: what is newer there is void
         self._woken, self._closing = False, False
         self._failed: str | None = None
         self._told_of_others = False
@@ -110,7 +183,7 @@ class Uploads:
         """The checkpoint of this step is the newest now."""
         with self._condition:
             self._next, self._woken = step_folder(Path(), step).name, True
-            self._back = self._next if went_back else self._back
+            self._back |= went_back
             self._condition.notify()
 
     def close(self) -> None:
@@ -123,7 +196,8 @@ class Uploads:
         if self._failed is None:
             self.say(f"all of {self._run_dir} is in {self._bucket.url}")
         else:
-            self.say(f"NOT all of {self._run_dir} is in {self._bucket.url}; later: ./setup.sh push {self._place}")
+            linked = "" if Path(self._place).exists() else f"ln -s {self._run_dir.absolute()} {self._place} && "
+            self.say(f"NOT all of {self._run_dir} is in {self._bucket.url}; later: {linked}./setup.sh push {self._place}")
 
     def _work(self) -> None:
         closing = False
@@ -133,13 +207,15 @@ class Uploads:
                 self._condition.wait_for(lambda: self._woken or self._closing, timeout=wait)
                 self._woken, closing = False, self._closing
                 self._now = self._next
+                back, self._back = self._back, False
             failed, before = None, self._failed
             try:
-                self._put(self._bucket, self._now)
+                self._put(self._bucket, self._now, back)
             except Exception as error:  # whatever it is, training goes on
                 failed = str(error) or type(error).__name__
             with self._condition:
                 self._failed = failed
+                self._back |= back and failed is not None
                 if self._next == self._now and failed is None:
                     self._next = None
                 self._now = None
@@ -148,24 +224,30 @@ class Uploads:
             if failed is None and before is not None:
                 self.say("uploads to the bucket work again")
 
-    def _put(self, bucket: Bucket, step: str | None) -> None:
+    def _put(self, bucket: Bucket, step: str | None, back: bool) -> None:
         """The rest first: where it ends in between, the log is longer than the checkpoint, and is cut."""
         push(bucket, self._run_dir, self._place, skip=_rest, shown=False)
         if step is None:
             return
         here = self._run_dir / "checkpoints"
-        spared = sorted(name for name in _spared(here / step) if name != step and (here / name / MANIFEST).exists())
+        reason = damage(here / step)
+        if reason is not None:
+            if not (here / step).exists():  # the run went back behind it meanwhile
+                return
+            raise UserError(f"{step}: {reason}")
+        spared = sorted(name for name in _spared(here / step) if name != step and damage(here / name) is None)
         for name in [*spared, step]:
             push(bucket, here / name, f"{self._place}/checkpoints/{name}", shown=False)
-        self._tidy(bucket, step, {step, *spared, *(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))})
+        self._tidy(bucket, step, back, {step, *spared, *(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))})
 
-    def _tidy(self, bucket: Bucket, step: str, here: set[str]) -> None:
-        """Remove checkpoints from the bucket that retention has removed here, and those that were gone back behind."""
-        objects, back = bucket.list(self._place), self._back
+    def _tidy(self, bucket: Bucket, step: str, back: bool, here: set[str]) -> None:
+        """Remove checkpoints from the bucket that retention has removed here, those that were gone `back` behind, and what is
+        of none that is whole."""
+        objects = bucket.list(self._place)
         steps = _steps(objects)
         kept = here | set([name for name in steps if name <= step][-self._keep :])
-        newer = {name.split("/")[1] for name in objects if name.startswith("checkpoints/") and name.split("/")[1] > step} - here
-        if newer and back is None:
+        newer = {name for name in steps if name > step} - here
+        if newer and not back:
             kept |= newer
             if not self._told_of_others:
                 self.say(f"warning: {bucket.url} has later steps of this run: does another machine train it, too?")
@@ -173,5 +255,3 @@ class Uploads:
         for name in sorted(objects, key=lambda name: not manifest(name)):
             if name.startswith("checkpoints/") and name.split("/")[1] not in kept:
                 bucket.delete(f"{self._place}/{name}", objects[name])
-        with self._condition:
-            self._back = None if self._back == back else self._back

@@ -6,12 +6,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,6 +163,21 @@ def test_manifests_go_last_and_not_where_a_file_failed(
     server.faults.waiting.clear()
     pull(bucket, "x", back)
     assert tree(back) == tree(run)
+
+
+def test_an_old_manifest_never_promises_new_files(server: StorageServer, bucket: Bucket, run: Path) -> None:
+    push(bucket, run, "x")
+    write(run, {"step_1/model": drawn(9000, seed=1), "log.txt": b"step 2\n"})
+    server.faults.add(400, "upload .*step_1/model", times=99)
+    assert "not taken 6 times" in mistake(push, bucket, run, "x")
+    assert f"mine/x/{MANIFEST}" not in server.objects() and "mine/x/step_1/model" in server.objects()
+    server.faults.waiting.clear()
+    push(bucket, run, "x")
+    write(run, {"step_1/model": drawn(9000)})
+    assert push(bucket, run, "x").files == 2, "the same manifest goes anew, too"
+    assert server.objects() == {f"mine/x/{name}": content for name, content in tree(run).items()}
+    (run / "step_1" / "more").write_bytes(b"which no manifest promised")
+    assert push(bucket, run, "x").files == 1
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed"])
@@ -556,7 +573,7 @@ def kill_often(server: StorageServer, tmp_path: Path, way: str, kills: int) -> N
     def arrived() -> dict[str, bytes]:
         if way == "push":
             return server.objects()
-        return {name: content for name, content in tree(tmp_path).items() if not name.endswith(".part")}
+        return {name: content for name, content in tree(tmp_path).items() if not name.endswith((".part", ".lock"))}
 
     server.rate = 100_000  # 0.6 s for a file
     line = ["-m", "src.data.buckets", way, "x", "--bucket", "gs://bucket"]
@@ -591,3 +608,37 @@ def test_three_kills(server: StorageServer, tmp_path: Path, way: str) -> None:
 @pytest.mark.parametrize("way", ["pull", "push"])
 def test_twenty_kills(server: StorageServer, tmp_path: Path, way: str) -> None:
     kill_often(server, tmp_path, way, 20)
+
+
+def test_two_syncs_of_one_folder_at_once_wait_for_each_other(server: StorageServer, project: Path) -> None:
+    """As of jobs on one disk that start together; what a killed one left is swept, what a live one writes is not."""
+    for i in range(6):
+        server.put(f"datasets/{i}", drawn(40_000, i))
+    server.put("datasets/cats.zip", zipped({f"{i}.png": drawn(2000, i) for i in range(50)}))
+    (project / "datasets").mkdir()
+    host = socket.gethostname()
+    left = [project / "datasets" / f".bring-{host}-{pid}-1.part" for pid in (2**22 + 1, os.getpid())]
+    for part in left:
+        part.write_bytes(b"half")
+    server.rate = 200_000
+    words, extra = command(1, "-m", "src.data.buckets", "bring"), environment(PYTHONPATH=str(ROOT))
+    both = [
+        subprocess.Popen(words, cwd=project, env=extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0] * 3, said
+    assert sorted("pull 7 files" in out for out, _ in said) == [False, False, True], said
+    assert server.count("download") == 7 and sum("unpacked 50 files" in out for out, _ in said) == 1
+    assert len(tree(project / "datasets" / "cats")) == 50 and [part.exists() for part in left] == [False, True]
+
+
+def test_two_machines_without_a_common_lock_do_not_break_each_others_files(
+    server: StorageServer, bucket: Bucket, run: Path, tmp_path: Path
+) -> None:
+    push(bucket, run, "x")
+    server.faults.add("slow", "download", times=8, seconds=0.3)
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(pull, bucket, "x", tmp_path / "back") for _ in range(2)]
+        assert [one.result().files for one in done] == [5, 5]
+    assert tree(tmp_path / "back") == tree(run)

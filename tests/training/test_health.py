@@ -116,7 +116,7 @@ def test_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status(health.lock(tmp_path), "pass")
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "lockf", raising(OSError(37, "No locks available")))
-        status(health.lock(tmp_path), "fail", "No locks available")
+        status(health.lock(tmp_path), "fail", "No locks available", "local_lock, which guards this machine alone")
     monkeypatch.setattr(fcntl, "lockf", lambda *_: None)  # it says yes, and holds nothing
     status(health.lock(tmp_path), "fail", "two processes")
 
@@ -254,6 +254,21 @@ def test_what_a_config_starts_from(tmp_path: Path) -> None:
     latent = load(ROOT / "configs/smoke/ldm.json", train_ldm.Config, [f"autoencoder={tmp_path / 'vae'}"])
     status(needs.autoencoder(latent), "fail", str(tmp_path / "vae"))
     status(needs.autoencoder(load(ROOT / "configs/smoke/ldm.json", train_ldm.Config, ["autoencoder=some/vae"])), "skip", "hub")
+
+
+@pytest.mark.filterwarnings("ignore::ImportWarning")
+def test_what_a_config_starts_from_may_be_in_the_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    points = load(ROOT / "configs/points2d_iadb.json", train_iadb.Config, ["pairs=runs/old"])
+    latent = load(ROOT / "configs/smoke/ldm.json", train_ldm.Config, ["autoencoder=runs/vae"])
+    with StorageServer() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        for check, cfg, name in ((needs.starts_from, points, "runs/old"), (needs.autoencoder, latent, "runs/vae")):
+            status(check(cfg, "gs://bucket"), "fail", name)
+            server.put(f"{name}/final/MANIFEST.json", b"{}")
+            status(check(cfg, "gs://bucket"), "pass", f"{name} is in gs://bucket: a launch with that bucket brings it")
+            status(check(cfg, "gs://other"), "fail", name)
+            status(check(cfg), "fail", name)
 
 
 def test_a_configs_perceptual_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

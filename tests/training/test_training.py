@@ -17,7 +17,7 @@ from src.config import UserError, validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.training import checkpoint
-from src.training.checkpoint import damage, load_weights, newest, retain, step_folder, write_folder
+from src.training.checkpoint import CheckpointConfig, damage, load_weights, newest, retain, step_folder, write_folder
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import Heartbeats, MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
@@ -558,6 +558,22 @@ def test_metrics_are_cut_to_the_step(tmp_path: Path) -> None:
     run.close()
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert json.loads((tmp_path / "data.json").read_text()) == facts
+
+
+def test_a_damaged_checkpoint_is_not_kept_instead_of_whole_ones(tmp_path: Path) -> None:
+    pictures = open_sources(ShapesSource(source="shapes", count=4, size=8))
+    for step in (5, 9):
+        write(tmp_path / "checkpoints", step)
+    (step_folder(tmp_path / "checkpoints", 9) / "model.safetensors").write_bytes(b"cut")
+    with closing(RunDirectory(tmp_path, writes=True)) as run:
+        assert run.newest_checkpoint() == step_folder(run.checkpoints, 5)
+        run.begin(5, validate(OptimizerConfig, {"lr": 0.1}), {}, pictures, None)
+        assert (run.checkpoints / ".step_00000009.damaged").is_dir(), "until there is a newer one"
+        run.save({}, {"progress": {"step": 6}}, CheckpointConfig(keep=1))
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000006"]
+        write(run.checkpoints, 8)
+        run.save({}, {"progress": {"step": 7}}, CheckpointConfig(keep=1))
+        assert damage(step_folder(run.checkpoints, 7)) is None, "never the one that was just written"
 
 
 def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path) -> None:
