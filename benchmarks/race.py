@@ -26,6 +26,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,18 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.common import ROOT, environment, installed, machine
-from benchmarks.features import Features, features, frechet
 from benchmarks.peers import CALLS, FRACTIONS, SIZE
 from src import pictures
 from src.config import UserError, read_json, run_script
-from src.data import open_sources
+from src.data import ImageConfig, open_sources
 from src.data.packing import pack
 from src.data.scan import ScanConfig
 from src.data.sources import FolderSource
+from src.metrics import distances
+from src.metrics.distances import Array
+from src.metrics.features import Features, open_features
 from src.sampling import SamplerConfig, open_trained
+from src.sampling.quality import real_features, see
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"
 CONFIG = ROOT / "configs" / "cifar10_race.json"
@@ -105,19 +109,26 @@ def write_digits(folder: Path) -> None:
         picture.convert("RGB").save(folder / str(label) / f"{i:04d}.png")
 
 
-def known_features(folder: Path, part: str) -> Features:
-    """Those of all pictures of a part, worked out once: minutes for 45,000."""
-    kept = folder / f"features_{part}.npy"
-    if not kept.exists():
-        print(f"features of {folder / part} ...", flush=True)
-        files, found = sorted((folder / part).rglob("*.*")), []
-        for start in range(0, len(files), 500):
-            read = [np.asarray(Image.open(file).convert("RGB")) for file in files[start : start + 500]]
-            found.append(features(torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2)))
-        with open(kept.with_suffix(".part"), "wb") as file:
-            np.save(file, np.concatenate(found))
-        kept.with_suffix(".part").rename(kept)
-    return np.load(kept)
+@cache
+def network() -> Features:
+    return open_features("efficientnet_lite0")
+
+
+def features(pixels: Tensor) -> Array:
+    """(N, 3, H, W) uint8 -> (N, 1280)."""
+    return np.concatenate([see(network(), part) for part in pixels.split(32)])
+
+
+@cache
+def known_features(folder: Path, part: str) -> Array:
+    """Those of all pictures of a part, worked out once and kept: minutes for 45,000."""
+    source = FolderSource(source="folder", path=str(folder / part), scan=ScanConfig(min_file_bytes=0))
+    return real_features(network(), open_sources(source), ImageConfig(size=SIZE))
+
+
+@cache
+def known_moments(folder: Path) -> distances.Moments:
+    return distances.moments(known_features(folder, "train"))
 
 
 def held_out_distance(folder: Path, samples: int) -> float:
@@ -125,7 +136,7 @@ def held_out_distance(folder: Path, samples: int) -> float:
     kept = known_features(folder, "held_out")
     order, count = np.random.default_rng(0).permutation(len(kept)), max(1, len(kept) // samples)
     parts = [kept[order[i * samples : (i + 1) * samples]] for i in range(count)]
-    return float(np.mean([frechet(part, known_features(folder, "train")) for part in parts]))
+    return float(np.mean([distances.frechet(part, known_moments(folder)) for part in parts]))
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -249,7 +260,7 @@ def draw_ours(weights: Path, count: int, sampler: dict[str, Any] | None = None, 
 
 
 def distance_of(samples: Tensor, folder: Path) -> float:
-    return frechet(features(samples), known_features(folder, "train"))
+    return distances.frechet(features(samples), known_moments(folder))
 
 
 class Contestant:

@@ -20,9 +20,9 @@ ROWS = 20_000_000  # distances at a time
 
 
 class Moments(NamedTuple):
-    """Count, sum (D,) and sum of outer products (D, D) of features, in float64: what a Fréchet distance needs of a set."""
+    """Number, sum (D,) and sum of outer products (D, D) of features, in float64: what a Fréchet distance needs of a set."""
 
-    count: int
+    number: int
     sum: Tensor
     outer: Tensor
 
@@ -61,7 +61,7 @@ def frechet(samples: Array, real: Moments) -> float:
     metric = FrechetInceptionDistance(feature=_Given(len(real.sum)), **ALONE)
     metric.update(torch.from_numpy(samples).double(), real=False)
     metric.real_features_sum, metric.real_features_cov_sum = real.sum, real.outer
-    metric.real_features_num_samples = torch.tensor(real.count)
+    metric.real_features_num_samples = torch.tensor(real.number)
     return max(0.0, float(metric.compute()))
 
 

@@ -109,10 +109,12 @@ class EfficientNetLite0(Features):
     comparable = "numbers of this project in the same features, at the same number of samples; not with FID of papers"
 
     def __init__(self, weights: str | None) -> None:
-        super().__init__(efficientnet_lite0(weights, "--features efficientnet_lite0"))
+        network = efficientnet_lite0(weights, "--features efficientnet_lite0")
+        super().__init__(network.to(memory_format=torch.channels_last))  # a third faster on a CPU
 
     def see(self, pixels: Tensor) -> Tensor:
-        return self.network.extract_features((_resized(pixels, 224) - 127) / 128).mean((2, 3))
+        scaled = (_resized(pixels, 224) - 127) / 128
+        return self.network.extract_features(scaled.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
 
 class Timm(Features):
@@ -123,7 +125,7 @@ class Timm(Features):
             raise UserError(f"--features {name} needs the package timm: pip install timm")
         import_torchvision()
         import timm
-        import timm.data
+        from timm.data.config import resolve_model_data_config
 
         if not timm.is_model(network_name):
             near = [
@@ -150,7 +152,7 @@ class Timm(Features):
         super().__init__(network)
         self.name, self.comparable = name, comparable
         self.dim = int(getattr(network, "num_features"))  # noqa: B009
-        data = timm.data.resolve_model_data_config(network)
+        data = resolve_model_data_config(network)
         self._size = 224 if "dinov2" in network_name else int(data["input_size"][-1])
         self._mean, self._std = (torch.tensor(data[key])[:, None, None] * 255 for key in ("mean", "std"))
 

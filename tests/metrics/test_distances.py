@@ -65,7 +65,7 @@ def test_equal_sets() -> None:
 def test_moments_add_up() -> None:
     x = points(50, 4)
     whole, parts = distances.moments(x), [distances.moments(x[:20]), distances.moments(x[20:])]
-    assert whole.count == sum(part.count for part in parts)
+    assert whole.number == sum(part.number for part in parts)
     torch.testing.assert_close(whole.outer, parts[0].outer + parts[1].outer)
     torch.testing.assert_close(whole.sum, torch.from_numpy(x).double().sum(0))
 
