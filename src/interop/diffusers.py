@@ -125,6 +125,7 @@ def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:
     only("upsample", config.upsample, "conv", "residual")
     only("time_embedding.scale", config.time_embedding.scale, 1.0)
     only("channel_mult[0]", config.channel_mult[0], 1)
+    only("patch", config.patch, 1)
     sizes = sorted({width // config.heads(width) for width in config.attended})
     one_head = all(config.heads(width) == 1 for width in config.attended)
     if len(sizes) > 1 and not one_head:

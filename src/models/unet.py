@@ -6,6 +6,7 @@ from typing import Generic, Literal, Self, TypeVar, cast
 import pydantic
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -106,10 +107,16 @@ class UNetConfig(EncoderConfig):
 
     Attention has `num_heads` heads or heads of `head_channels` channels; with neither, one head. `residual` resampling
     happens inside a residual block (guided-diffusion's `resblock_updown`); `conv_right` pads on the right and bottom alone,
-    as the DDPM paper's network does.
+    as the DDPM paper's network does. With `patch` p the network works on squares of p x p pixels as one position of p^2 times
+    the channels, which costs a p^2-th: for a CPU, or for large pictures.
     """
 
     upsample: Literal["conv", "nearest", "residual"] = "conv"
+    patch: int = pydantic.Field(1, ge=1)
+
+    @property
+    def factor(self) -> int:
+        return self.patch * super().factor
 
 
 class Block(nn.Module):
@@ -245,7 +252,8 @@ class UNet(Encoder[UNetConfig]):
         null_class: bool = True,
         low_channels: int = 0,
     ) -> None:
-        super().__init__(config, in_channels + low_channels, num_classes + null_class if num_classes is not None else None)
+        area, num_labels = config.patch**2, num_classes + null_class if num_classes is not None else None
+        super().__init__(config, area * (in_channels + low_channels), num_labels)
         self.num_classes = num_classes
         self.null_class = null_class
         self.low_channels = low_channels
@@ -265,7 +273,7 @@ class UNet(Encoder[UNetConfig]):
             self.up.append(Stage(blocks, upsample(channels) if level > 0 else None))
 
         self.head_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
-        self.head = zeroed(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
+        self.head = zeroed(nn.Conv2d(channels, area * (out_channels or in_channels), 3, padding=1))
 
     def _embed(self, time: Tensor, labels: Tensor | None) -> Tensor:
         embedding = self._embed_time(time)
@@ -290,12 +298,22 @@ class UNet(Encoder[UNetConfig]):
         low = F.interpolate(low, x.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([x, low.to(x.dtype)], dim=1)
 
+    def _to_patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C p p, H / p, W / p)."""
+        p = self.config.patch
+        return x if p == 1 else rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+
+    def _from_patches(self, x: Tensor) -> Tensor:
+        """The way back."""
+        p = self.config.patch
+        return x if p == 1 else rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
+
     def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None, low: Tensor | None = None) -> Tensor:
         embedding = self._embed(time, labels)  # (B, 4 base)
-        *skips, h = self._encode(self._beside(x, low), embedding)
+        *skips, h = self._encode(self._to_patches(self._beside(x, low)), embedding)
         for stage in cast(Iterable[Stage], self.up):
             for block in stage.blocks:
                 h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding)
             if stage.resample is not None:
                 h = self._run(stage.resample, h, embedding)
-        return self.head(F.silu(self.head_norm(h)))  # (B, out_channels, H, W)
+        return self._from_patches(self.head(F.silu(self.head_norm(h))))  # (B, out_channels, H, W)

@@ -257,7 +257,7 @@ def build_unet(
         near = sorted({size // config.factor * config.factor, -(-size // config.factor) * config.factor} - {0})
         raise UserError(
             f"the network sees {size} px, not divisible by {config.factor}, what {len(config.channel_mult)} entries of "
-            f"model.channel_mult ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
+            f"model.channel_mult{' and model.patch' if config.patch > 1 else ''} ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
         )
     network = UNet(
         config,

@@ -262,12 +262,13 @@ def test_the_card_leaves_ddim_out_where_it_cannot_be(tmp_path: Path, raw: dict[s
         ({"upsample": "nearest"}, "no model.upsample nearest; what can be exported has conv or residual"),
         ({"time_embedding": {"scale": 2.0}}, "no model.time_embedding.scale 2.0"),
         ({"channel_mult": [2, 4], "head_channels": 8}, r"no model.channel_mult\[0\] 2.0; what can be exported has 1"),
+        ({"patch": 2}, "no model.patch 2; what can be exported has 1"),
         (
             {"attention": ["full", "full"], "head_channels": None, "num_heads": 4},
             "model.num_heads 4 makes heads of 4, 8 channels, .* has model.head_channels",
         ),
     ],
-    ids=["linear", "mid_linear", "average", "max", "nearest", "time_scale", "first_width", "heads"],
+    ids=["linear", "mid_linear", "average", "max", "nearest", "time_scale", "first_width", "patch", "heads"],
 )
 def test_networks_that_unet2dmodel_cannot_be(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as error:

@@ -202,3 +202,26 @@ def test_sinusoidal_embedding_by_its_formula() -> None:
 def test_architectures_that_do_not_fit(change: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         validate(UNetConfig, {**SMALL, **change})
+
+
+def test_patches_are_channels_of_a_smaller_picture() -> None:
+    """The same weights on the same numbers: a network of patches is a plain one of p^2 times the channels in between."""
+    patched = unet(patch=2)
+    plain = UNet(validate(UNetConfig, SMALL), in_channels=12)
+    plain.load_state_dict(patched.state_dict())
+    assert patched.config.factor == 4 and plain.config.factor == 2
+    x, time = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
+    squares = torch.stack([x[:, :, i::2, j::2] for i in range(2) for j in range(2)], dim=2).flatten(1, 2)
+    wanted = plain.eval()(squares, time).unflatten(1, (3, 2, 2))
+    found = patched(x, time)
+    for i in range(2):
+        for j in range(2):
+            torch.testing.assert_close(found[:, :, i::2, j::2], wanted[:, :, i, j])
+
+
+def test_patches_with_a_learned_variance_and_beside_a_smaller_picture() -> None:
+    network = UNet(validate(UNetConfig, {**SMALL, "patch": 2}), in_channels=3, out_channels=6, low_channels=3)
+    randomise(network)
+    x, low = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 8, 8)
+    assert network(x, torch.ones(1), low=low).shape == (1, 6, 16, 16)
+    assert not torch.equal(network(x, torch.ones(1), low=low), network(x, torch.ones(1), low=-low))
