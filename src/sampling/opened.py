@@ -255,9 +255,10 @@ def build_unet(
     channels, size = shape[0], shape[1]
     if size % config.factor:
         near = sorted({size // config.factor * config.factor, -(-size // config.factor) * config.factor} - {0})
+        patches = " and model.patch" if config.patch > 1 else ""
         raise UserError(
             f"the network sees {size} px, not divisible by {config.factor}, what {len(config.channel_mult)} entries of "
-            f"model.channel_mult{' and model.patch' if config.patch > 1 else ''} ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
+            f"model.channel_mult{patches} ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
         )
     network = UNet(
         config,
