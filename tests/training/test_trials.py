@@ -29,7 +29,7 @@ from src.training.trials import (
 )
 from tests.conftest import ROOT, launch
 
-WORDS = {"preview": 100, "save": 100, "export": 300}
+WORDS = {"preview": 100, "save": 100, "export": 300, "quality": None}
 SPLIT = split_batch(16, 8, rank=0, world=1)
 
 
@@ -95,7 +95,7 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
     def train(cfg: Any, run_dir: Path, attempt: Attempt) -> int:
         assert not run_dir.exists() and attempt.kind == "fit" and cfg.bucket is None and cfg.log.trackers == ()
         run_dir.mkdir()
-        cadences = {word: Cadence(word, None) for word in ("preview", "save", "export")}
+        cadences = {word: Cadence(word, None) for word in ("preview", "save", "export", "quality")}
         attempt.enter("", split_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=1), 10, cadences, "micro_batch_size")
         seen.append(cfg.micro_batch_size)
         if cfg.micro_batch_size > limit:

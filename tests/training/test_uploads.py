@@ -64,7 +64,7 @@ def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: Stor
     sent = Uploads("gs://bucket/mine", run, keep=2)
     told = list[str]()
     sent.say = told.append
-    run.mkdir()
+    run.mkdir(parents=True)
     (run / "report.html").write_text("<!DOCTYPE html>")
     (run / ".report.html.part").write_text("<!DOC")
     for step in (1, 2, 3, 4):
