@@ -98,6 +98,10 @@ def _nothing(count: int) -> None:
     pass
 
 
+def _none(name: str) -> bool:
+    return False
+
+
 def _join(*names: str) -> str:
     return "/".join(name for name in names if name)
 
@@ -513,10 +517,11 @@ def push(
     dry_run: bool = False,
     last: Callable[[str], bool] = manifest,
     skip: Callable[[str], bool] = passing,
+    keep: Callable[[str], bool] = _none,
     jobs: int = 8,
     shown: bool = True,
 ) -> Moved:
-    """Make the bucket's `under/` what the folder is; with `delete`, what is only there goes.
+    """Make the bucket's `under/` what the folder is; with `delete`, what is only there goes, but for what is to `keep`.
 
     Files that are `last` follow when all others have arrived, and not where one of their folder was replaced or removed
     meanwhile; an old one goes from there before what it promises is replaced. `skip` is asked for folders too. Where it is not
@@ -533,7 +538,7 @@ def push(
     void = [name for name in here if name in there and last(name) and any(one.startswith(_folder(name)) for one in replaced)]
     same -= set(void)
     moving = [name for name in here if name not in same]
-    gone = sorted(there.keys() - here.keys()) if delete else []
+    gone = sorted(name for name in there.keys() - here.keys() if not keep(name)) if delete else []
     plan = Moved(len(moving), sum(here[name].st_size for name in moving), len(same), len(gone))
     if dry_run:
         return plan
@@ -588,10 +593,11 @@ def pull(
     dry_run: bool = False,
     last: Callable[[str], bool] = manifest,
     skip: Callable[[str], bool] = passing,
+    keep: Callable[[str], bool] = _none,
     jobs: int = 8,
 ) -> Moved:
-    """Make the folder what the bucket's `under/` is, in the same order as `push`; with `delete`, what is only here goes.
-    Whoever may meet another process there calls it `alone`.
+    """Make the folder what the bucket's `under/` is, in the same order as `push`; with `delete`, what is only here goes, but
+    for what is to `keep`. Whoever may meet another process there calls it `alone`.
 
     A disk without room for all that is to come is a UserError before the first byte.
     """
@@ -610,7 +616,7 @@ def pull(
             raise UserError(f"{folder / name} would be a file and a folder; delete or rename one of them")
     same = _same(folder, here, there, jobs)
     moving = [name for name in there if name not in same]
-    gone = sorted(here.keys() - there.keys()) if delete else []
+    gone = sorted(name for name in here.keys() - there.keys() if not keep(name)) if delete else []
     plan = Moved(len(moving), sum(there[name].size for name in moving), len(same), len(gone))
     if dry_run:
         return plan
@@ -670,11 +676,49 @@ def _place(word: str) -> str:
 
 
 def _skip(place: str) -> Callable[[str], bool]:
-    """Of datasets, what was unpacked here from an archive that travels stays here."""
+    """Of datasets, what was unpacked here from an archive that is here too, and travels, stays here."""
     if place != "datasets":
         return passing
-    unpacked = {_stem(marker.name.removeprefix(".").removesuffix(".unpacked")) for marker in Path(place).glob(".*.unpacked")}
-    return lambda name: passing(name) or name.split("/")[0] in unpacked
+    hidden = {out.name for archive, out in _unpacked() if archive.exists()}
+    return lambda name: passing(name) or name.split("/")[0] in hidden
+
+
+def _keep(place: str, *, here: bool) -> Callable[[str], bool]:
+    """What `--delete` spares of datasets: here what was unpacked, in the bucket the archives that it was unpacked from, which
+    may be the only copy of what is not here any more."""
+    kept = {(out if here else archive).name for archive, out in _unpacked()} if place == "datasets" else set[str]()
+    return lambda name: name.split("/")[0] in kept
+
+
+def _unpacked() -> list[tuple[Path, Path]]:
+    """The archives of datasets, here or not any more, that were unpacked to folders that are here; and those."""
+    markers = sorted(Path("datasets").glob(".*.unpacked"))
+    archives = [marker.with_name(marker.name.removeprefix(".").removesuffix(".unpacked")) for marker in markers]
+    pairs = [(archive, archive.with_name(_stem(archive.name) or archive.name)) for archive in archives]
+    return [(archive, out) for archive, out in pairs if out.is_dir()]
+
+
+def _tell_of_unpacked(place: str) -> None:
+    """A line for each folder of datasets that a push treats in another way than its name says."""
+    for archive, out in _unpacked() if place == "datasets" else ():
+        known = json.loads(_marker(archive).read_text())
+        if not archive.exists():
+            print(
+                f"{archive} is not here any more, {out} was unpacked from it: a push leaves it in the bucket, and sends the folder"
+            )
+        elif not known.items() >= _tally(out).items() and "files" in known:  # older ones do not know it
+            print(f"{out} was unpacked from {archive.name} and has changed: push {place} leaves it out, push {out} sends it")
+
+
+def _marker(archive: Path) -> Path:
+    """Beside an archive that was unpacked: says what it and its folder were."""
+    return archive.with_name(f".{archive.name}.unpacked")
+
+
+def _tally(folder: Path) -> dict[str, int]:
+    """How many files a folder has and how many bytes: where these are others than before, it was changed."""
+    files = [path for path in folder.rglob("*") if not passing(path.relative_to(folder).as_posix()) and not path.is_dir()]
+    return {"files": len(files), "files_bytes": sum(path.lstat().st_size for path in files)}
 
 
 def _stem(archive: str) -> str | None:
@@ -686,12 +730,12 @@ def _stem(archive: str) -> str | None:
 def _unpack_beside(archive: Path) -> str | None:
     """Unpack `datasets/x.zip` to `datasets/x`, once; gives a line about it, or None where there was nothing to do."""
     name = _stem(archive.name) or ""
-    out, marker = archive.with_name(name), archive.with_name(f".{archive.name}.unpacked")
-    facts = json.dumps({"bytes": archive.stat().st_size, "crc32c": file_crc32c(archive)})
+    out, marker = archive.with_name(name), _marker(archive)
+    facts = {"bytes": archive.stat().st_size, "crc32c": file_crc32c(archive)}
     if out.exists():
         if not marker.exists():
             return f"{out} is here already and not from {archive.name}: left as it is"
-        if marker.read_text() != facts:
+        if not json.loads(marker.read_text()).items() >= facts.items():
             return f"{archive} has changed since {out} was unpacked: left as it is; remove {out} and bring it again"
         return None
     staged = archive.with_name(f".{name}.partial")
@@ -700,8 +744,9 @@ def _unpack_beside(archive: Path) -> str | None:
         count = unpack(archive, staged)
         tops = list(staged.iterdir())
         single = len(tops) == 1 and tops[0].name == name and tops[0].is_dir()
-        write_whole(marker, facts.encode())
-        (staged / name if single else staged).rename(out)
+        made = staged / name if single else staged
+        write_whole(marker, json.dumps({**facts, **_tally(made)}).encode())
+        made.rename(out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return f"unpacked {count} files into {out}"
@@ -744,6 +789,8 @@ def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
     for place, found in rows:
         counts = f"{found.same:>7}  {len(found.here):>9}  {len(found.there):>10}  {len(found.different):>9}"
         print(f"{place:{width}}  {counts}")
+    for place, _ in rows:
+        _tell_of_unpacked(place)
     for place, found in rows if places else ():
         for label, names in (("only here", found.here), ("only there", found.there), ("different", found.different)):
             for name in names:
@@ -774,7 +821,9 @@ def main() -> None:
             _print_status(bucket, places)
         for place in places if moves else ():
             options = {"delete": args.delete, "dry_run": args.dry_run, "skip": _skip(place)}
+            options["keep"] = _keep(place, here=args.command == "pull")
             if args.command == "push":
+                _tell_of_unpacked(place)
                 moved = push(bucket, Path(place), place, **options)
             else:
                 with nullcontext() if args.dry_run else alone(Path(place)):

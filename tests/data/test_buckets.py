@@ -524,6 +524,56 @@ def test_data_sets_are_brought_and_unpacked_once(
     assert (project / "datasets" / "birds" / "1.png").exists() and not (project / "datasets" / "mine").exists()
 
 
+def test_the_only_copy_of_an_archive_that_was_unpacked_here_is_not_deleted(
+    server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = zipped({"1.png": b"png"})
+    server.put("datasets/hats.zip", archive)
+    server.put("datasets/old.zip", archive)
+    call("bring")
+    (project / "datasets" / "hats.zip").unlink()
+    (project / "datasets" / "old.zip").unlink()
+    shutil.rmtree(project / "datasets" / "old")  # nothing is left here of that one
+    capsys.readouterr()
+    for line in ("push datasets --delete --dry-run", "push datasets --delete"):
+        call(line)
+        out = capsys.readouterr().out
+        assert (
+            "datasets/hats.zip is not here any more, datasets/hats was unpacked from it: a push leaves it in the bucket" in out
+        )
+        assert out.count("\n") == 2 and "push 1 files" in out and ": 1\n" in out, out
+    assert server.objects() == {"datasets/hats.zip": archive, "datasets/hats/1.png": b"png"}
+    server.remove("datasets/hats/1.png")
+    call("pull datasets --delete")  # nor is what was unpacked
+    assert (project / "datasets" / "hats" / "1.png").exists() and (project / "datasets" / "hats.zip").exists()
+
+
+def test_changes_in_what_was_unpacked_are_told(
+    server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.put("datasets/hats.zip", zipped({"hats/1.png": b"png", "hats/2.png": b"png"}))
+    call("bring")
+    write(project / "datasets" / "hats", {".DS_Store": b"junk"})
+    call("push datasets")
+    assert "has changed" not in capsys.readouterr().out
+    write(project / "datasets" / "hats", {"2.png": b"another"})
+    for line in ("status", "status datasets", "push datasets --dry-run", "push datasets"):
+        call(line)
+        told = (
+            "datasets/hats was unpacked from hats.zip and has changed: push datasets leaves it out, push datasets/hats sends it"
+        )
+        assert capsys.readouterr().out.splitlines().count(told) == 1
+    assert set(server.objects()) == {"datasets/hats.zip"}
+    call("push datasets/hats")
+    assert server.objects()["datasets/hats/2.png"] == b"another"
+    marker = project / "datasets" / ".hats.zip.unpacked"
+    marker.write_text("{" + ", ".join(marker.read_text()[1:-1].split(", ")[:2]) + "}")  # of before it was noted
+    capsys.readouterr()
+    call("bring")
+    call("push datasets")
+    assert "changed" not in capsys.readouterr().out
+
+
 def test_an_archive_that_leads_out_is_refused(server: StorageServer, project: Path) -> None:
     with io.BytesIO() as held:
         with tarfile.open(fileobj=held, mode="w") as file:
