@@ -9,7 +9,16 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from ..config import UserError
+from ..config import FULL, UserError
+
+
+class Damaged(UserError):
+    """The archive itself is at fault, and has to be made or brought anew."""
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 
 def _inside(name: str) -> bool:
@@ -36,25 +45,28 @@ def unpack(archive: Path, out: Path) -> int:
         elif tarfile.is_tarfile(archive):
             count = _unpack_tar(archive, staged)
         else:
-            raise UserError(f"{archive}: neither a zip nor a tar archive (or its beginning is damaged)")
+            raise Damaged(f"{archive}: neither a zip nor a tar archive (or its beginning is damaged)")
         if out.exists():
             out.rmdir()
         staged.replace(out)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{archive}: cannot be unpacked: {error}") from None
+        if isinstance(error, OSError) and error.errno in FULL:
+            made = size(archive.stat().st_size)
+            raise UserError(f"{archive} ({made}) was not unpacked: the disk is full; make room and try again") from None
+        raise Damaged(f"{archive}: cannot be unpacked: {error}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return count
 
 
-def _refuse(archive: Path, name: str) -> UserError:
-    return UserError(f"{archive}: the name {name!r} would leave the folder; the archive is refused")
+def _refuse(archive: Path, name: str) -> Damaged:
+    return Damaged(f"{archive}: the name {name!r} would leave the folder; the archive is refused")
 
 
-def _room(archive: Path, staged: Path, needed: int) -> None:
+def _room(staged: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(staged).free
     if needed > free:
-        raise UserError(f"{archive} unpacks to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
+        raise UserError(f"{what} {size(needed)} and {size(free)} are free; make room")
 
 
 def _unpack_zip(archive: Path, staged: Path) -> int:
@@ -63,7 +75,7 @@ def _unpack_zip(archive: Path, staged: Path) -> int:
         for member in members:
             if not _inside(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
                 raise _refuse(archive, member.filename)
-        _room(archive, staged, sum(member.file_size for member in members))
+        _room(staged, sum(member.file_size for member in members), f"{archive} unpacks to")
         for member in tqdm(members, desc="unpacking", unit="file", disable=None):
             file.extract(member, staged)
         return sum(not member.is_dir() for member in members)
@@ -71,11 +83,13 @@ def _unpack_zip(archive: Path, staged: Path) -> int:
 
 def _unpack_tar(archive: Path, staged: Path) -> int:
     count = 0
+    # A tar has no index, but pictures do not get smaller: what comes out is no less than what the archive takes.
+    _room(staged, archive.stat().st_size, f"{archive} unpacks to at least")
     with tarfile.open(archive) as file, tqdm(desc="unpacking", unit="file", disable=None) as bar:
         for member in file:  # one pass: a compressed tar has no index
             if not _inside(member.name) and os.path.normpath(member.name) != ".":
                 raise _refuse(archive, member.name)
-            _room(archive, staged, member.size)
+            _room(staged, member.size, f"{archive}: {member.name} alone is")
             try:
                 file.extract(member, staged, filter="data")
             except tarfile.FilterError:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from ..config import FULL, UserError, run_script, write_whole
-from .archives import unpack
+from .archives import size, unpack
 
 TRIES = 6  # in a row that bring no byte
 FIRST_DELAY = 1.0  # seconds at most before the second try; doubled up to LAST_DELAY
@@ -623,7 +623,7 @@ def pull(
     _sweep(folder)
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if plan.bytes > free:
-        raise UserError(f"{folder}: {plan.bytes / 1e9:.3f} GB are to come and {free / 1e9:.3f} GB are free; make room")
+        raise UserError(f"{folder}: {size(plan.bytes)} are to come and {size(free)} are free; make room")
 
     def fetch(name: str) -> None:
         path, whole = folder / name, _join(under, name)
@@ -703,9 +703,8 @@ def _tell_of_unpacked(place: str) -> None:
     for archive, out in _unpacked() if place == "datasets" else ():
         known = json.loads(_marker(archive).read_text())
         if not archive.exists():
-            print(
-                f"{archive} is not here any more, {out} was unpacked from it: a push leaves it in the bucket, and sends the folder"
-            )
+            told = f"{archive} is not here any more, {out} was unpacked from it"
+            print(f"{told}: a push leaves it in the bucket, and sends the folder")
         elif not known.items() >= _tally(out).items() and "files" in known:  # older ones do not know it
             print(f"{out} was unpacked from {archive.name} and has changed: push {place} leaves it out, push {out} sends it")
 

@@ -326,7 +326,7 @@ def test_a_disk_that_is_too_small_or_fills(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: Usage())
         server.forget()
-        assert "0.000 GB are to come and 0.000 GB are free" in mistake(pull, bucket, "x", back)
+        assert "9.0 kB are to come and 9.0 kB are free" in mistake(pull, bucket, "x", back)
         assert server.count("download") == 0 and not back.exists()
 
     def full(handle: int) -> None:

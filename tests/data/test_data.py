@@ -1,14 +1,17 @@
 """Folders, odd files, scans, packing, archives: what users' pictures are really like."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -506,6 +509,37 @@ def test_links_and_damage_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             unpack(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+def test_a_disk_without_room_for_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Known before the first byte: of a zip to the byte, of a tar by its own size."""
+    names, drawn = [f"{i}.png" for i in range(20)], np.random.default_rng(0)
+    path, free = tmp_path / f"a.{kind}", [3_000_000]
+    with zipfile.ZipFile(path, "w") if kind == "zip" else tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as file:
+        for name in names:
+            content = drawn.bytes(200_000)
+            if isinstance(file, zipfile.ZipFile):
+                file.writestr(name, content)
+            else:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    for each in (zipfile.ZipFile, tarfile.TarFile):
+        monkeypatch.setattr(each, "extract", lambda *_, **__: pytest.fail("a byte was written"))
+    with pytest.raises(UserError, match=r"a\.\S+ unpacks to (at least )?4\.\d MB and 3\.0 MB are free; make room$"):
+        unpack(path, tmp_path / "out")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    free[0] = 10**9
+    for each in (zipfile.ZipFile, tarfile.TarFile):
+        monkeypatch.setattr(each, "extract", full)
+    with pytest.raises(UserError, match=r"MB\) was not unpacked: the disk is full; make room and try again$"):
+        unpack(path, tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def test_the_report_of_a_set_is_json(tmp_path: Path) -> None:
