@@ -50,7 +50,7 @@ _atelier_venv() {
 
 # _atelier_setup HERE [COMMAND ...]: the environment, then what the bucket has, or what COMMAND asks of it.
 _atelier_setup() {
-    local here=$1
+    local here=$1 brought=0
     shift
     if command -v conda >/dev/null 2>&1; then _atelier_conda "$here"; else _atelier_venv "$here"; fi || {
         local status_=$?
@@ -62,14 +62,18 @@ _atelier_setup() {
         (cd "$here" && python -m src.data.buckets "$@")
         return
     elif [ -n "${ATELIER_BUCKET:-}" ]; then
-        (cd "$here" && python -m src.data.buckets bring) || _atelier_say "the bucket brought nothing, or not all"
+        (cd "$here" && python -m src.data.buckets bring) || {
+            brought=$?
+            _atelier_say "the bucket brought nothing, or not all"
+        }
     else
         _atelier_say "set ATELIER_BUCKET=gs://... to bring datasets and checkpoints too"
     fi
     if [ -n "$_atelier_sourced" ]; then
-        _atelier_say "the environment is active"
-    elif [ $# -eq 0 ]; then
+        _atelier_say "the environment is active" # which is what a shell sources it for: status 0, whatever was brought
+    else
         _atelier_say "the environment is there; \`source ./setup.sh\` makes it active in your shell"
+        return "$brought"
     fi
 }
 

@@ -112,6 +112,16 @@ def test_it_brings_data_sets_and_checkpoints_and_takes_runs_there_and_back(serve
     )
 
 
+def test_executed_its_status_is_that_of_the_bringing(server: StorageServer, tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "clone")
+    assert sh("bash", "./setup.sh", folder, server).returncode == 0
+    server.put("datasets/cats.zip", b"nonsense")
+    done = sh("bash", "./setup.sh", folder, server)
+    assert done.returncode == 2 and "error: datasets/cats.zip: neither a zip nor a tar" in done.stderr, done
+    assert "brought nothing, or not all" in done.stderr and "the environment is there" in done.stderr
+    assert sh("bash", "./setup.sh", folder, server, ATELIER_BUCKET="gs://wrong").returncode == 2
+
+
 def test_without_bucket_or_network_the_environment_comes_up(tmp_path: Path) -> None:
     folder = checkout(tmp_path / "clone")
     done = sh("bash", "source ./setup.sh; echo $?; command -v python", folder, ATELIER_BUCKET="")
