@@ -53,7 +53,7 @@ def unpack(archive: Path, out: Path) -> int:
         if isinstance(error, OSError) and error.errno in FULL:
             made = size(archive.stat().st_size)
             raise UserError(f"{archive} ({made}) was not unpacked: the disk is full; make room and try again") from None
-        raise Damaged(f"{archive}: cannot be unpacked: {error}") from None
+        raise Damaged(f"{archive}: cannot be unpacked: {' '.join(str(error).split())}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return count

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from ..config import FULL, UserError, run_script, write_whole
-from .archives import size, unpack
+from .archives import Damaged, size, unpack
 
 TRIES = 6  # in a row that bring no byte
 FIRST_DELAY = 1.0  # seconds at most before the second try; doubled up to LAST_DELAY
@@ -756,7 +756,9 @@ def _told(verb: str, moved: Moved, dry_run: bool) -> str:
     return line + (f"; {'to delete' if dry_run else 'deleted'}: {moved.deleted}" if moved.deleted else "")
 
 
-def _bring(bucket: Bucket, dry_run: bool) -> None:
+def _bring(bucket: Bucket, dry_run: bool) -> int:
+    """Gives the exit status: 2 where an archive could not be unpacked, which keeps none of the others back."""
+    status = 0
     for place in ("checkpoints", "datasets"):
         with nullcontext() if dry_run else alone(Path(place)):
             try:
@@ -767,9 +769,16 @@ def _bring(bucket: Bucket, dry_run: bool) -> None:
             if dry_run or place != "datasets" or not Path(place).is_dir():
                 continue
             for archive in sorted(path for path in Path(place).iterdir() if _stem(path.name) and path.is_file()):
-                line = _unpack_beside(archive)
+                try:
+                    line = _unpack_beside(archive)
+                except UserError as error:
+                    anew = "push it anew from where it is whole, or remove it, here and in the bucket"
+                    print(f"error: {error}{f'; {anew}' if isinstance(error, Damaged) else ''}", file=sys.stderr)
+                    status = 2
+                    continue
                 if line:
                     print(line)
+    return status
 
 
 def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
@@ -796,7 +805,7 @@ def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
                 print(f"{label:>10}  {place}/{name}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bucket = os.environ.get("ATELIER_BUCKET")
     parser.add_argument("command", choices=("push", "pull", "status", "bring"), help="bring: pull data sets and unpack them")
@@ -815,8 +824,8 @@ def main() -> None:
     places = list(dict.fromkeys(_place(word) for word in args.places))
     with open_bucket(args.bucket) as bucket:
         if args.command == "bring":
-            _bring(bucket, args.dry_run)
-        elif args.command == "status":
+            return _bring(bucket, args.dry_run)
+        if args.command == "status":
             _print_status(bucket, places)
         for place in places if moves else ():
             options = {"delete": args.delete, "dry_run": args.dry_run, "skip": _skip(place)}
@@ -828,6 +837,7 @@ def main() -> None:
                 with nullcontext() if args.dry_run else alone(Path(place)):
                     moved = pull(bucket, place, Path(place), **options)
             print(f"{place}: {_told(args.command, moved, args.dry_run)}")
+    return 0
 
 
 if __name__ == "__main__":

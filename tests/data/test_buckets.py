@@ -426,10 +426,10 @@ def project(server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return tmp_path
 
 
-def call(line: str) -> None:
+def call(line: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["buckets", *line.split()])
-        buckets.main()
+        return buckets.main()
 
 
 def test_runs_travel_under_their_names(server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -574,15 +574,38 @@ def test_changes_in_what_was_unpacked_are_told(
     assert "changed" not in capsys.readouterr().out
 
 
-def test_an_archive_that_leads_out_is_refused(server: StorageServer, project: Path) -> None:
+def test_an_archive_that_leads_out_is_refused(server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with io.BytesIO() as held:
         with tarfile.open(fileobj=held, mode="w") as file:
             member = tarfile.TarInfo("out")
             member.type, member.linkname = tarfile.SYMTYPE, "../../.."
             file.addfile(member)
         server.put("datasets/bad.tar", held.getvalue())
-    assert "would leave the folder" in mistake(call, "bring")
+    assert call("bring") == 2 and "would leave the folder" in capsys.readouterr().err
     assert [path.name for path in (project / "datasets").iterdir()] == ["bad.tar"]
+
+
+def test_a_damaged_archive_does_not_keep_back_the_others(
+    server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = zipped({"1.png": drawn(9000)})
+    for name in ("cats", "emus"):
+        server.put(f"datasets/{name}.zip", whole)
+    server.put("datasets/ants.tar", b"nonsense")
+    server.put("datasets/dogs.zip", whole[:4000] + b"?" + whole[4001:])
+    assert call("bring") == 2
+    told = capsys.readouterr()
+    anew = "; push it anew from where it is whole, or remove it, here and in the bucket"
+    lines = told.err.splitlines()
+    assert [line.split(":")[1] for line in lines] == [" datasets/ants.tar", " datasets/dogs.zip"], told
+    assert all(line.startswith("error: ") and line.endswith(anew) for line in lines)
+    assert "into datasets/cats\n" in told.out and "into datasets/emus\n" in told.out
+    assert not list(project.glob("datasets/.*partial"))
+    (project / "datasets" / "ants.tar").unlink()
+    (project / "datasets" / "dogs.zip").write_bytes(whole)
+    server.remove("datasets/ants.tar")
+    call("push datasets")
+    assert call("bring") == 0 and len(tree(project / "datasets" / "dogs")) == 1
 
 
 # ---------------------------------------------------------------------------------------------- processes
