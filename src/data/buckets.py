@@ -1,9 +1,9 @@
 """Folders in a Google storage bucket and here: what differs moves, verified, and a manifest after all that it promises.
 
-python -m src.data.buckets push runs/digits_ldm --bucket gs://NAME
-python -m src.data.buckets pull digits_ldm
-python -m src.data.buckets status
-python -m src.data.buckets bring
+./setup.sh push runs/digits_ldm --bucket gs://NAME
+./setup.sh pull digits_ldm
+./setup.sh status
+./setup.sh bring
 """
 
 import argparse
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
@@ -76,6 +76,10 @@ class Empty(UserError):
     """There is nothing to pull."""
 
 
+class Unreached(UserError):
+    """No answer comes from the bucket, or it cannot answer now."""
+
+
 class Overwritten(UserError):
     """The generation that was listed is no more."""
 
@@ -106,9 +110,13 @@ def _join(*names: str) -> str:
     return "/".join(name for name in names if name)
 
 
-def _check_name(name: str, where: str) -> None:
+def _leaves(name: str) -> bool:
     parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or re.search(r"^[A-Za-z]:|[\x00-\x1f\\\ud800-\udfff]", name):
+    return any(part in ("", ".", "..") for part in parts) or bool(re.search(r"^[A-Za-z]:|[\x00-\x1f\\\ud800-\udfff]", name))
+
+
+def _check_name(name: str, where: str) -> None:
+    if _leaves(name):
         raise UserError(f"{where}: the name {name!r} could leave the folder or be no file's; rename it or delete it")
 
 
@@ -145,7 +153,14 @@ def _code(error: BaseException) -> int | None:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    """An error in one line. The cause stands last in it, so where it is long its beginning is left out."""
+    from google.auth.exceptions import GoogleAuthError
+
+    parts = error.args if isinstance(error, GoogleAuthError) else (error,)  # a message, then its cause or an answer's content
+    told = ": ".join(str(part).rstrip(".") for part in parts if isinstance(part, str | Exception))
+    told = " ".join(told.split()).replace(";", ",")  # what to do comes behind a semicolon
+    told = re.sub(r"^.*\(Caused by (.*)\)$", r"\1", told)
+    return told if len(told) <= 200 else f"... {told[-200:]}"
 
 
 def _of_the_line(error: BaseException) -> bool:
@@ -248,7 +263,7 @@ class Bucket:
                     f"{where} is not for everybody and there are no credentials; give them: {HOW_TO_LOG_IN}"
                 ) from None
             if unknown:
-                message = f"the credentials are not valid ({error.args[0]}); renew them"
+                message = f"the credentials are not valid ({_short(error)}); renew them"
                 raise UserError(f"{where}: {message}: {HOW_TO_LOG_IN}") from None
             if code in (401, 403):
                 message = "these credentials may not use it; they need the role roles/storage.objectUser"
@@ -257,7 +272,7 @@ class Bucket:
                 raise UserError(f"{self.url}: there is no such bucket; is the name right?") from None
             if code in (408, 429) or (code or 0) >= 500 or _of_the_line(error):
                 message = f"no answer after {TRIES} tries ({_short(error)})"
-                raise UserError(f"{where}: {message}; run it again later, what has moved is not moved again") from None
+                raise Unreached(f"{where}: {message}; run it again later, what has moved is not moved again") from None
             if isinstance(error, google.api_core.exceptions.GoogleAPICallError):
                 raise UserError(f"{where}: refused ({_short(error)})") from None
             raise
@@ -375,10 +390,11 @@ def open_bucket(url: str) -> Bucket:
     """
     matched = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/+(.*?))?/*", url)
     if matched is None:
-        raise UserError(f"{url!r} is no bucket; write it as gs://NAME or gs://NAME/PREFIX")
+        name = "; a NAME is of lower-case letters, digits, '-', '_' and '.', three or more" if url.startswith("gs://") else ""
+        raise UserError(f"{url!r} is no bucket{name}; write it as gs://NAME or gs://NAME/PREFIX")
     name, prefix = matched[1], matched[2] or ""
-    if prefix:
-        _check_name(prefix, url)
+    if prefix and _leaves(prefix):
+        raise UserError(f"{url!r}: {prefix!r} is no folder in the bucket; write it as gs://NAME or gs://NAME/PREFIX")
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # it asks for rights on the bucket itself
     import google.auth
     from google.auth.credentials import AnonymousCredentials
@@ -391,9 +407,9 @@ def open_bucket(url: str) -> Bucket:
             with warnings.catch_warnings():  # that a user's own credentials name no project to bill: none is needed
                 warnings.simplefilter("ignore")
                 credentials, _ = google.auth.default(scopes=storage.Client.SCOPE)
-        except DefaultCredentialsError as error:
+        except (DefaultCredentialsError, OSError) as error:
             if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-                raise UserError(f"GOOGLE_APPLICATION_CREDENTIALS: {_short(error)}") from None
+                raise UserError(f"GOOGLE_APPLICATION_CREDENTIALS: {_short(error)}; give it a key file") from None
     anonymous = credentials is None
     client = storage.Client(project=None, credentials=credentials or AnonymousCredentials())
     return Bucket(f"gs://{_join(name, prefix)}", client, name, prefix, anonymous)
@@ -404,14 +420,31 @@ def open_bucket(url: str) -> Bucket:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process brings this folder, and keep them waiting. The kernel drops the lock when one dies."""
+    """Wait until no other process brings this folder, and keep them waiting. The kernel drops the lock when one dies; its file
+    goes where there is no such folder afterwards."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.bring.lock"), "a+") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(f"{folder.parent} cannot be locked ({error.strerror}); put it on another disk") from None
-        yield
+    path = folder.with_name(f".{folder.name}.bring.lock")
+    while True:
+        with open(path, "a+") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(f"{folder.parent} cannot be locked ({error.strerror}); put it on another disk") from None
+            if not _is_at(path, lock):
+                continue  # who was first removed it meanwhile, and others lock a new one
+            try:
+                yield
+            finally:
+                if not folder.exists():
+                    path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _sweep(folder: Path) -> None:
@@ -791,7 +824,10 @@ def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
             there = {other.removeprefix(f"{name}/"): facts for other, facts in remote.items() if other.startswith(f"{name}/")}
             rows.append((f"runs/{name}", _compare(Path("runs") / name, there, passing)))
     for place in places or ("datasets", "checkpoints"):
-        rows.append((place, status(bucket, place, Path(place), skip=_skip(place))))
+        found = status(bucket, place, Path(place), skip=_skip(place))
+        if place in places and found == ([], [], [], 0) and not Path(place).exists():
+            raise UserError(f"{place} is neither here nor in {bucket.url}; is the name right?")
+        rows.append((place, found))
     width = max(len(place) for place, _ in rows)
     print(f"{'':{width}}  {'same':>7}  {'only here':>9}  {'only there':>10}  {'different':>9}")
     for place, found in rows:
@@ -806,7 +842,8 @@ def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="./setup.sh", description=__doc__, formatter_class=plain)
     bucket = os.environ.get("ATELIER_BUCKET")
     parser.add_argument("command", choices=("push", "pull", "status", "bring"), help="bring: pull data sets and unpack them")
     parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder such as runs/NAME, or a run's name")

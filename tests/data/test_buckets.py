@@ -294,7 +294,8 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setattr(buckets, "FIRST_DELAY", 0.01)
     with open_bucket("gs://bucket") as bucket:
-        assert "no answer after 6 tries" in mistake(pull, bucket, "x", tmp_path)
+        said = mistake(pull, bucket, "a_folder_with_a_name_that_is_as_long_as_that_of_some_runs", tmp_path)
+        assert "no answer after 6 tries" in said and "Connection refused" in said and "Max retries" not in said
 
 
 def test_somebody_elses_write_stands(server: StorageServer, bucket: Bucket, run: Path) -> None:
@@ -383,6 +384,12 @@ def test_urls_that_are_none(url: str) -> None:
     assert url in mistake(open_bucket, url)
 
 
+def test_what_is_wrong_with_a_url_is_said() -> None:
+    for url in ("gs://Bucket", "gs://b2"):
+        assert "a NAME is of lower-case letters, digits" in mistake(open_bucket, url)
+    assert mistake(open_bucket, "gs://bucket/../x").startswith("'gs://bucket/../x': '../x' is no folder in the bucket; write")
+
+
 def test_buckets_and_places_that_are_none(server: StorageServer, bucket: Bucket, tmp_path: Path) -> None:
     assert "gs://bucket/mine/runs/x/ has no files" in mistake(pull, bucket, "runs/x", tmp_path)
     assert "there is no such folder" in mistake(push, bucket, tmp_path / "none", "x")
@@ -401,6 +408,16 @@ def test_buckets_and_places_that_are_none(server: StorageServer, bucket: Bucket,
         assert otherwise in mistake(bucket.list, "x")
         bucket.anonymous = True
         closed.clear()
+
+
+def test_a_key_file_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    write(tmp_path, {"bad.json": b"nonsense", "part.json": b'{"type": "service_account"}', "folder/a": b""})
+    for name, why in (("bad", "Expecting value"), ("part", "missing fields"), ("folder", "Is a directory")):
+        path = tmp_path / (f"{name}.json" if name != "folder" else name)
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
+        said = mistake(open_bucket, "gs://bucket")
+        assert why in said and str(path) in said and "('" not in said and "Error" not in said, said
 
 
 def test_without_credentials_a_bucket_is_read_as_anybody_may(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,10 +483,17 @@ def test_runs_travel_under_their_names(server: StorageServer, project: Path, cap
         ("push runs/x", "there is no such folder"),
         ("pull x", "gs://bucket/runs/x/ has no files"),
         ("pull x --bucket bucket", "gs://NAME"),
+        ("status runs/nope", "runs/nope is neither here nor in gs://bucket; is the name right?"),
     ],
 )
 def test_mistakes_on_the_command_line(project: Path, line: str, said: str) -> None:
     assert said in mistake(call, line)
+
+
+def test_a_misspelt_command(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call("psuh x")
+    assert capsys.readouterr().err.startswith("usage: ./setup.sh ")
 
 
 def test_no_bucket_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -704,6 +728,23 @@ def test_two_syncs_of_one_folder_at_once_wait_for_each_other(server: StorageServ
     assert sorted("pull 7 files" in out for out, _ in said) == [False, False, True], said
     assert server.count("download") == 7 and sum("unpacked 50 files" in out for out, _ in said) == 1
     assert len(tree(project / "datasets" / "cats")) == 50 and [part.exists() for part in left] == [False, True]
+
+
+def test_a_lock_goes_with_a_folder_that_never_came(tmp_path: Path) -> None:
+    lock, waiting = tmp_path / ".x.bring.lock", tmp_path / "waiting"
+    code = "from pathlib import Path; from src.data.buckets import alone; import sys; Path('waiting').touch()\n"
+    code += "with alone(Path('x')): print(Path('.x.bring.lock').exists())"
+    words, extra = command(1, "-c", code), environment(PYTHONPATH=str(ROOT))
+    with buckets.alone(tmp_path / "x"):
+        other = subprocess.Popen(words, cwd=tmp_path, env=extra, stdout=subprocess.PIPE, text=True)
+        while not waiting.exists():
+            time.sleep(0.01)
+        time.sleep(0.2)  # it has the file open now
+    assert other.communicate(timeout=60) == ("True\n", None) and not lock.exists()
+    (tmp_path / "x").mkdir()
+    with buckets.alone(tmp_path / "x"):
+        pass
+    assert lock.exists()
 
 
 def test_two_machines_without_a_common_lock_do_not_break_each_others_files(
