@@ -52,12 +52,17 @@ def examine(name: str, check: Callable[[], Verdict]) -> Row:
     began = time.monotonic()
     try:
         verdict = check()
-    except UserError as error:  # what is wrong; what to do
-        found, _, advice = str(error).partition("; ")
-        verdict = Verdict("fail", found, advice)
+    except UserError as error:
+        verdict = mistake(error)
     except Exception as error:
         verdict = Verdict("fail", told(error), "this is not foreseen: look up the message")
     return Row(name, *verdict, round(time.monotonic() - began, 2))
+
+
+def mistake(error: UserError) -> Verdict:
+    """What is wrong; what to do."""
+    found, _, advice = str(error).partition("; ")
+    return Verdict("fail", found, advice)
 
 
 def size(count: float) -> str:
@@ -315,11 +320,11 @@ def bucket(url: str | None, seconds: float = 30.0) -> Verdict:
     """Write a small object, list it, read it, compare and remove it."""
     if not url:
         return Verdict("skip", "none is named (--bucket gs://NAME/FOLDER, the config's bucket, or ATELIER_BUCKET)")
+    from ..data.buckets import Unreached, open_bucket
+
     name, content = f"{os.getpid()}-{time.time_ns()}", os.urandom(1024)
 
     def try_it() -> Verdict:
-        from ..data.buckets import open_bucket
-
         began = time.monotonic()
         with open_bucket(url) as opened, tempfile.TemporaryDirectory() as folder:
             sent, got = Path(folder) / "sent", Path(folder) / "got"
@@ -339,13 +344,15 @@ def bucket(url: str | None, seconds: float = 30.0) -> Verdict:
 
     try:
         return within(seconds, try_it)
+    except Unreached as error:
+        return mistake(error)._replace(advice=REACHED)
     except UserError as error:
-        return Verdict("fail", str(error), ALLOWED)
+        return mistake(error)
     except TimeoutError:
-        return Verdict("fail", f"{url}: no answer in {seconds:g} s", "does this machine reach the internet (proxy, firewall)?")
+        return Verdict("fail", f"{url}: no answer in {seconds:g} s", REACHED)
 
 
-ALLOWED = "who is logged in here must be allowed to list, create, read and delete (gcloud auth application-default login)"
+REACHED = "does this machine reach the internet (proxy, firewall)?"
 
 
 def within(seconds: float, check: Callable[[], Verdict]) -> Verdict:

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..config import validate
+from ..config import UserError, validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import UNetConfig
 from ..sampling.opened import build_unet
 from . import checkpoint
 from .ema import EMA, EMAConfig
-from .health import GB, Row, Verdict, told
+from .health import GB, Row, Verdict, mistake, told
 from .launch import MachineConfig, accumulating, agree, settle_reducer, start, undetermined
 from .optimizer import OptimizerConfig, adamw, clip_gradients, update
 from .seeds import generator, normal, uniforms
@@ -494,7 +494,9 @@ def run_stages(bench: Bench, report: Callable[[Row], None]) -> None:
             found = worst_of(bench.everywhere(mine)) if name != "compile" else mine
         except Exception as error:
             rank = f"rank {bench.accelerator.process_index}: " if several else ""
-            report(Row(name, "fail", f"{rank}{told(error)}", _advice(error, several), round(time.monotonic() - began, 2)))
+            unforeseen = Verdict("fail", told(error), _advice(error, several))
+            failed = mistake(error) if isinstance(error, UserError) else unforeseen
+            report(Row(name, *failed._replace(found=f"{rank}{failed.found}"), round(time.monotonic() - began, 2)))
             if several:
                 raise Broken(name) from error
             continue

@@ -1,6 +1,7 @@
 """Each check of doctor.py passes here, and fails where what it checks is broken."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -201,12 +202,16 @@ def test_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         status(health.bucket("gs://bucket/runs"), "pass", "gs://bucket/runs")
         assert server.objects() == {}, "it leaves nothing there"
         status(health.bucket("gs://other"), "fail", "no such bucket")
+        assert health.bucket("gs://other").advice == "is the name right?"
         server.faults.add(403, "delete", times=1)
         status(health.bucket("gs://bucket"), "fail", "gcloud auth")
         server.faults.add("slow", "upload", times=9, seconds=1.0)
         status(health.bucket("gs://bucket", 0.5), "fail", "no answer", "internet")
         server.forbidden.add("bucket")
         status(health.bucket("gs://bucket"), "fail", "gcloud auth")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setattr("src.data.buckets.FIRST_DELAY", 0.01)
+    status(health.bucket("gs://bucket"), "fail", "no answer after 6 tries", "Connection refused", "internet")
 
 
 # ---------------------------------------------------------------------------------------------- what a config asks for
@@ -416,6 +421,10 @@ def test_steps_and_resuming_that_go_wrong(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(checkpoint, "damage", lambda folder: "model.safetensors is damaged")
         row = prove(tmp_path, "ten steps", "resume")["resume"]
         assert row.status == "fail" and "is damaged" in row.found and "all machines see" in row.advice
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
+        row = prove(tmp_path, "ten steps", "resume")["resume"]
+        assert row.found.startswith("the disk is full: ") and row.advice == "make room and run the same command again"
 
 
 def test_a_step_that_cannot_be_repeated_is_no_failure_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
