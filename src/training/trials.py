@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from ..config import ENDLESS, UserError, read_json
-from .checkpoint import damage, read_tensors, step_folder
+from .checkpoint import damage, newest, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
 from .stream import Split
@@ -163,14 +163,19 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
         return dry_run(train, cfg, run_dir)
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
-    attempt = Attempt()
+    attempt, whole = Attempt(), True
     try:
-        return _take(train, cfg, run_dir, attempt)
+        status = _take(train, cfg, run_dir, attempt)
+        if status == 0 and attempt.uploads is None and cfg.bucket is not None and os.environ.get("RANK", "0") == "0":
+            attempt.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
+            if (found := newest(run_dir / "checkpoints")[0]) is not None:
+                attempt.uploads.wake(int(found.name.removeprefix("step_")))
     finally:
         if attempt.uploads is not None:
             attempt.uploads.say = partial(print, flush=True)
             attempt.uploads.say(f"putting what is left into {cfg.bucket}")
-            attempt.uploads.close()
+            whole = attempt.uploads.close()
+    return status if whole else status or 1  # so that `launch && shutdown` does not lose the end of the run
 
 
 def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:

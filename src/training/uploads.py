@@ -186,8 +186,8 @@ class Uploads:
             self._back |= went_back
             self._condition.notify()
 
-    def close(self) -> None:
-        """Put what is left, as long as that takes; where it fails, say how to do it later."""
+    def close(self) -> bool:
+        """Put what is left, as long as that takes; where it fails, say how to do it later. Gives whether all is there."""
         with self._condition:
             self._closing = True
             self._condition.notify()
@@ -198,6 +198,7 @@ class Uploads:
         else:
             linked = "" if Path(self._place).exists() else f"ln -s {self._run_dir.absolute()} {self._place} && "
             self.say(f"NOT all of {self._run_dir} is in {self._bucket.url}; later: {linked}./setup.sh push {self._place}")
+        return self._failed is None
 
     def _work(self) -> None:
         closing = False

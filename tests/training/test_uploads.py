@@ -358,6 +358,30 @@ def test_what_fails_is_said_once_and_tried_again(
     assert told[1] == "uploads to the bucket work again" and told[-1].startswith(f"NOT all of {run} is in gs://bucket; later: ")
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_whose_end_is_not_in_the_bucket_does_not_end_well(
+    server: StorageServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: bool
+) -> None:
+    """Nor does one that had come to its end before: the same command puts what did not arrive then."""
+    run, args = Path("runs/x"), argparse.Namespace(run_dir="runs/x", dry_run=False, verify_resume=False)
+    cfg = replace(CONFIG, bucket="gs://bucket")
+    (tmp_path / "runs").mkdir()
+
+    def train(_: Any, run_dir: Path, attempt: Any) -> int:
+        save(run_dir, 2)
+        if not finished:
+            attempt.uploads = Uploads("gs://bucket", run_dir, keep=2)
+            attempt.uploads.wake(2)
+        return 0
+
+    server.faults.add(403, "upload", times=99)
+    assert run_training(train, cfg, args) == 1
+    assert "NOT all of runs/x is in gs://bucket; later: ./setup.sh push runs/x" in capsys.readouterr().out
+    server.faults.waiting.clear()
+    finished = True
+    assert run_training(train, cfg, args) == 0 and there(server) == [2] and run.exists()
+
+
 def test_a_bucket_that_there_is_not_is_said_before_anything_is_made(server: StorageServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such bucket"):
         bring_back("gs://wrong", tmp_path / "runs" / "x", CONFIG)
