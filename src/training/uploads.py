@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..config import UserError, read_json
-from ..data.buckets import Bucket, Empty, Remote, alone, manifest, open_bucket, passing, pull, push
+from ..data.buckets import Bucket, Empty, Remote, Unreached, alone, manifest, open_bucket, passing, pull, push
 from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
 from .run import changes
 
@@ -135,7 +135,12 @@ def starts(cfg: Any, *, fresh: bool) -> dict[str, str]:
 def bring(cfg: Any, run_dir: Path, *, trial: bool) -> list[str]:
     """What a launch takes from the bucket: the run itself, but for a trial, and those below runs/ that it starts from. Gives
     lines about it."""
-    told = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
+    try:
+        told = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
+    except Unreached as error:
+        found, _ = newest(run_dir / "checkpoints")
+        here = f"goes on from {found}" if found is not None else "starts anew, for no checkpoint of it is here"
+        raise UserError(f"{error}; with --set bucket=null it does without the bucket, and {here}") from None
     fresh = trial or not any((run_dir / "checkpoints").glob("step_*"))
     told += [bring_run(cfg.bucket, name) for name in starts(cfg, fresh=fresh).values() if Path(name).parts[:1] == ("runs",)]
     return [line for line in told if line is not None]

@@ -382,6 +382,21 @@ def test_a_run_whose_end_is_not_in_the_bucket_does_not_end_well(
     assert run_training(train, cfg, args) == 0 and there(server) == [2] and run.exists()
 
 
+def test_a_bucket_out_of_reach_does_not_keep_a_run_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: StorageServer
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    args = argparse.Namespace(run_dir="runs/x", dry_run=False, verify_resume=False)
+    cfg = load(ROOT / SMOKE, ddpm_accelerate.Config, ["bucket=gs://bucket"])
+    with pytest.raises(UserError, match=r"no answer .*; with --set bucket=null it .* starts anew, for no checkpoint .* here$"):
+        run_training(lambda *_: 0, cfg, args)
+    save(tmp_path / "runs" / "x", 3)
+    with pytest.raises(UserError, match=r"no answer .*; with --set bucket=null it .* goes on from runs/x/.*/step_00000003$"):
+        run_training(lambda *_: 0, cfg, args)
+    cfg = load(ROOT / SMOKE, ddpm_accelerate.Config, ["bucket=gs://bucket", "bucket=null"])
+    assert run_training(lambda *_: 0, cfg, args) == 0
+
+
 def test_a_bucket_that_there_is_not_is_said_before_anything_is_made(server: StorageServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such bucket"):
         bring_back("gs://wrong", tmp_path / "runs" / "x", CONFIG)
