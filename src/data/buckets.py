@@ -41,6 +41,7 @@ HOW_TO_LOG_IN = "`gcloud auth application-default login`, or GOOGLE_APPLICATION_
 # Of a live process, half-written, of editors.
 PASSING = (".lock", ".part", ".partial", ".old", ".trial", ".unpacked", ".swp", ".swx", "~")
 JUNK = ("__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db")
+CACHES = ("latents", "pairs")  # of a run: large, and made again where they are missing
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 
 Advance = Callable[[int], None]  # told of bytes that have moved; negative where they move again
@@ -709,7 +710,10 @@ def _place(word: str) -> str:
 
 
 def _skip(place: str) -> Callable[[str], bool]:
-    """Of datasets, what was unpacked here from an archive that is here too, and travels, stays here."""
+    """Of datasets, what was unpacked here from an archive that is here too, and travels, stays here; of a run, its caches."""
+    if place.split("/")[0] == "runs":
+        level = 1 if place == "runs" else 0
+        return lambda name: passing(name) or any(part in CACHES for part in name.split("/")[level : level + 1])
     if place != "datasets":
         return passing
     hidden = {out.name for archive, out in _unpacked() if archive.exists()}
@@ -817,12 +821,12 @@ def _bring(bucket: Bucket, dry_run: bool) -> int:
 def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
     rows = list[tuple[str, Status]]()
     if not places:
-        remote = {name: facts for name, facts in bucket.list("runs").items() if not passing(name)}
+        remote = {name: facts for name, facts in bucket.list("runs").items() if not _skip("runs")(name)}
         names = {name.split("/")[0] for name in remote if "/" in name}
         names |= {path.name for path in Path("runs").glob("*") if path.is_dir() and not passing(path.name)}
         for name in sorted(names):
             there = {other.removeprefix(f"{name}/"): facts for other, facts in remote.items() if other.startswith(f"{name}/")}
-            rows.append((f"runs/{name}", _compare(Path("runs") / name, there, passing)))
+            rows.append((f"runs/{name}", _compare(Path("runs") / name, there, _skip(f"runs/{name}"))))
     for place in places or ("datasets", "checkpoints"):
         found = status(bucket, place, Path(place), skip=_skip(place))
         if place in places and found == ([], [], [], 0) and not Path(place).exists():

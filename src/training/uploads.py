@@ -11,12 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..config import UserError, read_json
-from ..data.buckets import Bucket, Empty, Remote, Unreached, alone, manifest, open_bucket, passing, pull, push
+from ..data.buckets import CACHES, Bucket, Empty, Remote, Unreached, alone, manifest, open_bucket, passing, pull, push
 from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
 from .run import changes
 
 RETRY_SECONDS = 60.0
-CACHES = ("latents", "pairs")  # large, and made again where they are missing
 
 
 def place_of(run_dir: Path) -> str:

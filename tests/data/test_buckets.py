@@ -471,6 +471,26 @@ def test_runs_travel_under_their_names(server: StorageServer, project: Path, cap
     assert "only there  runs/x/log.txt" in capsys.readouterr().out
 
 
+def test_caches_of_a_run_are_neither_moved_nor_counted(
+    server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(project / "runs" / "x", small() | {"latents/block_00000.npy": b"large", "pairs/shard.npy": b"large"})
+    write(project / "runs" / "pairs", {"log.txt": b"a run of that name"})
+    server.put("runs/x/latents/block_00001.npy", b"of before")
+    call("push x --delete")
+    call("push runs/pairs")
+    assert {name for name in server.objects() if name.endswith(".npy")} == {"runs/x/latents/block_00001.npy"}
+    for line in ("status", "status x"):
+        call(line)
+        assert ["runs/x", "5", "0", "0", "0"] in [row.split() for row in capsys.readouterr().out.splitlines()]
+    call("status runs")
+    assert capsys.readouterr().out.splitlines()[1].split() == ["runs", "6", "0", "0", "0"]
+    call("pull x --delete")
+    assert (project / "runs" / "x" / "latents" / "block_00000.npy").exists()
+    call("push runs/x/latents")  # asked for by its name
+    assert "runs/x/latents/block_00000.npy" in server.objects()
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
