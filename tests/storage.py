@@ -141,7 +141,8 @@ class StorageServer:
         return found
 
     def remove(self, name: str, bucket: str = "bucket") -> None:
-        self.path(bucket, name).unlink()
+        with self.lock:  # what is being listed is read to its end
+            self.path(bucket, name).unlink()
 
     def path(self, bucket: str, name: str) -> Path:
         return self.folder / bucket / quote(name, safe="")
