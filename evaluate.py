@@ -106,8 +106,9 @@ def main() -> None:
 def quality(args: argparse.Namespace, state: Any, device: torch.device) -> None:
     """What is measured depends on what `run` is: pictures, an autoencoder, or what draws."""
     place = Path(args.run)
-    made = place.is_dir() and not any((place / name).exists() for name in ("config.json", "ema.safetensors", "checkpoints"))
-    settings = read_json(place / "config.json") if (place / "config.json").exists() else {}
+    made = place.is_dir() and not any((place / name).exists() for name in ("config.json", "checkpoints", "final"))
+    known = [path for path in (place / "config.json", place / "final" / "config.json") if path.exists()]
+    settings = read_json(known[0]) if known else {}
     named = args.features or ["inception"]
     networks = [open_features(name, args.inception_weights if name == "inception" else args.weights) for name in named]
     it = Evaluation(

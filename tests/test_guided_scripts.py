@@ -237,7 +237,7 @@ def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, 
 
 
 def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path) -> None:
-    assert "say what to measure" in refused("evaluate", hybrid_run)
+    assert "leave --sweep and --features out" in refused("evaluate", hybrid_run, "--likelihood", "--features", "random")
     assert "--data are others; leave one out" in refused(
         "evaluate", hybrid_run, "--likelihood", "--part", "train", "--data", "x"
     )
@@ -269,7 +269,7 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
     assert done.status == 0 and np.asarray(Image.open(tmp_path / "out" / "00001.png")).shape == (64, 64, 3), done.all
     assert "trained with label_dropout above 0" in refused("sample", network, "--guidance", "2")
     assert "class '1000' is not known" in refused("sample", network, "--classes", "1000")
-    assert "was imported and names no pictures: give --data" in refused("evaluate", network, "--likelihood")
+    assert "names no pictures to measure it on: give --data" in refused("evaluate", network, "--likelihood")
     (tmp_path / "seven").mkdir()
     shutil.copy(tmp_path / "out" / "00000.png", tmp_path / "seven" / "0.png")
     words = ("evaluate", network, "--likelihood", "--data", tmp_path / "seven", "--steps", "2", "--out", tmp_path / "bits")

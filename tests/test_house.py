@@ -274,10 +274,11 @@ def shell_lines(text: str) -> list[str]:
 
 SMALL = {"batch_size": 4, "workers": 0, "mixed_precision": "no", "checkpoint.every": None}
 SMALL_DIFFUSION = {"steps": 4, "model.blocks": 1, "preview.num_samples": 2, "preview.batch_size": 2, "preview.sampler.steps": 2}
+UNET = {"model": {"base_channels": 16, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "norm_groups": 8}}
 TINY = {
-    "ddpm_accelerate.py": SMALL | SMALL_DIFFUSION | {"image.size": 16},
+    "ddpm_accelerate.py": SMALL | SMALL_DIFFUSION | UNET | {"image.size": 16},
     "train_classifier.py": SMALL | {"steps": 4, "classifier.blocks": 1, "preview.num_measured": 4, "image.size": 16},
-    "train_ldm.py": SMALL | SMALL_DIFFUSION | {"image.size": 64, "held_out": 0.1},
+    "train_ldm.py": SMALL | SMALL_DIFFUSION | UNET | {"image.size": 64, "held_out": 0.1},
     "train_iadb.py": {"steps": 4, "batch_size": 64, "preview.num_samples": 16, "checkpoint.every": None},
     "train_vae.py": SMALL
     | {"image.size": 64, "held_out": 0.1, "micro_batch_size": 4, "model.widths": [8, 8, 8, 8], "model.blocks": 1}
@@ -286,7 +287,7 @@ TINY = {
 
 
 @pytest.mark.timeout(900)  # some thirty scripts, one after the other
-def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, tmp_path: Path) -> None:
+def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
     """Each command but make's, accelerate's and what needs more GPUs or a bucket (tests/test_setup.py has that story), on small
     stand-ins for the reader's pictures."""
     for i in range(24):
@@ -299,7 +300,8 @@ def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, tmp_path: Path
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_digits").mkdir()
     Image.new("RGB", (20, 20), "red").save(tmp_path / "my_digits" / "1.png")
-    for name, run in (("digits_ddpm", smoke_run), ("digits_ldm", ldm_run), ("wikiart256_ldm", ldm_run)):
+    known = {"digits_ddpm": smoke_run, "digits_ldm": ldm_run, "wikiart256_ldm": ldm_run, "digits_vae": vae_run}
+    for name, run in known.items():
         shutil.copytree(run / "final", tmp_path / "runs" / name / "final")
     ran = 0
     for line in shell_lines((ROOT / "README.md").read_text()):

@@ -49,7 +49,14 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
         )
         for size in (50, 200)
     ]
-    assert found == pytest.approx([1, 1], abs=0.03)
+    assert [loss["held_out_loss"] for loss in found] == pytest.approx([1, 1], abs=0.03)
+    levels = [f"held_out_loss_{i}" for i in range(10)]
+    assert [found[0][level] for level in levels] == pytest.approx([found[1][level] for level in levels]) and found[
+        0
+    ].keys() == {
+        "held_out_loss",
+        *levels,
+    }
 
 
 def session_in(folder: Path, step: int) -> Any:
