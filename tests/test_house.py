@@ -279,7 +279,14 @@ TINY = {
     "ddpm_accelerate.py": SMALL | SMALL_DIFFUSION | UNET | {"image.size": 16},
     "train_classifier.py": SMALL | {"steps": 4, "classifier.blocks": 1, "preview.num_measured": 4, "image.size": 16},
     "train_ldm.py": SMALL | SMALL_DIFFUSION | UNET | {"image.size": 64, "held_out": 0.1},
-    "train_iadb.py": {"steps": 4, "batch_size": 64, "preview.num_samples": 16, "checkpoint.every": None},
+    "train_iadb.py": {
+        "model.width": 16,
+        "model.layers": 2,
+        "steps": 4,
+        "batch_size": 64,
+        "preview.num_samples": 16,
+        "checkpoint.every": None,
+    },
     "train_vae.py": SMALL
     | {"image.size": 64, "held_out": 0.1, "micro_batch_size": 4, "model.widths": [8, 8, 8, 8], "model.blocks": 1}
     | {"discriminator.base_channels": 8, "stages": [{"steps": 2, "adversarial": {"weight": 0.1}}, {"steps": 1, "tanh": True}]},
@@ -333,6 +340,10 @@ def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, vae_run: Path,
     python = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(python) == 2 and len(python[0].splitlines()) <= 10
     for code, made in zip(python, ("points.png", "digits.png"), strict=True):
-        code = code.replace('"0/1/2/3/4/5/6/7/8/9", 10', '"0/1/2/3", 8').replace("range(10)", "range(8)").replace("=300", "=30")
+        code = (
+            code.replace('"0/1/2/3/4/5/6/7/8/9", 10', '"0/1/2/3", 8')
+            .replace("range(10)", "range(8)")
+            .replace('"steps=300"', '"steps=30", "model.width=16"')
+        )
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0 and (tmp_path / made).exists(), done.stderr
