@@ -65,7 +65,7 @@ def build(name: str) -> Any:
     """A peer's network."""
     import_torchvision()
     if name == "ddp":
-        from denoising_diffusion_pytorch import Unet
+        from denoising_diffusion_pytorch import Unet  # pyright: ignore[reportMissingImports]
 
         return Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=True)
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -117,13 +117,13 @@ def train_diffusers(network: Any, pictures: Path, lr: float, snapshots: Snapshot
 
 def diffusion_of(network: Any) -> Any:
     """denoising-diffusion-pytorch's process; sampled by its own DDIM."""
-    from denoising_diffusion_pytorch import GaussianDiffusion
+    from denoising_diffusion_pytorch import GaussianDiffusion  # pyright: ignore[reportMissingImports]
 
     return GaussianDiffusion(network, image_size=SIZE, sampling_timesteps=CALLS)
 
 
 def train_ddp(network: Any, pictures: Path, lr: float, snapshots: Snapshots, batch: int = 16) -> None:
-    from denoising_diffusion_pytorch import Trainer
+    from denoising_diffusion_pytorch import Trainer  # pyright: ignore[reportMissingImports]
 
     diffusion, never = diffusion_of(network), 10**9
     trainer: Any = Trainer(

@@ -334,7 +334,7 @@ def diffusers_racer(device: torch.device, width: int = 32) -> Racer:
 def ddp_racer(device: torch.device, dim: int = 24) -> Racer:
     """Its default shape with `dim` 24 instead of 64."""
     import_torchvision()
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # pyright: ignore[reportMissingImports]
 
     network: Any = Unet(dim=dim, dim_mults=(1, 2, 4, 8), flash_attn=True).to(device)
 
