@@ -100,10 +100,10 @@ def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
         kills.settings(
             data={"source": "packed", "path": "packed"},
             held_out=0,
-            steps=80,
+            steps=40,
             log__every=1,
-            checkpoint__every=40,
-            preview__every=40,
+            checkpoint__every=20,
+            preview__every=20,
             log__trackers=[],
             stop_signal="USR2",
         ),

@@ -29,12 +29,15 @@ def evaluate(*words: str | Path) -> None:
     run_here("evaluate", *words, *RANDOM)
 
 
+def copied(run: Path, folder: Path) -> Path:
+    """One that may be written to."""
+    shutil.copytree(run, folder / "copied")
+    return folder / "copied"
+
+
 @pytest.fixture(scope="module")
 def run(smoke_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that may be written to."""
-    copied = tmp_path_factory.mktemp("evaluated") / "run"
-    shutil.copytree(smoke_run, copied)
-    return copied
+    return copied(smoke_run, tmp_path_factory.mktemp("evaluated"))
 
 
 def test_one_process_and_two_find_the_same_and_a_kill_costs_a_block(
@@ -100,6 +103,7 @@ def test_real_pictures_against_themselves_are_at_no_distance(tmp_path: Path) -> 
 
 
 def test_reconstructions(vae_run: Path, tmp_path: Path) -> None:
+    vae_run = copied(vae_run, tmp_path)
     evaluate(vae_run, "--out", tmp_path / "held_out")
     found = figures(tmp_path / "held_out")
     measured = metrics(vae_run)[-1]
@@ -116,6 +120,7 @@ def test_reconstructions(vae_run: Path, tmp_path: Path) -> None:
 
 def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a run on latents: the same noise in every row, so that a setting that changes nothing changes no number."""
+    ldm_run = copied(ldm_run, tmp_path)
     words = (ldm_run, "--num-samples", "16", "--sweep", "steps=2,3", "eta=0,0.5", "--part", "train")
     evaluate(*words, "--out", tmp_path / "out")
     rows = figures(tmp_path / "out")["rows"]

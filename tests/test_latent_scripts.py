@@ -112,6 +112,7 @@ def test_a_codebook_in_bf16_is_killed_and_resumed_on_two(tmp_path: Path) -> None
     assert (ended(tmp_path / "whole", 14)["codebook.size"] > 0).all(), "dead codes were revived"
 
 
+@pytest.mark.soak
 def test_an_autoencoder_is_killed_and_resumed_on_two(tmp_path: Path) -> None:
     rng, whole, run = random.Random(0), tmp_path / "whole", tmp_path / "run"
     done = launch(*kills.AUTOENCODER.arguments(whole))
