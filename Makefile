@@ -50,8 +50,9 @@ demo-2d: .venv/core
 	$(RUN) train_iadb.py -cfg configs/points2d_iadb.json
 	@echo "look at runs/points2d_iadb/points: x0.png, points.gif, x1.png, trajectories.png, velocity.png"
 
+# The tests of a file stay on one worker, which makes the runs that they share once.
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -q
 
 soak: .venv/dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak -n 2 -q --timeout 3600
