@@ -19,7 +19,7 @@ import torch
 from src.config import UserError, config, parse_json, read_json, run_script, validate
 from src.data import HeldOut, PictureSet, Sources, open_data
 from src.diffusion import TableSchedule, times
-from src.metrics.features import NAMES, open_features
+from src.metrics.features import NAMES, Features, open_features
 from src.sampling import open_trained
 from src.sampling.blocks import ranks_of
 from src.sampling.classifier import open_classifier
@@ -27,6 +27,7 @@ from src.sampling.evaluation import Evaluation, Report, evaluate_autoencoder, ev
 from src.sampling.likelihood import measure_likelihood
 from src.sampling.sampler import add_arguments, parse_steps, sampler_config
 from src.training.launch import explain_out_of_memory, start_sampling
+from src.training.report import write_report
 from src.training.run import append_metrics
 
 
@@ -109,8 +110,9 @@ def quality(args: argparse.Namespace, state: Any, device: torch.device) -> None:
     made = place.is_dir() and not any((place / name).exists() for name in ("config.json", "checkpoints", "final"))
     known = [path for path in (place / "config.json", place / "final" / "config.json") if path.exists()]
     settings = read_json(known[0]) if known else {}
-    named = args.features or ["inception"]
-    networks = [open_features(name, args.inception_weights if name == "inception" else args.weights) for name in named]
+    if any(place.glob("step_*/MANIFEST.json")):
+        raise UserError(f"{place} holds the checkpoints of {place.parent}: give that, or one of them")
+    networks = open_networks(args)
     it = Evaluation(
         [network.to(device) for network in networks], Path(args.out) if args.out else None, ranks_of(state), device,
         batch_size=args.batch_size, seed=args.seed,
@@ -137,6 +139,18 @@ def quality(args: argparse.Namespace, state: Any, device: torch.device) -> None:
         show(report, args)
 
 
+def open_networks(args: argparse.Namespace) -> list[Features]:
+    """Those of --features, each with the file that is meant for it."""
+    named = list(dict.fromkeys(args.features or ["inception"]))
+    own = [name for name in named if name == "dinov2" or name.startswith("timm:")]
+    if args.weights is not None and len(own) != 1:
+        raise UserError("--weights is the file of one network, dinov2 or timm:NAME: give it with --features of that alone")
+    if args.inception_weights is not None and "inception" not in named:
+        raise UserError("--inception-weights belongs to --features inception")
+    files = {"inception": args.inception_weights, **dict.fromkeys(own, args.weights)}
+    return [open_features(name, files.get(name)) for name in named]
+
+
 def show(report: Report, args: argparse.Namespace) -> None:
     """One table on the screen, and a line of metrics.jsonl: the run's own, or, where it has none, one beside the figures."""
     values = {f"evaluation_{name}": value for name, value in report.values.items()}
@@ -144,6 +158,8 @@ def show(report: Report, args: argparse.Namespace) -> None:
     place = run if (run / "metrics.jsonl").exists() else report.out
     if values:
         append_metrics(place, report.step, values)
+        if (place / "report.html").exists():
+            write_report(place)
     if args.json:
         print(json.dumps({"run": args.run, "step": report.step, **report.figures}))
         return

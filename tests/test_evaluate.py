@@ -55,7 +55,11 @@ def test_one_process_and_two_find_the_same_and_a_kill_costs_a_block(
     assert found["num_samples"] == 48 and found["real_pictures"] == 114 and found["network_calls"] == 3
     assert set(found["accuracy_by_class_random"]["samples"]) == {"circle", "cross", "square", "triangle"}
     last = metrics(run)[-1]
-    assert last["step"] == 30 and last["evaluation_frechet_random"] == found["random"]["frechet"]
+    assert (
+        last["step"] == 30
+        and last["evaluation_frechet_random_of_48"] == found["random"]["frechet"]
+        and last["evaluation_network_calls"] == 3
+    )
     with Image.open(tmp_path / "one" / "nearest.png") as sheet:
         assert sheet.width == 4 + 8 * (64 + 4)
 
@@ -95,6 +99,11 @@ def test_real_pictures_against_themselves_are_at_no_distance(tmp_path: Path) -> 
 
     Image.new("RGB", (20, 20)).save(tmp_path / "copies" / "00099.png")
     assert "is 16x16 px and" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
+    (tmp_path / "copies" / "00099.png").write_bytes((tmp_path / "copies" / "00000.png").read_bytes()[:90])
+    words = (tmp_path / "copies", "--data", SHAPES, *RANDOM, "--out", tmp_path / "cut")
+    assert "00099.png: not a picture that can be read" in refused("evaluate", *words)
+    (tmp_path / "copies" / "00099.png").unlink()
+    run_here("evaluate", *words)
     for path in list((tmp_path / "copies").iterdir())[5:]:
         path.unlink()
     assert "5 pictures in" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
@@ -111,7 +120,7 @@ def test_reconstructions(vae_run: Path, tmp_path: Path) -> None:
     before = next(line for line in reversed(metrics(vae_run)) if "held_out_psnr" in line)
     assert found["psnr"] == pytest.approx(before["held_out_psnr"], abs=0.05), "8 bits a channel here, none there"
     assert found["lpips"] == pytest.approx(before["held_out_lpips"], abs=0.02)
-    assert {"frechet", "kernel", "kernel_std", "notes"} == set(found["random"]) and measured["step"] == before["step"]
+    assert {"frechet", "kernel", "notes"} == set(found["random"]) and measured["step"] == before["step"]
     assert (tmp_path / "held_out" / "reconstructions.png").exists()
     evaluate(vae_run, "--part", "train", "--num-images", "20", "--out", tmp_path / "train")
     assert figures(tmp_path / "train")["real_pictures"] == 20
@@ -135,7 +144,11 @@ def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "best: steps" in told and (tmp_path / "out" / "sweep.png").exists()
     evaluate(ldm_run, "--num-samples", "16", "--steps", "2", "--out", tmp_path / "alone")
     assert figures(tmp_path / "alone")["random"]["frechet"] == rows[0]["random"]["frechet"]
-    assert "evaluation_frechet_random" in metrics(ldm_run)[-1]
+    assert "evaluation_frechet_random_of_16" in metrics(ldm_run)[-1]
+    assert (
+        "evaluation_frechet" in (ldm_run / "report.html").read_text()
+        or "frechet random of 16" in (ldm_run / "report.html").read_text()
+    )
 
 
 def test_what_a_sweep_says() -> None:
@@ -165,7 +178,11 @@ def test_mistakes(run: Path, tmp_path: Path, iadb_run: Path, monkeypatch: pytest
     done = launch("evaluate.py", run, TORCH_HOME=str(tmp_path))
     assert "get them from https" in one_line(done) and "--features efficientnet_lite0 works without" in done.err
     out = ("--out", tmp_path / "x")
-    assert "'incepton' is not known" in refused("evaluate", run, "--features", "incepton")
+    message = refused("evaluate", run, "--features", "incepton")
+    assert "'incepton' is not known" in message and "did you mean 'inception'?" in message
+    assert "belongs to --features inception" in refused("evaluate", run, *RANDOM, "--inception-weights", "x")
+    assert "--weights is the file of one network" in refused("evaluate", run, *RANDOM, "--weights", "x")
+    assert "holds the checkpoints of" in refused("evaluate", run / "checkpoints", *RANDOM)
     assert "4 samples (--num-samples) are too few" in refused("evaluate", run, "--num-samples", "4", *RANDOM, *out)
     assert "3 real pictures are too few" in refused("evaluate", run, "--num-images", "3", *RANDOM, *out)
     assert "has no 'stepz'" in refused("evaluate", run, "--sweep", "stepz=3", *RANDOM, *out)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -203,4 +204,6 @@ def open_features(name: str, weights: str | None = None) -> Features:
         )
     if name == "random":
         return RandomFeatures()
-    raise UserError(f"--features {name!r} is not known; allowed: {', '.join(NAMES)}")
+    near = get_close_matches(name, NAMES, 1)
+    told = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"--features {name!r} is not known; allowed: {', '.join(NAMES)}{told}")

@@ -41,7 +41,8 @@ def ranks_here() -> Ranks:
 def claim_request(out: Path, request: dict[str, Any], ranks: Ranks) -> None:
     """Write what the figures in `out` depend on to request.json; a UserError where it holds others."""
     told = out / "request.json"
-    if out.exists() and any(out.iterdir()) and (not told.exists() or json.loads(told.read_text()) != request):
+    others = [path for path in out.iterdir() if path != told] if out.exists() else []  # that alone is of what came to nothing
+    if others and (not told.exists() or json.loads(told.read_text()) != request):
         raise UserError(f"{out} holds other figures; give another --out or remove it")
     ranks.barrier()  # all have looked before anybody writes
     if ranks.rank == 0:

@@ -82,7 +82,8 @@ def files_of(place: str) -> list[Path]:
     path = Path(place)
     found = [path]
     if path.is_dir():
-        found = sorted(path.glob("[0-9]*.png")) or sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
+        drawn = sorted(path.glob("[0-9]*.png")) if (path / "metadata.json").exists() else []
+        found = drawn or sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
     if not found or not found[0].exists():
         raise UserError(f"{place}: no picture, and no folder with pictures")
     return found

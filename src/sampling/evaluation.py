@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ class Report:
     lines: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
-    def table(self, title: str, networks: Sequence[Features], found: dict[str, Compared]) -> None:
-        """A row for each number, a column for each network; what a number may be compared with, and what to know of it."""
+    def table(self, title: str, networks: Sequence[Features], found: dict[str, Compared], count: int) -> None:
+        """A row for each number and a column for each network, what a number may be compared with, and what to know of it. The
+        `count` of samples is a part of a value's name, since those of other counts do not compare."""
         self.lines.append(title)
         width = max(len(network.name) for network in networks) + 2
         self.lines.append(f"  {'':<29}" + "".join(f"{network.name:>{max(14, width)}}" for network in networks))
@@ -103,7 +105,7 @@ class Report:
             self.lines.append(f"  {network.name} compares with {network.comparable}")
             self.lines += [f"  note: {note}" for note in found[network.name].notes]
         for name, compared in found.items():
-            self.values |= {f"{key}_{name}": value for key, value in compared.values.items()}
+            self.values |= {f"{key}_{name}_of_{count}": value for key, value in compared.values.items()}
         self.figures |= {name: {**compared.values, "notes": compared.notes} for name, compared in found.items()}
 
     def write(self, ranks: Ranks) -> "Report":
@@ -160,8 +162,12 @@ def evaluate_run(
             continue
         compared = compare(samples, real, network)
         if unseen is not None and len(unseen) >= 10:
-            compared.values["frechet_held_out"] = distances.frechet(unseen, distances.moments(real))
-            compared.notes.append(f"the held-out pictures are {len(unseen)}: compare the two distances where these are as many")
+            few = unseen[_spread(len(unseen), count)]
+            compared.values["frechet_held_out"] = distances.frechet(few, distances.moments(real))
+            if len(few) < count:
+                compared.notes.append(
+                    f"the held-out pictures are {len(few)}: compare the distance of as many samples with theirs"
+                )
         nearest = distances.nearest(samples, real)[0][:, 0]
         if unseen is not None:
             compared.values.update(distances.copying(nearest, distances.nearest(unseen, real)[0][:, 0])._asdict())
@@ -175,8 +181,9 @@ def evaluate_run(
         return report
     how = f"{sampler.spec.solver}, {sampler.calls()} network calls, guidance {sampler.spec.guidance:g}"
     report.table(
-        f"{opened.path} (step {opened.step}): {count} samples ({how}) against {len(data)} pictures", it.networks, found
+        f"{opened.path} (step {opened.step}): {count} samples ({how}) against {len(data)} pictures", it.networks, found, count
     )
+    report.values |= {"network_calls": sampler.calls(), "guidance": sampler.spec.guidance}
     if held_out is not None:
         report.lines.append(
             "  `nearer` is 0.5 and `copied` 1 % where samples are as far from the training pictures as those held out"
@@ -219,7 +226,8 @@ def read_classes(
             found[which] = distances.accuracy_by_class(read(features), wanted, len(class_names))
             compared.values[key] = float(np.nanmean(found[which]))
     report.figures[f"accuracy_by_class_{name}"] = {
-        which: dict(zip(class_names, (float(value) for value in each), strict=True)) for which, each in found.items()
+        which: {name: None if np.isnan(share) else float(share) for name, share in zip(class_names, each, strict=True)}
+        for which, each in found.items()
     }
     lines = [f"read by {name} as their class, the worst first:"]
     for k in np.argsort(np.nan_to_num(found["samples"], nan=2.0), kind="stable")[:30]:
@@ -239,7 +247,9 @@ def parse_sweep(how: SamplerConfig, words: Sequence[str]) -> list[SamplerConfig]
         if not equals or not text:
             raise UserError(f"--sweep {word}: write it as KEY=A,B,.., such as steps=5,10,20")
         if key not in known:
-            raise UserError(f"--sweep {word}: the sampler has no {key!r}; allowed: {', '.join(sorted(known))}")
+            near = get_close_matches(key, known, 1)
+            told = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--sweep {word}: the sampler has no {key!r}; allowed: {', '.join(sorted(known))}{told}")
         if key in axes:
             raise UserError(f"--sweep: {key} stands there twice; put its values into one list")
         axes[key] = [_value(part) for part in text.split(",")]
@@ -275,15 +285,16 @@ def sweep(
     out = it.folder(opened.name, "sweep", {**request, "settings": [dump(how) for how in settings]})
     swept = [key for key in dump(settings[0]) if len({json.dumps(dump(how)[key]) for how in settings}) > 1]
     labels, rows = labels_like(data, count, opened.num_classes), list[dict[str, Any]]()
-    real = {network.name: real_features(network, data, opened.image) for network in it.networks}
+    real, notes = {network.name: real_features(network, data, opened.image) for network in it.networks}, dict[str, list[str]]()
     for sampler in samplers:
         told = {key: dump(sampler.spec)[key] for key in swept}
         tag = hashlib.sha256(json.dumps(dump(sampler.spec)).encode()).hexdigest()[:8]
         drawing = {"count": count, "seed": it.seed, "batch_size": it.batch_size, "device": it.device, "ranks": it.ranks}
         drawn = drawn_features(sampler, it.networks, labels, out / tag, **drawing)
         if it.ranks.rank == 0:
-            values = {n.name: compare(drawn[n.name], real[n.name], n).values for n in it.networks}
-            rows.append({**told, "network_calls": sampler.calls(), **values})
+            found = {n.name: compare(drawn[n.name], real[n.name], n) for n in it.networks}
+            rows.append({**told, "network_calls": sampler.calls(), **{name: each.values for name, each in found.items()}})
+            notes = {name: each.notes for name, each in found.items()}
     report = Report(out, opened.step)
     if it.ranks.rank:
         return report
@@ -296,11 +307,12 @@ def sweep(
         cells = [[_told(row[c]) for c in columns] + [f"{row[network.name][k]:.4g}" for k in keys] for row in rows]
         widths = [max(len(line[i]) for line in [head, *cells]) + 2 for i in range(len(head))]
         report.lines += ["  " + "".join(f"{w:>{n}}" for w, n in zip(line, widths, strict=True)) for line in [head, *cells]]
+        report.lines += [f"  note: {note}" for note in notes[network.name]]
         best = min(rows, key=lambda row: row[network.name]["frechet"])
         report.lines.append("  best: " + ", ".join(f"{key} {_told(best[key])}" for key in columns))
     _draw_sweep(out / "sweep.png", rows, swept, it.networks)
     report.files.append(out / "sweep.png")
-    report.figures = {"num_samples": count, "real_pictures": len(data), "rows": rows}
+    report.figures = {"num_samples": count, "real_pictures": len(data), "rows": rows, "notes": notes}
     return report.write(it.ranks)
 
 
@@ -367,7 +379,13 @@ def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bo
             )
 
     def pixels(block: Sequence[Path]) -> Tensor:
-        found = [np.asarray(Image.open(path).convert("RGB" if image.channels == 3 else "L")) for path in block]
+        found = list[NDArray[np.uint8]]()
+        for path in block:
+            try:
+                with Image.open(path) as opened:
+                    found.append(np.asarray(opened.convert("RGB" if image.channels == 3 else "L")))
+            except OSError as error:
+                raise UserError(f"{path}: not a picture that can be read ({error}); remove it or draw it again") from None
         return torch.from_numpy(np.stack([array.reshape(image.size, image.size, -1) for array in found])).permute(0, 3, 1, 2)
 
     def make(block: range) -> dict[str, Array]:
@@ -388,7 +406,7 @@ def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bo
             shown = shown or (drawn[network.name], real, nearest)
     if shown is None:
         return report
-    report.table(f"{place}: {len(files)} pictures against {len(data)}", it.networks, found)
+    report.table(f"{place}: {len(files)} pictures against {len(data)}", it.networks, found, len(files))
     report.figures |= {"num_samples": len(files), "real_pictures": len(data)}
 
     def draw(indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -458,7 +476,7 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
         return report
     report.table(
         f"{run}: {len(data)} pictures of {image.size} px against their reconstructions (the Fréchet distance is rFID)",
-        it.networks, found,
+        it.networks, found, len(data),
     )  # fmt: skip
     units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": f"LPIPS ({told})", "l1": "L1, of [-1, 1]"}
     means = {name: float(each[name].mean()) for name in units if name in each}

@@ -126,7 +126,9 @@ class Compared(NamedTuple):
 def compare(samples: Array, real: Array, network: Features, *, neighbours: bool = True) -> Compared:
     """frechet, kernel (KID, and kernel_std), inception_score where there are logits; precision, recall, density, coverage."""
     values = {"frechet": distances.frechet(samples, distances.moments(real))}
-    values["kernel"], values["kernel_std"] = distances.kernel_distance(samples, real)
+    values["kernel"], spread = distances.kernel_distance(samples, real)
+    if spread > 1e-12:  # else every subset was the whole of both
+        values["kernel_std"] = spread
     logits = network.logits(torch.from_numpy(samples))
     if logits is not None:
         values["inception_score"], values["inception_score_std"] = distances.inception_score(logits.cpu().numpy())
@@ -135,8 +137,9 @@ def compare(samples: Array, real: Array, network: Features, *, neighbours: bool 
     if neighbours and min(len(samples), len(real)) > distances.NEIGHBOURS:
         few = [side[np.arange(min(most, len(side))) * len(side) // min(most, len(side))] for side in (samples, real)]
         values |= distances.manifold(*few)._asdict()
-        if len(samples) != len(real):
-            notes.append(f"precision to coverage are of {len(few[0])} samples and {len(few[1])} real pictures")
+        if len(few[0]) < len(few[1]):
+            told = f"{len(few[0])} samples cannot cover {len(few[1])} real pictures"
+            notes.append(f"{told}: recall and coverage are low for that alone")
     return Compared(values, notes)
 
 
