@@ -76,6 +76,9 @@ def test_learned_variance_times_by_the_second_moment_and_a_classifier_that_guide
     assert done.status == 0 and (out / "grid.png").exists(), done.all
     done = launch("evaluate.py", run, "--likelihood", "--steps", "10", "--out", tmp_path / "bits")
     assert done.status == 0 and "bits per dimension" in done.out, done.all
+    words = ("--features", "efficientnet_lite0", "--num-samples", "64", "--num-images", "64", "--steps", "5")
+    done = launch("evaluate.py", run, *words, "--out", tmp_path / "quality")
+    assert done.status == 0 and "Fréchet distance" in done.out, done.all
 
 
 def test_blending_pictures_points_and_pairs_on_a_gpu(tmp_path: Path) -> None:

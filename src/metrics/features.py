@@ -94,7 +94,7 @@ class Inception(Features):
 
     def logits(self, features: Tensor) -> Tensor:
         """Without the bias, as the Inception Score is computed (Salimans et al. 2016, arXiv:1606.03498)."""
-        return features @ self.network.fc.weight.t()
+        return features.to(self.network.fc.weight) @ self.network.fc.weight.t()
 
 
 def inception_file() -> Path:
