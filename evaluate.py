@@ -25,7 +25,7 @@ from src.sampling.blocks import ranks_of
 from src.sampling.classifier import open_classifier
 from src.sampling.evaluation import Evaluation, Report, evaluate_autoencoder, evaluate_folder, evaluate_run, parse_sweep, sweep
 from src.sampling.likelihood import measure_likelihood
-from src.sampling.sampler import add_arguments, parse_steps, sampler_config
+from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
 from src.training.launch import explain_out_of_memory, start_sampling
 from src.training.report import write_report
 from src.training.run import append_metrics
@@ -39,7 +39,8 @@ class Data:
     held_out: HeldOut = 0.0
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
+    """What was asked, and what is not asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run, a checkpoint, a final folder, an export; or a folder of pictures")
     parser.add_argument("--likelihood", action="store_true", help="the variational bound, in bits per dimension, instead")
@@ -64,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="the figures for another program, on standard output")
     add_arguments(parser)
     parser.set_defaults(steps=None)
-    return parser.parse_args()
+    return parser.parse_args(), parser.parse_args(["RUN"])
 
 
 def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> tuple[PictureSet, PictureSet | None]:
@@ -89,7 +90,7 @@ def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str)
 
 
 def main() -> None:
-    args = arguments()
+    args, defaults = arguments()
     counts = (args.batch_size, args.num_samples, args.num_images if args.num_images is not None else 1)
     if min(counts) < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--batch-size, --num-samples and --num-images must be at least 1, --seed from 0 to 2^64 - 1")
@@ -98,13 +99,13 @@ def main() -> None:
         if args.likelihood:
             likelihood(args, state, device)
         else:
-            quality(args, state, device)
+            quality(args, defaults, state, device)
 
 
 # ---------------------------------------------------------------------------------------------- how good the pictures are
 
 
-def quality(args: argparse.Namespace, state: Any, device: torch.device) -> None:
+def quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, device: torch.device) -> None:
     """What is measured depends on what `run` is: pictures, an autoencoder, or what draws."""
     place = Path(args.run)
     made = place.is_dir() and not any((place / name).exists() for name in ("config.json", "checkpoints", "final"))
@@ -112,13 +113,17 @@ def quality(args: argparse.Namespace, state: Any, device: torch.device) -> None:
     settings = read_json(known[0]) if known else {}
     if any(place.glob("step_*/MANIFEST.json")):
         raise UserError(f"{place} holds the checkpoints of {place.parent}: give that, or one of them")
+    drawing = ("sweep", "num_samples", "seed", "classifier", *HOW)
+    idle = [key for key in drawing if getattr(args, key) != getattr(defaults, key)]
+    if idle and (made or "stages" in settings):
+        raise UserError(f"--{idle[0].replace('_', '-')} is about drawing samples, and {args.run} draws none: leave it out")
+    if args.resize and not made:
+        raise UserError("--resize is for a folder of pictures: a run says itself how large they are")
     networks = open_networks(args)
     it = Evaluation(
         [network.to(device) for network in networks], Path(args.out) if args.out else None, ranks_of(state), device,
         batch_size=args.batch_size, seed=args.seed,
     )  # fmt: skip
-    if args.sweep is not None and (made or "stages" in settings):
-        raise UserError(f"--sweep draws samples in many ways, and {args.run} draws none: give a diffusion run")
     if made:
         report = evaluate_folder(it, place, open_pictures(args, {}, "train")[0], resize=args.resize)
     elif "stages" in settings:

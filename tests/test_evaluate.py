@@ -180,6 +180,8 @@ def test_mistakes(run: Path, tmp_path: Path, iadb_run: Path, monkeypatch: pytest
     out = ("--out", tmp_path / "x")
     message = refused("evaluate", run, "--features", "incepton")
     assert "'incepton' is not known" in message and "did you mean 'inception'?" in message
+    assert "--resize is for a folder" in refused("evaluate", run, *RANDOM, "--resize")
+    assert "--steps is about drawing samples" in refused("evaluate", tmp_path, *RANDOM, "--steps", "3")
     assert "belongs to --features inception" in refused("evaluate", run, *RANDOM, "--inception-weights", "x")
     assert "--weights is the file of one network" in refused("evaluate", run, *RANDOM, "--weights", "x")
     assert "holds the checkpoints of" in refused("evaluate", run / "checkpoints", *RANDOM)
