@@ -3,9 +3,11 @@
 
   nice -n 10 python benchmarks/ablate.py [benchmarks/ablations.json] [--minutes 5] [--samples 256] [--seed 2] [--only NAME]
 
-The file lists rows: {"name", "set": [overrides of configs/cifar10_race.json]}, or {"name", "of": another row, "sampler": {}},
-which draws from that row's weights without training. Results are added to benchmarks/results/ablations.json; a row that is
-done there with this seed, these minutes and this recipe is not done again. At the end the table is printed.
+The file lists rows: {"name", "set": [overrides of configs/cifar10_race.json]}, where a "first": {"size", "share"} trains for
+that share of the time on pictures of that size and goes on from there, or {"name", "of": another row} with a "sampler": {}, or
+with an "ema": width (of posthoc_ema.py), which draws from that row's weights without training. Results are added to
+benchmarks/results/ablations.json; a row that is done there with this seed, these minutes and this recipe is not done again. At
+the end the table is printed.
 """
 
 import argparse
@@ -22,9 +24,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, machine
 from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, prepare_pictures, train_ours
 from src.config import UserError, read_json, run_script
+from src.data import open_sources
+from src.data.packing import pack
+from src.data.scan import ScanConfig
+from src.data.sources import FolderSource
+from src.training.ema import post_hoc
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablations.json"
-KEYS = ("name", "seed", "minutes", "samples", "recipe", "set", "of", "sampler")  # what makes a result this row's
+KEYS = (
+    "name",
+    "seed",
+    "minutes",
+    "samples",
+    "recipe",
+    "set",
+    "first",
+    "of",
+    "sampler",
+    "ema",
+)  # what makes a result this row's
 Row = dict[str, Any]
 
 
@@ -32,8 +50,8 @@ def check(rows: Sequence[Row]) -> None:
     """A UserError for a row that cannot be run."""
     trained = [row["name"] for row in rows if "set" in row]
     for row in rows:
-        if ("set" in row) == ("of" in row) or ("of" in row and "sampler" not in row):
-            raise UserError(f"the row {row.get('name')!r} needs a `set`, or `of` and `sampler`")
+        if ("set" in row) == ("of" in row) or ("of" in row and not {"sampler", "ema"} & set(row)):
+            raise UserError(f"the row {row.get('name')!r} needs a `set`, or `of` with `sampler` or `ema`")
         if row.get("of", trained[0]) not in trained:
             raise UserError(f"the row {row['name']!r} is of {row['of']!r}, which is no row that trains: {', '.join(trained)}")
 
@@ -48,6 +66,19 @@ def is_done(row: Row, results: Sequence[Row]) -> bool:
     return any(all(row.get(key) == found.get(key) for key in KEYS) for found in results)
 
 
+def small_first(first: Row, out: Path, folder: Path, seconds: float, sets: list[str]) -> tuple[list[str], float]:
+    """Train on smaller pictures; gives the overrides that go on from there, and the seconds that are left."""
+    size, spent = first["size"], first["share"] * seconds
+    small = folder / f"packed_{size}"
+    if not small.exists():
+        source = FolderSource(source="folder", path=str(folder / "train"), scan=ScanConfig(min_file_bytes=0))
+        pack(open_sources(source), small, size=size, channels=3)
+    (out / "first").mkdir()
+    trained = train_ours(out / "first", folder, spent, [*sets, f"data.path={small}", f"image.size={size}"])
+    print(f"first {trained['fractions']['1.0']['images']} pictures of {size} px", flush=True)
+    return [*sets, f"init_from={out / 'first' / 'weights' / '1.0'}"], seconds - spent
+
+
 def run_row(row: Row, work: Path, folder: Path) -> Row:
     """Train where there is something to train, draw and measure."""
     out = work / f"{row['recipe']}_{row['minutes']:g}_{row['seed']}" / (row.get("of") or row["name"])
@@ -57,12 +88,17 @@ def run_row(row: Row, work: Path, folder: Path) -> Row:
             raise UserError(f"the row {row['name']!r} draws from {row['of']!r}, whose weights are gone: run that one first")
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        trained = train_ours(out, folder, 60 * row["minutes"], [f"seed={row['seed']}", *row["set"]])
+        seconds, sets = 60 * row["minutes"], [f"seed={row['seed']}", *row["set"]]
+        if "first" in row:
+            sets, seconds = small_first(row["first"], out, folder, seconds, sets)
+        trained = train_ours(out, folder, seconds, sets)
         for part in (out / "weights").iterdir():
             if part != weights:
                 shutil.rmtree(part)
         kept.write_text(json.dumps(trained))
     trained = read_json(kept)
+    if "ema" in row:
+        weights, _ = post_hoc(out, read_json(weights / "progress.json")["step"], row["ema"])
     began = time.perf_counter()
     drawn = draw_ours(weights, row["samples"], row.get("sampler"))
     seconds = time.perf_counter() - began
@@ -82,7 +118,9 @@ def table(results: Sequence[Row], held_out: float | None = None) -> str:
     for row in results:
         first.setdefault(kin(row), row["distance"])
     for row in sorted(results, key=lambda row: (*map(str, kin(row)), row["distance"])):
-        change = " ".join(row["set"]) if "set" in row else f"{row['of']} with {json.dumps(row['sampler'])}"
+        how = json.dumps(row["sampler"]) if "sampler" in row else f"post-hoc EMA of width {row.get('ema')}"
+        before = [f"{row['first']['share']:.0%} of the time at {row['first']['size']} px"] if "first" in row else []
+        change = " ".join([*before, *row["set"]]) if "set" in row else f"{row['of']} with {how}"
         cells = [row["name"], change, f"{row['seed']}", f"{row['minutes']:g}", f"{row['parameters'] / 1e6:.2f} M"]
         cells += [f"{row['images']:,}", f"{row['distance']:.1f}", f"{row['distance'] - first[kin(row)]:+.1f}"]
         lines.append(f"| {' | '.join(cells)} |")

@@ -228,6 +228,8 @@ def train_ours(
         raise UserError("our training had no checkpoint at the limit; give it more minutes")
     network = open_trained(out / "weights" / "1.0", torch.device("cpu")).network
     count = sum(parameter.numel() for parameter in network.parameters())
+    if (run / "ema").exists():  # of ablations
+        (run / "ema").rename(out / "ema")
     shutil.rmtree(run)
     return {"parameters": count, "fractions": seen, "used": used, "command": shown(command)}
 

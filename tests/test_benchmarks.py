@@ -223,13 +223,14 @@ def test_every_row_of_the_ablations_is_a_config_and_draws_with_fifty_calls() -> 
     for row in rows:
         if "set" in row:
             load(race.CONFIG, speed.ddpm_accelerate.Config, row["set"])
-        else:
+        elif "sampler" in row:
             spec = SamplerConfig(**row["sampler"])
             assert isinstance(spec.steps, int) and spec.steps * (2 if spec.solver == "heun" else 1) <= race.CALLS
     with pytest.raises(UserError, match="no row that trains"):
         ablate.check([*rows, {"name": "x", "of": "nothing", "sampler": {}}])
-    with pytest.raises(UserError, match="needs a `set`"):
-        ablate.check([*rows, {"name": "x"}])
+    for lacking in ({"name": "x"}, {"name": "x", "of": "baseline"}):
+        with pytest.raises(UserError, match="needs a `set`"):
+            ablate.check([*rows, lacking])
 
 
 def test_a_row_that_is_done_is_known_by_all_that_its_result_depends_on() -> None:

@@ -47,7 +47,7 @@ FLOORS = {
     "interop": 2,
 }
 TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
-SCRIPTS = (*TRAINING, "sample", "interpolate", "evaluate", "prepare_data", "convert", "doctor")
+SCRIPTS = (*TRAINING, "sample", "interpolate", "evaluate", "posthoc_ema", "prepare_data", "convert", "doctor")
 HEAVY = {
     "datasets",
     "diffusers",

@@ -129,6 +129,29 @@ def test_sigterm_saves_and_says_how_to_go_on(long_run: Path, tmp_path: Path) -> 
     kills.same_end(long_run, run)
 
 
+def test_averages_of_any_length_are_made_afterwards(long_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(long_run, run)
+    kept = sorted(path.name for path in (run / "ema").iterdir())
+    assert kept == [f"step_{step:08d}" for step in range(10, 81, 10)]
+    done = launch("posthoc_ema.py", run, "0.05", "0.15")
+    assert done.status == 0 and "sample.py" in done.out and "POORLY" not in done.out, done.all
+    short = load_file(run / "ema" / "width_0.05" / "ema.safetensors")
+    own = load_file(run / "checkpoints" / "step_00000080" / "ema_0.05.safetensors")  # followed from step to step
+    for name, value in short.items():
+        torch.testing.assert_close(value, own[name], rtol=2e-3, atol=2e-5)
+    assert any((value != short[name]).any() for name, value in load_file(run / "ema/width_0.15/ema.safetensors").items())
+    run_here("sample", run / "ema" / "width_0.15", "--num", "2", "--steps", "2", "--out", tmp_path / "samples")
+    assert "step 80" in capsys.readouterr().out and len(list((tmp_path / "samples").rglob("*.png"))) >= 2
+
+    (run / "ema" / "step_00000070" / "ema_0.1.safetensors").unlink()
+    assert "ema_0.1.safetensors is missing" in refused("posthoc_ema", run, "0.1")
+    assert "give one from 0.01 to 0.28" in refused("posthoc_ema", run, "0.5")
+    shutil.rmtree(run / "ema")
+    assert "train it with ema.snapshot_every" in refused("posthoc_ema", run, "0.1")
+    assert "there is no such run" in refused("posthoc_ema", tmp_path / "none", "0.1")
+
+
 def test_a_finished_run_says_so_and_a_damaged_checkpoint_is_passed_over(smoke_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(smoke_run, run)

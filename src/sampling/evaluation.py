@@ -487,6 +487,6 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     report.figures |= {**means, "real_pictures": len(data), "notes": notes}
     order = np.argsort(each["psnr"], kind="stable")
     chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
-    save_sheet(out / "reconstructions.png", *through(chosen), means)
+    save_sheet(out / "reconstructions.png", *through(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")
     report.files.append(out / "reconstructions.png")
     return report.write(it.ranks)

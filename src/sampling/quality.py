@@ -159,7 +159,8 @@ def draw_nearest(
     _, first = distances.nearest(samples[chosen], train, most=3)
     drawn, known = draw(chosen.tolist()), load(first.flatten().tolist())
     rows = [np.concatenate([drawn[i : i + 1], known[3 * i : 3 * i + 3]]) for i in range(len(chosen))]
-    names = [word for i in chosen for word in (f"#{i}", f"{distance[i]:.3g}", "", "")]
+    usual = set(others.tolist())
+    names = [word for i in chosen for word in (f"usual #{i}" if i in usual else f"#{i}", f"{distance[i]:.3g}", "", "")]
     title = (
         f"the {min(SHOWN, len(order))} samples nearest to a training picture, then usual ones; beside each, its nearest three"
     )

@@ -105,11 +105,12 @@ def _names(network: Any, examples: Examples, perceptual: bool) -> list[str]:
     return names + [f"{word} {c}" for c in range(latents) for word in ("sum", "square", "count")]
 
 
-def save_sheet(path: Path, images: Tensor, drawn: Tensor, values: dict[str, float]) -> None:
-    """Three rows: pictures, reconstructions, and their difference around grey; (N, C, H, W) in [-1, 1] twice."""
+def save_sheet(path: Path, images: Tensor, drawn: Tensor, values: dict[str, float], which: str = "") -> None:
+    """Three rows: pictures (`which` says what kind), reconstructions, and their difference around grey; (N, C, H, W) in [-1, 1]
+    twice."""
     rows = torch.cat([images, drawn, drawn - images])
     told = ", ".join(f"{name} {values[name]:.3g}" for name in ("psnr", "ssim", "lpips") if name in values)
-    title = f"picture, reconstruction, difference: {told}"
+    title = f"{which}picture, reconstruction, difference: {told}"
     pictures.save(pictures.grid(pictures.to_uint8(rows), columns=len(images), title=title), path)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import UserError, dump
+from .ema import WIDTHS
 from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within
 from .stream import split_batch
 from .uploads import starts, weights_in
@@ -143,7 +144,8 @@ def _count(network: nn.Module) -> int:
 def room(cfg: Any, folder: Path) -> Verdict:
     """Free space for the checkpoints that are kept and the one being written: weights, EMA and two moments each."""
     network, adversary = count_parameters(cfg)
-    one = (4 * network + 3 * adversary) * (8 if cfg.dtype == "float64" else 4)
+    averages = 0 if cfg.ema.snapshot_every is None else len(WIDTHS)
+    one = ((4 + averages) * network + 3 * adversary) * (8 if cfg.dtype == "float64" else 4)
     kept = cfg.checkpoint.keep + 1 + cfg.checkpoint.keep_best
     return free_space(folder, float(one * kept), f"{kept} checkpoints of {size(one)}")
 

@@ -133,6 +133,7 @@ class Session:
         lengths["export"] = getattr(cfg, "export_every", None)
         quality = getattr(cfg.preview, "quality", None)
         lengths["quality"] = quality.every if quality is not None else None
+        lengths["snapshot"] = cfg.ema.snapshot_every
         self._cadences = {
             word: Cadence(word, resolve(length) if length is not None else None) for word, length in lengths.items()
         }
@@ -178,9 +179,9 @@ class Session:
         return self.step >= self._end
 
     def now(self, word: str) -> bool:
-        """Whether log, preview, quality, save or export is due: all but the last at the end of a stage, too."""
+        """Whether log, preview, quality, snapshot, save or export is due: all but the last at the end of a stage, too."""
         due = self._cadences[word]
-        if word == "quality" and due.every is None:
+        if word in ("quality", "snapshot") and due.every is None:
             return False
         if self.attempt.trial:
             return self.attempt.wants(word)
@@ -216,7 +217,10 @@ class Session:
         self.run.report(now=self.now("preview"))
 
     def save(self, *, keep: bool = False, **more: Any) -> bool:
-        """A checkpoint, where one is due, or a stop or the clock asks for it; `more` goes into its progress."""
+        """A checkpoint, where one is due, or a stop or the clock asks for it; `more` goes into its progress. Before it what
+        post-hoc averages are made of, where that is due."""
+        if self.now("snapshot"):
+            self._snapshot()
         if not (keep or self.now("save") or self.gate.save or self.gate.stop):
             return False
         with self.attempt.saving(step_folder(self.run.checkpoints, self.step), self.run.samples):
@@ -244,6 +248,12 @@ class Session:
                 uploads.wake(self.step)
         self.gate.saved()
         return True
+
+    def _snapshot(self) -> None:
+        averages = self.trained.averages(keep=self.run.writes)
+        if self.run.writes:
+            progress = {"step": self.step, "images": self.split.images_at(self.step)}
+            checkpoint.write_folder(step_folder(self.run.path / "ema", self.step), averages, self.documents(progress))
 
     def documents(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {"progress": progress, "config": dump(self.cfg), "data": self.facts}

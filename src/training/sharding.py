@@ -62,7 +62,7 @@ def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim
         return accelerator.prepare(network, optimizer)
     moments = optimizer_state(optimizer, names_of(network))
     optimizer.state.clear()  # accelerate moves the optimiser's parameters to the parts, and leaves the moments behind
-    for module in (network, ema.network):  # FSDP cuts rows, and takes no channels_last
+    for module in (network, *ema.networks.values()):  # FSDP cuts rows, and takes no channels_last
         module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     if accelerator.native_amp:
         autocast = torch.autocast(accelerator.device.type, torch.bfloat16)

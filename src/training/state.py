@@ -41,16 +41,22 @@ class Trained:
 
     def tensors(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint holds, likewise."""
-        found = {"ema": self.weights(keep=keep)}
+        found = {name: on_cpu(network.state_dict(), keep=keep) for name, network in self.ema.networks.items()}
         for (name, moments), (network, optimizer) in self._pairs.items():
             found[name] = on_cpu(network.state_dict(), keep=keep)
             found[moments] = optimizer_state(optimizer, names_of(network), keep=keep)
         learned = self._times.tensors() if self._times is not None else {}
         return found | ({"times": learned} if learned else {})
 
+    def averages(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+        """What a snapshot holds for post-hoc averages, in half precision, likewise."""
+        found = {name: on_cpu(network.state_dict(), keep=keep) for name, network in self.ema.averages.items()}
+        return {name: {key: value.half() for key, value in tensors.items()} for name, tensors in found.items()}
+
     def load(self, folder: Path) -> None:
         """Put a checkpoint's tensors back; one of another architecture is a UserError."""
-        checkpoint.load_weights(self.ema.network, checkpoint.read_tensors(folder, "ema"), folder)
+        for name, network in self.ema.networks.items():
+            checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
         for (name, moments), (network, optimizer) in self._pairs.items():
             checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
             load_optimizer_state(optimizer, names_of(network), checkpoint.read_tensors(folder, moments))

@@ -41,6 +41,7 @@ class Measured:
     preview_seconds: float = 0.0
     save_seconds: float = 0.0
     exports: int = 0
+    snapshots: int = 0  # for post-hoc averages
     measured: int = 0  # times that the quality of samples is measured, and what one takes
     measured_seconds: float = 0.0
 
@@ -100,8 +101,9 @@ class Attempt:
 
         every = cadences["export"].every
         exports = steps // every if every is not None and steps < ENDLESS else 0
+        snapshots = times("snapshot") if cadences["snapshot"].every is not None else 0
         measured = times("quality") if cadences["quality"].every is not None else 0
-        self.stages.append(Measured(name, split, steps, times("preview"), times("save"), exports=exports, measured=measured))
+        self.stages.append(Measured(name, split, steps, times("preview"), times("save"), exports, snapshots, measured))
 
     def counted(self, done: int, device: torch.device) -> None:
         """So many steps of the stage are done: the first ones warm up."""
@@ -126,7 +128,7 @@ class Attempt:
 
     def wants(self, word: str) -> bool:
         """What is done then: log, preview and save in a dry run."""
-        return word == "save" if self.kind == "verify" else self.kind == "dry_run" and word != "export"
+        return word == "save" if self.kind == "verify" else self.kind == "dry_run" and word not in ("export", "snapshot")
 
     @contextmanager
     def saving(self, checkpoint: Path, samples: Path) -> Generator[None]:
@@ -338,9 +340,12 @@ def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str)
         seconds += stage.measured * stage.measured_seconds
         kept, pictures = kept + saves, pictures + stage.previews * attempt.preview_bytes
     kept, exports = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best), sum(stage.exports for stage in attempt.stages)
-    needed, free = kept * one + (exports + 1) * attempt.weights_bytes + pictures, shutil.disk_usage(_existing(run_dir)).free
+    snapshots = sum(stage.snapshots for stage in attempt.stages)  # of two averages in half precision
+    needed = kept * one + (exports + snapshots + 1) * attempt.weights_bytes + pictures
+    free = shutil.disk_usage(_existing(run_dir)).free
     told = f"{_size(needed)}: {kept} checkpoints of {_size(one)} (one more while it is written), final weights, previews"
-    told += f", {exports} exports of {_size(attempt.weights_bytes)}" if exports else ""
+    for count, what in ((exports, "exports"), (snapshots, "snapshots for post-hoc averages")):
+        told += f", {count} {what} of {_size(attempt.weights_bytes)}" if count else ""
     advice = f"; ONLY {_size(free)} ARE FREE: make room, or lower checkpoint.keep" if needed + one > free else ""
     rows += [("memory", f"{memory:.2f} GB"), ("disk", told + advice)]
     if attempt.stages[-1].steps < ENDLESS:

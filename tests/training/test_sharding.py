@@ -40,7 +40,7 @@ def shard(network: UNet, ema: EMA) -> None:
 
 
 def train(network: UNet, sharded: bool) -> tuple[Trained, Prepared]:
-    ema = EMA(network, EMAConfig())
+    ema = EMA(network, EMAConfig(snapshot_every=1))
     if sharded:
         shard(network, ema)
     optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 1e-2}))

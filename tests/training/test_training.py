@@ -1,6 +1,8 @@
 """The parts of the loop: each number against its formula or against torch."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from src.data.sources import ShapesSource
 from src.training import checkpoint
 from src.training.checkpoint import CheckpointConfig, damage, load_weights, newest, retain, step_folder, write_folder
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
-from src.training.ema import EMA, EMAConfig
+from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
 from src.training.launch import Heartbeats, MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
 from src.training.optimizer import OptimizerConfig, adamw, learning_rate, load_optimizer_state, optimizer_state, update
 from src.training.run import RunDirectory, describe_data
@@ -177,6 +179,45 @@ def test_ema_by_its_formula() -> None:
     assert not ema.network.weight.requires_grad
     ramped = EMA(network, EMAConfig(half_life_images=1000, ramp_up=0.1))
     assert ramped.decay(100, 10) == pytest.approx(0.5) and ramped.decay(10**6, 10) == pytest.approx(0.5**0.01)
+
+
+@pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.25])
+def test_the_width_of_an_average_is_that_of_its_times(width: float) -> None:
+    """The standard deviation of tau in (gamma + 1) tau^gamma on [0, 1]."""
+    gamma, tau = exponent(width), (np.arange(200_000) + 0.5) / 200_000
+    weight = (gamma + 1) * tau**gamma / len(tau)
+    mean = (weight * tau).sum()
+    assert np.sqrt((weight * (tau - mean) ** 2).sum()) == pytest.approx(width, rel=1e-4)
+
+
+def average_of(path: np.ndarray, width: float) -> float:
+    """Of a weight (steps,), each step's counted as tau^gamma where it stood."""
+    gamma, ends = exponent(width), np.arange(len(path) + 1) / len(path)
+    return float(path @ (ends[1:] ** (gamma + 1) - ends[:-1] ** (gamma + 1)))
+
+
+def test_post_hoc_averages_are_those_of_the_whole_path(tmp_path: Path) -> None:
+    """A weight that wanders for 2,000 steps of 8 images, with a snapshot of its two averages at every tenth of them."""
+    path = np.cumsum(np.random.default_rng(0).normal(size=2000)) / 50
+    network = nn.Linear(1, 1, bias=False)
+    ema, kept = EMA(network, EMAConfig(snapshot_every=200)), []
+    for step, value in enumerate(path, 1):
+        with torch.no_grad():
+            network.weight.fill_(float(value))
+        ema.update(network, 8 * step, 8)
+        if step % 200 == 0:
+            for width, name in zip(WIDTHS, ema.averages, strict=True):
+                found = float(ema.averages[name].weight)
+                assert found == pytest.approx(average_of(path[:step], width), abs=0.02)
+                kept.append((Kept(width, 8 * step), found))
+    shots, values = [shot for shot, _ in kept], np.array([value for _, value in kept])
+    for width in (0.04, 0.05, 0.08, 0.1, 0.15):
+        weights, missed = post_hoc_weights(shots, width)
+        assert missed < 0.06 and weights @ values == pytest.approx(average_of(path, width), abs=0.02)
+    weights, missed = post_hoc_weights(shots, 0.05)  # one that was kept
+    assert missed < 1e-3 and weights[shots.index(Kept(0.05, 16_000))] == pytest.approx(1, abs=1e-3)
+    assert abs(average_of(path, 0.04) - average_of(path, 0.15)) > 0.1  # so that they can be told apart
+    assert post_hoc_weights(shots[:2], 0.2)[1] > 0.1  # a single snapshot cannot make a long one
 
 
 def test_optimizer_state_goes_out_and_in() -> None:
@@ -441,6 +482,21 @@ def test_launchers_that_contradict(variables: dict, said: str, monkeypatch: pyte
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
         start(MachineConfig())
+
+
+@pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_glibc_keeps_what_is_freed_unless_the_environment_says_how(variables: dict[str, str], kept: bool) -> None:
+    """64 MB are freed: how many of them go back to the system?"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("not glibc")
+    code = (
+        "import psutil, torch; from src.training.launch import keep_freed_memory; print(keep_freed_memory());"
+        "x = torch.ones(16 << 20); me = psutil.Process(); before = me.memory_info().rss; del x;"
+        "print(before - me.memory_info().rss > 32 << 20)"
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain | variables, capture_output=True, text=True)
+    assert done.stdout.split() == [str(kept), str(not kept)], done.stderr
 
 
 def test_precision_without_a_gpu() -> None:
