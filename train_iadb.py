@@ -31,7 +31,7 @@ from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
-from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
+from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
 from src.training.run import LogConfig
 from src.training.seeds import torch_seed
 from src.training.session import Session
@@ -140,7 +140,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         network = MLP(cfg.model, num_classes=num_classes).to(device, dtype)
     else:
         network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
-    bare_optimizer = adamw(network.parameters(), cfg.optimizer)
+    bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     trained = Trained(network, bare_optimizer, ema, times=times)

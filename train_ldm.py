@@ -25,7 +25,7 @@ from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
-from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, learning_rate, update
+from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import normal, torch_seed
 from src.training.session import Session
@@ -101,7 +101,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Build process, optimiser, EMA, and the sampler of the previews.
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
-    bare_optimizer = adamw(network.parameters(), cfg.optimizer)
+    bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     trained = Trained(network, bare_optimizer, ema, times=times)

@@ -25,7 +25,7 @@ from src.training.checkpoint import CheckpointConfig
 from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
-from src.training.optimizer import OptimizerConfig, adamw, clip_gradients, update
+from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import normal, torch_seed
 from src.training.session import Session
@@ -94,7 +94,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     perceptual = None
     if any(stage.config.perceptual is not None for stage in stages):
         perceptual = losses.Perceptual(cfg.perceptual, sizes=[stage.image.size for stage in stages]).to(device, dtype)
-    bare = adamw(network.parameters(), cfg.optimizer), adamw(discriminator.parameters(), cfg.discriminator_optimizer)
+    bare = build_optimizer(network, cfg.optimizer), build_optimizer(discriminator, cfg.discriminator_optimizer)
     ema = EMA(network, cfg.ema)
     trained = Trained(network, bare[0], ema, adversary=(discriminator, bare[1]))
 

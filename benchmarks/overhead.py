@@ -29,7 +29,7 @@ from src.config import load
 from src.models import MLP, MLPConfig
 from src.sampling.opened import build_unet
 from src.training.ema import EMA
-from src.training.optimizer import adamw
+from src.training.optimizer import build_optimizer
 from src.training.trials import Attempt
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -60,7 +60,7 @@ def loop_milliseconds(script: Any, config: Path, steps: int) -> float:
 
 def network_milliseconds(cfg: Any, network: nn.Module, x: Tensor, labels: Tensor | None, rounds: int) -> tuple[float, float]:
     """Forward and backward of a network alone; and clipping, AdamW and EMA of its parameters."""
-    optimizer, ema = adamw(network.parameters(), cfg.optimizer), EMA(network, cfg.ema)
+    optimizer, ema = build_optimizer(network, cfg.optimizer), EMA(network, cfg.ema)
     t = torch.rand(len(x))
     spent: list[tuple[float, float]] = []
     for _ in range(rounds):

@@ -46,7 +46,7 @@ from src.sampling import Sampler, SamplerConfig
 from src.sampling.autoencoder import Autoencoder
 from src.sampling.opened import build_unet
 from src.training.ema import EMA
-from src.training.optimizer import adamw
+from src.training.optimizer import build_optimizer
 from src.training.stages import StageConfig
 from src.training.stream import MicroBatch, to_network
 from src.training.trials import Attempt
@@ -103,7 +103,7 @@ class BareDiffusion:
     def __init__(self, cfg: Any, shape: tuple[int, ...], num_classes: int | None) -> None:
         self.cfg, self.process = cfg, build_process(cfg.process)
         self.network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
-        self.optimizer, self.ema = adamw(self.network.parameters(), cfg.optimizer), EMA(self.network, cfg.ema)
+        self.optimizer, self.ema = build_optimizer(self.network, cfg.optimizer), EMA(self.network, cfg.ema)
         self.x0 = torch.randn(cfg.batch_size, *shape).to(memory_format=torch.channels_last)
         self.labels = torch.randint(0, num_classes, (cfg.batch_size,)) if num_classes is not None else None
 
@@ -126,8 +126,8 @@ class BareStage:
         self.network.tanh = tanh_in(cfg.stages, number)
         self.discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels))
         self.perceptual = losses.Perceptual(cfg.perceptual) if self.own.perceptual is not None else None
-        self.optimizer = adamw(self.network.parameters(), cfg.optimizer)
-        self.judge_optimizer = adamw(self.discriminator.parameters(), cfg.discriminator_optimizer)
+        self.optimizer = build_optimizer(self.network, cfg.optimizer)
+        self.judge_optimizer = build_optimizer(self.discriminator, cfg.discriminator_optimizer)
         self.ema = EMA(self.network, cfg.ema)
         self.noise = torch.randn(cfg.batch_size, *cfg.model.latent_shape(cfg.image.size))
         self.images = to_network(
@@ -300,7 +300,7 @@ def our_racer(parameters: int | None, device: torch.device) -> Racer:
         sampler = Sampler(network, process, spec, shape=(3, 32, 32), num_classes=None, clip_x0=(-1.0, 1.0))
         return sampler.draw(0, range(count), None, device=device)
 
-    return Racer(network, adamw(network.parameters(), cfg.optimizer), lambda x, t: network(x, t.float()), draw)
+    return Racer(network, build_optimizer(network, cfg.optimizer), lambda x, t: network(x, t.float()), draw)
 
 
 def diffusers_racer(device: torch.device, width: int = 32) -> Racer:

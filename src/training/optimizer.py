@@ -1,7 +1,7 @@
-"""AdamW, and the learning rate as a function of the step."""
+"""AdamW and Muon, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -57,20 +57,103 @@ Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 @config
+class MuonConfig:
+    """`momentum` (Nesterov's) of the gradients, and how many `iterations` make its matrix orthogonal, roughly: five are usual,
+    three enough."""
+
+    momentum: Beta = 0.95
+    iterations: int = pydantic.Field(3, ge=1)
+
+
+@config
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) and its schedule; `clip` bounds the gradient's norm."""
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) and its schedule; `clip` bounds the gradient's norm. With `muon` the
+    matrices of the network move by Muon, at the same rate, and AdamW moves the rest."""
 
     lr: float = pydantic.Field(gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = pydantic.Field(1e-8, gt=0)
     weight_decay: float = pydantic.Field(0.0, ge=0)
     clip: float | None = pydantic.Field(1.0, gt=0)
+    muon: MuonConfig | None = None
     schedule: Schedule = pydantic.Field(default_factory=lambda: Constant(kind="constant"))
 
 
 def adamw(parameters: Iterable[Tensor], spec: OptimizerConfig) -> torch.optim.AdamW:
     """torch's fused AdamW: one kernel for all parameters, and a step that can be left out without waiting for the device."""
     return torch.optim.AdamW(parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
+
+
+def build_optimizer(network: nn.Module, spec: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW, or Muon for the weights of convolutions and linear layers that have at least 16 inputs and outputs, and AdamW for
+    the rest."""
+    if spec.muon is None:
+        return adamw(network.parameters(), spec)
+    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    matrices = [layer.weight for layer in layers if min(len(layer.weight), layer.weight[0].numel()) >= 16]
+    chosen = {id(weight) for weight in matrices}
+    return Muon(matrices, [weight for weight in network.parameters() if id(weight) not in chosen], spec, spec.muon)
+
+
+class Muon(torch.optim.AdamW):
+    """Each of `matrices` (out, in, ...) moves along its averaged gradient, made orthogonal: of the singular value decomposition
+    U S V^T to U V^T, times 0.2 sqrt(max(out, in)), which is about as far as AdamW goes; `others` by AdamW.
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: Liu et al. 2025, arXiv:2502.16982, Eq. 4.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], spec: OptimizerConfig, own: MuonConfig) -> None:
+        super().__init__(others, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
+        self._own = own
+        if matrices:
+            self.add_param_group({"params": list(matrices), "muon": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Where `found_inf` () is set and not 0, nothing changes, as with torch's fused optimisers."""
+        assert closure is None
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("muon")]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group.get("muon"):
+                self._move([weight for weight in group["params"] if weight.grad is not None], group)
+
+    def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        found = getattr(self, "found_inf", None)
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for weight in matrices:
+            momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+            gradient = weight.grad
+            assert gradient is not None
+            if found is not None:
+                gradient = torch.where(found > 0, momentum, gradient)  # which leaves the momentum as it is
+            momentum.lerp_(gradient, 1 - self._own.momentum)
+            ahead = gradient.lerp(momentum, self._own.momentum).flatten(1)
+            alike.setdefault((ahead.shape[0], ahead.shape[1]), []).append((weight, ahead))
+        taken = 1.0 if found is None else (found == 0).to(torch.float32)
+        for shape, members in alike.items():
+            ways = orthogonal(torch.stack([ahead for _, ahead in members]), self._own.iterations)
+            for (weight, _), way in zip(members, ways, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"] * taken)
+                weight.sub_(way.reshape_as(weight) * (0.2 * math.sqrt(max(shape)) * group["lr"] * taken))
+
+
+def orthogonal(matrices: Tensor, iterations: int) -> Tensor:
+    """(N, out, in) -> the same with singular values near 1 (after five iterations between 0.7 and 1.2), by Newton and Schulz's
+    X <- a X + b X X^T X + c (X X^T)^2 X, in bfloat16 for float32."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = x.bfloat16() if x.dtype == torch.float32 else x
+    for _ in range(iterations):
+        square = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.transpose(1, 2) if tall else x).to(matrices.dtype)
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, spec: OptimizerConfig) -> Tensor:

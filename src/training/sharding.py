@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import UserError
 from .ema import EMA
-from .optimizer import load_optimizer_state, names_of, optimizer_state
+from .optimizer import Muon, load_optimizer_state, names_of, optimizer_state
 
 # What accelerate takes from its fsdp_config: (what it takes without one, what is supported, why).
 _SUPPORTED = {
@@ -60,6 +60,10 @@ def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim
     and each process goes on with its part; from then on all of them call what runs the networks or gathers tensors."""
     if not accelerator.is_fsdp2:
         return accelerator.prepare(network, optimizer)
+    if isinstance(optimizer, Muon):
+        raise UserError(
+            "optimizer.muon needs whole matrices, and FSDP cuts them: set optimizer.muon to null, or launch without"
+        )
     moments = optimizer_state(optimizer, names_of(network))
     optimizer.state.clear()  # accelerate moves the optimiser's parameters to the parts, and leaves the moments behind
     for module in (network, *ema.networks.values()):  # FSDP cuts rows, and takes no channels_last

@@ -23,7 +23,17 @@ from src.training.checkpoint import CheckpointConfig, damage, load_weights, newe
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
 from src.training.launch import Heartbeats, MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
-from src.training.optimizer import OptimizerConfig, adamw, learning_rate, load_optimizer_state, optimizer_state, update
+from src.training.optimizer import (
+    OptimizerConfig,
+    adamw,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_state,
+    names_of,
+    optimizer_state,
+    orthogonal,
+    update,
+)
 from src.training.run import RunDirectory, describe_data
 from src.training.seeds import generator, normal, torch_seed, uniforms
 from src.training.state import Meter, Trained
@@ -143,6 +153,52 @@ def test_update_is_adamw() -> None:
         plain.zero_grad()
     for ours, theirs in zip(network.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    spec = validate(OptimizerConfig, {"lr": 0.02, "weight_decay": 0.1, "muon": {"momentum": 0.9, "iterations": 5}})
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 3, 1))
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    theirs = [nn.Parameter(network[i].weight.detach().flatten(1).clone()) for i in (0, 2, 3)]  # pyright: ignore
+    rest = [value for i, value in enumerate(network.parameters()) if i not in (0, 2, 4)]
+    others = [nn.Parameter(value.detach().clone()) for value in rest]
+    starts = {i: network[i].weight.detach().flatten(1).clone() for i in (0, 2, 3)}  # pyright: ignore
+    muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    adam, ours = adamw(others, spec), Prepared(build_optimizer(network, spec))
+    for _ in range(4):
+        for one, own in zip([*theirs, *others], [*(network[i].weight for i in (0, 2, 3)), *rest], strict=True):
+            own.grad = torch.randn_like(own)  # of full rank: where a singular value is nearly 0, rounding decides
+            one.grad = own.grad.detach().reshape(one.shape).clone()
+        muon.step()
+        adam.step()
+        update(ours, 0.02, torch.tensor(1.0))
+        for one, own in zip(others, rest, strict=True):
+            torch.testing.assert_close(own, one)
+        for one, i in zip(theirs, (0, 2, 3), strict=True):
+            apart = (network[i].weight.flatten(1) - one).norm() / (one - starts[i]).norm()
+            assert apart < 0.1, apart  # both iterate in bfloat16, and round in another order
+    before = [value.detach().clone() for value in network.parameters()]
+    momentum = {name: value.clone() for name, value in optimizer_state(ours.optimizer, names_of(network)).items()}
+    network(torch.full((2, 16, 9, 9), float("nan"))).sum().backward()
+    update(ours, 0.02, torch.tensor(float("nan")))
+    assert all(torch.equal(value, old) for value, old in zip(network.parameters(), before, strict=True))
+    after = optimizer_state(ours.optimizer, names_of(network))
+    assert after.keys() == momentum.keys() and all(torch.equal(after[name], momentum[name]) for name in after)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
+def test_orthogonal_has_the_singular_vectors_and_values_near_one(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    made = u.mT @ orthogonal(matrices, 5) @ vh.mT  # diagonal where the vectors are the same
+    values = torch.diagonal(made, dim1=1, dim2=2)
+    assert values.min() > 0.3 and values.max() < 1.3 and values.median() > 0.6
+    torch.testing.assert_close(made, torch.diag_embed(values), rtol=0, atol=1e-9)
+    near = orthogonal(matrices.float(), 5).double()
+    assert (near - orthogonal(matrices, 5)).abs().max() < 0.05
 
 
 def test_moments_come_back_in_the_memory_format_of_their_parameter() -> None:
