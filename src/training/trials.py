@@ -103,7 +103,8 @@ class Attempt:
         exports = steps // every if every is not None and steps < ENDLESS else 0
         snapshots = times("snapshot") if cadences["snapshot"].every is not None else 0
         measured = times("quality") if cadences["quality"].every is not None else 0
-        self.stages.append(Measured(name, split, steps, times("preview"), times("save"), exports, snapshots, measured))
+        counted = {"exports": exports, "snapshots": snapshots, "measured": measured}
+        self.stages.append(Measured(name, split, steps, times("preview"), times("save"), **counted))
 
     def counted(self, done: int, device: torch.device) -> None:
         """So many steps of the stage are done: the first ones warm up."""

@@ -1,6 +1,8 @@
 """torch's `fully_shard` on two processes of a CPU: what is saved is whole, and goes back into parts."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from src.config import UserError, validate
 from src.models import UNet, UNetConfig
 from src.training import checkpoint
 from src.training.ema import EMA, EMAConfig
-from src.training.optimizer import OptimizerConfig, adamw, update
+from src.training.optimizer import OptimizerConfig, adamw, build_optimizer, update
 from src.training.parts import full
+from src.training.sharding import prepare
 from src.training.state import Trained
 from tests.conftest import randomise
 from tests.training.test_training import Prepared
@@ -103,3 +106,10 @@ def round_trip(rank: int, folder: Path) -> None:
 
 def test_whole_checkpoints_go_into_parts_and_back(tmp_path: Path) -> None:
     mp.spawn(round_trip, args=(tmp_path,), nprocs=2)
+
+
+def test_muon_is_refused_where_matrices_are_cut() -> None:
+    network = build()
+    optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 1e-2, "muon": {}}))
+    with pytest.raises(UserError, match="optimizer.muon needs whole matrices"):
+        prepare(cast(Any, SimpleNamespace(is_fsdp2=True)), network, optimizer, EMA(network, EMAConfig()))

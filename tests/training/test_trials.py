@@ -29,7 +29,7 @@ from src.training.trials import (
 )
 from tests.conftest import ROOT, launch
 
-WORDS = {"preview": 100, "save": 100, "export": 300, "quality": None}
+WORDS = {"preview": 100, "save": 100, "export": 300, "quality": None, "snapshot": 500}
 SPLIT = split_batch(16, 8, rank=0, world=1)
 
 
@@ -59,9 +59,11 @@ def test_costs_are_steps_previews_checkpoints_and_what_comes_before(tmp_path: Pa
 def test_costs_have_the_exports_which_a_trial_counts_and_does_not_write(tmp_path: Path) -> None:
     attempt = Attempt("dry_run", checkpoint_bytes=10**6, weights_bytes=2 * 10**5, images=100)
     attempt.enter("", SPLIT, 1000, {word: Cadence(word, every) for word, every in WORDS.items()}, "micro_batch_size")
-    assert attempt.stages[0].exports == 3 and not attempt.wants("export")
+    assert attempt.stages[0].exports == 3 and attempt.stages[0].snapshots == 2
+    assert not attempt.wants("export") and not attempt.wants("snapshot")
     told_of_disk = told(config_of(), attempt, tmp_path)["disk"]
-    assert told_of_disk.startswith("3.8 MB: 3 checkpoints") and told_of_disk.endswith("previews, 3 exports of 0.2 MB")
+    assert told_of_disk.startswith("4.2 MB: 3 checkpoints")
+    assert told_of_disk.endswith("previews, 3 exports of 0.2 MB, 2 snapshots for post-hoc averages of 0.2 MB")
     cfg = load("configs/landscape64_ddpm.json", ddpm_accelerate.Config)
     assert _without_traces(cfg).export_every == cfg.export_every is not None, "or there would be none to count"
 
@@ -95,7 +97,7 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
     def train(cfg: Any, run_dir: Path, attempt: Attempt) -> int:
         assert not run_dir.exists() and attempt.kind == "fit" and cfg.bucket is None and cfg.log.trackers == ()
         run_dir.mkdir()
-        cadences = {word: Cadence(word, None) for word in ("preview", "save", "export", "quality")}
+        cadences = {word: Cadence(word, None) for word in ("preview", "save", "export", "quality", "snapshot")}
         attempt.enter("", split_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=1), 10, cadences, "micro_batch_size")
         seen.append(cfg.micro_batch_size)
         if cfg.micro_batch_size > limit:
