@@ -22,27 +22,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, machine
-from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, prepare_pictures, train_ours
+from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, pictures_in, prepare_pictures, train_ours
 from src.config import UserError, read_json, run_script
-from src.data import open_sources
 from src.data.packing import pack
-from src.data.scan import ScanConfig
-from src.data.sources import FolderSource
 from src.training.ema import post_hoc
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablations.json"
-KEYS = (
-    "name",
-    "seed",
-    "minutes",
-    "samples",
-    "recipe",
-    "set",
-    "first",
-    "of",
-    "sampler",
-    "ema",
-)  # what makes a result this row's
+# What makes a result this row's.
+KEYS = ("name", "seed", "minutes", "samples", "recipe", "set", "first", "of", "sampler", "ema")
 Row = dict[str, Any]
 
 
@@ -71,8 +58,7 @@ def small_first(first: Row, out: Path, folder: Path, seconds: float, sets: list[
     size, spent = first["size"], first["share"] * seconds
     small = folder / f"packed_{size}"
     if not small.exists():
-        source = FolderSource(source="folder", path=str(folder / "train"), scan=ScanConfig(min_file_bytes=0))
-        pack(open_sources(source), small, size=size, channels=3)
+        pack(pictures_in(folder / "train"), small, size=size, channels=3)
     (out / "first").mkdir()
     trained = train_ours(out / "first", folder, spent, [*sets, f"data.path={small}", f"image.size={size}"])
     print(f"first {trained['fractions']['1.0']['images']} pictures of {size} px", flush=True)

@@ -41,7 +41,7 @@ from benchmarks.common import ROOT, environment, installed, machine
 from benchmarks.peers import CALLS, FRACTIONS, SIZE
 from src import pictures
 from src.config import UserError, read_json, run_script
-from src.data import ImageConfig, open_sources
+from src.data import ImageConfig, PictureSet, open_sources
 from src.data.packing import pack
 from src.data.scan import ScanConfig
 from src.data.sources import FolderSource
@@ -92,10 +92,14 @@ def prepare_pictures(datasets: Path, archive: Path = ARCHIVE) -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             file.rename(place)
     shutil.rmtree(staged / "all")
-    source = FolderSource(source="folder", path=str(staged / "train"), scan=ScanConfig(min_file_bytes=0))
-    pack(open_sources(source), staged / "packed", size=SIZE, channels=3)
+    pack(pictures_in(staged / "train"), staged / "packed", size=SIZE, channels=3)
     staged.rename(folder)
     return folder
+
+
+def pictures_in(folder: Path) -> PictureSet:
+    """All of a folder, however few bytes a file has."""
+    return open_sources(FolderSource(source="folder", path=str(folder), scan=ScanConfig(min_file_bytes=0)))
 
 
 def write_digits(folder: Path) -> None:
@@ -122,8 +126,7 @@ def features(pixels: Tensor) -> Array:
 @cache
 def known_features(folder: Path, part: str) -> Array:
     """Those of all pictures of a part, worked out once and kept: minutes for 45,000."""
-    source = FolderSource(source="folder", path=str(folder / part), scan=ScanConfig(min_file_bytes=0))
-    return real_features(network(), open_sources(source), ImageConfig(size=SIZE))
+    return real_features(network(), pictures_in(folder / part), ImageConfig(size=SIZE))
 
 
 @cache

@@ -37,7 +37,7 @@ class EMA:
     all of them by the name of their file.
 
     Eq. (App. F), Karras et al. 2022, arXiv:2206.00364: beta = 0.5^(batch / half life). Those that snapshots are taken of have
-    beta(t) = (1 - 1 / t)^(gamma + 1), Eq. 127, Karras et al. 2023, arXiv:2312.02696, gamma by their width.
+    beta(t) = (1 - 1 / t)^(gamma + 1), gamma by their width: Karras et al. 2023, arXiv:2312.02696.
     """
 
     def __init__(self, network: nn.Module, spec: EMAConfig) -> None:
@@ -94,7 +94,7 @@ def exponent(width: float) -> float:
     """gamma of the average in which the weights of time tau count as tau^gamma, whose standard deviation is `width` (above 0,
     below 0.288) of the time of training: the root of width = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)).
 
-    Eq. 126, Karras et al. 2023, arXiv:2312.02696.
+    Karras et al. 2023, arXiv:2312.02696.
     """
     roots = np.roots([1, 7, 16 - width**-2, 12 - width**-2])
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
@@ -111,7 +111,7 @@ def post_hoc_weights(kept: Sequence[Kept], width: float) -> tuple[NDArray[np.flo
     """What each snapshot counts in the average of `width` at the end of the latest, by least squares of the weight over time;
     and the root of the squares that are left, as a part of those of the average itself.
 
-    Sec. C.2, Karras et al. 2023, arXiv:2312.02696: A x = b of the products of p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).
+    Karras et al. 2023, arXiv:2312.02696: A x = b of the products of p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).
     """
     end = max(one.images for one in kept)
     times = np.array([one.images / end for one in kept])
