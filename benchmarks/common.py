@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# As the Makefile has it: threads that wait sleep, and glibc keeps the memory of a batch for the next.
-QUIET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-QUIET |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+# As the Makefile has it: threads that wait spin for a moment, and glibc keeps the memory of a batch for the next.
+QUIET = {"GOMP_SPINCOUNT": "10000", "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+QUIET |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 def environment() -> dict[str, str]:
