@@ -20,8 +20,10 @@ dev: .venv/dev
 	$(PIP) -e '.[eval]'
 	@touch $@
 
+# timm lies aside: where torchvision's build does not match torch's, `accelerate launch` would die of importing it.
 .venv/dev: .venv/core
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps --upgrade --target .venv/timm timm
 	@touch $@
 
 .venv/bench: .venv/core

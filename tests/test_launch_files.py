@@ -1,6 +1,7 @@
 """configs/accelerate, launched: two processes on a CPU, and FSDP there, where it takes a nudge (tests/fsdp_on_cpu.py)."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ def test_launch_files_are_accelerates(name: str, kind: DistributedType, machines
 def test_two_processes_on_a_cpu_by_accelerate_launch(tmp_path: Path) -> None:
     quick = settings(steps=2, preview__every=None, preview__num_samples=2, checkpoint__every=None)
     run = tmp_path / "run"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", FILES / "cpu2.yaml", "--main_process_port", "0"]
+    command = Path(sys.executable).parent / "accelerate"  # as a user types it
+    launcher = [command, "launch", "--config_file", FILES / "cpu2.yaml", "--main_process_port", "0"]
     done = launch(*launcher, "ddpm_accelerate.py", "-cfg", SMOKE, *quick, "--run-dir", run, ACCELERATE_USE_CPU="true")
     assert done.status == 0 and "= 2 x cpu x 1 x 8" in done.out, done.all
 

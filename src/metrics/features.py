@@ -123,7 +123,7 @@ class Timm(Features):
 
     def __init__(self, network_name: str, weights: str | None, name: str, comparable: str) -> None:
         if importlib.util.find_spec("timm") is None:
-            raise UserError(f"--features {name} needs the package timm: pip install timm")
+            raise UserError(f"--features {name} needs the package timm: pip install -e '.[timm]'")
         import_torchvision()
         import timm
         from timm.data.config import resolve_model_data_config
