@@ -5,11 +5,11 @@
 
 The loop: the real scripts' training, and between any two of their steps one of a bare loop (network, loss, clipping, AdamW and
 EMA alone, on pictures that are there already). The peers: a training step (forward, loss, backward, clipping and the project's
-own optimiser) and sampling (each project's own DDIM) of our race's network, of diffusers' UNet2DModel and of
-denoising-diffusion-pytorch's Unet, each in its own default shape, narrowed; ours is widened to their number of parameters. So
-what is compared is what a number of parameters costs in the shape that each project comes with: in the same shape ours is
-hardly faster (benchmarks/unet.py), as all sit in the same convolutions. Everything is measured in turns. On a GPU all run in
-bf16 and compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
+own optimiser) and sampling (each project's own DDIM, in float32) of diffusers' UNet2DModel and of denoising-diffusion-pytorch's
+Unet, each in its own default shape, narrowed, and of our race's network, made deeper until it has as many parameters. So what
+is compared is what a number of parameters costs: in the same shape ours is hardly faster (benchmarks/unet.py), as all sit in
+the same convolutions. On a CPU each trains in its own precision: the peers in float32, ours in bf16, as its configs say (the
+peers' images/s in bf16 are shown, too). Everything is measured in turns. On a GPU all run in bf16 and compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
 """
 
 import argparse
@@ -251,12 +251,14 @@ def measure_loops(rounds: int) -> list[Compared]:
 
 @dataclass
 class Racer:
-    """A project's network with its optimiser, and how it draws `count` pictures with `calls` network calls."""
+    """A project's network with its optimiser, whether it trains in bf16, and how it draws `count` pictures with `calls` network
+    calls."""
 
     network: Any
     optimizer: torch.optim.Optimizer
     call: Callable[[Tensor, Tensor], Tensor]
     draw: Callable[[int, int], Tensor]
+    bf16: bool = False
 
     def gigaflops(self, device: torch.device) -> float:
         """Billions of operations of a network call for one picture."""
@@ -274,24 +276,24 @@ def recipe() -> ddpm_accelerate.Config:
     return load(CONFIGS / "cifar10_race.json", ddpm_accelerate.Config)
 
 
-def our_shape(parameters: int | None) -> UNetConfig:
-    """The race's network, its width changed in fours to come nearest to so many parameters."""
+def our_shape(parameters: int) -> UNetConfig:
+    """The race's network made for more parameters: twice as wide with every level, down to 2 px, where weights cost least; the
+    width of the deepest level brings it nearest to so many parameters."""
     plain = recipe().model
-    if parameters is None:
-        return plain
 
-    def count(width: int) -> int:
+    def shape_of(deepest: int) -> UNetConfig:
+        mult = (1.0, 2.0, 4.0, 8.0, deepest / 4)
+        return replace(plain, base_channels=16, channel_mult=mult, attention=("none",) * len(mult), norm_groups=4)
+
+    def count(deepest: int) -> int:
         with torch.device("meta"):
-            network = build_unet(shape_of(width), (3, 32, 32), None)
+            network = build_unet(shape_of(deepest), (3, 32, 32), None)
         return sum(parameter.numel() for parameter in network.parameters())
 
-    def shape_of(width: int) -> UNetConfig:
-        return replace(plain, base_channels=width, norm_groups=4, head_channels=None, num_heads=1)
-
-    return shape_of(min(range(16, 129, 4), key=lambda width: abs(count(width) - parameters)))
+    return shape_of(min(range(32, 129), key=lambda deepest: abs(count(deepest) - parameters)))
 
 
-def our_racer(parameters: int | None, device: torch.device) -> Racer:
+def our_racer(parameters: int, device: torch.device) -> Racer:
     cfg = recipe()
     process, network = build_process(cfg.process), build_unet(our_shape(parameters), (3, 32, 32), None).to(device)
 
@@ -300,7 +302,8 @@ def our_racer(parameters: int | None, device: torch.device) -> Racer:
         sampler = Sampler(network, process, spec, shape=(3, 32, 32), num_classes=None, clip_x0=(-1.0, 1.0))
         return sampler.draw(0, range(count), None, device=device)
 
-    return Racer(network, build_optimizer(network, cfg.optimizer), lambda x, t: network(x, t.float()), draw)
+    bf16 = cfg.mixed_precision == "bf16"
+    return Racer(network, build_optimizer(network, cfg.optimizer), lambda x, t: network(x, t.float()), draw, bf16)
 
 
 def diffusers_racer(device: torch.device, width: int = 32) -> Racer:
@@ -355,7 +358,7 @@ def training_step(racer: Racer, batch: int, device: torch.device) -> Callable[[]
     t = torch.randint(0, 1000, (batch,), device=device)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=racer.bf16):
             loss = F.mse_loss(racer.call(x, t).float(), noise)
         loss.backward()
         nn.utils.clip_grad_norm_(racer.network.parameters(), 1.0)
@@ -382,20 +385,22 @@ def measure_peers(rounds: int, batch: int, device: torch.device) -> list[str]:
     calls = 5  # of a picture: fifty would cost ten times as much
     for peer, build in PEERS.items():
         if installed(PACKAGES[peer]) is None:
-            rows.append(f"| {peer}: not installed (`pip install -e '.[bench]'`) |" + " |" * 7)
+            rows.append(f"| {peer}: not installed (`pip install -e '.[bench]'`) |" + " |" * 8)
             continue
         theirs = build(device)
         ours = our_racer(theirs.parameters, device)
         cells = [peer, *(f"{racer.parameters / 1e6:.2f} M, {racer.gigaflops(device):.2f}" for racer in (theirs, ours))]
         if device.type == "cuda":
+            theirs.bf16 = True
             for racer in (ours, theirs):
                 racer.network.compile()
-        training = in_turns({"ours": training_step(ours, batch, device), "its": training_step(theirs, batch, device)}, rounds)
-        draws = {"ours": drawing(ours, batch, calls, device), "its": drawing(theirs, batch, calls, device)}
+        steps = {"its": theirs, "its in bf16": replace(theirs, bf16=True), "ours": ours}
+        training = in_turns({name: training_step(racer, batch, device) for name, racer in steps.items()}, rounds)
+        draws = {"its": drawing(theirs, batch, calls, device), "ours": drawing(ours, batch, calls, device)}
         sampling = in_turns(draws, max(2, rounds // 2), warmup=1)
         for what, spent, pictures in (("training", training, batch), ("sampling", sampling, batch * calls / 50)):
             ratio = statistics.median(its / own for its, own in zip(spent["its"], spent["ours"], strict=True))
-            cells += [f"{pictures / statistics.median(spent[name]):.3g}" for name in ("its", "ours")] + [f"{ratio:.2f}"]
+            cells += [f"{pictures / statistics.median(times):.3g}" for times in spent.values()] + [f"{ratio:.2f}"]
             told.append(goal(f"{what}, our images/s over those of {peer} at equal parameters", ratio, at_least))
         rows.append(f"| {' | '.join(cells)} |")
     return [*rows, "", *told]
@@ -462,8 +467,11 @@ def main() -> None:
     for title, _, _, ratio in loops:
         print(goal(f"{title.partition(':')[0]} against the bare loop", ratio, 0.97))
     print(f"\n32 px, batch {args.batch}, {device}{', bf16, compiled' if device.type == 'cuda' else ''}\n")
-    print("| parameters, GFLOP a call: | its | ours | training, images/s: its | ours | ratio | sampling: its | ours | ratio |")
-    print("|" + " --- |" * 9, flush=True)
+    print(
+        "| parameters, GFLOP a call: | its | ours | training, images/s: its | its in bf16 | ours in bf16 | ratio | sampling: its "
+        "| ours | ratio |"
+    )
+    print("|" + " --- |" * 10, flush=True)
     print("\n".join(measure_peers(args.rounds, args.batch, device)), flush=True)
     print("\n| start | seconds to the first step | most memory, MB |\n| --- | --- | --- |")
     print("\n".join(measure_starts()))
