@@ -7,7 +7,8 @@ The file lists rows: {"name", "set": [overrides of configs/cifar10_race.json]}, 
 that share of the time on pictures of that size and goes on from there, or {"name", "of": another row} with a "sampler": {}, or
 with an "ema": width (of posthoc_ema.py), which draws from that row's weights without training. Results are added to
 benchmarks/results/ablations.json; a row that is done there with this seed, these minutes and this recipe is not done again. At
-the end the table is printed.
+the end the table is printed and written beside them. (EDM's preconditioning has no row: for data of variance 1 its network
+learns what the baseline's does, the target `v`.)
 """
 
 import argparse
@@ -140,7 +141,9 @@ def main() -> None:
         staged.write_text(json.dumps(results, indent=1) + "\n")
         staged.rename(RESULTS)
         print(f"{row['name']}: {results[-1]['distance']:.1f}", flush=True)
-    print(f"{machine('accelerate')}\n\n{table(results, held_out_distance(folder, args.samples))}")
+    told = f"{machine('accelerate')}\n\n{table(results, held_out_distance(folder, args.samples))}\n"
+    RESULTS.with_suffix(".md").write_text(f"`python benchmarks/ablate.py`, {time.strftime('%Y-%m-%d')}\n\n{told}")
+    print(told)
 
 
 if __name__ == "__main__":
