@@ -132,27 +132,48 @@ class Muon(torch.optim.AdamW):
             if found is not None:
                 gradient = torch.where(found > 0, momentum, gradient)  # which leaves the momentum as it is
             momentum.lerp_(gradient, 1 - self._own.momentum)
-            ahead = gradient.lerp(momentum, self._own.momentum).flatten(1)
+            ahead = _rows(gradient.lerp(momentum, self._own.momentum))
             alike.setdefault((ahead.shape[0], ahead.shape[1]), []).append((weight, ahead))
         taken = 1.0 if found is None else (found == 0).to(torch.float32)
         for shape, members in alike.items():
             ways = orthogonal(torch.stack([ahead for _, ahead in members]), self._own.iterations)
             for (weight, _), way in zip(members, ways, strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"] * taken)
-                weight.sub_(way.reshape_as(weight) * (0.2 * math.sqrt(max(shape)) * group["lr"] * taken))
+                weight.sub_(_as(way, weight) * (0.2 * math.sqrt(max(shape)) * group["lr"] * taken))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(out, ...) -> (out, in); without a copy for convolutions in channels_last."""
+    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).flatten(1)
+
+
+def _as(rows: Tensor, weight: Tensor) -> Tensor:
+    """What `_rows` made, in the weight's shape again."""
+    if weight.ndim != 4:
+        return rows.view(weight.shape)
+    return rows.view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def orthogonal(matrices: Tensor, iterations: int) -> Tensor:
     """(N, out, in) -> the same with singular values near 1 (after five iterations between 0.7 and 1.2), by Newton and Schulz's
-    X <- a X + b X X^T X + c (X X^T)^2 X, in bfloat16 for float32."""
+    X <- a X + b X X^T X + c (X X^T)^2 X.
+
+    As each step is X <- P X with P = a + b G + c G^2, G = X X^T, the product of all P is made first, of small matrices
+    (G <- P G P), and only then times X: half of the work. For float32 the two products with X are in bfloat16.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     x = x.bfloat16() if x.dtype == torch.float32 else x
+    gram, step, whole = (x @ x.transpose(1, 2)).to(matrices.dtype), None, None
     for _ in range(iterations):
-        square = x @ x.transpose(1, 2)
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        gram = gram if step is None else step @ gram @ step
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=1, dim2=2).add_(a)
+        whole = step if whole is None else step @ whole
+    assert whole is not None
+    x = whole.to(x.dtype) @ x
     return (x.transpose(1, 2) if tall else x).to(matrices.dtype)
 
 
