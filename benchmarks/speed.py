@@ -9,7 +9,8 @@ own optimiser) and sampling (each project's own DDIM, in float32) of diffusers' 
 Unet, each in its own default shape, narrowed, and of our race's network, made deeper until it has as many parameters. So what
 is compared is what a number of parameters costs: in the same shape ours is hardly faster (benchmarks/unet.py), as all sit in
 the same convolutions. On a CPU each trains in its own precision: the peers in float32, ours in bf16, as its configs say (the
-peers' images/s in bf16 are shown, too). Everything is measured in turns. On a GPU all run in bf16 and compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
+peers' images/s in bf16 are shown, too); all move their weights by Adam or AdamW. Everything is measured in turns. On a GPU all
+run in bf16 and compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
 """
 
 import argparse
@@ -302,8 +303,8 @@ def our_racer(parameters: int, device: torch.device) -> Racer:
         sampler = Sampler(network, process, spec, shape=(3, 32, 32), num_classes=None, clip_x0=(-1.0, 1.0))
         return sampler.draw(0, range(count), None, device=device)
 
-    bf16 = cfg.mixed_precision == "bf16"
-    return Racer(network, build_optimizer(network, cfg.optimizer), lambda x, t: network(x, t.float()), draw, bf16)
+    bf16, optimizer = cfg.mixed_precision == "bf16", build_optimizer(network, replace(cfg.optimizer, muon=None))
+    return Racer(network, optimizer, lambda x, t: network(x, t.float()), draw, bf16)
 
 
 def diffusers_racer(device: torch.device, width: int = 32) -> Racer:
@@ -468,8 +469,8 @@ def main() -> None:
         print(goal(f"{title.partition(':')[0]} against the bare loop", ratio, 0.97))
     print(f"\n32 px, batch {args.batch}, {device}{', bf16, compiled' if device.type == 'cuda' else ''}\n")
     print(
-        "| parameters, GFLOP a call: | its | ours | training, images/s: its | its in bf16 | ours in bf16 | ratio | sampling: its "
-        "| ours | ratio |"
+        "| parameters, GFLOP a call: | its | ours | training, images/s: its | its in bf16 | ours in bf16 | ratio "
+        "| sampling: its | ours | ratio |"
     )
     print("|" + " --- |" * 10, flush=True)
     print("\n".join(measure_peers(args.rounds, args.batch, device)), flush=True)
