@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from src.config import read_json
 from tests import kills
 from tests.conftest import ROOT, environment, launch
@@ -88,6 +90,7 @@ def test_what_an_earlier_start_said_does_not_count_and_any_warning_is_passed_on(
     assert batch.returncode == 1, said
 
 
+@pytest.mark.soak
 def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
     folder, extra = cluster(tmp_path)
     extra["STAGE"] = "packed"

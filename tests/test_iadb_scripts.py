@@ -253,6 +253,7 @@ def test_a_density_travels_with_the_weights(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- pairs
 
 
+@pytest.mark.soak
 def test_reflow_straightens_the_paths(points_run: Path, tmp_path: Path) -> None:
     """Pairs made on two processes are what one makes, and one goes on where two were; the paths become straighter."""
     words = ("train_iadb.py", "-cfg", "configs/points2d_iadb.json", *MOONS)

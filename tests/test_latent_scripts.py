@@ -95,6 +95,7 @@ def test_gradients_of_both_networks_are_those_of_the_whole_batch(tmp_path: Path)
     ] == pytest.approx(weight, rel=1e-9)
 
 
+@pytest.mark.soak
 def test_a_codebook_in_bf16_is_killed_and_resumed_on_two(tmp_path: Path) -> None:
     sets = {"model__bottleneck": {"kind": "vq", "codes": 24}, "mixed_precision": "bf16", "checkpoint__every": 4}
     stages = [{"steps": 8}, {"steps": 6, "adversarial": {"weight": 0.1, "adaptive": True}, "tanh": True}]
@@ -123,6 +124,7 @@ def test_an_autoencoder_is_killed_and_resumed_on_two(tmp_path: Path) -> None:
     kills.same_end(whole, run)
 
 
+@pytest.mark.soak
 def test_the_guard_goes_back_and_recovers_from_a_destroying_discriminator(tmp_path: Path) -> None:
     late = {"weight": 3000.0, "start_step": 9}  # the previews before it are what it is held against
     stages = [{"steps": 20}, {"steps": 32, "adversarial": late, "tanh": True, "lr": 5e-3}]

@@ -160,6 +160,7 @@ def test_sampling_shows_what_the_knobs_ask_for(smoke_run: Path, checkout: Path, 
 COLAB = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')"
 
 
+@pytest.mark.soak
 def test_points_move_from_drawing_to_drawing_in_colab(checkout: Path, tmp_path: Path) -> None:
     """In Colab's way, with stand-ins for git and pip that note what they are asked, and few steps of a small network."""
     (tmp_path / "bin").mkdir()

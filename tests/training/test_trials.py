@@ -170,6 +170,7 @@ def test_checkpoints_are_compared_to_the_bit(tmp_path: Path) -> None:
     assert "ema.safetensors has 0 bytes" in compare_checkpoints(one, damaged)[0][0]
 
 
+@pytest.mark.soak
 def test_a_run_that_resumes_and_one_that_draws_what_no_checkpoint_holds(tmp_path: Path) -> None:
     words = ("-cfg", "configs/smoke/ddpm.json", "--run-dir", tmp_path / "runs" / "x", "--set", "model.dropout=0.1")
     done = launch("ddpm_accelerate.py", *words, "--verify-resume", processes=2)
