@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, environment
 
 COMMANDS = {
-    "speed": "benchmarks/speed.py",
+    "speed": "benchmarks/speed.py --rounds 20",
     "overhead": "benchmarks/overhead.py",
     "overhead_points": "benchmarks/overhead.py --points",
     "unet": "benchmarks/unet.py --rounds 4",
