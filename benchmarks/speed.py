@@ -3,14 +3,14 @@
 
   python benchmarks/speed.py [--rounds 8] [--threads 2] [--device cuda]
 
-The loop: the real scripts' training, and between any two of their steps one of a bare loop (network, loss, clipping, AdamW and
-EMA alone, on pictures that are there already). The peers: a training step (forward, loss, backward, clipping and the project's
-own optimiser) and sampling (each project's own DDIM, in float32) of diffusers' UNet2DModel and of denoising-diffusion-pytorch's
+The loop: the real scripts' training, and between any two of their steps one of a bare loop (network, loss, clipping, optimiser
+and EMA alone, on pictures that are there already). The peers: a training step (forward, loss, backward, clipping, AdamW or its
+own Adam) and sampling (each project's own DDIM, in float32) of diffusers' UNet2DModel and of denoising-diffusion-pytorch's
 Unet, each in its own default shape, narrowed, and of our race's network, made deeper until it has as many parameters. So what
 is compared is what a number of parameters costs: in the same shape ours is hardly faster (benchmarks/unet.py), as all sit in
 the same convolutions. On a CPU each trains in its own precision: the peers in float32, ours in bf16, as its configs say (the
-peers' images/s in bf16 are shown, too); all move their weights by Adam or AdamW. Everything is measured in turns. On a GPU all
-run in bf16 and compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
+peers' images/s in bf16 are shown, too). Everything is measured in turns. On a GPU all run in bf16 and
+compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
 """
 
 import argparse
