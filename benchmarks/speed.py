@@ -395,7 +395,8 @@ def measure_peers(rounds: int, batch: int, device: torch.device) -> list[str]:
             theirs.bf16 = True
             for racer in (ours, theirs):
                 racer.network.compile()
-        steps = {"its": theirs, "its in bf16": replace(theirs, bf16=True), "ours": ours}
+        too = {"its in bf16": replace(theirs, bf16=True)} if device.type == "cpu" else {}
+        steps = {"its": theirs, **too, "ours": ours}
         training = in_turns({name: training_step(racer, batch, device) for name, racer in steps.items()}, rounds)
         draws = {"its": drawing(theirs, batch, calls, device), "ours": drawing(ours, batch, calls, device)}
         sampling = in_turns(draws, max(2, rounds // 2), warmup=1)
@@ -468,11 +469,11 @@ def main() -> None:
     for title, _, _, ratio in loops:
         print(goal(f"{title.partition(':')[0]} against the bare loop", ratio, 0.97))
     print(f"\n32 px, batch {args.batch}, {device}{', bf16, compiled' if device.type == 'cuda' else ''}\n")
+    too = " | its in bf16" if device.type == "cpu" else ""
     print(
-        "| parameters, GFLOP a call: | its | ours | training, images/s: its | its in bf16 | ours in bf16 | ratio "
-        "| sampling: its | ours | ratio |"
+        f"| parameters, GFLOP a call: | its | ours | training, images/s: its{too} | ours in bf16 | ratio | sampling: its | ours | ratio |"
     )
-    print("|" + " --- |" * 10, flush=True)
+    print("|" + " --- |" * (10 if too else 9), flush=True)
     print("\n".join(measure_peers(args.rounds, args.batch, device)), flush=True)
     print("\n| start | seconds to the first step | most memory, MB |\n| --- | --- | --- |")
     print("\n".join(measure_starts()))

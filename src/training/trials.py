@@ -20,6 +20,7 @@ from ..config import ENDLESS, UserError, read_json
 from .checkpoint import damage, newest, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
+from .report import SAMPLE_BYTES
 from .stream import Split
 from .uploads import Uploads, bring
 
@@ -342,9 +343,12 @@ def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str)
         kept, pictures = kept + saves, pictures + stage.previews * attempt.preview_bytes
     kept, exports = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best), sum(stage.exports for stage in attempt.stages)
     snapshots = sum(stage.snapshots for stage in attempt.stages)  # of two averages in half precision
-    needed = kept * one + (exports + snapshots + 1) * attempt.weights_bytes + pictures
+    shown = min(pictures, SAMPLE_BYTES) * 4 // 3  # in base64, on the page
+    needed = kept * one + (exports + snapshots + 1) * attempt.weights_bytes + pictures + shown
     free = shutil.disk_usage(_existing(run_dir)).free
-    told = f"{_size(needed)}: {kept} checkpoints of {_size(one)} (one more while it is written), final weights, previews"
+    told = (
+        f"{_size(needed)}: {kept} checkpoints of {_size(one)} (one more while it is written), final weights, previews, report"
+    )
     for count, what in ((exports, "exports"), (snapshots, "snapshots for post-hoc averages")):
         told += f", {count} {what} of {_size(attempt.weights_bytes)}" if count else ""
     advice = f"; ONLY {_size(free)} ARE FREE: make room, or lower checkpoint.keep" if needed + one > free else ""

@@ -50,10 +50,11 @@ def test_costs_are_steps_previews_checkpoints_and_what_comes_before(tmp_path: Pa
     attempt.ahead(28)
     found = told(config_of(), attempt, tmp_path)
     assert found["time"] == "3.7 min", "28 s + 100 + 30 + 10, and 50 + 1 + 1"
-    assert found["disk"].startswith("4.3 MB: 3 checkpoints of 1.0 MB (one more") and found["memory"] == "1.50 GB"
+    assert found["disk"].startswith("5.8 MB: 3 checkpoints of 1.0 MB (one more"), "and 1.1 MB of previews, 1.5 on the page"
+    assert found["memory"] == "1.50 GB"
     assert found["images/s"] == "32.0" and found["stage 2"] == "100 of 16 images = 16.0 epochs"
     assert told(config_of(every_minutes=0.08), attempt, tmp_path)["time"] == "4.3 min", "20 by the clock, and 10, not 5 and 1"
-    assert told(config_of(keep=1, keep_best=True), attempt, tmp_path)["disk"].startswith("3.3 MB: 2 checkpoints")
+    assert told(config_of(keep=1, keep_best=True), attempt, tmp_path)["disk"].startswith("4.8 MB: 2 checkpoints")
 
 
 def test_costs_have_the_exports_which_a_trial_counts_and_does_not_write(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_costs_have_the_exports_which_a_trial_counts_and_does_not_write(tmp_path
     assert not attempt.wants("export") and not attempt.wants("snapshot")
     told_of_disk = told(config_of(), attempt, tmp_path)["disk"]
     assert told_of_disk.startswith("4.2 MB: 3 checkpoints")
-    assert told_of_disk.endswith("previews, 3 exports of 0.2 MB, 2 snapshots for post-hoc averages of 0.2 MB")
+    assert told_of_disk.endswith("previews, report, 3 exports of 0.2 MB, 2 snapshots for post-hoc averages of 0.2 MB")
     cfg = load("configs/landscape64_ddpm.json", ddpm_accelerate.Config)
     assert _without_traces(cfg).export_every == cfg.export_every is not None, "or there would be none to count"
 
