@@ -59,7 +59,7 @@ test: .venv/dev
 soak: .venv/dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak -n 2 -q --timeout 3600
 
-# Every table but the race's (benchmarks/README.md): half an hour.
+# Every table of benchmarks/README.md that needs neither hours nor a run: half an hour.
 bench: .venv/bench
 	$(RUN) benchmarks/all.py
 

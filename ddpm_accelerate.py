@@ -159,7 +159,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         if session.now("preview"):
             values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)
         if quality is not None and session.now("quality"):
-            values |= quality.measure(sampler, cfg.preview.batch_size)
+            values |= quality.measure(sampler, cfg.preview.batch_size, session.run.say)
         session.report(values)
         session.save(keep=session.best_of(values))
         if session.now("export"):

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,18 @@ from src.metrics.features import NAMES, Features, open_features
 from src.sampling import open_trained
 from src.sampling.blocks import ranks_of
 from src.sampling.classifier import open_classifier
-from src.sampling.evaluation import Evaluation, Report, evaluate_autoencoder, evaluate_folder, evaluate_run, parse_sweep, sweep
+from src.sampling.evaluation import (
+    GIVEN,
+    HELD_OUT,
+    TRAINING,
+    Evaluation,
+    Report,
+    evaluate_autoencoder,
+    evaluate_folder,
+    evaluate_run,
+    parse_sweep,
+    sweep,
+)
 from src.sampling.likelihood import measure_likelihood
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
 from src.training.launch import explain_out_of_memory, start_sampling
@@ -68,15 +79,25 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     return parser.parse_args(), parser.parse_args(["RUN"])
 
 
-def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> tuple[PictureSet, PictureSet | None]:
-    """The pictures that are meant, the run's own or others, by default those of `part`; and, where they are what was trained
-    on, those held out."""
-    few = {"subset": args.num_images} if args.num_images is not None else {}
+class Opened(NamedTuple):
+    """Pictures to measure on; where they are what was trained on, those held out; and, in words, what they are."""
+
+    pictures: PictureSet
+    held_out: PictureSet | None
+    told: str
+
+
+def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> Opened:
+    """The pictures that are meant, the run's own or others, by default those of `part`."""
+
+    def few(pictures: PictureSet) -> PictureSet:
+        return pictures.lowest(args.num_images) if args.num_images is not None else pictures
+
     if args.data is not None and args.part is not None:
         raise UserError("--part is of the run's own pictures and --data are others; leave one out")
     if args.data is not None:
-        source = parse_json(args.data) if args.data[:1] == "{" else {"source": "folder", "path": args.data}
-        return open_data(validate(Data, {"data": {**source, **few}}, origin="--data").data, 0.0)[0], None
+        source = parse_json(args.data) if args.data[:1] in ("{", "[") else {"source": "folder", "path": args.data}
+        return Opened(few(open_data(validate(Data, {"data": source}, origin="--data").data, 0.0)[0]), None, GIVEN)
     if "data" not in settings:
         raise UserError(f"{args.run} names no pictures to measure it on: give --data FOLDER")
     spec = validate(Data, {key: settings[key] for key in ("data", "held_out") if key in settings}, origin=args.run)
@@ -85,8 +106,9 @@ def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str)
         raise UserError(f"{args.run} held nothing out; give --part train, or --data FOLDER")
     wanted = args.part or part
     chosen = held_out if wanted == "held_out" and held_out is not None else train_set
-    beside = held_out if chosen is train_set else None
-    return (chosen.lowest(args.num_images) if args.num_images is not None else chosen), beside
+    if chosen is train_set:
+        return Opened(few(chosen), held_out, TRAINING)
+    return Opened(few(chosen), None, HELD_OUT)
 
 
 def main() -> None:
@@ -97,7 +119,7 @@ def main() -> None:
     state, device = start_sampling(args.device)
     with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
         if args.likelihood:
-            likelihood(args, state, device)
+            likelihood(args, defaults, state, device)
         else:
             quality(args, defaults, state, device)
 
@@ -113,10 +135,9 @@ def quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, 
     settings = read_json(known[0]) if known else {}
     if any(place.glob("step_*/MANIFEST.json")):
         raise UserError(f"{place} holds the checkpoints of {place.parent}: give that, or one of them")
-    drawing = ("sweep", "num_samples", "seed", "classifier", *HOW)
-    idle = [key for key in drawing if getattr(args, key) != getattr(defaults, key)]
+    idle = given(args, defaults, "sweep", "num_samples", "seed", "classifier", *HOW)
     if idle and (made or "stages" in settings):
-        raise UserError(f"--{idle[0].replace('_', '-')} is about drawing samples, and {args.run} draws none: leave it out")
+        raise UserError(f"{idle[0]} is about drawing samples, and {args.run} draws none: leave it out")
     if args.resize and not made:
         raise UserError("--resize is for a folder of pictures: a run says itself how large they are")
     networks = open_networks(args)
@@ -125,23 +146,29 @@ def quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, 
         batch_size=args.batch_size, seed=args.seed,
     )  # fmt: skip
     if made:
-        report = evaluate_folder(it, place, open_pictures(args, {}, "train")[0], resize=args.resize)
+        report = evaluate_folder(it, place, open_pictures(args, {}, "train").pictures, resize=args.resize)
     elif "stages" in settings:
-        report = evaluate_autoencoder(it, args.run, settings, open_pictures(args, settings, "held_out")[0])
+        data, _, told = open_pictures(args, settings, "held_out")
+        report = evaluate_autoencoder(it, args.run, settings, data, told)
     else:
         opened = open_trained(args.run, device)
-        data, held_out = open_pictures(args, opened.config, "train")
+        data, held_out, told = open_pictures(args, opened.config, "train")
         if args.steps is None:
             args.steps = "50"
         classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
         if args.sweep is not None:
             settings = parse_sweep(sampler_config(args), args.sweep)
-            report = sweep(it, opened, data, settings, count=args.num_samples, classifier=classifier)
+            report = sweep(it, opened, data, settings, count=args.num_samples, classifier=classifier, told=told)
         else:
             how = opened.sampler(sampler_config(args), classifier)
-            report = evaluate_run(it, opened, how, data, held_out, count=args.num_samples)
+            report = evaluate_run(it, opened, how, data, held_out, count=args.num_samples, told=told)
     if state.is_main_process:
         show(report, args)
+
+
+def given(args: argparse.Namespace, defaults: argparse.Namespace, *names: str) -> list[str]:
+    """Which of these options were given."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != getattr(defaults, name)]
 
 
 def open_networks(args: argparse.Namespace) -> list[Features]:
@@ -157,14 +184,8 @@ def open_networks(args: argparse.Namespace) -> list[Features]:
 
 
 def show(report: Report, args: argparse.Namespace) -> None:
-    """One table on the screen, and a line of metrics.jsonl: the run's own, or, where it has none, one beside the figures."""
-    values = {f"evaluation_{name}": value for name, value in report.values.items()}
-    run = Path(args.run)
-    place = run if (run / "metrics.jsonl").exists() else report.out
-    if values:
-        append_metrics(place, report.step, values)
-        if (place / "report.html").exists():
-            write_report(place)
+    """One table on the screen, and a line of metrics.jsonl."""
+    append(args, report.step, report.values, report.out)
     if args.json:
         print(json.dumps({"run": args.run, "step": report.step, **report.figures}))
         return
@@ -172,30 +193,47 @@ def show(report: Report, args: argparse.Namespace) -> None:
     print("\n".join(f"  {path}" for path in report.files))
 
 
+def append(args: argparse.Namespace, step: int, values: dict[str, float], out: Path) -> None:
+    """A line of metrics.jsonl, the run's own, or, where it has none, one beside the figures; other pictures than those by
+    default are a part of the names."""
+    which = "_on_given" if args.data is not None else f"_on_{args.part}" if args.part is not None else ""
+    run = Path(args.run)
+    place = run if (run / "metrics.jsonl").exists() else out
+    append_metrics(place, step, {f"evaluation_{name}{which}": value for name, value in values.items()})
+    if (place / "report.html").exists():
+        write_report(place)
+
+
 # ---------------------------------------------------------------------------------------------- likelihood
 
 
-def likelihood(args: argparse.Namespace, state: Any, device: torch.device) -> None:
-    if args.sweep or args.features:
-        raise UserError("--likelihood draws nothing: leave --sweep and --features out")
+def likelihood(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, device: torch.device) -> None:
+    other = (key for key in HOW if key not in ("steps", "spacing"))
+    idle = given(
+        args, defaults, "sweep", "features", "inception_weights", "weights", "num_samples", "resize", "classifier", *other
+    )
+    if idle:
+        raise UserError(f"--likelihood draws nothing: leave {idle[0]} out")
     opened = open_trained(args.run, device)
-    data, _ = open_pictures(args, opened.config, "held_out")
+    data, _, told = open_pictures(args, opened.config, "held_out")
     schedule = opened.process.schedule
     if not isinstance(schedule, TableSchedule):
         raise UserError(f"{args.run} is on the blend: it has no chain of steps, so no bits per dimension")
     steps = parse_steps(args.steps) if args.steps is not None else schedule.num_steps
     chain = times(schedule, steps, args.spacing)
-    told = json.dumps([opened.digest, data.fingerprint, chain.tolist(), args.batch_size, args.seed])
-    out = Path(args.out or f"evaluations/{opened.name}/likelihood_{hashlib.sha256(told.encode()).hexdigest()[:8]}")
+    request = json.dumps([opened.digest, data.fingerprint, chain.tolist(), args.batch_size, args.seed])
+    out = Path(args.out or f"evaluations/{opened.name}/likelihood_{hashlib.sha256(request.encode()).hexdigest()[:8]}")
     found = measure_likelihood(opened, data, chain, out, batch_size=args.batch_size, seed=args.seed, ranks=ranks_of(state))
     if not state.is_main_process:
         return
+    name = f"bits_per_dimension_of_{len(data)}_in_{len(chain) - 1}_steps"
+    append(args, opened.step, {name: found["bits_per_dimension"]}, out)
     if args.json:
         print(json.dumps(found))
         return
     between = found["bits_per_dimension"] - found["prior"] - found["decoder"]
     print(
-        f"{opened.path} (step {opened.step}) on {len(data)} pictures, {len(chain) - 1} steps:\n"
+        f"{opened.path} (step {opened.step}) on {len(data)} {told}, {len(chain) - 1} steps:\n"
         f"  {found['bits_per_dimension']:.4f} +- {found['standard_error']:.4f} bits per dimension = prior "
         f"{found['prior']:.4f} + steps {between:.4f} + decoder {found['decoder']:.4f}\n  {out}/likelihood.png"
     )

@@ -218,7 +218,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         if session.now("preview"):
             values |= preview_paths(sampler_for, cfg.preview, session, train_set.class_names, ends)
         if quality is not None and session.now("quality"):
-            values |= quality.measure(sampler_for(cfg.preview.most_calls), cfg.preview.batch_size)
+            values |= quality.measure(sampler_for(cfg.preview.most_calls), cfg.preview.batch_size, session.run.say)
         session.report(values)
         session.save(keep=session.best_of(values))
         if session.leaves():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Every table but the race's, in under half an hour on two cores: `make bench`.
+"""Every table but those of race.py, ablate.py and times.py, in under half an hour on two cores: `make bench`.
 
 Each command's words go to the screen and, with the command and the date, into benchmarks/results/.
 """

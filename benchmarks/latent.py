@@ -23,7 +23,7 @@ from torch import Tensor
 import train_ldm
 import train_vae
 from benchmarks.common import machine
-from benchmarks.speed import CONFIGS, CPU, QUIET, SIZES, WARMUP, Size, random_autoencoder, run
+from benchmarks.speed import CONFIGS, QUIET, SIZES, WARMUP, Size, random_autoencoder, run
 from src.config import load
 from src.sampling.autoencoder import Autoencoder
 from src.sampling.latents import Latents
@@ -45,7 +45,7 @@ class CacheInTurns:
     """Steps of train_ldm.py whose moments come in turns from the cache and from pictures encoded in the step."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
-        self.autoencoder = autoencoder
+        self.autoencoder, self.device = autoencoder, next(autoencoder.network.parameters()).device
         self.cached: list[LatentStep] = []
         self.encoded: list[LatentStep] = []
         self._drawing = 0.0
@@ -56,7 +56,7 @@ class CacheInTurns:
         pictures = open_data(cfg.data, cfg.held_out)[0]
 
         def batches(latents: Any, labels: Any, split: Any, **options: Any) -> Iterator[MicroBatch]:
-            on_the_fly = stream(pictures, cfg.image, split, seed=cfg.seed, device=CPU)
+            on_the_fly = stream(pictures, cfg.image, split, seed=cfg.seed, device=self.device)
             return self._in_turns(from_cache(latents, labels, split, **options), map(self._encode, on_the_fly))
 
         def draw(latents: Latents, moments: Tensor, noise: Tensor) -> Tensor:
@@ -75,7 +75,8 @@ class CacheInTurns:
     @torch.no_grad()
     def _encode(self, micro: MicroBatch) -> MicroBatch:
         """A batch of pictures as one of moments."""
-        return micro._replace(images=torch.stack(self.autoencoder.network.moments(to_network(micro.images, CPU)), dim=1))
+        pictures = to_network(micro.images, self.device)
+        return micro._replace(images=torch.stack(self.autoencoder.network.moments(pictures), dim=1))
 
     def _in_turns(self, *streams: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         while True:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The same minutes of the same cores for this project, diffusers and denoising-diffusion-pytorch, and what each then draws.
 
-  nice -n 10 python benchmarks/race.py --minutes 20 [--samples 500] [--only ours] [--out runs/race]
+  nice -n 10 python benchmarks/race.py [--minutes 20] [--samples 256] [--only ours] [--out runs/race]
 
 CIFAR-10 from ../shared/data (scikit-learn's digits where it is missing); the last 500 training pictures of each class are held
 out. Each contestant trains in a process of its own, from its launch to the limit; weights are kept at an eighth, a quarter and
@@ -12,7 +12,8 @@ from those of EMA and raw that draw the better 64 pictures (which choose the lea
 training). Measured is the Fréchet distance to the training pictures in features of EfficientNet-Lite0.
 
 What is there already in --out is not done again, so that a race may be run in pieces (--only takes the beginning of a name).
-At the end there are the table, a sheet of samples and the distance against minutes. Takes up to 20 GB while it runs.
+At the end there are the table, a sheet of samples and the distance against minutes, without --out in benchmarks/results, too.
+Takes up to 20 GB while it runs.
 """
 
 import argparse
@@ -49,10 +50,11 @@ from src.metrics import distances
 from src.metrics.distances import Array
 from src.metrics.features import Features, open_features
 from src.sampling import SamplerConfig, open_trained
-from src.sampling.quality import real_features, see
+from src.sampling.quality import FEWEST, real_features, see
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"
 CONFIG = ROOT / "configs" / "cifar10_race.json"
+RESULTS = ROOT / "benchmarks" / "results"
 RATES = {"diffusers": ("1e-4", "3e-4", "1e-3"), "ddp": ("1e-4", "3e-4", "1e-3")}  # the first is its own
 TITLES = {"ours": "ours", "diffusers": "diffusers", "ddp": "denoising-diffusion-pytorch"}
 PAIR = 64  # pictures that decide between EMA and raw weights, and between learning rates
@@ -448,6 +450,10 @@ def names() -> list[str]:
 def race(out: Path, folder: Path, minutes: float, samples: int, only: str = "", chosen: Callable[[], list[str]] = names) -> str:
     """Train and measure what is asked for and not there yet; gives the table of all that is."""
     field = [Contestant(name, out, folder) for name in chosen()]
+    for contestant in field:  # what was measured with other numbers of samples does not compare
+        known = contestant.result.get("distances", {})
+        for key in [key for key, found in known.items() if found["samples"] != samples]:
+            del known[key]
     here = [contestant for contestant in field if contestant.name.startswith(only)]
     for contestant in here:
         contestant.train(60 * minutes)
@@ -469,16 +475,15 @@ def race(out: Path, folder: Path, minutes: float, samples: int, only: str = "", 
     if ready:
         draw_sheet([(title, one.out / "samples_1.0.npy") for title, one in ready], out / "samples.png")
         draw_curve([(title, one.result) for title, one in ready], held_out, out / "distance.png")
-    (out / "race.md").write_text(f"{machine('denoising-diffusion-pytorch')}\n\n{told}\n")
     return told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--only", default="", help="a contestant, or the beginning of its name: ours, diffusers, ddp_1e-4")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "race")
+    parser.add_argument("--out", type=Path, help="default runs/race")
     args = parser.parse_args()
     if not any(name.startswith(args.only) for name in names()):
         raise UserError(f"--only {args.only}: there is no such contestant; there are {', '.join(names())}")
@@ -488,8 +493,21 @@ def main() -> None:
     ):
         raise UserError("denoising-diffusion-pytorch is missing: pip install -e '.[bench]', or --only ours")
     folder = prepare_pictures(ROOT / "datasets")
+    held_out = sum(path.is_file() for path in (folder / "held_out").rglob("*"))
+    if not FEWEST <= args.samples <= held_out:
+        raise UserError(f"--samples {args.samples}: from {FEWEST} to {held_out}, of which there are held-out pictures")
     print(machine("denoising-diffusion-pytorch"), flush=True)
-    print(race(args.out.resolve(), folder, args.minutes, args.samples, args.only))
+    out = (args.out or ROOT / "runs" / "race").resolve()
+    told = race(out, folder, args.minutes, args.samples, args.only)
+    print(told)
+    if args.out is None:
+        command = (
+            f"`python benchmarks/race.py --minutes {args.minutes:g} --samples {args.samples}`, {time.strftime('%Y-%m-%d')}"
+        )
+        (RESULTS / "race.md").write_text(f"{command}\n\n{machine('accelerate', 'denoising-diffusion-pytorch')}\n\n{told}\n")
+        for name in ("samples", "distance"):
+            if (out / f"{name}.png").exists():
+                shutil.copy(out / f"{name}.png", RESULTS / f"race_{name}.png")
 
 
 if __name__ == "__main__":

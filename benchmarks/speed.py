@@ -3,14 +3,14 @@
 
   python benchmarks/speed.py [--rounds 8] [--threads 2] [--device cuda]
 
-The loop: the real scripts' training, and between any two of their steps one of a bare loop (network, loss, clipping, optimiser
-and EMA alone, on pictures that are there already). The peers: a training step (forward, loss, backward, clipping, AdamW or its
-own Adam) and sampling (each project's own DDIM, in float32) of diffusers' UNet2DModel and of denoising-diffusion-pytorch's
-Unet, each in its own default shape, narrowed, and of our race's network, made deeper until it has as many parameters. So what
-is compared is what a number of parameters costs: in the same shape ours is hardly faster (benchmarks/unet.py), as all sit in
-the same convolutions. On a CPU each trains in its own precision: the peers in float32, ours in bf16, as its configs say (the
-peers' images/s in bf16 are shown, too). Everything is measured in turns. On a GPU all run in bf16 and
-compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
+The loop: the real scripts' training (on a GPU where there is one), and between any two of their steps one of a bare loop
+(network, loss, clipping, optimiser and EMA alone, on pictures that are there already). The peers: a training step (forward,
+loss, backward, clipping, AdamW or its own Adam) and sampling (each project's own DDIM, in float32) of diffusers' UNet2DModel
+and of denoising-diffusion-pytorch's Unet, each in its own default shape, narrowed, and of our race's network, made deeper until
+it has as many parameters. So what is compared is what a number of parameters costs: in the same shape ours is hardly faster
+(benchmarks/unet.py), as all sit in the same convolutions. On a CPU each trains in its own precision: the peers in float32, ours
+in bf16, as its configs say (the peers' images/s in bf16 are shown, too). Everything is measured in turns. On a GPU all run in
+bf16 and compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,7 +64,6 @@ QUIET = [
     "checkpoint.every_minutes=null",
 ]
 QUIET += ["log.trackers=[]", "log.every=1000000"]
-CPU = torch.device("cpu")
 
 
 class Size(NamedTuple):
@@ -88,9 +88,14 @@ def run(train: Callable[..., int], cfg: Any) -> None:
     assert status == 0, silence.getvalue()
 
 
+def script_device() -> torch.device:
+    """Where the scripts train."""
+    return PartialState().device or torch.device("cpu")
+
+
 def random_autoencoder(cfg: train_vae.Config) -> Autoencoder:
     """The autoencoder of a config as it begins, in channels_last as where it is trained."""
-    network = channels_last(VAE(cfg.model, cfg.image.channels)).eval().requires_grad_(False)
+    network = channels_last(VAE(cfg.model, cfg.image.channels)).to(script_device()).eval().requires_grad_(False)
     document = {"kind": "atelier"}
     return Autoencoder(network, "random", document, "random", cfg.image.channels, cfg.model.latent_channels, cfg.model.factor)
 
@@ -99,17 +104,18 @@ def random_autoencoder(cfg: train_vae.Config) -> Autoencoder:
 
 
 class BareDiffusion:
-    """What a step of ddpm_accelerate.py or train_ldm.py must compute, and nothing else: no stream, gate, meter or log."""
+    """What a step of ddpm_accelerate.py or train_ldm.py must compute, on its device, and nothing else: no stream, gate, meter
+    or log."""
 
     def __init__(self, cfg: Any, shape: tuple[int, ...], num_classes: int | None) -> None:
-        self.cfg, self.process = cfg, build_process(cfg.process)
-        self.network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
+        self.cfg, self.process, device = cfg, build_process(cfg.process), script_device()
+        self.network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(device)
         self.optimizer, self.ema = build_optimizer(self.network, cfg.optimizer), EMA(self.network, cfg.ema)
-        self.x0 = torch.randn(cfg.batch_size, *shape).to(memory_format=torch.channels_last)
-        self.labels = torch.randint(0, num_classes, (cfg.batch_size,)) if num_classes is not None else None
+        self.x0 = torch.randn(cfg.batch_size, *shape, device=device).to(memory_format=torch.channels_last)
+        self.labels = torch.randint(0, num_classes, (cfg.batch_size,), device=device) if num_classes is not None else None
 
     def step(self) -> None:
-        t = self.process.draw_times(torch.rand(len(self.x0), dtype=torch.float64))
+        t = self.process.draw_times(torch.rand(len(self.x0), dtype=torch.float64)).to(self.x0.device)
         condition = {"labels": self.labels} if self.labels is not None else {}
         self.process.losses(self.network, self.x0, torch.randn_like(self.x0), t, **condition).loss.mean().backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.optimizer.clip or float("inf"))
@@ -122,18 +128,17 @@ class BareStage:
     """The same of train_vae.py in stage `number` (from 0)."""
 
     def __init__(self, cfg: train_vae.Config, number: int) -> None:
-        self.cfg, self.own = cfg, cfg.stages[number]
-        self.network = channels_last(VAE(cfg.model, cfg.image.channels))
+        self.cfg, self.own, device = cfg, cfg.stages[number], script_device()
+        self.network = channels_last(VAE(cfg.model, cfg.image.channels)).to(device)
         self.network.tanh = tanh_in(cfg.stages, number)
-        self.discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels))
-        self.perceptual = losses.Perceptual(cfg.perceptual) if self.own.perceptual is not None else None
+        self.discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels)).to(device)
+        self.perceptual = losses.Perceptual(cfg.perceptual).to(device) if self.own.perceptual is not None else None
         self.optimizer = build_optimizer(self.network, cfg.optimizer)
         self.judge_optimizer = build_optimizer(self.discriminator, cfg.discriminator_optimizer)
         self.ema = EMA(self.network, cfg.ema)
-        self.noise = torch.randn(cfg.batch_size, *cfg.model.latent_shape(cfg.image.size))
-        self.images = to_network(
-            torch.randint(0, 256, (cfg.batch_size, cfg.image.size, cfg.image.size, cfg.image.channels)).byte(), CPU
-        )
+        self.noise = torch.randn(cfg.batch_size, *cfg.model.latent_shape(cfg.image.size), device=device)
+        shape = (cfg.batch_size, cfg.image.size, cfg.image.size, cfg.image.channels)
+        self.images = to_network(torch.randint(0, 256, shape).byte(), device)
 
     def step(self) -> None:
         own, term, images = self.own, self.own.adversarial, self.images
@@ -197,12 +202,15 @@ def with_a_bare_loop(script: Any, stream: str, cfg: Any, bare: Callable[[int], A
     def batches(*args: Any, **options: Any) -> Generator[MicroBatch, None, None]:
         loop, turns = bare(len(spent)), list[Turn]()
         spent.append(turns)
+        device = script_device()
         with contextlib.closing(own(*args, **options)) as found:
             while True:
                 began = time.perf_counter()
                 loop.step()
+                wait(device)
                 between = time.perf_counter()
                 yield next(found)  # and the script makes its step
+                wait(device)
                 turns.append((time.perf_counter() - between, between - began))
 
     with patch.object(script, stream, batches):
@@ -470,9 +478,8 @@ def main() -> None:
         print(goal(f"{title.partition(':')[0]} against the bare loop", ratio, 0.97))
     print(f"\n32 px, batch {args.batch}, {device}{', bf16, compiled' if device.type == 'cuda' else ''}\n")
     too = " | its in bf16" if device.type == "cpu" else ""
-    print(
-        f"| parameters, GFLOP a call: | its | ours | training, images/s: its{too} | ours in bf16 | ratio | sampling: its | ours | ratio |"
-    )
+    head = f"| parameters, GFLOP a call: | its | ours | training, images/s: its{too} | ours in bf16 | ratio "
+    print(f"{head}| sampling: its | ours | ratio |")
     print("|" + " --- |" * (10 if too else 9), flush=True)
     print("\n".join(measure_peers(args.rounds, args.batch, device)), flush=True)
     print("\n| start | seconds to the first step | most memory, MB |\n| --- | --- | --- |")

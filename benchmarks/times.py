@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import machine
 from src import pictures
 from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
@@ -80,7 +81,7 @@ def main() -> None:
         mean, square = mean / args.batches, square / args.batches
         spread = float((square - mean.square()).sum())
         rows.append({"times": name, "loss": np.mean(values), "std": np.std(values), "variance": spread})
-    print(f"{opened.path}, {steps} steps, {args.batches} batches of 64, L_vlb in bits/dim")
+    print(f"{machine()}\n\n{opened.path}, {steps} steps, {args.batches} batches of 64, L_vlb in bits/dim")
     print("| times | L_vlb | its deviation over batches | variance of the gradient | ratio |")
     print("| --- | --- | --- | --- | --- |")
     for row in rows:

@@ -49,13 +49,15 @@ def measure_options(args: argparse.Namespace) -> None:
     eps, labels = torch.randn_like(x0), torch.randint(0, 1000, (args.batch,), device=device)
     t = torch.randint(0, 1000, (args.batch,)).double()
 
-    def step(*, bf16: bool, last: bool, compiled: bool, fused: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+    def step(
+        *, bf16: bool, last: bool, compiled: bool, fused: bool, graphs: bool
+    ) -> tuple[Callable[[], object], Callable[[], object]]:
         torch.manual_seed(0)
         network: nn.Module = UNet(model, in_channels=3, out_channels=6, num_classes=1000, null_class=False).to(device)
         network = channels_last(network) if last else network
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=fused, foreach=not fused)
         if compiled:
-            network.compile()
+            network.compile(mode="reduce-overhead" if graphs else "default")
 
         def train() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -80,7 +82,10 @@ def measure_options(args: argparse.Namespace) -> None:
         "bf16 + channels_last + fused AdamW": {"bf16": True, "last": True, "fused": True},
         "bf16 + channels_last + fused AdamW + compile": {"bf16": True, "last": True, "fused": True, "compiled": True},
     }  # fmt: skip
-    off = {"bf16": False, "last": False, "compiled": False, "fused": False}
+    if device.type == "cuda":
+        fastest = "bf16 + channels_last + fused AdamW + compile"
+        ways[f"{fastest} + CUDA graphs"] = {**ways[fastest], "graphs": True}
+    off = {"bf16": False, "last": False, "compiled": False, "fused": False, "graphs": False}
     built = {name: step(**{**off, **way}) for name, way in ways.items()}
     counter = FlopCounterMode(display=False)
     with counter:

@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,14 @@ from PIL import Image
 from src.config import UserError
 from src.data import open_sources
 from src.data.sources import ShapesSource
+from src.sampling.ends import Starts
 from src.sampling.evaluation import parse_sweep
-from src.sampling.quality import labels_like
+from src.sampling.preview import Examples
+from src.sampling.quality import flag, labels_like
 from src.sampling.sampler import SamplerConfig
-from tests.conftest import launch, metrics, one_line, refused, run_here
+from src.training.checkpoint import spared_steps
+from src.training.session import Session
+from tests.conftest import SMOKE, launch, metrics, one_line, refused, run_here
 
 SHAPES = '{"source": "shapes", "count": 64, "size": 16}'
 RANDOM = ("--features", "random", "--batch-size", "8")
@@ -50,11 +56,17 @@ def test_one_process_and_two_find_the_same_and_a_kill_costs_a_block(
     found = figures(tmp_path / "one")
     assert set(found["random"]) == {
         "frechet", "frechet_held_out", "kernel", "kernel_std", "precision", "recall", "density", "coverage", "nearer",
-        "copied", "accuracy", "accuracy_held_out", "notes",
+        "copied", "accuracy", "accuracy_held_out", "compares_with", "notes",
     }  # fmt: skip
     assert found["num_samples"] == 48 and found["real_pictures"] == 114 and found["network_calls"] == 3
-    assert set(found["accuracy_by_class_random"]["samples"]) == {"circle", "cross", "square", "triangle"}
+    by_class = found["accuracy_by_class_random"]["samples"]
+    assert set(by_class) == {"circle", "cross", "square", "triangle"}
+    assert found["random"]["compares_with"].startswith("nothing") and found["of"] == "training pictures"
+    assert found["copied_if_new"] == 1 / 15 and "`copied` 6.7% where samples are as far" in told
+    assert any("the held-out pictures are 14" in note for note in found["random"]["notes"])
     last = metrics(run)[-1]
+    assert last["evaluation_class_circle_read_by_random"] == by_class["circle"]
+    assert last["evaluation_frechet_held_out_random_of_14"] == found["random"]["frechet_held_out"]
     assert (
         last["step"] == 30
         and last["evaluation_frechet_random_of_48"] == found["random"]["frechet"]
@@ -109,6 +121,14 @@ def test_real_pictures_against_themselves_are_at_no_distance(tmp_path: Path) -> 
     assert "5 pictures in" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
     (tmp_path / "empty").mkdir()
     assert "no picture, and no folder with pictures" in refused("evaluate", tmp_path / "empty", "--data", SHAPES, *RANDOM)
+    assert "holds no pictures" in refused("evaluate", tmp_path / "copies", "--data", tmp_path / "empty", *RANDOM)
+    for kind, mode, size in (("oblong", "RGB", (20, 16)), ("grey", "L", (16, 16))):
+        shutil.rmtree(tmp_path / "copies")
+        (tmp_path / "copies").mkdir()
+        for i in range(10):
+            Image.new(mode if i else "RGB", size).save(tmp_path / "copies" / f"{i}.png")
+        said = "is 20x16 px: samples are squares" if kind == "oblong" else "or the other way: samples are of one kind"
+        assert said in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
 
 
 def test_reconstructions(vae_run: Path, tmp_path: Path) -> None:
@@ -120,11 +140,18 @@ def test_reconstructions(vae_run: Path, tmp_path: Path) -> None:
     before = next(line for line in reversed(metrics(vae_run)) if "held_out_psnr" in line)
     assert found["psnr"] == pytest.approx(before["held_out_psnr"], abs=0.05), "8 bits a channel here, none there"
     assert found["lpips"] == pytest.approx(before["held_out_lpips"], abs=0.02)
-    assert {"frechet", "kernel", "notes"} == set(found["random"]) and measured["step"] == before["step"]
+    assert {"frechet", "kernel", "compares_with", "notes"} == set(found["random"]) and measured["step"] == before["step"]
     assert (tmp_path / "held_out" / "reconstructions.png").exists()
+    assert found["of"] == "held-out pictures"
     evaluate(vae_run, "--part", "train", "--num-images", "20", "--out", tmp_path / "train")
-    assert figures(tmp_path / "train")["real_pictures"] == 20
+    train = figures(tmp_path / "train")
+    assert train["real_pictures"] == 20 and train["of"] == "training pictures"
+    assert metrics(vae_run)[-1]["evaluation_psnr_on_train"] == train["psnr"]
     assert "draws none" in refused("evaluate", vae_run, "--sweep", "steps=1,2", *RANDOM)
+    assert "3 real pictures are too few" in refused("evaluate", vae_run, "--num-images", "3", *RANDOM)
+    for name in ("checkpoints", "final"):
+        shutil.rmtree(vae_run / name)
+    assert "has not finished" in refused("evaluate", vae_run, *RANDOM)
 
 
 def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +169,9 @@ def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len({row["random"]["frechet"] for row in rows}) == 4
     told = capsys.readouterr().out
     assert "best: steps" in told and (tmp_path / "out" / "sweep.png").exists()
+    line, name = metrics(ldm_run)[-1], "evaluation_sweep_steps=3,eta=0.5_frechet_random_of_16_on_train"
+    assert line[name] == rows[3]["random"]["frechet"]
+    assert "sweep steps" not in (ldm_run / "report.html").read_text(), "a table, and no chart of one point"
     evaluate(ldm_run, "--num-samples", "16", "--steps", "2", "--out", tmp_path / "alone")
     assert figures(tmp_path / "alone")["random"]["frechet"] == rows[0]["random"]["frechet"]
     assert "evaluation_frechet_random_of_16" in metrics(ldm_run)[-1]
@@ -174,7 +204,19 @@ def test_samples_have_the_classes_of_the_real_pictures() -> None:
     assert labels_like(data, 80, None) is None
 
 
-def test_mistakes(run: Path, tmp_path: Path, iadb_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said_of_too_few_pictures() -> None:
+    assert flag(17, 17, 16) == []
+    assert flag(16, 17, 16)[0].startswith("16 samples for 16 features: the distance is too large")
+    assert flag(2000, 12, 16)[0].startswith("12 real pictures for")
+
+
+def test_starts_are_dealt_anew_when_all_were_given() -> None:
+    starts = Starts(Examples(np.zeros(5, np.int64), lambda indices: torch.from_numpy(indices).float()))
+    drawn = starts(0, range(10))
+    assert len(starts) == 5 and sorted(drawn[:5].tolist()) == [0, 1, 2, 3, 4] and (drawn[:5] == drawn[5:]).all()
+
+
+def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = launch("evaluate.py", run, TORCH_HOME=str(tmp_path))
     assert "get them from https" in one_line(done) and "--features efficientnet_lite0 works without" in done.err
     out = ("--out", tmp_path / "x")
@@ -187,11 +229,19 @@ def test_mistakes(run: Path, tmp_path: Path, iadb_run: Path, monkeypatch: pytest
     assert "holds the checkpoints of" in refused("evaluate", run / "checkpoints", *RANDOM)
     assert "4 samples (--num-samples) are too few" in refused("evaluate", run, "--num-samples", "4", *RANDOM, *out)
     assert "3 real pictures are too few" in refused("evaluate", run, "--num-images", "3", *RANDOM, *out)
+    swept = ("--sweep", "steps=2", "--num-images", "3")
+    assert "3 real pictures are too few" in refused("evaluate", run, *swept, *RANDOM, *out)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "pets" / name / f"{i}.png")
+    pets = json.dumps([{"source": "folder", "path": str(tmp_path / "pets"), "scan": {"min_file_bytes": 0}}])
+    assert "other classes (cat, dog) than" in refused("evaluate", run, "--data", pets, *RANDOM, *out)
     assert "has no 'stepz'" in refused("evaluate", run, "--sweep", "stepz=3", *RANDOM, *out)
     assert "leave one out" in refused("evaluate", run, "--part", "train", "--data", tmp_path, *RANDOM)
     assert "give --data FOLDER" in refused("evaluate", tmp_path, *RANDOM)
     assert "draws nothing: leave --sweep" in refused("evaluate", run, "--likelihood", "--sweep", "steps=1")
-    shutil.rmtree(iadb_run.parent / "bare", ignore_errors=True)
+    assert "draws nothing: leave --guidance" in refused("evaluate", run, "--likelihood", "--guidance", "2")
     shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("step_*", "final"))
     assert "holds no checkpoint" in refused("evaluate", tmp_path / "bare", *RANDOM)
     assert not (tmp_path / "x").exists()
@@ -205,9 +255,44 @@ def test_samples_are_measured_while_a_run_trains(smoke_run: Path, smoke_run_on_t
     ]
     assert len(found[0]) == 2 and found[0] == pytest.approx(found[1], rel=1e-4)
     progress = json.loads((smoke_run / "checkpoints" / "step_00000030" / "progress.json").read_text())
-    assert progress["best"]["frechet_distance"] == min(found[0])
+    best = progress["best"]
+    assert best["frechet_distance"] == min(found[0]) and best["measured"] == "16 samples in random"
+    assert best["kept"] and spared_steps(progress) == {best["step"]}, "without checkpoint.keep_best"
+    assert (smoke_run / "checkpoints" / f"step_{best['step']:08d}").exists()
+    assert "frechet_distance: 16 samples for 16 features" in (smoke_run / "log.txt").read_text()
     levels = [value for name, value in metrics(smoke_run)[-1].items() if name.startswith("held_out_loss_")]
     assert 1 < len(levels) <= 10 and min(levels) <= metrics(smoke_run)[-1]["held_out_loss"] <= max(levels)
-    torch.manual_seed(0)
     evaluate(smoke_run / "checkpoints" / "step_00000030", "--num-samples", "16", "--steps", "5", "--out", tmp_path / "x")
     assert figures(tmp_path / "x")["random"]["frechet"] == pytest.approx(found[0][-1], rel=1e-4), "as evaluate.py has it"
+
+
+def test_distances_measured_otherwise_do_not_compare() -> None:
+    config = SimpleNamespace(checkpoint=SimpleNamespace(keep_best=False), preview=SimpleNamespace(quality=None))
+    session: Any = SimpleNamespace(best=None, step=10, cfg=config)
+
+    def better(*words: Any) -> bool:
+        return Session.better(session, *words)
+
+    assert better("frechet_distance", 8.0, "100 samples in a") and not better("frechet_distance", 9.0, "100 samples in a")
+    assert better("frechet_distance", 300.0, "100 samples in b") and session.best["measured"] == "100 samples in b"
+    assert not session.best["kept"] and spared_steps({"best": session.best}) == set()
+    config.preview.quality = "asked for"
+    assert better("frechet_distance", 200.0, "100 samples in b") and spared_steps({"best": session.best}) == {10}
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (("preview.quality.features=inception",), "get them from https"),
+        (("preview.quality.features=inceptio",), "preview.quality.features 'inceptio' is not known"),
+        (("data.count=10",), "8 training pictures are too few to measure anything"),
+    ],
+)
+def test_what_a_run_that_is_to_be_measured_refuses(
+    sets: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    words = [word for one in sets for word in ("--set", one)]
+    message = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", tmp_path / "run", *words)
+    assert said in message and "--features" not in message and not (tmp_path / "run").exists()
+    assert "inception" not in sets[0][-9:] or "name the file with preview.quality.weights" in message

@@ -221,13 +221,16 @@ def test_a_classifier_of_other_classes_or_size_is_refused(hybrid_run: Path, clas
 
 
 def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, tmp_path: Path) -> None:
-    words = ("evaluate.py", hybrid_run, "--likelihood", "--steps", "8", "--part", "train", "--num-images", "80")
+    shutil.copytree(hybrid_run, run := tmp_path / "run")  # its metrics.jsonl is written to
+    words = ("evaluate.py", run, "--likelihood", "--steps", "8", "--part", "train", "--num-images", "80")
     done = launch(*words, "--out", tmp_path / "two", processes=2)
-    assert done.status == 0 and "bits per dimension = prior" in done.out and "80 pictures, 8 steps" in done.out, done.all
+    assert done.status == 0 and "bits per dimension = prior" in done.out, done.all
+    assert "80 training pictures, 8 steps" in done.out
     whole = read_json(tmp_path / "two" / "likelihood.json")
     assert (tmp_path / "two" / "likelihood.png").exists() and len(whole["terms"]) == 8 and whole["pictures"] == 80
     assert whole["bits_per_dimension"] == pytest.approx(whole["prior"] + sum(whole["terms"]))
     assert whole["terms"][-1] == whole["decoder"]
+    assert metrics(run)[-1]["evaluation_bits_per_dimension_of_80_in_8_steps_on_train"] == whole["bits_per_dimension"]
     (tmp_path / "two" / "block_00001.npz").unlink()
     (tmp_path / "two" / "likelihood.json").unlink()
     again = launch(*words, "--out", tmp_path / "two", "--json")
@@ -237,7 +240,7 @@ def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, 
 
 
 def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path) -> None:
-    assert "leave --sweep and --features out" in refused("evaluate", hybrid_run, "--likelihood", "--features", "random")
+    assert "leave --features out" in refused("evaluate", hybrid_run, "--likelihood", "--features", "random")
     assert "--data are others; leave one out" in refused(
         "evaluate", hybrid_run, "--likelihood", "--part", "train", "--data", "x"
     )

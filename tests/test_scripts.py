@@ -38,7 +38,8 @@ def test_a_run_leaves_what_the_design_says(smoke_run: Path) -> None:
     pictures = {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png", "loss.png"}
     files = {"config.json", "data.json", "metrics.jsonl", "log.txt", "status.json", "skipped.json", "report.html"}
     assert names == pictures | files | {"checkpoints", "final", "samples", "tensorboard"}
-    assert {path.name for path in (smoke_run / "checkpoints").iterdir()} == {f"step_000000{n}" for n in (10, 20, 30)}
+    best = json.loads((smoke_run / "checkpoints" / "step_00000030" / "progress.json").read_text())["best"]["step"]
+    assert {path.name for path in (smoke_run / "checkpoints").iterdir()} == {f"step_000000{n}" for n in (10, 20, 30, best)}
     inside = {path.name for path in (smoke_run / "checkpoints" / "step_00000030").iterdir()}
     weights = {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
     assert inside == weights | {"progress.json", "config.json", "data.json", "MANIFEST.json"}
@@ -381,7 +382,7 @@ def test_a_run_that_goes_bad_keeps_the_checkpoints_from_before(tmp_path: Path) -
     explodes = ["--set", 'optimizer.schedule={"kind": "multistep", "milestones": [9], "gamma": 1e36}']
     one_line(train(tmp_path / "run", *explodes, "--set", "checkpoint.every=2", "--set", "preview.every=null"))
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step_00000006", "step_00000008", "step_00000010"], "step 10 was the last that counted"
+    assert kept == [f"step_{n:08d}" for n in (4, 6, 8, 10)], "step 10 was the last that counted"
     assert all(line["loss"] is None or line["loss"] < 1e30 for line in metrics(tmp_path / "run"))
 
 

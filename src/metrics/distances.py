@@ -166,11 +166,13 @@ class Copying(NamedTuple):
 
     `nearer` is the share of all pairs of a sample and a held-out picture in which the sample is nearer to its nearest training
     picture than the held-out one to its: one half where samples are as new as unseen pictures. `copied` is the share of samples
-    nearer than 99 % of the held-out pictures are: 0.01 then.
+    nearer than 99 % of the held-out pictures are, or, of fewer than 99, nearer than all of them: `copied_if_new` of new
+    pictures would be.
     """
 
     nearer: float
     copied: float
+    copied_if_new: float
 
 
 def copying(samples: Array, held_out: Array) -> Copying:
@@ -178,7 +180,9 @@ def copying(samples: Array, held_out: Array) -> Copying:
     ordered = np.sort(held_out)
     below, upto = np.searchsorted(ordered, samples, side="left"), np.searchsorted(ordered, samples, side="right")
     nearer = 1 - (below + upto) / 2 / len(ordered)  # equal ones count half
-    return Copying(float(nearer.mean()), float((samples < np.quantile(ordered, 0.01)).mean()))
+    share = max(0.01, 1 / (len(ordered) + 1))  # of new pictures that many are nearer than the one of M at share * (M + 1)
+    threshold = np.quantile(ordered, share, method="weibull")
+    return Copying(float(nearer.mean()), float((samples < threshold).mean()), share)
 
 
 # ---------------------------------------------------------------------------------------------- classes

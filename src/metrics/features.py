@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,17 @@ from ..vision import efficientnet_lite0, import_torchvision, put_weights, read_w
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 NAMES = ("inception", "dinov2", "efficientnet_lite0", "timm:NAME")
+
+
+class Asked(NamedTuple):
+    """How a person asks for features, for files of weights, and for Inception's: evaluate.py's options."""
+
+    features: str = "--features"
+    weights: str = "--weights"
+    inception: str = "--inception-weights"
+
+
+OPTIONS = Asked()
 
 
 class Features(nn.Module):
@@ -70,23 +81,23 @@ class Inception(Features):
     dim = 2048
     comparable = "FID, KID and IS of papers, at the same number of samples and of the same reference pictures"
 
-    def __init__(self, weights: str | None) -> None:
+    def __init__(self, weights: str | None, asked: Asked) -> None:
         if importlib.util.find_spec("torch_fidelity") is None:
-            raise UserError("--features inception needs the package torch-fidelity: pip install torch-fidelity")
+            raise UserError(f"{asked.features} inception needs the package torch-fidelity: pip install torch-fidelity")
         path = Path(weights).expanduser() if weights is not None else inception_file()
         if not path.is_file():
             raise UserError(
-                f"--features inception needs weights that are not at {path}; get them from {INCEPTION_URL} and put them there, "
-                "or name the file with --inception-weights; --features efficientnet_lite0 works without"
+                f"{asked.features} inception needs weights that are not at {path}; get them from {INCEPTION_URL} and put them "
+                f"there, or name the file with {asked.inception}; {asked.features} efficientnet_lite0 works without"
             )
         import_torchvision()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        read_weights(path, "--inception-weights")  # that the file is whole and holds no code: it is read once more below
+        read_weights(path, asked.inception)  # that the file is whole and holds no code: it is read once more below
         try:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
         except (RuntimeError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--inception-weights: {path} holds the weights of another network") from None
+            raise UserError(f"{asked.inception}: {path} holds the weights of another network") from None
         super().__init__(network)
 
     def see(self, pixels: Tensor) -> Tensor:
@@ -109,8 +120,8 @@ class EfficientNetLite0(Features):
     dim = 1280
     comparable = "numbers of this project in the same features, at the same number of samples; not with FID of papers"
 
-    def __init__(self, weights: str | None) -> None:
-        network = efficientnet_lite0(weights, "--features efficientnet_lite0")
+    def __init__(self, weights: str | None, asked: Asked) -> None:
+        network = efficientnet_lite0(weights, f"{asked.features} efficientnet_lite0")
         super().__init__(network.to(memory_format=torch.channels_last))  # a third faster on a CPU
 
     def see(self, pixels: Tensor) -> Tensor:
@@ -121,9 +132,9 @@ class EfficientNetLite0(Features):
 class Timm(Features):
     """The pooled features of a network of timm, at its own size, mean and standard deviation."""
 
-    def __init__(self, network_name: str, weights: str | None, name: str, comparable: str) -> None:
+    def __init__(self, network_name: str, weights: str | None, name: str, comparable: str, asked: Asked) -> None:
         if importlib.util.find_spec("timm") is None:
-            raise UserError(f"--features {name} needs the package timm: pip install -e '.[timm]'")
+            raise UserError(f"{asked.features} {name} needs the package timm: pip install -e '.[timm]'")
         import_torchvision()
         import timm
         from timm.data.config import resolve_model_data_config
@@ -133,22 +144,22 @@ class Timm(Features):
                 found.partition(".")[0] for found in timm.list_models(f"*{network_name.partition('.')[0].partition('_')[0]}*")
             ]
             told = f"; is it one of {', '.join(dict.fromkeys(near[:8]))}?" if near else ""
-            raise UserError(f"--features {name}: timm has no network {network_name!r}{told}")
+            raise UserError(f"{asked.features} {name}: timm has no network {network_name!r}{told}")
         more: dict[str, Any] = {"num_classes": 0}
         if "dinov2" in network_name:
             more["dynamic_img_size"] = True  # weights for 518 px, which the paper's distance shows 224
         if weights is not None:
             network = timm.create_model(network_name, **more)
             path = Path(weights).expanduser()
-            found = {key: value for key, value in read_weights(path, "--weights").items() if key in network.state_dict()}
-            put_weights(network, found, path, "--weights")
+            found = {key: value for key, value in read_weights(path, asked.weights).items() if key in network.state_dict()}
+            put_weights(network, found, path, asked.weights)
         else:
             try:
                 network = timm.create_model(network_name, pretrained=True, **more)
             except Exception as error:  # of hub, network, cache, or a network that has none
                 raise UserError(
-                    f"--features {name} needs weights that cannot be brought here ({_first_line(error)}); name a safetensors "
-                    "file of them with --weights; --features efficientnet_lite0 works without"
+                    f"{asked.features} {name} needs weights that cannot be brought here ({_first_line(error)}); name a "
+                    f"safetensors file of them with {asked.weights}; {asked.features} efficientnet_lite0 works without"
                 ) from None
         super().__init__(network)
         self.name, self.comparable = name, comparable
@@ -188,22 +199,21 @@ class RandomFeatures(Features):
         return self.network(pixels.float() / 127.5 - 1).mean((2, 3))
 
 
-def open_features(name: str, weights: str | None = None) -> Features:
+def open_features(name: str, weights: str | None = None, asked: Asked = OPTIONS) -> Features:
     """`inception`, `dinov2`, `efficientnet_lite0`, or `timm:NAME` with a network's name there; `weights` is a file. `random` is
-    for tests. A UserError says what is missing and where it comes from."""
+    for tests. A UserError says what is missing and where it comes from, in the words by which it was `asked`."""
     if name == "inception":
-        return Inception(weights)
+        return Inception(weights, asked)
     if name == "efficientnet_lite0":
-        return EfficientNetLite0(weights)
+        return EfficientNetLite0(weights, asked)
     if name == "dinov2":
         told = "FD-DINOv2 of papers (Stein et al. 2023, arXiv:2306.04675), at the same number of samples"
-        return Timm(DINOV2, weights, name, told)
+        return Timm(DINOV2, weights, name, told, asked)
     if name.startswith("timm:"):
-        return Timm(
-            name.removeprefix("timm:"), weights, name, f"numbers in the features of {name}, at the same number of samples"
-        )
+        told = f"numbers in the features of {name}, at the same number of samples"
+        return Timm(name.removeprefix("timm:"), weights, name, told, asked)
     if name == "random":
         return RandomFeatures()
     near = get_close_matches(name, NAMES, 1)
     told = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"--features {name!r} is not known; allowed: {', '.join(NAMES)}{told}")
+    raise UserError(f"{asked.features} {name!r} is not known; allowed: {', '.join(NAMES)}{told}")

@@ -52,10 +52,18 @@ def claim_request(out: Path, request: dict[str, Any], ranks: Ranks) -> None:
 
 
 def in_blocks(
-    folder: Path, count: int, size: int, make: Callable[[range], Arrays], ranks: Ranks, *, doing: str, keys: Sequence[str] = ()
+    folder: Path,
+    count: int,
+    size: int,
+    make: Callable[[range], Arrays],
+    ranks: Ranks,
+    *,
+    doing: str,
+    keys: Sequence[str] = (),
+    read: bool = True,
 ) -> Arrays:
     """`make(range)` gives arrays over those pictures; it is called for `count` of them in blocks of `size`, but for those in
-    `folder` already. Gives all of them in order, those of `keys` (default all), on every rank."""
+    `folder` already. Gives all of them in order, those of `keys` (default all), on every rank that will `read` them."""
     blocks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     paths = [folder / f"block_{i:05d}.npz" for i in range(len(blocks))]
     if ranks.rank == 0:
@@ -72,6 +80,8 @@ def in_blocks(
                 bar.update(min(len(block) * ranks.world, count - bar.n))
     ranks.barrier()
     wait_for(paths)
+    if not read:
+        return {}
     parts: list[Arrays] = []
     for path in paths:
         with open(path, "rb") as file, np.load(file) as part:

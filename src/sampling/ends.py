@@ -5,6 +5,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ from .autoencoder import Autoencoder, LatentCodec
 from .latents import Latents, cache_folder, latents_of
 from .preview import Examples, pictures_of
 from .sampler import Start
+
+
+@dataclass(frozen=True)
+class Starts:
+    """A Start for sampling: these examples, in an order that is a function of (seed, draw)."""
+
+    examples: Examples
+
+    def __call__(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
+        order = generator(seed, "source", draw).permutation(len(self))
+        return self.examples.load(order[np.array(indices, dtype=np.int64) % len(self)]).float().cpu()
+
+    def __len__(self) -> int:
+        return len(self.examples.labels)
 
 
 class End(ABC):
@@ -59,16 +74,9 @@ class End(ABC):
         """What is held out, or, where nothing is (or with `trained`), what is learned from; always the same for one index."""
         return self._examples(self.train if trained or self.held_out is None else self.held_out)
 
-    def starts(self, *, trained: bool = False) -> Start:
-        """A Start for sampling: these examples, in an order that is a function of (seed, draw)."""
-        examples = self.examples(trained=trained)
-        count = len(examples.labels)
-
-        def start(seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
-            order = generator(seed, "source", draw).permutation(count)
-            return examples.load(order[np.array(indices, dtype=np.int64) % count]).float().cpu()
-
-        return start
+    def starts(self, *, trained: bool = False) -> Starts:
+        """What sampling starts from: these examples."""
+        return Starts(self.examples(trained=trained))
 
 
 class PictureEnd(End):

@@ -28,9 +28,11 @@ from .autoencoder import open_autoencoder
 from .blocks import Ranks, claim_request, in_blocks
 from .classifier import OpenedClassifier
 from .edit import files_of
+from .ends import Starts
 from .opened import Opened
 from .quality import (
     BLOCK,
+    FEWEST,
     Compared,
     check_count,
     compare,
@@ -44,6 +46,7 @@ from .quality import (
 from .reconstruct import save_sheet
 from .sampler import Sampler, SamplerConfig, describe
 
+TRAINING, HELD_OUT, GIVEN = "training pictures", "held-out pictures", "given pictures"  # what is measured against
 ROWS = {  # of the table: label, and how a value is written
     "frechet": ("Fréchet distance", "{:.3f}"),
     "frechet_held_out": ("  of the held-out pictures", "{:.3f}"),
@@ -71,6 +74,11 @@ class Evaluation:
     batch_size: int
     seed: int
 
+    @property
+    def reads(self) -> bool:
+        """Whether this rank computes what all of them have measured."""
+        return self.ranks.rank == 0
+
     def folder(self, name: str, kind: str, request: dict[str, Any]) -> Path:
         """Where figures that depend on `request` go; a UserError where there are others."""
         request = {**request, "features": [[network.name, network.digest] for network in self.networks]}
@@ -91,9 +99,11 @@ class Report:
     lines: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 
-    def table(self, title: str, networks: Sequence[Features], found: dict[str, Compared], count: int) -> None:
+    def table(
+        self, title: str, networks: Sequence[Features], found: dict[str, Compared], count: int, held_out: int = 0
+    ) -> None:
         """A row for each number and a column for each network, what a number may be compared with, and what to know of it. The
-        `count` of samples is a part of a value's name, since those of other counts do not compare."""
+        `count` of samples (of those `held_out`, theirs) is a part of a value's name: those of other counts do not compare."""
         self.lines.append(title)
         width = max(len(network.name) for network in networks) + 2
         self.lines.append(f"  {'':<29}" + "".join(f"{network.name:>{max(14, width)}}" for network in networks))
@@ -104,9 +114,11 @@ class Report:
         for network in networks:
             self.lines.append(f"  {network.name} compares with {network.comparable}")
             self.lines += [f"  note: {note}" for note in found[network.name].notes]
-        for name, compared in found.items():
-            self.values |= {f"{key}_{name}_of_{count}": value for key, value in compared.values.items()}
-        self.figures |= {name: {**compared.values, "notes": compared.notes} for name, compared in found.items()}
+        for network in networks:
+            values, notes = found[network.name]
+            for key, value in values.items():
+                self.values[f"{key}_{network.name}_of_{held_out if key == 'frechet_held_out' else count}"] = value
+            self.figures[network.name] = {**values, "compares_with": network.comparable, "notes": notes}
 
     def write(self, ranks: Ranks) -> "Report":
         """evaluation.json, beside the sheets."""
@@ -134,43 +146,59 @@ def _request(opened: Opened, sampler: Sampler, data: PictureSet, count: int, see
     return {**told, **describe(sampler, seed)}
 
 
-def _check_run(opened: Opened) -> None:
+def _check_run(opened: Opened, data: PictureSet, count: int) -> None:
     if opened.low_resolution is not None:
         raise UserError(
             f"{opened.path} is an upsampler: draw with sample.py --low PICTURES, then evaluate.py FOLDER --data PICTURES"
         )
+    check_count(count, "samples (--num-samples)")
+    check_count(len(data), "real pictures")
+    opened.check_classes(data.class_names)
+    if not data.class_names:
+        opened.no_class()
 
 
 def evaluate_run(
-    it: Evaluation, opened: Opened, sampler: Sampler, data: PictureSet, held_out: PictureSet | None, *, count: int
+    it: Evaluation,
+    opened: Opened,
+    sampler: Sampler,
+    data: PictureSet,
+    held_out: PictureSet | None,
+    *,
+    count: int,
+    told: str = TRAINING,
 ) -> Report:
-    """Samples drawn on the way against `data`; with `held_out`, which the run did not see while it saw `data`, also whether
-    they are copies. A sheet, nearest.png, shows the training pictures that samples are nearest to."""
-    _check_run(opened)
-    check_count(count, "samples (--num-samples)")
-    check_count(len(data), "real pictures")
+    """Samples drawn on the way against `data` (`told` says what pictures those are); with `held_out`, which the run did not see
+    while it saw `data`, also whether they are copies. A sheet, nearest.png, shows the pictures that samples are nearest to."""
+    _check_run(opened, data, count)
     out = it.folder(opened.name, "quality", _request(opened, sampler, data, count, it.seed, it.batch_size))
     labels = labels_like(data, count, opened.num_classes)
     drawing = {"count": count, "seed": it.seed, "batch_size": it.batch_size, "device": it.device, "ranks": it.ranks}
     drawn = drawn_features(sampler, it.networks, labels, out, **drawing)
     report, found, by_class = Report(out, opened.step), dict[str, Compared](), list[str]()
     shown: tuple[Array, Array, Array] | None = None
+    few, if_new = 0, 0.0
     for network in it.networks:
-        samples, real = drawn[network.name], real_features(network, data, opened.image)
-        unseen = real_features(network, held_out, opened.image) if held_out is not None else None
-        if it.ranks.rank:
+        real = real_features(network, data, opened.image, read=it.reads)
+        unseen = real_features(network, held_out, opened.image, read=it.reads) if held_out is not None else None
+        if not it.reads:
             continue
+        samples = drawn[network.name]
         compared = compare(samples, real, network)
-        if unseen is not None and len(unseen) >= 10:
-            few = unseen[_spread(len(unseen), count)]
-            compared.values["frechet_held_out"] = distances.frechet(few, distances.moments(real))
-            if len(few) < count:
-                compared.notes.append(
-                    f"the held-out pictures are {len(few)}: compare the distance of as many samples with theirs"
-                )
+        if unseen is not None and len(unseen) >= FEWEST:
+            chosen = unseen[_spread(len(unseen), count)]
+            few, compared.values["frechet_held_out"] = len(chosen), distances.frechet(chosen, distances.moments(real))
+            if few < count:
+                compared.notes.append(f"the held-out pictures are {few}: compare the distance of as many samples with theirs")
+        if isinstance(sampler.source, Starts) and len(sampler.source) < count:
+            compared.notes.append(
+                f"the {count} samples start from {len(sampler.source)} pictures: a solver without noise draws no more than that"
+            )
         nearest = distances.nearest(samples, real)[0][:, 0]
         if unseen is not None:
-            compared.values.update(distances.copying(nearest, distances.nearest(unseen, real)[0][:, 0])._asdict())
+            copying = distances.copying(nearest, distances.nearest(unseen, real)[0][:, 0])
+            compared.values.update(nearer=copying.nearer, copied=copying.copied)
+            if_new = copying.copied_if_new
         if labels is not None:
             named = {"real": (real, data.labels), "samples": (samples, np.array(labels))}
             named |= {"held_out": (unseen, held_out.labels)} if unseen is not None and held_out is not None else {}
@@ -180,16 +208,18 @@ def evaluate_run(
     if shown is None:
         return report
     how = f"{sampler.spec.solver}, {sampler.calls()} network calls, guidance {sampler.spec.guidance:g}"
-    report.table(
-        f"{opened.path} (step {opened.step}): {count} samples ({how}) against {len(data)} pictures", it.networks, found, count
-    )
+    title = f"{opened.path} (step {opened.step}): {count} samples ({how}) against {len(data)} {told}"
+    report.table(title, it.networks, found, count, few)
     report.values |= {"network_calls": sampler.calls(), "guidance": sampler.spec.guidance}
     if held_out is not None:
         report.lines.append(
-            "  `nearer` is 0.5 and `copied` 1 % where samples are as far from the training pictures as those held out"
+            f"  `nearer` is 0.5 and `copied` {if_new:.1%} where samples are as far from the training pictures as those held out"
         )
+        report.figures["copied_if_new"] = if_new
+    elif told == TRAINING:
+        report.lines.append("  nothing was held out, so nothing says how near new pictures would be: look at nearest.png")
     report.lines += by_class
-    report.figures |= {"num_samples": count, "real_pictures": len(data), "network_calls": sampler.calls()}
+    report.figures |= {"num_samples": count, "real_pictures": len(data), "of": told, "network_calls": sampler.calls()}
     report.figures["sampler"] = dump(sampler.spec)
 
     def draw(indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -198,7 +228,7 @@ def evaluate_run(
         images = [sampler.draw(it.seed, part, [labels[i] for i in part] if labels else None, **more) for part in parts]
         return pictures.to_uint8(torch.cat(images))
 
-    draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, opened.image, indices))
+    draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, opened.image, indices), told)
     report.files.append(out / "nearest.png")
     return report.write(it.ranks)
 
@@ -221,10 +251,16 @@ def read_classes(
     read = distances.fit_reader(real[known], labels[known])
     found: dict[str, Array] = {}
     for which, key in (("samples", "accuracy"), ("held_out", "accuracy_held_out")):
-        if which in sets:
+        if which in sets and (np.isin(sets[which][1], range(len(class_names)))).any():
             features, wanted = sets[which]
             found[which] = distances.accuracy_by_class(read(features), wanted, len(class_names))
             compared.values[key] = float(np.nanmean(found[which]))
+    if "samples" not in found:
+        compared.notes.append("no sample has a class: nothing to read")
+        return []
+    for class_name, share in zip(class_names, found["samples"], strict=True):
+        if not np.isnan(share):
+            report.values[f"class_{class_name}_read_by_{name}"] = float(share)
     report.figures[f"accuracy_by_class_{name}"] = {
         which: {name: None if np.isnan(share) else float(share) for name, share in zip(class_names, each, strict=True)}
         for which, each in found.items()
@@ -275,33 +311,37 @@ def sweep(
     *,
     count: int,
     classifier: OpenedClassifier | None = None,
+    told: str = TRAINING,
 ) -> Report:
-    """Every setting of the sampler against `data`, all from the same noise: a table, and sweep.png, the distances against the
-    network calls."""
-    _check_run(opened)
-    check_count(count, "samples (--num-samples)")
+    """Every setting of the sampler against `data` (`told` says what pictures those are), all from the same noise: a table, and
+    sweep.png, the distances against the network calls."""
+    _check_run(opened, data, count)
     samplers = [opened.sampler(how, classifier) for how in settings]
     request = _request(opened, samplers[0], data, count, it.seed, it.batch_size)
     out = it.folder(opened.name, "sweep", {**request, "settings": [dump(how) for how in settings]})
     swept = [key for key in dump(settings[0]) if len({json.dumps(dump(how)[key]) for how in settings}) > 1]
     labels, rows = labels_like(data, count, opened.num_classes), list[dict[str, Any]]()
-    real, notes = {network.name: real_features(network, data, opened.image) for network in it.networks}, dict[str, list[str]]()
+    real = {network.name: real_features(network, data, opened.image, read=it.reads) for network in it.networks}
+    notes = dict[str, list[str]]()
     for sampler in samplers:
-        told = {key: dump(sampler.spec)[key] for key in swept}
+        setting = {key: dump(sampler.spec)[key] for key in swept}
         tag = hashlib.sha256(json.dumps(dump(sampler.spec)).encode()).hexdigest()[:8]
         drawing = {"count": count, "seed": it.seed, "batch_size": it.batch_size, "device": it.device, "ranks": it.ranks}
         drawn = drawn_features(sampler, it.networks, labels, out / tag, **drawing)
-        if it.ranks.rank == 0:
+        if it.reads:
             found = {n.name: compare(drawn[n.name], real[n.name], n) for n in it.networks}
-            rows.append({**told, "network_calls": sampler.calls(), **{name: each.values for name, each in found.items()}})
+            rows.append({**setting, "network_calls": sampler.calls(), **{name: each.values for name, each in found.items()}})
             notes = {name: each.notes for name, each in found.items()}
     report = Report(out, opened.step)
-    if it.ranks.rank:
+    if not it.reads:
         return report
     keys = [key for key in ("frechet", "kernel", "precision", "recall") if all(key in row[it.networks[0].name] for row in rows)]
     columns = [*swept, "network_calls"]
-    report.lines.append(f"{opened.path} (step {opened.step}): {count} samples a row against {len(data)} pictures")
+    report.lines.append(f"{opened.path} (step {opened.step}): {count} samples a row against {len(data)} {told}")
     for network in it.networks:
+        for row in rows:
+            setting = ",".join(f"{key}={_told(row[key])}" for key in swept)
+            report.values |= {f"sweep_{setting}_{k}_{network.name}_of_{count}": v for k, v in row[network.name].items()}
         report.lines.append(f"  in {network.name}, which compares with {network.comparable}")
         head = [*columns, *keys]
         cells = [[_told(row[c]) for c in columns] + [f"{row[network.name][k]:.4g}" for k in keys] for row in rows]
@@ -312,7 +352,8 @@ def sweep(
         report.lines.append("  best: " + ", ".join(f"{key} {_told(best[key])}" for key in columns))
     _draw_sweep(out / "sweep.png", rows, swept, it.networks)
     report.files.append(out / "sweep.png")
-    report.figures = {"num_samples": count, "real_pictures": len(data), "rows": rows, "notes": notes}
+    report.figures = {"num_samples": count, "real_pictures": len(data), "of": told, "rows": rows, "notes": notes}
+    report.figures["compares_with"] = {network.name: network.comparable for network in it.networks}
     return report.write(it.ranks)
 
 
@@ -399,20 +440,20 @@ def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bo
     report, found = Report(out), dict[str, Compared]()
     shown: tuple[Array, Array, Array] | None = None
     for network in it.networks:
-        real = real_features(network, data, image)
-        if it.ranks.rank == 0:
+        real = real_features(network, data, image, read=it.reads)
+        if it.reads:
             found[network.name] = compare(drawn[network.name], real, network)
             nearest = distances.nearest(drawn[network.name], real)[0][:, 0]
             shown = shown or (drawn[network.name], real, nearest)
     if shown is None:
         return report
-    report.table(f"{place}: {len(files)} pictures against {len(data)}", it.networks, found, len(files))
+    report.table(f"{place}: {len(files)} pictures against {len(data)} {GIVEN}", it.networks, found, len(files))
     report.figures |= {"num_samples": len(files), "real_pictures": len(data)}
 
     def draw(indices: Sequence[int]) -> NDArray[np.uint8]:
         return pixels([files[i] for i in indices]).permute(0, 2, 3, 1).numpy()
 
-    draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, image, indices))
+    draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, image, indices), GIVEN)
     report.files.append(out / "nearest.png")
     return report.write(it.ranks)
 
@@ -420,9 +461,9 @@ def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bo
 # ---------------------------------------------------------------------------------------------- reconstructions
 
 
-def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], data: PictureSet) -> Report:
-    """rFID in each of the features, PSNR, SSIM, L1 and the run's own perceptual distance of the reconstructions of `data`, at
-    the size of the run's last stage; a sheet of the worst and of usual ones."""
+def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], data: PictureSet, told: str) -> Report:
+    """rFID in each of the features, PSNR, SSIM, L1 and the run's own perceptual distance of the reconstructions of `data`
+    (`told` says what pictures those are), at the size of the run's last stage; a sheet of the worst and of usual ones."""
     autoencoder = open_autoencoder(run, it.device)
     check_count(len(data), "real pictures")
     spec = validate(ImageConfig, settings["image"], origin=f"{run}: image")
@@ -434,8 +475,8 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     except UserError as error:
         asked, perceptual = None, None
         notes.append(f"no LPIPS: {error}")
-    told = asked.network if asked is not None else None
-    request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "size": image.size, "lpips": told}
+    seen_by = asked.network if asked is not None else None
+    request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "size": image.size, "lpips": seen_by}
     out = it.folder(settings["name"], "reconstructions", {**request, "batch_size": it.batch_size})
     own = next(autoencoder.network.parameters()).dtype
 
@@ -469,22 +510,22 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     told_by = [place / "progress.json" for place in (Path(run), Path(run) / "final") if (place / "progress.json").exists()]
     report, found = Report(out, read_json(told_by[0])["step"] if told_by else 0), dict[str, Compared]()
     for network in it.networks:
-        real = real_features(network, data, image)
-        if it.ranks.rank == 0:
+        real = real_features(network, data, image, read=it.reads)
+        if it.reads:
             found[network.name] = compare(each[network.name], real, network, neighbours=False)
-    if it.ranks.rank:
+    if not it.reads:
         return report
     report.table(
-        f"{run}: {len(data)} pictures of {image.size} px against their reconstructions (the Fréchet distance is rFID)",
+        f"{run}: {len(data)} {told} of {image.size} px against their reconstructions (the Fréchet distance is rFID)",
         it.networks, found, len(data),
     )  # fmt: skip
-    units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": f"LPIPS ({told})", "l1": "L1, of [-1, 1]"}
+    units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": f"LPIPS ({seen_by})", "l1": "L1, of [-1, 1]"}
     means = {name: float(each[name].mean()) for name in units if name in each}
     for name, value in means.items():
         report.lines.append(f"  {units[name]:<29}{value:14.4g}")
     report.lines += [f"  note: {note}" for note in notes]
     report.values |= means
-    report.figures |= {**means, "real_pictures": len(data), "notes": notes}
+    report.figures |= {**means, "real_pictures": len(data), "of": told, "notes": notes}
     order = np.argsort(each["psnr"], kind="stable")
     chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
     save_sheet(out / "reconstructions.png", *through(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")

@@ -14,7 +14,7 @@ from ..config import UserError, write_whole
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from .blocks import Ranks, claim_request, in_blocks
-from .opened import Opened, few
+from .opened import Opened
 from .preview import pictures_of
 from .sampler import noise_of
 
@@ -29,11 +29,7 @@ def _check(opened: Opened, data: PictureSet) -> None:
         raise UserError(f"{opened.path} is on the blend: it has no chain of steps, so no bits per dimension")
     if opened.low_resolution is not None:
         raise UserError(f"{opened.path} is an upsampler: what it draws depends on another picture, which the data has not")
-    if opened.num_classes is not None and data.class_names not in ((), opened.class_names):
-        raise UserError(
-            f"the data has other classes ({few(data.class_names)}) than {opened.path} ({few(opened.class_names)}); give class "
-            "subfolders of those names, or, where it was imported, import it with --class-names"
-        )
+    opened.check_classes(data.class_names)
     if opened.num_classes is not None and not opened.null_class and bool((data.labels < 0).any()):
         raise UserError(f"{opened.path} has no null class, and some pictures have no class")
 

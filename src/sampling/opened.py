@@ -77,6 +77,14 @@ class Run:
             raise UserError(f"{self.path} never learned to go without a class: give --classes, or train with label_dropout")
         return self.num_classes
 
+    def check_classes(self, names: Sequence[str]) -> None:
+        """A UserError where data has classes, and other ones than this run."""
+        if self.num_classes is not None and tuple(names) not in ((), self.class_names):
+            raise UserError(
+                f"the data has other classes ({few(names)}) than {self.path} ({few(self.class_names)}); give class subfolders "
+                "of those names, or, where it was imported, import it with --class-names"
+            )
+
     def _end(self, spec: Any, held_out: float) -> End:
         """The source, of 2-D points."""
         kept = (self.facts.get("source") or {}).get("density")

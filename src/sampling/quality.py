@@ -20,7 +20,7 @@ from ..data import ImageConfig, PictureSet, PointSet
 from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
-from ..metrics.features import Features, open_features
+from ..metrics.features import Asked, Features, open_features
 from ..training.trials import Attempt
 from .blocks import Ranks, in_blocks, ranks_here
 from .sampler import Sampler
@@ -43,10 +43,10 @@ def see(network: Features, pixels: Tensor) -> Array:
 
 
 def real_features(
-    network: Features, data: PictureSet, image: ImageConfig, *, batch_size: int = 32, workers: int = 4
+    network: Features, data: PictureSet, image: ImageConfig, *, batch_size: int = 32, workers: int = 4, read: bool = True
 ) -> NDArray[np.float32]:
     """(N, dim) of all pictures, cut from the middle: each machine makes them once, on all its ranks, and keeps them with its
-    scans under a hash of pictures, size and weights. Gives them on every rank."""
+    scans under a hash of pictures, size and weights. Gives them on every rank that will `read` them, (0, dim) on others."""
     plain = ImageConfig(size=image.size, channels=image.channels)
     told = json.dumps([network.name, network.digest, data.fingerprint, image.size, image.channels])
     folder = cache_folder() / "features" / hashlib.sha256(told.encode()).hexdigest()[:16]
@@ -63,9 +63,9 @@ def real_features(
             seen = [see(network, pixels) for pixels in pool.map(load, range(block.start, block.stop, batch_size))]
         return {"features": np.concatenate(seen)}
 
-    return in_blocks(folder, len(data), BLOCK, make, ranks_here(), doing=f"{network.name} features of real pictures")[
-        "features"
-    ]
+    doing = f"{network.name} features of real pictures"
+    found = in_blocks(folder, len(data), BLOCK, make, ranks_here(), doing=doing, read=read)
+    return found["features"] if read else np.empty((0, network.dim), np.float32)
 
 
 def labels_like(data: PictureSet, count: int, num_classes: int | None) -> list[int] | None:
@@ -109,11 +109,13 @@ def check_count(count: int, what: str) -> None:
         raise UserError(f"{count} {what} are too few to measure anything; at least {FEWEST}")
 
 
-def flag(count: int, dim: int) -> str:
-    """What to know of a Fréchet distance of so few samples, or nothing."""
-    if count > dim:
-        return ""
-    return f"{count} samples are fewer than the {dim} features: the distance is too large, and compares only at that number"
+def flag(samples: int, real: int, dim: int) -> list[str]:
+    """What to know of a Fréchet distance where either side has so few pictures, or nothing."""
+    return [
+        f"{count} {what} for {dim} features: the distance is too large, and compares only at that number"
+        for count, what in ((samples, "samples"), (real, "real pictures"))
+        if count <= dim
+    ]
 
 
 class Compared(NamedTuple):
@@ -132,7 +134,7 @@ def compare(samples: Array, real: Array, network: Features, *, neighbours: bool 
     logits = network.logits(torch.from_numpy(samples))
     if logits is not None:
         values["inception_score"], values["inception_score_std"] = distances.inception_score(logits.cpu().numpy())
-    notes = [note for note in (flag(min(len(samples), len(real)), network.dim),) if note]
+    notes = flag(len(samples), len(real), network.dim)
     most = distances.MOST
     if neighbours and min(len(samples), len(real)) > distances.NEIGHBOURS:
         few = [side[np.arange(min(most, len(side))) * len(side) // min(most, len(side))] for side in (samples, real)]
@@ -146,24 +148,23 @@ def compare(samples: Array, real: Array, network: Features, *, neighbours: bool 
 def draw_nearest(
     out: Path,
     samples: Array,
-    train: Array,
+    real: Array,
     distance: Array,
     draw: Callable[[Sequence[int]], NDArray[np.uint8]],
     load: Callable[[Sequence[int]], NDArray[np.uint8]],
+    told: str,
 ) -> None:
-    """The sheet: the samples nearest to a training picture, and as many of the others, each followed by the three training
-    pictures nearest to it; `draw` and `load` give (N, H, W, C) uint8."""
+    """The sheet: the samples nearest to a real picture (`told` says which those are), and as many of the others, each followed
+    by the three real pictures nearest to it; `draw` and `load` give (N, H, W, C) uint8."""
     order = np.argsort(distance, kind="stable")
     others = order[len(order) // 2 :][:SHOWN] if len(order) >= 2 * SHOWN else order[:0]
     chosen = np.concatenate([order[:SHOWN], others])
-    _, first = distances.nearest(samples[chosen], train, most=3)
+    _, first = distances.nearest(samples[chosen], real, most=3)
     drawn, known = draw(chosen.tolist()), load(first.flatten().tolist())
     rows = [np.concatenate([drawn[i : i + 1], known[3 * i : 3 * i + 3]]) for i in range(len(chosen))]
     usual = set(others.tolist())
     names = [word for i in chosen for word in (f"usual #{i}" if i in usual else f"#{i}", f"{distance[i]:.3g}", "", "")]
-    title = (
-        f"the {min(SHOWN, len(order))} samples nearest to a training picture, then usual ones; beside each, its nearest three"
-    )
+    title = f"the {min(SHOWN, len(order))} samples nearest to the {told}, then usual ones; beside each, its nearest three"
     sheet = pictures.grid(np.concatenate(rows), columns=8, labels=names, title=title)
     pictures.save(sheet, out)
 
@@ -199,12 +200,15 @@ class Quality:
         check_count(len(train_set), "training pictures")
         self._spec, self._train_set, self._image = spec, train_set, image
         self._accelerator, self._attempt = accelerator, attempt
-        self._network = open_features(spec.features, spec.weights).to(accelerator.device)
+        own = "preview.quality.weights"
+        network = open_features(spec.features, spec.weights, Asked("preview.quality.features", own, own))
+        self._network = network.to(accelerator.device)
         self._labels = labels_like(train_set, spec.num_samples, num_classes)
         self._real: Moments | None = None
 
-    def measure(self, sampler: Sampler, batch_size: int) -> dict[str, float]:
-        """{"frechet_distance"}, lower is better. A dry run draws one batch of it, and measures nothing."""
+    def measure(self, sampler: Sampler, batch_size: int, say: Callable[[str], None]) -> dict[str, float]:
+        """{"frechet_distance"}, lower is better; what is to be known of it is said once. A dry run draws one batch of it, and
+        measures nothing."""
         accelerator, count = self._accelerator, self._spec.num_samples
         each = -(-count // accelerator.num_processes // batch_size) * batch_size  # all ranks as often: FSDP asks for that
         mine = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
@@ -214,6 +218,8 @@ class Quality:
             return {}
         if self._real is None:
             self._real = distances.moments(real_features(self._network, self._train_set, self._image))
+            for note in flag(count, len(self._train_set), self._network.dim):
+                say(f"frechet_distance: {note}")
         seen = [self._draw(sampler, mine[i : i + batch_size]) for i in range(0, each, batch_size)]
         gathered = accelerator.gather(torch.cat(seen))
         assert isinstance(gathered, Tensor)

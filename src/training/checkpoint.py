@@ -24,8 +24,8 @@ Documents = Mapping[str, Any]
 
 @config
 class CheckpointConfig:
-    """Written every `every` steps and every `every_minutes`; the last `keep` stay, and the best one
-    where `keep_best` is set (lowest held-out loss; of an autoencoder LPIPS, or L1 without a perceptual loss)."""
+    """Written every `every` steps and every `every_minutes`; the last `keep` stay, and the best one where `keep_best` is set
+    (lowest held-out loss; of an autoencoder LPIPS, or L1 without a perceptual loss) or preview.quality (lowest distance)."""
 
     every: Length | None = free(None)
     every_minutes: float | None = free(30.0, gt=0)
@@ -169,9 +169,15 @@ def retain(checkpoints: Path, keep: int, spared_steps: Collection[int] = ()) -> 
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def spared_steps(progress: Mapping[str, Any], *, keep_best: bool) -> set[int]:
+def keeps_best(cfg: Any) -> bool:
+    """Whether the best checkpoint of a run stays: where its config says so, or where the distance of samples is measured."""
+    return cfg.checkpoint.keep_best or getattr(getattr(cfg, "preview", None), "quality", None) is not None
+
+
+def spared_steps(progress: Mapping[str, Any]) -> set[int]:
     """The steps whose checkpoints a run still needs beside its last ones: its best, and that where a rollback would go."""
-    best = progress["best"]["step"] if keep_best and progress.get("best") else None
+    known = progress.get("best") or {}
+    best = known["step"] if known.get("kept") else None
     healthy = progress.get("guard", {}).get("healthy_step")
     return {step for step in (best, healthy) if step is not None}
 

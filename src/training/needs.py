@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import UserError, dump
+from .checkpoint import keeps_best
 from .ema import WIDTHS
 from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within
 from .stream import split_batch
@@ -146,7 +147,7 @@ def room(cfg: Any, folder: Path) -> Verdict:
     network, adversary = count_parameters(cfg)
     averages = 0 if cfg.ema.snapshot_every is None else len(WIDTHS)
     one = ((4 + averages) * network + 3 * adversary) * (8 if cfg.dtype == "float64" else 4)
-    kept = cfg.checkpoint.keep + 1 + cfg.checkpoint.keep_best
+    kept = cfg.checkpoint.keep + 1 + keeps_best(cfg)
     return free_space(folder, float(one * kept), f"{kept} checkpoints of {size(one)}")
 
 

@@ -87,6 +87,7 @@ GROUPS = (
     Group("{}", r"adaptive_weight|code_perplexity|codes_used|colour_drift", apart=True),
 )
 WHERE = re.compile(r"(held_out|train)_")
+TABLED = re.compile(r"evaluation_(sweep|class)_")
 
 
 # ---------------------------------------------------------------------------------------------- what lies there
@@ -275,13 +276,16 @@ def _figure(picture: Embedded, name: str, told: str) -> str:
 
 
 def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float | None]]]:
-    """{name of a metric: (step, value or None) in order of the steps}; what is neither a number nor null is no metric."""
-    columns: dict[str, list[tuple[int, float | None]]] = {}
+    """{name of a metric: (step, value or None) in order of the steps, the last one of each}; what is neither a number nor null
+    is no metric, and what evaluate.py puts into tables has no chart."""
+    columns: dict[str, dict[int, float | None]] = {}
     for values in lines:
         for name, value in values.items():
-            if name not in ("step", "epoch") and (value is None or (isinstance(value, int | float) and value is not True)):
-                columns.setdefault(name, []).append((values["step"], _number(value)))
-    return {name: sorted(points, key=lambda point: point[0]) for name, points in columns.items()}
+            if name in ("step", "epoch") or TABLED.match(name) or value is True:
+                continue
+            if value is None or isinstance(value, int | float):
+                columns.setdefault(name, {})[values["step"]] = _number(value)
+    return {name: sorted(points.items()) for name, points in columns.items()}
 
 
 def _plain(name: str) -> str:

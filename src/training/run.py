@@ -258,7 +258,7 @@ class RunDirectory:
         """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept; `pinned` are."""
         progress = documents["progress"]
         write_folder(step_folder(self.checkpoints, progress["step"]), tensors, documents)
-        spared = spared_steps(progress, keep_best=spec.keep_best) | {progress["step"], *pinned}
+        spared = spared_steps(progress) | {progress["step"], *pinned}
         retain(self.checkpoints, spec.keep, spared)
 
     def finish(self, state: str, step: int, steps: int, message: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import ENDLESS, Span, UserError, dump
 from ..data import PictureSet, PointSet
 from . import checkpoint
-from .checkpoint import Documents, Tensors, step_folder
+from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
 from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
 from .run import RunDirectory
@@ -53,7 +53,7 @@ class Session:
         except UserError:
             self.run.close()
             raise
-        self.best: dict[str, float] | None = self.progress.get("best")
+        self.best: dict[str, Any] | None = self.progress.get("best")
         self._cadences: dict[str, Cadence] = {}
         self._began, self._first, self._end = self.step, 0, total_steps
 
@@ -194,19 +194,23 @@ class Session:
         told = {name: float(value) for name, value in values.items()}
         return self.meter.read() | told | self.clock.read(self.facts["images"])
 
-    def better(self, name: str, value: float) -> bool:
-        """Whether `value` is the lowest of this name so far, which is then remembered."""
-        if self.best is not None and value >= self.best.get(name, float("inf")):
+    def better(self, name: str, value: float, measured: str = "") -> bool:
+        """Whether `value` is the lowest of this name so far, of those that were `measured` in the same way; it is then
+        remembered."""
+        known = self.best if self.best is not None and self.best.get("measured", "") == measured else {}
+        if value >= known.get(name, float("inf")):
             return False
-        self.best = {"step": self.step, name: value}
+        self.best = {"step": self.step, name: value, "measured": measured, "kept": keeps_best(self.cfg)}
         return True
 
     def best_of(self, values: dict[str, float]) -> bool:
         """Whether the checkpoint of now is the best so far and to be kept: by the distance of samples where that is measured,
         else by the loss on held-out pictures."""
-        measured = self._cadences["quality"].every is not None
-        name = "frechet_distance" if measured else "held_out_loss"
-        return name in values and self.better(name, values[name]) and self.cfg.checkpoint.keep_best
+        quality = getattr(self.cfg.preview, "quality", None)
+        name, measured = "held_out_loss", ""
+        if quality is not None:
+            name, measured = "frechet_distance", f"{quality.num_samples} samples in {quality.features}"
+        return name in values and self.better(name, values[name], measured) and keeps_best(self.cfg)
 
     def report(self, values: dict[str, float]) -> None:
         """A line of metrics.jsonl, of the trackers, and for the person; after a preview, and now and then, the report."""

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 
 from ..config import ENDLESS, UserError, read_json
-from .checkpoint import damage, newest, read_tensors, step_folder
+from .checkpoint import damage, keeps_best, newest, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
 from .report import SAMPLE_BYTES
@@ -341,7 +341,7 @@ def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str)
         seconds += stage.steps * stage.step_seconds + stage.previews * stage.preview_seconds + saves * stage.save_seconds
         seconds += stage.measured * stage.measured_seconds
         kept, pictures = kept + saves, pictures + stage.previews * attempt.preview_bytes
-    kept, exports = min(kept, cfg.checkpoint.keep + cfg.checkpoint.keep_best), sum(stage.exports for stage in attempt.stages)
+    kept, exports = min(kept, cfg.checkpoint.keep + keeps_best(cfg)), sum(stage.exports for stage in attempt.stages)
     snapshots = sum(stage.snapshots for stage in attempt.stages)  # of two averages in half precision
     shown = min(pictures, SAMPLE_BYTES) * 4 // 3  # in base64, on the page
     needed = kept * one + (exports + snapshots + 1) * attempt.weights_bytes + pictures + shown

@@ -40,9 +40,7 @@ def _rest(name: str) -> bool:
 
 def _spared(checkpoint: Path) -> set[str]:
     """The checkpoints that a run needs beside its last ones, by name."""
-    keep_best = read_json(checkpoint / "config.json")["checkpoint"]["keep_best"]
-    steps = spared_steps(read_json(checkpoint / "progress.json"), keep_best=keep_best)
-    return {step_folder(Path(), step).name for step in steps}
+    return {step_folder(Path(), step).name for step in spared_steps(read_json(checkpoint / "progress.json"))}
 
 
 def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_dir: Path, settings: Any) -> None:

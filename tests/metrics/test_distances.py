@@ -128,6 +128,17 @@ def test_copies_are_seen() -> None:
     old = distances.copying(distances.nearest(copies, train)[0][:, 0], unseen)
     assert old.nearer > 0.999 and old.copied == 1
     assert distances.copying(unseen, unseen).nearer == pytest.approx(0.5)
+    assert new.copied_if_new == 0.01
+
+
+@pytest.mark.parametrize("held_out", [6, 150])
+def test_new_pictures_are_called_copies_as_often_as_is_said(held_out: int) -> None:
+    """Over many draws of the held-out pictures and of the samples, all from one distribution."""
+    rng = np.random.default_rng(0)
+    found = [distances.copying(rng.random(400), rng.random(held_out)) for _ in range(2000)]
+    share = found[0].copied_if_new
+    assert share == max(0.01, 1 / (held_out + 1))
+    assert np.mean([one.copied for one in found]) == pytest.approx(share, rel=0.06)
 
 
 def test_a_reader_reads_classes() -> None:

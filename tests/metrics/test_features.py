@@ -111,6 +111,18 @@ def test_any_network_of_timm_from_a_safetensors_file(tmp_path: Path, monkeypatch
         torch.testing.assert_close(network(pixels), theirs((pixels / 255 - mean) / std), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="weights of another network"):
         open_features("timm:test_vit", str(weights))
+
+    # DINOv2's have weights for 518 px, and see 224.
+    small = "vit_small_patch14_dinov2.lvd142m"
+    theirs = randomise(timm.create_model(small, num_classes=0, dynamic_img_size=True), 0.02).eval()
+    save_file(theirs.state_dict(), tmp_path / "dinov2.safetensors")
+    monkeypatch.setattr("src.metrics.features.DINOV2", small)
+    network = open_features("dinov2", str(tmp_path / "dinov2.safetensors"))
+    pixels = some(1, size=224)
+    mean, std = (torch.tensor(theirs.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        torch.testing.assert_close(network(pixels), theirs((pixels / 255 - mean) / std), rtol=1e-4, atol=1e-5)
+    assert network(some(1)).shape == (1, 384) and "FD-DINOv2 of papers" in network.comparable
     with pytest.raises(UserError, match="timm has no network 'test_resnett'; is it one of test_"):
         open_features("timm:test_resnett")
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: (_ for _ in ()).throw(OSError("no way\nto the hub")))

@@ -25,7 +25,7 @@ from src.training.uploads import Uploads, bring_back, bring_run, place_of
 from tests.conftest import ROOT, SMOKE, environment
 from tests.storage import StorageServer
 
-CONFIG = load(ROOT / SMOKE, ddpm_accelerate.Config, ["checkpoint.keep_best=true"])
+CONFIG = load(ROOT / SMOKE, ddpm_accelerate.Config)
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: Stor
     (run / "report.html").write_text("<!DOCTYPE html>")
     (run / ".report.html.part").write_text("<!DOC")
     for step in (1, 2, 3, 4):
-        save(run, step, best={"step": 1, "held_out_loss": 0.5})
-        retain(run / "checkpoints", 2, spared_steps({"best": {"step": 1}}, keep_best=True))
+        save(run, step, best={"step": 1, "held_out_loss": 0.5, "kept": True})
+        retain(run / "checkpoints", 2, spared_steps({"best": {"step": 1, "kept": True}}))
         sent.wake(step)
         wait_for(lambda step=step: step in there(server))
     sent.close()
