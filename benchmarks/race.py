@@ -471,6 +471,8 @@ def race(out: Path, folder: Path, minutes: float, samples: int, only: str = "", 
     shown = [one for one in field if one.name == "ours" or one.result in best]
     held_out = held_out_distance(folder, samples)
     told = table(results, held_out, samples)
+    missing = [contestant.name for contestant in field if "weights" not in contestant.result]
+    told += f"\n- so far without {', '.join(missing)}" if missing else ""
     ready = [(TITLES[one.kind], one) for one in shown if "1.0" in one.result.get("distances", {})]
     if ready:
         draw_sheet([(title, one.out / "samples_1.0.npy") for title, one in ready], out / "samples.png")

@@ -194,7 +194,9 @@ def test_a_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
     race.race(out, folder, 1.0, 20, "diffusers")
     (out / "ddp_1e-4").mkdir()  # it was killed while it trained
     (out / "ddp_1e-4" / "half").touch()
+    assert "- so far without ddp_1e-4, ddp_3e-4, ddp_1e-3" in race.race(out, folder, 1.0, 20, "diffusers")
     told = race.race(out, folder, 1.0, 20)
+    assert "so far without" not in told
     assert sorted(trained) == sorted(race.names())  # each once
     assert not (out / "ddp_1e-4" / "half").exists()
     assert told.count("met:") == 2 and (out / "distance.png").exists()
