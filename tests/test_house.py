@@ -295,8 +295,8 @@ TINY = {
 
 @pytest.mark.timeout(900)  # some thirty scripts, one after the other
 def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
-    """Each command but make's, accelerate's and what needs more GPUs or a bucket (tests/test_setup.py has that story), on small
-    stand-ins for the reader's pictures."""
+    """Each command but make's, accelerate's, the race's and what needs more GPUs or a bucket (tests/test_setup.py has that
+    story), on small stand-ins for the reader's pictures."""
     for i in range(24):
         for name in ("cats", "dogs"):
             (tmp_path / "my_pictures" / name).mkdir(parents=True, exist_ok=True)
@@ -312,7 +312,9 @@ def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, vae_run: Path,
         shutil.copytree(run / "final", tmp_path / "runs" / name / "final")
     ran = 0
     for line in shell_lines((ROOT / "README.md").read_text()):
-        if line.startswith(("make", "accelerate", "ACCELERATE", "export", "source", "./setup.sh", "python doctor.py")):
+        if line.startswith(
+            ("make", "accelerate", "ACCELERATE", "export", "source", "./setup.sh", "python doctor.py", "python benchmarks")
+        ):
             continue
         words = line.split()
         assert words[0] == "python", line

@@ -1,5 +1,6 @@
 """setup.sh: the environment, the bucket's folders, and a run that goes on where another machine left it."""
 
+import json
 import os
 import random
 import re
@@ -232,5 +233,8 @@ def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer,
     kills.same_end(two / "runs" / "never", two / "runs" / "mine")
     assert [line["step"] for line in metrics(two / "runs" / "mine")] == list(range(1, 61)), "the log goes on, too"
     kept = {name.split("/")[3] for name in server.objects() if name.startswith("runs/mine/checkpoints/")}
-    assert kept == {"step_00000054", "step_00000060"}, "the bucket keeps as many as the folder"
+    last = two / "runs" / "mine" / "checkpoints" / "step_00000060"
+    best = json.loads((last / "progress.json").read_text())["best"]["step"]
+    assert kept == {"step_00000054", last.name, f"step_{best:08d}"}, "the bucket keeps as many as the folder"
+    assert kept == {path.name for path in last.parent.iterdir()}
     assert "runs/mine/final/ema.safetensors" in server.objects()
