@@ -79,7 +79,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     return parser.parse_args(), parser.parse_args(["RUN"])
 
 
-class Opened(NamedTuple):
+class Chosen(NamedTuple):
     """Pictures to measure on; where they are what was trained on, those held out; and, in words, what they are."""
 
     pictures: PictureSet
@@ -87,7 +87,7 @@ class Opened(NamedTuple):
     told: str
 
 
-def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> Opened:
+def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> Chosen:
     """The pictures that are meant, the run's own or others, by default those of `part`."""
 
     def few(pictures: PictureSet) -> PictureSet:
@@ -97,7 +97,7 @@ def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str)
         raise UserError("--part is of the run's own pictures and --data are others; leave one out")
     if args.data is not None:
         source = parse_json(args.data) if args.data[:1] in ("{", "[") else {"source": "folder", "path": args.data}
-        return Opened(few(open_data(validate(Data, {"data": source}, origin="--data").data, 0.0)[0]), None, GIVEN)
+        return Chosen(few(open_data(validate(Data, {"data": source}, origin="--data").data, 0.0)[0]), None, GIVEN)
     if "data" not in settings:
         raise UserError(f"{args.run} names no pictures to measure it on: give --data FOLDER")
     spec = validate(Data, {key: settings[key] for key in ("data", "held_out") if key in settings}, origin=args.run)
@@ -107,8 +107,8 @@ def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str)
     wanted = args.part or part
     chosen = held_out if wanted == "held_out" and held_out is not None else train_set
     if chosen is train_set:
-        return Opened(few(chosen), held_out, TRAINING)
-    return Opened(few(chosen), None, HELD_OUT)
+        return Chosen(few(chosen), held_out, TRAINING)
+    return Chosen(few(chosen), None, HELD_OUT)
 
 
 def main() -> None:

@@ -251,7 +251,7 @@ def read_classes(
     read = distances.fit_reader(real[known], labels[known])
     found: dict[str, Array] = {}
     for which, key in (("samples", "accuracy"), ("held_out", "accuracy_held_out")):
-        if which in sets and (np.isin(sets[which][1], range(len(class_names)))).any():
+        if which in sets and np.isin(sets[which][1], range(len(class_names))).any():
             features, wanted = sets[which]
             found[which] = distances.accuracy_by_class(read(features), wanted, len(class_names))
             compared.values[key] = float(np.nanmean(found[which]))

@@ -206,7 +206,7 @@ class Session:
     def best_of(self, values: dict[str, float]) -> bool:
         """Whether the checkpoint of now is the best so far and to be kept: by the distance of samples where that is measured,
         else by the loss on held-out pictures."""
-        quality = getattr(self.cfg.preview, "quality", None)
+        quality = self.cfg.preview.quality
         name, measured = "held_out_loss", ""
         if quality is not None:
             name, measured = "frechet_distance", f"{quality.num_samples} samples in {quality.features}"
