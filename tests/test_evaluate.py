@@ -15,9 +15,9 @@ from src.config import UserError
 from src.data import open_sources
 from src.data.sources import ShapesSource
 from src.sampling.ends import Starts
-from src.sampling.evaluation import parse_sweep
+from src.sampling.evaluation import Report, parse_sweep, read_classes
 from src.sampling.preview import Examples
-from src.sampling.quality import flag, labels_like
+from src.sampling.quality import Compared, flag, labels_like
 from src.sampling.sampler import SamplerConfig
 from src.training.checkpoint import spared_steps
 from src.training.session import Session
@@ -208,6 +208,15 @@ def test_what_is_said_of_too_few_pictures() -> None:
     assert flag(17, 17, 16) == []
     assert flag(16, 17, 16)[0].startswith("16 samples for 16 features: the distance is too large")
     assert flag(2000, 12, 16)[0].startswith("12 real pictures for")
+
+
+def test_held_out_pictures_without_a_class_are_not_read(tmp_path: Path) -> None:
+    features, labels = np.eye(2, dtype=np.float32).repeat(20, 0), np.array([0] * 20 + [1] * 20)
+    compared, report = Compared({}, []), Report(tmp_path)
+    sets = {"real": (features, labels), "samples": (features, labels), "held_out": (features, np.full(40, -1))}
+    read_classes(compared, report, "x", sets, ["a", "b"])
+    assert compared.values == {"accuracy": 1.0} and report.values["class_b_read_by_x"] == 1
+    json.dumps(report.figures, allow_nan=False)
 
 
 def test_starts_are_dealt_anew_when_all_were_given() -> None:
