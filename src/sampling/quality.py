@@ -21,6 +21,7 @@ from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
+from ..training.launch import agree
 from ..training.trials import Attempt
 from .blocks import Ranks, in_blocks, ranks_here
 from .sampler import Sampler
@@ -217,13 +218,15 @@ class Quality:
                 self._draw(sampler, mine[:batch_size])
             return {}
         if self._real is None:
-            self._real = distances.moments(real_features(self._network, self._train_set, self._image))
+            real = real_features(self._network, self._train_set, self._image, read=accelerator.is_main_process)
+            self._real = distances.moments(real)  # of none on the other ranks
             for note in flag(count, len(self._train_set), self._network.dim):
                 say(f"frechet_distance: {note}")
         seen = [self._draw(sampler, mine[i : i + batch_size]) for i in range(0, each, batch_size)]
         gathered = accelerator.gather(torch.cat(seen))
         assert isinstance(gathered, Tensor)
-        return {"frechet_distance": distances.frechet(gathered[:count].cpu().numpy(), self._real)}
+        first = accelerator.is_main_process
+        return {"frechet_distance": agree(distances.frechet(gathered[:count].cpu().numpy(), self._real) if first else 0.0)}
 
     @torch.no_grad()
     def _draw(self, sampler: Sampler, part: range) -> Tensor:

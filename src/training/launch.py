@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -26,6 +26,7 @@ from pydantic import Field
 from ..config import UserError, config, dump, free
 from .sharding import plugin_for
 
+T = TypeVar("T")
 TWO_ON_A_CPU = "ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc-per-node 2 SCRIPT ..."
 
 
@@ -206,8 +207,8 @@ def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: 
     network.zero_grad(set_to_none=True)
 
 
-def agree(chosen: Path | None) -> Path | None:
-    """What the first rank chose, on all ranks."""
+def agree(chosen: T) -> T:
+    """What the first rank chose or found, on all ranks."""
     box = [chosen]
     broadcast_object_list(box)
     return box[0]
