@@ -22,6 +22,7 @@ from src.sampling.sampler import SamplerConfig
 from src.training.checkpoint import spared_steps
 from src.training.session import Session
 from tests.conftest import SMOKE, launch, metrics, one_line, refused, run_here
+from tests.kills import settings
 
 SHAPES = '{"source": "shapes", "count": 64, "size": 16}'
 RANDOM = ("--features", "random", "--batch-size", "8")
@@ -273,6 +274,30 @@ def test_samples_are_measured_while_a_run_trains(smoke_run: Path, smoke_run_on_t
     assert 1 < len(levels) <= 10 and min(levels) <= metrics(smoke_run)[-1]["held_out_loss"] <= max(levels)
     evaluate(smoke_run / "checkpoints" / "step_00000030", "--num-samples", "16", "--steps", "5", "--out", tmp_path / "x")
     assert figures(tmp_path / "x")["random"]["frechet"] == pytest.approx(found[0][-1], rel=1e-4), "as evaluate.py has it"
+
+
+def test_a_run_that_held_nothing_out_and_never_learned_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, sets = tmp_path / "run", settings(steps=2, held_out=0, label_dropout=0, preview__every=None, checkpoint__every=None)
+    run_here("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, *sets)
+    capsys.readouterr()
+    evaluate(run, "--num-samples", "10", "--steps", "2", "--out", tmp_path / "out")
+    assert "nothing was held out, so nothing says how near new pictures would be" in capsys.readouterr().out
+    found = figures(tmp_path / "out")
+    assert found["of"] == "training pictures" and not {"nearer", "copied", "frechet_held_out"} & set(found["random"])
+    (tmp_path / "flat").mkdir()
+    for i in range(10):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
+    flat = json.dumps([{"source": "folder", "path": str(tmp_path / "flat"), "scan": {"min_file_bytes": 0}}])
+    assert "never learned to go without a class" in refused("evaluate", run, "--data", flat, *RANDOM, "--num-samples", "10")
+
+
+def test_a_blend_that_starts_from_few_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {"source": "shapes", "count": 20, "size": 16}
+    sets = settings(source=few, class_conditional=False, steps=2, preview__every=None, checkpoint__every=None)
+    run_here("train_iadb", "-cfg", "configs/smoke/iadb.json", "--run-dir", tmp_path / "run", *sets)
+    capsys.readouterr()
+    evaluate(tmp_path / "run", "--num-samples", "40", "--steps", "2", "--out", tmp_path / "out")
+    assert "samples start from 2 pictures: a solver without noise draws no more" in capsys.readouterr().out
 
 
 def test_distances_measured_otherwise_do_not_compare() -> None:
