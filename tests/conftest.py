@@ -1,6 +1,7 @@
 """What the tests share: where the reference numbers are, launching scripts, smoke runs that several tests look at."""
 
 import importlib
+import io
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +141,20 @@ def run_here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> None:
             AcceleratorState._reset_state(True)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> Finished:
+    """`launch` of one process without its start: what the script says, and 2 where that is a mistake in one line."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            run_here(script.removesuffix(".py"), *arguments, cwd=cwd)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        except SystemExit as ended:  # as --schema does
+            status = int(ended.code or 0)
+    return Finished(status, out.getvalue(), err.getvalue())
 
 
 def refused(script: str, *arguments: str | Path) -> str:

@@ -24,7 +24,7 @@ from src.sampling.classifier import build_classifier, noise_process
 from src.sampling.opened import build_unet
 from src.training import needs
 from src.training.stages import plan_stages
-from tests.conftest import ROOT, environment, launch, run_here
+from tests.conftest import ROOT, environment, here, launch, run_here
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
@@ -211,7 +211,7 @@ def one_stage_after_the_other(cfg: Any) -> None:
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_the_schema_is_the_scripts(script: str) -> None:
-    done = launch(f"{script}.py", "--schema")
+    done = here(f"{script}.py", "--schema")
     assert done.status == 0 and done.out == (ROOT / "configs" / "schemas" / f"{script}.json").read_text()
 
 

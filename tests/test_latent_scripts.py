@@ -14,19 +14,23 @@ from safetensors.torch import load_file
 
 from src.config import read_json
 from tests import kills
-from tests.conftest import ROOT, launch, metrics, one_line, refused
+from tests.conftest import ROOT, Finished, here, launch, metrics, one_line, refused
 from tests.kills import settings
 
 VAE, LDM = "configs/smoke/vae.json", "configs/smoke/ldm.json"
 
 
-def train_vae(run: Path, *more: str, processes: int = 1, **sets: object):
-    return launch("train_vae.py", "-cfg", VAE, "--run-dir", run, *more, *settings(**sets), processes=processes)
+def train(*words: str | Path, processes: int) -> Finished:
+    return here(*words) if processes == 1 else launch(*words, processes=processes)
 
 
-def train_ldm(run: Path, autoencoder: Path | str, *more: str, processes: int = 1, **sets: object):
+def train_vae(run: Path, *more: str, processes: int = 1, **sets: object) -> Finished:
+    return train("train_vae.py", "-cfg", VAE, "--run-dir", run, *more, *settings(**sets), processes=processes)
+
+
+def train_ldm(run: Path, autoencoder: Path | str, *more: str, processes: int = 1, **sets: object) -> Finished:
     named = settings(autoencoder=str(autoencoder), **sets)
-    return launch("train_ldm.py", "-cfg", LDM, "--run-dir", run, *named, *more, processes=processes)
+    return train("train_ldm.py", "-cfg", LDM, "--run-dir", run, *named, *more, processes=processes)
 
 
 def refuse_ldm(run: Path, **sets: object) -> str:
@@ -154,13 +158,14 @@ def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> 
     done = train_vae(tmp_path / "run", init_from=str(vae_run), stages=more)
     assert done.status == 0 and "going on at step 2 of 5" in done.out
     assert "changed since the checkpoint: stages.0.micro_batch_size, stages\n" in done.out
-    assert "/nowhere does not exist" in one_line(train_vae(tmp_path / "new", init_from="/nowhere"))
+    words = ("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "new", *settings(init_from="/nowhere"))
+    assert "/nowhere does not exist" in one_line(launch(*words))
     said = one_line(train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 4}]))
     assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in said
 
 
 def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
-    done = launch("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", "--dry-run")
+    done = train_vae(tmp_path / "run", "--dry-run")
     assert done.status == 0, done.all
     for word in ("stage 1 of 4 10 of 16", "stage 4 of 4 4 of 8", "images/s", "time"):
         assert word in done.out, done.out
@@ -266,15 +271,13 @@ def test_latent_diffusion_goes_on_to_the_bit(vae_run: Path, ldm_run: Path, tmp_p
 
 def test_final_moves_without_the_autoencoders_run(ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
     arguments = ["--num-samples", "6", "--batch-size", "4", "--steps", "4", "--guidance", "2", "--eta", "0.8", "--frames"]
-    here = launch("sample.py", ldm_run, *arguments, "--classes", "cross/circle", "--out", tmp_path / "here")
-    assert here.status == 0, here.all
+    stays = here("sample.py", ldm_run, *arguments, "--classes", "cross/circle", "--out", tmp_path / "here")
+    assert stays.status == 0, stays.all
     shutil.copytree(ldm_run / "final", tmp_path / "elsewhere")
     moved = vae_run.rename(vae_run.with_name("gone"))
     try:
-        done = launch("sample.py", tmp_path / "elsewhere", *arguments, "--classes", "cross/circle", "--out", tmp_path / "there")
-        early = launch(
-            "sample.py", ldm_run / "checkpoints" / "step_00000010", "--num-samples", "1", "--out", tmp_path / "early"
-        )
+        done = here("sample.py", tmp_path / "elsewhere", *arguments, "--classes", "cross/circle", "--out", tmp_path / "there")
+        early = here("sample.py", ldm_run / "checkpoints" / "step_00000010", "--num-samples", "1", "--out", tmp_path / "early")
     finally:
         moved.rename(vae_run)
     assert done.status == early.status == 0, done.all + early.all
@@ -295,7 +298,7 @@ def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None
     large = ("prepare_data.py", "latents", tmp_path / "vae", "--size", "24", "--out", tmp_path / "large")
     full = one_line(launch(*large, limit=(resource.RLIMIT_FSIZE, 60_000)))
     assert full.startswith("error: the disk is full (") and full.endswith("make room and run it again")
-    done = launch(*large)
+    done = here(*large)
     assert "4x12x12" in done.out, done.all
     assert "is neither a run" in refused("prepare_data", "latents", ROOT / "configs" / "smoke" / "ddpm.json")
 
@@ -359,7 +362,7 @@ def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "latents").is_dir(), "beside the run, not in a folder that is somebody else's"
     shutil.copytree(tmp_path / "run" / "final", tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "vae")
-    done = launch("sample.py", tmp_path / "elsewhere", "--num-samples", "2", "--steps", "2", "--out", tmp_path / "s")
+    done = here("sample.py", tmp_path / "elsewhere", "--num-samples", "2", "--steps", "2", "--out", tmp_path / "s")
     assert done.status == 0 and (tmp_path / "s" / "00001.png").exists(), done.all
     assert "does not exist; train one" in refuse_ldm(tmp_path / "other", autoencoder=str(tmp_path / "vae"))
 

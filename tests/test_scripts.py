@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from src.config import load
 from src.training.checkpoint import newest
 from tests import kills
-from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics, one_line, refused, run_here
+from tests.conftest import ROOT, SMOKE, Finished, command, environment, here, launch, metrics, one_line, refused, run_here
 
 SCRIPT = "ddpm_accelerate.py"
 
 
-def train(run: Path, *more: str, processes: int = 1, **extra: Any):
-    return launch(SCRIPT, "-cfg", SMOKE, "--run-dir", run, *more, processes=processes, **extra)
+def train(run: Path, *more: str, processes: int = 1, **extra: Any) -> Finished:
+    words = (SCRIPT, "-cfg", SMOKE, "--run-dir", run, *more)
+    return here(*words) if processes == 1 and not extra else launch(*words, processes=processes, **extra)
 
 
 # ---------------------------------------------------------------------------------------------- what a run leaves
@@ -135,7 +136,7 @@ def test_averages_of_any_length_are_made_afterwards(long_run: Path, tmp_path: Pa
     shutil.copytree(long_run, run)
     kept = sorted(path.name for path in (run / "ema").iterdir())
     assert kept == [f"step_{step:08d}" for step in range(10, 81, 10)]
-    done = launch("posthoc_ema.py", run, "0.05", "0.15")
+    done = here("posthoc_ema.py", run, "0.05", "0.15")
     assert done.status == 0 and "sample.py" in done.out and "POORLY" not in done.out, done.all
     short = load_file(run / "ema" / "width_0.05" / "ema.safetensors")
     own = load_file(run / "checkpoints" / "step_00000080" / "ema_0.05.safetensors")  # followed from step to step
@@ -278,8 +279,7 @@ def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> N
     ],
 )
 def test_a_config_that_cannot_be_trained(write_config: Callable, tmp_path: Path, change: object, said: str) -> None:
-    done = launch(SCRIPT, "-cfg", write_config(change), "--run-dir", tmp_path / "run")
-    assert said in one_line(done)
+    assert said in one_line(here(SCRIPT, "-cfg", write_config(change), "--run-dir", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -410,7 +410,7 @@ def test_prepare_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(tmp_path / "pictures" / name / f"{i}.png")
     (tmp_path / "pictures" / "a" / "broken.jpg").write_bytes(b"no")
     archive = shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "pictures")
-    done = launch("prepare_data.py", "unpack", archive, "--out", tmp_path / "data")
+    done = here("prepare_data.py", "unpack", archive, "--out", tmp_path / "data")
     assert done.status == 0 and "unpacked 7 files" in done.out, done.all
     run_here("prepare_data", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
     told = capsys.readouterr().out

@@ -23,7 +23,7 @@ from src.sampling.autoencoder import open_autoencoder
 from src.sampling.sampler import noise_of
 from src.training.checkpoint import read_tensors, write_folder
 from src.vision import import_torchvision
-from tests.conftest import ROOT, launch, randomise, refused
+from tests.conftest import ROOT, here, randomise, refused
 
 sys.path.insert(0, str(ROOT))
 import train_iadb
@@ -515,13 +515,13 @@ def test_the_command(tmp_path: Path) -> None:
     theirs = unet2d()
     path = saved(tmp_path / "a.ckpt", lightning(under("model.", theirs.state_dict())))
     config = written(tmp_path / "a.yaml", FULL)
-    done = launch("convert.py", "iadb", path, "--model-config", config, "--out", tmp_path / "cats")
+    done = here("convert.py", "iadb", path, "--model-config", config, "--out", tmp_path / "cats")
     assert done.status == 0 and f"python train_iadb.py -cfg {tmp_path / 'cats' / 'finetune.json'}" in done.out, done.all
-    done = launch("sample.py", tmp_path / "cats", "--num-samples", "2", "--steps", "4", "--out", tmp_path / "s")
+    done = here("sample.py", tmp_path / "cats", "--num-samples", "2", "--steps", "4", "--out", tmp_path / "s")
     assert done.status == 0 and (tmp_path / "s" / "00001.png").exists(), done.all
-    done = launch("convert.py", "to-diffusers", tmp_path / "cats", "--out", tmp_path / "theirs")
+    done = here("convert.py", "to-diffusers", tmp_path / "cats", "--out", tmp_path / "theirs")
     assert done.status == 0 and not (tmp_path / "theirs" / "model_index.json").exists(), done.all
-    done = launch("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "again")
+    done = here("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "again")
     assert done.status == 0 and "python train_iadb.py" in done.out, done.all
     before, after = (safetensors.torch.load_file(tmp_path / name / "ema.safetensors") for name in ("cats", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -16,7 +16,7 @@ from src.models import UNet, UNetConfig
 from src.sampling import Sampler, SamplerConfig, noise_of, open_trained
 from src.sampling.files import Frames, columns_for, write_samples
 from src.sampling.sampler import Edit, _Way, describe, random_labels
-from tests.conftest import launch, one_line, randomise
+from tests.conftest import here, launch, one_line, randomise
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
@@ -368,5 +368,5 @@ def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Pat
     ],
 )
 def test_mistakes_of_sample_py(smoke_run: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
-    assert said in one_line(launch("sample.py", smoke_run, "--out", tmp_path / "out", *arguments))
+    assert said in one_line(here("sample.py", smoke_run, "--out", tmp_path / "out", *arguments))
     assert not (tmp_path / "out").exists()

@@ -27,7 +27,7 @@ from src.training.trials import (
     run_training,
     what_fits,
 )
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT, here, launch
 
 WORDS = {"preview": 100, "save": 100, "export": 300, "quality": None, "snapshot": 500}
 SPLIT = split_batch(16, 8, rank=0, world=1)
@@ -188,10 +188,10 @@ def test_a_run_that_resumes_and_one_that_draws_what_no_checkpoint_holds(tmp_path
 
 
 def test_every_stage_of_an_autoencoder_is_resumed(tmp_path: Path) -> None:
-    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--verify-resume")
+    done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--verify-resume")
     assert done.status == 0 and "step 2 both ways" in done.out and "step 8 both ways" in done.out, done.all
     assert "bit-equal" in done.out and not list(tmp_path.iterdir())
-    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--verify-resume", "--dry-run")
+    done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", "--verify-resume", "--dry-run")
     assert done.status == 2 and "give one of them" in done.err
 
 
