@@ -376,10 +376,9 @@ def goals(results: Sequence[Result], held_out: float) -> list[str]:
 
 
 def row(result: Result, held_out: float, title: str) -> str:
-    end_of, seen = result["distances"]["1.0"], result["fractions"]["1.0"]
+    seen = result["fractions"]["1.0"]
     cells = [title, f"{result['parameters'] / 1e6:.1f} M", f"{seen['images']:,}", f"{seen['images'] / seen['seconds']:.1f}"]
     cells += [result["weights"], f"{at_the_end(result):.1f}", f"{at_the_end(result) - held_out:.1f}"]
-    cells += [f"{end_of['seconds_of_sampling']:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -392,10 +391,8 @@ def table(results: Sequence[Result], held_out: float, samples: int) -> str:
             if result["name"].startswith(f"{peer}_") and "pair" in result:
                 own, few = " (its own)" if result["lr"] == rates[0] else "", result["pair"][result["weights"]]
                 lines.append(f"| {TITLES[peer]} | {result['lr']}{own} | {result['weights']} | {few:.1f} |")
-    head = (
-        "| | parameters | images seen | images/s | weights | Fréchet distance | above the held-out | seconds for the samples |"
-    )
-    lines += ["", head, "|" + " --- |" * 8]
+    head = "| | parameters | images seen | images/s | weights | Fréchet distance | above the held-out |"
+    lines += ["", head, "|" + " --- |" * 7]
     shown: list[tuple[Result, str]] = [(result, "ours") for result in done if result["name"] == "ours"]
     for peer, rates in RATES.items():
         best = best_of(results, peer)
@@ -403,7 +400,7 @@ def table(results: Sequence[Result], held_out: float, samples: int) -> str:
         if best is not None and best in done and best["lr"] != rates[0]:
             shown.append((best, f"{TITLES[peer]}, learning rate {best['lr']}"))
     lines += [row(result, held_out, title) for result, title in shown]
-    lines.append(f"| {samples} held-out pictures | | | | | {held_out:.1f} | 0 | |")
+    lines.append(f"| {samples} held-out pictures | | | | | {held_out:.1f} | 0 |")
     minutes = done[0]["minutes"] if done else 0
     lines += ["", f"| distance after minutes | {' | '.join(f'{minutes * part:g}' for part in FRACTIONS)} |"]
     lines.append("|" + " --- |" * (1 + len(FRACTIONS)))
