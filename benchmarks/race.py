@@ -301,21 +301,18 @@ class Contestant:
         self.result = {"name": self.name, "minutes": round(seconds / 60, 3), "machine": hardware, **found, "distances": {}}
         self.save()
 
-    def draw(self, fraction: str, weights: str, count: int) -> tuple[Tensor, float]:
-        """Samples and the seconds they took."""
-        began, place = time.perf_counter(), self.out / "weights" / fraction
+    def draw(self, fraction: str, weights: str, count: int) -> Tensor:
+        place = self.out / "weights" / fraction
         if self.kind == "ours":
-            drawn = draw_ours(place, count)
-        else:
-            drawn = peers.draw(self.kind, place / f"{weights}.safetensors", count)
-        return drawn, time.perf_counter() - began
+            return draw_ours(place, count)
+        return peers.draw(self.kind, place / f"{weights}.safetensors", count)
 
     def weights(self) -> str:
         """Whether its EMA or its raw weights draw better at the limit."""
         if "weights" not in self.result:
             self.result["weights"] = "ema"
             if self.kind != "ours":
-                found = {kind: distance_of(self.draw("1.0", kind, PAIR)[0], self.folder) for kind in ("ema", "raw")}
+                found = {kind: distance_of(self.draw("1.0", kind, PAIR), self.folder) for kind in ("ema", "raw")}
                 self.result |= {"weights": min(found, key=lambda kind: found[kind]), "pair": found}
             self.save()
         return self.result["weights"]
@@ -327,10 +324,9 @@ class Contestant:
         if key not in self.result["fractions"] or (known is not None and known["samples"] == samples):
             return
         print(f"{self.name}: {samples} pictures after {fraction:g} of the time", flush=True)
-        drawn, seconds = self.draw(key, self.weights(), samples)
+        drawn = self.draw(key, self.weights(), samples)
         np.save(self.out / f"samples_{key}.npy", drawn.numpy())
-        found = {"distance": distance_of(drawn, self.folder), "samples": samples, "seconds_of_sampling": round(seconds, 1)}
-        self.result["distances"][key] = found
+        self.result["distances"][key] = {"distance": distance_of(drawn, self.folder), "samples": samples}
         self.save()
 
 

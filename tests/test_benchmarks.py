@@ -135,7 +135,7 @@ def made_up(name: str, end: float, quarter: float) -> dict[str, Any]:
     found = {"name": name, "minutes": 20.0, "parameters": 4_000_000, "weights": "ema", "fractions": {"0.25": kept, "1.0": kept}}
     lr = {"lr": name.partition("_")[2]} if "_" in name else {}
     lr |= {"pair": {"ema": end + 10, "raw": 999}}
-    measured = {"samples": 500, "seconds_of_sampling": 60.0}
+    measured = {"samples": 500}
     return {**found, **lr, "distances": {"0.25": {"distance": quarter, **measured}, "1.0": {"distance": end, **measured}}}
 
 
