@@ -1,5 +1,6 @@
 """What the tests share: where the reference numbers are, launching scripts, smoke runs that several tests look at."""
 
+import gc
 import importlib
 import io
 import json
@@ -8,7 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open() -> Iterator[None]:
+    """What a script left open in this process is warned of in its own test, not in whichever one collects it."""
+    yield
+    if ran_here:
+        ran_here.clear()
+        gc.collect()
+
+
+ran_here: list[str] = []
 
 
 def shared_folder(name: str) -> Path:
@@ -130,6 +143,7 @@ def one_line(finished: Finished) -> str:
 
 def run_here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> None:
     """A script's main to its end in this process: quick where launching is not what is tested."""
+    ran_here.append(script)
     AcceleratorState._reset_state(True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)

@@ -47,12 +47,9 @@ class Session:
         self.cfg, self.accelerator, self.trained, self.facts = cfg, accelerator, trained, facts
         self.total_steps, self.attempt = total_steps, attempt
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=attempt.trial)
+        attempt.held.callback(self.run.close)
         self.step, self.progress = 0, {}
-        try:
-            self._resume()
-        except UserError:
-            self.run.close()
-            raise
+        self._resume()
         self.best: dict[str, Any] | None = self.progress.get("best")
         self._cadences: dict[str, Cadence] = {}
         self._began, self._first, self._end = self.step, 0, total_steps

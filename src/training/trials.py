@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ class Attempt:
     images: int = 0
     parameters: int = 0
     uploads: Uploads | None = None
+    held: ExitStack = field(default_factory=ExitStack)  # what is given up however the training ends
     trying: Callable[[int, int, str], None] = lambda *_: None
     _mark: float = field(default_factory=time.monotonic)
 
@@ -184,7 +185,7 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
 
 def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:
     try:
-        with explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as attempt.trying:
+        with attempt.held, explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as attempt.trying:
             while (status := train(cfg, run_dir, attempt)) == AGAIN:
                 pass
     except RuntimeError as error:
