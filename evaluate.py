@@ -140,6 +140,7 @@ def quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, 
         raise UserError(f"{idle[0]} is about drawing samples, and {args.run} draws none: leave it out")
     if args.resize and not made:
         raise UserError("--resize is for a folder of pictures: a run says itself how large they are")
+    opened = None if made or "stages" in settings else open_trained(args.run, device)
     networks = open_networks(args)
     it = Evaluation(
         [network.to(device) for network in networks], Path(args.out) if args.out else None, ranks_of(state), device,
@@ -147,11 +148,10 @@ def quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, 
     )  # fmt: skip
     if made:
         report = evaluate_folder(it, place, open_pictures(args, {}, "train").pictures, resize=args.resize)
-    elif "stages" in settings:
+    elif opened is None:
         data, _, told = open_pictures(args, settings, "held_out")
         report = evaluate_autoencoder(it, args.run, settings, data, told)
     else:
-        opened = open_trained(args.run, device)
         data, held_out, told = open_pictures(args, opened.config, "train")
         if args.steps is None:
             args.steps = "50"

@@ -93,27 +93,31 @@ def run_row(row: Row, work: Path, folder: Path) -> Row:
     return {**row, **found, "parameters": trained["parameters"], **trained["fractions"]["1.0"], "used": trained["used"]}
 
 
-def table(results: Sequence[Row], held_out: float | None = None) -> str:
-    """The rows, the best first, each against the first row of its own seed, minutes and recipe."""
-    lines = ["| row | change | seed | minutes | parameters | images seen | distance | against the baseline |"]
-    lines.append("|" + " --- |" * 8)
+def table(results: Sequence[Row], held_out: float | None = None, recipe: str | None = None) -> str:
+    """The rows, the best first, each against its own seed's baseline: a table for each length of training and each recipe,
+    `recipe` first."""
 
     def kin(row: Row) -> tuple[Any, ...]:
-        return tuple(row[key] for key in ("recipe", "seed", "minutes", "samples"))
+        return row["recipe"] != recipe, row["recipe"], row["minutes"], row["samples"], row["seed"]
 
-    first: dict[tuple[Any, ...], float] = {}
-    for row in results:
-        first.setdefault(kin(row), row["distance"])
-    for row in sorted(results, key=lambda row: (*map(str, kin(row)), row["distance"])):
+    base = {kin(row): row["distance"] for row in results if row["name"] == "baseline"}
+    lines, group = list[str](), None
+    for row in sorted(results, key=lambda row: (kin(row), row["distance"])):
+        if group != (group := kin(row)[:-1]):
+            which = "The recipe as it is" if row["recipe"] == recipe else f"An earlier recipe ({row['recipe']})"
+            lines += ["", f"{which}, {row['minutes']:g} minutes, {row['samples']} pictures", ""]
+            lines.append("| row | change | seed | parameters | images seen | distance | against the baseline |")
+            lines.append("|" + " --- |" * 7)
         how = json.dumps(row["sampler"]) if "sampler" in row else f"post-hoc EMA of width {row.get('ema')}"
         before = [f"{row['first']['share']:.0%} of the time at {row['first']['size']} px"] if "first" in row else []
         change = " ".join([*before, *row["set"]]) if "set" in row else f"{row['of']} with {how}"
-        cells = [row["name"], change, f"{row['seed']}", f"{row['minutes']:g}", f"{row['parameters'] / 1e6:.2f} M"]
-        cells += [f"{row['images']:,}", f"{row['distance']:.1f}", f"{row['distance'] - first[kin(row)]:+.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        against = f"{row['distance'] - base[kin(row)]:+.1f}" if kin(row) in base else ""
+        cells = [row["name"], change, f"{row['seed']}", f"{row['parameters'] / 1e6:.2f} M", f"{row['images']:,}"]
+        distance = f"{row['distance']:.1f}"
+        lines.append(f"| {' | '.join([*cells, distance, against])} |")
     if held_out is not None:
         lines.append(f"\nas many held-out pictures: {held_out:.1f}")
-    return "\n".join(lines)
+    return "\n".join(lines[1:])
 
 
 def main() -> None:
@@ -141,7 +145,8 @@ def main() -> None:
         staged.write_text(json.dumps(results, indent=1) + "\n")
         staged.rename(RESULTS)
         print(f"{row['name']}: {results[-1]['distance']:.1f}", flush=True)
-    told = f"{machine('accelerate')}\n\n{table(results, held_out_distance(folder, args.samples))}\n"
+    now = identified({}, seed=args.seed, minutes=args.minutes, samples=args.samples)["recipe"]
+    told = f"{machine('accelerate')}\n\n{table(results, held_out_distance(folder, args.samples), now)}\n"
     RESULTS.with_suffix(".md").write_text(f"`python benchmarks/ablate.py`, {time.strftime('%Y-%m-%d')}\n\n{told}")
     print(told)
 

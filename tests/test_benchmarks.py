@@ -245,8 +245,11 @@ def test_a_row_that_is_done_is_known_by_all_that_its_result_depends_on() -> None
         assert not ablate.is_done({**done, **other}, [done])
     measured = {"parameters": 10, "images": 100, "distance": 50.0}
     base = {**ablate.identified({"name": "baseline", "set": []}, seed=1, minutes=5.0, samples=256), **measured}
-    shown = ablate.table([base, {**done, **measured, "distance": 44.0}])
-    assert shown.splitlines()[2].startswith("| eps | process.target=eps") and "-6.0" in shown
+    longer = {**done, **measured, "minutes": 20.0}
+    shown = ablate.table([longer, base, {**done, **measured, "distance": 44.0}], recipe=base["recipe"]).splitlines()
+    assert shown[0] == "The recipe as it is, 5 minutes, 256 pictures"
+    assert shown[4].startswith("| eps | process.target=eps") and shown[4].endswith("| -6.0 |")
+    assert shown[7] == "The recipe as it is, 20 minutes, 256 pictures" and shown[-1].endswith("| 50.0 |  |"), "no baseline"
 
 
 @pytest.mark.parametrize("parameters", [5_278_000, 7_126_000])

@@ -254,6 +254,8 @@ def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "draws nothing: leave --guidance" in refused("evaluate", run, "--likelihood", "--guidance", "2")
     shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("step_*", "final"))
     assert "holds no checkpoint" in refused("evaluate", tmp_path / "bare", *RANDOM)
+    nowhere = refused("evaluate", tmp_path / "nowhere", "--inception-weights", tmp_path / "none")
+    assert "there is no such run" in nowhere, "before what else is missing"
     assert not (tmp_path / "x").exists()
 
 
