@@ -124,22 +124,32 @@ class Muon(torch.optim.AdamW):
 
     def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         found = getattr(self, "found_inf", None)
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        if found is not None and found.device.type == "cpu":  # nobody waits for it there
+            if found:
+                return
+            found = None
         for weight in matrices:
-            momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-            gradient = weight.grad
-            assert gradient is not None
-            if found is not None:
-                gradient = torch.where(found > 0, momentum, gradient)  # which leaves the momentum as it is
-            momentum.lerp_(gradient, 1 - self._own.momentum)
-            ahead = _rows(gradient.lerp(momentum, self._own.momentum))
-            alike.setdefault((ahead.shape[0], ahead.shape[1]), []).append((weight, ahead))
-        taken = 1.0 if found is None else (found == 0).to(torch.float32)
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in matrices if weight.grad is not None]
+        momenta = [self.state[weight]["momentum_buffer"] for weight in matrices]
+        rate: Any = group["lr"]
+        if found is not None:
+            gone = found > 0  # then each momentum moves towards itself, and nothing else moves
+            gradients = [torch.where(gone, old, new) for old, new in zip(momenta, gradients, strict=True)]
+            rate = rate * ~gone
+        torch._foreach_lerp_(momenta, gradients, 1 - self._own.momentum)  # pyright: ignore[reportPrivateImportUsage]
+        ahead = torch._foreach_lerp(gradients, momenta, self._own.momentum)  # pyright: ignore[reportPrivateImportUsage]
+        if group["weight_decay"]:
+            torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        for weight, step in zip(matrices, map(_rows, ahead), strict=True):
+            alike.setdefault((step.shape[0], step.shape[1]), []).append((weight, step))
         for shape, members in alike.items():
-            ways = orthogonal(torch.stack([ahead for _, ahead in members]), self._own.iterations)
+            ways = orthogonal(torch.stack([step for _, step in members]), self._own.iterations)
+            ways *= 0.2 * math.sqrt(max(shape)) * rate
             for (weight, _), way in zip(members, ways, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"] * taken)
-                weight.sub_(_as(way, weight) * (0.2 * math.sqrt(max(shape)) * group["lr"] * taken))
+                weight.sub_(_as(way, weight))
 
 
 def _rows(tensor: Tensor) -> Tensor:
