@@ -124,10 +124,6 @@ class Muon(torch.optim.AdamW):
 
     def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         found = getattr(self, "found_inf", None)
-        if found is not None and found.device.type == "cpu":  # nobody waits for it there
-            if found:
-                return
-            found = None
         for weight in matrices:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -196,15 +192,17 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, spec: OptimizerCo
 
 def update(optimizer: Any, rate: float, norm: Tensor) -> None:
     """One step at this learning rate, then no gradients. A gradient whose `norm` is not finite changes nothing, neither
-    weights nor moments, and the device decides that: nobody waits for it.
+    weights nor moments, and a GPU decides that itself: nobody waits for it.
 
     `optimizer` is the one that accelerate prepared; under fp16 its scaler leaves such steps out.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    if optimizer.scaler is None:
-        optimizer.optimizer.found_inf = (~torch.isfinite(norm)).float()  # what torch's fused kernels look at
-    optimizer.step()
+    finite = torch.isfinite(norm)
+    if optimizer.scaler is None and not norm.is_cpu:
+        optimizer.optimizer.found_inf = (~finite).float()  # what torch's fused kernels look at
+    if not norm.is_cpu or finite:
+        optimizer.step()
     optimizer.zero_grad()
 
 

@@ -1,5 +1,6 @@
 """The parts of the loop: each number against its formula or against torch."""
 
+import copy
 import json
 import os
 import platform
@@ -183,10 +184,24 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
     before = [value.detach().clone() for value in network.parameters()]
     momentum = {name: value.clone() for name, value in optimizer_state(ours.optimizer, names_of(network)).items()}
     network(torch.full((2, 16, 9, 9), float("nan"))).sum().backward()
+    ours.optimizer.found_inf = torch.tensor(1.0)  # as on a GPU, which decides itself
+    ours.optimizer.step()
+    del ours.optimizer.found_inf
     update(ours, 0.02, torch.tensor(float("nan")))
     assert all(torch.equal(value, old) for value, old in zip(network.parameters(), before, strict=True))
     after = optimizer_state(ours.optimizer, names_of(network))
     assert after.keys() == momentum.keys() and all(torch.equal(after[name], momentum[name]) for name in after)
+    twin = copy.deepcopy(network)
+    other = Prepared(build_optimizer(twin, spec))
+    other.optimizer.found_inf = torch.tensor(0.0)
+    for value, same in zip(network.parameters(), twin.parameters(), strict=True):
+        other.optimizer.state[same] = copy.deepcopy(ours.optimizer.state[value])
+        value.grad = torch.randn_like(value)
+        same.grad = value.grad.clone()
+    update(ours, 0.02, torch.tensor(1.0))
+    update(other, 0.02, torch.tensor(1.0))
+    for value, same in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(value, same)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
