@@ -481,7 +481,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default runs/race")
     args = parser.parse_args()
     if not any(name.startswith(args.only) for name in names()):
-        raise UserError(f"--only {args.only}: there is no such contestant; there are {', '.join(names())}")
+        raise UserError(f"--only {args.only}: there is no such contestant; there are {', '.join(names())} (or ddp, diffusers)")
     if (
         any(name.startswith("ddp") for name in names() if name.startswith(args.only))
         and installed("denoising-diffusion-pytorch") is None

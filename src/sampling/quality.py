@@ -164,7 +164,7 @@ def draw_nearest(
     drawn, known = draw(chosen.tolist()), load(first.flatten().tolist())
     rows = [np.concatenate([drawn[i : i + 1], known[3 * i : 3 * i + 3]]) for i in range(len(chosen))]
     usual = set(others.tolist())
-    names = [word for i in chosen for word in (f"usual #{i}" if i in usual else f"#{i}", f"{distance[i]:.3g}", "", "")]
+    names = [word for i in chosen for word in (f"usual #{i}" if i in usual else f"#{i}", f"at {distance[i]:.3g}", "", "")]
     title = f"the {min(SHOWN, len(order))} samples nearest to the {told}, then usual ones; beside each, its nearest three"
     sheet = pictures.grid(np.concatenate(rows), columns=8, labels=names, title=title)
     pictures.save(sheet, out)
