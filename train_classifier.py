@@ -102,7 +102,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {run_dir}"
     if session.finished:
-        session.run.say(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_classifier_from(cfg.init_from, train_set.class_names, network, ema.network))

@@ -112,7 +112,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.say(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))

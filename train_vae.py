@@ -101,7 +101,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=stages[-1].end, attempt=attempt)
     if session.finished:
-        session.run.say(f"{run_dir} is finished ({session.step} steps); now: train_ldm.py with autoencoder {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); now: train_ldm.py with autoencoder {run_dir}")
         return 0
     tanh = session.progress.get("tanh", False)
     if cfg.init_from is not None and not session.progress:

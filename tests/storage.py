@@ -46,23 +46,24 @@ class Fault:
 
 
 class Faults:
-    """Faults in a queue: a request meets the first that matches. The chances are drawn from `seed`."""
+    """Faults in a queue: a request meets the first that matches. The chance of the n-th request of an operation and a name is
+    a function of `seed`, in whatever order threads ask."""
 
     def __init__(self) -> None:
         self.waiting = list[Fault]()
         self.met = Counter[int | str]()
-        self._rng, self._lock = random.Random(0), threading.Lock()
-
-    def seed(self, seed: int) -> None:
-        self._rng = random.Random(seed)
+        self.seed, self._asked, self._lock = 0, Counter[str](), threading.Lock()
 
     def add(self, kind: int | str, where: str = "", *, times: int = 1, seconds: float = 0.5, chance: float = 1.0) -> None:
         self.waiting.append(Fault(kind, where, times, seconds, chance))
 
     def draw(self, operation: str, name: str) -> Fault | None:
+        request = f"{operation} {name}"
         with self._lock:
+            self._asked[request] += 1
+            rng = random.Random(f"{self.seed} {request} {self._asked[request]}")
             for fault in self.waiting:
-                if fault.times and re.search(fault.where, f"{operation} {name}") and self._rng.random() < fault.chance:
+                if fault.times and re.search(fault.where, request) and rng.random() < fault.chance:
                     fault.times -= 1
                     self.met[fault.kind] += 1
                     return fault

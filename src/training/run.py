@@ -268,8 +268,10 @@ class RunDirectory:
         self.report(now=True)
         self.close()
 
-    def close(self) -> None:
-        """Give the directory up: another launch may have it."""
+    def close(self, message: str | None = None) -> None:
+        """Give the directory up, after a last word: another launch may have it."""
+        if message is not None:
+            self.say(message)
         for file in (self._metrics, self._log, self._lock):
             if file is not None:
                 file.close()
