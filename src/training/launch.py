@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import importlib.util
 import itertools
+import json
 import os
 import re
 import signal
@@ -51,6 +52,52 @@ class MachineConfig:
     stop_signal: Literal["USR1", "USR2", "HUP"] = free("USR1")
 
 
+_OFF = ("", "0", "no", "false", "off", "n", "f")
+# What accelerate and torch read from the environment and what would change a result (a launcher puts the file of `accelerate
+# config` there): the values that change nothing, and what decides instead.
+_REFUSED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("", "1"),
+        "the config derives it from batch_size and micro_batch_size",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": (_OFF, "the config decides with `compile`"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "the config knows plain DDP and FSDP alone"),
+    "ACCELERATE_DOWNCAST_BF16": (_OFF, "the config decides with mixed_precision and dtype"),
+    "ONEDNN_DEFAULT_FPMATH_MODE": (("", "strict"), "the config decides with mixed_precision"),
+    "DNNL_DEFAULT_FPMATH_MODE": (("", "strict"), "the config decides with mixed_precision"),
+    "NVIDIA_TF32_OVERRIDE": (("",), "the config decides with mixed_precision"),
+    "PYTORCH_MPS_FAST_MATH": (_OFF, "the config decides with mixed_precision"),
+    "PYTORCH_TUNABLEOP_ENABLED": (_OFF, "it chooses kernels by the clock, and a run must not depend on that"),
+}
+
+
+def _check_arithmetic(machine: "MachineConfig | None") -> None:
+    """A UserError where the environment would change what a run computes: it names the variable, its value and what the config
+    says."""
+    for name, (neutral, why) in _REFUSED.items():
+        value = os.environ.get(name, "")
+        if value.strip().lower() in neutral:
+            continue
+        says = {
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("batch_size", "micro_batch_size"),
+            "ACCELERATE_DYNAMO_BACKEND": ("compile",),
+        }.get(name, ("mixed_precision", "dtype"))
+        known = [f"{key} {json.dumps(getattr(machine, key))}" for key in says if hasattr(machine, key)]
+        config_says = f" (here {', '.join(known)})" if known else ""
+        raise UserError(
+            f"the environment or the launcher sets {name} to {value}, and {why}{config_says}; unset it, and leave it out of "
+            "the launch and of `accelerate config`'s file"
+        )
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if machine is not None and machine.deterministic and workspace not in (":4096:8", ":16:8"):
+        raise UserError(f"CUBLAS_WORKSPACE_CONFIG is {workspace}, and deterministic true needs :4096:8 or :16:8; unset it")
+
+
+def _multiply_exactly() -> None:
+    """Products of matrices in float32 are not rounded to TF32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def _check_environment(*, fsdp: bool = False) -> None:
     environment = os.environ
     world = environment.get("WORLD_SIZE")
@@ -64,7 +111,10 @@ def _check_environment(*, fsdp: bool = False) -> None:
     if world is not None and int(world) > 1 and "RANK" not in environment:
         raise UserError(f"WORLD_SIZE is {world} but RANK is not set; use a launcher (accelerate launch, torchrun), or unset it")
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if environment.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true" and not (fsdp and engine == "FSDP"):
+        asked = environment.get(f"ACCELERATE_USE_{engine}", "").strip().lower()
+        if engine == "FSDP" and asked not in ("true", *_OFF):
+            raise UserError(f"ACCELERATE_USE_FSDP is {asked!r}, which accelerate does not take; write true, or unset it")
+        if asked not in _OFF and not (fsdp and engine == "FSDP"):
             raise UserError(f"the launcher asks for {engine}, which this script does not support; launch with plain DDP")
 
 
@@ -104,16 +154,18 @@ def start(
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError. Without `fp16` so is
     that precision, whose loss scale two optimisers cannot share; and FSDP without `fsdp`."""
     _check_environment(fsdp=fsdp)
+    _check_arithmetic(machine)
     for tracker in trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"log.trackers asks for {tracker}, which is not installed: pip install {tracker}")
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in ("no", machine.mixed_precision):
         raise UserError(
             f"the launcher asks for mixed_precision {asked} and the config for {machine.mixed_precision}; "
             "leave it out of the launch, the config decides"
         )
     keep_freed_memory()
+    _multiply_exactly()
     if machine.cpu_threads is not None:
         torch.set_num_threads(machine.cpu_threads)
     precision = precision_for(machine.mixed_precision)
@@ -156,7 +208,9 @@ def start(
 def start_sampling(device: str | None = None) -> tuple[PartialState, torch.device]:
     """The processes that there are and this one's device (`device`, where one is asked for), without a training setup."""
     _check_environment()
+    _check_arithmetic(None)
     keep_freed_memory()
+    _multiply_exactly()
     on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     try:
         state = PartialState(cpu=on_cpu)

@@ -17,7 +17,7 @@ import pydantic
 from tqdm import tqdm
 
 from .. import pictures
-from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json
+from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json, validate
 from ..data import PictureSet, PointSet
 from ..data.latents import differs
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
@@ -73,7 +73,14 @@ def _line(step: int, values: dict[str, float]) -> str:
 
 def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The keys that are not as in the config `before`, with which a run was started: harmless ones, and those with which it
-    cannot go on."""
+    cannot go on. `before` may be of an older version: its old names are translated, and keys that it lacks have their defaults.
+
+    A UserError where today's version cannot read it.
+    """
+    try:
+        before = dump(validate(type(settings), before, origin="its config"))
+    except UserError as error:
+        raise UserError(f"this version cannot read the config that the run was started with: {error}") from None
     new = dump(settings)
     harmless, other = differences(type(settings), before, new)
     lengths = []
@@ -180,19 +187,18 @@ class RunDirectory:
             raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 
-    def hold_config(self, settings: Any, resumed: Path | None) -> None:
-        """Where the run goes on, hold its config against the one it was started with.
+    def hold_config(self, settings: Any, resumed: Path) -> None:
+        """Compare the config of a run that goes on with the one that it was started with.
 
         Harmless changes are said; any other is a UserError that names the keys.
         """
-        if resumed is not None:
-            harmless, other = changes(settings, read_json(resumed / "config.json"))
-            if other:
-                raise UserError(
-                    f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
-                )
-            if harmless:
-                self.say(f"changed since the checkpoint: {', '.join(harmless)}")
+        harmless, other = changes(settings, read_json(resumed / "config.json"))
+        if other:
+            raise UserError(
+                f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
+            )
+        if harmless:
+            self.say(f"changed since the checkpoint: {', '.join(harmless)}")
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint whose bytes are whole; says which it passed over. Reads only."""

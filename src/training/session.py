@@ -62,10 +62,10 @@ class Session:
                 raise UserError(
                     f"{resumed} is on the first machine and not on this one: put the run on a file system that all see{more}"
                 )
+            self.run.hold_config(self.cfg, resumed)  # first: it names the key, where weights that do not fit name tensors
             self.progress = self.run.adopt_progress(resumed, self.facts)
             self.step = self.progress["step"]
             self.trained.load(resumed)
-        self.run.hold_config(self.cfg, resumed)
 
     @property
     def finished(self) -> bool:
