@@ -92,7 +92,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
-    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt}
+    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt, "run_dir": run_dir}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
     facts = describe_data(train_set, held_out) | {"latents": latents.facts}
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
