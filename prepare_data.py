@@ -9,6 +9,7 @@ python prepare_data.py latents runs/landscape256_vae
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,11 +89,13 @@ def open_pictures(args: argparse.Namespace) -> PictureSet:
 def check(args: argparse.Namespace) -> None:
     found = open_pictures(args)
     skipped = [(name, reason) for part in found.parts for name, reason in part.report.skipped]
+    notes = sum((Counter(part.report.notes) for part in found.parts), Counter[str]())
     if args.json:
         findings = {
             "pictures": len(found),
             "classes": found.counts,
             "skipped": skipped,
+            "notes": notes,
             "fingerprint": found.fingerprint,
         }
         print(json.dumps(findings, indent=1))
@@ -101,6 +104,8 @@ def check(args: argparse.Namespace) -> None:
         for reason, count in {reason: n for part in found.parts for reason, n in part.report.reasons.items()}.items():
             first = next(name for name, why in skipped if why == reason)
             print(f"  {count:>8}  {reason}, for one {first!r}")
+        for note, count in notes.items():
+            print(f"  {count:>8}  {note}")
         print(f"{len(found.class_names) or 'no'} classes")
         for name, count in found.counts.items() if found.class_names else ():
             print(f"  {count:>8}  {name}")

@@ -59,3 +59,16 @@ def grey(gamma: float) -> bytes:
 
 def damaged() -> bytes:
     return display_p3()[:200]
+
+
+def press() -> bytes:
+    """A CMYK profile by which magenta and yellow together are the grey of L* = 80, white is white, and the rest is black."""
+    corners = bytearray()
+    for i in range(16):  # cyan varies slowest
+        lightness = {0b0000: 255, 0b0110: 204}.get(i, 0)
+        corners += bytes([lightness, 128, 128])
+    ramp = bytes(range(256))
+    identity = b"".join(map(_fixed, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + ramp * 4 + bytes(corners) + ramp * 3
+    content = _profile(b"CMYK", "press", [(b"A2B0", table)])
+    return content[:12] + b"prtr" + content[16:20] + b"Lab " + content[24:]

@@ -93,9 +93,7 @@ def test_one_overwritten_file_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["of now", "of before"])
-def test_times_alone_stop_nothing_and_are_looked_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
-) -> None:
+def test_times_alone_stop_nothing_and_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
     folder, cache = bitmaps(tmp_path / "images", 0), tmp_path / "cache"
     facts = encoded(folder, cache).facts
     assert "files" not in facts, "what a checkpoint keeps is as it was"
