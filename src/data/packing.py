@@ -132,4 +132,5 @@ def open_packed(path: Path, split: str) -> PackedPictures:
         records=table[keep, :3],
         channels=manifest["channels"],
         packed=(path / "pixels.bin").stat().st_mtime_ns,
+        place=str(path),
     )

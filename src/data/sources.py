@@ -219,6 +219,7 @@ class PackedPictures(Pictures):
     records: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     channels: int = 3
     packed: int = 0  # when the file of pixels was written, in nanoseconds
+    place: str = ""
 
     @property
     def sides(self) -> NDArray[np.int64]:
