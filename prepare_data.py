@@ -9,6 +9,7 @@ python prepare_data.py latents runs/landscape256_vae
 
 import argparse
 import json
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from src import pictures
 from src.config import UserError, config, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
-from src.data.archives import unpack
+from src.data.archives import stem, unpack
 from src.data.packing import pack
 from src.data.sides import count_small, describe_small, refuse_small_packs
 from src.data.sources import FolderSource, Sources
@@ -184,12 +185,15 @@ def main() -> None:
         for line in describe_small({"--size": args.size}, found):
             print(f"warning: {line.replace('--set data.scan.min_side=', '--min-side ')}")
         count = pack(found, Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
-        print(f"packed {count} pictures; train on them: --set data.source=packed --set data.path={args.out}")
+        print(f"packed {count} pictures; train on them: --set data.source=packed --set {shlex.quote(f'data.path={args.out}')}")
     else:
         archive = Path(args.archive)
-        out = Path(args.out) if args.out else archive.with_name(archive.name.split(".")[0])
+        name = stem(archive.name) or archive.stem
+        if not args.out and (not name or name == archive.name):
+            raise UserError(f"{archive}: its name has no ending to leave away for a folder's name; give the folder with --out")
+        out = Path(args.out) if args.out else archive.with_name(name)
         count = unpack(archive, out)
-        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {out}")
+        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":
