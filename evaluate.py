@@ -221,7 +221,7 @@ def likelihood(args: argparse.Namespace, defaults: argparse.Namespace, state: An
         raise UserError(f"{args.run} is on the blend: it has no chain of steps, so no bits per dimension")
     steps = parse_steps(args.steps) if args.steps is not None else schedule.num_steps
     chain = times(schedule, steps, args.spacing)
-    request = json.dumps([opened.digest, data.fingerprint, chain.tolist(), args.batch_size, args.seed])
+    request = json.dumps([opened.digest, data.fingerprint, data.state, chain.tolist(), args.batch_size, args.seed])
     out = Path(args.out or f"evaluations/{opened.name}/likelihood_{hashlib.sha256(request.encode()).hexdigest()[:8]}")
     found = measure_likelihood(opened, data, chain, out, batch_size=args.batch_size, seed=args.seed, ranks=ranks_of(state))
     if not state.is_main_process:

@@ -9,6 +9,8 @@ python prepare_data.py latents runs/landscape256_vae
 
 import argparse
 import json
+import shlex
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import numpy as np
 from src import pictures
 from src.config import UserError, config, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
-from src.data.archives import unpack
+from src.data.archives import stem, unpack
 from src.data.packing import pack
+from src.data.sides import count_small, describe_small, refuse_small_packs
 from src.data.sources import FolderSource, Sources
 from src.sampling.autoencoder import open_autoencoder
 from src.sampling.latents import cache_folder, latents_of
@@ -52,7 +55,9 @@ def arguments() -> argparse.Namespace:
         command.add_argument("data", help="a folder of pictures, or a config .json whose `data` is meant")
         command.add_argument("--split", help="the subfolder to use where there are train/, test/ ...")
         command.add_argument("--min-file-bytes", type=int, default=0, help="leave out smaller files")
+        command.add_argument("--min-side", type=int, help="leave out images whose shorter side has fewer pixels")
         command.add_argument("--max-broken-fraction", type=float, default=1.0, help="stop above this share of broken files")
+    check.add_argument("--size", type=int, help="say how many images are smaller (default: what the config trains at)")
     check.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     packing.add_argument("--out", required=True, help="the new folder")
@@ -72,27 +77,49 @@ def arguments() -> argparse.Namespace:
 
 def open_pictures(args: argparse.Namespace) -> PictureSet:
     if args.data.endswith(".json"):
-        if args.split is not None or args.min_file_bytes or args.max_broken_fraction != 1.0:
+        if args.split is not None or args.min_file_bytes or args.min_side is not None or args.max_broken_fraction != 1.0:
             raise UserError(
-                "--split, --min-file-bytes and --max-broken-fraction are for a folder; a config's data says its own"
+                "--split, --min-file-bytes, --min-side and --max-broken-fraction are for a folder; a config's data says its own"
             )
         raw = read_json(args.data)
         if not isinstance(raw, dict) or "data" not in raw:
             raise UserError(f"{args.data}: has no `data`")
         return open_sources(validate(DataOnly, {"data": raw["data"]}, origin=args.data).data)
-    scan = {"min_file_bytes": args.min_file_bytes, "max_broken_fraction": args.max_broken_fraction}
+    scan = {"min_file_bytes": args.min_file_bytes, "max_broken_fraction": args.max_broken_fraction, "min_side": args.min_side}
     spec = {"source": "folder", "path": args.data, "split": args.split, "scan": scan}
     return open_sources(validate(FolderSource, spec, origin="arguments"))
 
 
+def sizes_asked(args: argparse.Namespace) -> dict[str, int]:
+    """What to hold the images against: --size, or all that a training config trains at."""
+    if args.size is not None:
+        if args.size < 2:
+            raise UserError("--size must be at least 2")
+        return {"--size": args.size}
+    if not args.data.endswith(".json"):
+        return {}
+    raw = read_json(args.data)
+    image = raw.get("image")
+    plain = image.get("size") if isinstance(image, dict) else None
+    stages = [stage.get("image_size") for stage in raw.get("stages", ()) if isinstance(stage, dict)]
+    found = {"image.size": plain} if not stages or None in stages else {}
+    found |= {f"stages.{i}.image_size": size for i, size in enumerate(stages)}
+    return {key: size for key, size in found.items() if isinstance(size, int) and size > 1}
+
+
 def check(args: argparse.Namespace) -> None:
-    found = open_pictures(args)
+    found, sizes = open_pictures(args), sizes_asked(args)
+    sides = found.sides.min(1)
     skipped = [(name, reason) for part in found.parts for name, reason in part.report.skipped]
+    notes = sum((Counter(part.report.notes) for part in found.parts), Counter[str]())
     if args.json:
         findings = {
             "pictures": len(found),
             "classes": found.counts,
             "skipped": skipped,
+            "notes": notes,
+            "shorter_side": {"smallest": int(sides.min()), "median": int(np.median(sides)), "largest": int(sides.max())},
+            "smaller": {str(size): count_small(size, found)[0] for size in sizes.values()},
             "fingerprint": found.fingerprint,
         }
         print(json.dumps(findings, indent=1))
@@ -101,6 +128,11 @@ def check(args: argparse.Namespace) -> None:
         for reason, count in {reason: n for part in found.parts for reason, n in part.report.reasons.items()}.items():
             first = next(name for name, why in skipped if why == reason)
             print(f"  {count:>8}  {reason}, for one {first!r}")
+        for note, count in notes.items():
+            print(f"  {count:>8}  {note}")
+        print(f"shorter sides of {sides.min()} to {sides.max()} px, half of them below {np.median(sides):.0f}")
+        for line in describe_small(sizes, found):
+            print(f"warning: {line}")
         print(f"{len(found.class_names) or 'no'} classes")
         for name, count in found.counts.items() if found.class_names else ():
             print(f"  {count:>8}  {name}")
@@ -125,6 +157,11 @@ def latents(args: argparse.Namespace) -> None:
     spec = validate(ToEncode, {"autoencoder": args.run, **named}, origin=args.run)
     image = replace(spec.image, size=args.size or spec.image.size, crop="center")
     train_set, held_out = open_data(spec.data, spec.held_out)
+    sizes = {"--size" if args.size else "image.size": image.size}
+    refuse_small_packs(sizes, train_set, held_out)
+    if state.is_main_process:
+        for line in describe_small(sizes, train_set, held_out):
+            print(f"warning: {line}")
     autoencoder = open_autoencoder(spec.autoencoder, device)
     otherwise = Path("runs") / str(raw.get("name", "latents"))
     named_folder, batch = args.out or spec.latents, args.batch_size or spec.encode_batch_size
@@ -144,13 +181,19 @@ def main() -> None:
     elif args.command == "pack":
         if args.size < 2:
             raise UserError("--size must be at least 2")
-        count = pack(open_pictures(args), Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
-        print(f"packed {count} pictures; train on them: --set data.source=packed --set data.path={args.out}")
+        found = open_pictures(args)
+        for line in describe_small({"--size": args.size}, found):
+            print(f"warning: {line.replace('--set data.scan.min_side=', '--min-side ')}")
+        count = pack(found, Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
+        print(f"packed {count} pictures; train on them: --set data.source=packed --set {shlex.quote(f'data.path={args.out}')}")
     else:
         archive = Path(args.archive)
-        out = Path(args.out) if args.out else archive.with_name(archive.name.split(".")[0])
+        name = stem(archive.name) or archive.stem
+        if not args.out and (not name or name == archive.name):
+            raise UserError(f"{archive}: its name has no ending to leave away for a folder's name; give the folder with --out")
+        out = Path(args.out) if args.out else archive.with_name(name)
         count = unpack(archive, out)
-        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {out}")
+        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

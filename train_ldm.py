@@ -12,7 +12,7 @@ import pydantic
 import torch
 
 from src.config import Length, config, free, load, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.data import HeldOut, ImageConfig, Sources, check_sides, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.autoencoder import autoencoder_for
@@ -86,13 +86,14 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Look at the data and the autoencoder; encode the one with the other, unless that was done before.
     train_set, held_out = open_data(cfg.data, cfg.held_out)
+    attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
-    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt}
+    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt, "run_dir": run_dir}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
     facts = describe_data(train_set, held_out) | {"latents": latents.facts}
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))

@@ -34,6 +34,27 @@ def differs(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[st
     return [WORDS[key] for key in WORDS if manifest.get(key) != contract.get(key)]
 
 
+FILES = "files"  # the key of a manifest that says which files, read by which decoder, a cache is of; no part of the contract
+STATISTICS = ("mean", "std", "low", "high")
+
+
+def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Whether a run that was trained on latents of `before` may go on with those of `now`: the same contract, and statistics
+    that agree to rounding, for a cache that is made again on another machine differs by that much."""
+    if before is None or now is None:
+        return before is now
+    if any(before.get(key) != now.get(key) for key in {*before, *now} - {*STATISTICS}):
+        return False
+    scale = np.abs(np.array(before.get("std", 1.0), dtype=np.float64))
+    for key in STATISTICS:
+        one, other = (np.array(facts.get(key, ()), dtype=np.float64) for facts in (before, now))
+        if one.shape != other.shape:
+            return False
+        if (np.abs(one - other) > 1e-3 * np.maximum(np.abs(one), scale if key == "mean" else 1.0)).any():
+            return False
+    return True
+
+
 def cache_sums(folder: Path, pictures: int) -> list[dict[str, Any]]:
     """The sums of the blocks of so many training pictures."""
     paths = [block_path(folder, "train", i).with_suffix(".json") for i in range(-(-pictures // BLOCK))]

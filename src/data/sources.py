@@ -8,7 +8,8 @@ import os
 import string
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -142,10 +143,32 @@ class Pictures(ABC):
         """One array (M, H, W, C) in memory or in a mapped file, and where in it each picture stands, if all have one size."""
         return None
 
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        """(N, 2): the width and the height of each image, as the file has it."""
+        return self.report.sides
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        """(N,): when what each image is read from was modified, in nanoseconds; 0 where `fingerprint` tells each change."""
+        return self.report.times if len(self.report.times) else np.zeros(len(self), np.int64)
+
+    @property
+    def decoders(self) -> NDArray[np.int64]:
+        """(N,): the first version of the decoder that makes of each image what today's does."""
+        return self.report.decoders if len(self.report.decoders) else np.ones(len(self), np.int64)
+
+    @abstractmethod
+    def content(self, index: int) -> bytes:
+        """What the image is decoded from."""
+
 
 @dataclass
 class FolderPictures(Pictures):
     paths: list[str] = field(default_factory=list)
+
+    def content(self, index: int) -> bytes:
+        return Path(self.paths[index]).read_bytes()
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
         return decode(Path(self.paths[index]), channels=channels, at_least=at_least)
@@ -157,6 +180,10 @@ class DatasetsPictures(Pictures):
     indices: list[int] = field(default_factory=list)
     column: str = "image"
     transpose: bool = False
+
+    def content(self, index: int) -> bytes:
+        encoded = _encoded(self.rows[self.indices[index]][self.column])
+        return encoded if isinstance(encoded, bytes) else encoded.read_bytes()
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
         image = decode(_encoded(self.rows[self.indices[index]][self.column]), channels=channels, at_least=at_least)
@@ -172,6 +199,13 @@ class ArrayPictures(Pictures):
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         return self.pixels[index]
 
+    def content(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        return np.tile(np.array(self.pixels.shape[2:0:-1], np.int64), (len(self), 1))
+
     @property
     def uniform(self) -> tuple[Pixels, NDArray[np.int64]]:
         return self.pixels, np.arange(len(self.pixels))
@@ -184,6 +218,19 @@ class PackedPictures(Pictures):
     pixels: Pixels = field(default_factory=lambda: np.zeros(0, np.uint8))
     records: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     channels: int = 3
+    packed: int = 0  # when the file of pixels was written, in nanoseconds
+    place: str = ""
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        return self.records[:, 2:0:-1]
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        return np.full(len(self), self.packed, np.int64)
+
+    def content(self, index: int) -> bytes:
+        return self.load(index, channels=self.channels).tobytes()
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         offset, height, width = self.records[index].tolist()
@@ -356,6 +403,9 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     if spec.scan.min_file_bytes:
         sizes = (_encoded(row[spec.image_column]) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
         stamps = [(len(cell) if isinstance(cell, bytes) else cell.stat().st_size, 0) for cell in sizes]
+    files = [Path(entry["filename"]) for entry in rows.cache_files]
+    changed = max((path.stat().st_mtime_ns for path in files if path.exists()), default=0)
+    stamps = [(size, changed) for size, _ in stamps]
     good, report = scan(names, stamps, source, spec.scan, key=f"datasets|{fingerprint}|{spec.split}", where=where)
     turned = ["transposed"] if spec.transpose else []
     return DatasetsPictures(
@@ -545,6 +595,55 @@ class PictureSet:
     def fingerprint(self) -> str:
         """The hash of what is in the set and in which order."""
         return _digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
+
+    def _each(self, values: Callable[[Pictures], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """A value of each source's images -> those of the images of this set, in its order."""
+        found = [values(part) for part in self.parts]
+        together = np.zeros((len(self), *found[0].shape[1:]), np.int64)
+        for which, value in enumerate(found):
+            mine = self.which == which
+            together[mine] = value[self.index[mine]]
+        return together
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        """(N, 2): the width and the height of each image, as its file has it."""
+        return self._each(lambda part: part.sides)
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        """(N,): when what each image is read from was modified, in nanoseconds; 0 where the fingerprint tells each change."""
+        return self._each(lambda part: part.times)
+
+    @property
+    def decoders(self) -> NDArray[np.int64]:
+        """(N,): the first version of the decoder that makes of each image what today's does."""
+        return self._each(lambda part: part.decoders)
+
+    @property
+    def decoder(self) -> int:
+        """That of the whole set."""
+        return int(self.decoders.max(initial=1))
+
+    @property
+    def state(self) -> str:
+        """A hash of what may change while `fingerprint` does not: the times of the files, and what decodes them. It says
+        whether a cache on this machine is of these files as they are now. What travels, or is compared when a run goes on,
+        must not hold it: a bucket or an archive gives a file another time."""
+        return _digest(self.times.tobytes(), str(self.decoder))
+
+    def contents(self, indices: Sequence[int]) -> str:
+        """The hash of what these images are decoded from. One that cannot be read any more counts as empty."""
+
+        def one(i: int) -> bytes:
+            try:
+                content = self.parts[self.which[i]].content(int(self.index[i]))
+            except (OSError, ValueError):
+                content = b""
+            return hashlib.sha256(content).digest()
+
+        with ThreadPoolExecutor(8) as pool:
+            return hashlib.sha256(b"".join(pool.map(one, indices))).hexdigest()
 
     @property
     def counts(self) -> dict[str, int]:

@@ -235,7 +235,7 @@ class Ends:
                 continue
             assert isinstance(end, PictureEnd) and isinstance(end.train, PictureSet) and not isinstance(end.held_out, PointSet)
             own = Path(folder + suffix) if folder else cache_folder(autoencoder, end.image, end.train, end.held_out, otherwise)
-            more = {"batch_size": batch_size, "workers": workers, "attempt": attempt}
+            more = {"batch_size": batch_size, "workers": workers, "attempt": attempt, "run_dir": otherwise}
             latents = latents_of(autoencoder, end.train, end.held_out, end.image, own, processes, **more)
             if found:
                 latents.codec = found[0].latents.codec

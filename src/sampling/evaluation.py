@@ -476,7 +476,8 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
         asked, perceptual = None, None
         notes.append(f"no LPIPS: {error}")
     seen_by = asked.network if asked is not None else None
-    request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "size": image.size, "lpips": seen_by}
+    request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "files": data.state, "size": image.size}
+    request["lpips"] = seen_by
     out = it.folder(settings["name"], "reconstructions", {**request, "batch_size": it.batch_size})
     own = next(autoencoder.network.parameters()).dtype
 

@@ -78,6 +78,7 @@ def measure_likelihood(
     request = {
         "weights": opened.digest,
         "pictures": data.fingerprint,
+        "files": data.state,
         "count": len(data),
         "times": times.tolist(),
         "batch_size": batch_size,

@@ -47,9 +47,10 @@ def real_features(
     network: Features, data: PictureSet, image: ImageConfig, *, batch_size: int = 32, workers: int = 4, read: bool = True
 ) -> NDArray[np.float32]:
     """(N, dim) of all pictures, cut from the middle: each machine makes them once, on all its ranks, and keeps them with its
-    scans under a hash of pictures, size and weights. Gives them on every rank that will `read` them, (0, dim) on others."""
+    scans under a hash of pictures (the times of their files, and what decodes them, too), size and weights. Gives them on
+    every rank that will `read` them, (0, dim) on others."""
     plain = ImageConfig(size=image.size, channels=image.channels)
-    told = json.dumps([network.name, network.digest, data.fingerprint, image.size, image.channels])
+    told = json.dumps([network.name, network.digest, data.fingerprint, data.state, image.size, image.channels])
     folder = cache_folder() / "features" / hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def make(block: range) -> dict[str, Array]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .. import pictures
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json, validate
 from ..data import PictureSet, PointSet
-from ..data.latents import differs
+from ..data.latents import differs, same_latents
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
 from .report import Reporter, read_lines
@@ -182,7 +182,7 @@ class RunDirectory:
                 f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
                 "give another --run-dir"
             )
-        if before.get("latents") != facts.get("latents"):
+        if not same_latents(before.get("latents"), facts.get("latents")):
             found = differs(before.get("latents") or {}, facts.get("latents") or {}) or ["another cache, made anew"]
             raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")

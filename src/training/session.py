@@ -110,6 +110,8 @@ class Session:
             f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
             "Interrupt at will: the same command goes on"
         )
+        for line in self.attempt.warnings:
+            self.run.say(f"warning: {line}")
         self.clock = Clock(
             self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
         )

@@ -65,6 +65,7 @@ class Attempt:
     images: int = 0
     parameters: int = 0
     uploads: Uploads | None = None
+    warnings: list[str] = field(default_factory=list)  # about the data: said once the run begins
     held: ExitStack = field(default_factory=ExitStack)  # what is given up however the training ends
     trying: Callable[[int, int, str], None] = lambda *_: None
     _mark: float = field(default_factory=time.monotonic)
@@ -251,6 +252,8 @@ def dry_run(train: Train, cfg: Any, run_dir: Path) -> int:
             print(f"{cfg.name}, a dry run: nothing was written")
             for row, value in costs(cfg, attempt, run_dir, peak_memory_gigabytes(device), device.type):
                 print(f"  {row:<12} {value}")
+            for line in attempt.warnings:
+                print(f"  {'warning':<12} {line}")
         if status != 1:  # nobody asked for a stop
             for told in fitting(train, cfg, folder):
                 print(f"  {'fits':<12} {told}")
