@@ -83,6 +83,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
+    attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     facts = describe_data(train_set, held_out)
@@ -90,6 +91,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_steps = resolve(cfg.steps)
 
     # Build process, network, optimiser, EMA, and the sampler of the previews.
+    attempt.enters("building the networks")
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)

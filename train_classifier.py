@@ -79,6 +79,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
+    attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     num_classes = len(train_set.class_names)
     if not num_classes:
@@ -88,6 +89,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_steps = resolve(cfg.steps)
 
     # Build what noises, network, optimiser, EMA.
+    attempt.enters("building the networks")
     process = noise_process(cfg.noise)
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
@@ -162,7 +164,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         if session.now("preview"):
             loss, accuracy = measure(accelerator)
             values |= {f"{where}_loss": loss} | {f"{where}_accuracy_{i}": value for i, value in enumerate(accuracy)}
-            best = session.better(f"{where}_loss", loss)
+            best = session.decides and session.better(f"{where}_loss", loss)
             if session.run.writes:
                 draw_accuracy(session.run.samples / f"step_{session.step:08d}.png", process, accuracy, num_classes, where)
         session.report(values)

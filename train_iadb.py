@@ -119,6 +119,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Open both ends: as they are, as latents, or paired by an earlier run.
+    attempt.enters("looking at the data")
     ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image)
     train_set, held_out = ends.data.train, ends.data.held_out
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
@@ -133,6 +134,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
 
     # Build process, network, optimiser, EMA, and the samplers of the previews.
+    attempt.enters("building the networks")
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))

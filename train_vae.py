@@ -82,12 +82,14 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
 
     # Look at the data, and lay out the stages.
+    attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     facts = describe_data(train_set, held_out)
     where = "held_out" if held_out is not None else "train"
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Build autoencoder, discriminator, perceptual loss, optimisers, EMA.
+    attempt.enters("building the networks")
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = channels_last(VAE(cfg.model, cfg.image.channels).to(device, dtype))
     discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels).to(device, dtype))
@@ -210,8 +212,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
                 values |= {f"{where}_{name}": value for name, value in seen.items()}
                 values |= network.codebook.usage() if network.codebook is not None else {}
                 told = "lpips" if perceptual is not None else "l1"
-                best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
-                healthy = guard.watch(cfg.guard, session.step, seen["l1"]) or adversary is None
+                if session.decides:
+                    best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
+                    healthy = guard.watch(cfg.guard, session.step, seen["l1"]) or adversary is None
                 for line in troubled_channels(seen) + won(values):
                     session.run.say(f"warning: step {session.step}: {line}")
             session.report(values)

@@ -7,9 +7,8 @@ import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from ..config import FULL, UserError
+from ..progress import Progress, track
 
 
 class Damaged(UserError):
@@ -76,7 +75,7 @@ def _unpack_zip(archive: Path, staged: Path) -> int:
             if not _inside(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
                 raise _refuse(archive, member.filename)
         _room(staged, sum(member.file_size for member in members), f"{archive} unpacks to")
-        for member in tqdm(members, desc="unpacking", unit="file", disable=None):
+        for member in track(members, "unpacking", unit="files"):
             file.extract(member, staged)
         return sum(not member.is_dir() for member in members)
 
@@ -85,7 +84,7 @@ def _unpack_tar(archive: Path, staged: Path) -> int:
     count = 0
     # A tar has no index, but pictures do not get smaller: what comes out is no less than what the archive takes.
     _room(staged, archive.stat().st_size, f"{archive} unpacks to at least")
-    with tarfile.open(archive) as file, tqdm(desc="unpacking", unit="file", disable=None) as bar:
+    with tarfile.open(archive) as file, Progress("unpacking", unit="files") as bar:
         for member in file:  # one pass: a compressed tar has no index
             if not _inside(member.name) and os.path.normpath(member.name) != ".":
                 raise _refuse(archive, member.name)

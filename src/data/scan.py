@@ -16,9 +16,9 @@ from typing import Any
 
 import pydantic
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from ..config import UserError, config
+from ..progress import Progress
 from .transforms import FORMATS
 
 TOO_SMALL = "smaller than min_file_bytes"
@@ -134,7 +134,7 @@ def scan(
         if todo:
             block = 2048
             with (
-                tqdm(total=len(todo), desc="checking pictures", unit="img", disable=None, leave=False) as bar,
+                Progress("checking images", len(todo), leave=False) as bar,
                 ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool,
             ):
                 for start in range(0, len(todo), block):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import UserError, config, dump, kind_of, read_json, wrong
 from ..data.latents import BLOCK, LatentSet, block_path, open_blocks, write_block
 from ..diffusion import DETERMINISTIC
+from ..progress import within
 from ..training.stream import MicroBatch, Order, Split, positions_of
 from ..training.trials import Attempt
 from .ends import Ends
@@ -108,6 +109,7 @@ class PairEnds(Ends):
             write_block(staged, split, number, values, {"labels": labels})
 
         if attempt.trial and not folder.exists():  # the first ones stand for all
+            attempt.enters("making the first pairs")
             began = time.monotonic()
             values, labels = _make(sampler, spec, range(min(count, 64)), classes, accelerator.device)
             repeats = -(-count // len(values))
@@ -164,4 +166,5 @@ def _make(
         condition = torch.tensor(own, device=device) if classes is not None else None
         end = sampler.move(x, condition, seed=spec.seed, indices=padded)
         made.append(torch.stack([x, end], dim=1)[: len(part)].float().cpu().numpy())
+        within(len(part))
     return np.concatenate(made)[:, None], labels

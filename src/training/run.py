@@ -6,7 +6,6 @@ import math
 import os
 import re
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pydantic
-from tqdm import tqdm
 
-from .. import pictures
+from .. import pictures, progress
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json
 from ..data import PictureSet, PointSet
 from ..data.latents import differs
@@ -139,8 +137,7 @@ class RunDirectory:
         """A line for the person and for log.txt."""
         if self._log is not None:
             if not self._quiet:
-                tqdm.write(message, file=sys.stdout)
-                sys.stdout.flush()
+                progress.say(message)
             self._note(message)
 
     def write_json(self, name: str, document: Any) -> None:

@@ -16,7 +16,7 @@ from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
 from .run import RunDirectory
 from .state import Meter, Trained
 from .stream import Split
-from .trials import AGAIN, Attempt
+from .trials import AGAIN, LOOKS, Attempt
 from .uploads import Uploads
 
 
@@ -87,7 +87,9 @@ class Session:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
         self.meter = Meter(accelerator, self.progress.get("meter"))
         minutes = cfg.checkpoint.every_minutes
-        self.gate = StepGate(accelerator, StopRequest(cfg.stop_signal), every_minutes=minutes, patience=cfg.max_nonfinite_steps)
+        stop = StopRequest(cfg.stop_signal, self.attempt.leaving)
+        self.attempt.held.callback(stop.close)
+        self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
         self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
         if cfg.bucket is not None and self.run.writes:
@@ -110,6 +112,7 @@ class Session:
             f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
             "Interrupt at will: the same command goes on"
         )
+        self.attempt.leave_phases()
         self.clock = Clock(
             self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
         )
@@ -132,9 +135,14 @@ class Session:
         lengths["quality"] = quality.every if quality is not None else None
         lengths["snapshot"] = cfg.ema.snapshot_every
         self._cadences = {
-            word: Cadence(word, resolve(length) if length is not None else None) for word, length in lengths.items()
+            word: Cadence(
+                word,
+                resolve(length) if length is not None else None,
+                early=range(split.first_step, end if word == "preview" else split.first_step),
+            )
+            for word, length in lengths.items()
         }
-        told = ", ".join(f"{word} every {due.every}" for word, due in self._cadences.items() if due.every is not None)
+        told = ", ".join(str(due) for due in self._cadences.values() if due.every is not None)
         here = f"{split.world} x {self.accelerator.device.type} x {split.accumulation} x {split.micro}"
         self.run.say(f"{name}a step is {split.batch} images = {here}\n{told} steps")
         self.attempt.enter(name.partition(":")[0], split, end - split.first_step, self._cadences, key)
@@ -167,9 +175,9 @@ class Session:
             some = self.attempt.due(self.step - self._first, asked=self.gate.save, device=device) or self.gate.stop
         else:
             some = self._ending or self.gate.stop or self.gate.save or any(due(self.step) for due in self._cadences.values())
-        if some:
+        if some or self.gate.asked_here:
             self.settle()
-        return some
+        return some or self.gate.stop
 
     @property
     def _ending(self) -> bool:
@@ -182,7 +190,16 @@ class Session:
             return False
         if self.attempt.trial:
             return self.attempt.wants(word)
-        return due(self.step) or (self._ending and word != "export")
+        now = due(self.step) or (self._ending and word != "export")
+        if now and word in LOOKS:
+            self.clock.enter(LOOKS[word])
+        return now
+
+    @property
+    def decides(self) -> bool:
+        """Whether a preview of now may decide what is kept and where the run goes on. The early ones are only to be looked
+        at, so that a run that began before there were any goes on as one that had them."""
+        return self.attempt.trial or self._ending or self._cadences["preview"].regular(self.step)
 
     def logged(self, **values: Any) -> dict[str, float]:
         """The losses' means, these values and the speed, where a line is due."""
@@ -207,6 +224,8 @@ class Session:
         name, measured = "held_out_loss", ""
         if quality is not None:
             name, measured = "frechet_distance", f"{quality.num_samples} samples in {quality.features}"
+        if quality is None and not self.decides:
+            return False
         return name in values and self.better(name, values[name], measured) and keeps_best(self.cfg)
 
     def report(self, values: dict[str, float]) -> None:
@@ -224,6 +243,7 @@ class Session:
             self._snapshot()
         if not (keep or self.now("save") or self.gate.save or self.gate.stop):
             return False
+        self.clock.enter("saving a checkpoint")
         with self.attempt.saving(step_folder(self.run.checkpoints, self.step), self.run.samples):
             return self._save(more)
 
