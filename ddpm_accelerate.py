@@ -117,7 +117,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
-    if session.run.writes and session.step == 0:
+    if session.run.writes and session.fresh:
         first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
     examples = pictures_of(held_out, cfg.image) if held_out is not None else None
     batches = stream(

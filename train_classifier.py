@@ -114,7 +114,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
-    if session.run.writes and session.step == 0:
+    if session.run.writes and session.fresh:
         first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
     where, examples = ("train", train_set) if held_out is None else ("held_out", held_out)
     measure = partial(accuracy_by_level, ema.network, process, pictures_of(examples, cfg.image), cfg.preview, split.micro)

@@ -171,7 +171,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if session.run.writes:
         if autoencoder is not None:
             autoencoder.keep(run_dir / "autoencoder")
-        if session.step == 0:
+        if session.fresh:
             first_ends(sampler_for(SamplerConfig()), ends.data.examples(), run_dir)
     batches = ends.stream(
         split,

@@ -126,7 +126,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     session.enter(split, resolve, end=total_steps)
     if session.run.writes:
         autoencoder.keep(run_dir / "autoencoder")
-        if session.step == 0:
+        if session.fresh:
             first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
     examples = latents.examples(held_out.labels) if held_out is not None else None
     batches = latent_stream(

@@ -12,6 +12,7 @@ from ..data import PictureSet, PointSet
 from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
+from .continuing import MARK, describe
 from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
 from .run import RunDirectory
 from .state import Meter, Trained
@@ -66,6 +67,20 @@ class Session:
             self.step = self.progress["step"]
             self.trained.load(resumed)
         self.run.hold_config(self.cfg, resumed)
+        self._origins: list[dict[str, Any]] = self.progress.get("continued", [])
+        self.continued = bool(self._origins) and self._origins[-1]["step"] == self.step
+        if self._origins:
+            self.facts = {**self.facts, "continued": self._origins}
+        if self.continued and self.step >= self.total_steps:
+            raise UserError(
+                f"{self._origins[-1]['run']} has {self.step} steps, and this config asks for {self.total_steps}: there is "
+                "nothing to go on to; set more steps"
+            )
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was done yet in this directory."""
+        return self.step == 0 or self.continued
 
     @property
     def finished(self) -> bool:
@@ -92,6 +107,10 @@ class Session:
         self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
         self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
+        if self.run.writes:
+            (self.run.path / MARK).unlink(missing_ok=True)
+        if self.continued:
+            self.run.say(f"{self.run.path} goes on {describe(self._origins[-1])}")
         if cfg.bucket is not None and self.run.writes:
             self.attempt.uploads = self.attempt.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
             self.attempt.uploads.say = self.run.say
@@ -128,7 +147,8 @@ class Session:
     ) -> None:
         """A stage up to step `end`, or the whole run: its batches, and what is due how often in it; `key` of the config sets
         its micro-batch."""
-        cfg, self.split, self._first, self._end = self.cfg, split, split.first_step, end
+        cfg, self.split, self._end = self.cfg, split, end
+        self._first = max(split.first_step, self.step)
         lengths = {"log": cfg.log.every, "preview": cfg.preview.every, "save": cfg.checkpoint.every}
         lengths["export"] = getattr(cfg, "export_every", None)
         quality = getattr(cfg.preview, "quality", None)
@@ -145,7 +165,7 @@ class Session:
         told = ", ".join(str(due) for due in self._cadences.values() if due.every is not None)
         here = f"{split.world} x {self.accelerator.device.type} x {split.accumulation} x {split.micro}"
         self.run.say(f"{name}a step is {split.batch} images = {here}\n{told} steps")
-        self.attempt.enter(name.partition(":")[0], split, end - split.first_step, self._cadences, key)
+        self.attempt.enter(name.partition(":")[0], split, end - self._first, self._cadences, key, self._first)
 
     # ------------------------------------------------------------------------------------------ in a step
 
@@ -258,6 +278,8 @@ class Session:
         if self.gate.skipped_in_a_row:  # a run gone bad must not rotate out good ones
             return False
         state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more}
+        if self._origins:
+            state["continued"] = self._origins
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         tensors = self.trained.tensors(keep=self.run.writes)

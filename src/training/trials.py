@@ -20,6 +20,7 @@ from ..config import ENDLESS, UserError, read_json
 from ..progress import Phases, say
 from .checkpoint import damage, keeps_best, newest, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
+from .continuing import MARK, continue_as, directory_of
 from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
 from .report import SAMPLE_BYTES
 from .stream import Split
@@ -111,14 +112,18 @@ class Attempt:
         before, self._mark = self._mark, time.monotonic()
         return self._mark - before
 
-    def enter(self, name: str, split: Split, steps: int, cadences: dict[str, Cadence], key: str) -> None:
-        """A stage begins; `key` of the config sets its micro-batch."""
+    def enter(
+        self, name: str, split: Split, steps: int, cadences: dict[str, Cadence], key: str, first_step: int | None = None
+    ) -> None:
+        """A stage begins, or goes on at `first_step`, for so many steps; `key` of the config sets its micro-batch."""
         self.trying(split.batch, split.micro, key)
         if not self.stages:
             self.ahead_seconds += self.lap()
 
+        end = (first_step if first_step is not None else split.first_step) + steps
+
         def times(word: str) -> int:
-            return 1 if steps >= ENDLESS else cadences[word].count(split.first_step, split.first_step + steps)
+            return 1 if steps >= ENDLESS else cadences[word].count(end - steps, end)
 
         every = cadences["export"].every
         exports = steps // every if every is not None and steps < ENDLESS else 0
@@ -186,19 +191,30 @@ Train = Callable[[Any, Path, Attempt], int]
 
 def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
     """What `args` of config.training_arguments ask for: train(cfg, run directory, attempt), or trials of it."""
-    run_dir = Path(args.run_dir or f"runs/{cfg.name}")
+    run_dir, old = Path(args.run_dir or f"runs/{cfg.name}"), None
     if args.dry_run and args.verify_resume:
         raise UserError("--dry-run and --verify-resume are two things; give one of them")
+    name = getattr(args, "continue_as", None)
+    if name is not None and args.verify_resume:
+        raise UserError("--continue-as and --verify-resume are two things; give one of them")
+    if name is not None:
+        run_dir, old = directory_of(name, run_dir), run_dir
     if cfg.bucket is not None:
-        for line in bring(cfg, run_dir, trial=args.dry_run or args.verify_resume):
+        for line in bring(cfg, run_dir, trial=args.dry_run or args.verify_resume, old=old):
             print(line, flush=True)
     if args.dry_run:
-        return dry_run(train, cfg, run_dir)
+        return dry_run(train, cfg, run_dir, old)
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
     attempt, whole = Attempt(), True
     try:
+        if old is not None:
+            continue_as(cfg, old, run_dir)
         status = _take(train, cfg, run_dir, attempt)
+    except UserError:
+        if (run_dir / MARK).exists() and os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
         if status == 0 and attempt.uploads is None and cfg.bucket is not None and os.environ.get("RANK", "0") == "0":
             attempt.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
             if (found := newest(run_dir / "checkpoints")[0]) is not None:
@@ -266,13 +282,16 @@ def _without_traces(cfg: Any, **changes: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- what it would cost
 
 
-def dry_run(train: Train, cfg: Any, run_dir: Path) -> int:
-    """Say what a run costs: speed, memory, time to the end, disk; on one GPU also the largest micro-batch that fits."""
+def dry_run(train: Train, cfg: Any, run_dir: Path, old: Path | None = None) -> int:
+    """Say what a run costs: speed, memory, time to the end, disk; on one GPU also the largest micro-batch that fits. Of one
+    that goes on from an `old` one, what is left of it."""
     alone = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1
     spec = replace(cfg.checkpoint, every_minutes=DRY_SECONDS / 60)
     with _thrown_away(run_dir) as (folder, remove):
         attempt = Attempt("dry_run", leaving=remove)
         try:
+            if old is not None:
+                continue_as(cfg, old, folder)
             status = _take(train, _without_traces(cfg, checkpoint=spec), folder, attempt)
         except OutOfMemory as error:
             if not alone:
