@@ -83,6 +83,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
+    attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
@@ -91,6 +92,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_steps = resolve(cfg.steps)
 
     # Build process, network, optimiser, EMA, and the sampler of the previews.
+    attempt.enters("building the networks")
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
@@ -116,7 +118,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
-    if session.run.writes and session.step == 0:
+    if session.run.writes and session.fresh:
         first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
     examples = pictures_of(held_out, cfg.image) if held_out is not None else None
     batches = stream(

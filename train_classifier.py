@@ -79,6 +79,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
+    attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
     num_classes = len(train_set.class_names)
@@ -89,6 +90,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_steps = resolve(cfg.steps)
 
     # Build what noises, network, optimiser, EMA.
+    attempt.enters("building the networks")
     process = noise_process(cfg.noise)
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
@@ -113,7 +115,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
-    if session.run.writes and session.step == 0:
+    if session.run.writes and session.fresh:
         first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
     where, examples = ("train", train_set) if held_out is None else ("held_out", held_out)
     measure = partial(accuracy_by_level, ema.network, process, pictures_of(examples, cfg.image), cfg.preview, split.micro)
@@ -163,7 +165,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         if session.now("preview"):
             loss, accuracy = measure(accelerator)
             values |= {f"{where}_loss": loss} | {f"{where}_accuracy_{i}": value for i, value in enumerate(accuracy)}
-            best = session.better(f"{where}_loss", loss)
+            best = session.decides and session.better(f"{where}_loss", loss)
             if session.run.writes:
                 draw_accuracy(session.run.samples / f"step_{session.step:08d}.png", process, accuracy, num_classes, where)
         session.report(values)

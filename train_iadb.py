@@ -119,6 +119,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Open both ends: as they are, as latents, or paired by an earlier run.
+    attempt.enters("looking at the data")
     ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image)
     train_set, held_out = ends.data.train, ends.data.held_out
     source = (ends.source.train, ends.source.held_out) if ends.source is not None else ()
@@ -135,6 +136,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
 
     # Build process, network, optimiser, EMA, and the samplers of the previews.
+    attempt.enters("building the networks")
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
@@ -171,7 +173,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if session.run.writes:
         if autoencoder is not None:
             autoencoder.keep(run_dir / "autoencoder")
-        if session.step == 0:
+        if session.fresh:
             first_ends(sampler_for(SamplerConfig()), ends.data.examples(), run_dir)
     batches = ends.stream(
         split,

@@ -85,6 +85,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data and the autoencoder; encode the one with the other, unless that was done before.
+    attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
@@ -100,6 +101,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_steps = resolve(cfg.steps)
 
     # Build process, optimiser, EMA, and the sampler of the previews.
+    attempt.enters("building the networks")
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
@@ -125,7 +127,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     session.enter(split, resolve, end=total_steps)
     if session.run.writes:
         autoencoder.keep(run_dir / "autoencoder")
-        if session.step == 0:
+        if session.fresh:
             first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
     examples = latents.examples(held_out.labels) if held_out is not None else None
     batches = latent_stream(

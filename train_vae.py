@@ -82,6 +82,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
 
     # Look at the data, and lay out the stages.
+    attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
     facts = describe_data(train_set, held_out)
@@ -89,6 +90,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Build autoencoder, discriminator, perceptual loss, optimisers, EMA.
+    attempt.enters("building the networks")
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = channels_last(VAE(cfg.model, cfg.image.channels).to(device, dtype))
     discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels).to(device, dtype))
@@ -117,7 +119,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     settle_reducer(accelerator, judge, blank)
     total_images, images_seen = stages[-1].split.images_at(stages[-1].end), now.split.images_at(session.step)
     session.begin(train_set, held_out, total_images=total_images, images=images_seen)
-    if session.run.writes and session.step == 0:
+    if session.run.writes and session.fresh:
         for line in warnings(cfg.stages, from_scratch=cfg.init_from is None):
             session.run.say(f"warning: {line}")
         first_pictures(run_dir, train_set, now.image, cfg.seed)
@@ -211,8 +213,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
                 values |= {f"{where}_{name}": value for name, value in seen.items()}
                 values |= network.codebook.usage() if network.codebook is not None else {}
                 told = "lpips" if perceptual is not None else "l1"
-                best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
-                healthy = guard.watch(cfg.guard, session.step, seen["l1"]) or adversary is None
+                if session.decides:
+                    best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
+                    healthy = guard.watch(cfg.guard, session.step, seen["l1"]) or adversary is None
                 for line in troubled_channels(seen) + won(values):
                     session.run.say(f"warning: step {session.step}: {line}")
             session.report(values)

@@ -452,6 +452,11 @@ def training_arguments(root: type, description: str, *, default: str) -> argpars
     parser.add_argument("-cfg", "--config", metavar="FILE", default=default, help=f"JSON config (default {default})")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
     parser.add_argument("--run-dir", metavar="DIR", help="where the run lives (default runs/NAME)")
+    parser.add_argument(
+        "--continue-as",
+        metavar="NAME",
+        help="go on from the run's newest checkpoint in a new run beside it: with another rate, or longer",
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure data, speed, memory, disk and time; write nothing")
     parser.add_argument("--verify-resume", action="store_true", help="after a change of the code: does a run go on to the bit?")
     parser.add_argument("--schema", action=_PrintSchema, root=root)

@@ -12,9 +12,8 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from ..config import FULL, UserError
+from ..progress import Progress, track
 
 
 class Damaged(UserError):
@@ -156,7 +155,7 @@ def _unpack_zip(archive: Path, staged: Path) -> int:
             if not _inside(name) or stat.S_ISLNK(member.external_attr >> 16):
                 raise _refuse(archive, member.orig_filename)
         _room(staged, sum(member.file_size for member in members), f"{archive} unpacks to")
-        for member in tqdm(members, desc="unpacking", unit="file", disable=None):
+        for member in track(members, "unpacking", unit="files"):
             member.filename = _zip_name(member)
             if _of_macos(member.filename):
                 names.left += not member.is_dir()
@@ -175,7 +174,7 @@ def _unpack_tar(archive: Path, staged: Path) -> int:
     names, files = _Names(archive), set[str]()
     # A tar has no index, but pictures do not get smaller: what comes out is no less than what the archive takes.
     _room(staged, archive.stat().st_size, f"{archive} unpacks to at least")
-    with tarfile.open(archive) as file, tqdm(desc="unpacking", unit="file", disable=None) as bar:
+    with tarfile.open(archive) as file, Progress("unpacking", unit="files") as bar:
         for member in file:  # one pass: a compressed tar has no index
             told, member.name = member.name, member.name.replace("\\", "/")
             if not _inside(member.name) and os.path.normpath(member.name) != ".":

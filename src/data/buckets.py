@@ -26,9 +26,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
-from tqdm import tqdm
-
 from ..config import FULL, UserError, run_script, write_whole
+from ..progress import Progress
 from .archives import Damaged, size, stem, unpack
 
 TRIES = 6  # in a row that bring no byte
@@ -530,7 +529,9 @@ def _printed(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def _same(folder: Path, here: dict[str, os.stat_result], there: dict[str, Remote], jobs: int) -> set[str]:
+def _same(
+    folder: Path, here: dict[str, os.stat_result], there: dict[str, Remote], jobs: int, *, shown: bool = True
+) -> set[str]:
     """The names whose sizes and then whose crc32c agree."""
 
     def equal(name: str) -> bool:
@@ -540,15 +541,19 @@ def _same(folder: Path, here: dict[str, os.stat_result], there: dict[str, Remote
             return False
 
     names = [name for name in here if name in there and here[name].st_size == there[name].size]
-    with ThreadPoolExecutor(jobs) as pool:
-        return {name for name, same in zip(names, pool.map(equal, names), strict=True) if same}
+    total, found = sum(here[name].st_size for name in names), set[str]()
+    with ThreadPoolExecutor(jobs) as pool, Progress("comparing files", total, unit="B", shown=shown, leave=False) as bar:
+        for name, same in zip(names, pool.map(equal, names), strict=True):
+            found |= {name} if same else set()
+            bar.update(here[name].st_size)
+    return found
 
 
 class _Crew:
     """Does a thing for each of many names, `jobs` at a time, below one bar of bytes; the first failure ends the rest."""
 
     def __init__(self, label: str, total: int, jobs: int, shown: bool) -> None:
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None if shown else True)
+        self.bar = Progress(label, total, unit="B", shown=shown)
         self._pool, self._lock, self._stop = ThreadPoolExecutor(jobs), threading.Lock(), threading.Event()
 
     def __enter__(self) -> "_Crew":
@@ -596,7 +601,7 @@ def push(
     if not here:
         raise UserError(f"{folder} has no files to push")
     there = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
-    same = _same(folder, here, there, jobs)
+    same = _same(folder, here, there, jobs, shown=shown)
     replaced = [name for name in here if name in there and name not in same and not last(name)]
     void = [name for name in here if name in there and last(name) and any(one.startswith(_folder(name)) for one in replaced)]
     same -= set(void)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..config import UserError, read_json, write_flushed
+from ..progress import Progress
 from .sources import PackedPictures, PictureSet, _digest, _fraction
 from .transforms import DECODER, shorter_side
 
@@ -45,7 +45,7 @@ def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out:
             open(staged / "pixels.bin", "ab") as pixels,
             open(staged / "records.bin", "ab") as records,
             ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool,
-            tqdm(total=len(names), initial=done, desc="packing", unit="img", disable=None) as bar,
+            Progress("packing", len(names), done=done) as bar,
         ):
             offset = pixels.tell()
             for start in range(done, len(names), BLOCK):

@@ -19,9 +19,9 @@ import PIL
 import pydantic
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
 from ..config import UserError, config
+from ..progress import Progress
 from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
 from .transforms import DECODER, FORMATS
 
@@ -209,7 +209,7 @@ def scan(
         if todo:
             block = 2048
             with (
-                tqdm(total=len(todo), desc="checking pictures", unit="img", disable=None, leave=False) as bar,
+                Progress("checking images", len(todo), leave=False) as bar,
                 ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool,
             ):
                 for start in range(0, len(todo), block):

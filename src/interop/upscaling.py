@@ -18,13 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from .. import pictures
 from ..config import UserError, write_whole
 from ..data.scan import ScanConfig, inspect
 from ..data.sources import ENDINGS
 from ..data.transforms import FORMATS, decode
+from ..progress import Progress, say
 from ..vision import import_torchvision
 
 WEIGHTS = "models/RealESRGAN_x4plus.pth"
@@ -222,12 +222,7 @@ def upscale_folder(
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(told, json.dumps(request).encode())
-    with tqdm(
-        total=sum(map(len, mine)) * (world if rank == 0 else 1),
-        desc="upscaling",
-        unit="img",
-        disable=None if rank == 0 else True,
-    ) as bar:
+    with Progress("upscaling", sum(map(len, mine)) * (world if rank == 0 else 1), shown=rank == 0) as bar:
         for batch in mine:
             if not all(target.exists() for _, target in batch):
                 _upscale_batch(batch, upscaler)
@@ -246,7 +241,7 @@ def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
     for path, target in batch:
         pixels = _decode(path)
         if isinstance(pixels, str):
-            tqdm.write(f"{path}: left out ({pixels})")
+            say(f"{path}: left out ({pixels})")
         else:
             by_shape[pixels.shape].append((target, pixels))
     for shape, same in by_shape.items():

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from accelerate import PartialState
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..config import UserError, write_whole
+from ..progress import Progress
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -71,13 +71,13 @@ def in_blocks(
     ranks.barrier()
     due = list(zip(paths, blocks, strict=True))[ranks.rank :: ranks.world]
     if not all(path.exists() for path, _ in due) or ranks.rank == 0:
-        with tqdm(total=count, desc=doing, unit="img", disable=None if ranks.rank == 0 else True) as bar:
+        with Progress(doing, count, shown=ranks.rank == 0, processes=ranks.world) as bar:
             for path, block in due:
                 if not path.exists():
                     content = io.BytesIO()
                     np.savez(content, **dict[str, Any](make(block)))
                     write_whole(path, content.getbuffer())
-                bar.update(min(len(block) * ranks.world, count - bar.n))
+                bar.update(min(len(block) * ranks.world, count - bar.done))
     ranks.barrier()
     wait_for(paths)
     if not read:

@@ -23,6 +23,7 @@ from ..metrics import distances
 from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
+from ..progress import within
 from ..training.stream import to_network
 from .autoencoder import open_autoencoder
 from .blocks import Ranks, claim_request, in_blocks
@@ -431,7 +432,12 @@ def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bo
 
     def make(block: range) -> dict[str, Array]:
         parts = [files[i : min(i + it.batch_size, block.stop)] for i in range(block.start, block.stop, it.batch_size)]
-        return {n.name: np.concatenate([see(n, pixels(part)) for part in parts]) for n in it.networks}
+        seen: dict[str, list[Array]] = {network.name: [] for network in it.networks}
+        for part in parts:
+            for network in it.networks:
+                seen[network.name].append(see(network, pixels(part)))
+            within(len(part))
+        return {name: np.concatenate(arrays) for name, arrays in seen.items()}
 
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     told = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
@@ -505,6 +511,7 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
                 add("lpips", perceptual(drawn.float(), images.float()))
             for network in it.networks:
                 add(network.name, see(network, pixels_of(drawn)))
+            within(len(drawn))
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     each = in_blocks(out, len(data), BLOCK, make, it.ranks, doing="reconstructing")

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import pictures
 from ..config import UserError, write_whole
 from ..diffusion import Prediction
 from ..interop.upscaling import Upscaler
+from ..progress import Progress
 from ..training.launch import start_sampling
 from .blocks import wait_for
 from .opened import Opened, open_trained
@@ -142,12 +142,7 @@ def write_samples(
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[rank::world]
     gif_wanted = frames and rank == 0 and not (out / "denoising.gif").exists()
-    with tqdm(
-        total=sum(map(len, mine)) * (world if rank == 0 else 1),
-        desc="sampling",
-        unit="img",
-        disable=None if rank == 0 else True,
-    ) as bar:
+    with Progress("sampling", sum(map(len, mine)) * (world if rank == 0 else 1), shown=rank == 0) as bar:
         for batch in mine:
             watched = None
             if gif_wanted and batch.start == 0:
@@ -234,7 +229,7 @@ def sample_checkpoints(files: Sequence[str], out: Path, *, asked: bool = True) -
         suffix = "" if len(files) == 1 else f"_{opened.index(run) + 1}_{run.name}_{run.step}"
         frames = Frames(range(16), sampler, note=run.name)
         labels = None if run.num_classes is None else [i * run.num_classes // 16 for i in range(16)]
-        with tqdm(total=sampler.steps, desc=f"sampling {run.name}", unit="step", disable=None) as bar:
+        with Progress(f"sampling {run.name}", sampler.steps, unit="steps") as bar:
 
             def watch(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
                 frames(step, t, x_t, prediction)  # noqa: B023

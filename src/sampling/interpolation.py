@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import pictures
+from ..progress import Progress
 from .files import wait_for
 from .opened import Opened
 from .sampler import Sampler
@@ -126,7 +126,7 @@ def write_frames(
     batches = [range(first, min(first + batch_size, len(paths))) for first in range(0, len(paths), batch_size)]
     mine, way = batches[rank::world], slerp if opened.gaussian else straight
     shown = sum(map(len, mine)) if rank else len(paths)
-    with tqdm(total=shown, desc="frames", unit="frame", disable=None if rank == 0 else True) as bar:
+    with Progress("drawing frames", shown, unit="frames", shown=rank == 0) as bar:
         for batch in mine:
             if not all(paths[i].exists() for i in batch):
                 places = [journey[min(i, batch[-1])] for i in range(batch[0], batch[0] + batch_size)]
@@ -141,7 +141,7 @@ def write_frames(
                 for i, pixels in zip(batch, pictures.to_uint8(sampler.pictures(x)), strict=False):
                     if not paths[i].exists():
                         pictures.save(_enlarged(pictures.to_image(pixels)), paths[i])
-            bar.update(min(len(batch) * (world if rank == 0 else 1), shown - bar.n))
+            bar.update(min(len(batch) * (world if rank == 0 else 1), shown - bar.done))
     barrier()
     if rank == 0:
         wait_for(paths)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import pictures
 from ..config import write_whole
+from ..progress import track
 from .edit import as_seen
 from .files import claim
 from .opened import Opened
@@ -42,7 +42,7 @@ def write_inversions(
     label = opened.no_class() if label is None else label
     claim(out, {"weights": opened.digest, "label": label, "files": fingerprint(files), **describe(sampler, 0)})
     rows, sources, told = [], [], []
-    for first in tqdm(range(0, len(files), batch_size), desc="inverting", unit="batch", disable=None):
+    for first in track(range(0, len(files), batch_size), "inverting", unit="batches"):
         part, x0 = files[first : first + batch_size], seen[first : first + batch_size]
         labels = torch.full((len(x0),), label, device=x0.device) if label is not None else None
         source = sampler.invert(x0, labels)

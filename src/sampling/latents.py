@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import UserError, read_json, write_whole
 from ..data import ImageConfig, PictureSet
@@ -35,6 +34,7 @@ from ..data.latents import (
     write_block,
 )
 from ..data.transforms import DECODER
+from ..progress import Progress, within
 from ..training.stream import to_network
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
@@ -124,6 +124,7 @@ def _encode(
                 mean, logvar = autoencoder.network.moments(side)
                 sides.append(torch.stack([mean, torch.full_like(mean, -30.0) if logvar is None else logvar], dim=1))
             found.append(torch.stack(sides, dim=1)[:count].float().cpu().numpy())
+            within(count)
     return np.concatenate(found)
 
 
@@ -259,12 +260,13 @@ def make_cache(
             staged.mkdir(parents=True)
             told.write_text(json.dumps(request))
     barrier()
-    with tqdm(total=sum(counts.values()), desc=doing, unit="img", disable=None if rank == 0 else True) as bar:
+    total = sum(counts.values())
+    with Progress(doing, total, shown=rank == 0, processes=world) as bar:
         for split, count in counts.items():
             for number, indices in blocks_of(count, rank, world):
                 if not block_path(staged, split, number).with_suffix(".json").exists():
                     make(staged, split, number, indices)
-                bar.update(min(bar.total - bar.n, len(indices) * world))
+                bar.update(min(total - bar.done, len(indices) * world))
     barrier()
     if claim is not None:
         part = staged / "manifest.part"
@@ -321,6 +323,7 @@ def latents_of(
     counts = {"train": len(train_set)} | ({"held_out": len(held_out)} if held_out is not None else {})
     if attempt is not None and attempt.trial and not folder.exists():
         train_set.prepare(ImageConfig(size=image.size, channels=image.channels))
+        attempt.enters("encoding the first images")
         began = time.monotonic()
         block = _encode(autoencoder, train_set, image, range(min(BLOCK, len(train_set))), image.flip, batch_size, workers)
         attempt.ahead((time.monotonic() - began) * (sum(counts.values()) / len(block) / processes.num_processes - 1))

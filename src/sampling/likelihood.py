@@ -13,6 +13,7 @@ from .. import pictures
 from ..config import UserError, write_whole
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
+from ..progress import within
 from .blocks import Ranks, claim_request, in_blocks
 from .opened import Opened
 from .preview import pictures_of
@@ -55,6 +56,7 @@ def _measure(opened: Opened, data: PictureSet, block: range, times: Tensor, batc
                 variance=opened.process.variance,
             )
         )
+        within(len(indices))
     return {key: torch.cat([getattr(part, key) for part in found]).cpu().double().numpy() for key in KEYS}
 
 

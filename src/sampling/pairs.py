@@ -20,6 +20,7 @@ from ..data import PictureSet
 from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, write_block
 from ..data.transforms import DECODER
 from ..diffusion import DETERMINISTIC
+from ..progress import within
 from ..training.stream import MicroBatch, Order, Split, positions_of
 from ..training.trials import Attempt
 from .ends import Ends
@@ -110,6 +111,7 @@ class PairEnds(Ends):
             write_block(staged, split, number, values, {"labels": labels})
 
         if attempt.trial and not folder.exists():  # the first ones stand for all
+            attempt.enters("making the first pairs")
             began = time.monotonic()
             values, labels = _make(sampler, spec, range(min(count, 64)), classes, accelerator.device)
             repeats = -(-count // len(values))
@@ -180,4 +182,5 @@ def _make(
         condition = torch.tensor(own, device=device) if classes is not None else None
         end = sampler.move(x, condition, seed=spec.seed, indices=padded)
         made.append(torch.stack([x, end], dim=1)[: len(part)].float().cpu().numpy())
+        within(len(part))
     return np.concatenate(made)[:, None], labels

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import pictures
 from ..config import write_whole
 from ..diffusion import Prediction
+from ..progress import track
 from .files import claim
 from .sampler import Sampler
 
@@ -89,7 +89,7 @@ def write_points(
         old.unlink()
     alphas = 1 - sampler.process.schedule.level(sampler.times).sigma
     paths = [folder / f"frame_{i:03d}.png" for i in range(len(way))]
-    for i, path in enumerate(tqdm(paths, desc="frames", unit="img", disable=None)):
+    for i, path in enumerate(track(paths, "drawing frames", unit="frames")):
         title = f"alpha = {float(alphas[i]):.2f}"
         pictures.save(pictures.in_a_row([first, pictures.scatter(way[i], title=title), last]), path)
     pictures.gif(paths, folder / "frame_%03d.png", out / "points.gif", fps=24)

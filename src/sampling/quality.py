@@ -21,6 +21,7 @@ from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
+from ..progress import Progress, within
 from ..training.launch import agree
 from ..training.trials import Attempt
 from .blocks import Ranks, in_blocks, ranks_here
@@ -62,7 +63,10 @@ def real_features(
             return torch.from_numpy(np.ascontiguousarray(rearrange(found, "b h w c -> b c h w")))
 
         with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
-            seen = [see(network, pixels) for pixels in pool.map(load, range(block.start, block.stop, batch_size))]
+            seen = list[Array]()
+            for pixels in pool.map(load, range(block.start, block.stop, batch_size)):
+                seen.append(see(network, pixels))
+                within(len(pixels))
         return {"features": np.concatenate(seen)}
 
     doing = f"{network.name} features of real pictures"
@@ -100,6 +104,7 @@ def drawn_features(
             pixels = pixels_of(sampler.draw(seed, part, chosen, device=device, batch_size=batch_size))
             for network in networks:
                 found[network.name].append(see(network, pixels))
+            within(len(part))
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     size = batch_size * max(1, min(BLOCK, count // 16) // batch_size)  # enough for 16 ranks, however many there are
@@ -223,7 +228,11 @@ class Quality:
             self._real = distances.moments(real)  # of none on the other ranks
             for note in flag(count, len(self._train_set), self._network.dim):
                 say(f"frechet_distance: {note}")
-        seen = [self._draw(sampler, mine[i : i + batch_size]) for i in range(0, each, batch_size)]
+        seen = list[Tensor]()
+        with Progress("drawing samples to measure", each, shown=accelerator.is_main_process, leave=False) as progress:
+            for i in range(0, each, batch_size):
+                seen.append(self._draw(sampler, mine[i : i + batch_size]))
+                progress.update(batch_size)
         gathered = accelerator.gather(torch.cat(seen))
         assert isinstance(gathered, Tensor)
         first = accelerator.is_main_process

@@ -139,6 +139,17 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def contents(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the documents of a checkpoint, as `write_folder` takes them."""
+    tensors, documents = {}, {}
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors":
+            tensors[path.stem] = read_tensors(folder, path.stem)
+        elif path.name != MANIFEST:
+            documents[path.stem] = json.loads(path.read_text())
+    return tensors, documents
+
+
 def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
     """Make the checkpoint of `step`, or the last one before it, the newest, its progress changed by `progress`; gives its
     step."""
@@ -148,12 +159,7 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
         raise UserError(f"there is no checkpoint of step {step} or before to go back to; start anew with a smaller weight")
     for folder in folders[: folders.index(kept)]:
         _remove(folder)
-    tensors, documents = {}, {}
-    for path in kept.iterdir():
-        if path.suffix == ".safetensors":
-            tensors[path.stem] = read_tensors(kept, path.stem)
-        elif path.name != MANIFEST:
-            documents[path.stem] = json.loads(path.read_text())
+    tensors, documents = contents(kept)
     documents["progress"] |= progress
     write_folder(kept, tensors, documents)
     return documents["progress"]["step"]

@@ -5,42 +5,71 @@ import sys
 import time
 
 import torch
-from tqdm import tqdm
+
+from ..progress import Progress
 
 
 class Cadence:
-    """Due at every `every`-th step; never without one. `word` says what is."""
+    """Due at every `every`-th step of the run; never without one. `word` says what is.
 
-    def __init__(self, word: str, every: int | None) -> None:
+    Within the steps `early` it is due `FIRST` steps after their begin, too, then after twice as many, and so on as long as that
+    is less than `every`: what a person waits for comes early, and then ever more rarely.
+    """
+
+    FIRST = 100
+
+    def __init__(self, word: str, every: int | None, *, early: range = range(0)) -> None:
         self.word, self.every = word, every
+        self.early = frozenset[int]()
+        self._first = early.start
+        if every is not None:
+            after = (self.FIRST << i for i in range(every.bit_length()))
+            self.early = frozenset(early.start + steps for steps in after if steps < min(every, len(early)))
+
+    def regular(self, step: int) -> bool:
+        """Whether it would be due without the early ones."""
+        return self.every is not None and step % self.every == 0
 
     def __call__(self, step: int) -> bool:
-        return self.every is not None and step % self.every == 0
+        return self.regular(step) or step in self.early
+
+    def count(self, first: int, end: int) -> int:
+        """How often it is due between step `first` of the run and step `end`, where it is due in any case."""
+        if self.every is None:
+            return 1
+        return -(-(end - first) // self.every) + sum(first < step < end and not self.regular(step) for step in self.early)
+
+    def __str__(self) -> str:
+        first = ", ".join(map(str, sorted(step - self._first for step in self.early)))
+        return f"{self.word} every {self.every}" + (f" (the first ones after {first})" if first else "")
 
 
 class Clock:
-    """The progress bar of a run (images, images/s, time left; on the main process only), and its speed."""
+    """The progress of a run (images, images/s, time left; on the main process only), and its speed."""
 
     def __init__(self, step: int, images: int, total_images: int | None, *, shown: bool) -> None:
         self._began = self._read_at = time.monotonic()
         self._images = self._read_images = images
-        self._bar = tqdm(
-            total=total_images,
-            initial=images,
-            desc=f"step {step}",
-            unit="img",
-            unit_scale=True,
-            disable=None if shown else True,
-        )
+        self._step = step
+        self._counted = "" if total_images is None else " images"
+        self._progress = Progress(f"step {step},{self._counted}", total_images, done=images, shown=shown)
 
     @property
     def bar_shown(self) -> bool:
-        return not self._bar.disable
+        return self._progress.bar_shown
 
     def tick(self, images: int) -> None:
         """One more step, of so many images, is done."""
         self._images += images
-        self._bar.update(images)
+        self._step += 1
+        self._progress.update(images)
+        if not self._progress.bar_shown:
+            self._progress.describe(f"step {self._step},{self._counted}")
+
+    def enter(self, what: str) -> None:
+        """Between two steps this is being done, and may take long."""
+        if not self._progress.bar_shown:
+            self._progress.describe(f"step {self._step}, {what},{self._counted}")
 
     def read(self, images_per_epoch: int) -> dict[str, float]:
         """epoch, and images_per_second since the last reading."""
@@ -51,11 +80,11 @@ class Clock:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Put epoch, step and loss on the bar."""
-        if "loss" in values:
-            self._bar.set_description(f"epoch {values['epoch']:.1f} step {step} loss {values['loss']:.4f}", refresh=False)
+        if "loss" in values and self._progress.bar_shown:
+            self._progress.describe(f"epoch {values['epoch']:.1f} step {step} loss {values['loss']:.4f}")
 
     def close(self) -> None:
-        self._bar.close()
+        self._progress.close(whole=False)
 
 
 def peak_memory_gigabytes(device: torch.device) -> float:

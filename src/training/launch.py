@@ -348,24 +348,53 @@ def undetermined(error: RuntimeError) -> str | None:
 
 class StopRequest:
     """SIGTERM, Ctrl-C, USR1 (which cluster/slurm.sh sends) and `warning` ask for a stop; the second of the same kind ends the
-    process at once.
+    process at once, after `leaving()`.
 
-    (A launcher passes Ctrl-C on as SIGTERM: one of each is still one request.)
+    (A launcher passes Ctrl-C on as SIGTERM: one of each is still one request.) Python calls a handler between two of its own
+    instructions, and inside a step one instruction of torch's may take minutes. So the signals are also written into a pipe,
+    at once, and a thread, which runs beside torch, reads them there.
     """
 
-    def __init__(self, warning: str = "USR1") -> None:
+    def __init__(self, warning: str = "USR1", leaving: Callable[[], object] = lambda: None) -> None:
         self.asked = False
-        self._seen: set[int] = set()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.Signals[f"SIG{warning}"]):
+        self._leaving, self._seen, self._read = leaving, set[int](), set[int]()
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.Signals[f"SIG{warning}"]}
+        threading.Thread(target=self._watch, args=(reading,), name="stop", daemon=True).start()
+        for number in self._numbers:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if number in self._seen:
-            os._exit(1)
-        self._seen.add(number)
-        if not self.asked:
-            print("stopping after this step; once more ends at once", file=sys.stderr, flush=True)
         self.asked = True
+        self._count(number, self._seen)
+
+    def _watch(self, reading: int) -> None:
+        with open(reading, "rb", buffering=0) as pipe:
+            while signals := pipe.read(64):
+                for number in signals:
+                    if number in self._numbers:
+                        if not self._read:
+                            print("stopping after this step; once more ends at once", file=sys.stderr, flush=True)
+                        self.asked = True
+                        self._count(number, self._read)
+
+    def _count(self, number: int, seen: set[int]) -> None:
+        if number in seen:
+            self._leaving()
+            os._exit(1)
+        seen.add(number)
+
+    def close(self) -> None:
+        """Signals are no longer read: the thread ends. The handlers stay until somebody sets others."""
+        if self._writing < 0:
+            return
+        now = signal.set_wakeup_fd(self._before)
+        if now != self._writing:  # somebody has set another one since
+            signal.set_wakeup_fd(now)
+        os.close(self._writing)
+        self._writing = -1
 
 
 class StepGate:
@@ -429,6 +458,11 @@ class StepGate:
                 "checkpoint is good: lower optimizer.lr or set optimizer.clip, in a new --run-dir or after removing this one"
             )
         return None
+
+    @property
+    def asked_here(self) -> bool:
+        """Whether a stop is asked that no other process has to hear of: then the step that is done is the last one."""
+        return self.request.asked and not self.distributed
 
     def saved(self) -> None:
         self.save = False

@@ -411,6 +411,8 @@ def _head(name: str, shown: str, kind: Kind | None, status: Mapping[str, Any], f
         rows.append(("held out", f"{facts.get('held_out_images', 0):,}"))
         if facts.get("class_names"):
             rows.append(("classes", f"{len(facts['class_names']):,}"))
+    for entry in facts.get("continued") or ():
+        rows.append(("continued from", f"{entry['run']}, step {entry['step']:,}"))
     told = "".join(f"<div><dt>{escape(row)}</dt><dd>{escape(value)}</dd></div>" for row, value in rows)
     when = _time(status["time"]) if _number(status.get("time")) is not None else ""
     bar = f'<progress max="{steps:.0f}" value="{step:.0f}"></progress>' if steps and step is not None else ""

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -14,14 +13,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import pydantic
-from tqdm import tqdm
 
-from .. import pictures
+from .. import pictures, progress
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json, validate
 from ..data import PictureSet, PointSet
 from ..data.latents import differs, same_latents
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
+from .kept import cannot_change
 from .report import Reporter, read_lines
 
 
@@ -146,8 +145,7 @@ class RunDirectory:
         """A line for the person and for log.txt."""
         if self._log is not None:
             if not self._quiet:
-                tqdm.write(message, file=sys.stdout)
-                sys.stdout.flush()
+                progress.say(message)
             self._note(message)
 
     def write_json(self, name: str, document: Any) -> None:
@@ -192,13 +190,22 @@ class RunDirectory:
 
         Harmless changes are said; any other is a UserError that names the keys.
         """
-        harmless, other = changes(settings, read_json(resumed / "config.json"))
+        before = read_json(resumed / "config.json")
+        harmless, other = changes(settings, before)
         if other:
             raise UserError(
                 f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
+                f"{self._ways_on(before, dump(settings), other)}"
             )
         if harmless:
             self.say(f"changed since the checkpoint: {', '.join(harmless)}")
+
+    def _ways_on(self, before: dict[str, Any], after: dict[str, Any], other: list[str]) -> str:
+        """How a run that cannot go on with these changes is the start of a new one, in words."""
+        weights = f"init_from {self.path} there starts from its weights alone"
+        if cannot_change(before, after, other):
+            return f"; {weights}, where the network is the same"
+        return f"; to go on with it from here in a new run, add --continue-as NAME ({weights})"
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint whose bytes are whole; says which it passed over. Reads only."""

@@ -12,11 +12,12 @@ from ..data import PictureSet, PointSet
 from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
+from .continuing import MARK, describe
 from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
 from .run import RunDirectory
 from .state import Meter, Trained
 from .stream import Split
-from .trials import AGAIN, Attempt
+from .trials import AGAIN, LOOKS, Attempt
 from .uploads import Uploads
 
 
@@ -66,6 +67,20 @@ class Session:
             self.progress = self.run.adopt_progress(resumed, self.facts)
             self.step = self.progress["step"]
             self.trained.load(resumed)
+        self._origins: list[dict[str, Any]] = self.progress.get("continued", [])
+        self.continued = bool(self._origins) and self._origins[-1]["step"] == self.step
+        if self._origins:
+            self.facts = {**self.facts, "continued": self._origins}
+        if self.continued and self.step >= self.total_steps:
+            raise UserError(
+                f"{self._origins[-1]['run']} has {self.step} steps, and this config asks for {self.total_steps}: there is "
+                "nothing to go on to; set more steps"
+            )
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing was done yet in this directory."""
+        return self.step == 0 or self.continued
 
     @property
     def finished(self) -> bool:
@@ -87,9 +102,15 @@ class Session:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
         self.meter = Meter(accelerator, self.progress.get("meter"))
         minutes = cfg.checkpoint.every_minutes
-        self.gate = StepGate(accelerator, StopRequest(cfg.stop_signal), every_minutes=minutes, patience=cfg.max_nonfinite_steps)
+        stop = StopRequest(cfg.stop_signal, self.attempt.leaving)
+        self.attempt.held.callback(stop.close)
+        self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
         self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
+        if self.run.writes:
+            (self.run.path / MARK).unlink(missing_ok=True)
+        if self.continued:
+            self.run.say(f"{self.run.path} goes on {describe(self._origins[-1])}")
         if cfg.bucket is not None and self.run.writes:
             self.attempt.uploads = self.attempt.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
             self.attempt.uploads.say = self.run.say
@@ -112,6 +133,7 @@ class Session:
         )
         for line in self.attempt.warnings:
             self.run.say(f"warning: {line}")
+        self.attempt.leave_phases()
         self.clock = Clock(
             self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
         )
@@ -127,19 +149,25 @@ class Session:
     ) -> None:
         """A stage up to step `end`, or the whole run: its batches, and what is due how often in it; `key` of the config sets
         its micro-batch."""
-        cfg, self.split, self._first, self._end = self.cfg, split, split.first_step, end
+        cfg, self.split, self._end = self.cfg, split, end
+        self._first = max(split.first_step, self.step)
         lengths = {"log": cfg.log.every, "preview": cfg.preview.every, "save": cfg.checkpoint.every}
         lengths["export"] = getattr(cfg, "export_every", None)
         quality = getattr(cfg.preview, "quality", None)
         lengths["quality"] = quality.every if quality is not None else None
         lengths["snapshot"] = cfg.ema.snapshot_every
         self._cadences = {
-            word: Cadence(word, resolve(length) if length is not None else None) for word, length in lengths.items()
+            word: Cadence(
+                word,
+                resolve(length) if length is not None else None,
+                early=range(split.first_step, end if word == "preview" else split.first_step),
+            )
+            for word, length in lengths.items()
         }
-        told = ", ".join(f"{word} every {due.every}" for word, due in self._cadences.items() if due.every is not None)
+        told = ", ".join(str(due) for due in self._cadences.values() if due.every is not None)
         here = f"{split.world} x {self.accelerator.device.type} x {split.accumulation} x {split.micro}"
         self.run.say(f"{name}a step is {split.batch} images = {here}\n{told} steps")
-        self.attempt.enter(name.partition(":")[0], split, end - split.first_step, self._cadences, key)
+        self.attempt.enter(name.partition(":")[0], split, end - self._first, self._cadences, key, self._first)
 
     # ------------------------------------------------------------------------------------------ in a step
 
@@ -169,9 +197,9 @@ class Session:
             some = self.attempt.due(self.step - self._first, asked=self.gate.save, device=device) or self.gate.stop
         else:
             some = self._ending or self.gate.stop or self.gate.save or any(due(self.step) for due in self._cadences.values())
-        if some:
+        if some or self.gate.asked_here:
             self.settle()
-        return some
+        return some or self.gate.stop
 
     @property
     def _ending(self) -> bool:
@@ -184,7 +212,16 @@ class Session:
             return False
         if self.attempt.trial:
             return self.attempt.wants(word)
-        return due(self.step) or (self._ending and word != "export")
+        now = due(self.step) or (self._ending and word != "export")
+        if now and word in LOOKS:
+            self.clock.enter(LOOKS[word])
+        return now
+
+    @property
+    def decides(self) -> bool:
+        """Whether a preview of now may decide what is kept and where the run goes on. The early ones are only to be looked
+        at, so that a run that began before there were any goes on as one that had them."""
+        return self.attempt.trial or self._ending or self._cadences["preview"].regular(self.step)
 
     def logged(self, **values: Any) -> dict[str, float]:
         """The losses' means, these values and the speed, where a line is due."""
@@ -209,6 +246,8 @@ class Session:
         name, measured = "held_out_loss", ""
         if quality is not None:
             name, measured = "frechet_distance", f"{quality.num_samples} samples in {quality.features}"
+        if quality is None and not self.decides:
+            return False
         return name in values and self.better(name, values[name], measured) and keeps_best(self.cfg)
 
     def report(self, values: dict[str, float]) -> None:
@@ -226,6 +265,7 @@ class Session:
             self._snapshot()
         if not (keep or self.now("save") or self.gate.save or self.gate.stop):
             return False
+        self.clock.enter("saving a checkpoint")
         with self.attempt.saving(step_folder(self.run.checkpoints, self.step), self.run.samples):
             return self._save(more)
 
@@ -240,6 +280,8 @@ class Session:
         if self.gate.skipped_in_a_row:  # a run gone bad must not rotate out good ones
             return False
         state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more}
+        if self._origins:
+            state["continued"] = self._origins
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         tensors = self.trained.tensors(keep=self.run.writes)

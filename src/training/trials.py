@@ -17,8 +17,10 @@ import torch
 from accelerate import PartialState
 
 from ..config import ENDLESS, UserError, read_json
+from ..progress import Phases, say
 from .checkpoint import damage, keeps_best, newest, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
+from .continuing import MARK, continue_as, directory_of
 from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
 from .report import SAMPLE_BYTES
 from .stream import Split
@@ -27,6 +29,7 @@ from .uploads import Uploads, bring
 AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
 DRY_WARMUP, DRY_STEPS, DRY_SECONDS = 2, 8, 6.0
 FIT_STEPS = 2
+LOOKS = {"preview": "a preview", "quality": "measuring samples"}
 
 
 @dataclass
@@ -68,11 +71,29 @@ class Attempt:
     warnings: list[str] = field(default_factory=list)  # about the data: said once the run begins
     held: ExitStack = field(default_factory=ExitStack)  # what is given up however the training ends
     trying: Callable[[int, int, str], None] = lambda *_: None
+    leaving: Callable[[], object] = lambda: None  # what is still done where a second signal ends the process at once
     _mark: float = field(default_factory=time.monotonic)
+    _phases: Phases | None = None
 
     @property
     def trial(self) -> bool:
         return self.kind != "run"
+
+    def enters(self, what: str, *, at_once: bool = True) -> None:
+        """Say that this is being done now, in a trial at once, and every half minute as long as it takes; on the first rank."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if self._phases is None:
+            job = {"run": "", "verify": "verify-resume: "}.get(self.kind, "dry run: ")
+            self._phases = Phases(job, at_once=self.kind in ("dry_run", "verify"))
+            self.held.callback(self.leave_phases)
+        self._phases.enter(what, at_once=at_once)
+
+    def leave_phases(self) -> None:
+        """From now on the run's clock says how far it is, or it is over."""
+        if self._phases is not None:
+            self._phases.close()
+        self._phases = None
 
     def ahead(self, seconds: float) -> None:
         """There is so much to do before the first step that a dry run only did a part of (caches)."""
@@ -92,15 +113,18 @@ class Attempt:
         before, self._mark = self._mark, time.monotonic()
         return self._mark - before
 
-    def enter(self, name: str, split: Split, steps: int, cadences: dict[str, Cadence], key: str) -> None:
-        """A stage begins; `key` of the config sets its micro-batch."""
+    def enter(
+        self, name: str, split: Split, steps: int, cadences: dict[str, Cadence], key: str, first_step: int | None = None
+    ) -> None:
+        """A stage begins, or goes on at `first_step`, for so many steps; `key` of the config sets its micro-batch."""
         self.trying(split.batch, split.micro, key)
         if not self.stages:
             self.ahead_seconds += self.lap()
 
+        end = (first_step if first_step is not None else split.first_step) + steps
+
         def times(word: str) -> int:
-            every = cadences[word].every
-            return 1 if every is None or steps >= ENDLESS else -(-steps // every)
+            return 1 if steps >= ENDLESS else cadences[word].count(end - steps, end)
 
         every = cadences["export"].every
         exports = steps // every if every is not None and steps < ENDLESS else 0
@@ -108,9 +132,15 @@ class Attempt:
         measured = times("quality") if cadences["quality"].every is not None else 0
         counted = {"exports": exports, "snapshots": snapshots, "measured": measured}
         self.stages.append(Measured(name, split, steps, times("preview"), times("save"), **counted))
+        if self.trial:
+            self.enters(f"{name or 'training'}, the first steps of {steps if steps < ENDLESS else 'many'}")
 
     def counted(self, done: int, device: torch.device) -> None:
         """So many steps of the stage are done: the first ones warm up."""
+        if self.trial:
+            stage, enough = self.stages[-1], {"dry_run": DRY_STEPS, "fit": FIT_STEPS}.get(self.kind, ENDLESS)
+            of = f"of {min(stage.steps, enough)}" + (" or more" if self.kind == "dry_run" and stage.steps > enough else "")
+            self.enters(f"{stage.name or 'training'}, step {done + 1} {of}", at_once=False)
         if self.kind == "dry_run" and done == min(DRY_WARMUP, self.stages[-1].steps - 1):
             self.lap(device)
 
@@ -132,6 +162,8 @@ class Attempt:
 
     def wants(self, word: str) -> bool:
         """What is done then: log, preview and save in a dry run."""
+        if self.kind == "dry_run" and word in LOOKS:
+            self.enters(LOOKS[word])
         return word == "save" if self.kind == "verify" else self.kind == "dry_run" and word not in ("export", "snapshot")
 
     @contextmanager
@@ -142,6 +174,7 @@ class Attempt:
             return
         stage = self.stages[-1]
         stage.preview_seconds += self.lap()
+        self.enters("a checkpoint")
         yield
         stage.save_seconds = self.lap()
         self.checkpoint_bytes = max(self.checkpoint_bytes, _bytes_in(checkpoint))
@@ -159,19 +192,30 @@ Train = Callable[[Any, Path, Attempt], int]
 
 def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
     """What `args` of config.training_arguments ask for: train(cfg, run directory, attempt), or trials of it."""
-    run_dir = Path(args.run_dir or f"runs/{cfg.name}")
+    run_dir, old = Path(args.run_dir or f"runs/{cfg.name}"), None
     if args.dry_run and args.verify_resume:
         raise UserError("--dry-run and --verify-resume are two things; give one of them")
+    name = getattr(args, "continue_as", None)
+    if name is not None and args.verify_resume:
+        raise UserError("--continue-as and --verify-resume are two things; give one of them")
+    if name is not None:
+        run_dir, old = directory_of(name, run_dir), run_dir
     if cfg.bucket is not None:
-        for line in bring(cfg, run_dir, trial=args.dry_run or args.verify_resume):
+        for line in bring(cfg, run_dir, trial=args.dry_run or args.verify_resume, old=old):
             print(line, flush=True)
     if args.dry_run:
-        return dry_run(train, cfg, run_dir)
+        return dry_run(train, cfg, run_dir, old)
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
     attempt, whole = Attempt(), True
     try:
+        if old is not None:
+            continue_as(cfg, old, run_dir)
         status = _take(train, cfg, run_dir, attempt)
+    except UserError:
+        if (run_dir / MARK).exists() and os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
         if status == 0 and attempt.uploads is None and cfg.bucket is not None and os.environ.get("RANK", "0") == "0":
             attempt.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
             if (found := newest(run_dir / "checkpoints")[0]) is not None:
@@ -207,21 +251,26 @@ def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:
 
 
 @contextmanager
-def _thrown_away(run_dir: Path) -> Generator[Path]:
-    """A hidden folder beside `run_dir`, of the same file system, that is gone afterwards; on the first rank."""
+def _thrown_away(run_dir: Path) -> Generator[tuple[Path, Callable[[], None]]]:
+    """A hidden folder beside `run_dir`, of the same file system, that is gone afterwards; on the first rank. And what removes
+    it, for a process that ends at once."""
     folder = run_dir.with_name(f".{run_dir.name}.trial")
     first = os.environ.get("RANK", "0") == "0"  # nothing is started yet
     new = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        if first:
-            shutil.rmtree(folder, ignore_errors=True)
-        yield folder
-    finally:
+
+    def remove() -> None:
         if first:
             shutil.rmtree(folder, ignore_errors=True)
             for parent in new:
                 with suppress(OSError):
                     parent.rmdir()
+
+    try:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield folder, remove
+    finally:
+        remove()
 
 
 def _without_traces(cfg: Any, **changes: Any) -> Any:
@@ -234,13 +283,16 @@ def _without_traces(cfg: Any, **changes: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- what it would cost
 
 
-def dry_run(train: Train, cfg: Any, run_dir: Path) -> int:
-    """Say what a run costs: speed, memory, time to the end, disk; on one GPU also the largest micro-batch that fits."""
+def dry_run(train: Train, cfg: Any, run_dir: Path, old: Path | None = None) -> int:
+    """Say what a run costs: speed, memory, time to the end, disk; on one GPU also the largest micro-batch that fits. Of one
+    that goes on from an `old` one, what is left of it."""
     alone = torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1
-    attempt = Attempt("dry_run")
     spec = replace(cfg.checkpoint, every_minutes=DRY_SECONDS / 60)
-    with _thrown_away(run_dir) as folder:
+    with _thrown_away(run_dir) as (folder, remove):
+        attempt = Attempt("dry_run", leaving=remove)
         try:
+            if old is not None:
+                continue_as(cfg, old, folder)
             status = _take(train, _without_traces(cfg, checkpoint=spec), folder, attempt)
         except OutOfMemory as error:
             if not alone:
@@ -284,7 +336,12 @@ def what_fits(train: Train, cfg: Any, folder: Path) -> list[str]:
 
 
 def _search(key: str, batch: int, fits: Callable[[int], bool]) -> str:
-    found = largest([size for size in range(1, batch + 1) if batch % size == 0], fits)
+
+    def said(size: int) -> bool:
+        say(f"dry run: does {key} {size} fit?")
+        return fits(size)
+
+    found = largest([size for size in range(1, batch + 1) if batch % size == 0], said)
     if found is None:
         return f"no {key}: out of memory with one picture; try a smaller image.size or model.base_channels"
     return f"{key} up to {found}" + (" = batch_size" if found == batch else "")
@@ -295,8 +352,9 @@ def _steps_fit(train: Train, cfg: Any, folder: Path, micro: int, *, last: int = 
     torch.cuda.empty_cache()
     shutil.rmtree(folder, ignore_errors=True)
     one = {"batch_size": micro, "micro_batch_size": micro, "compile": False, **changes}
+    attempt = Attempt("fit", last=last, leaving=partial(shutil.rmtree, folder, ignore_errors=True))
     try:
-        return _take(train, _without_traces(cfg, **one), folder, Attempt("fit", last=last)) == 0
+        return _take(train, _without_traces(cfg, **one), folder, attempt) == 0
     except OutOfMemory:
         return False
 
@@ -389,8 +447,8 @@ def verify_resume(train: Train, cfg: Any, run_dir: Path) -> int:
         last = 2 * len(cfg.stages)
     spec = _without_traces(cfg, **changes)
     differences, told = list[str](), ""
-    with _thrown_away(run_dir) as folder:
-        if _take(train, spec, folder / "whole", Attempt("verify", last=last)):
+    with _thrown_away(run_dir) as (folder, remove):
+        if _take(train, spec, folder / "whole", Attempt("verify", last=last, leaving=remove)):
             return 1
         state = PartialState()
         for step in sorted({1, last - 1}):
@@ -400,7 +458,7 @@ def verify_resume(train: Train, cfg: Any, run_dir: Path) -> int:
             if state.is_main_process:
                 shutil.copytree(step_folder(folder / "whole" / "checkpoints", step), step_folder(again / "checkpoints", step))
             state.wait_for_everyone()
-            if _take(train, spec, again, Attempt("verify", last=step + 1)):
+            if _take(train, spec, again, Attempt("verify", last=step + 1, leaving=remove)):
                 return 1
             if state.is_main_process:
                 ends = [step_folder(run / "checkpoints", step + 1) for run in (folder / "whole", again)]

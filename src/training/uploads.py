@@ -60,10 +60,11 @@ def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_d
         )
 
 
-def bring_back(url: str, run_dir: Path, settings: Any) -> str | None:
+def bring_back(url: str, run_dir: Path, settings: Any = None) -> str | None:
     """Where the bucket's newest whole checkpoint of the run is of a later step than any here: bring it, those that the run
     needs beside it, and all else but caches. Gives a line about it, or None; what is there of a run that was started with
     another config than `settings` is a UserError.
+    Without `settings` any is brought: another run goes on from it.
 
     Every process calls it, before any waits for another: the first of a machine does it, and the others find it done.
     """
@@ -71,7 +72,7 @@ def bring_back(url: str, run_dir: Path, settings: Any) -> str | None:
     with open_bucket(url) as bucket, alone(run_dir):
         objects = bucket.list(place)
         steps = _steps(objects)
-        if steps and (config := objects.get(f"checkpoints/{steps[-1]}/config.json")) is not None:
+        if settings is not None and steps and (config := objects.get(f"checkpoints/{steps[-1]}/config.json")) is not None:
             _refuse_another(bucket, place, config, steps[-1], run_dir, settings)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             found, _ = newest(checkpoints)
@@ -129,11 +130,13 @@ def starts(cfg: Any, *, fresh: bool) -> dict[str, str]:
     return {key: name for key, name in named.items() if name is not None}
 
 
-def bring(cfg: Any, run_dir: Path, *, trial: bool) -> list[str]:
-    """What a launch takes from the bucket: the run itself, but for a trial, and those below runs/ that it starts from. Gives
-    lines about it."""
+def bring(cfg: Any, run_dir: Path, *, trial: bool, old: Path | None = None) -> list[str]:
+    """What a launch takes from the bucket: the run itself, but for a trial, the `old` one that it goes on from where it has not
+    begun itself, and those below runs/ that it starts from. Gives lines about it."""
     try:
         told = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
+        if old is not None and not any((run_dir / "checkpoints").glob("step_*")):
+            told.append(bring_back(cfg.bucket, old))
     except Unreached as error:
         found, _ = newest(run_dir / "checkpoints")
         here = f"goes on from {found}" if found is not None else "starts anew, for no checkpoint of it is here"

@@ -1,0 +1,131 @@
+"""A new run that goes on from an old one: its checkpoint under another config, in a directory of its own (--continue-as)."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import UserError, dump, read_json
+from ..data.buckets import alone
+from .checkpoint import contents, damage, newest, spared_steps, step_folder, write_folder
+from .kept import at, cannot_change, images_seen
+from .report import read_lines
+from .run import changes
+
+MARK = ".continuing"  # in a directory that was made, and whose run has not begun
+BESIDE = ("latents", "pairs", "autoencoder", "ema")  # folders of a run that its checkpoints need
+
+
+def directory_of(name: str, old: Path) -> Path:
+    """Where the run NAME lives that goes on from `old`: beside it; a NAME with a slash is a path."""
+    new = Path(name) if "/" in name else old.parent / name
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", new.name) is None:
+        raise UserError(
+            f"--continue-as {name}: a run's name has letters, digits, '.', '_' and '-', and begins with one of the first"
+        )
+    if os.path.abspath(new) == os.path.abspath(old):
+        raise UserError(f"--continue-as {name}: that is the old run itself; give the new one another name")
+    return new
+
+
+def continue_as(cfg: Any, old: Path, new: Path) -> None:
+    """Make the run directory `new`, whose only checkpoint is the newest of `old`, with the config `cfg`; where it has been made
+    before, that run goes on. `old` is read only. Every process calls it, before any waits for another.
+
+    A UserError where there is nothing to go on from, where `new` is another run, or where the network, the data or the place
+    in their stream would be others.
+    """
+    if _is_there(old, new):
+        return
+    start, passed = newest(old / "checkpoints")
+    if start is None:
+        why = f" ({'; '.join(passed)})" if passed else ""
+        raise UserError(
+            f"--continue-as: {old} has no checkpoint to go on from{why}; the old run is runs/NAME of the config, or --run-dir"
+        )
+    before, after, facts = read_json(start / "config.json"), dump(cfg), read_json(start / "data.json")
+    progress = read_json(start / "progress.json")
+    harmless, other = changes(cfg, before)
+    if found := cannot_change(before, after, other):
+        raise UserError(
+            f"--continue-as keeps network, data and their order, and {old} has another {', '.join(found)}; change it back, or "
+            "start a new run from its weights alone, with init_from"
+        )
+    step, count = progress["step"], facts["images"]
+    seen, would_be = (images_seen(settings, step, count) for settings in (before, after))
+    if seen != would_be:
+        keys = [key for key in other if key.split(".")[-1] == "batch_size" or key.split(".")[0] == "stages"]
+        raise UserError(
+            f"--continue-as keeps the place in the stream of images: {old} has seen {seen} in its {step} steps, and with this "
+            f"{', '.join(keys)} it would be {would_be}; change that of steps to come alone, or start from its weights, with "
+            "init_from"
+        )
+    entry = {"run": str(old), "step": step, "changed": {key: [at(before, key), at(after, key)] for key in [*other, *harmless]}}
+    documents = {"config": after}
+    with alone(new):
+        if not _is_there(old, new):
+            _make(old, new, start, documents, [*progress.get("continued", []), entry])
+        new.with_name(f".{new.name}.bring.lock").unlink(missing_ok=True)
+
+
+def _is_there(old: Path, new: Path) -> bool:
+    """Whether the run `new`, gone on from `old`, has begun; a UserError where it is another one."""
+    if not new.exists() or (new / MARK).exists() or not any(new.iterdir()):
+        return False
+    found, passed = newest(new / "checkpoints")
+    if found is None and passed:
+        return True  # it is said, when it is opened, which are damaged
+    entries = read_json(found / "progress.json").get("continued", []) if found is not None else []
+    if not any(Path(entry["run"]).name == old.name for entry in entries):
+        raise UserError(
+            f"--continue-as: {new} is there already, and does not go on from {old}; give another name, or remove it"
+        )
+    return True
+
+
+def _make(old: Path, new: Path, start: Path, documents: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    staged = new.with_name(f".{new.name}.continuing")
+    shutil.rmtree(staged, ignore_errors=True)
+    step = entries[-1]["step"]
+    try:
+        (staged / "checkpoints").mkdir(parents=True)
+        needed = {step_folder(old / "checkpoints", spared) for spared in spared_steps(read_json(start / "progress.json"))}
+        for folder in sorted({start, *(folder for folder in needed if folder < start and damage(folder) is None)}):
+            tensors, own = contents(folder)
+            own["progress"] |= {"continued": entries}
+            write_folder(staged / "checkpoints" / folder.name, tensors, {**own, **documents})
+        for name in BESIDE:
+            if (old / name).is_dir():
+                shutil.copytree(
+                    old / name, staged / name, copy_function=_link, ignore=shutil.ignore_patterns(".*", "*.partial")
+                )
+        for folder in (staged / "ema").glob("step_*"):
+            if folder.name > start.name:
+                shutil.rmtree(folder)
+        lines = [json.dumps(line) + "\n" for line in read_lines(old / "metrics.jsonl") if line["step"] <= step]
+        (staged / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        (staged / MARK).touch()
+        shutil.rmtree(new, ignore_errors=True)
+        staged.replace(new)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name of the same file, which nobody writes into again; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def describe(entry: Mapping[str, Any]) -> str:
+    """from runs/old at step 1200, with another optimizer.lr (0.001 -> 0.0005)"""
+    told = []
+    for key, (was, now) in entry["changed"].items():
+        plain = all(not isinstance(value, dict | list) for value in (was, now))
+        told.append(f"{key} ({json.dumps(was)} -> {json.dumps(now)})" if plain else key)
+    return f"from {entry['run']} at step {entry['step']}" + (f", with another {', '.join(told)}" if told else "")

@@ -1,0 +1,67 @@
+"""What a new run that goes on from another one keeps of it, and which keys of the config it may change."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config import Span, to_steps
+
+MAY_CHANGE = (
+    "name",
+    "optimizer",
+    "discriminator_optimizer",
+    "steps",
+    "stages",
+    "ema",
+    "process.loss",
+    "loss_reduction",
+    "perceptual",
+    "guard",
+    "times",
+    "label_dropout",
+    "preview",
+    "mixed_precision",
+    "deterministic",
+    "cpu_threads",
+    "batch_size",  # where the place in the stream stays
+)
+
+
+def at(settings: Any, key: str) -> Any:
+    """What stands in the plain config `settings` under a dotted key; None where there is nothing."""
+    for part in key.split("."):
+        if isinstance(settings, list):
+            settings = settings[int(part)] if int(part) < len(settings) else None
+        else:
+            settings = (settings or {}).get(part)
+    return settings
+
+
+def cannot_change(before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Those of the `keys` in which two plain configs differ that would change what a checkpoint's tensors are, or which images
+    come next. Moments of Muon and AdamW are different ones, as are what times learn from losses and how many averages there
+    are."""
+    found = [key for key in keys if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)]
+    for key in keys:
+        was, now = at(before, key), at(after, key)
+        one_is_none = (was is None) != (now is None)
+        if key.endswith("optimizer.muon") or (key == "ema.snapshot_every" and one_is_none):
+            found.append(key)
+    learned = [at(settings, "times.kind") == "second_moment" for settings in (before, after)]
+    if any(learned):
+        found += [key for key in keys if key in ("times", "times.kind", "times.history")]
+    return found
+
+
+def images_seen(settings: Mapping[str, Any], step: int, num_images: int) -> int:
+    """How many images of the stream a run of this plain config has seen after `step` steps; an epoch has `num_images`."""
+    stages = settings.get("stages")
+    if not stages:
+        return step * settings["batch_size"]
+    seen = 0
+    for i, stage in enumerate(stages):
+        batch, length = stage.get("batch_size") or settings["batch_size"], stage["steps"]
+        span = length if isinstance(length, int) else Span(**length)
+        steps = to_steps(span, batch_size=batch, num_images=num_images)
+        taken = step if i == len(stages) - 1 else min(step, steps)
+        seen, step = seen + taken * batch, step - taken
+    return seen
