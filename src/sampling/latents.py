@@ -34,7 +34,7 @@ from ..data.latents import (
     write_block,
 )
 from ..data.transforms import DECODER
-from ..progress import Progress, within
+from ..progress import Progress, track, within
 from ..training.stream import to_network
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
@@ -200,9 +200,7 @@ def check_files(
     made = (folder / "manifest.json").stat().st_mtime_ns
     for split, pictures in sets.items():
         if files:
-            blocks = tqdm(
-                list(blocks_of(len(pictures), 0, 1)), desc="comparing images with the cache", disable=None, leave=False
-            )
+            blocks = track(list(blocks_of(len(pictures), 0, 1)), "comparing images with the latent cache", unit="blocks")
             same = all(_content(folder, split, number) == pictures.contents(indices) for number, indices in blocks)
         else:
             later = np.flatnonzero((pictures.times > made) & (pictures.decoders <= decoder))
