@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
         importing.add_argument(
             "--which",
             metavar="NAME",
-            help="of several networks: ema (the default), raw, or a name inside, which a message lists",
+            help="of several networks in it: ema (the default), raw, or a name that a message lists",
         )
         importing.add_argument("--class-names", metavar="FILE", help="a text file with a name a line, in the labels' order")
     out = commands.add_parser("to-diffusers", help="write a run as a folder that diffusers loads")

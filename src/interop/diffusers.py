@@ -443,20 +443,17 @@ def _folder(name: str | Path) -> Path:
 def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, list[str], str | None]:
     """Where the network is in the folder, which others are there, in words, and what `which` is left to say of its files.
 
-    An average of weights, as `unet_ema` of diffusers' training scripts, is taken before raw ones. A UserError says that there is
-    none, or that there are several.
+    An average of weights, as `unet_ema` of diffusers' training scripts, is taken before raw ones. A UserError says that there
+    is no network, or that there are several.
     """
     inside = {path.parent.name: path for path in sorted(folder.glob("*/config.json"))}
     found = [sub for sub, path in inside.items() if sub == "unet" or _object(path).get("_class_name") == "UNet2DModel"]
     if not found:
         if (folder / "config.json").is_file():
-            beside = [other.name for other in folder.parent.glob("*/config.json") if rank(other.parent.name) == 2]
-            told = (
-                "these are raw weights; an average (EMA) is in the folder beside it"
-                if beside and rank(folder.name) == 1
-                else ""
-            )
-            return folder, [told] if told else [], which
+            named = folder.resolve()
+            beside = [str(path.parent) for path in named.parent.glob("unet*/config.json") if rank(path.parent.name) == 2]
+            raw = beside and rank(named.name) == 1
+            return folder, [f"these are raw weights; an average (EMA) is in {beside[0]}"] if raw else [], which
         steps = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
         hint = f"; it holds {few(steps)}: name one of them" if steps else ""
         hint = f"; it holds {few(sub for sub in inside)}" if inside else hint
@@ -488,8 +485,8 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     its name on the hub.
 
     What `export` wrote comes back as it was. Weights are safetensors, or a .bin that is read without running anything in it,
-    whole or in shards; an average of weights is taken before raw ones. `which` chooses otherwise: `ema`, `raw`, or the name of a
-    folder or file inside. Of a network on latents size and channels are those of the latents. A UserError says which file is
+    whole or in shards; an average of weights is taken before raw ones. `which` chooses otherwise: `ema`, `raw`, or the name of
+    a folder or file inside. Of a network on latents size and channels are those of the latents. A UserError says which file is
     missing, and names each option that we have nothing for.
     """
     folder = _folder(name)
@@ -827,9 +824,7 @@ def _autoencoder_place(folder: Path, name: str) -> tuple[Path, dict[str, Any], l
         what = f"a {index['_class_name']}" if "_class_name" in index else "a folder"
         parts = few((f"{sub} ({kind})" for sub, kind in inside.items()), 6) or few(path.name for path in folder.iterdir())
         if (folder / "vae").is_dir():
-            raise UserError(
-                f"autoencoder {name}: {folder / 'vae'} has no config.json, which says what the weights beside it are"
-            )
+            raise UserError(f"autoencoder {name}: {folder / 'vae'} has no config.json, which says what its weights are")
         lacks = "vae/ with an AutoencoderKL" if inside or index else "config.json"
         raise UserError(f"autoencoder {name} is {what} without {lacks}; it holds {parts or 'nothing'}; {wanted}")
     config = _object(place / "config.json")
@@ -844,9 +839,9 @@ def _autoencoder_place(folder: Path, name: str) -> tuple[Path, dict[str, Any], l
 
 
 def load_autoencoder(name: str) -> DiffusersAutoencoder:
-    """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too), its weights in any file,
-    whole or in shards, read without running anything. A UserError says why it cannot be loaded: what the folder is instead, which
-    weights are missing, or that the hub was not reached."""
+    """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too), its weights in any
+    file, whole or in shards, read without running anything. A UserError says why it cannot be loaded: what the folder is
+    instead, which weights are missing, or that the hub was not reached."""
     folder = Path(name).expanduser()
     on_hub = not folder.is_dir()
     if on_hub:

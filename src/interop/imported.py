@@ -58,8 +58,8 @@ def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = 
         raise UserError(f"{len(class_names)} names are given for {len(numbers)} classes")
     if found.autoencoder is None and found.channels not in (1, 3):
         raise UserError(
-            f"the network sees {found.channels} channels, which no pictures have, so they are latents: name the autoencoder that "
-            "makes pictures of them, as convert.py diffusers and convert.py iadb take it with --autoencoder"
+            f"the network sees {found.channels} channels, which no image has, so they are latents: name the autoencoder that "
+            "makes images of them, as convert.py diffusers and convert.py iadb take it with --autoencoder"
         )
     names = tuple(class_names) or found.class_names or numbers
     process, image = dump(found.process), {"size": found.image_size, "channels": found.channels}

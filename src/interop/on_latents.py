@@ -43,8 +43,8 @@ def with_autoencoder(found: Imported, origin: str, name: str | None) -> Imported
         )
     if name is None and inside is None:
         raise UserError(
-            f"{origin}: the network sees {found.channels} channels, which no image has, so they are latents: give --autoencoder "
-            "NAME, a diffusers AutoencoderKL as folder or hub name, such as stabilityai/sd-vae-ft-mse"
+            f"{origin}: the network sees {found.channels} channels, which no image has, so they are latents: give "
+            "--autoencoder NAME, a diffusers AutoencoderKL as folder or hub name, such as stabilityai/sd-vae-ft-mse"
         )
     autoencoder = open_scaled(name if name is not None else str(inside), found.channels)
     mean, deviation = autoencoder.scaling or (0.0, 1.0)
@@ -52,8 +52,8 @@ def with_autoencoder(found: Imported, origin: str, name: str | None) -> Imported
     told = (
         *found.told,
         *autoencoder.told,
-        f"latents: {found.channels} x {side} x {side} of {autoencoder.path}, less {mean:g} over {deviation:g} by its own scaling; "
-        f"images of {size} px",
+        f"latents: {found.channels} x {side} x {side} of {autoencoder.path}, less {mean:g} over {deviation:g} by its own "
+        f"scaling; images of {size} px",
     )
     script = "train_ldm.py" if found.script == "ddpm_accelerate.py" else found.script
     more = {"autoencoder": autoencoder, "channels": autoencoder.channels, "image_size": size, "script": script}

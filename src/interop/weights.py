@@ -339,19 +339,20 @@ class FileSet(NamedTuple):
 def _file_sets(folder: Path) -> list[FileSet]:
     """The sets of weights in a folder; shards are known by their names, or by the index beside them."""
     groups: dict[str, set[str]] = {}
-    for file in sorted(folder.iterdir()):
-        name = file.name
-        if NO_WEIGHTS.search(name) or not file.is_file():
+    indexed: set[str] = set()
+    for file in sorted(folder.glob("*.index*.json")):
+        shards = read_foreign_json(file).get("weight_map", {})
+        named = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set[str]()
+        if any("/" in shard or "\\" in shard for shard in named):
+            raise UserError(f"{file}: it names files outside of its folder; a shard must lie beside its index")
+        wholes = {_set_name(shard)[0] for shard in named}
+        groups[wholes.pop() if len(wholes) == 1 else file.name.partition(".index")[0]] = named
+        indexed |= named
+    for name in sorted(file.name for file in folder.iterdir() if file.is_file()):
+        if Path(name).suffix not in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or NO_WEIGHTS.search(name):
             continue
-        if name.endswith(".json") and ".index." in name:
-            shards = read_foreign_json(file).get("weight_map", {})
-            named = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
-            if any("/" in shard or "\\" in shard for shard in named):
-                raise UserError(f"{file}: it names files outside of its folder; a shard must lie beside its index")
-            for shard in named:
-                groups.setdefault(_set_name(shard)[0], set()).update(named)
-        elif file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
-            whole, count = _set_name(name)
+        whole, count = _set_name(name)
+        if name not in indexed:
             names = {re.sub(r"-\d{5}-of-", f"-{i:05d}-of-", name) for i in range(1, count + 1)} if count else {name}
             groups.setdefault(whole, set()).update(names)
     found = []

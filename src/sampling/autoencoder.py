@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 class Autoencoder:
     """`network` has moments(images) -> (mean, logvar or None) and decode(z). `document` is all that, with the weights, builds
     it again; `digest` is the hash of the weights. `scaling` is the (mean, std) of its latents where it brings its own,
-    `sizes` the sides in pixels that it was trained at, where that is known; `told` says in words which weights were taken, where
-    that is not plain."""
+    `sizes` the sides in pixels that it was trained at, where that is known; `told` says in words which weights were taken,
+    where that is not plain."""
 
     network: Any
     path: str
@@ -165,8 +165,8 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
         raise UserError(f"autoencoder {name} does not exist; train one (train_vae.py), or name a diffusers AutoencoderKL")
     if path.is_file():
         raise UserError(
-            f"autoencoder {name} is a file; name a folder: a run of train_vae.py, or a diffusers AutoencoderKL with config.json "
-            "and its weights"
+            f"autoencoder {name} is a file; name a folder: a run of train_vae.py, or a diffusers AutoencoderKL with its "
+            "config.json and weights"
         )
     folder = path
     if not (path / "ema.safetensors").exists():
@@ -174,8 +174,8 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
         if not (path / "config.json").exists() and not folder.is_dir():
             inside = few(file.name for file in path.iterdir())
             raise UserError(
-                f"the autoencoder {name} is neither a run of train_vae.py nor a diffusers AutoencoderKL, which have a config.json; "
-                f"it holds {inside or 'nothing'}"
+                f"the autoencoder {name} is neither a run of train_vae.py nor a diffusers AutoencoderKL, which have a "
+                f"config.json; it holds {inside or 'nothing'}"
             )
         checkpoint, _ = newest(path / "checkpoints")
         ahead = damage(folder) is None and checkpoint is not None and _step(checkpoint) > _step(folder)
