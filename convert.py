@@ -12,6 +12,7 @@ from src.config import UserError, run_script, validate, write_whole
 from src.diffusion import ProcessConfig
 from src.interop import diffusers, guided_diffusion, iadb
 from src.interop.imported import Imported, keep
+from src.interop.on_latents import with_autoencoder
 from src.models import UNet
 from src.sampling import open_trained
 
@@ -28,6 +29,7 @@ def arguments() -> argparse.Namespace:
     )
     theirs = commands.add_parser("diffusers", help="import a folder of diffusers with a UNet2DModel, or a whole DDPMPipeline")
     theirs.add_argument("checkpoint", metavar="folder")
+    theirs.add_argument("--autoencoder", metavar="NAME", help="of a network on latents (default: the vae/ of the folder)")
     blended = commands.add_parser("iadb", help="import an IADB checkpoint of a UNet2DModel, a state dict or Lightning's")
     blended.add_argument("checkpoint")
     blended.add_argument("--model-config", metavar="FILE", help="the YAML that the network was built from")
@@ -36,6 +38,11 @@ def arguments() -> argparse.Namespace:
     for importing in (guided, theirs, blended):
         importing.add_argument("--out", required=True, help="the new folder: sample.py and the others open it as a run")
         importing.add_argument("--name", help="what it is called (default: that of the folder)")
+        importing.add_argument(
+            "--which",
+            metavar="NAME",
+            help="of several networks in it: ema (the default), raw, or a name that a message lists",
+        )
         importing.add_argument("--class-names", metavar="FILE", help="a text file with a name a line, in the labels' order")
     out = commands.add_parser("to-diffusers", help="write a run as a folder that diffusers loads")
     out.add_argument("run")
@@ -58,7 +65,7 @@ def bring_in(args: argparse.Namespace, found: Imported) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--name {name!r}: begin with a letter or a digit, and use letters, digits, dots, dashes, underscores")
     train = keep(found, out, name=name, class_names=names)
-    for line in found.told:
+    for line in (*found.taken, *found.told):
         print(line)
     if train is not None:
         print(f"{out}: draw from it with python sample.py {out}; train it on your own pictures with")
@@ -103,11 +110,13 @@ def to_safetensors(run: str, out: Path, *, half: bool) -> None:
 def main() -> None:
     args = arguments()
     if args.command == "guided-diffusion":
-        bring_in(args, guided_diffusion.read(args.checkpoint, args.flags))
+        bring_in(args, guided_diffusion.read(args.checkpoint, args.flags, which=args.which))
     elif args.command == "diffusers":
-        bring_in(args, diffusers.read(args.checkpoint))
+        found = diffusers.read(args.checkpoint, which=args.which)
+        bring_in(args, with_autoencoder(found, args.checkpoint, args.autoencoder))
     elif args.command == "iadb":
         given = {"model_config": args.model_config, "image_size": args.image_size, "autoencoder": args.autoencoder}
+        given["which"] = args.which
         bring_in(args, iadb.read(args.checkpoint, **given))
     elif args.command == "to-diffusers":
         to_diffusers(args.run, Path(args.out))

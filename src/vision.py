@@ -1,8 +1,10 @@
-"""Networks of others that see: torchvision, also where its build does not match torch's, and EfficientNet-Lite0."""
+"""What others made and we load: torchvision, also where its build does not match torch's, EfficientNet-Lite0; weights and the
+check that they are finite; in words, why the Hugging Face hub does not give something."""
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,18 +38,43 @@ def import_torchvision() -> ModuleType:
 _libraries: list[torch.library.Library] = []
 
 
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. Where its sum is finite, which is cheap to know, it is."""
+    if value.is_meta or not (value.is_floating_point() or value.is_complex()):
+        return True
+    wide = value.float() if value.element_size() == 1 else value  # 8-bit floats have no sum of their own
+    return bool(torch.isfinite(wide.sum())) or bool(torch.isfinite(wide).all())
+
+
+def check_finite(weights: Mapping[str, Any], where: str | Path, advice: str = "get them again, or take earlier ones") -> None:
+    """A UserError where tensors of `weights`, which are those of `where`, hold NaN or infinity; it names the first of them."""
+    bad = [name for name, value in weights.items() if isinstance(value, Tensor) and not is_finite(value)]
+    if not bad:
+        return
+    value = weights[bad[0]]
+    count, more = int((~torch.isfinite(value.float())).sum()), f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    raise UserError(
+        f"{where}: these weights cannot be used: {count} of the {value.numel()} numbers of {bad[0]} are not finite (NaN or "
+        f"infinity){more}; {advice}"
+    )
+
+
 def read_weights(path: Path, key: str) -> dict[str, Tensor]:
     """The tensors of a `.pth` or `.safetensors` file; a UserError that begins with `key`, who wants them."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{key}: there is no file {path}") from None
     except Exception:  # whatever they say of bytes that are no weights
         raise UserError(f"{key}: {path} is damaged, or holds no weights; get it again") from None
+    if isinstance(found, Mapping):
+        check_finite(found, f"{key}: {path}", "get the file again")
+    return found
 
 
 def put_weights(network: torch.nn.Module, weights: dict[str, Tensor], path: Path, key: str) -> None:
@@ -74,3 +101,55 @@ def efficientnet_lite0(weights: str | None, key: str) -> Any:
     network: Any = EfficientNet.from_name("efficientnet-lite0")
     put_weights(network, read_weights(Path(weights), key), Path(weights), key)
     return network
+
+
+# ---------------------------------------------------------------------------------------------- the hub
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what caused it, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def hub_reason(name: str, error: BaseException, kind: str = "model") -> str:
+    """Why the Hugging Face hub did not give the `kind` (model or dataset) `name`, and how to go on, in one line.
+
+    Libraries wrap the hub's errors in their own, so whatever caused the error counts. It tells apart: the hub was not reached;
+    it has no such repository; it wants a login; it answered with another error. Anything else is given in its own words.
+    """
+    chain = list(_causes(error))
+    words = {base.__name__ for cause in chain for base in type(cause).__mro__}
+    text = " ".join(str(cause) for cause in chain)
+    status = next((code for cause in chain if (code := _status(cause)) is not None), None)
+    option = " --repo-type dataset" if kind == "dataset" else ""
+    fetch = f"where there is a network: hf download{option} {name} --local-dir FOLDER, then give the path of that FOLDER here"
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+    if "GatedRepoError" in words or "is a gated" in text:
+        return f"on the Hugging Face hub {name} is gated: accept its conditions at {page}, then log in with: hf auth login"
+    if "HFValidationError" in words:
+        return f"{name} is no folder that is here, and no name on the Hugging Face hub, which is OWNER/NAME; check it"
+    if words & {"RepositoryNotFoundError", "DatasetNotFoundError"} or status == 404:
+        return (
+            f"the Hugging Face hub has no {kind} {name}, or it is private: check the name, or, where it is private, log in "
+            "with: hf auth login"
+        )
+    if status in (401, 403):
+        return f"the Hugging Face hub does not let you read {name} (status {status}): log in with a valid token: hf auth login"
+    if status is not None:
+        return f"the Hugging Face hub answered with an error (status {status}) for {name}; try again later, or, {fetch}"
+    if "OfflineModeIsEnabled" in words or "offline mode" in text.lower():
+        return (
+            "the Hugging Face hub was not reached, since HF_HUB_OFFLINE (or a variable like it) is set, and the cache of this "
+            f"machine does not have {name}; unset the variable, or, {fetch}"
+        )
+    unreached = {"LocalEntryNotFoundError", "ConnectionError", "ConnectError", "TimeoutException", "TransportError", "Timeout"}
+    if words & {*unreached, "TimeoutError", "gaierror", "SSLError", "ProxyError"}:
+        return f"the Hugging Face hub was not reached, and the cache of this machine does not have {name}; {fetch}"
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
+def _status(error: BaseException) -> int | None:
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) and code >= 400 else None

@@ -1,6 +1,9 @@
 """diffusers' UNet2DModel and its folders, both ways, by a map of key names; its AutoencoderKL behind the interface of ours."""
 
+import difflib
 import json
+import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,16 +14,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import UserError, dump, read_json, validate, write_flushed
+from ..config import UserError, dump, validate, write_flushed
 from ..diffusion import ProcessConfig
 from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
-from ..training.checkpoint import read_tensors
 from ..vision import import_torchvision
-from .guided_diffusion import multiple, read_state, rename
+from .guided_diffusion import multiple, rename
 from .imported import Imported
+from .weights import KL, UNET_2D, few, find_files, find_network, from_hub, is_hub_name, rank, read_files, read_foreign_json
 
 VERSION = "0.35.0"  # of diffusers, the oldest whose folders these are
 WEIGHTS = "diffusion_pytorch_model"
@@ -311,7 +314,11 @@ def process_config(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig
         return table[found[key]]
 
     if found.get("_class_name", "DDPMScheduler") not in ("DDPMScheduler", "DDIMScheduler"):
-        raise refuse("_class_name", f"DDPMScheduler, DDIMScheduler, {FLOW}")
+        raise refuse(
+            "_class_name",
+            f"DDPMScheduler, DDIMScheduler, {FLOW}; save the pipeline with the scheduler that it was trained with, such as "
+            "DDPMScheduler.from_config(pipeline.scheduler.config)",
+        )
     for key in found:
         if key not in DDPM_DEFAULTS and key not in SAMPLING and not key.startswith("_") and found[key] is not None:
             raise refuse(key, "to leave it out")
@@ -408,33 +415,64 @@ def scheduler_config(spec: ProcessConfig) -> dict[str, Any] | None:
 
 
 def _folder(name: str | Path) -> Path:
-    """A folder as it is, or what the hub has under this name: its JSON and one file of weights."""
-    if Path(name).is_dir():
-        return Path(name)
-    import huggingface_hub
-
-    files = [f"{place}{file}" for place in ("", "unet/") for file in ("config.json", f"{WEIGHTS}.safetensors")]
-    files += ["model_index.json", "classes.json", "process.json", "scheduler_config.json", "scheduler/scheduler_config.json"]
+    """A folder as it is, or what the hub has under this name: its JSON and the weights of full precision."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        hint = f"give {folder.parent}" if (folder.parent / "config.json").is_file() else "with config.json and the weights"
+        raise UserError(
+            f"{name} is a file, and convert.py diffusers takes a folder of diffusers: {hint}; a checkpoint in one file is read "
+            "by convert.py iadb (diffusers' names) or convert.py guided-diffusion (OpenAI's names)"
+        )
+    no_folder = f"{name} is no folder, and the hub does not give it"
+    if not is_hub_name(str(name)):
+        beside = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, beside, 1)
+        hint = f"; did you mean {folder.with_name(near[0])}?" if near else ""
+        raise UserError(f"{no_folder}: it is a path, and a name there is OWNER/NAME{hint}")
+    files = [f"{place}{WEIGHTS}.safetensors" for place in ("", "unet/", "unet_ema/")]
+    files += ["model_index.json", "config.json", "*/config.json", "classes.json", "process.json"]
+    files += ["scheduler_config.json", "scheduler/scheduler_config.json"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
-        if _weights(folder) is None:
-            files = [f"{place}{WEIGHTS}.bin" for place in ("", "unet/")]
-            folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} is no folder, and the hub does not give it: {reason}") from None
-    return folder
+        return from_hub(str(name), files)
+    except UserError as error:
+        raise UserError(f"{no_folder}: {error}") from None
 
 
-def _weights(folder: Path) -> Path | None:
-    return _beside(folder, "unet", f"{WEIGHTS}.safetensors") or _beside(folder, "unet", f"{WEIGHTS}.bin")
+def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, list[str], str | None]:
+    """Where the network is in the folder, which others are there, in words, and what `which` is left to say of its files.
+
+    An average of weights, as `unet_ema` of diffusers' training scripts, is taken before raw ones. A UserError says that there
+    is no network, or that there are several.
+    """
+    inside = {path.parent.name: path for path in sorted(folder.glob("*/config.json"))}
+    found = [sub for sub, path in inside.items() if sub == "unet" or _object(path).get("_class_name") == "UNet2DModel"]
+    if not found:
+        if (folder / "config.json").is_file():
+            named = folder.resolve()
+            beside = [str(path.parent) for path in named.parent.glob("unet*/config.json") if rank(path.parent.name) == 2]
+            raw = beside and rank(named.name) == 1
+            return folder, [f"these are raw weights; an average (EMA) is in {beside[0]}"] if raw else [], which
+        steps = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+        hint = f"; it holds {few(steps)}: name one of them" if steps else ""
+        hint = f"; it holds {few(sub for sub in inside)}" if inside else hint
+        raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json{hint}")
+    wanted = [sub for sub in found if which == sub or (which in ("ema", "raw") and (rank(sub) == 2) == (which == "ema"))]
+    which = None if wanted else which
+    wanted = sorted(wanted or found, key=lambda sub: -rank(sub))
+    best = [sub for sub in wanted if rank(sub) == rank(wanted[0])]
+    if len(best) > 1:
+        raise UserError(f"{name} holds several networks, {few(best, 6)}; choose one with --which, such as --which {best[-1]}")
+    others = [sub for sub in found if sub != best[0]]
+    told = [f"left out, other networks: {few(others, 6)}"] if others else []
+    if rank(best[0]) == 2:
+        told.insert(0, f"these weights, of {best[0]}, are an average (EMA); --which raw takes the others" if others else "")
+    return folder / best[0], [line for line in told if line], which
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not the JSON object that diffusers writes")
-    return found
+    return read_foreign_json(path)
 
 
 def _beside(folder: Path, subfolder: str, file: str) -> Path | None:
@@ -442,16 +480,18 @@ def _beside(folder: Path, subfolder: str, file: str) -> Path | None:
     return next((path for path in (folder / subfolder / file, folder / file) if path.is_file()), None)
 
 
-def read(name: str | Path) -> Imported:
-    """A folder of diffusers with a UNet2DModel, of a DDPMPipeline or the model's alone, or its name on the hub.
+def read(name: str | Path, *, which: str | None = None) -> Imported:
+    """A folder of diffusers with a UNet2DModel, of a DDPMPipeline, of a training script's checkpoint, or the model's alone, or
+    its name on the hub.
 
-    What `export` wrote comes back as it was. Weights are safetensors, or a .bin that is read without running anything in it. A
-    UserError says which file is missing, and names each option that we have nothing for.
+    What `export` wrote comes back as it was. Weights are safetensors, or a .bin that is read without running anything in it,
+    whole or in shards; an average of weights is taken before raw ones. `which` chooses otherwise: `ema`, `raw`, or the name of
+    a folder or file inside. Of a network on latents size and channels are those of the latents. A UserError says which file is
+    missing, and names each option that we have nothing for.
     """
     folder = _folder(name)
-    path = _beside(folder, "unet", "config.json")
-    if path is None:
-        raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json")
+    place, others, which = _place(folder, name, which)
+    path = place / "config.json"
     theirs = _object(path)
     if (kind := theirs.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise UserError(f"{path} is of a {kind}; a UNet2DModel is what can be read")
@@ -467,10 +507,15 @@ def read(name: str | Path) -> Imported:
         raise UserError(f"{path}: {channels} channels in and {outputs} out is no network of a diffusion process")
     process, told, negated = _read_process(folder, learned=outputs == 2 * channels)
 
-    weights = _weights(folder)
-    if weights is None:
-        raise UserError(f"{name} holds no {WEIGHTS}.safetensors and no {WEIGHTS}.bin")
-    state = read_tensors(weights.parent, WEIGHTS) if weights.suffix == ".safetensors" else read_state(weights)
+    if not Path(name).is_dir() and not any(place.glob("*.safetensors")):
+        inside = "" if place == folder else f"{place.name}/"
+        from_hub(str(name), [f"{inside}{WEIGHTS}.bin", *(f"{inside}*{end}" for end in (".safetensors", ".bin", ".index.json"))])
+    try:
+        files, left = find_files(place, which)
+        which = None if which in (files.name, *files.name.split(".")) else which
+        state, taken = find_network(read_files(files), UNET_2D, place / files.name, which=which)
+    except UserError as error:
+        raise UserError(str(error) if str(name) in str(error) else f"{name}: {error}") from None
     if negated:
         state = _negated(state)
     classes = _object(folder / "classes.json") if (folder / "classes.json").is_file() else {}
@@ -489,7 +534,7 @@ def read(name: str | Path) -> Imported:
         channels=channels,
         num_classes=network.num_classes,
         null_class=null_class,
-        told=(f"network: {path}, weights {weights.name}", *told),
+        told=(f"network: {path}, weights {taken[0].removeprefix('network: ')}", *taken[1:], *others, *left, *told),
         script="train_iadb.py" if process.target == "blend" else "ddpm_accelerate.py",
     )
 
@@ -503,6 +548,10 @@ def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[s
     """What the folder's process.json (which is ours) or scheduler_config.json says, or else DDPMScheduler's defaults; where it
     is from, in words; and whether the network gives minus its target, as a FlowMatchEulerDiscreteScheduler wants it."""
     path, ours = _beside(folder, "scheduler", "scheduler_config.json"), folder / "process.json"
+    if path is None and re.fullmatch(
+        r"checkpoint-\d+", folder.resolve().name
+    ):  # of a training script, which saves it at its end
+        path = _beside(folder.resolve().parent, "scheduler", "scheduler_config.json")
     settings = _object(path) if path is not None else {}
     negated = settings.get("_class_name") == FLOW
     if ours.is_file():
@@ -727,7 +776,11 @@ class DiffusersAutoencoder(nn.Module):
         self.config = {key: value for key, value in dict(theirs).items() if not key.startswith("_")}
         self.channels, self.latent_channels = theirs["in_channels"], theirs["latent_channels"]
         self.factor = 2 ** (len(theirs["block_out_channels"]) - 1)
-        self.scaling = (float(theirs.get("shift_factor") or 0.0), 1.0 / theirs["scaling_factor"])
+        scale, shift = theirs["scaling_factor"], theirs.get("shift_factor") or 0.0
+        if not isinstance(scale, int | float) or not isinstance(shift, int | float) or scale == 0 or not math.isfinite(scale):
+            raise UserError(f"an AutoencoderKL with scaling_factor {scale!r} and shift_factor {shift!r} cannot be used")
+        self.scaling = (float(shift), 1.0 / scale)
+        self.told: tuple[str, ...] = ()
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) in [-1, 1] -> mean and logvar (B, D, h, w), as the network has them."""
@@ -753,20 +806,91 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
     return DiffusersAutoencoder(_autoencoder_class().from_config(dict(config)))
 
 
-def load_autoencoder(name: str) -> DiffusersAutoencoder:
-    """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too); a UserError says why
-    it cannot be loaded. Safetensors alone are read."""
-    import huggingface_hub.utils.logging
+KNOWN = "stabilityai/sd-vae-ft-mse"
+WHOLE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
-    kind = _autoencoder_class()
-    huggingface_hub.utils.logging.set_verbosity_error()  # what it tells of each try, we say once
-    try:
+
+def _autoencoder_place(folder: Path, name: str) -> tuple[Path, dict[str, Any], list[str]]:
+    """Where an AutoencoderKL is in the folder, its config, and in words what was chosen. A UserError says what is there
+    instead."""
+    wanted = f"an AutoencoderKL, such as {KNOWN}, is what can be used"
+    place, told = folder, list[str]()
+    if not (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file():
+        place = folder / "vae"
+        told = [f"the autoencoder is {place}, a part of the pipeline {folder}"]
+    if not (place / "config.json").is_file():
+        inside = {path.parent.name: _object(path).get("_class_name", "?") for path in sorted(folder.glob("*/config.json"))}
+        index = _object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+        what = f"a {index['_class_name']}" if "_class_name" in index else "a folder"
+        parts = few((f"{sub} ({kind})" for sub, kind in inside.items()), 6) or few(path.name for path in folder.iterdir())
+        if (folder / "vae").is_dir():
+            raise UserError(f"autoencoder {name}: {folder / 'vae'} has no config.json, which says what its weights are")
+        lacks = "vae/ with an AutoencoderKL" if inside or index else "config.json"
+        raise UserError(f"autoencoder {name} is {what} without {lacks}; it holds {parts or 'nothing'}; {wanted}")
+    config = _object(place / "config.json")
+    kind = config.get("_class_name")
+    if kind is None and not {"block_out_channels", "latent_channels"} <= set(config):
+        raise UserError(f"autoencoder {name}: {place / 'config.json'} does not say its _class_name; {wanted}")
+    if kind not in ("AutoencoderKL", None):
+        hint = f"; a network is brought in by: python convert.py diffusers {name}" if str(kind).startswith("UNet2D") else ""
+        what = "a diffusion network and no autoencoder" if str(kind).startswith("UNet") else "no AutoencoderKL"
+        raise UserError(f"autoencoder {name}: {place} is of the class {kind}, which is {what}; {wanted}{hint}")
+    return place, config, told
+
+
+def load_autoencoder(name: str) -> DiffusersAutoencoder:
+    """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too), its weights in any
+    file, whole or in shards, read without running anything. A UserError says why it cannot be loaded: what the folder is
+    instead, which weights are missing, or that the hub was not reached."""
+    folder = Path(name).expanduser()
+    on_hub = not folder.is_dir()
+    if on_hub:
         try:
-            return DiffusersAutoencoder(kind.from_pretrained(name, use_safetensors=True))
-        except OSError as error:
-            if "file named" not in str(error):
-                raise
-            return DiffusersAutoencoder(kind.from_pretrained(name, subfolder="vae", use_safetensors=True))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the diffusers autoencoder {name} cannot be loaded: {reason}") from None
+            folder = from_hub(name, ["model_index.json", "config.json", "*/config.json"])
+        except UserError as error:
+            raise UserError(f"autoencoder {name} is no folder here: {error}") from None
+    place, config, told = _autoencoder_place(folder, name)
+    if on_hub:
+        inside = "" if place == folder else f"{place.name}/"
+        try:
+            from_hub(name, [f"{inside}{WEIGHTS}.safetensors"])
+            if not any(place.glob("*.safetensors")):
+                from_hub(name, [f"{inside}{WEIGHTS}.bin", *(f"{inside}*{end}" for end in (".safetensors", ".index.json"))])
+        except UserError as error:
+            raise UserError(f"autoencoder {name}: {error}") from None
+    try:
+        files, left = find_files(place)
+        state, taken = find_network(read_files(files), KL, place / files.name)
+    except UserError as error:
+        raise UserError(f"autoencoder {name}: {error}") from None
+    try:
+        found = autoencoder_from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # of values that its class cannot be built of
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"autoencoder {name}: no AutoencoderKL can be built of {place / 'config.json'}: {reason}") from None
+    more = _load_autoencoder_weights(found.network, state, f"autoencoder {name}: {place / files.name}")
+    found.told = (*told, f"autoencoder: {place}, {taken[0].removeprefix('network: ')}", *taken[1:], *more, *left)
+    return found
+
+
+def _load_autoencoder_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
+    """Put the weights into the network; gives, in words, what was left out. A UserError says what is missing."""
+    state, own = present_names(state), network.state_dict()
+    missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
+    beside = [key for key in extra if key.split(".")[0] not in WHOLE]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, the config wants {tuple(own[key].shape)}"
+        for key in own
+        if key in state and [n for n in state[key].shape if n != 1] != [n for n in own[key].shape if n != 1]
+    ]
+    if "encoder.down.0.block.0.conv1.weight" in state:
+        raise UserError(f"{where} has the names of CompVis's latent-diffusion; convert it to diffusers' AutoencoderKL first")
+    if missing or shapes or len(extra) > len(beside):
+        parts = [f"it lacks {few(missing)}"] if missing else []
+        parts += [f"it has in excess {few(key for key in extra if key not in beside)}"] if len(extra) > len(beside) else []
+        parts += shapes[:1]
+        raise UserError(f"{where} does not hold the weights of a whole AutoencoderKL of its config.json: {'; '.join(parts)}")
+    network.load_state_dict({key: state[key].reshape(value.shape).to(value.dtype) for key, value in own.items()})
+    return [f"left out, tensors of no AutoencoderKL: {few(beside)}"] if beside else []
