@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError, read_json, validate
+from ..interop.autoencoder_kl import exported_autoencoder
 from ..interop.diffusers import autoencoder_from_config, load_autoencoder
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
@@ -150,6 +151,8 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
         return _of_diffusers(name, device)
     if (path / "config.json").exists() and "_class_name" in read_json(path / "config.json"):
         return _of_diffusers(name, device)
+    if any((place / "autoencoder_config.json").exists() for place in (path, path / "autoencoder")):
+        return kept_autoencoder(path, device)  # of a latent run, or of a folder that convert.py made of one
     if not path.exists():
         if name.count("/") == 1 and name[0] not in "./~" and not name.startswith("runs/") and not path.parent.exists():
             return _of_diffusers(name, device)
@@ -194,6 +197,10 @@ def start_from(name: str, *networks: Any) -> bool:
 
 
 def _of_diffusers(name: str, device: torch.device) -> Autoencoder:
+    own = exported_autoencoder(Path(name).expanduser())
+    if own is not None:  # to_diffusers wrote it: our own network, to the bit
+        document, weights, digest = own
+        return _rebuild(document, weights, name, digest, device)
     found = load_autoencoder(name)
     weights = {key: value.detach().cpu() for key, value in found.state_dict().items()}
     digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
