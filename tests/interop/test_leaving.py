@@ -165,6 +165,8 @@ UNLIKE = [
     ({"attention": ["linear", "none"]}, False, "is linear"),
     ({"head_channels": 8}, False, "several heads"),
     ({"downsample": "max"}, False, "model.downsample is max"),
+    ({"downsample": "conv"}, False, "model.downsample is conv"),
+    ({"upsample": "transposed"}, False, "model.upsample is transposed"),
     ({"upsample": "bilinear"}, False, "model.upsample is bilinear"),
     ({"bottleneck": {"kind": "vq", "codes": 8}}, False, "bottleneck is vq"),
     ({"mid_attention": "linear", "upsample": "bilinear"}, True, "linear (full or none is needed); model.upsample is bilinear"),
