@@ -120,7 +120,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_images, images_seen = stages[-1].split.images_at(stages[-1].end), now.split.images_at(session.step)
     session.begin(train_set, held_out, total_images=total_images, images=images_seen)
     if session.run.writes and session.fresh:
-        for line in warnings(cfg.stages, from_scratch=cfg.init_from is None):
+        for line in warnings(cfg.stages, from_scratch=cfg.init_from is None, model=cfg.model):
             session.run.say(f"warning: {line}")
         first_pictures(run_dir, train_set, now.image, cfg.seed)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from src.config import read_json
+from src.sampling.autoencoder import open_autoencoder
 from tests import kills
 from tests.conftest import ROOT, Finished, here, launch, metrics, one_line, refused
 from tests.kills import settings
@@ -162,6 +163,18 @@ def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> 
     assert "/nowhere does not exist" in one_line(launch(*words))
     said = one_line(train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 4}]))
     assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in said
+
+
+def test_the_legacy_pair_trains_and_says_what_it_leaves(tmp_path: Path) -> None:
+    model = {"widths": [8, 16], "downsample": "conv", "upsample": "transposed", "attention": ["none", "none"]}
+    sets = settings(model=model, stages=[{"steps": 3}], init_from=None)
+    done = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
+    assert done.status == 0, done.all
+    assert done.out.count("warning: ") == 1 and "checkerboards in images or gradients (Odena et al. 2016" in done.out
+    network = open_autoencoder(str(tmp_path / "run"), torch.device("cpu")).network
+    assert (network.spec.downsample, network.spec.upsample) == ("conv", "transposed")
+    again = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
+    assert again.status == 0 and "is finished" in again.all, again.all
 
 
 def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -413,8 +414,24 @@ def scheduler_config(spec: ProcessConfig) -> dict[str, Any] | None:
 
 # ---------------------------------------------------------------------------------------------- folders
 
+LATENTS = "latents.json"  # ours: shape, statistics per channel and autoencoder of the latents that a U-Net sees
 
-def _folder(name: str | Path) -> Path:
+
+@dataclass(frozen=True)
+class LatentPart:
+    """What a folder has besides where its U-Net sees latents: `facts` are those of the run (shape, and mean, std, low, high for
+    each channel), and `autoencoder` the files of an AutoencoderKL whose latents, by its scaling_factor and shift_factor, are
+    the normalised ones that the U-Net sees."""
+
+    facts: Mapping[str, Any]
+    autoencoder: Mapping[str, bytes]
+
+    @property
+    def size(self) -> int:
+        return self.facts["shape"][1]
+
+
+def local_folder(name: str | Path) -> Path:
     """A folder as it is, or what the hub has under this name: its JSON and the weights of full precision."""
     folder = Path(name)
     if folder.is_dir():
@@ -433,7 +450,7 @@ def _folder(name: str | Path) -> Path:
         raise UserError(f"{no_folder}: it is a path, and a name there is OWNER/NAME{hint}")
     files = [f"{place}{WEIGHTS}.safetensors" for place in ("", "unet/", "unet_ema/")]
     files += ["model_index.json", "config.json", "*/config.json", "classes.json", "process.json"]
-    files += ["scheduler_config.json", "scheduler/scheduler_config.json"]
+    files += ["scheduler_config.json", "scheduler/scheduler_config.json", LATENTS, "vae/*.json", "vae/*.safetensors"]
     try:
         return from_hub(str(name), files)
     except UserError as error:
@@ -489,7 +506,7 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     a folder or file inside. Of a network on latents size and channels are those of the latents. A UserError says which file is
     missing, and names each option that we have nothing for.
     """
-    folder = _folder(name)
+    folder = local_folder(name)
     place, others, which = _place(folder, name, which)
     path = place / "config.json"
     theirs = _object(path)
@@ -583,19 +600,25 @@ def export(
     name: str,
     class_names: Sequence[str] = (),
     card: str = "",
+    latents: LatentPart | None = None,
 ) -> None:
     """Write the new folder `out`, which diffusers' DDPMPipeline.from_pretrained loads and samples from; whole or absent.
 
-    `network` sees pictures (1 or 3 channels, image_size, image_size) in [-1, 1]. DDIMPipeline loads it too, but for what its
-    scheduler has not: a learned variance, and the sigmoid schedule. Of the blend there is no pipeline: the folder has the
-    UNet2DModel, its head negated, and a FlowMatchEulerDiscreteScheduler; where the network is fed another time than 1000 t, the
-    UNet2DModel alone. Its README.md has the loop that samples, and process.json brings it back. `card` is Markdown for the end
-    of that README.md; of a class-conditional network `classes.json` keeps `class_names` and whether the last class is the null
-    class. What a UNet2DModel or their schedulers have not is a UserError that names the option, before anything is written.
+    With `latents` the network sees latents of images of `image_size`: the folder has the autoencoder in `vae`, no index of a
+    pipeline, and a loop in its README.md. Without, `network` sees images (1 or 3 channels, image_size, image_size) in [-1, 1].
+    DDIMPipeline loads it too, but for what its scheduler has not: a learned variance, and the sigmoid schedule. Of the blend
+    there is no pipeline: the folder has the UNet2DModel, its head negated, and a FlowMatchEulerDiscreteScheduler; where the
+    network is fed another time than 1000 t, the UNet2DModel alone. Its README.md has the loop that samples, and process.json
+    brings it back. `card` is Markdown for the end of that README.md; of a class-conditional network `classes.json` keeps
+    `class_names` and whether the last class is the null class. What a UNet2DModel or their schedulers have not is a UserError
+    that names the option, before anything is written.
     """
-    theirs, scheduler = unet2d_config(network, image_size=image_size), scheduler_config(spec)
+    theirs = unet2d_config(network, image_size=image_size if latents is None else latents.size)
+    scheduler = scheduler_config(spec)
+    if latents is not None and scheduler is not None and "clip_sample" in scheduler:
+        scheduler["clip_sample"] = False  # theirs holds all channels inside one number, the card's loop each in its own range
     channels, outputs = theirs["in_channels"], theirs["out_channels"]
-    if channels not in (1, 3):
+    if latents is None and channels not in (1, 3):
         raise UserError(
             f"the network sees {channels} channels; a DDPMPipeline draws pictures of 1 or 3, and decodes no latents"
         )
@@ -605,13 +628,18 @@ def export(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; give another folder with --out")
-    blend, place = isinstance(spec.schedule, BlendScheduleConfig), "unet/" if scheduler is not None else ""
+    blend, place = (
+        isinstance(spec.schedule, BlendScheduleConfig),
+        "unet/" if scheduler is not None or latents is not None else "",
+    )
     documents: dict[str, Any] = {f"{place}config.json": theirs}
     if scheduler is not None:
         documents["scheduler/scheduler_config.json"] = scheduler
-    if blend:
+    if blend or latents is not None:
         documents["process.json"] = dump(spec)
-    else:
+    if latents is not None:
+        documents[LATENTS] = dict(latents.facts)
+    elif not blend:
         index = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
         index |= {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
         documents["model_index.json"] = index
@@ -621,8 +649,19 @@ def export(
     if blend and scheduler is not None:
         state = _negated(state)
     files = {path: (json.dumps(document, indent=2) + "\n").encode() for path, document in documents.items()}
-    files["README.md"] = _card(network, spec, theirs, folder=out.name, name=name, class_names=class_names, card=card).encode()
+    more = {"folder": out.name, "name": name, "class_names": class_names, "card": card, "latents": latents}
+    files["README.md"] = _card(network, spec, theirs, image_size=image_size, **more).encode()
     files[f"{place}{WEIGHTS}.safetensors"] = safetensors.torch.save(state, metadata={"format": "pt"})
+    if latents is not None:
+        files |= {f"vae/{file}": content for file, content in latents.autoencoder.items()}
+    write_files(out, files)
+
+
+def write_files(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` by their paths into the new folder `out`; whole or absent."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; give another folder with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -641,16 +680,24 @@ def _card(
     spec: ProcessConfig,
     theirs: Mapping[str, Any],
     *,
+    image_size: int,
     folder: str,
     name: str,
     class_names: Sequence[str],
     card: str,
+    latents: LatentPart | None,
 ) -> str:
     """The README.md of an exported folder: what it is, and how to draw from it."""
-    classes, size = network.num_classes, theirs["sample_size"]
-    colours = "RGB" if theirs["in_channels"] == 3 else "grey"
+    classes, size = network.num_classes, image_size
+    channels = theirs["in_channels"] if latents is None else json.loads(latents.autoencoder["config.json"])["out_channels"]
+    colours = "RGB" if channels == 3 else "grey"
     kind = f"with {classes} classes" if classes is not None else "without classes"
-    what, code = (_blend_card if isinstance(spec.schedule, BlendScheduleConfig) else _ddpm_card)(network, spec, theirs, folder)
+    if latents is not None:
+        kind += (
+            f", on latents of {theirs['in_channels']} x {latents.size} x {latents.size}, which the autoencoder in vae decodes"
+        )
+    of = _blend_card if isinstance(spec.schedule, BlendScheduleConfig) else _ddpm_card
+    what, code = of(network, spec, theirs, folder, latents)
     lines = [
         "---",
         "library_name: diffusers",
@@ -676,7 +723,57 @@ def _card(
     return "\n".join(lines) + (f"{card.strip()}\n" if card else "")
 
 
-def _ddpm_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str) -> tuple[str, list[str]]:
+def _latent_code(spec: ProcessConfig, folder: str) -> list[str]:
+    """The Python that loads the autoencoder of a latent folder, and the bounds of its latents where they are clipped."""
+    code = [f'vae = AutoencoderKL.from_pretrained("{folder}", subfolder="vae")']
+    if spec.clip:
+        code += [
+            f'facts = json.loads(Path("{folder}/{LATENTS}").read_text())',
+            'low, high = (torch.tensor(facts[key])[:, None, None] for key in ("low", "high"))',
+        ]
+    return code
+
+
+DECODE = "    images = vae.decode(x / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample"
+
+
+def _latent_ddpm_code(network: UNet, spec: ProcessConfig, folder: str, noise: str) -> list[str]:
+    """The Python that draws latents on a table of levels and decodes them."""
+    clip: list[str] = []
+    if spec.clip:  # as a scheduler of theirs would, but each channel to its own range
+        split = ["        y, variance = y.chunk(2, dim=1)"] if spec.variance == "learned" else []
+        joined = ["        y = torch.cat([y, variance], dim=1)"] if spec.variance == "learned" else []
+        levels = "        a, s = scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5"
+        inside = {
+            "eps": [levels, "        y = (x - a * ((x - s * y) / a).clamp(low, high)) / s"],
+            "v": [levels, "        y = (a * x - (a * x - s * y).clamp(low, high)) / s"],
+            "x0": ["        y = y.clamp(low, high)"],
+        }
+        clip = [*split, *inside[spec.target], *joined]
+    labelled = network.num_classes is not None
+    return [
+        *(["import json", "from pathlib import Path", ""] if spec.clip else []),
+        "import torch",
+        "from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel",
+        "",
+        f'unet = UNet2DModel.from_pretrained("{folder}", subfolder="unet")',
+        *_latent_code(spec, folder),
+        f'scheduler = DDPMScheduler.from_pretrained("{folder}", subfolder="scheduler")',
+        *([f"labels = torch.arange(4) % {network.num_classes}"] if labelled else []),
+        noise,
+        "with torch.no_grad():",
+        "    for t in scheduler.timesteps:",
+        f"        y = unet(x, t{', class_labels=labels' if labelled else ''}).sample",
+        *clip,
+        "        x = scheduler.step(y, t, x).prev_sample",
+        DECODE,
+        "images = (images / 2 + 0.5).clamp(0, 1)",
+    ]
+
+
+def _ddpm_card(
+    network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str, latents: LatentPart | None
+) -> tuple[str, list[str]]:
     """What a network with a table of levels predicts, and the Python that draws from it."""
     assert not isinstance(spec.schedule, BlendScheduleConfig)
     classes, size, channels, steps = network.num_classes, theirs["sample_size"], theirs["in_channels"], spec.schedule.steps
@@ -684,6 +781,8 @@ def _ddpm_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], fo
         f"It predicts {spec.target} on the {spec.schedule.kind} schedule of {steps} steps; the variance of its steps is "
         f"{spec.variance}."
     )
+    if latents is not None:
+        return what, _latent_ddpm_code(network, spec, folder, f"x = torch.randn(4, {channels}, {size}, {size})")
     if classes is not None:
         return what, [
             "import torch",
@@ -712,21 +811,32 @@ def _ddpm_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], fo
     return what, code
 
 
-def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str) -> tuple[str, list[str]]:
+def _blend_card(
+    network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str, latents: LatentPart | None
+) -> tuple[str, list[str]]:
     """The same on the blend, where a loop draws."""
     classes, time = network.num_classes, fed(spec.schedule, spec.time_input)
     condition = ", class_labels=labels" if classes is not None else ""
     labels = [f"labels = torch.arange(4) % {classes}"] if classes is not None else []
     noise = f"x = torch.randn(4, {theirs['in_channels']}, {theirs['sample_size']}, {theirs['sample_size']})"
-    images = "images = (x / 2 + 0.5).clamp(0, 1)"
+    images = ["images = (x / 2 + 0.5).clamp(0, 1)"]
+    start, alone = ["import torch"], ""
+    load, names, bounds, where = [], "", "-1, 1", "[-1, 1]"
+    if latents is not None:
+        images, names = [DECODE, "images = (images / 2 + 0.5).clamp(0, 1)"], "AutoencoderKL, "
+        alone = ', subfolder="unet"'
+        load, bounds, where = _latent_code(spec, folder), "low, high", "its range"
+        start = ["import json", "from pathlib import Path", "", *start] if spec.clip else start
     if scheduler_config(spec) is not None:
         what = "It predicts noise minus data on the straight blend x_t = (1 - t) data + t noise, and is fed 1000 t."
-        clipped = ["        v = (x - (x - t / 1000 * v).clamp(-1, 1)) / (t / 1000)  # data inside [-1, 1]"] if spec.clip else []
+        inside = f"        v = (x - (x - t / 1000 * v).clamp({bounds})) / (t / 1000)  # data inside {where}"
+        clipped = [inside] if spec.clip else []
         return what, [
-            "import torch",
-            f"from diffusers import {FLOW}, UNet2DModel",
+            *start,
+            f"from diffusers import {names}{FLOW}, UNet2DModel",
             "",
             f'unet = UNet2DModel.from_pretrained("{folder}", subfolder="unet")',
+            *load,
             f'scheduler = {FLOW}.from_pretrained("{folder}", subfolder="scheduler")',
             "scheduler.set_timesteps(sigmas=[1 - i / 50 for i in range(50)])",
             *labels,
@@ -736,7 +846,7 @@ def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], f
             f"        v = unet(x, t{condition}).sample",
             *clipped,
             "        x = scheduler.step(v, t, x).prev_sample",
-            images,
+            *images,
         ]
     shown = "alpha" if time.kind == "alpha" else "(1 - alpha)"
     shown = shown if time.scale == 1 else f"{str(time.scale).removesuffix('.0')} * {shown}"
@@ -744,12 +854,14 @@ def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], f
         "It predicts data minus noise on the straight blend x_alpha = (1 - alpha) noise + alpha data (iterative "
         f"alpha-(de)blending, arXiv:2305.03486), and is fed {shown}, which no scheduler of diffusers does: this loop does."
     )
-    clipped = ["        d = ((x + (1 - alpha) * d).clamp(-1, 1) - x) / (1 - alpha)  # data inside [-1, 1]"] if spec.clip else []
+    inside = f"        d = ((x + (1 - alpha) * d).clamp({bounds}) - x) / (1 - alpha)  # data inside {where}"
+    clipped = [inside] if spec.clip else []
     return what, [
-        "import torch",
-        "from diffusers import UNet2DModel",
+        *start,
+        f"from diffusers import {names}UNet2DModel",
         "",
-        f'unet = UNet2DModel.from_pretrained("{folder}")',
+        f'unet = UNet2DModel.from_pretrained("{folder}"{alone})',
+        *load,
         *labels,
         noise,
         "alphas = torch.linspace(0, 1, 51)",
@@ -758,7 +870,7 @@ def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], f
         f"        d = unet(x, {shown}{condition}).sample",
         *clipped,
         "        x = x + (after - alpha) * d",
-        images,
+        *images,
     ]
 
 
@@ -790,6 +902,14 @@ class DiffusersAutoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """(B, D, h, w) as the network has them -> (B, C, H, W)."""
         return self.network.decode(z).sample
+
+
+def autoencoder_files(network: DiffusersAutoencoder) -> dict[str, bytes]:
+    """The files of an AutoencoderKL's folder by name, as it is."""
+    config = {"_class_name": "AutoencoderKL", "_diffusers_version": VERSION, **network.config}
+    state = {key: value.detach().cpu().contiguous() for key, value in network.network.state_dict().items()}
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), f"{WEIGHTS}.safetensors": weights}
 
 
 def _autoencoder_class() -> Any:

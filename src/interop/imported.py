@@ -27,7 +27,8 @@ class Imported:
     `num_classes` is None for a network without classes, `null_class` whether it has one for no class; `low_resolution` is the
     size of the pictures that an upsampler starts from; `class_names` are those of the file, if it has any. `told` says, line by
     line, where facts come from, and `taken` which weights were taken and what was left out, where `told` does not; `script` is
-    what trains such a network on.
+    what trains such a network on. `latents` is what a latent run knows of its latents (shape, statistics for each channel),
+    where the autoencoder does not bring its own scaling.
     """
 
     network: nn.Module
@@ -43,6 +44,7 @@ class Imported:
     taken: tuple[str, ...] = ()
     script: str = "ddpm_accelerate.py"
     autoencoder: "Autoencoder | None" = None
+    latents: dict[str, Any] | None = None
 
 
 def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = ()) -> Path | None:
@@ -83,7 +85,7 @@ def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = 
         config["autoencoder"] = found.autoencoder.path
         kept, described = found.autoencoder.files()
         tensors, documents = {**tensors, **kept}, {**documents, **described}
-        data["latents"] = _latent_facts(found, found.autoencoder)
+        data["latents"] = found.latents or _latent_facts(found, found.autoencoder)
     write_folder(out, tensors, documents)
     if isinstance(found.model, ClassifierConfig) or found.low_resolution is not None:
         return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError, read_json, validate
+from ..interop.autoencoder_kl import exported_autoencoder
 from ..interop.diffusers import autoencoder_from_config, load_autoencoder
 from ..interop.weights import few, is_hub_name, read_foreign_json
 from ..models import VAE, VAEConfig
@@ -159,6 +160,8 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
         found = read_foreign_json(path / "config.json")
         if "_class_name" in found or {"block_out_channels", "latent_channels"} <= set(found):
             return _of_diffusers(name, device)
+    if any((place / "autoencoder_config.json").exists() for place in (path, path / "autoencoder")):
+        return kept_autoencoder(path, device)  # of a latent run, or of a folder that convert.py made of one
     if not path.exists():
         if "/" in name and is_hub_name(name):
             return _of_diffusers(name, device)
@@ -212,6 +215,10 @@ def start_from(name: str, *networks: Any) -> bool:
 
 
 def _of_diffusers(name: str, device: torch.device) -> Autoencoder:
+    own = exported_autoencoder(Path(name).expanduser())
+    if own is not None:  # to_diffusers wrote it: our own network, to the bit
+        document, weights, digest = own
+        return _rebuild(document, weights, name, digest, device)
     found = load_autoencoder(name)
     weights = {key: value.detach().cpu() for key, value in found.state_dict().items()}
     digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()

@@ -46,8 +46,9 @@ def _write(path: Path, content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def write_folder(folder: Path, tensors: Tensors, documents: Documents) -> None:
-    """Write `NAME.safetensors` and `NAME.json` files into the new `folder`: staged, flushed, manifest last, renamed.
+def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme: str | None = None) -> None:
+    """Write `NAME.safetensors` and `NAME.json` files into the new `folder`: staged, flushed, manifest last, renamed. A `readme`
+    becomes its README.md, which is not in the manifest, so that people may change it.
 
     A full disk is a UserError and leaves what was there before.
     """
@@ -62,6 +63,8 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents) -> None:
             files[f"{name}.safetensors"] = _write(staged / f"{name}.safetensors", content)
         for name, document in documents.items():
             files[f"{name}.json"] = _write(staged / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
+        if readme is not None:
+            _write(staged / "README.md", readme.encode())
         _write(staged / MANIFEST, (json.dumps({"version": 1, "files": files}, indent=1) + "\n").encode())
         _flush_folder(staged)
         if folder.exists():

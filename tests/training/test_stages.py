@@ -69,6 +69,22 @@ def test_what_is_seldom_wanted_is_said() -> None:
     assert "perceptual without tanh" in warnings(stages({"steps": 1, "perceptual": {}}), from_scratch=True)[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"downsample": "conv", "upsample": "transposed"}, "model.downsample conv and model.upsample transposed leave"),
+        ({"upsample": "transposed"}, "model.upsample transposed leaves checkerboards"),
+        ({"downsample": "conv"}, "model.downsample conv leaves checkerboards"),
+        ({"downsample": "max", "upsample": "bilinear"}, None),
+        ({"widths": [8], "upsample": "transposed"}, None),
+    ],
+)
+def test_checkerboards_are_warned_of(options: dict, said: str | None) -> None:
+    found = warnings(stages({"steps": 1}), from_scratch=True, model=validate(VAEConfig, options))
+    assert len(found) == (said is not None)
+    assert said is None or (said in found[0] and "Odena et al. 2016" in found[0])
+
+
 def test_the_adaptive_weight_is_the_ratio_of_gradients_of_the_whole_batch() -> None:
     last = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     adaptive = AdaptiveWeight(last, Accelerator(cpu=True))
