@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ..config import UserError, config
-from .transforms import FORMATS
+from .formats import open_image
 
 TOO_SMALL = "smaller than min_file_bytes"
 FOR_NOW = "cannot be read now: "  # not remembered: the next scan looks again
@@ -38,12 +38,17 @@ class ScanConfig:
     max_broken_fraction: float = pydantic.Field(0.05, ge=0, le=1)
 
 
+class Absent(ValueError):
+    """There is no image where one was looked for; the message is the reason for leaving it out."""
+
+
 @dataclass
 class ScanReport:
-    """How many files were looked at, and those left out with their reasons."""
+    """How many files were looked at, those left out with their reasons, and what else a person has to know of the source."""
 
     total: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -64,7 +69,7 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(source(), formats=FORMATS) as image:
+            with open_image(source()) as image:
                 width, height = image.size
                 if width * height > spec.max_pixels:
                     return "more pixels than max_pixels"
@@ -79,6 +84,8 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
                     image.load()
     except UnidentifiedImageError:
         return "not a picture"
+    except Absent as error:
+        return str(error)
     except MemoryError:
         return f"{FOR_NOW}it needs more memory than there is"
     except Exception as error:  # decoders raise whatever they like on damaged bytes

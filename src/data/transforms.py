@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..config import config
+from .formats import open_image
 
 Pixels = NDArray[np.uint8]
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs another program
 Image.MAX_IMAGE_PIXELS = None  # the scan holds pictures to `max_pixels` by their header, before anything is decoded
 
 
@@ -52,7 +52,7 @@ def normalise(image: Image.Image, channels: int) -> Image.Image:
 
 def decode(file: Path | bytes, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
     """The first frame of a picture file, normalised. A JPEG far larger than `at_least` is decoded at a fraction of its size."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+    with open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * at_least, 2 * at_least))
         image.load()

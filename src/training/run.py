@@ -44,12 +44,17 @@ class LogConfig:
 
 def _skipped(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[tuple[str, str]]:
     """(name, reason) of every file left out of the sources of both sets."""
-    parts = {id(part): part for part in [*train_set.parts, *(held_out.parts if held_out is not None else [])]}
-    return [entry for part in parts.values() for entry in part.report.skipped]
+    return [entry for part in _parts(train_set, held_out) for entry in part.report.skipped]
+
+
+def _parts(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[Any]:
+    """The sources of both sets, each once."""
+    both = [*train_set.parts, *(held_out.parts if held_out is not None else [])]
+    return list({id(part): part for part in both}.values())
 
 
 def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> dict[str, Any]:
-    """What travels with the weights: classes, counts, the hash of the file list."""
+    """What travels with the weights: classes, counts, the hash of the file list; and what is to be said of the data."""
     return {
         "class_names": list(train_set.class_names),
         "counts": train_set.counts,
@@ -57,6 +62,8 @@ def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | Point
         "held_out_images": len(held_out) if held_out is not None else 0,
         "fingerprint": train_set.fingerprint,
         "skipped": dict(Counter(why for _, why in _skipped(train_set, held_out)).most_common()),
+        "remarks": [remark for part in _parts(train_set, held_out) for remark in part.report.remarks],
+        "endings": train_set.endings if isinstance(train_set, PictureSet) else {},
     }
 
 
@@ -83,6 +90,14 @@ def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]
         lengths = ["stages"]  # more of them, after those that there were
     harmless += [key for key in other if key in lengths]
     return harmless, [key for key in other if key not in lengths]
+
+
+def uses_classes(settings: Any) -> bool:
+    """Whether what a run learns depends on the classes of its data: of an autoencoder, and where `class_conditional` is false,
+    it does not."""
+    if hasattr(settings, "stages"):
+        return False
+    return getattr(settings, "class_conditional", True) is not False or settings.balance_classes
 
 
 class RunDirectory:

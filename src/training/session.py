@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..config import ENDLESS, Span, UserError, dump
 from ..data import PictureSet, PointSet
+from ..data.names import class_remarks
 from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
 from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
-from .run import RunDirectory
+from .run import RunDirectory, uses_classes
 from .state import Meter, Trained
 from .stream import Split
 from .trials import AGAIN, Attempt
@@ -110,9 +111,19 @@ class Session:
             f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
             "Interrupt at will: the same command goes on"
         )
+        for remark in self._remarks():
+            self.run.say(remark)
         self.clock = Clock(
             self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
         )
+
+    def _remarks(self) -> list[str]:
+        """What a person has to know of the data before it is trained on."""
+        source = self.facts.get("source") or {}
+        remarks = [*self.facts.get("remarks", ()), *(f"source: {remark}" for remark in source.get("remarks", ()))]
+        if uses_classes(self.cfg):
+            remarks += class_remarks(self.facts["class_names"], self.facts["images"])
+        return remarks
 
     def enter(
         self,
