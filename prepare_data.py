@@ -24,6 +24,7 @@ from src.data.sources import FolderSource, Sources
 from src.sampling.autoencoder import open_autoencoder
 from src.sampling.latents import cache_folder, latents_of
 from src.training.launch import start_sampling
+from src.training.run import check_ranks, describe_data
 
 
 @config
@@ -79,8 +80,8 @@ def open_pictures(args: argparse.Namespace) -> PictureSet:
         of_a_folder = (args.split, args.labels, args.label_column, args.image_column, args.min_file_bytes or None)
         if any(value is not None for value in of_a_folder) or args.max_broken_fraction != 1.0:
             raise UserError(
-                "--split, --labels, --label-column, --image-column, --min-file-bytes and --max-broken-fraction are for a folder; "
-                "a config's data says its own"
+                "--split, --labels, --label-column, --image-column, --min-file-bytes and --max-broken-fraction are for a "
+                "folder; a config's data says its own"
             )
         raw = read_json(args.data)
         if not isinstance(raw, dict) or "data" not in raw:
@@ -143,6 +144,7 @@ def latents(args: argparse.Namespace) -> None:
     spec = validate(ToEncode, {"autoencoder": args.run, **named}, origin=args.run)
     image = replace(spec.image, size=args.size or spec.image.size, crop="center")
     train_set, held_out = open_data(spec.data, spec.held_out)
+    check_ranks(describe_data(train_set, held_out))
     autoencoder = open_autoencoder(spec.autoencoder, device)
     otherwise = Path("runs") / str(raw.get("name", "latents"))
     named_folder, batch = args.out or spec.latents, args.batch_size or spec.encode_batch_size

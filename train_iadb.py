@@ -32,7 +32,7 @@ from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.run import LogConfig
+from src.training.run import LogConfig, check_ranks
 from src.training.seeds import torch_seed
 from src.training.session import Session
 from src.training.state import Trained
@@ -120,6 +120,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Open both ends: as they are, as latents, or paired by an earlier run.
     ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image)
+    check_ranks(ends.facts)
     train_set, held_out = ends.data.train, ends.data.held_out
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None

@@ -36,6 +36,7 @@ BUILT_IN = {
     "TGA": (".tga",),
 }
 LIBRARIES = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # what Pillow must have been built with for them
+READ_BEFORE = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 UNSIGNED = ("TGA", "CUR", "ICO", "PCX", "XBM")  # too little at the beginning of such a file says what it is: its ending has to
 SERIES = ("GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF", "JXL")  # formats of animations and of pages
 # Packages that teach Pillow another format: the module to import, its function to call, and the format's name afterwards.

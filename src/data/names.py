@@ -1,8 +1,11 @@
 """Names of classes and of files: which are the same, in which order they stand, how they are shown, and as file names."""
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
+
+from ..config import UserError
 
 NO_LABEL = ("", "nan", "<na>")  # what is left of a missing label once it is text
 _JOINERS = "\u200c\u200d"  # part of words and of emoji, and not to be seen
@@ -86,3 +89,34 @@ def class_remarks(class_names: Sequence[str], images: int) -> list[str]:
             "captions or file names? Without classes: --set class_conditional=false"
         ]
     return []
+
+
+def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """The numbers of the classes `A/B/C`, each by its name or its number. A name that has a slash in it is found as it stands,
+    or with `\\/` for the slash; a UserError says what is not known, and what may mean two things."""
+    known = {normal_form(name): i for i, name in enumerate(class_names)}
+    words = re.split(r"(?<!\\)/", normal_form(text))
+    most = 1 + max((name.count("/") for name in known), default=0)
+
+    def one(word: str) -> int | None:
+        return known.get(word, known.get(word.replace("\\/", "/")))
+
+    def numbered(word: str) -> int | None:
+        named = one(word)
+        is_number = named is None and word.isdecimal() and word.isascii() and len(word) < 10
+        return int(word) if is_number and int(word) < len(known) else named
+
+    for read in (one, numbered):  # names go before numbers
+        ways: list[list[list[int]]] = [[[]]]  # up to two ways to read the first words
+        for end in range(1, len(words) + 1):
+            lengths = [k for k in range(1, min(most, end) + 1) if ways[end - k]]
+            found = [(k, (one if k > 1 else read)("/".join(words[end - k : end]))) for k in lengths]
+            ways.append([[*way, label] for k, label in found if label is not None for way in ways[end - k]][:2])
+        if len(ways[-1]) == 1:
+            return ways[-1][0]
+        if len(ways[-1]) > 1:
+            told = " or ".join("/".join(shown(class_names[i]).replace("/", "\\/") for i in way) for way in ways[-1])
+            raise UserError(f"--classes {shown(text)} may mean two things; write it as {told}, or give the classes' numbers")
+    strange = next((word for word in words if numbered(word) is None), text)
+    numbers = f"; ask for one by its name or its number, 0 to {len(class_names) - 1}"
+    raise UserError(f"class {shown(strange)!r} is not known; the classes are: {few(class_names, 40)}{numbers}")

@@ -652,6 +652,10 @@ class PictureSet:
         keep[_lowest(self.names, count)] = True
         return _relabel(self.only(keep), self.class_names)
 
+    def rename_classes(self, class_names: Sequence[str]) -> None:
+        """Give the labels the numbers of their classes in `class_names`, among which all of them are."""
+        _relabel(self, tuple(class_names))
+
     def only(self, keep: NDArray[np.bool_]) -> "PictureSet":
         chosen = [self.index[(self.which == w) & keep] for w in range(len(self.parts))]
         return PictureSet(self.parts, chosen)

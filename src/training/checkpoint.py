@@ -149,7 +149,7 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
     for folder in folders[: folders.index(kept)]:
         _remove(folder)
     tensors, documents = {}, {}
-    for path in kept.iterdir():
+    for path in sorted(kept.iterdir()):
         if path.suffix == ".safetensors":
             tensors[path.stem] = read_tensors(kept, path.stem)
         elif path.name != MANIFEST:

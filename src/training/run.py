@@ -9,17 +9,20 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pydantic
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from .. import pictures
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json
 from ..data import PictureSet, PointSet
+from ..data.formats import READ_BEFORE
 from ..data.latents import differs
+from ..data.names import few, normal_form, same_names
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
 from .report import Reporter, read_lines
@@ -65,6 +68,47 @@ def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | Point
         "remarks": [remark for part in _parts(train_set, held_out) for remark in part.report.remarks],
         "endings": train_set.endings if isinstance(train_set, PictureSet) else {},
     }
+
+
+def check_ranks(facts: dict[str, Any]) -> None:
+    """A UserError on every rank where one of them sees other images or classes than the first: another copy of the data, or
+    another file system."""
+    mine = [
+        facts["fingerprint"],
+        facts["class_names"],
+        facts["counts"],
+        (facts.get("source") or {}).get("fingerprint"),
+    ]
+    everyone = gather_object([(mine, facts["images"])])
+    (first, count), *others = everyone
+    for rank, (seen, images) in enumerate(others, 1):
+        if seen != first:
+            what = "classes" if seen[1] != first[1] else "images"
+            how = classes_differ(first[1], seen[1]) if what == "classes" else f"{count} images on rank 0, {images} there"
+            raise UserError(
+                f"rank {rank} sees other {what} of the data than rank 0 ({how}); put the data where all machines see the same, "
+                "or copy it anew"
+            )
+
+
+def classes_differ(before: Sequence[str], now: Sequence[str]) -> str:
+    """In words, how two lists of classes differ, or nothing where they are the same."""
+    if same_names(before, now):
+        return ""
+    gone = [name for name in before if normal_form(name) not in map(normal_form, now)]
+    new = [name for name in now if normal_form(name) not in map(normal_form, before)]
+    told = [f"{few(names)} {word}" for names, word in ((gone, "missing"), (new, "new")) if names]
+    return ", ".join(told) or f"the same ones in another order: {few(now, 10)}, where it was {few(before, 10)}"
+
+
+def _other_endings(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """A hint for a run whose folder holds other images than it was started with: which files were not read before."""
+    old = before.get("endings") or {}
+    more = {ending: count - old.get(ending, 0) for ending, count in now["endings"].items() if ending not in READ_BEFORE}
+    told = ", ".join(f"{count} {ending}" for ending, count in more.items() if count > 0)
+    if not told:
+        return ""
+    return f"; {told} files are among them, which were not read when the run was started: move them out of the folder to go on"
 
 
 def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
@@ -177,18 +221,25 @@ class RunDirectory:
             },
         )
 
-    def adopt_progress(self, resumed: Path, facts: dict[str, Any]) -> dict[str, Any]:
-        """progress.json of the checkpoint that the run goes on from; other pictures than it was trained on are a UserError."""
+    def adopt_progress(self, resumed: Path, facts: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
+        """progress.json of the checkpoint that the run goes on from. A UserError for other pictures than it was trained on and,
+        where `classes` matter, for other classes."""
         before = read_json(resumed / "data.json")
         source = facts.get("source") or {}
         if (before.get("source") or {}).get("fingerprint") != source.get("fingerprint"):
             raise UserError(f"{self.path} was started from another source; bring it back, or give another --run-dir")
         if before.get("pairs") != facts.get("pairs"):
             raise UserError(f"{self.path} was trained on other pairs; give the same `pairs`, or another --run-dir")
+        named = classes_differ(before["class_names"], facts["class_names"])
         if before["fingerprint"] != facts["fingerprint"]:
+            also = f"; its classes differ, too: {named}" if named else ""
             raise UserError(
                 f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
-                "give another --run-dir"
+                f"give another --run-dir{_other_endings(before, facts)}{also}"
+            )
+        if named and classes:
+            raise UserError(
+                f"{self.path} was trained on other classes ({named}); give the data its old ones, or give another --run-dir"
             )
         if before.get("latents") != facts.get("latents"):
             found = differs(before.get("latents") or {}, facts.get("latents") or {}) or ["another cache, made anew"]

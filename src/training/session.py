@@ -14,7 +14,7 @@ from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
 from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
-from .run import RunDirectory, uses_classes
+from .run import RunDirectory, check_ranks, uses_classes
 from .state import Meter, Trained
 from .stream import Split
 from .trials import AGAIN, Attempt
@@ -47,6 +47,7 @@ class Session:
     ) -> None:
         self.cfg, self.accelerator, self.trained, self.facts = cfg, accelerator, trained, facts
         self.total_steps, self.attempt = total_steps, attempt
+        check_ranks(facts)
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=attempt.trial)
         attempt.held.callback(self.run.close)
         self.step, self.progress = 0, {}
@@ -63,7 +64,7 @@ class Session:
                 raise UserError(
                     f"{resumed} is on the first machine and not on this one: put the run on a file system that all see{more}"
                 )
-            self.progress = self.run.adopt_progress(resumed, self.facts)
+            self.progress = self.run.adopt_progress(resumed, self.facts, classes=uses_classes(self.cfg))
             self.step = self.progress["step"]
             self.trained.load(resumed)
         self.run.hold_config(self.cfg, resumed)
