@@ -39,7 +39,7 @@ from src.sampling.likelihood import measure_likelihood
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
 from src.training.launch import explain_out_of_memory, start_sampling
 from src.training.report import write_report
-from src.training.run import append_metrics
+from src.training.run import append_metrics, check_ranks, describe_data
 
 
 @config
@@ -88,8 +88,13 @@ class Chosen(NamedTuple):
 
 
 def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> Chosen:
-    """The pictures that are meant, the run's own or others, by default those of `part`."""
+    """The pictures that are meant, the run's own or others, by default those of `part`; the same on all ranks."""
+    found = _open_pictures(args, settings, part)
+    check_ranks(describe_data(found.pictures, found.held_out))
+    return found
 
+
+def _open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> Chosen:
     def few(pictures: PictureSet) -> PictureSet:
         return pictures.lowest(args.num_images) if args.num_images is not None else pictures
 

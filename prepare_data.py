@@ -20,12 +20,14 @@ from src import pictures
 from src.config import UserError, config, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
 from src.data.archives import stem, unpack
+from src.data.names import class_remarks, shown
 from src.data.packing import pack
 from src.data.sides import count_small, describe_small, refuse_small_packs
 from src.data.sources import FolderSource, Sources
 from src.sampling.autoencoder import open_autoencoder
 from src.sampling.latents import cache_folder, latents_of
 from src.training.launch import start_sampling
+from src.training.run import check_ranks, describe_data
 
 
 @config
@@ -54,6 +56,9 @@ def arguments() -> argparse.Namespace:
     for command in (check, packing):
         command.add_argument("data", help="a folder of pictures, or a config .json whose `data` is meant")
         command.add_argument("--split", help="the subfolder to use where there are train/, test/ ...")
+        command.add_argument("--labels", metavar="FILE", help="a table that says the class of each image, instead of folders")
+        command.add_argument("--label-column", metavar="COLUMN", help="of --labels: its name, or its number from 0")
+        command.add_argument("--image-column", metavar="COLUMN", help="of --labels (default: the first)")
         command.add_argument("--min-file-bytes", type=int, default=0, help="leave out smaller files")
         command.add_argument("--min-side", type=int, help="leave out images whose shorter side has fewer pixels")
         command.add_argument("--max-broken-fraction", type=float, default=1.0, help="stop above this share of broken files")
@@ -77,9 +82,18 @@ def arguments() -> argparse.Namespace:
 
 def open_pictures(args: argparse.Namespace) -> PictureSet:
     if args.data.endswith(".json"):
-        if args.split is not None or args.min_file_bytes or args.min_side is not None or args.max_broken_fraction != 1.0:
+        for_a_folder = (
+            args.split,
+            args.labels,
+            args.label_column,
+            args.image_column,
+            args.min_file_bytes or None,
+            args.min_side,
+        )
+        if any(value is not None for value in for_a_folder) or args.max_broken_fraction != 1.0:
             raise UserError(
-                "--split, --min-file-bytes, --min-side and --max-broken-fraction are for a folder; a config's data says its own"
+                "--split, --labels, --label-column, --image-column, --min-file-bytes, --min-side and --max-broken-fraction are "
+                "for a folder; a config's data says its own"
             )
         raw = read_json(args.data)
         if not isinstance(raw, dict) or "data" not in raw:
@@ -87,6 +101,12 @@ def open_pictures(args: argparse.Namespace) -> PictureSet:
         return open_sources(validate(DataOnly, {"data": raw["data"]}, origin=args.data).data)
     scan = {"min_file_bytes": args.min_file_bytes, "max_broken_fraction": args.max_broken_fraction, "min_side": args.min_side}
     spec = {"source": "folder", "path": args.data, "split": args.split, "scan": scan}
+    columns = {"label_column": args.label_column, "image_column": args.image_column}
+    if (args.labels is None) != (args.label_column is None) or (args.labels is None and args.image_column is not None):
+        raise UserError("--labels FILE and --label-column COLUMN belong together; --image-column goes with them")
+    if args.labels is not None:
+        named = {key: int(column) if column.isdecimal() else column for key, column in columns.items() if column is not None}
+        spec["labels"] = {"file": args.labels, **named}
     return open_sources(validate(FolderSource, spec, origin="arguments"))
 
 
@@ -112,6 +132,9 @@ def check(args: argparse.Namespace) -> None:
     sides = found.sides.min(1)
     skipped = [(name, reason) for part in found.parts for name, reason in part.report.skipped]
     notes = sum((Counter(part.report.notes) for part in found.parts), Counter[str]())
+    remarks = [remark for part in found.parts for remark in part.report.remarks]
+    remarks += [f"{count} {kind}" for kind, count in found.sequences().items()]
+    remarks += class_remarks(found.class_names, len(found))
     if args.json:
         findings = {
             "pictures": len(found),
@@ -120,6 +143,7 @@ def check(args: argparse.Namespace) -> None:
             "notes": notes,
             "shorter_side": {"smallest": int(sides.min()), "median": int(np.median(sides)), "largest": int(sides.max())},
             "smaller": {str(size): count_small(size, found)[0] for size in sizes.values()},
+            "remarks": remarks,
             "fingerprint": found.fingerprint,
         }
         print(json.dumps(findings, indent=1))
@@ -133,9 +157,11 @@ def check(args: argparse.Namespace) -> None:
         print(f"shorter sides of {sides.min()} to {sides.max()} px, half of them below {np.median(sides):.0f}")
         for line in describe_small(sizes, found):
             print(f"warning: {line}")
+        for remark in remarks:
+            print(f"  {remark}")
         print(f"{len(found.class_names) or 'no'} classes")
         for name, count in found.counts.items() if found.class_names else ():
-            print(f"  {count:>8}  {name}")
+            print(f"  {count:>8}  {shown(name)}")
     if args.sheet:
         count = min(64, len(found))
         chosen = np.random.default_rng(0).choice(len(found), count, replace=False)
@@ -162,6 +188,7 @@ def latents(args: argparse.Namespace) -> None:
     if state.is_main_process:
         for line in describe_small(sizes, train_set, held_out):
             print(f"warning: {line}")
+    check_ranks(describe_data(train_set, held_out))
     autoencoder = open_autoencoder(spec.autoencoder, device)
     otherwise = Path("runs") / str(raw.get("name", "latents"))
     named_folder, batch = args.out or spec.latents, args.batch_size or spec.encode_batch_size

@@ -32,7 +32,7 @@ from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.run import LogConfig
+from src.training.run import LogConfig, check_ranks
 from src.training.seeds import torch_seed
 from src.training.session import Session
 from src.training.state import Trained
@@ -121,6 +121,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Open both ends: as they are, as latents, or paired by an earlier run.
     attempt.enters("looking at the data")
     ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image)
+    check_ranks(ends.facts)
     train_set, held_out = ends.data.train, ends.data.held_out
     source = (ends.source.train, ends.source.held_out) if ends.source is not None else ()
     attempt.warnings = check_sides(cfg, run_dir, train_set, held_out, *source)

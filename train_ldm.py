@@ -26,7 +26,7 @@ from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.run import LogConfig, describe_data
+from src.training.run import LogConfig, check_ranks, describe_data
 from src.training.seeds import normal, torch_seed
 from src.training.session import Session
 from src.training.sharding import home, prepare
@@ -87,6 +87,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Look at the data and the autoencoder; encode the one with the other, unless that was done before.
     attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
+    data_facts = describe_data(train_set, held_out)
+    check_ranks(data_facts)
     attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
@@ -96,7 +98,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
     encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt, "run_dir": run_dir}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
-    facts = describe_data(train_set, held_out) | {"latents": latents.facts}
+    facts = data_facts | {"latents": latents.facts}
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
     total_steps = resolve(cfg.steps)
 

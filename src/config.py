@@ -378,11 +378,23 @@ def validate(root: type[T], raw: Any, *, origin: str = "config") -> T:
     """Turn parsed JSON into the dataclass `root`; a UserError names the JSON path, what is allowed, and the likely word."""
     if isinstance(raw, dict):
         raw = {key: value for key, value in raw.items() if key != "$schema"}
+    if broken := re.search("[\ud800-\udfff]", json.dumps(raw, ensure_ascii=False)):
+        word = next((word for word in _strings(raw) if broken[0] in word), "")
+        raise UserError(f"{origin}: {word!a} has bytes that are no text; rename it, or give a link to it (ln -s)")
     raw = _with_new_names(_choices(root), raw)
     try:
         return pydantic.TypeAdapter(root).validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
         raise UserError(f"{origin}: {_explain(root, raw, error)}") from None
+
+
+def _strings(value: Any) -> typing.Iterator[str]:
+    """All strings in parsed JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _strings(below)
 
 
 def dump(value: Any) -> dict[str, Any]:
@@ -407,7 +419,7 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
     for i in range(1, len(path)):
         part = path[i - 1]
         below = here[part] if isinstance(here, list) else here.get(part)
-        if isinstance(below, list) and path[i].isdigit():
+        if isinstance(below, list) and path[i].isdecimal():
             path[i] = int(path[i])
             if path[i] >= len(below):
                 raise UserError(f"--set {key}: the list {part} has {len(below)} entries, counted from 0")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +19,18 @@ import numpy as np
 import PIL
 import pydantic
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from ..config import UserError, config
 from ..progress import Progress
 from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
-from .transforms import DECODER, FORMATS
+from .formats import endings, open_image
+from .transforms import DECODER
 
 TOO_SMALL = "smaller than min_file_bytes"
 TOO_NARROW = "smaller than min_side"
 FOR_NOW = "cannot be read now: "  # not remembered: the next scan looks again
 VERSION = 2
-READER = f"Pillow {PIL.__version__}, {' '.join(FORMATS)}"  # another one may read what this one cannot
 _large = threading.Lock()  # pictures beyond this many pixels are decoded one at a time, so that memory stays bounded
 _LARGE_PIXELS = 25_000_000
 
@@ -46,13 +47,18 @@ class ScanConfig:
     max_broken_fraction: float = pydantic.Field(0.05, ge=0, le=1)
 
 
+class Absent(ValueError):
+    """There is no image where one was looked for; the message is the reason for leaving it out."""
+
+
 @dataclass
 class ScanReport:
     """How many files were looked at, and those left out with their reasons.
 
     Of the good ones, in their order: `sides` (N, 2), width and height; `times` (N,), when each was modified, in nanoseconds;
     `decoders` (N,), the first version of the decoder that makes of each what today's does. `notes` counts what is odd about
-    some of them but keeps none of them out.
+    some of them but keeps none of them out, and `remarks` are what else a
+    person has to know of the source.
     """
 
     total: int = 0
@@ -61,10 +67,17 @@ class ScanReport:
     times: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     decoders: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     notes: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def reasons(self) -> dict[str, int]:
         return dict(Counter(reason for _, reason in self.skipped).most_common())
+
+
+@cache
+def reader() -> str:
+    """What reads images here: another one may read what this one cannot."""
+    return f"Pillow {PIL.__version__}, {' '.join(sorted(endings()))}"
 
 
 def cache_folder() -> Path:
@@ -81,7 +94,7 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(source(), formats=FORMATS) as image:
+            with open_image(source()) as image:
                 width, height = image.size
                 if width * height > spec.max_pixels:
                     return "more pixels than max_pixels"
@@ -96,6 +109,8 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
                     image.load()
     except UnidentifiedImageError:
         return "not a picture"
+    except Absent as error:
+        return str(error)
     except MemoryError:
         return f"{FOR_NOW}it needs more memory than there is"
     except Exception as error:  # decoders raise whatever they like on damaged bytes
@@ -119,7 +134,7 @@ def measure(source: Any) -> Measured:
     """Look at an image that `inspect` found good. Only its header is read, but for deep grey."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(source, formats=FORMATS) as image:
+        with open_image(source) as image:
             width, height = image.size
             note, decoder = profile_of(image).note, 1
             if note == CONVERTED:
@@ -149,17 +164,17 @@ def _look(source: Callable[[], Any], size: int, spec: ScanConfig) -> list[Any]:
 
     reason = inspect(again, size, spec)
     if reason is not None:
-        return [reason, 0, 0, 0, "", READER]
+        return [reason, 0, 0, 0, "", reader()]
     try:
         return [None, *measure(again()), ""]
     except Exception as error:  # the file changes while it is looked at
-        return [f"{FOR_NOW}{error}", 0, 0, 0, "", READER]
+        return [f"{FOR_NOW}{error}", 0, 0, 0, "", reader()]
 
 
 def _is_known(fact: Sequence[Any] | None, stamp: tuple[int, int]) -> bool:
     """Whether the file is still what it was. What could not be read is looked at again by another reader."""
     whole = fact is not None and len(fact) == 8
-    return whole and list(fact[:2]) == list(stamp) and (fact[2] is None or fact[7] == READER)
+    return whole and list(fact[:2]) == list(stamp) and (fact[2] is None or fact[7] == reader())
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 
 from ..config import config
 from .colour import note_range, stated_top, to_srgb
+from .formats import open_image
 
 Pixels = NDArray[np.uint8]
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs another program
 # The version of what `decode` makes of a file. It goes up when the pixels of some files change; `scan.measure` says of which
 # files. Caches remember it. 2: colour profiles are converted, and grey is scaled by the range that the file states.
 DECODER = 2
@@ -62,7 +62,7 @@ def normalise(image: Image.Image, channels: int) -> Image.Image:
 
 def decode(file: Path | bytes, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
     """The first frame of a picture file, normalised. A JPEG far larger than `at_least` is decoded at a fraction of its size."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+    with open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * at_least, 2 * at_least))
         note_range(image)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import UserError, dump, validate, write_flushed
+from ..data.names import shown
 from ..diffusion import ProcessConfig
 from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
@@ -717,7 +718,7 @@ def _card(
         "",
     ]
     if class_names and classes is not None:
-        lines += [f"Classes: {', '.join(f'{i} {class_name}' for i, class_name in enumerate(class_names))}.", ""]
+        lines += [f"Classes: {', '.join(f'{i} {shown(class_name)}' for i, class_name in enumerate(class_names))}.", ""]
     if classes is not None and network.null_class:
         lines += [f"Class {classes} is no class, for classifier-free guidance.", ""]
     return "\n".join(lines) + (f"{card.strip()}\n" if card else "")

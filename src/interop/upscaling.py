@@ -21,9 +21,9 @@ from torch.nn import functional
 
 from .. import pictures
 from ..config import UserError, write_whole
+from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, inspect
-from ..data.sources import ENDINGS
-from ..data.transforms import FORMATS, decode
+from ..data.transforms import decode
 from ..progress import Progress, say
 from ..vision import import_torchvision
 
@@ -166,14 +166,14 @@ def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
     found: dict[Path, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.suffix.lower() not in ENDINGS or any(part.startswith(".") for part in name.parts) or not path.is_file():
+        if path.suffix.lower() not in endings() or any(part.startswith(".") for part in name.parts) or not path.is_file():
             continue
         target = out / name.with_suffix(".png")
         if target in found:
             raise UserError(f"{found[target]} and {path} would both become {target}; rename one of them")
         found[target] = path
     if not found:
-        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))})")
+        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(endings()))})")
     return [(path, target) for target, path in found.items()]
 
 
@@ -183,7 +183,7 @@ def _decode(path: Path) -> pictures.Pixels | str:
         reason = inspect(lambda: path, path.stat().st_size, ScanConfig(max_pixels=MAX_PIXELS))
         if reason is not None:
             return reason.replace("max_pixels", f"{MAX_PIXELS:,}")
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             grey = Image.getmodebase(image.mode) == "L"
         pixels = np.array(decode(path, channels=1 if grey else 3))
     except OSError as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import metrics, pictures
 from ..config import UserError, dump, parse_json, read_json, validate, write_whole
 from ..data import ImageConfig, PictureSet
+from ..data.names import shown as shown_name
 from ..losses import Perceptual, PerceptualConfig
 from ..metrics import distances
 from ..metrics.distances import Array
@@ -154,7 +155,7 @@ def _check_run(opened: Opened, data: PictureSet, count: int) -> None:
         )
     check_count(count, "samples (--num-samples)")
     check_count(len(data), "real pictures")
-    opened.check_classes(data.class_names)
+    opened.check_classes(data)
     if not data.class_names:
         opened.no_class()
 
@@ -172,6 +173,8 @@ def evaluate_run(
     """Samples drawn on the way against `data` (`told` says what pictures those are); with `held_out`, which the run did not see
     while it saw `data`, also whether they are copies. A sheet, nearest.png, shows the pictures that samples are nearest to."""
     _check_run(opened, data, count)
+    if held_out is not None:
+        opened.check_classes(held_out)
     out = it.folder(opened.name, "quality", _request(opened, sampler, data, count, it.seed, it.batch_size))
     labels = labels_like(data, count, opened.num_classes)
     drawing = {"count": count, "seed": it.seed, "batch_size": it.batch_size, "device": it.device, "ranks": it.ranks}
@@ -269,7 +272,7 @@ def read_classes(
     lines = [f"read by {name} as their class, the worst first:"]
     for k in np.argsort(np.nan_to_num(found["samples"], nan=2.0), kind="stable")[:30]:
         beside = f"   held out {found['held_out'][k]:6.1%}" if "held_out" in found else ""
-        lines.append(f"  {class_names[k]:<29}{found['samples'][k]:14.1%}{beside}")
+        lines.append(f"  {shown_name(class_names[k]):<29}{found['samples'][k]:14.1%}{beside}")
     return lines
 
 

@@ -30,7 +30,7 @@ def _check(opened: Opened, data: PictureSet) -> None:
         raise UserError(f"{opened.path} is on the blend: it has no chain of steps, so no bits per dimension")
     if opened.low_resolution is not None:
         raise UserError(f"{opened.path} is an upsampler: what it draws depends on another picture, which the data has not")
-    opened.check_classes(data.class_names)
+    opened.check_classes(data)
     if opened.num_classes is not None and not opened.null_class and bool((data.labels < 0).any()):
         raise UserError(f"{opened.path} has no null class, and some pictures have no class")
 

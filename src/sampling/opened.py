@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..config import UserError, config, validate
-from ..data import ImageConfig, SourceEnd
+from ..data import ImageConfig, PictureSet, SourceEnd
+from ..data.names import few, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import MLP, MLPConfig, UNet, UNetConfig
 from ..models.layers import channels_last
@@ -77,13 +78,17 @@ class Run:
             raise UserError(f"{self.path} never learned to go without a class: give --classes, or train with label_dropout")
         return self.num_classes
 
-    def check_classes(self, names: Sequence[str]) -> None:
-        """A UserError where data has classes, and other ones than this run."""
-        if self.num_classes is not None and tuple(names) not in ((), self.class_names):
+    def check_classes(self, data: PictureSet) -> None:
+        """Give the data's labels the numbers that the classes have in this run; a UserError where it has other classes."""
+        names = data.class_names
+        if self.num_classes is None or not names or same_names(names, self.class_names):
+            return
+        if {normal_form(name) for name in names} != {normal_form(name) for name in self.class_names}:
             raise UserError(
                 f"the data has other classes ({few(names)}) than {self.path} ({few(self.class_names)}); give class subfolders "
                 "of those names, or, where it was imported, import it with --class-names"
             )
+        data.rename_classes(self.class_names)
 
     def _end(self, spec: Any, held_out: float) -> End:
         """The source, of 2-D points."""
@@ -109,15 +114,7 @@ class Run:
         names = self.class_names if self.num_classes is not None else tuple(class_names)
         if not names:
             raise UserError(f"{self.path} was trained without classes; leave --classes out")
-        known = {name: i for i, name in enumerate(names)}
-        chosen = []
-        for word in text.split("/"):
-            if word in known:
-                chosen.append(known[word])
-            elif word.isdecimal() and word.isascii() and int(word) < len(known):
-                chosen.append(int(word))
-            else:
-                raise UserError(f"class {word!r} is not known; the classes are: {few(names, 40)}")
+        chosen = parse_classes(text, names)
         if count % len(chosen):
             near = sorted({count // len(chosen) * len(chosen), -(-count // len(chosen)) * len(chosen)} - {0})
             raise UserError(
@@ -180,16 +177,11 @@ class Opened(Run):
                 f"the classifier {classifier.path} sees {its[1]} px in {its[0]} channel(s), {self.path} draws {mine[1]} px in "
                 f"{mine[0]}; train one with the same image"
             )
-        if self.num_classes is not None and self.class_names != classifier.class_names:
+        if self.num_classes is not None and not same_names(self.class_names, classifier.class_names):
             raise UserError(
                 f"the classifier {classifier.path} knows other classes ({few(classifier.class_names)}) than {self.path} "
                 f"({few(self.class_names)})"
             )
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def sampler_of(
@@ -285,7 +277,7 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     found = open_run(name, torch.device("cpu"))
     weights, key = found.network.state_dict(), "label_embedding.weight"
     own = networks[0].state_dict()
-    same = found.class_names == tuple(class_names) and key in weights
+    same = same_names(found.class_names, class_names) and key in weights
     told = f"starting from the weights of {name} (step {found.step})"
     if same and key in own and len(weights[key]) < len(own[key]):  # it never learned to go without a label
         weights[key] = torch.cat([weights[key], weights[key].mean(0, keepdim=True)])

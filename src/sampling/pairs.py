@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import UserError, config, dump, kind_of, read_json, wrong
 from ..data import PictureSet
 from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, write_block
+from ..data.names import same_names
 from ..data.transforms import DECODER
 from ..diffusion import DETERMINISTIC
 from ..progress import within
@@ -86,7 +87,8 @@ class PairEnds(Ends):
         if run.shape != self.shape:
             sizes = [" x ".join(map(str, shape)) for shape in (run.shape, self.shape)]
             raise UserError(f"pairs.run {spec.run} makes {sizes[0]}, and this run sees {sizes[1]}; name a run of the same data")
-        if num_classes is not None and (run.num_classes is None or run.class_names != tuple(ends.data.train.class_names)):
+        same = same_names(run.class_names, ends.data.train.class_names)
+        if num_classes is not None and (run.num_classes is None or not same):
             raise UserError(f"pairs.run {spec.run} has other classes; name another run, or set class_conditional to false")
         if run.gaussian != (ends.source is None):
             raise UserError(f"pairs.run {spec.run} starts from another source; give both runs the same")

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import pictures
 from ..config import Length, config, free
 from ..data import ImageConfig, PictureSet
+from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
 from ..training.seeds import generator, normal
@@ -65,10 +66,7 @@ def preview(
         sheets = [(stem.with_name(f"{stem.name}.png"), labels)]
     else:
         size = f"{columns}x{-(-count // columns)}"
-        safe = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in class_names]
-        if len(set(safe)) < n:
-            safe = [f"{i}_{name}" for i, name in enumerate(safe)]
-        sheets = [(stem / f"sample_{safe[i]}_{size}.png", [i] * count) for i in range(n)]
+        sheets = [(stem / f"sample_{name}_{size}.png", [i] * count) for i, name in enumerate(file_stems(class_names))]
     for path, labels in sheets:
         drawn = _draw(sampler, count, spec.batch_size, labels, session.accelerator)
         if session.accelerator.is_main_process:

@@ -145,7 +145,7 @@ def _remove(folder: Path) -> None:
 def contents(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The tensors and the documents of a checkpoint, as `write_folder` takes them."""
     tensors, documents = {}, {}
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             tensors[path.stem] = read_tensors(folder, path.stem)
         elif path.name != MANIFEST:

@@ -101,7 +101,7 @@ def _multiply_exactly() -> None:
 def _check_environment(*, fsdp: bool = False) -> None:
     environment = os.environ
     world = environment.get("WORLD_SIZE")
-    if world is not None and not world.isdigit():
+    if world is not None and not world.isdecimal():
         raise UserError(f"WORLD_SIZE is {world!r}, not a number; a launcher sets it: unset it")
     if environment.get("MASTER_ADDR") and world is None:
         raise UserError(

@@ -223,7 +223,7 @@ def spread(count: int, most: int) -> list[int]:
 def _samples(run_dir: Path, pictures: Pictures, told_of: Callable[[int], str]) -> str:
     """The previews with a slider through time, and a chooser where there are several sheets at a step."""
     found = find_samples(run_dir / "samples")
-    names = sorted({name for sheets in found.values() for name in sheets}, key=_by_numbers)
+    names = sorted({name for sheets in found.values() for name in sheets}, key=lambda name: (_by_numbers(name), name))
     shown_names = [names[i] for i in spread(len(names), CLASSES)]
     most = max(4, min(STEPS, SHEETS // max(1, len(shown_names))))
     steps = [list(found)[i] for i in spread(len(found), most)]

@@ -8,16 +8,19 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pydantic
+from accelerate.utils import gather_object
 
 from .. import pictures, progress
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json, validate
 from ..data import PictureSet, PointSet
+from ..data.formats import READ_BEFORE
 from ..data.latents import differs, same_latents
+from ..data.names import few, normal_form, same_names
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
 from .kept import cannot_change
@@ -43,12 +46,17 @@ class LogConfig:
 
 def _skipped(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[tuple[str, str]]:
     """(name, reason) of every file left out of the sources of both sets."""
-    parts = {id(part): part for part in [*train_set.parts, *(held_out.parts if held_out is not None else [])]}
-    return [entry for part in parts.values() for entry in part.report.skipped]
+    return [entry for part in _parts(train_set, held_out) for entry in part.report.skipped]
+
+
+def _parts(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[Any]:
+    """The sources of both sets, each once."""
+    both = [*train_set.parts, *(held_out.parts if held_out is not None else [])]
+    return list({id(part): part for part in both}.values())
 
 
 def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> dict[str, Any]:
-    """What travels with the weights: classes, counts, the hash of the file list."""
+    """What travels with the weights: classes, counts, the hash of the file list; and what is to be said of the data."""
     return {
         "class_names": list(train_set.class_names),
         "counts": train_set.counts,
@@ -56,7 +64,50 @@ def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | Point
         "held_out_images": len(held_out) if held_out is not None else 0,
         "fingerprint": train_set.fingerprint,
         "skipped": dict(Counter(why for _, why in _skipped(train_set, held_out)).most_common()),
+        "remarks": [remark for part in _parts(train_set, held_out) for remark in part.report.remarks],
+        "endings": train_set.endings if isinstance(train_set, PictureSet) else {},
     }
+
+
+def check_ranks(facts: dict[str, Any]) -> None:
+    """A UserError on every rank where one of them sees other images or classes than the first: another copy of the data, or
+    another file system."""
+    mine = [
+        facts["fingerprint"],
+        facts["class_names"],
+        facts["counts"],
+        (facts.get("source") or {}).get("fingerprint"),
+    ]
+    everyone = gather_object([(mine, facts["images"])])
+    (first, count), *others = everyone
+    for rank, (seen, images) in enumerate(others, 1):
+        if seen != first:
+            what = "classes" if seen[1] != first[1] else "images"
+            how = classes_differ(first[1], seen[1]) if what == "classes" else f"{count} images on rank 0, {images} there"
+            raise UserError(
+                f"rank {rank} sees other {what} of the data than rank 0 ({how}); put the data where all machines see the same, "
+                "or copy it anew"
+            )
+
+
+def classes_differ(before: Sequence[str], now: Sequence[str]) -> str:
+    """In words, how two lists of classes differ, or nothing where they are the same."""
+    if same_names(before, now):
+        return ""
+    gone = [name for name in before if normal_form(name) not in map(normal_form, now)]
+    new = [name for name in now if normal_form(name) not in map(normal_form, before)]
+    told = [f"{few(names)} {word}" for names, word in ((gone, "missing"), (new, "new")) if names]
+    return ", ".join(told) or f"the same ones in another order: {few(now, 10)}, where it was {few(before, 10)}"
+
+
+def _other_endings(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """A hint for a run whose folder holds other images than it was started with: which files were not read before."""
+    old = before.get("endings") or {}
+    more = {ending: count - old.get(ending, 0) for ending, count in now["endings"].items() if ending not in READ_BEFORE}
+    told = ", ".join(f"{count} {ending}" for ending, count in more.items() if count > 0)
+    if not told:
+        return ""
+    return f"; {told} files are among them, which were not read when the run was started: move them out of the folder to go on"
 
 
 def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
@@ -89,6 +140,14 @@ def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]
         lengths = ["stages"]  # more of them, after those that there were
     harmless += [key for key in other if key in lengths]
     return harmless, [key for key in other if key not in lengths]
+
+
+def uses_classes(settings: Any) -> bool:
+    """Whether what a run learns depends on the classes of its data: of an autoencoder, and where `class_conditional` is false,
+    it does not."""
+    if hasattr(settings, "stages"):
+        return False
+    return getattr(settings, "class_conditional", True) is not False or settings.balance_classes
 
 
 class RunDirectory:
@@ -167,18 +226,25 @@ class RunDirectory:
             },
         )
 
-    def adopt_progress(self, resumed: Path, facts: dict[str, Any]) -> dict[str, Any]:
-        """progress.json of the checkpoint that the run goes on from; other pictures than it was trained on are a UserError."""
+    def adopt_progress(self, resumed: Path, facts: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
+        """progress.json of the checkpoint that the run goes on from. A UserError for other pictures than it was trained on and,
+        where `classes` matter, for other classes."""
         before = read_json(resumed / "data.json")
         source = facts.get("source") or {}
         if (before.get("source") or {}).get("fingerprint") != source.get("fingerprint"):
             raise UserError(f"{self.path} was started from another source; bring it back, or give another --run-dir")
         if before.get("pairs") != facts.get("pairs"):
             raise UserError(f"{self.path} was trained on other pairs; give the same `pairs`, or another --run-dir")
+        named = classes_differ(before["class_names"], facts["class_names"])
         if before["fingerprint"] != facts["fingerprint"]:
+            also = f"; its classes differ, too: {named}" if named else ""
             raise UserError(
                 f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
-                "give another --run-dir"
+                f"give another --run-dir{_other_endings(before, facts)}{also}"
+            )
+        if named and classes:
+            raise UserError(
+                f"{self.path} was trained on other classes ({named}); give the data its old ones, or give another --run-dir"
             )
         if not same_latents(before.get("latents"), facts.get("latents")):
             found = differs(before.get("latents") or {}, facts.get("latents") or {}) or ["another cache, made anew"]

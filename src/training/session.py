@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..config import ENDLESS, Span, UserError, dump
 from ..data import PictureSet, PointSet
+from ..data.names import class_remarks
 from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
 from .continuing import MARK, describe
 from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
-from .run import RunDirectory
+from .run import RunDirectory, check_ranks, uses_classes
 from .state import Meter, Trained
 from .stream import Split
 from .trials import AGAIN, LOOKS, Attempt
@@ -47,6 +48,7 @@ class Session:
     ) -> None:
         self.cfg, self.accelerator, self.trained, self.facts = cfg, accelerator, trained, facts
         self.total_steps, self.attempt = total_steps, attempt
+        check_ranks(facts)
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=attempt.trial)
         attempt.held.callback(self.run.close)
         self.step, self.progress = 0, {}
@@ -64,7 +66,7 @@ class Session:
                     f"{resumed} is on the first machine and not on this one: put the run on a file system that all see{more}"
                 )
             self.run.hold_config(self.cfg, resumed)  # first: it names the key, where weights that do not fit name tensors
-            self.progress = self.run.adopt_progress(resumed, self.facts)
+            self.progress = self.run.adopt_progress(resumed, self.facts, classes=uses_classes(self.cfg))
             self.step = self.progress["step"]
             self.trained.load(resumed)
         self._origins: list[dict[str, Any]] = self.progress.get("continued", [])
@@ -134,9 +136,19 @@ class Session:
         for line in self.attempt.warnings:
             self.run.say(f"warning: {line}")
         self.attempt.leave_phases()
+        for remark in self._remarks():
+            self.run.say(remark)
         self.clock = Clock(
             self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
         )
+
+    def _remarks(self) -> list[str]:
+        """What a person has to know of the data before it is trained on."""
+        source = self.facts.get("source") or {}
+        remarks = [*self.facts.get("remarks", ()), *(f"source: {remark}" for remark in source.get("remarks", ()))]
+        if uses_classes(self.cfg):
+            remarks += class_remarks(self.facts["class_names"], self.facts["images"])
+        return remarks
 
     def enter(
         self,
