@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from src import pictures
-from src.config import UserError, config, read_json, run_script, validate
+from src.config import UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
 from src.data.archives import unpack
 from src.data.packing import pack
@@ -145,12 +145,12 @@ def main() -> None:
         if args.size < 2:
             raise UserError("--size must be at least 2")
         count = pack(open_pictures(args), Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
-        print(f"packed {count} pictures; train on them: --set data.source=packed --set data.path={args.out}")
+        print(f"packed {count} pictures; train on them: --set data.source=packed --set data.path={quoted(args.out)}")
     else:
         archive = Path(args.archive)
         out = Path(args.out) if args.out else archive.with_name(archive.name.split(".")[0])
         count = unpack(archive, out)
-        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {out}")
+        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {quoted(out)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import UserError, config, validate
+from ..config import UserError, config, quoted, validate
 from ..data import ImageConfig, SourceEnd
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import MLP, MLPConfig, UNet, UNetConfig
@@ -18,7 +18,7 @@ from ..training.checkpoint import load_weights
 from .autoencoder import LatentCodec, kept_autoencoder
 from .classifier import OpenedClassifier
 from .ends import EncodedEnd, End, latent_bounds, open_end
-from .folders import read_weights
+from .folders import read_weights, run_name
 from .sampler import Bound, Sampler, SamplerConfig, Start
 
 GAUSSIAN = {"source": "gaussian"}
@@ -51,6 +51,12 @@ class Run:
     @property
     def name(self) -> str:
         return self.config["name"]
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that its samples and figures go to by default: that of its directory, since two runs may be of
+        one config."""
+        return run_name(self.path)
 
     @property
     def gaussian(self) -> bool:
@@ -187,6 +193,12 @@ class Opened(Run):
             )
 
 
+def dealt(count: int, classes: str | None) -> int:
+    """The least number of images from `count` on that can be dealt to the classes A/B/C in equal blocks."""
+    each = len(classes.split("/")) if classes is not None else 1
+    return -(-count // each) * each
+
+
 def few(names: Sequence[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -309,7 +321,7 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
     """
     found = open_run(path, device)
     if not isinstance(found, Opened):
-        raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {path} draws them")
+        raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {quoted(path)} draws them")
     return found
 
 
