@@ -235,8 +235,10 @@ def likelihood(args: argparse.Namespace, defaults: argparse.Namespace, state: An
     print(
         f"{opened.path} (step {opened.step}) on {len(data)} {told}, {len(chain) - 1} steps:\n"
         f"  {found['bits_per_dimension']:.4f} +- {found['standard_error']:.4f} bits per dimension = prior "
-        f"{found['prior']:.4f} + steps {between:.4f} + decoder {found['decoder']:.4f}\n  {out}/likelihood.png"
+        f"{found['prior']:.4f} + steps {between:.4f} + decoder {found['decoder']:.4f}"
     )
+    if (out / "likelihood.png").exists():
+        print(f"  {out}/likelihood.png")
     return append(args, opened.step, {name: found["bits_per_dimension"]}, out)
 
 

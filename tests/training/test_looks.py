@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import accelerate.utils
 import pytest
 import torch
 from accelerate.tracking import TensorBoardTracker
+from PIL import Image
 
 from src import pictures
 from src.config import UserError
@@ -258,3 +260,32 @@ def test_a_preview_that_fails_on_one_of_two_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("warning: the preview failed (rank 1: ValueError: no samples)") == 1
     assert damage(tmp_path / "run" / "final") is None and not list((tmp_path / "run" / "samples").glob("*.png"))
+
+
+# ---------------------------------------------------------------------------------------------- names that mean something
+
+
+CLASSES = ('<b>&"a"', "it's $x_{$ 100%", "портрет\n[new] *")
+
+
+def test_names_that_mean_something_to_a_program_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in such a folder, of such classes, to its end; what it prints can be pasted; its report is whole."""
+    for number, name in enumerate(CLASSES):
+        for i in range(4):
+            folder = tmp_path / "my data" / "50% [x]" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (80 * number, 60 * i, 9)).save(folder / f"{i} %d.png")
+    run = tmp_path / "my runs" / "100% [new] 'x' #1 <i>"
+    data = ("data.source=folder", f"data.path={tmp_path / 'my data' / '50% [x]'}", "held_out=0.0", "log.trackers=[]")
+    run_short("ddpm", run, *data, "optimizer.schedule.kind=constant")
+    assert (run / "loss.png").exists() and (run / "contact_sheet.png").exists()
+    page = (run / "report.html").read_text()
+    assert '<b>&"a"' not in page and "&lt;b&gt;&amp;&quot;a&quot;" in page and "#1 <i>" not in page
+    said = (run / "log.txt").read_text().splitlines()[-1]
+    words = shlex.split(said.split("draw more: ")[1])
+    assert words == ["python", "sample.py", str(run), "--frames"]
+    drawn = here(*words[1:], "--steps", "2", "--classes", "0/1/2", "--batch-size", "6", cwd=tmp_path)
+    assert drawn.status == 0, drawn.all
+    assert len(list((tmp_path / "samples" / run.name).rglob("denoising.gif"))) == 1
+    again = run_short("ddpm", run, *data, "optimizer.schedule.kind=constant")
+    assert shlex.split(again.split("sample from it: ")[1])[:3] == words[:3]
