@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from src.config import UserError, run_script, validate, write_whole
+from src.config import UserError, quoted, run_script, validate, write_whole
 from src.diffusion import ProcessConfig
 from src.interop import diffusers, guided_diffusion, iadb, latent_folders
 from src.interop.imported import Imported, keep
@@ -74,12 +74,12 @@ def bring_in(args: argparse.Namespace, found: Imported) -> None:
     for line in (*found.taken, *found.told):
         print(line)
     if train is not None:
-        print(f"{out}: draw from it with python sample.py {out}; train it on your own pictures with")
-        print(f"  python {found.script} -cfg {train} --set data.path=PICTURES")
+        print(f"{out}: draw from it with python sample.py {quoted(out)}; train it on your own pictures with")
+        print(f"  python {found.script} -cfg {quoted(train)} --set data.path=PICTURES")
     elif found.low_resolution is not None:
-        print(f"{out}: make pictures of {found.low_resolution} px larger with python sample.py {out} --low PICTURES")
+        print(f"{out}: make pictures of {found.low_resolution} px larger with python sample.py {quoted(out)} --low PICTURES")
     else:
-        print(f"{out}: guide with python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {out}")
+        print(f"{out}: guide with python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {quoted(out)}")
 
 
 CPU = torch.device("cpu")

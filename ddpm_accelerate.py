@@ -2,7 +2,7 @@
 """Train a diffusion model on pixels (DDPM, DDIM, v-prediction, rectified flow), or sample from one.
 
 accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=PICTURES
-python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
+python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling --num-samples 32 --guidance 2
 """
 
 from functools import partial
@@ -11,11 +11,11 @@ from pathlib import Path
 import pydantic
 import torch
 
-from src.config import Length, config, free, load, run_script, to_steps, training_arguments
+from src.config import Length, config, free, load, quoted, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, check_sides, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
-from src.sampling.files import sample_checkpoints
+from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.sampling.quality import open_quality
@@ -68,11 +68,9 @@ class Config(MachineConfig):
 
 def main() -> int:
     parser = training_arguments(Config, __doc__ or "", default="configs/landscape64_ddpm.json")
-    parser.add_argument("--ckpt", metavar="FILE", action="append", default=[], help="with --ckpt_sampling; repeatable")
-    parser.add_argument("--ckpt_sampling", action="store_true", help="sample from each --ckpt into results/")
-    args = parser.parse_args()
-    if args.ckpt or args.ckpt_sampling:
-        return sample_checkpoints(args.ckpt, Path("results"), asked=args.ckpt_sampling)
+    args, samples = parse_with_sampling(parser)
+    if samples:
+        return sample_checkpoints(args)
     return run_training(train, load(args.config, Config, args.set), args)
 
 
@@ -108,7 +106,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {quoted(run_dir)}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
@@ -119,7 +117,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes and session.fresh:
-        first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
+        with session.look("the first images"):
+            first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
     examples = pictures_of(held_out, cfg.image) if held_out is not None else None
     batches = stream(
         train_set, cfg.image, split, seed=cfg.seed, balanced=cfg.balance_classes, start_step=session.step, workers=cfg.workers,
@@ -173,7 +172,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Leave what sampling needs, and say what to do next.
     batches.close()
-    message = f"finished; see {session.run.samples}, and draw more: python sample.py {run_dir} --frames"
+    session.write_final()
+    message = f"finished; see {session.run.samples}, and draw more: python sample.py {quoted(run_dir)} --frames"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 

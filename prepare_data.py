@@ -9,7 +9,6 @@ python prepare_data.py latents runs/landscape256_vae
 
 import argparse
 import json
-import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from src import pictures
-from src.config import UserError, config, read_json, run_script, validate
+from src.config import UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
 from src.data.archives import stem, unpack
 from src.data.names import class_remarks, shown
@@ -212,7 +211,7 @@ def main() -> None:
         for line in describe_small({"--size": args.size}, found):
             print(f"warning: {line.replace('--set data.scan.min_side=', '--min-side ')}")
         count = pack(found, Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
-        print(f"packed {count} pictures; train on them: --set data.source=packed --set {shlex.quote(f'data.path={args.out}')}")
+        print(f"packed {count} pictures; train on them: --set data.source=packed --set {quoted(f'data.path={args.out}')}")
     else:
         archive = Path(args.archive)
         name = stem(archive.name) or archive.stem
@@ -220,7 +219,7 @@ def main() -> None:
             raise UserError(f"{archive}: its name has no ending to leave away for a folder's name; give the folder with --out")
         out = Path(args.out) if args.out else archive.with_name(name)
         count = unpack(archive, out)
-        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {shlex.quote(str(out))}")
+        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {quoted(out)}")
 
 
 if __name__ == "__main__":

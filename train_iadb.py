@@ -13,7 +13,7 @@ import pydantic
 import torch
 from pydantic import Discriminator, Tag
 
-from src.config import ENDLESS, Length, config, free, load, run_script, to_steps, training_arguments, wrong
+from src.config import ENDLESS, Length, config, free, load, quoted, run_script, to_steps, training_arguments, wrong
 from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, check_sides
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
@@ -161,7 +161,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, ends.facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {quoted(run_dir)}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
@@ -175,7 +175,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         if autoencoder is not None:
             autoencoder.keep(run_dir / "autoencoder")
         if session.fresh:
-            first_ends(sampler_for(SamplerConfig()), ends.data.examples(), run_dir)
+            with session.look("blend.png"):
+                first_ends(sampler_for(SamplerConfig()), ends.data.examples(), run_dir)
     batches = ends.stream(
         split,
         seed=cfg.seed,
@@ -233,15 +234,15 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Leave what sampling needs, and say what to do next; of 2-D points, show how they move.
     batches.close()
     session.clock.close()
+    session.write_final(more=autoencoder.files() if autoencoder is not None else ({}, {}))
     if cfg.image is None and session.run.writes:
-        labels = random_labels(0, range(20_000), num_classes) if num_classes is not None else None
-        walk = sampler_for(SamplerConfig(solver="euler", steps=128))
-        write_points(walk, run_dir / "points", labels=labels, device=device)
-    message = (
-        f"finished; see {session.run.samples if cfg.image else run_dir / 'points'}, and draw more: python sample.py {run_dir}"
-    )
-    more = autoencoder.files() if autoencoder is not None else ({}, {})
-    return session.end_finished(message, {"loss": ["loss", "held_out_loss"], "straightness": ["straightness"]}, more=more)
+        with session.look("points"):
+            labels = random_labels(0, range(20_000), num_classes) if num_classes is not None else None
+            walk = sampler_for(SamplerConfig(solver="euler", steps=128))
+            write_points(walk, run_dir / "points", labels=labels, device=device)
+    made = session.run.samples if cfg.image is not None else run_dir / "points"
+    message = f"finished; see {made}, and draw more: python sample.py {quoted(run_dir)}"
+    return session.end_finished(message, {"loss": ["loss", "held_out_loss"], "straightness": ["straightness"]})
 
 
 if __name__ == "__main__":

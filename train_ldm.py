@@ -11,7 +11,7 @@ from pathlib import Path
 import pydantic
 import torch
 
-from src.config import Length, config, free, load, run_script, to_steps, training_arguments
+from src.config import Length, config, free, load, quoted, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, check_sides, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
@@ -117,7 +117,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {quoted(run_dir)}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
@@ -130,7 +130,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if session.run.writes:
         autoencoder.keep(run_dir / "autoencoder")
         if session.fresh:
-            first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
+            with session.look("the first images"):
+                first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
     examples = latents.examples(held_out.labels) if held_out is not None else None
     batches = latent_stream(
         latents.train,
@@ -186,8 +187,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
             return session.end_stopped()
 
     # Leave what sampling needs, the autoencoder with it, and say what to do next.
-    message = f"finished; see {session.run.samples}, and draw more: python sample.py {run_dir} --frames"
-    return session.end_finished(message, {"loss": ["loss", "held_out_loss"]}, more=autoencoder.files())
+    session.write_final(more=autoencoder.files())
+    message = f"finished; see {session.run.samples}, and draw more: python sample.py {quoted(run_dir)} --frames"
+    return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 
 if __name__ == "__main__":

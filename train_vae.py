@@ -13,7 +13,7 @@ import pydantic
 import torch
 
 from src import losses
-from src.config import config, free, load, run_script, training_arguments, wrong
+from src.config import config, free, load, quoted, run_script, training_arguments, wrong
 from src.data import HeldOut, ImageConfig, Sources, check_sides, open_data
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
@@ -103,8 +103,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=stages[-1].end, attempt=attempt)
+    use = f"python train_ldm.py -cfg CONFIG --set autoencoder={quoted(run_dir)}"
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); now: train_ldm.py with autoencoder {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); diffusion on its latents: {use}")
         return 0
     tanh = session.progress.get("tanh", False)
     if cfg.init_from is not None and not session.progress:
@@ -122,7 +123,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if session.run.writes and session.fresh:
         for line in warnings(cfg.stages, from_scratch=cfg.init_from is None, model=cfg.model):
             session.run.say(f"warning: {line}")
-        first_pictures(run_dir, train_set, now.image, cfg.seed)
+        with session.look("the first images"):
+            first_pictures(run_dir, train_set, now.image, cfg.seed)
 
     for stage in stages[now.number - 1 :]:
         # Enter the stage: picture size, tanh, learning rates, and how well it reconstructs at the start.
@@ -132,7 +134,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         key = f"stages.{stage.number - 1}.micro_batch_size"
         session.enter(split, stage.resolve, end=stage.end, name=stage.describe(len(stages)), key=key)
         examples = pictures_of(held_out if held_out is not None else train_set, stage.image)
-        look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, batch_size=split.micro)
+        more = {"batch_size": split.micro, "warn": session.run.warn}
+        look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, **more)
         if guard.enter(stage.number) and own.adversarial is not None and not attempt.trial:
             guard.watch(cfg.guard, session.step, look()["l1"])
         batches = stream(train_set, stage.image, split, seed=seed, start_step=session.step, workers=cfg.workers, device=device)
@@ -232,10 +235,11 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         batches.close()
 
     # Leave what latent diffusion needs, and say what to do next.
-    message = f"finished; see {session.run.samples}; next, diffusion on its latents: train_ldm.py --set autoencoder={run_dir}"
+    session.write_final(progress={"tanh": tanh})
+    message = f"finished; see {session.run.samples}; next, diffusion on its latents: {use}"
     curves = {"loss": ["loss", f"{where}_l1", f"{where}_lpips"], "PSNR": [f"{where}_psnr"]}
     curves |= {"adversary": ["discriminator_accuracy"]}
-    return session.end_finished(message, curves, progress={"tanh": tanh})
+    return session.end_finished(message, curves)
 
 
 if __name__ == "__main__":

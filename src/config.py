@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -221,6 +222,16 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a person pastes it into a command of a shell, also as a value of --set: it is no option and no JSON there."""
+    text = str(path)
+    try:
+        other = not isinstance(json.loads(text), str) or text.startswith('"')
+    except ValueError:
+        other = text.startswith(("-", "{", "[", '"'))
+    return shlex.quote(f"./{text}" if other else text)
 
 
 # ---------------------------------------------------------------------------------------------- walking types

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -237,6 +238,73 @@ def test_sampling_from_several_checkpoints(smoke_run: Path, tmp_path: Path, caps
         assert (tmp_path / "results" / f"denoised_{name}.gif").exists()
     assert "needs at least one --ckpt" in refused("ddpm_accelerate", "--ckpt_sampling")
     assert "add --ckpt_sampling" in refused("ddpm_accelerate", "--ckpt", export)
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+
+
+def test_sampling_from_checkpoints_takes_the_words_of_sample(smoke_run: Path, tmp_path: Path) -> None:
+    words = ("--ckpt", smoke_run, "--ckpt_sampling", "--num-samples", "6", "--steps", "3", "--classes", "square/0/triangle")
+    words = (*words, "--guidance", "2", "--solver", "heun", "--seed", "7", "--batch-size", "2", "--device", "cpu")
+    done = here(SCRIPT, *words, "--out", tmp_path / "here")
+    assert done.status == 0 and f"{tmp_path}/here/grid.png" in done.out, done.all
+    with Image.open(tmp_path / "here" / "grid.png") as sheet:
+        drawn = np.asarray(sheet)[4:, 4:]
+    assert len(list((tmp_path / "here" / "denoised").iterdir())) == 4
+    sampled = here("sample.py", smoke_run, *words[3:], "--out", tmp_path / "samples")
+    assert sampled.status == 0, sampled.all
+    for i in range(6):
+        with Image.open(tmp_path / "samples" / f"{i:05d}.png") as image:
+            large = np.asarray(image).repeat(4, 0).repeat(4, 1)
+        x, y = 68 * (i % 3), (64 + 16 + 4) * (i // 3)
+        assert (drawn[y : y + 64, x : x + 64] == large).all(), "what sample.py draws with the same words"
+    two = launch(SCRIPT, *words, "--out", tmp_path / "two", processes=2)
+    assert two.status == 0 and two.out.count("the GIF again") == 1, two.all
+    assert results(tmp_path / "two") == results(tmp_path / "here"), "on two processes the same files"
+
+
+def test_checkpoints_are_sampled_by_default_as_many_as_classes_ask_for(smoke_run: Path, tmp_path: Path) -> None:
+    words = ("--ckpt", smoke_run, "--ckpt_sampling", "--steps", "1", "--out", tmp_path / "out")
+    assert here(SCRIPT, *words, "--classes", "0/1/2").status == 0
+    with Image.open(tmp_path / "out" / "grid.png") as sheet:
+        assert sheet.width == 4 + 5 * 68 and sheet.height > 4 * 68, "18 of them"
+    assert "16 pictures cannot be dealt to 3" in refused("ddpm_accelerate", *words, "--classes", "0/1/2", "--num-samples", "16")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("-cfg", "missing.json"), "-cfg is about training"),
+        (("-cfg", "configs/landscape64_ddpm.json"), "-cfg is about training"),  # its default, and yet it says nothing here
+        (("--set", "nonsense=1"), "--set is about training"),
+        (("--dry-run",), "--dry-run is about training"),
+        (("--verify-resume",), "--verify-resume is about training"),
+        (("--run-dir", "runs/x"), "--run-dir is about training"),
+        (("--num-samples", "0"), "must be at least 1"),
+        (("--seed", "-1"), "--seed from 0"),
+        (("--classes", "hexagon"), "'hexagon' is not known"),
+        (("--steps", "1000"), "more than the schedule's 100"),
+        (("--steps", "few"), "--steps few: give a number"),
+        (("--eta", "1", "--solver", "heun"), "eta belongs to the solver ddim"),
+        (("--classifier", "x"), "guides only with --guidance-method classifier"),
+        (("--guidance-method", "classifier", "--guidance", "2"), "guidance by a classifier needs one"),
+        (("--ckpt", "missing"), "there is no such run or checkpoint"),
+    ],
+)
+def test_what_sampling_from_checkpoints_cannot_use(smoke_run: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    out = tmp_path / "out"
+    assert said in refused("ddpm_accelerate", "--ckpt", smoke_run, "--ckpt_sampling", "--out", out, *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "words", [("--steps", "3"), ("--seed", "0"), ("--num-samples", "4"), ("--out", "x"), ("--guidance", "2")]
+)
+def test_training_takes_no_words_of_sampling(words: tuple[str, ...]) -> None:
+    assert f"{words[0]} is about drawing from a --ckpt: add --ckpt_sampling" in refused(
+        "ddpm_accelerate", "-cfg", SMOKE, *words
+    )
 
 
 def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> None:

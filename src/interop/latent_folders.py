@@ -37,8 +37,8 @@ def latent_part(autoencoder: Autoencoder, facts: dict[str, Any]) -> LatentPart:
 
 
 def read(name: str | Path, *, which: str | None = None) -> Imported:
-    """What `diffusers.read` gives of `which` network, and, where the folder has an autoencoder in `vae`, with it: the U-Net sees
-    its latents."""
+    """What `diffusers.read` gives of `which` network, and, where the folder has an autoencoder in `vae`, with it: the U-Net
+    sees its latents."""
     folder = diffusers.local_folder(name)
     kind = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if isinstance(kind, dict) and kind.get("_class_name") == "AutoencoderKL":

@@ -25,12 +25,14 @@ from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
 from ..progress import within
+from ..training.looks import only_looked_at
 from ..training.stream import to_network
 from .autoencoder import open_autoencoder
 from .blocks import Ranks, claim_request, in_blocks
 from .classifier import OpenedClassifier
 from .edit import files_of
 from .ends import Starts
+from .folders import run_name
 from .opened import Opened
 from .quality import (
     BLOCK,
@@ -175,7 +177,7 @@ def evaluate_run(
     _check_run(opened, data, count)
     if held_out is not None:
         opened.check_classes(held_out)
-    out = it.folder(opened.name, "quality", _request(opened, sampler, data, count, it.seed, it.batch_size))
+    out = it.folder(opened.folder, "quality", _request(opened, sampler, data, count, it.seed, it.batch_size))
     labels = labels_like(data, count, opened.num_classes)
     drawing = {"count": count, "seed": it.seed, "batch_size": it.batch_size, "device": it.device, "ranks": it.ranks}
     drawn = drawn_features(sampler, it.networks, labels, out, **drawing)
@@ -232,9 +234,11 @@ def evaluate_run(
         images = [sampler.draw(it.seed, part, [labels[i] for i in part] if labels else None, **more) for part in parts]
         return pictures.to_uint8(torch.cat(images))
 
-    draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, opened.image, indices), told)
-    report.files.append(out / "nearest.png")
-    return report.write(it.ranks)
+    report.write(it.ranks)
+    with only_looked_at("nearest.png"):
+        draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, opened.image, indices), told)
+        report.files.append(out / "nearest.png")
+    return report
 
 
 def read_classes(
@@ -322,7 +326,7 @@ def sweep(
     _check_run(opened, data, count)
     samplers = [opened.sampler(how, classifier) for how in settings]
     request = _request(opened, samplers[0], data, count, it.seed, it.batch_size)
-    out = it.folder(opened.name, "sweep", {**request, "settings": [dump(how) for how in settings]})
+    out = it.folder(opened.folder, "sweep", {**request, "settings": [dump(how) for how in settings]})
     swept = [key for key in dump(settings[0]) if len({json.dumps(dump(how)[key]) for how in settings}) > 1]
     labels, rows = labels_like(data, count, opened.num_classes), list[dict[str, Any]]()
     real = {network.name: real_features(network, data, opened.image, read=it.reads) for network in it.networks}
@@ -354,11 +358,13 @@ def sweep(
         report.lines += [f"  note: {note}" for note in notes[network.name]]
         best = min(rows, key=lambda row: row[network.name]["frechet"])
         report.lines.append("  best: " + ", ".join(f"{key} {_told(best[key])}" for key in columns))
-    _draw_sweep(out / "sweep.png", rows, swept, it.networks)
-    report.files.append(out / "sweep.png")
     report.figures = {"num_samples": count, "real_pictures": len(data), "of": told, "rows": rows, "notes": notes}
     report.figures["compares_with"] = {network.name: network.comparable for network in it.networks}
-    return report.write(it.ranks)
+    report.write(it.ranks)
+    with only_looked_at("sweep.png"):
+        _draw_sweep(out / "sweep.png", rows, swept, it.networks)
+        report.files.append(out / "sweep.png")
+    return report
 
 
 def _told(value: Any) -> str:
@@ -462,9 +468,11 @@ def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bo
     def draw(indices: Sequence[int]) -> NDArray[np.uint8]:
         return pixels([files[i] for i in indices]).permute(0, 2, 3, 1).numpy()
 
-    draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, image, indices), GIVEN)
-    report.files.append(out / "nearest.png")
-    return report.write(it.ranks)
+    report.write(it.ranks)
+    with only_looked_at("nearest.png"):
+        draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, image, indices), GIVEN)
+        report.files.append(out / "nearest.png")
+    return report
 
 
 # ---------------------------------------------------------------------------------------------- reconstructions
@@ -488,6 +496,7 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "files": data.state, "size": image.size}
     request["lpips"] = seen_by
     out = it.folder(settings["name"], "reconstructions", {**request, "batch_size": it.batch_size})
+    out = it.folder(run_name(run), "reconstructions", {**request, "batch_size": it.batch_size})
     own = next(autoencoder.network.parameters()).dtype
 
     @torch.no_grad()
@@ -537,8 +546,10 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     report.lines += [f"  note: {note}" for note in notes]
     report.values |= means
     report.figures |= {**means, "real_pictures": len(data), "of": told, "notes": notes}
-    order = np.argsort(each["psnr"], kind="stable")
-    chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
-    save_sheet(out / "reconstructions.png", *through(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")
-    report.files.append(out / "reconstructions.png")
-    return report.write(it.ranks)
+    report.write(it.ranks)
+    with only_looked_at("reconstructions.png"):
+        order = np.argsort(each["psnr"], kind="stable")
+        chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
+        save_sheet(out / "reconstructions.png", *through(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")
+        report.files.append(out / "reconstructions.png")
+    return report

@@ -14,6 +14,7 @@ from ..config import UserError, write_whole
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..progress import within
+from ..training.looks import only_looked_at
 from .blocks import Ranks, claim_request, in_blocks
 from .opened import Opened
 from .preview import pictures_of
@@ -112,5 +113,6 @@ def measure_likelihood(
         t = means["steps"]
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": {"eps": (t, means["eps_mse"])}}
         panels["mean squared error"]["x_0"] = (t, means["x0_mse"])
-        pictures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
+        with only_looked_at("likelihood.png"):
+            pictures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
     return means

@@ -1,6 +1,7 @@
 """Open what was trained: a run directory, a checkpoint, a final folder, or an export."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import UserError, config, validate
+from ..config import UserError, config, quoted, validate
 from ..data import ImageConfig, PictureSet, SourceEnd
 from ..data.names import few, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
@@ -19,7 +20,7 @@ from ..training.checkpoint import load_weights
 from .autoencoder import LatentCodec, kept_autoencoder
 from .classifier import OpenedClassifier
 from .ends import EncodedEnd, End, latent_bounds, open_end
-from .folders import read_weights
+from .folders import read_weights, run_name
 from .sampler import Bound, Sampler, SamplerConfig, Start
 
 GAUSSIAN = {"source": "gaussian"}
@@ -52,6 +53,12 @@ class Run:
     @property
     def name(self) -> str:
         return self.config["name"]
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that its samples and figures go to by default: that of its directory, since two runs may be of
+        one config."""
+        return run_name(self.path)
 
     @property
     def gaussian(self) -> bool:
@@ -184,6 +191,15 @@ class Opened(Run):
             )
 
 
+def dealt(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:
+    """The least number of images from `count` on that can be dealt to the classes A/B/C in equal blocks. Without the
+    `class_names`, which a name with a slash in it needs, each slash divides two classes."""
+    if classes is None:
+        return count
+    each = len(parse_classes(classes, class_names)) if class_names else len(re.split(r"(?<!\\)/", classes))
+    return -(-count // each) * each
+
+
 def sampler_of(
     spec: SamplerConfig,
     network: nn.Module,
@@ -301,7 +317,7 @@ def open_trained(path: str | Path, device: torch.device) -> Opened:
     """
     found = open_run(path, device)
     if not isinstance(found, Opened):
-        raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {path} draws them")
+        raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {quoted(path)} draws them")
     return found
 
 

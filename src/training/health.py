@@ -254,7 +254,7 @@ def ffmpeg() -> Verdict:
         with tempfile.TemporaryDirectory() as folder:
             for i in range(2):
                 Image.new("RGB", (16, 16), (255 * i, 90, 0)).save(Path(folder) / f"{i}.png")
-            pictures.mp4(Path(folder) / "%d.png", Path(folder) / "film.mp4", fps=2)
+            pictures.mp4(Path(folder) / "%d.png", Path(folder) / "film.mp4", fps=2, programs=[program] if program else None)
     except (UserError, RuntimeError) as error:
         return Verdict("warn", str(error), "only interpolate.py's MP4 needs it; GIFs are made without")
     return Verdict("pass", f"H.264 by {program}")

@@ -25,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from pydantic import Field
 
 from ..config import UserError, config, dump, free
+from .looks import Warn, is_out_of_memory, only_looked_at
 from .sharding import plugin_for
 
 T = TypeVar("T")
@@ -225,8 +226,8 @@ def start_sampling(device: str | None = None) -> tuple[PartialState, torch.devic
     return state, chosen
 
 
-def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settings: Any, step: int) -> None:
-    """Open the trackers, named as the run, going on at `step`."""
+def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
+    """Open the trackers, named as the run, going on at `step`; the run does without one that does not open."""
     if not accelerator.log_with:
         return
 
@@ -237,18 +238,22 @@ def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settin
         else:
             yield path, value if isinstance(value, bool | int | float | str) else str(value)
 
-    accelerator.init_trackers(
-        project,
-        config=dict(flatten(dump(settings))),
-        init_kwargs={
-            "tensorboard": {"purge_step": step + 1},
-            "wandb": {
-                "name": run_dir.name,
-                "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],  # the same run when it goes on
-                "resume": "allow",
-            },
+    told = dict(flatten(dump(settings)))
+    more = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {
+            "name": run_dir.name,
+            "id": hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16],  # the same run when it goes on
+            "resume": "allow",
         },
-    )
+    }
+    wanted, opened = accelerator.log_with, []
+    for tracker in wanted:
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        with only_looked_at(str(getattr(tracker, "value", tracker)), warn):
+            accelerator.init_trackers(project, config=told, init_kwargs=more)
+            opened += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = wanted, opened
 
 
 def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: torch.Tensor) -> None:
@@ -266,12 +271,6 @@ def agree(chosen: T) -> T:
     box = [chosen]
     broadcast_object_list(box)
     return box[0]
-
-
-def of_a_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone or hangs."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
 
 
 def silent_ranks(patience_seconds: float = 5.0) -> str:
@@ -492,10 +491,8 @@ def explain_out_of_memory(
 
     try:
         yield change
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(*tried) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
             raise OutOfMemory(*tried) from error
         raise
 

@@ -9,6 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ from ..data.names import few, normal_form, same_names
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
 from .kept import cannot_change
+from .looks import only_looked_at
 from .report import Reporter, read_lines
 
 
@@ -158,6 +160,7 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         self._log: IO[str] | None = None
         self._metrics: IO[str] | None = None
+        self._warned = set[str]()
         self._reporter = Reporter(path, self.say) if writes and not quiet else None
         if writes:
             self._claim()
@@ -197,14 +200,23 @@ class RunDirectory:
 
     def _note(self, message: str) -> None:
         if self._log is not None:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-            self._log.flush()
+            with suppress(OSError):  # of a full disk: what is said is on the screen
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+                self._log.flush()
 
     def say(self, message: str) -> None:
         """A line for the person and for log.txt."""
         if self._log is not None:
             if not self._quiet:
                 progress.say(message)
+            self._note(message)
+
+    def warn(self, what: str, reason: str) -> None:
+        """Say once of each `what` that is only to be looked at that it failed: in a trial and after the end, too."""
+        if self.writes and what not in self._warned:
+            self._warned.add(what)
+            message = f"warning: {what} failed ({reason}); the run goes on, and says this once"
+            progress.say(message)
             self._note(message)
 
     def write_json(self, name: str, document: Any) -> None:
@@ -351,18 +363,23 @@ class RunDirectory:
         """Give the directory up, after a last word: another launch may have it."""
         if message is not None:
             self.say(message)
-        for file in (self._metrics, self._log, self._lock):
+        if self._log is not None:
+            with suppress(OSError):
+                self._log.close()
+        for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()
         self._metrics = self._log = self._lock = None
 
     def draw_curves(self, panels: dict[str, list[str]]) -> None:
         """loss.png: values of metrics.jsonl over the steps, panel by panel; what was never logged is left out."""
-        lines = self.read_metrics()
-        found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-        for panel, names in panels.items():
-            for name in names:
-                known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-                if known:
-                    found.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
-        pictures.curves(self.path / "loss.png", found, xlabel="step", title=self.path.name, log={"loss"})
+        with only_looked_at("loss.png", self.warn):
+            lines = self.read_metrics()
+            found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+            for panel, names in panels.items():
+                for name in names:
+                    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+                    if known:
+                        found.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
+            if found:
+                pictures.curves(self.path / "loss.png", found, xlabel="step", title=self.path.resolve().name, log={"loss"})

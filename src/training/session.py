@@ -1,6 +1,7 @@
 """What every training loop keeps besides its networks: where it goes on, what is due, the log, the checkpoint, the end."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
 from .continuing import MARK, describe
 from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
+from .looks import Look, finish_trackers, for_each_tracker, only_looked_at
 from .run import RunDirectory, check_ranks, uses_classes
 from .state import Meter, Trained
 from .stream import Split
@@ -120,7 +122,7 @@ class Session:
                 self.attempt.uploads.wake(self.step)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # over gloo the error itself says who is lost
             self.heart = Heartbeats(accelerator.process_index, accelerator.num_processes)
-        start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step)
+        start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step, self.run.warn)
         facts = self.facts
         self.attempt.images, self.attempt.parameters = facts["images"], self.trained.num_parameters
         endless, epochs = self.total_steps == ENDLESS, total_images / facts["images"]
@@ -262,11 +264,15 @@ class Session:
             return False
         return name in values and self.better(name, values[name], measured) and keeps_best(self.cfg)
 
+    def look(self, what: str) -> AbstractContextManager[Look]:
+        """Around the drawing of `what`, which is only to be looked at: where it fails, the run says so and goes on."""
+        return only_looked_at(what, self.run.warn)
+
     def report(self, values: dict[str, float]) -> None:
         """A line of metrics.jsonl, of the trackers, and for the person; after a preview, and now and then, the report."""
         if values:
             self.run.log(self.step, values)
-            self.accelerator.log(values, step=self.step)
+            for_each_tracker(self.accelerator, self.run.warn, lambda: self.accelerator.log(values, step=self.step))
             self.run.say_progress(self.clock, self.step, self.total_steps, values)
         self.run.report(now=self.now("preview"))
 
@@ -330,19 +336,16 @@ class Session:
         message = f"stopped at step {self.step} and saved; to go on, run the same command again"
         return self._end_run("stopped", message, 1)
 
-    def end_finished(
-        self,
-        message: str,
-        curves: dict[str, list[str]],
-        *,
-        progress: dict[str, Any] | None = None,
-        more: tuple[Tensors, Documents] = ({}, {}),
-    ) -> int:
-        """Leave `final/` (`progress` beside the step, and `more` files), loss.png with panels of `curves`, and a last word."""
+    def write_final(self, *, progress: dict[str, Any] | None = None, more: tuple[Tensors, Documents] = ({}, {})) -> None:
+        """Leave `final/` (`progress` beside the step, and `more` files): before anything that is only to be looked at."""
         weights = self.trained.weights(keep=self.run.writes)
         if self.run.writes:
             documents = {**self.documents({"step": self.step, **(progress or {})}), **more[1]}
             checkpoint.write_folder(self.run.final, {"ema": weights, **more[0]}, documents)
+
+    def end_finished(self, message: str, curves: dict[str, list[str]]) -> int:
+        """Leave loss.png with panels of `curves`, and a last word; `final/` is there."""
+        if self.run.writes:
             self.run.draw_curves(curves)
         return self._end_run("finished", message, 0)
 
@@ -364,8 +367,7 @@ class Session:
         self.clock.close()
         self._rest()
         self.run.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        finish_trackers(self.accelerator, self.run.warn)
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
 
@@ -377,5 +379,6 @@ class Session:
         self.clock.close()
         self._rest()
         self.run.finish(state, self.step, self.total_steps, message)
+        finish_trackers(self.accelerator, self.run.warn)
         self.accelerator.end_training()
         return status

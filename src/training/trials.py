@@ -21,7 +21,8 @@ from ..progress import Phases, say
 from .checkpoint import damage, keeps_best, newest, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .continuing import MARK, continue_as, directory_of
-from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
+from .launch import OutOfMemory, explain_out_of_memory, silent_ranks, undetermined
+from .looks import of_a_lost_rank
 from .report import SAMPLE_BYTES
 from .stream import Split
 from .uploads import Uploads, bring
