@@ -8,7 +8,6 @@
 
 import argparse
 import base64
-import fcntl
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
 from ..config import FULL, UserError, run_script, write_whole
+from ..locks import take_lock
 from ..progress import Progress
 from .archives import Damaged, size, stem, unpack
 
@@ -431,7 +431,7 @@ def alone(folder: Path) -> Iterator[None]:
     while True:
         with open(path, "a+") as lock:
             try:
-                fcntl.lockf(lock, fcntl.LOCK_EX)
+                take_lock(lock, wait=True)
             except OSError as error:
                 raise UserError(f"{folder.parent} cannot be locked ({error.strerror}); put it on another disk") from None
             if not _is_at(path, lock):

@@ -101,6 +101,16 @@ def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     }
 
 
+def _free_memory() -> int:
+    """Bytes of memory that nobody uses now."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and macOS not this one
+        import psutil
+
+        return psutil.virtual_memory().available
+
+
 @dataclass
 class LatentSet:
     """Moments of pictures, in the order of their set: blocks in mapped files, or all on one device."""
@@ -122,10 +132,8 @@ class LatentSet:
 
     def settle(self, share: float = 0.3) -> None:
         """Bring all of it to the device if it takes no more than `share` of the memory that is free there."""
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_memory()
         if self.bytes <= share * free:
             self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 

@@ -1,6 +1,5 @@
 """Look at every picture once before training: what cannot be read is left out, counted and listed."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from ..config import UserError, config
+from ..locks import take_lock
 from ..progress import Progress
 from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
 from .formats import endings, open_image
@@ -186,7 +186,7 @@ def _remembered(key: str):
         facts: dict[str, Any] = {}
         with suppress(OSError):  # a cache that cannot be used costs time, not the run
             folder.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(path.with_suffix(".lock"), "w")), fcntl.LOCK_EX)
+            take_lock(stack.enter_context(open(path.with_suffix(".lock"), "w")), wait=True)
         with suppress(OSError, ValueError):
             facts = json.loads(path.read_text())
 

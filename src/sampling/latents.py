@@ -1,6 +1,5 @@
 """Encode a data set once: all ranks, a block of pictures at a time, going on where a kill left it."""
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -34,6 +33,7 @@ from ..data.latents import (
     write_block,
 )
 from ..data.transforms import DECODER
+from ..locks import take_lock
 from ..progress import Progress, track, within
 from ..training.stream import to_network
 from ..training.trials import Attempt
@@ -280,11 +280,9 @@ def _claim(folder: Path, name: str) -> IO[str]:
     """Refuse a cache that another process is making; the kernel drops the claim when it dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not take_lock(lock):
         lock.close()
-        raise UserError(f"the {name} {folder} is being made by another process; wait for it") from None
+        raise UserError(f"the {name} {folder} is being made by another process; wait for it")
     return lock
 
 

@@ -1,6 +1,5 @@
 """What a machine offers a run: versions, file system, shared memory, ffmpeg, weights, bucket. A check gives a Verdict."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -21,7 +20,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from .. import locks
 from ..config import UserError, write_flushed
+from ..locks import take_lock
 from ..metrics.features import INCEPTION_URL, inception_file
 from . import checkpoint
 
@@ -167,11 +168,9 @@ def free_space(folder: Path, needed: float | None = None, what: str = "") -> Ver
 
 
 _TRY_LOCK = """
-import fcntl, sys
-try:
-    fcntl.lockf(open(sys.argv[1], "a+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
-except OSError:
-    print("refused")
+import runpy, sys
+take_lock = runpy.run_path(sys.argv[1])["take_lock"]
+print("taken" if take_lock(open(sys.argv[2], "a+")) else "refused")
 """
 
 
@@ -183,10 +182,12 @@ def lock(folder: Path) -> Verdict:
     elsewhere += "which guards this machine alone: then start a run, and setup.sh, on one machine at a time)"
     with scratch(folder) as place, open(place / ".lock", "a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file)
         except OSError as error:
             return Verdict("fail", f"no lock on a file: {error.strerror or error}", elsewhere)
-        other = subprocess.run([sys.executable, "-SE", "-c", _TRY_LOCK, file.name], capture_output=True, timeout=60)
+        other = subprocess.run(
+            [sys.executable, "-SE", "-c", _TRY_LOCK, locks.__file__, file.name], capture_output=True, timeout=60
+        )
         if b"refused" not in other.stdout:
             return Verdict("fail", "two processes hold the same lock", elsewhere)
     return Verdict("pass", "a second launch on a live run is refused")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -351,17 +352,19 @@ class StopRequest:
 
     (A launcher passes Ctrl-C on as SIGTERM: one of each is still one request.) Python calls a handler between two of its own
     instructions, and inside a step one instruction of torch's may take minutes. So the signals are also written into a pipe,
-    at once, and a thread, which runs beside torch, reads them there.
+    at once, and a thread, which runs beside torch, reads them there. (A pair of sockets is what Windows takes, too.)
     """
 
     def __init__(self, warning: str = "USR1", leaving: Callable[[], object] = lambda: None) -> None:
         self.asked = False
         self._leaving, self._seen, self._read = leaving, set[int](), set[int]()
-        reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
+        reading, writing = socket.socketpair()
+        writing.setblocking(False)
+        self._writing = writing.detach()
         self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.Signals[f"SIG{warning}"]}
-        threading.Thread(target=self._watch, args=(reading,), name="stop", daemon=True).start()
+        names = ("SIGTERM", "SIGINT", "SIGUSR1", f"SIG{warning}")
+        self._numbers = {int(getattr(signal, name)) for name in names if hasattr(signal, name)}  # Windows has fewer
+        threading.Thread(target=self._watch, args=(reading.detach(),), name="stop", daemon=True).start()
         for number in self._numbers:
             signal.signal(number, self._receive)
 
@@ -370,8 +373,8 @@ class StopRequest:
         self._count(number, self._seen)
 
     def _watch(self, reading: int) -> None:
-        with open(reading, "rb", buffering=0) as pipe:
-            while signals := pipe.read(64):
+        with socket.socket(fileno=reading) as pipe:
+            while signals := pipe.recv(64):
                 for number in signals:
                     if number in self._numbers:
                         if not self._read:
@@ -392,7 +395,8 @@ class StopRequest:
         now = signal.set_wakeup_fd(self._before)
         if now != self._writing:  # somebody has set another one since
             signal.set_wakeup_fd(now)
-        os.close(self._writing)
+        with socket.socket(fileno=self._writing) as writing:
+            writing.shutdown(socket.SHUT_RDWR)  # loader workers may hold a copy
         self._writing = -1
 
 

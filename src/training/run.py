@@ -1,6 +1,5 @@
 """A run directory: who owns it, what it says, where it goes on."""
 
-import fcntl
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from ..data import PictureSet, PointSet
 from ..data.formats import READ_BEFORE
 from ..data.latents import differs, same_latents
 from ..data.names import few, normal_form, same_names
+from ..locks import take_lock
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
 from .kept import cannot_change
@@ -186,14 +186,20 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"the run directory {self.path} cannot be written: {error}") from None
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
-        except OSError:
+            alone = take_lock(self._lock)
+        except OSError as error:
+            self.close()
+            raise UserError(
+                f"the run directory {self.path} cannot be locked ({error.strerror}), so two launches could write it; give a "
+                "--run-dir on another disk"
+            ) from None
+        if not alone:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self.close()
             raise UserError(
                 f"the run directory {self.path} is in use by {owner}; wait for it, stop it, or give another --run-dir"
-            ) from None
+            )
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
