@@ -5,10 +5,12 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+import ddpm_accelerate
 import train_iadb
 from src.config import UserError, dump, load, read_json, validate
 from src.training.checkpoint import read_tensors, write_folder
@@ -204,3 +206,23 @@ def test_an_old_config_lacks_new_keys_and_has_old_names(script: str, tmp_path: P
         UserError, match="this version cannot read the config that the run was started with.*of_a_later_version"
     ):
         changes(load(old / "config.json", settings), documents["config"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), UserError("a mistake")])
+def test_a_run_that_ends_on_an_error_says_that_it_failed(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on with the same command; a mistake before the first step leaves the status as it was."""
+    old, run = ROOT / "tests" / "old_runs" / "ddpm_accelerate", tmp_path / "run"
+    shutil.copytree(old / "run", run)
+    arguments = ("-cfg", old / "config.json", "--run-dir", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpm_accelerate, "clip_gradients", Mock(side_effect=error))
+        with pytest.raises(type(error), match=str(error)):
+            run_here("ddpm_accelerate", *arguments)
+    status = read_json(run / "status.json")
+    assert (status["state"], status["step"]) == ("failed", 4)
+    refused("ddpm_accelerate", *arguments, "--set", "optimizer.eps=1e-6")
+    assert read_json(run / "status.json") == status
+    run_here("ddpm_accelerate", *arguments)
+    assert read_json(run / "status.json")["state"] == "finished"

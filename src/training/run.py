@@ -167,6 +167,11 @@ class RunDirectory:
             self._log = open(path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
 
     @property
+    def is_open(self) -> bool:
+        """Whether this process still has the directory and writes into it."""
+        return self._log is not None
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -232,7 +237,7 @@ class RunDirectory:
             staged.replace(self.path / name)
 
     def write_status(self, state: str, step: int, steps: int) -> None:
-        """status.json: running, stopped or finished, and how far."""
+        """status.json: running, stopped, failed or finished, and how far."""
         self.write_json(
             "status.json",
             {

@@ -1,7 +1,7 @@
 """What every training loop keeps besides its networks: where it goes on, what is due, the log, the checkpoint, the end."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class Session:
         self.total_steps, self.attempt = total_steps, attempt
         check_ranks(facts)
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=attempt.trial)
-        attempt.held.callback(self.run.close)
+        self._begun = False
+        attempt.held.push(self._give_up)
         self.step, self.progress = 0, {}
         self._resume()
         self.best: dict[str, Any] | None = self.progress.get("best")
@@ -80,6 +81,13 @@ class Session:
                 f"{self._origins[-1]['run']} has {self.step} steps, and this config asks for {self.total_steps}: there is "
                 "nothing to go on to; set more steps"
             )
+
+    def _give_up(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """However the training ends, the directory is given up; where it ends on an error, its status says so."""
+        if error is not None and self._begun and self.run.is_open and not self.attempt.trial:
+            with suppress(OSError):  # of a disk that is full: the error itself says it
+                self.run.write_status("failed", self.step, self.total_steps)
+        self.run.close()
 
     @property
     def fresh(self) -> bool:
@@ -111,6 +119,7 @@ class Session:
         self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
         self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
+        self._begun = True
         if self.run.writes:
             (self.run.path / MARK).unlink(missing_ok=True)
         if self.continued:
