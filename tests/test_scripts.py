@@ -72,20 +72,6 @@ def test_one_process_and_two_are_equal_to_the_bit(smoke_run: Path, smoke_run_on_
     kills.same_end(smoke_run, smoke_run_on_two)
 
 
-def test_splits_agree_in_float64(tmp_path: Path) -> None:
-    exact = ["--set", "dtype=float64", "--set", "model.dropout=0.0", "--set", "batch_size=12", "--set", "steps=8"]
-    exact += ["--set", "checkpoint.every=8"]
-    weights = []
-    for processes, micro in ((1, 12), (3, 2)):
-        run = tmp_path / str(processes)
-        done = train(run, *exact, "--set", f"micro_batch_size={micro}", processes=processes)
-        assert done.status == 0 and f"= {processes} x cpu x " in done.out, done.all
-        weights.append(load_file(run / "checkpoints" / "step_00000008" / "model.safetensors"))
-    for name, value in weights[0].items():
-        assert value.dtype == torch.float64
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-9)
-
-
 # ---------------------------------------------------------------------------------------------- going on
 
 
@@ -100,8 +86,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_killed_and_resumed_is_equal_to_the_bit(long_run: Path, tmp_path: Path, processes: int) -> None:
     rng, run = random.Random(processes), tmp_path / "run"
-    killed = [kills.start_and_kill(run, processes, rng, inside_save=i == 0) for i in range(2)]
-    assert set(killed) != {"ended"}
+    assert kills.start_and_kill(run, processes, rng, inside_save=True) != "ended"
     done = launch(*kills.arguments(run), processes=processes)
     assert done.status == 0, done.all
     kills.same_end(long_run, run)

@@ -495,6 +495,7 @@ def test_two_processes_are_sound(sabotaged: dict[str, dict[str, Row]]) -> None:
     assert "2 processes" in sabotaged["sound"]["gradients"].found and "all 2 ranks" in sabotaged["sound"]["ten steps"].found
 
 
+@pytest.mark.soak
 def test_three_processes_are_sound_in_bf16(tmp_path: Path) -> None:
     """Of a number of processes that is no power of two, a loss times it rounds to other bf16 than the loss itself."""
     row = proven(3, tmp_path, "bf16")["bf16"]["gradients"]
