@@ -138,6 +138,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(trim, 1 << 30)) and any(mallopt(mmap, 1 << size) for size in (30, 25))
 
 
+def has_bf16_units() -> bool:
+    """Whether this processor multiplies in bf16; without units for it bf16 is slower than float32. True where torch does not
+    say."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(value for name, value in known.items() if "bf16" in name) or not any("bf16" in name for name in known)
+
+
 def precision_for(wanted: str) -> str:
     """bf16, or fp16 on a GPU that has no bf16."""
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -15,7 +15,7 @@ from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
 from .continuing import MARK, describe
-from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
+from .launch import Heartbeats, StepGate, StopRequest, agree, has_bf16_units, start_trackers
 from .looks import Look, finish_trackers, for_each_tracker, only_looked_at
 from .run import RunDirectory, check_ranks, uses_classes
 from .state import Meter, Trained
@@ -144,6 +144,10 @@ class Session:
             f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
             "Interrupt at will: the same command goes on"
         )
+        slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16_units()
+        if slow:
+            line = "this processor has no units for bf16, so float32 is faster here: start a run with --set mixed_precision=no"
+            self.attempt.warnings = [*self.attempt.warnings, line]
         for line in self.attempt.warnings:
             self.run.say(f"warning: {line}")
         self.attempt.leave_phases()

@@ -24,7 +24,16 @@ from src.training import checkpoint
 from src.training.checkpoint import CheckpointConfig, damage, load_weights, newest, retain, step_folder, write_folder
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
-from src.training.launch import Heartbeats, MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
+from src.training.launch import (
+    Heartbeats,
+    MachineConfig,
+    StepGate,
+    StopRequest,
+    explain_out_of_memory,
+    has_bf16_units,
+    precision_for,
+    start,
+)
 from src.training.optimizer import (
     OptimizerConfig,
     adamw,
@@ -40,7 +49,7 @@ from src.training.run import RunDirectory, describe_data
 from src.training.seeds import generator, normal, torch_seed, uniforms
 from src.training.state import Meter, Trained
 from src.training.stream import Order, split_batch, stream, to_network
-from tests.conftest import ROOT, SMOKE, environment
+from tests.conftest import ROOT, SMOKE, environment, run_here
 
 CPU = torch.device("cpu")
 
@@ -632,6 +641,26 @@ def test_what_accelerate_launch_sets_by_itself_contradicts_nothing(monkeypatch: 
     torch.backends.cuda.matmul.allow_tf32 = True  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE makes it
     assert start(MachineConfig()).gradient_accumulation_steps == 1
     assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+@pytest.mark.parametrize(
+    ("known", "units"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"neon": True}, True),  # torch does not say
+    ],
+)
+def test_a_processor_without_units_for_bf16_is_named(
+    known: dict, units: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert has_bf16_units() == units
+    quick = ["--set", "steps=1", "--set", "mixed_precision=bf16", "--set", "log.trackers=[]", "--set", "preview.num_measured=2"]
+    run_here("train_classifier", "-cfg", ROOT / "configs/smoke/classifier.json", "--run-dir", tmp_path / "run", *quick)
+    said = "no units for bf16, so float32 is faster here: start a run with --set mixed_precision=no"
+    assert (said in (tmp_path / "run" / "log.txt").read_text()) == (not units)
 
 
 @pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
