@@ -5,6 +5,9 @@ accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set da
 python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling --num-samples 32 --guidance 2
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 

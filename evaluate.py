@@ -8,6 +8,9 @@ python evaluate.py runs/wikiart256_ldm --sweep steps=10,20,50 guidance=1,2,4
 python evaluate.py runs/digits_ddpm --likelihood --steps 100      bits per dimension
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 import argparse
 import hashlib
 import json

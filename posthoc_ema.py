@@ -8,6 +8,9 @@ A width is the standard deviation of the times that are averaged, as a part of t
 long one. The run must have been trained with `ema.snapshot_every`. Karras et al. 2023, arXiv:2312.02696.
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 import argparse
 from pathlib import Path
 

@@ -5,6 +5,9 @@ accelerate launch train_classifier.py -cfg configs/imagenet64_classifier.json
 python train_classifier.py -cfg configs/digits_classifier.json --dry-run
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 

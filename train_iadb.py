@@ -5,6 +5,9 @@ accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=PI
 python train_iadb.py -cfg configs/points2d_iadb.json
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal

@@ -5,6 +5,9 @@ accelerate launch train_ldm.py -cfg configs/wikiart256_ldm.json
 python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=PICTURES --dry-run
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 

@@ -5,6 +5,9 @@ accelerate launch train_vae.py -cfg configs/wikiart256_vae.json
 python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES --dry-run
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
