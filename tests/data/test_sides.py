@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from src.config import UserError, load, validate
-from src.data import PictureSet, check_sides, open_sources
+from src.data import PictureSet, check_images, open_sources
 from src.data.packing import pack
 from src.data.scan import cache_folder
 from src.data.sides import count_small, describe_small, refuse_small_packs
@@ -108,9 +108,9 @@ def test_every_stage_of_a_shipped_autoencoder_is_looked_at(name: str, photos: Pa
     cfg = load(ROOT / "configs" / f"{name}.json", train_vae.Config, ["data.source=packed", f"data.path={tmp_path}/packed"])
     packed = open_sources(cfg.data)
     with pytest.raises(UserError, match=r"stages\.3\.image_size is 512"):
-        check_sides(cfg, tmp_path / "run", packed)
+        check_images(cfg, tmp_path / "run", packed)
     (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)  # a run that began goes on, and is told
-    (line,) = check_sides(cfg, tmp_path / "run", packed)
+    (line,) = check_images(cfg, tmp_path / "run", packed)
     assert "5 of 5 images are enlarged" in line
 
 
