@@ -25,8 +25,7 @@ def refuse_small_packs(sizes: Mapping[str, int], *sets: Any) -> None:
     for key, size in sizes.items():
         for pictures in sets:
             for part in pictures.parts if isinstance(pictures, PictureSet) else ():
-                side = int(part.sides.min()) if isinstance(part, PackedPictures) and len(part) else size
-                if side < size:
+                if isinstance(part, PackedPictures) and len(part) and (side := int(part.sides.min())) < size:
                     raise UserError(
                         f"the packed set {part.place} holds images of {side} px, and {key} is {size}: they would be enlarged; "
                         f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
