@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from src.config import Length, UserError, config, free, load, quoted, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_sides, open_data
+from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.models import ClassifierConfig
 from src.sampling.classifier import (
     MeasureConfig,
@@ -84,7 +84,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Look at the data.
     attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
-    attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = len(train_set.class_names)
     if not num_classes:
         raise UserError("a classifier needs classes and the data has none: use class subfolders or a label_column")

@@ -17,7 +17,7 @@ import torch
 from pydantic import Discriminator, Tag
 
 from src.config import ENDLESS, Length, config, free, load, quoted, run_script, to_steps, training_arguments, wrong
-from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, check_sides
+from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, check_images
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
 from src.models import MLP, MLPConfig, UNetConfig
@@ -127,7 +127,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     check_ranks(ends.facts)
     train_set, held_out = ends.data.train, ends.data.held_out
     source = (ends.source.train, ends.source.held_out) if ends.source is not None else ()
-    attempt.warnings = check_sides(cfg, run_dir, train_set, held_out, *source)
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out, *source)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     if autoencoder is not None:

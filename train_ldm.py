@@ -15,7 +15,7 @@ import pydantic
 import torch
 
 from src.config import Length, config, free, load, quoted, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_sides, open_data
+from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.autoencoder import autoencoder_for
@@ -92,7 +92,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     data_facts = describe_data(train_set, held_out)
     check_ranks(data_facts)
-    attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)

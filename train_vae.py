@@ -17,7 +17,7 @@ import torch
 
 from src import losses
 from src.config import config, free, load, quoted, run_script, training_arguments, wrong
-from src.data import HeldOut, ImageConfig, Sources, check_sides, open_data
+from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
 from src.sampling.autoencoder import start_from
@@ -87,7 +87,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Look at the data, and lay out the stages.
     attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
-    attempt.warnings = check_sides(cfg, run_dir, train_set, held_out)
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
     facts = describe_data(train_set, held_out)
     where = "held_out" if held_out is not None else "train"
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)

@@ -1,18 +1,35 @@
 """What others made and we load: torchvision, also where its build does not match torch's, EfficientNet-Lite0; weights and the
-check that they are finite; in words, why the Hugging Face hub does not give something."""
+check that they are finite; in words, why the Hugging Face hub does not give something.
 
+Weights that torch's cache lacks are fetched into it, once for each machine, where there is a network.
+"""
+
+import http.client
 import importlib
 import importlib.util
+import os
+import re
+import shlex
+import socket
 import sys
+import time
+import urllib.error
+import urllib.parse
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor
 
-from .config import UserError
+from .config import FORBIDDEN, FULL, UserError
+from .locks import take_lock
+
+PATIENCE = 15.0  # seconds without an answer, after which there is no network
+HEAD_START = 2.0  # seconds that the first rank of a machine has, so that it is the one that fetches and shows its progress
 
 
 def import_torchvision() -> ModuleType:
@@ -57,6 +74,91 @@ def check_finite(weights: Mapping[str, Any], where: str | Path, advice: str = "g
         f"{where}: these weights cannot be used: {count} of the {value.numel()} numbers of {bad[0]} are not finite (NaN or "
         f"infinity){more}; {advice}"
     )
+
+
+def how_to_bring(url: str, path: Path) -> str:
+    """The command that brings a file."""
+    folder = shlex.quote(str(path.parent))
+    return f"mkdir -p {folder} && wget -P {folder} {shlex.quote(url)}"
+
+
+def fetch_weights(url: str, path: Path) -> str | None:
+    """Bring `url` to `path` in torch's cache, as torchvision does: whole, and with the hash in its name, or not at all.
+
+    One process of a machine fetches it and the others wait for it. Gives None when the file is there, else why it is not, in
+    words; a full disk is a UserError.
+    """
+    if path.is_file():
+        return None
+    host = urllib.parse.urlsplit(url).hostname or ""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and host not in ("127.0.0.1", "localhost"):
+        return "HF_HUB_OFFLINE is set"
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not first:
+            time.sleep(HEAD_START)
+        with _alone(path):
+            if path.is_file():
+                return None
+            _sweep(path)
+            shown = first and sys.stderr.isatty()  # elsewhere a mistake is to be the only line
+            if shown:
+                print(f"fetching {url} to {path}, once", file=sys.stderr, flush=True)
+            named = re.search(r"-([0-9a-f]{8,})\.", path.name)
+            with _limited_wait():
+                torch.hub.download_url_to_file(url, str(path), named[1] if named else None, progress=first)
+            if first and not shown:
+                print(f"fetched {url} to {path}", file=sys.stderr, flush=True)
+        return None
+    except urllib.error.HTTPError as error:
+        with error:
+            return f"{host} answers {error.code} {error.reason}"
+    except RuntimeError as error:
+        if "hash" not in str(error):
+            raise
+        return f"what {host} sends is another file than its name promises, or a part of it"
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, OSError) and reason.errno in FULL:
+            raise UserError(f"the disk is full: {path} was not written; make room and run the same command again") from None
+        if isinstance(reason, OSError) and reason.errno in FORBIDDEN:
+            return f"{path.parent} cannot be written: {reason.strerror}"
+        if isinstance(reason, TimeoutError):
+            return f"no answer from {host} in {PATIENCE:g} s"
+        told = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        by = " (a proxy is set in the environment)" if urllib.parse.urlsplit(url).scheme in getproxies() else ""
+        return " ".join(f"{host}: {told}{by}".split())
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process of this machine fetches this file, and keep them waiting. The kernel drops the lock when one
+    dies."""
+    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
+        with suppress(OSError):  # a file system without locks: then several may fetch it, each whole
+            take_lock(lock, wait=True)
+        yield
+
+
+def _sweep(path: Path) -> None:
+    """Remove what downloads that were killed left behind, an hour ago or more."""
+    for part in path.parent.iterdir():
+        if part.name.startswith(f"{path.name}.") and part.name.endswith(".partial"):
+            with suppress(OSError):
+                if time.time() - part.stat().st_mtime > 3600:
+                    part.unlink()
+
+
+@contextmanager
+def _limited_wait() -> Iterator[None]:
+    """torch waits for ever for a network that swallows what it is sent."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def read_weights(path: Path, key: str) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from src.config import (
     validate,
 )
 from src.data import Sources
+from tests.conftest import ROOT
 
 
 @config
@@ -245,3 +246,15 @@ def test_how_a_script_ends(raised: BaseException | None, status: int, said: str,
         run_script(main)
     assert stopped.value.code == status
     assert said in capsys.readouterr().err
+
+
+def test_docs_say_where_the_data_of_every_config_comes_from() -> None:
+    told = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "configs").glob("*.json")):
+        assert f"`{path.stem}`" in told, f"docs/data.md does not say where the data of {path.name} comes from"
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        for source in [raw["data"]] if isinstance(raw["data"], dict) else raw["data"]:
+            if source["source"] == "datasets":
+                assert f"`{source['name']}`" in told, path
+            if source["source"] in ("folder", "emnist"):
+                assert "/".join(source["path"].split("/")[:2]) in told, path

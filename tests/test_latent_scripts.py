@@ -209,6 +209,7 @@ def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
 )
 def test_an_autoencoder_that_cannot_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: dict, said: str) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is fetched
     assert said in refused("train_vae", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(**sets))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -217,7 +218,7 @@ def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path)
     from src.vision import import_torchvision
 
     arguments = ["train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(perceptual__network="alex")]
-    said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path)))
+    said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path), HF_HUB_OFFLINE="1"))
     assert (
         f"needs ImageNet weights that are not at {tmp_path}/hub/checkpoints/alexnet" in said
         and "or use efficientnet_lite0" in said

@@ -1,7 +1,7 @@
 """Pictures and points: where they come from, which are left out, and what the network sees of them."""
 
 from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_points
-from .sides import check_sides
+from .sides import check_images
 from .sources import HeldOut, PictureSet, Source, Sources, open_data, open_sources
 from .transforms import ImageConfig
 
@@ -15,7 +15,7 @@ __all__ = [
     "Source",
     "SourceEnd",
     "Sources",
-    "check_sides",
+    "check_images",
     "open_data",
     "open_points",
     "open_sources",

@@ -39,7 +39,7 @@ def read_profile(content: bytes, mode: str) -> Profile:
     The transform may be used by several threads at once.
     """
     try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(content))
         space = _SPACES.get(profile.profile.xcolor_space.strip(), "")
         if not space:
             return Profile(None, UNFIT)
@@ -89,7 +89,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
 # ---------------------------------------------------------------------------------------------- deep grey
 
 
-def note_range(image: Image.Image) -> None:
+def note_range(image: Any) -> None:
     """Keep what an opened, not yet loaded file of 16-bit grey states about its range in `info`."""
     if not image.mode.startswith("I"):
         return

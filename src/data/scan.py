@@ -173,8 +173,9 @@ def _look(source: Callable[[], Any], size: int, spec: ScanConfig) -> list[Any]:
 
 def _is_known(fact: Sequence[Any] | None, stamp: tuple[int, int]) -> bool:
     """Whether the file is still what it was. What could not be read is looked at again by another reader."""
-    whole = fact is not None and len(fact) == 8
-    return whole and list(fact[:2]) == list(stamp) and (fact[2] is None or fact[7] == reader())
+    if fact is None or len(fact) != 8:
+        return False
+    return list(fact[:2]) == list(stamp) and (fact[2] is None or fact[7] == reader())
 
 
 @contextmanager

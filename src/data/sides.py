@@ -1,10 +1,12 @@
-"""Images that are smaller than what a run trains on: a packed set of them is refused, others are counted and said."""
+"""What is odd about images that can be read: those smaller than what a run trains at, profiles and ranges that do not help."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import UserError
+from .colour import DAMAGED, DARK, UNFIT
 from .sources import ArrayPictures, PackedPictures, PictureSet
 
 
@@ -23,8 +25,7 @@ def refuse_small_packs(sizes: Mapping[str, int], *sets: Any) -> None:
     for key, size in sizes.items():
         for pictures in sets:
             for part in pictures.parts if isinstance(pictures, PictureSet) else ():
-                side = int(part.sides.min()) if isinstance(part, PackedPictures) and len(part) else size
-                if side < size:
+                if isinstance(part, PackedPictures) and len(part) and (side := int(part.sides.min())) < size:
                     raise UserError(
                         f"the packed set {part.place} holds images of {side} px, and {key} is {size}: they would be enlarged; "
                         f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
@@ -57,7 +58,14 @@ def describe_small(sizes: Mapping[str, int], *sets: Any) -> list[str]:
     return lines
 
 
-def check_sides(cfg: Any, run_dir: Path, *sets: Any) -> list[str]:
+def describe_notes(*sets: Any) -> list[str]:
+    """A line for each kind of image whose colours or brightness may not be what its owner sees."""
+    parts = {id(part): part for pictures in sets if isinstance(pictures, PictureSet) for part in pictures.parts}
+    found = sum((Counter(part.report.notes) for part in parts.values()), Counter[str]())
+    return [f"of {count} images: {note}" for note, count in found.items() if note in (DAMAGED, UNFIT, DARK)]
+
+
+def check_images(cfg: Any, run_dir: Path, *sets: Any) -> list[str]:
     """Hold the images of a training config against every size that it trains at, before anything is written.
 
     A packed set that is too small is a UserError, but for a run that has begun with it. Gives the lines to warn with.
@@ -65,4 +73,4 @@ def check_sides(cfg: Any, run_dir: Path, *sets: Any) -> list[str]:
     sizes = sizes_of(cfg)
     if not any((run_dir / "checkpoints").glob("step_*")):
         refuse_small_packs(sizes, *sets)
-    return describe_small(sizes, *sets)
+    return describe_small(sizes, *sets) + describe_notes(*sets)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import UserError
-from ..vision import efficientnet_lite0, import_torchvision, put_weights, read_weights
+from ..vision import efficientnet_lite0, fetch_weights, how_to_bring, import_torchvision, put_weights, read_weights
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -85,10 +85,12 @@ class Inception(Features):
         if importlib.util.find_spec("torch_fidelity") is None:
             raise UserError(f"{asked.features} inception needs the package torch-fidelity: pip install torch-fidelity")
         path = Path(weights).expanduser() if weights is not None else inception_file()
+        reason = fetch_weights(INCEPTION_URL, path) if weights is None else f"{asked.inception} names no file"
         if not path.is_file():
             raise UserError(
                 f"{asked.features} inception needs weights that are not at {path}; get them from {INCEPTION_URL} and put them "
-                f"there, or name the file with {asked.inception}; {asked.features} efficientnet_lite0 works without"
+                f"there ({how_to_bring(INCEPTION_URL, inception_file())}), or name the file with {asked.inception}; "
+                f"{asked.features} efficientnet_lite0 works without; they were not fetched: {reason}"
             )
         import_torchvision()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -24,6 +24,7 @@ from .. import locks
 from ..config import UserError, write_flushed
 from ..locks import take_lock
 from ..metrics.features import INCEPTION_URL, inception_file
+from ..vision import how_to_bring
 from . import checkpoint
 
 Status = Literal["pass", "warn", "fail", "skip"]
@@ -261,11 +262,13 @@ def ffmpeg() -> Verdict:
     return Verdict("pass", f"H.264 by {program}")
 
 
-def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False) -> Verdict:
-    """Whether weights are at `path`, with the hash that torch's names end in; `how` says how to bring them."""
+def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False, fetched: bool = False) -> Verdict:
+    """Whether weights are at `path`, with the hash that torch's names end in; `how` says how to bring them, and `fetched` that
+    whoever needs them does."""
     bad: Status = "fail" if required else "warn"
     if not path.is_file():
-        return Verdict(bad, f"{path} is missing; {needed_by}", how)
+        told = ", and fetches it itself where there is a network" if fetched else ""
+        return Verdict(bad, f"{path} is missing; {needed_by}{told}", how)
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     with open(path, "rb") as file:
         if path.stat().st_size == 0 or (named and not hashlib.file_digest(file, "sha256").hexdigest().startswith(named[1])):
@@ -273,14 +276,9 @@ def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False
     return Verdict("pass", f"{path} ({size(path.stat().st_size)})")
 
 
-def fetch(url: str, path: Path) -> str:
-    """The command that brings a file."""
-    return f"mkdir -p {path.parent} && wget -P {path.parent} {url}"
-
-
 def inception_weights() -> Verdict:
     path = inception_file()
-    return weights_file(path, "evaluate.py's FID, KID and IS need it", fetch(INCEPTION_URL, path))
+    return weights_file(path, "evaluate.py's FID, KID and IS need it", how_to_bring(INCEPTION_URL, path), fetched=True)
 
 
 def backbone_weights(network: str, own: str | None = None, *, required: bool = False) -> Verdict:
@@ -290,7 +288,7 @@ def backbone_weights(network: str, own: str | None = None, *, required: bool = F
     cached, url = imagenet_weights(network)
     path = Path(own).expanduser() if own is not None else cached
     needed_by = f"LPIPS on {network} needs it" + ("" if required else " (efficientnet_lite0 does not)")
-    return weights_file(path, needed_by, fetch(url, cached), required=required)
+    return weights_file(path, needed_by, how_to_bring(url, cached), required=required, fetched=own is None)
 
 
 def efficientnet_weights(*, required: bool = False) -> Verdict:
@@ -314,7 +312,7 @@ def upscaler_weights() -> Verdict:
 
     path = Path(WEIGHTS).resolve()
     url = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth"
-    return weights_file(path, "sample.py --upscale needs it", fetch(url, path))
+    return weights_file(path, "sample.py --upscale needs it", how_to_bring(url, path))
 
 
 def bucket(url: str | None, seconds: float = 30.0) -> Verdict:

@@ -5,6 +5,7 @@ import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from src.config import validate
-from src.data import PictureSet, colour, open_sources
+from src.data import PictureSet, check_images, colour, open_sources
 from src.data.sources import FolderSource
 from src.data.transforms import decode
 from tests.conftest import here
@@ -226,6 +227,8 @@ def test_deep_grey_that_states_nothing_is_told_of(tmp_path: Path) -> None:
     saved(Image.fromarray(TWELVE * 16), tmp_path / "images" / "b.png")
     assert row(tmp_path / "images" / "a.png") == [0, 4, 8, 16]
     assert opened(tmp_path / "images").parts[0].report.notes == {colour.DARK: 1}
+    run = SimpleNamespace(image=SimpleNamespace(size=1))
+    assert check_images(run, tmp_path / "run", opened(tmp_path / "images")) == [f"of 1 images: {colour.DARK}"]
     assert "16-bit grey whose values use 12 bits or fewer" in here("prepare_data.py", "check", tmp_path / "images").out
 
 

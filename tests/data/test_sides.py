@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from src.config import UserError, load, validate
-from src.data import PictureSet, check_sides, open_sources
+from src.data import PictureSet, check_images, open_sources
 from src.data.packing import pack
 from src.data.scan import cache_folder
 from src.data.sides import count_small, describe_small, refuse_small_packs
 from src.data.sources import DatasetsSource, DigitsSource, FolderSource, PackedSource, ShapesSource
-from tests.conftest import ROOT, here, metrics, refused, run_here
+from tests.conftest import ROOT, here, refused
 
 SIDES = [(40, 30), (64, 200), (90, 64), (20, 300), (100, 100)]  # shorter: 30, 64, 64, 20, 100
 
@@ -108,9 +108,9 @@ def test_every_stage_of_a_shipped_autoencoder_is_looked_at(name: str, photos: Pa
     cfg = load(ROOT / "configs" / f"{name}.json", train_vae.Config, ["data.source=packed", f"data.path={tmp_path}/packed"])
     packed = open_sources(cfg.data)
     with pytest.raises(UserError, match=r"stages\.3\.image_size is 512"):
-        check_sides(cfg, tmp_path / "run", packed)
+        check_images(cfg, tmp_path / "run", packed)
     (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)  # a run that began goes on, and is told
-    (line,) = check_sides(cfg, tmp_path / "run", packed)
+    (line,) = check_images(cfg, tmp_path / "run", packed)
     assert "5 of 5 images are enlarged" in line
 
 
@@ -122,16 +122,6 @@ def test_a_run_refuses_before_it_writes(photos: Path, tmp_path: Path) -> None:
             "--set", f"data.path={tmp_path}/packed", "--set", "held_out=0",
         )  # fmt: skip
         assert "holds images of 8 px" in line and not (tmp_path / "run").exists()
-
-
-def test_a_run_says_how_many_are_enlarged(photos: Path, tmp_path: Path) -> None:
-    for i in range(20):
-        Image.new("RGB", (10, 12), (i, 0, 0)).save(photos / f"small{i}.png")
-    more = ["--set", "data.source=folder", "--set", f"data.path={photos}", "--set", "held_out=0", "--set", "steps=1"]
-    more += ["--set", "log.trackers=[]", "--set", "preview.quality=null", "--set", "preview.num_samples=1"]
-    run = tmp_path / "run"
-    run_here("ddpm_accelerate", "-cfg", "configs/smoke/ddpm.json", "--run-dir", run, *more, "--set", "class_conditional=false")
-    assert "warning: 20 of 25 images are enlarged" in (run / "log.txt").read_text() and metrics(run)
 
 
 def test_check_and_pack_say_it(photos: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from src.models import VAE, VAEConfig
 from src.sampling.autoencoder import Autoencoder
 from src.sampling.latents import Latents, latents_of
 from src.sampling.quality import real_features
-from tests.conftest import randomise
+from tests.conftest import randomise, refused, run_here
 from tests.data.profiles import display_p3
 
 IMAGE = ImageConfig(size=16)
@@ -32,12 +32,12 @@ def autoencoder() -> Autoencoder:
     return Autoencoder(network=network, path="somewhere", document={}, digest="d", channels=3, latent_channels=4, factor=2)
 
 
-def bitmaps(folder: Path, seed: int, count: int = 12, **save: Any) -> Path:
+def bitmaps(folder: Path, seed: int, count: int = 12, side: int = 16, **save: Any) -> Path:
     """BMPs of noise: all of one size in bytes, whatever they show."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.{'png' if save else 'bmp'}", **save)
     return folder
 
@@ -221,3 +221,21 @@ def test_a_folder_of_another_machine_has_the_same_fingerprint(tmp_path: Path) ->
 @pytest.fixture(autouse=True)
 def single_thread() -> None:
     torch.set_num_threads(1)
+
+
+def test_pairs_of_a_source_that_was_overwritten_are_refused(tmp_path: Path) -> None:
+    source = bitmaps(tmp_path / "source", 0, side=12)
+    quick = ["steps=1", "log.trackers=[]", "preview.num_samples=1", "preview.every=1", "held_out=0", "batch_size=4"]
+    quick += ["micro_batch_size=4", "data.count=8", "source.source=folder", f"source.path={source}"]
+    sets = [word for one in quick for word in ("--set", one)]
+    run_here("train_iadb", "-cfg", "configs/smoke/iadb.json", "--run-dir", tmp_path / "base", *sets)
+    pairs = json.dumps({"run": str(tmp_path / "base"), "count": 8, "sampler": {"solver": "euler", "steps": 1}})
+    again = ["train_iadb", "-cfg", "configs/smoke/iadb.json", *sets, "--set", f"pairs={pairs}", "--run-dir"]
+    run_here(*again, tmp_path / "one")
+    touch(source)
+    run_here(*again, tmp_path / "two")
+    bitmaps(source, 1, side=12)
+    assert "was made from other source images" in refused(*again, tmp_path / "three")
+    assert "pairs" in json.loads((tmp_path / "two" / "data.json").read_text())
+    told = "warning: 12 of 20 images are enlarged: their shorter side is below image.size 16 (the smallest: 12 px)"
+    assert told in (tmp_path / "one" / "log.txt").read_text(), "of the source, too"
