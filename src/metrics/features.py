@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import UserError
-from ..vision import efficientnet_lite0, import_torchvision, put_weights, read_weights
+from ..vision import check_finite, efficientnet_lite0, import_torchvision, put_weights, read_weights
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -161,6 +161,7 @@ class Timm(Features):
                     f"{asked.features} {name} needs weights that cannot be brought here ({_first_line(error)}); name a "
                     f"safetensors file of them with {asked.weights}; {asked.features} efficientnet_lite0 works without"
                 ) from None
+            check_finite(network.state_dict(), f"{asked.features} {name}")
         super().__init__(network)
         self.name, self.comparable = name, comparable
         self.dim = int(getattr(network, "num_features"))  # noqa: B009

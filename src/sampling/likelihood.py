@@ -13,6 +13,7 @@ from .. import pictures
 from ..config import UserError, write_whole
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
+from ..vision import is_finite
 from .blocks import Ranks, claim_request, in_blocks
 from .opened import Opened
 from .preview import pictures_of
@@ -55,7 +56,14 @@ def _measure(opened: Opened, data: PictureSet, block: range, times: Tensor, batc
                 variance=opened.process.variance,
             )
         )
-    return {key: torch.cat([getattr(part, key) for part in found]).cpu().double().numpy() for key in KEYS}
+    values = {key: torch.cat([getattr(part, key) for part in found]).cpu().double() for key in KEYS}
+    bad = [key for key, value in values.items() if not is_finite(value)]
+    if bad:
+        raise UserError(
+            f"the likelihood of {opened.origin} is not finite (NaN or infinity: {', '.join(bad)}) for images {block.start} to "
+            f"{block.stop - 1}; measure an earlier checkpoint"
+        )
+    return {key: value.numpy() for key, value in values.items()}
 
 
 def measure_likelihood(

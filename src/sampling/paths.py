@@ -17,7 +17,7 @@ from ..diffusion import Prediction
 from ..training.seeds import generator
 from ..training.session import Session
 from .ends import Ends
-from .preview import Examples, held_out_loss
+from .preview import Examples, held_out_loss, warn_not_finite
 from .quality import QualityConfig
 from .sampler import Sampler, SamplerConfig
 
@@ -95,6 +95,7 @@ def preview_paths(
             reached.append(sampler.pictures(end))
         columns = columns or [_gathered(session, starts)[:count]]
         columns.append(_gathered(session, reached)[:count])
+        warn_not_finite(columns[-1], session)
         straightness = _gathered(session, measured)[:count].mean()
     if accelerator.is_main_process:
         words = ", ".join(map(str, sorted(spec.calls)))

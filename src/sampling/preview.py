@@ -20,6 +20,7 @@ from ..diffusion import Process, TableSchedule
 from ..training.seeds import generator, normal
 from ..training.session import Session
 from ..training.stream import to_network
+from ..vision import is_finite
 from .quality import QualityConfig
 from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
 
@@ -71,6 +72,7 @@ def preview(
         sheets = [(stem / f"sample_{safe[i]}_{size}.png", [i] * count) for i in range(n)]
     for path, labels in sheets:
         drawn = _draw(sampler, count, spec.batch_size, labels, session.accelerator)
+        warn_not_finite(drawn, session)
         if session.accelerator.is_main_process:
             names = [class_names[label] for label in labels] if labels is not None else None
             captions = names if spec.sheets == "one" else None
@@ -79,6 +81,16 @@ def preview(
         return {}
     batch = session.split.micro
     return held_out_loss(sampler.network, sampler.process, held_out, batch, sampler.num_classes, session.accelerator)
+
+
+def warn_not_finite(drawn: Tensor, session: Session) -> None:
+    """Say how many of a preview's images (N, ...) are not finite: a preview is only to be looked at, so the run goes on."""
+    if session.accelerator.is_main_process and not is_finite(drawn):
+        count = int((~torch.isfinite(drawn.flatten(1)).all(1)).sum())
+        session.run.say(
+            f"warning: step {session.step}: {count} of {len(drawn)} samples of the preview are not finite (NaN or infinity); "
+            "look at the loss: where it does not come back, start again from an earlier checkpoint or with a lower optimizer.lr"
+        )
 
 
 def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | None, accelerator: Accelerator) -> Tensor:

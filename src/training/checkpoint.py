@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import FULL, Length, UserError, config, free, write_flushed, write_whole
+from ..vision import check_finite
 from .parts import part_of
 
 MANIFEST = "MANIFEST.json"
@@ -151,7 +152,7 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
     tensors, documents = {}, {}
     for path in kept.iterdir():
         if path.suffix == ".safetensors":
-            tensors[path.stem] = read_tensors(kept, path.stem)
+            tensors[path.stem] = read_tensors(kept, path.stem, finite=False)  # who goes on from it looks
         elif path.name != MANIFEST:
             documents[path.stem] = json.loads(path.read_text())
     documents["progress"] |= progress
@@ -182,14 +183,21 @@ def spared_steps(progress: Mapping[str, Any]) -> set[int]:
     return {step for step in (best, healthy) if step is not None}
 
 
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `NAME.safetensors`, on the CPU."""
+def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:
+    """The tensors of `NAME.safetensors`, on the CPU. A UserError where they cannot be read, or, if they must be `finite`, hold
+    NaN or infinity."""
     try:
-        return safetensors.torch.load_file(folder / f"{name}.safetensors")
+        found = safetensors.torch.load_file(folder / f"{name}.safetensors")
     except FileNotFoundError:
         raise UserError(f"{folder} has no {name}.safetensors") from None
     except SafetensorError as error:
         raise UserError(f"{folder}/{name}.safetensors is damaged ({error})") from None
+    if finite:
+        advice = "take other ones"
+        if folder.name.startswith("step_"):
+            advice = f"take an earlier checkpoint; a run goes on from the one before where {folder} is removed"
+        check_finite(found, folder / f"{name}.safetensors", advice)
+    return found
 
 
 def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None:
