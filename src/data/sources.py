@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from pydantic import Discriminator, Field, Tag
 
 from ..config import UserError, config, free, kind_of
+from ..vision import hub_reason
 from .scan import ScanConfig, ScanReport, scan
 from .transforms import ImageConfig, Pixels, decode, square
 
@@ -322,7 +323,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = hub_reason(spec.name, error, "dataset")
         raise UserError(f"{where} cannot be loaded: {reason}; for a folder: --set data.source=folder") from None
     assert isinstance(rows, datasets.Dataset)
     features = rows.features
