@@ -16,7 +16,7 @@ from src.config import UserError, run_script, validate
 from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
 from src.sampling import Opened, SamplerConfig, open_trained
 from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures
-from src.sampling.files import claim
+from src.sampling.files import claim, nothing_left
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
 from src.sampling.opened import dealt
 from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
@@ -133,7 +133,7 @@ def main() -> None:
     # The frames
     journey, batch = Journey(len(seeds or files), args.frames_between, args.loop), args.batch_size
     ranks = {"device": device, "rank": rank, "world": world, "barrier": barrier}
-    with explain_out_of_memory(batch, batch, key="--batch-size"):
+    with nothing_left(out, rank), explain_out_of_memory(batch, batch, key="--batch-size"):
         if x0 is not None:
             starts = inverted(sampler, x0, labels, batch_size=batch)
         else:  # a seed's own, or the pictures of the source in their order

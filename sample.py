@@ -17,7 +17,7 @@ from src.interop.upscaling import open_upscaler, upscale_folder
 from src.sampling import SamplerConfig
 from src.sampling.classifier import open_classifier
 from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures
-from src.sampling.files import write_samples
+from src.sampling.files import nothing_left, write_samples
 from src.sampling.inversion import fingerprint, write_inversions
 from src.sampling.opened import Opened, Run, dealt, open_run
 from src.sampling.points import write_points
@@ -97,7 +97,7 @@ def draw_points(
     request = {"weights": run.digest, "num_samples": count, "classes": args.classes, **describe(sampler, args.seed)}
     out = Path(args.out or f"samples/{run.folder}/{args.solver}{sampler.steps}_{hashed(request)}")
     more = {"labels": labels, "device": device, "frames": args.frames, "told": request}
-    with asked_for(f"{out}: all that was to be drawn of the points"):
+    with nothing_left(out), asked_for(f"{out}: all that was to be drawn of the points"):
         made = write_points(sampler, out, count=count, seed=args.seed, **more)
     print(f"{count} points of {run.path} (step {run.step}), {sampler.calls()} network calls")
     for path in made:
@@ -115,7 +115,8 @@ def invert(opened: Opened, how: SamplerConfig, args: argparse.Namespace, default
     sampler = opened.sampler(how, source=None if opened.gaussian else from_nowhere)
     tag = hashed(opened.digest, fingerprint(files), label, describe(sampler, 0))
     out = Path(args.out or f"samples/{opened.folder}/inversion_{args.solver}{sampler.steps}_{tag}")
-    mean = write_inversions(opened, sampler, files, out, label=label, batch_size=args.batch_size)
+    with nothing_left(out):
+        mean = write_inversions(opened, sampler, files, out, label=label, batch_size=args.batch_size)
     print(f"{len(files)} pictures to their source and back by {opened.path}, {sampler.calls()} network calls each way:")
     print(
         f"  lost on the way {100 * mean['rms']:.2f} % RMS; source of standard deviation {mean['std']:.3f}, correlation with the"
@@ -189,7 +190,10 @@ def main() -> None:
         how_told = {key: getattr(args, key) for key in HOW}
         tag = hashed(opened.digest, args.num_samples, args.batch_size, labels, how_told, told)
         out = f"samples/{opened.folder}/{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
-    with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
+    with (
+        nothing_left(Path(out), state.process_index),
+        explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"),
+    ):
         write_samples(
             opened,
             sampler,

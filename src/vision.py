@@ -230,9 +230,9 @@ def hub_reason(name: str, error: BaseException, kind: str = "model") -> str:
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     if "GatedRepoError" in words or "is a gated" in text:
         return f"on the Hugging Face hub {name} is gated: accept its conditions at {page}, then log in with: hf auth login"
-    if "HFValidationError" in words:
+    if "HFValidationError" in words or (words & NOWHERE and (name[:1] in ("/", ".", "~") or name.count("/") > 1)):
         return f"{name} is no folder that is here, and no name on the Hugging Face hub, which is OWNER/NAME; check it"
-    if words & {"RepositoryNotFoundError", "DatasetNotFoundError"} or status == 404:
+    if words & NOWHERE or status == 404:
         return (
             f"the Hugging Face hub has no {kind} {name}, or it is private: check the name, or, where it is private, log in "
             "with: hf auth login"
@@ -250,6 +250,9 @@ def hub_reason(name: str, error: BaseException, kind: str = "model") -> str:
     if words & {*unreached, "TimeoutError", "gaierror", "SSLError", "ProxyError"}:
         return f"the Hugging Face hub was not reached, and the cache of this machine does not have {name}; {fetch}"
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
+NOWHERE = {"RepositoryNotFoundError", "DatasetNotFoundError"}
 
 
 def _status(error: BaseException) -> int | None:

@@ -155,7 +155,12 @@ def open_latents(
     """A whole cache: its manifest and its sets. One made of something else than `contract` is a UserError that says of what."""
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is no latent cache (it has no manifest.json); name another, or remove it")
-    manifest = read_json(folder / "manifest.json")
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except UserError as error:
+        raise UserError(
+            f"the latent cache {folder} is damaged, or its latents are not finite ({error}); remove it, and it is made again"
+        ) from None
     found = differs(manifest, contract)
     if found:
         raise UserError(f"the latent cache {folder} was made of {' and '.join(found)}; remove it, or give another `latents`")

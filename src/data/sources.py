@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from pydantic import Discriminator, Field, Tag
 
 from ..config import UserError, config, free, kind_of
+from ..vision import hub_reason
 from . import formats
 from .layout import Found, Layout, find_layout, in_words, walk
 from .names import by_ending, class_of, few, normal_form, ordered, shown
@@ -393,7 +394,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = hub_reason(spec.name, error, "dataset")
         raise UserError(f"{where} cannot be loaded: {reason}; for a folder: --set data.source=folder") from None
     assert isinstance(rows, datasets.Dataset)
     features = rows.features

@@ -25,7 +25,7 @@ from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, inspect
 from ..data.transforms import decode
 from ..progress import Progress, say
-from ..vision import import_torchvision
+from ..vision import check_finite, import_torchvision
 
 WEIGHTS = "models/RealESRGAN_x4plus.pth"
 WHERE = "RealESRGAN_x4plus.pth is a file of release v0.1.0 of the GitHub project xinntao/Real-ESRGAN"
@@ -108,16 +108,20 @@ def _read_state(path: Path) -> dict[str, Any]:
     """A state dict from safetensors or a .pth, without running anything in it: spandrel's own reader runs TorchScript."""
     try:
         if path.suffix.lower() == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's hints on files that are refused all the same
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's hints on files that are refused all the same
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
     except Exception:  # damaged bytes end in whatever they like
         raise UserError(f"{path}: not weights that can be read without running code, or damaged; {WHERE}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a state dict; {WHERE}")
+    for part in (state, *state.values()):  # Real-ESRGAN's own are in {"params_ema": ...}
+        if isinstance(part, dict):
+            check_finite(part, path, "get the file again")
     return state
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -93,6 +94,13 @@ def _kind_of_file(path: Path) -> str:
     return "safetensors" if head[8:9] == b"{" or path.suffix == ".safetensors" else "torch"
 
 
+def _harmless() -> list[Any]:
+    """What checkpoints hold besides tensors that runs no code: arguments, and NumPy's numbers by their old and new names."""
+    scalar = getattr(np, "_core").multiarray.scalar  # noqa: B009
+    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")]
+    return [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
+
+
 def read_file(path: str | Path) -> Any:
     """What another program saved in a file of torch or safetensors, read without running anything in it."""
     path = Path(path)
@@ -110,7 +118,7 @@ def read_file(path: str | Path) -> Any:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); get it again") from None
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
             warnings.simplefilter("ignore")  # of what is odd in a pickle, the error says enough
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of broken bytes the unpickler may make anything
@@ -157,6 +165,7 @@ OTHERS = (
     Kind("score_sde", ("all_modules.0.weight", "all_modules.1.weight"), every=False),
 )
 AVERAGE = re.compile(r"(?<![A-Za-z])(ema|swa)(?![A-Za-z])|EMA|Ema(?![a-z])|averaged?(?![a-z])|shadow_params")
+READERS = {GUIDED.words: "guided-diffusion FILE", UNET_2D.words: "iadb FILE, or diffusers FOLDER"}
 UNKNOWN = "its keys are"
 BESIDE = ("online_model", "current_model_state")  # raw weights that an average of ema_pytorch, of Lightning, keeps beside it
 
@@ -227,7 +236,8 @@ def _inside(found: Any, tensors: Mapping[str, Tensor]) -> str:
         return "it is an export of this project, which sample.py and the other scripts open as it is"
     kinds = [kind.words for kind in (GUIDED, UNET_2D, KL, *OTHERS) if _prefixes(tensors, kind)]
     if kinds:
-        return f"it holds a network of {' and one of '.join(kinds)}"
+        hint = f", which is read by: python convert.py {READERS[kinds[0]]}" if kinds[0] in READERS else ""
+        return f"it holds a network of {' and one of '.join(kinds)}{hint}"
     return f"{UNKNOWN} {few(tensors)}"
 
 
@@ -317,7 +327,7 @@ def find_network(
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of accelerate, of transformers
 NO_WEIGHTS = re.compile(r"optimizer|scheduler|random_states|rng_state|scaler|training_args|lora|sampler|dl_state")
-ELSEWHERE = (".msgpack", ".onnx", ".h5", ".xml", ".ckpt.index", ".gguf", ".npz")
+ELSEWHERE = (".distcp", ".msgpack", ".onnx", ".h5", ".xml", ".ckpt.index", ".gguf", ".npz")
 
 
 class FileSet(NamedTuple):

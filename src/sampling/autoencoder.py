@@ -148,18 +148,23 @@ def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencod
         return kept_autoencoder(run_dir, device)
 
 
+def _is_of_diffusers(path: Path) -> bool:
+    """Whether a folder is a model or a pipeline of diffusers: whole or not, so that it can be said what is missing."""
+    configs = [config for config in (path / "config.json", *path.glob("*/config.json")) if config.is_file()]
+    named = any("_class_name" in read_foreign_json(config) for config in configs)
+    keys = set(read_foreign_json(path / "config.json")) if (path / "config.json").is_file() else set[str]()
+    weights = any(file.suffix in (".safetensors", ".bin") for file in path.glob("vae/*"))
+    return (path / "model_index.json").is_file() or named or weights or {"block_out_channels", "latent_channels"} <= keys
+
+
 def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """Open a finished run of train_vae.py (or one of its checkpoints), or a diffusers AutoencoderKL: a folder or a hub name.
 
     A UserError says what is missing, unfinished or of another kind.
     """
     path = Path(name).expanduser()
-    if any((path / known).exists() for known in ("model_index.json", "vae", "unet")):
+    if _is_of_diffusers(path):
         return _of_diffusers(name, device)
-    if (path / "config.json").is_file():
-        found = read_foreign_json(path / "config.json")
-        if "_class_name" in found or {"block_out_channels", "latent_channels"} <= set(found):
-            return _of_diffusers(name, device)
     if any((place / "autoencoder_config.json").exists() for place in (path, path / "autoencoder")):
         return kept_autoencoder(path, device)  # of a latent run, or of a folder that convert.py made of one
     if not path.exists():

@@ -27,6 +27,7 @@ from ..metrics.reconstruction import SMALLEST_FOR_SSIM
 from ..progress import within
 from ..training.looks import only_looked_at
 from ..training.stream import to_network
+from ..vision import is_finite
 from .autoencoder import open_autoencoder
 from .blocks import Ranks, claim_request, in_blocks
 from .classifier import OpenedClassifier
@@ -498,13 +499,23 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     out = it.folder(settings["name"], "reconstructions", {**request, "batch_size": it.batch_size})
     out = it.folder(run_name(run), "reconstructions", {**request, "batch_size": it.batch_size})
     own = next(autoencoder.network.parameters()).dtype
+    told_by = [place / "progress.json" for place in (Path(run), Path(run) / "final") if (place / "progress.json").exists()]
+    step = read_json(told_by[0])["step"] if told_by else 0
 
     @torch.no_grad()
     def through(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Pictures, and what comes back as a file would hold it."""
         images = to_network(torch.from_numpy(np.ascontiguousarray(_load(data, image, indices))), it.device, own)
         mean, _ = autoencoder.network.moments(images)
-        return images, to_network(pixels_of(autoencoder.network.decode(mean)).permute(0, 2, 3, 1), it.device, own)
+        drawn = autoencoder.network.decode(mean)
+        if not is_finite(drawn):
+            first = indices[int((~torch.isfinite(drawn.flatten(1)).all(1)).nonzero()[0])]
+            name = data.parts[data.which[first]].names[int(data.index[first])]
+            raise UserError(
+                f"the reconstructions of {run} (step {step}) are not finite (NaN or infinity), first of the image {name}; "
+                "measure an earlier checkpoint"
+            )
+        return images, to_network(pixels_of(drawn).permute(0, 2, 3, 1), it.device, own)
 
     @torch.no_grad()
     def make(block: range) -> dict[str, Array]:
@@ -527,8 +538,7 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     each = in_blocks(out, len(data), BLOCK, make, it.ranks, doing="reconstructing")
-    told_by = [place / "progress.json" for place in (Path(run), Path(run) / "final") if (place / "progress.json").exists()]
-    report, found = Report(out, read_json(told_by[0])["step"] if told_by else 0), dict[str, Compared]()
+    report, found = Report(out, step), dict[str, Compared]()
     for network in it.networks:
         real = real_features(network, data, image, read=it.reads)
         if it.reads:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,17 @@ def claim(
             part.unlink()
         write_whole(out / "metadata.json", (json.dumps({**request, **(more or {})}, indent=1) + "\n").encode())
     barrier()
+
+
+@contextmanager
+def nothing_left(out: Path, rank: int = 0) -> Iterator[None]:
+    """Where drawing into `out` ends in a UserError before a single image was written, the folder is not left behind."""
+    try:
+        yield
+    except UserError:
+        if rank == 0 and out.is_dir() and {path.name for path in out.rglob("*") if path.is_file()} <= {"metadata.json"}:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def columns_for(count: int, num_blocks: int = 1) -> int:

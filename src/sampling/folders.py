@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import UserError, read_json
 from ..training.checkpoint import damage, newest, read_tensors
+from ..vision import check_finite
 
 
 def run_name(path: str | Path) -> str:
@@ -67,6 +68,7 @@ def read_weights(path: Path) -> Weights:
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
+        check_finite(weights, path)
     elif path.is_dir():
         folder = _find(path)
         weights = read_tensors(folder, "ema")

@@ -37,6 +37,7 @@ from ..locks import take_lock
 from ..progress import Progress, track, within
 from ..training.stream import to_network
 from ..training.trials import Attempt
+from ..vision import is_finite
 from .autoencoder import Autoencoder, LatentCodec
 from .preview import Examples
 
@@ -115,7 +116,7 @@ def _encode(
 
     found = []
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
-        for pixels in pool.map(load, starts):
+        for start, pixels in zip(starts, pool.map(load, starts), strict=True):
             count = len(pixels)
             padded = torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)])
             images = to_network(padded, device)
@@ -123,9 +124,23 @@ def _encode(
             for side in (images, images.flip(3)) if flip else (images,):
                 mean, logvar = autoencoder.network.moments(side)
                 sides.append(torch.stack([mean, torch.full_like(mean, -30.0) if logvar is None else logvar], dim=1))
-            found.append(torch.stack(sides, dim=1)[:count].float().cpu().numpy())
+            moments = torch.stack(sides, dim=1)[:count].float().cpu()
+            found.append(_finite(moments, autoencoder, pictures, indices[start:]).numpy())
             within(count)
     return np.concatenate(found)
+
+
+def _finite(moments: Tensor, autoencoder: Autoencoder, pictures: PictureSet, indices: Sequence[int]) -> Tensor:
+    """The moments (n, ...) of the images `indices`; a UserError that names the first image whose moments are not finite."""
+    if is_finite(moments):
+        return moments
+    each = torch.isfinite(moments.flatten(1)).all(1)
+    where = indices[int((~each).nonzero()[0])]
+    name = pictures.parts[pictures.which[where]].names[int(pictures.index[where])]
+    raise UserError(
+        f"the latents of the autoencoder {autoencoder.path} are not finite (NaN or infinity), first of the image {name}, and "
+        "no latent cache was kept; use another autoencoder, or an earlier checkpoint of this one"
+    )
 
 
 def encode_latents(
@@ -263,7 +278,13 @@ def make_cache(
         for split, count in counts.items():
             for number, indices in blocks_of(count, rank, world):
                 if not block_path(staged, split, number).with_suffix(".json").exists():
-                    make(staged, split, number, indices)
+                    try:
+                        make(staged, split, number, indices)
+                    except UserError:  # no later call can go on from here
+                        shutil.rmtree(staged, ignore_errors=True)
+                        if claim is not None:
+                            claim.close()
+                        raise
                 bar.update(min(total - bar.done, len(indices) * world))
     barrier()
     if claim is not None:

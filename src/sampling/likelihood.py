@@ -15,6 +15,7 @@ from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..progress import within
 from ..training.looks import only_looked_at
+from ..vision import is_finite
 from .blocks import Ranks, claim_request, in_blocks
 from .opened import Opened
 from .preview import pictures_of
@@ -58,7 +59,14 @@ def _measure(opened: Opened, data: PictureSet, block: range, times: Tensor, batc
             )
         )
         within(len(indices))
-    return {key: torch.cat([getattr(part, key) for part in found]).cpu().double().numpy() for key in KEYS}
+    values = {key: torch.cat([getattr(part, key) for part in found]).cpu().double() for key in KEYS}
+    bad = [key for key, value in values.items() if not is_finite(value)]
+    if bad:
+        raise UserError(
+            f"the likelihood of {opened.origin} is not finite (NaN or infinity: {', '.join(bad)}) for images {block.start} to "
+            f"{block.stop - 1}; measure an earlier checkpoint"
+        )
+    return {key: value.numpy() for key, value in values.items()}
 
 
 def measure_likelihood(

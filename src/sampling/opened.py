@@ -61,6 +61,11 @@ class Run:
         return run_name(self.path)
 
     @property
+    def origin(self) -> str:
+        """Whose weights these are, in words."""
+        return f"{self.path} (step {self.step})"
+
+    @property
     def gaussian(self) -> bool:
         """Whether sampling starts from standard normal noise."""
         return self.config.get("source", GAUSSIAN) == GAUSSIAN
@@ -113,6 +118,7 @@ class Run:
             clip_x0=None,
             guidable=self.config["label_dropout"] > 0,
             source=source or self.starts(),
+            origin=self.origin,
         )
 
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
@@ -172,6 +178,7 @@ class Opened(Run):
             bounds=self.bounds,
             classifier=classifier,
             source=source or self.starts(),
+            origin=self.origin,
         )
 
     def _check(self, classifier: OpenedClassifier) -> None:
@@ -213,8 +220,10 @@ def sampler_of(
     bounds: tuple[Bound, Bound] = (-1.0, 1.0),
     classifier: OpenedClassifier | None = None,
     source: Start | None = None,
+    origin: str | None = None,
 ) -> Sampler:
-    """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`."""
+    """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`. `origin` is
+    whose network it is, where what it draws must be finite."""
     return Sampler(
         network,
         process,
@@ -226,6 +235,7 @@ def sampler_of(
         codec=codec,
         classifier=classifier,
         source=source,
+        origin=origin,
     )
 
 

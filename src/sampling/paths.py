@@ -17,7 +17,7 @@ from ..diffusion import Prediction
 from ..training.seeds import generator
 from ..training.session import Session
 from .ends import Ends
-from .preview import Examples, held_out_loss, looked_at, preview_failed
+from .preview import Examples, held_out_loss, looked_at, preview_failed, warn_not_finite
 from .quality import QualityConfig
 from .sampler import Sampler, SamplerConfig
 
@@ -99,6 +99,7 @@ def preview_paths(
             break
         columns = columns or [_gathered(session, starts)[:count]]
         columns.append(_gathered(session, reached)[:count])
+        warn_not_finite(columns[-1], session)
         values["straightness"] = float(_gathered(session, measured)[:count].mean())
     if columns and accelerator.is_main_process:
         with looked_at(session):

@@ -23,6 +23,7 @@ from ..training.looks import Look, failed_on_any, only_looked_at
 from ..training.seeds import generator, normal
 from ..training.session import Session
 from ..training.stream import to_network
+from ..vision import is_finite
 from .quality import QualityConfig
 from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
 
@@ -74,6 +75,7 @@ def preview(
         drawn = _draw(sampler, count, spec.batch_size, labels, session)
         if drawn is None:
             break
+        warn_not_finite(drawn, session)
         with looked_at(session):
             if session.accelerator.is_main_process:
                 names = [class_names[label] for label in labels] if labels is not None else None
@@ -98,6 +100,16 @@ def looked_at(session: Session) -> AbstractContextManager[Look]:
 def preview_failed(look: Look, session: Session) -> bool:
     """Whether drawing failed on any rank, the same answer on all: what was drawn is gathered by all of them or by none."""
     return failed_on_any(look, PREVIEW, session.accelerator, lambda what, reason: session.run.warn(what, reason))
+
+
+def warn_not_finite(drawn: Tensor, session: Session) -> None:
+    """Say how many of a preview's images (N, ...) are not finite: a preview is only to be looked at, so the run goes on."""
+    if session.accelerator.is_main_process and not is_finite(drawn):
+        count = int((~torch.isfinite(drawn.flatten(1)).all(1)).sum())
+        session.run.say(
+            f"warning: step {session.step}: {count} of {len(drawn)} samples of the preview are not finite (NaN or infinity); "
+            "look at the loss: where it does not come back, start again from an earlier checkpoint or with a lower optimizer.lr"
+        )
 
 
 def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | None, session: Session) -> Tensor | None:

@@ -1,5 +1,6 @@
 """How well an autoencoder reconstructs: numbers over held-out pictures, and a sheet of them to look at."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,9 @@ def save_sheet(path: Path, images: Tensor, drawn: Tensor, values: dict[str, floa
 
 
 def troubled_channels(values: dict[str, float]) -> list[str]:
-    """The latent channels that say nothing any more, and those that grow out of bounds, in words."""
-    found = []
+    """What is not finite, the latent channels that say nothing any more, and those that grow out of bounds, in words."""
+    bad = [name for name, value in values.items() if math.isnan(value) or (math.isinf(value) and name != "psnr")]
+    found = [f"the reconstructions are not finite (NaN or infinity): {', '.join(bad[:3])}; look at the loss"] if bad else []
     c = 0
     while f"latent_std_{c}" in values:
         mean, std = values[f"latent_mean_{c}"], values[f"latent_std_{c}"]

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import FULL, Length, UserError, config, free, write_flushed, write_whole
+from ..vision import check_finite
 from .parts import part_of
 
 MANIFEST = "MANIFEST.json"
@@ -144,12 +145,13 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def contents(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors and the documents of a checkpoint, as `write_folder` takes them."""
+def contents(folder: Path, *, finite: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the documents of a checkpoint, as `write_folder` takes them. Tensors with NaN in them are a UserError
+    where they have to be `finite`."""
     tensors, documents = {}, {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
-            tensors[path.stem] = read_tensors(folder, path.stem)
+            tensors[path.stem] = read_tensors(folder, path.stem, finite=finite)
         elif path.name != MANIFEST:
             documents[path.stem] = json.loads(path.read_text())
     return tensors, documents
@@ -164,7 +166,7 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
         raise UserError(f"there is no checkpoint of step {step} or before to go back to; start anew with a smaller weight")
     for folder in folders[: folders.index(kept)]:
         _remove(folder)
-    tensors, documents = contents(kept)
+    tensors, documents = contents(kept, finite=False)  # who goes on from it looks
     documents["progress"] |= progress
     write_folder(kept, tensors, documents)
     return documents["progress"]["step"]
@@ -193,14 +195,21 @@ def spared_steps(progress: Mapping[str, Any]) -> set[int]:
     return {step for step in (best, healthy) if step is not None}
 
 
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `NAME.safetensors`, on the CPU."""
+def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:
+    """The tensors of `NAME.safetensors`, on the CPU. A UserError where they cannot be read, or, if they must be `finite`, hold
+    NaN or infinity."""
     try:
-        return safetensors.torch.load_file(folder / f"{name}.safetensors")
+        found = safetensors.torch.load_file(folder / f"{name}.safetensors")
     except FileNotFoundError:
         raise UserError(f"{folder} has no {name}.safetensors") from None
     except SafetensorError as error:
         raise UserError(f"{folder}/{name}.safetensors is damaged ({error})") from None
+    if finite:
+        advice = "take other ones"
+        if folder.name.startswith("step_"):
+            advice = f"take an earlier checkpoint; a run goes on from the one before where {folder} is removed"
+        check_finite(found, folder / f"{name}.safetensors", advice)
+    return found
 
 
 def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None:

@@ -261,7 +261,7 @@ class Session:
         """Whether `value` is the lowest of this name so far, of those that were `measured` in the same way; it is then
         remembered."""
         known = self.best if self.best is not None and self.best.get("measured", "") == measured else {}
-        if value >= known.get(name, float("inf")):
+        if not value < known.get(name, float("inf")):  # nor is NaN
             return False
         self.best = {"step": self.step, name: value, "measured": measured, "kept": keeps_best(self.cfg)}
         return True

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -125,9 +126,10 @@ SHELLS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
         "optimizer": OPTIMIZER,
         "step": 7,
     },
+    "numbers": lambda state: {"net": state, "loss": np.float64(0.5), "step": np.int64(3), "args": argparse.Namespace(lr=1)},
     "parameters": lambda state: {name: torch.nn.Parameter(tensor) for name, tensor in state.items()},
 }
-AVERAGED = set(SHELLS) - {"bare", "module", "compiled", "state_dict", "inside_and_beside", "parameters"}
+AVERAGED = set(SHELLS) - {"bare", "module", "compiled", "state_dict", "inside_and_beside", "numbers", "parameters"}
 
 
 @pytest.mark.parametrize("how", list(SHELLS))
@@ -164,7 +166,7 @@ def test_every_converter_finds_the_network_in_what_is_around_it(
     assert f"{len(state)} tensors" in told
     assert ("an average (EMA)" in told) == (how in AVERAGED - {"lightning_weight_averaging"}), told
     assert ("and not those under" in told) == (how in AVERAGED), told
-    assert ("left out, tensors of" in told) == (how not in ("bare", "module", "compiled", "parameters")), told
+    assert ("left out, tensors of" in told) == (how not in ("bare", "module", "compiled", "numbers", "parameters")), told
     assert list(read.taken) + list(read.told) == keep_told(read, tmp_path / "out")
 
 
@@ -220,6 +222,10 @@ FOREIGN: dict[str, tuple[Any, str]] = {
         {"model": {"init_conv.weight": torch.ones(1), "time_mlp.1.weight": torch.ones(1)}},
         "it holds a network of denoising-diffusion-pytorch",
     ),
+    "diffusers": (
+        {"net": {"time_embedding.linear_1.weight": torch.ones(1), "conv_in.weight": torch.ones(1)}},
+        "diffusers' UNet2DModel, which is read by: python convert.py iadb FILE",
+    ),
     "autoencoder": ({"module.decoder.conv_in.weight": torch.ones(1)}, "it holds a network of diffusers' AutoencoderKL"),
     "ours": (
         {"weights": {"stem.weight": torch.ones(1)}, "config": {}, "data": {}, "step": 3},
@@ -240,7 +246,7 @@ def test_what_else_is_inside_is_said(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path / "model.pt", content)
     said = message(guided_diffusion.read, path)
     assert words in said and str(path) in said
-    if name not in ("nan", "nothing"):
+    if name not in ("nan", "nothing", "diffusers"):
         assert words in message(iadb.read, path, image_size=8)
 
 
@@ -256,8 +262,6 @@ def test_files_that_hold_no_weights(tmp_path: Path, guided: dict[str, Tensor]) -
     assert "it is empty" in said("d.pt", b"")
     assert "is damaged" in said("e.safetensors", b"cut")
     with open(tmp_path / "f.pt", "wb") as file:
-        import numpy as np
-
         np.savez(file, a=np.zeros(3))
     assert "a zip archive of a.npy" in message(read_file, tmp_path / "f.pt")
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "g.pt")
@@ -541,8 +545,7 @@ def test_what_is_no_whole_autoencoder_says_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "bare" / "config.json").unlink()
     assert "which have a config.json; it holds diffusion_pytorch_model.bin" in said("bare")
     assert "is a file; name a folder" in message(open_autoencoder, str(file), CPU)
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "vae").mkdir()
+    saved(tmp_path / "half" / "vae" / f"{WEIGHTS}.bin", state)
     assert "has no config.json, which says what its weights are" in said("half")
 
 
