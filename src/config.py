@@ -302,7 +302,7 @@ def validate(root: type[T], raw: Any, *, origin: str = "config") -> T:
         raw = {key: value for key, value in raw.items() if key != "$schema"}
     if broken := re.search("[\ud800-\udfff]", json.dumps(raw, ensure_ascii=False)):
         word = next((word for word in _strings(raw) if broken[0] in word), "")
-        raise UserError(f"{origin}: {ascii(word)} has bytes that are no text; rename it, or give a link to it (ln -s)")
+        raise UserError(f"{origin}: {word!a} has bytes that are no text; rename it, or give a link to it (ln -s)")
     try:
         return pydantic.TypeAdapter(root).validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
