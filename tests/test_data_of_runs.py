@@ -27,10 +27,10 @@ def images(root: Path, *names: str) -> Path:
     return root
 
 
-def train(run: Path, data: object, *more: str, script: str = "ddpm_accelerate.py") -> Finished:
+def train(run: Path, data: object, *more: str, dry: bool = False) -> Finished:
     changes = [*SHORT, f"data={json.dumps(data)}", "log.trackers=[]", "micro_batch_size=16", "preview.sheets=class", *more]
     words = [word for change in changes for word in ("--set", change)]
-    return here(script, "-cfg", SMOKE, "--run-dir", run, *words)
+    return here("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *words, *(["--dry-run"] if dry else []))
 
 
 def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(tmp_path: Path) -> None:
@@ -45,6 +45,8 @@ def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(
     first = said.out[: said.out.index("a step is")]
     assert "8 pictures in no classes (0 held out; left out: 3 .cr3 (to read them: pip install rawpy))" in first
     assert first.count("the folders labels beside the images are left aside") == 1
+    dry = train(tmp_path / "dry", spec, dry=True)
+    assert "left out: 3 .cr3" in dry.out and "folders labels beside" in dry.out and not (tmp_path / "dry").exists()
     skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert skipped == [{"name": f"images/IMG_{i}.CR3", "reason": ".cr3 (to read them: pip install rawpy)"} for i in range(3)]
 

@@ -112,8 +112,10 @@ class Session:
             f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
             "Interrupt at will: the same command goes on"
         )
-        for remark in self._remarks():
+        remarks = self._remarks()
+        for remark in remarks:
             self.run.say(remark)
+        self.attempt.remarks = [*([f"left out: {skipped}"] if facts["skipped"] else []), *remarks]
         self.clock = Clock(
             self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
         )

@@ -8,8 +8,8 @@ from PIL import Image
 
 from src.config import UserError, validate
 from src.data import PictureSet, open_sources
-from src.data.layout import split_of, splits_among
 from src.data.sources import FolderSource
+from src.data.splits import split_of, splits_among
 
 
 def image(path: Path, colour: int = 0) -> Path:
