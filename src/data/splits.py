@@ -39,8 +39,8 @@ def squeezed(name: str) -> str:
 
 
 def split_of(name: str) -> str | None:
-    """train, val, test or held out, where a folder's name says that it is one: `train`, `Training Data`, `val2017`, `test_images`,
-    `trainA`. A name that means something else beside that word (`train station`, `trains`) says nothing."""
+    """train, val, test or held out, where a folder's name says that it is one: `train`, `Training Data`, `val2017`,
+    `test_images`, `trainA`. A name that means something else beside that word (`train station`, `trains`) says nothing."""
     if squeezed(name) in PLAIN:  # `held-out`, too
         return PLAIN[squeezed(name)]
     if domain := re.fullmatch(r"(train|val|test)[ _-]?[AB]", name):
@@ -53,8 +53,8 @@ def split_of(name: str) -> str | None:
 
 
 def splits_among(names: Iterable[str]) -> dict[str, str]:
-    """{folder: train, val, test or held out} of those that are splits: by their own names, or because folders differ in that word
-    alone, as `asl_alphabet_train` and `asl_alphabet_test` do."""
+    """{folder: train, val, test or held out} of those that are splits: by their own names, or because folders differ in that
+    word alone, as `asl_alphabet_train` and `asl_alphabet_test` do."""
     names = list(names)
     found = {name: split for name in names if (split := split_of(name)) is not None}
     others: dict[tuple[str, ...], dict[str, str]] = {}

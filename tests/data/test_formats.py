@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -133,6 +134,8 @@ def test_what_cannot_be_read_is_counted_and_named(
     assert f"40  {ending.lower()} (" in said.out and advice in said.out
     found = json.loads(here("prepare_data.py", "check", tmp_path, "--json").out)
     assert len(found["skipped"]) == 40 and found["skipped"][0][0] == f"IMG_0{ending}"
+    with pytest.raises(UnidentifiedImageError, match=re.escape(advice)):
+        decode(tmp_path / f"IMG_0{ending}")  # as `sample.py --image` does
     for file in tmp_path.glob("*.png"):
         file.unlink()
     said = here("prepare_data.py", "check", tmp_path)
