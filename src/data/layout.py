@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path, PurePath
 from ..config import UserError
 from . import formats
 from .names import few, normal_form, shown
-from .splits import PLAIN, split_of, splits_among, squeezed, words_of
+from .splits import FILLERS, PLAIN, split_of, splits_among, squeezed, words_of
 
 _IMAGE_FOLDERS = words_of("images image imgs img jpegimages pictures photos jpg jpeg jpgs")
 _ANNOTATIONS = words_of(
@@ -141,14 +142,16 @@ class Layout:
     """Where the images are: below `root`, whose subfolders are the classes. The images' names are their paths from
     `named_from`, so that who is held out does not depend on what else the folder holds.
 
-    `inner` is {class: its subfolder} where each class holds the splits. `left` are folders, and `others` files by their
-    endings, that were passed on the way, `notes` what to know besides.
+    `inner` is {class: its subfolder} where each class holds the splits. `left` are folders that were passed on the way,
+    `foreign` files there that cannot be read here, `others` the number of other files by their endings, `notes` what to know
+    besides.
     """
 
     root: Path
     named_from: Path
     inner: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    foreign: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -201,22 +204,21 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
         folder, holders = layout.root, look.holders(layout.root)
         splits = _splits_in(look, folder, holders)
         if splits and not (split is not None and len(holders) == 1):
-            inside = f"{split}/" if split is not None else ""
-            raise UserError(
-                f"{where} holds the splits {few(splits, 10)}; set data.split to the one to train on"
-                + (f", such as {shown(inside + splits[0])}" if inside else "")
-            )
+            raise UserError(f"{where} holds the splits {few(splits, 10)}; {_ask(splits, split)}")
         if not splits and (inner := _inner_splits(look, folder, holders)):
             every = list(dict.fromkeys(name for names in inner.values() for name in names))
-            raise UserError(
-                f"{where} holds classes, and each of them the splits {few(every, 10)}; set data.split to the one to train on"
-            )
+            raise UserError(f"{where} holds classes, and each of them the splits {few(every, 10)}; {_ask(every, split)}")
         if (inside := _goes_into(look, folder, holders)) is None:
             lone = [] if splits else list(splits_among(holders))
             layout.notes += [f"{shown(name)!r} is read as a class; if it is a split, set data.split" for name in lone]
             break
         _pass(look, layout, inside)
     return layout
+
+
+def _ask(splits: Sequence[str], inside: str | None) -> str:
+    example = shown(shlex.quote("/".join([*([inside] if inside is not None else []), splits[0]])))
+    return f"set data.split to the one to train on (of prepare_data.py: --split {example})"
 
 
 def _seek(look: _Look, layout: Layout, parts: Sequence[str], where: str) -> None:
@@ -278,7 +280,7 @@ def _splits_in(look: _Look, folder: Path, holders: Sequence[str]) -> list[str]:
         return list(splits)
     name = next(iter(splits))
     telling = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
-    beside = all(squeezed(other) in _NO_CLASSES | _ANNOTATIONS for other in others)
+    beside = all(squeezed(other) in _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS for other in others)
     deep = bool(look.holders(folder / name)) and not look.has_images(folder / name)
     return [name] if telling or beside or deep else []
 
@@ -317,9 +319,17 @@ def _alone(look: _Look, folder: Path) -> Path:
 
 def _pass(look: _Look, layout: Layout, inside: str) -> None:
     """Go into a subfolder, and note what stands beside it."""
-    layout.left += [name for name in look.subfolders(layout.root) if name != inside]
-    layout.others.update(os.path.splitext(name)[1].lower() for name in look.files(layout.root))
-    layout.root = layout.root / inside
+    folder, beside = layout.root, [name for name in look.subfolders(layout.root) if name != inside]
+    layout.left += beside
+    for name in look.files(folder):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in formats.foreign():
+            layout.foreign.append(folder / name)
+        else:
+            layout.others[ending] += 1
+    for name in beside:
+        layout.foreign += [(folder / name).joinpath(*parts) for parts in walk(folder / name).foreign]
+    layout.root = folder / inside
 
 
 def in_words(counts: Counter[str]) -> str:

@@ -241,9 +241,8 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error}") from None
     parts, files = [found.parts[i] for i in keep], [found.files[i] for i in keep]
-    foreign = [
-        (layout.root.joinpath(*name), formats.reason_for(os.path.splitext(name[-1])[1].lower())) for name in found.foreign
-    ]
+    unread = [*layout.foreign, *(layout.root.joinpath(*name) for name in found.foreign)]
+    foreign = [(file, formats.reason_for(file.suffix.lower())) for file in unread]
     if not files:
         there = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in foreign).most_common())
         others = in_words(layout.others + found.others)

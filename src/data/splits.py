@@ -21,7 +21,7 @@ def words_of(text: str) -> frozenset[str]:
 
 
 # What may stand beside the word of a split in a folder's name, and says nothing about what is on the images.
-_FILLERS = words_of(
+FILLERS = words_of(
     "data dataset datasets set split subset part folder files image images img imgs picture pictures photo photos jpeg jpg png "
     "public private seg cls hr lr"
 )
@@ -45,7 +45,7 @@ def split_of(name: str) -> str | None:
         return PLAIN[squeezed(name)]
     if domain := re.fullmatch(r"(train|val|test)[ _-]?[AB]", name):
         return domain[1]
-    words = [word for word in _tokens(name) if word not in _FILLERS and not re.fullmatch(r"\d+(k|px)?", word)]
+    words = [word for word in _tokens(name) if word not in FILLERS and not re.fullmatch(r"\d+(k|px)?", word)]
     if len(words) != 1:
         return None
     glued = _GLUED.match(words[0])

@@ -164,6 +164,15 @@ def test_raw_files_beside_images_in_class_folders_are_no_class(tmp_path: Path) -
     assert found.class_names == ("cat", "dog") and found.parts[0].report.skipped == [("raw/0.cr2", formats.reason_for(".cr2"))]
 
 
+@pytest.mark.parametrize("where", ["dog", "raw/deep", "."])
+def test_files_beside_the_only_folder_that_can_be_read_are_counted_too(tmp_path: Path, where: str) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", SIDE).save(tmp_path / "cat" / "0.png")
+    (tmp_path / where).mkdir(parents=True, exist_ok=True)
+    (tmp_path / where / "0.dng").write_bytes(b"x")
+    assert dict(folder_set(tmp_path).parts[0].report.skipped) == {str(Path(where) / "0.dng"): formats.reason_for(".dng")}
+
+
 # ---------------------------------------------------------------------------------------------- plugins
 
 HEIF = """

@@ -101,6 +101,7 @@ def test_one_split_is_asked_for_too_and_a_class_may_have_the_name_of_one(tmp_pat
     assert "holds the splits train" in refusal(tree(tmp_path / "two", "train/a/0.png", "train/b/0.png", "labels/0.txt"))
     assert "holds the splits train" in refusal(tree(tmp_path / "three", "train/a/0.png", "train/b/0.png", "other/a/0.png"))
     assert "Training Data" in refusal(tree(tmp_path / "four", "Training Data/0.png", "cats/0.png"))
+    assert "holds the splits test" in refusal(tree(tmp_path / "five", "data/0.png", "test/0.png"))
     vehicles = opened(tree(tmp_path / "vehicles", "bus/0.png", "car/0.png", "train/0.png"))
     assert vehicles.class_names == ("bus", "car", "train")
     assert "'train' is read as a class; if it is a split, set data.split" in remarks(vehicles)
