@@ -156,6 +156,16 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
+def _without_links(folder: Path, below: Sequence[str]) -> list[str]:
+    """The subfolders, less links to others of them."""
+    links = [name for name in below if (folder / name).is_symlink()]
+    if not links:
+        return list(below)
+    real = {(state.st_dev, state.st_ino) for state in ((folder / name).stat() for name in below if name not in links)}
+    same = [name for name in links if ((state := (folder / name).stat()).st_dev, state.st_ino) in real]
+    return [name for name in below if name not in same]
+
+
 class _Look:
     """What is in the folders on the way, each read once."""
 
@@ -183,7 +193,7 @@ class _Look:
     def holders(self, folder: Path) -> list[str]:
         """The subfolders that hold images: those that can be read here, or, where there are none, others."""
         if folder not in self._holders:
-            below = self.subfolders(folder)
+            below = _without_links(folder, self.subfolders(folder))
             found = [name for name in below if holds_images(folder / name)]
             if not found and not self.has_images(folder):
                 found = [name for name in below if holds_images(folder / name, also_foreign=True)]

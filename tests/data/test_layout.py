@@ -221,6 +221,17 @@ def test_a_link_does_not_rename_a_class(tmp_path: Path) -> None:
     assert opened(tmp_path / "data").counts == {"linked": 2, "m": 1, "z": 2}, "the name of a class is that in the data folder"
 
 
+def test_a_link_beside_the_only_folder_makes_no_class_of_it(tmp_path: Path) -> None:
+    tree(tmp_path, "z/0.png", "z/1.png")
+    os.symlink("z", tmp_path / "a")
+    found = opened(tmp_path)
+    assert found.class_names == () and found.names == ["z/0.png", "z/1.png"] and "a beside the images" in remarks(found)
+    tree(tmp_path / "splits", "train/a/0.png", "train/b/0.png", "val/a/0.png")
+    os.symlink("train", tmp_path / "splits" / "current")
+    assert "holds the splits train, val" in refusal(tmp_path / "splits")
+    assert len(opened(tmp_path / "splits", split="current")) == 2
+
+
 def test_a_data_folder_that_is_a_link(tmp_path: Path) -> None:
     tree(tmp_path / "real", "a/0.png", "b/0.png")
     os.symlink(tmp_path / "real", tmp_path / "data")
