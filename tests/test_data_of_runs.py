@@ -3,19 +3,24 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import ddpm_accelerate
 import train_classifier
 import train_vae
-from src.config import UserError, load
-from src.sampling.opened import open_trained
+from src.config import UserError, load, validate
+from src.data import open_sources
+from src.data.sources import FolderSource
+from src.sampling import opened
+from src.sampling.opened import Run, build_unet, open_trained
 from src.training import run as run_module
 from src.training.run import RunDirectory, check_ranks, classes_differ, uses_classes
-from tests.conftest import ROOT, SMOKE, Finished, here, launch, one_line
+from tests.conftest import ROOT, SMOKE, Finished, here, launch, one_line, randomise
 
 SHORT = ("steps=1", "preview.every=1", "preview.num_samples=1", "preview.quality=null", "preview.sampler.steps=1", "held_out=0")
 
@@ -27,10 +32,10 @@ def images(root: Path, *names: str) -> Path:
     return root
 
 
-def train(run: Path, data: object, *more: str, script: str = "ddpm_accelerate.py") -> Finished:
+def train(run: Path, data: object, *more: str, dry: bool = False) -> Finished:
     changes = [*SHORT, f"data={json.dumps(data)}", "log.trackers=[]", "micro_batch_size=16", "preview.sheets=class", *more]
     words = [word for change in changes for word in ("--set", change)]
-    return here(script, "-cfg", SMOKE, "--run-dir", run, *words)
+    return here("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *words, *(["--dry-run"] if dry else []))
 
 
 def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(tmp_path: Path) -> None:
@@ -45,6 +50,8 @@ def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(
     first = said.out[: said.out.index("a step is")]
     assert "8 pictures in no classes (0 held out; left out: 3 .cr3 (to read them: pip install rawpy))" in first
     assert first.count("the folders labels beside the images are left aside") == 1
+    dry = train(tmp_path / "dry", spec, dry=True)
+    assert "left out: 3 .cr3" in dry.out and "folders labels beside" in dry.out and not (tmp_path / "dry").exists()
     skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert skipped == [{"name": f"images/IMG_{i}.CR3", "reason": ".cr3 (to read them: pip install rawpy)"} for i in range(3)]
 
@@ -118,6 +125,38 @@ def test_who_learns_classes() -> None:
     assert uses_classes(load(ROOT / SMOKE, ddpm_accelerate.Config, ["class_conditional=false", "balance_classes=true"]))
     assert not uses_classes(load(ROOT / "configs/smoke/vae.json", train_vae.Config))
     assert uses_classes(load(ROOT / "configs/smoke/classifier.json", train_classifier.Config))
+
+
+# ---------------------------------------------------------------------------------------------- classes of two runs
+
+NFC, NFD = ("cafz", "caf\u00e9", "tea"), ("cafe\u0301", "cafz", "tea")  # each as it is sorted
+
+
+def test_data_in_another_spelling_gets_the_labels_of_the_run(tmp_path: Path) -> None:
+    data = open_sources(
+        validate(FolderSource, {"source": "folder", "path": str(images(tmp_path, *(f"{n}/0.png" for n in NFD)))})
+    )
+    assert data.class_names == NFD and data.labels.tolist() == [0, 1, 2]
+    run: Any = SimpleNamespace(num_classes=3, class_names=NFC, path="runs/x")
+    Run.check_classes(run, data)
+    assert data.class_names == NFC and data.labels.tolist() == [1, 0, 2]
+    run.class_names = ("cafz", "coffee", "tea")
+    with pytest.raises(UserError, match="the data has other classes"):
+        Run.check_classes(run, data)
+
+
+def test_a_run_starts_from_the_classes_of_another_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load(ROOT / SMOKE, ddpm_accelerate.Config)
+    before, after, other = (randomise(build_unet(cfg.model, (3, 16, 16), 3)) for _ in range(3))
+    monkeypatch.setattr(opened, "open_run", lambda *_: SimpleNamespace(network=before, class_names=NFC, step=7))
+    rows = before.get_parameter("label_embedding.weight").detach().clone()
+    with torch.no_grad():
+        after.get_parameter("label_embedding.weight").zero_()
+        other.get_parameter("label_embedding.weight").zero_()
+    assert "its classes are others" not in opened.start_from("x", NFD, after)
+    assert torch.equal(after.get_parameter("label_embedding.weight"), rows[[1, 0, 2, 3]])
+    assert "its classes are others" in opened.start_from("x", ("cafz", "coffee", "tea"), other)
+    assert not other.get_parameter("label_embedding.weight").any()
 
 
 # ---------------------------------------------------------------------------------------------- ranks

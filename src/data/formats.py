@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
 # Formats of Pillow that run no other program (EPS would start Ghostscript), with the endings of their files.
 BUILT_IN = {
@@ -127,7 +127,11 @@ def open_image(file: Any) -> Image.Image:
     names = sorted(
         (name for name in _formats() if name not in UNSIGNED or ending in BUILT_IN[name]), key=lambda name: name not in UNSIGNED
     )
-    return Image.open(file, formats=names)
+    try:
+        return Image.open(file, formats=names)
+    except UnidentifiedImageError as error:
+        advice = f": {reason_for(ending)}" if ending in foreign() else ""
+        raise UnidentifiedImageError(f"{error}{advice}") from None
 
 
 def _develop(path: Path) -> Image.Image:

@@ -2,81 +2,24 @@
 
 import errno
 import os
-import re
+import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from ..config import UserError
 from . import formats
 from .names import few, normal_form, shown
+from .splits import FILLERS, PLAIN, split_of, splits_among, squeezed, words_of
 
-_WORDS = {
-    "train": ("train", "training", "trainval"),
-    "val": ("val", "valid", "validation", "dev", "development", "eval", "evaluation"),
-    "test": ("test", "testing"),
-}
-PLAIN = {word: plain for plain, words in _WORDS.items() for word in words}
-_GLUED = re.compile(rf"^({'|'.join(sorted(PLAIN, key=len, reverse=True))})(data|dataset|set|split|images?|imgs?|[0-9]+k?)$")
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# What may stand beside the word of a split in a folder's name, and says nothing about what is on the images.
-_FILLERS = _words(
-    "data dataset datasets set split subset part folder files image images img imgs picture pictures photo photos jpeg jpg png "
-    "public private seg cls hr lr"
-)
-_IMAGE_FOLDERS = _words("images image imgs img jpegimages pictures photos jpg jpeg jpgs")
-_ANNOTATIONS = _words(
+_IMAGE_FOLDERS = words_of("images image imgs img jpegimages pictures photos jpg jpeg jpgs")
+_ANNOTATIONS = words_of(
     "annotations annotation labels label masks mask captions caption gt groundtruth trimaps trimap segmentation segmentations "
     "segmentationclass segmentationobject segments bboxes boundingboxes keypoints landmarks imagesets anno annos"
 )
-_NO_CLASSES = _words("extra extras unlabeled unlabelled additional others sample samples")
+_NO_CLASSES = words_of("extra extras unlabeled unlabelled additional others sample samples")
 _NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # of a link
-
-
-def _tokens(name: str) -> list[str]:
-    """The words of a folder's name: `TrainingSet (1)` is training, set, 1."""
-    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", normal_form(name))
-    return [word for word in re.split(r"[\W_]+", parted.casefold()) if word]
-
-
-def _squeezed(name: str) -> str:
-    return "".join(_tokens(name))
-
-
-def split_of(name: str) -> str | None:
-    """train, val or test, where a folder's name says that it is one: `train`, `Training Data`, `val2017`, `test_images`,
-    `trainA`. A name that means something else beside that word (`train station`, `trains`) says nothing."""
-    if domain := re.fullmatch(r"(train|val|test)[ _-]?[AB]", name):
-        return domain[1]
-    words = [word for word in _tokens(name) if word not in _FILLERS and not re.fullmatch(r"\d+(k|px)?", word)]
-    if len(words) != 1:
-        return None
-    glued = _GLUED.match(words[0])
-    return PLAIN.get(glued[1] if glued else words[0])
-
-
-def splits_among(names: Iterable[str]) -> dict[str, str]:
-    """{folder: train, val or test} of those that are splits: by their own names, or because folders differ in that word
-    alone, as `asl_alphabet_train` and `asl_alphabet_test` do."""
-    names = list(names)
-    found = {name: split for name in names if (split := split_of(name)) is not None}
-    others: dict[tuple[str, ...], dict[str, str]] = {}
-    for name in names:
-        tokens = _tokens(name)
-        where = [i for i, word in enumerate(tokens) if word in PLAIN]
-        if len(where) == 1 and len(tokens) > 1:
-            rest = (*tokens[: where[0]], "*", *tokens[where[0] + 1 :])
-            others.setdefault(rest, {})[name] = PLAIN[tokens[where[0]]]
-    for alike in others.values():
-        if len(set(alike.values())) > 1:
-            found |= alike
-    return {name: found[name] for name in names if name in found}
 
 
 # ---------------------------------------------------------------------------------------------- reading folders
@@ -116,11 +59,17 @@ def holds_images(folder: Path, *, also_foreign: bool = False) -> bool:
         if (state.st_dev, state.st_ino) in visited:
             continue
         visited.add((state.st_dev, state.st_ino))
-        for entry, is_folder in _entries(place):
-            if is_folder:
-                waiting.append(entry.path)
-            elif _is_image(entry.name) or (also_foreign and os.path.splitext(entry.name)[1].lower() in formats.foreign()):
-                return True
+        with os.scandir(place) as entries:  # in no order, so that one image is enough
+            for entry in entries:
+                if _hidden(entry.name):
+                    continue
+                ending = os.path.splitext(entry.name)[1].lower()
+                if _is_folder(entry):
+                    waiting.append(entry.path)
+                elif _is_folder(entry) is not None and (
+                    ending in formats.endings() or (also_foreign and ending in formats.foreign())
+                ):
+                    return True
     return False
 
 
@@ -193,16 +142,28 @@ class Layout:
     """Where the images are: below `root`, whose subfolders are the classes. The images' names are their paths from
     `named_from`, so that who is held out does not depend on what else the folder holds.
 
-    `inner` is {class: its subfolder} where each class holds the splits. `left` are folders, and `others` files by their
-    endings, that were passed on the way, `notes` what to know besides.
+    `inner` is {class: its subfolder} where each class holds the splits. `left` are folders that were passed on the way,
+    `foreign` files there that cannot be read here, `others` the number of other files by their endings, `notes` what to know
+    besides.
     """
 
     root: Path
     named_from: Path
     inner: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    foreign: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+
+
+def _without_links(folder: Path, below: Sequence[str]) -> list[str]:
+    """The subfolders, less links to others of them."""
+    links = [name for name in below if (folder / name).is_symlink()]
+    if not links:
+        return list(below)
+    real = {(state.st_dev, state.st_ino) for state in ((folder / name).stat() for name in below if name not in links)}
+    same = [name for name in links if ((state := (folder / name).stat()).st_dev, state.st_ino) in real]
+    return [name for name in below if name not in same]
 
 
 class _Look:
@@ -232,7 +193,7 @@ class _Look:
     def holders(self, folder: Path) -> list[str]:
         """The subfolders that hold images: those that can be read here, or, where there are none, others."""
         if folder not in self._holders:
-            below = self.subfolders(folder)
+            below = _without_links(folder, self.subfolders(folder))
             found = [name for name in below if holds_images(folder / name)]
             if not found and not self.has_images(folder):
                 found = [name for name in below if holds_images(folder / name, also_foreign=True)]
@@ -253,22 +214,21 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
         folder, holders = layout.root, look.holders(layout.root)
         splits = _splits_in(look, folder, holders)
         if splits and not (split is not None and len(holders) == 1):
-            inside = f"{split}/" if split is not None else ""
-            raise UserError(
-                f"{where} holds the splits {few(splits, 10)}; set data.split to the one to train on"
-                + (f", such as {shown(inside + splits[0])}" if inside else "")
-            )
+            raise UserError(f"{where} holds the splits {few(splits, 10)}; {_ask(splits, split)}")
         if not splits and (inner := _inner_splits(look, folder, holders)):
             every = list(dict.fromkeys(name for names in inner.values() for name in names))
-            raise UserError(
-                f"{where} holds classes, and each of them the splits {few(every, 10)}; set data.split to the one to train on"
-            )
+            raise UserError(f"{where} holds classes, and each of them the splits {few(every, 10)}; {_ask(every, split)}")
         if (inside := _goes_into(look, folder, holders)) is None:
             lone = [] if splits else list(splits_among(holders))
             layout.notes += [f"{shown(name)!r} is read as a class; if it is a split, set data.split" for name in lone]
             break
         _pass(look, layout, inside)
     return layout
+
+
+def _ask(splits: Sequence[str], inside: str | None) -> str:
+    example = shown(shlex.quote("/".join([*([inside] if inside is not None else []), splits[0]])))
+    return f"set data.split to the one to train on (of prepare_data.py: --split {example})"
 
 
 def _seek(look: _Look, layout: Layout, parts: Sequence[str], where: str) -> None:
@@ -312,7 +272,7 @@ def _choose(names: Sequence[str], wanted: str, where: str) -> str | None:
         found = [name for name in names if form(name) == form(wanted)]
         if len(found) == 1:
             return found[0]
-    if normal_form(wanted).casefold() not in PLAIN:
+    if squeezed(wanted) not in PLAIN:
         return None
     found = [name for name, split in splits_among(names).items() if split == split_of(wanted)]
     if len(found) > 1:
@@ -330,7 +290,7 @@ def _splits_in(look: _Look, folder: Path, holders: Sequence[str]) -> list[str]:
         return list(splits)
     name = next(iter(splits))
     telling = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
-    beside = all(_squeezed(other) in _NO_CLASSES | _ANNOTATIONS for other in others)
+    beside = all(squeezed(other) in _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS for other in others)
     deep = bool(look.holders(folder / name)) and not look.has_images(folder / name)
     return [name] if telling or beside or deep else []
 
@@ -343,7 +303,7 @@ def _inner_splits(look: _Look, folder: Path, holders: Sequence[str]) -> dict[str
     for name in holders:
         below = look.holders(folder / name)
         splits = list(splits_among(below))
-        if not splits or any(_squeezed(other) not in _ANNOTATIONS for other in below if other not in splits):
+        if not splits or any(squeezed(other) not in _ANNOTATIONS for other in below if other not in splits):
             return {}
         found[name] = splits
     return found if any(len(splits) > 1 for splits in found.values()) else {}
@@ -355,9 +315,9 @@ def _goes_into(look: _Look, folder: Path, holders: Sequence[str]) -> str | None:
         return None
     if len(holders) == 1:
         return holders[0]
-    images = [name for name in holders if _squeezed(name) in _IMAGE_FOLDERS]
+    images = [name for name in holders if squeezed(name) in _IMAGE_FOLDERS]
     others = [name for name in holders if name not in images]
-    return images[0] if len(images) == 1 and others and all(_squeezed(name) in _ANNOTATIONS for name in others) else None
+    return images[0] if len(images) == 1 and others and all(squeezed(name) in _ANNOTATIONS for name in others) else None
 
 
 def _alone(look: _Look, folder: Path) -> Path:
@@ -369,9 +329,17 @@ def _alone(look: _Look, folder: Path) -> Path:
 
 def _pass(look: _Look, layout: Layout, inside: str) -> None:
     """Go into a subfolder, and note what stands beside it."""
-    layout.left += [name for name in look.subfolders(layout.root) if name != inside]
-    layout.others.update(os.path.splitext(name)[1].lower() for name in look.files(layout.root))
-    layout.root = layout.root / inside
+    folder, beside = layout.root, [name for name in look.subfolders(layout.root) if name != inside]
+    layout.left += beside
+    for name in look.files(folder):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in formats.foreign():
+            layout.foreign.append(folder / name)
+        else:
+            layout.others[ending] += 1
+    for name in beside:
+        layout.foreign += [(folder / name).joinpath(*parts) for parts in walk(folder / name).foreign]
+    layout.root = folder / inside
 
 
 def in_words(counts: Counter[str]) -> str:

@@ -288,9 +288,8 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error}") from None
     parts, files = [found.parts[i] for i in keep], [found.files[i] for i in keep]
-    foreign = [
-        (layout.root.joinpath(*name), formats.reason_for(os.path.splitext(name[-1])[1].lower())) for name in found.foreign
-    ]
+    unread = [*layout.foreign, *(layout.root.joinpath(*name) for name in found.foreign)]
+    foreign = [(file, formats.reason_for(file.suffix.lower())) for file in unread]
     if not files:
         there = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in foreign).most_common())
         others = in_words(layout.others + found.others)
@@ -357,20 +356,23 @@ def _numbered(classes: Sequence[str | None]) -> tuple[NDArray[np.int64], tuple[s
 def _encoded(cell: Any) -> bytes | Path:
     """The bytes of an image, or where they are; an Absent says why there are none."""
     content, path = (cell.get("bytes"), cell.get("path")) if cell is not None else (None, None)
-    if content is None and not path:
+    if content is not None:
+        if not len(content):
+            raise Absent("empty file")
+        return content
+    if not path:
         raise Absent("no image in this row")
-    if content is not None and not len(content):
-        raise Absent("empty file")
-    return Path(path) if content is None else content
+    return Path(path)
 
 
 def _bytes_of(cell: Any) -> int | None:
     """How large an image is, or None where it cannot be had: then the scan says why."""
-    if cell is not None and cell.get("bytes") is not None:
-        return len(cell["bytes"])
     try:
-        return Path(cell["path"]).stat().st_size
-    except (TypeError, OSError):
+        encoded = _encoded(cell)
+        return len(encoded) if isinstance(encoded, bytes) else encoded.stat().st_size
+    except Absent:
+        return 0 if cell is not None and cell.get("bytes") is not None else None
+    except OSError:
         return None
 
 

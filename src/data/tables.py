@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -13,6 +13,7 @@ from ..config import UserError, config, free
 from .names import class_of, few, normal_form, shown
 
 Number = Annotated[int, Field(ge=0)]
+_HEAD = 1 << 16  # characters of a table that decide what parts its columns
 _SIGNS = {"comma": ",", "tab": "\t", "semicolon": ";"}
 
 
@@ -74,14 +75,16 @@ def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], i
     """The rows of images, and the numbers of the columns of images and of labels."""
     wanted = [column for column in (spec.image_column, spec.label_column) if column is not None]
     best: list[list[str]] = []
+    head = text if len(text) < _HEAD else text[: text.find("\n", _HEAD)]
     try:
         for delimiter in [spec.delimiter] if spec.delimiter is not None else [*_SIGNS, "space"]:
-            rows = _table(text, delimiter)
+            rows = _table(head, delimiter)
             header = [normal_form(name) for name in rows[0]] if rows else []
             fits = all(c < len(header) if isinstance(c, int) else normal_form(c) in header for c in wanted)
             if fits and (len(header) > 1 or spec.delimiter is not None):
                 numbers = [c if isinstance(c, int) else header.index(normal_form(c)) for c in wanted]
                 named = any(isinstance(column, str) for column in wanted)
+                rows = _table(text, delimiter)
                 return rows[1:] if named else rows, numbers[0] if len(wanted) > 1 else 0, numbers[-1]
             if rows and (not best or len(rows[0]) > len(best[0])) and (delimiter != "space" or len(best[0]) < 2):
                 best = rows
@@ -97,25 +100,25 @@ def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], i
 
 def _ways(name: str) -> list[str]:
     """How a cell may name an image: its path, and the ends of its path down to the file name."""
-    parts = PurePosixPath(normal_form(name.replace("\\", "/"))).parts
-    return ["/".join(parts[i:]) for i in range(len(parts)) if parts[i] != "/"]
+    parts = [part for part in normal_form(name.replace("\\", "/")).split("/") if part not in ("", ".")]
+    return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
 def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix("")) if PurePosixPath(name).name else name
+    """A path without the ending of its file."""
+    stem, dot, ending = name.rpartition(".")
+    return stem if dot and "/" not in ending and not stem.endswith("/") and stem else name
 
 
 def _known(names: Sequence[str]) -> Mapping[str, int]:
     """{each way to name an image: its number}, -1 where that names several."""
     known: dict[str, int] = {}
-    for short in (False, True):
-        added: dict[str, int] = {}
-        for i, name in enumerate(names):
-            for way in _ways(name):
-                key = _stem(way) if short else way
-                added[key] = i if added.get(key, i) == i else -1
-        known = {**added, **known}  # a whole file name goes before one without its ending
-    return known
+    stems: dict[str, int] = {}
+    for i, name in enumerate(names):
+        for way in _ways(name):
+            for ways, key in ((known, way), (stems, _stem(way))):
+                ways[key] = i if ways.setdefault(key, i) == i else -1
+    return {**stems, **known}  # a whole file name goes before one without its ending
 
 
 def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:

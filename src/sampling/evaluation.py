@@ -277,7 +277,7 @@ def read_classes(
     lines = [f"read by {name} as their class, the worst first:"]
     for k in np.argsort(np.nan_to_num(found["samples"], nan=2.0), kind="stable")[:30]:
         beside = f"   held out {found['held_out'][k]:6.1%}" if "held_out" in found else ""
-        lines.append(f"  {shown_name(class_names[k]):<29}{found['samples'][k]:14.1%}{beside}")
+        lines.append(f"  {shown_name(class_names[int(k)]):<29}{found['samples'][k]:14.1%}{beside}")
     return lines
 
 

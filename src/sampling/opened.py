@@ -303,8 +303,13 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     found = open_run(name, torch.device("cpu"))
     weights, key = found.network.state_dict(), "label_embedding.weight"
     own = networks[0].state_dict()
-    same = same_names(found.class_names, class_names) and key in weights
     told = f"starting from the weights of {name} (step {found.step})"
+    number = {normal_form(name): i for i, name in enumerate(found.class_names)}
+    as_they_stand = same_names(found.class_names, class_names)
+    same = key in weights and (as_they_stand or sorted(number) == sorted(map(normal_form, class_names)))
+    if same and not as_they_stand:  # in another order, as names in another spelling may be
+        order = [number[normal_form(name)] for name in class_names]
+        weights[key] = torch.cat([weights[key][order], weights[key][len(order) :]])
     if same and key in own and len(weights[key]) < len(own[key]):  # it never learned to go without a label
         weights[key] = torch.cat([weights[key], weights[key].mean(0, keepdim=True)])
         told += "; its null class is new, the mean of the others"

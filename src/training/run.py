@@ -66,7 +66,7 @@ def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | Point
         "held_out_images": len(held_out) if held_out is not None else 0,
         "fingerprint": train_set.fingerprint,
         "skipped": dict(Counter(why for _, why in _skipped(train_set, held_out)).most_common()),
-        "remarks": [remark for part in _parts(train_set, held_out) for remark in part.report.remarks],
+        "remarks": list(dict.fromkeys(remark for part in _parts(train_set, held_out) for remark in part.report.remarks)),
         "endings": train_set.endings if isinstance(train_set, PictureSet) else {},
     }
 

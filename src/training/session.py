@@ -151,8 +151,10 @@ class Session:
         for line in self.attempt.warnings:
             self.run.say(f"warning: {line}")
         self.attempt.leave_phases()
-        for remark in self._remarks():
+        remarks = self._remarks()
+        for remark in remarks:
             self.run.say(remark)
+        self.attempt.remarks = [*([f"left out: {skipped}"] if facts["skipped"] else []), *remarks]
         self.clock = Clock(
             self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
         )

@@ -67,6 +67,7 @@ class Attempt:
     weights_bytes: int = 0
     preview_bytes: int = 0
     images: int = 0
+    remarks: list[str] = field(default_factory=list)
     parameters: int = 0
     uploads: Uploads | None = None
     warnings: list[str] = field(default_factory=list)  # about the data: said once the run begins
@@ -387,7 +388,8 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str) -> list[tuple[str, str]]:
     """What a dry run found out, in rows: data, parameters, each stage, memory (GB), disk under the rules by which
     checkpoints are kept, time to the end."""
-    rows = [("data", f"{attempt.images} pictures"), ("parameters", f"{attempt.parameters / 1e6:.2f} M")]
+    rows = [("data", line) for line in (f"{attempt.images} pictures", *attempt.remarks)]
+    rows += [("parameters", f"{attempt.parameters / 1e6:.2f} M")]
     seconds, one, kept, pictures = attempt.ahead_seconds, attempt.checkpoint_bytes, 0, 0
     for stage in attempt.stages:
         images, split, minutes = stage.steps * stage.split.batch, stage.split, cfg.checkpoint.every_minutes

@@ -8,8 +8,8 @@ from PIL import Image
 
 from src.config import UserError, validate
 from src.data import PictureSet, open_sources
-from src.data.layout import split_of, splits_among
 from src.data.sources import FolderSource
+from src.data.splits import split_of, splits_among
 
 
 def image(path: Path, colour: int = 0) -> Path:
@@ -101,6 +101,7 @@ def test_one_split_is_asked_for_too_and_a_class_may_have_the_name_of_one(tmp_pat
     assert "holds the splits train" in refusal(tree(tmp_path / "two", "train/a/0.png", "train/b/0.png", "labels/0.txt"))
     assert "holds the splits train" in refusal(tree(tmp_path / "three", "train/a/0.png", "train/b/0.png", "other/a/0.png"))
     assert "Training Data" in refusal(tree(tmp_path / "four", "Training Data/0.png", "cats/0.png"))
+    assert "holds the splits test" in refusal(tree(tmp_path / "five", "data/0.png", "test/0.png"))
     vehicles = opened(tree(tmp_path / "vehicles", "bus/0.png", "car/0.png", "train/0.png"))
     assert vehicles.class_names == ("bus", "car", "train")
     assert "'train' is read as a class; if it is a split, set data.split" in remarks(vehicles)
@@ -218,6 +219,17 @@ def test_a_link_does_not_rename_a_class(tmp_path: Path) -> None:
     os.symlink(tmp_path / "data", tmp_path / "data" / "m" / "up")
     os.symlink(tree(tmp_path / "outside", "0.png", "deep/1.png"), tmp_path / "data" / "linked")
     assert opened(tmp_path / "data").counts == {"linked": 2, "m": 1, "z": 2}, "the name of a class is that in the data folder"
+
+
+def test_a_link_beside_the_only_folder_makes_no_class_of_it(tmp_path: Path) -> None:
+    tree(tmp_path, "z/0.png", "z/1.png")
+    os.symlink("z", tmp_path / "a")
+    found = opened(tmp_path)
+    assert found.class_names == () and found.names == ["z/0.png", "z/1.png"] and "a beside the images" in remarks(found)
+    tree(tmp_path / "splits", "train/a/0.png", "train/b/0.png", "val/a/0.png")
+    os.symlink("train", tmp_path / "splits" / "current")
+    assert "holds the splits train, val" in refusal(tmp_path / "splits")
+    assert len(opened(tmp_path / "splits", split="current")) == 2
 
 
 def test_a_data_folder_that_is_a_link(tmp_path: Path) -> None:
