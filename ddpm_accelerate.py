@@ -5,14 +5,16 @@ accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set da
 python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import torch
 
 from src.config import Length, config, free, load, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.data import GIVEN, HeldOut, ImageConfig, Sources, open_data, open_given
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.files import sample_checkpoints
@@ -22,6 +24,7 @@ from src.sampling.quality import open_quality
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
+from src.training.given import given_facts, given_network, how_to_draw, needs_null_class, same_on_all
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, describe_data
@@ -31,7 +34,7 @@ from src.training.sharding import home, prepare
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
-from src.training.trials import Attempt, run_training
+from src.training.trials import Attempt, run_training, train_here
 
 
 @config
@@ -76,16 +79,23 @@ def main() -> int:
     return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
+def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, network: Any = None, dataset: Any = None) -> int:
+    if attempt is None:  # from Python, where a network and a data set can be handed in: docs/python.md
+        return train_here(train, cfg, run_dir, network=network, dataset=dataset)
+    run_dir, own = Path(run_dir), network is not None
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
-    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    if dataset is None:
+        train_set, held_out = open_data(cfg.data, cfg.held_out)
+    else:
+        cfg, (train_set, held_out) = replace(cfg, data=GIVEN), open_given(dataset, cfg.held_out, cfg.image)
+        same_on_all(train_set.fingerprint)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
-    facts = describe_data(train_set, held_out)
+    facts = describe_data(train_set, held_out) | given_facts(own)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
     total_steps = resolve(cfg.steps)
 
@@ -94,7 +104,12 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
+    learned, place = cfg.process.variance == "learned", home(accelerator)
+    if own:
+        told = {"null_class": needs_null_class(cfg.label_dropout, train_set, held_out), "learned": learned}
+        network = given_network(network, accelerator, place, dtype, shape, num_classes, **told)
+    else:
+        network = build_unet(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
@@ -105,7 +120,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {how_to_draw(run_dir, own)}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
@@ -135,7 +150,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            if cfg.model.dropout:
+            if cfg.model.dropout or own:
                 torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = to_network(micro.images, device, dtype)
@@ -170,7 +185,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Leave what sampling needs, and say what to do next.
     batches.close()
-    message = f"finished; see {session.run.samples}, and draw more: python sample.py {run_dir} --frames"
+    message = f"finished; see {session.run.samples}, and draw more: {how_to_draw(run_dir, own, more=' --frames')}"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 

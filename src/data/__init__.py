@@ -1,10 +1,12 @@
 """Pictures and points: where they come from, which are left out, and what the network sees of them."""
 
+from .given import GIVEN, open_given, open_given_points
 from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_points
 from .sources import HeldOut, PictureSet, Source, Sources, open_data, open_sources
 from .transforms import ImageConfig
 
 __all__ = [
+    "GIVEN",
     "DataEnd",
     "GaussianSource",
     "HeldOut",
@@ -15,6 +17,8 @@ __all__ = [
     "SourceEnd",
     "Sources",
     "open_data",
+    "open_given",
+    "open_given_points",
     "open_points",
     "open_sources",
 ]

@@ -4,6 +4,7 @@ import argparse
 import gc
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from ..config import ENDLESS, UserError, read_json
 from .checkpoint import damage, keeps_best, newest, read_tensors, step_folder
@@ -168,6 +170,28 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
         return dry_run(train, cfg, run_dir)
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
+    return _run(train, cfg, run_dir)
+
+
+def train_here(train: Callable[..., int], cfg: Any, run_dir: str | Path, **given: Any) -> int:
+    """A run from Python: `train` of a script with what is `given` from there; 0 where it has finished, 1 where it was stopped.
+    Afterwards signals are the caller's again, and so, of one process, is accelerate's state."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.Signals[f"SIG{cfg.stop_signal}"])
+    before = {number: signal.getsignal(number) for number in numbers}
+    run_dir = Path(run_dir)
+    try:
+        if cfg.bucket is not None:
+            for line in bring(cfg, run_dir, trial=False):
+                print(line, flush=True)
+        return _run(partial(train, **given), cfg, run_dir)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if PartialState._shared_state and PartialState().num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _run(train: Train, cfg: Any, run_dir: Path) -> int:
     attempt, whole = Attempt(), True
     try:
         status = _take(train, cfg, run_dir, attempt)
