@@ -5,36 +5,34 @@ accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set da
 python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pydantic
 import torch
 
 from src.config import Length, config, free, load, run_script, to_steps, training_arguments
-from src.data import GIVEN, HeldOut, ImageConfig, Sources, open_data, open_given
+from src.data import HeldOut, ImageConfig, Sources
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.files import sample_checkpoints
-from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
+from src.sampling.given import Given, from_python
+from src.sampling.opened import count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.sampling.quality import open_quality
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.given import given_facts, given_network, how_to_draw, needs_null_class, same_on_all
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import torch_seed
 from src.training.session import Session
-from src.training.sharding import home, prepare
+from src.training.sharding import prepare
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
-from src.training.trials import Attempt, run_training, train_here
+from src.training.trials import Attempt, run_training
 
 
 @config
@@ -79,23 +77,17 @@ def main() -> int:
     return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, network: Any = None, dataset: Any = None) -> int:
-    if attempt is None:  # from Python, where a network and a data set can be handed in: docs/python.md
-        return train_here(train, cfg, run_dir, network=network, dataset=dataset)
-    run_dir, own = Path(run_dir), network is not None
+@from_python
+def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
-    if dataset is None:
-        train_set, held_out = open_data(cfg.data, cfg.held_out)
-    else:
-        cfg, (train_set, held_out) = replace(cfg, data=GIVEN), open_given(dataset, cfg.held_out, cfg.image)
-        same_on_all(train_set.fingerprint)
+    train_set, held_out = given.open_data(cfg)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
-    facts = describe_data(train_set, held_out) | given_facts(own)
+    facts = describe_data(train_set, held_out) | given.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
     total_steps = resolve(cfg.steps)
 
@@ -104,12 +96,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    learned, place = cfg.process.variance == "learned", home(accelerator)
-    if own:
-        told = {"null_class": needs_null_class(cfg.label_dropout, train_set, held_out), "learned": learned}
-        network = given_network(network, accelerator, place, dtype, shape, num_classes, **told)
-    else:
-        network = build_unet(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
+    network = given.build(cfg, accelerator, shape, num_classes, train_set, held_out)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
@@ -120,7 +107,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {how_to_draw(run_dir, own)}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
@@ -150,7 +137,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            if cfg.model.dropout or own:
+            if cfg.model.dropout or given.own:
                 torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = to_network(micro.images, device, dtype)
@@ -185,7 +172,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
 
     # Leave what sampling needs, and say what to do next.
     batches.close()
-    message = f"finished; see {session.run.samples}, and draw more: {how_to_draw(run_dir, own, more=' --frames')}"
+    message = f"finished; see {session.run.samples}, and draw more: {given.how_to_draw(run_dir, ' --frames')}"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 

@@ -5,24 +5,24 @@ accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=PI
 python train_iadb.py -cfg configs/points2d_iadb.json
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 import torch
 from pydantic import Discriminator, Tag
 
 from src.config import ENDLESS, Length, config, free, load, run_script, to_steps, training_arguments, wrong
-from src.data import GIVEN, DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
+from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
-from src.models import MLP, MLPConfig, UNetConfig
+from src.models import MLPConfig, UNetConfig
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.autoencoder import autoencoder_for
 from src.sampling.ends import open_ends
-from src.sampling.opened import build_unet, count_classes, sampler_of, start_from
+from src.sampling.given import Given, from_python
+from src.sampling.opened import count_classes, sampler_of, start_from
 from src.sampling.pairs import PairEnds, Pairs
 from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
 from src.sampling.points import write_points
@@ -31,7 +31,6 @@ from src.sampling.sampler import random_labels
 from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.given import given_facts, given_network, how_to_draw, needs_null_class
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
 from src.training.run import LogConfig
@@ -40,7 +39,7 @@ from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import split_batch
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
-from src.training.trials import Attempt, run_training, train_here
+from src.training.trials import Attempt, run_training
 
 Model = Annotated[
     Annotated[UNetConfig, Tag("unet")] | Annotated[MLPConfig, Tag("mlp")],
@@ -114,17 +113,15 @@ def main() -> int:
     return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, network: Any = None, dataset: Any = None) -> int:
-    if attempt is None:  # from Python, where a network and a data set can be handed in: docs/python.md
-        return train_here(train, cfg, run_dir, network=network, dataset=dataset)
-    run_dir, own, cfg = Path(run_dir), network is not None, cfg if dataset is None else replace(cfg, data=GIVEN)
+@from_python
+def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
     split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Open both ends: as they are, as latents, or paired by an earlier run.
-    ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image, dataset)
+    ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset)
     train_set, held_out = ends.data.train, ends.data.held_out
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
@@ -133,7 +130,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
         ends = ends.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
     if cfg.pairs is not None:
         ends = PairEnds(cfg.pairs, ends, num_classes, run_dir, accelerator, attempt)
-    shape, starts, facts = ends.shape, ends.starts(), ends.facts | given_facts(own)
+    shape, starts, facts = ends.shape, ends.starts(), ends.facts | given.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=ends.num_images)
     total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
 
@@ -141,13 +138,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    if own:
-        null = needs_null_class(cfg.label_dropout, train_set, held_out)
-        network = given_network(network, accelerator, device, dtype, shape, num_classes, null_class=null)
-    elif isinstance(cfg.model, MLPConfig):
-        network = MLP(cfg.model, num_classes=num_classes).to(device, dtype)
-    else:
-        network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
+    network = given.build(cfg, accelerator, shape, num_classes, train_set, held_out)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
@@ -164,7 +155,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {how_to_draw(run_dir, own)}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
@@ -201,7 +192,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             (micro, source), here = next(batches), split.of_step(part)
-            if own or (isinstance(cfg.model, UNetConfig) and cfg.model.dropout):
+            if given.own or (isinstance(cfg.model, UNetConfig) and cfg.model.dropout):
                 torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0, eps = micro.images, draws.eps[here] if source is None else source
@@ -241,7 +232,7 @@ def train(cfg: Config, run_dir: Path | str, attempt: Attempt | None = None, *, n
         walk = sampler_for(SamplerConfig(solver="euler", steps=128))
         write_points(walk, run_dir / "points", labels=labels, device=device)
     seen = session.run.samples if cfg.image else run_dir / "points"
-    message = f"finished; see {seen}, and draw more: {how_to_draw(run_dir, own)}"
+    message = f"finished; see {seen}, and draw more: {given.how_to_draw(run_dir)}"
     more = autoencoder.files() if autoencoder is not None else ({}, {})
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"], "straightness": ["straightness"]}, more=more)
 

@@ -1,7 +1,6 @@
 """A network and a data set that the caller hands in from Python, checked before anything is trained."""
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +19,9 @@ def same_on_all(fingerprint: str) -> None:
         raise UserError("the processes were handed different data sets: make it the same on each, with a fixed seed")
 
 
-def how_to_draw(run_dir: Path, own: bool, more: str = "") -> str:
-    """What a finished run says."""
-    return "open_trained from Python, as docs/python.md says" if own else f"python sample.py {run_dir}{more}"
-
-
 def needs_null_class(label_dropout: float, *sets: PictureSet | PointSet | None) -> bool:
     """Whether a run tells its network that there is no class: where labels are dropped, or data has none."""
     return label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
-
-
-def given_facts(own: bool) -> dict[str, str]:
-    """What travels with the weights of a network of the caller's `own`, which no config builds."""
-    return {"network": "python"} if own else {}
 
 
 def given_network(
