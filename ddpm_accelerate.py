@@ -14,12 +14,13 @@ from pathlib import Path
 import pydantic
 import torch
 
-from src.config import Length, config, free, load, quoted, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
+from src.config import Length, config, free, load, run_script, to_steps, training_arguments
+from src.data import HeldOut, ImageConfig, Sources, check_images
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
-from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
+from src.sampling.given import Given, from_python
+from src.sampling.opened import count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.sampling.quality import open_quality
 from src.training.checkpoint import CheckpointConfig
@@ -30,7 +31,7 @@ from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradie
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import torch_seed
 from src.training.session import Session
-from src.training.sharding import home, prepare
+from src.training.sharding import prepare
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
@@ -77,7 +78,8 @@ def main() -> int:
     return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
+@from_python
+def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
@@ -85,10 +87,10 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Look at the data.
     attempt.enters("looking at the data")
-    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    train_set, held_out = given.open_data(cfg)
     attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
-    facts = describe_data(train_set, held_out)
+    facts = describe_data(train_set, held_out) | given.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
     total_steps = resolve(cfg.steps)
 
@@ -98,7 +100,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
+    network = given.build(cfg, accelerator, shape, num_classes, train_set, held_out)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
@@ -109,7 +111,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {quoted(run_dir)}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
@@ -140,7 +142,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            if cfg.model.dropout:
+            if cfg.model.dropout or given.own:
                 torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = to_network(micro.images, device, dtype)
@@ -176,7 +178,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Leave what sampling needs, and say what to do next.
     batches.close()
     session.write_final()
-    message = f"finished; see {session.run.samples}, and draw more: python sample.py {quoted(run_dir)} --frames"
+    message = f"finished; see {session.run.samples}, and draw more: {given.how_to_draw(run_dir, ' --frames')}"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 

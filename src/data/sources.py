@@ -111,7 +111,15 @@ class PackedSource:
     subset: int | None = Field(None, gt=0)
 
 
-Source = FolderSource | DatasetsSource | DigitsSource | EmnistSource | ShapesSource | PackedSource
+@config
+class PythonSource:
+    """A data set that is handed in from Python, as in train(cfg, run_dir, dataset=...): it cannot be opened from a config."""
+
+    source: Literal["python"]
+    subset: None = None
+
+
+Source = FolderSource | DatasetsSource | DigitsSource | EmnistSource | ShapesSource | PackedSource | PythonSource
 OneSource = Annotated[Source, Field(discriminator="source")]
 Sources = Annotated[
     Annotated[OneSource, Tag("object")] | Annotated[tuple[OneSource, ...], Field(min_length=1), Tag("list")],
@@ -581,6 +589,13 @@ def _open_packed(spec: PackedSource) -> PackedPictures:
     return open_packed(Path(spec.path), spec.split)
 
 
+def _open_python(spec: PythonSource) -> Pictures:
+    raise UserError(
+        "the data set was handed in from Python, so no config can open it: train on with train(cfg, run_dir, dataset=...) from "
+        "Python, or set data to a source on disk"
+    )
+
+
 OPENERS: dict[type, Any] = {
     FolderSource: _open_folder,
     DatasetsSource: _open_datasets,
@@ -588,6 +603,7 @@ OPENERS: dict[type, Any] = {
     EmnistSource: _open_emnist,
     ShapesSource: _open_shapes,
     PackedSource: _open_packed,
+    PythonSource: _open_python,
 }
 
 # ---------------------------------------------------------------------------------------------- one set of pictures
@@ -788,10 +804,10 @@ def open_sources(sources: Source | Sequence[Source]) -> PictureSet:
 
 
 def open_data(
-    data: Source | Sequence[Source], held_out: float | Source | Sequence[Source]
+    data: Source | Sequence[Source] | PictureSet, held_out: float | Source | Sequence[Source]
 ) -> tuple[PictureSet, PictureSet | None]:
     """The training pictures, and those held out: a fraction by hash of the relative path, or sources of their own."""
-    everything = open_sources(data)
+    everything = data if isinstance(data, PictureSet) else open_sources(data)
     if not isinstance(held_out, float | int):
         held = open_sources(held_out)
         known = {normal_form(name) for name in everything.class_names}

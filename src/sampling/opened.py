@@ -325,21 +325,27 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     return told
 
 
-def open_trained(path: str | Path, device: torch.device) -> Opened:
+def open_trained(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Opened:
     """Open a run of pictures, a checkpoint, a final folder or a `.pt` export with its EMA weights on the device.
 
-    A UserError says what is missing, damaged, of another architecture or of 2-D points.
+    Those of a run of the caller's own network are put into `network`, built as it was for training. A UserError says what is
+    missing, damaged, of another architecture or of 2-D points.
     """
-    found = open_run(path, device)
+    found = open_run(path, device, network)
     if not isinstance(found, Opened):
         raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {quoted(path)} draws them")
     return found
 
 
-def open_run(path: str | Path, device: torch.device) -> Run:
+def open_run(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Run:
     """The same of a run of pictures or of 2-D points."""
-    path = Path(path)
+    path, given = Path(path), network
     folder, weights, config, data, step, digest = read_weights(path)
+    if given is None and data.get("network") == "python":
+        raise UserError(
+            f"{path} trained a network that was handed in from Python, which no config builds: open it from Python, with "
+            "open_run(path, device, network=...)"
+        )
     if "classifier" in config:
         raise UserError(f"{path} is a classifier, which draws nothing by itself: give a diffusion run, and --classifier {path}")
     if "stages" in config:
@@ -353,7 +359,7 @@ def open_run(path: str | Path, device: torch.device) -> Run:
     found |= {"facts": data, "step": step}
     if config["image"] is None:
         model = validate(MLPConfig, config["model"], origin=f"{path}: model")
-        network, shape = MLP(model, num_classes=num_classes), (2,)
+        network, shape = given or MLP(model, num_classes=num_classes), (2,)
     else:
         image = validate(ImageConfig, config["image"], origin=f"{path}: image")
         shape, latent = (image.channels, image.size, image.size), {}
@@ -367,7 +373,7 @@ def open_run(path: str | Path, device: torch.device) -> Run:
                 "codec": LatentCodec(autoencoder.network, facts["mean"], facts["std"]),
                 "bounds": latent_bounds(facts, device),
             }
-        network = build_unet(
+        network = given or build_unet(
             validate(UNetConfig, config["model"], origin=f"{path}: model"),
             shape,
             num_classes,

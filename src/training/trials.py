@@ -4,6 +4,7 @@ import argparse
 import gc
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from ..config import ENDLESS, UserError, read_json
 from ..progress import Phases, say
@@ -209,19 +211,41 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
         return dry_run(train, cfg, run_dir, old)
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
+    return _run(train, cfg, run_dir, old)
+
+
+def train_here(train: Callable[..., int], cfg: Any, run_dir: str | Path, **given: Any) -> int:
+    """A run from Python: `train` of a script with what is `given` from there; 0 where it has finished, 1 where it was stopped.
+    Afterwards signals are the caller's again, and so, of one process, is accelerate's state."""
+    names = ("SIGTERM", "SIGINT", "SIGUSR1", f"SIG{cfg.stop_signal}")
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None)) is not None}
+    run_dir = Path(run_dir)
+    try:
+        if cfg.bucket is not None:
+            for line in bring(cfg, run_dir, trial=False):
+                print(line, flush=True)
+        return _run(partial(train, **given), cfg, run_dir)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if PartialState._shared_state and PartialState().num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _run(train: Train, cfg: Any, run_dir: Path, old: Path | None = None) -> int:
     attempt, whole = Attempt(), True
     try:
         if old is not None:
             continue_as(cfg, old, run_dir)
         status = _take(train, cfg, run_dir, attempt)
-    except UserError:
-        if (run_dir / MARK).exists() and os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
         if status == 0 and attempt.uploads is None and cfg.bucket is not None and os.environ.get("RANK", "0") == "0":
             attempt.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
             if (found := newest(run_dir / "checkpoints")[0]) is not None:
                 attempt.uploads.wake(int(found.name.removeprefix("step_")))
+    except UserError:
+        if (run_dir / MARK).exists() and os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
     finally:
         if attempt.uploads is not None:
             attempt.uploads.say = partial(print, flush=True)
