@@ -1,19 +1,24 @@
 """From a file to the square of uint8 pixels that a network sees."""
 
 import io
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ..config import config
 
 Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs another program
 Image.MAX_IMAGE_PIXELS = None  # the scan holds pictures to `max_pixels` by their header, before anything is decoded
+# A PNG may carry a workflow or a profile that is far larger than what Pillow takes by itself, and is a whole image.
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes of one chunk of text, or of a profile, when it is unpacked
+PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20  # of all of them together
 
 
 @config
@@ -41,7 +46,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def normalise(image: Image.Image, channels: int) -> Image.Image:
     """An opened picture as it is meant to be seen: turned by its EXIF tag, transparency over white, mode L or RGB."""
-    image = ImageOps.exif_transpose(image)
+    with suppress(SyntaxError, ValueError, struct.error):  # notes (EXIF) that cannot be read turn nothing
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
