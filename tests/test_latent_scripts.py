@@ -456,3 +456,18 @@ def test_an_autoencoder_that_never_finished(vae_run: Path, smoke_run: Path, tmp_
 def test_an_unknown_class(ldm_run: Path, tmp_path: Path) -> None:
     said = refused("sample", ldm_run, "--classes", "hexagon", "--out", tmp_path / "s")
     assert "class 'hexagon' is not known; the classes are: circle, cross, square, triangle" in said
+
+
+def test_a_latent_run_whose_looks_all_fail_is_the_run(vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_font(*_: object, **__: object) -> None:
+        raise ValueError("no font")
+
+    for name in ("save", "curves"):
+        monkeypatch.setattr(f"src.pictures.{name}", no_font)
+    sets = {"steps": 2, "preview__every": 1, "checkpoint__every": 2, "log__every": 1, "preview__sampler__steps": 2}
+    done = train_ldm(tmp_path / "run", vae_run, log__trackers=[], latents=str(tmp_path / "latents"), **sets)
+    assert done.status == 0, done.all
+    for what in ("the preview", "the first images", "loss.png"):
+        assert done.out.count(f"warning: {what} failed (ValueError: no font)") == 1, done.all
+    assert (tmp_path / "run" / "final" / "autoencoder.safetensors").exists() and not list((tmp_path / "run").rglob("*.png"))
+    assert metrics(tmp_path / "run")[-1]["held_out_loss"] > 0

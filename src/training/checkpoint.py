@@ -77,8 +77,8 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents) -> None:
         shutil.rmtree(staged, ignore_errors=True)
         if error.errno in FULL:
             raise UserError(
-                f"the disk is full: {folder} was not written, what was saved before is whole; make room and run the "
-                "same command again"
+                f"the disk is full: {folder} was not written, and nothing that was saved before is changed; make room and "
+                "run the same command again"
             ) from None
         raise
 
