@@ -29,6 +29,7 @@ from src.data.sources import FolderSource, Sources
 from src.sampling.autoencoder import open_autoencoder
 from src.sampling.latents import cache_folder, latents_of
 from src.training.launch import start_sampling
+from src.training.looks import asked_for
 from src.training.run import check_ranks, describe_data
 
 
@@ -170,7 +171,8 @@ def check(args: argparse.Namespace) -> None:
         seen = found.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
         names = [found.class_names[label] if label >= 0 else "" for label in found.labels[chosen]]
         sheet = pictures.grid(seen, columns=8, labels=names if found.class_names else None)
-        pictures.save(sheet, Path(args.sheet))
+        with asked_for(args.sheet):
+            pictures.save(sheet, Path(args.sheet))
         print(f"  {args.sheet}")
 
 

@@ -141,6 +141,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, **more)
         if guard.enter(stage.number) and own.adversarial is not None and not attempt.trial:
             guard.watch(cfg.guard, session.step, look()["l1"])
+        if session.step == stage.first or stage.adversary_at(session.step - 1) is None:
+            guard.saved_before(session.step)
         batches = stream(train_set, stage.image, split, seed=seed, start_step=session.step, workers=cfg.workers, device=device)
 
         # Train.
@@ -221,7 +223,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
                 told = "lpips" if perceptual is not None else "l1"
                 if session.decides:
                     best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
-                    healthy = guard.watch(cfg.guard, session.step, seen["l1"]) or adversary is None
+                    watched = guard.watch(cfg.guard, session.step, seen["l1"], adversary=adversary is not None)
+                    healthy = watched or adversary is None
                 for line in troubled_channels(seen) + won(values):
                     session.run.say(f"warning: step {session.step}: {line}")
             session.report(values)
@@ -229,9 +232,11 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
                 session.run.say(f"warning: {guard.explain(cfg.guard, session.step, seen['l1'], values)}")
                 if guard.rolls_back(cfg.guard):
                     batches.close()
-                    return session.roll_back(guard.healthy_step, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
+                    return session.roll_back(guard.back_to, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
             keep = best or (cfg.guard.rollback and guard.healthy_step == session.step)
-            session.save(keep=keep, tanh=tanh, guard=guard.saved(), adaptive_weight=float(adaptive.value))
+            saved = session.save(keep=keep, tanh=tanh, guard=guard.saved(), adaptive_weight=float(adaptive.value))
+            if saved and adversary is None:
+                guard.saved_before(session.step)
             if session.leaves():
                 batches.close()
                 return session.end_stopped()

@@ -290,8 +290,8 @@ _said = set[str]()
 def _starts(program: str) -> bool:
     """Whether the program starts; one that does not is named in one line, once."""
     reason = _run([program, "-version"], 20)
-    if reason is None or "does not start" not in reason:
-        return True
+    if reason is None or not reason.startswith(("does not start", "took more")):
+        return True  # what else is wrong with it the GIF or the MP4 will show
     _say(f"{program} {reason}; another way is taken")
     return False
 
@@ -307,15 +307,20 @@ def ffmpeg() -> str | None:
     return next((program for program in _programs() if _starts(program)), None)
 
 
-def _film(command: Callable[[str], list[str]], *, seconds: float | None, programs: Sequence[str] | None = None) -> str | None:
-    """Run what `command` makes of a program with one ffmpeg after the other until one succeeds. Why the first of them failed,
-    or None where one did not; "" where there is no ffmpeg."""
+def _film(
+    command: Callable[[str], list[str]], out: Path, *, seconds: float | None, programs: Sequence[str] | None = None
+) -> str | None:
+    """Run what `command` makes of a program with one ffmpeg after the other until one has written `out`. Why the first of them
+    failed, or None where one did not; "" where there is no ffmpeg."""
     first = ffmpeg()
     if first is None:
         return ""
     reasons = list[str]()
     for program in programs or [first, *(other for other in _programs() if other != first)]:
+        out.unlink(missing_ok=True)
         reason = _run(command(program), seconds)
+        if reason is None and not (out.is_file() and out.stat().st_size):
+            reason = "wrote nothing"
         if reason is None:
             for line in reasons:
                 _say(f"{line}; {program} was taken")
@@ -355,7 +360,7 @@ def gif(frames: Sequence[Path], pattern: Path, out: Path, *, fps: int) -> str:
     staged = out.with_name(f".{out.name}")
     numbered = _frames_at(pattern)
     try:
-        reason = _film(lambda program: gif_command(numbered, _argument(staged), fps=fps, program=program), seconds=600)
+        reason = _film(lambda program: gif_command(numbered, _argument(staged), fps=fps, program=program), staged, seconds=600)
         if reason is not None:
             if reason:
                 _say(f"{reason}; Pillow makes the GIF")
@@ -390,9 +395,11 @@ def mp4(pattern: Path, out: Path, *, fps: int, programs: Sequence[str] | None = 
     staged = out.with_name(f".{out.name}")
     numbered = _frames_at(pattern)
     try:
-        words = {"fps": fps}
         reason = _film(
-            lambda program: mp4_command(numbered, _argument(staged), program=program, **words), seconds=None, programs=programs
+            lambda program: mp4_command(numbered, _argument(staged), fps=fps, program=program),
+            staged,
+            seconds=None,
+            programs=programs,
         )
         if reason == "":
             raise UserError("there is no ffmpeg, so no MP4 is made: pip install imageio-ffmpeg, or put ffmpeg on PATH")

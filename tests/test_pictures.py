@@ -81,6 +81,7 @@ BROKEN = {
     "an interpreter that is gone": "#!/no/such/interpreter\n",
     "a library that is gone": "#!/bin/sh\necho 'error while loading shared libraries: libx.so' >&2\nexit 127\n",
     "one that is killed": "#!/bin/sh\nkill -9 $$\n",
+    "one that does nothing": "#!/bin/sh\nexit 0\n",
     "one that fails at all": "#!/bin/sh\necho 'cannot do that' >&2\nexit 1\n",
 }
 

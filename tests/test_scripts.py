@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from src.config import load
 from src.training.checkpoint import newest
+from src.training.launch import StepGate
 from tests import kills
 from tests.conftest import ROOT, SMOKE, Finished, command, environment, here, launch, metrics, one_line, refused, run_here
 
@@ -365,8 +366,44 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     explodes = ["--set", 'optimizer.schedule={"kind": "multistep", "milestones": [12], "gamma": 1e36}']
     said = one_line(train(tmp_path / "run", *explodes, "--set", "max_nonfinite_steps=4"))
     assert "step 17: the loss or its gradient is not finite, the 4th time in a row" in said
+    assert "the last checkpoint is of step 10, from before" in said
     found, passed = newest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.name == "step_00000010" and not passed
+
+
+EXPLODES = (
+    "--set",
+    'optimizer.schedule={"kind": "multistep", "milestones": [1], "gamma": 1e36}',
+    "--set",
+    "preview.every=null",
+)
+
+
+def test_a_loss_that_is_not_finite_before_there_is_a_checkpoint(tmp_path: Path) -> None:
+    said = one_line(train(tmp_path / "run", *EXPLODES, "--set", "max_nonfinite_steps=2"))
+    assert "there is no checkpoint yet: lower optimizer.lr or set optimizer.clip, and run it again" in said
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_stop_in_a_step_that_is_not_saved_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that goes on, whose checkpoint is its first one."""
+    send = StepGate.send
+
+    def asks(gate: StepGate, step: int, finite: torch.Tensor) -> None:
+        gate.request.asked = step >= 6
+        send(gate, step, finite)
+
+    monkeypatch.setattr(StepGate, "send", asks)
+    for saves, told in (
+        ("null", "there is no checkpoint yet: the same command starts anew"),
+        ("1", "the last checkpoint is of step"),
+    ):
+        words = (SCRIPT, "-cfg", SMOKE, "--run-dir", tmp_path / saves, "--set", f"checkpoint.every={saves}", *EXPLODES)
+        with pytest.raises(AssertionError):  # status 1: it was stopped
+            here(*words)
+        said = (tmp_path / saves / "log.txt").read_text().splitlines()[-1]
+        assert ", whose gradients were not finite, so it was not saved" in said and told in said
+        assert json.loads((tmp_path / saves / "status.json").read_text())["state"] == "stopped"
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}], ids=str)

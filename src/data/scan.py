@@ -116,6 +116,8 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
     except Exception as error:  # decoders raise whatever they like on damaged bytes
         if isinstance(error, OSError) and error.errno is not None:
             return f"{FOR_NOW}{error.strerror}"
+        if "MAX_TEXT_CHUNK" in str(error) or "MAX_TEXT_MEMORY" in str(error):
+            return "more text than 64 MB in a chunk, or 256 MB in all"
         return "truncated" if "truncat" in str(error).lower() else "damaged"
     return None
 

@@ -1,13 +1,15 @@
 """From a file to the square of uint8 pixels that a network sees."""
 
 import io
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ..config import config
 from .colour import note_range, stated_top, to_srgb
@@ -18,6 +20,9 @@ Pixels = NDArray[np.uint8]
 # files. Caches remember it. 2: colour profiles are converted, and grey is scaled by the range that the file states.
 DECODER = 2
 Image.MAX_IMAGE_PIXELS = None  # the scan holds pictures to `max_pixels` by their header, before anything is decoded
+# A PNG may carry a workflow or a profile that is far larger than what Pillow takes by itself, and is a whole image.
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes of one chunk of text, or of a profile, when it is unpacked
+PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20  # of all of them together
 
 
 @config
@@ -49,7 +54,8 @@ def normalise(image: Image.Image, channels: int) -> Image.Image:
     deep = image.mode.startswith(("I", "F"))
     top = stated_top(image, np.asarray(image)) if deep else None
     profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
+    with suppress(SyntaxError, ValueError, struct.error):  # notes (EXIF) that cannot be read turn nothing
+        image = ImageOps.exif_transpose(image)
     if deep:
         image = _to_8_bits(image, top)
         image.info["icc_profile"] = profile

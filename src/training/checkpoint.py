@@ -83,8 +83,8 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme
         shutil.rmtree(staged, ignore_errors=True)
         if error.errno in FULL:
             raise UserError(
-                f"the disk is full: {folder} was not written, what was saved before is whole; make room and run the "
-                "same command again"
+                f"the disk is full: {folder} was not written, and nothing that was saved before is changed; make room and "
+                "run the same command again"
             ) from None
         raise
 
@@ -191,8 +191,10 @@ def spared_steps(progress: Mapping[str, Any]) -> set[int]:
     """The steps whose checkpoints a run still needs beside its last ones: its best, and that where a rollback would go."""
     known = progress.get("best") or {}
     best = known["step"] if known.get("kept") else None
-    healthy = progress.get("guard", {}).get("healthy_step")
-    return {step for step in (best, healthy) if step is not None}
+    guard = progress.get("guard", {})
+    healthy = guard.get("healthy_step")
+    back_to = healthy if healthy is not None else guard.get("before_step")
+    return {step for step in (best, back_to) if step is not None}
 
 
 def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:

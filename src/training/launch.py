@@ -421,6 +421,7 @@ class StepGate:
         self.patience = patience if accelerator.scaler is None else patience + 30
         self.stop = self.save = False
         self.skipped_in_a_row = 0
+        self.saved_step: int | None = None  # of the last checkpoint
         self._saved_at = time.monotonic()
         self._pending: tuple[Any, Any, torch.Tensor, int] | None = None
 
@@ -463,10 +464,12 @@ class StepGate:
             return step
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.patience:
-            raise UserError(
-                f"step {step}: the loss or its gradient is not finite, the {self.patience}th time in a row; the last "
-                "checkpoint is good: lower optimizer.lr or set optimizer.clip, in a new --run-dir or after removing this one"
-            )
+            again = "lower optimizer.lr or set optimizer.clip"
+            told = f"there is no checkpoint yet: {again}, and run it again"
+            if self.saved_step is not None:
+                told = f"the last checkpoint is of step {self.saved_step}, from before: {again}, in a new --run-dir or after "
+                told += "removing this one"
+            raise UserError(f"step {step}: the loss or its gradient is not finite, the {self.patience}th time in a row; {told}")
         return None
 
     @property
@@ -474,8 +477,9 @@ class StepGate:
         """Whether a stop is asked that no other process has to hear of: then the step that is done is the last one."""
         return self.request.asked and not self.distributed
 
-    def saved(self) -> None:
-        self.save = False
+    def saved(self, step: int | None = None) -> None:
+        """The checkpoint of `step` is written."""
+        self.save, self.saved_step = False, step
         self._saved_at = time.monotonic()
 
 

@@ -118,6 +118,7 @@ class Session:
         self.attempt.held.callback(stop.close)
         self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
         self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
+        self.gate.saved_step = self.step if self.progress else None
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
         self._begun = True
         if self.run.writes:
@@ -324,7 +325,7 @@ class Session:
             self.run.save(tensors, self.documents(state), self.cfg.checkpoint, pinned)
             if uploads is not None:
                 uploads.wake(self.step)
-        self.gate.saved()
+        self.gate.saved(self.step)
         return True
 
     def _snapshot(self) -> None:
@@ -348,7 +349,13 @@ class Session:
         if self.attempt.trial:
             self._leave()
             return 1 if self.gate.stop else 0
-        message = f"stopped at step {self.step} and saved; to go on, run the same command again"
+        saved = self.gate.saved_step
+        if saved == self.step:
+            message = f"stopped at step {self.step} and saved; to go on, run the same command again"
+        else:  # a step whose gradients are not finite is not saved
+            there = f"the last checkpoint is of step {saved}" if saved is not None else "there is no checkpoint yet"
+            message = f"stopped at step {self.step}, whose gradients were not finite, so it was not saved; {there}"
+            message += ", from which the same command goes on" if saved is not None else ": the same command starts anew"
         return self._end_run("stopped", message, 1)
 
     def write_final(self, *, progress: dict[str, Any] | None = None, more: tuple[Tensors, Documents] = ({}, {})) -> None:

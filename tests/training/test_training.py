@@ -573,7 +573,11 @@ def test_the_gate_counts_finite_steps_and_ends_a_run_of_bad_ones(accelerator: Ac
         gate.send(step, bad)
         gate.settle()
     gate.send(7, bad)
-    with pytest.raises(UserError, match="step 7: .* not finite.*checkpoint"):
+    with pytest.raises(UserError, match="step 7: .* not finite, the 3th time in a row; there is no checkpoint yet: lower"):
+        gate.settle()
+    gate.saved(6)
+    gate.send(8, bad)
+    with pytest.raises(UserError, match="the last checkpoint is of step 6, from before: lower optimizer.lr"):
         gate.settle()
 
 
