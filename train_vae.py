@@ -107,6 +107,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if session.finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); now: train_ldm.py with autoencoder {run_dir}")
         return 0
+    stages = [replace(stage, split=session.place(stage.split)) for stage in stages]
     tanh = session.progress.get("tanh", False)
     if cfg.init_from is not None and not session.progress:
         tanh = start_from(cfg.init_from, network, ema.network)

@@ -78,6 +78,11 @@ class Session:
                 "nothing to go on to; set more steps"
             )
 
+    def place(self, split: Split) -> Split:
+        """Where the images of a stage stand in the stream of a run that went on from one with other batches or stages."""
+        ahead = self._origins[-1]["images_ahead"] if self._origins else 0
+        return split._replace(images_before=split.images_before + ahead)
+
     @property
     def fresh(self) -> bool:
         """Whether nothing was done yet in this directory."""

@@ -223,7 +223,10 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
         if attempt.uploads is not None:
             attempt.uploads.say = partial(print, flush=True)
             attempt.uploads.say(f"putting what is left into {cfg.bucket}")
+            phases = Phases("", at_once=False)
+            phases.enter(f"putting what is left into {cfg.bucket}")
             whole = attempt.uploads.close()
+            phases.close()
     return status if whole else status or 1  # so that `launch && shutdown` does not lose the end of the run
 
 
