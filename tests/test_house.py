@@ -37,6 +37,7 @@ import train_vae
 FLOORS = {
     "config": 0,
     "locks": 0,
+    "packages": 0,
     "progress": 0,
     "threads": 0,
     "vision": 0,

@@ -27,6 +27,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 from ..config import FULL, UserError, run_script, write_whole
 from ..locks import take_lock
+from ..packages import needed
 from ..progress import Progress
 from .archives import Damaged, size, stem, unpack
 
@@ -400,10 +401,12 @@ def open_bucket(url: str) -> Bucket:
     if prefix and _leaves(prefix):
         raise UserError(f"{url!r}: {prefix!r} is no folder in the bucket; write it as gs://NAME or gs://NAME/PREFIX")
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # it asks for rights on the bucket itself
-    import google.auth
-    from google.auth.credentials import AnonymousCredentials
-    from google.auth.exceptions import DefaultCredentialsError
-    from google.cloud import storage
+    with needed(url, "google.cloud.storage", "google_crc32c"):
+        import google.auth
+        import google_crc32c  # noqa: F401  (what compares files)
+        from google.auth.credentials import AnonymousCredentials
+        from google.auth.exceptions import DefaultCredentialsError
+        from google.cloud import storage
 
     credentials: Any = None
     if not os.environ.get("STORAGE_EMULATOR_HOST"):

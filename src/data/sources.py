@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from pydantic import Discriminator, Field, Tag
 
 from ..config import UserError, config, free, kind_of
+from ..packages import needed
 from ..vision import hub_reason
 from . import formats
 from .layout import Found, Layout, find_layout, in_words, walk
@@ -385,9 +386,9 @@ def _bytes_of(cell: Any) -> int | None:
 
 
 def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
-    import datasets
-
     where = f"data set {spec.name!r}"
+    with needed(where, "datasets"):
+        import datasets
     try:
         if (Path(spec.name).expanduser().is_dir() and (Path(spec.name).expanduser() / "state.json").exists()) or (
             Path(spec.name).expanduser() / "dataset_dict.json"
@@ -535,7 +536,8 @@ def _fraction(name: str) -> float:
 
 
 def _open_digits(spec: DigitsSource) -> ArrayPictures:
-    from sklearn.datasets import load_digits
+    with needed("data.source digits", "sklearn"):
+        from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     pixels = np.rint(digits.images / 16 * 255).astype(np.uint8)[..., None]

@@ -22,6 +22,7 @@ from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
+from ..packages import needed
 from ..vision import import_torchvision
 from .guided_diffusion import multiple, rename
 from .imported import Imported
@@ -915,10 +916,8 @@ def autoencoder_files(network: DiffusersAutoencoder) -> dict[str, bytes]:
 
 def _autoencoder_class() -> Any:
     import_torchvision()
-    try:
+    with needed("a diffusers autoencoder", "diffusers"):
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    except ImportError:
-        raise UserError("a diffusers autoencoder needs the package diffusers: pip install diffusers") from None
     return AutoencoderKL
 
 

@@ -24,6 +24,7 @@ from ..config import UserError, write_whole
 from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, inspect
 from ..data.transforms import decode
+from ..packages import ask_for, needed
 from ..progress import Progress, say
 from ..vision import check_finite, import_torchvision
 
@@ -134,11 +135,10 @@ def open_upscaler(weights: str | Path | None, device: torch.device | str, *, til
     path = Path(weights if weights is not None else WEIGHTS).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: there are no such weights; {WHERE}")
+    ask_for("upscaling", "spandrel", "torchvision")
     import_torchvision()
-    try:
+    with needed("upscaling", "spandrel"):
         from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
-    except ImportError:
-        raise UserError("upscaling needs the package spandrel: pip install spandrel") from None
     state = _read_state(path)
     try:
         found = ModelLoader().load_from_state_dict(state)

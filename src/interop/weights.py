@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import UserError
+from ..packages import needed
 from ..vision import check_finite, hub_reason
 
 # ---------------------------------------------------------------------------------------------- files
@@ -429,8 +430,9 @@ def is_hub_name(name: str) -> bool:
 
 def from_hub(name: str, patterns: Sequence[str]) -> Path:
     """The folder in the cache of the hub with the files of `name` that match; a UserError says why the hub does not give it."""
-    import huggingface_hub
-    import huggingface_hub.utils.logging
+    with needed(f"{name}, which is no folder here,", "huggingface_hub"):
+        import huggingface_hub
+        import huggingface_hub.utils.logging
 
     huggingface_hub.utils.logging.set_verbosity_error()  # what it tells of each try, we say once
     try:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..packages import needed
 from ..vision import import_torchvision
 
 Array = NDArray[Any]
@@ -56,7 +57,8 @@ def frechet(samples: Array, real: Moments) -> float:
     and covariances of the samples (N, D) and of the real pictures (Eq. 6, Heusel et al. 2017, arXiv:1706.08500); 0 for equal
     sets."""
     import_torchvision()
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    with needed("the Fréchet distance", "torchmetrics"):
+        from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=_Given(len(real.sum)), **ALONE)
     metric.update(torch.from_numpy(samples).double(), real=False)
@@ -69,7 +71,8 @@ def kernel_distance(samples: Array, real: Array, *, subsets: int = 100, size: in
     """KID (Binkowski et al. 2018, arXiv:1801.01401), by torchmetrics: the squared maximum mean discrepancy under the kernel
     (x'y / D + 1)^3, unbiased: the mean over `subsets` of `size` pictures and its deviation. About 0 for equal sets."""
     import_torchvision()
-    from torchmetrics.image.kid import KernelInceptionDistance
+    with needed("the kernel distance", "torchmetrics"):
+        from torchmetrics.image.kid import KernelInceptionDistance
 
     with _quietly(), _drawn_alike():
         metric = KernelInceptionDistance(
@@ -85,7 +88,8 @@ def inception_score(logits: Array, *, splits: int = 10) -> tuple[float, float]:
     """exp E KL(p(y | x) || p(y)) of class logits (N, K), the mean over `splits` and its standard deviation, by torchmetrics
     (Salimans et al. 2016, arXiv:1606.03498). Higher is better; K at most."""
     import_torchvision()
-    from torchmetrics.image.inception import InceptionScore
+    with needed("the Inception Score", "torchmetrics"):
+        from torchmetrics.image.inception import InceptionScore
 
     with _quietly(), _drawn_alike():
         metric = InceptionScore(feature=_Given(0), splits=min(splits, len(logits)), **ALONE)
@@ -190,9 +194,10 @@ def copying(samples: Array, held_out: Array) -> Copying:
 
 def fit_reader(real: Array, labels: NDArray[np.int64]) -> Callable[[Array], NDArray[np.int64]]:
     """A logistic regression on the features (M, D) of real pictures and their labels (M,): features (N, D) -> labels (N,)."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with needed("reading the classes of samples", "sklearn"):
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     reader: Any = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500, tol=1e-3))
     reader.fit(real, labels)

@@ -1,7 +1,6 @@
 """Networks whose features say how alike two sets of pictures are: Inception, DINOv2, EfficientNet-Lite0, any of timm."""
 
 import hashlib
-import importlib.util
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import UserError
+from ..packages import ask_for, needed
 from ..vision import (
     check_finite,
     efficientnet_lite0,
@@ -91,8 +91,7 @@ class Inception(Features):
     comparable = "FID, KID and IS of papers, at the same number of samples and of the same reference pictures"
 
     def __init__(self, weights: str | None, asked: Asked) -> None:
-        if importlib.util.find_spec("torch_fidelity") is None:
-            raise UserError(f"{asked.features} inception needs the package torch-fidelity: pip install torch-fidelity")
+        ask_for(f"{asked.features} inception", "torch_fidelity", "torchvision")
         path = Path(weights).expanduser() if weights is not None else inception_file()
         reason = fetch_weights(INCEPTION_URL, path) if weights is None else f"{asked.inception} names no file"
         if not path.is_file():
@@ -102,7 +101,8 @@ class Inception(Features):
                 f"{asked.features} efficientnet_lite0 works without; they were not fetched: {reason}"
             )
         import_torchvision()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        with needed(f"{asked.features} inception", "torch_fidelity"):
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         read_weights(path, asked.inception)  # that the file is whole and holds no code: it is read once more below
         try:
@@ -144,11 +144,11 @@ class Timm(Features):
     """The pooled features of a network of timm, at its own size, mean and standard deviation."""
 
     def __init__(self, network_name: str, weights: str | None, name: str, comparable: str, asked: Asked) -> None:
-        if importlib.util.find_spec("timm") is None:
-            raise UserError(f"{asked.features} {name} needs the package timm: pip install -e '.[timm]'")
+        ask_for(f"{asked.features} {name}", "timm", "torchvision")
         import_torchvision()
-        import timm
-        from timm.data.config import resolve_model_data_config
+        with needed(f"{asked.features} {name}", "timm"):
+            import timm
+            from timm.data.config import resolve_model_data_config
 
         if not timm.is_model(network_name):
             near = [
@@ -211,6 +211,8 @@ class RandomFeatures(Features):
 def open_features(name: str, weights: str | None = None, asked: Asked = OPTIONS) -> Features:
     """`inception`, `dinov2`, `efficientnet_lite0`, or `timm:NAME` with a network's name there; `weights` is a file. `random` is
     for tests. A UserError says what is missing and where it comes from, in the words by which it was `asked`."""
+    if name in (*NAMES, "random") or name.startswith("timm:"):  # what compares them in the end
+        ask_for(f"{asked.features} {name}", "torchmetrics", "torchvision")
     if name == "inception":
         return Inception(weights, asked)
     if name == "efficientnet_lite0":

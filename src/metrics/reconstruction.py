@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..packages import needed
 from ..vision import import_torchvision
 
 SMALLEST_FOR_SSIM = 11  # its window
@@ -10,7 +11,8 @@ SMALLEST_FOR_SSIM = 11  # its window
 def psnr(drawn: Tensor, images: Tensor) -> Tensor:
     """(B,) decibels: 10 log10(2^2 / mean squared error), by torchmetrics."""
     import_torchvision()
-    from torchmetrics.functional.image import peak_signal_noise_ratio
+    with needed("PSNR", "torchmetrics"):
+        from torchmetrics.functional.image import peak_signal_noise_ratio
 
     found = [
         peak_signal_noise_ratio(a[None], b[None], data_range=2.0) for a, b in zip(drawn.float(), images.float(), strict=True)
@@ -22,7 +24,8 @@ def ssim(drawn: Tensor, images: Tensor) -> Tensor:
     """(B,) structural similarity, 1 for equal pictures, by torchmetrics (Wang et al. 2004): the mean over the windows that lie
     inside the picture, as that paper and scikit-image have it; pictures of at least 11 px."""
     import_torchvision()
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    with needed("SSIM", "torchmetrics"):
+        from torchmetrics.functional.image import structural_similarity_index_measure
 
     _, windows = structural_similarity_index_measure(
         drawn.float(), images.float(), data_range=2.0, reduction="none", return_full_image=True

@@ -24,6 +24,7 @@ from ..metrics import distances
 from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
+from ..packages import ask_for
 from ..progress import within
 from ..training.looks import only_looked_at
 from ..training.stream import to_network
@@ -180,6 +181,8 @@ def evaluate_run(
         opened.check_classes(held_out)
     out = it.folder(opened.folder, "quality", _request(opened, sampler, data, count, it.seed, it.batch_size))
     labels = labels_like(data, count, opened.num_classes)
+    if labels is not None:
+        ask_for("reading the classes of samples", "sklearn")
     drawing = {"count": count, "seed": it.seed, "batch_size": it.batch_size, "device": it.device, "ranks": it.ranks}
     drawn = drawn_features(sampler, it.networks, labels, out, **drawing)
     report, found, by_class = Report(out, opened.step), dict[str, Compared](), list[str]()
@@ -325,6 +328,7 @@ def sweep(
     """Every setting of the sampler against `data` (`told` says what pictures those are), all from the same noise: a table, and
     sweep.png, the distances against the network calls."""
     _check_run(opened, data, count)
+    ask_for("drawing sweep.png", "matplotlib")
     samplers = [opened.sampler(how, classifier) for how in settings]
     request = _request(opened, samplers[0], data, count, it.seed, it.batch_size)
     out = it.folder(opened.folder, "sweep", {**request, "settings": [dump(how) for how in settings]})
@@ -484,6 +488,7 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     (`told` says what pictures those are), at the size of the run's last stage; a sheet of the worst and of usual ones."""
     autoencoder = open_autoencoder(run, it.device)
     check_count(len(data), "real pictures")
+    ask_for("measuring reconstructions", "torchmetrics", "torchvision")
     spec = validate(ImageConfig, settings["image"], origin=f"{run}: image")
     image = replace(spec, size=settings["stages"][-1]["image_size"] or spec.size, crop="center", flip=False)
     notes = list[str]()

@@ -13,6 +13,7 @@ from .. import pictures
 from ..config import UserError, write_whole
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
+from ..packages import ask_for
 from ..progress import within
 from ..training.looks import only_looked_at
 from ..vision import is_finite
@@ -86,6 +87,7 @@ def measure_likelihood(
     what has no likelihood, and for a folder of other figures.
     """
     _check(opened, data)
+    ask_for("drawing likelihood.png", "matplotlib")
     request = {
         "weights": opened.digest,
         "pictures": data.fingerprint,

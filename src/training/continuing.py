@@ -35,8 +35,9 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
     """Make the run directory `new`, whose only checkpoint is the newest of `old`, with the config `cfg`; where it has been made
     before, that run goes on. `old` is read only. Every process calls it, before any waits for another.
 
-    A UserError where there is nothing to go on from, where `new` is another run, or where the network, the data or the place
-    in their stream would be others.
+    The place in the stream of images stays: where batches or stages had other sizes before, `images_ahead` says by how many
+    images it is further than steps of this config alone would be. A UserError where there is nothing to go on from, where `new`
+    is another run, or where the network, the data or their order would be others.
     """
     if _is_there(old, new):
         return
@@ -54,20 +55,17 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
             f"--continue-as keeps network, data and their order, and {old} has another {', '.join(found)}; change it back, or "
             "start a new run from its weights alone, with init_from"
         )
-    step, count = progress["step"], facts["images"]
-    seen, would_be = (images_seen(settings, step, count) for settings in (before, after))
-    if seen != would_be:
-        keys = [key for key in other if key.split(".")[-1] == "batch_size" or key.split(".")[0] == "stages"]
-        raise UserError(
-            f"--continue-as keeps the place in the stream of images: {old} has seen {seen} in its {step} steps, and with this "
-            f"{', '.join(keys)} it would be {would_be}; change that of steps to come alone, or start from its weights, with "
-            "init_from"
-        )
-    entry = {"run": str(old), "step": step, "changed": {key: [at(before, key), at(after, key)] for key in [*other, *harmless]}}
-    documents = {"config": after}
+    step, count, origins = progress["step"], facts["images"], progress.get("continued", [])
+    ahead = images_seen(before, step, count) - images_seen(after, step, count)
+    entry = {
+        "run": str(old),
+        "step": step,
+        "images_ahead": ahead + (origins[-1]["images_ahead"] if origins else 0),
+        "changed": {key: [at(before, key), at(after, key)] for key in [*other, *harmless]},
+    }
     with alone(new):
         if not _is_there(old, new):
-            _make(old, new, start, documents, [*progress.get("continued", []), entry])
+            _make(old, new, start, {"config": after}, [*origins, entry])
         new.with_name(f".{new.name}.bring.lock").unlink(missing_ok=True)
 
 

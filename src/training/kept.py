@@ -22,7 +22,7 @@ MAY_CHANGE = (
     "mixed_precision",
     "deterministic",
     "cpu_threads",
-    "batch_size",  # where the place in the stream stays
+    "batch_size",
 )
 
 
@@ -53,7 +53,7 @@ def cannot_change(before: Mapping[str, Any], after: Mapping[str, Any], keys: Seq
 
 
 def images_seen(settings: Mapping[str, Any], step: int, num_images: int) -> int:
-    """How many images of the stream a run of this plain config has seen after `step` steps; an epoch has `num_images`."""
+    """How many images a run of this plain config sees in its first `step` steps; an epoch has `num_images`."""
     stages = settings.get("stages")
     if not stages:
         return step * settings["batch_size"]

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from pydantic import Field
 
 from ..config import UserError, config, dump, free
+from ..packages import is_installed
 from .looks import Warn, is_out_of_memory, only_looked_at
 from .sharding import plugin_for
 
@@ -164,9 +164,7 @@ def start(
     that precision, whose loss scale two optimisers cannot share; and FSDP without `fsdp`."""
     _check_environment(fsdp=fsdp)
     _check_arithmetic(machine)
-    for tracker in trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"log.trackers asks for {tracker}, which is not installed: pip install {tracker}")
+    trackers = tuple(tracker for tracker in trackers if is_installed(tracker))  # the session says which are not
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in ("no", machine.mixed_precision):
         raise UserError(

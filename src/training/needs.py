@@ -1,6 +1,5 @@
 """What a training config asks of the machine: pictures, trackers, what it starts from, weights, room."""
 
-import importlib.util
 import netrc
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import UserError, dump
+from ..packages import is_installed
 from .checkpoint import keeps_best
 from .ema import WIDTHS
 from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within
@@ -45,10 +45,10 @@ def data(cfg: Any) -> Verdict:
 
 
 def trackers(cfg: Any) -> Verdict:
-    missing = [name for name in cfg.log.trackers if importlib.util.find_spec(name) is None]
+    missing = [name for name in cfg.log.trackers if not is_installed(name)]
     if missing:
         how = f"pip install {' '.join(missing)}; or --set log.trackers=[]"
-        return Verdict("fail", f"{' and '.join(missing)} is not installed", how)
+        return Verdict("warn", f"{' and '.join(missing)} is not installed: the run goes on without", how)
     if "wandb" in cfg.log.trackers and not _logged_in() and os.environ.get("WANDB_MODE", "online") == "online":
         return Verdict("warn", "nobody is logged in to wandb here", "wandb login, or export WANDB_MODE=offline")
     return Verdict("pass", f"{' and '.join(cfg.log.trackers) or 'none'} asked for")

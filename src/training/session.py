@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import ENDLESS, Span, UserError, dump
 from ..data import PictureSet, PointSet
 from ..data.names import class_remarks
+from ..packages import is_installed
 from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
@@ -89,6 +90,11 @@ class Session:
                 self.run.write_status("failed", self.step, self.total_steps)
         self.run.close()
 
+    def place(self, split: Split) -> Split:
+        """Where the images of a stage stand in the stream of a run that went on from one with other batches or stages."""
+        ahead = self._origins[-1]["images_ahead"] if self._origins else 0
+        return split._replace(images_before=split.images_before + ahead)
+
     @property
     def fresh(self) -> bool:
         """Whether nothing was done yet in this directory."""
@@ -132,6 +138,10 @@ class Session:
                 self.attempt.uploads.wake(self.step)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # over gloo the error itself says who is lost
             self.heart = Heartbeats(accelerator.process_index, accelerator.num_processes)
+        if missing := [tracker for tracker in cfg.log.trackers if not is_installed(tracker)]:
+            names, are = " and ".join(missing), "is" if len(missing) == 1 else "are"
+            how = f"pip install {' '.join(missing)}"
+            self.run.say(f"warning: log.trackers asks for {names}, which {are} not installed: {how}; the run goes on without")
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step, self.run.warn)
         facts = self.facts
         self.attempt.images, self.attempt.parameters = facts["images"], self.trained.num_parameters

@@ -250,7 +250,10 @@ def _run(train: Train, cfg: Any, run_dir: Path, old: Path | None = None) -> int:
         if attempt.uploads is not None:
             attempt.uploads.say = partial(print, flush=True)
             attempt.uploads.say(f"putting what is left into {cfg.bucket}")
+            phases = Phases("", at_once=False)
+            phases.enter(f"putting what is left into {cfg.bucket}")
             whole = attempt.uploads.close()
+            phases.close()
     return status if whole else status or 1  # so that `launch && shutdown` does not lose the end of the run
 
 

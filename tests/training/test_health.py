@@ -252,7 +252,7 @@ def test_a_configs_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WANDB_API_KEY", "x")
     status(needs.trackers(smoke('log.trackers=["wandb"]')), "pass")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    status(needs.trackers(smoke()), "fail", "pip install tensorboard")
+    status(needs.trackers(smoke()), "warn", "pip install tensorboard")
 
 
 def test_what_a_config_starts_from(tmp_path: Path) -> None:

