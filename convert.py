@@ -2,8 +2,6 @@
 """Bring other projects' checkpoints in, and runs out: guided- and improved-diffusion, IADB, diffusers folders, safetensors."""
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 import argparse
 import re
 import shlex

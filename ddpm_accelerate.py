@@ -6,8 +6,6 @@ python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling --num-sam
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 from functools import partial
 from pathlib import Path
 

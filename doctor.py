@@ -8,8 +8,6 @@ accelerate launch --num_machines 2 ... doctor.py          on several machines; t
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 import argparse
 import importlib
 import json

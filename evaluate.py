@@ -9,8 +9,6 @@ python evaluate.py runs/digits_ddpm --likelihood --steps 100      bits per dimen
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 import argparse
 import hashlib
 import json
@@ -113,8 +111,7 @@ def _open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str
     train_set, held_out = open_data(spec.data, spec.held_out)
     if args.part == "held_out" and held_out is None:
         raise UserError(f"{args.run} held nothing out; give --part train, or --data FOLDER")
-    wanted = args.part or part
-    chosen = held_out if wanted == "held_out" and held_out is not None else train_set
+    chosen = held_out if (args.part or part) == "held_out" and held_out is not None else train_set
     if chosen is train_set:
         return Chosen(few(chosen), held_out, TRAINING)
     return Chosen(few(chosen), None, HELD_OUT)
@@ -162,8 +159,7 @@ def quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, 
         report = evaluate_autoencoder(it, args.run, settings, data, told)
     else:
         data, held_out, told = open_pictures(args, opened.config, "train")
-        if args.steps is None:
-            args.steps = "50"
+        args.steps = "50" if args.steps is None else args.steps
         classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
         if args.sweep is not None:
             settings = parse_sweep(sampler_config(args), args.sweep)

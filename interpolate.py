@@ -2,8 +2,6 @@
 """Animate the way from picture to picture: through seeds along great circles, or through your own pictures; MP4 and GIF."""
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 import argparse
 import hashlib
 import json

@@ -9,8 +9,6 @@ long one. The run must have been trained with `ema.snapshot_every`. Karras et al
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 import argparse
 from pathlib import Path
 

@@ -8,8 +8,6 @@ python prepare_data.py latents runs/landscape256_vae
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 import argparse
 import json
 from collections import Counter

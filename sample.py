@@ -2,8 +2,6 @@
 """Draw from a run: PNGs, a grid, what is needed to draw them again, the GIF of how they came about; or go back."""
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 import argparse
 import hashlib
 import json

@@ -6,8 +6,6 @@ python train_classifier.py -cfg configs/digits_classifier.json --dry-run
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 from functools import partial
 from pathlib import Path
 

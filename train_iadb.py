@@ -6,8 +6,6 @@ python train_iadb.py -cfg configs/points2d_iadb.json
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal

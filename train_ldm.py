@@ -6,8 +6,6 @@ python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=PICTURES 
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 from functools import partial
 from pathlib import Path
 

@@ -6,8 +6,6 @@ python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES 
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-
-# isort: split
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,6 +87,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
+    attempt.warnings += warnings(cfg.stages, from_scratch=cfg.init_from is None, model=cfg.model)
     facts = describe_data(train_set, held_out)
     where = "held_out" if held_out is not None else "train"
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)
@@ -127,8 +126,6 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_images, images_seen = stages[-1].split.images_at(stages[-1].end), now.split.images_at(session.step)
     session.begin(train_set, held_out, total_images=total_images, images=images_seen)
     if session.run.writes and session.fresh:
-        for line in warnings(cfg.stages, from_scratch=cfg.init_from is None, model=cfg.model):
-            session.run.say(f"warning: {line}")
         with session.look("the first images"):
             first_pictures(run_dir, train_set, now.image, cfg.seed)
 
@@ -198,9 +195,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
             # Update both, or, where a gradient is not finite, neither.
             norm = clip_gradients(accelerator, model, cfg.optimizer)
-            judge_norm = norm.new_zeros(())
-            if adversary is not None:
-                judge_norm = clip_gradients(accelerator, judge, cfg.discriminator_optimizer)
+            judge_norm = clip_gradients(accelerator, judge, cfg.discriminator_optimizer) if adversary else norm.new_zeros(())
             counts = torch.isfinite(norm + judge_norm)
             session.settle()
             update(optimizer, rate_at(step), norm + judge_norm)
@@ -214,11 +209,10 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
             # Now and then: log, look at reconstructions, save.
             if not session.due:
                 continue
-            values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
+            values, best, healthy, seen = session.logged(lr=rate_at(step), grad_norm=norm), False, True, {}
             if values and adversary is not None:
                 told = {"adaptive_weight": float(adaptive.value)} if adversary.adaptive else {}
                 values |= {"discriminator_grad_norm": float(judge_norm), **told}
-            healthy, seen = True, {}
             if session.now("preview"):
                 seen = look(sheet=session.run.samples / f"step_{session.step:08d}.png")
                 values |= {f"{where}_{name}": value for name, value in seen.items()}
@@ -226,19 +220,18 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
                 told = "lpips" if perceptual is not None else "l1"
                 if session.decides:
                     best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
-                    watched = guard.watch(cfg.guard, session.step, seen["l1"], adversary=adversary is not None)
-                    healthy = watched or adversary is None
+                    healthy = guard.watch(cfg.guard, session.step, seen["l1"], adversary=adversary is not None)
                 for line in troubled_channels(seen) + won(values):
                     session.run.say(f"warning: step {session.step}: {line}")
             session.report(values)
-            if not healthy and not attempt.trial:
+            if not healthy and adversary is not None and not attempt.trial:
                 session.run.say(f"warning: {guard.explain(cfg.guard, session.step, seen['l1'], values)}")
                 if guard.rolls_back(cfg.guard):
                     batches.close()
                     return session.roll_back(guard.back_to, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
             keep = best or (cfg.guard.rollback and guard.healthy_step == session.step)
-            saved = session.save(keep=keep, tanh=tanh, guard=guard.saved(), adaptive_weight=float(adaptive.value))
-            if saved and adversary is None:
+            more = {"tanh": tanh, "guard": guard.saved(), "adaptive_weight": float(adaptive.value)}
+            if session.save(keep=keep, **more) and adversary is None:
                 guard.saved_before(session.step)
             if session.leaves():
                 batches.close()

@@ -2,16 +2,16 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import UserError
+from ..progress import track
 from .points import PointSet
 from .sources import ArrayPictures, Pictures, PictureSet, PythonSource, _fraction, open_data
 from .transforms import ImageConfig, Pixels, normalise
@@ -29,6 +29,17 @@ class GivenPictures(Pictures):
     dataset: Any = None
     signed: bool = False
 
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        return np.array(self.sizes, np.int64).reshape(-1, 2)
+
+    def content(self, index: int) -> bytes:
+        value, where, _ = _item(self.dataset, index)
+        pixels = np.asarray(value) if isinstance(value, Image.Image) else _array(value, where)
+        return pixels.tobytes()
+
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         value, where, _ = _item(self.dataset, index)
         return _to_uint8(_pixels(value, where, channels), signed=self.signed)
@@ -41,7 +52,7 @@ def open_given(dataset: Any, held_out: Any, image: ImageConfig) -> tuple[Picture
     from 0, None or -1 for none. `dataset.classes` names the classes. Every item is read once, for the content hash by which a
     run knows its data. A UserError says which item is not like that.
     """
-    labels: list[int] = []
+    labels, sizes = list[int](), list[tuple[int, int]]()
     kept: list[NDArray[Any]] | None = []
     held_bytes, low, found = 0, 0.0, hashlib.sha256()
     for i, value, where, label in _items(dataset):
@@ -54,6 +65,7 @@ def open_given(dataset: Any, held_out: Any, image: ImageConfig) -> tuple[Picture
         _again(dataset, i, len(dataset), lambda value, where: _pixels(value, where, image.channels), pixels)
         _hash(found, pixels, label)
         labels.append(label)
+        sizes.append((pixels.shape[1], pixels.shape[0]))
         if kept is not None:
             kept.append(pixels)
             held_bytes += pixels.nbytes
@@ -69,7 +81,7 @@ def open_given(dataset: Any, held_out: Any, image: ImageConfig) -> tuple[Picture
     if kept is not None:
         part = ArrayPictures(**known, pixels=np.stack([_to_uint8(pixels, signed=signed) for pixels in kept]))
     else:
-        part = GivenPictures(**known, dataset=dataset, signed=signed)
+        part = GivenPictures(**known, dataset=dataset, signed=signed, sizes=sizes)
     return open_data(PictureSet([part], [np.arange(len(part))]), held_out)
 
 
@@ -128,7 +140,7 @@ def _items(dataset: Any) -> Iterator[tuple[int, Any, str, int]]:
     count = len(dataset)
     if count == 0:
         raise UserError("the data set is empty")
-    for i in tqdm(range(count), desc="reading the data set", unit="img", disable=None, leave=False):
+    for i in track(range(count), "reading the data set", unit="items"):
         yield i, *_item(dataset, i)
 
 
