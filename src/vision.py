@@ -164,6 +164,7 @@ def _limited_wait() -> Iterator[None]:
 
 def read_weights(path: Path, key: str) -> dict[str, Tensor]:
     """The tensors of a `.pth` or `.safetensors` file; a UserError that begins with `key`, who wants them."""
+    found: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
