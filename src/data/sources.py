@@ -225,6 +225,12 @@ def _digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
+def _with_plugins(key: str) -> str:
+    """Under which key a scan is remembered: with a plugin of Pillow, other files can be read."""
+    plugins = formats.plugins_in_use()
+    return f"{key}|{plugins}" if plugins else key
+
+
 # ---------------------------------------------------------------------------------------------- folders
 
 
@@ -252,8 +258,7 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
             + (f" that can be read here: {there}" if there else f"; it has {others}" if others else known)
         )
     names = [os.path.relpath(entry.path, layout.named_from) for entry in files]
-    root, plugins = str(layout.root.resolve()), formats.plugins_in_use()
-    key = f"{root}|{plugins}" if plugins else root  # with them other files can be read
+    key = _with_plugins(str(layout.root.resolve()))
     good, report = scan(names, stamps, lambda i: files[i].path, spec.scan, key=key, where=where)
     report.skipped += [(os.path.relpath(file, layout.named_from), reason) for file, reason in foreign]
     names, parts = [names[i] for i in good], [parts[i] for i in good]
@@ -381,7 +386,8 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     if spec.scan.min_file_bytes:
         sizes = (_bytes_of(row[spec.image_column]) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
         stamps = [(spec.scan.min_file_bytes if size is None else size, 0) for size in sizes]
-    good, report = scan(names, stamps, source, spec.scan, key=f"datasets|{fingerprint}|{spec.split}", where=where)
+    key = _with_plugins(f"datasets|{fingerprint}|{spec.split}")
+    good, report = scan(names, stamps, source, spec.scan, key=key, where=where)
     turned = ["transposed"] if spec.transpose else []
     without = int((labels[good] < 0).sum())
     if class_names and without:
