@@ -21,6 +21,12 @@ def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     return [normal_form(name) for name in ours] == [normal_form(name) for name in theirs]
 
 
+def spelled(names: Iterable[str], wanted: str) -> str | None:
+    """The one of these names that looks as `wanted` does, as it is spelled there."""
+    names = list(names)
+    return wanted if wanted in names else next((name for name in names if normal_form(name) == normal_form(wanted)), None)
+
+
 def natural(name: str) -> tuple[int, str, str]:
     """The place of a class in the order of classes: numbers by their value, then the other names. No two names that differ
     have the same place, so the order of names is the same in every process."""

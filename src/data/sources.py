@@ -25,7 +25,7 @@ from ..packages import needed
 from ..vision import hub_reason
 from . import formats
 from .layout import Found, Layout, find_layout, in_words, walk
-from .names import by_ending, class_of, few, normal_form, ordered, shown
+from .names import by_ending, class_of, few, normal_form, ordered, shown, spelled
 from .scan import Absent, ScanConfig, ScanReport, scan
 from .tables import LabelTable, read_labels
 from .transforms import ImageConfig, Pixels, decode, square
@@ -281,6 +281,12 @@ def _digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
+def _with_plugins(key: str) -> str:
+    """Under which key a scan is remembered: with a plugin of Pillow, other files can be read."""
+    plugins = formats.plugins_in_use()
+    return f"{key}|{plugins}" if plugins else key
+
+
 # ---------------------------------------------------------------------------------------------- folders
 
 
@@ -308,8 +314,7 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
             + (f" that can be read here: {there}" if there else f"; it has {others}" if others else known)
         )
     names = [os.path.relpath(entry.path, layout.named_from) for entry in files]
-    root, plugins = str(layout.root.resolve()), formats.plugins_in_use()
-    key = f"{root}|{plugins}" if plugins else root  # with them other files can be read
+    key = _with_plugins(str(layout.root.resolve()))
     good, report = scan(names, stamps, lambda i: files[i].path, spec.scan, key=key, where=where)
     report.skipped += [(os.path.relpath(file, layout.named_from), reason) for file, reason in foreign]
     names, parts = [names[i] for i in good], [parts[i] for i in good]
@@ -395,10 +400,11 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
         ).exists():
             rows = datasets.load_from_disk(str(Path(spec.name).expanduser()))
             if isinstance(rows, datasets.DatasetDict):
-                if spec.split not in rows:
+                split = spelled(map(str, rows), spec.split)
+                if split is None:
                     raise UserError(f"{where} has no split {spec.split!r}; it has: {', '.join(map(str, rows))}")
-                rows = rows[spec.split]
-            elif rows.split is not None and str(rows.split) != spec.split:
+                rows = rows[split]
+            elif rows.split is not None and spelled([str(rows.split)], spec.split) is None:
                 raise UserError(f"{where} is the split {str(rows.split)!r} alone, and {spec.split!r} is asked for")
         else:
             rows = datasets.load_dataset(spec.name, spec.configuration, data_dir=spec.data_dir, split=spec.split)
@@ -410,37 +416,40 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     assert isinstance(rows, datasets.Dataset)
     features = rows.features
     pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if spec.image_column not in pictures:
+    image_column = spelled(pictures, spec.image_column)
+    if image_column is None:
         raise UserError(f"{where} has no image column {spec.image_column!r}; it has: {', '.join(pictures) or 'none'}")
     others = [name for name in features if name not in pictures]
     labels, class_names, remarks = np.full(len(rows), -1, dtype=np.int64), (), list[str]()
     if spec.label_column is not None:
-        if spec.label_column not in others:
+        label_column = spelled(others, spec.label_column)
+        if label_column is None:
             raise UserError(f"{where} has no label column {spec.label_column!r}; it has: {', '.join(others) or 'none'}")
-        values = rows[spec.label_column][:]
-        feature = features[spec.label_column]
+        values = rows[label_column][:]
+        feature = features[label_column]
         if isinstance(feature, datasets.ClassLabel):
             class_names = tuple(feature.names)
             labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
         else:
             labels, class_names, remarks = _numbered([class_of(value) for value in values])
-    rows = rows.select_columns([spec.image_column]).cast_column(spec.image_column, datasets.Image(decode=False))
+    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     names = [f"{spec.split}/{i:08d}" for i in range(len(rows))]
     fingerprint = rows._fingerprint
 
     def source(i: int) -> Any:
-        encoded = _encoded(rows[i][spec.image_column])
+        encoded = _encoded(rows[i][image_column])
         return io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
 
     stamps = [(1, 0)] * len(rows)
     if spec.scan.min_file_bytes:
-        sizes = (_bytes_of(row[spec.image_column]) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        sizes = (_bytes_of(row[image_column]) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
         stamps = [(spec.scan.min_file_bytes if size is None else size, 0) for size in sizes]
     files = [Path(entry["filename"]) for entry in rows.cache_files]
     changed = max((path.stat().st_mtime_ns for path in files if path.exists()), default=0)
     stamps = [(size, changed) for size, _ in stamps]
-    good, report = scan(names, stamps, source, spec.scan, key=f"datasets|{fingerprint}|{spec.split}", where=where)
+    key = _with_plugins(f"datasets|{fingerprint}|{spec.split}")
+    good, report = scan(names, stamps, source, spec.scan, key=key, where=where)
     turned = ["transposed"] if spec.transpose else []
     without = int((labels[good] < 0).sum())
     if class_names and without:
@@ -454,7 +463,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
         report=report,
         rows=rows,
         indices=good,
-        column=spec.image_column,
+        column=image_column,
         transpose=spec.transpose,
     )
 

@@ -285,11 +285,11 @@ def test_labels_that_are_missing_are_no_class(tmp_path: Path) -> None:
     import datasets
 
     good = {"bytes": content("PNG"), "path": None}
-    words = {"number": datasets.Value("float32"), "word": datasets.Value("string")}
+    words = {"number": datasets.Value("float32"), "caf\u00e9": datasets.Value("string")}
     kinds = datasets.Features({"image": datasets.Image(), **words})
-    columns = {"number": [1.0, float("nan"), None, 2.0], "word": ["nan", "", "é", "e\u0301"]}
+    columns = {"number": [1.0, float("nan"), None, 2.0], "caf\u00e9": ["nan", "", "é", "e\u0301"]}
     datasets.Dataset.from_dict({"image": [good] * 4, **columns}, features=kinds).save_to_disk(str(tmp_path / "rows"))
-    for column, names, labels in (("number", ("1.0", "2.0"), [0, -1, -1, 1]), ("word", None, [-1, -1, 0, 0])):
+    for column, names, labels in (("number", ("1.0", "2.0"), [0, -1, -1, 1]), ("cafe\u0301", None, [-1, -1, 0, 0])):
         spec = {"source": "datasets", "name": str(tmp_path / "rows"), "label_column": column}
         found = open_sources(validate(DatasetsSource, spec))
         assert found.labels.tolist() == labels and (names is None or found.class_names == names)
