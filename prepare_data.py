@@ -131,6 +131,7 @@ def sizes_asked(args: argparse.Namespace) -> dict[str, int]:
 def check(args: argparse.Namespace) -> None:
     found, sizes = open_pictures(args), sizes_asked(args)
     sides = found.sides.min(1)
+    sides = sides[sides > 0] if (sides > 0).any() else np.zeros(1, np.int64)
     skipped = [(name, reason) for part in found.parts for name, reason in part.report.skipped]
     notes = sum((Counter(part.report.notes) for part in found.parts), Counter[str]())
     remarks = [remark for part in found.parts for remark in part.report.remarks]

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from .config import FORBIDDEN, FULL, UserError
-from .locks import take_lock
 from .packages import ask_for, needed
 
 PATIENCE = 15.0  # seconds without an answer, after which there is no network
@@ -99,7 +98,7 @@ def fetch_weights(url: str, path: Path) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not first:
             time.sleep(HEAD_START)
-        with _alone(path):
+        with _alone(path.parent):
             if path.is_file():
                 return None
             _sweep(path)
@@ -133,13 +132,20 @@ def fetch_weights(url: str, path: Path) -> str | None:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine fetches this file, and keep them waiting. The kernel drops the lock when one
-    dies."""
-    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
-        with suppress(OSError):  # a file system without locks: then several may fetch it, each whole
-            take_lock(lock, wait=True)
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process fetches into this folder, and keep them waiting. The kernel drops the lock when one dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there is one process
         yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without such locks: then several may fetch it, each whole
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _sweep(path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import UserError
 from .colour import DAMAGED, DARK, UNFIT
 from .sources import ArrayPictures, PackedPictures, PictureSet
@@ -39,7 +41,8 @@ def count_small(size: int, *sets: Any) -> tuple[int, int, int]:
     for pictures in sets:
         if isinstance(pictures, PictureSet):
             files = [i for i, part in enumerate(pictures.parts) if not isinstance(part, ArrayPictures)]
-            sides = pictures.sides.min(1)[[which in files for which in pictures.which.tolist()]]
+            sides = pictures.sides.min(1)[np.isin(pictures.which, files)]
+            sides = sides[sides > 0]
             small, total = small + int((sides < size).sum()), total + len(pictures)
             smallest = min(smallest, int(sides.min(initial=size)))
     return small, total, smallest

@@ -164,22 +164,23 @@ class Pictures(ABC):
 
     @property
     def sides(self) -> NDArray[np.int64]:
-        """(N, 2): the width and the height of each image, as the file has it."""
-        return self.report.sides
+        """(N, 2): the width and the height of each image, as the file has it; -1 where that is not known."""
+        known = self.report.sides
+        return known if len(known) == len(self) else np.full((len(self), 2), -1, np.int64)
 
     @property
     def times(self) -> NDArray[np.int64]:
         """(N,): when what each image is read from was modified, in nanoseconds; 0 where `fingerprint` tells each change."""
-        return self.report.times if len(self.report.times) else np.zeros(len(self), np.int64)
+        return self.report.times if len(self.report.times) == len(self) else np.zeros(len(self), np.int64)
 
     @property
     def decoders(self) -> NDArray[np.int64]:
         """(N,): the first version of the decoder that makes of each image what today's does."""
-        return self.report.decoders if len(self.report.decoders) else np.ones(len(self), np.int64)
+        return self.report.decoders if len(self.report.decoders) == len(self) else np.ones(len(self), np.int64)
 
-    @abstractmethod
     def content(self, index: int) -> bytes:
-        """What the image is decoded from."""
+        """What the image is decoded from, or, where there is no such thing, its pixels."""
+        return np.ascontiguousarray(self.load(index, channels=3)).tobytes()
 
 
 @dataclass
@@ -663,7 +664,7 @@ class PictureSet:
 
     @property
     def sides(self) -> NDArray[np.int64]:
-        """(N, 2): the width and the height of each image, as its file has it."""
+        """(N, 2): the width and the height of each image, as its file has it; -1 where that is not known."""
         return self._each(lambda part: part.sides)
 
     @property

@@ -42,7 +42,9 @@ def claim_request(out: Path, request: dict[str, Any], ranks: Ranks) -> None:
     """Write what the figures in `out` depend on to request.json; a UserError where it holds others."""
     told = out / "request.json"
     others = [path for path in out.iterdir() if path != told] if out.exists() else []  # that alone is of what came to nothing
-    if others and (not told.exists() or json.loads(told.read_text()) != request):
+    known = json.loads(told.read_text()) if told.exists() else None
+    before = {key: value for key, value in request.items() if key != "files"}  # what older figures know
+    if others and known not in (request, before):
         raise UserError(f"{out} holds other figures; give another --out or remove it")
     ranks.barrier()  # all have looked before anybody writes
     if ranks.rank == 0:

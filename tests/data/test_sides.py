@@ -42,7 +42,8 @@ def test_sides_are_known_and_remembered(photos: Path, monkeypatch: pytest.Monkey
         folder(photos, min_side=101)
 
 
-def test_a_memory_without_sides_is_not_believed(photos: Path) -> None:
+def test_a_memory_without_sides_is_not_believed(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATELIER_CACHE", str(tmp_path / "cache"))
     folder(photos)
     for path in (cache_folder() / "scans").glob("*.json"):
         path.write_text(json.dumps({name: fact[:3] for name, fact in json.loads(path.read_text()).items()}))
