@@ -59,8 +59,12 @@ def is_finite(value: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity. Where its sum is finite, which is cheap to know, it is."""
     if value.is_meta or not (value.is_floating_point() or value.is_complex()):
         return True
-    wide = value.float() if value.element_size() == 1 else value  # 8-bit floats have no sum of their own
+    wide = _wide(value)
     return bool(torch.isfinite(wide.sum())) or bool(torch.isfinite(wide).all())
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.element_size() == 1 else value  # 8-bit floats have no sum of their own
 
 
 def check_finite(weights: Mapping[str, Any], where: str | Path, advice: str = "get them again, or take earlier ones") -> None:
@@ -69,7 +73,7 @@ def check_finite(weights: Mapping[str, Any], where: str | Path, advice: str = "g
     if not bad:
         return
     value = weights[bad[0]]
-    count, more = int((~torch.isfinite(value.float())).sum()), f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    count, more = int((~torch.isfinite(_wide(value))).sum()), f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
     raise UserError(
         f"{where}: these weights cannot be used: {count} of the {value.numel()} numbers of {bad[0]} are not finite (NaN or "
         f"infinity){more}; {advice}"
@@ -182,7 +186,7 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
         raise UserError(f"{key}: there is no file {path}") from None
     except Exception:  # whatever they say of bytes that are no weights
         raise UserError(f"{key}: {path} is damaged, or holds no weights; get it again") from None
-    if isinstance(found, Mapping):
+    if isinstance(found, dict):
         check_finite(found, f"{key}: {path}", "get the file again")
     return found
 
