@@ -143,8 +143,11 @@ def save(image: Image.Image, path: Path) -> None:
     """Write a picture so that it is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".part")
-    image.save(staged, format={".jpg": "JPEG", ".gif": "GIF"}.get(path.suffix.lower(), "PNG"))
-    staged.replace(path)
+    try:
+        image.save(staged, format={".jpg": "JPEG", ".gif": "GIF"}.get(path.suffix.lower(), "PNG"))
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def curves(
@@ -250,8 +253,11 @@ def _square(axes: Any, extent: float, title: str) -> None:
 def _save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(path.name + ".part")
-    figure.savefig(staged, format="png", dpi=100)
-    staged.replace(path)
+    try:
+        figure.savefig(staged, format="png", dpi=100)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- GIF and MP4

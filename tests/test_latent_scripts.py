@@ -159,7 +159,9 @@ def test_the_guard_goes_back_and_recovers_from_a_destroying_discriminator(tmp_pa
         # a dip of the first stage that no preview sees before its adversary begins: of the checkpoints, which are rotated
         ([{"steps": 8, "adversarial": {"weight": 0.1, "start_step": 3}}], 6, {0: 0.05, 6: 0.5}, 3),
         # an adversary from the start of the second stage: back to where that began
-        ([{"steps": 3}, {"steps": 6, "adversarial": {"weight": 0.1}}], 2, {0: 0.1, 4: 0.5}, 3),
+        pytest.param(
+            *([{"steps": 3}, {"steps": 6, "adversarial": {"weight": 0.1}}], 2, {0: 0.1, 4: 0.5}, 3), marks=pytest.mark.soak
+        ),
     ],
 )
 def test_a_rollback_after_a_dip_at_the_start_of_a_stage(

@@ -1,6 +1,7 @@
 """Sheets, curves and GIFs."""
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from PIL import Image
 
 from src import pictures
 from src.config import UserError, _override, quoted
+from tests.conftest import ROOT
 
 
 def test_to_uint8_covers_the_range() -> None:
@@ -44,6 +46,23 @@ def test_beside_and_save(tmp_path: Path) -> None:
         with Image.open(tmp_path / "new" / name) as image:
             assert image.format == kind
     assert not list((tmp_path / "new").glob("*.part"))
+
+
+def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """As on a full disk: the process may write files of 100 bytes."""
+    code = (
+        "import resource, signal, numpy as np; from pathlib import Path; from PIL import Image; from src import pictures\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))\n"
+        "lines = {'y': {'a': ([0], [1])}}\n"
+        "for draw in (lambda: pictures.save(noise, Path('a.png')), lambda: pictures.curves(Path('b.png'), lines, xlabel='x')):\n"
+        "    try:\n        draw()\n    except OSError as error:\n        print(error.errno)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(errno.EFBIG)] * 2, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_curves(tmp_path: Path) -> None:

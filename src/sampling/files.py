@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .. import pictures
@@ -61,7 +61,9 @@ class Frames:
         done = f"step {step:0{len(str(self.steps))}d} of {self.steps}"  # as long on every frame: they have one size
         columns = columns_for(len(x_t))
         titles = f"x_t, {done}", f"estimate of x_0 {self.note}"
-        return pictures.beside(*(pictures.grid(x, columns=columns, title=t) for x, t in zip((x_t, x0), titles, strict=True)))
+        sheets = [pictures.grid(x, columns=columns, title=title) for x, title in zip((x_t, x0), titles, strict=True)]
+        tall = max(sheet.height for sheet in sheets)  # a title may take more lines than the other
+        return pictures.in_a_row([ImageOps.expand(sheet, (0, tall - sheet.height, 0, 0), "white") for sheet in sheets])
 
     def write(self, folder: Path, stem: str, ending: str, out: Path, *, fps: int) -> str:
         """The frames as numbered files in the new folder, and the GIF; gives the command that makes it again."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -324,6 +325,15 @@ def test_a_killed_sampling_goes_on_and_gives_the_same_files(smoke_run: Path, tmp
     (tmp_path / "other" / "mine.txt").write_text("keep me")
     with pytest.raises(UserError, match="holds other pictures"):
         draw_files(smoke_run, tmp_path / "other")
+
+
+def test_frames_have_one_size_and_their_images_one_height() -> None:
+    sampler: Any = SimpleNamespace(steps=50)
+    way, black = Frames([0], sampler, note="a_long_name_of_a_run-with_parts"), np.zeros((1, 16, 16, 3), np.uint8)
+    seen = [way._sheet(step, black, black) for step in (0, 7, 10, 50)]
+    assert len({sheet.size for sheet in seen}) == 1
+    pixels = np.asarray(seen[0].convert("L"))
+    assert (pixels[-68:-4, 4:68] == 0).all() and (pixels[-68:-4, 76:140] == 0).all(), "side by side"
 
 
 def test_frames_and_gif(smoke_run: Path, tmp_path: Path) -> None:
