@@ -211,10 +211,12 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
         if old is not None:
             continue_as(cfg, old, run_dir)
         status = _take(train, cfg, run_dir, attempt)
-    except UserError:
-        if (run_dir / MARK).exists() and os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
+    except UserError as error:
+        if old is None or not (run_dir / MARK).exists():
+            raise
+        if os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
             shutil.rmtree(run_dir, ignore_errors=True)
-        raise
+        raise UserError(str(error).replace(str(run_dir), str(old))) from None  # what was read is the old run's
         if status == 0 and attempt.uploads is None and cfg.bucket is not None and os.environ.get("RANK", "0") == "0":
             attempt.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
             if (found := newest(run_dir / "checkpoints")[0]) is not None:
