@@ -189,6 +189,25 @@ def test_a_dry_run_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stop_ends_a_dry_run_after_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ddpm_accelerate
+
+    steps, original = list[int](), ddpm_accelerate.update
+
+    def update(*args: Any) -> None:
+        original(*args)
+        steps.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ddpm_accelerate, "update", update)
+    with pytest.raises(AssertionError):  # the status is 1
+        run_here("ddpm_accelerate", "-cfg", ROOT / "configs/smoke/ddpm.json", "--run-dir", tmp_path / "x", "--dry-run")
+    out = capsys.readouterr().out
+    assert len(steps) == 1 and "training, the first steps" in out and "a preview" not in out and not list(tmp_path.iterdir())
+
+
 def in_a_step(number: int, left: Path) -> int:
     """The status of a child that gets this signal twice inside one instruction of Python that takes minutes."""
     reading, writing = os.pipe()

@@ -53,6 +53,8 @@ class Clock:
         self._step = step
         self._counted = "" if total_images is None else " images"
         self._progress = Progress(f"step {step},{self._counted}", total_images, done=images, shown=shown)
+        if self._progress.bar_shown:
+            self._progress.describe(f"step {step}")
 
     @property
     def bar_shown(self) -> bool:

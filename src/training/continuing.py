@@ -15,7 +15,7 @@ from .kept import at, cannot_change, images_seen
 from .report import read_lines
 from .run import changes
 
-MARK = ".continuing"  # in a directory that was made, and whose run has not begun
+MARK = ".continuing"  # says, in a directory whose run has not begun, of what it was made; empty until it is whole
 BESIDE = ("latents", "pairs", "autoencoder", "ema")  # folders of a run that its checkpoints need
 
 
@@ -63,9 +63,14 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
         "images_ahead": ahead + (origins[-1]["images_ahead"] if origins else 0),
         "changed": {key: [at(before, key), at(after, key)] for key in [*other, *harmless]},
     }
+    request = json.dumps([after, *origins, entry])
     with alone(new):
-        if not _is_there(old, new):
+        made = (new / MARK).exists() and (new / MARK).read_text(
+            encoding="utf-8"
+        ) == request  # by another process, or just before
+        if not made and not _is_there(old, new):
             _make(old, new, start, {"config": after}, [*origins, entry])
+            (new / MARK).write_text(request, encoding="utf-8")
         new.with_name(f".{new.name}.bring.lock").unlink(missing_ok=True)
 
 

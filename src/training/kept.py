@@ -1,6 +1,7 @@
 """What a new run that goes on from another one keeps of it, and which keys of the config it may change."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..config import Span, to_steps
@@ -50,6 +51,14 @@ def cannot_change(before: Mapping[str, Any], after: Mapping[str, Any], keys: Seq
     if any(learned):
         found += [key for key in keys if key in ("times", "times.kind", "times.history")]
     return found
+
+
+def ways_on(run: Path, before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """How the run, which cannot go on with these changes, is the start of a new one: the rest of a sentence."""
+    weights = f"init_from {run} there starts from its weights alone"
+    if cannot_change(before, after, keys):
+        return f"; {weights}, where the network is the same"
+    return f"; to go on with it from here in a new run, add --continue-as NAME ({weights})"
 
 
 def images_seen(settings: Mapping[str, Any], step: int, num_images: int) -> int:

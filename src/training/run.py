@@ -24,7 +24,7 @@ from ..data.names import few, normal_form, same_names
 from ..locks import take_lock
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
-from .kept import cannot_change
+from .kept import ways_on
 from .looks import only_looked_at
 from .report import Reporter, read_lines
 
@@ -284,17 +284,10 @@ class RunDirectory:
         if other:
             raise UserError(
                 f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
-                f"{self._ways_on(before, dump(settings), other)}"
+                f"{ways_on(self.path, before, dump(settings), other)}"
             )
         if harmless:
             self.say(f"changed since the checkpoint: {', '.join(harmless)}")
-
-    def _ways_on(self, before: dict[str, Any], after: dict[str, Any], other: list[str]) -> str:
-        """How a run that cannot go on with these changes is the start of a new one, in words."""
-        weights = f"init_from {self.path} there starts from its weights alone"
-        if cannot_change(before, after, other):
-            return f"; {weights}, where the network is the same"
-        return f"; to go on with it from here in a new run, add --continue-as NAME ({weights})"
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint whose bytes are whole; says which it passed over. Reads only."""

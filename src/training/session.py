@@ -251,7 +251,7 @@ class Session:
         if word in ("quality", "snapshot") and due.every is None:
             return False
         if self.attempt.trial:
-            return self.attempt.wants(word)
+            return not self.gate.stop and self.attempt.wants(word)
         now = due(self.step) or (self._ending and word != "export")
         if now and word in LOOKS:
             self.clock.enter(LOOKS[word])
@@ -307,7 +307,7 @@ class Session:
         post-hoc averages are made of, where that is due."""
         if self.now("snapshot"):
             self._snapshot()
-        if not (keep or self.now("save") or self.gate.save or self.gate.stop):
+        if not (keep or self.now("save") or self.gate.save or self.gate.stop) or (self.attempt.trial and self.gate.stop):
             return False
         self.clock.enter("saving a checkpoint")
         with self.attempt.saving(step_folder(self.run.checkpoints, self.step), self.run.samples):

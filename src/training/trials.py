@@ -242,10 +242,12 @@ def _run(train: Train, cfg: Any, run_dir: Path, old: Path | None = None) -> int:
             attempt.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
             if (found := newest(run_dir / "checkpoints")[0]) is not None:
                 attempt.uploads.wake(int(found.name.removeprefix("step_")))
-    except UserError:
-        if (run_dir / MARK).exists() and os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
+    except UserError as error:
+        if old is None or not (run_dir / MARK).exists():
+            raise
+        if os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
             shutil.rmtree(run_dir, ignore_errors=True)
-        raise
+        raise UserError(str(error).replace(str(run_dir), str(old))) from None  # what was read is the old run's
     finally:
         if attempt.uploads is not None:
             attempt.uploads.say = partial(print, flush=True)

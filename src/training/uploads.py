@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..config import UserError, quoted, read_json
+from ..config import UserError, dump, quoted, read_json
 from ..data.buckets import CACHES, Bucket, Empty, Remote, Unreached, alone, manifest, open_bucket, passing, pull, push
 from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
+from .kept import ways_on
 from .run import changes
 
 RETRY_SECONDS = 60.0
@@ -58,6 +59,7 @@ def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_d
         raise UserError(
             f"{bucket.url} holds another run as {place}: it was started with another {', '.join(other)}; change it back, give "
             f"another --run-dir, or, to start anew, {anew}"
+            f"{ways_on(run_dir, before, dump(settings), other)}"
         )
 
 
