@@ -2,9 +2,12 @@
 """Train a diffusion model on pixels (DDPM, DDIM, v-prediction, rectified flow), or sample from one.
 
 accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=PICTURES
-python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling
+python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling --num-samples 32 --guidance 2
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +15,12 @@ import pydantic
 import torch
 
 from src.config import Length, config, free, load, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.data import HeldOut, ImageConfig, Sources, check_images
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
-from src.sampling.files import sample_checkpoints
-from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
+from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
+from src.sampling.given import Given, from_python
+from src.sampling.opened import count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.sampling.quality import open_quality
 from src.training.checkpoint import CheckpointConfig
@@ -27,7 +31,7 @@ from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradie
 from src.training.run import LogConfig, describe_data
 from src.training.seeds import torch_seed
 from src.training.session import Session
-from src.training.sharding import home, prepare
+from src.training.sharding import prepare
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
 from src.training.times import TimeSampler, TimesConfig, UniformTimes
@@ -68,15 +72,14 @@ class Config(MachineConfig):
 
 def main() -> int:
     parser = training_arguments(Config, __doc__ or "", default="configs/landscape64_ddpm.json")
-    parser.add_argument("--ckpt", metavar="FILE", action="append", default=[], help="with --ckpt_sampling; repeatable")
-    parser.add_argument("--ckpt_sampling", action="store_true", help="sample from each --ckpt into results/")
-    args = parser.parse_args()
-    if args.ckpt or args.ckpt_sampling:
-        return sample_checkpoints(args.ckpt, Path("results"), asked=args.ckpt_sampling)
+    args, samples = parse_with_sampling(parser)
+    if samples:
+        return sample_checkpoints(args)
     return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
+@from_python
+def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
@@ -84,9 +87,10 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Look at the data.
     attempt.enters("looking at the data")
-    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    train_set, held_out = given.open_data(cfg)
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
-    facts = describe_data(train_set, held_out)
+    facts = describe_data(train_set, held_out) | given.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
     total_steps = resolve(cfg.steps)
 
@@ -96,7 +100,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     times = TimeSampler(cfg.times, process)
     shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
+    network = given.build(cfg, accelerator, shape, num_classes, train_set, held_out)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
@@ -107,7 +111,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
     split = session.place(split)
     if cfg.init_from is not None and not session.progress:
@@ -119,7 +123,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes and session.fresh:
-        first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
+        with session.look("the first images"):
+            first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
     examples = pictures_of(held_out, cfg.image) if held_out is not None else None
     batches = stream(
         train_set, cfg.image, split, seed=cfg.seed, balanced=cfg.balance_classes, start_step=session.step, workers=cfg.workers,
@@ -138,7 +143,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            if cfg.model.dropout:
+            if cfg.model.dropout or given.own:
                 torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = to_network(micro.images, device, dtype)
@@ -173,7 +178,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Leave what sampling needs, and say what to do next.
     batches.close()
-    message = f"finished; see {session.run.samples}, and draw more: python sample.py {run_dir} --frames"
+    session.write_final()
+    message = f"finished; see {session.run.samples}, and draw more: {given.how_to_draw(run_dir, ' --frames')}"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 

@@ -7,6 +7,9 @@ python doctor.py --processes 2 --json                     two processes, for ano
 accelerate launch --num_machines 2 ... doctor.py          on several machines; the first one's rows are printed
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 import argparse
 import importlib
 import json

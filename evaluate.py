@@ -8,6 +8,9 @@ python evaluate.py runs/wikiart256_ldm --sweep steps=10,20,50 guidance=1,2,4
 python evaluate.py runs/digits_ddpm --likelihood --steps 100      bits per dimension
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 import argparse
 import hashlib
 import json
@@ -38,8 +41,9 @@ from src.sampling.evaluation import (
 from src.sampling.likelihood import measure_likelihood
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
 from src.training.launch import explain_out_of_memory, start_sampling
+from src.training.looks import only_looked_at
 from src.training.report import write_report
-from src.training.run import append_metrics
+from src.training.run import append_metrics, check_ranks, describe_data
 
 
 @config
@@ -88,8 +92,13 @@ class Chosen(NamedTuple):
 
 
 def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> Chosen:
-    """The pictures that are meant, the run's own or others, by default those of `part`."""
+    """The pictures that are meant, the run's own or others, by default those of `part`; the same on all ranks."""
+    found = _open_pictures(args, settings, part)
+    check_ranks(describe_data(found.pictures, found.held_out))
+    return found
 
+
+def _open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> Chosen:
     def few(pictures: PictureSet) -> PictureSet:
         return pictures.lowest(args.num_images) if args.num_images is not None else pictures
 
@@ -185,12 +194,11 @@ def open_networks(args: argparse.Namespace) -> list[Features]:
 
 def show(report: Report, args: argparse.Namespace) -> None:
     """One table on the screen, and a line of metrics.jsonl."""
-    append(args, report.step, report.values, report.out)
     if args.json:
         print(json.dumps({"run": args.run, "step": report.step, **report.figures}))
-        return
-    print("\n".join(report.lines))
-    print("\n".join(f"  {path}" for path in report.files))
+    else:
+        print("\n".join([*report.lines, *(f"  {path}" for path in report.files)]))
+    append(args, report.step, report.values, report.out)
 
 
 def append(args: argparse.Namespace, step: int, values: dict[str, float], out: Path) -> None:
@@ -201,7 +209,8 @@ def append(args: argparse.Namespace, step: int, values: dict[str, float], out: P
     place = run if (run / "metrics.jsonl").exists() else out
     append_metrics(place, step, {f"evaluation_{name}{which}": value for name, value in values.items()})
     if (place / "report.html").exists():
-        write_report(place)
+        with only_looked_at("report.html"):
+            write_report(place)
 
 
 # ---------------------------------------------------------------------------------------------- likelihood
@@ -221,22 +230,24 @@ def likelihood(args: argparse.Namespace, defaults: argparse.Namespace, state: An
         raise UserError(f"{args.run} is on the blend: it has no chain of steps, so no bits per dimension")
     steps = parse_steps(args.steps) if args.steps is not None else schedule.num_steps
     chain = times(schedule, steps, args.spacing)
-    request = json.dumps([opened.digest, data.fingerprint, chain.tolist(), args.batch_size, args.seed])
-    out = Path(args.out or f"evaluations/{opened.name}/likelihood_{hashlib.sha256(request.encode()).hexdigest()[:8]}")
+    request = json.dumps([opened.digest, data.fingerprint, data.state, chain.tolist(), args.batch_size, args.seed])
+    out = Path(args.out or f"evaluations/{opened.folder}/likelihood_{hashlib.sha256(request.encode()).hexdigest()[:8]}")
     found = measure_likelihood(opened, data, chain, out, batch_size=args.batch_size, seed=args.seed, ranks=ranks_of(state))
     if not state.is_main_process:
-        return
+        return None
     name = f"bits_per_dimension_of_{len(data)}_in_{len(chain) - 1}_steps"
-    append(args, opened.step, {name: found["bits_per_dimension"]}, out)
     if args.json:
         print(json.dumps(found))
-        return
+        return append(args, opened.step, {name: found["bits_per_dimension"]}, out)
     between = found["bits_per_dimension"] - found["prior"] - found["decoder"]
     print(
         f"{opened.path} (step {opened.step}) on {len(data)} {told}, {len(chain) - 1} steps:\n"
         f"  {found['bits_per_dimension']:.4f} +- {found['standard_error']:.4f} bits per dimension = prior "
-        f"{found['prior']:.4f} + steps {between:.4f} + decoder {found['decoder']:.4f}\n  {out}/likelihood.png"
+        f"{found['prior']:.4f} + steps {between:.4f} + decoder {found['decoder']:.4f}"
     )
+    if (out / "likelihood.png").exists():
+        print(f"  {out}/likelihood.png")
+    return append(args, opened.step, {name: found["bits_per_dimension"]}, out)
 
 
 if __name__ == "__main__":

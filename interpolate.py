@@ -1,6 +1,9 @@
 #!/usr/bin/env python
 """Animate the way from picture to picture: through seeds along great circles, or through your own pictures; MP4 and GIF."""
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 import argparse
 import hashlib
 import json
@@ -13,10 +16,12 @@ from src.config import UserError, run_script, validate
 from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
 from src.sampling import Opened, SamplerConfig, open_trained
 from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures
-from src.sampling.files import claim
+from src.sampling.files import claim, nothing_left
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
+from src.sampling.opened import dealt
 from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
 from src.training.launch import explain_out_of_memory, start_sampling
+from src.training.looks import asked_for
 
 HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
 
@@ -29,7 +34,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("run", help="a run, a checkpoint, a final folder, or an export")
     keys = parser.add_argument_group("keys: what the animation goes through")
     keys.add_argument("--seeds", metavar="A/B/C", help="the first picture that sample.py draws of each of these seeds")
-    keys.add_argument("--num-seeds", type=int, metavar="N", help="the same of N seeds from --seed on (default 5)")
+    keys.add_argument(
+        "--num-seeds",
+        type=int,
+        metavar="N",
+        help="the same of N seeds from --seed on (default about 5)",
+    )
     keys.add_argument("--seed", type=int, default=0)
     keys.add_argument("--pictures", nargs="+", metavar="FILE", help="your own, inverted; with --solver rk4 they come back best")
     keys.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what becomes of these pictures")
@@ -63,7 +73,7 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
         raise UserError(f"--seeds {args.seeds}: give numbers with a slash between them, such as 3/14/15")
     places = args.pictures or ([args.source] if args.source is not None else [])
     files = [file for place in places for file in files_of(place)]
-    count = 0 if files else 5 if args.num_seeds is None else args.num_seeds
+    count = 0 if files else dealt(5, args.classes) if args.num_seeds is None else args.num_seeds
     seeds = [int(word) for word in words] or list(range(args.seed, args.seed + count))
     if not all(0 <= seed < 2**64 for seed in (*seeds, args.seed)):
         raise UserError("seeds go from 0 to 2^64 - 1")
@@ -116,14 +126,14 @@ def main() -> None:
         "batch_size": args.batch_size,
     }
     tag = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:6]
-    out = Path(args.out or f"samples/{opened.name}/interpolation_{tag}")
+    out = Path(args.out or f"samples/{opened.folder}/interpolation_{tag}")
     told = {"files": [str(file) for file in files], "path": str(opened.path), "config": opened.config}
     claim(out, request, told, what="frames", rank=rank, barrier=barrier)
 
     # The frames
     journey, batch = Journey(len(seeds or files), args.frames_between, args.loop), args.batch_size
     ranks = {"device": device, "rank": rank, "world": world, "barrier": barrier}
-    with explain_out_of_memory(batch, batch, key="--batch-size"):
+    with nothing_left(out, rank), explain_out_of_memory(batch, batch, key="--batch-size"):
         if x0 is not None:
             starts = inverted(sampler, x0, labels, batch_size=batch)
         else:  # a seed's own, or the pictures of the source in their order
@@ -135,13 +145,14 @@ def main() -> None:
 
     # The GIF, and the MP4 where there is an ffmpeg that makes it
     pattern = out / "frames" / "frame_%05d.png"
-    pictures.gif(paths, pattern, out / "animation.gif", fps=args.fps)
     made = [out / "frames", out / "animation.gif"]
     try:
         pictures.mp4(pattern, out / "animation.mp4", fps=args.fps)
         made.append(out / "animation.mp4")
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
         print(error)
+    with asked_for(out / "animation.gif"):
+        pictures.gif(paths, pattern, out / "animation.gif", fps=args.fps)
     print(f"{len(paths)} frames through {journey.keys} keys of {opened.path} (step {opened.step}), {world} process(es)")
     print(f"  {sampler.calls()} network calls a frame, {len(paths) / args.fps:.1f} seconds at {args.fps} frames a second")
     if x0 is not None:

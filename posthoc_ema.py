@@ -8,10 +8,13 @@ A width is the standard deviation of the times that are averaged, as a part of t
 long one. The run must have been trained with `ema.snapshot_every`. Karras et al. 2023, arXiv:2312.02696.
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 import argparse
 from pathlib import Path
 
-from src.config import UserError, read_json, run_script
+from src.config import UserError, quoted, read_json, run_script
 from src.sampling.folders import read_weights
 from src.training.ema import post_hoc
 
@@ -34,7 +37,7 @@ def main() -> None:
         out, missed = post_hoc(args.run, last_step, width)
         told = f"; POORLY: {missed:.0%} of it is missed, as there are few snapshots" if missed > POOR else ""
         print(f"{out}: at step {read_json(out / 'progress.json')['step']}{told}")
-    print(f"which is the best: python evaluate.py {out}; draw from it: python sample.py {out}")
+    print(f"which is the best: python evaluate.py {quoted(out)}; draw from it: python sample.py {quoted(out)}")
 
 
 if __name__ == "__main__":

@@ -7,22 +7,30 @@ python prepare_data.py pack datasets/landscape --size 64 --out datasets/landscap
 python prepare_data.py latents runs/landscape256_vae
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 import argparse
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from src import pictures
-from src.config import UserError, config, read_json, run_script, validate
+from src.config import UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
-from src.data.archives import unpack
+from src.data.archives import stem, unpack
+from src.data.names import class_remarks, shown
 from src.data.packing import pack
+from src.data.sides import count_small, describe_small, refuse_small_packs
 from src.data.sources import FolderSource, Sources
 from src.sampling.autoencoder import open_autoencoder
 from src.sampling.latents import cache_folder, latents_of
 from src.training.launch import start_sampling
+from src.training.looks import asked_for
+from src.training.run import check_ranks, describe_data
 
 
 @config
@@ -51,8 +59,13 @@ def arguments() -> argparse.Namespace:
     for command in (check, packing):
         command.add_argument("data", help="a folder of pictures, or a config .json whose `data` is meant")
         command.add_argument("--split", help="the subfolder to use where there are train/, test/ ...")
+        command.add_argument("--labels", metavar="FILE", help="a table that says the class of each image, instead of folders")
+        command.add_argument("--label-column", metavar="COLUMN", help="of --labels: its name, or its number from 0")
+        command.add_argument("--image-column", metavar="COLUMN", help="of --labels (default: the first)")
         command.add_argument("--min-file-bytes", type=int, default=0, help="leave out smaller files")
+        command.add_argument("--min-side", type=int, help="leave out images whose shorter side has fewer pixels")
         command.add_argument("--max-broken-fraction", type=float, default=1.0, help="stop above this share of broken files")
+    check.add_argument("--size", type=int, help="say how many images are smaller (default: what the config trains at)")
     check.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     packing.add_argument("--out", required=True, help="the new folder")
@@ -72,27 +85,68 @@ def arguments() -> argparse.Namespace:
 
 def open_pictures(args: argparse.Namespace) -> PictureSet:
     if args.data.endswith(".json"):
-        if args.split is not None or args.min_file_bytes or args.max_broken_fraction != 1.0:
+        for_a_folder = (
+            args.split,
+            args.labels,
+            args.label_column,
+            args.image_column,
+            args.min_file_bytes or None,
+            args.min_side,
+        )
+        if any(value is not None for value in for_a_folder) or args.max_broken_fraction != 1.0:
             raise UserError(
-                "--split, --min-file-bytes and --max-broken-fraction are for a folder; a config's data says its own"
+                "--split, --labels, --label-column, --image-column, --min-file-bytes, --min-side and --max-broken-fraction are "
+                "for a folder; a config's data says its own"
             )
         raw = read_json(args.data)
         if not isinstance(raw, dict) or "data" not in raw:
             raise UserError(f"{args.data}: has no `data`")
         return open_sources(validate(DataOnly, {"data": raw["data"]}, origin=args.data).data)
-    scan = {"min_file_bytes": args.min_file_bytes, "max_broken_fraction": args.max_broken_fraction}
+    scan = {"min_file_bytes": args.min_file_bytes, "max_broken_fraction": args.max_broken_fraction, "min_side": args.min_side}
     spec = {"source": "folder", "path": args.data, "split": args.split, "scan": scan}
+    columns = {"label_column": args.label_column, "image_column": args.image_column}
+    if (args.labels is None) != (args.label_column is None) or (args.labels is None and args.image_column is not None):
+        raise UserError("--labels FILE and --label-column COLUMN belong together; --image-column goes with them")
+    if args.labels is not None:
+        named = {key: int(column) if column.isdecimal() else column for key, column in columns.items() if column is not None}
+        spec["labels"] = {"file": args.labels, **named}
     return open_sources(validate(FolderSource, spec, origin="arguments"))
 
 
+def sizes_asked(args: argparse.Namespace) -> dict[str, int]:
+    """What to hold the images against: --size, or all that a training config trains at."""
+    if args.size is not None:
+        if args.size < 2:
+            raise UserError("--size must be at least 2")
+        return {"--size": args.size}
+    if not args.data.endswith(".json"):
+        return {}
+    raw = read_json(args.data)
+    image = raw.get("image")
+    plain = image.get("size") if isinstance(image, dict) else None
+    stages = [stage.get("image_size") for stage in raw.get("stages", ()) if isinstance(stage, dict)]
+    found = {"image.size": plain} if not stages or None in stages else {}
+    found |= {f"stages.{i}.image_size": size for i, size in enumerate(stages)}
+    return {key: size for key, size in found.items() if isinstance(size, int) and size > 1}
+
+
 def check(args: argparse.Namespace) -> None:
-    found = open_pictures(args)
+    found, sizes = open_pictures(args), sizes_asked(args)
+    sides = found.sides.min(1)
     skipped = [(name, reason) for part in found.parts for name, reason in part.report.skipped]
+    notes = sum((Counter(part.report.notes) for part in found.parts), Counter[str]())
+    remarks = [remark for part in found.parts for remark in part.report.remarks]
+    remarks += [f"{count} {kind}" for kind, count in found.sequences().items()]
+    remarks += class_remarks(found.class_names, len(found))
     if args.json:
         findings = {
             "pictures": len(found),
             "classes": found.counts,
             "skipped": skipped,
+            "notes": notes,
+            "shorter_side": {"smallest": int(sides.min()), "median": int(np.median(sides)), "largest": int(sides.max())},
+            "smaller": {str(size): count_small(size, found)[0] for size in sizes.values()},
+            "remarks": remarks,
             "fingerprint": found.fingerprint,
         }
         print(json.dumps(findings, indent=1))
@@ -101,16 +155,24 @@ def check(args: argparse.Namespace) -> None:
         for reason, count in {reason: n for part in found.parts for reason, n in part.report.reasons.items()}.items():
             first = next(name for name, why in skipped if why == reason)
             print(f"  {count:>8}  {reason}, for one {first!r}")
+        for note, count in notes.items():
+            print(f"  {count:>8}  {note}")
+        print(f"shorter sides of {sides.min()} to {sides.max()} px, half of them below {np.median(sides):.0f}")
+        for line in describe_small(sizes, found):
+            print(f"warning: {line}")
+        for remark in remarks:
+            print(f"  {remark}")
         print(f"{len(found.class_names) or 'no'} classes")
         for name, count in found.counts.items() if found.class_names else ():
-            print(f"  {count:>8}  {name}")
+            print(f"  {count:>8}  {shown(name)}")
     if args.sheet:
         count = min(64, len(found))
         chosen = np.random.default_rng(0).choice(len(found), count, replace=False)
         seen = found.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
         names = [found.class_names[label] if label >= 0 else "" for label in found.labels[chosen]]
         sheet = pictures.grid(seen, columns=8, labels=names if found.class_names else None)
-        pictures.save(sheet, Path(args.sheet))
+        with asked_for(args.sheet):
+            pictures.save(sheet, Path(args.sheet))
         print(f"  {args.sheet}")
 
 
@@ -125,6 +187,12 @@ def latents(args: argparse.Namespace) -> None:
     spec = validate(ToEncode, {"autoencoder": args.run, **named}, origin=args.run)
     image = replace(spec.image, size=args.size or spec.image.size, crop="center")
     train_set, held_out = open_data(spec.data, spec.held_out)
+    sizes = {"--size" if args.size else "image.size": image.size}
+    refuse_small_packs(sizes, train_set, held_out)
+    if state.is_main_process:
+        for line in describe_small(sizes, train_set, held_out):
+            print(f"warning: {line}")
+    check_ranks(describe_data(train_set, held_out))
     autoencoder = open_autoencoder(spec.autoencoder, device)
     otherwise = Path("runs") / str(raw.get("name", "latents"))
     named_folder, batch = args.out or spec.latents, args.batch_size or spec.encode_batch_size
@@ -144,13 +212,19 @@ def main() -> None:
     elif args.command == "pack":
         if args.size < 2:
             raise UserError("--size must be at least 2")
-        count = pack(open_pictures(args), Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
-        print(f"packed {count} pictures; train on them: --set data.source=packed --set data.path={args.out}")
+        found = open_pictures(args)
+        for line in describe_small({"--size": args.size}, found):
+            print(f"warning: {line.replace('--set data.scan.min_side=', '--min-side ')}")
+        count = pack(found, Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
+        print(f"packed {count} pictures; train on them: --set data.source=packed --set {quoted(f'data.path={args.out}')}")
     else:
         archive = Path(args.archive)
-        out = Path(args.out) if args.out else archive.with_name(archive.name.split(".")[0])
+        name = stem(archive.name) or archive.stem
+        if not args.out and (not name or name == archive.name):
+            raise UserError(f"{archive}: its name has no ending to leave away for a folder's name; give the folder with --out")
+        out = Path(args.out) if args.out else archive.with_name(name)
         count = unpack(archive, out)
-        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {out}")
+        print(f"unpacked {count} files into {out}; now: python prepare_data.py check {quoted(out)}")
 
 
 if __name__ == "__main__":

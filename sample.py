@@ -1,6 +1,9 @@
 #!/usr/bin/env python
 """Draw from a run: PNGs, a grid, what is needed to draw them again, the GIF of how they came about; or go back."""
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 import argparse
 import hashlib
 import json
@@ -14,12 +17,13 @@ from src.interop.upscaling import open_upscaler, upscale_folder
 from src.sampling import SamplerConfig
 from src.sampling.classifier import open_classifier
 from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures
-from src.sampling.files import write_samples
+from src.sampling.files import nothing_left, write_samples
 from src.sampling.inversion import fingerprint, write_inversions
-from src.sampling.opened import Opened, Run, open_run
+from src.sampling.opened import Opened, Run, dealt, open_run
 from src.sampling.points import write_points
 from src.sampling.sampler import HOW, add_arguments, describe, random_labels, sampler_config
 from src.training.launch import explain_out_of_memory, start_sampling
+from src.training.looks import asked_for
 
 ONE_WAY = {"stop_at", "double_sampling"}  # of pictures that are drawn
 
@@ -32,7 +36,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     )
     parser.add_argument("run", nargs="?", help="a run, a checkpoint, a final folder, or an export")
     parser.add_argument("--out", help="folder for the pictures (default samples/RUN/...)")
-    parser.add_argument("--num-samples", type=int, help="default 16, or one for each picture of --low")
+    parser.add_argument("--num-samples", type=int, help="default 16 or a few more for --classes; one for each picture of --low")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time; changes them only by rounding")
     parser.add_argument("--classes", help="names or numbers, A/B/C, dealt in equal blocks (default: random)")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,14 +90,15 @@ def draw_points(
     idle = [key for key, value in vars(args).items() if key not in taken and value != getattr(defaults, key)]
     if idle:
         raise UserError(f"--{idle[0].replace('_', '-')} is about pictures, and {args.run} is a run of 2-D points; leave it out")
-    count = args.num_samples or 20_000
+    count = args.num_samples or dealt(20_000, args.classes, run.class_names)
     labels = random_labels(args.seed, range(count), run.num_classes) if run.num_classes is not None else None
     labels = run.labels(args.classes, count) if args.classes is not None else labels
     sampler = run.sampler(how)
     request = {"weights": run.digest, "num_samples": count, "classes": args.classes, **describe(sampler, args.seed)}
-    out = Path(args.out or f"samples/{run.name}/{args.solver}{sampler.steps}_{hashed(request)}")
+    out = Path(args.out or f"samples/{run.folder}/{args.solver}{sampler.steps}_{hashed(request)}")
     more = {"labels": labels, "device": device, "frames": args.frames, "told": request}
-    made = write_points(sampler, out, count=count, seed=args.seed, **more)
+    with nothing_left(out), asked_for(f"{out}: all that was to be drawn of the points"):
+        made = write_points(sampler, out, count=count, seed=args.seed, **more)
     print(f"{count} points of {run.path} (step {run.step}), {sampler.calls()} network calls")
     for path in made:
         print(f"  {path}")
@@ -109,8 +114,9 @@ def invert(opened: Opened, how: SamplerConfig, args: argparse.Namespace, default
     label = opened.labels(args.classes, 1)[0] if args.classes is not None else None
     sampler = opened.sampler(how, source=None if opened.gaussian else from_nowhere)
     tag = hashed(opened.digest, fingerprint(files), label, describe(sampler, 0))
-    out = Path(args.out or f"samples/{opened.name}/inversion_{args.solver}{sampler.steps}_{tag}")
-    mean = write_inversions(opened, sampler, files, out, label=label, batch_size=args.batch_size)
+    out = Path(args.out or f"samples/{opened.folder}/inversion_{args.solver}{sampler.steps}_{tag}")
+    with nothing_left(out):
+        mean = write_inversions(opened, sampler, files, out, label=label, batch_size=args.batch_size)
     print(f"{len(files)} pictures to their source and back by {opened.path}, {sampler.calls()} network calls each way:")
     print(
         f"  lost on the way {100 * mean['rms']:.2f} % RMS; source of standard deviation {mean['std']:.3f}, correlation with the"
@@ -160,7 +166,7 @@ def main() -> None:
     if args.source is not None:
         files = files_of(args.source)
         args.num_samples, told["source"] = args.num_samples or len(files), fingerprint(files)
-    args.num_samples = args.num_samples or 16
+    args.num_samples = args.num_samples or dealt(16, args.classes, class_names)
     if args.classes is not None:
         labels = opened.labels(args.classes, args.num_samples, class_names)
     elif labels is not None and opened.num_classes is not None:
@@ -183,8 +189,11 @@ def main() -> None:
     if out is None:
         how_told = {key: getattr(args, key) for key in HOW}
         tag = hashed(opened.digest, args.num_samples, args.batch_size, labels, how_told, told)
-        out = f"samples/{opened.name}/{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
-    with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
+        out = f"samples/{opened.folder}/{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
+    with (
+        nothing_left(Path(out), state.process_index),
+        explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"),
+    ):
         write_samples(
             opened,
             sampler,
@@ -206,10 +215,10 @@ def main() -> None:
     if state.is_main_process:
         made = f"{args.num_samples} pictures of {opened.path} (step {opened.step}), {sampler.calls(edit)} network calls a batch"
         made += f", {state.num_processes} process(es)"
-        print(f"{made}\n  {out}/grid.png")
+        print(f"{made}\n  {out}")
         made = ((args.frames, "denoising.gif"), (args.upscale, "upscaled"), (args.npz, "samples_*.npz"))
-        for wanted, name in (*made, (sampler.source is not None, "ways.png")):
-            if wanted:
+        for wanted, name in ((True, "grid.png"), *made, (sampler.source is not None, "ways.png")):
+            if wanted and (name.startswith("samples_") or (Path(out) / name).exists()):
                 print(f"  {out}/{name}")
 
 

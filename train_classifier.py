@@ -5,6 +5,9 @@ accelerate launch train_classifier.py -cfg configs/imagenet64_classifier.json
 python train_classifier.py -cfg configs/digits_classifier.json --dry-run
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +15,8 @@ import pydantic
 import torch
 import torch.nn.functional as F
 
-from src.config import Length, UserError, config, free, load, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.config import Length, UserError, config, free, load, quoted, run_script, to_steps, training_arguments
+from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.models import ClassifierConfig
 from src.sampling.classifier import (
     MeasureConfig,
@@ -81,6 +84,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Look at the data.
     attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = len(train_set.class_names)
     if not num_classes:
         raise UserError("a classifier needs classes and the data has none: use class subfolders or a label_column")
@@ -102,7 +106,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
-    use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {run_dir}"
+    use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {quoted(run_dir)}"
     if session.finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
         return 0
@@ -116,7 +120,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes and session.fresh:
-        first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
+        with session.look("the first images"):
+            first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
     where, examples = ("train", train_set) if held_out is None else ("held_out", held_out)
     measure = partial(accuracy_by_level, ema.network, process, pictures_of(examples, cfg.image), cfg.preview, split.micro)
     batches = stream(
@@ -166,8 +171,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
             loss, accuracy = measure(accelerator)
             values |= {f"{where}_loss": loss} | {f"{where}_accuracy_{i}": value for i, value in enumerate(accuracy)}
             best = session.decides and session.better(f"{where}_loss", loss)
-            if session.run.writes:
-                draw_accuracy(session.run.samples / f"step_{session.step:08d}.png", process, accuracy, num_classes, where)
+            with session.look("the accuracy by noise level"):
+                if session.run.writes:
+                    draw_accuracy(session.run.samples / f"step_{session.step:08d}.png", process, accuracy, num_classes, where)
         session.report(values)
         session.save(keep=best and cfg.checkpoint.keep_best)
         if session.leaves():
@@ -176,6 +182,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Leave what guidance needs, and say what to do next.
     batches.close()
+    session.write_final()
     message = f"finished; see the accuracy by noise level in {session.run.samples}, and guide with it: {use}"
     return session.end_finished(message, {"loss": ["loss", f"{where}_loss"], "accuracy": ["accuracy"]})
 

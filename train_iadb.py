@@ -5,6 +5,9 @@ accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=PI
 python train_iadb.py -cfg configs/points2d_iadb.json
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,14 +17,15 @@ import torch
 from pydantic import Discriminator, Tag
 
 from src.config import ENDLESS, Length, config, free, load, run_script, to_steps, training_arguments, wrong
-from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
+from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, check_images
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
-from src.models import MLP, MLPConfig, UNetConfig
+from src.models import MLPConfig, UNetConfig
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.autoencoder import autoencoder_for
 from src.sampling.ends import open_ends
-from src.sampling.opened import build_unet, count_classes, sampler_of, start_from
+from src.sampling.given import Given, from_python
+from src.sampling.opened import count_classes, sampler_of, start_from
 from src.sampling.pairs import PairEnds, Pairs
 from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
 from src.sampling.points import write_points
@@ -32,7 +36,7 @@ from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.run import LogConfig
+from src.training.run import LogConfig, check_ranks
 from src.training.seeds import torch_seed
 from src.training.session import Session
 from src.training.state import Trained
@@ -112,7 +116,8 @@ def main() -> int:
     return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
+@from_python
+def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
@@ -120,8 +125,11 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Open both ends: as they are, as latents, or paired by an earlier run.
     attempt.enters("looking at the data")
-    ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image)
+    ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset)
+    check_ranks(ends.facts)
     train_set, held_out = ends.data.train, ends.data.held_out
+    source = (ends.source.train, ends.source.held_out) if ends.source is not None else ()
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out, *source)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     if autoencoder is not None:
@@ -129,7 +137,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         ends = ends.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
     if cfg.pairs is not None:
         ends = PairEnds(cfg.pairs, ends, num_classes, run_dir, accelerator, attempt)
-    shape, starts = ends.shape, ends.starts()
+    shape, starts, facts = ends.shape, ends.starts(), ends.facts | given.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=ends.num_images)
     total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
 
@@ -138,10 +146,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    if isinstance(cfg.model, MLPConfig):
-        network = MLP(cfg.model, num_classes=num_classes).to(device, dtype)
-    else:
-        network = build_unet(cfg.model, shape, num_classes).to(device, dtype)
+    network = given.build(cfg, accelerator, shape, num_classes, train_set, held_out)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
@@ -156,9 +161,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, ends.facts, total_steps=total_steps, attempt=attempt)
+    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
     split = session.place(split)
     if cfg.init_from is not None and not session.progress:
@@ -173,7 +178,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         if autoencoder is not None:
             autoencoder.keep(run_dir / "autoencoder")
         if session.fresh:
-            first_ends(sampler_for(SamplerConfig()), ends.data.examples(), run_dir)
+            with session.look("blend.png"):
+                first_ends(sampler_for(SamplerConfig()), ends.data.examples(), run_dir)
     batches = ends.stream(
         split,
         seed=cfg.seed,
@@ -196,7 +202,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             (micro, source), here = next(batches), split.of_step(part)
-            if isinstance(cfg.model, UNetConfig) and cfg.model.dropout:
+            if given.own or (isinstance(cfg.model, UNetConfig) and cfg.model.dropout):
                 torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0, eps = micro.images, draws.eps[here] if source is None else source
@@ -231,15 +237,15 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Leave what sampling needs, and say what to do next; of 2-D points, show how they move.
     batches.close()
     session.clock.close()
+    session.write_final(more=autoencoder.files() if autoencoder is not None else ({}, {}))
     if cfg.image is None and session.run.writes:
-        labels = random_labels(0, range(20_000), num_classes) if num_classes is not None else None
-        walk = sampler_for(SamplerConfig(solver="euler", steps=128))
-        write_points(walk, run_dir / "points", labels=labels, device=device)
-    message = (
-        f"finished; see {session.run.samples if cfg.image else run_dir / 'points'}, and draw more: python sample.py {run_dir}"
-    )
-    more = autoencoder.files() if autoencoder is not None else ({}, {})
-    return session.end_finished(message, {"loss": ["loss", "held_out_loss"], "straightness": ["straightness"]}, more=more)
+        with session.look("points"):
+            labels = random_labels(0, range(20_000), num_classes) if num_classes is not None else None
+            walk = sampler_for(SamplerConfig(solver="euler", steps=128))
+            write_points(walk, run_dir / "points", labels=labels, device=device)
+    made = session.run.samples if cfg.image is not None else run_dir / "points"
+    message = f"finished; see {made}, and draw more: {given.how_to_draw(run_dir)}"
+    return session.end_finished(message, {"loss": ["loss", "held_out_loss"], "straightness": ["straightness"]})
 
 
 if __name__ == "__main__":

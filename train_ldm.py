@@ -5,14 +5,17 @@ accelerate launch train_ldm.py -cfg configs/wikiart256_ldm.json
 python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=PICTURES --dry-run
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 
 import pydantic
 import torch
 
-from src.config import Length, config, free, load, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.config import Length, config, free, load, quoted, run_script, to_steps, training_arguments
+from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.models import UNetConfig
 from src.sampling.autoencoder import autoencoder_for
@@ -26,7 +29,7 @@ from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.run import LogConfig, describe_data
+from src.training.run import LogConfig, check_ranks, describe_data
 from src.training.seeds import normal, torch_seed
 from src.training.session import Session
 from src.training.sharding import home, prepare
@@ -87,15 +90,18 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Look at the data and the autoencoder; encode the one with the other, unless that was done before.
     attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
+    data_facts = describe_data(train_set, held_out)
+    check_ranks(data_facts)
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
-    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt}
+    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt, "run_dir": run_dir}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
-    facts = describe_data(train_set, held_out) | {"latents": latents.facts}
+    facts = data_facts | {"latents": latents.facts}
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
     total_steps = resolve(cfg.steps)
 
@@ -114,7 +120,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {quoted(run_dir)}")
         return 0
     split = session.place(split)
     if cfg.init_from is not None and not session.progress:
@@ -128,7 +134,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if session.run.writes:
         autoencoder.keep(run_dir / "autoencoder")
         if session.fresh:
-            first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
+            with session.look("the first images"):
+                first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
     examples = latents.examples(held_out.labels) if held_out is not None else None
     batches = latent_stream(
         latents.train,
@@ -184,8 +191,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
             return session.end_stopped()
 
     # Leave what sampling needs, the autoencoder with it, and say what to do next.
-    message = f"finished; see {session.run.samples}, and draw more: python sample.py {run_dir} --frames"
-    return session.end_finished(message, {"loss": ["loss", "held_out_loss"]}, more=autoencoder.files())
+    session.write_final(more=autoencoder.files())
+    message = f"finished; see {session.run.samples}, and draw more: python sample.py {quoted(run_dir)} --frames"
+    return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 
 if __name__ == "__main__":

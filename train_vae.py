@@ -5,6 +5,9 @@ accelerate launch train_vae.py -cfg configs/wikiart256_vae.json
 python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES --dry-run
 """
 
+import src.threads  # noqa: F401 (before torch, which reads it at its start)
+
+# isort: split
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +16,8 @@ import pydantic
 import torch
 
 from src import losses
-from src.config import config, free, load, run_script, training_arguments, wrong
-from src.data import HeldOut, ImageConfig, Sources, open_data
+from src.config import config, free, load, quoted, run_script, training_arguments, wrong
+from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
 from src.packages import ask_for
@@ -85,6 +88,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Look at the data, and lay out the stages.
     attempt.enters("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
+    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
     facts = describe_data(train_set, held_out)
     where = "held_out" if held_out is not None else "train"
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)
@@ -104,8 +108,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=stages[-1].end, attempt=attempt)
+    use = f"python train_ldm.py -cfg CONFIG --set autoencoder={quoted(run_dir)}"
     if session.finished:
-        session.run.close(f"{run_dir} is finished ({session.step} steps); now: train_ldm.py with autoencoder {run_dir}")
+        session.run.close(f"{run_dir} is finished ({session.step} steps); diffusion on its latents: {use}")
         return 0
     stages = [replace(stage, split=session.place(stage.split)) for stage in stages]
     tanh = session.progress.get("tanh", False)
@@ -122,9 +127,10 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     total_images, images_seen = stages[-1].split.images_at(stages[-1].end), now.split.images_at(session.step)
     session.begin(train_set, held_out, total_images=total_images, images=images_seen)
     if session.run.writes and session.fresh:
-        for line in warnings(cfg.stages, from_scratch=cfg.init_from is None):
+        for line in warnings(cfg.stages, from_scratch=cfg.init_from is None, model=cfg.model):
             session.run.say(f"warning: {line}")
-        first_pictures(run_dir, train_set, now.image, cfg.seed)
+        with session.look("the first images"):
+            first_pictures(run_dir, train_set, now.image, cfg.seed)
 
     for stage in stages[now.number - 1 :]:
         # Enter the stage: picture size, tanh, learning rates, and how well it reconstructs at the start.
@@ -134,9 +140,12 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         key = f"stages.{stage.number - 1}.micro_batch_size"
         session.enter(split, stage.resolve, end=stage.end, name=stage.describe(len(stages)), key=key)
         examples = pictures_of(held_out if held_out is not None else train_set, stage.image)
-        look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, batch_size=split.micro)
+        more = {"batch_size": split.micro, "warn": session.run.warn}
+        look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, **more)
         if guard.enter(stage.number) and own.adversarial is not None and not attempt.trial:
             guard.watch(cfg.guard, session.step, look()["l1"])
+        if session.step == stage.first or stage.adversary_at(session.step - 1) is None:
+            guard.saved_before(session.step)
         batches = stream(train_set, stage.image, split, seed=seed, start_step=session.step, workers=cfg.workers, device=device)
 
         # Train.
@@ -217,7 +226,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
                 told = "lpips" if perceptual is not None else "l1"
                 if session.decides:
                     best = session.better(told, seen[told]) and cfg.checkpoint.keep_best
-                    healthy = guard.watch(cfg.guard, session.step, seen["l1"]) or adversary is None
+                    watched = guard.watch(cfg.guard, session.step, seen["l1"], adversary=adversary is not None)
+                    healthy = watched or adversary is None
                 for line in troubled_channels(seen) + won(values):
                     session.run.say(f"warning: step {session.step}: {line}")
             session.report(values)
@@ -225,19 +235,22 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
                 session.run.say(f"warning: {guard.explain(cfg.guard, session.step, seen['l1'], values)}")
                 if guard.rolls_back(cfg.guard):
                     batches.close()
-                    return session.roll_back(guard.healthy_step, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
+                    return session.roll_back(guard.back_to, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
             keep = best or (cfg.guard.rollback and guard.healthy_step == session.step)
-            session.save(keep=keep, tanh=tanh, guard=guard.saved(), adaptive_weight=float(adaptive.value))
+            saved = session.save(keep=keep, tanh=tanh, guard=guard.saved(), adaptive_weight=float(adaptive.value))
+            if saved and adversary is None:
+                guard.saved_before(session.step)
             if session.leaves():
                 batches.close()
                 return session.end_stopped()
         batches.close()
 
     # Leave what latent diffusion needs, and say what to do next.
-    message = f"finished; see {session.run.samples}; next, diffusion on its latents: train_ldm.py --set autoencoder={run_dir}"
+    session.write_final(progress={"tanh": tanh})
+    message = f"finished; see {session.run.samples}; next, diffusion on its latents: {use}"
     curves = {"loss": ["loss", f"{where}_l1", f"{where}_lpips"], "PSNR": [f"{where}_psnr"]}
     curves |= {"adversary": ["discriminator_accuracy"]}
-    return session.end_finished(message, curves, progress={"tanh": tanh})
+    return session.end_finished(message, curves)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def prepare_pictures(datasets: Path, archive: Path = ARCHIVE) -> Path:
     if archive.exists():
         with tarfile.open(archive) as tar:
             tar.extractall(staged / "all", filter="data")
-        found = next((staged / "all").rglob("train"))
+        found = min((staged / "all").rglob("train"))
     else:
         found = staged / "all"
         write_digits(found)

@@ -1,11 +1,14 @@
 """Configuration: JSON files into frozen, strict dataclasses, and the one way a script ends on a user's mistake."""
 
 import argparse
+import codecs
 import dataclasses
 import difflib
 import errno
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -33,6 +36,13 @@ def free(default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
     if default is not dataclasses.MISSING:
         constraints["default"] = default
     return Field(json_schema_extra={"free": True}, **constraints)
+
+
+def renamed(old_name: str, default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
+    """A field that had another name in older versions: configs and runs that say `old_name` are still read."""
+    if default is not dataclasses.MISSING:
+        constraints["default"] = default
+    return Field(json_schema_extra={"old_name": old_name}, **constraints)
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -114,25 +124,80 @@ def _finite(text: str) -> float:
     return value
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file that a person wrote, without a byte-order mark. A UserError that names the file."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+    start = content[:4]
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (len(start) == 4 and start.count(0) in (2, 3)):
+        raise UserError(f"{path}: is not a UTF-8 text file but UTF-16 or UTF-32; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        where = f"the byte 0x{content[error.start]:02x} at line {line}, column {column}"
+        raise UserError(f"{path}: {where} is not UTF-8: is it a text file? If it is, save it as UTF-8") from None
+
+
+_JSON_HINTS = (  # what stands at the place of the mistake, and what to do
+    (r"//|#|/\*", "JSON has no comments; remove it"),
+    (r"(True|False|None)\b", "JSON writes true, false and null in small letters"),
+    (r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'JSON takes straight double quotes: "'),
+    (r"[A-Za-z_]\w*\s*:", 'the name of a key stands in double quotes: "key"'),
+    (r"[A-Za-z_~$/][^\s,}\]]*", 'a word stands in double quotes: "word"'),
+    (r"[+.]\.?\d", "a number begins with a digit or a minus sign"),
+)
+
+
+def _json_hint(text: str, error: json.JSONDecodeError) -> str:
+    """What is wrong at the place of a mistake in JSON, and what to do, in words."""
+    rest, before = text[error.pos :], text[: error.pos].rstrip()
+    if "trailing comma" in error.msg or (rest[:1] in ("}", "]") and before.endswith(",")):
+        return "a comma stands before the closing bracket; remove it"
+    if "escape" in error.msg:
+        return r"a backslash is written twice, \\ (in a path a / does as well)"
+    if "control character" in error.msg:
+        return r"a text ends on the line on which it began; write \n for a new line"
+    if not rest.strip() or "Unterminated string" in error.msg:
+        return "the text ends too early; is the file cut short? (A missing quote or bracket looks the same.)"
+    if re.search(r"[\d.]$", before) and before == text[: error.pos] and re.match(r"[\w.]", rest):
+        return "a number is written as in 1000, 0.5 or 1e-4, without leading zeros"
+    if "Extra data" in error.msg and rest[0] in '{["':
+        return f"something follows after the end: {rest[:20].split()[0]!r}; one object holds all"
+    for pattern, hint in _JSON_HINTS:
+        if re.match(pattern, rest):
+            return hint
+    if "delimiter" in error.msg:
+        wanted = "comma" if "','" in error.msg else "colon"
+        return f"a {wanted} is missing here, or the value before it has something in excess: {rest[:20].split()[0]!r}"
+    if "Extra data" in error.msg:
+        return f"something follows after the end: {rest[:20].split()[0]!r}; remove it"
+    return f"{error.msg[0].lower()}{error.msg[1:]}, not {rest[:20].split()[0]!r}"
+
+
 def parse_json(text: str) -> Any:
     """Parse strict JSON; duplicate keys, NaN, Infinity and numbers like 1e999 are a UserError."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_finite)
+        return json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_finite
+        )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"not valid JSON at {where}: {error.msg} (is the file cut short?)") from None
+        raise UserError(f"not valid JSON at {where}: {_json_hint(error.doc, error)}") from None
     except RecursionError:
         raise UserError("not a config: nested too deeply") from None
 
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file strictly; every failure is a UserError that names the file."""
+    text = read_text(path)
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+        return parse_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -157,6 +222,16 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a person pastes it into a command of a shell, also as a value of --set: it is no option and no JSON there."""
+    text = str(path)
+    try:
+        other = not isinstance(json.loads(text), str) or text.startswith('"')
+    except ValueError:
+        other = text.startswith(("-", "{", "[", '"'))
+    return shlex.quote(f"./{text}" if other else text)
 
 
 # ---------------------------------------------------------------------------------------------- walking types
@@ -295,14 +370,42 @@ def _union_tags(root: Any, path: Sequence[str | int]) -> set[str]:
     return {tag for owner in owners for tag in _tags(owner)}
 
 
+def _with_new_names(owners: list[Any], raw: Any) -> Any:
+    """Parsed JSON for `owners`, with today's name for each key that was `renamed`."""
+    if isinstance(raw, list):
+        return [_with_new_names(_descend(owners, i), entry) for i, entry in enumerate(raw)]
+    if not isinstance(raw, dict):
+        return raw
+    known = dict(raw)
+    for owner in owners:
+        for name, field in getattr(owner, "__pydantic_fields__", {}).items():
+            old_name = (field.json_schema_extra or {}).get("old_name")
+            if old_name in known and name not in known:
+                known[name] = known.pop(old_name)
+    return {key: _with_new_names(_descend(owners, key), value) for key, value in known.items()}
+
+
 def validate(root: type[T], raw: Any, *, origin: str = "config") -> T:
     """Turn parsed JSON into the dataclass `root`; a UserError names the JSON path, what is allowed, and the likely word."""
     if isinstance(raw, dict):
         raw = {key: value for key, value in raw.items() if key != "$schema"}
+    if broken := re.search("[\ud800-\udfff]", json.dumps(raw, ensure_ascii=False)):
+        word = next((word for word in _strings(raw) if broken[0] in word), "")
+        raise UserError(f"{origin}: {word!a} has bytes that are no text; rename it, or give a link to it (ln -s)")
+    raw = _with_new_names(_choices(root), raw)
     try:
         return pydantic.TypeAdapter(root).validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
         raise UserError(f"{origin}: {_explain(root, raw, error)}") from None
+
+
+def _strings(value: Any) -> typing.Iterator[str]:
+    """All strings in parsed JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _strings(below)
 
 
 def dump(value: Any) -> dict[str, Any]:
@@ -327,7 +430,7 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
     for i in range(1, len(path)):
         part = path[i - 1]
         below = here[part] if isinstance(here, list) else here.get(part)
-        if isinstance(below, list) and path[i].isdigit():
+        if isinstance(below, list) and path[i].isdecimal():
             path[i] = int(path[i])
             if path[i] >= len(below):
                 raise UserError(f"--set {key}: the list {part} has {len(below)} entries, counted from 0")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import UserError, config
 from .packages import ask_for, needed
-from .vision import efficientnet_lite0, import_torchvision, put_weights, read_weights
+from .vision import efficientnet_lite0, fetch_weights, how_to_bring, import_torchvision, put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
@@ -64,8 +64,11 @@ def discriminator_accuracy(real: Tensor, fake: Tensor) -> Tensor:
 
 @config
 class PerceptualConfig:
-    """LPIPS on `vgg`, `alex` or `squeeze`, whose ImageNet weights come from torch's cache or the file `weights`; or
-    `efficientnet_lite0`, whose weights a package brings. `random` is for tests."""
+    """LPIPS on `vgg`, `alex` or `squeeze`, whose ImageNet weights are in torch's cache, into which they are fetched once where
+    there is a network, or in the file `weights`; or `efficientnet_lite0`, whose weights a package brings.
+
+    `random` is for tests.
+    """
 
     network: Literal["vgg", "alex", "squeeze", "efficientnet_lite0", "random"] = "vgg"
     weights: str | None = None
@@ -132,17 +135,19 @@ def imagenet_weights(network: str) -> tuple[Path, str]:
 
 
 def _lpips(spec: PerceptualConfig) -> nn.Module:
-    """LPIPS with its backbone's weights, which are looked for on this machine and never downloaded."""
+    """LPIPS with its backbone's weights, which are fetched once into torch's cache where no file is named."""
     ask_for(f"perceptual.network {spec.network!r}", "lpips", "torchvision")
     cached, url = imagenet_weights(spec.network)
     with needed(f"perceptual.network {spec.network!r}", "lpips"):
         import lpips
 
     path = Path(spec.weights or cached).expanduser()
+    reason = fetch_weights(url, cached) if spec.weights is None else "perceptual.weights names no file"
     if not path.is_file():
         raise UserError(
             f"perceptual.network {spec.network!r} needs ImageNet weights that are not at {path}; get them from "
-            f"{url} and put them there or name the file in perceptual.weights, or use efficientnet_lite0"
+            f"{url} and put them there ({how_to_bring(url, cached)}) or name the file in perceptual.weights, or use "
+            f"efficientnet_lite0; they were not fetched: {reason}"
         )
     found = read_weights(path, "perceptual.weights")
     with warnings.catch_warnings():

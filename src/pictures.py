@@ -1,12 +1,17 @@
-"""What a person looks at: grids, labelled sheets, curves, frames, GIFs."""
+"""What a person looks at: grids, labelled sheets, curves, frames, GIFs. All that draws stands here, so the file is long."""
 
+import functools
 import itertools
+import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -36,32 +41,93 @@ def zoom_for(size: int) -> int:
     return max(1, 64 // size)
 
 
+class Lettering(NamedTuple):
+    """The font of captions and titles, and the characters (code points) that it can draw."""
+
+    font: Any
+    known: Collection[int]
+
+
+@functools.cache
+def lettering() -> Lettering:
+    """DejaVu Sans, which comes with matplotlib; where that is missing, Pillow's own font and ASCII alone."""
+    try:
+        import matplotlib
+        from matplotlib.ft2font import FT2Font
+
+        path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+        return Lettering(ImageFont.truetype(path, size=11), frozenset(FT2Font(str(path)).get_charmap()))
+    except (ImportError, OSError, RuntimeError):
+        return Lettering(ImageFont.load_default(size=12), range(0x20, 0x7F))
+
+
+def readable(text: str) -> str:
+    """The text in one line, each character that the font cannot draw written as its code, such as \\u4e2d."""
+    known, words = lettering().known, " ".join(unicodedata.normalize("NFC", text).split())
+
+    def code(character: str) -> str:
+        point = ord(character)
+        return f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"
+
+    return "".join(c if ord(c) in known and c.isprintable() else code(c) for c in words)
+
+
+def wrapped(text: str, width: float) -> list[str]:
+    """The readable text in lines that are at most `width` pixels wide. A line ends after a space, a mark of punctuation or the
+    code of a character where it can, else anywhere."""
+    measure: Callable[[str], float] = lettering().font.getlength
+    lines, line = list[str](), ""
+    for word in re.findall(r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}|[^\s\\_/.,:;-]*[\s\\_/.,:;-]|[^\s\\_/.,:;-]+", readable(text)):
+        if measure((line + word).rstrip()) <= width:
+            line += word
+            continue
+        lines += [line.rstrip()] if line else []
+        line = word
+        while len(line.rstrip()) > 1 and measure(line.rstrip()) > width:
+            fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or measure(line[:n]) <= width)
+            lines.append(line[:fits])
+            line = line[fits:]
+    return [*lines, line.rstrip()]
+
+
+LINE = 14  # pixels from one line of text to the next
+MOST_LINES = 16  # under an image: a label may be a whole paragraph
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."]
+
+
+def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str]) -> None:
+    for i, line in enumerate(lines):
+        draw.text((x, y + LINE * i), line, fill="black", font=lettering().font)
+
+
 def grid(
     pictures: Pixels, *, columns: int, labels: Sequence[str] | None = None, title: str = "", zoom: int | None = None
 ) -> Image.Image:
-    """(N, H, W, C) uint8 -> one sheet, row by row, with a label under each picture and a title above, where given."""
+    """(N, H, W, C) uint8 -> one sheet, row by row, with a label under each picture and a title above, where given. Labels and
+    titles that are too long for their place go on in another line."""
     n, height, width = pictures.shape[:3]
     zoom = zoom if zoom is not None else zoom_for(min(height, width))
     columns = max(1, min(columns, n))
-    rows = -(-n // columns)
-    cell_w, cell_h = width * zoom, height * zoom
-    font: Any = ImageFont.load_default(size=12)
-    gap, caption = 4, 16 if labels else 0
-    header = 22 if title else 0
-    sheet = Image.new("RGB", (gap + columns * (cell_w + gap), header + gap + rows * (cell_h + caption + gap)), "white")
+    cell_w, cell_h, gap = width * zoom, height * zoom, 4
+    across = gap + columns * (cell_w + gap)
+    heading = wrapped(title, across - 2 * gap) if title else []
+    captions = [_shortened(wrapped(label, cell_w)) for label in labels] if labels else [[] for _ in range(n)]
+    rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
+    below = [2 + LINE * max(len(captions[i]) for i in row) if labels else 0 for row in rows]
+    y = gap + (8 + LINE * len(heading) if title else 0)
+    sheet = Image.new("RGB", (across, y + sum(cell_h + caption + gap for caption in below)), "white")
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((gap, 4), title, fill="black", font=font)
-    for i in range(n):
-        x = gap + i % columns * (cell_w + gap)
-        y = header + gap + i // columns * (cell_h + caption + gap)
-        picture = to_image(pictures[i]).convert("RGB")
-        sheet.paste(picture.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
-        if labels:
-            text = " ".join(labels[i].split())
-            while len(text) > 1 and draw.textlength(text, font=font) > cell_w:
-                text = text[:-1]
-            draw.text((x, y + cell_h), text, fill="black", font=font)
+    _write(draw, gap, gap, heading)
+    for row, caption in zip(rows, below, strict=True):
+        for i in row:
+            x = gap + (i - row.start) * (cell_w + gap)
+            picture = to_image(pictures[i]).convert("RGB")
+            sheet.paste(picture.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
+            _write(draw, x, y + cell_h, captions[i])
+        y += cell_h + caption + gap
     return sheet
 
 
@@ -98,16 +164,21 @@ def curves(
     for i, (ylabel, series) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for name, (x, y) in series.items():
-            axes.plot(x, y, label=name, linewidth=1.5, marker=marker)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+            axes.plot(x, y, label=_plain(name), linewidth=1.5, marker=marker)
+        axes.set_xlabel(_plain(xlabel))
+        axes.set_ylabel(_plain(ylabel))
         axes.grid(alpha=0.3)
         if ylabel in log:
             axes.set_yscale("log")
         if len(series) > 1:
             axes.legend()
-    figure.suptitle(title)
+    figure.suptitle("\n".join(textwrap.wrap(_plain(title), 60 * len(panels))))
     _save_figure(figure, path)
+
+
+def _plain(text: str) -> str:
+    """The text as matplotlib takes it: a dollar is a dollar and begins no formula."""
+    return readable(text).replace("$", r"\$")
 
 
 def scatter(points: NDArray[Any], *, size: int = 256, extent: float = 3.0, title: str = "") -> Image.Image:
@@ -119,14 +190,13 @@ def scatter(points: NDArray[Any], *, size: int = 256, extent: float = 3.0, title
     low, high = np.array([255.0, 255.0, 255.0]), np.array([22.0, 52.0, 120.0])
     pixels = np.rint(low + shade * (high - low)).astype(np.uint8)
     picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
-    header = 22 if title else 0
+    heading = wrapped(title, size) if title else []
+    header = 8 + LINE * len(heading) if title else 0
     sheet = Image.new("RGB", (size + 8, size + header + 8), "white")
     sheet.paste(picture, (4, header + 4))
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((3, header + 3, size + 4, header + size + 4), outline=(200, 200, 200))
-    if title:
-        font: Any = ImageFont.load_default(size=12)
-        draw.text((4, 4), title, fill="black", font=font)
+    _write(draw, 4, 4, heading)
     return sheet
 
 
@@ -184,46 +254,128 @@ def _save_figure(figure: Any, path: Path) -> None:
     staged.replace(path)
 
 
-def ffmpeg() -> str | None:
-    """ffmpeg from PATH, else the one that imageio-ffmpeg ships, else None."""
+# ---------------------------------------------------------------------------------------------- GIF and MP4
+
+
+def _programs() -> Iterator[str]:
+    """Each ffmpeg that there is: the one on PATH, then the one that imageio-ffmpeg ships."""
     found = shutil.which("ffmpeg")
     if found:
-        return found
+        yield found
     try:
         import imageio_ffmpeg
 
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError):
-        return None
+        shipped = imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError, OSError):
+        return
+    if shipped != found:
+        yield shipped
+
+
+def _run(command: Sequence[str], seconds: float | None) -> str | None:
+    """Why the program failed, in one line, or None."""
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not start ({error.strerror})" if isinstance(error, OSError) else f"took more than {seconds:g} s"
+    lines = done.stderr.decode("utf-8", errors="replace").strip().splitlines()
+    if "Unknown encoder" in " ".join(lines):
+        return NO_ENCODER
+    why = f": {lines[-1].strip()}" if lines else ""
+    if done.returncode in (126, 127) or done.returncode < 0:  # what a shell and the loader of libraries say; a signal
+        return f"does not start (status {done.returncode}{why})"
+    return f"failed (status {done.returncode}{why})" if done.returncode else None
+
+
+NO_ENCODER = "was built without libx264"
+_said = set[str]()
+
+
+def _starts(program: str) -> bool:
+    """Whether the program starts; one that does not is named in one line, once."""
+    reason = _run([program, "-version"], 20)
+    if reason is None or not reason.startswith(("does not start", "took more")):
+        return True  # what else is wrong with it the GIF or the MP4 will show
+    _say(f"{program} {reason}; another way is taken")
+    return False
+
+
+def _say(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def ffmpeg() -> str | None:
+    """The first ffmpeg that starts: that on PATH, else the one that imageio-ffmpeg ships, else None."""
+    return next((program for program in _programs() if _starts(program)), None)
+
+
+def _film(
+    command: Callable[[str], list[str]], out: Path, *, seconds: float | None, programs: Sequence[str] | None = None
+) -> str | None:
+    """Run what `command` makes of a program with one ffmpeg after the other until one has written `out`. Why the first of them
+    failed, or None where one did not; "" where there is no ffmpeg."""
+    first = ffmpeg()
+    if first is None:
+        return ""
+    reasons = list[str]()
+    for program in programs or [first, *(other for other in _programs() if other != first)]:
+        out.unlink(missing_ok=True)
+        reason = _run(command(program), seconds)
+        if reason is None and not (out.is_file() and out.stat().st_size):
+            reason = "wrote nothing"
+        if reason is None:
+            for line in reasons:
+                _say(f"{line}; {program} was taken")
+            return None
+        reasons.append(f"{program} {reason}")
+    return reasons[0]
+
+
+def _frames_at(pattern: Path) -> str:
+    """The path of numbered frames as ffmpeg takes it: a % in the name of a folder is doubled, since it counts nothing."""
+    return f"{_argument(pattern.parent).replace('%', '%%')}/{pattern.name}"
+
+
+def _argument(path: Path) -> str:
+    """A path as a program takes it for one: no option, and no address such as http:."""
+    text = str(path)
+    return f"./{text}" if text.startswith("-") or ":" in text.partition("/")[0] else text
 
 
 def gif_command(pattern: str, out: str, *, fps: int, program: str = "ffmpeg") -> list[str]:
     """The ffmpeg command that makes a GIF of numbered frames, with a palette of its own."""
     palette = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=bayer"
-    return [program, "-y", "-loglevel", "error", "-framerate", str(fps), "-i", pattern, "-lavfi", palette, out]
+    return [program, "-y", "-loglevel", "error", *_input(pattern, fps), "-lavfi", palette, out]
+
+
+def _input(pattern: str, fps: int) -> list[str]:
+    return ["-framerate", str(fps), "-pattern_type", "sequence", "-start_number", "0", "-i", pattern]
 
 
 def gif(frames: Sequence[Path], pattern: Path, out: Path, *, fps: int) -> str:
-    """Make a looping GIF of frames numbered from 0, by ffmpeg or, where there is none, by Pillow.
+    """Make a looping GIF of frames numbered from 0, by ffmpeg or, where none does it, by Pillow.
 
     `pattern` is their path with %03d for the number. Returns the command that makes it again.
     """
     if not frames:
         raise UserError("there are no frames to make a GIF of")
-    program = ffmpeg()
     staged = out.with_name(f".{out.name}")
-    if program is not None:
-        command = gif_command(str(pattern), str(staged), fps=fps, program=program)
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600)
-        if done.returncode != 0:
-            raise RuntimeError(f"ffmpeg failed: {done.stderr.strip().splitlines()[-1:]}")
-    else:
-        pictures = [Image.open(frame).convert("RGB") for frame in frames]
-        ends = [10 * round(100 * i / fps) for i in range(len(frames) + 1)]  # a GIF counts in hundredths of a second
-        lasting = [end - start for start, end in itertools.pairwise(ends)]
-        pictures[0].save(staged, save_all=True, append_images=pictures[1:], duration=lasting, loop=0)
-    staged.replace(out)
-    return shlex.join(gif_command(str(pattern), str(out), fps=fps))
+    numbered = _frames_at(pattern)
+    try:
+        reason = _film(lambda program: gif_command(numbered, _argument(staged), fps=fps, program=program), staged, seconds=600)
+        if reason is not None:
+            if reason:
+                _say(f"{reason}; Pillow makes the GIF")
+            pictures = [Image.open(frame).convert("RGB") for frame in frames]
+            ends = [10 * round(100 * i / fps) for i in range(len(frames) + 1)]  # a GIF counts in hundredths of a second
+            lasting = [end - start for start, end in itertools.pairwise(ends)]
+            pictures[0].save(staged, "GIF", save_all=True, append_images=pictures[1:], duration=lasting, loop=0)
+        staged.replace(out)
+    finally:
+        staged.unlink(missing_ok=True)
+    return shlex.join(gif_command(numbered, _argument(out), fps=fps))
 
 
 def mp4_command(pattern: str, out: str, *, fps: int, program: str = "ffmpeg") -> list[str]:
@@ -234,27 +386,32 @@ def mp4_command(pattern: str, out: str, *, fps: int, program: str = "ffmpeg") ->
     even = "scale=ceil(iw/2)*2:ceil(ih/2)*2:flags=neighbor,format=gbrp"
     said = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
     filters = f"{even},scale=flags=area:out_color_matrix=bt709:out_range=tv,format=yuv420p,{said}"
-    start = [program, "-y", "-loglevel", "error", "-framerate", str(fps), "-i", pattern]
+    start = [program, "-y", "-loglevel", "error", *_input(pattern, fps)]
     return [*start, "-vf", filters, "-c:v", "libx264", "-crf", "18", "-preset", "slow", "-movflags", "+faststart", out]
 
 
-def mp4(pattern: Path, out: Path, *, fps: int) -> str:
-    """Make an MP4 of frames numbered from 0, by ffmpeg. `pattern` is their path with %05d or so for the number.
+def mp4(pattern: Path, out: Path, *, fps: int, programs: Sequence[str] | None = None) -> str:
+    """Make an MP4 of frames numbered from 0, by ffmpeg (one of `programs`, where given). `pattern` is their path with %05d or
+    so for the number.
 
     Returns the command that makes it again. A UserError where there is no ffmpeg, or one that cannot.
     """
-    program = ffmpeg()
-    if program is None:
-        raise UserError("there is no ffmpeg, so no MP4 is made: pip install imageio-ffmpeg, or put ffmpeg on PATH")
     staged = out.with_name(f".{out.name}")
+    numbered = _frames_at(pattern)
     try:
-        command = mp4_command(str(pattern), str(staged), fps=fps, program=program)
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if "Unknown encoder" in done.stderr:
-            raise UserError(f"{program} was built without libx264, so no MP4 is made: take it off PATH, or install another")
-        if done.returncode != 0:
-            raise RuntimeError(f"ffmpeg failed: {done.stderr.strip().splitlines()[-1:]}")
+        reason = _film(
+            lambda program: mp4_command(numbered, _argument(staged), fps=fps, program=program),
+            staged,
+            seconds=None,
+            programs=programs,
+        )
+        if reason == "":
+            raise UserError("there is no ffmpeg, so no MP4 is made: pip install imageio-ffmpeg, or put ffmpeg on PATH")
+        if reason is not None and reason.endswith(NO_ENCODER):
+            raise UserError(f"{reason}, so no MP4 is made: take it off PATH, or install another")
+        if reason is not None:
+            raise RuntimeError(f"ffmpeg failed, so no MP4 is made: {reason}")
         staged.replace(out)
     finally:
         staged.unlink(missing_ok=True)
-    return shlex.join(mp4_command(str(pattern), str(out), fps=fps))
+    return shlex.join(mp4_command(numbered, _argument(out), fps=fps))

@@ -17,11 +17,14 @@ from src.config import (
     json_schema,
     load,
     parse_json,
+    read_text,
+    renamed,
     run_script,
     to_steps,
     validate,
 )
 from src.data import Sources
+from tests.conftest import ROOT
 
 
 @config
@@ -84,7 +87,29 @@ def test_mistakes_are_named_with_their_path(raw: dict, said: str) -> None:
         ('{"a": NaN}', "NaN is not a finite number"),
         ('{"a": -Infinity}', "-Infinity is not"),
         ('{"a": 1e999}', "1e999 is not a finite number"),
-        ('{"a": 1,', "not valid JSON at line 1"),
+        ('{"a": 1,', "not valid JSON at line 1, column 9: .*cut short"),
+        ('{"a": [1, 2', "line 1, column 12: .*cut short"),
+        ("", "line 1, column 1: .*cut short"),
+        ('{\n "a": 1, // half\n "b": 2}', r"line 2, column 10: JSON has no comments"),
+        ('{\n# half\n"a": 1}', "line 2, column 1: JSON has no comments"),
+        ('{"a": /* half */ 1}', "column 7: JSON has no comments"),
+        ('{"a": 1} # end', "column 10: JSON has no comments"),
+        ('{"a": [1, 2,\n]}', "a comma stands before the closing bracket"),
+        ('{"a": 1,\n}', "a comma stands before the closing bracket"),
+        ('{"a": True}', "line 1, column 7: .*small letters"),
+        ('{"a": [None]}', "line 1, column 8: .*small letters"),
+        ("{'a': 1}", "column 2: JSON takes straight double quotes"),
+        ('{"a": \u201cb\u201d}', "column 7: JSON takes straight double quotes"),
+        ("{a: 1}", "column 2: the name of a key stands in double quotes"),
+        ('{"a": ~/images}', "column 7: a word stands in double quotes"),
+        ('{"a": 0.5 "b": 1}', "column 11: a comma is missing"),
+        ('{"a" 1}', "column 6: a colon is missing"),
+        ('{"a": 1_000}', "column 8: a number is written as in 1000"),
+        ('{"a": 007}', "column 8: a number is written as in 1000"),
+        ('{"a": .5}', "column 7: a number begins with a digit"),
+        ('{"a": "C:\\data"}', r"column 10: a backslash is written twice"),
+        ('{"a": "one\ntwo"}', "a text ends on the line on which it began"),
+        ('{"a": 1}{"b": 1}', "column 9: something follows after the end"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
@@ -135,6 +160,20 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match="JSON object"):
         load(path, Root)
+    path.write_bytes(b'{"name": "caf\xe9"}')
+    with pytest.raises(UserError, match="byte 0xe9 at line 1, column 14 is not UTF-8"):
+        load(path, Root)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):  # with the mark and without
+        path.write_text('{"name": "a"}', encoding=encoding)
+        with pytest.raises(UserError, match="UTF-16 or UTF-32; save it as UTF-8"):
+            load(path, Root)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"name": "caf\u00e9"}', encoding="utf-8-sig")
+    assert load(path, Root).name == "caf\u00e9" and read_text(path)[0] == "{"
+    assert parse_json("\ufeff[1]") == [1]
 
 
 def test_lengths() -> None:
@@ -154,6 +193,28 @@ def test_what_may_change_on_resume() -> None:
     before = {"inners": [{"rate": 1, "every": 2}, {"rate": 1}]}
     after = {"inners": [{"rate": 1, "every": 3}, {"rate": 2}, {"rate": 1}]}
     assert differences(Root, before, after) == (["inners.0.every"], ["inners.1.rate", "inners"])
+
+
+@config
+class NewInner:
+    rate: float = renamed("speed", 0.1, gt=0)
+    added: bool = False
+
+
+@config
+class New:
+    title: str = renamed("name")
+    inner: NewInner = NewInner()
+    inners: tuple[NewInner, ...] = ()
+
+
+def test_an_old_config_is_read_by_its_old_names() -> None:
+    old = {"name": "a", "inner": {"speed": 0.5}, "inners": [{"speed": 1.0}, {"rate": 2.0}]}
+    new = validate(New, old)
+    assert new == validate(New, {"title": "a", "inner": {"rate": 0.5}, "inners": [{"rate": 1.0}, {"rate": 2.0}]})
+    assert differences(New, dump(validate(New, old)), dump(new)) == ([], [])
+    with pytest.raises(UserError, match="name: unknown key"):  # the new name stands there, too: which one counts?
+        validate(New, {"title": "a", "name": "b"})
 
 
 def test_dump_and_validate_are_inverse() -> None:
@@ -185,3 +246,15 @@ def test_how_a_script_ends(raised: BaseException | None, status: int, said: str,
         run_script(main)
     assert stopped.value.code == status
     assert said in capsys.readouterr().err
+
+
+def test_docs_say_where_the_data_of_every_config_comes_from() -> None:
+    told = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "configs").glob("*.json")):
+        assert f"`{path.stem}`" in told, f"docs/data.md does not say where the data of {path.name} comes from"
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        for source in [raw["data"]] if isinstance(raw["data"], dict) else raw["data"]:
+            if source["source"] == "datasets":
+                assert f"`{source['name']}`" in told, path
+            if source["source"] in ("folder", "emnist"):
+                assert "/".join(source["path"].split("/")[:2]) in told, path

@@ -21,7 +21,7 @@ from src.sampling.quality import Compared, flag, labels_like
 from src.sampling.sampler import SamplerConfig
 from src.training.checkpoint import spared_steps
 from src.training.session import Session
-from tests.conftest import SMOKE, launch, metrics, one_line, refused, run_here
+from tests.conftest import SMOKE, here, launch, metrics, one_line, refused, run_here
 from tests.kills import settings
 
 SHAPES = '{"source": "shapes", "count": 64, "size": 16}'
@@ -332,3 +332,24 @@ def test_what_a_run_that_is_to_be_measured_refuses(
     message = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", tmp_path / "run", *words)
     assert said in message and "--features" not in message and not (tmp_path / "run").exists()
     assert "inception" not in sets[0][-9:] or "name the file with preview.quality.weights" in message
+
+
+def test_figures_are_kept_where_their_sheets_cannot_be_drawn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_font(*_: Any, **__: Any) -> Any:
+        raise ValueError("no font")
+
+    for name in ("grid", "curves", "save"):
+        monkeypatch.setattr("src.pictures." + name, no_font)
+    monkeypatch.setattr("src.training.report.make_report", no_font)
+    words = (run, "--num-samples", "12", "--num-images", "12", "--steps", "2", *RANDOM)
+    done = here("evaluate.py", *words, "--out", tmp_path / "quality", "--json")
+    assert done.status == 0 and json.loads(done.out)["num_samples"] == 12, done.all
+    assert "warning: nearest.png failed (ValueError: no font)" in done.err and "warning: report.html failed" in done.err
+    assert figures(tmp_path / "quality")["num_samples"] == 12 and metrics(run)[-1]["evaluation_network_calls"] == 2
+    done = here("evaluate.py", *words, "--out", tmp_path / "swept", "--sweep", "steps=1,2")
+    assert done.status == 0 and "best: " in done.out and "sweep.png" not in done.out and "sweep.png failed" in done.err
+    bits = (run, "--likelihood", "--num-images", "4", "--steps", "2", "--out", tmp_path / "bits")
+    done = here("evaluate.py", *bits)
+    assert done.status == 0 and "bits per dimension" in done.out and "likelihood.png failed" in done.err, done.all

@@ -186,7 +186,7 @@ def test_a_picture_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Pat
         (("--classifier", "x"), "guides only with --guidance-method classifier"),
         (("--upscaler", "x.pth"), "--upscaler is for --upscale"),
         (("--upscale",), "models/RealESRGAN_x4plus.pth: there are no such weights"),
-        (("--classes", "0/1/2"), "16 pictures cannot be dealt to 3 classes in equal blocks"),
+        (("--classes", "0/1/2", "--num-samples", "16"), "16 pictures cannot be dealt to 3 classes in equal blocks"),
         (("--classes", "9"), "class '9' is not known; the classes are: circle"),
         (("--steps", "99,2"), "more than the schedule's 100"),
         (("--steps", "20", "--spacing", "strided", "--stop-at", "20"), "stop_at: 20 of 20 steps leaves none out"),

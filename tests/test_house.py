@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -35,8 +36,10 @@ import train_vae
 
 FLOORS = {
     "config": 0,
+    "locks": 0,
     "packages": 0,
     "progress": 0,
+    "threads": 0,
     "vision": 0,
     "losses": 1,
     "metrics": 1,
@@ -105,6 +108,25 @@ def test_scripts_do_not_import_each_other_and_heavy_libraries_wait() -> None:
         for module, at_the_top in imports(path):
             assert module.split(".")[0] not in SCRIPTS, f"{path} imports {module}"
             assert not (at_the_top and module.split(".")[0] in HEAVY), f"{path} imports {module} before it is needed"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_say_how_threads_wait_before_torch_reads_it(name: str) -> None:
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+    assert isinstance(first, ast.Import) and [alias.name for alias in first.names] == ["src.threads"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, None), ({"KMP_BLOCKTIME": "0"}, None)],
+)
+def test_whoever_says_how_threads_wait_decides(variables: dict[str, str], count: str | None) -> None:
+    code = "import src.threads, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+    plain = {key: value for key, value in os.environ.items() if key not in names}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain | variables, capture_output=True, text=True)
+    assert done.stdout.split() == [str(count), "False"], done.stderr
 
 
 def test_the_package_list_is_the_folders() -> None:

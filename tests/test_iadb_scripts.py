@@ -69,6 +69,7 @@ def test_a_run_of_pictures_shows_its_paths(iadb_run: Path) -> None:
     assert (iadb_run / "loss.png").exists()
 
 
+@pytest.mark.soak
 def test_pictures_go_on_to_the_bit_on_two_processes(iadb_run: Path, tmp_path: Path) -> None:
     kills.go_back(iadb_run, tmp_path / "two")
     done = launch("train_iadb.py", "-cfg", SMOKE, "--run-dir", tmp_path / "two", processes=2)
@@ -191,12 +192,16 @@ def test_points_are_shown_on_their_way(points_run: Path) -> None:
     assert all(f'alt="{name}"' in report for name in ("step 400", "blend.png", "points/x1.png", "points/points.gif"))
 
 
-def test_points_go_on_to_the_bit_on_two_processes_and_are_drawn_again(points_run: Path, tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_points_go_on_to_the_bit_on_two_processes(points_run: Path, tmp_path: Path) -> None:
     kills.go_back(points_run, tmp_path / "two", 200)
     words = ("train_iadb.py", "-cfg", "configs/points2d_iadb.json", "--run-dir", tmp_path / "two", *MOONS)
     done = launch(*words, processes=2)
     assert done.status == 0 and "going on at step 200 of 400" in done.out and "= 2 x cpu x 1 x 512" in done.out, done.all
     kills.same_end(points_run, tmp_path / "two")
+
+
+def test_points_are_drawn_again(points_run: Path, tmp_path: Path) -> None:
     more = ("--num-samples", "64", "--solver", "rk4", "--steps", "4", "--classes", "1")
     assert "trained without classes" in refused("sample", points_run, *more)
     run_here("sample", points_run, *more[:-2], "--out", tmp_path / "drawn")

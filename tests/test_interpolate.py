@@ -1,8 +1,10 @@
 """Animations: great circles, the frames of every kind of run, what goes on after a kill, MP4 and GIF."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -30,7 +32,7 @@ from src.sampling.folders import read_weights
 from src.sampling.interpolation import Journey, class_weights, slerp, smoothstep, straight
 from src.sampling.sampler import random_labels
 from src.training.checkpoint import write_folder
-from tests.conftest import ROOT, launch, randomise, refused
+from tests.conftest import ROOT, here, launch, one_line, randomise, refused
 
 sys.path.insert(0, str(ROOT))
 import interpolate
@@ -430,3 +432,59 @@ def test_an_ffmpeg_that_cannot(odd: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(RuntimeError, match="ffmpeg failed"):
         pictures.mp4(tmp_path / "none_%05d.png", tmp_path / "out.mp4", fps=24)
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob(".*.mp4"))
+
+
+# ---------------------------------------------------------------------------------------------- what fails in the end
+
+
+def broken_ffmpeg(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    (folder / "ffmpeg").write_text("not a program")
+    (folder / "ffmpeg").chmod(0o755)
+    patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    patch.setattr(pictures, "_said", set())
+
+
+def test_an_ffmpeg_that_does_not_start(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """With the one of imageio-ffmpeg both are made, without it the GIF; sample.py likewise. The folder's name has a %."""
+    broken_ffmpeg(tmp_path / "bin", monkeypatch)
+    out = tmp_path / "my samples" / "100% [new] %d 'x' #1"
+    said = animate(smoke_run, out / "a", "--num-seeds", "2")
+    assert "animation.gif" in said and "animation.mp4" in said and (out / "a" / "animation.mp4").exists()
+    assert capfd.readouterr().err.count("does not start (Exec format error); another way is taken") == 1
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    said = animate(smoke_run, out / "b", "--num-seeds", "2")
+    assert said.startswith("there is no ffmpeg, so no MP4 is made") and (out / "b" / "animation.gif").exists()
+    sampled = here("sample.py", smoke_run, "--steps", "2", "--num-samples", "2", "--frames", "--out", out / "c")
+    assert sampled.status == 0 and (out / "c" / "denoising.gif").exists(), sampled.all
+
+
+def test_a_gif_that_was_asked_for_and_fails_leaves_the_rest(
+    smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ("sample.py", smoke_run, "--steps", "2", "--num-samples", "3", "--frames", "--npz", "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "gif", full)
+        said = one_line(here(*words))
+        assert "denoising.gif was not made (the disk is full: No space left" in said and said.endswith("before it stays")
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"00000.png", "00002.png", "grid.png", "samples_3x16x16x3.npz", "metadata.json"} <= names
+        with pytest.raises(UserError, match="animation.gif was not made"):
+            animate(smoke_run, tmp_path / "a", "--num-seeds", "2")
+        assert len(frames_of(tmp_path / "a")) == 6 and (tmp_path / "a" / "animation.mp4").exists()
+    kept = (tmp_path / "out" / "00002.png").stat().st_mtime_ns
+    assert here(*words).status == 0 and (tmp_path / "out" / "denoising.gif").exists(), "the same command again makes it"
+    assert (tmp_path / "out" / "00002.png").stat().st_mtime_ns == kept
+
+
+def test_a_grid_that_fails_leaves_the_samples(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_font(*_: Any, **__: Any) -> Any:
+        raise ValueError("no font")
+
+    monkeypatch.setattr(pictures, "grid", no_font)
+    done = here("sample.py", smoke_run, "--steps", "2", "--num-samples", "3", "--out", tmp_path / "out")
+    assert done.status == 0 and done.err.count("warning: grid.png failed (ValueError: no font)") == 1
+    assert "grid.png" not in done.out and len(list((tmp_path / "out").glob("0*.png"))) == 3

@@ -4,6 +4,7 @@ import json
 import random
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from src.config import read_json
+from src.sampling.autoencoder import open_autoencoder
 from tests import kills
 from tests.conftest import ROOT, Finished, here, launch, metrics, one_line, refused
 from tests.kills import settings
@@ -149,6 +151,38 @@ def test_the_guard_goes_back_and_recovers_from_a_destroying_discriminator(tmp_pa
     assert [line["step"] for line in metrics(tmp_path / "run")] == sorted({line["step"] for line in metrics(tmp_path / "run")})
 
 
+@pytest.mark.parametrize(
+    ("stages", "previews", "dip", "back_to"),
+    [
+        # a dip of the second stage, before and while its adversary trains: back to the last checkpoint before that
+        ([{"steps": 2}, {"steps": 8, "adversarial": {"weight": 0.1, "start_step": 4}}], 2, {0: 0.1, 4: 0.3, 6: 0.3, 8: 1.0}, 6),
+        # a dip of the first stage that no preview sees before its adversary begins: of the checkpoints, which are rotated
+        ([{"steps": 8, "adversarial": {"weight": 0.1, "start_step": 3}}], 6, {0: 0.05, 6: 0.5}, 3),
+        # an adversary from the start of the second stage: back to where that began
+        ([{"steps": 3}, {"steps": 6, "adversarial": {"weight": 0.1}}], 2, {0: 0.1, 4: 0.5}, 3),
+    ],
+)
+def test_a_rollback_after_a_dip_at_the_start_of_a_stage(
+    stages: list[dict], previews: int, dip: dict[int, float], back_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reconstruction is made up, good where it is not said: the dip is seen once, and the run goes on from before it."""
+    made_up = dict(dip)
+
+    def reconstruct(*_: object, sheet: Path | None = None, **__: object) -> dict[str, float]:
+        step = int(sheet.stem.removeprefix("step_")) if sheet is not None else 0  # the start of an adversarial stage
+        return {"l1": made_up.pop(step, 0.05), "colour_drift": 0.0}
+
+    sys.path.insert(0, str(ROOT))
+    monkeypatch.setattr("train_vae.reconstruct", reconstruct)
+    sets = {"stages": stages, "preview__every": previews, "checkpoint__every": 1, "checkpoint__keep": 1}
+    guard = {"worse_factor": 1.5, "rollback": True, "shrink": 0.1, "max_rollbacks": 2}
+    done = train_vae(tmp_path / "run", guard=guard, log__trackers=[], **sets)
+    assert done.status == 0 and done.out.count("going back to step") == 1, done.all
+    assert f"going back to step {back_to}, with 0.1 times the adversary's weight" in done.out
+    assert f"going on at step {back_to} of" in done.out and "no checkpoint of this stage" not in done.out
+    assert (tmp_path / "run" / "final" / "ema.safetensors").exists()
+
+
 def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> None:
     said = train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 2, "perceptual": {"weight": 0.1}}])
     assert said.status == 0 and "perceptual without tanh" in said.out, said.all
@@ -162,6 +196,18 @@ def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> 
     assert "/nowhere does not exist" in one_line(launch(*words))
     said = one_line(train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 4}]))
     assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in said
+
+
+def test_the_legacy_pair_trains_and_says_what_it_leaves(tmp_path: Path) -> None:
+    model = {"widths": [8, 16], "downsample": "conv", "upsample": "transposed", "attention": ["none", "none"]}
+    sets = settings(model=model, stages=[{"steps": 3}], init_from=None)
+    done = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
+    assert done.status == 0, done.all
+    assert done.out.count("warning: ") == 1 and "checkerboards in images or gradients (Odena et al. 2016" in done.out
+    network = open_autoencoder(str(tmp_path / "run"), torch.device("cpu")).network
+    assert (network.spec.downsample, network.spec.upsample) == ("conv", "transposed")
+    again = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
+    assert again.status == 0 and "is finished" in again.all, again.all
 
 
 def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
@@ -196,6 +242,7 @@ def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
 )
 def test_an_autoencoder_that_cannot_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: dict, said: str) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is fetched
     assert said in refused("train_vae", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(**sets))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -204,7 +251,7 @@ def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path)
     from src.vision import import_torchvision
 
     arguments = ["train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(perceptual__network="alex")]
-    said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path)))
+    said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path), HF_HUB_OFFLINE="1"))
     assert (
         f"needs ImageNet weights that are not at {tmp_path}/hub/checkpoints/alexnet" in said
         and "or use efficientnet_lite0" in said
@@ -423,3 +470,18 @@ def test_an_autoencoder_that_never_finished(vae_run: Path, smoke_run: Path, tmp_
 def test_an_unknown_class(ldm_run: Path, tmp_path: Path) -> None:
     said = refused("sample", ldm_run, "--classes", "hexagon", "--out", tmp_path / "s")
     assert "class 'hexagon' is not known; the classes are: circle, cross, square, triangle" in said
+
+
+def test_a_latent_run_whose_looks_all_fail_is_the_run(vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_font(*_: object, **__: object) -> None:
+        raise ValueError("no font")
+
+    for name in ("save", "curves"):
+        monkeypatch.setattr(f"src.pictures.{name}", no_font)
+    sets = {"steps": 2, "preview__every": 1, "checkpoint__every": 2, "log__every": 1, "preview__sampler__steps": 2}
+    done = train_ldm(tmp_path / "run", vae_run, log__trackers=[], latents=str(tmp_path / "latents"), **sets)
+    assert done.status == 0, done.all
+    for what in ("the preview", "the first images", "loss.png"):
+        assert done.out.count(f"warning: {what} failed (ValueError: no font)") == 1, done.all
+    assert (tmp_path / "run" / "final" / "autoencoder.safetensors").exists() and not list((tmp_path / "run").rglob("*.png"))
+    assert metrics(tmp_path / "run")[-1]["held_out_loss"] > 0

@@ -216,6 +216,7 @@ def test_missing_weights_are_a_user_error_that_says_where_they_go_and_where_to_g
     network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as caught:
         Perceptual(PerceptualConfig(network=network))
     message = str(caught.value)

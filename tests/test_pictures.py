@@ -1,7 +1,11 @@
 """Sheets, curves and GIFs."""
 
+import argparse
+import json
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import torch
 from PIL import Image
 
 from src import pictures
-from src.config import UserError
+from src.config import UserError, _override, quoted
 
 
 def test_to_uint8_covers_the_range() -> None:
@@ -68,3 +72,181 @@ def test_gif_with_and_without_ffmpeg(tmp_path: Path, ffmpeg: bool, monkeypatch: 
         assert (tmp_path / "out.gif").exists()
     with pytest.raises(UserError, match="no frames"):
         pictures.gif([], tmp_path / "f_%03d.png", tmp_path / "none.gif", fps=5)
+
+
+# ---------------------------------------------------------------------------------------------- an ffmpeg that does not start
+
+BROKEN = {
+    "no program": "not a program at all",
+    "an interpreter that is gone": "#!/no/such/interpreter\n",
+    "a library that is gone": "#!/bin/sh\necho 'error while loading shared libraries: libx.so' >&2\nexit 127\n",
+    "one that is killed": "#!/bin/sh\nkill -9 $$\n",
+    "one that does nothing": "#!/bin/sh\nexit 0\n",
+    "one that fails at all": "#!/bin/sh\necho 'cannot do that' >&2\nexit 1\n",
+}
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    """Three frames in a folder whose name means something to a program in between."""
+    paths = []
+    for i in range(3):
+        paths.append(tmp_path / "my runs" / "100% [new] %d 'x' #1 $HOME *" / f"f_{i:03d}.png")
+        pictures.save(Image.new("RGB", (8, 8), (80 * i, 0, 0)), paths[-1])
+    return paths
+
+
+def frames_in(path: Path) -> int:
+    with Image.open(path) as image:
+        return getattr(image, "n_frames", 1)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("shipped", [True, False])
+def test_an_ffmpeg_that_does_not_start(
+    broken: str,
+    shipped: bool,
+    three: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "ffmpeg"
+    program.write_text(BROKEN[broken])
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(pictures, "_said", set())
+    if not shipped:
+        monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    for _ in range(2):
+        pictures.gif(three, three[0].with_name("f_%03d.png"), tmp_path / "out.gif", fps=5)
+    assert frames_in(tmp_path / "out.gif") == 3 and not (tmp_path / ".out.gif").exists()
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"warning: {program} "), "one line, once"
+    if shipped:
+        pictures.mp4(three[0].with_name("f_%03d.png"), tmp_path / "out.mp4", fps=5)
+        assert (tmp_path / "out.mp4").stat().st_size > 500
+    else:
+        with pytest.raises((UserError, RuntimeError), match="no MP4 is made"):
+            pictures.mp4(three[0].with_name("f_%03d.png"), tmp_path / "out.mp4", fps=5)
+
+
+def test_names_that_mean_something_to_a_program(three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frames are found, and the command that is told makes the same again when it is pasted into a shell."""
+    program = pictures.ffmpeg()
+    if program is None:
+        pytest.skip("no ffmpeg here")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ffmpeg").symlink_to(program)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    pattern = three[0].with_name("f_%03d.png")
+    for name, make in (
+        ("a:b % 'c'.gif", lambda out: pictures.gif(three, pattern, out, fps=5)),
+        ("d%d.mp4", lambda out: pictures.mp4(pattern, out, fps=5)),
+    ):
+        out = pattern.with_name(name)
+        command = make(out)
+        before = out.read_bytes()
+        out.unlink()
+        subprocess.run(command, shell=True, check=True)
+        assert out.read_bytes() == before
+    monkeypatch.chdir(tmp_path)
+    for folder in ("-x", "http:", "%03d"):  # an option, an address, a number
+        paths = [Path(folder) / f"f_{i:03d}.png" for i in range(3)]
+        for path, frame in zip(paths, three, strict=True):
+            pictures.save(Image.open(frame), path)
+        command = pictures.gif(paths, Path(folder) / "f_%03d.png", Path(folder) / "out.gif", fps=5)
+        assert frames_in(Path(folder) / "out.gif") == 3
+        subprocess.run(command, shell=True, check=True)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runs/a",
+        "my runs/100% [new] 'x' #1",
+        "-x",
+        "[new]",
+        "{a}",
+        '"q"',
+        "12",
+        "true",
+        "~/x",
+        "a\nb",
+        "$(touch no)",
+        "порт рет",
+        "/abs/-x",
+    ],
+)
+def test_a_printed_path_can_be_pasted(path: str, tmp_path: Path) -> None:
+    """Through a shell, an argument parser and --set it is still that path."""
+    code = "import sys, json; print(json.dumps(sys.argv[1:]))"
+    word = quoted(path)
+    line = f"{shlex.quote(sys.executable)} -S -c {shlex.quote(code)} {word} --set autoencoder={word}"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    alone, flag, assigned = json.loads(done.stdout)
+    assert Path(alone) == Path(path) and flag == "--set" and not list(tmp_path.iterdir())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run")
+    assert parser.parse_args([alone]).run == alone
+    raw: dict = {}
+    _override(None, raw, assigned)
+    assert Path(raw["autoencoder"]) == Path(path)
+
+
+# ---------------------------------------------------------------------------------------------- names on sheets
+
+
+def test_names_are_readable_in_any_script() -> None:
+    for text in ("портрет", "café", "Ελληνικά", "naïve £5", "High Renaissance"):
+        assert pictures.readable(text) == text
+    assert pictures.readable("cafe\u0301") == "café", "decomposed as macOS writes it"
+    assert pictures.readable("风景 x") == "\\u98ce\\u666f x" and pictures.readable("\U0002000b") == "\\U0002000b"
+    assert pictures.readable("a\udc80\x07\n b") == "a\\udc80\\u0007 b", "a name that is no UTF-8, and control characters"
+
+
+def ink(sheet: Image.Image) -> int:
+    return int((np.asarray(sheet.convert("L")) < 128).sum())
+
+
+def test_each_letter_is_drawn_and_no_box() -> None:
+    def drawn(text: str) -> bytes:
+        cells = np.full((1, 64, 64, 3), 255, np.uint8)
+        return pictures.grid(cells, columns=1, labels=[text]).crop((0, 64, 72, 100)).tobytes()
+
+    box = drawn("\ufffe")
+    seen = [drawn(letter) for letter in "портеéüß"]
+    assert len(set(seen)) == len(seen) and box not in seen
+
+
+def test_a_long_name_goes_on_in_the_next_line() -> None:
+    measure = pictures.lettering().font.getlength
+    for text in ("a_very_long_name_of_a_class", "x" * 60, "风" * 12, "two words", "", "портрет неизвестной", "\U0002000b" * 3):
+        for width in (20, 64, 300):
+            lines = pictures.wrapped(text, width)
+            assert "".join(lines).replace(" ", "") == pictures.readable(text).replace(" ", ""), "nothing is cut off"
+            assert all(measure(line) <= width or len(line) == 1 for line in lines)
+    cells = np.full((4, 64, 64, 3), 255, np.uint8)
+    one = pictures.grid(cells, columns=2, labels=["short"] * 4)
+    two = pictures.grid(cells, columns=2, labels=["short", "a_very_long_name_of_a_class", "short", "short"])
+    rows = len(pictures.wrapped("a_very_long_name_of_a_class", 64))
+    assert rows > 2 and two.size == (one.width, one.height + (rows - 1) * pictures.LINE) and ink(two) > ink(one)
+    assert pictures.grid(cells, columns=2, labels=["word " * 500] * 4).height < 1000, "a paragraph is shortened"
+
+
+def test_titles_of_charts_are_no_formulas(tmp_path: Path) -> None:
+    pictures.curves(
+        tmp_path / "c.png", {"$y_{": {"a$b$": ([0, 1], [1, 2]), "风": ([0, 1], [2, 1])}}, xlabel="$", title="$x_{$ 风 " * 30
+    )
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.width == 600
+
+
+def test_without_matplotlib_there_is_a_font_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures.lettering.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert pictures.readable("café x") == "caf\\u00e9 x"
+        assert ink(pictures.grid(np.full((1, 64, 64, 3), 255, np.uint8), columns=1, labels=["café"])) > 20
+    pictures.lettering.cache_clear()

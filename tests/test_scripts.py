@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from src.config import load
 from src.training.checkpoint import newest
+from src.training.launch import StepGate
 from tests import kills
 from tests.conftest import ROOT, SMOKE, Finished, command, environment, here, launch, metrics, one_line, refused, run_here
 
@@ -71,20 +73,6 @@ def test_one_process_and_two_are_equal_to_the_bit(smoke_run: Path, smoke_run_on_
     kills.same_end(smoke_run, smoke_run_on_two)
 
 
-def test_splits_agree_in_float64(tmp_path: Path) -> None:
-    exact = ["--set", "dtype=float64", "--set", "model.dropout=0.0", "--set", "batch_size=12", "--set", "steps=8"]
-    exact += ["--set", "checkpoint.every=8"]
-    weights = []
-    for processes, micro in ((1, 12), (3, 2)):
-        run = tmp_path / str(processes)
-        done = train(run, *exact, "--set", f"micro_batch_size={micro}", processes=processes)
-        assert done.status == 0 and f"= {processes} x cpu x " in done.out, done.all
-        weights.append(load_file(run / "checkpoints" / "step_00000008" / "model.safetensors"))
-    for name, value in weights[0].items():
-        assert value.dtype == torch.float64
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-9)
-
-
 # ---------------------------------------------------------------------------------------------- going on
 
 
@@ -99,8 +87,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_killed_and_resumed_is_equal_to_the_bit(long_run: Path, tmp_path: Path, processes: int) -> None:
     rng, run = random.Random(processes), tmp_path / "run"
-    killed = [kills.start_and_kill(run, processes, rng, inside_save=i == 0) for i in range(2)]
-    assert set(killed) != {"ended"}
+    assert kills.start_and_kill(run, processes, rng, inside_save=True) != "ended"
     done = launch(*kills.arguments(run), processes=processes)
     assert done.status == 0, done.all
     kills.same_end(long_run, run)
@@ -239,6 +226,73 @@ def test_sampling_from_several_checkpoints(smoke_run: Path, tmp_path: Path, caps
     assert "add --ckpt_sampling" in refused("ddpm_accelerate", "--ckpt", export)
 
 
+def results(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
+
+
+def test_sampling_from_checkpoints_takes_the_words_of_sample(smoke_run: Path, tmp_path: Path) -> None:
+    words = ("--ckpt", smoke_run, "--ckpt_sampling", "--num-samples", "6", "--steps", "3", "--classes", "square/0/triangle")
+    words = (*words, "--guidance", "2", "--solver", "heun", "--seed", "7", "--batch-size", "2", "--device", "cpu")
+    done = here(SCRIPT, *words, "--out", tmp_path / "here")
+    assert done.status == 0 and f"{tmp_path}/here/grid.png" in done.out, done.all
+    with Image.open(tmp_path / "here" / "grid.png") as sheet:
+        drawn = np.asarray(sheet)[4:, 4:]
+    assert len(list((tmp_path / "here" / "denoised").iterdir())) == 4
+    sampled = here("sample.py", smoke_run, *words[3:], "--out", tmp_path / "samples")
+    assert sampled.status == 0, sampled.all
+    for i in range(6):
+        with Image.open(tmp_path / "samples" / f"{i:05d}.png") as image:
+            large = np.asarray(image).repeat(4, 0).repeat(4, 1)
+        x, y = 68 * (i % 3), (64 + 16 + 4) * (i // 3)
+        assert (drawn[y : y + 64, x : x + 64] == large).all(), "what sample.py draws with the same words"
+    two = launch(SCRIPT, *words, "--out", tmp_path / "two", processes=2)
+    assert two.status == 0 and two.out.count("the GIF again") == 1, two.all
+    assert results(tmp_path / "two") == results(tmp_path / "here"), "on two processes the same files"
+
+
+def test_checkpoints_are_sampled_by_default_as_many_as_classes_ask_for(smoke_run: Path, tmp_path: Path) -> None:
+    words = ("--ckpt", smoke_run, "--ckpt_sampling", "--steps", "1", "--out", tmp_path / "out")
+    assert here(SCRIPT, *words, "--classes", "0/1/2").status == 0
+    with Image.open(tmp_path / "out" / "grid.png") as sheet:
+        assert sheet.width == 4 + 5 * 68 and sheet.height > 4 * 68, "18 of them"
+    assert "16 pictures cannot be dealt to 3" in refused("ddpm_accelerate", *words, "--classes", "0/1/2", "--num-samples", "16")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("-cfg", "missing.json"), "-cfg is about training"),
+        (("-cfg", "configs/landscape64_ddpm.json"), "-cfg is about training"),  # its default, and yet it says nothing here
+        (("--set", "nonsense=1"), "--set is about training"),
+        (("--dry-run",), "--dry-run is about training"),
+        (("--verify-resume",), "--verify-resume is about training"),
+        (("--run-dir", "runs/x"), "--run-dir is about training"),
+        (("--num-samples", "0"), "must be at least 1"),
+        (("--seed", "-1"), "--seed from 0"),
+        (("--classes", "hexagon"), "'hexagon' is not known"),
+        (("--steps", "1000"), "more than the schedule's 100"),
+        (("--steps", "few"), "--steps few: give a number"),
+        (("--eta", "1", "--solver", "heun"), "eta belongs to the solver ddim"),
+        (("--classifier", "x"), "guides only with --guidance-method classifier"),
+        (("--guidance-method", "classifier", "--guidance", "2"), "guidance by a classifier needs one"),
+        (("--ckpt", "missing"), "there is no such run or checkpoint"),
+    ],
+)
+def test_what_sampling_from_checkpoints_cannot_use(smoke_run: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    out = tmp_path / "out"
+    assert said in refused("ddpm_accelerate", "--ckpt", smoke_run, "--ckpt_sampling", "--out", out, *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "words", [("--steps", "3"), ("--seed", "0"), ("--num-samples", "4"), ("--out", "x"), ("--guidance", "2")]
+)
+def test_training_takes_no_words_of_sampling(words: tuple[str, ...]) -> None:
+    assert f"{words[0]} is about drawing from a --ckpt: add --ckpt_sampling" in refused(
+        "ddpm_accelerate", "-cfg", SMOKE, *words
+    )
+
+
 def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for i in range(40):
@@ -312,8 +366,44 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     explodes = ["--set", 'optimizer.schedule={"kind": "multistep", "milestones": [12], "gamma": 1e36}']
     said = one_line(train(tmp_path / "run", *explodes, "--set", "max_nonfinite_steps=4"))
     assert "step 17: the loss or its gradient is not finite, the 4th time in a row" in said
+    assert "the last checkpoint is of step 10, from before" in said
     found, passed = newest(tmp_path / "run" / "checkpoints")
     assert found is not None and found.name == "step_00000010" and not passed
+
+
+EXPLODES = (
+    "--set",
+    'optimizer.schedule={"kind": "multistep", "milestones": [1], "gamma": 1e36}',
+    "--set",
+    "preview.every=null",
+)
+
+
+def test_a_loss_that_is_not_finite_before_there_is_a_checkpoint(tmp_path: Path) -> None:
+    said = one_line(train(tmp_path / "run", *EXPLODES, "--set", "max_nonfinite_steps=2"))
+    assert "there is no checkpoint yet: lower optimizer.lr or set optimizer.clip, and run it again" in said
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_stop_in_a_step_that_is_not_saved_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that goes on, whose checkpoint is its first one."""
+    send = StepGate.send
+
+    def asks(gate: StepGate, step: int, finite: torch.Tensor) -> None:
+        gate.request.asked = step >= 6
+        send(gate, step, finite)
+
+    monkeypatch.setattr(StepGate, "send", asks)
+    for saves, told in (
+        ("null", "there is no checkpoint yet: the same command starts anew"),
+        ("1", "the last checkpoint is of step"),
+    ):
+        words = (SCRIPT, "-cfg", SMOKE, "--run-dir", tmp_path / saves, "--set", f"checkpoint.every={saves}", *EXPLODES)
+        with pytest.raises(AssertionError):  # status 1: it was stopped
+            here(*words)
+        said = (tmp_path / saves / "log.txt").read_text().splitlines()[-1]
+        assert ", whose gradients were not finite, so it was not saved" in said and told in said
+        assert json.loads((tmp_path / saves / "status.json").read_text())["state"] == "stopped"
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}], ids=str)

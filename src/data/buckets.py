@@ -8,7 +8,6 @@
 
 import argparse
 import base64
-import fcntl
 import json
 import os
 import re
@@ -27,9 +26,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
 from ..config import FULL, UserError, run_script, write_whole
+from ..locks import take_lock
 from ..packages import needed
 from ..progress import Progress
-from .archives import Damaged, size, unpack
+from .archives import Damaged, size, stem, unpack
 
 TRIES = 6  # in a row that bring no byte
 FIRST_DELAY = 1.0  # seconds at most before the second try; doubled up to LAST_DELAY
@@ -38,11 +38,10 @@ TIMEOUT = 60.0  # seconds without an answer
 CHUNK = 1 << 24  # bytes of an upload in memory, for each job
 BLOCK = 1 << 20
 HOW_TO_LOG_IN = "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS=key.json"
-# Of a live process, half-written, of editors.
-PASSING = (".lock", ".part", ".partial", ".old", ".trial", ".unpacked", ".swp", ".swx", "~")
+OWN = (".lock", ".part", ".partial", ".old", ".trial", ".unpacked")  # hidden: of a live process, half-written, noted here
+PASSING = (".part", ".partial", ".swp", ".swx", "~")  # half-written, and of editors
 JUNK = ("__pycache__", ".ipynb_checkpoints", ".DS_Store", "Thumbs.db")
 CACHES = ("latents", "pairs")  # of a run: large, and made again where they are missing
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 
 Advance = Callable[[int], None]  # told of bytes that have moved; negative where they move again
 
@@ -96,7 +95,12 @@ def manifest(name: str) -> bool:
 
 def passing(name: str) -> bool:
     """Whether a file, or a folder that it is in, is only of a live process, half-written, or an editor's."""
-    return any(part.endswith(PASSING) or part.startswith(".doctor-") or part in JUNK for part in name.split("/"))
+    return _own(name) or any(part.endswith(PASSING) or part in JUNK for part in name.split("/"))
+
+
+def _own(name: str) -> bool:
+    """Whether it is the project's own, of a live process: nobody misses it elsewhere."""
+    return any((part.startswith(".") and part.endswith(OWN)) or part.startswith(".doctor-") for part in name.split("/"))
 
 
 def _nothing(count: int) -> None:
@@ -430,7 +434,7 @@ def alone(folder: Path) -> Iterator[None]:
     while True:
         with open(path, "a+") as lock:
             try:
-                fcntl.lockf(lock, fcntl.LOCK_EX)
+                take_lock(lock, wait=True)
             except OSError as error:
                 raise UserError(f"{folder.parent} cannot be locked ({error.strerror}); put it on another disk") from None
             if not _is_at(path, lock):
@@ -469,9 +473,12 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _files(folder: Path, skip: Callable[[str], bool], out: set[str] | None = None) -> dict[str, os.stat_result]:
+def _files(
+    folder: Path, skip: Callable[[str], bool], out: set[str] | None = None, left: list[str] | None = None
+) -> dict[str, os.stat_result]:
     """The files below a folder by name, in order. A linked folder that leads out of it is a UserError, or goes into `out`;
-    another is left out."""
+    another is left out. What a person may miss of what is left out goes into `left`, with the reason."""
+    left = [] if left is None else left
     found: dict[str, os.stat_result] = {}
     root = folder.resolve()
 
@@ -481,9 +488,12 @@ def _files(folder: Path, skip: Callable[[str], bool], out: set[str] | None = Non
 
     for top, folders, files in os.walk(folder, onerror=failed):
         inside = "/".join(Path(top).relative_to(folder).parts)
+        left += [f"{_join(inside, name)}/" for name in folders if skip(_join(inside, name)) and not _own(_join(inside, name))]
         folders[:] = [name for name in folders if not skip(_join(inside, name))]
         for name in folders:
             path = Path(top, name)
+            if path.is_symlink() and path.resolve().is_relative_to(root):
+                left.append(f"{_join(inside, name)} (a link to a folder that is pushed anyway)")
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 if out is not None:
                     out.add(_join(inside, name))
@@ -493,15 +503,33 @@ def _files(folder: Path, skip: Callable[[str], bool], out: set[str] | None = Non
                 )
         for name in (_join(inside, file) for file in files):
             if skip(name):
+                left += [] if _own(name) else [name]
                 continue
             _check_name(name, str(folder))
             try:
                 facts = (folder / name).stat()
             except FileNotFoundError:
+                left += [f"{name} (a link that leads nowhere)"] if (folder / name).is_symlink() else []
                 continue
             if stat.S_ISREG(facts.st_mode):
                 found[name] = facts
+            else:
+                left.append(f"{name} (no file that has an end)")
     return dict(sorted(found.items()))
+
+
+def _tell_left(place: str, left: Sequence[str]) -> None:
+    """A line about what a person may miss, where there is any."""
+    travels = {out.name for archive, out in _unpacked() if archive.exists()} if place == "datasets" else set[str]()
+    left = [name for name in left if name.split("/")[0] not in travels]
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        told = "to move it, name its folder as the place, or rename it"
+        print(f"{place}: left out: {', '.join(map(_printed, left[:5]))}{more}; {told}", file=sys.stderr)
+
+
+def _printed(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _same(
@@ -562,16 +590,17 @@ def push(
     keep: Callable[[str], bool] = _none,
     jobs: int = 8,
     shown: bool = True,
+    left: list[str] | None = None,
 ) -> Moved:
     """Make the bucket's `under/` what the folder is; with `delete`, what is only there goes, but for what is to `keep`.
 
     Files that are `last` follow when all others have arrived, and not where one of their folder was replaced or removed
     meanwhile; an old one goes from there before what it promises is replaced. `skip` is asked for folders too. Where it is not
-    `shown`, there is no bar, and nothing is said.
+    `shown`, there is no bar, and nothing is said. What is left out goes into `left`.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder to push")
-    here = _files(folder, skip)
+    here = _files(folder, skip, left=left)
     if not here:
         raise UserError(f"{folder} has no files to push")
     there = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
@@ -637,13 +666,17 @@ def pull(
     skip: Callable[[str], bool] = passing,
     keep: Callable[[str], bool] = _none,
     jobs: int = 8,
+    left: list[str] | None = None,
 ) -> Moved:
     """Make the folder what the bucket's `under/` is, in the same order as `push`; with `delete`, what is only here goes, but
-    for what is to `keep`. Whoever may meet another process there calls it `alone`.
+    for what is to `keep`. Whoever may meet another process there calls it `alone`. What is left in the bucket goes into `left`.
 
     A disk without room for all that is to come is a UserError before the first byte.
     """
-    there = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
+    listed = bucket.list(under)
+    there = {name: remote for name, remote in listed.items() if not skip(name)}
+    if left is not None:
+        left += sorted(name for name in listed if skip(name) and not _own(name))
     if not there:
         raise Empty(f"{_join(bucket.url, under)}/ has no files to pull; is the name right?")
     if folder.exists() and not folder.is_dir():
@@ -737,9 +770,9 @@ def _keep(place: str, *, here: bool) -> Callable[[str], bool]:
 
 def _unpacked() -> list[tuple[Path, Path]]:
     """The archives of datasets, here or not any more, that were unpacked to folders that are here; and those."""
-    markers = sorted(Path("datasets").glob(".*.unpacked"))
+    markers = sorted(Path("datasets").glob(".*.unpacked"))  # no part of a pattern is a person's
     archives = [marker.with_name(marker.name.removeprefix(".").removesuffix(".unpacked")) for marker in markers]
-    pairs = [(archive, archive.with_name(_stem(archive.name) or archive.name)) for archive in archives]
+    pairs = [(archive, archive.with_name(stem(archive.name) or archive.name)) for archive in archives]
     return [(archive, out) for archive, out in pairs if out.is_dir()]
 
 
@@ -750,7 +783,7 @@ def _tell_of_unpacked(place: str) -> None:
         if not archive.exists():
             told = f"{archive} is not here any more, {out} was unpacked from it"
             print(f"{told}: a push leaves it in the bucket, and sends the folder")
-        elif not known.items() >= _tally(out).items() and "files" in known:  # older ones do not know it
+        elif any(known.get(key, count) != count for key, count in _tally(out).items()):  # older ones do not know all of it
             print(f"{out} was unpacked from {archive.name} and has changed: push {place} leaves it out, push {out} sends it")
 
 
@@ -760,20 +793,17 @@ def _marker(archive: Path) -> Path:
 
 
 def _tally(folder: Path) -> dict[str, int]:
-    """How many files a folder has and how many bytes: where these are others than before, it was changed."""
+    """How many files a folder has, how many bytes, and when the newest was modified: where these are others than before, it
+    was changed."""
     files = [path for path in folder.rglob("*") if not passing(path.relative_to(folder).as_posix()) and not path.is_dir()]
-    return {"files": len(files), "files_bytes": sum(path.lstat().st_size for path in files)}
-
-
-def _stem(archive: str) -> str | None:
-    """`x` of `x.tar.gz`; None of what is no archive."""
-    ending = next((ending for ending in sorted(ARCHIVES, key=len, reverse=True) if archive.endswith(ending)), None)
-    return archive.removesuffix(ending) or None if ending else None
+    facts = [path.lstat() for path in files]
+    newest = max((fact.st_mtime_ns for fact in facts), default=0)
+    return {"files": len(facts), "files_bytes": sum(fact.st_size for fact in facts), "newest_ns": newest}
 
 
 def _unpack_beside(archive: Path) -> str | None:
     """Unpack `datasets/x.zip` to `datasets/x`, once; gives a line about it, or None where there was nothing to do."""
-    name = _stem(archive.name) or ""
+    name = stem(archive.name) or ""
     out, marker = archive.with_name(name), _marker(archive)
     facts = {"bytes": archive.stat().st_size, "crc32c": file_crc32c(archive)}
     if out.exists():
@@ -807,13 +837,15 @@ def _bring(bucket: Bucket, dry_run: bool) -> int:
     for place in ("checkpoints", "datasets"):
         with nullcontext() if dry_run else alone(Path(place)):
             try:
-                moved = pull(bucket, place, Path(place), dry_run=dry_run, skip=_skip(place))
+                left = list[str]()
+                moved = pull(bucket, place, Path(place), dry_run=dry_run, skip=_skip(place), left=left)
                 print(f"{place}: {_told('pull', moved, dry_run)}")
+                _tell_left(place, left)
             except Empty:
                 print(f"{place}: the bucket has none")
             if dry_run or place != "datasets" or not Path(place).is_dir():
                 continue
-            for archive in sorted(path for path in Path(place).iterdir() if _stem(path.name) and path.is_file()):
+            for archive in sorted(path for path in Path(place).iterdir() if stem(path.name) and path.is_file()):
                 try:
                     line = _unpack_beside(archive)
                 except UserError as error:
@@ -847,6 +879,10 @@ def _print_status(bucket: Bucket, places: Sequence[str]) -> None:
         print(f"{place:{width}}  {counts}")
     for place, _ in rows:
         _tell_of_unpacked(place)
+        if Path(place).is_dir():
+            left = list[str]()
+            _files(Path(place), _skip(place), set(), left)
+            _tell_left(place, left)
     for place, found in rows if places else ():
         for label, names in (("only here", found.here), ("only there", found.there), ("different", found.different)):
             for name in names:
@@ -878,13 +914,15 @@ def main() -> int:
             _print_status(bucket, places)
         for place in places if moves else ():
             options = {"delete": args.delete, "dry_run": args.dry_run, "skip": _skip(place)}
+            left = list[str]()
             options["keep"] = _keep(place, here=args.command == "pull")
             if args.command == "push":
                 _tell_of_unpacked(place)
-                moved = push(bucket, Path(place), place, **options)
+                moved = push(bucket, Path(place), place, **options, left=left)
             else:
                 with nullcontext() if args.dry_run else alone(Path(place)):
-                    moved = pull(bucket, place, Path(place), **options)
+                    moved = pull(bucket, place, Path(place), **options, left=left)
+            _tell_left(place, left)
             print(f"{place}: {_told(args.command, moved, args.dry_run)}")
     return 0
 

@@ -34,6 +34,27 @@ def differs(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[st
     return [WORDS[key] for key in WORDS if manifest.get(key) != contract.get(key)]
 
 
+FILES = "files"  # the key of a manifest that says which files, read by which decoder, a cache is of; no part of the contract
+STATISTICS = ("mean", "std", "low", "high")
+
+
+def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Whether a run that was trained on latents of `before` may go on with those of `now`: the same contract, and statistics
+    that agree to rounding, for a cache that is made again on another machine differs by that much."""
+    if before is None or now is None:
+        return before is now
+    if any(before.get(key) != now.get(key) for key in {*before, *now} - {*STATISTICS}):
+        return False
+    scale = np.abs(np.array(before.get("std", 1.0), dtype=np.float64))
+    for key in STATISTICS:
+        one, other = (np.array(facts.get(key, ()), dtype=np.float64) for facts in (before, now))
+        if one.shape != other.shape:
+            return False
+        if (np.abs(one - other) > 1e-3 * np.maximum(np.abs(one), scale if key == "mean" else 1.0)).any():
+            return False
+    return True
+
+
 def cache_sums(folder: Path, pictures: int) -> list[dict[str, Any]]:
     """The sums of the blocks of so many training pictures."""
     paths = [block_path(folder, "train", i).with_suffix(".json") for i in range(-(-pictures // BLOCK))]
@@ -80,6 +101,16 @@ def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     }
 
 
+def _free_memory() -> int:
+    """Bytes of memory that nobody uses now."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and macOS not this one
+        import psutil
+
+        return psutil.virtual_memory().available
+
+
 @dataclass
 class LatentSet:
     """Moments of pictures, in the order of their set: blocks in mapped files, or all on one device."""
@@ -101,10 +132,8 @@ class LatentSet:
 
     def settle(self, share: float = 0.3) -> None:
         """Bring all of it to the device if it takes no more than `share` of the memory that is free there."""
-        if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        on_gpu = self.device.type == "cuda"
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_memory()
         if self.bytes <= share * free:
             self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 
@@ -126,7 +155,12 @@ def open_latents(
     """A whole cache: its manifest and its sets. One made of something else than `contract` is a UserError that says of what."""
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is no latent cache (it has no manifest.json); name another, or remove it")
-    manifest = read_json(folder / "manifest.json")
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except UserError as error:
+        raise UserError(
+            f"the latent cache {folder} is damaged, or its latents are not finite ({error}); remove it, and it is made again"
+        ) from None
     found = differs(manifest, contract)
     if found:
         raise UserError(f"the latent cache {folder} was made of {' and '.join(found)}; remove it, or give another `latents`")

@@ -15,7 +15,7 @@ from PIL import Image
 from ..config import UserError, read_json, write_flushed
 from ..progress import Progress
 from .sources import PackedPictures, PictureSet, _digest, _fraction
-from .transforms import shorter_side
+from .transforms import DECODER, shorter_side
 
 VERSION = 1
 BLOCK = 256
@@ -30,7 +30,7 @@ def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out:
         raise UserError(f"{out} exists; give another folder or remove it")
     staged = out.with_name(out.name + ".partial")
     request = {"fingerprint": pictures.fingerprint, "size": size, "channels": channels, "held_out": held_out}
-    done = _resume(staged, request)
+    done = _resume(staged, {**request, "state": pictures.state})
     names = pictures.names
 
     def one(i: int) -> np.ndarray:
@@ -70,6 +70,7 @@ def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out:
         manifest = {
             **request,
             "version": VERSION,
+            "decoder": DECODER,
             "count": len(table),
             "bytes": int(offset),
             "class_names": list(pictures.class_names),
@@ -130,4 +131,6 @@ def open_packed(path: Path, split: str) -> PackedPictures:
         pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
         records=table[keep, :3],
         channels=manifest["channels"],
+        packed=(path / "pixels.bin").stat().st_mtime_ns,
+        place=str(path),
     )

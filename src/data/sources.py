@@ -8,7 +8,9 @@ import os
 import string
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,11 +22,14 @@ from pydantic import Discriminator, Field, Tag
 
 from ..config import UserError, config, free, kind_of
 from ..packages import needed
-from .scan import ScanConfig, ScanReport, scan
+from ..vision import hub_reason
+from . import formats
+from .layout import Found, Layout, find_layout, in_words, walk
+from .names import by_ending, class_of, few, normal_form, ordered, shown
+from .scan import Absent, ScanConfig, ScanReport, scan
+from .tables import LabelTable, read_labels
 from .transforms import ImageConfig, Pixels, decode, square
 
-ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 SHAPES = ("circle", "cross", "square", "triangle")
 
 # ---------------------------------------------------------------------------------------------- configs
@@ -32,11 +37,13 @@ SHAPES = ("circle", "cross", "square", "triangle")
 
 @config
 class FolderSource:
-    """A folder of pictures: class subfolders, or flat. `split` is the subfolder to use where there are train/, test/ ..."""
+    """A folder of pictures: class subfolders, or flat. `split` is the subfolder to use where there are train/, test/ ...: its
+    name, or train, val or test alone where that is clear. `labels` is a table that says the classes instead of the folders."""
 
     source: Literal["folder"]
     path: str = free()
     split: str | None = None
+    labels: LabelTable | None = None
     subset: int | None = Field(None, gt=0)
     scan: ScanConfig = ScanConfig()
 
@@ -105,7 +112,15 @@ class PackedSource:
     subset: int | None = Field(None, gt=0)
 
 
-Source = FolderSource | DatasetsSource | DigitsSource | EmnistSource | ShapesSource | PackedSource
+@config
+class PythonSource:
+    """A data set that is handed in from Python, as in train(cfg, run_dir, dataset=...): it cannot be opened from a config."""
+
+    source: Literal["python"]
+    subset: None = None
+
+
+Source = FolderSource | DatasetsSource | DigitsSource | EmnistSource | ShapesSource | PackedSource | PythonSource
 OneSource = Annotated[Source, Field(discriminator="source")]
 Sources = Annotated[
     Annotated[OneSource, Tag("object")] | Annotated[tuple[OneSource, ...], Field(min_length=1), Tag("list")],
@@ -138,18 +153,47 @@ class Pictures(ABC):
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image | Pixels:
         """The picture, mode L or RGB; a JPEG may come at a fraction of its size, but not below `at_least`."""
 
+    def encoded(self, index: int) -> Path | bytes | None:
+        """The image's file, or its bytes; None where it is pixels already."""
+        return None
+
     @property
     def uniform(self) -> tuple[Pixels, NDArray[np.int64]] | None:
         """One array (M, H, W, C) in memory or in a mapped file, and where in it each picture stands, if all have one size."""
         return None
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        """(N, 2): the width and the height of each image, as the file has it."""
+        return self.report.sides
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        """(N,): when what each image is read from was modified, in nanoseconds; 0 where `fingerprint` tells each change."""
+        return self.report.times if len(self.report.times) else np.zeros(len(self), np.int64)
+
+    @property
+    def decoders(self) -> NDArray[np.int64]:
+        """(N,): the first version of the decoder that makes of each image what today's does."""
+        return self.report.decoders if len(self.report.decoders) else np.ones(len(self), np.int64)
+
+    @abstractmethod
+    def content(self, index: int) -> bytes:
+        """What the image is decoded from."""
 
 
 @dataclass
 class FolderPictures(Pictures):
     paths: list[str] = field(default_factory=list)
 
+    def content(self, index: int) -> bytes:
+        return Path(self.paths[index]).read_bytes()
+
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
-        return decode(Path(self.paths[index]), channels=channels, at_least=at_least)
+        return decode(self.encoded(index), channels=channels, at_least=at_least)
+
+    def encoded(self, index: int) -> Path:
+        return Path(self.paths[index])
 
 
 @dataclass
@@ -159,9 +203,16 @@ class DatasetsPictures(Pictures):
     column: str = "image"
     transpose: bool = False
 
+    def content(self, index: int) -> bytes:
+        encoded = _encoded(self.rows[self.indices[index]][self.column])
+        return encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
-        image = decode(_encoded(self.rows[self.indices[index]][self.column]), channels=channels, at_least=at_least)
+        image = decode(self.encoded(index), channels=channels, at_least=at_least)
         return image.transpose(Image.Transpose.TRANSPOSE) if self.transpose else image
+
+    def encoded(self, index: int) -> Path | bytes:
+        return _encoded(self.rows[self.indices[index]][self.column])
 
 
 @dataclass
@@ -172,6 +223,13 @@ class ArrayPictures(Pictures):
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         return self.pixels[index]
+
+    def content(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        return np.tile(np.array(self.pixels.shape[2:0:-1], np.int64), (len(self), 1))
 
     @property
     def uniform(self) -> tuple[Pixels, NDArray[np.int64]]:
@@ -185,6 +243,19 @@ class PackedPictures(Pictures):
     pixels: Pixels = field(default_factory=lambda: np.zeros(0, np.uint8))
     records: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     channels: int = 3
+    packed: int = 0  # when the file of pixels was written, in nanoseconds
+    place: str = ""
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        return self.records[:, 2:0:-1]
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        return np.full(len(self), self.packed, np.int64)
+
+    def content(self, index: int) -> bytes:
+        return self.load(index, channels=self.channels).tobytes()
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         offset, height, width = self.records[index].tolist()
@@ -213,94 +284,105 @@ def _digest(*parts: Any) -> str:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _walk(root: str, visited: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
-    """All picture files below `root` in the order of their names; hidden ones and link loops left out."""
-    found: list[os.DirEntry[str]] = []
-    with os.scandir(root) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            try:
-                folder, state = entry.is_dir(), entry.stat()
-            except FileNotFoundError:  # a link that leads nowhere
-                continue
-            if folder and (state.st_dev, state.st_ino) not in visited:
-                visited.add((state.st_dev, state.st_ino))
-                found += _walk(entry.path, visited)
-            elif not folder and os.path.splitext(entry.name)[1].lower() in ENDINGS:
-                found.append(entry)
-    return found
-
-
 def _open_folder(spec: FolderSource) -> FolderPictures:
-    root = Path(spec.path).expanduser()
-    if not root.is_dir():
-        kind = "is a file, not a folder" if root.exists() else "does not exist"
-        raise UserError(f"data folder {spec.path} {kind}; set data.path (held_out.path) to your folder of pictures")
-    named_from = root / (spec.split or "")  # names, and so who is held out, do not depend on what else the folder holds
-
-    def subfolders(folder: Path) -> list[Path]:
-        hidden = (".", "__MACOSX")
-        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(hidden))
-
-    def holds_pictures(folder: Path) -> bool:
-        return any(entry.is_file() and entry.suffix.lower() in ENDINGS for entry in folder.iterdir())
-
+    path, where = Path(spec.path).expanduser(), f"data folder {shown(spec.path)}"
+    if not path.is_dir():
+        kind = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{where} {kind}; set data.path (held_out.path) to your folder of pictures")
     try:
-        while True:  # archives often unpack into one folder inside another
-            below = subfolders(root)
-            named = [folder.name for folder in below if folder.name.lower() in SPLIT_NAMES]
-            if spec.split is not None and any(folder.name == spec.split for folder in below):
-                root = root / spec.split
-                break
-            if len(below) == 1 and not holds_pictures(root) and not (named and spec.split is None):
-                root = below[0]
-                continue
-            break
-        if spec.split is not None and root.name != spec.split:
-            known = ", ".join(folder.name for folder in below) or "none"
-            raise UserError(f"data folder {spec.path} has no split {spec.split!r}; its subfolders: {known}")
-        if spec.split is None and named and len(named) == len(below):
-            raise UserError(
-                f"data folder {spec.path} holds the splits {', '.join(named)}; set data.split to the one to train on"
-            )
-        while not holds_pictures(root) and len(subfolders(root)) == 1:
-            root = subfolders(root)[0]
-        state = root.stat()
-        files = _walk(str(root), {(state.st_dev, state.st_ino)})
-    except PermissionError as error:
-        raise UserError(f"data folder {spec.path} cannot be read: {error}") from None
+        layout = find_layout(path, spec.split, where)
+        found = walk(layout.root)
+        keep = [i for i, parts in enumerate(found.parts) if not layout.inner or layout.inner.get(parts[0]) in parts[1:2]]
+        stamps = [(state.st_size, state.st_mtime_ns) for state in (found.files[i].stat() for i in keep)]
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error}") from None
+    parts, files = [found.parts[i] for i in keep], [found.files[i] for i in keep]
+    unread = [*layout.foreign, *(layout.root.joinpath(*name) for name in found.foreign)]
+    foreign = [(file, formats.reason_for(file.suffix.lower())) for file in unread]
     if not files:
-        raise UserError(f"data folder {spec.path} holds no pictures ({', '.join(sorted(ENDINGS))})")
-    if not named_from.is_dir():
-        named_from = root
-    names = [os.path.relpath(entry.path, named_from) for entry in files]
-    stamps = [(entry.stat().st_size, entry.stat().st_mtime_ns) for entry in files]  # as the walk saw them
-    good, report = scan(
-        names, stamps, lambda i: files[i].path, spec.scan, key=str(root.resolve()), where=f"data folder {spec.path}"
-    )
-    below_root = [os.path.relpath(files[i].path, root).split(os.sep) for i in good]
-    folders = [parts[0] if len(parts) > 1 else None for parts in below_root]
-    names = [names[i] for i in good]
-    class_names = tuple(sorted({name for name in folders if name is not None}))
-    number = {name: i for i, name in enumerate(class_names)}
+        there = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in foreign).most_common())
+        others = in_words(layout.others + found.others)
+        known = f" ({', '.join(sorted(formats.endings()))})"
+        raise UserError(
+            f"{where} holds no pictures"
+            + (f" that can be read here: {there}" if there else f"; it has {others}" if others else known)
+        )
+    names = [os.path.relpath(entry.path, layout.named_from) for entry in files]
+    root, plugins = str(layout.root.resolve()), formats.plugins_in_use()
+    key = f"{root}|{plugins}" if plugins else root  # with them other files can be read
+    good, report = scan(names, stamps, lambda i: files[i].path, spec.scan, key=key, where=where)
+    report.skipped += [(os.path.relpath(file, layout.named_from), reason) for file, reason in foreign]
+    names, parts = [names[i] for i in good], [parts[i] for i in good]
+    classes = [name[0] if len(name) > 1 else None for name in parts]
+    digest = [*names, *(str(stamps[i][0]) for i in good)]
+    if spec.labels is not None:
+        told = read_labels(spec.labels, path, [os.path.relpath(files[i].path, path) for i in good])
+        classes, digest = told.classes, [*digest, *("" if name is None else name for name in told.classes)]
+        report.remarks += told.remarks
+    labels, class_names, merged = _numbered(classes)
+    report.remarks = [f"{where}: {remark}" for remark in [*_left_aside(layout, found), *merged, *report.remarks]]
     return FolderPictures(
         names=names,
-        labels=np.array([-1 if name is None else number[name] for name in folders], dtype=np.int64),
+        labels=labels,
         class_names=class_names,
-        fingerprint=_digest(*names, *(str(stamps[i][0]) for i in good)),
+        fingerprint=_digest(*digest),
         report=report,
         paths=[files[i].path for i in good],
     )
+
+
+def _left_aside(layout: Layout, found: Found) -> list[str]:
+    """In words, what a folder holds besides the images that are taken."""
+    said = []
+    if layout.left:
+        said.append(f"the folders {few(sorted(layout.left), 10)} beside the images are left aside")
+    held = {name[0] for name in found.parts}
+    empty = sorted({name for name in found.subfolders if name not in held})
+    if empty and held:
+        said.append(f"the folders {few(empty, 10)} hold no images")
+    if found.links:
+        said.append(f"the links {few(found.links, 10)} lead to folders that are here already and are left aside")
+    if others := layout.others + found.others:
+        said.append(f"other files are left aside: {in_words(others)}")
+    return said + layout.notes
+
+
+def _numbered(classes: Sequence[str | None]) -> tuple[NDArray[np.int64], tuple[str, ...], list[str]]:
+    """The labels of images with these classes, the classes in their order, and which were written in two forms."""
+    spellings = sorted({name for name in classes if name is not None})
+    class_names = ordered(spellings)
+    number = {normal_form(name): i for i, name in enumerate(class_names)}
+    known = {name: number[normal_form(name)] for name in spellings}
+    labels = np.array([-1 if name is None else known[name] for name in classes], dtype=np.int64)
+    twice = [name for name in spellings if name not in class_names]
+    merged = [f"{shown(name)!r} is there in two spellings that look the same; they are one class" for name in twice]
+    return labels, class_names, merged
 
 
 # ---------------------------------------------------------------------------------------------- datasets
 
 
 def _encoded(cell: Any) -> bytes | Path:
-    if cell is None:
-        raise ValueError("no picture in this row")
-    return cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"])
+    """The bytes of an image, or where they are; an Absent says why there are none."""
+    content, path = (cell.get("bytes"), cell.get("path")) if cell is not None else (None, None)
+    if content is not None:
+        if not len(content):
+            raise Absent("empty file")
+        return content
+    if not path:
+        raise Absent("no image in this row")
+    return Path(path)
+
+
+def _bytes_of(cell: Any) -> int | None:
+    """How large an image is, or None where it cannot be had: then the scan says why."""
+    try:
+        encoded = _encoded(cell)
+        return len(encoded) if isinstance(encoded, bytes) else encoded.stat().st_size
+    except Absent:
+        return 0 if cell is not None and cell.get("bytes") is not None else None
+    except OSError:
+        return None
 
 
 def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
@@ -323,7 +405,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = hub_reason(spec.name, error, "dataset")
         raise UserError(f"{where} cannot be loaded: {reason}; for a folder: --set data.source=folder") from None
     assert isinstance(rows, datasets.Dataset)
     features = rows.features
@@ -331,7 +413,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     if spec.image_column not in pictures:
         raise UserError(f"{where} has no image column {spec.image_column!r}; it has: {', '.join(pictures) or 'none'}")
     others = [name for name in features if name not in pictures]
-    labels, class_names = np.full(len(rows), -1, dtype=np.int64), ()
+    labels, class_names, remarks = np.full(len(rows), -1, dtype=np.int64), (), list[str]()
     if spec.label_column is not None:
         if spec.label_column not in others:
             raise UserError(f"{where} has no label column {spec.label_column!r}; it has: {', '.join(others) or 'none'}")
@@ -341,9 +423,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
             class_names = tuple(feature.names)
             labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
         else:
-            class_names = tuple(sorted({str(value) for value in values if value is not None}))
-            number = {name: i for i, name in enumerate(class_names)}
-            labels = np.array([-1 if value is None else number[str(value)] for value in values], dtype=np.int64)
+            labels, class_names, remarks = _numbered([class_of(value) for value in values])
     rows = rows.select_columns([spec.image_column]).cast_column(spec.image_column, datasets.Image(decode=False))
 
     names = [f"{spec.split}/{i:08d}" for i in range(len(rows))]
@@ -355,10 +435,17 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
 
     stamps = [(1, 0)] * len(rows)
     if spec.scan.min_file_bytes:
-        sizes = (_encoded(row[spec.image_column]) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        stamps = [(len(cell) if isinstance(cell, bytes) else cell.stat().st_size, 0) for cell in sizes]
+        sizes = (_bytes_of(row[spec.image_column]) for row in rows)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        stamps = [(spec.scan.min_file_bytes if size is None else size, 0) for size in sizes]
+    files = [Path(entry["filename"]) for entry in rows.cache_files]
+    changed = max((path.stat().st_mtime_ns for path in files if path.exists()), default=0)
+    stamps = [(size, changed) for size, _ in stamps]
     good, report = scan(names, stamps, source, spec.scan, key=f"datasets|{fingerprint}|{spec.split}", where=where)
     turned = ["transposed"] if spec.transpose else []
+    without = int((labels[good] < 0).sum())
+    if class_names and without:
+        remarks.append(f"{without} images have no label in {spec.label_column!r} and are left without a class")
+    report.remarks = [f"{where}: {remark}" for remark in remarks]
     return DatasetsPictures(
         names=[names[i] for i in good],
         labels=labels[good],
@@ -504,6 +591,13 @@ def _open_packed(spec: PackedSource) -> PackedPictures:
     return open_packed(Path(spec.path), spec.split)
 
 
+def _open_python(spec: PythonSource) -> Pictures:
+    raise UserError(
+        "the data set was handed in from Python, so no config can open it: train on with train(cfg, run_dir, dataset=...) from "
+        "Python, or set data to a source on disk"
+    )
+
+
 OPENERS: dict[type, Any] = {
     FolderSource: _open_folder,
     DatasetsSource: _open_datasets,
@@ -511,6 +605,7 @@ OPENERS: dict[type, Any] = {
     EmnistSource: _open_emnist,
     ShapesSource: _open_shapes,
     PackedSource: _open_packed,
+    PythonSource: _open_python,
 }
 
 # ---------------------------------------------------------------------------------------------- one set of pictures
@@ -526,11 +621,11 @@ class PictureSet:
         self.parts = list(parts)
         self.which = np.concatenate([np.full(len(c), i, dtype=np.int32) for i, c in enumerate(chosen)])
         self.index = np.concatenate([np.asarray(c, dtype=np.int64) for c in chosen])
-        self.class_names = tuple(sorted({name for part in parts for name in part.class_names}, key=_natural))
-        number = {name: i for i, name in enumerate(self.class_names)}
+        self.class_names = ordered(name for part in parts for name in part.class_names)
+        number = {normal_form(name): i for i, name in enumerate(self.class_names)}
         labels = []
         for part, c in zip(parts, chosen, strict=True):
-            own = np.array([*(number[name] for name in part.class_names), -1], dtype=np.int64)  # [-1] is no class
+            own = np.array([*(number[normal_form(name)] for name in part.class_names), -1], dtype=np.int64)  # [-1] is no class
             labels.append(own[part.labels[c]])
         self.labels = np.concatenate(labels)
         self._ready: tuple[Pixels, NDArray[np.int64]] | None = None
@@ -548,12 +643,83 @@ class PictureSet:
         """The hash of what is in the set and in which order."""
         return _digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
 
+    def _each(self, values: Callable[[Pictures], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """A value of each source's images -> those of the images of this set, in its order."""
+        found = [values(part) for part in self.parts]
+        together = np.zeros((len(self), *found[0].shape[1:]), np.int64)
+        for which, value in enumerate(found):
+            mine = self.which == which
+            together[mine] = value[self.index[mine]]
+        return together
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        """(N, 2): the width and the height of each image, as its file has it."""
+        return self._each(lambda part: part.sides)
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        """(N,): when what each image is read from was modified, in nanoseconds; 0 where the fingerprint tells each change."""
+        return self._each(lambda part: part.times)
+
+    @property
+    def decoders(self) -> NDArray[np.int64]:
+        """(N,): the first version of the decoder that makes of each image what today's does."""
+        return self._each(lambda part: part.decoders)
+
+    @property
+    def decoder(self) -> int:
+        """That of the whole set."""
+        return int(self.decoders.max(initial=1))
+
+    @property
+    def state(self) -> str:
+        """A hash of what may change while `fingerprint` does not: the times of the files, and what decodes them. It says
+        whether a cache on this machine is of these files as they are now. What travels, or is compared when a run goes on,
+        must not hold it: a bucket or an archive gives a file another time."""
+        return _digest(self.times.tobytes(), str(self.decoder))
+
+    def contents(self, indices: Sequence[int]) -> str:
+        """The hash of what these images are decoded from. One that cannot be read any more counts as empty."""
+
+        def one(i: int) -> bytes:
+            try:
+                content = self.parts[self.which[i]].content(int(self.index[i]))
+            except (OSError, ValueError):
+                content = b""
+            return hashlib.sha256(content).digest()
+
+        with ThreadPoolExecutor(8) as pool:
+            return hashlib.sha256(b"".join(pool.map(one, indices))).hexdigest()
+
     @property
     def counts(self) -> dict[str, int]:
         """Pictures by class."""
         counts = {name: int((self.labels == i).sum()) for i, name in enumerate(self.class_names)}
-        unlabelled = int((self.labels < 0).sum())
-        return counts | ({"(no class)": unlabelled} if unlabelled else {})
+        unlabelled, none = int((self.labels < 0).sum()), "(no class)"
+        while none in counts:  # as the name of a class, too
+            none = f"({none})"
+        return counts | ({none: unlabelled} if unlabelled else {})
+
+    @property
+    def endings(self) -> dict[str, int]:
+        """How many images of folders have which ending: another version of the project may read other ones."""
+        return by_ending(
+            self.parts[w].names[i]
+            for w, i in zip(self.which.tolist(), self.index.tolist(), strict=True)
+            if isinstance(self.parts[w], FolderPictures)
+        )
+
+    def sequences(self) -> dict[str, int]:
+        """{what they are: how many} of files that hold more than the one image that is taken. Opens every file."""
+
+        def look(which: int, index: int) -> str | None:
+            file = self.parts[which].encoded(index)
+            return formats.sequence_of(io.BytesIO(file) if isinstance(file, bytes) else file) if file is not None else None
+
+        with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
+            found = Counter(kind for kind in pool.map(look, self.which.tolist(), self.index.tolist()) if kind is not None)
+        return dict(found.most_common())
 
     def prepare(self, spec: ImageConfig) -> None:
         """Make the batch of small sets in memory, or of a packed file of the right size, one indexed copy."""
@@ -605,6 +771,10 @@ class PictureSet:
         keep[_lowest(self.names, count)] = True
         return _relabel(self.only(keep), self.class_names)
 
+    def rename_classes(self, class_names: Sequence[str]) -> None:
+        """Give the labels the numbers of their classes in `class_names`, among which all of them are."""
+        _relabel(self, tuple(class_names))
+
     def only(self, keep: NDArray[np.bool_]) -> "PictureSet":
         chosen = [self.index[(self.which == w) & keep] for w in range(len(self.parts))]
         return PictureSet(self.parts, chosen)
@@ -613,10 +783,6 @@ class PictureSet:
 def _lowest(names: Sequence[str], count: int) -> NDArray[np.int64]:
     """Which of the names hash lowest, in their order: by another hash than that of who is held out, or all of them were."""
     return np.array(sorted(sorted(range(len(names)), key=lambda i: (_fraction(f"subset of {names[i]}"), i))[:count]))
-
-
-def _natural(name: str) -> tuple[int, str]:
-    return (int(name), "") if name.isdigit() else (1 << 62, name)
 
 
 def _as_list(sources: Any) -> list[Source]:
@@ -640,15 +806,16 @@ def open_sources(sources: Source | Sequence[Source]) -> PictureSet:
 
 
 def open_data(
-    data: Source | Sequence[Source], held_out: float | Source | Sequence[Source]
+    data: Source | Sequence[Source] | PictureSet, held_out: float | Source | Sequence[Source]
 ) -> tuple[PictureSet, PictureSet | None]:
     """The training pictures, and those held out: a fraction by hash of the relative path, or sources of their own."""
-    everything = open_sources(data)
+    everything = data if isinstance(data, PictureSet) else open_sources(data)
     if not isinstance(held_out, float | int):
         held = open_sources(held_out)
-        unknown = [name for name in held.class_names if name not in everything.class_names]
+        known = {normal_form(name) for name in everything.class_names}
+        unknown = [name for name in held.class_names if normal_form(name) not in known]
         if unknown:
-            raise UserError(f"held_out has classes that data lacks: {', '.join(unknown[:5])}")
+            raise UserError(f"held_out has classes that data lacks: {few(unknown)}")
         return everything, _relabel(held, everything.class_names)
     if held_out == 0:
         return everything, None
@@ -659,6 +826,7 @@ def open_data(
 
 
 def _relabel(pictures: PictureSet, class_names: tuple[str, ...]) -> PictureSet:
-    number = np.array([*(class_names.index(name) for name in pictures.class_names), -1], dtype=np.int64)
+    place = {normal_form(name): i for i, name in enumerate(class_names)}
+    number = np.array([*(place[normal_form(name)] for name in pictures.class_names), -1], dtype=np.int64)
     pictures.labels, pictures.class_names = number[pictures.labels], class_names
     return pictures

@@ -1,19 +1,28 @@
 """From a file to the square of uint8 pixels that a network sees."""
 
 import io
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ..config import config
+from .colour import note_range, stated_top, to_srgb
+from .formats import open_image
 
 Pixels = NDArray[np.uint8]
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs another program
+# The version of what `decode` makes of a file. It goes up when the pixels of some files change; `scan.measure` says of which
+# files. Caches remember it. 2: colour profiles are converted, and grey is scaled by the range that the file states.
+DECODER = 2
 Image.MAX_IMAGE_PIXELS = None  # the scan holds pictures to `max_pixels` by their header, before anything is decoded
+# A PNG may carry a workflow or a profile that is far larger than what Pillow takes by itself, and is a whole image.
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes of one chunk of text, or of a profile, when it is unpacked
+PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20  # of all of them together
 
 
 @config
@@ -29,21 +38,28 @@ class ImageConfig:
     flip: bool = False
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit and wider greyscale by its range: 0..65535 where the values fit, else smallest..largest."""
+def _to_8_bits(image: Image.Image, top: float | None) -> Image.Image:
+    """16-bit and wider greyscale by its range: 0..`top` where the file states it, 0..65535 where the values fit, else
+    smallest..largest."""
     values = np.asarray(image, dtype=np.float64)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     if image.mode != "F" and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0
+        low, high = 0.0, top or 65535.0
     scaled = (values - low) / max(high - low, 1e-12) * 255
     return Image.fromarray(np.rint(np.nan_to_num(scaled)).clip(0, 255).astype(np.uint8))
 
 
 def normalise(image: Image.Image, channels: int) -> Image.Image:
-    """An opened picture as it is meant to be seen: turned by its EXIF tag, transparency over white, mode L or RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bits(image)
+    """An opened picture as it is meant to be seen: turned by its EXIF tag, in sRGB, transparency over white, mode L or RGB."""
+    deep = image.mode.startswith(("I", "F"))
+    top = stated_top(image, np.asarray(image)) if deep else None
+    profile = image.info.get("icc_profile")
+    with suppress(SyntaxError, ValueError, struct.error):  # notes (EXIF) that cannot be read turn nothing
+        image = ImageOps.exif_transpose(image)
+    if deep:
+        image = _to_8_bits(image, top)
+        image.info["icc_profile"] = profile
+    image = to_srgb(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -52,9 +68,10 @@ def normalise(image: Image.Image, channels: int) -> Image.Image:
 
 def decode(file: Path | bytes, *, channels: int = 3, at_least: int | None = None) -> Image.Image:
     """The first frame of a picture file, normalised. A JPEG far larger than `at_least` is decoded at a fraction of its size."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+    with open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * at_least, 2 * at_least))
+        note_range(image)
         image.load()
         return normalise(image, channels)
 

@@ -1,8 +1,12 @@
 """diffusers' UNet2DModel and its folders, both ways, by a map of key names; its AutoencoderKL behind the interface of ours."""
 
+import difflib
 import json
+import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +15,18 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import UserError, dump, read_json, validate, write_flushed
+from ..config import UserError, dump, validate, write_flushed
+from ..data.names import shown
 from ..diffusion import ProcessConfig
 from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
-from ..packages import needed
-from ..training.checkpoint import read_tensors
+from ..packages import ask_for, needed
 from ..vision import import_torchvision
-from .guided_diffusion import multiple, read_state, rename
+from .guided_diffusion import multiple, rename
 from .imported import Imported
+from .weights import KL, UNET_2D, few, find_files, find_network, from_hub, is_hub_name, rank, read_files, read_foreign_json
 
 VERSION = "0.35.0"  # of diffusers, the oldest whose folders these are
 WEIGHTS = "diffusion_pytorch_model"
@@ -312,7 +317,11 @@ def process_config(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig
         return table[found[key]]
 
     if found.get("_class_name", "DDPMScheduler") not in ("DDPMScheduler", "DDIMScheduler"):
-        raise refuse("_class_name", f"DDPMScheduler, DDIMScheduler, {FLOW}")
+        raise refuse(
+            "_class_name",
+            f"DDPMScheduler, DDIMScheduler, {FLOW}; save the pipeline with the scheduler that it was trained with, such as "
+            "DDPMScheduler.from_config(pipeline.scheduler.config)",
+        )
     for key in found:
         if key not in DDPM_DEFAULTS and key not in SAMPLING and not key.startswith("_") and found[key] is not None:
             raise refuse(key, "to leave it out")
@@ -407,36 +416,82 @@ def scheduler_config(spec: ProcessConfig) -> dict[str, Any] | None:
 
 # ---------------------------------------------------------------------------------------------- folders
 
+LATENTS = "latents.json"  # ours: shape, statistics per channel and autoencoder of the latents that a U-Net sees
 
-def _folder(name: str | Path) -> Path:
-    """A folder as it is, or what the hub has under this name: its JSON and one file of weights."""
-    if Path(name).is_dir():
-        return Path(name)
-    with needed(f"{name}, which is no folder here,", "huggingface_hub"):
-        import huggingface_hub
 
-    files = [f"{place}{file}" for place in ("", "unet/") for file in ("config.json", f"{WEIGHTS}.safetensors")]
-    files += ["model_index.json", "classes.json", "process.json", "scheduler_config.json", "scheduler/scheduler_config.json"]
+@dataclass(frozen=True)
+class LatentPart:
+    """What a folder has besides where its U-Net sees latents: `facts` are those of the run (shape, and mean, std, low, high for
+    each channel), and `autoencoder` the files of an AutoencoderKL whose latents, by its scaling_factor and shift_factor, are
+    the normalised ones that the U-Net sees."""
+
+    facts: Mapping[str, Any]
+    autoencoder: Mapping[str, bytes]
+
+    @property
+    def size(self) -> int:
+        return self.facts["shape"][1]
+
+
+def local_folder(name: str | Path) -> Path:
+    """A folder as it is, or what the hub has under this name: its JSON and the weights of full precision."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        hint = f"give {folder.parent}" if (folder.parent / "config.json").is_file() else "with config.json and the weights"
+        raise UserError(
+            f"{name} is a file, and convert.py diffusers takes a folder of diffusers: {hint}; a checkpoint in one file is read "
+            "by convert.py iadb (diffusers' names) or convert.py guided-diffusion (OpenAI's names)"
+        )
+    no_folder = f"{name} is no folder, and the hub does not give it"
+    if not is_hub_name(str(name)):
+        beside = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, beside, 1)
+        hint = f"; did you mean {folder.with_name(near[0])}?" if near else ""
+        raise UserError(f"{no_folder}: it is a path, and a name there is OWNER/NAME{hint}")
+    files = [f"{place}{WEIGHTS}.safetensors" for place in ("", "unet/", "unet_ema/")]
+    files += ["model_index.json", "config.json", "*/config.json", "classes.json", "process.json"]
+    files += ["scheduler_config.json", "scheduler/scheduler_config.json", LATENTS, "vae/*.json", "vae/*.safetensors"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
-        if _weights(folder) is None:
-            files = [f"{place}{WEIGHTS}.bin" for place in ("", "unet/")]
-            folder = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} is no folder, and the hub does not give it: {reason}") from None
-    return folder
+        return from_hub(str(name), files)
+    except UserError as error:
+        raise UserError(f"{no_folder}: {error}") from None
 
 
-def _weights(folder: Path) -> Path | None:
-    return _beside(folder, "unet", f"{WEIGHTS}.safetensors") or _beside(folder, "unet", f"{WEIGHTS}.bin")
+def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, list[str], str | None]:
+    """Where the network is in the folder, which others are there, in words, and what `which` is left to say of its files.
+
+    An average of weights, as `unet_ema` of diffusers' training scripts, is taken before raw ones. A UserError says that there
+    is no network, or that there are several.
+    """
+    inside = {path.parent.name: path for path in sorted(folder.glob("*/config.json"))}
+    found = [sub for sub, path in inside.items() if sub == "unet" or _object(path).get("_class_name") == "UNet2DModel"]
+    if not found:
+        if (folder / "config.json").is_file():
+            named = folder.resolve()
+            beside = [str(path.parent) for path in named.parent.glob("unet*/config.json") if rank(path.parent.name) == 2]
+            raw = beside and rank(named.name) == 1
+            return folder, [f"these are raw weights; an average (EMA) is in {beside[0]}"] if raw else [], which
+        steps = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+        hint = f"; it holds {few(steps)}: name one of them" if steps else ""
+        hint = f"; it holds {few(sub for sub in inside)}" if inside else hint
+        raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json{hint}")
+    wanted = [sub for sub in found if which == sub or (which in ("ema", "raw") and (rank(sub) == 2) == (which == "ema"))]
+    which = None if wanted else which
+    wanted = sorted(wanted or found, key=lambda sub: -rank(sub))
+    best = [sub for sub in wanted if rank(sub) == rank(wanted[0])]
+    if len(best) > 1:
+        raise UserError(f"{name} holds several networks, {few(best, 6)}; choose one with --which, such as --which {best[-1]}")
+    others = [sub for sub in found if sub != best[0]]
+    told = [f"left out, other networks: {few(others, 6)}"] if others else []
+    if rank(best[0]) == 2:
+        told.insert(0, f"these weights, of {best[0]}, are an average (EMA); --which raw takes the others" if others else "")
+    return folder / best[0], [line for line in told if line], which
 
 
 def _object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not the JSON object that diffusers writes")
-    return found
+    return read_foreign_json(path)
 
 
 def _beside(folder: Path, subfolder: str, file: str) -> Path | None:
@@ -444,16 +499,18 @@ def _beside(folder: Path, subfolder: str, file: str) -> Path | None:
     return next((path for path in (folder / subfolder / file, folder / file) if path.is_file()), None)
 
 
-def read(name: str | Path) -> Imported:
-    """A folder of diffusers with a UNet2DModel, of a DDPMPipeline or the model's alone, or its name on the hub.
+def read(name: str | Path, *, which: str | None = None) -> Imported:
+    """A folder of diffusers with a UNet2DModel, of a DDPMPipeline, of a training script's checkpoint, or the model's alone, or
+    its name on the hub.
 
-    What `export` wrote comes back as it was. Weights are safetensors, or a .bin that is read without running anything in it. A
-    UserError says which file is missing, and names each option that we have nothing for.
+    What `export` wrote comes back as it was. Weights are safetensors, or a .bin that is read without running anything in it,
+    whole or in shards; an average of weights is taken before raw ones. `which` chooses otherwise: `ema`, `raw`, or the name of
+    a folder or file inside. Of a network on latents size and channels are those of the latents. A UserError says which file is
+    missing, and names each option that we have nothing for.
     """
-    folder = _folder(name)
-    path = _beside(folder, "unet", "config.json")
-    if path is None:
-        raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json")
+    folder = local_folder(name)
+    place, others, which = _place(folder, name, which)
+    path = place / "config.json"
     theirs = _object(path)
     if (kind := theirs.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise UserError(f"{path} is of a {kind}; a UNet2DModel is what can be read")
@@ -469,10 +526,15 @@ def read(name: str | Path) -> Imported:
         raise UserError(f"{path}: {channels} channels in and {outputs} out is no network of a diffusion process")
     process, told, negated = _read_process(folder, learned=outputs == 2 * channels)
 
-    weights = _weights(folder)
-    if weights is None:
-        raise UserError(f"{name} holds no {WEIGHTS}.safetensors and no {WEIGHTS}.bin")
-    state = read_tensors(weights.parent, WEIGHTS) if weights.suffix == ".safetensors" else read_state(weights)
+    if not Path(name).is_dir() and not any(place.glob("*.safetensors")):
+        inside = "" if place == folder else f"{place.name}/"
+        from_hub(str(name), [f"{inside}{WEIGHTS}.bin", *(f"{inside}*{end}" for end in (".safetensors", ".bin", ".index.json"))])
+    try:
+        files, left = find_files(place, which)
+        which = None if which in (files.name, *files.name.split(".")) else which
+        state, taken = find_network(read_files(files), UNET_2D, place / files.name, which=which)
+    except UserError as error:
+        raise UserError(str(error) if str(name) in str(error) else f"{name}: {error}") from None
     if negated:
         state = _negated(state)
     classes = _object(folder / "classes.json") if (folder / "classes.json").is_file() else {}
@@ -491,7 +553,7 @@ def read(name: str | Path) -> Imported:
         channels=channels,
         num_classes=network.num_classes,
         null_class=null_class,
-        told=(f"network: {path}, weights {weights.name}", *told),
+        told=(f"network: {path}, weights {taken[0].removeprefix('network: ')}", *taken[1:], *others, *left, *told),
         script="train_iadb.py" if process.target == "blend" else "ddpm_accelerate.py",
     )
 
@@ -505,6 +567,10 @@ def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[s
     """What the folder's process.json (which is ours) or scheduler_config.json says, or else DDPMScheduler's defaults; where it
     is from, in words; and whether the network gives minus its target, as a FlowMatchEulerDiscreteScheduler wants it."""
     path, ours = _beside(folder, "scheduler", "scheduler_config.json"), folder / "process.json"
+    if path is None and re.fullmatch(
+        r"checkpoint-\d+", folder.resolve().name
+    ):  # of a training script, which saves it at its end
+        path = _beside(folder.resolve().parent, "scheduler", "scheduler_config.json")
     settings = _object(path) if path is not None else {}
     negated = settings.get("_class_name") == FLOW
     if ours.is_file():
@@ -536,19 +602,25 @@ def export(
     name: str,
     class_names: Sequence[str] = (),
     card: str = "",
+    latents: LatentPart | None = None,
 ) -> None:
     """Write the new folder `out`, which diffusers' DDPMPipeline.from_pretrained loads and samples from; whole or absent.
 
-    `network` sees pictures (1 or 3 channels, image_size, image_size) in [-1, 1]. DDIMPipeline loads it too, but for what its
-    scheduler has not: a learned variance, and the sigmoid schedule. Of the blend there is no pipeline: the folder has the
-    UNet2DModel, its head negated, and a FlowMatchEulerDiscreteScheduler; where the network is fed another time than 1000 t, the
-    UNet2DModel alone. Its README.md has the loop that samples, and process.json brings it back. `card` is Markdown for the end
-    of that README.md; of a class-conditional network `classes.json` keeps `class_names` and whether the last class is the null
-    class. What a UNet2DModel or their schedulers have not is a UserError that names the option, before anything is written.
+    With `latents` the network sees latents of images of `image_size`: the folder has the autoencoder in `vae`, no index of a
+    pipeline, and a loop in its README.md. Without, `network` sees images (1 or 3 channels, image_size, image_size) in [-1, 1].
+    DDIMPipeline loads it too, but for what its scheduler has not: a learned variance, and the sigmoid schedule. Of the blend
+    there is no pipeline: the folder has the UNet2DModel, its head negated, and a FlowMatchEulerDiscreteScheduler; where the
+    network is fed another time than 1000 t, the UNet2DModel alone. Its README.md has the loop that samples, and process.json
+    brings it back. `card` is Markdown for the end of that README.md; of a class-conditional network `classes.json` keeps
+    `class_names` and whether the last class is the null class. What a UNet2DModel or their schedulers have not is a UserError
+    that names the option, before anything is written.
     """
-    theirs, scheduler = unet2d_config(network, image_size=image_size), scheduler_config(spec)
+    theirs = unet2d_config(network, image_size=image_size if latents is None else latents.size)
+    scheduler = scheduler_config(spec)
+    if latents is not None and scheduler is not None and "clip_sample" in scheduler:
+        scheduler["clip_sample"] = False  # theirs holds all channels inside one number, the card's loop each in its own range
     channels, outputs = theirs["in_channels"], theirs["out_channels"]
-    if channels not in (1, 3):
+    if latents is None and channels not in (1, 3):
         raise UserError(
             f"the network sees {channels} channels; a DDPMPipeline draws pictures of 1 or 3, and decodes no latents"
         )
@@ -558,13 +630,18 @@ def export(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; give another folder with --out")
-    blend, place = isinstance(spec.schedule, BlendScheduleConfig), "unet/" if scheduler is not None else ""
+    blend, place = (
+        isinstance(spec.schedule, BlendScheduleConfig),
+        "unet/" if scheduler is not None or latents is not None else "",
+    )
     documents: dict[str, Any] = {f"{place}config.json": theirs}
     if scheduler is not None:
         documents["scheduler/scheduler_config.json"] = scheduler
-    if blend:
+    if blend or latents is not None:
         documents["process.json"] = dump(spec)
-    else:
+    if latents is not None:
+        documents[LATENTS] = dict(latents.facts)
+    elif not blend:
         index = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
         index |= {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
         documents["model_index.json"] = index
@@ -574,8 +651,19 @@ def export(
     if blend and scheduler is not None:
         state = _negated(state)
     files = {path: (json.dumps(document, indent=2) + "\n").encode() for path, document in documents.items()}
-    files["README.md"] = _card(network, spec, theirs, folder=out.name, name=name, class_names=class_names, card=card).encode()
+    more = {"folder": out.name, "name": name, "class_names": class_names, "card": card, "latents": latents}
+    files["README.md"] = _card(network, spec, theirs, image_size=image_size, **more).encode()
     files[f"{place}{WEIGHTS}.safetensors"] = safetensors.torch.save(state, metadata={"format": "pt"})
+    if latents is not None:
+        files |= {f"vae/{file}": content for file, content in latents.autoencoder.items()}
+    write_files(out, files)
+
+
+def write_files(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` by their paths into the new folder `out`; whole or absent."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; give another folder with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
     staged = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -594,16 +682,24 @@ def _card(
     spec: ProcessConfig,
     theirs: Mapping[str, Any],
     *,
+    image_size: int,
     folder: str,
     name: str,
     class_names: Sequence[str],
     card: str,
+    latents: LatentPart | None,
 ) -> str:
     """The README.md of an exported folder: what it is, and how to draw from it."""
-    classes, size = network.num_classes, theirs["sample_size"]
-    colours = "RGB" if theirs["in_channels"] == 3 else "grey"
+    classes, size = network.num_classes, image_size
+    channels = theirs["in_channels"] if latents is None else json.loads(latents.autoencoder["config.json"])["out_channels"]
+    colours = "RGB" if channels == 3 else "grey"
     kind = f"with {classes} classes" if classes is not None else "without classes"
-    what, code = (_blend_card if isinstance(spec.schedule, BlendScheduleConfig) else _ddpm_card)(network, spec, theirs, folder)
+    if latents is not None:
+        kind += (
+            f", on latents of {theirs['in_channels']} x {latents.size} x {latents.size}, which the autoencoder in vae decodes"
+        )
+    of = _blend_card if isinstance(spec.schedule, BlendScheduleConfig) else _ddpm_card
+    what, code = of(network, spec, theirs, folder, latents)
     lines = [
         "---",
         "library_name: diffusers",
@@ -623,13 +719,63 @@ def _card(
         "",
     ]
     if class_names and classes is not None:
-        lines += [f"Classes: {', '.join(f'{i} {class_name}' for i, class_name in enumerate(class_names))}.", ""]
+        lines += [f"Classes: {', '.join(f'{i} {shown(class_name)}' for i, class_name in enumerate(class_names))}.", ""]
     if classes is not None and network.null_class:
         lines += [f"Class {classes} is no class, for classifier-free guidance.", ""]
     return "\n".join(lines) + (f"{card.strip()}\n" if card else "")
 
 
-def _ddpm_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str) -> tuple[str, list[str]]:
+def _latent_code(spec: ProcessConfig, folder: str) -> list[str]:
+    """The Python that loads the autoencoder of a latent folder, and the bounds of its latents where they are clipped."""
+    code = [f'vae = AutoencoderKL.from_pretrained("{folder}", subfolder="vae")']
+    if spec.clip:
+        code += [
+            f'facts = json.loads(Path("{folder}/{LATENTS}").read_text())',
+            'low, high = (torch.tensor(facts[key])[:, None, None] for key in ("low", "high"))',
+        ]
+    return code
+
+
+DECODE = "    images = vae.decode(x / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample"
+
+
+def _latent_ddpm_code(network: UNet, spec: ProcessConfig, folder: str, noise: str) -> list[str]:
+    """The Python that draws latents on a table of levels and decodes them."""
+    clip: list[str] = []
+    if spec.clip:  # as a scheduler of theirs would, but each channel to its own range
+        split = ["        y, variance = y.chunk(2, dim=1)"] if spec.variance == "learned" else []
+        joined = ["        y = torch.cat([y, variance], dim=1)"] if spec.variance == "learned" else []
+        levels = "        a, s = scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5"
+        inside = {
+            "eps": [levels, "        y = (x - a * ((x - s * y) / a).clamp(low, high)) / s"],
+            "v": [levels, "        y = (a * x - (a * x - s * y).clamp(low, high)) / s"],
+            "x0": ["        y = y.clamp(low, high)"],
+        }
+        clip = [*split, *inside[spec.target], *joined]
+    labelled = network.num_classes is not None
+    return [
+        *(["import json", "from pathlib import Path", ""] if spec.clip else []),
+        "import torch",
+        "from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel",
+        "",
+        f'unet = UNet2DModel.from_pretrained("{folder}", subfolder="unet")',
+        *_latent_code(spec, folder),
+        f'scheduler = DDPMScheduler.from_pretrained("{folder}", subfolder="scheduler")',
+        *([f"labels = torch.arange(4) % {network.num_classes}"] if labelled else []),
+        noise,
+        "with torch.no_grad():",
+        "    for t in scheduler.timesteps:",
+        f"        y = unet(x, t{', class_labels=labels' if labelled else ''}).sample",
+        *clip,
+        "        x = scheduler.step(y, t, x).prev_sample",
+        DECODE,
+        "images = (images / 2 + 0.5).clamp(0, 1)",
+    ]
+
+
+def _ddpm_card(
+    network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str, latents: LatentPart | None
+) -> tuple[str, list[str]]:
     """What a network with a table of levels predicts, and the Python that draws from it."""
     assert not isinstance(spec.schedule, BlendScheduleConfig)
     classes, size, channels, steps = network.num_classes, theirs["sample_size"], theirs["in_channels"], spec.schedule.steps
@@ -637,6 +783,8 @@ def _ddpm_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], fo
         f"It predicts {spec.target} on the {spec.schedule.kind} schedule of {steps} steps; the variance of its steps is "
         f"{spec.variance}."
     )
+    if latents is not None:
+        return what, _latent_ddpm_code(network, spec, folder, f"x = torch.randn(4, {channels}, {size}, {size})")
     if classes is not None:
         return what, [
             "import torch",
@@ -665,21 +813,32 @@ def _ddpm_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], fo
     return what, code
 
 
-def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str) -> tuple[str, list[str]]:
+def _blend_card(
+    network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str, latents: LatentPart | None
+) -> tuple[str, list[str]]:
     """The same on the blend, where a loop draws."""
     classes, time = network.num_classes, fed(spec.schedule, spec.time_input)
     condition = ", class_labels=labels" if classes is not None else ""
     labels = [f"labels = torch.arange(4) % {classes}"] if classes is not None else []
     noise = f"x = torch.randn(4, {theirs['in_channels']}, {theirs['sample_size']}, {theirs['sample_size']})"
-    images = "images = (x / 2 + 0.5).clamp(0, 1)"
+    images = ["images = (x / 2 + 0.5).clamp(0, 1)"]
+    start, alone = ["import torch"], ""
+    load, names, bounds, where = [], "", "-1, 1", "[-1, 1]"
+    if latents is not None:
+        images, names = [DECODE, "images = (images / 2 + 0.5).clamp(0, 1)"], "AutoencoderKL, "
+        alone = ', subfolder="unet"'
+        load, bounds, where = _latent_code(spec, folder), "low, high", "its range"
+        start = ["import json", "from pathlib import Path", "", *start] if spec.clip else start
     if scheduler_config(spec) is not None:
         what = "It predicts noise minus data on the straight blend x_t = (1 - t) data + t noise, and is fed 1000 t."
-        clipped = ["        v = (x - (x - t / 1000 * v).clamp(-1, 1)) / (t / 1000)  # data inside [-1, 1]"] if spec.clip else []
+        inside = f"        v = (x - (x - t / 1000 * v).clamp({bounds})) / (t / 1000)  # data inside {where}"
+        clipped = [inside] if spec.clip else []
         return what, [
-            "import torch",
-            f"from diffusers import {FLOW}, UNet2DModel",
+            *start,
+            f"from diffusers import {names}{FLOW}, UNet2DModel",
             "",
             f'unet = UNet2DModel.from_pretrained("{folder}", subfolder="unet")',
+            *load,
             f'scheduler = {FLOW}.from_pretrained("{folder}", subfolder="scheduler")',
             "scheduler.set_timesteps(sigmas=[1 - i / 50 for i in range(50)])",
             *labels,
@@ -689,7 +848,7 @@ def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], f
             f"        v = unet(x, t{condition}).sample",
             *clipped,
             "        x = scheduler.step(v, t, x).prev_sample",
-            images,
+            *images,
         ]
     shown = "alpha" if time.kind == "alpha" else "(1 - alpha)"
     shown = shown if time.scale == 1 else f"{str(time.scale).removesuffix('.0')} * {shown}"
@@ -697,12 +856,14 @@ def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], f
         "It predicts data minus noise on the straight blend x_alpha = (1 - alpha) noise + alpha data (iterative "
         f"alpha-(de)blending, arXiv:2305.03486), and is fed {shown}, which no scheduler of diffusers does: this loop does."
     )
-    clipped = ["        d = ((x + (1 - alpha) * d).clamp(-1, 1) - x) / (1 - alpha)  # data inside [-1, 1]"] if spec.clip else []
+    inside = f"        d = ((x + (1 - alpha) * d).clamp({bounds}) - x) / (1 - alpha)  # data inside {where}"
+    clipped = [inside] if spec.clip else []
     return what, [
-        "import torch",
-        "from diffusers import UNet2DModel",
+        *start,
+        f"from diffusers import {names}UNet2DModel",
         "",
-        f'unet = UNet2DModel.from_pretrained("{folder}")',
+        f'unet = UNet2DModel.from_pretrained("{folder}"{alone})',
+        *load,
         *labels,
         noise,
         "alphas = torch.linspace(0, 1, 51)",
@@ -711,7 +872,7 @@ def _blend_card(network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], f
         f"        d = unet(x, {shown}{condition}).sample",
         *clipped,
         "        x = x + (after - alpha) * d",
-        images,
+        *images,
     ]
 
 
@@ -729,7 +890,11 @@ class DiffusersAutoencoder(nn.Module):
         self.config = {key: value for key, value in dict(theirs).items() if not key.startswith("_")}
         self.channels, self.latent_channels = theirs["in_channels"], theirs["latent_channels"]
         self.factor = 2 ** (len(theirs["block_out_channels"]) - 1)
-        self.scaling = (float(theirs.get("shift_factor") or 0.0), 1.0 / theirs["scaling_factor"])
+        scale, shift = theirs["scaling_factor"], theirs.get("shift_factor") or 0.0
+        if not isinstance(scale, int | float) or not isinstance(shift, int | float) or scale == 0 or not math.isfinite(scale):
+            raise UserError(f"an AutoencoderKL with scaling_factor {scale!r} and shift_factor {shift!r} cannot be used")
+        self.scaling = (float(shift), 1.0 / scale)
+        self.told: tuple[str, ...] = ()
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) in [-1, 1] -> mean and logvar (B, D, h, w), as the network has them."""
@@ -739,6 +904,14 @@ class DiffusersAutoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """(B, D, h, w) as the network has them -> (B, C, H, W)."""
         return self.network.decode(z).sample
+
+
+def autoencoder_files(network: DiffusersAutoencoder) -> dict[str, bytes]:
+    """The files of an AutoencoderKL's folder by name, as it is."""
+    config = {"_class_name": "AutoencoderKL", "_diffusers_version": VERSION, **network.config}
+    state = {key: value.detach().cpu().contiguous() for key, value in network.network.state_dict().items()}
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), f"{WEIGHTS}.safetensors": weights}
 
 
 def _autoencoder_class() -> Any:
@@ -753,21 +926,92 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
     return DiffusersAutoencoder(_autoencoder_class().from_config(dict(config)))
 
 
-def load_autoencoder(name: str) -> DiffusersAutoencoder:
-    """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too); a UserError says why
-    it cannot be loaded. Safetensors alone are read."""
-    with needed("a diffusers autoencoder", "huggingface_hub"):
-        import huggingface_hub.utils.logging
+KNOWN = "stabilityai/sd-vae-ft-mse"
+WHOLE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 
-    kind = _autoencoder_class()
-    huggingface_hub.utils.logging.set_verbosity_error()  # what it tells of each try, we say once
-    try:
+
+def _autoencoder_place(folder: Path, name: str) -> tuple[Path, dict[str, Any], list[str]]:
+    """Where an AutoencoderKL is in the folder, its config, and in words what was chosen. A UserError says what is there
+    instead."""
+    wanted = f"an AutoencoderKL, such as {KNOWN}, is what can be used"
+    place, told = folder, list[str]()
+    if not (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file():
+        place = folder / "vae"
+        told = [f"the autoencoder is {place}, a part of the pipeline {folder}"]
+    if not (place / "config.json").is_file():
+        inside = {path.parent.name: _object(path).get("_class_name", "?") for path in sorted(folder.glob("*/config.json"))}
+        index = _object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+        what = f"a {index['_class_name']}" if "_class_name" in index else "a folder"
+        parts = few((f"{sub} ({kind})" for sub, kind in inside.items()), 6) or few(path.name for path in folder.iterdir())
+        if (folder / "vae").is_dir():
+            raise UserError(f"autoencoder {name}: {folder / 'vae'} has no config.json, which says what its weights are")
+        lacks = "vae/ with an AutoencoderKL" if inside or index else "config.json"
+        raise UserError(f"autoencoder {name} is {what} without {lacks}; it holds {parts or 'nothing'}; {wanted}")
+    config = _object(place / "config.json")
+    kind = config.get("_class_name")
+    if kind is None and not {"block_out_channels", "latent_channels"} <= set(config):
+        raise UserError(f"autoencoder {name}: {place / 'config.json'} does not say its _class_name; {wanted}")
+    if kind not in ("AutoencoderKL", None):
+        hint = f"; a network is brought in by: python convert.py diffusers {name}" if str(kind).startswith("UNet2D") else ""
+        what = "a diffusion network and no autoencoder" if str(kind).startswith("UNet") else "no AutoencoderKL"
+        raise UserError(f"autoencoder {name}: {place} is of the class {kind}, which is {what}; {wanted}{hint}")
+    return place, config, told
+
+
+def load_autoencoder(name: str) -> DiffusersAutoencoder:
+    """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too), its weights in any
+    file, whole or in shards, read without running anything. A UserError says why it cannot be loaded: what the folder is
+    instead, which weights are missing, or that the hub was not reached."""
+    ask_for("a diffusers autoencoder", "diffusers")  # before anything is brought
+    folder = Path(name).expanduser()
+    on_hub = not folder.is_dir()
+    if on_hub:
         try:
-            return DiffusersAutoencoder(kind.from_pretrained(name, use_safetensors=True))
-        except OSError as error:
-            if "file named" not in str(error):
-                raise
-            return DiffusersAutoencoder(kind.from_pretrained(name, subfolder="vae", use_safetensors=True))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the diffusers autoencoder {name} cannot be loaded: {reason}") from None
+            folder = from_hub(name, ["model_index.json", "config.json", "*/config.json"])
+        except UserError as error:
+            raise UserError(f"autoencoder {name} is no folder here: {error}") from None
+    place, config, told = _autoencoder_place(folder, name)
+    if on_hub:
+        inside = "" if place == folder else f"{place.name}/"
+        try:
+            from_hub(name, [f"{inside}{WEIGHTS}.safetensors"])
+            if not any(place.glob("*.safetensors")):
+                from_hub(name, [f"{inside}{WEIGHTS}.bin", *(f"{inside}*{end}" for end in (".safetensors", ".index.json"))])
+        except UserError as error:
+            raise UserError(f"autoencoder {name}: {error}") from None
+    try:
+        files, left = find_files(place)
+        state, taken = find_network(read_files(files), KL, place / files.name)
+    except UserError as error:
+        raise UserError(f"autoencoder {name}: {error}") from None
+    try:
+        found = autoencoder_from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # of values that its class cannot be built of
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"autoencoder {name}: no AutoencoderKL can be built of {place / 'config.json'}: {reason}") from None
+    more = _load_autoencoder_weights(found.network, state, f"autoencoder {name}: {place / files.name}")
+    found.told = (*told, f"autoencoder: {place}, {taken[0].removeprefix('network: ')}", *taken[1:], *more, *left)
+    return found
+
+
+def _load_autoencoder_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
+    """Put the weights into the network; gives, in words, what was left out. A UserError says what is missing."""
+    state, own = present_names(state), network.state_dict()
+    missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
+    beside = [key for key in extra if key.split(".")[0] not in WHOLE]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, the config wants {tuple(own[key].shape)}"
+        for key in own
+        if key in state and [n for n in state[key].shape if n != 1] != [n for n in own[key].shape if n != 1]
+    ]
+    if "encoder.down.0.block.0.conv1.weight" in state:
+        raise UserError(f"{where} has the names of CompVis's latent-diffusion; convert it to diffusers' AutoencoderKL first")
+    if missing or shapes or len(extra) > len(beside):
+        parts = [f"it lacks {few(missing)}"] if missing else []
+        parts += [f"it has in excess {few(key for key in extra if key not in beside)}"] if len(extra) > len(beside) else []
+        parts += shapes[:1]
+        raise UserError(f"{where} does not hold the weights of a whole AutoencoderKL of its config.json: {'; '.join(parts)}")
+    network.load_state_dict({key: state[key].reshape(value.shape).to(value.dtype) for key, value in own.items()})
+    return [f"left out, tensors of no AutoencoderKL: {few(beside)}"] if beside else []

@@ -7,7 +7,6 @@ in the flags of the command that trained the checkpoint, or, for a published fil
 import difflib
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from ..config import UserError, read_json, validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import Classifier, ClassifierConfig, UNet, UNetConfig
+from . import weights
 from .imported import Imported
+from .weights import few, find_network, read_file
 
 RESIDUAL = {
     "norm_1": "in_layers.0",
@@ -525,32 +526,25 @@ def published(found: Architecture) -> tuple[str, dict[str, Any]] | None:
 # ------------------------------------------------------------------------------------------------------ reading a checkpoint
 
 
-def read_pickle(path: str | Path) -> Any:
-    """What torch saved in another project's file, read without running anything in it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is odd in a pickle, the error says enough
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such checkpoint") from None
-    except Exception as error:  # of broken bytes the unpickler may make anything
-        if (named := re.search(r"GLOBAL (\S+)", str(error))) is not None:
-            raise UserError(
-                f"{path}: refused, because to load it is to run code ({named[1]}); a checkpoint must hold tensors alone: "
-                "have its author save the state dict"
-            ) from None
-        reason = (str(error).strip().splitlines() or ["it ends too soon"])[0].split(". ")[0]
-        raise UserError(f"{path}: not a state dict that can be read safely ({reason})") from None
+def read_weights(path: str | Path, which: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of the network in another project's file, and in words what was taken and what was left out; see
+    `find_network`. A name of guided-diffusion's files that says that an average is beside it is said, too."""
+    state, told = find_network(read_file(path), weights.GUIDED, path, which=which)
+    if any(".transformer_blocks." in name for name in state):
+        raise UserError(
+            f"{path}: the network is a U-Net of latent-diffusion, whose attention reads a text; what can be read is one of "
+            "guided- or improved-diffusion, with labels or without"
+        )
+    raw = re.fullmatch(r"model(\d+)\.pt", Path(path).name)
+    averages = sorted(other.name for other in Path(path).parent.glob(f"ema_*_{raw[1]}.pt")) if raw is not None else []
+    if averages:
+        told.append(f"these are raw weights; an average (EMA) is beside them: {few(averages)}")
+    return state, told
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Another project's state dict, read without running anything in it."""
-    state = read_pickle(path)
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise UserError(f"{path}: not a state dict of tensors")
-    return state
+    """The state dict of the network in another project's file, read without running anything in it."""
+    return read_weights(path)[0]
 
 
 def _size(found: Architecture, flags: Mapping[str, Any]) -> int:
@@ -613,9 +607,11 @@ def _build(found: Architecture, model: UNetConfig | ClassifierConfig, image_size
         )
 
 
-def _read(path: str | Path, flags: Mapping[str, Any] | str | Path | None, wanted: str | None) -> Imported:
+def _read(
+    path: str | Path, flags: Mapping[str, Any] | str | Path | None, wanted: str | None, which: str | None = None
+) -> Imported:
     given = None if flags is None else read_flags(flags)
-    state = read_state(path)
+    state, taken = read_weights(path, which)
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         found = read_shapes(shapes, (given or {}).get("classifier_depth"))
@@ -637,16 +633,18 @@ def _read(path: str | Path, flags: Mapping[str, Any] | str | Path | None, wanted
         num_classes=found.num_classes,
         low_resolution=facts.get("small_size"),
         told=told,
+        taken=tuple(taken),
     )
 
 
-def read(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None) -> Imported:
+def read(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None, *, which: str | None = None) -> Imported:
     """A guided- or improved-diffusion checkpoint, U-Net or classifier, with all that sampling needs.
 
-    `flags` are guided-diffusion's own, or a JSON file of them; a published file needs none. A UserError says what is
-    missing, what contradicts the weights, or why the file is no such checkpoint.
+    `flags` are guided-diffusion's own, or a JSON file of them; a published file needs none. `which` chooses one of several
+    networks in the file, as `find_network` says. A UserError says what is missing, what contradicts the weights, or why the
+    file is no such checkpoint.
     """
-    return _read(path, flags, None)
+    return _read(path, flags, None, which)
 
 
 def load(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None) -> tuple[UNet, Process]:

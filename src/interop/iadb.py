@@ -5,24 +5,22 @@ predicts data - noise: our blend, whose time t is 1 - alpha. What shapes do not 
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
 from ..config import UserError, validate
 from ..data import ImageConfig
 from ..diffusion import ProcessConfig
-from ..sampling.autoencoder import Autoencoder, open_autoencoder
-from ..training.checkpoint import read_tensors
+from ..sampling.autoencoder import Autoencoder
 from .diffusers import present_names, unet_config, unet_from_diffusers
-from .guided_diffusion import read_pickle
 from .imported import Imported
+from .on_latents import open_scaled
+from .weights import UNET_2D, find_network, read_file
 
 PROCESS = {
     "schedule": {"kind": "blend"},
@@ -37,82 +35,19 @@ PARTS = (
     *("conv_in", "time_embedding", "class_embedding", "down_blocks"),
     *("mid_block", "up_blocks", "conv_norm_out", "conv_out"),
 )
-SIGN = "time_embedding.linear_1.weight"  # the autoencoder and the loss beside a network have no such thing
+SIGN = UNET_2D.signs[0]
 
 
-def _flat(found: Mapping[Any, Any], prefix: str = "", depth: int = 3) -> dict[str, Tensor]:
-    """The tensors of dictionaries in dictionaries, by their keys joined with dots."""
-    tensors = {}
-    for key, value in found.items():
-        if isinstance(value, Tensor):
-            tensors[f"{prefix}{key}"] = value
-        elif isinstance(value, Mapping) and depth:
-            tensors |= _flat(value, f"{prefix}{key}.", depth - 1)
-    return tensors
-
-
-def _rank(prefix: str) -> int:
-    """2 for an average of weights, 1 for the weights themselves, 0 for those that an average of ema_pytorch keeps beside it."""
-    parts = prefix.split(".")
-    if "online_model" in parts:
-        return 0
-    return 2 if any(re.search(r"(^|_)ema(_|$)", part) for part in parts) else 1
-
-
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The network's state dict by diffusers' present names, and in words what it was taken from and what was left out.
-
-    Whatever prefix it has; where an average of the weights (EMA) is there, that one. Nothing in the file is run. A UserError
-    says why it cannot be read, or that no UNet2DModel is in it, or several.
-    """
-    path = Path(path)
-    found: Any = read_tensors(path.parent, path.stem) if path.suffix == ".safetensors" else read_pickle(path)
-    tensors = _flat(found) if isinstance(found, Mapping) else {}
-    if not tensors:
-        raise UserError(f"{path}: no state dict: neither tensors by name nor a state_dict of them")
-    tensors = {name.removeprefix("state_dict."): tensor for name, tensor in tensors.items()}
-    prefixes = [name.removesuffix(SIGN) for name in tensors if name == SIGN or name.endswith(f".{SIGN}")]
-    prefixes = sorted((prefix for prefix in prefixes if f"{prefix}conv_in.weight" in tensors), key=_rank, reverse=True)
-    if not prefixes:
-        raise UserError(
-            f"{path}: no network of diffusers' UNet2DModel is in it: no key ends in {SIGN}; its keys are {_few(tensors)}"
-        )
-    prefix = prefixes[0]
-    for other in prefixes[1:]:
-        if _rank(other) == _rank(prefix) and not _same(tensors, prefix, other):
-            raise UserError(f"{path}: two networks are in it, {prefix or 'bare'} and {other}; save the one to import by itself")
-    inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    weights = {name: tensor for name, tensor in inside.items() if name.split(".")[0] in PARTS}
-    if any(name.startswith("time_proj.") for name in inside):
+def read_weights(path: str | Path, which: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    """The network's state dict by diffusers' present names, and in words what it was taken from and what was left out; see
+    `find_network`. A UserError says why it cannot be read, or that no UNet2DModel is in it, or several."""
+    found = read_file(path)
+    weights, told = find_network(found, UNET_2D, path, which=which, parts=(*PARTS, "time_proj"))
+    if any(name.startswith("time_proj.") for name in weights):
         raise UserError(f"{path}: its time embedding is fourier or learned; a positional one is what can be read")
     if any(".transformer_blocks." in name for name in weights):
         raise UserError(f"{path}: the network is a UNet2DConditionModel; a UNet2DModel is what can be read")
-    whose = f"under {prefix}" if prefix else "bare"
-    if _rank(prefix) == 2:
-        whose += ", an average (EMA)" + (f", and not those under {prefixes[1]}" if len(prefixes) > 1 else "")
-    told = [f"network: {path.name}, {len(weights)} tensors {whose}"]
-    left = Counter(
-        next((known for known in prefixes if known and name.startswith(known)), name.split(".")[0]).rstrip(".")
-        for name in tensors
-        if not name.startswith(prefix)
-    )
-    left.update(f"{prefix}{name.split('.')[0]}" for name in inside if name not in weights)
-    if left:
-        told.append("left out, tensors of " + ", ".join(f"{name} ({count})" for name, count in left.items()))
     return present_names(weights), told
-
-
-def _same(tensors: Mapping[str, Tensor], one: str, other: str) -> bool:
-    """Whether the networks under two prefixes are one."""
-    parts = [
-        {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)} for prefix in (one, other)
-    ]
-    return parts[0].keys() == parts[1].keys() and all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
-
-
-def _few(names: Iterable[str], most: int = 3) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 # ------------------------------------------------------------------------------------------------------ what the shapes say
@@ -382,17 +317,7 @@ def _latents(asked: str | None, said: Said, channels: int) -> Autoencoder | None
             f"the network sees latents of {channels} channels{hint}: give --autoencoder NAME, a diffusers AutoencoderKL as "
             "folder or hub name, such as stabilityai/sd-vae-ft-mse"
         )
-    found = open_autoencoder(asked or places[0], torch.device("cpu"))
-    if found.latent_channels != channels:
-        raise UserError(
-            f"the autoencoder {found.path} has latents of {found.latent_channels} channels, and the network sees {channels}"
-        )
-    if found.scaling is None:
-        raise UserError(
-            f"the latents of {found.path} have no scale of their own, and the checkpoint does not say theirs; only a diffusers "
-            "AutoencoderKL, with its scaling_factor, can be assumed"
-        )
-    return found
+    return open_scaled(asked or places[0], channels)
 
 
 def read(
@@ -401,15 +326,17 @@ def read(
     model_config: str | Path | None = None,
     image_size: int | None = None,
     autoencoder: str | None = None,
+    which: str | None = None,
 ) -> Imported:
     """An IADB checkpoint with all that sampling needs.
 
     `model_config` is the YAML that the network was built from, `image_size` the side of the pictures where it does not say it,
-    `autoencoder` that of a network on latents, by the name that train_ldm.py takes. A UserError says what is missing, and what
+    `autoencoder` that of a network on latents, by the name that train_ldm.py takes; `which` chooses one of several networks in
+    the file, as `find_network` says. A UserError says what is missing, and what
     contradicts the weights.
     """
     said = read_yaml(model_config) if model_config is not None else Said()
-    state, told = read_weights(path)
+    state, told = read_weights(path, which)
     try:
         theirs, facts = architecture({name: tuple(tensor.shape) for name, tensor in state.items()}, said)
         seen, made, classes = theirs["in_channels"], theirs["out_channels"], theirs["num_class_embeds"]
@@ -432,6 +359,7 @@ def read(
     told += [*facts, f"image size: {size} px, from {where}"]
     if latents is not None:
         mean, deviation = latents.scaling or (0.0, 1.0)
+        told += latents.told
         told.append(
             f"latents: {seen} x {side} x {side} of {latents.path}, less {mean:g} over {deviation:g} by its own scaling, which "
             "the checkpoint does not say; nor does it say their range"

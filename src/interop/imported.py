@@ -26,7 +26,9 @@ class Imported:
 
     `num_classes` is None for a network without classes, `null_class` whether it has one for no class; `low_resolution` is the
     size of the pictures that an upsampler starts from; `class_names` are those of the file, if it has any. `told` says, line by
-    line, where facts come from; `script` is what trains such a network on.
+    line, where facts come from, and `taken` which weights were taken and what was left out, where `told` does not; `script` is
+    what trains such a network on. `latents` is what a latent run knows of its latents (shape, statistics for each channel),
+    where the autoencoder does not bring its own scaling.
     """
 
     network: nn.Module
@@ -39,8 +41,10 @@ class Imported:
     low_resolution: int | None = None
     class_names: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
     script: str = "ddpm_accelerate.py"
     autoencoder: "Autoencoder | None" = None
+    latents: dict[str, Any] | None = None
 
 
 def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = ()) -> Path | None:
@@ -54,6 +58,11 @@ def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = 
     numbers = tuple(str(i) for i in range(found.num_classes or 0))
     if class_names and len(class_names) != len(numbers):
         raise UserError(f"{len(class_names)} names are given for {len(numbers)} classes")
+    if found.autoencoder is None and found.channels not in (1, 3):
+        raise UserError(
+            f"the network sees {found.channels} channels, which no image has, so they are latents: name the autoencoder that "
+            "makes images of them, as convert.py diffusers and convert.py iadb take it with --autoencoder"
+        )
     names = tuple(class_names) or found.class_names or numbers
     process, image = dump(found.process), {"size": found.image_size, "channels": found.channels}
     if isinstance(found.model, ClassifierConfig):
@@ -69,14 +78,14 @@ def keep(found: Imported, out: Path, *, name: str, class_names: Sequence[str] = 
             "model": dump(found.model),
             "low_resolution": found.low_resolution,
         }
-    data: dict[str, Any] = {"class_names": list(names), "imported": list(found.told)}
+    data: dict[str, Any] = {"class_names": list(names), "imported": [*found.taken, *found.told]}
     tensors: dict[str, Any] = {"ema": {key: value.detach().cpu() for key, value in found.network.state_dict().items()}}
     documents = {"config": config, "data": data, "progress": {"step": 0}}
     if found.autoencoder is not None:
         config["autoencoder"] = found.autoencoder.path
         kept, described = found.autoencoder.files()
         tensors, documents = {**tensors, **kept}, {**documents, **described}
-        data["latents"] = _latent_facts(found, found.autoencoder)
+        data["latents"] = found.latents or _latent_facts(found, found.autoencoder)
     write_folder(out, tensors, documents)
     if isinstance(found.model, ClassifierConfig) or found.low_resolution is not None:
         return None
@@ -102,7 +111,8 @@ def _latent_facts(found: Imported, autoencoder: "Autoencoder") -> dict[str, Any]
     not known."""
     assert autoencoder.scaling is not None
     shape = autoencoder.latent_shape(found.channels, found.image_size)
-    each = {"mean": autoencoder.scaling[0], "std": autoencoder.scaling[1], "low": -UNKNOWN, "high": UNKNOWN}
+    bound = 1.0 if found.process.clip else UNKNOWN  # where their sampler clips, it clips what the network sees to [-1, 1]
+    each = {"mean": autoencoder.scaling[0], "std": autoencoder.scaling[1], "low": -bound, "high": bound}
     return {
         "autoencoder": autoencoder.digest,
         "image": {"size": found.image_size, "channels": found.channels},

@@ -21,12 +21,12 @@ from torch.nn import functional
 
 from .. import pictures
 from ..config import UserError, write_whole
+from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, inspect
-from ..data.sources import ENDINGS
-from ..data.transforms import FORMATS, decode
+from ..data.transforms import decode
 from ..packages import ask_for, needed
 from ..progress import Progress, say
-from ..vision import import_torchvision
+from ..vision import check_finite, import_torchvision
 
 WEIGHTS = "models/RealESRGAN_x4plus.pth"
 WHERE = "RealESRGAN_x4plus.pth is a file of release v0.1.0 of the GitHub project xinntao/Real-ESRGAN"
@@ -109,16 +109,20 @@ def _read_state(path: Path) -> dict[str, Any]:
     """A state dict from safetensors or a .pth, without running anything in it: spandrel's own reader runs TorchScript."""
     try:
         if path.suffix.lower() == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's hints on files that are refused all the same
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's hints on files that are refused all the same
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
     except Exception:  # damaged bytes end in whatever they like
         raise UserError(f"{path}: not weights that can be read without running code, or damaged; {WHERE}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a state dict; {WHERE}")
+    for part in (state, *state.values()):  # Real-ESRGAN's own are in {"params_ema": ...}
+        if isinstance(part, dict):
+            check_finite(part, path, "get the file again")
     return state
 
 
@@ -166,14 +170,14 @@ def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
     found: dict[Path, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.suffix.lower() not in ENDINGS or any(part.startswith(".") for part in name.parts) or not path.is_file():
+        if path.suffix.lower() not in endings() or any(part.startswith(".") for part in name.parts) or not path.is_file():
             continue
         target = out / name.with_suffix(".png")
         if target in found:
             raise UserError(f"{found[target]} and {path} would both become {target}; rename one of them")
         found[target] = path
     if not found:
-        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(ENDINGS))})")
+        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(endings()))})")
     return [(path, target) for target, path in found.items()]
 
 
@@ -183,7 +187,7 @@ def _decode(path: Path) -> pictures.Pixels | str:
         reason = inspect(lambda: path, path.stat().st_size, ScanConfig(max_pixels=MAX_PIXELS))
         if reason is not None:
             return reason.replace("max_pixels", f"{MAX_PIXELS:,}")
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             grey = Image.getmodebase(image.mode) == "L"
         pixels = np.array(decode(path, channels=1 if grey else 3))
     except OSError as error:

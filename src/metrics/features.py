@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..packages import ask_for, needed
-from ..vision import efficientnet_lite0, import_torchvision, put_weights, read_weights
+from ..vision import (
+    check_finite,
+    efficientnet_lite0,
+    fetch_weights,
+    how_to_bring,
+    hub_reason,
+    import_torchvision,
+    put_weights,
+    read_weights,
+)
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -84,10 +93,12 @@ class Inception(Features):
     def __init__(self, weights: str | None, asked: Asked) -> None:
         ask_for(f"{asked.features} inception", "torch_fidelity", "torchvision")
         path = Path(weights).expanduser() if weights is not None else inception_file()
+        reason = fetch_weights(INCEPTION_URL, path) if weights is None else f"{asked.inception} names no file"
         if not path.is_file():
             raise UserError(
                 f"{asked.features} inception needs weights that are not at {path}; get them from {INCEPTION_URL} and put them "
-                f"there, or name the file with {asked.inception}; {asked.features} efficientnet_lite0 works without"
+                f"there ({how_to_bring(INCEPTION_URL, inception_file())}), or name the file with {asked.inception}; "
+                f"{asked.features} efficientnet_lite0 works without; they were not fetched: {reason}"
             )
         import_torchvision()
         with needed(f"{asked.features} inception", "torch_fidelity"):
@@ -157,10 +168,12 @@ class Timm(Features):
             try:
                 network = timm.create_model(network_name, pretrained=True, **more)
             except Exception as error:  # of hub, network, cache, or a network that has none
+                reason = hub_reason(f"timm/{network_name}", error).partition(";")[0][:160]
                 raise UserError(
-                    f"{asked.features} {name} needs weights that cannot be brought here ({_first_line(error)}); name a "
+                    f"{asked.features} {name} needs weights that cannot be brought here ({reason}); name a "
                     f"safetensors file of them with {asked.weights}; {asked.features} efficientnet_lite0 works without"
                 ) from None
+            check_finite(network.state_dict(), f"{asked.features} {name}")
         super().__init__(network)
         self.name, self.comparable = name, comparable
         self.dim = int(getattr(network, "num_features"))  # noqa: B009
@@ -171,10 +184,6 @@ class Timm(Features):
     def see(self, pixels: Tensor) -> Tensor:
         scaled = _resized(pixels, self._size)
         return self.network((scaled - self._mean.to(scaled)) / self._std.to(scaled))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 class RandomFeatures(Features):

@@ -62,14 +62,19 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """Double height and width by repeating pixels (`mode` nearest) or between them (bilinear), then, where `kind` is `conv`,
-    a 3x3 convolution."""
+    a 3x3 convolution. The `kind` transposed is a transposed 4x4 convolution instead."""
 
     def __init__(self, channels: int, kind: str, mode: str = "nearest") -> None:
         super().__init__()
-        self.mode = mode
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if kind == "conv" else nn.Identity()
+        self.kind, self.mode = kind, mode
+        if kind == "transposed":
+            self.conv = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+        else:
+            self.conv = nn.Conv2d(channels, channels, 3, padding=1) if kind == "conv" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "transposed":
+            return self.conv(x)
         return self.conv(F.interpolate(x, scale_factor=2, mode=self.mode))
 
 

@@ -39,7 +39,9 @@ class VQBottleneck:
 class VAEConfig:
     """The architecture. `widths` has one entry for each resolution, the largest picture first: n of them make the latent
     picture 2^(n-1) times smaller. `attention` has one entry for each as well; without it there is attention in the middle
-    alone. Up-sampling is followed by a convolution; down-sampling is pooling.
+    alone. `downsample` is pooling (average, max) or a strided convolution (conv). `upsample` is nearest or bilinear, followed
+    by a convolution, or a transposed convolution (transposed). The pair of conv and transposed is there to compare with older
+    networks: it leaves checkerboards (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
     """
 
     widths: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = pydantic.Field((64, 128, 256, 512), min_length=1)
@@ -48,8 +50,8 @@ class VAEConfig:
     attention: tuple[AttentionKind, ...] | None = None
     mid_attention: AttentionKind = "linear"
     head_channels: int | None = pydantic.Field(None, ge=1)
-    downsample: Literal["average", "max"] = "average"
-    upsample: Literal["nearest", "bilinear"] = "nearest"
+    downsample: Literal["average", "max", "conv"] = "average"
+    upsample: Literal["nearest", "bilinear", "transposed"] = "nearest"
     norm_groups: int = pydantic.Field(8, ge=1)
     bottleneck: Annotated[KLBottleneck | VQBottleneck, pydantic.Field(discriminator="kind")] = pydantic.Field(
         default_factory=lambda: KLBottleneck(kind="kl")
@@ -217,7 +219,8 @@ class VAE(nn.Module):
         up: list[nn.Module] = []
         for i in reversed(range(len(widths))):
             up += _level(spec, widths[min(last, i + 1)], widths[i], spec.kinds[i])
-            up += [Upsample(widths[i], "conv", spec.upsample)] if i > 0 else []
+            kind = "transposed" if spec.upsample == "transposed" else "conv"
+            up += [Upsample(widths[i], kind, spec.upsample)] if i > 0 else []
         up += [nn.GroupNorm(spec.norm_groups, widths[0], eps=1e-6), nn.SiLU()]
         self.up = _Layers(up, recompute=recompute)
         self.last = nn.Conv2d(widths[0], channels, 3, padding=1)

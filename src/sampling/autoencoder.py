@@ -1,8 +1,9 @@
 """A frozen autoencoder, ours or diffusers': opened for latent diffusion, kept beside its weights, and as a codec."""
 
 import hashlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError, read_json, validate
+from ..interop.autoencoder_kl import exported_autoencoder
 from ..interop.diffusers import autoencoder_from_config, load_autoencoder
+from ..interop.weights import few, is_hub_name, read_foreign_json
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
 from ..training.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
@@ -23,7 +26,8 @@ CPU = torch.device("cpu")
 class Autoencoder:
     """`network` has moments(images) -> (mean, logvar or None) and decode(z). `document` is all that, with the weights, builds
     it again; `digest` is the hash of the weights. `scaling` is the (mean, std) of its latents where it brings its own,
-    `sizes` the sides in pixels that it was trained at, where that is known."""
+    `sizes` the sides in pixels that it was trained at, where that is known; `told` says in words which weights were taken,
+    where that is not plain."""
 
     network: Any
     path: str
@@ -34,6 +38,7 @@ class Autoencoder:
     factor: int
     sizes: tuple[int, ...] | None = None
     scaling: tuple[float, float] | None = None
+    told: tuple[str, ...] = ()
 
     def files(self) -> tuple[Tensors, Documents]:
         """What a latent run keeps of it: autoencoder.safetensors and autoencoder_config.json."""
@@ -133,11 +138,23 @@ def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencoder:
     """The autoencoder that a config names; where it is gone, the one that the latent run `run_dir` keeps."""
     try:
-        return open_autoencoder(name, device)
+        found = open_autoencoder(name, device)
+        if found.told and os.environ.get("RANK", "0") == "0":
+            print("\n".join(found.told), flush=True)
+        return found
     except UserError:
         if not (run_dir / "autoencoder" / "autoencoder_config.json").exists():
             raise
         return kept_autoencoder(run_dir, device)
+
+
+def _is_of_diffusers(path: Path) -> bool:
+    """Whether a folder is a model or a pipeline of diffusers: whole or not, so that it can be said what is missing."""
+    configs = [config for config in (path / "config.json", *path.glob("*/config.json")) if config.is_file()]
+    named = any("_class_name" in read_foreign_json(config) for config in configs)
+    keys = set(read_foreign_json(path / "config.json")) if (path / "config.json").is_file() else set[str]()
+    weights = any(file.suffix in (".safetensors", ".bin") for file in path.glob("vae/*"))
+    return (path / "model_index.json").is_file() or named or weights or {"block_out_channels", "latent_channels"} <= keys
 
 
 def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
@@ -146,19 +163,28 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     A UserError says what is missing, unfinished or of another kind.
     """
     path = Path(name).expanduser()
-    if any((path / known).exists() for known in ("model_index.json", "vae/config.json")):
+    if _is_of_diffusers(path):
         return _of_diffusers(name, device)
-    if (path / "config.json").exists() and "_class_name" in read_json(path / "config.json"):
-        return _of_diffusers(name, device)
+    if any((place / "autoencoder_config.json").exists() for place in (path, path / "autoencoder")):
+        return kept_autoencoder(path, device)  # of a latent run, or of a folder that convert.py made of one
     if not path.exists():
-        if name.count("/") == 1 and name[0] not in "./~" and not name.startswith("runs/") and not path.parent.exists():
+        if "/" in name and is_hub_name(name):
             return _of_diffusers(name, device)
         raise UserError(f"autoencoder {name} does not exist; train one (train_vae.py), or name a diffusers AutoencoderKL")
+    if path.is_file():
+        raise UserError(
+            f"autoencoder {name} is a file; name a folder: a run of train_vae.py, or a diffusers AutoencoderKL with its "
+            "config.json and weights"
+        )
     folder = path
     if not (path / "ema.safetensors").exists():
         folder = path / "final"
         if not (path / "config.json").exists() and not folder.is_dir():
-            raise UserError(f"the autoencoder {name} is neither a run of train_vae.py nor a diffusers AutoencoderKL")
+            inside = few(file.name for file in path.iterdir())
+            raise UserError(
+                f"the autoencoder {name} is neither a run of train_vae.py nor a diffusers AutoencoderKL, which have a "
+                f"config.json; it holds {inside or 'nothing'}"
+            )
         checkpoint, _ = newest(path / "checkpoints")
         ahead = damage(folder) is None and checkpoint is not None and _step(checkpoint) > _step(folder)
         if damage(folder) is not None or ahead:
@@ -194,7 +220,12 @@ def start_from(name: str, *networks: Any) -> bool:
 
 
 def _of_diffusers(name: str, device: torch.device) -> Autoencoder:
+    own = exported_autoencoder(Path(name).expanduser())
+    if own is not None:  # to_diffusers wrote it: our own network, to the bit
+        document, weights, digest = own
+        return _rebuild(document, weights, name, digest, device)
     found = load_autoencoder(name)
     weights = {key: value.detach().cpu() for key, value in found.state_dict().items()}
     digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
-    return _rebuild({"kind": "diffusers", "config": found.config}, weights, name, digest, device)
+    opened = _rebuild({"kind": "diffusers", "config": found.config}, weights, name, digest, device)
+    return replace(opened, told=found.told)

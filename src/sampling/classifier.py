@@ -16,6 +16,7 @@ from .. import pictures
 from ..config import Length, UserError, free, validate, wrong
 from ..config import config as settings
 from ..data import ImageConfig
+from ..data.names import same_names
 from ..diffusion import Process, Schedule, TimeInput, build_schedule
 from ..diffusion.process import fed
 from ..diffusion.schedules import BlendScheduleConfig, ScheduleConfig
@@ -106,7 +107,7 @@ def start_classifier_from(name: str, class_names: Sequence[str], *networks: Any)
     found = open_classifier(name, torch.device("cpu"))
     weights, told = found.network.state_dict(), f"starting from the weights of {name} (step {found.step})"
     last = found.network.last_layer
-    if found.class_names != tuple(class_names):
+    if not same_names(found.class_names, class_names):
         weights = {key: value for key, value in weights.items() if not key.startswith(last)}
         told += "; its classes are others, so its last layer is new"
     for network in networks:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..data import ImageConfig
-from ..data.sources import ENDINGS
+from ..data.formats import endings
 from ..data.transforms import decode, square
 from ..training.seeds import generator
 from ..training.stream import to_network
@@ -83,7 +83,7 @@ def files_of(place: str) -> list[Path]:
     found = [path]
     if path.is_dir():
         drawn = sorted(path.glob("[0-9]*.png")) if (path / "metadata.json").exists() else []
-        found = drawn or sorted(file for file in path.glob("*") if file.suffix.lower() in ENDINGS)
+        found = drawn or sorted(file for file in path.glob("*") if file.suffix.lower() in endings())
     if not found or not found[0].exists():
         raise UserError(f"{place}: no picture, and no folder with pictures")
     return found

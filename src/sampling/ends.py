@@ -15,8 +15,9 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from ..config import UserError
-from ..data import GaussianSource, ImageConfig, PictureSet, PointSet, open_data, open_points
+from ..data import GaussianSource, ImageConfig, PictureSet, PointSet, open_data, open_given, open_given_points, open_points
 from ..data.points import DensitySource, PointSource, picture_of
+from ..training.given import same_on_all
 from ..training.run import describe_data
 from ..training.seeds import generator, normal, torch_seed
 from ..training.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
@@ -179,6 +180,15 @@ def open_end(spec: Any, held_out: Any, image: ImageConfig | None, picture: bytes
     return PictureEnd(*open_data(spec, held_out), image)
 
 
+def _given_end(dataset: Any, held_out: Any, image: ImageConfig | None) -> End:
+    if image is None:
+        end: PointEnd | PictureEnd = PointEnd(*open_given_points(dataset, held_out))
+    else:
+        end = PictureEnd(*open_given(dataset, held_out, image), image)
+    same_on_all(end.train.fingerprint)
+    return end
+
+
 class Ends:
     """Both: `data`, and `source`, which is None for Gaussian noise. A UserError where their shapes differ."""
 
@@ -235,7 +245,7 @@ class Ends:
                 continue
             assert isinstance(end, PictureEnd) and isinstance(end.train, PictureSet) and not isinstance(end.held_out, PointSet)
             own = Path(folder + suffix) if folder else cache_folder(autoencoder, end.image, end.train, end.held_out, otherwise)
-            more = {"batch_size": batch_size, "workers": workers, "attempt": attempt}
+            more = {"batch_size": batch_size, "workers": workers, "attempt": attempt, "run_dir": otherwise}
             latents = latents_of(autoencoder, end.train, end.held_out, end.image, own, processes, **more)
             if found:
                 latents.codec = found[0].latents.codec
@@ -257,11 +267,11 @@ class Ends:
                     yield micro, start.images
 
 
-def open_ends(data: Any, source: Any, held_out: Any, image: ImageConfig | None) -> Ends:
+def open_ends(data: Any, source: Any, held_out: Any, image: ImageConfig | None, dataset: Any = None) -> Ends:
     """What a config names: pictures or points at both ends, or Gaussian noise as the source. A held-out share is held out
-    of both."""
+    of both. A `dataset` that was handed in from Python takes the place of `data`."""
     share = held_out if isinstance(held_out, float | int) else 0.0
-    opened = open_end(data, held_out, image)
+    opened = open_end(data, held_out, image) if dataset is None else _given_end(dataset, held_out, image)
     if isinstance(source, GaussianSource):
         return Ends(opened, None)
     try:

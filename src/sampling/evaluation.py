@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import metrics, pictures
 from ..config import UserError, dump, parse_json, read_json, validate, write_whole
 from ..data import ImageConfig, PictureSet
+from ..data.names import shown as shown_name
 from ..losses import Perceptual, PerceptualConfig
 from ..metrics import distances
 from ..metrics.distances import Array
@@ -25,12 +26,15 @@ from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
 from ..packages import ask_for
 from ..progress import within
+from ..training.looks import only_looked_at
 from ..training.stream import to_network
+from ..vision import is_finite
 from .autoencoder import open_autoencoder
 from .blocks import Ranks, claim_request, in_blocks
 from .classifier import OpenedClassifier
 from .edit import files_of
 from .ends import Starts
+from .folders import run_name
 from .opened import Opened
 from .quality import (
     BLOCK,
@@ -155,7 +159,7 @@ def _check_run(opened: Opened, data: PictureSet, count: int) -> None:
         )
     check_count(count, "samples (--num-samples)")
     check_count(len(data), "real pictures")
-    opened.check_classes(data.class_names)
+    opened.check_classes(data)
     if not data.class_names:
         opened.no_class()
 
@@ -173,7 +177,9 @@ def evaluate_run(
     """Samples drawn on the way against `data` (`told` says what pictures those are); with `held_out`, which the run did not see
     while it saw `data`, also whether they are copies. A sheet, nearest.png, shows the pictures that samples are nearest to."""
     _check_run(opened, data, count)
-    out = it.folder(opened.name, "quality", _request(opened, sampler, data, count, it.seed, it.batch_size))
+    if held_out is not None:
+        opened.check_classes(held_out)
+    out = it.folder(opened.folder, "quality", _request(opened, sampler, data, count, it.seed, it.batch_size))
     labels = labels_like(data, count, opened.num_classes)
     if labels is not None:
         ask_for("reading the classes of samples", "sklearn")
@@ -232,9 +238,11 @@ def evaluate_run(
         images = [sampler.draw(it.seed, part, [labels[i] for i in part] if labels else None, **more) for part in parts]
         return pictures.to_uint8(torch.cat(images))
 
-    draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, opened.image, indices), told)
-    report.files.append(out / "nearest.png")
-    return report.write(it.ranks)
+    report.write(it.ranks)
+    with only_looked_at("nearest.png"):
+        draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, opened.image, indices), told)
+        report.files.append(out / "nearest.png")
+    return report
 
 
 def read_classes(
@@ -272,7 +280,7 @@ def read_classes(
     lines = [f"read by {name} as their class, the worst first:"]
     for k in np.argsort(np.nan_to_num(found["samples"], nan=2.0), kind="stable")[:30]:
         beside = f"   held out {found['held_out'][k]:6.1%}" if "held_out" in found else ""
-        lines.append(f"  {class_names[k]:<29}{found['samples'][k]:14.1%}{beside}")
+        lines.append(f"  {shown_name(class_names[int(k)]):<29}{found['samples'][k]:14.1%}{beside}")
     return lines
 
 
@@ -323,7 +331,7 @@ def sweep(
     ask_for("drawing sweep.png", "matplotlib")
     samplers = [opened.sampler(how, classifier) for how in settings]
     request = _request(opened, samplers[0], data, count, it.seed, it.batch_size)
-    out = it.folder(opened.name, "sweep", {**request, "settings": [dump(how) for how in settings]})
+    out = it.folder(opened.folder, "sweep", {**request, "settings": [dump(how) for how in settings]})
     swept = [key for key in dump(settings[0]) if len({json.dumps(dump(how)[key]) for how in settings}) > 1]
     labels, rows = labels_like(data, count, opened.num_classes), list[dict[str, Any]]()
     real = {network.name: real_features(network, data, opened.image, read=it.reads) for network in it.networks}
@@ -355,11 +363,13 @@ def sweep(
         report.lines += [f"  note: {note}" for note in notes[network.name]]
         best = min(rows, key=lambda row: row[network.name]["frechet"])
         report.lines.append("  best: " + ", ".join(f"{key} {_told(best[key])}" for key in columns))
-    _draw_sweep(out / "sweep.png", rows, swept, it.networks)
-    report.files.append(out / "sweep.png")
     report.figures = {"num_samples": count, "real_pictures": len(data), "of": told, "rows": rows, "notes": notes}
     report.figures["compares_with"] = {network.name: network.comparable for network in it.networks}
-    return report.write(it.ranks)
+    report.write(it.ranks)
+    with only_looked_at("sweep.png"):
+        _draw_sweep(out / "sweep.png", rows, swept, it.networks)
+        report.files.append(out / "sweep.png")
+    return report
 
 
 def _told(value: Any) -> str:
@@ -463,9 +473,11 @@ def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bo
     def draw(indices: Sequence[int]) -> NDArray[np.uint8]:
         return pixels([files[i] for i in indices]).permute(0, 2, 3, 1).numpy()
 
-    draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, image, indices), GIVEN)
-    report.files.append(out / "nearest.png")
-    return report.write(it.ranks)
+    report.write(it.ranks)
+    with only_looked_at("nearest.png"):
+        draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, image, indices), GIVEN)
+        report.files.append(out / "nearest.png")
+    return report
 
 
 # ---------------------------------------------------------------------------------------------- reconstructions
@@ -487,16 +499,28 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
         asked, perceptual = None, None
         notes.append(f"no LPIPS: {error}")
     seen_by = asked.network if asked is not None else None
-    request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "size": image.size, "lpips": seen_by}
+    request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "files": data.state, "size": image.size}
+    request["lpips"] = seen_by
     out = it.folder(settings["name"], "reconstructions", {**request, "batch_size": it.batch_size})
+    out = it.folder(run_name(run), "reconstructions", {**request, "batch_size": it.batch_size})
     own = next(autoencoder.network.parameters()).dtype
+    told_by = [place / "progress.json" for place in (Path(run), Path(run) / "final") if (place / "progress.json").exists()]
+    step = read_json(told_by[0])["step"] if told_by else 0
 
     @torch.no_grad()
     def through(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Pictures, and what comes back as a file would hold it."""
         images = to_network(torch.from_numpy(np.ascontiguousarray(_load(data, image, indices))), it.device, own)
         mean, _ = autoencoder.network.moments(images)
-        return images, to_network(pixels_of(autoencoder.network.decode(mean)).permute(0, 2, 3, 1), it.device, own)
+        drawn = autoencoder.network.decode(mean)
+        if not is_finite(drawn):
+            first = indices[int((~torch.isfinite(drawn.flatten(1)).all(1)).nonzero()[0])]
+            name = data.parts[data.which[first]].names[int(data.index[first])]
+            raise UserError(
+                f"the reconstructions of {run} (step {step}) are not finite (NaN or infinity), first of the image {name}; "
+                "measure an earlier checkpoint"
+            )
+        return images, to_network(pixels_of(drawn).permute(0, 2, 3, 1), it.device, own)
 
     @torch.no_grad()
     def make(block: range) -> dict[str, Array]:
@@ -519,8 +543,7 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
     each = in_blocks(out, len(data), BLOCK, make, it.ranks, doing="reconstructing")
-    told_by = [place / "progress.json" for place in (Path(run), Path(run) / "final") if (place / "progress.json").exists()]
-    report, found = Report(out, read_json(told_by[0])["step"] if told_by else 0), dict[str, Compared]()
+    report, found = Report(out, step), dict[str, Compared]()
     for network in it.networks:
         real = real_features(network, data, image, read=it.reads)
         if it.reads:
@@ -538,8 +561,10 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     report.lines += [f"  note: {note}" for note in notes]
     report.values |= means
     report.figures |= {**means, "real_pictures": len(data), "of": told, "notes": notes}
-    order = np.argsort(each["psnr"], kind="stable")
-    chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
-    save_sheet(out / "reconstructions.png", *through(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")
-    report.files.append(out / "reconstructions.png")
-    return report.write(it.ranks)
+    report.write(it.ranks)
+    with only_looked_at("reconstructions.png"):
+        order = np.argsort(each["psnr"], kind="stable")
+        chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
+        save_sheet(out / "reconstructions.png", *through(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")
+        report.files.append(out / "reconstructions.png")
+    return report

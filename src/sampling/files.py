@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from ..config import UserError, write_whole
 from ..diffusion import Prediction
 from ..interop.upscaling import Upscaler
 from ..progress import Progress
-from ..training.launch import start_sampling
+from ..training.looks import asked_for, only_looked_at
 from .blocks import wait_for
-from .opened import Opened, open_trained
-from .sampler import Edit, Sampler, SamplerConfig, describe
+from .opened import Opened
+from .sampler import Edit, Sampler, describe
 
 
 class Frames:
@@ -31,32 +33,44 @@ class Frames:
         self.steps = sampler.steps
         kept = min(most, self.steps)
         self.keep = {round(i * (self.steps - 1) / max(1, kept - 1)) for i in range(kept)}
-        self.images: list[Image.Image] = []
+        self.seen: list[tuple[int, pictures.Pixels, pictures.Pixels]] = []  # step, x_t, x0
 
     def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
-        if step in self.keep:
-            seen = self.sampler.pictures
-            self._add(seen(x_t[self.chosen]), seen(prediction.x0[self.chosen]), step)
+        if step in self.keep and self.chosen:
+            shown = self.sampler.pictures
+            self._add(step, shown(x_t[self.chosen]), shown(prediction.x0[self.chosen]))
 
     def finish(self, images: Tensor) -> None:
         """The last frame: the pictures of the batch as they came out."""
-        self._add(images[self.chosen], images[self.chosen], self.steps)
+        if self.chosen:
+            self._add(self.steps, images[self.chosen], images[self.chosen])
 
-    def _add(self, x_t: Tensor, x0: Tensor, step: int) -> None:
-        def sheet(images: Tensor, title: str) -> Image.Image:
-            return pictures.grid(pictures.to_uint8(images), columns=columns_for(len(self.chosen)), title=title)
+    def _add(self, step: int, x_t: Tensor, x0: Tensor) -> None:
+        self.seen.append((step, pictures.to_uint8(x_t), pictures.to_uint8(x0)))
 
-        done = f"step {step} of {self.steps}"
-        self.images.append(pictures.beside(sheet(x_t, f"x_t, {done}"), sheet(x0, f"estimate of x_0 {self.note}")))
+    @classmethod
+    def joined(cls, sampler: Sampler, parts: Sequence[Sequence[Any]], note: str) -> "Frames":
+        """What several have `seen`, which went the same steps, one after the other on each frame."""
+        frames = cls([], sampler, note=note)
+        for same in zip(*parts, strict=True):
+            step, x_t, x0 = zip(*same, strict=True)
+            frames.seen.append((step[0], np.concatenate(x_t), np.concatenate(x0)))
+        return frames
+
+    def _sheet(self, step: int, x_t: pictures.Pixels, x0: pictures.Pixels) -> Image.Image:
+        done = f"step {step:0{len(str(self.steps))}d} of {self.steps}"  # as long on every frame: they have one size
+        columns = columns_for(len(x_t))
+        titles = f"x_t, {done}", f"estimate of x_0 {self.note}"
+        return pictures.beside(*(pictures.grid(x, columns=columns, title=t) for x, t in zip((x_t, x0), titles, strict=True)))
 
     def write(self, folder: Path, stem: str, ending: str, out: Path, *, fps: int) -> str:
         """The frames as numbered files in the new folder, and the GIF; gives the command that makes it again."""
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"{stem}_*{ending}"):
             old.unlink()
-        paths = [folder / f"{stem}_{i:03d}{ending}" for i in range(len(self.images))]
-        for path, image in zip(paths, self.images, strict=True):
-            pictures.save(image, path)
+        paths = [folder / f"{stem}_{i:03d}{ending}" for i in range(len(self.seen))]
+        for path, seen in zip(paths, self.seen, strict=True):
+            pictures.save(self._sheet(*seen), path)
         return pictures.gif(paths, folder / f"{stem}_%03d{ending}", out, fps=fps)
 
 
@@ -87,6 +101,17 @@ def claim(
             part.unlink()
         write_whole(out / "metadata.json", (json.dumps({**request, **(more or {})}, indent=1) + "\n").encode())
     barrier()
+
+
+@contextmanager
+def nothing_left(out: Path, rank: int = 0) -> Iterator[None]:
+    """Where drawing into `out` ends in a UserError before a single image was written, the folder is not left behind."""
+    try:
+        yield
+    except UserError:
+        if rank == 0 and out.is_dir() and {path.name for path in out.rglob("*") if path.is_file()} <= {"metadata.json"}:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def columns_for(count: int, num_blocks: int = 1) -> int:
@@ -141,6 +166,7 @@ def write_samples(
     large = [out / "upscaled" / path.name for path in paths]
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     mine = batches[rank::world]
+    way: Frames | None = None
     gif_wanted = frames and rank == 0 and not (out / "denoising.gif").exists()
     with Progress("sampling", sum(map(len, mine)) * (world if rank == 0 else 1), shown=rank == 0) as bar:
         for batch in mine:
@@ -160,23 +186,32 @@ def write_samples(
                             pictures.save(pictures.to_image(pixels), files[i])
                 if watched is not None:
                     watched.finish(x)
-                    watched.write(out / "frames", "frame", ".png", out / "denoising.gif", fps=12)
+                    way = watched
             bar.update(len(batch) * (world if rank == 0 else 1))
     barrier()
     if rank == 0:
         wait_for(paths)
-        shown = min(count, 256)
-        blocks = len(set(labels)) if labels is not None and list(labels) == sorted(labels, key=labels.index) else 1
-        array = np.stack(
-            [np.asarray(Image.open(path)).reshape(opened.image.size, opened.image.size, -1) for path in paths[:shown]]
-        )
-        names = [class_names[label] for label in labels[:shown]] if labels is not None else None
-        pictures.save(pictures.grid(array, columns=columns_for(shown, blocks), labels=names), out / "grid.png")
-        if sampler.source is not None:
-            _draw_ways(sampler, seed, paths[:32], out / "ways.png")
         if npz:
-            _write_npz(paths, labels, out)
+            with asked_for(out / "samples_*.npz"):
+                _write_npz(paths, labels, out)
+        names = [class_names[label] for label in labels] if labels is not None else None
+        with only_looked_at("grid.png"):
+            _draw_grid(paths[:256], names, opened.image.size, out / "grid.png")
+        if sampler.source is not None:
+            with only_looked_at("ways.png"):
+                _draw_ways(sampler, seed, paths[:32], out / "ways.png")
+        if way is not None:  # the last of all: where it fails, the rest is there
+            with asked_for(out / "denoising.gif"):
+                way.write(out / "frames", "frame", ".png", out / "denoising.gif", fps=12)
     return paths
+
+
+def _draw_grid(paths: Sequence[Path], names: Sequence[str] | None, size: int, out: Path) -> None:
+    """Samples on one sheet; where classes stand in equal blocks, a row for each."""
+    shown = names[: len(paths)] if names is not None else None
+    blocks = len(set(names)) if names is not None and list(names) == sorted(names, key=names.index) else 1
+    array = np.stack([np.asarray(Image.open(path)).reshape(size, size, -1) for path in paths])
+    pictures.save(pictures.grid(array, columns=columns_for(len(paths), blocks), labels=shown), out)
 
 
 @torch.no_grad()
@@ -210,35 +245,3 @@ def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -
         staged.replace(out / f"samples_{'x'.join(map(str, shape))}.npz")
     finally:
         staged.unlink(missing_ok=True)
-
-
-def sample_checkpoints(files: Sequence[str], out: Path, *, asked: bool = True) -> int:
-    """16 pictures from each run, checkpoint or export, all from the same noise: grid, numbered frames and GIF in `out`."""
-    if not asked:
-        raise UserError("--ckpt is for sampling: add --ckpt_sampling; a run goes on by itself when started again")
-    if not files:
-        raise UserError("--ckpt_sampling needs at least one --ckpt FILE: a run, a checkpoint, or an export")
-    state, device = start_sampling()
-    if not state.is_main_process:
-        return 0
-    opened = [open_trained(file, device) for file in files]  # a mistake in the last is told before the first is drawn
-    if any(run.low_resolution is not None for run in opened):
-        raise UserError("an upsampler draws from other pictures: python sample.py RUN --low PICTURES")
-    for file, run in zip(files, opened, strict=True):
-        sampler = run.sampler(SamplerConfig())
-        suffix = "" if len(files) == 1 else f"_{opened.index(run) + 1}_{run.name}_{run.step}"
-        frames = Frames(range(16), sampler, note=run.name)
-        labels = None if run.num_classes is None else [i * run.num_classes // 16 for i in range(16)]
-        with Progress(f"sampling {run.name}", sampler.steps, unit="steps") as bar:
-
-            def watch(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
-                frames(step, t, x_t, prediction)  # noqa: B023
-                bar.update()
-
-            x = sampler.draw(0, range(16), labels, device=device, callback=watch)
-        frames.finish(x)
-        captions = [run.class_names[label] for label in labels] if labels is not None else None
-        pictures.save(pictures.grid(pictures.to_uint8(x), columns=4, labels=captions), out / f"grid{suffix}.png")
-        command = frames.write(out / f"denoised{suffix}", "denoised", ".jpg", out / f"denoised{suffix}.gif", fps=5)
-        print(f"{file}: {out}/grid{suffix}.png, {out}/denoised{suffix}.gif; the GIF again:\n  {command}")
-    return 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,19 @@ from torch import Tensor
 
 from ..config import UserError, read_json
 from ..training.checkpoint import damage, newest, read_tensors
+from ..vision import check_finite
+
+
+def run_name(path: str | Path) -> str:
+    """What a run is called by what was given of it: the name of its directory, also for its checkpoints, its final folder and
+    its averages; of an export the name of the file."""
+    place = Path(path).resolve()
+    if place.is_file():
+        return place.stem
+    if place.name == "final" or re.fullmatch(r"\.?step_\d+.*|width_[\d.]+", place.name):
+        inside = place.parent.parent if place.parent.name in ("checkpoints", "ema") else place.parent
+        return inside.name or place.name
+    return place.name
 
 
 class Weights(NamedTuple):
@@ -54,6 +68,7 @@ def read_weights(path: Path) -> Weights:
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
+        check_finite(weights, path)
     elif path.is_dir():
         folder = _find(path)
         weights = read_tensors(folder, "ema")

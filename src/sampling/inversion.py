@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import pictures
 from ..config import write_whole
 from ..progress import track
+from ..training.looks import only_looked_at
 from .edit import as_seen
 from .files import claim
 from .opened import Opened
@@ -56,10 +57,10 @@ def write_inversions(
     np.save(content, np.concatenate(sources))
     write_whole(out / "sources.npy", content.getbuffer())
     title = f"picture, source, and back again with {sampler.calls()} network calls each way"
-    pictures.save(
-        pictures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title), out / "inversion.png"
-    )
     write_whole(out / "inversion.json", (json.dumps({"mean": mean, "pictures": told}, indent=1) + "\n").encode())
+    with only_looked_at("inversion.png"):
+        sheet = pictures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title)
+        pictures.save(sheet, out / "inversion.png")
     return mean
 
 

@@ -1,39 +1,48 @@
 """Encode a data set once: all ranks, a block of pictures at a time, going on where a kill left it."""
 
-import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import UserError
+from ..config import UserError, read_json, write_whole
 from ..data import ImageConfig, PictureSet
 from ..data.latents import (
     BLOCK,
+    FILES,
     LatentSet,
     Moments,
     block_path,
     blocks_of,
     cache_sums,
     open_latents,
+    same_latents,
     statistics,
     sums_of,
     write_block,
 )
-from ..progress import Progress, within
+from ..data.transforms import DECODER
+from ..locks import take_lock
+from ..progress import Progress, track, within
 from ..training.stream import to_network
 from ..training.trials import Attempt
+from ..vision import is_finite
 from .autoencoder import Autoencoder, LatentCodec
 from .preview import Examples
+
+CONTENT = "content"  # what a block's .json has besides its sums: the hash of the files that it is of
+DOUBTED = 512  # images at most that are encoded once more to look whether a cache is still theirs
 
 
 class Latents:
@@ -107,7 +116,7 @@ def _encode(
 
     found = []
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
-        for pixels in pool.map(load, starts):
+        for start, pixels in zip(starts, pool.map(load, starts), strict=True):
             count = len(pixels)
             padded = torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)])
             images = to_network(padded, device)
@@ -115,9 +124,23 @@ def _encode(
             for side in (images, images.flip(3)) if flip else (images,):
                 mean, logvar = autoencoder.network.moments(side)
                 sides.append(torch.stack([mean, torch.full_like(mean, -30.0) if logvar is None else logvar], dim=1))
-            found.append(torch.stack(sides, dim=1)[:count].float().cpu().numpy())
+            moments = torch.stack(sides, dim=1)[:count].float().cpu()
+            found.append(_finite(moments, autoencoder, pictures, indices[start:]).numpy())
             within(count)
     return np.concatenate(found)
+
+
+def _finite(moments: Tensor, autoencoder: Autoencoder, pictures: PictureSet, indices: Sequence[int]) -> Tensor:
+    """The moments (n, ...) of the images `indices`; a UserError that names the first image whose moments are not finite."""
+    if is_finite(moments):
+        return moments
+    each = torch.isfinite(moments.flatten(1)).all(1)
+    where = indices[int((~each).nonzero()[0])]
+    name = pictures.parts[pictures.which[where]].names[int(pictures.index[where])]
+    raise UserError(
+        f"the latents of the autoencoder {autoencoder.path} are not finite (NaN or infinity), first of the image {name}, and "
+        "no latent cache was kept; use another autoencoder, or an earlier checkpoint of this one"
+    )
 
 
 def encode_latents(
@@ -141,15 +164,82 @@ def encode_latents(
 
     def encode(staged: Path, split: str, number: int, indices: Sequence[int]) -> None:
         flip = image.flip and split == "train"
+        content = sets[split].contents(indices)  # before they are decoded: what is overwritten between is found out
         moments = _encode(autoencoder, sets[split], image, indices, flip, batch_size, workers)
-        write_block(staged, split, number, moments, sums_of(moments))
+        write_block(staged, split, number, moments, {**sums_of(moments), CONTENT: content})
 
     def finish(staged: Path) -> dict[str, Any]:
         return _statistics(autoencoder, cache_sums(staged, len(train_set)))
 
     counts = {split: len(pictures) for split, pictures in sets.items()}
     ranks = {"rank": rank, "world": world, "barrier": barrier}
-    make_cache(folder, contract, counts, encode, finish, name="latent cache", doing="encoding latents", **ranks)
+    more = {FILES: files_of(sets)}
+    make_cache(folder, contract, counts, encode, finish, name="latent cache", doing="encoding latents", more=more, **ranks)
+
+
+def files_of(sets: Mapping[str, PictureSet]) -> dict[str, Any]:
+    """What a cache remembers of the files that it is made of, besides its contract."""
+    return {"decoder": DECODER, "state": {split: pictures.state for split, pictures in sets.items()}}
+
+
+def check_files(
+    folder: Path,
+    manifest: dict[str, Any],
+    sets: Mapping[str, PictureSet],
+    latents: Mapping[str, LatentSet],
+    encode: Callable[[str, Sequence[int]], Moments],
+    *,
+    goes_on: bool,
+    writes: bool,
+) -> None:
+    """Refuse a whole cache whose files have another content now, though the same names and sizes, or are decoded otherwise.
+
+    The times of the files say whether to look: where they changed, the contents are compared. A cache that does not know them,
+    from before they were remembered, is held against a part of the files that changed after it was made, encoded once more.
+    A run that `goes_on` with this cache keeps it where only the decoder changed.
+    """
+    files = manifest.get(FILES, {})
+    decoder = files.get("decoder", 1)
+    changed = {split: pictures for split, pictures in sets.items() if pictures.decoder > decoder}
+    if changed and not goes_on:
+        count = sum(int((pictures.decoders > decoder).sum()) for pictures in changed.values())
+        raise UserError(
+            f"the latent cache {folder} was made by an earlier version of the decoder, and {count} of its images look "
+            "different now (colour profiles, deep grey); remove it, or give another `latents`"
+        )
+    if changed and writes:
+        print(f"the latent cache {folder} is of an earlier version of the decoder; the run goes on with it", flush=True)
+    now = files_of(sets)
+    if files and all(files["state"].get(split) == state for split, state in now["state"].items()):
+        return
+    made = (folder / "manifest.json").stat().st_mtime_ns
+    for split, pictures in sets.items():
+        if files:
+            blocks = track(list(blocks_of(len(pictures), 0, 1)), "comparing images with the latent cache", unit="blocks")
+            same = all(_content(folder, split, number) == pictures.contents(indices) for number, indices in blocks)
+        else:
+            later = np.flatnonzero((pictures.times > made) & (pictures.decoders <= decoder))
+            later = later[np.arange(min(len(later), DOUBTED)) * len(later) // max(1, min(len(later), DOUBTED))]
+            same = len(later) == 0 or _agree(latents[split], encode(split, later.tolist()), later)
+        if not same:
+            raise UserError(
+                f"the latent cache {folder} was made of other pictures (files of the same names and sizes have another content "
+                "now); remove it, or give another `latents`"
+            )
+    if files and writes:
+        with suppress(OSError):  # a cache that cannot be written costs time, not the run
+            document = {**manifest, FILES: {**files, "state": now["state"]}}
+            write_whole(folder / "manifest.json", json.dumps(document, indent=1).encode())
+
+
+def _content(folder: Path, split: str, number: int) -> Any:
+    return read_json(block_path(folder, split, number).with_suffix(".json")).get(CONTENT)
+
+
+def _agree(latents: LatentSet, again: Moments, indices: NDArray[np.int64]) -> bool:
+    """Whether images encoded once more have the means that are kept, to what another device or precision may change."""
+    kept = latents.moments(indices, np.zeros(len(indices), dtype=bool))[:, 0].float().cpu().numpy()
+    return bool(np.abs(kept - again[:, 0, 0]).mean((1, 2, 3)).max() <= 0.05 * max(float(kept.std()), 1e-6))
 
 
 def make_cache(
@@ -164,10 +254,12 @@ def make_cache(
     rank: int,
     world: int,
     barrier: Callable[[], None],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Make a cache of blocks on all ranks: `make(folder, split, number, indices)` writes one, whole, its .json last;
-    manifest.json has the contract, the counts and what `finish` adds. Staged in FOLDER.partial: after a kill the same call
-    goes on."""
+    manifest.json has the contract, the counts, what `finish` adds and `more`. Staged in FOLDER.partial: after a kill the same
+    call goes on, where contract and `more` are the same."""
+    request = {**contract, **(more or {})}
     staged = folder.with_name(folder.name + ".partial")
     barrier()  # all have seen that it is not there before anybody writes
     claim = None
@@ -175,23 +267,29 @@ def make_cache(
         claim = _claim(folder, name)
         if folder.exists():
             raise UserError(f"the {name} {folder} was made by another process meanwhile; run the same command again")
-        request = staged / "request.json"
-        if not request.exists() or json.loads(request.read_text()) != contract:
+        told = staged / "request.json"
+        if not told.exists() or json.loads(told.read_text()) != request:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-            request.write_text(json.dumps(contract))
+            told.write_text(json.dumps(request))
     barrier()
     total = sum(counts.values())
     with Progress(doing, total, shown=rank == 0, processes=world) as bar:
         for split, count in counts.items():
             for number, indices in blocks_of(count, rank, world):
                 if not block_path(staged, split, number).with_suffix(".json").exists():
-                    make(staged, split, number, indices)
+                    try:
+                        make(staged, split, number, indices)
+                    except UserError:  # no later call can go on from here
+                        shutil.rmtree(staged, ignore_errors=True)
+                        if claim is not None:
+                            claim.close()
+                        raise
                 bar.update(min(total - bar.done, len(indices) * world))
     barrier()
     if claim is not None:
         part = staged / "manifest.part"
-        part.write_text(json.dumps({**contract, "counts": counts, **finish(staged)}, indent=1))
+        part.write_text(json.dumps({**request, "counts": counts, **finish(staged)}, indent=1))
         part.replace(staged / "manifest.json")
         (staged / "request.json").unlink()
         staged.replace(folder)
@@ -203,11 +301,9 @@ def _claim(folder: Path, name: str) -> IO[str]:
     """Refuse a cache that another process is making; the kernel drops the claim when it dies."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not take_lock(lock):
         lock.close()
-        raise UserError(f"the {name} {folder} is being made by another process; wait for it") from None
+        raise UserError(f"the {name} {folder} is being made by another process; wait for it")
     return lock
 
 
@@ -233,9 +329,10 @@ def latents_of(
     batch_size: int,
     workers: int = 4,
     attempt: Attempt | None = None,
+    run_dir: Path | None = None,
 ) -> Latents:
     """The latents in the cache `folder`, which is made if it is missing; on the device where they fit. A cache of something
-    else is a UserError.
+    else is a UserError. `run_dir` is where the run that learns from them may have begun before.
 
     In a trial nothing is written: where there is no cache, the first latents stand for all.
     """
@@ -263,6 +360,24 @@ def latents_of(
             barrier=processes.wait_for_everyone,
         )
     manifest, sets = open_latents(folder, contract, counts, device)
+    facts = {key: value for key, value in manifest.items() if key not in ("counts", FILES)}
+    if processes.is_main_process:
+        pictures = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
+
+        def encode(split: str, indices: Sequence[int]) -> Moments:
+            return _encode(autoencoder, pictures[split], image, indices, False, batch_size, workers)
+
+        writes = attempt is None or not attempt.trial
+        check_files(folder, manifest, pictures, sets, encode, goes_on=_goes_on(run_dir, facts), writes=writes)
+    processes.wait_for_everyone()
     for latents in sets.values():
         latents.settle()
-    return Latents(autoencoder, {key: value for key, value in manifest.items() if key != "counts"}, sets)
+    return Latents(autoencoder, facts, sets)
+
+
+def _goes_on(run_dir: Path | None, facts: Mapping[str, Any]) -> bool:
+    """Whether the run in `run_dir` began with these latents."""
+    if run_dir is None or not (run_dir / "data.json").exists():
+        return False
+    known = read_json(run_dir / "data.json")
+    return any(same_latents(end.get("latents"), facts) for end in (known, known.get("source") or {}))

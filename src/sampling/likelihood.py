@@ -15,6 +15,8 @@ from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..packages import ask_for
 from ..progress import within
+from ..training.looks import only_looked_at
+from ..vision import is_finite
 from .blocks import Ranks, claim_request, in_blocks
 from .opened import Opened
 from .preview import pictures_of
@@ -31,7 +33,7 @@ def _check(opened: Opened, data: PictureSet) -> None:
         raise UserError(f"{opened.path} is on the blend: it has no chain of steps, so no bits per dimension")
     if opened.low_resolution is not None:
         raise UserError(f"{opened.path} is an upsampler: what it draws depends on another picture, which the data has not")
-    opened.check_classes(data.class_names)
+    opened.check_classes(data)
     if opened.num_classes is not None and not opened.null_class and bool((data.labels < 0).any()):
         raise UserError(f"{opened.path} has no null class, and some pictures have no class")
 
@@ -58,7 +60,14 @@ def _measure(opened: Opened, data: PictureSet, block: range, times: Tensor, batc
             )
         )
         within(len(indices))
-    return {key: torch.cat([getattr(part, key) for part in found]).cpu().double().numpy() for key in KEYS}
+    values = {key: torch.cat([getattr(part, key) for part in found]).cpu().double() for key in KEYS}
+    bad = [key for key, value in values.items() if not is_finite(value)]
+    if bad:
+        raise UserError(
+            f"the likelihood of {opened.origin} is not finite (NaN or infinity: {', '.join(bad)}) for images {block.start} to "
+            f"{block.stop - 1}; measure an earlier checkpoint"
+        )
+    return {key: value.numpy() for key, value in values.items()}
 
 
 def measure_likelihood(
@@ -82,6 +91,7 @@ def measure_likelihood(
     request = {
         "weights": opened.digest,
         "pictures": data.fingerprint,
+        "files": data.state,
         "count": len(data),
         "times": times.tolist(),
         "batch_size": batch_size,
@@ -113,5 +123,6 @@ def measure_likelihood(
         t = means["steps"]
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": {"eps": (t, means["eps_mse"])}}
         panels["mean squared error"]["x_0"] = (t, means["x0_mse"])
-        pictures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
+        with only_looked_at("likelihood.png"):
+            pictures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
     return means

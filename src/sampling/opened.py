@@ -1,6 +1,7 @@
 """Open what was trained: a run directory, a checkpoint, a final folder, or an export."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import UserError, config, validate
-from ..data import ImageConfig, SourceEnd
+from ..config import UserError, config, quoted, validate
+from ..data import ImageConfig, PictureSet, SourceEnd
+from ..data.names import few, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import MLP, MLPConfig, UNet, UNetConfig
 from ..models.layers import channels_last
@@ -18,7 +20,7 @@ from ..training.checkpoint import load_weights
 from .autoencoder import LatentCodec, kept_autoencoder
 from .classifier import OpenedClassifier
 from .ends import EncodedEnd, End, latent_bounds, open_end
-from .folders import read_weights
+from .folders import read_weights, run_name
 from .sampler import Bound, Sampler, SamplerConfig, Start
 
 GAUSSIAN = {"source": "gaussian"}
@@ -53,6 +55,17 @@ class Run:
         return self.config["name"]
 
     @property
+    def folder(self) -> str:
+        """The name of the folder that its samples and figures go to by default: that of its directory, since two runs may be of
+        one config."""
+        return run_name(self.path)
+
+    @property
+    def origin(self) -> str:
+        """Whose weights these are, in words."""
+        return f"{self.path} (step {self.step})"
+
+    @property
     def gaussian(self) -> bool:
         """Whether sampling starts from standard normal noise."""
         return self.config.get("source", GAUSSIAN) == GAUSSIAN
@@ -77,13 +90,17 @@ class Run:
             raise UserError(f"{self.path} never learned to go without a class: give --classes, or train with label_dropout")
         return self.num_classes
 
-    def check_classes(self, names: Sequence[str]) -> None:
-        """A UserError where data has classes, and other ones than this run."""
-        if self.num_classes is not None and tuple(names) not in ((), self.class_names):
+    def check_classes(self, data: PictureSet) -> None:
+        """Give the data's labels the numbers that the classes have in this run; a UserError where it has other classes."""
+        names = data.class_names
+        if self.num_classes is None or not names or same_names(names, self.class_names):
+            return
+        if {normal_form(name) for name in names} != {normal_form(name) for name in self.class_names}:
             raise UserError(
                 f"the data has other classes ({few(names)}) than {self.path} ({few(self.class_names)}); give class subfolders "
                 "of those names, or, where it was imported, import it with --class-names"
             )
+        data.rename_classes(self.class_names)
 
     def _end(self, spec: Any, held_out: float) -> End:
         """The source, of 2-D points."""
@@ -101,6 +118,7 @@ class Run:
             clip_x0=None,
             guidable=self.config["label_dropout"] > 0,
             source=source or self.starts(),
+            origin=self.origin,
         )
 
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
@@ -109,15 +127,7 @@ class Run:
         names = self.class_names if self.num_classes is not None else tuple(class_names)
         if not names:
             raise UserError(f"{self.path} was trained without classes; leave --classes out")
-        known = {name: i for i, name in enumerate(names)}
-        chosen = []
-        for word in text.split("/"):
-            if word in known:
-                chosen.append(known[word])
-            elif word.isdecimal() and word.isascii() and int(word) < len(known):
-                chosen.append(int(word))
-            else:
-                raise UserError(f"class {word!r} is not known; the classes are: {few(names, 40)}")
+        chosen = parse_classes(text, names)
         if count % len(chosen):
             near = sorted({count // len(chosen) * len(chosen), -(-count // len(chosen)) * len(chosen)} - {0})
             raise UserError(
@@ -168,6 +178,7 @@ class Opened(Run):
             bounds=self.bounds,
             classifier=classifier,
             source=source or self.starts(),
+            origin=self.origin,
         )
 
     def _check(self, classifier: OpenedClassifier) -> None:
@@ -180,16 +191,20 @@ class Opened(Run):
                 f"the classifier {classifier.path} sees {its[1]} px in {its[0]} channel(s), {self.path} draws {mine[1]} px in "
                 f"{mine[0]}; train one with the same image"
             )
-        if self.num_classes is not None and self.class_names != classifier.class_names:
+        if self.num_classes is not None and not same_names(self.class_names, classifier.class_names):
             raise UserError(
                 f"the classifier {classifier.path} knows other classes ({few(classifier.class_names)}) than {self.path} "
                 f"({few(self.class_names)})"
             )
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def dealt(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:
+    """The least number of images from `count` on that can be dealt to the classes A/B/C in equal blocks. Without the
+    `class_names`, which a name with a slash in it needs, each slash divides two classes."""
+    if classes is None:
+        return count
+    each = len(parse_classes(classes, class_names)) if class_names else len(re.split(r"(?<!\\)/", classes))
+    return -(-count // each) * each
 
 
 def sampler_of(
@@ -205,8 +220,10 @@ def sampler_of(
     bounds: tuple[Bound, Bound] = (-1.0, 1.0),
     classifier: OpenedClassifier | None = None,
     source: Start | None = None,
+    origin: str | None = None,
 ) -> Sampler:
-    """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`."""
+    """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`. `origin` is
+    whose network it is, where what it draws must be finite."""
     return Sampler(
         network,
         process,
@@ -218,6 +235,7 @@ def sampler_of(
         codec=codec,
         classifier=classifier,
         source=source,
+        origin=origin,
     )
 
 
@@ -285,8 +303,13 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     found = open_run(name, torch.device("cpu"))
     weights, key = found.network.state_dict(), "label_embedding.weight"
     own = networks[0].state_dict()
-    same = found.class_names == tuple(class_names) and key in weights
     told = f"starting from the weights of {name} (step {found.step})"
+    number = {normal_form(name): i for i, name in enumerate(found.class_names)}
+    as_they_stand = same_names(found.class_names, class_names)
+    same = key in weights and (as_they_stand or sorted(number) == sorted(map(normal_form, class_names)))
+    if same and not as_they_stand:  # in another order, as names in another spelling may be
+        order = [number[normal_form(name)] for name in class_names]
+        weights[key] = torch.cat([weights[key][order], weights[key][len(order) :]])
     if same and key in own and len(weights[key]) < len(own[key]):  # it never learned to go without a label
         weights[key] = torch.cat([weights[key], weights[key].mean(0, keepdim=True)])
         told += "; its null class is new, the mean of the others"
@@ -302,21 +325,27 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     return told
 
 
-def open_trained(path: str | Path, device: torch.device) -> Opened:
+def open_trained(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Opened:
     """Open a run of pictures, a checkpoint, a final folder or a `.pt` export with its EMA weights on the device.
 
-    A UserError says what is missing, damaged, of another architecture or of 2-D points.
+    Those of a run of the caller's own network are put into `network`, built as it was for training. A UserError says what is
+    missing, damaged, of another architecture or of 2-D points.
     """
-    found = open_run(path, device)
+    found = open_run(path, device, network)
     if not isinstance(found, Opened):
-        raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {path} draws them")
+        raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {quoted(path)} draws them")
     return found
 
 
-def open_run(path: str | Path, device: torch.device) -> Run:
+def open_run(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Run:
     """The same of a run of pictures or of 2-D points."""
-    path = Path(path)
+    path, given = Path(path), network
     folder, weights, config, data, step, digest = read_weights(path)
+    if given is None and data.get("network") == "python":
+        raise UserError(
+            f"{path} trained a network that was handed in from Python, which no config builds: open it from Python, with "
+            "open_run(path, device, network=...)"
+        )
     if "classifier" in config:
         raise UserError(f"{path} is a classifier, which draws nothing by itself: give a diffusion run, and --classifier {path}")
     if "stages" in config:
@@ -330,7 +359,7 @@ def open_run(path: str | Path, device: torch.device) -> Run:
     found |= {"facts": data, "step": step}
     if config["image"] is None:
         model = validate(MLPConfig, config["model"], origin=f"{path}: model")
-        network, shape = MLP(model, num_classes=num_classes), (2,)
+        network, shape = given or MLP(model, num_classes=num_classes), (2,)
     else:
         image = validate(ImageConfig, config["image"], origin=f"{path}: image")
         shape, latent = (image.channels, image.size, image.size), {}
@@ -344,7 +373,7 @@ def open_run(path: str | Path, device: torch.device) -> Run:
                 "codec": LatentCodec(autoencoder.network, facts["mean"], facts["std"]),
                 "bounds": latent_bounds(facts, device),
             }
-        network = build_unet(
+        network = given or build_unet(
             validate(UNetConfig, config["model"], origin=f"{path}: model"),
             shape,
             num_classes,

@@ -16,13 +16,16 @@ from pydantic import Discriminator, Tag
 from torch import Tensor
 
 from ..config import UserError, config, dump, kind_of, read_json, wrong
-from ..data.latents import BLOCK, LatentSet, block_path, open_blocks, write_block
+from ..data import PictureSet
+from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, write_block
+from ..data.names import same_names
+from ..data.transforms import DECODER
 from ..diffusion import DETERMINISTIC
 from ..progress import within
 from ..training.stream import MicroBatch, Order, Split, positions_of
 from ..training.trials import Attempt
 from .ends import Ends
-from .latents import make_cache
+from .latents import CONTENT, make_cache
 from .opened import open_run
 from .preview import Examples
 from .sampler import Sampler, SamplerConfig, random_labels
@@ -84,7 +87,8 @@ class PairEnds(Ends):
         if run.shape != self.shape:
             sizes = [" x ".join(map(str, shape)) for shape in (run.shape, self.shape)]
             raise UserError(f"pairs.run {spec.run} makes {sizes[0]}, and this run sees {sizes[1]}; name a run of the same data")
-        if num_classes is not None and (run.num_classes is None or run.class_names != tuple(ends.data.train.class_names)):
+        same = same_names(run.class_names, ends.data.train.class_names)
+        if num_classes is not None and (run.num_classes is None or not same):
             raise UserError(f"pairs.run {spec.run} has other classes; name another run, or set class_conditional to false")
         if run.gaussian != (ends.source is None):
             raise UserError(f"pairs.run {spec.run} starts from another source; give both runs the same")
@@ -116,14 +120,28 @@ class PairEnds(Ends):
             attempt.ahead((time.monotonic() - began) * (repeats / accelerator.num_processes - 1))
             self._pairs, self._labels = LatentSet([values] * repeats, accelerator.device), np.tile(labels, repeats)
             return
+        files = ends.source.train if ends.source is not None and isinstance(ends.source.train, PictureSet) else None
         if not folder.exists():
+            more = (
+                {FILES: {"decoder": DECODER, "state": files.state, CONTENT: files.contents(range(len(files)))}}
+                if files is not None
+                else {}
+            )
             ranks: dict[str, Any] = {"rank": accelerator.process_index, "world": accelerator.num_processes}
             ranks["barrier"] = accelerator.wait_for_everyone
             words = {"name": "folder of pairs", "doing": "making pairs"}
-            make_cache(folder, self._contract, {"pairs": count}, write, lambda _: {}, **words, **ranks)
+            make_cache(folder, self._contract, {"pairs": count}, write, lambda _: {}, **words, **ranks, more=more)
         manifest = read_json(folder / "manifest.json")
         if any(manifest.get(key) != value for key, value in self._contract.items()):
             raise UserError(f"the folder of pairs {folder} is of something else; remove it, and it is made again")
+        if files is not None and accelerator.is_main_process:
+            known = manifest.get(FILES)
+            if known and known["state"] != files.state and known[CONTENT] != files.contents(range(len(files))):
+                raise UserError(
+                    f"the folder of pairs {folder} was made from other source images (files of the same names and sizes have "
+                    "another content now); remove it, and it is made again"
+                )
+        accelerator.wait_for_everyone()
         self._pairs = open_blocks(folder, "pairs", count, accelerator.device, "folder of pairs")
         self._pairs.settle()
         facts = [read_json(block_path(folder, "pairs", i).with_suffix(".json")) for i in range(len(self._pairs.blocks))]

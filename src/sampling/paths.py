@@ -17,7 +17,7 @@ from ..diffusion import Prediction
 from ..training.seeds import generator
 from ..training.session import Session
 from .ends import Ends
-from .preview import Examples, held_out_loss
+from .preview import Examples, held_out_loss, looked_at, preview_failed, warn_not_finite
 from .quality import QualityConfig
 from .sampler import Sampler, SamplerConfig
 
@@ -77,38 +77,33 @@ def preview_paths(
     accelerator, count, n = session.accelerator, spec.num_samples, len(class_names)
     each = math.ceil(count / accelerator.num_processes)
     mine = [i % count for i in range(accelerator.process_index * each, (accelerator.process_index + 1) * each)]
+    values: dict[str, float] = {}
     columns: list[Tensor] = []
-    straightness = torch.zeros(())
     for calls in sorted(spec.calls):
         sampler = sampler_for(SamplerConfig(solver="euler", steps=calls, guidance=spec.guidance))
         starts, reached, measured = [], [], []
-        for first in range(0, each, spec.batch_size):
-            part = mine[first : first + spec.batch_size]
-            x = sampler.start(0, part).to(accelerator.device, sampler.dtype)
-            labels = None
-            if sampler.num_classes is not None:
-                labels = torch.tensor([i * n // count % n for i in part], device=accelerator.device)
-            length = PathLength()
-            end = sampler.move(x, labels, indices=part, callback=length)
-            measured.append(length.straightness(end))
-            starts.append(sampler.pictures(x))
-            reached.append(sampler.pictures(end))
+        with looked_at(session) as look:
+            for first in range(0, each, spec.batch_size):
+                part = mine[first : first + spec.batch_size]
+                x = sampler.start(0, part).to(accelerator.device, sampler.dtype)
+                labels = None
+                if sampler.num_classes is not None:
+                    labels = torch.tensor([i * n // count % n for i in part], device=accelerator.device)
+                length = PathLength()
+                end = sampler.move(x, labels, indices=part, callback=length)
+                measured.append(length.straightness(end))
+                starts.append(sampler.pictures(x))
+                reached.append(sampler.pictures(end))
+        if preview_failed(look, session):
+            columns, values = [], {}  # straightness is along the most calls, or not known
+            break
         columns = columns or [_gathered(session, starts)[:count]]
         columns.append(_gathered(session, reached)[:count])
-        straightness = _gathered(session, measured)[:count].mean()
-    if accelerator.is_main_process:
-        words = ", ".join(map(str, sorted(spec.calls)))
-        path = session.run.samples / f"step_{session.step:08d}.png"
-        if columns[0].ndim == 2:
-            titles = ["source", *(f"{calls} network call{'s' * (calls > 1)}" for calls in sorted(spec.calls)), "data"]
-            shown = [column.cpu().numpy() for column in columns] + [_some(ends.data.examples(), count)]
-            panels = [pictures.scatter(points, title=title) for points, title in zip(shown, titles, strict=True)]
-            pictures.save(pictures.in_a_row(panels), path)
-        else:
-            rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
-            title = f"source, then after {words} network calls"
-            pictures.save(pictures.grid(pictures.to_uint8(rows), columns=len(columns), title=title), path)
-    values = {"straightness": float(straightness)}
+        warn_not_finite(columns[-1], session)
+        values["straightness"] = float(_gathered(session, measured)[:count].mean())
+    if columns and accelerator.is_main_process:
+        with looked_at(session):
+            _save_columns(columns, spec, ends, count, session.run.samples / f"step_{session.step:08d}.png")
     if (held_out := ends.held_out()) is not None:
         sampler = sampler_for(SamplerConfig())
         values |= held_out_loss(
@@ -121,6 +116,19 @@ def preview_paths(
             source=sampler.source,
         )
     return values
+
+
+def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, ends: Ends, count: int, path: Path) -> None:
+    """The sheet of the sources and of what became of them after each number of calls."""
+    if columns[0].ndim == 2:
+        titles = ["source", *(f"{calls} network call{'s' * (calls > 1)}" for calls in sorted(spec.calls)), "data"]
+        shown = [column.cpu().numpy() for column in columns] + [_some(ends.data.examples(), count)]
+        panels = [pictures.scatter(points, title=title) for points, title in zip(shown, titles, strict=True)]
+        pictures.save(pictures.in_a_row(panels), path)
+        return
+    rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
+    title = f"source, then after {', '.join(map(str, sorted(spec.calls)))} network calls"
+    pictures.save(pictures.grid(pictures.to_uint8(rows), columns=len(columns), title=title), path)
 
 
 def _gathered(session: Session, parts: list[Tensor]) -> Tensor:

@@ -64,6 +64,9 @@ def write_points(
     way = move_points(sampler, seed, count, classes, device=device).numpy()
     first, last = (pictures.scatter(way[i], title=title) for i, title in ((0, "x_0: the source"), (-1, "x_1: the data")))
     out.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.savez(content, source=way[0], data=way[-1])
+    write_whole(out / "points.npz", content.getbuffer())
     pictures.save(first, out / "x0.png")
     pictures.save(last, out / "x1.png")
     pictures.trajectories(
@@ -77,9 +80,6 @@ def write_points(
         some = classes[: len(at)] if classes is not None else None
         fields[f"alpha = {1 - t:g}"] = at, velocity(sampler, torch.from_numpy(at).to(device), t, some).numpy()
     pictures.velocity_fields(out / "velocity.png", fields)
-    content = io.BytesIO()
-    np.savez(content, source=way[0], data=way[-1])
-    write_whole(out / "points.npz", content.getbuffer())
     made = [out / name for name in ("x0.png", "x1.png", "trajectories.png", "velocity.png")]
     if not frames:
         return made

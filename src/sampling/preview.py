@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +16,14 @@ from torch import Tensor
 from .. import pictures
 from ..config import Length, config, free
 from ..data import ImageConfig, PictureSet
+from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
+from ..training.looks import Look, failed_on_any, only_looked_at
 from ..training.seeds import generator, normal
 from ..training.session import Session
 from ..training.stream import to_network
+from ..vision import is_finite
 from .quality import QualityConfig
 from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
 
@@ -56,6 +60,7 @@ def preview(
     """Draw the preview of the session's step on all ranks, and measure the loss on what is held out.
 
     The first rank writes the sheets: `step_STEP.png`, or in the folder `step_STEP` one `sample_CLASS_4x4.png` for each class.
+    A sheet that cannot be drawn does not end the run; the loss may decide which checkpoint is kept, and an error in it does.
     """
     stem = session.run.samples / f"step_{session.step:08d}"
     n, count = len(class_names), spec.num_samples
@@ -65,32 +70,62 @@ def preview(
         sheets = [(stem.with_name(f"{stem.name}.png"), labels)]
     else:
         size = f"{columns}x{-(-count // columns)}"
-        safe = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in class_names]
-        if len(set(safe)) < n:
-            safe = [f"{i}_{name}" for i, name in enumerate(safe)]
-        sheets = [(stem / f"sample_{safe[i]}_{size}.png", [i] * count) for i in range(n)]
+        sheets = [(stem / f"sample_{name}_{size}.png", [i] * count) for i, name in enumerate(file_stems(class_names))]
     for path, labels in sheets:
-        drawn = _draw(sampler, count, spec.batch_size, labels, session.accelerator)
-        if session.accelerator.is_main_process:
-            names = [class_names[label] for label in labels] if labels is not None else None
-            captions = names if spec.sheets == "one" else None
-            pictures.save(pictures.grid(pictures.to_uint8(drawn), columns=columns, labels=captions), path)
+        drawn = _draw(sampler, count, spec.batch_size, labels, session)
+        if drawn is None:
+            break
+        warn_not_finite(drawn, session)
+        with looked_at(session):
+            if session.accelerator.is_main_process:
+                names = [class_names[label] for label in labels] if labels is not None else None
+                captions = names if spec.sheets == "one" else None
+                pictures.save(pictures.grid(pictures.to_uint8(drawn), columns=columns, labels=captions), path)
     if held_out is None:
         return {}
     batch = session.split.micro
     return held_out_loss(sampler.network, sampler.process, held_out, batch, sampler.num_classes, session.accelerator)
 
 
-def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | None, accelerator: Accelerator) -> Tensor:
-    """(count, C, H, W), each rank drawing its share."""
+PREVIEW = "the preview"
+
+
+def looked_at(session: Session) -> AbstractContextManager[Look]:
+    """Around a part of a preview that may fail. With FSDP nothing is caught: the other ranks wait inside the network."""
+    if session.accelerator.is_fsdp2:
+        return nullcontext(Look())
+    return only_looked_at(PREVIEW, lambda what, reason: session.run.warn(what, reason))
+
+
+def preview_failed(look: Look, session: Session) -> bool:
+    """Whether drawing failed on any rank, the same answer on all: what was drawn is gathered by all of them or by none."""
+    return failed_on_any(look, PREVIEW, session.accelerator, lambda what, reason: session.run.warn(what, reason))
+
+
+def warn_not_finite(drawn: Tensor, session: Session) -> None:
+    """Say how many of a preview's images (N, ...) are not finite: a preview is only to be looked at, so the run goes on."""
+    if session.accelerator.is_main_process and not is_finite(drawn):
+        count = int((~torch.isfinite(drawn.flatten(1)).all(1)).sum())
+        session.run.say(
+            f"warning: step {session.step}: {count} of {len(drawn)} samples of the preview are not finite (NaN or infinity); "
+            "look at the loss: where it does not come back, start again from an earlier checkpoint or with a lower optimizer.lr"
+        )
+
+
+def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | None, session: Session) -> Tensor | None:
+    """(count, C, H, W), each rank drawing its share; None where that failed on one of them."""
+    accelerator = session.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
     each = math.ceil(count / world)
     indices = range(rank * each, (rank + 1) * each)
     drawn: list[Tensor] = []
-    for start in range(0, each, batch_size):
-        part = indices[start : start + batch_size]
-        chosen = [labels[i % count] for i in part] if labels is not None else None
-        drawn.append(sampler.draw(0, part, chosen, device=accelerator.device))
+    with looked_at(session) as look:
+        for start in range(0, each, batch_size):
+            part = indices[start : start + batch_size]
+            chosen = [labels[i % count] for i in part] if labels is not None else None
+            drawn.append(sampler.draw(0, part, chosen, device=accelerator.device))
+    if preview_failed(look, session):
+        return None
     x = accelerator.gather(torch.cat(drawn))
     assert isinstance(x, Tensor)
     return x[:count]

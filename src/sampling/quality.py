@@ -24,6 +24,7 @@ from ..metrics.features import Asked, Features, open_features
 from ..progress import Progress, within
 from ..training.launch import agree
 from ..training.trials import Attempt
+from ..vision import is_finite
 from .blocks import Ranks, in_blocks, ranks_here
 from .sampler import Sampler
 
@@ -48,9 +49,10 @@ def real_features(
     network: Features, data: PictureSet, image: ImageConfig, *, batch_size: int = 32, workers: int = 4, read: bool = True
 ) -> NDArray[np.float32]:
     """(N, dim) of all pictures, cut from the middle: each machine makes them once, on all its ranks, and keeps them with its
-    scans under a hash of pictures, size and weights. Gives them on every rank that will `read` them, (0, dim) on others."""
+    scans under a hash of pictures (the times of their files, and what decodes them, too), size and weights. Gives them on
+    every rank that will `read` them, (0, dim) on others."""
     plain = ImageConfig(size=image.size, channels=image.channels)
-    told = json.dumps([network.name, network.digest, data.fingerprint, image.size, image.channels])
+    told = json.dumps([network.name, network.digest, data.fingerprint, data.state, image.size, image.channels])
     folder = cache_folder() / "features" / hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def make(block: range) -> dict[str, Array]:
@@ -211,6 +213,7 @@ class Quality:
         self._network = network.to(accelerator.device)
         self._labels = labels_like(train_set, spec.num_samples, num_classes)
         self._real: Moments | None = None
+        self._finite = True
 
     def measure(self, sampler: Sampler, batch_size: int, say: Callable[[str], None]) -> dict[str, float]:
         """{"frechet_distance"}, lower is better; what is to be known of it is said once. A dry run draws one batch of it, and
@@ -227,11 +230,13 @@ class Quality:
             self._real = distances.moments(real)  # of none on the other ranks
             for note in flag(count, len(self._train_set), self._network.dim):
                 say(f"frechet_distance: {note}")
-        seen = list[Tensor]()
+        self._finite, seen = True, list[Tensor]()
         with Progress("drawing samples to measure", each, shown=accelerator.is_main_process, leave=False) as progress:
             for i in range(0, each, batch_size):
                 seen.append(self._draw(sampler, mine[i : i + batch_size]))
                 progress.update(batch_size)
+        if not self._finite:
+            say("warning: frechet_distance: samples are not finite (NaN or infinity), and count as grey images")
         gathered = accelerator.gather(torch.cat(seen))
         assert isinstance(gathered, Tensor)
         first = accelerator.is_main_process
@@ -243,6 +248,7 @@ class Quality:
         indices = [i % self._spec.num_samples for i in part]
         labels = [self._labels[i] for i in indices] if self._labels is not None else None
         drawn = sampler.draw(0, indices, labels, device=self._accelerator.device)
+        self._finite &= is_finite(drawn)
         return self._network(pixels_of(drawn).to(self._accelerator.device))
 
 

@@ -1,5 +1,6 @@
 """How well an autoencoder reconstructs: numbers over held-out pictures, and a sheet of them to look at."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .. import metrics, pictures
 from ..config import Length, config, free
 from ..losses import reconstruction_loss
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
+from ..training.looks import Warn, only_looked_at, warn_on_stderr
 from .preview import Examples
 
 
@@ -37,11 +39,13 @@ def reconstruct(
     *,
     batch_size: int,
     sheet: Path | None = None,
+    warn: Warn = warn_on_stderr,
 ) -> dict[str, float]:
     """l1, psnr, ssim, lpips (by the `perceptual` loss's network) and colour_drift of the examples, through the posterior's
     mean and the EMA weights; mean and standard deviation of each latent channel. All ranks share the work.
 
-    `sheet` gets, of the same examples every time, the picture, its reconstruction and their difference.
+    `sheet` gets, of the same examples every time, the picture, its reconstruction and their difference. Where it cannot be
+    drawn, `warn` is told; the numbers decide what is kept, so an error in them ends the run.
     """
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     dtype = next(network.parameters()).dtype
@@ -81,10 +85,10 @@ def reconstruct(
         mean, square = (found[f"{word} {c}"] / found[f"count {c}"] for word in ("sum", "square"))
         values |= {f"latent_mean_{c}": mean, f"latent_std_{c}": max(0.0, square - mean**2) ** 0.5}
     if sheet is not None and accelerator.is_main_process:
-        images = examples.load(spread[np.linspace(0, count - 1, min(spec.num_samples, count)).astype(np.int64)]).to(
-            device, dtype
-        )
-        save_sheet(sheet, images, _through(network, images)[0], values)
+        with only_looked_at("the preview", warn):
+            shown = spread[np.linspace(0, count - 1, min(spec.num_samples, count)).astype(np.int64)]
+            images = examples.load(shown).to(device, dtype)
+            save_sheet(sheet, images, _through(network, images)[0], values)
     return values
 
 
@@ -115,8 +119,9 @@ def save_sheet(path: Path, images: Tensor, drawn: Tensor, values: dict[str, floa
 
 
 def troubled_channels(values: dict[str, float]) -> list[str]:
-    """The latent channels that say nothing any more, and those that grow out of bounds, in words."""
-    found = []
+    """What is not finite, the latent channels that say nothing any more, and those that grow out of bounds, in words."""
+    bad = [name for name, value in values.items() if math.isnan(value) or (math.isinf(value) and name != "psnr")]
+    found = [f"the reconstructions are not finite (NaN or infinity): {', '.join(bad[:3])}; look at the loss"] if bad else []
     c = 0
     while f"latent_std_{c}" in values:
         mean, std = values[f"latent_mean_{c}"], values[f"latent_std_{c}"]

@@ -41,6 +41,7 @@ from ..diffusion.guidance import Gradient
 from ..diffusion.schedules import Spacing, like
 from ..diffusion.solvers import Callback
 from ..diffusion.variance import Transitions
+from ..vision import is_finite
 
 Bound = float | Tensor
 
@@ -192,7 +193,8 @@ class Sampler:
 
     `shape` is (C, H, W) of what the network sees (or (2,) of a point), `codec` what makes pictures of that. `source` draws what
     sampling starts from, where that is not standard normal noise. `clip_x0` are the bounds that the estimate of x_0 is held to,
-    numbers or tensors (C, 1, 1). `num_classes` is None for an unconditional network. A UserError says what does not fit.
+    numbers or tensors (C, 1, 1). `num_classes` is None for an unconditional network. A UserError says what does not fit, and,
+    where `origin` says in words whose network it is (the run and its step), that what it draws is not finite.
     """
 
     def __init__(
@@ -208,7 +210,9 @@ class Sampler:
         codec: Codec | None = None,
         classifier: Classifier | None = None,
         source: Start | None = None,
+        origin: str | None = None,
     ) -> None:
+        self.origin = origin
         if source is not None:
             _refuse_gaussian(spec)
         free = spec.guided and spec.guidance_method == "classifier_free"
@@ -295,7 +299,15 @@ class Sampler:
     @torch.no_grad()
     def pictures(self, x: Tensor) -> Tensor:
         """What the network sees (B, *shape) as pictures (B, C, H, W)."""
-        return self.codec.decode(x) if self.codec is not None else x
+        if self.codec is None:
+            return x
+        decoded = self.codec.decode(x)
+        if self.origin is not None and not is_finite(decoded) and is_finite(x):
+            raise UserError(
+                f"the autoencoder of {self.origin} makes images that are not finite (NaN or infinity) of finite latents; draw "
+                "from an earlier checkpoint, or on another device (--device)"
+            )
+        return decoded
 
     @torch.no_grad()
     def draw(
@@ -361,7 +373,20 @@ class Sampler:
             x = way.estimate(x, self.spec.stop_at, edit)
         if self.spec.double_sampling is not None:
             x = way.again(x, self.spec.double_sampling, edit)
+        self._check_finite(x, way.finite)
         return x
+
+    def _check_finite(self, x: Tensor, steps: Sequence[tuple[int, Tensor]] = ()) -> None:
+        """A UserError where what was drawn is not finite: whose network it is, and at which of the steps that began, each with
+        whether its estimate was finite."""
+        if self.origin is None or is_finite(x):
+            return
+        first = next((step for step, finite in steps if not bool(finite)), None)
+        since = f", from sampling step {first + 1} of {self.steps} on" if first is not None else ""
+        raise UserError(
+            f"the samples of {self.origin} are not finite (NaN or infinity){since}; draw from an earlier checkpoint, or with "
+            "another --solver, more --steps or less --guidance"
+        )
 
     def check_invertible(self) -> None:
         """A UserError where the solver's way cannot be gone back."""
@@ -378,7 +403,9 @@ class Sampler:
         solve, schedule = INVERTIBLE[self.spec.solver], self.process.schedule
         way = inversion_times(self.times, schedule)
         x = like(schedule.level(way[0]).alpha, x0) * x0
-        return solve(self._denoiser(labels, None, None), x, way, schedule, callback=callback)
+        x = solve(self._denoiser(labels, None, None), x, way, schedule, callback=callback)
+        self._check_finite(x)
+        return x
 
 
 def _refuse_gaussian(spec: SamplerConfig) -> None:
@@ -411,6 +438,7 @@ class _Way:
     ) -> None:
         self.sampler, self.noise, self.callback, self.sweep = sampler, noise, callback, 0
         self.source = source
+        self.finite: list[tuple[int, Tensor]] = []  # of each step, whether its estimate was: on the device, for nobody to wait
         self.gradient = sampler._gradient(labels)
         self.denoiser = sampler._denoiser(labels, self.gradient, low)
 
@@ -424,6 +452,8 @@ class _Way:
         part, schedule = self.sampler.times[first : end + 1], process.schedule
 
         def told(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+            if self.sampler.origin is not None:
+                self.finite.append((first + step, torch.isfinite(prediction.x0).all()))
             if self.callback is not None:
                 self.callback(first + step, t, x_t, prediction)
 

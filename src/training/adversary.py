@@ -68,7 +68,8 @@ class GuardConfig:
 
 @dataclass
 class Guard:
-    """Watches one run: the stage's best reconstruction so far, its start included, the last healthy step, the rollbacks.
+    """Watches one run: the stage's best reconstruction so far, its start included, the last healthy step, the rollbacks; and
+    the step of the last checkpoint before the stage's adversary began, where a rollback goes when no step was healthy.
 
     All of it is in the checkpoint; `rollbacks` enters every seed and the adversary's weight.
     """
@@ -77,6 +78,7 @@ class Guard:
     best: float = float("inf")
     healthy_step: int | None = None
     rollbacks: int = 0
+    before_step: int | None = None
 
     def saved(self) -> dict[str, Any]:
         return {**asdict(self), "best": self.best if self.best < float("inf") else None}
@@ -91,12 +93,26 @@ class Guard:
         """Whether this stage is new, so that its start must be measured."""
         if stage == self.stage:
             return False
-        self.stage, self.best, self.healthy_step = stage, float("inf"), None
+        self.stage, self.best, self.healthy_step, self.before_step = stage, float("inf"), None, None
         return True
 
-    def watch(self, spec: GuardConfig, step: int, value: float) -> bool:
-        """Whether the held-out reconstruction loss `value` is one to go on from; remembers the best and the step."""
+    def saved_before(self, step: int) -> None:
+        """There is a checkpoint of `step`, and the stage's adversary has not begun there."""
+        self.before_step = step or None  # nothing is saved at step 0
+
+    @property
+    def back_to(self) -> int | None:
+        """The step that a rollback goes to, or None where there is none."""
+        return self.healthy_step if self.healthy_step is not None else self.before_step
+
+    def watch(self, spec: GuardConfig, step: int, value: float, *, adversary: bool = True) -> bool:
+        """Whether the held-out reconstruction loss `value` is one to go on from; remembers the best and the step. A stage may
+        begin with a dip (a higher learning rate, fresh moments): before its `adversary` has begun this is no fault of it, and
+        the best is counted from there."""
         healthy = value <= spec.worse_factor * self.best  # False for NaN
+        if not adversary and value > spec.worse_factor * self.best:
+            self.best = value
+            healthy = True
         if healthy:
             self.best, self.healthy_step = min(self.best, value), step or None  # nothing is saved at step 0
         return healthy
@@ -110,10 +126,10 @@ class Guard:
             return f"{told}: the adversary is too strong; lower its weight, or set guard.rollback"
         if self.rollbacks >= spec.max_rollbacks:
             return f"{told}: rolled back {self.rollbacks} times already (guard.max_rollbacks), so the run goes on as it is"
-        if self.healthy_step is None:
+        if self.back_to is None:
             return f"{told}: there is no checkpoint of this stage from before it, so the run goes on as it is"
         weight = spec.shrink ** (self.rollbacks + 1)
-        return f"{told}: going back to step {self.healthy_step}, with {weight:g} times the adversary's weight"
+        return f"{told}: going back to step {self.back_to}, with {weight:g} times the adversary's weight"
 
     def rolls_back(self, spec: GuardConfig) -> bool:
-        return spec.rollback and self.rollbacks < spec.max_rollbacks and self.healthy_step is not None
+        return spec.rollback and self.rollbacks < spec.max_rollbacks and self.back_to is not None

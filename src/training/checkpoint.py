@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import FULL, Length, UserError, config, free, write_flushed, write_whole
+from ..vision import check_finite
 from .parts import part_of
 
 MANIFEST = "MANIFEST.json"
@@ -34,6 +35,8 @@ class CheckpointConfig:
 
 
 def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -46,8 +49,9 @@ def _write(path: Path, content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def write_folder(folder: Path, tensors: Tensors, documents: Documents) -> None:
-    """Write `NAME.safetensors` and `NAME.json` files into the new `folder`: staged, flushed, manifest last, renamed.
+def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme: str | None = None) -> None:
+    """Write `NAME.safetensors` and `NAME.json` files into the new `folder`: staged, flushed, manifest last, renamed. A `readme`
+    becomes its README.md, which is not in the manifest, so that people may change it.
 
     A full disk is a UserError and leaves what was there before.
     """
@@ -62,6 +66,8 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents) -> None:
             files[f"{name}.safetensors"] = _write(staged / f"{name}.safetensors", content)
         for name, document in documents.items():
             files[f"{name}.json"] = _write(staged / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
+        if readme is not None:
+            _write(staged / "README.md", readme.encode())
         _write(staged / MANIFEST, (json.dumps({"version": 1, "files": files}, indent=1) + "\n").encode())
         _flush_folder(staged)
         if folder.exists():
@@ -77,8 +83,8 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents) -> None:
         shutil.rmtree(staged, ignore_errors=True)
         if error.errno in FULL:
             raise UserError(
-                f"the disk is full: {folder} was not written, what was saved before is whole; make room and run the "
-                "same command again"
+                f"the disk is full: {folder} was not written, and nothing that was saved before is changed; make room and "
+                "run the same command again"
             ) from None
         raise
 
@@ -139,12 +145,13 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def contents(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors and the documents of a checkpoint, as `write_folder` takes them."""
+def contents(folder: Path, *, finite: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors and the documents of a checkpoint, as `write_folder` takes them. Tensors with NaN in them are a UserError
+    where they have to be `finite`."""
     tensors, documents = {}, {}
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
-            tensors[path.stem] = read_tensors(folder, path.stem)
+            tensors[path.stem] = read_tensors(folder, path.stem, finite=finite)
         elif path.name != MANIFEST:
             documents[path.stem] = json.loads(path.read_text())
     return tensors, documents
@@ -159,7 +166,7 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
         raise UserError(f"there is no checkpoint of step {step} or before to go back to; start anew with a smaller weight")
     for folder in folders[: folders.index(kept)]:
         _remove(folder)
-    tensors, documents = contents(kept)
+    tensors, documents = contents(kept, finite=False)  # who goes on from it looks
     documents["progress"] |= progress
     write_folder(kept, tensors, documents)
     return documents["progress"]["step"]
@@ -184,18 +191,27 @@ def spared_steps(progress: Mapping[str, Any]) -> set[int]:
     """The steps whose checkpoints a run still needs beside its last ones: its best, and that where a rollback would go."""
     known = progress.get("best") or {}
     best = known["step"] if known.get("kept") else None
-    healthy = progress.get("guard", {}).get("healthy_step")
-    return {step for step in (best, healthy) if step is not None}
+    guard = progress.get("guard", {})
+    healthy = guard.get("healthy_step")
+    back_to = healthy if healthy is not None else guard.get("before_step")
+    return {step for step in (best, back_to) if step is not None}
 
 
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `NAME.safetensors`, on the CPU."""
+def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:
+    """The tensors of `NAME.safetensors`, on the CPU. A UserError where they cannot be read, or, if they must be `finite`, hold
+    NaN or infinity."""
     try:
-        return safetensors.torch.load_file(folder / f"{name}.safetensors")
+        found = safetensors.torch.load_file(folder / f"{name}.safetensors")
     except FileNotFoundError:
         raise UserError(f"{folder} has no {name}.safetensors") from None
     except SafetensorError as error:
         raise UserError(f"{folder}/{name}.safetensors is damaged ({error})") from None
+    if finite:
+        advice = "take other ones"
+        if folder.name.startswith("step_"):
+            advice = f"take an earlier checkpoint; a run goes on from the one before where {folder} is removed"
+        check_finite(found, folder / f"{name}.safetensors", advice)
+    return found
 
 
 def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None:

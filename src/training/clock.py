@@ -1,8 +1,8 @@
 """Progress, speed, and when something is due."""
 
-import resource
 import sys
 import time
+from contextlib import suppress
 
 import torch
 
@@ -93,5 +93,14 @@ def peak_memory_gigabytes(device: torch.device) -> float:
     """The most memory that this process has held: of the GPU, or, without one, in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # native Windows, which counts it elsewhere
+        with suppress(ImportError):
+            import psutil
+
+            memory = psutil.Process().memory_info()
+            return getattr(memory, "peak_wset", memory.rss) / 1e9
+        return float("nan")
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9

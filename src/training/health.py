@@ -1,6 +1,5 @@
 """What a machine offers a run: versions, file system, shared memory, ffmpeg, weights, bucket. A check gives a Verdict."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -20,9 +19,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from .. import locks
 from ..config import UserError, write_flushed
+from ..locks import take_lock
 from ..metrics.features import INCEPTION_URL, inception_file
 from ..packages import is_installed
+from ..vision import how_to_bring
 from . import checkpoint
 
 Status = Literal["pass", "warn", "fail", "skip"]
@@ -167,11 +169,9 @@ def free_space(folder: Path, needed: float | None = None, what: str = "") -> Ver
 
 
 _TRY_LOCK = """
-import fcntl, sys
-try:
-    fcntl.lockf(open(sys.argv[1], "a+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
-except OSError:
-    print("refused")
+import runpy, sys
+take_lock = runpy.run_path(sys.argv[1])["take_lock"]
+print("taken" if take_lock(open(sys.argv[2], "a+")) else "refused")
 """
 
 
@@ -183,10 +183,12 @@ def lock(folder: Path) -> Verdict:
     elsewhere += "which guards this machine alone: then start a run, and setup.sh, on one machine at a time)"
     with scratch(folder) as place, open(place / ".lock", "a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file)
         except OSError as error:
             return Verdict("fail", f"no lock on a file: {error.strerror or error}", elsewhere)
-        other = subprocess.run([sys.executable, "-SE", "-c", _TRY_LOCK, file.name], capture_output=True, timeout=60)
+        other = subprocess.run(
+            [sys.executable, "-SE", "-c", _TRY_LOCK, locks.__file__, file.name], capture_output=True, timeout=60
+        )
         if b"refused" not in other.stdout:
             return Verdict("fail", "two processes hold the same lock", elsewhere)
     return Verdict("pass", "a second launch on a live run is refused")
@@ -254,17 +256,19 @@ def ffmpeg() -> Verdict:
         with tempfile.TemporaryDirectory() as folder:
             for i in range(2):
                 Image.new("RGB", (16, 16), (255 * i, 90, 0)).save(Path(folder) / f"{i}.png")
-            pictures.mp4(Path(folder) / "%d.png", Path(folder) / "film.mp4", fps=2)
+            pictures.mp4(Path(folder) / "%d.png", Path(folder) / "film.mp4", fps=2, programs=[program] if program else None)
     except (UserError, RuntimeError) as error:
         return Verdict("warn", str(error), "only interpolate.py's MP4 needs it; GIFs are made without")
     return Verdict("pass", f"H.264 by {program}")
 
 
-def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False) -> Verdict:
-    """Whether weights are at `path`, with the hash that torch's names end in; `how` says how to bring them."""
+def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False, fetched: bool = False) -> Verdict:
+    """Whether weights are at `path`, with the hash that torch's names end in; `how` says how to bring them, and `fetched` that
+    whoever needs them does."""
     bad: Status = "fail" if required else "warn"
     if not path.is_file():
-        return Verdict(bad, f"{path} is missing; {needed_by}", how)
+        told = ", and fetches it itself where there is a network" if fetched else ""
+        return Verdict(bad, f"{path} is missing; {needed_by}{told}", how)
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     with open(path, "rb") as file:
         if path.stat().st_size == 0 or (named and not hashlib.file_digest(file, "sha256").hexdigest().startswith(named[1])):
@@ -272,14 +276,9 @@ def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False
     return Verdict("pass", f"{path} ({size(path.stat().st_size)})")
 
 
-def fetch(url: str, path: Path) -> str:
-    """The command that brings a file."""
-    return f"mkdir -p {path.parent} && wget -P {path.parent} {url}"
-
-
 def inception_weights() -> Verdict:
     path = inception_file()
-    return weights_file(path, "evaluate.py's FID, KID and IS need it", fetch(INCEPTION_URL, path))
+    return weights_file(path, "evaluate.py's FID, KID and IS need it", how_to_bring(INCEPTION_URL, path), fetched=True)
 
 
 def backbone_weights(network: str, own: str | None = None, *, required: bool = False) -> Verdict:
@@ -289,7 +288,7 @@ def backbone_weights(network: str, own: str | None = None, *, required: bool = F
     cached, url = imagenet_weights(network)
     path = Path(own).expanduser() if own is not None else cached
     needed_by = f"LPIPS on {network} needs it" + ("" if required else " (efficientnet_lite0 does not)")
-    return weights_file(path, needed_by, fetch(url, cached), required=required)
+    return weights_file(path, needed_by, how_to_bring(url, cached), required=required, fetched=own is None)
 
 
 def efficientnet_weights(*, required: bool = False) -> Verdict:
@@ -313,7 +312,7 @@ def upscaler_weights() -> Verdict:
 
     path = Path(WEIGHTS).resolve()
     url = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth"
-    return weights_file(path, "sample.py --upscale needs it", fetch(url, path))
+    return weights_file(path, "sample.py --upscale needs it", how_to_bring(url, path))
 
 
 def bucket(url: str | None, seconds: float = 30.0) -> Verdict:

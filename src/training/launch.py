@@ -3,9 +3,11 @@
 import ctypes
 import hashlib
 import itertools
+import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,6 +26,7 @@ from pydantic import Field
 
 from ..config import UserError, config, dump, free
 from ..packages import is_installed
+from .looks import Warn, is_out_of_memory, only_looked_at
 from .sharding import plugin_for
 
 T = TypeVar("T")
@@ -51,10 +54,56 @@ class MachineConfig:
     stop_signal: Literal["USR1", "USR2", "HUP"] = free("USR1")
 
 
+_OFF = ("", "0", "no", "false", "off", "n", "f")
+# What accelerate and torch read from the environment and what would change a result (a launcher puts the file of `accelerate
+# config` there): the values that change nothing, and what decides instead.
+_REFUSED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("", "1"),
+        "the config derives it from batch_size and micro_batch_size",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": (_OFF, "the config decides with `compile`"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "the config knows plain DDP and FSDP alone"),
+    "ACCELERATE_DOWNCAST_BF16": (_OFF, "the config decides with mixed_precision and dtype"),
+    "ONEDNN_DEFAULT_FPMATH_MODE": (("", "strict"), "the config decides with mixed_precision"),
+    "DNNL_DEFAULT_FPMATH_MODE": (("", "strict"), "the config decides with mixed_precision"),
+    "NVIDIA_TF32_OVERRIDE": (("",), "the config decides with mixed_precision"),
+    "PYTORCH_MPS_FAST_MATH": (_OFF, "the config decides with mixed_precision"),
+    "PYTORCH_TUNABLEOP_ENABLED": (_OFF, "it chooses kernels by the clock, and a run must not depend on that"),
+}
+
+
+def _check_arithmetic(machine: "MachineConfig | None") -> None:
+    """A UserError where the environment would change what a run computes: it names the variable, its value and what the config
+    says."""
+    for name, (neutral, why) in _REFUSED.items():
+        value = os.environ.get(name, "")
+        if value.strip().lower() in neutral:
+            continue
+        says = {
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("batch_size", "micro_batch_size"),
+            "ACCELERATE_DYNAMO_BACKEND": ("compile",),
+        }.get(name, ("mixed_precision", "dtype"))
+        known = [f"{key} {json.dumps(getattr(machine, key))}" for key in says if hasattr(machine, key)]
+        config_says = f" (here {', '.join(known)})" if known else ""
+        raise UserError(
+            f"the environment or the launcher sets {name} to {value}, and {why}{config_says}; unset it, and leave it out of "
+            "the launch and of `accelerate config`'s file"
+        )
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if machine is not None and machine.deterministic and workspace not in (":4096:8", ":16:8"):
+        raise UserError(f"CUBLAS_WORKSPACE_CONFIG is {workspace}, and deterministic true needs :4096:8 or :16:8; unset it")
+
+
+def _multiply_exactly() -> None:
+    """Products of matrices in float32 are not rounded to TF32, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def _check_environment(*, fsdp: bool = False) -> None:
     environment = os.environ
     world = environment.get("WORLD_SIZE")
-    if world is not None and not world.isdigit():
+    if world is not None and not world.isdecimal():
         raise UserError(f"WORLD_SIZE is {world!r}, not a number; a launcher sets it: unset it")
     if environment.get("MASTER_ADDR") and world is None:
         raise UserError(
@@ -64,7 +113,10 @@ def _check_environment(*, fsdp: bool = False) -> None:
     if world is not None and int(world) > 1 and "RANK" not in environment:
         raise UserError(f"WORLD_SIZE is {world} but RANK is not set; use a launcher (accelerate launch, torchrun), or unset it")
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if environment.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true" and not (fsdp and engine == "FSDP"):
+        asked = environment.get(f"ACCELERATE_USE_{engine}", "").strip().lower()
+        if engine == "FSDP" and asked not in ("true", *_OFF):
+            raise UserError(f"ACCELERATE_USE_FSDP is {asked!r}, which accelerate does not take; write true, or unset it")
+        if asked not in _OFF and not (fsdp and engine == "FSDP"):
             raise UserError(f"the launcher asks for {engine}, which this script does not support; launch with plain DDP")
 
 
@@ -86,6 +138,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(trim, 1 << 30)) and any(mallopt(mmap, 1 << size) for size in (30, 25))
 
 
+def has_bf16_units() -> bool:
+    """Whether this processor multiplies in bf16; without units for it bf16 is slower than float32. True where torch does not
+    say."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(value for name, value in known.items() if "bf16" in name) or not any("bf16" in name for name in known)
+
+
 def precision_for(wanted: str) -> str:
     """bf16, or fp16 on a GPU that has no bf16."""
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -104,14 +163,16 @@ def start(
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError. Without `fp16` so is
     that precision, whose loss scale two optimisers cannot share; and FSDP without `fsdp`."""
     _check_environment(fsdp=fsdp)
+    _check_arithmetic(machine)
     trackers = tuple(tracker for tracker in trackers if is_installed(tracker))  # the session says which are not
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in ("no", machine.mixed_precision):
         raise UserError(
             f"the launcher asks for mixed_precision {asked} and the config for {machine.mixed_precision}; "
             "leave it out of the launch, the config decides"
         )
     keep_freed_memory()
+    _multiply_exactly()
     if machine.cpu_threads is not None:
         torch.set_num_threads(machine.cpu_threads)
     precision = precision_for(machine.mixed_precision)
@@ -154,7 +215,9 @@ def start(
 def start_sampling(device: str | None = None) -> tuple[PartialState, torch.device]:
     """The processes that there are and this one's device (`device`, where one is asked for), without a training setup."""
     _check_environment()
+    _check_arithmetic(None)
     keep_freed_memory()
+    _multiply_exactly()
     on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     try:
         state = PartialState(cpu=on_cpu)
@@ -169,8 +232,8 @@ def start_sampling(device: str | None = None) -> tuple[PartialState, torch.devic
     return state, chosen
 
 
-def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settings: Any, step: int) -> None:
-    """Open the trackers, named as the run, going on at `step`."""
+def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
+    """Open the trackers, named as the run, going on at `step`; the run does without one that does not open."""
     if not accelerator.log_with:
         return
 
@@ -181,18 +244,22 @@ def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settin
         else:
             yield path, value if isinstance(value, bool | int | float | str) else str(value)
 
-    accelerator.init_trackers(
-        project,
-        config=dict(flatten(dump(settings))),
-        init_kwargs={
-            "tensorboard": {"purge_step": step + 1},
-            "wandb": {
-                "name": run_dir.name,
-                "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],  # the same run when it goes on
-                "resume": "allow",
-            },
+    told = dict(flatten(dump(settings)))
+    more = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {
+            "name": run_dir.name,
+            "id": hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16],  # the same run when it goes on
+            "resume": "allow",
         },
-    )
+    }
+    wanted, opened = accelerator.log_with, []
+    for tracker in wanted:
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        with only_looked_at(str(getattr(tracker, "value", tracker)), warn):
+            accelerator.init_trackers(project, config=told, init_kwargs=more)
+            opened += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = wanted, opened
 
 
 def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: torch.Tensor) -> None:
@@ -210,12 +277,6 @@ def agree(chosen: T) -> T:
     box = [chosen]
     broadcast_object_list(box)
     return box[0]
-
-
-def of_a_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone or hangs."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
 
 
 def silent_ranks(patience_seconds: float = 5.0) -> str:
@@ -296,17 +357,19 @@ class StopRequest:
 
     (A launcher passes Ctrl-C on as SIGTERM: one of each is still one request.) Python calls a handler between two of its own
     instructions, and inside a step one instruction of torch's may take minutes. So the signals are also written into a pipe,
-    at once, and a thread, which runs beside torch, reads them there.
+    at once, and a thread, which runs beside torch, reads them there. (A pair of sockets is what Windows takes, too.)
     """
 
     def __init__(self, warning: str = "USR1", leaving: Callable[[], object] = lambda: None) -> None:
         self.asked = False
         self._leaving, self._seen, self._read = leaving, set[int](), set[int]()
-        reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
+        reading, writing = socket.socketpair()
+        writing.setblocking(False)
+        self._writing = writing.detach()
         self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.Signals[f"SIG{warning}"]}
-        threading.Thread(target=self._watch, args=(reading,), name="stop", daemon=True).start()
+        names = ("SIGTERM", "SIGINT", "SIGUSR1", f"SIG{warning}")
+        self._numbers = {int(getattr(signal, name)) for name in names if hasattr(signal, name)}  # Windows has fewer
+        threading.Thread(target=self._watch, args=(reading.detach(),), name="stop", daemon=True).start()
         for number in self._numbers:
             signal.signal(number, self._receive)
 
@@ -315,8 +378,8 @@ class StopRequest:
         self._count(number, self._seen)
 
     def _watch(self, reading: int) -> None:
-        with open(reading, "rb", buffering=0) as pipe:
-            while signals := pipe.read(64):
+        with socket.socket(fileno=reading) as pipe:
+            while signals := pipe.recv(64):
                 for number in signals:
                     if number in self._numbers:
                         if not self._read:
@@ -337,7 +400,8 @@ class StopRequest:
         now = signal.set_wakeup_fd(self._before)
         if now != self._writing:  # somebody has set another one since
             signal.set_wakeup_fd(now)
-        os.close(self._writing)
+        with socket.socket(fileno=self._writing) as writing:
+            writing.shutdown(socket.SHUT_RDWR)  # loader workers may hold a copy
         self._writing = -1
 
 
@@ -355,6 +419,7 @@ class StepGate:
         self.patience = patience if accelerator.scaler is None else patience + 30
         self.stop = self.save = False
         self.skipped_in_a_row = 0
+        self.saved_step: int | None = None  # of the last checkpoint
         self._saved_at = time.monotonic()
         self._pending: tuple[Any, Any, torch.Tensor, int] | None = None
 
@@ -397,10 +462,12 @@ class StepGate:
             return step
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.patience:
-            raise UserError(
-                f"step {step}: the loss or its gradient is not finite, the {self.patience}th time in a row; the last "
-                "checkpoint is good: lower optimizer.lr or set optimizer.clip, in a new --run-dir or after removing this one"
-            )
+            again = "lower optimizer.lr or set optimizer.clip"
+            told = f"there is no checkpoint yet: {again}, and run it again"
+            if self.saved_step is not None:
+                told = f"the last checkpoint is of step {self.saved_step}, from before: {again}, in a new --run-dir or after "
+                told += "removing this one"
+            raise UserError(f"step {step}: the loss or its gradient is not finite, the {self.patience}th time in a row; {told}")
         return None
 
     @property
@@ -408,8 +475,9 @@ class StepGate:
         """Whether a stop is asked that no other process has to hear of: then the step that is done is the last one."""
         return self.request.asked and not self.distributed
 
-    def saved(self) -> None:
-        self.save = False
+    def saved(self, step: int | None = None) -> None:
+        """The checkpoint of `step` is written."""
+        self.save, self.saved_step = False, step
         self._saved_at = time.monotonic()
 
 
@@ -436,10 +504,8 @@ def explain_out_of_memory(
 
     try:
         yield change
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(*tried) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
             raise OutOfMemory(*tried) from error
         raise
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config import Length, Span, config
+from ..config import Length, Span, UserError, config
 from .parts import full, on_cpu, part_of
 
 
@@ -102,11 +102,18 @@ class Muon(torch.optim.AdamW):
     Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: Liu et al. 2025, arXiv:2502.16982.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], spec: OptimizerConfig, own: MuonConfig) -> None:
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], spec: OptimizerConfig, muon: MuonConfig) -> None:
         super().__init__(others, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
-        self._own = own
-        if matrices:
-            self.add_param_group({"params": list(matrices), "muon": True})
+        if matrices:  # the group holds the settings, since torch copies and loads an optimizer by its groups alone
+            settings = {"momentum": muon.momentum, "iterations": muon.iterations}
+            self.add_param_group({"params": list(matrices), "muon": True, **settings})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state that `load_state_dict` and `deepcopy` give. torch's AdamW reads a step count of each of its
+        parameters, and the matrices have only a momentum, so AdamW is shown its own groups alone."""
+        groups = state["param_groups"]
+        super().__setstate__({**state, "param_groups": [group for group in groups if not group.get("muon")]})
+        self.param_groups = groups
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -134,15 +141,15 @@ class Muon(torch.optim.AdamW):
             gone = found > 0  # then each momentum moves towards itself, and nothing else moves
             gradients = [torch.where(gone, old, new) for old, new in zip(momenta, gradients, strict=True)]
             rate = rate * ~gone
-        torch._foreach_lerp_(momenta, gradients, 1 - self._own.momentum)  # pyright: ignore[reportPrivateImportUsage]
-        ahead = torch._foreach_lerp(gradients, momenta, self._own.momentum)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # pyright: ignore[reportPrivateImportUsage]
         if group["weight_decay"]:
             torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for weight, step in zip(matrices, map(_rows, ahead), strict=True):
             alike.setdefault((step.shape[0], step.shape[1]), []).append((weight, step))
         for shape, members in alike.items():
-            ways = orthogonal(torch.stack([step for _, step in members]), self._own.iterations)
+            ways = orthogonal(torch.stack([step for _, step in members]), group["iterations"])
             ways *= 0.2 * math.sqrt(max(shape)) * rate
             for (weight, _), way in zip(members, ways, strict=True):
                 weight.sub_(_as(way, weight))
@@ -245,6 +252,9 @@ def learning_rate(spec: OptimizerConfig, total: int, resolve: Callable[[int | Sp
     return rate
 
 
+_MOMENTS = {False: ("step", "exp_avg", "exp_avg_sq"), True: ("momentum_buffer",)}  # by whether Muon moves the parameter
+
+
 def names_of(network: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in network.named_parameters()}
 
@@ -260,13 +270,36 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], 
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], state: Mapping[str, Tensor]) -> None:
-    """Put moments saved by `optimizer_state` back, on each parameter's device (the step counter as the optimiser keeps it)."""
-    for parameter, name in names.items():
-        own = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
-        if own:
-            optimizer.state[parameter] = {
-                moment: torch.empty_like(parameter, dtype=value.dtype).copy_(part_of(parameter, value))  # in the parameter's
-                if value.shape == parameter.shape  # memory format, which fused kernels take for granted
-                else value.to(parameter.device)
-                for moment, value in own.items()
-            }
+    """Put moments saved by `optimizer_state` back, on each parameter's device (the step counter as the optimiser keeps it).
+
+    An optimizer that has taken no step yet keeps no moments, so an empty `state` changes nothing. A UserError where a parameter
+    lacks a moment, where one has another shape, or where the moments are of other parameters or of another optimizer.
+    """
+    if not state:
+        return
+    expected = {
+        f"{names[parameter]}/{moment}": parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for moment in _MOMENTS[bool(group.get("muon"))]
+    }
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = [
+        f"{key} has the shape {tuple(state[key].shape)} and not {tuple(parameter.shape)}"
+        for key, parameter in expected.items()
+        if key in state and state[key].shape not in ((), parameter.shape)
+    ]
+    if missing or extra or shapes:
+        parts = [f"it lacks {', '.join(missing[:3])}"] if missing else []
+        parts += [f"it has {', '.join(extra[:3])} in excess"] if extra else []
+        raise UserError(
+            f"the optimizer's state does not fit this network and optimizer: {'; '.join(parts + shapes[:3])}; go on from "
+            "another checkpoint, or start anew with init_from"
+        )
+    for key, parameter in expected.items():
+        value = state[key]
+        loaded = value.to(parameter.device, copy=True)
+        if value.shape == parameter.shape and not key.endswith("/step"):
+            # in the parameter's memory format, which fused kernels take for granted
+            loaded = torch.empty_like(parameter, dtype=value.dtype).copy_(part_of(parameter, value))
+        optimizer.state[parameter][key.rpartition("/")[2]] = loaded

@@ -26,7 +26,7 @@ from . import checkpoint
 from .ema import EMA, EMAConfig
 from .health import GB, Row, Verdict, mistake, told
 from .launch import MachineConfig, accumulating, agree, settle_reducer, start, undetermined
-from .optimizer import OptimizerConfig, adamw, clip_gradients, update
+from .optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
 from .seeds import generator, normal, uniforms
 from .state import Trained
 from .stream import Split, split_batch
@@ -314,13 +314,12 @@ def _blank(bench: Bench) -> tuple[Tensor, Tensor]:
 
 
 class Trainee:
-    """A network in training: as it starts, or as the checkpoint `folder` has it."""
-
-    spec = OptimizerConfig(lr=1e-3, weight_decay=0.01)
+    """A network in training by the config's own optimizer: as it starts, or as the checkpoint `folder` has it."""
 
     def __init__(self, bench: Bench, folder: Path | None = None) -> None:
         self.network = bench.network()
-        optimizer = adamw(self.network.parameters(), self.spec)
+        self.spec: OptimizerConfig = getattr(bench.cfg, "optimizer", OptimizerConfig(lr=1e-3, weight_decay=0.01))
+        optimizer = build_optimizer(self.network, self.spec)
         self.ema = EMA(self.network, EMAConfig(half_life_images=100))
         self.trained = Trained(self.network, optimizer, self.ema)
         if folder is not None:
@@ -394,7 +393,9 @@ def resumed(bench: Bench, trainee: Trainee) -> Verdict:
     if other:
         advice = "a run that is killed does not go on as it was: is the disk sound, is this torch known to be?"
         return Verdict("fail", f"{len(other)} tensors are others after going on from a checkpoint: {other[0]} ...", advice)
-    return Verdict("pass", f"step {STEPS + 1} from a checkpoint is the uninterrupted one, to the bit, {bench.subject.told}")
+    mover = "AdamW" if trainee.spec.muon is None else "Muon and AdamW"
+    same = f"step {STEPS + 1} from a checkpoint is the uninterrupted one, to the bit"
+    return Verdict("pass", f"{same}, {bench.subject.told}, moved by {mover}")
 
 
 def compiles(bench: Bench) -> Verdict:

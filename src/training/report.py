@@ -10,7 +10,6 @@ import json
 import math
 import platform
 import re
-import shlex
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -21,8 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import UserError, run_script, write_whole
+from ..config import UserError, quoted, run_script, write_whole
 from .charts import Line, chart, short
+from .looks import only_looked_at
 from .page import Section, page
 
 NAME = "report.html"
@@ -223,7 +223,7 @@ def spread(count: int, most: int) -> list[int]:
 def _samples(run_dir: Path, pictures: Pictures, told_of: Callable[[int], str]) -> str:
     """The previews with a slider through time, and a chooser where there are several sheets at a step."""
     found = find_samples(run_dir / "samples")
-    names = sorted({name for sheets in found.values() for name in sheets}, key=_by_numbers)
+    names = sorted({name for sheets in found.values() for name in sheets}, key=lambda name: (_by_numbers(name), name))
     shown_names = [names[i] for i in spread(len(names), CLASSES)]
     most = max(4, min(STEPS, SHEETS // max(1, len(shown_names))))
     steps = [list(found)[i] for i in spread(len(found), most)]
@@ -493,12 +493,12 @@ def _go_on(kind: Kind | None, run: str, state: str) -> str:
     same = "the same command as before goes on, under a launcher, too"
     if kind is None:
         return f"<p>{same.capitalize()}.</p>"
-    quoted = shlex.quote(run)
+    word = quoted(run)
     if state == "finished":
-        told, line = "The run is finished. Next:", kind.next.format(run=quoted)
+        told, line = "The run is finished. Next:", kind.next.format(run=word)
     else:
         told = f"In the folder of the scripts ({same}):"
-        line = f"python {kind.script} -cfg {shlex.quote(f'{run}/config.json')} --run-dir {quoted}"
+        line = f"python {kind.script} -cfg {quoted(f'{run}/config.json')} --run-dir {word}"
     return f'<p>{escape(told)}</p><pre class="command">{escape(line)}</pre>'
 
 
@@ -553,15 +553,15 @@ class Reporter:
         began = time.monotonic()
         if not now and began < self._next:
             return
-        try:
+        with only_looked_at(NAME, self._warn):
             write_report(self._run_dir, self._pictures)
-        except Exception as error:  # whatever it is, training goes on
-            if not self._failed:
-                with suppress(OSError):
-                    self._say(f"warning: {NAME} is not written ({str(error) or type(error).__name__}); training goes on")
-            self._failed = True
         ended = time.monotonic()
         self._next = ended + max(EVERY_SECONDS, COST * (ended - began))
+
+    def _warn(self, what: str, reason: str) -> None:
+        if not self._failed:
+            self._say(f"warning: {what} is not written ({reason}); training goes on")
+        self._failed = True
 
 
 def main() -> None:

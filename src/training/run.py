@@ -1,6 +1,5 @@
 """A run directory: who owns it, what it says, where it goes on."""
 
-import fcntl
 import json
 import math
 import os
@@ -8,19 +7,25 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import pydantic
+from accelerate.utils import gather_object
 
 from .. import pictures, progress
-from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json
+from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json, validate
 from ..data import PictureSet, PointSet
-from ..data.latents import differs
+from ..data.formats import READ_BEFORE
+from ..data.latents import differs, same_latents
+from ..data.names import few, normal_form, same_names
+from ..locks import take_lock
 from .checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from .clock import Clock
 from .kept import ways_on
+from .looks import only_looked_at
 from .report import Reporter, read_lines
 
 
@@ -43,12 +48,17 @@ class LogConfig:
 
 def _skipped(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[tuple[str, str]]:
     """(name, reason) of every file left out of the sources of both sets."""
-    parts = {id(part): part for part in [*train_set.parts, *(held_out.parts if held_out is not None else [])]}
-    return [entry for part in parts.values() for entry in part.report.skipped]
+    return [entry for part in _parts(train_set, held_out) for entry in part.report.skipped]
+
+
+def _parts(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[Any]:
+    """The sources of both sets, each once."""
+    both = [*train_set.parts, *(held_out.parts if held_out is not None else [])]
+    return list({id(part): part for part in both}.values())
 
 
 def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> dict[str, Any]:
-    """What travels with the weights: classes, counts, the hash of the file list."""
+    """What travels with the weights: classes, counts, the hash of the file list; and what is to be said of the data."""
     return {
         "class_names": list(train_set.class_names),
         "counts": train_set.counts,
@@ -56,7 +66,50 @@ def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | Point
         "held_out_images": len(held_out) if held_out is not None else 0,
         "fingerprint": train_set.fingerprint,
         "skipped": dict(Counter(why for _, why in _skipped(train_set, held_out)).most_common()),
+        "remarks": list(dict.fromkeys(remark for part in _parts(train_set, held_out) for remark in part.report.remarks)),
+        "endings": train_set.endings if isinstance(train_set, PictureSet) else {},
     }
+
+
+def check_ranks(facts: dict[str, Any]) -> None:
+    """A UserError on every rank where one of them sees other images or classes than the first: another copy of the data, or
+    another file system."""
+    mine = [
+        facts["fingerprint"],
+        facts["class_names"],
+        facts["counts"],
+        (facts.get("source") or {}).get("fingerprint"),
+    ]
+    everyone = gather_object([(mine, facts["images"])])
+    (first, count), *others = everyone
+    for rank, (seen, images) in enumerate(others, 1):
+        if seen != first:
+            what = "classes" if seen[1] != first[1] else "images"
+            how = classes_differ(first[1], seen[1]) if what == "classes" else f"{count} images on rank 0, {images} there"
+            raise UserError(
+                f"rank {rank} sees other {what} of the data than rank 0 ({how}); put the data where all machines see the same, "
+                "or copy it anew"
+            )
+
+
+def classes_differ(before: Sequence[str], now: Sequence[str]) -> str:
+    """In words, how two lists of classes differ, or nothing where they are the same."""
+    if same_names(before, now):
+        return ""
+    gone = [name for name in before if normal_form(name) not in map(normal_form, now)]
+    new = [name for name in now if normal_form(name) not in map(normal_form, before)]
+    told = [f"{few(names)} {word}" for names, word in ((gone, "missing"), (new, "new")) if names]
+    return ", ".join(told) or f"the same ones in another order: {few(now, 10)}, where it was {few(before, 10)}"
+
+
+def _other_endings(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """A hint for a run whose folder holds other images than it was started with: which files were not read before."""
+    old = before.get("endings") or {}
+    more = {ending: count - old.get(ending, 0) for ending, count in now["endings"].items() if ending not in READ_BEFORE}
+    told = ", ".join(f"{count} {ending}" for ending, count in more.items() if count > 0)
+    if not told:
+        return ""
+    return f"; {told} files are among them, which were not read when the run was started: move them out of the folder to go on"
 
 
 def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
@@ -72,7 +125,14 @@ def _line(step: int, values: dict[str, float]) -> str:
 
 def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The keys that are not as in the config `before`, with which a run was started: harmless ones, and those with which it
-    cannot go on."""
+    cannot go on. `before` may be of an older version: its old names are translated, and keys that it lacks have their defaults.
+
+    A UserError where today's version cannot read it.
+    """
+    try:
+        before = dump(validate(type(settings), before, origin="its config"))
+    except UserError as error:
+        raise UserError(f"this version cannot read the config that the run was started with: {error}") from None
     new = dump(settings)
     harmless, other = differences(type(settings), before, new)
     lengths = []
@@ -84,6 +144,14 @@ def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]
     return harmless, [key for key in other if key not in lengths]
 
 
+def uses_classes(settings: Any) -> bool:
+    """Whether what a run learns depends on the classes of its data: of an autoencoder, and where `class_conditional` is false,
+    it does not."""
+    if hasattr(settings, "stages"):
+        return False
+    return getattr(settings, "class_conditional", True) is not False or settings.balance_classes
+
+
 class RunDirectory:
     """runs/NAME. `writes` is False on all ranks but the first: then it says and writes nothing. `quiet`, it says nothing."""
 
@@ -92,10 +160,16 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         self._log: IO[str] | None = None
         self._metrics: IO[str] | None = None
+        self._warned = set[str]()
         self._reporter = Reporter(path, self.say) if writes and not quiet else None
         if writes:
             self._claim()
             self._log = open(path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process still has the directory and writes into it."""
+        return self._log is not None
 
     @property
     def checkpoints(self) -> Path:
@@ -117,28 +191,43 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"the run directory {self.path} cannot be written: {error}") from None
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by loader workers
-        except OSError:
+            alone = take_lock(self._lock)
+        except OSError as error:
+            self.close()
+            raise UserError(
+                f"the run directory {self.path} cannot be locked ({error.strerror}), so two launches could write it; give a "
+                "--run-dir on another disk"
+            ) from None
+        if not alone:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self.close()
             raise UserError(
                 f"the run directory {self.path} is in use by {owner}; wait for it, stop it, or give another --run-dir"
-            ) from None
+            )
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
     def _note(self, message: str) -> None:
         if self._log is not None:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-            self._log.flush()
+            with suppress(OSError):  # of a full disk: what is said is on the screen
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+                self._log.flush()
 
     def say(self, message: str) -> None:
         """A line for the person and for log.txt."""
         if self._log is not None:
             if not self._quiet:
                 progress.say(message)
+            self._note(message)
+
+    def warn(self, what: str, reason: str) -> None:
+        """Say once of each `what` that is only to be looked at that it failed: in a trial and after the end, too."""
+        if self.writes and what not in self._warned:
+            self._warned.add(what)
+            message = f"warning: {what} failed ({reason}); the run goes on, and says this once"
+            progress.say(message)
             self._note(message)
 
     def write_json(self, name: str, document: Any) -> None:
@@ -148,7 +237,7 @@ class RunDirectory:
             staged.replace(self.path / name)
 
     def write_status(self, state: str, step: int, steps: int) -> None:
-        """status.json: running, stopped or finished, and how far."""
+        """status.json: running, stopped, failed or finished, and how far."""
         self.write_json(
             "status.json",
             {
@@ -160,38 +249,45 @@ class RunDirectory:
             },
         )
 
-    def adopt_progress(self, resumed: Path, facts: dict[str, Any]) -> dict[str, Any]:
-        """progress.json of the checkpoint that the run goes on from; other pictures than it was trained on are a UserError."""
+    def adopt_progress(self, resumed: Path, facts: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
+        """progress.json of the checkpoint that the run goes on from. A UserError for other pictures than it was trained on and,
+        where `classes` matter, for other classes."""
         before = read_json(resumed / "data.json")
         source = facts.get("source") or {}
         if (before.get("source") or {}).get("fingerprint") != source.get("fingerprint"):
             raise UserError(f"{self.path} was started from another source; bring it back, or give another --run-dir")
         if before.get("pairs") != facts.get("pairs"):
             raise UserError(f"{self.path} was trained on other pairs; give the same `pairs`, or another --run-dir")
+        named = classes_differ(before["class_names"], facts["class_names"])
         if before["fingerprint"] != facts["fingerprint"]:
+            also = f"; its classes differ, too: {named}" if named else ""
             raise UserError(
                 f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
-                "give another --run-dir"
+                f"give another --run-dir{_other_endings(before, facts)}{also}"
             )
-        if before.get("latents") != facts.get("latents"):
+        if named and classes:
+            raise UserError(
+                f"{self.path} was trained on other classes ({named}); give the data its old ones, or give another --run-dir"
+            )
+        if not same_latents(before.get("latents"), facts.get("latents")):
             found = differs(before.get("latents") or {}, facts.get("latents") or {}) or ["another cache, made anew"]
             raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 
-    def hold_config(self, settings: Any, resumed: Path | None) -> None:
-        """Where the run goes on, hold its config against the one it was started with.
+    def hold_config(self, settings: Any, resumed: Path) -> None:
+        """Compare the config of a run that goes on with the one that it was started with.
 
         Harmless changes are said; any other is a UserError that names the keys.
         """
-        if resumed is not None:
-            harmless, other = changes(settings, read_json(resumed / "config.json"))
-            if other:
-                raise UserError(
-                    f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
-                    f"{ways_on(self.path, read_json(resumed / 'config.json'), dump(settings), other)}"
-                )
-            if harmless:
-                self.say(f"changed since the checkpoint: {', '.join(harmless)}")
+        before = read_json(resumed / "config.json")
+        harmless, other = changes(settings, before)
+        if other:
+            raise UserError(
+                f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
+                f"{ways_on(self.path, before, dump(settings), other)}"
+            )
+        if harmless:
+            self.say(f"changed since the checkpoint: {', '.join(harmless)}")
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint whose bytes are whole; says which it passed over. Reads only."""
@@ -271,18 +367,23 @@ class RunDirectory:
         """Give the directory up, after a last word: another launch may have it."""
         if message is not None:
             self.say(message)
-        for file in (self._metrics, self._log, self._lock):
+        if self._log is not None:
+            with suppress(OSError):
+                self._log.close()
+        for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()
         self._metrics = self._log = self._lock = None
 
     def draw_curves(self, panels: dict[str, list[str]]) -> None:
         """loss.png: values of metrics.jsonl over the steps, panel by panel; what was never logged is left out."""
-        lines = self.read_metrics()
-        found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-        for panel, names in panels.items():
-            for name in names:
-                known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-                if known:
-                    found.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
-        pictures.curves(self.path / "loss.png", found, xlabel="step", title=self.path.name, log={"loss"})
+        with only_looked_at("loss.png", self.warn):
+            lines = self.read_metrics()
+            found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+            for panel, names in panels.items():
+                for name in names:
+                    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+                    if known:
+                        found.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
+            if found:
+                pictures.curves(self.path / "loss.png", found, xlabel="step", title=self.path.resolve().name, log={"loss"})

@@ -1,6 +1,7 @@
 """What every training loop keeps besides its networks: where it goes on, what is due, the log, the checkpoint, the end."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from ..config import ENDLESS, Span, UserError, dump
 from ..data import PictureSet, PointSet
+from ..data.names import class_remarks
 from ..packages import is_installed
 from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock
 from .continuing import MARK, describe
-from .launch import Heartbeats, StepGate, StopRequest, agree, start_trackers
-from .run import RunDirectory
+from .launch import Heartbeats, StepGate, StopRequest, agree, has_bf16_units, start_trackers
+from .looks import Look, finish_trackers, for_each_tracker, only_looked_at
+from .run import RunDirectory, check_ranks, uses_classes
 from .state import Meter, Trained
 from .stream import Split
 from .trials import AGAIN, LOOKS, Attempt
@@ -48,8 +51,10 @@ class Session:
     ) -> None:
         self.cfg, self.accelerator, self.trained, self.facts = cfg, accelerator, trained, facts
         self.total_steps, self.attempt = total_steps, attempt
+        check_ranks(facts)
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=attempt.trial)
-        attempt.held.callback(self.run.close)
+        self._begun = False
+        attempt.held.push(self._give_up)
         self.step, self.progress = 0, {}
         self._resume()
         self.best: dict[str, Any] | None = self.progress.get("best")
@@ -64,10 +69,10 @@ class Session:
                 raise UserError(
                     f"{resumed} is on the first machine and not on this one: put the run on a file system that all see{more}"
                 )
-            self.progress = self.run.adopt_progress(resumed, self.facts)
+            self.run.hold_config(self.cfg, resumed)  # first: it names the key, where weights that do not fit name tensors
+            self.progress = self.run.adopt_progress(resumed, self.facts, classes=uses_classes(self.cfg))
             self.step = self.progress["step"]
             self.trained.load(resumed)
-        self.run.hold_config(self.cfg, resumed)
         self._origins: list[dict[str, Any]] = self.progress.get("continued", [])
         self.continued = bool(self._origins) and self._origins[-1]["step"] == self.step
         if self._origins:
@@ -77,6 +82,13 @@ class Session:
                 f"{self._origins[-1]['run']} has {self.step} steps, and this config asks for {self.total_steps}: there is "
                 "nothing to go on to; set more steps"
             )
+
+    def _give_up(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """However the training ends, the directory is given up; where it ends on an error, its status says so."""
+        if error is not None and self._begun and self.run.is_open and not self.attempt.trial:
+            with suppress(OSError):  # of a disk that is full: the error itself says it
+                self.run.write_status("failed", self.step, self.total_steps)
+        self.run.close()
 
     def place(self, split: Split) -> Split:
         """Where the images of a stage stand in the stream of a run that went on from one with other batches or stages."""
@@ -112,7 +124,9 @@ class Session:
         self.attempt.held.callback(stop.close)
         self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
         self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
+        self.gate.saved_step = self.step if self.progress else None
         self.run.begin(self.step, cfg, self.facts, train_set, held_out)
+        self._begun = True
         if self.run.writes:
             (self.run.path / MARK).unlink(missing_ok=True)
         if self.continued:
@@ -128,7 +142,7 @@ class Session:
             names, are = " and ".join(missing), "is" if len(missing) == 1 else "are"
             how = f"pip install {' '.join(missing)}"
             self.run.say(f"warning: log.trackers asks for {names}, which {are} not installed: {how}; the run goes on without")
-        start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step)
+        start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step, self.run.warn)
         facts = self.facts
         self.attempt.images, self.attempt.parameters = facts["images"], self.trained.num_parameters
         endless, epochs = self.total_steps == ENDLESS, total_images / facts["images"]
@@ -141,10 +155,28 @@ class Session:
             f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
             "Interrupt at will: the same command goes on"
         )
+        slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16_units()
+        if slow:
+            line = "this processor has no units for bf16, so float32 is faster here: start a run with --set mixed_precision=no"
+            self.attempt.warnings = [*self.attempt.warnings, line]
+        for line in self.attempt.warnings:
+            self.run.say(f"warning: {line}")
         self.attempt.leave_phases()
+        remarks = self._remarks()
+        for remark in remarks:
+            self.run.say(remark)
+        self.attempt.remarks = [*([f"left out: {skipped}"] if facts["skipped"] else []), *remarks]
         self.clock = Clock(
             self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
         )
+
+    def _remarks(self) -> list[str]:
+        """What a person has to know of the data before it is trained on."""
+        source = self.facts.get("source") or {}
+        remarks = [*self.facts.get("remarks", ()), *(f"source: {remark}" for remark in source.get("remarks", ()))]
+        if uses_classes(self.cfg):
+            remarks += class_remarks(self.facts["class_names"], self.facts["images"])
+        return remarks
 
     def enter(
         self,
@@ -242,7 +274,7 @@ class Session:
         """Whether `value` is the lowest of this name so far, of those that were `measured` in the same way; it is then
         remembered."""
         known = self.best if self.best is not None and self.best.get("measured", "") == measured else {}
-        if value >= known.get(name, float("inf")):
+        if not value < known.get(name, float("inf")):  # nor is NaN
             return False
         self.best = {"step": self.step, name: value, "measured": measured, "kept": keeps_best(self.cfg)}
         return True
@@ -258,11 +290,15 @@ class Session:
             return False
         return name in values and self.better(name, values[name], measured) and keeps_best(self.cfg)
 
+    def look(self, what: str) -> AbstractContextManager[Look]:
+        """Around the drawing of `what`, which is only to be looked at: where it fails, the run says so and goes on."""
+        return only_looked_at(what, self.run.warn)
+
     def report(self, values: dict[str, float]) -> None:
         """A line of metrics.jsonl, of the trackers, and for the person; after a preview, and now and then, the report."""
         if values:
             self.run.log(self.step, values)
-            self.accelerator.log(values, step=self.step)
+            for_each_tracker(self.accelerator, self.run.warn, lambda: self.accelerator.log(values, step=self.step))
             self.run.say_progress(self.clock, self.step, self.total_steps, values)
         self.run.report(now=self.now("preview"))
 
@@ -299,7 +335,7 @@ class Session:
             self.run.save(tensors, self.documents(state), self.cfg.checkpoint, pinned)
             if uploads is not None:
                 uploads.wake(self.step)
-        self.gate.saved()
+        self.gate.saved(self.step)
         return True
 
     def _snapshot(self) -> None:
@@ -323,22 +359,25 @@ class Session:
         if self.attempt.trial:
             self._leave()
             return 1 if self.gate.stop else 0
-        message = f"stopped at step {self.step} and saved; to go on, run the same command again"
+        saved = self.gate.saved_step
+        if saved == self.step:
+            message = f"stopped at step {self.step} and saved; to go on, run the same command again"
+        else:  # a step whose gradients are not finite is not saved
+            there = f"the last checkpoint is of step {saved}" if saved is not None else "there is no checkpoint yet"
+            message = f"stopped at step {self.step}, whose gradients were not finite, so it was not saved; {there}"
+            message += ", from which the same command goes on" if saved is not None else ": the same command starts anew"
         return self._end_run("stopped", message, 1)
 
-    def end_finished(
-        self,
-        message: str,
-        curves: dict[str, list[str]],
-        *,
-        progress: dict[str, Any] | None = None,
-        more: tuple[Tensors, Documents] = ({}, {}),
-    ) -> int:
-        """Leave `final/` (`progress` beside the step, and `more` files), loss.png with panels of `curves`, and a last word."""
+    def write_final(self, *, progress: dict[str, Any] | None = None, more: tuple[Tensors, Documents] = ({}, {})) -> None:
+        """Leave `final/` (`progress` beside the step, and `more` files): before anything that is only to be looked at."""
         weights = self.trained.weights(keep=self.run.writes)
         if self.run.writes:
             documents = {**self.documents({"step": self.step, **(progress or {})}), **more[1]}
             checkpoint.write_folder(self.run.final, {"ema": weights, **more[0]}, documents)
+
+    def end_finished(self, message: str, curves: dict[str, list[str]]) -> int:
+        """Leave loss.png with panels of `curves`, and a last word; `final/` is there."""
+        if self.run.writes:
             self.run.draw_curves(curves)
         return self._end_run("finished", message, 0)
 
@@ -360,8 +399,7 @@ class Session:
         self.clock.close()
         self._rest()
         self.run.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        finish_trackers(self.accelerator, self.run.warn)
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
 
@@ -373,5 +411,6 @@ class Session:
         self.clock.close()
         self._rest()
         self.run.finish(state, self.step, self.total_steps, message)
+        finish_trackers(self.accelerator, self.run.warn)
         self.accelerator.end_training()
         return status

@@ -9,6 +9,7 @@ import pydantic
 
 from ..config import Length, Span, UserError, config, free, to_steps
 from ..data import ImageConfig
+from ..models import VAEConfig
 from .optimizer import OptimizerConfig, Schedule, learning_rate
 from .stream import Split, split_batch
 
@@ -153,9 +154,9 @@ def plan_stages(cfg: Any, num_images: int, *, rank: int, world: int) -> list[Sta
     return planned
 
 
-def warnings(stages: Sequence[StageConfig], *, from_scratch: bool) -> list[str]:
-    """What is allowed and seldom wanted."""
-    found, tanh = [], False
+def warnings(stages: Sequence[StageConfig], *, from_scratch: bool, model: VAEConfig | None = None) -> list[str]:
+    """What is allowed and seldom wanted, in the stages and in the autoencoder."""
+    found, tanh = _resampling(model) if model is not None else [], False
     for i, stage in enumerate(stages):
         tanh |= stage.tanh
         if stage.perceptual is not None and not tanh:
@@ -163,3 +164,19 @@ def warnings(stages: Sequence[StageConfig], *, from_scratch: bool) -> list[str]:
     if stages[0].tanh and from_scratch:
         found.append("stages.0: tanh in a first stage from scratch leaves blobs; turn it on in a later one")
     return found
+
+
+def _resampling(model: VAEConfig) -> list[str]:
+    """What is to be said of how the autoencoder resamples."""
+    legacy = [
+        f"model.{key} {value}"
+        for key, value in (("downsample", model.downsample), ("upsample", model.upsample))
+        if value in ("conv", "transposed") and len(model.widths) > 1
+    ]
+    if not legacy:
+        return []
+    leaves = "leaves" if len(legacy) == 1 else "leave"
+    return [
+        f"{' and '.join(legacy)} {leaves} checkerboards in images or gradients (Odena et al. 2016, "
+        "distill.pub/2016/deconv-checkerboard); average and nearest do not"
+    ]

@@ -61,7 +61,7 @@ class Trained:
             checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
             load_optimizer_state(optimizer, names_of(network), checkpoint.read_tensors(folder, moments))
         if self._times is not None and self._times.tensors():
-            self._times.load(checkpoint.read_tensors(folder, "times"))
+            self._times.load(checkpoint.read_tensors(folder, "times", finite=False))  # it passes over losses that are not
 
 
 class Meter:

@@ -147,7 +147,8 @@ class _From(Sampler[range]):
 
 def _quiet_worker(_: int) -> None:
     # Ctrl-C and a launcher's SIGTERM go to the whole process group: out of it, so that the main process alone decides.
-    os.setsid()
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
     signal.set_wakeup_fd(-1)  # what the main process counts are its own signals
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

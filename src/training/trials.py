@@ -4,6 +4,7 @@ import argparse
 import gc
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -15,13 +16,15 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 from ..config import ENDLESS, UserError, read_json
 from ..progress import Phases, say
 from .checkpoint import damage, keeps_best, newest, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .continuing import MARK, continue_as, directory_of
-from .launch import OutOfMemory, explain_out_of_memory, of_a_lost_rank, silent_ranks, undetermined
+from .launch import OutOfMemory, explain_out_of_memory, silent_ranks, undetermined
+from .looks import of_a_lost_rank
 from .report import SAMPLE_BYTES
 from .stream import Split
 from .uploads import Uploads, bring
@@ -66,8 +69,10 @@ class Attempt:
     weights_bytes: int = 0
     preview_bytes: int = 0
     images: int = 0
+    remarks: list[str] = field(default_factory=list)
     parameters: int = 0
     uploads: Uploads | None = None
+    warnings: list[str] = field(default_factory=list)  # about the data: said once the run begins
     held: ExitStack = field(default_factory=ExitStack)  # what is given up however the training ends
     trying: Callable[[int, int, str], None] = lambda *_: None
     leaving: Callable[[], object] = lambda: None  # what is still done where a second signal ends the process at once
@@ -206,21 +211,43 @@ def run_training(train: Train, cfg: Any, args: argparse.Namespace) -> int:
         return dry_run(train, cfg, run_dir, old)
     if args.verify_resume:
         return verify_resume(train, cfg, run_dir)
+    return _run(train, cfg, run_dir, old)
+
+
+def train_here(train: Callable[..., int], cfg: Any, run_dir: str | Path, **given: Any) -> int:
+    """A run from Python: `train` of a script with what is `given` from there; 0 where it has finished, 1 where it was stopped.
+    Afterwards signals are the caller's again, and so, of one process, is accelerate's state."""
+    names = ("SIGTERM", "SIGINT", "SIGUSR1", f"SIG{cfg.stop_signal}")
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None)) is not None}
+    run_dir = Path(run_dir)
+    try:
+        if cfg.bucket is not None:
+            for line in bring(cfg, run_dir, trial=False):
+                print(line, flush=True)
+        return _run(partial(train, **given), cfg, run_dir)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if PartialState._shared_state and PartialState().num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _run(train: Train, cfg: Any, run_dir: Path, old: Path | None = None) -> int:
     attempt, whole = Attempt(), True
     try:
         if old is not None:
             continue_as(cfg, old, run_dir)
         status = _take(train, cfg, run_dir, attempt)
+        if status == 0 and attempt.uploads is None and cfg.bucket is not None and os.environ.get("RANK", "0") == "0":
+            attempt.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
+            if (found := newest(run_dir / "checkpoints")[0]) is not None:
+                attempt.uploads.wake(int(found.name.removeprefix("step_")))
     except UserError as error:
         if old is None or not (run_dir / MARK).exists():
             raise
         if os.environ.get("RANK", "0") == "0":  # refused before it began: nothing is left of it
             shutil.rmtree(run_dir, ignore_errors=True)
         raise UserError(str(error).replace(str(run_dir), str(old))) from None  # what was read is the old run's
-        if status == 0 and attempt.uploads is None and cfg.bucket is not None and os.environ.get("RANK", "0") == "0":
-            attempt.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
-            if (found := newest(run_dir / "checkpoints")[0]) is not None:
-                attempt.uploads.wake(int(found.name.removeprefix("step_")))
     finally:
         if attempt.uploads is not None:
             attempt.uploads.say = partial(print, flush=True)
@@ -308,6 +335,8 @@ def dry_run(train: Train, cfg: Any, run_dir: Path, old: Path | None = None) -> i
             print(f"{cfg.name}, a dry run: nothing was written")
             for row, value in costs(cfg, attempt, run_dir, peak_memory_gigabytes(device), device.type):
                 print(f"  {row:<12} {value}")
+            for line in attempt.warnings:
+                print(f"  {'warning':<12} {line}")
         if status != 1:  # nobody asked for a stop
             for told in fitting(train, cfg, folder):
                 print(f"  {'fits':<12} {told}")
@@ -388,7 +417,8 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 def costs(cfg: Any, attempt: Attempt, run_dir: Path, memory: float, device: str) -> list[tuple[str, str]]:
     """What a dry run found out, in rows: data, parameters, each stage, memory (GB), disk under the rules by which
     checkpoints are kept, time to the end."""
-    rows = [("data", f"{attempt.images} pictures"), ("parameters", f"{attempt.parameters / 1e6:.2f} M")]
+    rows = [("data", line) for line in (f"{attempt.images} pictures", *attempt.remarks)]
+    rows += [("parameters", f"{attempt.parameters / 1e6:.2f} M")]
     seconds, one, kept, pictures = attempt.ahead_seconds, attempt.checkpoint_bytes, 0, 0
     for stage in attempt.stages:
         images, split, minutes = stage.steps * stage.split.batch, stage.split, cfg.checkpoint.every_minutes
@@ -486,7 +516,7 @@ def compare_checkpoints(one: Path, other: Path) -> tuple[list[str], int]:
             return [f"{folder.name}: {reason}"], 0
     found, count = list[str](), 0
     for name in sorted({path.stem for folder in (one, other) for path in folder.glob("*.safetensors")}):
-        left, right = read_tensors(one, name), read_tensors(other, name)
+        left, right = read_tensors(one, name, finite=False), read_tensors(other, name, finite=False)
         count += len(left)
         for key in sorted(left.keys() | right.keys()):
             if key not in left or key not in right or left[key].shape != right[key].shape:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..config import UserError, dump, read_json
+from ..config import UserError, dump, quoted, read_json
 from ..data.buckets import CACHES, Bucket, Empty, Remote, Unreached, alone, manifest, open_bucket, passing, pull, push
 from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
 from .kept import ways_on
@@ -55,9 +55,10 @@ def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_d
             return
     _, other = changes(settings, before)
     if other:
+        anew = f"rm -r {quoted(run_dir)} and gcloud storage rm -r {quoted(f'{bucket.url}/{place}')}"
         raise UserError(
             f"{bucket.url} holds another run as {place}: it was started with another {', '.join(other)}; change it back, give "
-            f"another --run-dir, or, to start anew, rm -r {run_dir} and gcloud storage rm -r {bucket.url}/{place}"
+            f"another --run-dir, or, to start anew, {anew}"
             f"{ways_on(run_dir, before, dump(settings), other)}"
         )
 
@@ -99,7 +100,7 @@ def bring_back(url: str, run_dir: Path, settings: Any = None) -> str | None:
             found = checkpoints / step
             break
         if void and found is None:
-            anew = f"to start anew, rm -r {run_dir} and gcloud storage rm -r {bucket.url}/{place}"
+            anew = f"to start anew, rm -r {quoted(run_dir)} and gcloud storage rm -r {quoted(f'{bucket.url}/{place}')}"
             raise UserError(f"{'; '.join(told)}; none is whole: {anew}")
         for step in void:  # so that it counts for nobody, until it is put anew
             with suppress(UserError):

@@ -652,6 +652,50 @@ def test_a_damaged_archive_does_not_keep_back_the_others(
     assert call("bring") == 0 and len(tree(project / "datasets" / "dogs")) == 1
 
 
+def test_what_is_left_out_is_said(server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = ["cars.old/1.png", "yard.lock", "a.trial/1.png", "50%.png", "a#b?.png", "with space/[1].png", ".hidden/1.png"]
+    left = ["half.partial/1.png", "b~", "notes.swp", "cars.old/.DS_Store"]
+    write(project / "datasets" / "mine", dict.fromkeys([*odd, *left, ".x.lock", ".y.part"], b"png"))
+    (project / "datasets" / "mine" / "away").symlink_to(project / "nowhere")
+    (project / "datasets" / "mine" / "same").symlink_to(project / "datasets" / "mine" / "cars.old")
+    os.mkfifo(project / "datasets" / "mine" / "pipe")
+    call("push datasets/mine")
+    assert set(server.objects()) == {f"datasets/mine/{name}" for name in odd}
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("datasets/mine: left out: ") and " and 2 more; to move it, name its folder" in line
+    assert "half.partial/" in line and ".lock" not in line.replace("yard.lock", "") and ".part," not in line
+    call("status datasets/mine")
+    told = capsys.readouterr()
+    assert ["datasets/mine", "7", "0", "0", "0"] in [row.split() for row in told.out.splitlines()] and "left out: " in told.err
+    call("push datasets/mine/half.partial")
+    assert "datasets/mine/half.partial/1.png" in server.objects()
+    shutil.rmtree(project / "datasets")
+    capsys.readouterr()
+    call("pull datasets/mine")
+    assert set(tree(project / "datasets" / "mine")) == set(odd)
+    assert "datasets/mine: left out: half.partial/1.png; to move it" in capsys.readouterr().err
+
+
+def test_the_caches_of_a_run_are_said_to_stay(server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(project / "runs" / "x", small() | {"latents/block.npy": b"large", ".lock": b""})
+    call("push x")
+    assert "runs/x: left out: latents/; to move it, name its folder as the place" in capsys.readouterr().err
+
+
+def test_an_unpacked_file_that_is_overwritten_by_one_of_the_same_size(
+    server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.put("datasets/hats.zip", zipped({"hats/1.png": b"png"}))
+    call("bring")
+    call("push datasets")
+    assert "has changed" not in capsys.readouterr().out
+    path = project / "datasets" / "hats" / "1.png"
+    path.write_bytes(b"gnp")
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+    call("push datasets")
+    assert "datasets/hats was unpacked from hats.zip and has changed" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------- processes
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from src.config import UserError, validate
 from src.data import ImageConfig, PictureSet, open_data, open_sources
@@ -157,6 +157,46 @@ def test_large_honest_scans_pass_and_small_files_can_be_left_out(tmp_path: Path)
     large.write_bytes(png(12_000, 10_000))
     assert inspect(lambda: large, large.stat().st_size, ScanConfig()) is None
     assert inspect(lambda: large, 4999, ScanConfig(min_file_bytes=5000)) == "smaller than min_file_bytes"
+
+
+def with_words(kind: str, count: int) -> bytes:
+    """A PNG with so many bytes beside its pixels, which compress well."""
+    info, more = PngImagePlugin.PngInfo(), {}
+    if kind == "icc":
+        more = {"icc_profile": b"x" * count}
+    elif kind == "many":
+        for i in range(0, count, 900_000):
+            info.add_text(str(i), "w" * 900_000, zip=True)
+    elif kind == "iTXt":
+        info.add_itxt("workflow", "w" * count, zip=True)
+    else:
+        info.add_text("workflow", "w" * count, zip=kind == "zTXt")
+    content = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(content, "PNG", pnginfo=info, **more)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "icc", "many"])
+def test_a_png_may_carry_much_more_than_its_pixels(kind: str, tmp_path: Path) -> None:
+    """The workflow of a generator, or a profile of a printer: Pillow by itself takes a megabyte."""
+    content = with_words(kind, 3_000_000)
+    assert inspect(lambda: io.BytesIO(content), len(content), ScanConfig()) is None
+    assert decode(content).getpixel((5, 5)) == (255, 0, 0)
+    bomb = with_words(kind, 68_000_000) if kind in ("zTXt", "icc") else None
+    if bomb is not None:
+        told = "more text than 64 MB in a chunk, or 256 MB in all"
+        assert inspect(lambda: io.BytesIO(bomb), len(bomb), ScanConfig()) == told, "and yet there is a bound"
+    (tmp_path / "a.png").write_bytes(content)
+    picture(tmp_path / "b.png")
+    assert len(folder_set(tmp_path)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("notes", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\0\0", b"Exif\0\0"])
+def test_notes_that_cannot_be_read_turn_nothing(ending: str, notes: bytes, tmp_path: Path) -> None:
+    path = picture(tmp_path / f"a.{ending}", exif=notes)
+    assert inspect(lambda: path, 99, ScanConfig()) is None and decode(path).size == (40, 30)
 
 
 def test_ten_thousand_damaged_pictures(tmp_path: Path) -> None:

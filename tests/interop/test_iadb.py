@@ -451,7 +451,8 @@ def test_a_network_on_latents_draws_pictures(tmp_path: Path) -> None:
         reference = AutoencoderKL.from_pretrained(vae).eval().decode(latents / 0.5 + 0.25).sample
     assert drawn.shape == (2, 3, 16, 16)
     torch.testing.assert_close(drawn, reference, rtol=0, atol=1e-4)
-    assert "does not draw pixels from noise alone" in refused("convert", "to-diffusers", moved, "--out", tmp_path / "theirs")
+    done = here("convert.py", "to-diffusers", moved, "--out", tmp_path / "theirs")
+    assert done.status == 0 and (tmp_path / "theirs" / "vae" / "config.json").is_file(), done.all
 
 
 @pytest.mark.parametrize(
@@ -503,7 +504,7 @@ def test_latents_that_cannot_be(tmp_path: Path, channels: int, text: str, given:
 def test_latents_without_a_scale_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, vae = saved(tmp_path / "a.pt", unet2d(in_channels=4, out_channels=4).state_dict()), str(autoencoder(tmp_path / "vae"))
     opened = replace(open_autoencoder(vae, CPU), scaling=None)  # as a run of train_vae.py
-    monkeypatch.setattr("src.interop.iadb.open_autoencoder", lambda name, device: opened)
+    monkeypatch.setattr("src.interop.on_latents.open_autoencoder", lambda name, device: opened)
     with pytest.raises(UserError, match="the latents of .*vae have no scale of their own, .*; only a diffusers AutoencoderKL"):
         read(path, image_size=16, autoencoder=vae)
 

@@ -84,6 +84,7 @@ def test_missing_damaged_and_foreign_inception_weights_are_said(
     inception_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"not at .*6726825d.pth; get them from https.*efficientnet_lite0 works without"):
         open_features("inception")
     assert inception_file() == tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"

@@ -46,6 +46,9 @@ OPTIONS = [
     {"bottleneck": VQ, "attention": ["full", "none"], "mid_attention": "none"},
     {"widths": [8, 8, 12], "attention": ["none", "none", "linear"]},
     {"widths": [8]},
+    {"downsample": "conv", "upsample": "transposed"},
+    {"downsample": "conv"},
+    {"bottleneck": VQ, "upsample": "transposed"},
 ]
 
 
@@ -85,6 +88,8 @@ def test_each_option_changes_the_picture() -> None:
     for change in (
         {"upsample": "bilinear"},
         {"downsample": "max"},
+        {"downsample": "conv"},
+        {"upsample": "transposed"},
         {"head_channels": 4},
         {"attention": ["none", "full"]},
         {"mid_attention": "full"},
@@ -99,6 +104,27 @@ def test_the_factor_is_a_halving_for_each_resolution_after_the_first() -> None:
         spec = validate(VAEConfig, {"widths": [8] * n, "latent_channels": 5})
         assert spec.factor == 2 ** (n - 1)
         assert spec.latent_shape(64) == (5, 64 // 2 ** (n - 1), 64 // 2 ** (n - 1))
+
+
+def test_the_legacy_pair_halves_and_doubles_exactly_on_the_meta_device() -> None:
+    for widths in ([8], [8, 16], [8, 16, 16], [8, 16, 16, 24]):
+        options = {"widths": widths, "downsample": "conv", "upsample": "transposed", "latent_channels": 3}
+        spec = validate(VAEConfig, options)
+        with torch.device("meta"):
+            network = VAE(spec, 3)
+            for height, width in ((1, 1), (3, 5), (7, 2)):  # of the latents: odd ones, too
+                images = torch.zeros(2, 3, height * spec.factor, width * spec.factor)
+                made = network(images, torch.zeros(2, 3, height, width))
+                assert made.images.shape == images.shape and made.mean.shape == (2, 3, height, width)
+        layers = [type(module).__name__ for module in network.modules()]
+        strided = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d) and module.stride == (2, 2)]
+        assert layers.count("ConvTranspose2d") == len(strided) == len(widths) - 1
+
+
+def test_the_defaults_are_what_they_were() -> None:
+    spec = validate(VAEConfig, {})
+    assert (spec.downsample, spec.upsample) == ("average", "nearest")
+    assert not any(isinstance(module, torch.nn.ConvTranspose2d) for module in VAE(spec, 3).modules())
 
 
 def test_pictures_may_be_wide_or_grey() -> None:

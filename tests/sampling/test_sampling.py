@@ -15,8 +15,9 @@ from src.diffusion import ProcessConfig, build_process, euler, transitions
 from src.models import UNet, UNetConfig
 from src.sampling import Sampler, SamplerConfig, noise_of, open_trained
 from src.sampling.files import Frames, columns_for, write_samples
+from src.sampling.folders import run_name
 from src.sampling.sampler import Edit, _Way, describe, random_labels
-from tests.conftest import here, launch, one_line, randomise
+from tests.conftest import here, launch, one_line, randomise, refused, run_here
 
 CPU = torch.device("cpu")
 SHAPE = (1, 8, 8)
@@ -370,3 +371,52 @@ def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Pat
 def test_mistakes_of_sample_py(smoke_run: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
     assert said in one_line(here("sample.py", smoke_run, "--out", tmp_path / "out", *arguments))
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- where they go
+
+
+def test_the_name_of_a_run_is_that_of_its_directory(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "a_b"
+    for place in ("", "checkpoints/step_00000010", "final", "ema/width_0.05", "ema/step_00000020"):
+        assert run_name(run / place) == "a_b"
+    run.mkdir(parents=True)
+    (tmp_path / "runs" / "latest").symlink_to(run)
+    (run / "ckpt_epoch3_ddpm.pt").touch()
+    assert (
+        run_name(tmp_path / "runs" / "latest" / "final") == "a_b"
+        and run_name(run / "ckpt_epoch3_ddpm.pt") == "ckpt_epoch3_ddpm"
+    )
+    monkeypatch.chdir(run)
+    assert run_name(".") == run_name("final") == "a_b" and run_name("imported/model") == "model"
+
+
+def test_two_runs_of_one_config_do_not_mix(smoke_run: Path, tmp_path: Path) -> None:
+    for name in ("a_b", "c d"):
+        shutil.copytree(smoke_run / "final", tmp_path / "runs" / name / "final")
+    words = ("--steps", "1", "--num-samples", "2")
+    for place in ("runs/a_b", "runs/c d/final"):
+        assert here("sample.py", place, *words, cwd=tmp_path).status == 0
+        few = ("--num-samples", "12", "--num-images", "12", "--steps", "1", "--features", "random")
+        assert here("evaluate.py", place, *few, cwd=tmp_path).status == 0
+    for folder in ("samples", "evaluations"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["a_b", "c d"]
+    run_here("interpolate", "runs/a_b", "--steps", "1", "--num-seeds", "2", "--frames-between", "1", cwd=tmp_path)
+    assert list((tmp_path / "samples" / "a_b").glob("interpolation_*"))
+
+
+@pytest.mark.parametrize(("classes", "count"), [("0/1/2", 18), ("0", 16), ("0/1/2/3/0/1/2", 21), (None, 16)])
+def test_the_default_count_is_dealt_to_any_number_of_classes(
+    classes: str | None, count: int, smoke_run: Path, tmp_path: Path
+) -> None:
+    asked = ("--classes", classes) if classes is not None else ()
+    done = here("sample.py", smoke_run, "--steps", "1", *asked, "--out", tmp_path / "out")
+    assert done.status == 0 and done.out.startswith(f"{count} pictures of"), done.all
+    assert len(list((tmp_path / "out").glob("0*.png"))) == count
+
+
+def test_keys_by_default_are_dealt_too(smoke_run: Path, tmp_path: Path) -> None:
+    words = ("--steps", "1", "--frames-between", "1", "--out", tmp_path / "out", "--classes", "0/1/2")
+    done = here("interpolate.py", smoke_run, *words)
+    assert done.status == 0 and "through 6 keys" in done.out, done.all
+    assert "4 pictures cannot be dealt to 3 classes" in refused("interpolate", smoke_run, *words, "--num-seeds", "4")

@@ -168,8 +168,11 @@ def test_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "hub" / "checkpoints"
-    status(health.inception_weights(), "warn", f"wget -P {folder} https://", "FID")
-    status(health.backbone_weights("vgg"), "warn", str(folder / "vgg16-397923af.pth"), f"wget -P {folder} https://")
+    fetched = "fetches it itself where there is a network"
+    status(health.inception_weights(), "warn", f"wget -P {folder} https://", "FID", fetched)
+    status(health.backbone_weights("vgg"), "warn", str(folder / "vgg16-397923af.pth"), f"wget -P {folder} https://", fetched)
+    missing = health.backbone_weights("vgg", str(tmp_path / "mine.pth"))
+    assert "fetches" not in missing.found, "a file that was named is not fetched"
     status(health.backbone_weights("alex", required=True), "fail", str(folder / "alexnet-owt-7be5be79.pth"))
     status(health.upscaler_weights(), "warn", f"wget -P {tmp_path / 'models'} https://")
     status(health.efficientnet_weights(), "pass", "MB")
@@ -187,6 +190,7 @@ def test_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_weights_are_looked_for_where_the_losses_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as raised:
         losses.Perceptual(losses.PerceptualConfig(network="squeeze"))
     path, url = losses.imagenet_weights("squeeze")
@@ -495,6 +499,7 @@ def test_two_processes_are_sound(sabotaged: dict[str, dict[str, Row]]) -> None:
     assert "2 processes" in sabotaged["sound"]["gradients"].found and "all 2 ranks" in sabotaged["sound"]["ten steps"].found
 
 
+@pytest.mark.soak
 def test_three_processes_are_sound_in_bf16(tmp_path: Path) -> None:
     """Of a number of processes that is no power of two, a loss times it rounds to other bf16 than the loss itself."""
     row = proven(3, tmp_path, "bf16")["bf16"]["gradients"]

@@ -13,6 +13,7 @@ from src.diffusion import ProcessConfig, build_process
 from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
+from src.training.checkpoint import spared_steps
 from src.training.codebook import CodebookStep
 from src.training.draws import Draws
 from src.training.optimizer import OptimizerConfig
@@ -69,6 +70,22 @@ def test_what_is_seldom_wanted_is_said() -> None:
     assert "perceptual without tanh" in warnings(stages({"steps": 1, "perceptual": {}}), from_scratch=True)[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"downsample": "conv", "upsample": "transposed"}, "model.downsample conv and model.upsample transposed leave"),
+        ({"upsample": "transposed"}, "model.upsample transposed leaves checkerboards"),
+        ({"downsample": "conv"}, "model.downsample conv leaves checkerboards"),
+        ({"downsample": "max", "upsample": "bilinear"}, None),
+        ({"widths": [8], "upsample": "transposed"}, None),
+    ],
+)
+def test_checkerboards_are_warned_of(options: dict, said: str | None) -> None:
+    found = warnings(stages({"steps": 1}), from_scratch=True, model=validate(VAEConfig, options))
+    assert len(found) == (said is not None)
+    assert said is None or (said in found[0] and "Odena et al. 2016" in found[0])
+
+
 def test_the_adaptive_weight_is_the_ratio_of_gradients_of_the_whole_batch() -> None:
     last = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     adaptive = AdaptiveWeight(last, Accelerator(cpu=True))
@@ -104,6 +121,33 @@ def test_the_guard_holds_reconstruction_against_the_stages_best() -> None:
     assert not again.rolls_back(spec) and "rolled back 1 times already" in again.explain(spec, 30, 0.31, {})
     assert guard.enter(2) and guard.best == float("inf") and not guard.rolls_back(spec)
     assert "no checkpoint of this stage" in guard.explain(spec, 1, 0.5, {})
+
+
+def test_a_dip_at_the_start_of_a_stage_leaves_a_checkpoint_to_go_back_to() -> None:
+    spec, guard = GuardConfig(worse_factor=1.5, rollback=True), Guard()
+    guard.enter(2)
+    guard.saved_before(20)
+    assert guard.watch(spec, 20, 0.1)
+    assert guard.watch(spec, 24, 0.3, adversary=False), "no fault of an adversary that has not begun"
+    assert (guard.best, guard.healthy_step) == (0.3, 24)
+    assert guard.watch(spec, 28, 0.4) and not guard.watch(spec, 32, 0.5) and guard.back_to == 28
+    assert not guard.watch(spec, 36, float("nan"), adversary=False) and guard.best == 0.3
+
+    guard = Guard()
+    guard.enter(1)
+    assert guard.watch(spec, 0, 0.05) and guard.back_to is None and not guard.rolls_back(spec), "nothing is saved at step 0"
+    guard.saved_before(0)
+    assert guard.back_to is None
+    guard.saved_before(6)
+    assert not guard.watch(spec, 10, 0.2) and guard.rolls_back(spec) and guard.back_to == 6
+    assert "going back to step 6, with 0.25 times" in guard.explain(spec, 10, 0.2, {})
+    assert spared_steps({"guard": guard.saved()}) == {6}, "however many are saved after it"
+    again = Guard.load(guard.saved())
+    assert again == guard and again.enter(2) and again.back_to is None
+    guard.watch(spec, 12, 0.04)
+    assert guard.back_to == 12 and spared_steps({"guard": guard.saved()}) == {12}
+    before = {key: value for key, value in guard.saved().items() if key != "before_step"}
+    assert Guard.load(before).back_to == 12, "what an earlier version saved is read"
 
 
 def test_an_adversary_that_has_won_is_named() -> None:

@@ -16,14 +16,24 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from src.config import UserError, validate
+import ddpm_accelerate
+from src.config import UserError, load, validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.training import checkpoint
 from src.training.checkpoint import CheckpointConfig, damage, load_weights, newest, retain, step_folder, write_folder
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
-from src.training.launch import Heartbeats, MachineConfig, StepGate, StopRequest, explain_out_of_memory, precision_for, start
+from src.training.launch import (
+    Heartbeats,
+    MachineConfig,
+    StepGate,
+    StopRequest,
+    explain_out_of_memory,
+    has_bf16_units,
+    precision_for,
+    start,
+)
 from src.training.optimizer import (
     OptimizerConfig,
     adamw,
@@ -39,7 +49,7 @@ from src.training.run import RunDirectory, describe_data
 from src.training.seeds import generator, normal, torch_seed, uniforms
 from src.training.state import Meter, Trained
 from src.training.stream import Order, split_batch, stream, to_network
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, SMOKE, environment, run_here
 
 CPU = torch.device("cpu")
 
@@ -291,16 +301,71 @@ def test_post_hoc_averages_are_those_of_the_whole_path(tmp_path: Path) -> None:
     assert post_hoc_weights(shots[:2], 0.2)[1] > 0.1  # a single snapshot cannot make a long one
 
 
-def test_optimizer_state_goes_out_and_in() -> None:
-    network, optimizer = network_and_optimizer()
-    take_step(network, optimizer)
-    names = {parameter: name for name, parameter in network.named_parameters()}
-    state = optimizer_state(optimizer, names)
-    assert set(state) == {f"{name}/{moment}" for name in names.values() for moment in ("step", "exp_avg", "exp_avg_sq")}
-    fresh = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1}))
-    load_optimizer_state(fresh, names, state)
-    for name, value in optimizer_state(fresh, names).items():
-        assert torch.equal(value, state[name])
+def wide_network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 2))
+
+
+def train_wide(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    own = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        network(torch.randn(4, 3, 5, 5, generator=own)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("muon", [None, {}, {"momentum": 0.8, "iterations": 2}])
+def test_optimizer_state_goes_out_and_in(muon: dict | None) -> None:
+    """By our checkpoints, by torch's own load_state_dict (which accelerate's `prepare` calls) and by deepcopy: each twin then
+    moves as the original does."""
+    spec = validate(OptimizerConfig, {"lr": 0.01, "weight_decay": 0.1, "muon": muon})
+    network = wide_network()
+    optimizer = build_optimizer(network, spec)
+    train_wide(network, optimizer, 3)
+    state, start_weights = optimizer_state(optimizer, names_of(network)), copy.deepcopy(network.state_dict())
+    assert {key.rpartition("/")[0] for key in state} == set(names_of(network).values()), "each parameter has moments"
+
+    def by_checkpoint(twin: nn.Module) -> torch.optim.Optimizer:
+        fresh = build_optimizer(twin, spec)
+        load_optimizer_state(fresh, names_of(twin), state)
+        assert all(torch.equal(value, state[name]) for name, value in optimizer_state(fresh, names_of(twin)).items())
+        return fresh
+
+    def by_torch(twin: nn.Module) -> torch.optim.Optimizer:
+        fresh = build_optimizer(twin, spec)
+        fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return fresh
+
+    def by_prepare(twin: nn.Module) -> torch.optim.Optimizer:
+        return start(MachineConfig()).prepare(by_checkpoint(twin)).optimizer
+
+    twins = [(twin := copy.deepcopy(network), load(twin)) for load in (by_checkpoint, by_torch, by_prepare)]
+    twins.append(copy.deepcopy((network, optimizer)))
+    train_wide(network, optimizer, 2)
+    for twin, its_optimizer in twins:
+        train_wide(twin, its_optimizer, 2)
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, twin.state_dict()[name]), name
+            assert not torch.equal(value, start_weights[name])
+
+
+@pytest.mark.parametrize("muon", [None, {}])
+def test_moments_that_do_not_fit_are_refused(muon: dict | None) -> None:
+    spec, network = validate(OptimizerConfig, {"lr": 0.01, "muon": muon}), wide_network()
+    optimizer = build_optimizer(network, spec)
+    train_wide(network, optimizer, 1)
+    state = optimizer_state(optimizer, names_of(network))
+    other = validate(OptimizerConfig, {"lr": 0.01, "muon": {} if muon is None else None})
+
+    def refused(changed: dict, said: str, spec: OptimizerConfig = spec) -> None:
+        with pytest.raises(UserError, match=said):
+            load_optimizer_state(build_optimizer(network, spec), names_of(network), changed)
+
+    refused({key: value for key, value in state.items() if not key.startswith("3.weight/")}, "it lacks 3.weight/")
+    refused({key: value for key, value in state.items() if not key.endswith("bias/exp_avg_sq")}, "it lacks 0.bias/exp_avg_sq")
+    refused(state | {"5.weight/exp_avg": torch.zeros(2)}, "it has 5.weight/exp_avg in excess")
+    refused(state | {"4.bias/exp_avg": torch.zeros(3)}, r"4.bias/exp_avg has the shape \(3,\) and not \(2,\)")
+    refused(state, "it lacks 0.weight/.* in excess", other)
+    load_optimizer_state(build_optimizer(network, spec), names_of(network), {})  # before the first step there are none
 
 
 # ---------------------------------------------------------------------------------------------- randomness and the stream
@@ -508,7 +573,11 @@ def test_the_gate_counts_finite_steps_and_ends_a_run_of_bad_ones(accelerator: Ac
         gate.send(step, bad)
         gate.settle()
     gate.send(7, bad)
-    with pytest.raises(UserError, match="step 7: .* not finite.*checkpoint"):
+    with pytest.raises(UserError, match="step 7: .* not finite, the 3th time in a row; there is no checkpoint yet: lower"):
+        gate.settle()
+    gate.saved(6)
+    gate.send(8, bad)
+    with pytest.raises(UserError, match="the last checkpoint is of step 6, from before: lower optimizer.lr"):
         gate.settle()
 
 
@@ -543,16 +612,59 @@ def test_meter(accelerator: Accelerator) -> None:
         ({"MASTER_ADDR": "127.0.0.1"}, "no WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP"),
+        ({"ACCELERATE_USE_FSDP": "1"}, "ACCELERATE_USE_FSDP is '1', which accelerate does not take"),
+        ({"ACCELERATE_USE_DEEPSPEED": "True"}, "asks for DEEPSPEED"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision fp16 and the config for no"),
+        ({"ACCELERATE_MIXED_PRECISION": "FP8"}, "mixed_precision fp8 and the config for no"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            r"sets ACCELERATE_GRADIENT_ACCUMULATION_STEPS to 4, .* batch_size and micro_batch_size \(here batch_size 16, "
+            r"micro_batch_size 8\)",
+        ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"ACCELERATE_DYNAMO_BACKEND to INDUCTOR, .*\(here compile false\)"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "ACCELERATE_USE_PARALLELISM_CONFIG to true"),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, r'to BF16, .*\(here mixed_precision "no", dtype "float32"\)'),
+        ({"NVIDIA_TF32_OVERRIDE": "1"}, "NVIDIA_TF32_OVERRIDE to 1"),
+        ({"CUBLAS_WORKSPACE_CONFIG": ":0:0"}, "CUBLAS_WORKSPACE_CONFIG is :0:0, and deterministic true needs"),
     ],
 )
-def test_launchers_that_contradict(variables: dict, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_contradicts(variables: dict, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would change a result is refused, with the value of the environment and that of the config."""
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
-        start(MachineConfig())
+        start(load(ROOT / SMOKE, ddpm_accelerate.Config, ["deterministic=true"]))
+
+
+def test_what_accelerate_launch_sets_by_itself_contradicts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    neutral = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}
+    for name, value in (neutral | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ONEDNN_DEFAULT_FPMATH_MODE": ""}).items():
+        monkeypatch.setenv(name, value)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE makes it
+    assert start(MachineConfig()).gradient_accumulation_steps == 1
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+@pytest.mark.parametrize(
+    ("known", "units"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"neon": True}, True),  # torch does not say
+    ],
+)
+def test_a_processor_without_units_for_bf16_is_named(
+    known: dict, units: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert has_bf16_units() == units
+    quick = ["--set", "steps=1", "--set", "mixed_precision=bf16", "--set", "log.trackers=[]", "--set", "preview.num_measured=2"]
+    run_here("train_classifier", "-cfg", ROOT / "configs/smoke/classifier.json", "--run-dir", tmp_path / "run", *quick)
+    said = "no units for bf16, so float32 is faster here: start a run with --set mixed_precision=no"
+    assert (said in (tmp_path / "run" / "log.txt").read_text()) == (not units)
 
 
 @pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])

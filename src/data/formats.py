@@ -1,0 +1,154 @@
+"""Which files are images here: what Pillow and its plugins read, and what a person has to convert first."""
+
+import importlib
+import importlib.util
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+# Formats of Pillow that run no other program (EPS would start Ghostscript), with the endings of their files.
+BUILT_IN = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "ICO": (".ico",),
+    "CUR": (".cur",),
+    "ICNS": (".icns",),
+    "DDS": (".dds",),
+    "PCX": (".pcx",),
+    "PSD": (".psd",),
+    "QOI": (".qoi",),
+    "SGI": (".sgi",),
+    "SUN": (".ras",),
+    "XBM": (".xbm",),
+    "XPM": (".xpm",),
+    "FITS": (".fits", ".fit"),
+    "TGA": (".tga",),
+}
+LIBRARIES = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # what Pillow must have been built with for them
+READ_BEFORE = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+UNSIGNED = ("TGA", "CUR", "ICO", "PCX", "XBM")  # too little at the beginning of such a file says what it is: its ending has to
+SERIES = ("GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF", "JXL")  # formats of animations and of pages
+# Packages that teach Pillow another format: the module to import, its function to call, and the format's name afterwards.
+PLUGINS = {
+    "pillow-heif": ("pillow_heif", "register_heif_opener", "HEIF", (".heic", ".heif", ".heics", ".heifs", ".hif")),
+    "pillow-jxl-plugin": ("pillow_jxl", None, "JXL", (".jxl",)),
+    "pillow-avif-plugin": ("pillow_avif", None, "AVIF", (".avif", ".avifs")),
+}
+_RAW = ".3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .rw2 .rwl .sr2 .srf .srw .x3f"
+RAW = tuple(_RAW.split())  # of cameras; read with rawpy
+_VIDEO = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv"
+_ARCHIVES = ".7z .bz2 .gz .rar .tar .tgz .txz .xz .zip .zst"
+_ADVICE = {
+    ".pdf": "draw its pages first, such as with pdftoppm",
+    ".svg .svgz": "draw them first, such as with cairosvg",
+    ".eps .ps .ai": "draw them first, such as with Ghostscript",
+    ".psb .xcf .kra .clip .sketch .afphoto .procreate .cdr": "save them as PNG first",
+    ".exr .hdr": "convert them to PNG first",
+    ".jxr .wdp .hdp .bpg .flif": "convert them to PNG first",
+    ".djvu .wmf .emf": "convert them to PNG first",
+    ".dcm .dicom .nii": "convert them to PNG first, such as with pydicom or nibabel",
+    _VIDEO: "take images out of them first, such as with ffmpeg",
+    _ARCHIVES: "unpack them first: python prepare_data.py unpack FILE",
+}
+
+
+@cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@cache
+def _formats() -> dict[str, tuple[str, ...]]:
+    """{format: endings} that can be read here. Plugins that are installed register themselves with Pillow."""
+    Image.init()
+    found = {
+        name: endings
+        for name, endings in BUILT_IN.items()
+        if name in Image.OPEN and (name not in LIBRARIES or features.check(LIBRARIES[name]))
+    }
+    for module, function, name, endings in PLUGINS.values():
+        if name in found or not _installed(module):
+            continue
+        try:
+            plugin: Any = importlib.import_module(module)
+            if function is not None:
+                getattr(plugin, function)()
+        except Exception:  # a plugin that does not start is as one that is not installed
+            continue
+        if name in Image.OPEN:
+            found[name] = endings
+    return found
+
+
+@cache
+def endings() -> frozenset[str]:
+    """The endings, in small letters, of the files that can be read here."""
+    found = {ending for endings in _formats().values() for ending in endings}
+    return frozenset(found | set(RAW if _installed("rawpy") else ()))
+
+
+def plugins_in_use() -> str:
+    """The names of what is read here by packages besides Pillow, or nothing: with them other files can be read."""
+    names = [name for _, _, name, _ in PLUGINS.values() if name in _formats() and name not in BUILT_IN]
+    return ",".join(names)
+
+
+@cache
+def foreign() -> dict[str, str]:
+    """{ending: what to do} of files that are images to their owner, or hold images, and cannot be read here."""
+    found = {ending: f"to read them: pip install {package}" for package, plugin in PLUGINS.items() for ending in plugin[3]}
+    found |= dict.fromkeys(BUILT_IN["JPEG2000"] + BUILT_IN["WEBP"], "to read them: install a Pillow that has their library")
+    found |= dict.fromkeys(RAW, "to read them: pip install rawpy")
+    found |= {ending: advice for endings, advice in _ADVICE.items() for ending in endings.split()}
+    return {ending: advice for ending, advice in found.items() if ending not in endings()}
+
+
+def reason_for(ending: str) -> str:
+    """Why files of a foreign ending are left out, in words."""
+    return f"{ending} ({foreign()[ending]})"
+
+
+def open_image(file: Any) -> Image.Image:
+    """Open a path or an open file as Pillow does, in the formats above alone; camera raw by rawpy, where that is there."""
+    ending = Path(file).suffix.lower() if isinstance(file, str | Path) else ""
+    if ending in RAW and ending in endings():
+        return _develop(Path(file))
+    names = sorted(
+        (name for name in _formats() if name not in UNSIGNED or ending in BUILT_IN[name]), key=lambda name: name not in UNSIGNED
+    )
+    try:
+        return Image.open(file, formats=names)
+    except UnidentifiedImageError as error:
+        advice = f": {reason_for(ending)}" if ending in foreign() else ""
+        raise UnidentifiedImageError(f"{error}{advice}") from None
+
+
+def _develop(path: Path) -> Image.Image:
+    """A camera's raw file as its maker meant it to look: its own white balance, turned upright."""
+    rawpy: Any = importlib.import_module("rawpy")
+    with open(path, "rb") as file, rawpy.imread(io.BytesIO(file.read())) as raw:
+        return Image.fromarray(np.asarray(raw.postprocess(use_camera_wb=True), dtype=np.uint8))
+
+
+def sequence_of(file: Any) -> str | None:
+    """What a file is that holds several images, of which the first is used: an animation, a series of pages. The stereo pairs
+    of a camera, the sizes of an icon and the layers of a drawing are no series."""
+    try:
+        with open_image(file) as image:
+            if image.format not in SERIES or not getattr(image, "is_animated", False):
+                return None
+            kind = "files of several pages" if image.format in ("TIFF", "HEIF") else "animated files"
+            return f"{kind} ({image.format}), of which the first image is used"
+    except Exception:  # what cannot be read is said by the scan
+        return None

@@ -1,0 +1,122 @@
+"""Names of classes and of files: which are the same, in which order they stand, how they are shown, and as file names."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+
+from ..config import UserError
+
+NO_LABEL = ("", "nan", "<na>")  # what is left of a missing label once it is text
+_JOINERS = "\u200c\u200d"  # part of words and of emoji, and not to be seen
+
+
+def normal_form(name: str) -> str:
+    """A name as it is compared: macOS writes `é` as two characters, other systems as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether two lists hold the same names in the same order."""
+    return [normal_form(name) for name in ours] == [normal_form(name) for name in theirs]
+
+
+def natural(name: str) -> tuple[int, str, str]:
+    """The place of a class in the order of classes: numbers by their value, then the other names. No two names that differ
+    have the same place, so the order of names is the same in every process."""
+    number = name.isdecimal() and len(name) <= 1000  # int() refuses longer ones
+    return (int(name), "", name) if number else (1 << 62, name, name)
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """The classes of these names, each once: of names that differ in their normal form alone, the first is kept."""
+    kept: dict[str, str] = {}
+    for name in names:
+        kept.setdefault(normal_form(name), name)
+    return tuple(sorted(kept.values(), key=natural))
+
+
+def class_of(label: object) -> str | None:
+    """The class that a cell of a table means, or None where it means none: None, NaN of any library, nothing but spaces."""
+    if label is None:
+        return None
+    text = str(label)
+    return None if text.strip().casefold() in NO_LABEL else text
+
+
+def shown(name: str) -> str:
+    """A name as it can be printed on one line: what has no look of its own (line breaks, bytes that are no text) is escaped."""
+    if name.isprintable():
+        return name
+    return "".join(
+        c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in name
+    )
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are, on one line."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown(name) for name in names[:most]) + more
+
+
+def file_stems(names: Sequence[str], *, most_bytes: int = 100) -> list[str]:
+    """A part of a file name for each class: its letters and digits, cut where it is long; no two are the same."""
+    safe = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in names]
+    cut = [name.encode()[:most_bytes].decode(errors="ignore") for name in safe]
+    cut = [short if short == name else f"{short}_{i}" for i, (name, short) in enumerate(zip(safe, cut, strict=True))]
+    return cut if len(set(cut)) == len(cut) else [f"{i}_{name}" for i, name in enumerate(cut)]
+
+
+def by_ending(names: Iterable[str]) -> dict[str, int]:
+    """How many files have which ending, in small letters: the most frequent first."""
+    counts: dict[str, int] = {}
+    for name in names:
+        ending = PurePath(name).suffix.lower()
+        counts[ending] = counts.get(ending, 0) + 1
+    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
+
+
+def class_remarks(class_names: Sequence[str], images: int) -> list[str]:
+    """What to know of the classes of a class-conditional run before it is trained, or nothing."""
+    if len(class_names) == 1:
+        return [
+            f"all images with a class have the same one, {shown(class_names[0])!r}: there is nothing to tell apart; is that "
+            "folder (or column) meant as a class? Without classes: --set class_conditional=false"
+        ]
+    if len(class_names) > 1 and images < 4 * len(class_names):
+        return [
+            f"there are {len(class_names)} classes for {images} images, too few of each to learn: does the label column hold "
+            "captions or file names? Without classes: --set class_conditional=false"
+        ]
+    return []
+
+
+def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """The numbers of the classes `A/B/C`, each by its name or its number. A name that has a slash in it is found as it stands,
+    or with `\\/` for the slash; a UserError says what is not known, and what may mean two things."""
+    known = {normal_form(name): i for i, name in enumerate(class_names)}
+    words = re.split(r"(?<!\\)/", normal_form(text))
+    most = 1 + max((name.count("/") for name in known), default=0)
+
+    def one(word: str) -> int | None:
+        return known.get(word, known.get(word.replace("\\/", "/")))
+
+    def numbered(word: str) -> int | None:
+        named = one(word)
+        is_number = named is None and word.isdecimal() and word.isascii() and len(word) < 10
+        return int(word) if is_number and int(word) < len(known) else named
+
+    for read in (one, numbered):  # names go before numbers
+        ways: list[list[list[int]]] = [[[]]]  # up to two ways to read the first words
+        for end in range(1, len(words) + 1):
+            lengths = [k for k in range(1, min(most, end) + 1) if ways[end - k]]
+            found = [(k, (one if k > 1 else read)("/".join(words[end - k : end]))) for k in lengths]
+            ways.append([[*way, label] for k, label in found if label is not None for way in ways[end - k]][:2])
+        if len(ways[-1]) == 1:
+            return ways[-1][0]
+        if len(ways[-1]) > 1:
+            told = " or ".join("/".join(shown(class_names[i]).replace("/", "\\/") for i in way) for way in ways[-1])
+            raise UserError(f"--classes {shown(text)} may mean two things; write it as {told}, or give the classes' numbers")
+    strange = next((word for word in words if numbered(word) is None), text)
+    numbers = f"; ask for one by its name or its number, 0 to {len(class_names) - 1}"
+    raise UserError(f"class {shown(strange)!r} is not known; the classes are: {few(class_names, 40)}{numbers}")

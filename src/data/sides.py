@@ -1,0 +1,76 @@
+"""What is odd about images that can be read: those smaller than what a run trains at, profiles and ranges that do not help."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import UserError
+from .colour import DAMAGED, DARK, UNFIT
+from .sources import ArrayPictures, PackedPictures, PictureSet
+
+
+def sizes_of(cfg: Any) -> dict[str, int]:
+    """The config key that sets a side in pixels -> the side, for all that a training config trains at."""
+    if cfg.image is None:
+        return {}
+    stages = getattr(cfg, "stages", ())
+    named = {f"stages.{i}.image_size": stage.image_size for i, stage in enumerate(stages) if stage.image_size is not None}
+    plain = not stages or any(stage.image_size is None for stage in stages)
+    return ({"image.size": cfg.image.size} if plain else {}) | named
+
+
+def refuse_small_packs(sizes: Mapping[str, int], *sets: Any) -> None:
+    """Refuse packed sets whose images are smaller than a size that is trained at: enlarged, they would teach blur."""
+    for key, size in sizes.items():
+        for pictures in sets:
+            for part in pictures.parts if isinstance(pictures, PictureSet) else ():
+                if isinstance(part, PackedPictures) and len(part) and (side := int(part.sides.min())) < size:
+                    raise UserError(
+                        f"the packed set {part.place} holds images of {side} px, and {key} is {size}: they would be enlarged; "
+                        f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
+                    )
+
+
+def count_small(size: int, *sets: Any) -> tuple[int, int, int]:
+    """How many images have a shorter side below `size`, of how many, and the smallest side. Sets in memory (digits, shapes,
+    EMNIST) do not count: they are small by nature, and whoever chooses them knows."""
+    small, total, smallest = 0, 0, size
+    for pictures in sets:
+        if isinstance(pictures, PictureSet):
+            files = [i for i, part in enumerate(pictures.parts) if not isinstance(part, ArrayPictures)]
+            sides = pictures.sides.min(1)[[which in files for which in pictures.which.tolist()]]
+            small, total = small + int((sides < size).sum()), total + len(pictures)
+            smallest = min(smallest, int(sides.min(initial=size)))
+    return small, total, smallest
+
+
+def describe_small(sizes: Mapping[str, int], *sets: Any) -> list[str]:
+    """A line for each size below which there are images."""
+    lines = []
+    for key, size in sizes.items():
+        small, total, smallest = count_small(size, *sets)
+        if small:
+            lines.append(
+                f"{small} of {total} images are enlarged: their shorter side is below {key} {size} (the smallest: "
+                f"{smallest} px); leave them out with --set data.scan.min_side={size}, or train at a smaller size"
+            )
+    return lines
+
+
+def describe_notes(*sets: Any) -> list[str]:
+    """A line for each kind of image whose colours or brightness may not be what its owner sees."""
+    parts = {id(part): part for pictures in sets if isinstance(pictures, PictureSet) for part in pictures.parts}
+    found = sum((Counter(part.report.notes) for part in parts.values()), Counter[str]())
+    return [f"of {count} images: {note}" for note, count in found.items() if note in (DAMAGED, UNFIT, DARK)]
+
+
+def check_images(cfg: Any, run_dir: Path, *sets: Any) -> list[str]:
+    """Hold the images of a training config against every size that it trains at, before anything is written.
+
+    A packed set that is too small is a UserError, but for a run that has begun with it. Gives the lines to warn with.
+    """
+    sizes = sizes_of(cfg)
+    if not any((run_dir / "checkpoints").glob("step_*")):
+        refuse_small_packs(sizes, *sets)
+    return describe_small(sizes, *sets) + describe_notes(*sets)

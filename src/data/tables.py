@@ -1,0 +1,168 @@
+"""Labels of images from a table beside them: CSV, tab-separated, or columns of white space as CelebA has them."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..config import UserError, config, free
+from .names import class_of, few, normal_form, shown
+
+Number = Annotated[int, Field(ge=0)]
+_HEAD = 1 << 16  # characters of a table that decide what parts its columns
+_SIGNS = {"comma": ",", "tab": "\t", "semicolon": ";"}
+
+
+@config
+class LabelTable:
+    """A table that names the class of each image, in place of class folders. `file` is found from here or in data.path.
+
+    Columns go by the names in the table's first line, or, in a table without such a line, by their numbers from 0. Without
+    `image_column` the first one names the images: their paths, file names, or file names without an ending. A column of -1
+    and 1, such as CelebA's attributes, makes the classes NAME and `not NAME`.
+    """
+
+    file: str = free()
+    label_column: str | Number
+    image_column: str | Number | None = None
+    delimiter: Literal["comma", "tab", "semicolon", "space"] | None = None
+
+
+@dataclass
+class Labels:
+    """What a table says: `classes[i]` of image i, None for none, and sentences for the person."""
+
+    classes: list[str | None]
+    remarks: list[str]
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"data.labels.file {path} cannot be read: {error.strerror}") from None
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8-sig", "surrogateescape")  # as file names are read
+
+
+def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
+    if delimiter == "space":
+        lines: Iterator[list[str]] = (line.split() for line in text.splitlines())
+    else:
+        quoting = csv.QUOTE_NONE if delimiter == "tab" else csv.QUOTE_MINIMAL  # a tab in a title is rare, a quote is not
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_SIGNS[delimiter], quoting=quoting)
+        lines = ([cell.strip() for cell in row] for row in reader)
+    return (row for row in lines if any(row))
+
+
+def _table(text: str, delimiter: str) -> list[list[str]]:
+    """The rows of a table, all as long as the longest of the first; CelebA's first line, their number, is left out, and its
+    list of columns, which does not name the first one, gets a name for it."""
+    rows = list(_rows(text, delimiter))
+    if rows and len(rows[0]) == 1 and rows[0][0].isdecimal() and len(rows) > 1 and len(rows[1]) > 1:
+        rows = rows[1:]
+    if len(rows) > 1 and len(rows[1]) == len(rows[0]) + 1:
+        rows[0] = ["image", *rows[0]]
+    return rows
+
+
+def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], int, int]:
+    """The rows of images, and the numbers of the columns of images and of labels."""
+    wanted = [column for column in (spec.image_column, spec.label_column) if column is not None]
+    best: list[list[str]] = []
+    head = text if len(text) < _HEAD else text[: text.find("\n", _HEAD)]
+    try:
+        for delimiter in [spec.delimiter] if spec.delimiter is not None else [*_SIGNS, "space"]:
+            rows = _table(head, delimiter)
+            header = [normal_form(name) for name in rows[0]] if rows else []
+            fits = all(c < len(header) if isinstance(c, int) else normal_form(c) in header for c in wanted)
+            if fits and (len(header) > 1 or spec.delimiter is not None):
+                numbers = [c if isinstance(c, int) else header.index(normal_form(c)) for c in wanted]
+                named = any(isinstance(column, str) for column in wanted)
+                rows = _table(text, delimiter)
+                return rows[1:] if named else rows, numbers[0] if len(wanted) > 1 else 0, numbers[-1]
+            if rows and (not best or len(rows[0]) > len(best[0])) and (delimiter != "space" or len(best[0]) < 2):
+                best = rows
+    except csv.Error as error:
+        raise UserError(f"data.labels.file {path} is no table: {error}") from None
+    if not best:
+        raise UserError(f"data.labels.file {path} is empty")
+    header = best[0]
+    missing = next(c for c in wanted if (c >= len(header) if isinstance(c, int) else normal_form(c) not in header))
+    key = "label_column" if missing == spec.label_column else "image_column"
+    raise UserError(f"data.labels.{key}: {path} has no column {missing!r}; it has: {few(header, 60)}")
+
+
+def _ways(name: str) -> list[str]:
+    """How a cell may name an image: its path, and the ends of its path down to the file name."""
+    parts = [part for part in normal_form(name.replace("\\", "/")).split("/") if part not in ("", ".")]
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def _stem(name: str) -> str:
+    """A path without the ending of its file."""
+    stem, dot, ending = name.rpartition(".")
+    return stem if dot and "/" not in ending and not stem.endswith("/") and stem else name
+
+
+def _known(names: Sequence[str]) -> Mapping[str, int]:
+    """{each way to name an image: its number}, -1 where that names several."""
+    known: dict[str, int] = {}
+    stems: dict[str, int] = {}
+    for i, name in enumerate(names):
+        for way in _ways(name):
+            for ways, key in ((known, way), (stems, _stem(way))):
+                ways[key] = i if ways.setdefault(key, i) == i else -1
+    return {**stems, **known}  # a whole file name goes before one without its ending
+
+
+def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:
+    """The classes of the images `names`, paths in `folder`. UserErrors name a file or a column that is missing, and the
+    first row where none of them names an image."""
+    path = Path(spec.file).expanduser()
+    if not path.is_file():
+        path = folder / path
+    if not path.is_file():
+        raise UserError(f"data.labels.file {spec.file} does not exist, neither from here nor in {folder}")
+    rows, image, label = _chosen(spec, _read(path), path)
+    known = _known(names)
+    found: dict[int, str | None] = {}
+    short = lost = several = unlike = 0
+    for row in rows:
+        if max(image, label) >= len(row):
+            short += 1
+            continue
+        i = next((known[way] for way in _ways(row[image]) if way in known), None)
+        if i is None:
+            lost += 1
+        elif i < 0:
+            several += 1
+        elif i in found:
+            unlike += found[i] != class_of(row[label])
+        else:
+            found[i] = class_of(row[label])
+    if not found:
+        first = repr(shown(rows[0][image])) if rows and image < len(rows[0]) else "nothing"
+        raise UserError(
+            f"data.labels: no row of {path} names an image of {folder}; its first row has {first}, and a file is called "
+            f"{shown(names[0])!r}: set data.labels.image_column"
+        )
+    classes = [found.get(i) for i in range(len(names))]
+    values = {value for value in classes if value is not None}
+    if values <= {"-1", "1"} and isinstance(spec.label_column, str):
+        named = {"1": spec.label_column, "-1": f"not {spec.label_column}"}
+        classes = [named[value] if value is not None else None for value in classes]
+    told = {
+        "images without a row are left without a class": len(names) - len(found),
+        "images with a row and no label are left without a class": sum(value is None for value in found.values()),
+        "rows name no image that can be trained on": lost,
+        "rows name several images, such as a file name that is in two folders, and are not used": several,
+        "rows name an image again with another label; its first row counts": unlike,
+        "rows are too short to have a label": short,
+    }
+    return Labels(classes, [f"{path.name}: {count} {what}" for what, count in told.items() if count])

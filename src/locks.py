@@ -1,0 +1,56 @@
+"""Locks on files, which the system drops when the process that holds one ends: POSIX's, or those of native Windows."""
+
+import errno
+import os
+import time
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # native Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:  # everywhere else
+    msvcrt = None
+
+_HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+_FAR = 1 << 30  # Windows keeps others from reading what is locked, so a byte behind the end is
+
+
+def take_lock(file: IO[Any], *, wait: bool = False) -> bool:
+    """Lock an open file that can be written, and say whether this process has the lock now; with `wait`, wait for it.
+
+    Loader workers do not inherit it. Where the system has neither kind of lock nobody is kept out. An OSError where the file
+    system takes no locks.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            raise
+        return True
+    while msvcrt is not None:
+        try:
+            _lock_far_byte(file)
+            return True
+        except OSError as error:
+            if error.errno not in _HELD:
+                raise
+            if not wait:
+                return False
+            time.sleep(0.1)
+    return True
+
+
+def _lock_far_byte(file: IO[Any]) -> None:
+    windows: Any = msvcrt
+    file.flush()
+    place = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+    try:
+        os.lseek(file.fileno(), _FAR, os.SEEK_SET)
+        windows.locking(file.fileno(), windows.LK_NBLCK, 1)
+    finally:
+        os.lseek(file.fileno(), place, os.SEEK_SET)

@@ -1,0 +1,140 @@
+"""Samples of several runs, checkpoints or exports, beside each other: what `ddpm_accelerate.py --ckpt_sampling` draws."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .. import pictures
+from ..config import UserError, quoted
+from ..diffusion import Prediction
+from ..progress import Progress
+from ..training.launch import explain_out_of_memory, start_sampling
+from ..training.looks import asked_for
+from .classifier import open_classifier
+from .files import Frames, columns_for
+from .opened import Opened, dealt, open_trained
+from .sampler import Sampler, add_arguments, sampler_config
+
+SHOWN = 16  # samples in the frames
+
+
+def parse_with_sampling(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, bool]:
+    """A training script's command line with the words of sample.py beside its own; and whether they ask for samples of each
+    --ckpt. A UserError where a word of the one is given for the other."""
+    training = set(vars(parser.parse_args([])))
+    sampling = parser.add_argument_group("samples of checkpoints")
+    sampling.add_argument("--ckpt", metavar="FILE", action="append", default=[], help="with --ckpt_sampling; repeatable")
+    sampling.add_argument("--ckpt_sampling", action="store_true", help="draw from each --ckpt into --out, and train nothing")
+    sampling.add_argument("--out", metavar="DIR", default="results", help="folder for grids, frames and GIFs (default results)")
+    sampling.add_argument("--num-samples", type=int, help="of each (default 16, or a few more for --classes)")
+    sampling.add_argument("--batch-size", type=int, default=16, help="pictures at a time; changes them only by rounding")
+    sampling.add_argument("--classes", help="names or numbers, A/B/C, dealt in equal blocks (default: all of them)")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    add_arguments(parser)
+    args = parser.parse_args()
+    given = _given(parser, args)
+    if args.ckpt_sampling:
+        idle = [_word(key) for key in given if key in training]
+        if idle:
+            raise UserError(f"{idle[0]} is about training, and --ckpt_sampling only draws from each --ckpt: leave it out")
+        if not args.ckpt:
+            raise UserError("--ckpt_sampling needs at least one --ckpt FILE: a run, a checkpoint, or an export")
+        return args, True
+    if args.ckpt:
+        raise UserError("--ckpt is for sampling: add --ckpt_sampling; a run goes on by itself when started again")
+    idle = [_word(key) for key in given if key not in training]
+    if idle:
+        raise UserError(f"{idle[0]} is about drawing from a --ckpt: add --ckpt_sampling; what training does is set by --set")
+    return args, False
+
+
+def _given(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The arguments that stand on the command line, also those that are given their default."""
+    none = argparse.Namespace(**dict.fromkeys(vars(args)))
+    return [key for key, value in vars(parser.parse_args(namespace=none)).items() if value is not None]
+
+
+def _word(key: str) -> str:
+    return {"config": "-cfg", "ckpt_sampling": "--ckpt_sampling"}.get(key, f"--{key.replace('_', '-')}")
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """One of the runs, and what is drawn from it."""
+
+    run: Opened
+    sampler: Sampler
+    labels: Sequence[int] | None
+    names: Sequence[str]
+
+    @classmethod
+    def of(cls, file: str, args: argparse.Namespace, count: int, device: torch.device) -> "_Drawing":
+        run = open_trained(file, device)
+        if run.low_resolution is not None:
+            advice = f"python sample.py {quoted(file)} --low PICTURES"
+            raise UserError(f"{file} is an upsampler, which draws from other pictures: {advice}")
+        classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
+        sampler = run.sampler(sampler_config(args), classifier)
+        known = classifier.class_names if classifier is not None else ()
+        names = run.class_names if run.num_classes is not None else known
+        labels = [i * len(names) // count for i in range(count)] if names else None
+        return cls(run, sampler, run.labels(args.classes, count, names) if args.classes is not None else labels, names)
+
+    def draw(self, args: argparse.Namespace, count: int, state: Any, device: torch.device) -> tuple[pictures.Pixels, Frames]:
+        """Whole batches dealt to ranks: all samples (count, H, W, C), and the frames of SHOWN of them, on every rank."""
+        few = min(SHOWN, count)
+        shown = {i * count // few for i in range(few)}  # spread over all, so that every class is among them
+        batches = [range(start, min(start + args.batch_size, count)) for start in range(0, count, args.batch_size)]
+        mine = batches[state.process_index :: state.num_processes]
+        parts = list[tuple[int, pictures.Pixels, list[Any]]]()
+        total, shown_here = self.sampler.steps * len(mine), state.is_main_process
+        with Progress(f"sampling {self.run.name}", total, unit="steps", shown=shown_here) as bar:
+            for batch in mine:
+                frames = Frames([i - batch.start for i in batch if i in shown], self.sampler)
+
+                def watch(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+                    frames(step, t, x_t, prediction)  # noqa: B023
+                    bar.update()
+
+                chosen = [self.labels[i] for i in batch] if self.labels is not None else None
+                how: dict[str, Any] = {"device": device, "callback": watch, "batch_size": args.batch_size}
+                x = self.sampler.draw(args.seed, batch, chosen, **how)
+                frames.finish(x)
+                parts.append((batch.start, pictures.to_uint8(x), frames.seen))
+        parts = sorted(gather_object(parts), key=lambda part: part[0])
+        joined = Frames.joined(self.sampler, [seen for _, _, seen in parts if seen], self.run.name)
+        return np.concatenate([pixels for _, pixels, _ in parts]), joined
+
+
+def sample_checkpoints(args: argparse.Namespace) -> int:
+    """Pictures of each run, checkpoint or export of --ckpt, all from the same noise, drawn on all ranks: grid, numbered frames
+    and GIF in --out. `args` are those of `parse_with_sampling`."""
+    wanted = 1 if args.num_samples is None else args.num_samples
+    if wanted < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**64:
+        raise UserError("--num-samples and --batch-size must be at least 1, --seed from 0 to 2^64 - 1")
+    sampler_config(args)
+    count, out = args.num_samples or dealt(16, args.classes), Path(args.out)
+    state, device = start_sampling(args.device)
+    with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
+        drawings = [_Drawing.of(file, args, count, device) for file in args.ckpt]  # a mistake in the last is told first
+        for number, drawing in enumerate(drawings, 1):
+            x, frames = drawing.draw(args, count, state, device)
+            if state.is_main_process:
+                run, labels = drawing.run, drawing.labels
+                suffix = "" if len(drawings) == 1 else f"_{number}_{run.name}_{run.step}"
+                grid, moving = out / f"grid{suffix}.png", out / f"denoised{suffix}.gif"
+                captions = [drawing.names[label] for label in labels] if labels is not None else None
+                with asked_for(grid):
+                    pictures.save(pictures.grid(x, columns=columns_for(count), labels=captions), grid)
+                with asked_for(moving):
+                    command = frames.write(out / f"denoised{suffix}", "denoised", ".jpg", moving, fps=5)
+                print(f"{args.ckpt[number - 1]}: {grid}, {moving}; the GIF again:\n  {command}")
+    return 0

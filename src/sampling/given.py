@@ -1,0 +1,87 @@
+"""What a training script's `train` takes from Python besides a config: a network and a data set of the caller's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..config import quoted
+from ..data import GIVEN, PictureSet, PointSet, open_data, open_given
+from ..models import MLP, MLPConfig
+from ..training.given import given_network, needs_null_class, same_on_all
+from ..training.sharding import home
+from ..training.trials import Attempt, train_here
+from .opened import build_unet
+
+Sets = tuple[PictureSet | PointSet | None, ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """The caller's `network` and `dataset`; None where the config's are used."""
+
+    network: Any = None
+    dataset: Any = None
+
+    @property
+    def own(self) -> bool:
+        """Whether the network is the caller's."""
+        return self.network is not None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What travels with the weights: no config builds the caller's network."""
+        return {"network": "python"} if self.own else {}
+
+    def open_data(self, cfg: Any) -> tuple[PictureSet, PictureSet | None]:
+        """The images to train on and those held out: of the config's data, or of the caller's."""
+        if self.dataset is None:
+            return open_data(cfg.data, cfg.held_out)
+        train_set, held_out = open_given(self.dataset, cfg.held_out, cfg.image)
+        same_on_all(train_set.fingerprint)
+        return train_set, held_out
+
+    def build(
+        self, cfg: Any, accelerator: Accelerator, shape: tuple[int, ...], num_classes: int | None, *sets: Any
+    ) -> nn.Module:
+        """The network of the config, or the caller's, checked; on its device, before it is prepared. `sets` are the data."""
+        place, dtype = home(accelerator), getattr(torch, cfg.dtype)
+        learned = cfg.process.variance == "learned"
+        if self.own:
+            told = {"null_class": needs_null_class(cfg.label_dropout, *sets), "learned": learned}
+            return given_network(self.network, accelerator, place, dtype, shape, num_classes, **told)
+        if isinstance(cfg.model, MLPConfig):
+            return MLP(cfg.model, num_classes=num_classes).to(place, dtype)
+        return build_unet(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
+
+    def how_to_draw(self, run_dir: Path, more: str = "") -> str:
+        """What a finished run says."""
+        return "open_trained from Python, as docs/python.md says" if self.own else f"python sample.py {quoted(run_dir)}{more}"
+
+
+class Train(Protocol):
+    def __call__(
+        self, cfg: Any, run_dir: Path | str, attempt: Attempt | None = None, *, network: Any = None, dataset: Any = None
+    ) -> int: ...
+
+
+def from_python(train: Callable[[Any, Path, Attempt, Given], int]) -> Train:
+    """Decorator of a script's `train`: it can be called from Python, too, as train(cfg, run_dir, network=..., dataset=...), of
+    which either may be left out; docs/python.md says what they are. It gives 0 where the run has finished, 1 where it was
+    stopped."""
+
+    @wraps(train)
+    def called(
+        cfg: Any, run_dir: Path | str, attempt: Attempt | None = None, *, network: Any = None, dataset: Any = None
+    ) -> int:
+        if attempt is None:
+            return train_here(called, cfg, run_dir, network=network, dataset=dataset)
+        own = cfg if dataset is None else replace(cfg, data=GIVEN)  # so that the run's config.json says the truth
+        return train(own, Path(run_dir), attempt, Given(network, dataset))
+
+    return called

@@ -1,0 +1,98 @@
+"""A network and a data set that the caller hands in from Python, checked before anything is trained."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config import UserError
+from ..data import PictureSet, PointSet
+
+
+def same_on_all(fingerprint: str) -> None:
+    """A UserError where the processes were handed different data sets."""
+    if len(set(gather_object([fingerprint]))) > 1:
+        raise UserError("the processes were handed different data sets: make it the same on each, with a fixed seed")
+
+
+def needs_null_class(label_dropout: float, *sets: PictureSet | PointSet | None) -> bool:
+    """Whether a run tells its network that there is no class: where labels are dropped, or data has none."""
+    return label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
+
+
+def given_network(
+    network: Any,
+    accelerator: Accelerator,
+    home: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    num_classes: int | None,
+    *,
+    null_class: bool = False,
+    learned: bool = False,
+) -> nn.Module:
+    """The caller's own network, its weights as they are (of several processes those of the first), on the device.
+
+    It is called as network(x, time) or, where there are classes, network(x, time, labels=...), and the label num_classes is
+    no class, where a `null_class` is needed; x is (B, *shape), and what it gives is as large, with twice the channels where a
+    variance is `learned`. A UserError says what is not like that.
+    """
+    if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
+        raise UserError("the network that was handed in is no torch.nn.Module with parameters")
+    if accelerator.is_fsdp2:
+        raise UserError("FSDP cuts the networks of this project alone; launch without it to train one of your own")
+    if accelerator.num_processes > 1 and any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise UserError("the network has BatchNorm, whose averages differ between processes; use GroupNorm, or one process")
+    shared = defaultdict(list)
+    for name, value in network.state_dict().items():
+        if value.numel():
+            shared[value.untyped_storage().data_ptr(), value.storage_offset()].append(name)
+    tied = next((names for names in shared.values() if len(names) > 1), None)
+    if tied is not None:
+        raise UserError(
+            f"the network has one weight under several names ({', '.join(tied[:3])}), which cannot be saved; untie it"
+        )
+    network = network.to(home, dtype)
+    if accelerator.num_processes > 1:
+        for value in [*network.parameters(), *network.buffers()]:
+            value.data.copy_(broadcast(value.data))
+    _try(network, home, dtype, shape, num_classes, null_class=null_class, learned=learned)
+    return network
+
+
+@torch.no_grad()
+def _try(
+    network: nn.Module,
+    home: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    num_classes: int | None,
+    *,
+    null_class: bool,
+    learned: bool,
+) -> None:
+    """Call it once: a UserError where that fails, or gives something of another shape."""
+    x, time = torch.zeros(2, *shape, device=home, dtype=dtype), torch.full((2,), 0.5, device=home)
+    condition: dict[str, torch.Tensor] = {}
+    if num_classes is not None:
+        last = num_classes if null_class else num_classes - 1
+        condition = {"labels": torch.tensor([0, last], device=home)}
+    words = f"network(x {tuple(x.shape)}, time (2,){', labels=' + str(condition['labels'].tolist()) if condition else ''})"
+    training = network.training
+    try:
+        with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
+            found = network.eval()(x, time, **condition)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        hint = "; without classes: class_conditional false" if condition else ""
+        raise UserError(f"the network fails at {words}: {type(error).__name__}: {reason}{hint}") from None
+    finally:
+        network.train(training)
+    wanted = (2, shape[0] * (2 if learned else 1), *shape[1:])
+    if not isinstance(found, torch.Tensor) or tuple(found.shape) != wanted:
+        gives = f"a tensor {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+        raise UserError(f"{words} gives {gives}; it should give a tensor {wanted}")

@@ -1,0 +1,120 @@
+"""What is only to be looked at never ends a run: where drawing it fails, one line says so, and the run goes on."""
+
+import errno
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import FULL, UserError
+from ..packages import MissingPackage
+
+Warn = Callable[[str, str], None]  # (what was to be drawn, why it failed)
+
+
+@dataclass
+class Look:
+    """Whether what was to be looked at failed here, and why."""
+
+    reason: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.reason)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory left, on the device or on the host."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error).lower() or "can't allocate memory" in str(error))
+
+
+def of_a_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone or hangs."""
+    import torch  # the report of a run is made without it
+
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    lost = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return lost or isinstance(error, torch.distributed.DistError)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"the disk is full: {error.strerror}"
+    said = " ".join(str(error).split())[:300]
+    if isinstance(error, MissingPackage):
+        return said
+    return said if isinstance(error, OSError) and said else f"{type(error).__name__}: {said}".removesuffix(": ")
+
+
+def warn_on_stderr(what: str, reason: str) -> None:
+    """The warning of a script that keeps no log."""
+    print(f"warning: {what} failed ({reason}); what was drawn before it stays", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def only_looked_at(what: str, warn: Warn = warn_on_stderr) -> Iterator[Look]:
+    """Around the drawing of `what`: an error there is told to `warn` and goes no further.
+
+    What a person asked for goes further all the same: a stop, a mistake of theirs (UserError, but for a package that is
+    missing); and so do out of memory and a collective that another process left. No value that decides anything may be
+    computed in here.
+    """
+    look = Look()
+    try:
+        yield look
+    except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, MissingPackage):
+            raise
+        if is_out_of_memory(error) or of_a_lost_rank(error):
+            raise
+        look.reason = reason_of(error)
+        warn(what, look.reason)
+
+
+def failed_on_any(look: Look, what: str, accelerator: Any, warn: Warn) -> bool:
+    """Whether the look failed on any rank, the same answer on all of them; the first rank warns of it. A collective."""
+    if accelerator.num_processes == 1:
+        return look.failed
+    from accelerate.utils import gather_object
+
+    reasons = gather_object([look.reason])
+    found = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+    if found and not look.failed:  # whose own rank failed has said so already; on other ranks than the first this says nothing
+        warn(what, found[0])
+    return bool(found)
+
+
+def for_each_tracker(accelerator: Any, warn: Warn, do: Callable[[], Any]) -> None:
+    """Call `do` with one tracker of the accelerator's after the other: where one fails, the others do not."""
+    opened = accelerator.trackers
+    try:
+        for tracker in opened:
+            accelerator.trackers = [tracker]
+            with only_looked_at(str(tracker.name), warn):
+                do()
+    finally:
+        accelerator.trackers = opened
+
+
+def finish_trackers(accelerator: Any, warn: Warn) -> None:
+    """Close each tracker; afterwards there is none."""
+    for_each_tracker(accelerator, warn, lambda: accelerator.trackers[0].finish())
+    accelerator.trackers = []
+
+
+@contextmanager
+def asked_for(what: str | Path) -> Iterator[None]:
+    """Around the making of `what`, which a person asked for: an error there is a UserError in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or of_a_lost_rank(error):
+            raise
+        raise UserError(f"{what} was not made ({reason_of(error)}); what was drawn before it stays") from error

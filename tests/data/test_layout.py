@@ -1,0 +1,340 @@
+"""Folders as people have them: splits, annotations, links, tables of labels, and names of all kinds."""
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.config import UserError, validate
+from src.data import PictureSet, open_sources
+from src.data.sources import FolderSource
+from src.data.splits import split_of, splits_among
+
+
+def image(path: Path, colour: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (colour % 256, 40, 90)).save(path, "PNG")
+    return path
+
+
+def tree(root: Path, *paths: str) -> Path:
+    """Files below `root`: images, or text where their ending is of none; a folder where a path ends in /."""
+    for i, path in enumerate(paths):
+        if path.endswith("/"):
+            (root / path).mkdir(parents=True)
+        elif path.endswith((".png", ".jpg")):
+            image(root / path, i)
+        else:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text("x")
+    return root
+
+
+def opened(path: Path, **options: object) -> PictureSet:
+    return open_sources(validate(FolderSource, {"source": "folder", "path": str(path), **options}))
+
+
+def refusal(path: Path, **options: object) -> str:
+    with pytest.raises(UserError) as raised:
+        opened(path, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def remarks(found: PictureSet) -> str:
+    return "; ".join(remark for part in found.parts for remark in part.report.remarks)
+
+
+# ---------------------------------------------------------------------------------------------- splits
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *[(name, "train") for name in ("train", "Train", "TRAIN", "training", "Training Data", "train_images", "Training Set")],
+        *[
+            (name, "train")
+            for name in ("train2017", "trainset", "TrainImages", "train-data", "images_train", "train 2", "trainA")
+        ],
+        *[(name, "val") for name in ("val", "valid", "Validation Data", "val2017", "val_256", "dev", "dev-set", "validset")],
+        *[(name, "test") for name in ("test", "Testing Data", "test-data", "test1", "PublicTest", "seg_test", "test.images")],
+        *[(name, None) for name in ("train station", "trains", "testament", "test tube", "training shoes", "steam train")],
+        *[(name, None) for name in ("valley", "contest", "développement", "data", "images", "2017", "trainer", "trainA b", "")],
+    ],
+)
+def test_names_of_splits(name: str, split: str | None) -> None:
+    assert split_of(name) == split
+
+
+def test_folders_that_differ_in_the_word_of_a_split_alone_are_splits() -> None:
+    both = splits_among(["asl_alphabet_train", "asl_alphabet_test", "notes"])
+    assert both == {"asl_alphabet_train": "train", "asl_alphabet_test": "test"}
+    assert splits_among(["DIV2K_train_HR", "DIV2K_valid_HR"]) == {"DIV2K_train_HR": "train", "DIV2K_valid_HR": "val"}
+    assert splits_among(["train station", "bus station", "steam train", "test tube"]) == {}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        ["annotations/i.json"],
+        ["labels/0.txt"],
+        ["captions/"],
+        ["README.md"],
+        ["extra/0.png"],
+        ["annotations/i.json", "docs/readme.txt", "unlabelled/0.png", "LICENSE"],
+        ["masks/0.png"],
+    ],
+)
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("Train", "Test"), ("train2017", "val2017")])
+def test_splits_are_asked_for_whatever_lies_beside_them(tmp_path: Path, beside: list[str], train: str, val: str) -> None:
+    coco = tree(tmp_path / "coco", f"{train}/a/0.png", f"{train}/b/1.png", f"{val}/a/2.png", f"{val}/b/3.png", *beside)
+    said = refusal(coco)
+    assert "holds the splits" in said and train in said and val in said and "set data.split" in said
+    found = opened(coco, split=train)
+    assert found.class_names == ("a", "b") and found.names == ["a/0.png", "b/1.png"]
+    assert opened(tmp_path, split=train).counts == {"a": 1, "b": 1}, "one folder further up"
+
+
+def test_one_split_is_asked_for_too_and_a_class_may_have_the_name_of_one(tmp_path: Path) -> None:
+    assert "holds the splits train" in refusal(tree(tmp_path / "one", "train/a/0.png", "train/b/0.png"))
+    assert "holds the splits train" in refusal(tree(tmp_path / "two", "train/a/0.png", "train/b/0.png", "labels/0.txt"))
+    assert "holds the splits train" in refusal(tree(tmp_path / "three", "train/a/0.png", "train/b/0.png", "other/a/0.png"))
+    assert "Training Data" in refusal(tree(tmp_path / "four", "Training Data/0.png", "cats/0.png"))
+    assert "holds the splits test" in refusal(tree(tmp_path / "five", "data/0.png", "test/0.png"))
+    vehicles = opened(tree(tmp_path / "vehicles", "bus/0.png", "car/0.png", "train/0.png"))
+    assert vehicles.class_names == ("bus", "car", "train")
+    assert "'train' is read as a class; if it is a split, set data.split" in remarks(vehicles)
+
+
+def test_the_landscape_archive_and_its_like(tmp_path: Path) -> None:
+    inner = tmp_path / "Landscape Classification" / "Landscape Classification"
+    for word in ("Training", "Validation", "Testing"):
+        for name in ("Coast", "Desert", "Forest"):
+            for i in range(2 if word == "Training" else 1):
+                image(inner / f"{word} Data" / name / f"{i}.png")
+    assert "holds the splits Testing Data, Training Data, Validation Data; set data.split" in refusal(tmp_path)
+    for asked in ("Training Data", "train", "training", "TRAIN", "training data"):
+        assert opened(tmp_path, split=asked).counts == {"Coast": 2, "Desert": 2, "Forest": 2}
+    assert len(opened(tmp_path, split="val")) == len(opened(tmp_path, split="Testing Data")) == 3
+    assert opened(tmp_path, split="train").names == opened(tmp_path, split="Training Data").names
+    assert "has no split 'holdout'; its subfolders: Testing Data, Training Data, Validation Data" in refusal(
+        tmp_path, split="holdout"
+    )
+
+
+def test_a_plain_word_that_may_mean_two_splits_is_refused(tmp_path: Path) -> None:
+    tree(tmp_path, "train2014/0.png", "train2017/0.png", "train2017/1.png", "val2017/0.png")
+    said = refusal(tmp_path, split="train")
+    assert "'train' may mean train2014 or train2017" in said
+    assert len(opened(tmp_path, split="train2017")) == 2 and len(opened(tmp_path, split="val")) == 1
+    assert "not the name" in refusal(tmp_path, split="../x") and "not the name" in refusal(tmp_path, split="")
+
+
+def test_class_folders_that_only_contain_the_word_are_classes(tmp_path: Path) -> None:
+    names = ("train station", "trains", "testament", "test tube")
+    found = opened(tree(tmp_path, *(f"{name}/0.png" for name in names)))
+    assert found.class_names == tuple(sorted(names)) and remarks(found) == ""
+
+
+def test_classes_that_each_hold_the_splits(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        tree(tmp_path / name, "train/0.png", "train/1.png", "test/2.png")
+    assert "holds classes, and each of them the splits test, train" in refusal(tmp_path)
+    found = opened(tmp_path, split="train")
+    assert found.counts == {"cats": 2, "dogs": 2} and "cats/train/0.png" in found.names
+    assert len(opened(tmp_path, split="test")) == 2
+
+
+# ---------------------------------------------------------------------------------------------- annotations
+
+
+@pytest.mark.parametrize(
+    "beside", ["labels/0.txt", "captions/0.txt", "annotations/deep/0.xml", "masks/0.png", "meta/x.parquet"]
+)
+@pytest.mark.parametrize("images", ["images", "JPEGImages"])
+def test_the_only_folder_with_images_is_gone_into(tmp_path: Path, images: str, beside: str) -> None:
+    found = opened(tree(tmp_path, f"{images}/0.png", f"{images}/1.png", beside, "data.yaml"))
+    assert found.class_names == () and len(found) == 2 and found.names == [f"{images}/0.png", f"{images}/1.png"]
+    assert beside.split("/")[0] in remarks(found) and "other files are left aside: 1 .yaml" in remarks(found)
+    classes = opened(tree(tmp_path / "b", f"{images}/cat/0.png", f"{images}/dog/1.png", beside))
+    assert classes.class_names == ("cat", "dog")
+
+
+def test_nested_exports(tmp_path: Path) -> None:
+    ilsvrc = tree(
+        tmp_path / "ILSVRC",
+        *(f"Data/CLS-LOC/train/{name}/{i}.png" for name in ("n01", "n02") for i in range(2)),
+        "Data/CLS-LOC/val/0.png",
+        "Data/CLS-LOC/test/0.png",
+        "Annotations/CLS-LOC/train/n01/0.xml",
+        "ImageSets/CLS-LOC/train_cls.txt",
+    )
+    assert "holds the splits test, train, val" in refusal(ilsvrc) and "holds the splits" in refusal(tmp_path)
+    train = opened(tmp_path, split="train")
+    assert train.counts == {"n01": 2, "n02": 2} and "Annotations, ImageSets" in remarks(train)
+    assert len(opened(ilsvrc, split="val")) == 1
+    yolo = tree(tmp_path / "yolo", "images/train/0.png", "images/train/1.png", "images/val/0.png", "labels/train/0.txt")
+    assert "holds the splits train, val" in refusal(yolo)
+    assert len(opened(yolo, split="train")) == len(opened(yolo, split="images/train")) == 2
+    assert opened(yolo, split="train").class_names == ()
+    roboflow = tree(
+        tmp_path / "roboflow", *(f"{split}/{kind}" for split in ("train", "valid") for kind in ("images/0.png", "labels/0.txt"))
+    )
+    assert opened(roboflow, split="valid").class_names == () and len(opened(roboflow, split="train")) == 1
+    voc = tree(tmp_path / "VOC", "JPEGImages/0.jpg", "SegmentationClass/0.png", "Annotations/0.xml", "ImageSets/Main/x.txt")
+    assert opened(voc).names == ["JPEGImages/0.jpg"]
+
+
+def test_names_are_those_of_before(tmp_path: Path) -> None:
+    """Who is held out, and which run goes on, depends on them."""
+    tree(tmp_path / "a", "x/y/one/0.png", "x/y/two/1.png")
+    assert opened(tmp_path / "a").names == ["x/y/one/0.png", "x/y/two/1.png"]
+    tree(tmp_path / "b", "train/x/one/0.png", "train/x/two/1.png", "test/x/one/0.png")
+    assert opened(tmp_path / "b", split="train").names == ["x/one/0.png", "x/two/1.png"]
+    tree(tmp_path / "c", "x/train/y/one/0.png", "x/train/y/two/0.png", "x/test/0.png")
+    assert opened(tmp_path / "c", split="train").names == ["one/0.png", "two/0.png"]
+    assert opened(tmp_path / "c" / "x" / "train", split="train").names == ["one/0.png", "two/0.png"], (
+        "path is the split already"
+    )
+
+
+def test_an_image_beside_a_folder_of_images_keeps_both(tmp_path: Path) -> None:
+    found = opened(tree(tmp_path, "cover.png", "a/0.png", "empty/"))
+    assert found.counts == {"a": 1, "(no class)": 1} and "the folders empty hold no images" in remarks(found)
+
+
+# ---------------------------------------------------------------------------------------------- links
+
+
+def test_a_link_does_not_rename_a_class(tmp_path: Path) -> None:
+    tree(tmp_path / "data", "m/0.png", "z/0.png", "z/1.png")
+    before = opened(tmp_path / "data")
+    os.symlink(tmp_path / "data" / "z", tmp_path / "data" / "a")
+    found = opened(tmp_path / "data")
+    assert found.class_names == ("m", "z") and found.fingerprint == before.fingerprint
+    assert "the links a lead to folders that are here already" in remarks(found)
+    (tmp_path / "data" / "nowhere").symlink_to("itself")
+    (tmp_path / "data" / "self").symlink_to("self")
+    os.symlink(tmp_path / "data", tmp_path / "data" / "m" / "up")
+    os.symlink(tree(tmp_path / "outside", "0.png", "deep/1.png"), tmp_path / "data" / "linked")
+    assert opened(tmp_path / "data").counts == {"linked": 2, "m": 1, "z": 2}, "the name of a class is that in the data folder"
+
+
+def test_a_link_beside_the_only_folder_makes_no_class_of_it(tmp_path: Path) -> None:
+    tree(tmp_path, "z/0.png", "z/1.png")
+    os.symlink("z", tmp_path / "a")
+    found = opened(tmp_path)
+    assert found.class_names == () and found.names == ["z/0.png", "z/1.png"] and "a beside the images" in remarks(found)
+    tree(tmp_path / "splits", "train/a/0.png", "train/b/0.png", "val/a/0.png")
+    os.symlink("train", tmp_path / "splits" / "current")
+    assert "holds the splits train, val" in refusal(tmp_path / "splits")
+    assert len(opened(tmp_path / "splits", split="current")) == 2
+
+
+def test_a_data_folder_that_is_a_link(tmp_path: Path) -> None:
+    tree(tmp_path / "real", "a/0.png", "b/0.png")
+    os.symlink(tmp_path / "real", tmp_path / "data")
+    assert opened(tmp_path / "data").names == ["a/0.png", "b/0.png"]
+
+
+# ---------------------------------------------------------------------------------------------- tables of labels
+
+CELEBA = """4
+5_o_Clock_Shadow Smiling Young
+000001.jpg -1  1  1
+000002.jpg -1 -1  1
+000003.jpg  1  1 -1
+000009.jpg  1  1 -1
+"""
+ART500K = (
+    'FILE\tauthor_name\tGenre\nart/x.jpg\tVan "Vincent" Gogh\tlandscape\nart/y.jpg\tMonet\tportrait, oil\nart/z.jpg\tMonet\t\n'
+)
+
+
+def labelled(path: Path, text: str | bytes, name: str = "labels.csv", **columns: object) -> PictureSet:
+    (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return opened(path, labels={"file": name, **columns})
+
+
+def test_celebas_attributes_are_classes(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"img_align_celeba/img_align_celeba/00000{i}.jpg" for i in range(1, 5)))
+    found = labelled(tmp_path, CELEBA, "list_attr_celeba.txt", label_column="Smiling")
+    assert found.counts == {"Smiling": 2, "not Smiling": 1, "(no class)": 1}
+    said = remarks(found)
+    assert "1 images without a row are left without a class" in said and "1 rows name no image" in said
+    table = "image_id,5_o_Clock_Shadow,Smiling\n000001.jpg,-1,1\n000002.jpg,1,-1\n000003.jpg,1,-1\n000004.jpg,1,1\n"
+    assert labelled(tmp_path, table, label_column="Smiling", image_column="image_id").counts == {"Smiling": 2, "not Smiling": 2}
+    identities = "000001.jpg 2880\n000002.jpg 2937\n000003.jpg 2880\n000004.jpg 10\n"
+    found = labelled(tmp_path, identities, "identity_CelebA.txt", label_column=1)
+    assert found.class_names == ("10", "2880", "2937") and found.labels.tolist() == [1, 2, 1, 0]
+
+
+def test_art500ks_table_is_separated_by_tabs(tmp_path: Path) -> None:
+    tree(tmp_path, "art/x.jpg", "art/y.jpg", "art/z.jpg")
+    found = labelled(tmp_path, ART500K, label_column="Genre")
+    assert found.counts == {"landscape": 1, "portrait, oil": 1, "(no class)": 1}
+    assert "1 images with a row and no label" in remarks(found)
+    assert labelled(tmp_path, ART500K, label_column="author_name").class_names == ("Monet", 'Van "Vincent" Gogh')
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "file,style\r\na/1.jpg,Cubism\r\nb\\2.jpg,Rococo\r\n",
+        "\ufefffile;style\n1.jpg;Cubism\n2.jpg;Rococo\n",
+        'file,title,style\n1,"a, b",Cubism\n2,"c\nd",Rococo\n',
+        "style\tfile\nCubism\thttps://host/x/1.jpg\nRococo\t/mnt/all/2.jpg\n",
+        "file,style\n1.jpg,Cubism\n2.jpg,Rococo\n".encode("utf-16"),
+    ],
+)
+def test_tables_as_they_are_written(tmp_path: Path, table: str | bytes) -> None:
+    tree(tmp_path, "a/1.jpg", "b/2.jpg", "b/3.jpg")
+    found = labelled(tmp_path, table, label_column="style", image_column="file")
+    assert found.class_names == ("Cubism", "Rococo") and found.labels.tolist() == [0, 1, -1], "and not by folders"
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"label_column": "stile"}, "data.labels.label_column: .* has no column 'stile'; it has: file, style, year"),
+        (
+            {"label_column": "style", "image_column": "path"},
+            "data.labels.image_column: .* has no column 'path'; it has: file, st",
+        ),
+        ({"label_column": 7}, "has no column 7; it has: file, style, year"),
+        ({"label_column": "style", "image_column": "year"}, "no row of .* names an image .*first row has '1907', .* '1.jpg'"),
+        ({"label_column": "style", "delimiter": "tab"}, "has no column 'style'; it has: file,style,year"),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path: Path, columns: dict, said: str) -> None:
+    tree(tmp_path, "1.jpg", "2.jpg")
+    with pytest.raises(UserError, match=said):
+        labelled(tmp_path, "file,style,year\n1.jpg,Cubism,1907\n2.jpg,Rococo,1730\n", **columns)
+    (tmp_path / "empty.csv").write_text("\n\n")
+    assert "is empty" in refusal(tmp_path, labels={"file": "empty.csv", "label_column": "style"})
+    assert "does not exist" in refusal(tmp_path, labels={"file": "none.csv", "label_column": "style"})
+
+
+def test_rows_that_say_too_much(tmp_path: Path) -> None:
+    tree(tmp_path, "a/1.jpg", "b/1.jpg", "b/2.jpg")
+    found = labelled(tmp_path, "file,c\n1.jpg,x\nb/1.jpg,y\n2.jpg,x\n2.jpg,y\n2.jpg\nnan.jpg,nan\n", label_column="c")
+    assert found.labels.tolist() == [-1, 1, 0]
+    said = remarks(found)
+    for part in (
+        "1 rows name several",
+        "1 rows name an image again",
+        "1 rows are too short",
+        "1 rows name no image",
+        "1 images w",
+    ):
+        assert part in said
+
+
+def test_other_labels_are_other_data(tmp_path: Path) -> None:
+    """The run that was trained on the old ones must not go on."""
+    tree(tmp_path, "1.jpg", "2.jpg")
+    one = labelled(tmp_path, "file,c\n1.jpg,x\n2.jpg,y\n", label_column="c")
+    other = labelled(tmp_path, "file,c\n1.jpg,y\n2.jpg,x\n", label_column="c")
+    same = labelled(tmp_path, "n,c,file\n3,x,1.jpg\n4,y,2.jpg\n", label_column="c", image_column="file")
+    assert one.fingerprint == same.fingerprint != other.fingerprint

@@ -1,0 +1,479 @@
+"""Latent runs and autoencoders leave for diffusers, or for a folder of our own, and come back to the same pixels."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from src.config import UserError, validate
+from src.diffusion import ProcessConfig, ancestral, clip, times
+from src.interop.autoencoder_kl import autoencoder_kl_files, exported_autoencoder, obstacles
+from src.interop.imported import Imported, keep
+from src.interop.latent_folders import read
+from src.models import VAE, UNet, UNetConfig, VAEConfig
+from src.sampling import SamplerConfig, open_trained
+from src.sampling.autoencoder import Autoencoder, open_autoencoder
+from src.training.checkpoint import write_folder
+from src.vision import import_torchvision
+from tests.conftest import here, randomise, refused
+
+CPU = torch.device("cpu")
+PLAIN = {"widths": [8, 16], "blocks": 1, "mid_attention": "full"}
+ARCHITECTURES = {
+    "plain": PLAIN,
+    "one_level": {"widths": [16], "blocks": 3, "mid_attention": "none", "latent_channels": 3},
+    "attention_everywhere": {
+        "widths": [8, 16, 24],
+        "blocks": 2,
+        "mid_attention": "full",
+        "attention": ["none", "full", "full"],
+    },
+    "one_head": {"widths": [8, 8, 16], "blocks": 1, "mid_attention": "full", "head_channels": 16, "norm_groups": 4},
+}
+
+
+def vae(options: dict[str, Any], channels: int = 3, *, tanh: bool = False) -> VAE:
+    network = randomise(VAE(validate(VAEConfig, options, origin="test"), channels)).eval()
+    assert isinstance(network, VAE)
+    network.tanh = tanh
+    return network
+
+
+def keep_vae(folder: Path, options: dict[str, Any] = PLAIN, *, channels: int = 3, tanh: bool = False) -> Path:
+    """The `final` of a run of train_vae.py, whose weights are random."""
+    config = {"name": "small_vae", "image": {"size": 16, "channels": channels}, "model": options}
+    config["stages"] = [{"image_size": None}, {"image_size": 32}]
+    data = {"class_names": ["cat", "dog"], "counts": {"cat": 30, "dog": 10}, "images": 40, "held_out_images": 4}
+    tensors = {"ema": vae(options, channels, tanh=tanh).state_dict()}
+    write_folder(folder, tensors, {"config": config, "data": data, "progress": {"step": 7, "tanh": tanh}})
+    return folder
+
+
+FLOW_TIME = {"kind": "t", "scale": 1000.0}
+PROCESSES = {
+    "v": {"schedule": {"kind": "cosine", "steps": 20}, "target": "v", "clip": False},
+    "eps_clipped": {"schedule": {"kind": "linear", "steps": 20}, "target": "eps", "clip": True},
+    "x0_clipped": {"schedule": {"kind": "cosine", "steps": 20}, "target": "x0", "clip": True},
+    "v_clipped": {"schedule": {"kind": "cosine", "steps": 20}, "target": "v", "clip": True},
+    "learned_clipped": {
+        "schedule": {"kind": "cosine", "steps": 20}, "target": "eps", "clip": True, "variance": "learned",
+        "loss": {"kind": "hybrid"},
+    },
+    "iadb": {"schedule": {"kind": "blend"}, "target": "blend", "clip": False, "time_input": {"kind": "alpha"}},
+    "iadb_clipped": {"schedule": {"kind": "blend"}, "target": "blend", "clip": True, "time_input": {"kind": "alpha"}},
+    "flow": {"schedule": {"kind": "blend"}, "target": "blend", "clip": False, "time_input": FLOW_TIME},
+    "flow_clipped": {"schedule": {"kind": "blend"}, "target": "blend", "clip": True, "time_input": FLOW_TIME},
+}  # fmt: skip
+UNET = {"base_channels": 8, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "head_channels": 8}
+
+
+def keep_latent(
+    folder: Path,
+    autoencoder: Autoencoder,
+    process: str = "v",
+    *,
+    classes: Sequence[str] = (),
+    model: dict[str, Any] | None = None,
+    size: int = 16,
+) -> Path:
+    """A latent run of random weights, as its `final` is."""
+    spec = validate(ProcessConfig, PROCESSES[process], origin="test")
+    config = validate(UNetConfig, {"norm_groups": 4, **UNET, **(model or {})}, origin="test")
+    channels = autoencoder.latent_channels
+    outputs = channels * (2 if spec.variance == "learned" else 1)
+    network = randomise(
+        UNet(config, in_channels=channels, out_channels=outputs, num_classes=len(classes) or None, null_class=bool(classes)),
+        0.05,
+    )
+    facts = {
+        "autoencoder": autoencoder.digest,
+        "image": {"size": size, "channels": autoencoder.channels, "flip": False},
+        "shape": list(autoencoder.latent_shape(autoencoder.channels, size)),
+        "mean": [0.1 * i - 0.2 for i in range(channels)],
+        "std": [0.5 + 0.3 * i for i in range(channels)],
+        "low": [-1.0 - 0.2 * i for i in range(channels)],
+        "high": [1.5 - 0.3 * i for i in range(channels)],
+    }
+    if autoencoder.scaling is not None:
+        facts |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
+    found = Imported(
+        network=network.eval(),
+        model=config,
+        process=spec,
+        image_size=size,
+        channels=autoencoder.channels,
+        num_classes=len(classes) or None,
+        null_class=bool(classes),
+        class_names=tuple(classes),
+        autoencoder=autoencoder,
+        latents=facts,
+    )
+    keep(found, folder, name="small_ldm")
+    return folder
+
+
+def images_of(folder: Path, *, labels: list[int] | None = None) -> torch.Tensor:
+    opened = open_trained(folder, CPU)
+    solver = "ancestral" if opened.process.target != "blend" else "euler"
+    steps = 20 if solver == "ancestral" else 6
+    return opened.sampler(SamplerConfig(solver=solver, steps=steps)).draw(0, range(3), labels, device=CPU)
+
+
+# ---------------------------------------------------------------------------------------------- the autoencoder
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_autoencoder_is_their_autoencoder_kl(tmp_path: Path, name: str) -> None:
+    import_torchvision()
+    channels = 1 if name == "one_head" else 3
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    network, document = (
+        vae(ARCHITECTURES[name], channels),
+        {"kind": "atelier", "model": ARCHITECTURES[name], "channels": channels},
+    )
+    mean, std = (
+        [f(i) for i in range(network.spec.latent_channels)] for f in (lambda i: 0.3 * i - 0.4, lambda i: 0.5 + 0.7 * i)
+    )
+    files = autoencoder_kl_files(network, {**document, "tanh": False, "sizes": [16, 32]}, "abc", mean, std)
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    theirs: Any = AutoencoderKL.from_pretrained(tmp_path)
+    images, m, s = torch.rand(2, channels, 24, 32) * 2 - 1, *(torch.tensor(values)[:, None, None] for values in (mean, std))
+    with torch.no_grad():
+        ours, logvar = network.moments(images)
+        assert logvar is not None and float(ours.std()) > 0.01, "the network does something"
+        posterior = theirs.encode(images).latent_dist
+        torch.testing.assert_close(posterior.mean, (ours - m) / s, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(posterior.std, (0.5 * logvar).exp() / s, rtol=1e-5, atol=1e-5)
+        z = torch.randn_like(ours)
+        torch.testing.assert_close(theirs.decode(z).sample, network.decode(z * s + m), rtol=1e-5, atol=1e-5)
+    kept = exported_autoencoder(tmp_path)
+    assert kept is not None and kept[2] == "abc"
+    own = network.state_dict()
+    assert kept[1].keys() == own.keys() and all(torch.equal(kept[1][key], own[key]) for key in own)
+
+
+UNLIKE = [
+    ({}, True, "it ends with tanh"),
+    ({"mid_attention": "linear"}, False, "mid_attention is linear"),
+    ({"attention": ["linear", "none"]}, False, "is linear"),
+    ({"head_channels": 8}, False, "several heads"),
+    ({"downsample": "max"}, False, "model.downsample is max"),
+    ({"downsample": "conv"}, False, "model.downsample is conv"),
+    ({"upsample": "transposed"}, False, "model.upsample is transposed"),
+    ({"upsample": "bilinear"}, False, "model.upsample is bilinear"),
+    ({"bottleneck": {"kind": "vq", "codes": 8}}, False, "bottleneck is vq"),
+    ({"mid_attention": "linear", "upsample": "bilinear"}, True, "linear (full or none is needed); model.upsample is bilinear"),
+]
+
+
+def test_what_an_autoencoder_kl_cannot_be_is_refused_and_leaves_as_our_own_folder(tmp_path: Path) -> None:
+    for number, (change, tanh, said) in enumerate(UNLIKE):
+        folder = tmp_path / str(number)
+        run = keep_vae(folder / "run", PLAIN | change, tanh=tanh)
+        message = refused("convert", "to-diffusers", run, "--out", folder / "theirs")
+        assert said in message and f"python convert.py safetensors {run} --out FOLDER" in message
+        assert not (folder / "theirs").exists()
+        assert here("convert.py", "safetensors", run, "--out", folder / "own").status == 0
+        card = (folder / "own" / "README.md").read_text()
+        assert "AutoencoderKL cannot be this network" in card and said in card
+        same_autoencoder(run, folder / "own")
+
+
+def test_with_one_level_the_ways_to_resample_do_not_matter() -> None:
+    spec = validate(
+        VAEConfig, {"widths": [8], "downsample": "max", "upsample": "bilinear", "mid_attention": "full"}, origin="t"
+    )
+    assert obstacles(spec, tanh=False) == []
+
+
+def same_autoencoder(one: Path, other: Path, *, digest: bool = True) -> None:
+    a, b = (open_autoencoder(str(path), CPU) for path in (one, other))
+    assert (a.sizes, a.channels, a.latent_channels, a.factor, a.scaling) == (
+        b.sizes, b.channels, b.latent_channels, b.factor, b.scaling,
+    )  # fmt: skip
+    assert not digest or a.digest == b.digest, "its latent caches are found again"
+    assert a.network.tanh == b.network.tanh
+    images = torch.rand(2, a.channels, 16, 16) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(a.network.moments(images)[0], b.network.moments(images)[0], rtol=0, atol=0)
+        z = torch.randn(2, a.latent_channels, 8, 8)
+        torch.testing.assert_close(a.network.decode(z), b.network.decode(z), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("command", ["to-diffusers", "safetensors"])
+def test_an_autoencoder_leaves_and_comes_back_to_the_bit(tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
+    done = here("convert.py", command, run, "--out", out)
+    assert done.status == 0 and "README.md" in done.out, done.all
+    card = (out / "README.md").read_text()
+    assert "40 images; 4 more images are held out" in card and "0 cat (30 images), 1 dog (10 images)" in card
+    same_autoencoder(run, out)
+    if command == "to-diffusers":
+        monkeypatch.chdir(tmp_path)
+        exec(card.split("```python\n")[1].split("```")[0], scope := {})
+        assert scope["images"].shape == (1, 3, 16, 16)
+        message = refused("convert", "diffusers", out, "--out", tmp_path / "again")
+        assert "needs no conversion" in message and "autoencoder=" in message
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "--out" in refused("convert", command, run, "--out", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_weights_that_were_trained_on_in_diffusers_are_theirs(tmp_path: Path) -> None:
+    run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
+    assert here("convert.py", "to-diffusers", run, "--out", out).status == 0
+    path = out / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    state["decoder.conv_out.bias"] += 1
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    found = open_autoencoder(str(out), CPU)
+    assert found.scaling == (0.0, 1.0) and found.digest != open_autoencoder(str(run), CPU).digest
+    z = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(found.network.decode(z), open_autoencoder(str(run), CPU).network.decode(z) + 1)
+
+
+def test_a_damaged_note_of_ours_is_said(tmp_path: Path) -> None:
+    run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
+    assert here("convert.py", "to-diffusers", run, "--out", out).status == 0
+    note = json.loads((out / "atelier.json").read_text())
+    del note["model"]
+    (out / "atelier.json").write_text(json.dumps(note))
+    with pytest.raises(UserError, match=r"atelier.json is damaged: it lacks model"):
+        open_autoencoder(str(out), CPU)
+
+
+def test_half_precision_spares_a_codebook(tmp_path: Path) -> None:
+    run = keep_vae(tmp_path / "run", PLAIN | {"bottleneck": {"kind": "vq", "codes": 8}})
+    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own", "--fp16").status == 0
+    state = safetensors.torch.load_file(tmp_path / "own" / "ema.safetensors")
+    assert {key for key, value in state.items() if value.dtype == torch.float32} == {
+        "codebook.codebook", "codebook.size", "codebook.total",
+    }  # fmt: skip
+    opened = open_autoencoder(str(tmp_path / "own"), CPU).network
+    assert next(opened.parameters()).dtype == torch.float32
+    z = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        close = open_autoencoder(str(run), CPU).network.decode(z)
+        torch.testing.assert_close(opened.decode(z), close, rtol=1e-2, atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------- a latent run
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_latent_run_leaves_for_diffusers_draws_there_and_comes_back(
+    tmp_path: Path, process: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = () if process in ("v", "eps_clipped", "iadb", "flow_clipped") else ("cat", "dog")
+    autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
+    run, out = keep_latent(tmp_path / "run", autoencoder, process, classes=classes), tmp_path / "theirs"
+    done = here("convert.py", "to-diffusers", run, "--out", out)
+    assert done.status == 0, done.all
+    assert not (out / "model_index.json").exists(), "no pipeline of theirs draws this"
+    labels = [0, 1, 2] if classes else None
+    wanted = images_of(run, labels=labels)
+
+    back = here("convert.py", "diffusers", out, "--out", tmp_path / "back", "--name", "again")
+    script = "train_iadb.py" if "iadb" in process or "flow" in process else "train_ldm.py"
+    assert back.status == 0 and f"python {script} -cfg" in back.out, back.all
+    torch.testing.assert_close(images_of(tmp_path / "back", labels=labels), wanted, rtol=0, atol=1e-5)
+    a, b = (open_trained(path, CPU) for path in (run, tmp_path / "back"))
+    assert (a.class_names, a.shape, a.image) == (b.class_names, b.shape, b.image)
+    assert a.config["process"] == b.config["process"]
+    assert a.facts["latents"] == b.facts["latents"]
+    same_autoencoder(tmp_path / "vae", out)
+    same_autoencoder(tmp_path / "vae", tmp_path / "back")
+
+    if a.process.target == "blend":  # the card's loop draws what our sampler draws from the same noise; of the others, below
+        monkeypatch.chdir(tmp_path)
+        x = torch.randn(4, *a.shape)
+        monkeypatch.setattr(torch, "randn", lambda *_, **__: x.clone())
+        exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], scope := {})
+        monkeypatch.undo()
+        sampler = a.sampler(SamplerConfig(solver="euler", steps=50))
+        with torch.no_grad():
+            moved = sampler.move(x, torch.arange(4) % 2 if classes else None, seed=0, indices=range(4))
+            assert a.codec is not None
+            images = (a.codec.decode(moved) / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(scope["images"], images, rtol=0, atol=1e-4)
+
+
+def test_their_loop_draws_the_very_images_with_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ancestral steps of ours and of the card's, with the noise of each step taken from one list."""
+    import_torchvision()
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
+    for process in ("v", "eps_clipped", "x0_clipped", "v_clipped", "learned_clipped"):
+        run, out = keep_latent(tmp_path / process, autoencoder, process), tmp_path / f"{process}_theirs"
+        assert here("convert.py", "to-diffusers", run, "--out", out).status == 0
+        a = open_trained(run, CPU)
+        generator = torch.Generator().manual_seed(5)
+        start = torch.randn(4, *a.shape, generator=generator)
+        noises = [torch.randn(4, *a.shape, generator=generator) for _ in range(20)]
+        step, count = DDPMScheduler.step, iter(range(20))
+
+        def same(self: Any, output: Any, t: Any, x: Any, step: Any = step, count: Any = count, noises: Any = noises) -> Any:
+            monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: noises[next(count)])
+            return step(self, output, t, x)
+
+        monkeypatch.setattr(DDPMScheduler, "step", same)
+        monkeypatch.setattr(torch, "randn", lambda *shape, start=start, **_: start.clone())
+        monkeypatch.chdir(tmp_path)
+        exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], scope := {})
+        monkeypatch.undo()
+
+        schedule, low_high = a.process.schedule, a.bounds
+        denoiser = a.process.denoiser(a.network)
+        if a.config["process"]["clip"]:
+            denoiser = clip(denoiser, schedule, *low_high)
+        with torch.no_grad():
+            levels = times(schedule, 20, "even")
+            x = ancestral(
+                denoiser, start, levels, schedule, noise=lambda k, like, noises=noises: noises[k].to(like),
+                variance=a.process.variance,
+            )  # fmt: skip
+            assert a.codec is not None
+            images = (a.codec.decode(x) / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(scope["images"], images, rtol=0, atol=1e-4)
+
+
+def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: Path) -> None:
+    autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae", {"widths": [8, 16]}, tanh=True)), CPU)
+    model = {"attention": ["linear", "full"], "mid_attention": "linear"}
+    run = keep_latent(tmp_path / "run", autoencoder, classes=("cat", "dog"), model=model)
+    message = refused("convert", "to-diffusers", run, "--out", tmp_path / "theirs")
+    for said in ("attention linear", "ends with tanh", "convert.py safetensors"):
+        assert said in message
+    assert "give --out a folder" in refused("convert", "safetensors", run, "--out", tmp_path / "own.safetensors")
+    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own").status == 0
+    own, wanted = tmp_path / "own", images_of(run, labels=[0, 1, 2])
+    shutil.rmtree(tmp_path / "vae")
+    run.rename(tmp_path / "gone")
+    torch.testing.assert_close(images_of(own, labels=[0, 1, 2]), wanted, rtol=0, atol=0)
+    assert {path.suffix for path in own.iterdir()} == {".safetensors", ".json", ".md"}
+    card = (own / "README.md").read_text()
+    for said in (
+        "16 x 16 pixels",
+        "2 classes",
+        "4 x 8 x 8",
+        "| 0 | -0.2 | 0.5 | -1 | 1.5 |",
+        "0 cat, 1 dog",
+        "diffusers cannot",
+    ):
+        assert said in card, said
+    (own / "README.md").write_text("a person's own words")
+    assert images_of(own, labels=[0, 1, 2]).isfinite().all(), "the card is not part of what is checked"
+    assert "needs no conversion" in refused("convert", "diffusers", own, "--out", tmp_path / "again")
+    assert open_autoencoder(str(own), CPU).digest == autoencoder.digest, "train_ldm.py takes the autoencoder of such a folder"
+
+
+def test_a_latent_run_in_half_precision(tmp_path: Path) -> None:
+    autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
+    run = keep_latent(tmp_path / "run", autoencoder)
+    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own", "--fp16").status == 0
+    for name, dtype in (("ema", torch.float16), ("autoencoder", torch.float32)):
+        state = safetensors.torch.load_file(tmp_path / "own" / f"{name}.safetensors")
+        assert {value.dtype for value in state.values()} == {dtype}
+    torch.testing.assert_close(images_of(tmp_path / "own"), images_of(run), rtol=0, atol=0.05)
+
+
+def test_a_latent_run_with_their_autoencoder(tmp_path: Path) -> None:
+    """One whose latents have a scaling of their own."""
+    import_torchvision()
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    kind: Any = AutoencoderKL
+    theirs = kind(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, scaling_factor=0.4, shift_factor=0.1,
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path / "vae")
+    autoencoder = open_autoencoder(str(tmp_path / "vae"), CPU)
+    run = keep_latent(tmp_path / "run", autoencoder)
+    assert here("convert.py", "to-diffusers", run, "--out", tmp_path / "out").status == 0
+    assert here("convert.py", "diffusers", tmp_path / "out", "--out", tmp_path / "back").status == 0
+    torch.testing.assert_close(images_of(tmp_path / "back"), images_of(run), rtol=0, atol=1e-5)
+    (tmp_path / "out" / "latents.json").unlink()  # then its own scaling says how latents are normalised
+    found = read(tmp_path / "out")
+    assert found.latents is None and found.autoencoder is not None and found.autoencoder.scaling == autoencoder.scaling
+
+
+def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:
+    autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
+    run, out = keep_latent(tmp_path / "run", autoencoder), tmp_path / "theirs"
+    assert here("convert.py", "to-diffusers", run, "--out", out).status == 0
+    facts = json.loads((out / "latents.json").read_text())
+    for change, said in (
+        ({"std": [1.0] * 3}, "needs the shape"),
+        ({"std": [1.0, 0.0, 1.0, 1.0]}, "needs the shape"),
+        ({"mean": "x"}, "needs the shape"),
+        ({"shape": [4, 16, 16]}, "needs the shape"),
+        ({"autoencoder": "other"}, "missing or belongs to another autoencoder"),
+    ):
+        (out / "latents.json").write_text(json.dumps(facts | change))
+        assert said in refused("convert", "diffusers", out, "--out", tmp_path / "back")
+    (out / "latents.json").unlink()
+    assert "missing or belongs" in refused("convert", "diffusers", out, "--out", tmp_path / "back")
+    shutil.rmtree(out / "vae")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_blend_from_other_data_is_refused_by_diffusers_alone(tmp_path: Path) -> None:
+    autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
+    run = keep_latent(tmp_path / "run", autoencoder, "iadb")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"source": {"source": "shapes", "count": 8, "size": 16}}))
+    manifest = json.loads((run / "MANIFEST.json").read_text())
+    del manifest["files"]["config.json"]
+    (run / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert "does not start from Gaussian noise" in refused("convert", "to-diffusers", run, "--out", tmp_path / "theirs")
+    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own").status == 0
+    assert open_trained(tmp_path / "own", CPU).config["source"]["source"] == "shapes"
+
+
+def test_training_takes_what_left(tmp_path: Path) -> None:
+    autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
+    run = keep_latent(tmp_path / "run", autoencoder, classes=("circle", "cross", "square", "triangle"))
+    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own").status == 0
+    assert here("convert.py", "to-diffusers", run, "--out", tmp_path / "theirs").status == 0
+    assert here("convert.py", "to-diffusers", tmp_path / "vae", "--out", tmp_path / "kl").status == 0
+    raw = json.loads((tmp_path / "own" / "config.json").read_text())
+    sets = {"model": raw["model"], "process": raw["process"], "steps": 1, "preview": {"sampler": {"steps": 2}}, "held_out": 0.0}
+    words = [f"--set={key}={json.dumps(value)}" for key, value in sets.items()]
+    caches = set()
+    for name in ("theirs", "own"):  # both hold the same autoencoder
+        paths = [f"--set=autoencoder={tmp_path / name}", f"--set=init_from={tmp_path / 'own'}"]
+        done = here(
+            "train_ldm.py", "-cfg", "configs/smoke/ldm.json", *words, *paths, f"--set=latents={tmp_path / 'latents'}",
+            "--run-dir", tmp_path / f"trained_{name}",
+        )  # fmt: skip
+        assert done.status == 0 and f"starting from the weights of {tmp_path / 'own'}" in done.all, done.all
+        caches.add((tmp_path / "latents" / "manifest.json").stat().st_mtime_ns)
+    assert len(caches) == 1, "the latents that one of them made serve the others"
+    sets = [f"--set={key}" for key in (f"init_from={tmp_path / 'kl'}", f"model={json.dumps(PLAIN)}", "steps=1")]
+    sets[-1] = '--set=stages=[{"steps": 1}]'
+    done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", *sets, "--run-dir", tmp_path / "trained")
+    assert done.status == 0, done.all
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = keep_vae(tmp_path / "run")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("src.interop.diffusers.write_flushed", full)
+    with pytest.raises((OSError, UserError)):
+        here("convert.py", "to-diffusers", run, "--out", tmp_path / "theirs")
+    monkeypatch.setattr("src.training.checkpoint.write_flushed", full)
+    assert "the disk is full" in refused("convert", "safetensors", run, "--out", tmp_path / "own")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
