@@ -19,6 +19,10 @@ INSTALLED_AS = {  # by the name that is imported
 }
 
 
+class MissingPackage(UserError):
+    """Something needs a package that is not there. A user can mend that; what is only to be looked at does without."""
+
+
 def installed_as(module: str) -> str:
     """What pip calls the package that a module is of."""
     top = module.partition(".")[0]
@@ -39,7 +43,7 @@ def ask_for(why: str, *modules: str) -> None:
     """A UserError where one of the modules, which `why` needs later, is not there: said before hours of work, not after."""
     missing = [installed_as(module) for module in modules if not is_installed(module)]
     if missing:
-        raise UserError(_lacks(why, *missing))
+        raise MissingPackage(_lacks(why, *missing))
 
 
 @contextmanager
@@ -49,11 +53,11 @@ def needed(why: str, *modules: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UserError(_lacks(why, installed_as(error.name or modules[0]))) from None
+        raise MissingPackage(_lacks(why, installed_as(error.name or modules[0]))) from None
     except ImportError as error:
         package = installed_as(error.name or modules[0])
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
+        raise MissingPackage(
             f"{why} needs the package {package}, which cannot be imported ({reason}): pip install --force-reinstall {package}"
         ) from None
 

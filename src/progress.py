@@ -161,10 +161,10 @@ def within(count: int) -> None:
         _open[-1]._inside += count
 
 
-def track(items: Sequence[T] | Iterable[T], doing: str, *, unit: str = "images", shown: bool = True) -> Iterator[T]:
+def track(items: Sequence[T] | Iterable[T], doing: str, *, unit: str = "images", leave: bool = True) -> Iterator[T]:
     """The items, one after the other, with their progress."""
     total = len(items) if isinstance(items, Sequence) else None
-    with Progress(doing, total, unit=unit, shown=shown) as progress:
+    with Progress(doing, total, unit=unit, leave=leave) as progress:
         for item in items:
             yield item
             progress.update()

@@ -194,6 +194,17 @@ def test_a_run_goes_on_without_its_trackers(without: Without, tmp_path: Path) ->
     )
 
 
+def test_a_run_goes_on_without_what_draws_its_curves(without: Without, tmp_path: Path) -> None:
+    """Nothing depends on matplotlib: each drawing says once that it needs it, at the start and at the end."""
+    without("matplotlib")
+    run = tmp_path / "run"
+    sets = [word for change in ("steps=2", "preview.quality=null", "log.trackers=[]") for word in ("--set", change)]
+    run_here("ddpm_accelerate", "-cfg", ROOT / "configs/smoke/ddpm.json", "--run-dir", run, *sets)
+    log = (run / "log.txt").read_text()
+    assert log.count("drawing curves needs the package matplotlib: pip install matplotlib") == 2
+    assert json.loads((run / "status.json").read_text())["state"] == "finished" and not (run / "loss.png").exists()
+
+
 @pytest.mark.parametrize("module", ["torchmetrics", "torchvision"])
 def test_what_the_first_preview_needs_is_asked_for_before_the_first_step(module: str, without: Without, tmp_path: Path) -> None:
     without(module)

@@ -22,7 +22,7 @@ from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
-from ..packages import needed
+from ..packages import ask_for, needed
 from ..vision import import_torchvision
 from .guided_diffusion import multiple, rename
 from .imported import Imported
@@ -962,6 +962,7 @@ def load_autoencoder(name: str) -> DiffusersAutoencoder:
     """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too), its weights in any
     file, whole or in shards, read without running anything. A UserError says why it cannot be loaded: what the folder is
     instead, which weights are missing, or that the hub was not reached."""
+    ask_for("a diffusers autoencoder", "diffusers")  # before anything is brought
     folder = Path(name).expanduser()
     on_hub = not folder.is_dir()
     if on_hub:

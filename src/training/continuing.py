@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError, dump, read_json
+from ..config import UserError, dump, read_json, validate
 from ..data.buckets import alone
 from .checkpoint import contents, damage, newest, spared_steps, step_folder, write_folder
 from .kept import at, cannot_change, images_seen
@@ -50,6 +50,7 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
     before, after, facts = read_json(start / "config.json"), dump(cfg), read_json(start / "data.json")
     progress = read_json(start / "progress.json")
     harmless, other = changes(cfg, before)
+    before = dump(validate(type(cfg), before))  # as today's version reads it
     if found := cannot_change(before, after, other):
         raise UserError(
             f"--continue-as keeps network, data and their order, and {old} has another {', '.join(found)}; change it back, or "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FULL, UserError
+from ..packages import MissingPackage
 
 Warn = Callable[[str, str], None]  # (what was to be drawn, why it failed)
 
@@ -45,6 +46,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in FULL:
         return f"the disk is full: {error.strerror}"
     said = " ".join(str(error).split())[:300]
+    if isinstance(error, MissingPackage):
+        return said
     return said if isinstance(error, OSError) and said else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
@@ -57,15 +60,16 @@ def warn_on_stderr(what: str, reason: str) -> None:
 def only_looked_at(what: str, warn: Warn = warn_on_stderr) -> Iterator[Look]:
     """Around the drawing of `what`: an error there is told to `warn` and goes no further.
 
-    What a person asked for goes further all the same: a stop, a mistake of theirs (UserError); and so do out of memory and a
-    collective that another process left. No value that decides anything may be computed in here.
+    What a person asked for goes further all the same: a stop, a mistake of theirs (UserError, but for a package that is
+    missing); and so do out of memory and a collective that another process left. No value that decides anything may be
+    computed in here.
     """
     look = Look()
     try:
         yield look
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, MissingPackage):
+            raise
         if is_out_of_memory(error) or of_a_lost_rank(error):
             raise
         look.reason = reason_of(error)
