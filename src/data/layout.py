@@ -203,23 +203,24 @@ class _Look:
 
 def find_layout(path: Path, split: str | None, where: str) -> Layout:
     """Where the images of the folder `path` are. A folder that alone holds images is gone into. UserErrors name the splits of
-    which one has to be chosen, or say that there is none of the name `split`."""
+    which one has to be chosen, or say that there is none of the name `split`; with the split "." none is looked for."""
     look, layout = _Look(), Layout(root=path, named_from=path)
-    if split is not None:
+    plain = split == "."
+    if split is not None and not plain:
         parts = PurePath(split).parts  # `images/train` says both
         if not parts or PurePath(split).is_absolute() or ".." in parts:
             raise UserError(f"{where}: data.split {split!r} is not the name of one of its subfolders")
         _seek(look, layout, parts, where)
     while not layout.inner:
         folder, holders = layout.root, look.holders(layout.root)
-        splits = _splits_in(look, folder, holders)
+        splits = _splits_in(look, folder, holders, inside=split is not None) if not plain else []
         if splits and not (split is not None and len(holders) == 1):
             raise UserError(f"{where} holds the splits {few(splits, 10)}; {_ask(splits, split)}")
-        if not splits and (inner := _inner_splits(look, folder, holders)):
+        if not splits and not plain and (inner := _inner_splits(look, folder, holders)):
             every = list(dict.fromkeys(name for names in inner.values() for name in names))
             raise UserError(f"{where} holds classes, and each of them the splits {few(every, 10)}; {_ask(every, split)}")
         if (inside := _goes_into(look, folder, holders)) is None:
-            lone = [] if splits else list(splits_among(holders))
+            lone = [] if splits or plain else list(splits_among(holders))
             layout.notes += [f"{shown(name)!r} is read as a class; if it is a split, set data.split" for name in lone]
             break
         _pass(look, layout, inside)
@@ -228,7 +229,7 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
 
 def _ask(splits: Sequence[str], inside: str | None) -> str:
     example = shown(shlex.quote("/".join([*([inside] if inside is not None else []), splits[0]])))
-    return f"set data.split to the one to train on (of prepare_data.py: --split {example})"
+    return f'set data.split to the one to train on (of prepare_data.py: --split {example}), or to "." where they are classes'
 
 
 def _seek(look: _Look, layout: Layout, parts: Sequence[str], where: str) -> None:
@@ -282,8 +283,9 @@ def _choose(names: Sequence[str], wanted: str, where: str) -> str | None:
     return found[0] if found else None
 
 
-def _splits_in(look: _Look, folder: Path, holders: Sequence[str]) -> list[str]:
-    """Which of the subfolders that hold images are splits, and not a class that has the name of one: a bus, a car, a train."""
+def _splits_in(look: _Look, folder: Path, holders: Sequence[str], *, inside: bool) -> list[str]:
+    """Which of the subfolders that hold images are splits, and not a class that has the name of one: a bus, a car, a train.
+    `inside` a split that was chosen, one such name is a class."""
     splits = splits_among(holders)
     others = [name for name in holders if name not in splits]
     if len(splits) != 1 or not others:
@@ -291,8 +293,8 @@ def _splits_in(look: _Look, folder: Path, holders: Sequence[str]) -> list[str]:
     name = next(iter(splits))
     telling = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
     beside = all(squeezed(other) in _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS for other in others)
-    deep = bool(look.holders(folder / name)) and not look.has_images(folder / name)
-    return [name] if telling or beside or deep else []
+    deep = len(others) == 1 and bool(look.holders(folder / name)) and not look.has_images(folder / name)
+    return [name] if telling or beside or (deep and not inside) else []
 
 
 def _inner_splits(look: _Look, folder: Path, holders: Sequence[str]) -> dict[str, list[str]]:
@@ -314,7 +316,8 @@ def _goes_into(look: _Look, folder: Path, holders: Sequence[str]) -> str | None:
     if look.has_images(folder):
         return None
     if len(holders) == 1:
-        return holders[0]
+        back = folder.resolve().is_relative_to((folder / holders[0]).resolve())  # a link to where one comes from
+        return holders[0] if not back else None
     images = [name for name in holders if squeezed(name) in _IMAGE_FOLDERS]
     others = [name for name in holders if name not in images]
     return images[0] if len(images) == 1 and others and all(squeezed(name) in _ANNOTATIONS for name in others) else None

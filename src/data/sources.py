@@ -37,8 +37,11 @@ SHAPES = ("circle", "cross", "square", "triangle")
 
 @config
 class FolderSource:
-    """A folder of pictures: class subfolders, or flat. `split` is the subfolder to use where there are train/, test/ ...: its
-    name, or train, val or test alone where that is clear. `labels` is a table that says the classes instead of the folders."""
+    """A folder of pictures: class subfolders, or flat. `labels` is a table that says the classes instead of the folders.
+
+    `split` is the subfolder to use where there are train/, test/ ...: its name, or train, val or test alone where that is
+    clear; "." says that folders of such names are classes.
+    """
 
     source: Literal["folder"]
     path: str = free()

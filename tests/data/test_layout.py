@@ -107,6 +107,21 @@ def test_one_split_is_asked_for_too_and_a_class_may_have_the_name_of_one(tmp_pat
     assert "'train' is read as a class; if it is a split, set data.split" in remarks(vehicles)
 
 
+def test_folders_named_as_splits_can_be_classes_where_one_says_so(tmp_path: Path) -> None:
+    tree(tmp_path, "bus/a/0.png", "train/a/0.png", "test/0.png", "car/a/0.png")
+    assert 'or to "." where they are classes' in refusal(tmp_path)
+    found = opened(tmp_path, split=".")
+    assert found.class_names == ("bus", "car", "test", "train") and found.names[0] == "bus/a/0.png" and remarks(found) == ""
+    nested = opened(tree(tmp_path / "nested", *(f"{name}/{year}/0.png" for name in ("bus", "car", "train") for year in (1, 2))))
+    assert nested.class_names == ("bus", "car", "train"), "as it was read before"
+    inside = tree(tmp_path / "inside", "train/bus/x/0.png", "train/train/x/0.png", "test/bus/x/0.png")
+    assert opened(inside, split="train").class_names == ("bus", "train")
+    tree(tmp_path / "circle" / "data", "notes.txt")
+    os.symlink("..", tmp_path / "circle" / "data" / "up")
+    image(tmp_path / "circle" / "other" / "0.png")
+    assert len(opened(tmp_path / "circle" / "data")) == 1, "and does not go round for ever"
+
+
 def test_the_landscape_archive_and_its_like(tmp_path: Path) -> None:
     inner = tmp_path / "Landscape Classification" / "Landscape Classification"
     for word in ("Training", "Validation", "Testing"):
