@@ -35,6 +35,7 @@ from ..data.latents import (
 from ..data.transforms import DECODER
 from ..locks import take_lock
 from ..progress import Progress, track, within
+from ..training.launch import agree
 from ..training.stream import to_network
 from ..training.trials import Attempt
 from ..vision import is_finite
@@ -189,6 +190,7 @@ def check_files(
     latents: Mapping[str, LatentSet],
     encode: Callable[[str, Sequence[int]], Moments],
     *,
+    processes: Accelerator | PartialState,
     goes_on: bool,
     writes: bool,
 ) -> None:
@@ -196,7 +198,8 @@ def check_files(
 
     The times of the files say whether to look: where they changed, the contents are compared. A cache that does not know them,
     from before they were remembered, is held against a part of the files that changed after it was made, encoded once more.
-    A run that `goes_on` with this cache keeps it where only the decoder changed.
+    All processes share the work, and the first one says whether there is any. A run that `goes_on` with this cache keeps it
+    where only the decoder changed.
     """
     files = manifest.get(FILES, {})
     decoder = files.get("decoder", 1)
@@ -207,26 +210,30 @@ def check_files(
             f"the latent cache {folder} was made by an earlier version of the decoder, and {count} of its images look "
             "different now (colour profiles, deep grey); remove it, or give another `latents`"
         )
-    if changed and writes:
+    if changed and writes and processes.is_main_process:
         print(f"the latent cache {folder} is of an earlier version of the decoder; the run goes on with it", flush=True)
     now = files_of(sets)
-    if files and all(files["state"].get(split) == state for split, state in now["state"].items()):
+    if agree(bool(files) and all(files["state"].get(split) == state for split, state in now["state"].items())):
         return
+    rank, world = processes.process_index, processes.num_processes
     made = (folder / "manifest.json").stat().st_mtime_ns
     for split, pictures in sets.items():
         if files:
-            blocks = track(list(blocks_of(len(pictures), 0, 1)), "comparing images with the latent cache", unit="blocks")
+            mine = list(blocks_of(len(pictures), rank, world))
+            blocks = track(mine, "comparing images with the latent cache", unit="blocks") if rank == 0 else mine
             same = all(_content(folder, split, number) == pictures.contents(indices) for number, indices in blocks)
         else:
             later = np.flatnonzero((pictures.times > made) & (pictures.decoders <= decoder))
             later = later[np.arange(min(len(later), DOUBTED)) * len(later) // max(1, min(len(later), DOUBTED))]
+            later = later[rank::world]
             same = len(later) == 0 or _agree(latents[split], encode(split, later.tolist()), later)
         if not same:
             raise UserError(
                 f"the latent cache {folder} was made of other pictures (files of the same names and sizes have another content "
                 "now); remove it, or give another `latents`"
             )
-    if files and writes:
+    processes.wait_for_everyone()
+    if files and writes and processes.is_main_process:
         with suppress(OSError):  # a cache that cannot be written costs time, not the run
             document = {**manifest, FILES: {**files, "state": now["state"]}}
             write_whole(folder / "manifest.json", json.dumps(document, indent=1).encode())
@@ -361,14 +368,13 @@ def latents_of(
         )
     manifest, sets = open_latents(folder, contract, counts, device)
     facts = {key: value for key, value in manifest.items() if key not in ("counts", FILES)}
-    if processes.is_main_process:
-        pictures = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
+    pictures = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
 
-        def encode(split: str, indices: Sequence[int]) -> Moments:
-            return _encode(autoencoder, pictures[split], image, indices, False, batch_size, workers)
+    def encode(split: str, indices: Sequence[int]) -> Moments:
+        return _encode(autoencoder, pictures[split], image, indices, False, batch_size, workers)
 
-        writes = attempt is None or not attempt.trial
-        check_files(folder, manifest, pictures, sets, encode, goes_on=_goes_on(run_dir, facts), writes=writes)
+    more = {"goes_on": _goes_on(run_dir, facts), "writes": attempt is None or not attempt.trial, "processes": processes}
+    check_files(folder, manifest, pictures, sets, encode, **more)
     processes.wait_for_everyone()
     for latents in sets.values():
         latents.settle()

@@ -37,7 +37,11 @@ def data(cfg: Any) -> Verdict:
         elif path is not None:
             (there if Path(path).expanduser().exists() else missing).append(path)
     if missing:
-        return Verdict("fail", f"{' and '.join(missing)}: not here", "bring it, or name another: --set data.path=FOLDER")
+        return Verdict(
+            "fail",
+            f"{' and '.join(missing)}: not here",
+            "bring it (docs/data.md says from where), or name another: --set data.path=FOLDER",
+        )
     if elsewhere:
         told = f"{' and '.join(elsewhere)}: a data set of the hub, not tried"
         return Verdict("skip", told, "python prepare_data.py check tries a folder that is here")
