@@ -414,7 +414,7 @@ def scheduler_config(spec: ProcessConfig) -> dict[str, Any] | None:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _folder(name: str | Path) -> Path:
+def local_folder(name: str | Path) -> Path:
     """A folder as it is, or what the hub has under this name: its JSON and the weights of full precision."""
     folder = Path(name)
     if folder.is_dir():
@@ -435,9 +435,14 @@ def _folder(name: str | Path) -> Path:
     files += ["model_index.json", "config.json", "*/config.json", "classes.json", "process.json"]
     files += ["scheduler_config.json", "scheduler/scheduler_config.json"]
     try:
-        return from_hub(str(name), files)
+        folder = from_hub(str(name), files)
+        places = [place for place in ("unet/", "unet_ema/") if (folder / place / "config.json").is_file()] or [""]
+        if not any((folder / place / f"{WEIGHTS}.safetensors").is_file() for place in places):
+            ends = (f"{WEIGHTS}.bin", "*.safetensors", "*.bin", "*.index*.json")
+            folder = from_hub(str(name), [f"{place}{end}" for place in places for end in ends])
     except UserError as error:
         raise UserError(f"{no_folder}: {error}") from None
+    return folder
 
 
 def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, list[str], str | None]:
@@ -489,7 +494,7 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     a folder or file inside. Of a network on latents size and channels are those of the latents. A UserError says which file is
     missing, and names each option that we have nothing for.
     """
-    folder = _folder(name)
+    folder = local_folder(name)
     place, others, which = _place(folder, name, which)
     path = place / "config.json"
     theirs = _object(path)
@@ -507,9 +512,6 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
         raise UserError(f"{path}: {channels} channels in and {outputs} out is no network of a diffusion process")
     process, told, negated = _read_process(folder, learned=outputs == 2 * channels)
 
-    if not Path(name).is_dir() and not any(place.glob("*.safetensors")):
-        inside = "" if place == folder else f"{place.name}/"
-        from_hub(str(name), [f"{inside}{WEIGHTS}.bin", *(f"{inside}*{end}" for end in (".safetensors", ".bin", ".index.json"))])
     try:
         files, left = find_files(place, which)
         which = None if which in (files.name, *files.name.split(".")) else which
