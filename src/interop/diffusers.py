@@ -454,9 +454,14 @@ def local_folder(name: str | Path) -> Path:
     files += ["model_index.json", "config.json", "*/config.json", "classes.json", "process.json"]
     files += ["scheduler_config.json", "scheduler/scheduler_config.json", LATENTS, "vae/*.json", "vae/*.safetensors"]
     try:
-        return from_hub(str(name), files)
+        folder = from_hub(str(name), files)
+        places = [place for place in ("unet/", "unet_ema/") if (folder / place / "config.json").is_file()] or [""]
+        if not any((folder / place / f"{WEIGHTS}.safetensors").is_file() for place in places):
+            ends = (f"{WEIGHTS}.bin", "*.safetensors", "*.bin", "*.index*.json")
+            folder = from_hub(str(name), [f"{place}{end}" for place in places for end in ends])
     except UserError as error:
         raise UserError(f"{no_folder}: {error}") from None
+    return folder
 
 
 def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, list[str], str | None]:
@@ -526,9 +531,6 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
         raise UserError(f"{path}: {channels} channels in and {outputs} out is no network of a diffusion process")
     process, told, negated = _read_process(folder, learned=outputs == 2 * channels)
 
-    if not Path(name).is_dir() and not any(place.glob("*.safetensors")):
-        inside = "" if place == folder else f"{place.name}/"
-        from_hub(str(name), [f"{inside}{WEIGHTS}.bin", *(f"{inside}*{end}" for end in (".safetensors", ".bin", ".index.json"))])
     try:
         files, left = find_files(place, which)
         which = None if which in (files.name, *files.name.split(".")) else which
