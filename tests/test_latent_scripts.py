@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from src.config import read_json
+from src.sampling import SamplerConfig, open_trained
 from src.sampling.autoencoder import open_autoencoder
 from tests import kills
 from tests.conftest import ROOT, Finished, here, launch, metrics, one_line, refused
@@ -336,6 +337,19 @@ def test_final_moves_without_the_autoencoders_run(ldm_run: Path, vae_run: Path, 
         assert getattr(gif, "n_frames", 1) == 5 and picture.size == (16, 16)
 
 
+def test_latents_of_the_size_of_a_later_stage(vae_run: Path, tmp_path: Path) -> None:
+    """As wikiart512_ldm on wikiart256_vae: the autoencoder's first stage is smaller than the diffusion's images."""
+    sets = settings(autoencoder=str(vae_run), latents=str(tmp_path / "latents"), steps=2, image__size=24)
+    done = here("train_ldm.py", "-cfg", LDM, "--run-dir", tmp_path / "run", *sets)
+    assert done.status == 0, done.all
+    assert read_json(tmp_path / "run" / "final" / "data.json")["latents"]["shape"] == [4, 12, 12]
+    opened = open_trained(tmp_path / "run", torch.device("cpu"))
+    drawn = opened.sampler(SamplerConfig(solver="ddim", steps=2)).draw(0, range(2), [0, 1], device=torch.device("cpu"))
+    assert opened.image.size == 24 and drawn.shape == (2, 3, 24, 24)
+    said = refused("train_ldm", "-cfg", LDM, "--run-dir", tmp_path / "no", *sets, "--set", "image.size=32")
+    assert "was trained at 16 and 24 px; set image.size" in said
+
+
 def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None:
     shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("latents"))
     done = launch("prepare_data.py", "latents", tmp_path / "vae", processes=2)
@@ -377,7 +391,6 @@ def test_without_classes_and_eps_clipped_to_the_latents_range(vae_run: Path, tmp
     sets = {"process": process, "class_conditional": False, "label_dropout": 0.0, "steps": 4, "mixed_precision": "bf16"}
     done = train_ldm(tmp_path / "run", vae_run, **sets)
     assert done.status == 0 and (tmp_path / "run" / "samples" / "step_00000004.png").exists(), done.all
-    from src.sampling import SamplerConfig, open_trained
 
     sampler = open_trained(tmp_path / "run", torch.device("cpu")).sampler(SamplerConfig(steps=10))
     facts = read_json(tmp_path / "run" / "data.json")["latents"]

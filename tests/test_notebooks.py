@@ -3,16 +3,19 @@
 import ast
 import json
 import os
+import re
 import shlex
 import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image
 
+from src.data.sources import SHAPES, draw_shape
 from tests.conftest import ROOT, launch
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -88,7 +91,7 @@ def test_committed_without_what_a_run_leaves(path: Path) -> None:
 
 
 def test_each_has_its_badge_and_the_same_way_into_colab() -> None:
-    assert NAMES == ["points2d", "sampling"]
+    assert NAMES == ["flowers", "points2d", "sampling"]
     setups = set()
     for path in NOTEBOOKS:
         notebook = read(path)
@@ -193,3 +196,30 @@ def test_points_move_from_drawing_to_drawing_in_colab(checkout: Path, tmp_path: 
     command = shlex.split(source(notebook, "step-9").split("```sh\n")[1].split("```")[0].replace("\\\n", " "))
     done = launch(*command[1:], "--dry-run", cwd=checkout)
     assert command[0] == "python" and done.status == 0, done.all
+
+
+@pytest.mark.soak
+def test_flowers_are_learned_drawn_walked_between_and_inverted(checkout: Path, tmp_path: Path) -> None:
+    """With shapes for flowers, a few steps of a small network, and no hub."""
+    for n, kind in enumerate(("lotus", "petunia", "rose")):
+        (checkout / "datasets" / "flowers" / kind).mkdir(parents=True)
+        for i in range(8):
+            pixels = draw_shape(SHAPES[n], 40, np.random.default_rng([n, i]))
+            Image.fromarray(pixels).save(checkout / "datasets" / "flowers" / kind / f"{i}.jpg")
+    notebook = read(ROOT / "notebooks" / "flowers.ipynb")
+    config = next(cell for cell in notebook["cells"] if cell["id"] == "config")
+    changed = source(notebook, "config").replace(
+        '{"steps": 3000, "base_channels": 48, "every": 1000}', '{"steps": 4, "base_channels": 8, "every": 4}'
+    )
+    assert changed != source(notebook, "config")
+    config["source"] = changed
+    found = run(notebook, checkout / "notebooks")
+
+    assert printed(found["flowers"]).splitlines() == ["lotus: 8 photos", "petunia: 8 photos", "rose: 8 photos"]
+    trained = printed(found["train"])
+    assert "step 4/4 loss" in trained and "finished; see runs/flowers32/samples" in trained
+    shown = {"preview": 2, "draw": 1, "invert": 1}
+    assert {ident: pictures(found[ident]) for ident in shown} == shown
+    assert pictures(found["walk"], "image/gif") == 1
+    assert (checkout / "samples" / "flowers32_inverted").is_dir() and (checkout / "samples" / "flowers32_walk").is_dir()
+    assert not re.search("(?i)error|Traceback", "".join(printed(found[ident]) for ident in ("walk", "invert", "train")))
