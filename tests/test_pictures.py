@@ -55,8 +55,9 @@ def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path: Path) -> None
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))\n"
         "lines = {'y': {'a': ([0], [1])}}\n"
-        "draws = lambda: pictures.save(noise, Path('a.png')), lambda: pictures.curves(Path('b.png'), lines, xlabel='x')\n"
-        "for draw in draws:\n"
+        "one = lambda: pictures.save(noise, Path('a.png'))\n"
+        "other = lambda: pictures.curves(Path('b.png'), lines, xlabel='x')\n"
+        "for draw in (one, other):\n"
         "    try:\n        draw()\n    except OSError as error:\n        print(error.errno)\n"
     )
     done = subprocess.run(
