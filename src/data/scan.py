@@ -191,7 +191,8 @@ def _remembered(key: str):
             folder.mkdir(parents=True, exist_ok=True)
             take_lock(stack.enter_context(open(path.with_suffix(".lock"), "w")), wait=True)
         with suppress(OSError, ValueError):
-            facts = json.loads(path.read_text())
+            known = json.loads(path.read_text())
+            facts = known if isinstance(known, dict) else {}
 
         def save() -> None:
             staged = path.with_suffix(".part")
