@@ -210,9 +210,9 @@ def upscale_folder(
     sub/name.jpg becomes out/sub/name.png, grey stays grey, transparency lies over white. `batch_size` consecutive pictures
     make a batch, and batches are dealt to ranks; of one batch, pictures of one size go through together, those above
     upscaler.tile one at a time. So a picture is a function of folder and batch_size, for any number of processes and after a
-    kill. Files that are there already are kept. What cannot be read, or has more than MAX_PIXELS, is left out with a line
-    that names it. A UserError for a folder that is missing, holds no readable picture, or two that differ by their ending
-    alone, before anything is written.
+    kill. Files that are there already are kept, unless what they were made of has changed since. What cannot be read, or has
+    more than MAX_PIXELS, is left out with a line that names it. A UserError for a folder that is missing, holds no readable
+    picture, or two that differ by their ending alone, before anything is written.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} must be at least 1")
@@ -228,7 +228,7 @@ def upscale_folder(
         write_whole(told, json.dumps(request).encode())
     with Progress("upscaling", sum(map(len, mine)) * (world if rank == 0 else 1), shown=rank == 0) as bar:
         for batch in mine:
-            if not all(target.exists() for _, target in batch):
+            if not all(_is_made(path, target) for path, target in batch):
                 _upscale_batch(batch, upscaler)
             bar.update(len(batch) * (world if rank == 0 else 1))
     barrier()
@@ -240,8 +240,17 @@ def upscale_folder(
     return written
 
 
+def _is_made(path: Path, target: Path) -> bool:
+    """Whether `target` is there and not older than what it is made of."""
+    try:
+        return target.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
 def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
     by_shape: dict[tuple[int, ...], list[tuple[Path, pictures.Pixels]]] = defaultdict(list)
+    made_before = {target for path, target in batch if _is_made(path, target)}
     for path, target in batch:
         pixels = _decode(path)
         if isinstance(pixels, str):
@@ -252,10 +261,10 @@ def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
         at_once = 1 if max(shape[:2]) > upscaler.tile else len(same)
         for start in range(0, len(same), at_once):
             part = same[start : start + at_once]
-            if all(target.exists() for target, _ in part):
+            if all(target in made_before for target, _ in part):
                 continue
             images = torch.from_numpy(rearrange(np.stack([pixels for _, pixels in part]), "b h w c -> b c h w"))
             made = pictures.to_uint8(upscaler.upscale(images.float() / 127.5 - 1))
             for (target, _), pixels in zip(part, made, strict=True):
-                if not target.exists():
+                if target not in made_before:
                     pictures.save(pictures.to_image(pixels), target)

@@ -324,6 +324,17 @@ def test_a_folder_becomes_pngs_of_the_same_names(
     assert np.abs(found - wanted).max() <= 0.51
 
 
+def test_what_was_overwritten_is_made_again(folder: Path, tmp_path: Path, upscaler: Upscaler) -> None:
+    first = {path: path.read_bytes() for path in upscale(folder, tmp_path / "a", upscaler)}
+    kept = (folder / "1.png").stat()
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes())
+    later = (tmp_path / "a" / "2.png").stat().st_mtime_ns + 1
+    os.utime(folder / "2.png", ns=(kept.st_atime_ns, later))
+    upscale(folder, tmp_path / "a", upscaler)
+    changed = [path.name for path, content in first.items() if path.read_bytes() != content]
+    assert changed == ["2.png"], changed
+
+
 def test_what_is_there_is_kept_and_the_rest_comes_out_the_same(folder: Path, tmp_path: Path, upscaler: Upscaler) -> None:
     written = upscale(folder, tmp_path / "a", upscaler)
     first = {path: path.read_bytes() for path in written}
