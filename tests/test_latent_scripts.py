@@ -350,6 +350,39 @@ def test_latents_of_the_size_of_a_later_stage(vae_run: Path, tmp_path: Path) -> 
     assert "was trained at 16 and 24 px; set image.size" in said
 
 
+def test_the_main_job_leaves_as_one_folder(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
+    """A run of train_ldm.py and of train_vae.py, and checkpoints of theirs; what has linear attention and tanh is no run that
+    diffusers can have, and says where to go instead."""
+
+    def drawn(run: Path) -> torch.Tensor:
+        opened = open_trained(run, torch.device("cpu"))
+        return opened.sampler(SamplerConfig(solver="ddim", steps=4)).draw(1, range(3), [0, 1, 2], device=torch.device("cpu"))
+
+    for name, run in (("run", ldm_run), ("checkpoint", ldm_run / "checkpoints" / "step_00000020")):
+        done = here("convert.py", "safetensors", run, "--out", tmp_path / name)
+        assert done.status == 0 and "README.md" in done.out, done.all
+        assert torch.equal(drawn(tmp_path / name), drawn(run))
+    card = (tmp_path / "run" / "README.md").read_text()
+    for said in (
+        "0 circle (",
+        "| 3 |",
+        "v on the cosine schedule",
+        "python sample.py run --num-samples 16",
+        "it ends with tanh",
+    ):
+        assert said in card, said
+    message = refused("convert", "to-diffusers", ldm_run, "--out", tmp_path / "no")
+    assert "model.attention linear" in message and "it ends with tanh" in message and "convert.py safetensors" in message
+    for name, run in (("vae", vae_run), ("vae_checkpoint", vae_run / "checkpoints" / "step_00000025")):
+        assert here("convert.py", "safetensors", run, "--out", tmp_path / name).status == 0
+        one, other = (open_autoencoder(str(path), torch.device("cpu")) for path in (run, tmp_path / name))
+        assert (one.digest, one.sizes, one.network.tanh) == (other.digest, other.sizes, other.network.tanh)
+        z = torch.randn(2, 4, 8, 8)
+        assert torch.equal(one.network.decode(z), other.network.decode(z))
+    assert "it ends with tanh" in refused("convert", "to-diffusers", vae_run, "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
 def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None:
     shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("latents"))
     done = launch("prepare_data.py", "latents", tmp_path / "vae", processes=2)

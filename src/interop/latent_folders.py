@@ -40,6 +40,12 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     """What `diffusers.read` gives of `which` network, and, where the folder has an autoencoder in `vae`, with it: the U-Net
     sees its latents."""
     folder = diffusers.local_folder(name)
+    refuse_what_needs_no_conversion(folder, str(name))
+    return with_latents(diffusers.read(name, which=which), folder)
+
+
+def refuse_what_needs_no_conversion(folder: Path, name: str) -> None:
+    """A UserError for an AutoencoderKL by itself, and for a folder that Atelier opens as it is."""
     kind = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if isinstance(kind, dict) and kind.get("_class_name") == "AutoencoderKL":
         raise UserError(
@@ -48,14 +54,18 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
         )
     if (folder / "MANIFEST.json").is_file() and (folder / "ema.safetensors").is_file():
         raise UserError(f"{name} is a folder of Atelier's own, which needs no conversion: name it where a run is asked for")
-    found = diffusers.read(name, which=which)
+
+
+def with_latents(found: Imported, folder: Path) -> Imported:
+    """An imported U-Net with the autoencoder in `vae` of the folder that it came from, whose latents it sees; as it is where
+    there is none. A UserError where the two do not fit, or nothing says how the latents are normalised."""
     if not (folder / "vae" / "config.json").is_file():
         return found
     autoencoder = open_autoencoder(str(folder / "vae"), CPU)
     size = found.image_size
     if autoencoder.latent_channels != found.channels:
         raise UserError(
-            f"{name}: the autoencoder in vae has latents of {autoencoder.latent_channels} channels, and the U-Net sees "
+            f"{folder}: the autoencoder in vae has latents of {autoencoder.latent_channels} channels, and the U-Net sees "
             f"{found.channels}"
         )
     facts = _facts(folder, autoencoder, [found.channels, size, size])
