@@ -123,7 +123,7 @@ class Progress:
         if speed <= 0:
             return f"{told}, {duration(elapsed)} so far"
         told += f", {self._amount(speed, rate=True)}{'' if self.unit == 'B' else ' ' + self.unit}/s"
-        return told if self.total is None else f"{told}, {duration((self.total - done) / speed)} left"
+        return told if self.total is None or done >= self.total else f"{told}, {duration((self.total - done) / speed)} left"
 
     def _amount(self, count: float, *, rate: bool = False) -> str:
         if self.unit == "B":
