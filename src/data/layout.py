@@ -228,7 +228,8 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
 
 
 def _ask(splits: Sequence[str], inside: str | None) -> str:
-    example = shown(shlex.quote("/".join([*([inside] if inside is not None else []), splits[0]])))
+    training = next((name for name in splits if splits_among(splits).get(name) == "train"), splits[0])
+    example = shown(shlex.quote("/".join([*([inside] if inside is not None else []), training])))
     return f'set data.split to the one to train on (of prepare_data.py: --split {example}), or to "." where they are classes'
 
 
