@@ -15,6 +15,7 @@ from .autoencoder_kl import autoencoder_kl_files, check_expressible
 from .diffusers import LATENTS, DiffusersAutoencoder, LatentPart
 from .imported import Imported
 from .own_folders import data_lines
+from .weights import read_foreign_json
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
 
 def refuse_what_needs_no_conversion(folder: Path, name: str) -> None:
     """A UserError for an AutoencoderKL by itself, and for a folder that Atelier opens as it is."""
-    kind = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    kind = read_foreign_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if isinstance(kind, dict) and kind.get("_class_name") == "AutoencoderKL":
         raise UserError(
             f"{name} is an AutoencoderKL, which needs no conversion: name it as it is, as in train_ldm.py --set "

@@ -166,6 +166,7 @@ OTHERS = (
     Kind("score_sde", ("all_modules.0.weight", "all_modules.1.weight"), every=False),
 )
 AVERAGE = re.compile(r"(?<![A-Za-z])(ema|swa)(?![A-Za-z])|EMA|Ema(?![a-z])|averaged?(?![a-z])|shadow_params")
+RAW = re.compile(r"(?i)(?<![a-z])(non?|without)[_-]?ema")
 READERS = {GUIDED.words: "guided-diffusion FILE", UNET_2D.words: "iadb FILE, or diffusers FOLDER"}
 UNKNOWN = "its keys are"
 BESIDE = ("online_model", "current_model_state")  # raw weights that an average of ema_pytorch, of Lightning, keeps beside it
@@ -195,7 +196,7 @@ def rank(prefix: str) -> int:
     parts = prefix.split(".")
     if any(part in BESIDE for part in parts):
         return 0
-    return 2 if any(AVERAGE.search(part) for part in parts) else 1
+    return 2 if any(AVERAGE.search(part) and not RAW.search(part) for part in parts) else 1
 
 
 def _prefixes(tensors: Iterable[str], kind: Kind) -> list[str]:
@@ -340,10 +341,12 @@ class FileSet(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, int, str]:
-        """The best first: names that the libraries give, full precision before half, raw weights last; safetensors first."""
+        """The best first: names that the libraries give, an average (EMA), full precision before half, raw weights last;
+        safetensors before pickles."""
         stem, _, rest = self.name.partition(".")
         variant = rest.rpartition(".")[0]
         half = 1 if variant in ("fp16", "bf16") else 2 if variant else 0
+        half = -1 if rank(variant) == 2 else half
         return STEMS.index(stem) if stem in STEMS else len(STEMS), half, int(not self.name.endswith(".safetensors")), self.name
 
 
@@ -405,7 +408,8 @@ def find_files(folder: Path, which: str | None = None) -> tuple[FileSet, list[st
     if best.missing:
         raise UserError(f"{folder}: the weights are in shards, and {few(best.missing)} is missing; bring it")
     others = [files.name for files in sets[1:]]
-    return best, [f"left out, other weights in {folder}: {few(others, 6)}"] if others else []
+    told = [f"by its name {best.name} is an average (EMA)"] if best.order[1] < 0 else []
+    return best, [*told, f"left out, other weights in {folder}: {few(others, 6)}"] if others else told
 
 
 def read_files(files: FileSet) -> Any:

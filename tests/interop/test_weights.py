@@ -203,6 +203,7 @@ def test_which_chooses(tmp_path: Path, guided: dict[str, Tensor]) -> None:
         ),
         *((name, True) for name in ("ema_0.9999", "averaged_model", "swa_model", "unet_ema", "ema.shadow_params", "netEma")),
         *((name, False) for name in ("model", "schema", "semantic", "module", "net", "thema", "cinema", "weights", "")),
+        *((name, False) for name in ("non_ema", "unet_non_ema", "no_ema", "model_without_ema")),
     ],
 )
 def test_names_of_averages(name: str, average: bool) -> None:
@@ -372,6 +373,7 @@ def test_weights_by_other_names_and_in_shards(tmp_path: Path) -> None:
         "own_name": folder("own_name", {"weights_at_500.pt": {"state_dict": under("module.", state)}}),
         "full_beside_half": folder("full", {f"{WEIGHTS}.safetensors": state, f"{WEIGHTS}.fp16.safetensors": plus(half)}),
         "safe_beside_bin": folder("safe", {f"{WEIGHTS}.safetensors": state, f"{WEIGHTS}.bin": plus(state)}),
+        "the_average": folder("ema", {f"{WEIGHTS}.ema.bin": state, f"{WEIGHTS}.safetensors": plus(state)}),
         "not_the_raw": folder("raw", {f"{WEIGHTS}.non_ema.safetensors": plus(state), f"{WEIGHTS}.bin": state}),
     }
     wanted = state["conv_in.weight"]
@@ -384,6 +386,7 @@ def test_weights_by_other_names_and_in_shards(tmp_path: Path) -> None:
     assert f"other weights in {places['full_beside_half']}: {WEIGHTS}.fp16.safetensors" in "\n".join(
         folders.read(places["full_beside_half"]).told
     )
+    assert f"by its name {WEIGHTS}.ema.bin is an average (EMA)" in folders.read(places["the_average"]).told
     chosen = folders.read(places["full_beside_half"], which="fp16")
     torch.testing.assert_close(stem(chosen), wanted.half().float() + 1, rtol=0, atol=1e-3)
 
