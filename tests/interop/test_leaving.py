@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import convert
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, ancestral, clip, times
 from src.interop.autoencoder_kl import autoencoder_kl_files, exported_autoencoder, obstacles
@@ -17,7 +19,7 @@ from src.interop.imported import Imported, keep
 from src.interop.latent_folders import read
 from src.models import VAE, UNet, UNetConfig, VAEConfig
 from src.sampling import SamplerConfig, open_trained
-from src.sampling.autoencoder import Autoencoder, open_autoencoder
+from src.sampling.autoencoder import Autoencoder, open_autoencoder, start_from
 from src.training.checkpoint import write_folder
 from src.vision import import_torchvision
 from tests.conftest import here, randomise, refused
@@ -124,6 +126,25 @@ def images_of(folder: Path, *, labels: list[int] | None = None) -> torch.Tensor:
     return opened.sampler(SamplerConfig(solver=solver, steps=steps)).draw(0, range(3), labels, device=CPU)
 
 
+def leave(command: str, run: Path, out: Path, *, half: bool = False) -> None:
+    """What convert.py does, without its command line, which other tests go through."""
+    if command == "to-diffusers":
+        convert.to_diffusers(str(run), out)
+    else:
+        convert.to_safetensors(str(run), out, half=half)
+
+
+def refuse(command: str, run: Path, out: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        leave(command, run, out)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def bring_back(folder: Path, out: Path) -> None:
+    convert.bring_in(Namespace(out=str(out), name="again", class_names=None), read(folder))
+
+
 # ---------------------------------------------------------------------------------------------- the autoencoder
 
 
@@ -177,10 +198,10 @@ def test_what_an_autoencoder_kl_cannot_be_is_refused_and_leaves_as_our_own_folde
     for number, (change, tanh, said) in enumerate(UNLIKE):
         folder = tmp_path / str(number)
         run = keep_vae(folder / "run", PLAIN | change, tanh=tanh)
-        message = refused("convert", "to-diffusers", run, "--out", folder / "theirs")
+        message = refuse("to-diffusers", run, folder / "theirs")
         assert said in message and f"python convert.py safetensors {run} --out FOLDER" in message
         assert not (folder / "theirs").exists()
-        assert here("convert.py", "safetensors", run, "--out", folder / "own").status == 0
+        leave("safetensors", run, folder / "own")
         card = (folder / "own" / "README.md").read_text()
         assert "AutoencoderKL cannot be this network" in card and said in card
         same_autoencoder(run, folder / "own")
@@ -228,7 +249,7 @@ def test_an_autoencoder_leaves_and_comes_back_to_the_bit(tmp_path: Path, command
 
 def test_weights_that_were_trained_on_in_diffusers_are_theirs(tmp_path: Path) -> None:
     run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
-    assert here("convert.py", "to-diffusers", run, "--out", out).status == 0
+    leave("to-diffusers", run, out)
     path = out / "diffusion_pytorch_model.safetensors"
     state = safetensors.torch.load_file(path)
     state["decoder.conv_out.bias"] += 1
@@ -242,7 +263,7 @@ def test_weights_that_were_trained_on_in_diffusers_are_theirs(tmp_path: Path) ->
 
 def test_a_damaged_note_of_ours_is_said(tmp_path: Path) -> None:
     run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
-    assert here("convert.py", "to-diffusers", run, "--out", out).status == 0
+    leave("to-diffusers", run, out)
     note = json.loads((out / "atelier.json").read_text())
     del note["model"]
     (out / "atelier.json").write_text(json.dumps(note))
@@ -252,7 +273,7 @@ def test_a_damaged_note_of_ours_is_said(tmp_path: Path) -> None:
 
 def test_half_precision_spares_a_codebook(tmp_path: Path) -> None:
     run = keep_vae(tmp_path / "run", PLAIN | {"bottleneck": {"kind": "vq", "codes": 8}})
-    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own", "--fp16").status == 0
+    leave("safetensors", run, tmp_path / "own", half=True)
     state = safetensors.torch.load_file(tmp_path / "own" / "ema.safetensors")
     assert {key for key, value in state.items() if value.dtype == torch.float32} == {
         "codebook.codebook", "codebook.size", "codebook.total",
@@ -268,22 +289,21 @@ def test_half_precision_spares_a_codebook(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- a latent run
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", ["v", "learned_clipped", "iadb", "iadb_clipped", "flow", "flow_clipped"])
 def test_a_latent_run_leaves_for_diffusers_draws_there_and_comes_back(
-    tmp_path: Path, process: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, process: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     classes = () if process in ("v", "eps_clipped", "iadb", "flow_clipped") else ("cat", "dog")
     autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
     run, out = keep_latent(tmp_path / "run", autoencoder, process, classes=classes), tmp_path / "theirs"
-    done = here("convert.py", "to-diffusers", run, "--out", out)
-    assert done.status == 0, done.all
+    leave("to-diffusers", run, out)
     assert not (out / "model_index.json").exists(), "no pipeline of theirs draws this"
     labels = [0, 1, 2] if classes else None
     wanted = images_of(run, labels=labels)
 
-    back = here("convert.py", "diffusers", out, "--out", tmp_path / "back", "--name", "again")
+    bring_back(out, tmp_path / "back")
     script = "train_iadb.py" if "iadb" in process or "flow" in process else "train_ldm.py"
-    assert back.status == 0 and f"python {script} -cfg" in back.out, back.all
+    assert f"python {script} -cfg" in capsys.readouterr().out
     torch.testing.assert_close(images_of(tmp_path / "back", labels=labels), wanted, rtol=0, atol=1e-5)
     a, b = (open_trained(path, CPU) for path in (run, tmp_path / "back"))
     assert (a.class_names, a.shape, a.image) == (b.class_names, b.shape, b.image)
@@ -314,7 +334,7 @@ def test_their_loop_draws_the_very_images_with_the_same_noise(tmp_path: Path, mo
     autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
     for process in ("v", "eps_clipped", "x0_clipped", "v_clipped", "learned_clipped"):
         run, out = keep_latent(tmp_path / process, autoencoder, process), tmp_path / f"{process}_theirs"
-        assert here("convert.py", "to-diffusers", run, "--out", out).status == 0
+        leave("to-diffusers", run, out)
         a = open_trained(run, CPU)
         generator = torch.Generator().manual_seed(5)
         start = torch.randn(4, *a.shape, generator=generator)
@@ -350,11 +370,11 @@ def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: 
     autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae", {"widths": [8, 16]}, tanh=True)), CPU)
     model = {"attention": ["linear", "full"], "mid_attention": "linear"}
     run = keep_latent(tmp_path / "run", autoencoder, classes=("cat", "dog"), model=model)
-    message = refused("convert", "to-diffusers", run, "--out", tmp_path / "theirs")
+    message = refuse("to-diffusers", run, tmp_path / "theirs")
     for said in ("attention linear", "ends with tanh", "convert.py safetensors"):
         assert said in message
-    assert "give --out a folder" in refused("convert", "safetensors", run, "--out", tmp_path / "own.safetensors")
-    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own").status == 0
+    assert "give --out a folder" in refuse("safetensors", run, tmp_path / "own.safetensors")
+    leave("safetensors", run, tmp_path / "own")
     own, wanted = tmp_path / "own", images_of(run, labels=[0, 1, 2])
     shutil.rmtree(tmp_path / "vae")
     run.rename(tmp_path / "gone")
@@ -379,7 +399,7 @@ def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: 
 def test_a_latent_run_in_half_precision(tmp_path: Path) -> None:
     autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
     run = keep_latent(tmp_path / "run", autoencoder)
-    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own", "--fp16").status == 0
+    leave("safetensors", run, tmp_path / "own", half=True)
     for name, dtype in (("ema", torch.float16), ("autoencoder", torch.float32)):
         state = safetensors.torch.load_file(tmp_path / "own" / f"{name}.safetensors")
         assert {value.dtype for value in state.values()} == {dtype}
@@ -399,8 +419,8 @@ def test_a_latent_run_with_their_autoencoder(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "vae")
     autoencoder = open_autoencoder(str(tmp_path / "vae"), CPU)
     run = keep_latent(tmp_path / "run", autoencoder)
-    assert here("convert.py", "to-diffusers", run, "--out", tmp_path / "out").status == 0
-    assert here("convert.py", "diffusers", tmp_path / "out", "--out", tmp_path / "back").status == 0
+    leave("to-diffusers", run, tmp_path / "out")
+    bring_back(tmp_path / "out", tmp_path / "back")
     torch.testing.assert_close(images_of(tmp_path / "back"), images_of(run), rtol=0, atol=1e-5)
     (tmp_path / "out" / "latents.json").unlink()  # then its own scaling says how latents are normalised
     found = read(tmp_path / "out")
@@ -410,7 +430,7 @@ def test_a_latent_run_with_their_autoencoder(tmp_path: Path) -> None:
 def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:
     autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
     run, out = keep_latent(tmp_path / "run", autoencoder), tmp_path / "theirs"
-    assert here("convert.py", "to-diffusers", run, "--out", out).status == 0
+    leave("to-diffusers", run, out)
     facts = json.loads((out / "latents.json").read_text())
     for change, said in (
         ({"std": [1.0] * 3}, "needs the shape"),
@@ -435,34 +455,28 @@ def test_a_blend_from_other_data_is_refused_by_diffusers_alone(tmp_path: Path) -
     manifest = json.loads((run / "MANIFEST.json").read_text())
     del manifest["files"]["config.json"]
     (run / "MANIFEST.json").write_text(json.dumps(manifest))
-    assert "does not start from Gaussian noise" in refused("convert", "to-diffusers", run, "--out", tmp_path / "theirs")
-    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own").status == 0
+    assert "does not start from Gaussian noise" in refuse("to-diffusers", run, tmp_path / "theirs")
+    leave("safetensors", run, tmp_path / "own")
     assert open_trained(tmp_path / "own", CPU).config["source"]["source"] == "shapes"
 
 
 def test_training_takes_what_left(tmp_path: Path) -> None:
     autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
     run = keep_latent(tmp_path / "run", autoencoder, classes=("circle", "cross", "square", "triangle"))
-    assert here("convert.py", "safetensors", run, "--out", tmp_path / "own").status == 0
-    assert here("convert.py", "to-diffusers", run, "--out", tmp_path / "theirs").status == 0
-    assert here("convert.py", "to-diffusers", tmp_path / "vae", "--out", tmp_path / "kl").status == 0
+    leave("safetensors", run, tmp_path / "own")
+    leave("to-diffusers", run, tmp_path / "theirs")
+    leave("to-diffusers", tmp_path / "vae", tmp_path / "kl")
     raw = json.loads((tmp_path / "own" / "config.json").read_text())
     sets = {"model": raw["model"], "process": raw["process"], "steps": 1, "preview": {"sampler": {"steps": 2}}, "held_out": 0.0}
     words = [f"--set={key}={json.dumps(value)}" for key, value in sets.items()]
-    caches = set()
-    for name in ("theirs", "own"):  # both hold the same autoencoder
-        paths = [f"--set=autoencoder={tmp_path / name}", f"--set=init_from={tmp_path / 'own'}"]
-        done = here(
-            "train_ldm.py", "-cfg", "configs/smoke/ldm.json", *words, *paths, f"--set=latents={tmp_path / 'latents'}",
-            "--run-dir", tmp_path / f"trained_{name}",
-        )  # fmt: skip
-        assert done.status == 0 and f"starting from the weights of {tmp_path / 'own'}" in done.all, done.all
-        caches.add((tmp_path / "latents" / "manifest.json").stat().st_mtime_ns)
-    assert len(caches) == 1, "the latents that one of them made serve the others"
-    sets = [f"--set={key}" for key in (f"init_from={tmp_path / 'kl'}", f"model={json.dumps(PLAIN)}", "steps=1")]
-    sets[-1] = '--set=stages=[{"steps": 1}]'
-    done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", *sets, "--run-dir", tmp_path / "trained")
-    assert done.status == 0, done.all
+    words += [f"--set=autoencoder={tmp_path / 'theirs'}", f"--set=init_from={tmp_path / 'own'}"]
+    done = here("train_ldm.py", "-cfg", "configs/smoke/ldm.json", *words, "--run-dir", tmp_path / "trained")
+    assert done.status == 0 and f"starting from the weights of {tmp_path / 'own'}" in done.all, done.all
+    digests = {open_autoencoder(str(tmp_path / name), CPU).digest for name in ("vae", "kl", "theirs", "own", "trained")}
+    assert digests == {autoencoder.digest}, "all of them are the same autoencoder, and share a latent cache"
+    mine = VAE(autoencoder.network.spec, 3)
+    assert start_from(str(tmp_path / "kl"), mine) is False, "what train_vae.py does with init_from: no tanh"
+    assert all(torch.equal(value, autoencoder.network.state_dict()[key]) for key, value in mine.state_dict().items())
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +487,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("src.interop.diffusers.write_flushed", full)
     with pytest.raises((OSError, UserError)):
-        here("convert.py", "to-diffusers", run, "--out", tmp_path / "theirs")
+        leave("to-diffusers", run, tmp_path / "theirs")
     monkeypatch.setattr("src.training.checkpoint.write_flushed", full)
-    assert "the disk is full" in refused("convert", "safetensors", run, "--out", tmp_path / "own")
+    assert "the disk is full" in refuse("safetensors", run, tmp_path / "own")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
