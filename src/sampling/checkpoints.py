@@ -80,7 +80,7 @@ class _Drawing:
         run = open_trained(file, device)
         if run.low_resolution is not None:
             advice = f"python sample.py {quoted(file)} --low PICTURES"
-            raise UserError(f"{file} is an upsampler, which draws from other pictures: {advice}")
+            raise UserError(f"an upsampler draws from other pictures: {advice}")
         classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
         sampler = run.sampler(sampler_config(args), classifier)
         known = classifier.class_names if classifier is not None else ()
