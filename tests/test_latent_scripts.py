@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from src.config import read_json
+import train_vae as train_vae_module
+from src.config import load, read_json
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.autoencoder import open_autoencoder
+from src.training.session import Session
+from src.training.trials import train_here
 from tests import kills
 from tests.conftest import ROOT, Finished, here, launch, metrics, one_line, refused
 from tests.kills import settings
@@ -201,7 +204,7 @@ def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> 
     assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in said
 
 
-def test_the_legacy_pair_trains_and_says_what_it_leaves(tmp_path: Path) -> None:
+def test_the_legacy_pair_trains_goes_on_and_says_what_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"widths": [8, 16], "downsample": "conv", "upsample": "transposed", "attention": ["none", "none"]}
     sets = settings(model=model, stages=[{"steps": 3}], init_from=None)
     done = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
@@ -209,8 +212,15 @@ def test_the_legacy_pair_trains_and_says_what_it_leaves(tmp_path: Path) -> None:
     assert done.out.count("warning: ") == 1 and "checkerboards in images or gradients (Odena et al. 2016" in done.out
     network = open_autoencoder(str(tmp_path / "run"), torch.device("cpu")).network
     assert (network.spec.downsample, network.spec.upsample) == ("conv", "transposed")
-    again = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
-    assert again.status == 0 and "is finished" in again.all, again.all
+    cfg = load(VAE, train_vae_module.Config, [f"model={json.dumps(model)}", 'stages=[{"steps": 3}]', "checkpoint.every=2"])
+    leaves = Session.leaves
+    monkeypatch.setattr(Session, "leaves", lambda self: self.step == 2 or leaves(self))
+    assert train_here(train_vae_module.train, cfg, tmp_path / "cut") == 1
+    monkeypatch.undo()
+    assert train_here(train_vae_module.train, cfg, tmp_path / "cut") == 0
+    assert "going on at step 2 of 3" in (tmp_path / "cut" / "log.txt").read_text()
+    one, other = ((tmp_path / name / "final" / "ema.safetensors").read_bytes() for name in ("run", "cut"))
+    assert one == other, "it goes on to the bit"
 
 
 def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
