@@ -56,7 +56,7 @@ def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(
     assert skipped == [{"name": f"images/IMG_{i}.CR3", "reason": ".cr3 (to read them: pip install rawpy)"} for i in range(3)]
 
     images(data, "images/new.avif")
-    said = train(tmp_path / "run", spec, "steps=2")
+    said = train(tmp_path / "run", spec)
     message = one_line(said)
     assert "was trained on 8 other pictures (now 9); bring them back" in message
     assert "1 .avif files are among them, which were not read when the run was started: move them out of the folder" in message

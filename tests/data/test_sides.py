@@ -56,7 +56,7 @@ def test_another_reader_looks_again_at_what_could_not_be_read(photos: Path, monk
     looked: list[int] = []
     monkeypatch.setattr("src.data.scan.inspect", lambda source, size, spec: looked.append(size))
     assert len(folder(photos, max_broken_fraction=1.0)) == 5 and not looked
-    monkeypatch.setattr("src.data.scan.READER", "a later Pillow")
+    monkeypatch.setattr("src.data.scan.reader", lambda: "a later Pillow")
     folder(photos, max_broken_fraction=1.0)
     assert looked == [19]
 
