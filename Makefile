@@ -2,9 +2,6 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 RUN := .venv/bin/python
-# How long a thread spins before it sleeps: not at all costs a third of the speed of small networks on a quiet machine, the
-# default costs most of it where all cores do other work, too (benchmarks/results/threads.md).
-export GOMP_SPINCOUNT ?= 10000
 # glibc keeps the memory of a batch for the next: a training step on a CPU is 12 to 17 % faster (benchmarks/README.md).
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824

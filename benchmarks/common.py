@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# As the Makefile has it: threads that wait spin for a moment, and glibc keeps the memory of a batch for the next.
+# The same for all: threads that wait spin for a moment, and glibc keeps the memory of a batch for the next.
 QUIET = {"GOMP_SPINCOUNT": "10000", "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
 QUIET |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 

@@ -22,6 +22,7 @@ from common import ROOT, machine
 SETTINGS = {
     "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
     "asleep at once": {"OMP_WAIT_POLICY": "passive"},
+    "spin 700": {"GOMP_SPINCOUNT": "700"},
     "spin 1,000": {"GOMP_SPINCOUNT": "1000"},
     "spin 10,000": {"GOMP_SPINCOUNT": "10000"},
     "one thread": {"OMP_NUM_THREADS": "1"},

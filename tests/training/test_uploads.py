@@ -253,7 +253,8 @@ def test_another_run_of_that_name_in_the_bucket_is_refused_before_anything_is_pu
     sent.wake(5)
     sent.close()
     shutil.rmtree(run)
-    with pytest.raises(UserError, match=r"^gs://bucket/mine holds another run as runs/x: .* another seed; .*/mine/runs/x; init_from "):
+    told = r"^gs://bucket/mine holds another run as runs/x: .* another seed; .*/mine/runs/x; init_from "
+    with pytest.raises(UserError, match=told):
         bring_back("gs://bucket/mine", run, other)
     assert not run.exists()
     assert "brought" in str(bring_back("gs://bucket/mine", run, replace(CONFIG, workers=1))), "that changes no step"
