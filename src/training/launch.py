@@ -78,8 +78,8 @@ def _check_arithmetic(machine: "MachineConfig | None") -> None:
     says."""
     for name, (neutral, why) in _REFUSED.items():
         value = os.environ.get(name, "")
-        if value.strip().lower() in neutral:
-            continue
+        if value.strip().lower() in neutral or (machine is None and name.startswith("ACCELERATE_")):
+            continue  # accelerate's own are about training
         says = {
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("batch_size", "micro_batch_size"),
             "ACCELERATE_DYNAMO_BACKEND": ("compile",),

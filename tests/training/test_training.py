@@ -33,6 +33,7 @@ from src.training.launch import (
     has_bf16_units,
     precision_for,
     start,
+    start_sampling,
 )
 from src.training.optimizer import (
     OptimizerConfig,
@@ -636,6 +637,14 @@ def test_an_environment_that_contradicts(variables: dict, said: str, monkeypatch
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
         start(load(ROOT / SMOKE, ddpm_accelerate.Config, ["deterministic=true"]))
+
+
+def test_sampling_is_held_to_what_changes_its_arithmetic_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # left in the shell by a training elsewhere
+    assert start_sampling("cpu")[1] == CPU
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "ANY")
+    with pytest.raises(UserError, match="ONEDNN_DEFAULT_FPMATH_MODE to ANY"):
+        start_sampling("cpu")
 
 
 def test_what_accelerate_launch_sets_by_itself_contradicts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
