@@ -303,6 +303,7 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
         layout = find_layout(path, spec.split, where)
         found = walk(layout.root)
         keep = [i for i, parts in enumerate(found.parts) if not layout.inner or layout.inner.get(parts[0]) in parts[1:2]]
+        keep = [i for i in keep if found.parts[i][:2] not in layout.masks or len(found.parts[i]) < 3]
         stamps = [(state.st_size, state.st_mtime_ns) for state in (found.files[i].stat() for i in keep)]
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error}") from None
@@ -345,6 +346,9 @@ def _left_aside(layout: Layout, found: Found) -> list[str]:
     said = []
     if layout.left:
         said.append(f"the folders {few(sorted(layout.left), 10)} beside the images are left aside")
+    if layout.masks:
+        below = sorted("/".join(parts) for parts in layout.masks)
+        said.append(f"the folders {few(below, 10)} beside images of the same class are left aside")
     held = {name[0] for name in found.parts}
     empty = sorted({name for name in found.subfolders if name not in held})
     if empty and held:
