@@ -420,3 +420,30 @@ def test_a_class_without_the_split_that_others_have_is_named(tmp_path: Path) -> 
 def test_numbered_parts_are_remarked_on() -> None:
     assert "look like parts" in class_remarks(["images_001", "images_002"], 100)[0]
     assert class_remarks(["cats_1", "dogs_2"], 100) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "style,file\nmodern,a.png\nold,b.png\n",
+        ",file,style\n0,a.png,modern\n1,b.png,old\n",
+        "sep=;\nfile;style\na.png;modern\nb.png;old\n",
+        "file,style\na.png,modern,1907\nb.png,old\n",
+        "file,style\nhttps://x.org/a.png?width=300,modern\nb.png,old\n",
+    ],
+)
+def test_the_column_of_the_images_is_found(tmp_path: Path, text: str) -> None:
+    (tree(tmp_path, "a.png", "b.png", "1.png") / "labels.csv").write_text(text)
+    found = opened(tmp_path, labels={"file": "labels.csv", "label_column": "style"})
+    assert found.class_names == ("modern", "old")
+    assert dict(zip(found.names, found.labels.tolist(), strict=True)) == {"1.png": -1, "a.png": 0, "b.png": 1}
+
+
+def test_tables_that_are_none_and_letters_that_are_lost(tmp_path: Path) -> None:
+    tree(tmp_path, "a.png")
+    (tmp_path / "one.csv").write_text("style\nmodern\n")
+    (tmp_path / "t.xlsx").write_bytes(b"PK\3\4" + bytes(99))
+    (tmp_path / "latin.csv").write_bytes("file,style\na.png,café\n".encode("latin-1"))
+    assert "one column alone" in refusal(tmp_path, labels={"file": "one.csv", "label_column": "style"})
+    assert "is an Excel file" in refusal(tmp_path, labels={"file": "t.xlsx", "label_column": "style"})
+    assert "is not UTF-8" in remarks(opened(tmp_path, labels={"file": "latin.csv", "label_column": "style"}))
