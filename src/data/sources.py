@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+import shlex
 import string
 import zlib
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from ..config import UserError, config, free, kind_of
 from ..packages import needed
 from ..vision import hub_reason
 from . import formats
+from .archives import stem
 from .layout import Found, Layout, find_layout, in_words, walk
 from .names import by_ending, class_of, few, normal_form, ordered, shown, spelled
 from .scan import Absent, ScanConfig, ScanReport, scan
@@ -298,6 +300,9 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
     path, where = Path(spec.path).expanduser(), f"data folder {shown(spec.path)}"
     if not path.is_dir():
         kind = "is a file, not a folder" if path.exists() else "does not exist"
+        if path.is_file() and stem(path.name) is not None:
+            file = shown(shlex.quote(spec.path))
+            raise UserError(f"{where} is an archive: unpack it first, with python prepare_data.py unpack {file}")
         raise UserError(f"{where} {kind}; set data.path (held_out.path) to your folder of pictures")
     try:
         layout = find_layout(path, spec.split, where)
@@ -311,6 +316,8 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
     unread = [*layout.foreign, *(layout.root.joinpath(*name) for name in found.foreign)]
     foreign = [(file, formats.reason_for(file.suffix.lower())) for file in unread]
     if not files:
+        if (kind := _other_source(path)) is not None:
+            raise UserError(f"{where} {kind}")
         there = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in foreign).most_common())
         others = in_words(layout.others + found.others)
         known = f" ({', '.join(sorted(formats.endings()))})"
@@ -339,6 +346,19 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
         report=report,
         paths=[files[i].path for i in good],
     )
+
+
+def _other_source(path: Path) -> str | None:
+    """What a folder without image files is, where another kind of source reads it."""
+    if (path / "pixels.bin").exists() and (path / "manifest.json").exists():
+        return "is a packed set: set data.source=packed"
+    if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return "was written by save_to_disk of datasets: set data.source=datasets and data.name to it"
+    if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
+        return "holds parquet files: set data.source=datasets and data.name to it"
+    if any(path.glob("emnist-*-ubyte*")) or any(path.glob("gzip/emnist-*-ubyte*")):
+        return "holds EMNIST's files: set data.source=emnist"
+    return None
 
 
 def _left_aside(layout: Layout, found: Found) -> list[str]:
