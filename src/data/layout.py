@@ -113,6 +113,7 @@ def walk(root: Path) -> Found:
     found, visited = Found(), set[tuple[int, int]]()
     state = root.stat()
     visited.add((state.st_dev, state.st_ino))
+    above_root = {(state.st_dev, state.st_ino) for state in (folder.stat() for folder in root.resolve().parents)}
     folders: list[tuple[tuple[str, ...], str]] = [((), str(root))]
     links: list[tuple[tuple[str, ...], os.DirEntry[str]]] = []
     images: list[tuple[tuple[str, ...], os.DirEntry[str]]] = []
@@ -121,7 +122,8 @@ def walk(root: Path) -> Found:
             links.sort(key=lambda link: link[0])
             parts, entry = links.pop(0)
             state = entry.stat()
-            if (state.st_dev, state.st_ino) in visited:
+            back = images and (state.st_dev, state.st_ino) in above_root  # leads around to what is here
+            if back or (state.st_dev, state.st_ino) in visited:
                 found.links.append("/".join(parts))
                 continue
             visited.add((state.st_dev, state.st_ino))

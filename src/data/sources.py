@@ -190,7 +190,10 @@ class Pictures(ABC):
 
 @dataclass
 class FolderPictures(Pictures):
+    """`inside` is the folder that alone holds the images, where it is not the data folder itself."""
+
     paths: list[str] = field(default_factory=list)
+    inside: str | None = None
 
     def content(self, index: int) -> bytes:
         return Path(self.paths[index]).read_bytes()
@@ -345,6 +348,7 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
         fingerprint=_digest(*digest),
         report=report,
         paths=[files[i].path for i in good],
+        inside=layout.root.name if layout.root != path and spec.labels is None else None,
     )
 
 
@@ -826,11 +830,16 @@ def _as_list(sources: Any) -> list[Source]:
     return list(sources) if isinstance(sources, tuple | list) else [sources]
 
 
-def open_sources(sources: Source | Sequence[Source]) -> PictureSet:
-    """Open one or several sources as one set; `subset` keeps the pictures whose names hash lowest."""
+def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = ()) -> PictureSet:
+    """Open one or several sources as one set; `subset` keeps the pictures whose names hash lowest. A folder in which one of the
+    classes `among` alone holds images is of that class."""
     parts, chosen = [], []
     for spec in _as_list(sources):
         part: Pictures = OPENERS[type(spec)](spec)
+        if isinstance(part, FolderPictures) and part.inside is not None and not part.class_names:
+            name = spelled(among, part.inside)
+            if name is not None:
+                part.class_names, part.labels = (name,), np.zeros_like(part.labels)
         keep = np.arange(len(part))
         if spec.subset is not None and spec.subset < len(part):
             keep = _lowest(part.names, spec.subset)
@@ -848,7 +857,7 @@ def open_data(
     """The training pictures, and those held out: a fraction by hash of the relative path, or sources of their own."""
     everything = data if isinstance(data, PictureSet) else open_sources(data)
     if not isinstance(held_out, float | int):
-        held = open_sources(held_out)
+        held = open_sources(held_out, among=everything.class_names)
         known = {normal_form(name) for name in everything.class_names}
         unknown = [name for name in held.class_names if normal_form(name) not in known]
         if unknown:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from src.config import UserError, validate
-from src.data import PictureSet, open_sources
+from src.data import PictureSet, open_data, open_sources
 from src.data.names import class_remarks
 from src.data.sources import FolderSource
 from src.data.splits import split_of, splits_among
@@ -447,3 +447,21 @@ def test_tables_that_are_none_and_letters_that_are_lost(tmp_path: Path) -> None:
     assert "one column alone" in refusal(tmp_path, labels={"file": "one.csv", "label_column": "style"})
     assert "is an Excel file" in refusal(tmp_path, labels={"file": "t.xlsx", "label_column": "style"})
     assert "is not UTF-8" in remarks(opened(tmp_path, labels={"file": "latin.csv", "label_column": "style"}))
+
+
+def test_held_out_images_of_one_class_alone_keep_it(tmp_path: Path) -> None:
+    data = tree(tmp_path / "data", "dog/1.png", "café/1.png")
+    for name, label in (("cafe\u0301", 0), ("dog", 1), ("images", -1)):
+        held = tree(tmp_path / f"held{label}", f"{name}/2.png")
+        specs = [validate(FolderSource, {"source": "folder", "path": str(path)}) for path in (data, held)]
+        found = open_data(*specs)[1]
+        assert found is not None and found.class_names == ("café", "dog")
+        assert found.labels.tolist() == [label]
+
+
+def test_a_link_to_a_folder_above_is_left_aside(tmp_path: Path) -> None:
+    tree(tmp_path, "real/y/1.png", "data/a/1.png", "data/b/2.png")
+    (tmp_path / "data/up").symlink_to("..")
+    found = opened(tmp_path / "data")
+    assert found.class_names == ("a", "b") and len(found) == 2
+    assert "links up lead to folders that are here already" in remarks(found)
