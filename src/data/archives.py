@@ -53,6 +53,12 @@ def _zip_name(member: zipfile.ZipInfo) -> str:
     return name.replace("\\", "/")
 
 
+def _is_garbled(member: zipfile.ZipInfo) -> bool:
+    """Whether the letters of a name are guessed: it has some outside ASCII, and nothing says in which code page."""
+    name = member.orig_filename.partition("\0")[0]
+    return not member.flag_bits & 0x800 and not name.isascii() and _zip_name(member) == name.replace("\\", "/")
+
+
 def _unicode_field(extra: bytes, raw: bytes) -> bytes:
     """The UTF-8 name that some programs keep beside one of an old code page (field 0x7075), where it is of this name."""
     while len(extra) >= 4:
@@ -75,6 +81,7 @@ class _Names:
     def __init__(self, archive: Path) -> None:
         self._archive, self._seen = archive, dict[str, str]()
         self._twice, self._alike, self.left = list[str](), list[str](), 0
+        self.garbled: list[str] = []
 
     def add(self, name: str, place: Path, *, same: bool = False) -> None:
         """A file comes to `place`; `same` says that it is what is there already under this name. A UserError where the disk
@@ -99,6 +106,12 @@ class _Names:
                 first = f"{found[0]!r}" if found is self._twice else found[0]
                 more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
                 print(f"note: {self._archive}: {first}{more}: {what}", file=sys.stderr)
+        if self.garbled:
+            print(
+                f"note: {self._archive}: {len(self.garbled)} names, such as {self.garbled[0]!r}, do not say in which code page "
+                "their letters are; if they read wrongly, unpack with unzip -O CODEPAGE (such as gbk, shift_jis, cp866)",
+                file=sys.stderr,
+            )
         if self.left:
             print(f"note: {self._archive}: {self.left} files of macOS (__MACOSX, ._names) are left out", file=sys.stderr)
 
@@ -126,7 +139,7 @@ def unpack(archive: Path, out: Path) -> int:
         if out.exists():
             out.rmdir()
         staged.replace(out)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             made = size(archive.stat().st_size)
             raise UserError(f"{archive} ({made}) was not unpacked: the disk is full; make room and try again") from None
@@ -152,8 +165,11 @@ def _unpack_zip(archive: Path, staged: Path) -> int:
         members = file.infolist()
         for member in members:
             name = _zip_name(member)
-            if not _inside(name) or stat.S_ISLNK(member.external_attr >> 16):
+            if not _inside(name):
                 raise _refuse(archive, member.orig_filename)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise Damaged(f"{archive}: {member.orig_filename!r} is a link, not a file; the archive is refused")
+            names.garbled += [name] if _is_garbled(member) else []
         _room(staged, sum(member.file_size for member in members), f"{archive} unpacks to")
         for member in track(members, "unpacking", unit="files"):
             member.filename = _zip_name(member)
@@ -190,6 +206,8 @@ def _unpack_tar(archive: Path, staged: Path) -> int:
                 member.linkname = member.linkname.replace("\\", "/")
             try:
                 file.extract(member, staged, filter="data")
+            except tarfile.SpecialFileError:
+                raise Damaged(f"{archive}: {told!r} is a pipe or a device, not a file; the archive is refused") from None
             except tarfile.FilterError:
                 raise _refuse(archive, told) from None
             bar.update()

@@ -119,6 +119,35 @@ def reason_for(ending: str) -> str:
     return f"{ending} ({foreign()[ending]})"
 
 
+def content_of(file: Any) -> str | None:
+    """What a file that Pillow does not know is by its first bytes, whatever its ending says; None where that is not known."""
+    try:
+        if hasattr(file, "seek"):
+            file.seek(0)
+            head = file.read(64)
+        else:
+            with open(file, "rb") as opened:
+                head = opened.read(64)
+    except OSError:
+        return None
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        return f"a HEIC image under another ending ({foreign().get('.heic', 'damaged')})"
+    if brand in (b"avif", b"avis"):
+        return f"an AVIF image under another ending ({foreign().get('.avif', 'damaged')})"
+    if head[:2] == b"\xff\x0a" or head[4:8] == b"JXL ":
+        return f"a JPEG XL image under another ending ({foreign().get('.jxl', 'damaged')})"
+    text = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    kinds = {
+        b"%pdf": "a PDF under another ending",
+        b"<svg": "an SVG under another ending",
+        b"version https://git-lfs": "a Git LFS pointer: fetch the image with git lfs pull",
+        b"pk\x03\x04": "a zip archive under another ending",
+    }
+    found = next((kind for start, kind in kinds.items() if text.startswith(start)), None)
+    return found or ("a video under another ending" if brand else None)
+
+
 def open_image(file: Any) -> Image.Image:
     """Open a path or an open file as Pillow does, in the formats above alone; camera raw by rawpy, where that is there."""
     ending = Path(file).suffix.lower() if isinstance(file, str | Path) else ""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,18 +12,35 @@ from pathlib import Path, PurePath
 from ..config import UserError
 from . import formats
 from .names import few, normal_form, shown
-from .splits import FILLERS, PLAIN, split_of, splits_among, squeezed, words_of
+from .splits import FILLERS, PLAIN, split_of, splits_among, squeezed, tokens, words_of
 
-_IMAGE_FOLDERS = words_of("images image imgs img jpegimages pictures photos jpg jpeg jpgs")
+_IMAGE_FOLDERS = words_of("images image imgs img jpegimages pictures photos jpg jpeg jpgs rgb")
 _ANNOTATIONS = words_of(
     "annotations annotation labels label masks mask captions caption gt groundtruth trimaps trimap segmentation segmentations "
-    "segmentationclass segmentationobject segments bboxes boundingboxes keypoints landmarks imagesets anno annos"
+    "segmentationclass segmentationobject segments bboxes boundingboxes keypoints landmarks imagesets anno annos "
+    "thumbnails thumbs depth normals edges"
+)
+_NEVER_A_CLASS = words_of(
+    "annotations annotation segmentations trimaps groundtruth bboxes boundingboxes imagesets annos thumbnails"
 )
 _NO_CLASSES = words_of("extra extras unlabeled unlabelled additional others sample samples")
 _NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # of a link
 
 
 # ---------------------------------------------------------------------------------------------- reading folders
+
+
+def _has_word(name: str, words: frozenset[str]) -> bool:
+    """Whether a folder's name is one of these words, or has one in it: `CelebA-HQ-img`, `images1024x1024`."""
+    return squeezed(name) in words or any(re.sub(r"\d.*$", "", word) in words for word in tokens(name))
+
+
+def _is_annotation(name: str) -> bool:
+    return _has_word(name, _ANNOTATIONS)
+
+
+def _holds_plain_images(name: str) -> bool:
+    return _has_word(name, _IMAGE_FOLDERS) and not _is_annotation(name)
 
 
 def _hidden(name: str) -> bool:
@@ -95,6 +113,7 @@ def walk(root: Path) -> Found:
     found, visited = Found(), set[tuple[int, int]]()
     state = root.stat()
     visited.add((state.st_dev, state.st_ino))
+    above_root = {(state.st_dev, state.st_ino) for state in (folder.stat() for folder in root.resolve().parents)}
     folders: list[tuple[tuple[str, ...], str]] = [((), str(root))]
     links: list[tuple[tuple[str, ...], os.DirEntry[str]]] = []
     images: list[tuple[tuple[str, ...], os.DirEntry[str]]] = []
@@ -103,7 +122,8 @@ def walk(root: Path) -> Found:
             links.sort(key=lambda link: link[0])
             parts, entry = links.pop(0)
             state = entry.stat()
-            if (state.st_dev, state.st_ino) in visited:
+            back = images and (state.st_dev, state.st_ino) in above_root  # leads around to what is here
+            if back or (state.st_dev, state.st_ino) in visited:
                 found.links.append("/".join(parts))
                 continue
             visited.add((state.st_dev, state.st_ino))
@@ -142,7 +162,8 @@ class Layout:
     """Where the images are: below `root`, whose subfolders are the classes. The images' names are their paths from
     `named_from`, so that who is held out does not depend on what else the folder holds.
 
-    `inner` is {class: its subfolder} where each class holds the splits. `left` are folders that were passed on the way,
+    `inner` is {class: its subfolder} where each class holds the splits. `masks` are (class, its subfolder) that are left
+    aside. `left` are folders that were passed on the way,
     `foreign` files there that cannot be read here, `others` the number of other files by their endings, `notes` what to know
     besides.
     """
@@ -150,6 +171,7 @@ class Layout:
     root: Path
     named_from: Path
     inner: dict[str, str] = field(default_factory=dict)
+    masks: set[tuple[str, str]] = field(default_factory=set)
     left: list[str] = field(default_factory=list)
     foreign: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
@@ -216,12 +238,14 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
         splits = _splits_in(look, folder, holders, inside=split is not None) if not plain else []
         if splits and not (split is not None and len(holders) == 1):
             raise UserError(f"{where} holds the splits {few(splits, 10)}; {_ask(splits, split)}")
-        if not splits and not plain and (inner := _inner_splits(look, folder, holders)):
+        annotated = not look.has_images(folder) and _beside_annotations(holders) is not None
+        if not splits and not plain and not annotated and (inner := _inner_splits(look, folder, holders)):
             every = list(dict.fromkeys(name for names in inner.values() for name in names))
             raise UserError(f"{where} holds classes, and each of them the splits {few(every, 10)}; {_ask(every, split)}")
         if (inside := _goes_into(look, folder, holders)) is None:
             lone = [] if splits or plain else list(splits_among(holders))
             layout.notes += [f"{shown(name)!r} is read as a class; if it is a split, set data.split" for name in lone]
+            layout.masks = set() if plain else _masks_of_classes(look, folder, holders)
             break
         _pass(look, layout, inside)
     return layout
@@ -248,6 +272,8 @@ def _seek(look: _Look, layout: Layout, parts: Sequence[str], where: str) -> None
         inner = {name: _choose(splits, parts[0], where) for name, splits in _inner_splits(look, folder, holders).items()}
         if any(inner.values()):
             layout.inner = {name: chosen for name, chosen in inner.items() if chosen is not None}
+            if without := [name for name in holders if name not in layout.inner]:
+                layout.notes.append(f"the classes {few(without, 10)} hold no split {shown(parts[0])!r} and are left aside")
             return
         raise _no_split(look, folder, "/".join(parts), where)
     for part in parts:
@@ -300,13 +326,15 @@ def _splits_in(look: _Look, folder: Path, holders: Sequence[str], *, inside: boo
 
 def _inner_splits(look: _Look, folder: Path, holders: Sequence[str]) -> dict[str, list[str]]:
     """{class: its splits} where the classes are the outer folders, and each holds nothing but splits of its own."""
-    if len(holders) < 2 or any(look.has_images(folder / name) for name in holders):
+    if len(holders) < 2:
         return {}
     found: dict[str, list[str]] = {}
     for name in holders:
         below = look.holders(folder / name)
         splits = list(splits_among(below))
-        if not splits or any(squeezed(other) not in _ANNOTATIONS for other in below if other not in splits):
+        if not splits and not below:
+            continue  # a class that was not split, beside others that were
+        if not splits or look.has_images(folder / name) or not all(map(_is_annotation, {*below} - {*splits})):
             return {}
         found[name] = splits
     return found if any(len(splits) > 1 for splits in found.values()) else {}
@@ -319,9 +347,29 @@ def _goes_into(look: _Look, folder: Path, holders: Sequence[str]) -> str | None:
     if len(holders) == 1:
         back = folder.resolve().is_relative_to((folder / holders[0]).resolve())  # a link to where one comes from
         return holders[0] if not back else None
-    images = [name for name in holders if squeezed(name) in _IMAGE_FOLDERS]
+    return _beside_annotations(holders)
+
+
+def _beside_annotations(holders: Sequence[str]) -> str | None:
+    """The one folder of images where all others hold masks, labels and the like."""
+    images = [name for name in holders if _holds_plain_images(name)]
     others = [name for name in holders if name not in images]
-    return images[0] if len(images) == 1 and others and all(squeezed(name) in _ANNOTATIONS for name in others) else None
+    if len(images) == 1 and others and all(map(_is_annotation, others)):
+        return images[0]
+    alone = [name for name in holders if squeezed(name) not in _NEVER_A_CLASS]
+    return alone[0] if len(alone) == 1 and len(holders) > 1 and not images else None
+
+
+def _masks_of_classes(look: _Look, folder: Path, holders: Sequence[str]) -> set[tuple[str, str]]:
+    """(class, subfolder) of the masks where a class holds its images in one folder and masks of them in another."""
+    if len(holders) < 2:
+        return set()
+    masks = set[tuple[str, str]]()
+    for name in holders:
+        below = look.holders(folder / name)
+        if not look.has_images(folder / name) and (images := _beside_annotations(below)) is not None:
+            masks |= {(name, other) for other in below if other != images}
+    return masks
 
 
 def _alone(look: _Look, folder: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from ..config import UserError
 
 NO_LABEL = ("", "nan", "<na>")  # what is left of a missing label once it is text
+_PARTS = re.compile(r"(?i)(part|fold|batch|chunk|shard|split|subset|volume|vol|images?|imgs?|data)[ _.-]*\d+")
 _JOINERS = "\u200c\u200d"  # part of words and of emoji, and not to be seen
 
 
@@ -88,6 +89,11 @@ def class_remarks(class_names: Sequence[str], images: int) -> list[str]:
         return [
             f"all images with a class have the same one, {shown(class_names[0])!r}: there is nothing to tell apart; is that "
             "folder (or column) meant as a class? Without classes: --set class_conditional=false"
+        ]
+    if len(class_names) > 1 and all(_PARTS.fullmatch(name) for name in class_names):
+        return [
+            f"the classes {few(class_names)} look like parts of one data set, and the network learns them as classes; where "
+            "they are parts: --set class_conditional=false"
         ]
     if len(class_names) > 1 and images < 4 * len(class_names):
         return [

@@ -24,7 +24,7 @@ from ..config import UserError, config
 from ..locks import take_lock
 from ..progress import Progress
 from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
-from .formats import endings, open_image
+from .formats import content_of, endings, open_image
 from .transforms import DECODER
 
 TOO_SMALL = "smaller than min_file_bytes"
@@ -108,7 +108,7 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
                 else:
                     image.load()
     except UnidentifiedImageError:
-        return "not a picture"
+        return content_of(source()) or "not a picture"
     except Absent as error:
         return str(error)
     except MemoryError:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 import os
+import shlex
 import string
 import zlib
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from ..config import UserError, config, free, kind_of
 from ..packages import needed
 from ..vision import hub_reason
 from . import formats
+from .archives import stem
 from .layout import Found, Layout, find_layout, in_words, walk
 from .names import by_ending, class_of, few, normal_form, ordered, shown, spelled
 from .scan import Absent, ScanConfig, ScanReport, scan
@@ -188,7 +190,10 @@ class Pictures(ABC):
 
 @dataclass
 class FolderPictures(Pictures):
+    """`inside` is the folder that alone holds the images, where it is not the data folder itself."""
+
     paths: list[str] = field(default_factory=list)
+    inside: str | None = None
 
     def content(self, index: int) -> bytes:
         return Path(self.paths[index]).read_bytes()
@@ -298,11 +303,15 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
     path, where = Path(spec.path).expanduser(), f"data folder {shown(spec.path)}"
     if not path.is_dir():
         kind = "is a file, not a folder" if path.exists() else "does not exist"
+        if path.is_file() and stem(path.name) is not None:
+            file = shown(shlex.quote(spec.path))
+            raise UserError(f"{where} is an archive: unpack it first, with python prepare_data.py unpack {file}")
         raise UserError(f"{where} {kind}; set data.path (held_out.path) to your folder of pictures")
     try:
         layout = find_layout(path, spec.split, where)
         found = walk(layout.root)
         keep = [i for i, parts in enumerate(found.parts) if not layout.inner or layout.inner.get(parts[0]) in parts[1:2]]
+        keep = [i for i in keep if found.parts[i][:2] not in layout.masks or len(found.parts[i]) < 3]
         stamps = [(state.st_size, state.st_mtime_ns) for state in (found.files[i].stat() for i in keep)]
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error}") from None
@@ -310,6 +319,8 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
     unread = [*layout.foreign, *(layout.root.joinpath(*name) for name in found.foreign)]
     foreign = [(file, formats.reason_for(file.suffix.lower())) for file in unread]
     if not files:
+        if (kind := _other_source(path)) is not None:
+            raise UserError(f"{where} {kind}")
         there = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for _, reason in foreign).most_common())
         others = in_words(layout.others + found.others)
         known = f" ({', '.join(sorted(formats.endings()))})"
@@ -337,7 +348,21 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
         fingerprint=_digest(*digest),
         report=report,
         paths=[files[i].path for i in good],
+        inside=layout.root.name if layout.root != path and spec.labels is None else None,
     )
+
+
+def _other_source(path: Path) -> str | None:
+    """What a folder without image files is, where another kind of source reads it."""
+    if (path / "pixels.bin").exists() and (path / "manifest.json").exists():
+        return "is a packed set: set data.source=packed"
+    if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return "was written by save_to_disk of datasets: set data.source=datasets and data.name to it"
+    if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
+        return "holds parquet files: set data.source=datasets and data.name to it"
+    if any(path.glob("emnist-*-ubyte*")) or any(path.glob("gzip/emnist-*-ubyte*")):
+        return "holds EMNIST's files: set data.source=emnist"
+    return None
 
 
 def _left_aside(layout: Layout, found: Found) -> list[str]:
@@ -345,6 +370,9 @@ def _left_aside(layout: Layout, found: Found) -> list[str]:
     said = []
     if layout.left:
         said.append(f"the folders {few(sorted(layout.left), 10)} beside the images are left aside")
+    if layout.masks:
+        below = sorted("/".join(parts) for parts in layout.masks)
+        said.append(f"the folders {few(below, 10)} beside images of the same class are left aside")
     held = {name[0] for name in found.parts}
     empty = sorted({name for name in found.subfolders if name not in held})
     if empty and held:
@@ -802,11 +830,16 @@ def _as_list(sources: Any) -> list[Source]:
     return list(sources) if isinstance(sources, tuple | list) else [sources]
 
 
-def open_sources(sources: Source | Sequence[Source]) -> PictureSet:
-    """Open one or several sources as one set; `subset` keeps the pictures whose names hash lowest."""
+def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = ()) -> PictureSet:
+    """Open one or several sources as one set; `subset` keeps the pictures whose names hash lowest. A folder in which one of the
+    classes `among` alone holds images is of that class."""
     parts, chosen = [], []
     for spec in _as_list(sources):
         part: Pictures = OPENERS[type(spec)](spec)
+        if isinstance(part, FolderPictures) and part.inside is not None and not part.class_names:
+            name = spelled(among, part.inside)
+            if name is not None:
+                part.class_names, part.labels = (name,), np.zeros_like(part.labels)
         keep = np.arange(len(part))
         if spec.subset is not None and spec.subset < len(part):
             keep = _lowest(part.names, spec.subset)
@@ -824,7 +857,7 @@ def open_data(
     """The training pictures, and those held out: a fraction by hash of the relative path, or sources of their own."""
     everything = data if isinstance(data, PictureSet) else open_sources(data)
     if not isinstance(held_out, float | int):
-        held = open_sources(held_out)
+        held = open_sources(held_out, among=everything.class_names)
         known = {normal_form(name) for name in everything.class_names}
         unknown = [name for name in held.class_names if normal_form(name) not in known]
         if unknown:

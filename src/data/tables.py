@@ -22,8 +22,8 @@ class LabelTable:
     """A table that names the class of each image, in place of class folders. `file` is found from here or in data.path.
 
     Columns go by the names in the table's first line, or, in a table without such a line, by their numbers from 0. Without
-    `image_column` the first one names the images: their paths, file names, or file names without an ending. A column of -1
-    and 1, such as CelebA's attributes, makes the classes NAME and `not NAME`.
+    `image_column` it is the column whose cells name the most images: by their paths, file names, or file names without an
+    ending. A column of -1 and 1, such as CelebA's attributes, makes the classes NAME and `not NAME`.
     """
 
     file: str = free()
@@ -47,6 +47,9 @@ def _read(path: Path) -> str:
         raise UserError(f"data.labels.file {path} cannot be read: {error.strerror}") from None
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", "replace")
+    if b"\0" in content[:_HEAD]:
+        kind = "an Excel file or another archive" if content[:2] == b"PK" else "no text"
+        raise UserError(f"data.labels.file {path} is {kind}, not a table of text; save it as CSV (UTF-8)")
     return content.decode("utf-8-sig", "surrogateescape")  # as file names are read
 
 
@@ -64,15 +67,17 @@ def _table(text: str, delimiter: str) -> list[list[str]]:
     """The rows of a table, all as long as the longest of the first; CelebA's first line, their number, is left out, and its
     list of columns, which does not name the first one, gets a name for it."""
     rows = list(_rows(text, delimiter))
+    if rows and rows[0][0].lower().startswith("sep="):  # Excel's note to itself
+        rows = rows[1:]
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal() and len(rows) > 1 and len(rows[1]) > 1:
         rows = rows[1:]
-    if len(rows) > 1 and len(rows[1]) == len(rows[0]) + 1:
+    if delimiter in ("space", "tab") and len(rows) > 1 and len(rows[1]) == len(rows[0]) + 1:
         rows[0] = ["image", *rows[0]]
     return rows
 
 
-def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], int, int]:
-    """The rows of images, and the numbers of the columns of images and of labels."""
+def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], int | None, int]:
+    """The rows of images, and the numbers of the columns of images (None where it is to be found out) and of labels."""
     wanted = [column for column in (spec.image_column, spec.label_column) if column is not None]
     best: list[list[str]] = []
     head = text if len(text) < _HEAD else text[: text.find("\n", _HEAD)]
@@ -85,7 +90,7 @@ def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], i
                 numbers = [c if isinstance(c, int) else header.index(normal_form(c)) for c in wanted]
                 named = any(isinstance(column, str) for column in wanted)
                 rows = _table(text, delimiter)
-                return rows[1:] if named else rows, numbers[0] if len(wanted) > 1 else 0, numbers[-1]
+                return rows[1:] if named else rows, numbers[0] if len(wanted) > 1 else None, numbers[-1]
             if rows and (not best or len(rows[0]) > len(best[0])) and (delimiter != "space" or len(best[0]) < 2):
                 best = rows
     except csv.Error as error:
@@ -93,7 +98,10 @@ def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], i
     if not best:
         raise UserError(f"data.labels.file {path} is empty")
     header = best[0]
-    missing = next(c for c in wanted if (c >= len(header) if isinstance(c, int) else normal_form(c) not in header))
+    lacks = (c for c in wanted if (c >= len(header) if isinstance(c, int) else normal_form(c) not in map(normal_form, header)))
+    missing = next(lacks, None)
+    if missing is None:
+        raise UserError(f"data.labels.file {path} has one column alone, {few(header)}: one has to name the images")
     key = "label_column" if missing == spec.label_column else "image_column"
     raise UserError(f"data.labels.{key}: {path} has no column {missing!r}; it has: {few(header, 60)}")
 
@@ -101,7 +109,8 @@ def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], i
 def _ways(name: str) -> list[str]:
     """How a cell may name an image: its path, and the ends of its path down to the file name."""
     parts = [part for part in normal_form(name.replace("\\", "/")).split("/") if part not in ("", ".")]
-    return ["/".join(parts[i:]) for i in range(len(parts))]
+    ways = ["/".join(parts[i:]) for i in range(len(parts))]
+    return [*ways, parts[-1].partition("?")[0]] if "://" in name and "?" in parts[-1] else ways
 
 
 def _stem(name: str) -> str:
@@ -121,6 +130,17 @@ def _known(names: Sequence[str]) -> Mapping[str, int]:
     return {**stems, **known}  # a whole file name goes before one without its ending
 
 
+def _naming(rows: Sequence[Sequence[str]], label: int, known: Mapping[str, int]) -> int:
+    """The column whose cells name the most images: the first one, but for an index or a label that stands before it."""
+    some = rows[:: max(1, len(rows) // 500)]
+    columns = [column for column in range(max(map(len, some), default=1)) if column != label] or [label]
+
+    def named(column: int) -> int:
+        return sum(len(row) > column and any(way in known for way in _ways(row[column])) for row in some)
+
+    return max(columns, key=lambda column: (named(column), -column))
+
+
 def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:
     """The classes of the images `names`, paths in `folder`. UserErrors name a file or a column that is missing, and the
     first row where none of them names an image."""
@@ -131,6 +151,8 @@ def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:
         raise UserError(f"data.labels.file {spec.file} does not exist, neither from here nor in {folder}")
     rows, image, label = _chosen(spec, _read(path), path)
     known = _known(names)
+    if image is None:
+        image = _naming(rows, label, known)
     found: dict[int, str | None] = {}
     short = lost = several = unlike = 0
     for row in rows:
@@ -165,4 +187,7 @@ def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:
         "rows name an image again with another label; its first row counts": unlike,
         "rows are too short to have a label": short,
     }
-    return Labels(classes, [f"{path.name}: {count} {what}" for what, count in told.items() if count])
+    remarks = [f"{path.name}: {count} {what}" for what, count in told.items() if count]
+    if any("\udc80" <= c <= "\udcff" for name in classes if name is not None for c in name):
+        remarks.append(f"{path.name} is not UTF-8: letters of its labels are shown by their bytes; save it as UTF-8")
+    return Labels(classes, remarks)

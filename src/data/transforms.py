@@ -42,11 +42,13 @@ def _to_8_bits(image: Image.Image, top: float | None) -> Image.Image:
     """16-bit and wider greyscale by its range: 0..`top` where the file states it, 0..65535 where the values fit, else
     smallest..largest."""
     values = np.asarray(image, dtype=np.float64)
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if image.mode != "F" and low >= 0 and high <= 65535:
         low, high = 0.0, top or 65535.0
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     scaled = (values - low) / max(high - low, 1e-12) * 255
-    return Image.fromarray(np.rint(np.nan_to_num(scaled)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
 
 
 def normalise(image: Image.Image, channels: int) -> Image.Image:

@@ -135,3 +135,32 @@ def test_the_folder_of_an_archive(tmp_path: Path) -> None:
     assert names(tmp_path / "my cats#1.v2") == ["a.png"] and f"check '{tmp_path}/my cats#1.v2'" in out
     archive.rename(tmp_path / "archive")
     assert "give the folder with --out" in refused("prepare_data", "unpack", tmp_path / "archive")
+
+
+def test_letters_of_an_unknown_code_page_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unpack(as_bytes(tmp_path / "a.zip", "кот/1.png".encode("cp866")), tmp_path / "out")
+    assert "1 names, such as " in (note := capsys.readouterr().err) and "do not say in which code page" in note
+    unpack(as_bytes(tmp_path / "b.zip", "кот/1.png".encode()), tmp_path / "utf8")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "link", "line"), [(tarfile.FIFOTYPE, "", "a pipe or a device"), (tarfile.LNKTYPE, "q.png", "cannot be unpacked")]
+)
+def test_members_of_a_tar_that_are_no_files(tmp_path: Path, kind: bytes, link: str, line: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        member = tarfile.TarInfo("z.png")
+        member.type, member.linkname = kind, link
+        file.addfile(member)
+    with pytest.raises(UserError, match=line):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_link_in_a_zip_is_called_one(tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("l")
+    info.external_attr, info.create_system = 0o120777 << 16, 3
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr(info, "a.png")
+    with pytest.raises(UserError, match="'l' is a link"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")

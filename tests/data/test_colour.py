@@ -237,3 +237,13 @@ def test_what_is_read_of_a_jpeg_without_a_profile_is_what_pillow_reads(tmp_path:
     path = saved(Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)), tmp_path / "a.jpg")
     with Image.open(io.BytesIO(path.read_bytes())) as plain:
         assert np.array_equal(np.asarray(decode(path)), np.asarray(plain))
+
+
+def test_floats_that_are_not_finite_do_not_blacken_an_image(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    pixels = np.asarray(decode(tmp_path / "a.tif", channels=1))
+    assert pixels[0, 0] == 0
+    assert pixels[0, 1] == pixels[7, 7] == 255
+    assert 120 < pixels[4, 0] < 135

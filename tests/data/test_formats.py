@@ -293,3 +293,41 @@ def test_labels_that_are_missing_are_no_class(tmp_path: Path) -> None:
         spec = {"source": "datasets", "name": str(tmp_path / "rows"), "label_column": column}
         found = open_sources(validate(DatasetsSource, spec))
         assert found.labels.tolist() == labels and (names is None or found.class_names == names)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image under another ending"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image under another ending"),
+        (b"%PDF-1.7\n", "a PDF under another ending"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0", "a video under another ending"),
+        (b"hello", "not a picture"),
+    ],
+)
+def test_images_under_another_ending_are_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    for source in (lambda: tmp_path / "a.jpg", lambda: io.BytesIO(content)):
+        assert str(inspect(source, len(content), ScanConfig())).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("state.json", "data.source=datasets"),
+        ("data/train-0.parquet", "data.source=datasets"),
+        ("gzip/emnist-letters-train-images-idx3-ubyte.gz", "data.source=emnist"),
+    ],
+)
+def test_folders_for_another_source_are_named(tmp_path: Path, file: str, line: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"x")
+    with pytest.raises(UserError, match=line):
+        open_sources(validate(FolderSource, {"source": "folder", "path": str(tmp_path)}))
+
+
+def test_an_archive_in_place_of_a_folder_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "a b.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"prepare_data.py unpack '.*a b.zip'"):
+        open_sources(validate(FolderSource, {"source": "folder", "path": str(tmp_path / "a b.zip")}))

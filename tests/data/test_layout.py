@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from src.config import UserError, validate
-from src.data import PictureSet, open_sources
+from src.data import PictureSet, open_data, open_sources
+from src.data.names import class_remarks
 from src.data.sources import FolderSource
 from src.data.splits import split_of, splits_among
 
@@ -353,3 +354,114 @@ def test_other_labels_are_other_data(tmp_path: Path) -> None:
     other = labelled(tmp_path, "file,c\n1.jpg,y\n2.jpg,x\n", label_column="c")
     same = labelled(tmp_path, "n,c,file\n3,x,1.jpg\n4,y,2.jpg\n", label_column="c", image_column="file")
     assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+# ---------------------------------------------------------------------------------------------- other people's data sets
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Trainingsdaten", "Testdaten"),
+        ("entraînement", "essai"),
+        ("entrenamiento", "prueba"),
+        ("treino", "teste"),
+        ("datos de entrenamiento", "datos de prueba"),
+        ("训练集", "测试集"),
+        ("обучение", "тест"),
+        ("学習データ", "テスト"),
+        ("trn", "tst"),
+        ("trainset-v1", "valset-v1"),
+    ],
+)
+def test_splits_in_other_languages_are_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+    assert "holds the splits" in refusal(tree(tmp_path, f"{names[0]}/a/1.png", f"{names[1]}/a/1.png"))
+    found = opened(tmp_path, split="train" if names[0] != "trn" else "trn")
+    assert found.names == ["a/1.png"] or found.names == ["1.png"]
+
+
+def test_words_of_other_languages_alone_are_classes(tmp_path: Path) -> None:
+    found = opened(tree(tmp_path, "prueba/1.png", "casa/1.png", "perro/2.png"))
+    assert found.class_names == ("casa", "perro", "prueba")
+
+
+@pytest.mark.parametrize(
+    ("paths", "kept"),
+    [
+        (["HQ/CelebA-HQ-img/1.jpg", "HQ/CelebAMask-HQ-mask-anno/0/1_hair.png"], 1),
+        (["CUB/images/a/1.jpg", "CUB/images/b/1.jpg", "segmentations/a/1.png"], 2),
+        (["images1024x1024/0/1.png", "thumbnails128x128/0/1.png"], 1),
+        (["COVID/images/1.png", "COVID/masks/1.png", "Normal/images/1.png", "Normal/masks/1.png"], 2),
+        (["with_mask/1.png", "without_mask/1.png"], 2),
+        (["face/1.png", "mask/1.png"], 2),
+    ],
+)
+def test_masks_are_no_images(tmp_path: Path, paths: list[str], kept: int) -> None:
+    found = opened(tree(tmp_path, *paths))
+    assert len(found) == kept
+    assert ("left aside" in remarks(found)) == (kept < len(paths))
+
+
+@pytest.mark.parametrize("images", [("images", "annotations"), ("leftImg8bit", "gtFine")])
+def test_a_split_of_images_beside_annotations_is_that_of_the_images(tmp_path: Path, images: tuple[str, str]) -> None:
+    tree(tmp_path, *(f"{folder}/{split}/1.png" for folder in images for split in ("training", "validation")))
+    assert "holds the splits training, validation" in refusal(tmp_path)
+    assert len(opened(tmp_path, split="train")) == 1
+
+
+def test_a_class_without_the_split_that_others_have_is_named(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/train/1.png", "cat/test/2.png", "dog/1.png")
+    assert "each of them the splits" in refusal(tmp_path)
+    found = opened(tmp_path, split="train")
+    assert len(found) == 1
+    assert "the classes dog hold no split 'train'" in remarks(found)
+
+
+def test_numbered_parts_are_remarked_on() -> None:
+    assert "look like parts" in class_remarks(["images_001", "images_002"], 100)[0]
+    assert class_remarks(["cats_1", "dogs_2"], 100) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "style,file\nmodern,a.png\nold,b.png\n",
+        ",file,style\n0,a.png,modern\n1,b.png,old\n",
+        "sep=;\nfile;style\na.png;modern\nb.png;old\n",
+        "file,style\na.png,modern,1907\nb.png,old\n",
+        "file,style\nhttps://x.org/a.png?width=300,modern\nb.png,old\n",
+    ],
+)
+def test_the_column_of_the_images_is_found(tmp_path: Path, text: str) -> None:
+    (tree(tmp_path, "a.png", "b.png", "1.png") / "labels.csv").write_text(text)
+    found = opened(tmp_path, labels={"file": "labels.csv", "label_column": "style"})
+    assert found.class_names == ("modern", "old")
+    assert dict(zip(found.names, found.labels.tolist(), strict=True)) == {"1.png": -1, "a.png": 0, "b.png": 1}
+
+
+def test_tables_that_are_none_and_letters_that_are_lost(tmp_path: Path) -> None:
+    tree(tmp_path, "a.png")
+    (tmp_path / "one.csv").write_text("style\nmodern\n")
+    (tmp_path / "t.xlsx").write_bytes(b"PK\3\4" + bytes(99))
+    (tmp_path / "latin.csv").write_bytes("file,style\na.png,café\n".encode("latin-1"))
+    assert "one column alone" in refusal(tmp_path, labels={"file": "one.csv", "label_column": "style"})
+    assert "is an Excel file" in refusal(tmp_path, labels={"file": "t.xlsx", "label_column": "style"})
+    assert "is not UTF-8" in remarks(opened(tmp_path, labels={"file": "latin.csv", "label_column": "style"}))
+
+
+def test_held_out_images_of_one_class_alone_keep_it(tmp_path: Path) -> None:
+    data = tree(tmp_path / "data", "dog/1.png", "café/1.png")
+    for name, label in (("cafe\u0301", 0), ("dog", 1), ("images", -1)):
+        held = tree(tmp_path / f"held{label}", f"{name}/2.png")
+        specs = [validate(FolderSource, {"source": "folder", "path": str(path)}) for path in (data, held)]
+        found = open_data(*specs)[1]
+        assert found is not None and found.class_names == ("café", "dog")
+        assert found.labels.tolist() == [label]
+
+
+def test_a_link_to_a_folder_above_is_left_aside(tmp_path: Path) -> None:
+    tree(tmp_path, "real/y/1.png", "data/a/1.png", "data/b/2.png")
+    (tmp_path / "data/up").symlink_to("..")
+    found = opened(tmp_path / "data")
+    assert found.class_names == ("a", "b") and len(found) == 2
+    assert "links up lead to folders that are here already" in remarks(found)
