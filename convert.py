@@ -126,7 +126,8 @@ def autoencoder_to_diffusers(run: str, weights: Weights, out: Path) -> None:
         raise UserError(f"{error}; {_other_way(run)}") from None
     files["README.md"] = latent_folders.autoencoder_card(autoencoder, weights, out.resolve().name).encode()
     diffusers.write_files(out, files)
-    print(f"{out}: {out / 'README.md'} says how diffusers loads it; train_ldm.py --set autoencoder={out} takes it, too")
+    taken = f"train_ldm.py --set autoencoder={shlex.quote(str(out))}"
+    print(f"{out}: {out / 'README.md'} says how diffusers loads it; {taken} takes it, too")
 
 
 def to_safetensors(run: str, out: Path, *, half: bool) -> None:

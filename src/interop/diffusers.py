@@ -479,8 +479,11 @@ def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, lis
             raw = beside and rank(named.name) == 1
             return folder, [f"these are raw weights; an average (EMA) is in {beside[0]}"] if raw else [], which
         steps = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
-        hint = f"; it holds {few(steps)}: name one of them" if steps else ""
-        hint = f"; it holds {few(sub for sub in inside)}" if inside else hint
+        there = few((f"{path.name}/" if path.is_dir() else path.name) for path in folder.iterdir())
+        hint = f"; it holds {there}" if there else "; it is empty"
+        hint = f"; it holds {few(steps)}: name one of them" if steps else hint
+        kinds = [f"{sub} ({_object(path).get('_class_name', '?')})" for sub, path in inside.items()]
+        hint = f"; it holds {few(kinds)}" if kinds else hint
         raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json{hint}")
     wanted = [sub for sub in found if which == sub or (which in ("ema", "raw") and (rank(sub) == 2) == (which == "ema"))]
     which = None if wanted else which
@@ -524,6 +527,7 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
     size, channels, outputs = theirs["sample_size"], theirs["in_channels"], theirs["out_channels"]
+    _check_types(theirs, path)
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise UserError(f"{path}: sample_size {size} is no square, which is what can be read")
@@ -560,6 +564,30 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     )
 
 
+def _check_types(theirs: Mapping[str, Any], path: Path) -> None:
+    """A UserError for a value of a UNet2DModel's config that is of a type which it never has."""
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and value > 0
+
+    def several(value: Any, of: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(of(entry) for entry in value)
+
+    good = {
+        **{key: whole(theirs[key]) for key in ("in_channels", "out_channels", "layers_per_block")},
+        "sample_size": whole(theirs["sample_size"]) or several(theirs["sample_size"], whole),
+        "block_out_channels": several(theirs["block_out_channels"], whole),
+        **{key: several(theirs[key], lambda entry: isinstance(entry, str)) for key in ("down_block_types", "up_block_types")},
+        **{
+            key: theirs.get(key) is None or whole(theirs[key])
+            for key in ("num_class_embeds", "norm_num_groups", "attention_head_dim", "attn_norm_num_groups")
+        },
+        **{key: type(theirs.get(key, 0)) in (int, float) for key in ("dropout", "norm_eps", "freq_shift")},
+    }
+    if wrong := next((key for key, fine in good.items() if not fine), None):
+        raise UserError(f"{path}: {wrong} is {json.dumps(theirs[wrong])}, which no UNet2DModel can be built of")
+
+
 def _negated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of the UNet2DModel that gives minus what this one gives."""
     return {key: -value if key.startswith("conv_out.") else value for key, value in state.items()}
@@ -573,6 +601,12 @@ def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[s
         r"checkpoint-\d+", folder.resolve().name
     ):  # of a training script, which saves it at its end
         path = _beside(folder.resolve().parent, "scheduler", "scheduler_config.json")
+    index = _object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    if path is None and isinstance(index.get("scheduler"), list) and not ours.is_file():
+        raise UserError(
+            f"{folder}: model_index.json names a scheduler ({index['scheduler'][-1]}), and scheduler/scheduler_config.json, "
+            "which says how the network was trained, is missing; bring it"
+        )
     settings = _object(path) if path is not None else {}
     negated = settings.get("_class_name") == FLOW
     if ours.is_file():
@@ -954,7 +988,7 @@ def _autoencoder_place(folder: Path, name: str) -> tuple[Path, dict[str, Any], l
     if kind is None and not {"block_out_channels", "latent_channels"} <= set(config):
         raise UserError(f"autoencoder {name}: {place / 'config.json'} does not say its _class_name; {wanted}")
     if kind not in ("AutoencoderKL", None):
-        hint = f"; a network is brought in by: python convert.py diffusers {name}" if str(kind).startswith("UNet2D") else ""
+        hint = f"; a network is brought in by: python convert.py diffusers {name}" if kind == "UNet2DModel" else ""
         what = "a diffusion network and no autoencoder" if str(kind).startswith("UNet") else "no AutoencoderKL"
         raise UserError(f"autoencoder {name}: {place} is of the class {kind}, which is {what}; {wanted}{hint}")
     return place, config, told

@@ -56,6 +56,8 @@ def _unreadable(path: Path, reason: str) -> UserError:
 def _missing(path: Path) -> UserError:
     """Of a path where nothing is: names beside it that are like it, or that it is no name on the hub."""
     beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
+    if path.is_symlink():
+        return UserError(f"{path}: it is a link that leads nowhere (to {path.readlink()}); bring the file that it names")
     near = difflib.get_close_matches(path.name, beside, 1)
     hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
     if not path.parent.is_dir() and str(path).count("/") == 1 and str(path)[0] not in "./~" and not path.suffix:
@@ -85,6 +87,12 @@ def _kind_of_file(path: Path) -> str:
     for magic, name in ((b"\x89HDF", "an HDF5 file, of Keras perhaps"), (b"GGUF", "a GGUF file"), (b"\x93NUMPY", "an array")):
         if head.startswith(magic):
             raise _unreadable(path, f"it is {name}; save the state dict with torch or safetensors")
+    if head.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!")) or _is_tar(path):
+        raise _unreadable(path, "it is a packed archive; unpack it first, and give the file of weights in it")
+    if not any(head):
+        raise _unreadable(path, "it begins with nothing but zeros, as a copy that failed leaves; get the file again")
+    if path.suffix != ".safetensors" and head[8:9] != b"{" and _is_text(head):
+        raise _unreadable(path, "it is a text file, as a download that failed leaves; get the file again")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] or name for name in archive.namelist()]
@@ -93,6 +101,17 @@ def _kind_of_file(path: Path) -> str:
             raise _unreadable(path, f"it is {kind}; save the state dict with torch or safetensors")
         return "torch"
     return "safetensors" if head[8:9] == b"{" or path.suffix == ".safetensors" else "torch"
+
+
+def _is_tar(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(257)
+        return file.read(5) == b"ustar"
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether these first bytes of a file are words: pickles and zip archives have bytes among them that no text has."""
+    return all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
 
 
 def _harmless() -> list[Any]:
@@ -129,6 +148,10 @@ def read_file(path: str | Path) -> Any:
                 "have its author save the state dict"
             ) from None
         reason = (str(error).strip().splitlines() or ["it ends too soon"])[0].split(". ")[0]
+        if (
+            len(reason) < 10 or "weights_only" in reason or reason.startswith("Weights only")
+        ):  # torch's words, which say nothing
+            reason = "it is no file that torch.save or safetensors wrote, or it is damaged"
         raise _unreadable(path, reason) from None
 
 
@@ -165,10 +188,15 @@ OTHERS = (
     Kind("a transformer of diffusers", ("transformer_blocks.0.attn1.to_q.weight",)),
     Kind("score_sde", ("all_modules.0.weight", "all_modules.1.weight"), every=False),
 )
-AVERAGE = re.compile(r"(?<![A-Za-z])(ema|swa)(?![A-Za-z])|EMA|Ema(?![a-z])|averaged?(?![a-z])|shadow_params")
+AVERAGE = re.compile(
+    r"(?<![A-Za-z])(ema|swa|avg|polyak|shadow)(?![A-Za-z])|modelema|netema|EMA|Ema(?![a-z])|averaged?(?![a-z])|shadow_params"
+)
 RAW = re.compile(r"(?i)(?<![a-z])(non?|without)[_-]?ema")
 READERS = {GUIDED.words: "guided-diffusion FILE", UNET_2D.words: "iadb FILE, or diffusers FOLDER"}
 UNKNOWN = "its keys are"
+OPTIMIZER = re.compile(r"(^|\.)state\.[^.]+\.|exp_avg|momentum_buffer|(^|\.)optim")
+LORA = re.compile(r"lora_(A|B|up|down)|(^|\.)lora\.(up|down)\.|^lora_unet_|hada_w1|lokr_w1")
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # inside a network's names
 BESIDE = ("online_model", "current_model_state")  # raw weights that an average of ema_pytorch, of Lightning, keeps beside it
 
 
@@ -209,12 +237,18 @@ def _prefixes(tensors: Iterable[str], kind: Kind) -> list[str]:
     return sorted(whole, key=lambda prefix: (-rank(prefix), prefix))
 
 
+def _lists(tensors: Iterable[str]) -> list[str]:
+    """Where an average of weights is that is saved as a list."""
+    return sorted(name.removesuffix(".0") for name in tensors if name.endswith(".0") and rank(name) == 2)
+
+
 def _named_averages(tensors: dict[str, Tensor], kind: Kind) -> dict[str, Tensor]:
     """The same with averages whose names lack something: CompVis's LitEma leaves out the dots, score_sde saves a list."""
     named = dict(tensors)
-    lists = {match[1] for name in tensors if (match := re.match(r"(.*\bshadow_params)\.0$", name)) is not None}
+    lists = _lists(tensors)
+    listed = tuple(f"{place}." for place in lists)
     for prefix in _prefixes(tensors, kind):
-        names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+        names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix) and not name.startswith(listed)]
         parts = prefix.rstrip(".").split(".") if prefix else []
         for i in range(len(parts) + 1):
             head, rest = parts[:i], "".join(f"{part}." for part in parts[i:])
@@ -230,12 +264,34 @@ def _named_averages(tensors: dict[str, Tensor], kind: Kind) -> dict[str, Tensor]
     return named
 
 
+def _unnamed_average(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> str | None:
+    """Where an average of the network's weights is that is a list in another order, so that its tensors have no names."""
+
+    lists = _lists(tensors)
+    listed = tuple(f"{place}." for place in lists)
+
+    def shapes(prefix: str) -> list[tuple[int, ...]]:
+        names = [name for name in tensors if name.startswith(prefix) and (prefix in listed or not name.startswith(listed))]
+        return sorted(tuple(tensors[name].shape) for name in names)
+
+    if any(rank(prefix) == 2 for prefix in prefixes):
+        return None
+    return next((place for place in lists if shapes(f"{place}.") in [shapes(prefix) for prefix in prefixes]), None)
+
+
 def _inside(found: Any, tensors: Mapping[str, Tensor]) -> str:
     """What a file holds in which the wanted network is not, in words."""
     if isinstance(found, Mapping) and {"state", "param_groups"} <= set(found):
         return "it holds the state of an optimizer, and no weights; give the file with the weights, which is often beside it"
     if isinstance(found, Mapping) and {"weights", "config", "data", "step"} <= set(found):
         return "it is an export of this project, which sample.py and the other scripts open as it is"
+    if isinstance(found, Mapping) and tensors and all(OPTIMIZER.search(name) for name in tensors):
+        return "it holds the state of an optimizer, and no weights; give the file with the weights, which is often beside it"
+    if any(LORA.search(name) for name in tensors):
+        return (
+            "it holds a LoRA, which only adds to the weights of a network of its own kind; merge it into that network, and "
+            "give what was saved then"
+        )
     kinds = [kind.words for kind in (GUIDED, UNET_2D, KL, *OTHERS) if _prefixes(tensors, kind)]
     if kinds:
         hint = f", which is read by: python convert.py {READERS[kinds[0]]}" if kinds[0] in READERS else ""
@@ -288,6 +344,8 @@ def find_network(
     otherwise: `ema`, `raw`, or a prefix. Of the network the names that begin with one of `parts` are taken, by default all. A
     UserError says that no such network is in the file and what is, or that there are several; or that it is not finite.
     """
+    if isinstance(found, list | tuple) and any(isinstance(entry, Mapping) for entry in found):
+        found = {str(i): entry for i, entry in enumerate(found)}  # as some programs save network, optimizer and average
     tensors = flat(found) if isinstance(found, Mapping) else {}
     nested = tuple(f"{key}." for key, value in found.items() if not isinstance(value, Tensor)) if tensors else ()
     if not tensors or {"state", "param_groups"} <= set(found):
@@ -296,6 +354,14 @@ def find_network(
     tensors = {name.removeprefix("state_dict."): tensor for name, tensor in tensors.items()}
     tensors = _named_averages(tensors, kind)
     prefixes = _prefixes(tensors, kind)
+    if prefixes and which is None and (unnamed := _unnamed_average(tensors, prefixes)) is not None:
+        raise UserError(
+            f"{path}: an average (EMA) is in it under {unnamed}, whose tensors have no names and another order than those of "
+            "the network, so it cannot be taken; have its author save it by name, or take the raw weights: --which raw"
+        )
+    if not prefixes:
+        tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+        prefixes = _prefixes(tensors, kind)
     if not prefixes and not (kind.every or nested) and _inside(found, tensors).startswith(UNKNOWN):
         prefixes = [""]  # a plain state dict of an unknown network: the one who wants it says which keys differ
     if not prefixes:
@@ -305,7 +371,9 @@ def find_network(
     beside = tuple(key for key in nested if not prefix and key != "state_dict.")  # a state dict with others stuck into it
     inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     inside = {name: tensor for name, tensor in inside.items() if not (beside and name.startswith(beside))}
+    inside = {WRAPPERS.sub("", name): tensor for name, tensor in inside.items()}
     weights = {name: tensor for name, tensor in inside.items() if not parts or name.split(".")[0] in parts}
+    _check_kinds(weights, path)
     check_finite(weights, path)
     others = [other for other in prefixes if other != prefix]
     whose = f"under {prefix}" if prefix else "bare"
@@ -323,6 +391,20 @@ def find_network(
     if left:
         told.append("left out, tensors of " + ", ".join(f"{name} ({count})" for name, count in left.items()))
     return weights, told
+
+
+def _check_kinds(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """A UserError for tensors that are no plain floating-point numbers: whole numbers, which are quantised weights, complex or
+    sparse ones, and those without values."""
+    for name, tensor in weights.items():
+        what = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_meta:
+            raise UserError(f"{path}: {name} has a shape and no values (it was saved from the meta device); save the weights")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            what = f"a {'quantised' if tensor.is_quantized else 'sparse'} tensor"
+        elif tensor.is_floating_point() or not tensor.ndim:  # a counter beside the weights is a whole number
+            continue
+        raise UserError(f"{path}: {name} is {what}, and weights are floating-point numbers; save them as float32 or float16")
 
 
 # ---------------------------------------------------------------------------------------------- the weights of a folder
@@ -394,7 +476,7 @@ def find_files(folder: Path, which: str | None = None) -> tuple[FileSet, list[st
     if not sets:
         elsewhere = [file.name for file in folder.iterdir() if file.name.endswith(ELSEWHERE)]
         there = f"; {few(elsewhere)} cannot be read: save it with safetensors" if elsewhere else ""
-        files = few(file.name for file in folder.iterdir())
+        files = few((f"{file.name}/" if file.is_dir() else file.name) for file in folder.iterdir())
         raise UserError(
             f"{folder} holds no {STEMS[0]}.safetensors and no {STEMS[0]}.bin, nor weights by another name"
             f"{there or f'; it holds {files}' if files else '; it is empty'}"
@@ -405,6 +487,12 @@ def find_files(folder: Path, which: str | None = None) -> tuple[FileSet, list[st
             f"{folder} holds several files of weights, {few((files.name for files in sets), 6)}; choose one of them with "
             f"--which, such as --which {best.name}"
         )
+    numbered = [files.name for files in sets if re.fullmatch(r"model_\d+\.\w+", files.name)]
+    if which is None and numbered and best.name.startswith("model."):  # of accelerate's save_state, a file for each network
+        raise UserError(
+            f"{folder} holds several networks, {few([best.name, *numbered], 6)}, as accelerate saves them; choose one of them "
+            f"with --which, such as --which {best.name}"
+        )
     if best.missing:
         raise UserError(f"{folder}: the weights are in shards, and {few(best.missing)} is missing; bring it")
     others = [files.name for files in sets[1:]]
@@ -413,13 +501,22 @@ def find_files(folder: Path, which: str | None = None) -> tuple[FileSet, list[st
 
 
 def read_files(files: FileSet) -> Any:
-    """What the files hold; that of shards together."""
-    if len(files.files) == 1:
-        return read_file(files.files[0])
-    tensors: dict[str, Any] = {}
-    for path in files.files:
-        tensors |= read_file(path)
-    return tensors
+    """What the files hold; that of shards together. Beside accelerate's `model` the averages that its program registered."""
+    if len(files.files) > 1:
+        tensors: dict[str, Any] = {}
+        for path in files.files:
+            tensors |= read_file(path)
+        return tensors
+    found, averages = read_file(files.files[0]), {}
+    if files.name.startswith("model."):
+        for path in sorted(files.files[0].parent.glob("custom_checkpoint_*.pkl")):
+            try:
+                more = read_file(path)
+            except UserError:  # what else a program registered may be anything
+                continue
+            if isinstance(more, Mapping) and any(rank(name) == 2 or "." in name for name in flat(more)):
+                averages[path.stem] = more
+    return {**found, **averages} if averages and isinstance(found, Mapping) else found
 
 
 # ---------------------------------------------------------------------------------------------- the hub

@@ -1,15 +1,14 @@
 """Find and read what a run left: its EMA weights, and the JSON beside them."""
 
 import hashlib
-import pickle
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..config import UserError, read_json
+from ..config import UserError, quoted, read_json
+from ..interop.weights import read_file
 from ..training.checkpoint import damage, newest, read_tensors
 from ..vision import check_finite
 
@@ -24,6 +23,9 @@ def run_name(path: str | Path) -> str:
         inside = place.parent.parent if place.parent.name in ("checkpoints", "ema") else place.parent
         return inside.name or place.name
     return place.name
+
+
+EXPORT = {"weights": dict, "config": dict, "data": dict, "step": int}
 
 
 class Weights(NamedTuple):
@@ -54,6 +56,11 @@ def _find(path: Path) -> Path:
         return checkpoint
     if passed:
         raise UserError(f"{path}: no checkpoint is whole ({'; '.join(passed)})")
+    if any((path / name).is_file() for name in ("model_index.json", "unet/config.json", "unet_ema/config.json")):
+        raise UserError(
+            f"{path} is a folder of diffusers, which has to be brought in first: python convert.py diffusers {quoted(path)} "
+            "--out FOLDER"
+        )
     raise UserError(f"{path} holds no checkpoint; give a run, a checkpoint, a final folder or an export")
 
 
@@ -62,10 +69,18 @@ def read_weights(path: Path) -> Weights:
     folder = path
     if path.is_file():
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = read_file(path)
+        except UserError as error:
+            raise UserError(f"{path} is damaged or no export of this project: {str(error).removeprefix(f'{path}: ')}") from None
+        if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in EXPORT.items()):
+            raise UserError(
+                f"{path} is no export of this project, which holds weights, config, data and step; give a run, a checkpoint or "
+                "a final folder; what another program trained is brought in by convert.py"
+            )
+        try:
             weights, config, data, step = (found[key] for key in ("weights", "config", "data", "step"))
             digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, OSError) as error:
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
         check_finite(weights, path)

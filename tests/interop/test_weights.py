@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from src.interop.imported import keep
 from src.interop.on_latents import with_autoencoder
 from src.interop.weights import KL, UNET_2D, find_files, find_network, rank, read_file, read_foreign_json
 from src.models import UNet, UNetConfig
+from src.sampling import open_trained
 from src.sampling.autoencoder import open_autoencoder
 from src.vision import import_torchvision
 from tests.conftest import here, randomise, refused
@@ -126,10 +128,17 @@ SHELLS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
         "optimizer": OPTIMIZER,
         "step": 7,
     },
+    "nemo": lambda state: {"state_dict": under("model.", plus(state)), "ema_weights": list(state.values())},
+    "list_of_states": lambda state: [under("module.", state), OPTIMIZER, 3, torch.tensor(4)],
+    "wrapped_inside": lambda state: {
+        ".".join([*name.split(".")[:-1], "_checkpoint_wrapped_module", name.split(".")[-1]]): tensor
+        for name, tensor in under("_orig_mod.", state).items()
+    },
     "numbers": lambda state: {"net": state, "loss": np.float64(0.5), "step": np.int64(3), "args": argparse.Namespace(lr=1)},
     "parameters": lambda state: {name: torch.nn.Parameter(tensor) for name, tensor in state.items()},
 }
 AVERAGED = set(SHELLS) - {"bare", "module", "compiled", "state_dict", "inside_and_beside", "numbers", "parameters"}
+AVERAGED -= {"list_of_states", "wrapped_inside"}
 
 
 @pytest.mark.parametrize("how", list(SHELLS))
@@ -166,7 +175,8 @@ def test_every_converter_finds_the_network_in_what_is_around_it(
     assert f"{len(state)} tensors" in told
     assert ("an average (EMA)" in told) == (how in AVERAGED - {"lightning_weight_averaging"}), told
     assert ("and not those under" in told) == (how in AVERAGED), told
-    assert ("left out, tensors of" in told) == (how not in ("bare", "module", "compiled", "numbers", "parameters")), told
+    whole = ("bare", "module", "compiled", "numbers", "parameters", "wrapped_inside")
+    assert ("left out, tensors of" in told) == (how not in whole), told
     assert list(read.taken) + list(read.told) == keep_told(read, tmp_path / "out")
 
 
@@ -202,6 +212,7 @@ def test_which_chooses(tmp_path: Path, guided: dict[str, Tensor]) -> None:
             for name in ("ema", "model_ema", "ema_model", "EMA", "modelEMA", "state_dict_ema", "params_ema", "unet-ema")
         ),
         *((name, True) for name in ("ema_0.9999", "averaged_model", "swa_model", "unet_ema", "ema.shadow_params", "netEma")),
+        *((name, True) for name in ("modelema", "model_avg", "avg_model", "polyak", "shadow", "moving_average")),
         *((name, False) for name in ("model", "schema", "semantic", "module", "net", "thema", "cinema", "weights", "")),
         *((name, False) for name in ("non_ema", "unet_non_ema", "no_ema", "model_without_ema")),
     ],
@@ -234,6 +245,15 @@ FOREIGN: dict[str, tuple[Any, str]] = {
     ),
     "nothing": ({"epoch": 3}, "neither tensors by name nor a state_dict of them"),
     "unknown": ({"net": {"layer.weight": torch.ones(1)}}, "its keys are net.layer.weight"),
+    "optimizers_by_name": (
+        {"optimizer_state_dict": {**OPTIMIZER, "state": {"a.weight": {"exp_avg": torch.zeros(3)}}}, "epoch": 3},
+        "it holds the state of an optimizer, and no weights",
+    ),
+    "lora": (
+        {f"unet.down_blocks.0.attentions.0.to_q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"},
+        "it holds a LoRA, which only adds to the weights of a network",
+    ),
+    "kohya": ({"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)}, "it holds a LoRA"),
     "nan": (
         {"time_embed.0.weight": torch.full((2,), float("nan"))},
         "2 of the 2 numbers of time_embed.0.weight are not finite",
@@ -262,6 +282,13 @@ def test_files_that_hold_no_weights(tmp_path: Path, guided: dict[str, Tensor]) -
     assert "an HDF5 file" in said("c.pt", b"\x89HDF\r\n")
     assert "it is empty" in said("d.pt", b"")
     assert "is damaged" in said("e.safetensors", b"cut")
+    assert "it is a text file" in said("h.pt", b"Access denied")
+    assert "nothing but zeros" in said("i.pt", bytes(5000))
+    assert "it is a packed archive" in said("j.pt", b"\x1f\x8b\x08 more")
+    assert "it is a packed archive" in said("k.pt", bytes(100) + b"a" * 157 + b"ustar" + bytes(300))
+    assert "it is no file that torch.save or safetensors wrote" in said("l.pt", pickle.dumps({"a": 1}))
+    (tmp_path / "m.pt").symlink_to(tmp_path / "nowhere.pt")
+    assert "it is a link that leads nowhere" in message(read_file, tmp_path / "m.pt")
     with open(tmp_path / "f.pt", "wb") as file:
         np.savez(file, a=np.zeros(3))
     assert "a zip archive of a.npy" in message(read_file, tmp_path / "f.pt")
@@ -277,6 +304,19 @@ def test_files_that_hold_no_weights(tmp_path: Path, guided: dict[str, Tensor]) -
     assert "a name on the Hugging Face hub is not taken here" in message(read_file, "openai/guided")
     safetensors.torch.save_file(guided, tmp_path / "renamed.ckpt")
     assert read_file(tmp_path / "renamed.ckpt").keys() == guided.keys(), "known by its bytes"
+
+
+def test_tensors_that_are_no_plain_numbers(tmp_path: Path, guided: dict[str, Tensor]) -> None:
+    name = "time_embed.0.weight"
+    whole = {key: tensor.to(torch.int8) for key, tensor in guided.items()}
+    cases = {
+        f"{name} is int8, and weights are floating-point numbers": whole,
+        f"{name} is complex64": guided | {name: guided[name].to(torch.complex64)},
+        f"{name} is a sparse tensor": guided | {name: guided[name].to_sparse()},
+        f"{name} has a shape and no values": guided | {name: guided[name].to("meta")},
+    }
+    for words, state in cases.items():
+        assert words in message(guided_diffusion.read, saved(tmp_path / "model.pt", state), SMALL_FLAGS)
 
 
 # ---------------------------------------------------------------------------------------------- folders of diffusers
@@ -403,6 +443,71 @@ def test_weights_by_other_names_and_in_shards(tmp_path: Path) -> None:
     assert "nor weights by another name; it holds config.json, optimizer.bin" in message(folders.read, nothing)
     (nothing / "flax_model.msgpack").write_bytes(b"x")
     assert "flax_model.msgpack cannot be read: save it with safetensors" in message(find_files, nothing)
+
+
+def test_what_save_state_of_accelerate_leaves(tmp_path: Path) -> None:
+    """Networks in numbered files are chosen by name; an average that is a list in another order is never passed over."""
+    folder = tmp_path / "checkpoint_3"
+    state = unet_folder(folder)
+    (folder / f"{WEIGHTS}.safetensors").unlink()
+    safetensors.torch.save_file(plus(state), folder / "model.safetensors")
+    saved(folder / "custom_checkpoint_0.pkl", {"decay": 0.99, "shadow_params": list(state.values())})
+    saved(folder / "custom_checkpoint_1.pkl", {"epoch": 3})
+    said = message(folders.read, folder)
+    assert "an average (EMA) is in it under custom_checkpoint_0.shadow_params" in said and "--which raw" in said
+    assert torch.equal(stem(folders.read(folder, which="raw")), state["conv_in.weight"] + 1)
+    order = list(safetensors.torch.load_file(folder / "model.safetensors"))
+    saved(folder / "custom_checkpoint_0.pkl", {"decay": 0.99, "shadow_params": [state[name] for name in order]})
+    found = folders.read(folder)
+    assert torch.equal(stem(found), state["conv_in.weight"]) and any("an average (EMA)" in line for line in found.told)
+    (folder / "custom_checkpoint_0.pkl").unlink()
+    safetensors.torch.save_file(plus(state, 2), folder / "model_1.safetensors")
+    assert "several networks, model.safetensors, model_1.safetensors" in message(folders.read, folder)
+    assert torch.equal(stem(folders.read(folder, which="model_1.safetensors")), state["conv_in.weight"] + 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("block_out_channels", [0, 8]), ("block_out_channels", 8), ("in_channels", "3"), ("sample_size", "8")]
+)
+def test_values_that_no_network_can_be_built_of(tmp_path: Path, key: str, value: Any) -> None:
+    unet_folder(tmp_path / "unet")
+    config = tmp_path / "unet" / "config.json"
+    config.write_text(json.dumps(read_json(config) | {key: value}))
+    assert f"{key} is {json.dumps(value)}, which no UNet2DModel can be built of" in message(folders.read, tmp_path / "unet")
+
+
+def test_a_pipeline_whose_scheduler_was_not_brought(tmp_path: Path) -> None:
+    unet_folder(tmp_path / "unet")
+    (tmp_path / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", "DDPMScheduler"]}))
+    assert "names a scheduler (DDPMScheduler), and scheduler/scheduler_config.json" in message(folders.read, tmp_path)
+    (tmp_path / "loose").mkdir()
+    saved(tmp_path / "loose" / "pytorch_lora_weights.bin", {})
+    assert "neither unet/config.json nor config.json; it holds pytorch_lora" in message(folders.read, tmp_path / "loose")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        ({"a": torch.ones(1)}, "is no export of this project, which holds weights"),
+        ([1], "is no export of this project"),
+        ({"weights": [1], "config": {}, "data": {}, "step": 3}, "is no export of this project"),
+        ({"weights": {}, "config": {}, "data": [], "step": 3}, "is no export of this project"),
+    ],
+)
+def test_files_that_are_no_export(tmp_path: Path, content: Any, words: str) -> None:
+    path = tmp_path / "model.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        saved(path, content)
+    assert words in message(open_trained, path, CPU)
+
+
+def test_a_folder_of_diffusers_is_no_run(tmp_path: Path) -> None:
+    unet_folder(tmp_path / "unet")
+    assert f"brought in first: python convert.py diffusers {tmp_path}" in message(open_trained, tmp_path, CPU)
 
 
 def test_a_file_or_a_path_where_a_folder_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
