@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from src.config import UserError, quoted, run_script, validate, write_whole
+from src.config import UserError, quoted, read_text, run_script, validate, write_whole
 from src.diffusion import ProcessConfig
 from src.interop import diffusers, guided_diffusion, iadb, latent_folders
 from src.interop.imported import Imported, keep
@@ -64,10 +64,7 @@ def arguments() -> argparse.Namespace:
 def bring_in(args: argparse.Namespace, found: Imported) -> None:
     out, names = Path(args.out), []
     if args.class_names is not None:
-        try:
-            names = [line.strip() for line in Path(args.class_names).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{args.class_names}: cannot be read as a text file ({error})") from None
+        names = [line.strip() for line in read_text(args.class_names).splitlines() if line.strip()]
     name = args.name or re.sub(r"[^A-Za-z0-9._-]", "_", out.resolve().name).lstrip("._-") or "imported"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"--name {name!r}: begin with a letter or a digit, and use letters, digits, dots, dashes, underscores")

@@ -117,11 +117,21 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+class _NoNumber(ValueError):
+    """A number that JSON, or Python, has and a config cannot: as it is written, and why."""
+
+
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")) or value != value:
-        raise UserError(f"{text} is not a finite number")
+        raise _NoNumber(text, f"{text} is not a finite number")
     return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 300:  # Python itself refuses to read more than 4300 digits
+        raise _NoNumber(text, f"{text[:20]}... is too long a number ({len(text)} digits)")
+    return int(text)
 
 
 def read_text(path: str | Path) -> str:
@@ -146,7 +156,10 @@ def read_text(path: str | Path) -> str:
 
 _JSON_HINTS = (  # what stands at the place of the mistake, and what to do
     (r"//|#|/\*", "JSON has no comments; remove it"),
-    (r"(True|False|None)\b", "JSON writes true, false and null in small letters"),
+    (r"(?i:true|false|none|null|undefined)\b", "JSON writes true, false and null in small letters"),
+    (r"(?i:[-+]?(nan|inf|infinity))\b", "a number is finite, in digits"),
+    (r"[-\u2010-\u2015\u2212]", "a number begins with a digit or the minus sign of the keyboard, -"),
+    (r",", "a comma stands here, and a value or a key is missing before it; remove the comma, or write what is missing"),
     (r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'JSON takes straight double quotes: "'),
     (r"[A-Za-z_]\w*\s*:", 'the name of a key stands in double quotes: "key"'),
     (r"[A-Za-z_~$/][^\s,}\]]*", 'a word stands in double quotes: "word"'),
@@ -161,14 +174,24 @@ def _json_hint(text: str, error: json.JSONDecodeError) -> str:
         return "a comma stands before the closing bracket; remove it"
     if "escape" in error.msg:
         return r"a backslash is written twice, \\ (in a path a / does as well)"
+    if "control character" in error.msg and rest[:1] == "\t":
+        return r"a tab inside a text is written as \t"
     if "control character" in error.msg:
         return r"a text ends on the line on which it began; write \n for a new line"
+    if not text.strip():
+        return "there is nothing in it; is the file cut short?"
+    if rest and rest[0] not in " \t\r\n" and (rest[0].isspace() or not rest[0].isprintable()):
+        return f"an invisible character (U+{ord(rest[0]):04X}) stands here; remove it"
     if not rest.strip() or "Unterminated string" in error.msg:
         return "the text ends too early; is the file cut short? (A missing quote or bracket looks the same.)"
+    if re.match(r"\d", rest) and re.search(r"\d,$", before):
+        return "a number is written with a decimal point and without commas, as in 0.5 or 1000"
     if re.search(r"[\d.]$", before) and before == text[: error.pos] and re.match(r"[\w.]", rest):
         return "a number is written as in 1000, 0.5 or 1e-4, without leading zeros"
     if "Extra data" in error.msg and rest[0] in '{["':
         return f"something follows after the end: {rest[:20].split()[0]!r}; one object holds all"
+    if "Expecting value" in error.msg and rest[0] in "}])":
+        return "a value is missing before the closing bracket"
     for pattern, hint in _JSON_HINTS:
         if re.match(pattern, rest):
             return hint
@@ -182,13 +205,24 @@ def _json_hint(text: str, error: json.JSONDecodeError) -> str:
 
 def parse_json(text: str) -> Any:
     """Parse strict JSON; duplicate keys, NaN, Infinity and numbers like 1e999 are a UserError."""
+    text = text.removeprefix("\ufeff")
     try:
         return json.loads(
-            text.removeprefix("\ufeff"), object_pairs_hook=_no_duplicates, parse_float=_finite, parse_constant=_finite
+            text,
+            object_pairs_hook=_no_duplicates,
+            parse_float=_finite,
+            parse_int=_whole,
+            parse_constant=_finite,
         )
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"not valid JSON at {where}: {_json_hint(error.doc, error)}") from None
+    except _NoNumber as error:
+        written, reason = error.args
+        places = re.finditer(rf'"(?:\\.|[^"\\])*"|(?<![\w.+-]){re.escape(written)}(?![\w.+-])', text)
+        place = next((match.start() for match in places if match[0] == written), 0)
+        line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+        raise UserError(f"{reason} (line {line}, column {column})") from None
     except RecursionError:
         raise UserError("not a config: nested too deeply") from None
 

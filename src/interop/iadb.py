@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from ..config import UserError, validate
+from ..config import UserError, read_text, validate
 from ..data import ImageConfig
 from ..diffusion import ProcessConfig
 from ..sampling.autoencoder import Autoencoder
@@ -142,9 +142,9 @@ def read_yaml(path: str | Path) -> Said:
     is no such file, and what it says twice and differently.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+        raw = yaml.safe_load(read_text(path))
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""

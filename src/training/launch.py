@@ -120,6 +120,24 @@ def _check_environment(*, fsdp: bool = False) -> None:
             raise UserError(f"the launcher asks for {engine}, which this script does not support; launch with plain DDP")
 
 
+@contextmanager
+def _environment_is_readable() -> Iterator[None]:
+    """Around the start of accelerate: what it cannot make of the environment's variables is a UserError that names them."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        words = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+        launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        names = sorted(name for name in os.environ if name.startswith(words) or name in launched)
+        if isinstance(error, UserError) or not names:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"accelerate cannot start with what the environment or the launcher sets ({reason}); unset what is wrong of "
+            f"{', '.join(names)}"
+        ) from None
+
+
 def _check_world(seen: int) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != seen:
@@ -165,7 +183,7 @@ def start(
     _check_environment(fsdp=fsdp)
     _check_arithmetic(machine)
     trackers = tuple(tracker for tracker in trackers if is_installed(tracker))  # the session says which are not
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() or "no"
     if asked not in ("no", machine.mixed_precision):
         raise UserError(
             f"the launcher asks for mixed_precision {asked} and the config for {machine.mixed_precision}; "
@@ -186,17 +204,18 @@ def start(
     if machine.dtype == "float64" and precision != "no":
         raise UserError("dtype float64 goes with mixed_precision no")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # torch has nothing in its place yet
-    accelerator = Accelerator(
-        gradient_accumulation_steps=1,
-        mixed_precision=precision,
-        fsdp_plugin=plugin,
-        log_with=list(trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=machine.timeout_minutes)),
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # they are the same on all ranks by what is done to them
-        ],
-    )
+    with _environment_is_readable():
+        accelerator = Accelerator(
+            gradient_accumulation_steps=1,
+            mixed_precision=precision,
+            fsdp_plugin=plugin,
+            log_with=list(trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(minutes=machine.timeout_minutes)),
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # what is done to them makes them the same everywhere
+            ],
+        )
     _check_world(accelerator.num_processes)
     if plugin is not None and not accelerator.is_fsdp2:
         raise UserError(
@@ -220,7 +239,8 @@ def start_sampling(device: str | None = None) -> tuple[PartialState, torch.devic
     _multiply_exactly()
     on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     try:
-        state = PartialState(cpu=on_cpu)
+        with _environment_is_readable():
+            state = PartialState(cpu=on_cpu)
         _check_world(state.num_processes)
         own = torch.device(state.device or "cpu")
         chosen = torch.device(device) if device is not None else own

@@ -15,7 +15,7 @@ from torch import Tensor
 from src.config import UserError, load, read_json, validate
 from src.diffusion import ProcessConfig, build_process, clip, euler, times
 from src.interop import diffusers as folders
-from src.interop.iadb import PROCESS, Said, architecture, read
+from src.interop.iadb import PROCESS, Said, architecture, read, read_yaml
 from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
 from src.sampling import SamplerConfig, open_trained
@@ -226,6 +226,15 @@ model:
       num_class_embeds: null
 data: {resolution: [8, 8], path: pictures}
 """
+
+
+def test_a_yaml_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: {in_channels: 3}\n", encoding="utf-8-sig")
+    assert list(read_yaml(path).facts) == ["in_channels"]
+    path.write_text("model: {in_channels: 3}\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"a\.yaml: is not a UTF-8 text file but UTF-16"):
+        read_yaml(path)
 
 
 @pytest.mark.parametrize("text", [FULL, NESTED], ids=["flat", "nested"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 import ddpm_accelerate
@@ -647,8 +648,22 @@ def test_sampling_is_held_to_what_changes_its_arithmetic_alone(monkeypatch: pyte
         start_sampling("cpu")
 
 
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "x"), ("ACCELERATE_DEBUG_MODE", "maybe")])
+def test_an_environment_that_accelerate_cannot_read(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person reads the name of the variable, and no traceback of accelerate's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(UserError, match=f"cannot start with what the environment .* unset what is wrong of .*{name}"):
+            start(MachineConfig())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_what_accelerate_launch_sets_by_itself_contradicts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     neutral = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", " ")  # in a script of a shell: no value was given
+    start(MachineConfig())
     for name, value in (neutral | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ONEDNN_DEFAULT_FPMATH_MODE": ""}).items():
         monkeypatch.setenv(name, value)
     torch.backends.cuda.matmul.allow_tf32 = True  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE makes it
