@@ -112,6 +112,9 @@ def test_classes_are_compared_on_resume(tmp_path: Path) -> None:
     assert adopt(tmp_path, before, facts("001", "1", "b"), classes=False) == "", "an autoencoder has no classes"
     said = adopt(tmp_path, before, facts("1", "001", "c", fingerprint="g"))
     assert "15 other pictures (now 15)" in said and "its classes differ, too: b missing, c new" in said
+    said = adopt(tmp_path, facts("caf\u00e9"), facts("cafe\u0301", fingerprint="g"))
+    assert "in another Unicode form" in said
+    assert "as many as before, so names or sizes" in adopt(tmp_path, before, facts("1", "001", "b", fingerprint="g"))
     del before["endings"]  # of a run that an earlier version started
     assert adopt(tmp_path, before, facts("1", "001", "b")) == ""
     now = facts("1", "001", "b", fingerprint="g", endings={".png": 13, ".webp": 1, ".jp2": 1})

@@ -324,9 +324,14 @@ def _splits_in(look: _Look, folder: Path, holders: Sequence[str], *, inside: boo
     return [name] if telling or beside or (deep and not inside) else []
 
 
+def _is_deep(look: _Look, folder: Path, holders: Sequence[str]) -> bool:
+    """Whether one of the first folders has folders of its own: not all of a thousand flat classes need to be read for that."""
+    return any(look.subfolders(folder / name) for name in holders[:16])
+
+
 def _inner_splits(look: _Look, folder: Path, holders: Sequence[str]) -> dict[str, list[str]]:
     """{class: its splits} where the classes are the outer folders, and each holds nothing but splits of its own."""
-    if len(holders) < 2:
+    if len(holders) < 2 or not _is_deep(look, folder, holders):
         return {}
     found: dict[str, list[str]] = {}
     for name in holders:
@@ -362,7 +367,7 @@ def _beside_annotations(holders: Sequence[str]) -> str | None:
 
 def _masks_of_classes(look: _Look, folder: Path, holders: Sequence[str]) -> set[tuple[str, str]]:
     """(class, subfolder) of the masks where a class holds its images in one folder and masks of them in another."""
-    if len(holders) < 2:
+    if len(holders) < 2 or not _is_deep(look, folder, holders):
         return set()
     masks = set[tuple[str, str]]()
     for name in holders:

@@ -337,6 +337,7 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
     digest = [*names, *(str(stamps[i][0]) for i in good)]
     if spec.labels is not None:
         told = read_labels(spec.labels, path, [os.path.relpath(files[i].path, path) for i in good])
+        report.remarks += _odd_labels((), tuple({name for name in told.classes if name is not None}))
         classes, digest = told.classes, [*digest, *("" if name is None else name for name in told.classes)]
         report.remarks += told.remarks
     labels, class_names, merged = _numbered(classes)
@@ -396,6 +397,16 @@ def _numbered(classes: Sequence[str | None]) -> tuple[NDArray[np.int64], tuple[s
     return labels, class_names, merged
 
 
+def _odd_labels(values: Sequence[Any], class_names: Sequence[str]) -> list[str]:
+    """What to know of labels that may mean something else than a class."""
+    found = []
+    if "-1" in class_names and set(class_names) - {"-1", "1"}:
+        found.append("the label -1 is read as a class; where it means that there is none, leave it empty")
+    if any(isinstance(value, list | dict) for value in values):
+        found.append("the labels are lists or tables, and each different one is a class of its own")
+    return found
+
+
 # ---------------------------------------------------------------------------------------------- datasets
 
 
@@ -443,7 +454,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     except UserError:
         raise
     except Exception as error:
-        reason = hub_reason(spec.name, error, "dataset")
+        reason = "it has no rows" if isinstance(error, IndexError) else hub_reason(spec.name, error, "dataset")
         raise UserError(f"{where} cannot be loaded: {reason}; for a folder: --set data.source=folder") from None
     assert isinstance(rows, datasets.Dataset)
     features = rows.features
@@ -464,6 +475,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
             labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
         else:
             labels, class_names, remarks = _numbered([class_of(value) for value in values])
+            remarks += _odd_labels(values, class_names)
     rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     names = [f"{spec.split}/{i:08d}" for i in range(len(rows))]

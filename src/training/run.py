@@ -261,6 +261,10 @@ class RunDirectory:
         named = classes_differ(before["class_names"], facts["class_names"])
         if before["fingerprint"] != facts["fingerprint"]:
             also = f"; its classes differ, too: {named}" if named else ""
+            if not named and list(before["class_names"]) != list(facts["class_names"]):
+                also = "; some names of classes are in another Unicode form, as a Mac writes them: give them their old names"
+            elif not named and before["images"] == facts["images"] and not _other_endings(before, facts):
+                also = "; there are as many as before, so names or sizes in bytes have changed"
             raise UserError(
                 f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
                 f"give another --run-dir{_other_endings(before, facts)}{also}"

@@ -465,3 +465,12 @@ def test_a_link_to_a_folder_above_is_left_aside(tmp_path: Path) -> None:
     found = opened(tmp_path / "data")
     assert found.class_names == ("a", "b") and len(found) == 2
     assert "links up lead to folders that are here already" in remarks(found)
+
+
+@pytest.mark.parametrize(("labels", "said"), [("-1 0 1", True), ("-1 1 1", False), ("0 1 2", False)])
+def test_a_label_that_may_mean_none_is_said(tmp_path: Path, labels: str, said: bool) -> None:
+    tree(tmp_path, "1.png", "2.png", "3.png")
+    rows = "".join(f"{i + 1}.png,{label}\n" for i, label in enumerate(labels.split()))
+    (tmp_path / "labels.csv").write_text(f"file,label\n{rows}")
+    found = opened(tmp_path, labels={"file": "labels.csv", "label_column": "label"})
+    assert ("the label -1 is read as a class" in remarks(found)) == said
