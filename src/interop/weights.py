@@ -529,6 +529,12 @@ def is_hub_name(name: str) -> bool:
     return "/" not in name or not Path(name).parent.exists()
 
 
+def hub_name_of_url(address: str) -> str | None:
+    """The name OWNER/NAME in the address of a page of the hub; None for anything else."""
+    match = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", address)
+    return match[1] if match is not None else None
+
+
 def from_hub(name: str, patterns: Sequence[str]) -> Path:
     """The folder in the cache of the hub with the files of `name` that match; a UserError says why the hub does not give it."""
     with needed(f"{name}, which is no folder here,", "huggingface_hub"):
