@@ -85,6 +85,11 @@ def read_weights(path: Path) -> Weights:
         except UserError as error:
             raise UserError(f"{path} is damaged or no export of this project: {str(error).removeprefix(f'{path}: ')}") from None
         if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in EXPORT.items()):
+            if isinstance(found, dict) and "stem.weight" in found:
+                raise UserError(
+                    f"{path} holds weights alone, as convert.py safetensors writes them for other programs, and nothing that "
+                    "says of which network they are; give the run, a checkpoint or a final folder"
+                )
             raise UserError(
                 f"{path} is no export of this project, which holds weights, config, data and step; give a run, a checkpoint or "
                 "a final folder; what another program trained is brought in by convert.py"

@@ -492,6 +492,7 @@ def test_a_pipeline_whose_scheduler_was_not_brought(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         ({"a": torch.ones(1)}, "is no export of this project, which holds weights"),
         ([1], "is no export of this project"),
+        ({"stem.weight": torch.ones(1)}, "holds weights alone, as convert.py safetensors writes them"),
         ({"weights": [1], "config": {}, "data": {}, "step": 3}, "is no export of this project"),
         ({"weights": {}, "config": {}, "data": [], "step": 3}, "is no export of this project"),
     ],
