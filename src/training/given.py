@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..config import UserError
 from ..data import PictureSet, PointSet
@@ -51,7 +51,7 @@ def given_network(
     if accelerator.num_processes > 1 and any(isinstance(module, _BatchNorm) for module in network.modules()):
         raise UserError("the network has BatchNorm, whose averages differ between processes; use GroupNorm, or one process")
     values = [*network.parameters(), *network.buffers()]
-    if any(isinstance(value, UninitializedTensorMixin) for value in values):
+    if any(isinstance(value, UninitializedParameter | UninitializedBuffer) for value in values):
         raise UserError(
             "the network has parameters without a shape (it is lazy): call it once on a batch before you hand it in"
         )
