@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from src.config import UserError, load, read_json
 from src.data import ImageConfig, open_given, open_given_points
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.opened import open_run
-from src.training.given import same_on_all
+from src.training.given import given_network, same_on_all
 from tests.conftest import ROOT, launch, metrics, refused
 
 CPU = torch.device("cpu")
@@ -388,3 +389,64 @@ def test_names_of_classes_and_who_is_held_out() -> None:
     assert again.names == train.names
     named = Subset(data, range(10))
     assert open_given(named, 0.0, IMAGE)[0].class_names == ("ape", "cat", "dog", "never")
+
+
+class Odd(Small):
+    """A network that does with its input what none should."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(2)
+        self.how = how
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.how == "in_place":
+            x.mul_(2)
+        y = super().forward(x, time, labels)
+        return {"nan": y * float("nan"), "no_gradient": y.detach(), "in_place": y}[self.how]
+
+
+def _odd_networks() -> dict[str, tuple[Any, str]]:
+    with torch.device("meta"):
+        meta = Small(2)
+    frozen, broken = Small(2).requires_grad_(False), Small(2)
+    broken.first.weight.data[0] = float("nan")
+    lazy = Small(2)
+    lazy.first = nn.LazyConv2d(8, 3, padding=1)
+    return {
+        "lazy": (lazy, "parameters without a shape (it is lazy)"),
+        "meta": (meta, "on the meta device"),
+        "frozen": (frozen, "there is nothing to train"),
+        "broken": (broken, "27 of the 216 numbers of first.weight are not finite"),
+        "nan": (Odd("nan"), "gives NaN or infinity"),
+        "no_gradient": (Odd("no_gradient"), "gives a tensor without a gradient"),
+        "in_place": (Odd("in_place"), "changes x in place"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("name", ["lazy", "meta", "frozen", "broken", "nan", "no_gradient", "in_place"])
+def test_networks_that_give_what_none_should(name: str) -> None:
+    given, words = _odd_networks()[name]
+    with pytest.raises(UserError) as error:
+        given_network(given, Accelerator(cpu=True), CPU, torch.float32, (3, 16, 16), 2, null_class=True)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_labels_and_lengths_that_nothing_can_be_built_of() -> None:
+    far = Listed([(torch.zeros(3, 16, 16), 2**40 * i) for i in range(3)])
+    with pytest.raises(UserError, match="3 items and labels up to 2199023255552: number the classes from 0, without gaps"):
+        open_given(far, 0.0, IMAGE)
+
+    class Negative(Listed):
+        def __len__(self) -> int:
+            return -1
+
+    with pytest.raises(UserError, match="the length of the data set cannot be read: ValueError"):
+        open_given(Negative([]), 0.0, IMAGE)
+
+
+@pytest.mark.parametrize("cfg", ["configs/smoke/iadb.json", {"name": "x"}, train_iadb.Config])
+def test_what_is_no_config(tmp_path: Path, cfg: Any) -> None:
+    with pytest.raises(UserError, match="hand in what load\\(FILE, Config\\) gives"):
+        train_iadb.train(cfg, tmp_path / "run", network=Small())
+    assert not (tmp_path / "run").exists()

@@ -137,7 +137,10 @@ def _items(dataset: Any) -> Iterator[tuple[int, Any, str, int]]:
             "the data set has no length or no items by number: hand in a map-style one, with __len__ and __getitem__, so that "
             "a run can go on exactly"
         )
-    count = len(dataset)
+    try:
+        count = len(dataset)
+    except Exception as error:
+        raise UserError(f"the length of the data set cannot be read: {type(error).__name__}: {error}") from None
     if count == 0:
         raise UserError("the data set is empty")
     for i in track(range(count), "reading the data set", unit="items"):
@@ -181,6 +184,11 @@ def _classes(dataset: Any, labels: list[int]) -> tuple[str, ...]:
         if len(set(names)) == len(names) >= count:
             return names
         raise UserError(f"the data set has labels up to {count - 1} and {len(set(names))} different names in its `classes`")
+    if count > max(len(labels), 1000):
+        raise UserError(
+            f"the data set has {len(labels)} items and labels up to {count - 1}: number the classes from 0, without gaps, or "
+            "name them all in its `classes`"
+        )
     return tuple(map(str, range(count)))
 
 

@@ -26,7 +26,19 @@ from ..packages import ask_for, needed
 from ..vision import import_torchvision
 from .guided_diffusion import multiple, rename
 from .imported import Imported
-from .weights import KL, UNET_2D, few, find_files, find_network, from_hub, is_hub_name, rank, read_files, read_foreign_json
+from .weights import (
+    KL,
+    UNET_2D,
+    few,
+    find_files,
+    find_network,
+    from_hub,
+    hub_name_of_url,
+    is_hub_name,
+    rank,
+    read_files,
+    read_foreign_json,
+)
 
 VERSION = "0.35.0"  # of diffusers, the oldest whose folders these are
 WEIGHTS = "diffusion_pytorch_model"
@@ -445,6 +457,8 @@ def local_folder(name: str | Path) -> Path:
             "by convert.py iadb (diffusers' names) or convert.py guided-diffusion (OpenAI's names)"
         )
     no_folder = f"{name} is no folder, and the hub does not give it"
+    if (named := hub_name_of_url(str(name))) is not None:
+        raise UserError(f"{name} is an address; give the name on the hub: {named}")
     if not is_hub_name(str(name)):
         beside = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, beside, 1)

@@ -347,7 +347,7 @@ def find_network(
     if isinstance(found, list | tuple) and any(isinstance(entry, Mapping) for entry in found):
         found = {str(i): entry for i, entry in enumerate(found)}  # as some programs save network, optimizer and average
     tensors = flat(found) if isinstance(found, Mapping) else {}
-    nested = tuple(f"{key}." for key, value in found.items() if not isinstance(value, Tensor)) if tensors else ()
+    nested = tuple(f"{key}." for key, value in dict(found).items() if not isinstance(value, Tensor)) if tensors else ()
     if not tensors or {"state", "param_groups"} <= set(found):
         why = _inside(found, tensors) if tensors else "neither tensors by name nor a state_dict of them"
         raise UserError(f"{path}: no state dict: {why}; a state dict of tensors is what can be read")
@@ -502,7 +502,7 @@ def find_files(folder: Path, which: str | None = None) -> tuple[FileSet, list[st
 
 def read_files(files: FileSet) -> Any:
     """What the files hold; that of shards together. Beside accelerate's `model` the averages that its program registered."""
-    if len(files.files) > 1:
+    if len(files.files) != 1:
         tensors: dict[str, Any] = {}
         for path in files.files:
             tensors |= read_file(path)
@@ -527,6 +527,12 @@ def is_hub_name(name: str) -> bool:
     if not name or name[0] in "./~" or name.count("/") > 1 or "\\" in name or name.startswith("runs/"):
         return False
     return "/" not in name or not Path(name).parent.exists()
+
+
+def hub_name_of_url(address: str) -> str | None:
+    """The name OWNER/NAME in the address of a page of the hub; None for anything else."""
+    match = re.match(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", address)
+    return match[1] if match is not None else None
 
 
 def from_hub(name: str, patterns: Sequence[str]) -> Path:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError, read_json, validate
+from ..config import UserError, quoted, read_json, validate
 from ..interop.autoencoder_kl import exported_autoencoder
 from ..interop.diffusers import autoencoder_from_config, load_autoencoder
-from ..interop.weights import few, is_hub_name, read_foreign_json
+from ..interop.weights import few, hub_name_of_url, is_hub_name, read_foreign_json
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
 from ..training.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
@@ -170,6 +170,8 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     if not path.exists():
         if "/" in name and is_hub_name(name):
             return _of_diffusers(name, device)
+        if (named := hub_name_of_url(name)) is not None:
+            raise UserError(f"autoencoder {name} is an address; give the name on the hub: {named}")
         raise UserError(f"autoencoder {name} does not exist; train one (train_vae.py), or name a diffusers AutoencoderKL")
     if path.is_file():
         raise UserError(
@@ -214,6 +216,11 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
 def start_from(name: str, *networks: Any) -> bool:
     """Put the weights of a run of train_vae.py into networks of the same architecture; gives whether tanh was on in it."""
     found = open_autoencoder(name, torch.device("cpu"))
+    if found.document["kind"] == "diffusers":
+        raise UserError(
+            f"{name} is diffusers' AutoencoderKL, and train_vae.py starts from autoencoders of its own alone; diffusion takes "
+            f"it as it is: train_ldm.py --set autoencoder={quoted(name)}"
+        )
     for network in networks:
         load_weights(network, found.network.state_dict(), Path(name))
     return found.document.get("tanh", False)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import UserError, quoted, read_json
-from ..interop.weights import read_file
+from ..interop.weights import read_file, read_foreign_json
 from ..training.checkpoint import damage, newest, read_tensors
 from ..vision import check_finite
 
@@ -56,7 +56,19 @@ def _find(path: Path) -> Path:
         return checkpoint
     if passed:
         raise UserError(f"{path}: no checkpoint is whole ({'; '.join(passed)})")
-    if any((path / name).is_file() for name in ("model_index.json", "unet/config.json", "unet_ema/config.json")):
+    kind = read_foreign_json(path / "config.json").get("_class_name") if (path / "config.json").is_file() else None
+    if kind is not None and kind != "UNet2DModel":
+        raise UserError(
+            f"{path} is {kind} of diffusers and no run of this project; "
+            + (
+                f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents"
+                if kind == "AutoencoderKL"
+                else "give a run"
+            )
+        )
+    if kind is not None or any(
+        (path / name).is_file() for name in ("model_index.json", "unet/config.json", "unet_ema/config.json")
+    ):
         raise UserError(
             f"{path} is a folder of diffusers, which has to be brought in first: python convert.py diffusers {quoted(path)} "
             "--out FOLDER"
@@ -73,6 +85,11 @@ def read_weights(path: Path) -> Weights:
         except UserError as error:
             raise UserError(f"{path} is damaged or no export of this project: {str(error).removeprefix(f'{path}: ')}") from None
         if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in EXPORT.items()):
+            if isinstance(found, dict) and "stem.weight" in found:
+                raise UserError(
+                    f"{path} holds weights alone, as convert.py safetensors writes them for other programs, and nothing that "
+                    "says of which network they are; give the run, a checkpoint or a final folder"
+                )
             raise UserError(
                 f"{path} is no export of this project, which holds weights, config, data and step; give a run, a checkpoint or "
                 "a final folder; what another program trained is brought in by convert.py"

@@ -1,7 +1,7 @@
 """What a training script's `train` takes from Python besides a config: a network and a data set of the caller's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..config import quoted
+from ..config import UserError, quoted
 from ..data import GIVEN, PictureSet, PointSet, open_data, open_given
 from ..models import MLP, MLPConfig
 from ..training.given import given_network, needs_null_class, same_on_all
@@ -79,6 +79,10 @@ def from_python(train: Callable[[Any, Path, Attempt, Given], int]) -> Train:
     def called(
         cfg: Any, run_dir: Path | str, attempt: Attempt | None = None, *, network: Any = None, dataset: Any = None
     ) -> int:
+        if not is_dataclass(cfg) or isinstance(cfg, type):
+            raise UserError(
+                f"the config is a {type(cfg).__name__}; hand in what load(FILE, Config) gives, as docs/python.md says"
+            )
         if attempt is None:
             return train_here(called, cfg, run_dir, network=network, dataset=dataset)
         own = cfg if dataset is None else replace(cfg, data=GIVEN)  # so that the run's config.json says the truth

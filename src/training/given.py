@@ -1,5 +1,6 @@
 """A network and a data set that the caller hands in from Python, checked before anything is trained."""
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -8,9 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..config import UserError
 from ..data import PictureSet, PointSet
+from ..vision import check_finite, is_finite
 
 
 def same_on_all(fingerprint: str) -> None:
@@ -47,6 +50,18 @@ def given_network(
         raise UserError("FSDP cuts the networks of this project alone; launch without it to train one of your own")
     if accelerator.num_processes > 1 and any(isinstance(module, _BatchNorm) for module in network.modules()):
         raise UserError("the network has BatchNorm, whose averages differ between processes; use GroupNorm, or one process")
+    values = [*network.parameters(), *network.buffers()]
+    if any(isinstance(value, UninitializedParameter | UninitializedBuffer) for value in values):
+        raise UserError(
+            "the network has parameters without a shape (it is lazy): call it once on a batch before you hand it in"
+        )
+    if any(value.is_meta for value in values):
+        raise UserError("the network is on the meta device, so its weights have no values; build it on the CPU")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(
+            "no parameter of the network has requires_grad, so there is nothing to train; unfreeze what is to learn"
+        )
+    check_finite(network.state_dict(), "the network that was handed in", "start it anew, or from other weights")
     shared = defaultdict(list)
     for name, value in network.state_dict().items():
         if value.numel():
@@ -64,7 +79,7 @@ def given_network(
     return network
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _try(
     network: nn.Module,
     home: torch.device,
@@ -76,7 +91,9 @@ def _try(
     learned: bool,
 ) -> None:
     """Call it once: a UserError where that fails, or gives something of another shape."""
-    x, time = torch.zeros(2, *shape, device=home, dtype=dtype), torch.full((2,), 0.5, device=home)
+    size = 2 * math.prod(shape)
+    x, time = torch.linspace(-1, 1, size, device=home, dtype=dtype).reshape(2, *shape), torch.full((2,), 0.5, device=home)
+    before = x.clone()
     condition: dict[str, torch.Tensor] = {}
     if num_classes is not None:
         last = num_classes if null_class else num_classes - 1
@@ -96,3 +113,9 @@ def _try(
     if not isinstance(found, torch.Tensor) or tuple(found.shape) != wanted:
         gives = f"a tensor {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
         raise UserError(f"{words} gives {gives}; it should give a tensor {wanted}")
+    if not torch.equal(x, before):
+        raise UserError(f"{words} changes x in place, and x is needed afterwards; have it change a copy")
+    if not is_finite(found.detach()):
+        raise UserError(f"{words} gives NaN or infinity, where x is between -1 and 1 and time 0.5")
+    if not found.requires_grad:
+        raise UserError(f"{words} gives a tensor without a gradient; take torch.no_grad, detach or inference_mode out of it")

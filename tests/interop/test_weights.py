@@ -22,7 +22,7 @@ from src.interop.on_latents import with_autoencoder
 from src.interop.weights import KL, UNET_2D, find_files, find_network, rank, read_file, read_foreign_json
 from src.models import UNet, UNetConfig
 from src.sampling import open_trained
-from src.sampling.autoencoder import open_autoencoder
+from src.sampling.autoencoder import open_autoencoder, start_from
 from src.vision import import_torchvision
 from tests.conftest import here, randomise, refused
 from tests.interop.test_guided_diffusion import SMALL as SMALL_GUIDED
@@ -492,6 +492,7 @@ def test_a_pipeline_whose_scheduler_was_not_brought(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         ({"a": torch.ones(1)}, "is no export of this project, which holds weights"),
         ([1], "is no export of this project"),
+        ({"stem.weight": torch.ones(1)}, "holds weights alone, as convert.py safetensors writes them"),
         ({"weights": [1], "config": {}, "data": {}, "step": 3}, "is no export of this project"),
         ({"weights": {}, "config": {}, "data": [], "step": 3}, "is no export of this project"),
     ],
@@ -508,6 +509,28 @@ def test_files_that_are_no_export(tmp_path: Path, content: Any, words: str) -> N
 def test_a_folder_of_diffusers_is_no_run(tmp_path: Path) -> None:
     unet_folder(tmp_path / "unet")
     assert f"brought in first: python convert.py diffusers {tmp_path}" in message(open_trained, tmp_path, CPU)
+    place = tmp_path / "unet"
+    assert f"brought in first: python convert.py diffusers {place}" in message(open_trained, place, CPU)
+    for kind, words in {
+        "AutoencoderKL": f"--set autoencoder={place} trains on its latents",
+        "ControlNetModel": "give a run",
+    }.items():
+        (place / "config.json").write_text(json.dumps({"_class_name": kind}))
+        said = message(open_trained, place, CPU)
+        assert f"is {kind} of diffusers and no run of this project" in said and words in said
+
+
+def test_an_address_of_the_hub_is_answered_with_the_name() -> None:
+    address = "https://huggingface.co/stabilityai/sd-vae-ft-mse/tree/main"
+    for what in (folders.read, lambda name: open_autoencoder(name, CPU)):
+        assert message(what, address).endswith("is an address; give the name on the hub: stabilityai/sd-vae-ft-mse")
+
+
+def test_train_vae_does_not_start_from_theirs(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    randomise(AutoencoderKL(**VAE)).save_pretrained(tmp_path)
+    assert "train_vae.py starts from autoencoders of its own alone" in message(start_from, str(tmp_path))
 
 
 def test_a_file_or_a_path_where_a_folder_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
