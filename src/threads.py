@@ -2,8 +2,8 @@
 
 A thread that waits spins first, and sleeps then. The default spins so long that a run keeps a third of its speed beside one
 busy process and nearly stops beside two; to sleep at once costs a small network a quarter of its speed
-(benchmarks/results/threads.md). Whoever sets one of the variables decides otherwise. The number of threads stays as it is, since
-it decides how sums are rounded.
+(benchmarks/results/threads.md). Whoever sets one of the variables decides otherwise. The number of threads stays as it is,
+since it decides how sums are rounded.
 """
 
 import os
