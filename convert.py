@@ -4,7 +4,6 @@
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
 import re
-import shlex
 from pathlib import Path
 
 import safetensors.torch
@@ -112,7 +111,7 @@ def to_diffusers(run: str, out: Path) -> None:
 
 
 def _other_way(run: str) -> str:
-    return f"python convert.py safetensors {shlex.quote(run)} --out FOLDER writes all of it as Atelier reads it"
+    return f"python convert.py safetensors {quoted(run)} --out FOLDER writes all of it as Atelier reads it"
 
 
 def autoencoder_to_diffusers(run: str, weights: Weights, out: Path) -> None:
@@ -123,7 +122,7 @@ def autoencoder_to_diffusers(run: str, weights: Weights, out: Path) -> None:
         raise UserError(f"{error}; {_other_way(run)}") from None
     files["README.md"] = latent_folders.autoencoder_card(autoencoder, weights, out.resolve().name).encode()
     diffusers.write_files(out, files)
-    taken = f"train_ldm.py --set autoencoder={shlex.quote(str(out))}"
+    taken = f"train_ldm.py --set autoencoder={quoted(out)}"
     print(f"{out}: {out / 'README.md'} says how diffusers loads it; {taken} takes it, too")
 
 

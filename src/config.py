@@ -392,6 +392,8 @@ def _explain(root: Any, raw: Any, error: pydantic.ValidationError) -> str:
             message = f"{here!r} is not known; allowed: {expected}" + (f"; did you mean {close[0]!r}?" if close else "")
         elif item["type"] != "config" and not isinstance(here, dict | list):
             message = f"{message[0].lower()}{message[1:]}, not {here!r}"
+            if str(here).lower() in ("true", "false", "none", "null") and isinstance(here, str):
+                message += "; JSON writes true, false and null in small letters, without quotes"
         lines.append(f"{where}: {message}")
     more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more
@@ -521,7 +523,16 @@ def training_arguments(root: type, description: str, *, default: str) -> argpars
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+FORBIDDEN = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def _mistake(message: str, rank: int) -> int:

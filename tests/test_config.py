@@ -1,6 +1,7 @@
 """Strict configuration: every mistake has its line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,7 @@ def test_load_and_override(tmp_path: Path) -> None:
         ("inners.2.rate=1", "the list inners has 2 entries, counted from 0"),
         ("inner.rat=1", "did you mean"),
         ("inner.rate=NaN", "finite"),
+        ("inner.rate=None", "true, false and null in small letters"),
         ("inner={", "JSON"),
     ]:
         with pytest.raises(UserError, match=said):
@@ -272,3 +274,13 @@ def test_docs_say_where_the_data_of_every_config_comes_from() -> None:
                 assert f"`{source['name']}`" in told, path
             if source["source"] in ("folder", "emnist"):
                 assert "/".join(source["path"].split("/")[:2]) in told, path
+
+
+def test_a_path_that_no_file_system_takes_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        (tmp_path / ("x" * 300)).mkdir()
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: \S+x{300} cannot be used: File name too long\n", capsys.readouterr().err)

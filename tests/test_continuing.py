@@ -148,7 +148,8 @@ def test_what_is_refused(changes: list[str], told: str, old: Path) -> None:
 def test_names_and_places_that_are_refused(old: Path, tmp_path: Path) -> None:
     fine = words(old, "steps=9", *CONSTANT)
     assert "is the old run itself" in refused(SCRIPT, *fine, "--continue-as", "old")
-    assert "a run's name has letters" in refused(SCRIPT, *fine, "--continue-as", "..")
+    for name in ("..", "", ".", "%d", "a\nb", "x" * 300):
+        assert "a run's name has up to 200 letters" in refused(SCRIPT, *fine, f"--continue-as={name}")
     assert "two things" in refused(SCRIPT, *fine, "--continue-as", "new", "--verify-resume")
     nothing = refused(SCRIPT, *words(tmp_path / "none", "steps=9"), "--continue-as", "new")
     assert "none has no checkpoint to go on from" in nothing and "--run-dir" in nothing

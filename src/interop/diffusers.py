@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import UserError, dump, validate, write_flushed
+from ..config import UserError, dump, quoted, validate, write_flushed
 from ..data.names import shown
 from ..diffusion import ProcessConfig
 from ..diffusion.process import fed
@@ -701,7 +701,8 @@ def export(
     if blend and scheduler is not None:
         state = _negated(state)
     files = {path: (json.dumps(document, indent=2) + "\n").encode() for path, document in documents.items()}
-    more = {"folder": out.name, "name": name, "class_names": class_names, "card": card, "latents": latents}
+    in_code = json.dumps(out.name, ensure_ascii=False)[1:-1]  # inside double quotes of Python
+    more = {"folder": in_code, "name": name, "class_names": class_names, "card": card, "latents": latents}
     files["README.md"] = _card(network, spec, theirs, image_size=image_size, **more).encode()
     files[f"{place}{WEIGHTS}.safetensors"] = safetensors.torch.save(state, metadata={"format": "pt"})
     if latents is not None:
@@ -1002,7 +1003,8 @@ def _autoencoder_place(folder: Path, name: str) -> tuple[Path, dict[str, Any], l
     if kind is None and not {"block_out_channels", "latent_channels"} <= set(config):
         raise UserError(f"autoencoder {name}: {place / 'config.json'} does not say its _class_name; {wanted}")
     if kind not in ("AutoencoderKL", None):
-        hint = f"; a network is brought in by: python convert.py diffusers {name}" if kind == "UNet2DModel" else ""
+        come = f"; a network is brought in by: python convert.py diffusers {quoted(name)}"
+        hint = come if kind == "UNet2DModel" else ""
         what = "a diffusion network and no autoencoder" if str(kind).startswith("UNet") else "no AutoencoderKL"
         raise UserError(f"autoencoder {name}: {place} is of the class {kind}, which is {what}; {wanted}{hint}")
     return place, config, told

@@ -1,12 +1,13 @@
 """Folders of diffusers whose U-Net sees latents: a latent run written as one, and read back with its autoencoder."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import UserError, read_json
+from ..config import UserError, quoted, read_json
 from ..models import VAE
 from ..sampling.autoencoder import Autoencoder, open_autoencoder
 from ..sampling.folders import Weights
@@ -119,7 +120,7 @@ def autoencoder_card(autoencoder: Autoencoder, weights: Weights, folder: str) ->
         "import torch",
         "from diffusers import AutoencoderKL",
         "",
-        f'vae = AutoencoderKL.from_pretrained("{folder}")',
+        f"vae = AutoencoderKL.from_pretrained({json.dumps(folder, ensure_ascii=False)})",
         f"images = torch.rand(1, {channels}, {size}, {size}) * 2 - 1",
         "with torch.no_grad():",
         "    z = vae.encode(images).latent_dist.mean",
@@ -130,7 +131,7 @@ def autoencoder_card(autoencoder: Autoencoder, weights: Weights, folder: str) ->
         "train diffusion on them; Atelier does that itself:",
         "",
         "```bash",
-        f"python train_ldm.py -cfg CONFIG.json --set autoencoder={folder}",
+        f"python train_ldm.py -cfg CONFIG.json --set autoencoder={quoted(folder)}",
         "```",
         "",
         *data_lines(weights.data),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError, read_json
+from ..config import UserError, quoted, read_json
 from ..models import VAE, UNet
 from ..sampling import open_trained
 from ..sampling.autoencoder import Autoencoder, kept_autoencoder, open_autoencoder
@@ -115,7 +115,7 @@ def autoencoder_card(weights: Weights, autoencoder: Autoencoder, folder: str) ->
     theirs = (
         f"diffusers' AutoencoderKL cannot be this network: {'; '.join(reasons)}."
         if reasons
-        else f"`python convert.py to-diffusers {folder} --out OTHER` makes diffusers' AutoencoderKL of it."
+        else f"`python convert.py to-diffusers {quoted(folder)} --out OTHER` makes diffusers' AutoencoderKL of it."
     )
     return _text(
         [
@@ -130,8 +130,8 @@ def autoencoder_card(weights: Weights, autoencoder: Autoencoder, folder: str) ->
             "With Atelier, diffusion on its latents, and another autoencoder that starts from it:",
             "",
             "```bash",
-            f"python train_ldm.py -cfg CONFIG.json --set autoencoder={folder}",
-            f"python train_vae.py -cfg CONFIG.json --set init_from={folder}",
+            f"python train_ldm.py -cfg CONFIG.json --set autoencoder={quoted(folder)}",
+            f"python train_vae.py -cfg CONFIG.json --set init_from={quoted(folder)}",
             "```",
             "",
             theirs,
@@ -149,6 +149,7 @@ def latent_card(weights: Weights, opened: Opened, autoencoder: Autoencoder, fold
     spec = opened.process
     kind = f"with {classes} classes" if classes is not None else "without classes"
     chosen = " --classes 0" if classes is not None else ""
+    script = "train_iadb.py" if spec.target == "blend" else "train_ldm.py"
     return _text(
         [
             *_head(
@@ -169,8 +170,8 @@ def latent_card(weights: Weights, opened: Opened, autoencoder: Autoencoder, fold
             "With Atelier, samples, and a run that starts from it:",
             "",
             "```bash",
-            f"python sample.py {folder} --num-samples 16{chosen}",
-            f"python {'train_iadb.py' if spec.target == 'blend' else 'train_ldm.py'} -cfg CONFIG.json --set init_from={folder}",
+            f"python sample.py {quoted(folder)} --num-samples 16{chosen}",
+            f"python {script} -cfg CONFIG.json --set init_from={quoted(folder)}",
             "```",
             "",
             _theirs(opened, autoencoder, folder),
@@ -197,7 +198,7 @@ def _theirs(opened: Opened, autoencoder: Autoencoder, folder: str) -> str:
     reasons = latent_obstacles(opened, autoencoder)
     if reasons:
         return f"diffusers cannot have it: {'; '.join(reasons)}."
-    return f"`python convert.py to-diffusers {folder} --out OTHER` writes it as a folder that diffusers loads."
+    return f"`python convert.py to-diffusers {quoted(folder)} --out OTHER` writes it as a folder that diffusers loads."
 
 
 def _text(lines: list[str]) -> str:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import UserError
+from ..config import UserError, quoted
 from ..packages import needed
 from ..vision import check_finite, hub_reason
 
@@ -70,7 +70,7 @@ def _is_a_folder(path: Path) -> UserError:
     files = sorted(file.name for file in path.iterdir() if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
     hint = f"give one of its files, such as {path / files[0]}" if files else "give the file of the weights"
     if any((path / name).is_file() for name in ("model_index.json", "config.json", "unet/config.json", "unet_ema/config.json")):
-        hint = f"a folder of diffusers is read by: python convert.py diffusers {path}"
+        hint = f"a folder of diffusers is read by: python convert.py diffusers {quoted(path)}"
     return _unreadable(path, f"it is a folder; {hint}")
 
 

@@ -185,7 +185,8 @@ def write_samples(
                     made = upscaler.upscale(x) if upscaler is not None and files is large else x
                     for i, pixels in zip(batch, pictures.to_uint8(made), strict=True):
                         if not files[i].exists():
-                            pictures.save(pictures.to_image(pixels), files[i])
+                            with asked_for(files[i]):
+                                pictures.save(pictures.to_image(pixels), files[i])
                 if watched is not None:
                     watched.finish(x)
                     way = watched

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import pictures
 from ..progress import Progress
+from ..training.looks import asked_for
 from .files import wait_for
 from .opened import Opened
 from .sampler import Sampler
@@ -140,7 +141,8 @@ def write_frames(
                 x = sampler.move(x, classes, seed=seed, indices=[0] * batch_size)
                 for i, pixels in zip(batch, pictures.to_uint8(sampler.pictures(x)), strict=False):
                     if not paths[i].exists():
-                        pictures.save(_enlarged(pictures.to_image(pixels)), paths[i])
+                        with asked_for(paths[i]):
+                            pictures.save(_enlarged(pictures.to_image(pixels)), paths[i])
             bar.update(min(len(batch) * (world if rank == 0 else 1), shown - bar.done))
     barrier()
     if rank == 0:

@@ -22,9 +22,10 @@ BESIDE = ("latents", "pairs", "autoencoder", "ema")  # folders of a run that its
 def directory_of(name: str, old: Path) -> Path:
     """Where the run NAME lives that goes on from `old`: beside it; a NAME with a slash is a path."""
     new = Path(name) if "/" in name else old.parent / name
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", new.name) is None:
+    if name in ("", ".") or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", new.name) is None:
         raise UserError(
-            f"--continue-as {name}: a run's name has letters, digits, '.', '_' and '-', and begins with one of the first"
+            f"--continue-as {name[:100]!r}: a run's name has up to 200 letters, digits, '.', '_' and '-', and begins "
+            "with a letter or a digit"
         )
     if os.path.abspath(new) == os.path.abspath(old):
         raise UserError(f"--continue-as {name}: that is the old run itself; give the new one another name")

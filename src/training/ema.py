@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..config import Length, UserError, config, read_json
+from ..config import Length, UserError, config, quoted, read_json
 from .checkpoint import damage, read_tensors, write_folder
 from .parts import shard_as
 
@@ -139,7 +139,9 @@ def post_hoc(run: Path, last_step: int, width: float) -> tuple[Path, float]:
         raise UserError(f"{run} kept no averages to make others of: train it with ema.snapshot_every")
     for folder in folders:
         if (reason := damage(folder)) is not None:
-            raise UserError(f"{folder} is damaged: {reason}; without it there are fewer to make averages of: rm -r {folder}")
+            raise UserError(
+                f"{folder} is damaged: {reason}; without it there are fewer to make averages of: rm -r {quoted(folder)}"
+            )
     images = [read_json(folder / "progress.json")["images"] for folder in folders]
     places = [(folder, each) for folder in folders for each in WIDTHS]
     weights, missed = post_hoc_weights([Kept(each, seen) for seen in images for each in WIDTHS], width)

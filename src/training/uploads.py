@@ -204,8 +204,10 @@ class Uploads:
         if self._failed is None:
             self.say(f"all of {self._run_dir} is in {self._bucket.url}")
         else:
-            linked = "" if Path(self._place).exists() else f"ln -s {self._run_dir.absolute()} {self._place} && "
-            self.say(f"NOT all of {self._run_dir} is in {self._bucket.url}; later: {linked}./setup.sh push {self._place}")
+            linked = "" if Path(self._place).exists() else f"ln -s {quoted(self._run_dir.absolute())} {quoted(self._place)} && "
+            self.say(
+                f"NOT all of {self._run_dir} is in {self._bucket.url}; later: {linked}./setup.sh push {quoted(self._place)}"
+            )
         return self._failed is None
 
     def _work(self) -> None:

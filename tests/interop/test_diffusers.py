@@ -231,6 +231,11 @@ def test_the_card_of_a_network_without_classes_says_how_to_draw(tmp_path: Path, 
     assert len(images) == 4 and images[0].size == (8, 8)
 
 
+def test_the_card_of_a_folder_with_quotes_in_its_name_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = exported(tmp_path / 'my "best" \\ one', unet(), SHORT)
+    assert run_card(out, monkeypatch)["images"]
+
+
 def test_the_card_of_a_network_with_classes_says_how_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = exported(tmp_path / "out", unet(classes=3), SHORT, class_names=("cat", "dog", "emu"))
     text = (out / "README.md").read_text()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from src.training.checkpoint import damage
 from src.training.launch import OutOfMemory
 from src.training.looks import failed_on_any, finish_trackers, for_each_tracker, is_out_of_memory, only_looked_at, reason_of
 from src.training.run import RunDirectory
-from tests.conftest import ROOT, command, environment, here, metrics
+from tests.conftest import ROOT, command, environment, here, metrics, refused
 
 SHORT = ("steps=4", "log.every=1", "preview.every=2", "checkpoint.every=2", "held_out=0.1")
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # script, config, what makes it short
@@ -289,3 +290,11 @@ def test_names_that_mean_something_to_a_program_in_between(tmp_path: Path, monke
     assert len(list((tmp_path / "samples" / run.name).rglob("denoising.gif"))) == 1
     again = run_short("ddpm", run, *data, "optimizer.schedule.kind=constant")
     assert shlex.split(again.split("sample from it: ")[1])[:3] == words[:3]
+
+
+def test_a_sample_that_cannot_be_saved_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_short("ddpm", tmp_path / "run", "log.trackers=[]")
+    monkeypatch.setattr(pictures, "save", raising(ValueError("no encoder")))
+    for script, more in (("sample", ["--num-samples", "2"]), ("interpolate", ["--frames", "3"])):
+        said = refused(script, tmp_path / "run", "--steps", "2", "--out", tmp_path / "out" / script, *more)
+        assert re.search(r"\.png was not made \(ValueError: no encoder\)", said), said
