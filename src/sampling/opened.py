@@ -347,7 +347,9 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
             "open_run(path, device, network=...)"
         )
     if "classifier" in config:
-        raise UserError(f"{path} is a classifier, which draws nothing by itself: give a diffusion run, and --classifier {path}")
+        raise UserError(
+            f"{path} is a classifier, which draws nothing by itself: give a diffusion run, and --classifier {quoted(path)}"
+        )
     if "stages" in config:
         raise UserError(f"{path} is an autoencoder, which draws nothing by itself: train_ldm.py trains on its latents")
     if not {"model", "process", "image", "class_conditional"} <= set(config):
