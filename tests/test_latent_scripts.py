@@ -181,6 +181,7 @@ def test_a_rollback_after_a_dip_at_the_start_of_a_stage(
     sys.path.insert(0, str(ROOT))
     monkeypatch.setattr("train_vae.reconstruct", reconstruct)
     sets = {"stages": stages, "preview__every": previews, "checkpoint__every": 1, "checkpoint__keep": 1}
+    sets |= {"optimizer__muon": {}, "discriminator_optimizer__muon": {}}  # whose state goes back, too
     guard = {"worse_factor": 1.5, "rollback": True, "shrink": 0.1, "max_rollbacks": 2}
     done = train_vae(tmp_path / "run", guard=guard, log__trackers=[], **sets)
     assert done.status == 0 and done.out.count("going back to step") == 1, done.all
