@@ -145,6 +145,7 @@ def run_here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> None:
     """A script's main to its end in this process: quick where launching is not what is tested."""
     ran_here.append(script)
     AcceleratorState._reset_state(True)
+    exact = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.syspath_prepend(str(ROOT))
@@ -153,6 +154,7 @@ def run_here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> None:
             assert not importlib.import_module(script).main()
         finally:
             AcceleratorState._reset_state(True)
+            torch.use_deterministic_algorithms(exact)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 

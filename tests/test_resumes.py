@@ -12,6 +12,7 @@ import torch
 
 import ddpm_accelerate
 import train_iadb
+from src import progress
 from src.config import UserError, dump, load, read_json, validate
 from src.training.checkpoint import read_tensors, write_folder
 from src.training.run import changes
@@ -215,14 +216,16 @@ def test_a_run_that_ends_on_an_error_says_that_it_failed(
     """And goes on with the same command; a mistake before the first step leaves the status as it was."""
     old, run = ROOT / "tests" / "old_runs" / "ddpm_accelerate", tmp_path / "run"
     shutil.copytree(old / "run", run)
+    monkeypatch.setattr(progress, "_pulses", [])
     arguments = ("-cfg", old / "config.json", "--run-dir", run)
     with monkeypatch.context() as patch:
         patch.setattr(ddpm_accelerate, "clip_gradients", Mock(side_effect=error))
         with pytest.raises(type(error), match=str(error)):
             run_here("ddpm_accelerate", *arguments)
     status = read_json(run / "status.json")
-    assert (status["state"], status["step"]) == ("failed", 4)
+    assert (status["state"], status["step"]) == ("failed", 4) and not progress._pulses, "nothing goes on to tell of it"
     refused("ddpm_accelerate", *arguments, "--set", "optimizer.eps=1e-6")
+    assert not progress._pulses
     assert read_json(run / "status.json") == status
     run_here("ddpm_accelerate", *arguments)
     assert read_json(run / "status.json")["state"] == "finished"

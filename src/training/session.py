@@ -88,6 +88,8 @@ class Session:
         if error is not None and self._begun and self.run.is_open and not self.attempt.trial:
             with suppress(OSError):  # of a disk that is full: the error itself says it
                 self.run.write_status("failed", self.step, self.total_steps)
+        if hasattr(self, "clock"):  # or it would go on to say how far the run is
+            self.clock.close()
         self.run.close()
 
     def place(self, split: Split) -> Split:
