@@ -88,6 +88,7 @@ def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[resumes.
         return run
 
     def of_diffusers() -> Path:
+        import_torchvision()  # which diffusers imports
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         torch.manual_seed(0)
