@@ -15,10 +15,10 @@ import torch
 
 from src import losses
 from src.config import config, free, load, quoted, run_script, training_arguments, wrong
+from src.config.packages import ask_for
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
-from src.packages import ask_for
 from src.sampling.autoencoder import start_from
 from src.sampling.preview import first_pictures, pictures_of
 from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels

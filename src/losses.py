@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UserError, config
-from .packages import ask_for, needed
+from .config.packages import ask_for, needed
 from .vision import efficientnet_lite0, fetch_weights, how_to_bring, import_torchvision, put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]

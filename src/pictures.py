@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .config import UserError
-from .packages import needed
+from .config.packages import needed
 
 Pixels = NDArray[np.uint8]
 

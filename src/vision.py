@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .config import FORBIDDEN, FULL, UserError
-from .packages import ask_for, needed
+from .config.packages import ask_for, needed
 
 PATIENCE = 15.0  # seconds without an answer, after which there is no network
 HEAD_START = 2.0  # seconds that the first rank of a machine has, so that it is the one that fetches and shows its progress

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from src import progress
+from src.config import progress
+from src.config.progress import Phases, Progress, track, within
 from src.data.scan import ScanConfig, scan
-from src.progress import Phases, Progress, track, within
 from src.sampling.blocks import Ranks, in_blocks
 from src.training import trials
 from src.training.clock import Cadence, Clock
@@ -154,7 +154,7 @@ def test_there_is_one_place_for_bars() -> None:
         }
         names |= {node.module or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
         assert "tqdm" not in names or path.name == "progress.py", (
-            f"{path}: use src/progress.py, which speaks without a terminal, too"
+            f"{path}: use src/config/progress.py, which speaks without a terminal, too"
         )
 
 

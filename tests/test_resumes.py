@@ -12,8 +12,7 @@ import torch
 
 import ddpm_accelerate
 import train_iadb
-from src import progress
-from src.config import UserError, dump, load, read_json, validate
+from src.config import UserError, dump, load, progress, read_json, validate
 from src.training.checkpoint import read_tensors, write_folder
 from src.training.run import changes
 from src.training.trials import compare_checkpoints

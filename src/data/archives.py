@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from ..config import FULL, UserError
-from ..progress import Progress, track
+from ..config.progress import Progress, track
 
 
 class Damaged(UserError):

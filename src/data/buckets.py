@@ -26,9 +26,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
 from ..config import FULL, UserError, run_script, write_whole
+from ..config.packages import needed
+from ..config.progress import Progress
 from ..locks import take_lock
-from ..packages import needed
-from ..progress import Progress
 from .archives import Damaged, size, stem, unpack
 
 TRIES = 6  # in a row that bring no byte

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import UserError
-from ..progress import track
+from ..config.progress import track
 from .points import PointSet
 from .sources import ArrayPictures, Pictures, PictureSet, PythonSource, _fraction, open_data
 from .transforms import ImageConfig, Pixels, normalise

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import UserError, read_json, write_flushed
-from ..progress import Progress
+from ..config.progress import Progress
 from .sources import PackedPictures, PictureSet, _digest, _fraction
 from .transforms import DECODER, shorter_side
 

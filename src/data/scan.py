@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from ..config import UserError, config
+from ..config.progress import Progress
 from ..locks import take_lock
-from ..progress import Progress
 from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
 from .formats import content_of, endings, open_image
 from .transforms import DECODER

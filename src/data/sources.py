@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from pydantic import Discriminator, Field, Tag
 
 from ..config import UserError, config, free, kind_of
-from ..packages import needed
+from ..config.packages import needed
 from ..vision import hub_reason
 from . import formats
 from .archives import stem

@@ -16,13 +16,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import UserError, dump, quoted, validate, write_flushed
+from ..config.packages import ask_for, needed
 from ..data.names import shown
 from ..diffusion import ProcessConfig
 from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
-from ..packages import ask_for, needed
 from ..vision import import_torchvision
 from .guided_diffusion import multiple, rename
 from .imported import Imported

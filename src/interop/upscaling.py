@@ -21,11 +21,11 @@ from torch.nn import functional
 
 from .. import pictures
 from ..config import UserError, write_whole
+from ..config.packages import ask_for, needed
+from ..config.progress import Progress, say
 from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, inspect
 from ..data.transforms import decode
-from ..packages import ask_for, needed
-from ..progress import Progress, say
 from ..vision import check_finite, import_torchvision
 
 WEIGHTS = "models/RealESRGAN_x4plus.pth"

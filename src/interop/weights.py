@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import UserError, quoted
-from ..packages import needed
+from ..config.packages import needed
 from ..vision import check_finite, hub_reason
 
 # ---------------------------------------------------------------------------------------------- files

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..packages import needed
+from ..config.packages import needed
 from ..vision import import_torchvision
 
 Array = NDArray[Any]

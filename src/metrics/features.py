@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import UserError
-from ..packages import ask_for, needed
+from ..config.packages import ask_for, needed
 from ..vision import (
     check_finite,
     efficientnet_lite0,

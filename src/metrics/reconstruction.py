@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..packages import needed
+from ..config.packages import needed
 from ..vision import import_torchvision
 
 SMALLEST_FOR_SSIM = 11  # its window

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 
 from ..config import UserError, write_whole
-from ..progress import Progress
+from ..config.progress import Progress
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import pictures
 from ..config import UserError, quoted
+from ..config.progress import Progress
 from ..diffusion import Prediction
-from ..progress import Progress
 from ..training.launch import explain_out_of_memory, start_sampling
 from ..training.looks import asked_for
 from .classifier import open_classifier

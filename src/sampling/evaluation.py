@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .. import metrics, pictures
 from ..config import UserError, dump, parse_json, read_json, validate, write_whole
+from ..config.packages import ask_for
+from ..config.progress import within
 from ..data import ImageConfig, PictureSet
 from ..data.names import shown as shown_name
 from ..losses import Perceptual, PerceptualConfig
@@ -24,8 +26,6 @@ from ..metrics import distances
 from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
-from ..packages import ask_for
-from ..progress import within
 from ..training.looks import only_looked_at
 from ..training.stream import to_network
 from ..vision import is_finite

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .. import pictures
 from ..config import UserError, write_whole
+from ..config.progress import Progress
 from ..diffusion import Prediction
 from ..interop.upscaling import Upscaler
-from ..progress import Progress
 from ..training.looks import asked_for, only_looked_at
 from .blocks import wait_for
 from .opened import Opened

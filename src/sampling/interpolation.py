@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from .. import pictures
-from ..progress import Progress
+from ..config.progress import Progress
 from ..training.looks import asked_for
 from .files import wait_for
 from .opened import Opened

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import pictures
 from ..config import write_whole
-from ..progress import track
+from ..config.progress import track
 from ..training.looks import only_looked_at
 from .edit import as_seen
 from .files import claim

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import UserError, read_json, write_whole
+from ..config.progress import Progress, track, within
 from ..data import ImageConfig, PictureSet
 from ..data.latents import (
     BLOCK,
@@ -34,7 +35,6 @@ from ..data.latents import (
 )
 from ..data.transforms import DECODER
 from ..locks import take_lock
-from ..progress import Progress, track, within
 from ..training.launch import agree
 from ..training.stream import to_network
 from ..training.trials import Attempt

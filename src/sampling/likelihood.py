@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import pictures
 from ..config import UserError, write_whole
+from ..config.packages import ask_for
+from ..config.progress import within
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
-from ..packages import ask_for
-from ..progress import within
 from ..training.looks import only_looked_at
 from ..vision import is_finite
 from .blocks import Ranks, claim_request, in_blocks

@@ -16,12 +16,12 @@ from pydantic import Discriminator, Tag
 from torch import Tensor
 
 from ..config import UserError, config, dump, kind_of, read_json, wrong
+from ..config.progress import within
 from ..data import PictureSet
 from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, write_block
 from ..data.names import same_names
 from ..data.transforms import DECODER
 from ..diffusion import DETERMINISTIC
-from ..progress import within
 from ..training.stream import MicroBatch, Order, Split, positions_of
 from ..training.trials import Attempt
 from .ends import Ends

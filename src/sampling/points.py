@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import pictures
 from ..config import write_whole
+from ..config.progress import track
 from ..diffusion import Prediction
-from ..progress import track
 from .files import claim
 from .sampler import Sampler
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .. import pictures
 from ..config import Length, UserError, config, free
+from ..config.progress import Progress, within
 from ..data import ImageConfig, PictureSet, PointSet
 from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
-from ..progress import Progress, within
 from ..training.launch import agree
 from ..training.trials import Attempt
 from ..vision import is_finite

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-from ..progress import Progress
+from ..config.progress import Progress
 
 
 class Cadence:

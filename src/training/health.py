@@ -21,9 +21,9 @@ import torch
 
 from .. import locks
 from ..config import UserError, write_flushed
+from ..config.packages import is_installed
 from ..locks import take_lock
 from ..metrics.features import INCEPTION_URL, inception_file
-from ..packages import is_installed
 from ..vision import how_to_bring
 from . import checkpoint
 

@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from pydantic import Field
 
 from ..config import UserError, config, dump, free
-from ..packages import is_installed
+from ..config.packages import is_installed
 from .looks import Warn, is_out_of_memory, only_looked_at
 from .sharding import plugin_for
 

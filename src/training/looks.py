@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FULL, UserError
-from ..packages import MissingPackage
+from ..config.packages import MissingPackage
 
 Warn = Callable[[str, str], None]  # (what was to be drawn, why it failed)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import UserError, dump
-from ..packages import is_installed
+from ..config.packages import is_installed
 from .checkpoint import keeps_best
 from .ema import WIDTHS
 from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within

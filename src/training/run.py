@@ -15,8 +15,8 @@ from typing import IO, Any
 import pydantic
 from accelerate.utils import gather_object
 
-from .. import pictures, progress
-from ..config import ENDLESS, Length, UserError, config, differences, dump, free, read_json, validate
+from .. import pictures
+from ..config import ENDLESS, Length, UserError, config, differences, dump, free, progress, read_json, validate
 from ..data import PictureSet, PointSet
 from ..data.formats import READ_BEFORE
 from ..data.latents import differs, same_latents

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..config import ENDLESS, Span, UserError, dump
+from ..config.packages import is_installed
 from ..data import PictureSet, PointSet
 from ..data.names import class_remarks
-from ..packages import is_installed
 from . import checkpoint
 from .checkpoint import Documents, Tensors, keeps_best, step_folder
 from .clock import Cadence, Clock

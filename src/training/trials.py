@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
 from ..config import ENDLESS, UserError, read_json
-from ..progress import Phases, say
+from ..config.progress import Phases, say
 from .checkpoint import damage, keeps_best, newest, read_tensors, step_folder
 from .clock import Cadence, peak_memory_gigabytes
 from .continuing import MARK, continue_as, directory_of

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .config import UserError
+from . import UserError
 
 INSTALLED_AS = {  # by the name that is imported
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
