@@ -22,7 +22,6 @@ from src.data import HeldOut, PictureSet, Sources, open_data
 from src.diffusion import TableSchedule, times
 from src.metrics.features import NAMES, Features, open_features
 from src.sampling import open_trained
-from src.sampling.blocks import ranks_of
 from src.sampling.classifier import open_classifier
 from src.sampling.evaluation import (
     GIVEN,
@@ -38,6 +37,7 @@ from src.sampling.evaluation import (
 )
 from src.sampling.likelihood import measure_likelihood
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
+from src.storage.blocks import ranks_of
 from src.training.launch import explain_out_of_memory, start_sampling
 from src.training.looks import only_looked_at
 from src.training.report import write_report

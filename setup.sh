@@ -59,10 +59,10 @@ _atelier_setup() {
     }
     case ${1:-} in --*) set -- bring "$@" ;; esac
     if [ $# -gt 0 ]; then
-        (cd "$here" && python -m src.data.buckets "$@")
+        (cd "$here" && python -m src.storage.buckets "$@")
         return
     elif [ -n "${ATELIER_BUCKET:-}" ]; then
-        (cd "$here" && python -m src.data.buckets bring) || {
+        (cd "$here" && python -m src.storage.buckets bring) || {
             brought=$?
             _atelier_say "the bucket brought nothing, or not all"
         }

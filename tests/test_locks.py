@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from src import locks
+from src.storage import locks
 from tests.conftest import ROOT, SMOKE, environment, metrics
 
 HOLD = """
 import sys
-from src.locks import take_lock
+from src.storage.locks import take_lock
 file = open(sys.argv[1], "a+")
 print(take_lock(file), flush=True)
 sys.stdin.read()

@@ -14,11 +14,11 @@ from src import losses, metrics, pictures
 from src.config import UserError, load
 from src.config.packages import ask_for, is_installed, needed
 from src.data import open_data
-from src.data.buckets import open_bucket
 from src.interop.diffusers import load_autoencoder
 from src.interop.upscaling import open_upscaler
 from src.metrics import distances
 from src.metrics.features import open_features
+from src.storage.buckets import open_bucket
 from src.training import needs
 from src.training.launch import MachineConfig, start
 from src.vision import efficientnet_lite0

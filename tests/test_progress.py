@@ -16,7 +16,7 @@ import pytest
 from src.config import progress
 from src.config.progress import Phases, Progress, track, within
 from src.data.scan import ScanConfig, scan
-from src.sampling.blocks import Ranks, in_blocks
+from src.storage.blocks import Ranks, in_blocks
 from src.training import trials
 from src.training.clock import Cadence, Clock
 from src.training.launch import StopRequest

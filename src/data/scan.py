@@ -22,7 +22,7 @@ from PIL import UnidentifiedImageError
 
 from ..config import UserError, config
 from ..config.progress import Progress
-from ..locks import take_lock
+from ..storage.locks import take_lock
 from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
 from .formats import content_of, endings, open_image
 from .transforms import DECODER

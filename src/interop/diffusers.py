@@ -23,10 +23,7 @@ from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
-from ..vision import import_torchvision
-from .guided_diffusion import multiple, rename
-from .imported import Imported
-from .weights import (
+from ..storage.weights import (
     KL,
     UNET_2D,
     few,
@@ -39,6 +36,9 @@ from .weights import (
     read_files,
     read_foreign_json,
 )
+from ..vision import import_torchvision
+from .guided_diffusion import multiple, rename
+from .imported import Imported
 
 VERSION = "0.35.0"  # of diffusers, the oldest whose folders these are
 WEIGHTS = "diffusion_pytorch_model"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..config import UserError, read_json, validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import Classifier, ClassifierConfig, UNet, UNetConfig
-from . import weights
+from ..storage import weights
+from ..storage.weights import few, find_network, read_file
 from .imported import Imported
-from .weights import few, find_network, read_file
 
 RESIDUAL = {
     "norm_1": "in_layers.0",

@@ -17,10 +17,10 @@ from ..config import UserError, read_text, validate
 from ..data import ImageConfig
 from ..diffusion import ProcessConfig
 from ..sampling.autoencoder import Autoencoder
+from ..storage.weights import UNET_2D, find_network, read_file
 from .diffusers import present_names, unet_config, unet_from_diffusers
 from .imported import Imported
 from .on_latents import open_scaled
-from .weights import UNET_2D, find_network, read_file
 
 PROCESS = {
     "schedule": {"kind": "blend"},

@@ -11,12 +11,12 @@ from ..config import UserError, quoted, read_json
 from ..models import VAE
 from ..sampling.autoencoder import Autoencoder, open_autoencoder
 from ..sampling.folders import Weights
+from ..storage.weights import read_foreign_json
 from . import diffusers
 from .autoencoder_kl import autoencoder_kl_files, check_expressible
 from .diffusers import LATENTS, DiffusersAutoencoder, LatentPart
 from .imported import Imported
 from .own_folders import data_lines
-from .weights import read_foreign_json
 
 CPU = torch.device("cpu")
 

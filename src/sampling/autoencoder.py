@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..config import UserError, quoted, read_json, validate
 from ..interop.autoencoder_kl import exported_autoencoder
 from ..interop.diffusers import autoencoder_from_config, load_autoencoder
-from ..interop.weights import few, hub_name_of_url, is_hub_name, read_foreign_json
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
+from ..storage.weights import few, hub_name_of_url, is_hub_name, read_foreign_json
 from ..training.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
 from ..training.seeds import normal
 

@@ -26,11 +26,11 @@ from ..metrics import distances
 from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
+from ..storage.blocks import Ranks, claim_request, in_blocks
 from ..training.looks import only_looked_at
 from ..training.stream import to_network
 from ..vision import is_finite
 from .autoencoder import open_autoencoder
-from .blocks import Ranks, claim_request, in_blocks
 from .classifier import OpenedClassifier
 from .edit import files_of
 from .ends import Starts

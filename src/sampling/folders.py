@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import UserError, quoted, read_json
-from ..interop.weights import read_file, read_foreign_json
+from ..storage.weights import read_file, read_foreign_json
 from ..training.checkpoint import damage, newest, read_tensors
 from ..vision import check_finite
 

@@ -34,7 +34,7 @@ from ..data.latents import (
     write_block,
 )
 from ..data.transforms import DECODER
-from ..locks import take_lock
+from ..storage.locks import take_lock
 from ..training.launch import agree
 from ..training.stream import to_network
 from ..training.trials import Attempt

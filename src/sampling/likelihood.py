@@ -15,9 +15,9 @@ from ..config.packages import ask_for
 from ..config.progress import within
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
+from ..storage.blocks import Ranks, claim_request, in_blocks
 from ..training.looks import only_looked_at
 from ..vision import is_finite
-from .blocks import Ranks, claim_request, in_blocks
 from .opened import Opened
 from .preview import pictures_of
 from .sampler import noise_of

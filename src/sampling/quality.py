@@ -22,10 +22,10 @@ from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
+from ..storage.blocks import Ranks, in_blocks, ranks_here
 from ..training.launch import agree
 from ..training.trials import Attempt
 from ..vision import is_finite
-from .blocks import Ranks, in_blocks, ranks_here
 from .sampler import Sampler
 
 FEWEST = 10  # pictures of each side, under which no number says anything

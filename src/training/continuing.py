@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError, dump, read_json, validate
-from ..data.buckets import alone
+from ..storage.buckets import alone
 from .checkpoint import contents, damage, newest, spared_steps, step_folder, write_folder
 from .kept import at, cannot_change, images_seen
 from .report import read_lines

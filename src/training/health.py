@@ -19,11 +19,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .. import locks
 from ..config import UserError, write_flushed
 from ..config.packages import is_installed
-from ..locks import take_lock
 from ..metrics.features import INCEPTION_URL, inception_file
+from ..storage import locks
+from ..storage.locks import take_lock
 from ..vision import how_to_bring
 from . import checkpoint
 
@@ -319,7 +319,7 @@ def bucket(url: str | None, seconds: float = 30.0) -> Verdict:
     """Write a small object, list it, read it, compare and remove it."""
     if not url:
         return Verdict("skip", "none is named (--bucket gs://NAME/FOLDER, the config's bucket, or ATELIER_BUCKET)")
-    from ..data.buckets import Unreached, open_bucket
+    from ..storage.buckets import Unreached, open_bucket
 
     name, content = f"{os.getpid()}-{time.time_ns()}", os.urandom(1024)
 

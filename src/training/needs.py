@@ -85,7 +85,7 @@ def starts_from(cfg: Any, bucket: str | None = None) -> Verdict:
 
 def _in_bucket(url: str | None, name: str) -> bool:
     """Whether a launch brings the run `name`; not where the bucket cannot be read, which has a row of its own."""
-    from ..data.buckets import open_bucket
+    from ..storage.buckets import open_bucket
 
     def look() -> Verdict:
         with open_bucket(str(url)) as bucket:

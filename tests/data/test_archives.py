@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from src.config import UserError
-from src.data.archives import stem, unpack
+from src.storage.archives import stem, unpack
 from tests.conftest import here, refused
 
 

@@ -22,8 +22,8 @@ import pytest
 from google.auth.exceptions import DefaultCredentialsError
 
 from src.config import UserError
-from src.data import buckets
-from src.data.buckets import Bucket, Moved, open_bucket, pull, push, status
+from src.storage import buckets
+from src.storage.buckets import Bucket, Moved, open_bucket, pull, push, status
 from tests.conftest import ROOT, Finished, command, environment, launch, one_line
 from tests.storage import StorageServer
 
@@ -700,7 +700,7 @@ def test_an_unpacked_file_that_is_overwritten_by_one_of_the_same_size(
 
 
 def buckets_process(line: str, project: Path, url: str) -> Finished:
-    return launch("-m", "src.data.buckets", *line.split(), cwd=project, STORAGE_EMULATOR_HOST=url, PYTHONPATH=str(ROOT))
+    return launch("-m", "src.storage.buckets", *line.split(), cwd=project, STORAGE_EMULATOR_HOST=url, PYTHONPATH=str(ROOT))
 
 
 def test_a_mistake_is_one_line_and_status_2(server: StorageServer, tmp_path: Path) -> None:
@@ -737,7 +737,7 @@ def kill_often(server: StorageServer, tmp_path: Path, way: str, kills: int) -> N
         return {name: content for name, content in tree(tmp_path).items() if not name.endswith((".part", ".lock"))}
 
     server.rate = 100_000  # 0.6 s for a file
-    line = ["-m", "src.data.buckets", way, "x", "--bucket", "gs://bucket"]
+    line = ["-m", "src.storage.buckets", way, "x", "--bucket", "gs://bucket"]
     extra = environment(STORAGE_EMULATOR_HOST=server.url, PYTHONPATH=str(ROOT))
     for _ in range(kills):
         server.forget()
@@ -782,7 +782,7 @@ def test_two_syncs_of_one_folder_at_once_wait_for_each_other(server: StorageServ
     for part in left:
         part.write_bytes(b"half")
     server.rate = 200_000
-    words, extra = command(1, "-m", "src.data.buckets", "bring"), environment(PYTHONPATH=str(ROOT))
+    words, extra = command(1, "-m", "src.storage.buckets", "bring"), environment(PYTHONPATH=str(ROOT))
     both = [
         subprocess.Popen(words, cwd=project, env=extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3)
@@ -796,7 +796,7 @@ def test_two_syncs_of_one_folder_at_once_wait_for_each_other(server: StorageServ
 
 def test_a_lock_goes_with_a_folder_that_never_came(tmp_path: Path) -> None:
     lock, waiting = tmp_path / ".x.bring.lock", tmp_path / "waiting"
-    code = "from pathlib import Path; from src.data.buckets import alone; import sys; Path('waiting').touch()\n"
+    code = "from pathlib import Path; from src.storage.buckets import alone; import sys; Path('waiting').touch()\n"
     code += "with alone(Path('x')): print(Path('.x.bring.lock').exists())"
     words, extra = command(1, "-c", code), environment(PYTHONPATH=str(ROOT))
     with buckets.alone(tmp_path / "x"):

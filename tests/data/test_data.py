@@ -20,11 +20,11 @@ from PIL import Image, PngImagePlugin
 from src.config import UserError, validate
 from src.data import ImageConfig, PictureSet, open_data, open_sources
 from src.data import packing as packing_module
-from src.data.archives import unpack
 from src.data.packing import pack
 from src.data.scan import ScanConfig, cache_folder, inspect
 from src.data.sources import SHAPES, DatasetsSource, DigitsSource, FolderSource, PackedSource, ShapesSource, draw_shape
 from src.data.transforms import decode, position_uniforms, shorter_side, square
+from src.storage.archives import unpack
 
 MIDDLE = np.full(3, 0.5)
 

@@ -16,7 +16,7 @@ import torch
 import ddpm_accelerate
 import train_iadb
 from src.config import UserError, dump, load
-from src.data.buckets import open_bucket, push
+from src.storage.buckets import open_bucket, push
 from src.training import session, uploads
 from src.training.checkpoint import damage, newest, retain, roll_back, spared_steps, step_folder, write_folder
 from src.training.run import RunDirectory
@@ -34,8 +34,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageS
     monkeypatch.chdir(tmp_path)
     with StorageServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        monkeypatch.setattr("src.data.buckets.FIRST_DELAY", 0.01)
-        monkeypatch.setattr("src.data.buckets.LAST_DELAY", 0.02)
+        monkeypatch.setattr("src.storage.buckets.FIRST_DELAY", 0.01)
+        monkeypatch.setattr("src.storage.buckets.LAST_DELAY", 0.02)
         yield server
 
 

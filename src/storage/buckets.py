@@ -28,8 +28,8 @@ from typing import IO, Any, BinaryIO, NamedTuple
 from ..config import FULL, UserError, run_script, write_whole
 from ..config.packages import needed
 from ..config.progress import Progress
-from ..locks import take_lock
 from .archives import Damaged, size, stem, unpack
+from .locks import take_lock
 
 TRIES = 6  # in a row that bring no byte
 FIRST_DELAY = 1.0  # seconds at most before the second try; doubled up to LAST_DELAY
