@@ -15,6 +15,7 @@ import torch
 from src.config import Length, config, free, load, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, check_images
 from src.diffusion import ProcessConfig, build_process
+from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import UNetConfig
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.sampling.given import Given, from_python
@@ -32,7 +33,6 @@ from src.training.session import Session
 from src.training.sharding import prepare
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
-from src.training.times import TimeSampler, TimesConfig, UniformTimes
 from src.training.trials import Attempt, run_training
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from src.config import Length, UserError, config, free, load, quoted, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
+from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import ClassifierConfig
 from src.sampling.classifier import (
     MeasureConfig,
@@ -36,7 +37,6 @@ from src.training.seeds import torch_seed
 from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import split_batch, stream, to_network
-from src.training.times import TimeSampler, TimesConfig, UniformTimes
 from src.training.trials import Attempt, run_training
 
 

@@ -18,6 +18,7 @@ from src.config import ENDLESS, Length, config, free, load, run_script, to_steps
 from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, check_images
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
+from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import MLPConfig, UNetConfig
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.autoencoder import autoencoder_for
@@ -39,7 +40,6 @@ from src.training.seeds import torch_seed
 from src.training.session import Session
 from src.training.state import Trained
 from src.training.stream import split_batch
-from src.training.times import TimeSampler, TimesConfig, UniformTimes
 from src.training.trials import Attempt, run_training
 
 Model = Annotated[

@@ -15,6 +15,7 @@ import torch
 from src.config import Length, config, free, load, quoted, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.diffusion import ProcessConfig, build_process
+from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import UNetConfig
 from src.sampling.autoencoder import autoencoder_for
 from src.sampling.ends import latent_bounds
@@ -33,7 +34,6 @@ from src.training.session import Session
 from src.training.sharding import home, prepare
 from src.training.state import Trained
 from src.training.stream import latent_stream, split_batch
-from src.training.times import TimeSampler, TimesConfig, UniformTimes
 from src.training.trials import Attempt, run_training
 
 

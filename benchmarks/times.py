@@ -20,9 +20,9 @@ from src import pictures
 from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
 from src.diffusion import LossConfig
+from src.diffusion.training_times import SecondMomentTimes, TimeSampler, UniformTimes
 from src.sampling import open_trained
 from src.sampling.preview import pictures_of
-from src.training.times import SecondMomentTimes, TimeSampler, UniformTimes
 
 
 @config

@@ -6,9 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..diffusion.training_times import TimeSampler
 from .seeds import generator, normal, uniforms
 from .stream import MicroBatch, Split
-from .times import TimeSampler
 
 
 class Draws:

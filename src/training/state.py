@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..diffusion.training_times import TimeSampler
 from . import checkpoint
 from .ema import EMA
 from .optimizer import load_optimizer_state, names_of, optimizer_state
 from .parts import on_cpu
-from .times import TimeSampler
 
 
 class Trained:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from src.config import validate
 from src.data import ImageConfig
 from src.diffusion import ProcessConfig, build_process
+from src.diffusion.training_times import TimeSampler, UniformTimes
 from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
@@ -19,7 +20,6 @@ from src.training.draws import Draws
 from src.training.optimizer import OptimizerConfig
 from src.training.stages import StageConfig, plan_stages, warnings
 from src.training.stream import MicroBatch, split_batch
-from src.training.times import TimeSampler, UniformTimes
 
 
 def stages(*raw: dict[str, Any]) -> tuple[StageConfig, ...]:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..config import UserError, config
-from ..diffusion import Process, TableSchedule
+from . import Process, TableSchedule
 
 
 @config
