@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from src import pictures
+from src import figures as pictures
 from src.config import UserError, run_script, validate
 from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
 from src.sampling import Opened, SamplerConfig, open_trained

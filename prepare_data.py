@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src import pictures
+from src import figures as pictures
 from src.config import UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
 from src.data.names import class_remarks, shown

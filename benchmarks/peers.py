@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from src.vision import import_torchvision
+from src.models.pretrained import import_torchvision
 
 SIZE, CALLS = 32, 50
 FRACTIONS = (0.125, 0.25, 0.5, 1.0)

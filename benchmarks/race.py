@@ -40,7 +40,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.common import ROOT, environment, installed, machine
 from benchmarks.peers import CALLS, FRACTIONS, SIZE
-from src import pictures
+from src import figures as pictures
 from src.config import UserError, read_json, run_script
 from src.data import ImageConfig, PictureSet, open_sources
 from src.data.packing import pack

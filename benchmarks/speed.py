@@ -44,6 +44,7 @@ from src.config import load
 from src.diffusion import build_process
 from src.models import VAE, Discriminator, UNetConfig
 from src.models.layers import channels_last
+from src.models.pretrained import import_torchvision
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.autoencoder import Autoencoder
 from src.sampling.opened import build_unet
@@ -52,7 +53,6 @@ from src.training.optimizer import build_optimizer
 from src.training.stages import StageConfig
 from src.training.stream import MicroBatch, to_network
 from src.training.trials import Attempt
-from src.vision import import_torchvision
 
 CONFIGS = ROOT / "configs"
 WARMUP = 3  # turns that are not counted

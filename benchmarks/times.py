@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import machine
-from src import pictures
+from src import figures as pictures
 from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
 from src.diffusion import LossConfig

@@ -24,7 +24,7 @@ from src.diffusion import build_process
 from src.interop.diffusers import unet_from_diffusers
 from src.models import UNet
 from src.models.layers import channels_last
-from src.vision import import_torchvision
+from src.models.pretrained import import_torchvision
 
 PLAIN = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")}
 PLAIN |= {"up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")}

@@ -341,7 +341,7 @@ def test_figures_are_kept_where_their_sheets_cannot_be_drawn(
         raise ValueError("no font")
 
     for name in ("grid", "curves", "save"):
-        monkeypatch.setattr("src.pictures." + name, no_font)
+        monkeypatch.setattr("src.figures." + name, no_font)
     monkeypatch.setattr("src.training.report.make_report", no_font)
     words = (run, "--num-samples", "12", "--num-images", "12", "--steps", "2", *RANDOM)
     done = here("evaluate.py", *words, "--out", tmp_path / "quality", "--json")

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from PIL import Image
 
-from src import pictures
+from src import figures as pictures
 from src.config import UserError, validate
 from src.data.sources import draw_shape
 from src.diffusion import SOLVERS, ProcessConfig

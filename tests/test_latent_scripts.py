@@ -262,7 +262,7 @@ def test_an_autoencoder_that_cannot_be_trained(tmp_path: Path, monkeypatch: pyte
 
 
 def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path) -> None:
-    from src.vision import import_torchvision
+    from src.models.pretrained import import_torchvision
 
     arguments = ["train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(perceptual__network="alex")]
     said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path), HF_HUB_OFFLINE="1"))
@@ -536,7 +536,7 @@ def test_a_latent_run_whose_looks_all_fail_is_the_run(vae_run: Path, tmp_path: P
         raise ValueError("no font")
 
     for name in ("save", "curves"):
-        monkeypatch.setattr(f"src.pictures.{name}", no_font)
+        monkeypatch.setattr(f"src.figures.{name}", no_font)
     sets = {"steps": 2, "preview__every": 1, "checkpoint__every": 2, "log__every": 1, "preview__sampler__steps": 2}
     done = train_ldm(tmp_path / "run", vae_run, log__trackers=[], latents=str(tmp_path / "latents"), **sets)
     assert done.status == 0, done.all

@@ -22,7 +22,7 @@ from src.losses import (
     kl_divergence,
     reconstruction_loss,
 )
-from src.vision import import_torchvision
+from src.models.pretrained import import_torchvision
 
 
 def pictures(size: int = 32, channels: int = 3, batch: int = 2) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from src import losses, metrics, pictures
+from src import figures as pictures
+from src import losses, metrics
 from src.config import UserError, load
 from src.config.packages import ask_for, is_installed, needed
 from src.data import open_data
@@ -18,10 +19,10 @@ from src.interop.diffusers import load_autoencoder
 from src.interop.upscaling import open_upscaler
 from src.metrics import distances
 from src.metrics.features import open_features
+from src.models.pretrained import efficientnet_lite0
 from src.storage.buckets import open_bucket
 from src.training import needs
 from src.training.launch import MachineConfig, start
-from src.vision import efficientnet_lite0
 from tests.conftest import ROOT, refused, run_here
 from tests.test_house import CONFIGS, script_of
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src import pictures
+from src import figures as pictures
 from src.config import UserError, _override, quoted
 from tests.conftest import ROOT
 

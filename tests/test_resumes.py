@@ -13,10 +13,10 @@ import torch
 import ddpm_accelerate
 import train_iadb
 from src.config import UserError, dump, load, progress, read_json, validate
+from src.models.pretrained import import_torchvision
 from src.training.checkpoint import read_tensors, write_folder
 from src.training.run import changes
 from src.training.trials import compare_checkpoints
-from src.vision import import_torchvision
 from tests import kills, resumes
 from tests.conftest import ROOT, launch, metrics, refused, run_here
 

@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from src import losses, vision
+from src import losses
 from src.config import UserError
 from src.losses import Perceptual, PerceptualConfig
 from src.metrics import features
 from src.metrics.features import open_features
-from src.vision import fetch_weights, how_to_bring, import_torchvision
+from src.models import pretrained as vision
+from src.models.pretrained import fetch_weights, how_to_bring, import_torchvision
 from tests.conftest import ROOT, launch
 
 FAKE = """
@@ -46,7 +47,7 @@ def python(code: str, **extra: str) -> str:
 
 def test_after_it_torchvisions_networks_and_what_imports_torchvision_come_in() -> None:
     out = python(
-        "from src.vision import import_torchvision\n"
+        "from src.models.pretrained import import_torchvision\n"
         "first = import_torchvision()\n"
         "import torch, torchvision, torchvision.models, lpips, torchmetrics\n"
         "assert first is torchvision and import_torchvision() is torchvision\n"
@@ -62,7 +63,7 @@ def test_a_torchvision_without_its_compiled_operators_is_imported_after_all(tmp_
     (tmp_path / "torchvision" / "__init__.py").write_text("from . import part\n" + FAKE)
     (tmp_path / "torchvision" / "part.py").write_text("import torch\nagain = getattr(torch, 'times_imported', 0) > 0\n")
     out = python(
-        "from src.vision import import_torchvision\n"
+        "from src.models.pretrained import import_torchvision\n"
         "torchvision = import_torchvision()\n"
         "assert import_torchvision() is torchvision\n"
         "print(torchvision.TIMES, torchvision.part.again)",

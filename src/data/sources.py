@@ -23,8 +23,8 @@ from pydantic import Discriminator, Field, Tag
 
 from ..config import UserError, config, free, kind_of
 from ..config.packages import needed
+from ..models.pretrained import hub_reason
 from ..storage.archives import stem
-from ..vision import hub_reason
 from . import formats
 from .layout import Found, Layout, find_layout, in_words, walk
 from .names import by_ending, class_of, few, normal_form, ordered, shown, spelled

@@ -23,6 +23,7 @@ from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
+from ..models.pretrained import import_torchvision
 from ..storage.weights import (
     KL,
     UNET_2D,
@@ -36,7 +37,6 @@ from ..storage.weights import (
     read_files,
     read_foreign_json,
 )
-from ..vision import import_torchvision
 from .guided_diffusion import multiple, rename
 from .imported import Imported
 

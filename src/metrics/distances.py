@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..config.packages import needed
-from ..vision import import_torchvision
+from ..models.pretrained import import_torchvision
 
 Array = NDArray[Any]
 NEIGHBOURS = 5  # of precision, recall, density and coverage, as Naeem et al. have it

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..vision import (
+from ..models.pretrained import (
     check_finite,
     efficientnet_lite0,
     fetch_weights,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..config.packages import needed
-from ..vision import import_torchvision
+from ..models.pretrained import import_torchvision
 
 SMALLEST_FOR_SSIM = 11  # its window
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import UserError, quoted
 from ..config.progress import Progress
 from ..diffusion import Prediction

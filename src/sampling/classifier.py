@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import Length, UserError, free, validate, wrong
 from ..config import config as settings
 from ..data import ImageConfig

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .. import metrics, pictures
+from .. import figures as pictures
+from .. import metrics
 from ..config import UserError, dump, parse_json, read_json, validate, write_whole
 from ..config.packages import ask_for
 from ..config.progress import within
@@ -26,10 +27,10 @@ from ..metrics import distances
 from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
+from ..models.pretrained import is_finite
 from ..storage.blocks import Ranks, claim_request, in_blocks
 from ..training.looks import only_looked_at
 from ..training.stream import to_network
-from ..vision import is_finite
 from .autoencoder import open_autoencoder
 from .classifier import OpenedClassifier
 from .edit import files_of

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import UserError, write_whole
 from ..config.progress import Progress
 from ..diffusion import Prediction

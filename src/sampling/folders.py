@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import UserError, quoted, read_json
+from ..models.pretrained import check_finite
 from ..storage.weights import read_file, read_foreign_json
 from ..training.checkpoint import damage, newest, read_tensors
-from ..vision import check_finite
 
 
 def run_name(path: str | Path) -> str:

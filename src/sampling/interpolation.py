@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from .. import pictures
+from .. import figures as pictures
 from ..config.progress import Progress
 from ..training.looks import asked_for
 from .files import wait_for

@@ -34,11 +34,11 @@ from ..data.latents import (
     write_block,
 )
 from ..data.transforms import DECODER
+from ..models.pretrained import is_finite
 from ..storage.locks import take_lock
 from ..training.launch import agree
 from ..training.stream import to_network
 from ..training.trials import Attempt
-from ..vision import is_finite
 from .autoencoder import Autoencoder, LatentCodec
 from .preview import Examples
 

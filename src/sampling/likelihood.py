@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import UserError, write_whole
 from ..config.packages import ask_for
 from ..config.progress import within
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
+from ..models.pretrained import is_finite
 from ..storage.blocks import Ranks, claim_request, in_blocks
 from ..training.looks import only_looked_at
-from ..vision import is_finite
 from .opened import Opened
 from .preview import pictures_of
 from .sampler import noise_of

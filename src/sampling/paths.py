@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import Length, config, free
 from ..diffusion import Prediction
 from ..training.seeds import generator

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import write_whole
 from ..config.progress import track
 from ..diffusion import Prediction

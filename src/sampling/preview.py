@@ -13,17 +13,17 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import Length, config, free
 from ..data import ImageConfig, PictureSet
 from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
+from ..models.pretrained import is_finite
 from ..training.looks import Look, failed_on_any, only_looked_at
 from ..training.seeds import generator, normal
 from ..training.session import Session
 from ..training.stream import to_network
-from ..vision import is_finite
 from .quality import QualityConfig
 from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import Length, UserError, config, free
 from ..config.progress import Progress, within
 from ..data import ImageConfig, PictureSet, PointSet
@@ -22,10 +22,10 @@ from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
+from ..models.pretrained import is_finite
 from ..storage.blocks import Ranks, in_blocks, ranks_here
 from ..training.launch import agree
 from ..training.trials import Attempt
-from ..vision import is_finite
 from .sampler import Sampler
 
 FEWEST = 10  # pictures of each side, under which no number says anything

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .. import metrics, pictures
+from .. import figures as pictures
+from .. import metrics
 from ..config import Length, config, free
 from ..losses import reconstruction_loss
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM

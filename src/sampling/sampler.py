@@ -41,7 +41,7 @@ from ..diffusion.guidance import Gradient
 from ..diffusion.schedules import Spacing, like
 from ..diffusion.solvers import Callback
 from ..diffusion.variance import Transitions
-from ..vision import is_finite
+from ..models.pretrained import is_finite
 
 Bound = float | Tensor
 

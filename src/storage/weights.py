@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import UserError, quoted
 from ..config.packages import needed
-from ..vision import check_finite, hub_reason
+from ..models.pretrained import check_finite, hub_reason
 
 # ---------------------------------------------------------------------------------------------- files
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import FULL, Length, UserError, config, free, write_flushed, write_whole
-from ..vision import check_finite
+from ..models.pretrained import check_finite
 from .parts import part_of
 
 MANIFEST = "MANIFEST.json"

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..config import UserError
 from ..data import PictureSet, PointSet
-from ..vision import check_finite, is_finite
+from ..models.pretrained import check_finite, is_finite
 
 
 def same_on_all(fingerprint: str) -> None:

@@ -22,9 +22,9 @@ import torch
 from ..config import UserError, write_flushed
 from ..config.packages import is_installed
 from ..metrics.features import INCEPTION_URL, inception_file
+from ..models.pretrained import how_to_bring
 from ..storage import locks
 from ..storage.locks import take_lock
-from ..vision import how_to_bring
 from . import checkpoint
 
 Status = Literal["pass", "warn", "fail", "skip"]
@@ -249,7 +249,7 @@ def ffmpeg() -> Verdict:
     """Two frames to an MP4 in H.264."""
     from PIL import Image
 
-    from .. import pictures
+    from .. import figures as pictures
 
     program = pictures.ffmpeg()
     try:

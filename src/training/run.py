@@ -15,7 +15,7 @@ from typing import IO, Any
 import pydantic
 from accelerate.utils import gather_object
 
-from .. import pictures
+from .. import figures as pictures
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, progress, read_json, validate
 from ..data import PictureSet, PointSet
 from ..data.formats import READ_BEFORE

@@ -16,7 +16,7 @@ from src.config import UserError, validate
 from src.diffusion import Process, ProcessConfig, ancestral, build_process, clip, ddim, times
 from src.interop.diffusers import export, process_config, read, scheduler_config, unet2d_config, unet_config
 from src.models import UNet, UNetConfig
-from src.vision import import_torchvision
+from src.models.pretrained import import_torchvision
 from tests.conftest import randomise
 
 SMALL = {"base_channels": 16, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "norm_groups": 8}

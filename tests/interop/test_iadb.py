@@ -18,11 +18,11 @@ from src.interop import diffusers as folders
 from src.interop.iadb import PROCESS, Said, architecture, read, read_yaml
 from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
+from src.models.pretrained import import_torchvision
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.autoencoder import open_autoencoder
 from src.sampling.sampler import noise_of
 from src.training.checkpoint import read_tensors, write_folder
-from src.vision import import_torchvision
 from tests.conftest import ROOT, here, randomise, refused
 
 sys.path.insert(0, str(ROOT))

@@ -18,10 +18,10 @@ from src.interop.autoencoder_kl import autoencoder_kl_files, exported_autoencode
 from src.interop.imported import Imported, keep
 from src.interop.latent_folders import read
 from src.models import VAE, UNet, UNetConfig, VAEConfig
+from src.models.pretrained import import_torchvision
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.autoencoder import Autoencoder, open_autoencoder, start_from
 from src.training.checkpoint import write_folder
-from src.vision import import_torchvision
 from tests.conftest import here, randomise, refused
 
 CPU = torch.device("cpu")

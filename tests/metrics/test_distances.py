@@ -8,7 +8,7 @@ import torch
 
 from src.metrics import distances
 from src.metrics.distances import Array
-from src.vision import import_torchvision
+from src.models.pretrained import import_torchvision
 
 RNG = np.random.default_rng
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from src.config import UserError
 from src.metrics.features import Features, _resized, inception_file, open_features
-from src.vision import efficientnet_lite0, import_torchvision
+from src.models.pretrained import efficientnet_lite0, import_torchvision
 from tests.conftest import ROOT, randomise
 
 

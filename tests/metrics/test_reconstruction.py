@@ -8,7 +8,7 @@ from torch import Tensor
 
 from src.metrics import colour_drift, psnr, ssim
 from src.metrics.reconstruction import SMALLEST_FOR_SSIM
-from src.vision import import_torchvision
+from src.models.pretrained import import_torchvision
 
 
 def pictures(channels: int = 3, size: int = 24) -> tuple[Tensor, Tensor]:

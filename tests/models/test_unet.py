@@ -8,7 +8,7 @@ from src.config import UserError, validate
 from src.interop.diffusers import unet_from_diffusers
 from src.models import UNet, UNetConfig
 from src.models.layers import Attention, sinusoidal_embedding
-from src.vision import import_torchvision
+from src.models.pretrained import import_torchvision
 from tests.conftest import randomise
 
 SMALL = {"base_channels": 16, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "norm_groups": 8}

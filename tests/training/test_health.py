@@ -24,7 +24,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 import src.training.state
-from src import losses, pictures
+from src import figures as pictures
+from src import losses
 from src.config import UserError, load
 from src.training import checkpoint, health, needs, proof
 from src.training.health import Row, Verdict, examine

@@ -16,7 +16,7 @@ import torch
 from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 
-from src import pictures
+from src import figures as pictures
 from src.config import UserError
 from src.sampling import preview
 from src.sampling.sampler import Sampler

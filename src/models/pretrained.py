@@ -24,8 +24,8 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor
 
-from .config import FORBIDDEN, FULL, UserError
-from .config.packages import ask_for, needed
+from ..config import FORBIDDEN, FULL, UserError
+from ..config.packages import ask_for, needed
 
 PATIENCE = 15.0  # seconds without an answer, after which there is no network
 HEAD_START = 2.0  # seconds that the first rank of a machine has, so that it is the one that fetches and shows its progress
