@@ -17,22 +17,22 @@ from src.data import HeldOut, ImageConfig, Sources, check_images
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import UNetConfig
+from src.runtime.checkpoint import CheckpointConfig
+from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.seeds import torch_seed
+from src.runtime.sharding import prepare
+from src.runtime.stream import split_batch, stream, to_network
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.sampling.given import Given, from_python
 from src.sampling.opened import count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.sampling.quality import open_quality
-from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, describe_data
-from src.training.seeds import torch_seed
 from src.training.session import Session
-from src.training.sharding import prepare
 from src.training.state import Trained
-from src.training.stream import split_batch, stream, to_network
 from src.training.trials import Attempt, run_training
 
 

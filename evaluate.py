@@ -21,6 +21,8 @@ from src.config import UserError, config, parse_json, read_json, run_script, val
 from src.data import HeldOut, PictureSet, Sources, open_data
 from src.diffusion import TableSchedule, times
 from src.metrics.features import NAMES, Features, open_features
+from src.runtime.launch import explain_out_of_memory, start_sampling
+from src.runtime.looks import only_looked_at
 from src.sampling import open_trained
 from src.sampling.classifier import open_classifier
 from src.sampling.evaluation import (
@@ -38,8 +40,6 @@ from src.sampling.evaluation import (
 from src.sampling.likelihood import measure_likelihood
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
 from src.storage.blocks import ranks_of
-from src.training.launch import explain_out_of_memory, start_sampling
-from src.training.looks import only_looked_at
 from src.training.report import write_report
 from src.training.run import append_metrics, check_ranks, describe_data
 

@@ -17,6 +17,10 @@ from src.config import Length, UserError, config, free, load, quoted, run_script
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import ClassifierConfig
+from src.runtime.checkpoint import CheckpointConfig
+from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.seeds import torch_seed
+from src.runtime.stream import split_batch, stream, to_network
 from src.sampling.classifier import (
     MeasureConfig,
     NoiseConfig,
@@ -27,16 +31,12 @@ from src.sampling.classifier import (
     start_classifier_from,
 )
 from src.sampling.preview import first_pictures, pictures_of
-from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, describe_data
-from src.training.seeds import torch_seed
 from src.training.session import Session
 from src.training.state import Trained
-from src.training.stream import split_batch, stream, to_network
 from src.training.trials import Attempt, run_training
 
 

@@ -20,6 +20,10 @@ from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import MLPConfig, UNetConfig
+from src.runtime.checkpoint import CheckpointConfig
+from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.seeds import torch_seed
+from src.runtime.stream import split_batch
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.autoencoder import autoencoder_for
 from src.sampling.ends import open_ends
@@ -30,16 +34,12 @@ from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
 from src.sampling.points import write_points
 from src.sampling.quality import open_quality
 from src.sampling.sampler import random_labels
-from src.training.checkpoint import CheckpointConfig
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
 from src.training.run import LogConfig, check_ranks
-from src.training.seeds import torch_seed
 from src.training.session import Session
 from src.training.state import Trained
-from src.training.stream import split_batch
 from src.training.trials import Attempt, run_training
 
 Model = Annotated[

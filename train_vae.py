@@ -19,21 +19,21 @@ from src.config.packages import ask_for
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
+from src.runtime.checkpoint import CheckpointConfig
+from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.seeds import normal, torch_seed
+from src.runtime.stream import stream, to_network
 from src.sampling.autoencoder import start_from
 from src.sampling.preview import first_pictures, pictures_of
 from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
-from src.training.checkpoint import CheckpointConfig
 from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig
-from src.training.launch import MachineConfig, accumulating, settle_reducer, start
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
 from src.training.run import LogConfig, describe_data
-from src.training.seeds import normal, torch_seed
 from src.training.session import Session
 from src.training.stages import StageConfig, plan_stages, warnings
 from src.training.state import Trained
-from src.training.stream import stream, to_network
 from src.training.trials import Attempt, run_training
 
 

@@ -37,7 +37,7 @@ from src.data import ImageConfig, PictureSet, open_sources
 from src.data.packing import pack
 from src.data.sources import DatasetsSource, FolderPictures, FolderSource, PackedSource
 from src.data.transforms import decode, square
-from src.training.stream import _quiet_worker, split_batch, stream, to_network
+from src.runtime.stream import _quiet_worker, split_batch, stream, to_network
 
 FOLDER, PACKED, DATASETS, LMDB, NOTHING = (
     "folder",

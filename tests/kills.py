@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.training.checkpoint import newest
+from src.runtime.checkpoint import newest
 from tests.conftest import ROOT, command, environment, metrics
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from src.config import load
+from src.runtime.checkpoint import damage, newest, read_tensors
 from src.training import trials, uploads
-from src.training.checkpoint import damage, newest, read_tensors
 from src.training.kept import cannot_change, images_seen
 from src.training.trials import compare_checkpoints
 from tests.conftest import ROOT, here, launch, metrics, one_line, refused

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.data.latents import LatentSet
-from src.training.seeds import normal
+from src.runtime.seeds import normal
 from tests import kills
 from tests.conftest import SMOKE, launch, metrics
 from tests.kills import settings

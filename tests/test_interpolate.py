@@ -26,12 +26,12 @@ from src.data.sources import draw_shape
 from src.diffusion import SOLVERS, ProcessConfig
 from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
+from src.runtime.checkpoint import write_folder
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.edit import as_seen
 from src.sampling.folders import read_weights
 from src.sampling.interpolation import Journey, class_weights, slerp, smoothstep, straight
 from src.sampling.sampler import random_labels
-from src.training.checkpoint import write_folder
 from tests.conftest import ROOT, here, launch, one_line, randomise, refused
 
 sys.path.insert(0, str(ROOT))

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from src.training.checkpoint import newest
+from src.runtime.checkpoint import newest
 from tests import kills
 from tests.conftest import ROOT, SMOKE, Finished, launch, metrics, refused, run_here
 from tests.kills import settings

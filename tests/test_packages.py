@@ -20,9 +20,9 @@ from src.interop.upscaling import open_upscaler
 from src.metrics import distances
 from src.metrics.features import open_features
 from src.models.pretrained import efficientnet_lite0
+from src.runtime.launch import MachineConfig, start
 from src.storage.buckets import open_bucket
 from src.training import needs
-from src.training.launch import MachineConfig, start
 from tests.conftest import ROOT, refused, run_here
 from tests.test_house import CONFIGS, script_of
 

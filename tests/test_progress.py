@@ -16,11 +16,11 @@ import pytest
 from src.config import progress
 from src.config.progress import Phases, Progress, track, within
 from src.data.scan import ScanConfig, scan
+from src.runtime.launch import StopRequest
+from src.runtime.stream import split_batch
 from src.storage.blocks import Ranks, in_blocks
 from src.training import trials
 from src.training.clock import Cadence, Clock
-from src.training.launch import StopRequest
-from src.training.stream import split_batch
 from src.training.trials import Attempt, compare_checkpoints
 from tests.conftest import ROOT, here, metrics, run_here
 

@@ -14,7 +14,7 @@ import ddpm_accelerate
 import train_iadb
 from src.config import UserError, dump, load, progress, read_json, validate
 from src.models.pretrained import import_torchvision
-from src.training.checkpoint import read_tensors, write_folder
+from src.runtime.checkpoint import read_tensors, write_folder
 from src.training.run import changes
 from src.training.trials import compare_checkpoints
 from tests import kills, resumes

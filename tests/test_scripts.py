@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from src.config import load
+from src.runtime.checkpoint import newest
+from src.runtime.launch import StepGate
 from src.sampling import checkpoints
-from src.training.checkpoint import newest
-from src.training.launch import StepGate
 from tests import kills
 from tests.conftest import ROOT, SMOKE, Finished, command, environment, here, launch, metrics, one_line, refused, run_here
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.training.checkpoint import newest
+from src.runtime.checkpoint import newest
 from tests import kills
 from tests.conftest import ROOT, environment, metrics
 from tests.storage import StorageServer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import UserError, read_json, validate
 from ..models import VAE, VAEConfig
-from ..training.checkpoint import read_tensors
+from ..runtime.checkpoint import read_tensors
 from .diffusers import ATTENTION, RESIDUAL, VERSION, WEIGHTS
 
 OURS = "atelier.json"  # beside their config.json: what brings our own network back, and the hash of the weights it belongs to

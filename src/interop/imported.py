@@ -11,7 +11,7 @@ from torch import nn
 from ..config import UserError, dump, write_whole
 from ..diffusion import ProcessConfig
 from ..models import ClassifierConfig, UNetConfig
-from ..training.checkpoint import write_folder
+from ..runtime.checkpoint import write_folder
 
 if TYPE_CHECKING:
     from ..sampling.autoencoder import Autoencoder

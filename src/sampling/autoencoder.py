@@ -15,9 +15,9 @@ from ..interop.autoencoder_kl import exported_autoencoder
 from ..interop.diffusers import autoencoder_from_config, load_autoencoder
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
+from ..runtime.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
+from ..runtime.seeds import normal
 from ..storage.weights import few, hub_name_of_url, is_hub_name, read_foreign_json
-from ..training.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
-from ..training.seeds import normal
 
 CPU = torch.device("cpu")
 

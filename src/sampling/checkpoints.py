@@ -15,8 +15,8 @@ from .. import figures as pictures
 from ..config import UserError, quoted
 from ..config.progress import Progress
 from ..diffusion import Prediction
-from ..training.launch import explain_out_of_memory, start_sampling
-from ..training.looks import asked_for
+from ..runtime.launch import explain_out_of_memory, start_sampling
+from ..runtime.looks import asked_for
 from .classifier import open_classifier
 from .files import Frames, columns_for
 from .opened import Opened, dealt, open_trained

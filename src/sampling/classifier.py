@@ -22,7 +22,7 @@ from ..diffusion.process import fed
 from ..diffusion.schedules import BlendScheduleConfig, ScheduleConfig
 from ..models import Classifier, ClassifierConfig
 from ..models.layers import channels_last
-from ..training.checkpoint import load_weights
+from ..runtime.checkpoint import load_weights
 from .folders import read_weights
 from .preview import Examples
 from .sampler import noise_of

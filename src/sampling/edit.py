@@ -15,8 +15,8 @@ from ..config import UserError
 from ..data import ImageConfig
 from ..data.formats import endings
 from ..data.transforms import decode, square
-from ..training.seeds import generator
-from ..training.stream import to_network
+from ..runtime.seeds import generator
+from ..runtime.stream import to_network
 from .opened import Opened
 from .sampler import Edit, Start
 

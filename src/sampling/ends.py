@@ -17,10 +17,10 @@ from torch import Tensor
 from ..config import UserError
 from ..data import GaussianSource, ImageConfig, PictureSet, PointSet, open_data, open_given, open_given_points, open_points
 from ..data.points import DensitySource, PointSource, picture_of
+from ..runtime.seeds import generator, normal, torch_seed
+from ..runtime.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
 from ..training.given import same_on_all
 from ..training.run import describe_data
-from ..training.seeds import generator, normal, torch_seed
-from ..training.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 from .latents import Latents, cache_folder, latents_of

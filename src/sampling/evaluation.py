@@ -28,9 +28,9 @@ from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
 from ..models.pretrained import is_finite
+from ..runtime.looks import only_looked_at
+from ..runtime.stream import to_network
 from ..storage.blocks import Ranks, claim_request, in_blocks
-from ..training.looks import only_looked_at
-from ..training.stream import to_network
 from .autoencoder import open_autoencoder
 from .classifier import OpenedClassifier
 from .edit import files_of

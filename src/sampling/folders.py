@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..config import UserError, quoted, read_json
 from ..models.pretrained import check_finite
+from ..runtime.checkpoint import damage, newest, read_tensors
 from ..storage.weights import read_file, read_foreign_json
-from ..training.checkpoint import damage, newest, read_tensors
 
 
 def run_name(path: str | Path) -> str:

@@ -13,8 +13,8 @@ from torch import nn
 from ..config import UserError, quoted
 from ..data import GIVEN, PictureSet, PointSet, open_data, open_given
 from ..models import MLP, MLPConfig
+from ..runtime.sharding import home
 from ..training.given import given_network, needs_null_class, same_on_all
-from ..training.sharding import home
 from ..training.trials import Attempt, train_here
 from .opened import build_unet
 

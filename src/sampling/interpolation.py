@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import figures as pictures
 from ..config.progress import Progress
-from ..training.looks import asked_for
+from ..runtime.looks import asked_for
 from .files import wait_for
 from .opened import Opened
 from .sampler import Sampler

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import figures as pictures
 from ..config import write_whole
 from ..config.progress import track
-from ..training.looks import only_looked_at
+from ..runtime.looks import only_looked_at
 from .edit import as_seen
 from .files import claim
 from .opened import Opened

@@ -35,9 +35,9 @@ from ..data.latents import (
 )
 from ..data.transforms import DECODER
 from ..models.pretrained import is_finite
+from ..runtime.launch import agree
+from ..runtime.stream import to_network
 from ..storage.locks import take_lock
-from ..training.launch import agree
-from ..training.stream import to_network
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 from .preview import Examples

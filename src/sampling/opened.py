@@ -16,7 +16,7 @@ from ..data.names import few, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import MLP, MLPConfig, UNet, UNetConfig
 from ..models.layers import channels_last
-from ..training.checkpoint import load_weights
+from ..runtime.checkpoint import load_weights
 from .autoencoder import LatentCodec, kept_autoencoder
 from .classifier import OpenedClassifier
 from .ends import EncodedEnd, End, latent_bounds, open_end

@@ -22,7 +22,7 @@ from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, wri
 from ..data.names import same_names
 from ..data.transforms import DECODER
 from ..diffusion import DETERMINISTIC
-from ..training.stream import MicroBatch, Order, Split, positions_of
+from ..runtime.stream import MicroBatch, Order, Split, positions_of
 from ..training.trials import Attempt
 from .ends import Ends
 from .latents import CONTENT, make_cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import figures as pictures
 from ..config import Length, config, free
 from ..diffusion import Prediction
-from ..training.seeds import generator
+from ..runtime.seeds import generator
 from ..training.session import Session
 from .ends import Ends
 from .preview import Examples, held_out_loss, looked_at, preview_failed, warn_not_finite

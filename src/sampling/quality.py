@@ -23,8 +23,8 @@ from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
 from ..models.pretrained import is_finite
+from ..runtime.launch import agree
 from ..storage.blocks import Ranks, in_blocks, ranks_here
-from ..training.launch import agree
 from ..training.trials import Attempt
 from .sampler import Sampler
 

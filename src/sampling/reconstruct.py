@@ -16,7 +16,7 @@ from .. import metrics
 from ..config import Length, config, free
 from ..losses import reconstruction_loss
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
-from ..training.looks import Warn, only_looked_at, warn_on_stderr
+from ..runtime.looks import Warn, only_looked_at, warn_on_stderr
 from .preview import Examples
 
 

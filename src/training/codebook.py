@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..models.vae import Codebook, Reconstruction
-from .seeds import generator
+from ..runtime.seeds import generator
 
 
 class CodebookStep:

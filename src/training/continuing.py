@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError, dump, read_json, validate
+from ..runtime.checkpoint import contents, damage, newest, spared_steps, step_folder, write_folder
 from ..storage.buckets import alone
-from .checkpoint import contents, damage, newest, spared_steps, step_folder, write_folder
 from .kept import at, cannot_change, images_seen
 from .report import read_lines
 from .run import changes

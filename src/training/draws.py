@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.training_times import TimeSampler
-from .seeds import generator, normal, uniforms
-from .stream import MicroBatch, Split
+from ..runtime.seeds import generator, normal, uniforms
+from ..runtime.stream import MicroBatch, Split
 
 
 class Draws:

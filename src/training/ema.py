@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..config import Length, UserError, config, quoted, read_json
-from .checkpoint import damage, read_tensors, write_folder
-from .parts import shard_as
+from ..runtime.checkpoint import damage, read_tensors, write_folder
+from ..runtime.parts import shard_as
 
 WIDTHS = (0.05, 0.1)  # of the averages that snapshots are taken of
 

@@ -23,9 +23,9 @@ from ..config import UserError, write_flushed
 from ..config.packages import is_installed
 from ..metrics.features import INCEPTION_URL, inception_file
 from ..models.pretrained import how_to_bring
+from ..runtime import checkpoint
 from ..storage import locks
 from ..storage.locks import take_lock
-from . import checkpoint
 
 Status = Literal["pass", "warn", "fail", "skip"]
 GB = 1e9

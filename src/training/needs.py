@@ -12,10 +12,10 @@ from torch import nn
 
 from ..config import UserError, dump
 from ..config.packages import is_installed
-from .checkpoint import keeps_best
+from ..runtime.checkpoint import keeps_best
+from ..runtime.stream import split_batch
 from .ema import WIDTHS
 from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within
-from .stream import split_batch
 from .uploads import starts, weights_in
 
 Check = Callable[[], Verdict]

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from ..config import UserError, validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import UNetConfig
+from ..runtime import checkpoint
+from ..runtime.launch import MachineConfig, accumulating, agree, settle_reducer, start, undetermined
+from ..runtime.seeds import generator, normal, uniforms
+from ..runtime.stream import Split, split_batch
 from ..sampling.opened import build_unet
-from . import checkpoint
 from .ema import EMA, EMAConfig
 from .health import GB, Row, Verdict, mistake, told
-from .launch import MachineConfig, accumulating, agree, settle_reducer, start, undetermined
 from .optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from .seeds import generator, normal, uniforms
 from .state import Trained
-from .stream import Split, split_batch
 
 ALONE = Verdict("skip", "one process: not tested")
 STEPS = 10

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import UserError, quoted, run_script, write_whole
+from ..runtime.looks import only_looked_at
 from .charts import Line, chart, short
-from .looks import only_looked_at
 from .page import Section, page
 
 NAME = "report.html"

@@ -12,15 +12,15 @@ from ..config import ENDLESS, Span, UserError, dump
 from ..config.packages import is_installed
 from ..data import PictureSet, PointSet
 from ..data.names import class_remarks
-from . import checkpoint
-from .checkpoint import Documents, Tensors, keeps_best, step_folder
+from ..runtime import checkpoint
+from ..runtime.checkpoint import Documents, Tensors, keeps_best, step_folder
+from ..runtime.launch import Heartbeats, StepGate, StopRequest, agree, has_bf16_units, start_trackers
+from ..runtime.looks import Look, finish_trackers, for_each_tracker, only_looked_at
+from ..runtime.stream import Split
 from .clock import Cadence, Clock
 from .continuing import MARK, describe
-from .launch import Heartbeats, StepGate, StopRequest, agree, has_bf16_units, start_trackers
-from .looks import Look, finish_trackers, for_each_tracker, only_looked_at
 from .run import RunDirectory, check_ranks, uses_classes
 from .state import Meter, Trained
-from .stream import Split
 from .trials import AGAIN, LOOKS, Attempt
 from .uploads import Uploads
 

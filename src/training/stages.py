@@ -10,8 +10,8 @@ import pydantic
 from ..config import Length, Span, UserError, config, free, to_steps
 from ..data import ImageConfig
 from ..models import VAEConfig
+from ..runtime.stream import Split, split_batch
 from .optimizer import OptimizerConfig, Schedule, learning_rate
-from .stream import Split, split_batch
 
 
 @config

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..diffusion.training_times import TimeSampler
-from . import checkpoint
+from ..runtime import checkpoint
+from ..runtime.parts import on_cpu
 from .ema import EMA
 from .optimizer import load_optimizer_state, names_of, optimizer_state
-from .parts import on_cpu
 
 
 class Trained:

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..config import UserError, dump, quoted, read_json
+from ..runtime.checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
 from ..storage.buckets import CACHES, Bucket, Empty, Remote, Unreached, alone, manifest, open_bucket, passing, pull, push
-from .checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
 from .kept import ways_on
 from .run import changes
 

@@ -19,10 +19,10 @@ from src.interop.iadb import PROCESS, Said, architecture, read, read_yaml
 from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
 from src.models.pretrained import import_torchvision
+from src.runtime.checkpoint import read_tensors, write_folder
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.autoencoder import open_autoencoder
 from src.sampling.sampler import noise_of
-from src.training.checkpoint import read_tensors, write_folder
 from tests.conftest import ROOT, here, randomise, refused
 
 sys.path.insert(0, str(ROOT))

@@ -19,9 +19,9 @@ from src.interop.imported import Imported, keep
 from src.interop.latent_folders import read
 from src.models import VAE, UNet, UNetConfig, VAEConfig
 from src.models.pretrained import import_torchvision
+from src.runtime.checkpoint import write_folder
 from src.sampling import SamplerConfig, open_trained
 from src.sampling.autoencoder import Autoencoder, open_autoencoder, start_from
-from src.training.checkpoint import write_folder
 from tests.conftest import here, randomise, refused
 
 CPU = torch.device("cpu")
@@ -488,6 +488,6 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("src.interop.diffusers.write_flushed", full)
     with pytest.raises((OSError, UserError)):
         leave("to-diffusers", run, tmp_path / "theirs")
-    monkeypatch.setattr("src.training.checkpoint.write_flushed", full)
+    monkeypatch.setattr("src.runtime.checkpoint.write_flushed", full)
     assert "the disk is full" in refuse("safetensors", run, tmp_path / "own")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

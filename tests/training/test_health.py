@@ -27,7 +27,8 @@ import src.training.state
 from src import figures as pictures
 from src import losses
 from src.config import UserError, load
-from src.training import checkpoint, health, needs, proof
+from src.runtime import checkpoint
+from src.training import health, needs, proof
 from src.training.health import Row, Verdict, examine
 from tests.conftest import ROOT, SMOKE, command, environment
 from tests.storage import StorageServer

@@ -13,13 +13,13 @@ from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimeSampler, UniformTimes
 from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
+from src.runtime.checkpoint import spared_steps
+from src.runtime.stream import MicroBatch, split_batch
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
-from src.training.checkpoint import spared_steps
 from src.training.codebook import CodebookStep
 from src.training.draws import Draws
 from src.training.optimizer import OptimizerConfig
 from src.training.stages import StageConfig, plan_stages, warnings
-from src.training.stream import MicroBatch, split_batch
 
 
 def stages(*raw: dict[str, Any]) -> tuple[StageConfig, ...]:

@@ -21,11 +21,9 @@ import ddpm_accelerate
 from src.config import UserError, load, validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
-from src.training import checkpoint
-from src.training.checkpoint import CheckpointConfig, damage, load_weights, newest, retain, step_folder, write_folder
-from src.training.clock import Cadence, Clock, peak_memory_gigabytes
-from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
-from src.training.launch import (
+from src.runtime import checkpoint
+from src.runtime.checkpoint import CheckpointConfig, damage, load_weights, newest, retain, step_folder, write_folder
+from src.runtime.launch import (
     Heartbeats,
     MachineConfig,
     StepGate,
@@ -36,6 +34,10 @@ from src.training.launch import (
     start,
     start_sampling,
 )
+from src.runtime.seeds import generator, normal, torch_seed, uniforms
+from src.runtime.stream import Order, split_batch, stream, to_network
+from src.training.clock import Cadence, Clock, peak_memory_gigabytes
+from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
 from src.training.optimizer import (
     OptimizerConfig,
     adamw,
@@ -48,9 +50,7 @@ from src.training.optimizer import (
     update,
 )
 from src.training.run import RunDirectory, describe_data
-from src.training.seeds import generator, normal, torch_seed, uniforms
 from src.training.state import Meter, Trained
-from src.training.stream import Order, split_batch, stream, to_network
 from tests.conftest import ROOT, SMOKE, environment, run_here
 
 CPU = torch.device("cpu")
@@ -513,7 +513,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     write(tmp_path, 1)
     code = (
         "import resource, sys, torch; from pathlib import Path; from src.config import run_script\n"
-        "from src.training.checkpoint import write_folder\n"
+        "from src.runtime.checkpoint import write_folder\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "run_script(lambda: write_folder(Path(sys.argv[1]), {'model': {'w': torch.zeros(100_000)}}, {}))\n"
     )
@@ -697,7 +697,7 @@ def test_glibc_keeps_what_is_freed_unless_the_environment_says_how(variables: di
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("not glibc")
     code = (
-        "import psutil, torch; from src.training.launch import keep_freed_memory; print(keep_freed_memory());"
+        "import psutil, torch; from src.runtime.launch import keep_freed_memory; print(keep_freed_memory());"
         "x = torch.ones(16 << 20); me = psutil.Process(); before = me.memory_info().rss; del x;"
         "print(before - me.memory_info().rss > 32 << 20)"
     )
@@ -717,7 +717,7 @@ def test_precision_without_a_gpu() -> None:
 
 BEATS = """
 import sys, time
-from src.training.launch import Heartbeats
+from src.runtime.launch import Heartbeats
 heart = Heartbeats(int(sys.argv[1]), 3, seconds=0.4, patience=10)
 time.sleep(1)
 print("beats", flush=True)

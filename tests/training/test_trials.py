@@ -12,10 +12,10 @@ import torch
 import ddpm_accelerate
 import train_vae
 from src.config import UserError, load
-from src.training.checkpoint import write_folder
+from src.runtime.checkpoint import write_folder
+from src.runtime.stream import split_batch
 from src.training.clock import Cadence
 from src.training.stages import plan_stages
-from src.training.stream import split_batch
 from src.training.trials import (
     Attempt,
     Measured,

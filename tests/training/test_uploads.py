@@ -16,9 +16,9 @@ import torch
 import ddpm_accelerate
 import train_iadb
 from src.config import UserError, dump, load
+from src.runtime.checkpoint import damage, newest, retain, roll_back, spared_steps, step_folder, write_folder
 from src.storage.buckets import open_bucket, push
 from src.training import session, uploads
-from src.training.checkpoint import damage, newest, retain, roll_back, spared_steps, step_folder, write_folder
 from src.training.run import RunDirectory
 from src.training.trials import run_training
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
@@ -323,7 +323,7 @@ def test_four_processes_bring_an_autoencoder_at_once_and_a_kill_half_way_is_made
     whole(tmp_path / "made" / "final")
     for path in (tmp_path / "made" / "final").iterdir():
         server.put(f"runs/vae/final/{path.name}", path.read_bytes())
-    code = "from src.training.uploads import bring_run; from src.training.checkpoint import damage; from pathlib import Path; "
+    code = "from src.training.uploads import bring_run; from src.runtime.checkpoint import damage; from pathlib import Path; "
     code += "print(bring_run('gs://bucket', 'runs/vae'), damage(Path('runs/vae/final')))"
     words, extra = [sys.executable, "-c", code], environment(PYTHONPATH=str(ROOT), STORAGE_EMULATOR_HOST=server.url)
     server.rate = 100_000  # 0.8 s for the weights

@@ -12,8 +12,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_
 from torch import nn
 
 from ..config import UserError
-from .ema import EMA
-from .optimizer import Muon, load_optimizer_state, names_of, optimizer_state
+from ..training.ema import EMA
+from ..training.optimizer import Muon, load_optimizer_state, names_of, optimizer_state
 
 # What accelerate takes from its fsdp_config: (what it takes without one, what is supported, why).
 _SUPPORTED = {
