@@ -16,9 +16,9 @@ from src.interop.imported import Imported, keep
 from src.interop.on_latents import with_autoencoder
 from src.interop.own_folders import data_lines, is_autoencoder, is_latent, latent_lines, latent_obstacles, write_own
 from src.models import UNet
-from src.sampling import open_trained
-from src.sampling.autoencoder import kept_autoencoder, open_autoencoder
-from src.sampling.folders import Weights, read_weights
+from src.runs.autoencoder import kept_autoencoder, open_autoencoder
+from src.runs.folders import Weights, read_weights
+from src.runs.opened import open_trained
 
 
 def arguments() -> argparse.Namespace:

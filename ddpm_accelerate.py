@@ -17,6 +17,7 @@ from src.data import HeldOut, ImageConfig, Sources, check_images
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import UNetConfig
+from src.runs.opened import count_classes, preview_sampler, start_from
 from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import torch_seed
@@ -24,7 +25,6 @@ from src.runtime.sharding import prepare
 from src.runtime.stream import split_batch, stream, to_network
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.sampling.given import Given, from_python
-from src.sampling.opened import count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.sampling.quality import open_quality
 from src.training.draws import Draws

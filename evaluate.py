@@ -21,10 +21,10 @@ from src.config import UserError, config, parse_json, read_json, run_script, val
 from src.data import HeldOut, PictureSet, Sources, open_data
 from src.diffusion import TableSchedule, times
 from src.metrics.features import NAMES, Features, open_features
+from src.runs.classifier import open_classifier
+from src.runs.opened import open_trained
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import only_looked_at
-from src.sampling import open_trained
-from src.sampling.classifier import open_classifier
 from src.sampling.evaluation import (
     GIVEN,
     HELD_OUT,

@@ -12,13 +12,13 @@ import torch
 from src import figures as pictures
 from src.config import UserError, run_script, validate
 from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
+from src.runs.opened import Opened, dealt, open_trained
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import asked_for
-from src.sampling import Opened, SamplerConfig, open_trained
+from src.sampling import SamplerConfig
 from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures
 from src.sampling.files import claim, nothing_left
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
-from src.sampling.opened import dealt
 from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
 
 HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")

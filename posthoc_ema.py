@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from src.config import UserError, quoted, read_json, run_script
-from src.sampling.folders import read_weights
+from src.runs.folders import read_weights
 from src.training.ema import post_hoc
 
 LEAST, MOST, POOR = 0.01, 0.28, 0.1

@@ -23,10 +23,10 @@ from src.data.names import class_remarks, shown
 from src.data.packing import pack
 from src.data.sides import count_small, describe_small, refuse_small_packs
 from src.data.sources import FolderSource, Sources
+from src.runs.autoencoder import open_autoencoder
+from src.runs.latents import cache_folder, latents_of
 from src.runtime.launch import start_sampling
 from src.runtime.looks import asked_for
-from src.sampling.autoencoder import open_autoencoder
-from src.sampling.latents import cache_folder, latents_of
 from src.storage.archives import stem, unpack
 from src.training.run import check_ranks, describe_data
 

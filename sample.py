@@ -12,14 +12,14 @@ import torch
 
 from src.config import UserError, run_script
 from src.interop.upscaling import open_upscaler, upscale_folder
+from src.runs.classifier import open_classifier
+from src.runs.opened import Opened, Run, dealt, open_run
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import asked_for
 from src.sampling import SamplerConfig
-from src.sampling.classifier import open_classifier
 from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures
 from src.sampling.files import nothing_left, write_samples
 from src.sampling.inversion import fingerprint, write_inversions
-from src.sampling.opened import Opened, Run, dealt, open_run
 from src.sampling.points import write_points
 from src.sampling.sampler import HOW, add_arguments, describe, random_labels, sampler_config
 

@@ -17,11 +17,7 @@ from src.config import Length, UserError, config, free, load, quoted, run_script
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import ClassifierConfig
-from src.runtime.checkpoint import CheckpointConfig
-from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
-from src.runtime.seeds import torch_seed
-from src.runtime.stream import split_batch, stream, to_network
-from src.sampling.classifier import (
+from src.runs.classifier import (
     MeasureConfig,
     NoiseConfig,
     accuracy_by_level,
@@ -30,6 +26,10 @@ from src.sampling.classifier import (
     noise_process,
     start_classifier_from,
 )
+from src.runtime.checkpoint import CheckpointConfig
+from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.seeds import torch_seed
+from src.runtime.stream import split_batch, stream, to_network
 from src.sampling.preview import first_pictures, pictures_of
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig

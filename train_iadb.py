@@ -20,15 +20,15 @@ from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import MLPConfig, UNetConfig
+from src.runs.autoencoder import autoencoder_for
+from src.runs.ends import open_ends
+from src.runs.opened import count_classes, sampler_of, start_from
 from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import split_batch
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.autoencoder import autoencoder_for
-from src.sampling.ends import open_ends
 from src.sampling.given import Given, from_python
-from src.sampling.opened import count_classes, sampler_of, start_from
 from src.sampling.pairs import PairEnds, Pairs
 from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
 from src.sampling.points import write_points

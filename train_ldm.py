@@ -17,15 +17,15 @@ from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
 from src.models import UNetConfig
+from src.runs.autoencoder import autoencoder_for
+from src.runs.ends import latent_bounds
+from src.runs.latents import cache_folder, latents_of
+from src.runs.opened import build_unet, count_classes, preview_sampler, start_from
 from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.sharding import home, prepare
 from src.runtime.stream import latent_stream, split_batch
-from src.sampling.autoencoder import autoencoder_for
-from src.sampling.ends import latent_bounds
-from src.sampling.latents import cache_folder, latents_of
-from src.sampling.opened import build_unet, count_classes, preview_sampler, start_from
 from src.sampling.preview import PreviewConfig, first_pictures, preview
 from src.sampling.quality import open_quality
 from src.training.draws import Draws

@@ -19,11 +19,11 @@ from src.config.packages import ask_for
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
+from src.runs.autoencoder import start_from
 from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
-from src.sampling.autoencoder import start_from
 from src.sampling.preview import first_pictures, pictures_of
 from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won

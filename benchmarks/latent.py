@@ -25,9 +25,9 @@ import train_vae
 from benchmarks.common import machine
 from benchmarks.speed import CONFIGS, QUIET, SIZES, WARMUP, Size, random_autoencoder, run
 from src.config import load
+from src.runs.autoencoder import Autoencoder
+from src.runs.latents import Latents
 from src.runtime.stream import MicroBatch, stream, to_network
-from src.sampling.autoencoder import Autoencoder
-from src.sampling.latents import Latents
 
 
 def median_milliseconds(seconds: list[float]) -> float:

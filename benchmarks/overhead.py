@@ -27,7 +27,7 @@ import train_iadb
 from benchmarks.common import machine
 from src.config import load
 from src.models import MLP, MLPConfig
-from src.sampling.opened import build_unet
+from src.runs.opened import build_unet
 from src.training.ema import EMA
 from src.training.optimizer import build_optimizer
 from src.training.trials import Attempt

@@ -49,7 +49,8 @@ from src.data.sources import FolderSource
 from src.metrics import distances
 from src.metrics.distances import Array
 from src.metrics.features import Features, open_features
-from src.sampling import SamplerConfig, open_trained
+from src.runs.opened import open_trained
+from src.sampling import SamplerConfig
 from src.sampling.quality import FEWEST, real_features, see
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"

@@ -45,10 +45,10 @@ from src.diffusion import build_process
 from src.models import VAE, Discriminator, UNetConfig
 from src.models.layers import channels_last
 from src.models.pretrained import import_torchvision
+from src.runs.autoencoder import Autoencoder
+from src.runs.opened import build_unet
 from src.runtime.stream import MicroBatch, to_network
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.autoencoder import Autoencoder
-from src.sampling.opened import build_unet
 from src.training.ema import EMA
 from src.training.optimizer import build_optimizer
 from src.training.stages import StageConfig

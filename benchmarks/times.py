@@ -21,7 +21,7 @@ from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
 from src.diffusion import LossConfig
 from src.diffusion.training_times import SecondMomentTimes, TimeSampler, UniformTimes
-from src.sampling import open_trained
+from src.runs.opened import open_trained
 from src.sampling.preview import pictures_of
 
 

@@ -16,8 +16,8 @@ import train_vae
 from src.config import UserError, load, validate
 from src.data import open_sources
 from src.data.sources import FolderSource
-from src.sampling import opened
-from src.sampling.opened import Run, build_unet, open_trained
+from src.runs import opened
+from src.runs.opened import Run, build_unet, open_trained
 from src.training import run as run_module
 from src.training.run import RunDirectory, check_ranks, classes_differ, uses_classes
 from tests.conftest import ROOT, SMOKE, Finished, here, launch, one_line, randomise

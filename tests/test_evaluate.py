@@ -14,8 +14,8 @@ from PIL import Image
 from src.config import UserError
 from src.data import open_sources
 from src.data.sources import ShapesSource
+from src.runs.ends import Starts
 from src.runtime.checkpoint import spared_steps
-from src.sampling.ends import Starts
 from src.sampling.evaluation import Report, parse_sweep, read_classes
 from src.sampling.preview import Examples
 from src.sampling.quality import Compared, flag, labels_like

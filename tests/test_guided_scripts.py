@@ -16,8 +16,9 @@ from src.config import UserError, read_json, validate
 from src.diffusion import ProcessConfig
 from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
-from src.sampling import SamplerConfig, open_trained
-from src.sampling.classifier import open_classifier
+from src.runs.classifier import open_classifier
+from src.runs.opened import open_trained
+from src.sampling import SamplerConfig
 from src.sampling.edit import load_edit, load_low
 from tests import kills
 from tests.conftest import SMOKE, Finished, here, launch, metrics, one_line, randomise, refused

@@ -13,7 +13,7 @@ from src.config import UserError
 from src.data.sources import DatasetsSource, open_sources
 from src.interop import diffusers as folders
 from src.models.pretrained import hub_reason, import_torchvision
-from src.sampling.autoencoder import open_autoencoder
+from src.runs.autoencoder import open_autoencoder
 from tests.conftest import refused
 from tests.interop.test_weights import vae
 

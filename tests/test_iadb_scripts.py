@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from src.config import read_json
 from src.data.points import MoonsSource, draw_points
-from src.sampling import SamplerConfig, open_trained
-from src.sampling.opened import open_run
+from src.runs.opened import open_run, open_trained
+from src.sampling import SamplerConfig
 from tests import kills
 from tests.conftest import ROOT, command, environment, here, launch, metrics, one_line, refused, run_here
 from tests.kills import settings
@@ -395,7 +395,7 @@ def test_one_line_and_status_two(tmp_path: Path, iadb_run: Path, points_run: Pat
 def test_ends_of_different_shapes(tmp_path: Path) -> None:
     from src.data import ImageConfig
     from src.data.sources import ShapesSource
-    from src.sampling.ends import Ends, open_end
+    from src.runs.ends import Ends, open_end
 
     shapes = ShapesSource(source="shapes", count=8, size=16)
     ends = [open_end(shapes, 0.0, ImageConfig(size=16, channels=channels)) for channels in (3, 1)]

@@ -26,10 +26,11 @@ from src.data.sources import draw_shape
 from src.diffusion import SOLVERS, ProcessConfig
 from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
+from src.runs.folders import read_weights
+from src.runs.opened import open_trained
 from src.runtime.checkpoint import write_folder
-from src.sampling import SamplerConfig, open_trained
+from src.sampling import SamplerConfig
 from src.sampling.edit import as_seen
-from src.sampling.folders import read_weights
 from src.sampling.interpolation import Journey, class_weights, slerp, smoothstep, straight
 from src.sampling.sampler import random_labels
 from tests.conftest import ROOT, here, launch, one_line, randomise, refused

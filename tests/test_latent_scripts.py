@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 import train_vae as train_vae_module
 from src.config import load, read_json
-from src.sampling import SamplerConfig, open_trained
-from src.sampling.autoencoder import open_autoencoder
+from src.runs.autoencoder import open_autoencoder
+from src.runs.opened import open_trained
+from src.sampling import SamplerConfig
 from src.training.session import Session
 from src.training.trials import train_here
 from tests import kills

@@ -18,8 +18,8 @@ import ddpm_accelerate
 import train_iadb
 from src.config import UserError, load, read_json
 from src.data import ImageConfig, open_given, open_given_points
-from src.sampling import SamplerConfig, open_trained
-from src.sampling.opened import open_run
+from src.runs.opened import open_run, open_trained
+from src.sampling import SamplerConfig
 from src.training.given import given_network, same_on_all
 from tests.conftest import ROOT, launch, metrics, refused
 

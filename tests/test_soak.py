@@ -21,8 +21,8 @@ from src.config import read_json
 from src.data import open_sources
 from src.data.points import CheckerboardSource, draw_points
 from src.data.sources import DigitsSource
+from src.runs.opened import open_trained
 from src.runtime.checkpoint import newest
-from src.sampling import open_trained
 from src.sampling.edit import as_seen, files_of
 from tests import kills
 from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import UserError, read_text, validate
 from ..data import ImageConfig
 from ..diffusion import ProcessConfig
-from ..sampling.autoencoder import Autoencoder
+from ..runs.autoencoder import Autoencoder
 from ..storage.weights import UNET_2D, find_network, read_file
 from .diffusers import present_names, unet_config, unet_from_diffusers
 from .imported import Imported

@@ -14,7 +14,7 @@ from ..models import ClassifierConfig, UNetConfig
 from ..runtime.checkpoint import write_folder
 
 if TYPE_CHECKING:
-    from ..sampling.autoencoder import Autoencoder
+    from ..runs.autoencoder import Autoencoder
 
 UNKNOWN = 1e9  # where the range of latents is not known: a bound that holds nothing back, and that JSON can write
 

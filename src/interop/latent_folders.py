@@ -9,8 +9,8 @@ import torch
 
 from ..config import UserError, quoted, read_json
 from ..models import VAE
-from ..sampling.autoencoder import Autoencoder, open_autoencoder
-from ..sampling.folders import Weights
+from ..runs.autoencoder import Autoencoder, open_autoencoder
+from ..runs.folders import Weights
 from ..storage.weights import read_foreign_json
 from . import diffusers
 from .autoencoder_kl import autoencoder_kl_files, check_expressible

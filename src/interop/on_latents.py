@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..config import UserError
-from ..sampling.autoencoder import Autoencoder, open_autoencoder
+from ..runs.autoencoder import Autoencoder, open_autoencoder
 from .imported import Imported
 
 

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from ..config import UserError, quoted, read_json
 from ..models import VAE, UNet
+from ..runs.autoencoder import Autoencoder, kept_autoencoder, open_autoencoder
+from ..runs.folders import Weights
+from ..runs.opened import Opened, open_trained
 from ..runtime.checkpoint import write_folder
-from ..sampling import open_trained
-from ..sampling.autoencoder import Autoencoder, kept_autoencoder, open_autoencoder
-from ..sampling.folders import Weights
-from ..sampling.opened import Opened
 from .autoencoder_kl import obstacles
 from .diffusers import unet2d_config
 

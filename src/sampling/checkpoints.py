@@ -15,11 +15,11 @@ from .. import figures as pictures
 from ..config import UserError, quoted
 from ..config.progress import Progress
 from ..diffusion import Prediction
+from ..runs.classifier import open_classifier
+from ..runs.opened import Opened, dealt, open_trained
 from ..runtime.launch import explain_out_of_memory, start_sampling
 from ..runtime.looks import asked_for
-from .classifier import open_classifier
 from .files import Frames, columns_for
-from .opened import Opened, dealt, open_trained
 from .sampler import Sampler, add_arguments, sampler_config
 
 SHOWN = 16  # samples in the frames

@@ -15,9 +15,9 @@ from ..config import UserError
 from ..data import ImageConfig
 from ..data.formats import endings
 from ..data.transforms import decode, square
+from ..runs.opened import Opened
 from ..runtime.seeds import generator
 from ..runtime.stream import to_network
-from .opened import Opened
 from .sampler import Edit, Start
 
 

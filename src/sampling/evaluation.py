@@ -28,15 +28,15 @@ from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
 from ..models.pretrained import is_finite
+from ..runs.autoencoder import open_autoencoder
+from ..runs.classifier import OpenedClassifier
+from ..runs.ends import Starts
+from ..runs.folders import run_name
+from ..runs.opened import Opened
 from ..runtime.looks import only_looked_at
 from ..runtime.stream import to_network
 from ..storage.blocks import Ranks, claim_request, in_blocks
-from .autoencoder import open_autoencoder
-from .classifier import OpenedClassifier
 from .edit import files_of
-from .ends import Starts
-from .folders import run_name
-from .opened import Opened
 from .quality import (
     BLOCK,
     FEWEST,

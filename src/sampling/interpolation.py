@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import figures as pictures
 from ..config.progress import Progress
+from ..runs.opened import Opened
 from ..runtime.looks import asked_for
 from .files import wait_for
-from .opened import Opened
 from .sampler import Sampler
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from .. import figures as pictures
 from ..config import write_whole
 from ..config.progress import track
+from ..runs.opened import Opened
 from ..runtime.looks import only_looked_at
 from .edit import as_seen
 from .files import claim
-from .opened import Opened
 from .sampler import Sampler, describe
 
 

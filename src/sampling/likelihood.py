@@ -16,9 +16,9 @@ from ..config.progress import within
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..models.pretrained import is_finite
+from ..runs.opened import Opened
 from ..runtime.looks import only_looked_at
 from ..storage.blocks import Ranks, claim_request, in_blocks
-from .opened import Opened
 from .preview import pictures_of
 from .sampler import noise_of
 

@@ -22,11 +22,11 @@ from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, wri
 from ..data.names import same_names
 from ..data.transforms import DECODER
 from ..diffusion import DETERMINISTIC
+from ..runs.ends import Ends
+from ..runs.latents import CONTENT, make_cache
+from ..runs.opened import open_run
 from ..runtime.stream import MicroBatch, Order, Split, positions_of
 from ..training.trials import Attempt
-from .ends import Ends
-from .latents import CONTENT, make_cache
-from .opened import open_run
 from .preview import Examples
 from .sampler import Sampler, SamplerConfig, random_labels
 

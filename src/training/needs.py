@@ -68,7 +68,7 @@ def _logged_in() -> bool:
 
 def starts_from(cfg: Any, bucket: str | None = None) -> Verdict:
     """The run whose weights are the start, and the one whose pairs are trained on."""
-    from ..sampling.folders import read_weights
+    from ..runs.folders import read_weights
 
     told = []
     for key, name in starts(cfg, fresh=True).items():
@@ -98,7 +98,7 @@ def _in_bucket(url: str | None, name: str) -> bool:
 
 
 def autoencoder(cfg: Any, bucket: str | None = None) -> Verdict:
-    from ..sampling.autoencoder import open_autoencoder
+    from ..runs.autoencoder import open_autoencoder
 
     name = cfg.autoencoder
     if name.count("/") == 1 and name[0] not in "./~" and not name.startswith("runs/") and not Path(name).parent.exists():
@@ -123,8 +123,8 @@ def perceptual(cfg: Any) -> Verdict:
 def count_parameters(cfg: Any) -> tuple[int, int]:
     """Of the network and, of an autoencoder's config, its adversary; a latent network is counted at 4 channels."""
     from ..models import MLP, VAE, Discriminator
-    from ..sampling.classifier import build_classifier
-    from ..sampling.opened import build_unet
+    from ..runs.classifier import build_classifier
+    from ..runs.opened import build_unet
 
     adversary = 0
     with torch.device("meta"):

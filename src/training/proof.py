@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ..config import UserError, validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import UNetConfig
+from ..runs.opened import build_unet
 from ..runtime import checkpoint
 from ..runtime.launch import MachineConfig, accumulating, agree, settle_reducer, start, undetermined
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import Split, split_batch
-from ..sampling.opened import build_unet
 from .ema import EMA, EMAConfig
 from .health import GB, Row, Verdict, mistake, told
 from .optimizer import OptimizerConfig, build_optimizer, clip_gradients, update

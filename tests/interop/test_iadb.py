@@ -19,9 +19,10 @@ from src.interop.iadb import PROCESS, Said, architecture, read, read_yaml
 from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
 from src.models.pretrained import import_torchvision
+from src.runs.autoencoder import open_autoencoder
+from src.runs.opened import open_trained
 from src.runtime.checkpoint import read_tensors, write_folder
-from src.sampling import SamplerConfig, open_trained
-from src.sampling.autoencoder import open_autoencoder
+from src.sampling import SamplerConfig
 from src.sampling.sampler import noise_of
 from tests.conftest import ROOT, here, randomise, refused
 

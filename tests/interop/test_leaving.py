@@ -19,9 +19,10 @@ from src.interop.imported import Imported, keep
 from src.interop.latent_folders import read
 from src.models import VAE, UNet, UNetConfig, VAEConfig
 from src.models.pretrained import import_torchvision
+from src.runs.autoencoder import Autoencoder, open_autoencoder, start_from
+from src.runs.opened import open_trained
 from src.runtime.checkpoint import write_folder
-from src.sampling import SamplerConfig, open_trained
-from src.sampling.autoencoder import Autoencoder, open_autoencoder, start_from
+from src.sampling import SamplerConfig
 from tests.conftest import here, randomise, refused
 
 CPU = torch.device("cpu")

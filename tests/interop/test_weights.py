@@ -21,8 +21,8 @@ from src.interop.imported import keep
 from src.interop.on_latents import with_autoencoder
 from src.models import UNet, UNetConfig
 from src.models.pretrained import import_torchvision
-from src.sampling import open_trained
-from src.sampling.autoencoder import open_autoencoder, start_from
+from src.runs.autoencoder import open_autoencoder, start_from
+from src.runs.opened import open_trained
 from src.storage.weights import KL, UNET_2D, find_files, find_network, rank, read_file, read_foreign_json
 from tests.conftest import here, randomise, refused
 from tests.interop.test_guided_diffusion import SMALL as SMALL_GUIDED

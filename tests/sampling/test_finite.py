@@ -24,11 +24,11 @@ from src.losses import Perceptual, PerceptualConfig
 from src.metrics.features import open_features
 from src.models import MLP, VAE, MLPConfig, UNet, UNetConfig, VAEConfig
 from src.models.pretrained import check_finite, efficientnet_lite0, import_torchvision, is_finite
+from src.runs.autoencoder import Autoencoder, open_autoencoder
+from src.runs.latents import latents_of
+from src.runs.opened import open_trained, sampler_of
 from src.runtime.checkpoint import export, read_tensors, write_folder
-from src.sampling import SamplerConfig, open_trained
-from src.sampling.autoencoder import Autoencoder, open_autoencoder
-from src.sampling.latents import latents_of
-from src.sampling.opened import sampler_of
+from src.sampling import SamplerConfig
 from src.sampling.preview import warn_not_finite
 from src.sampling.reconstruct import troubled_channels
 from src.training.session import Session

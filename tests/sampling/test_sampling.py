@@ -14,9 +14,10 @@ from PIL import Image
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, build_process, euler, transitions
 from src.models import UNet, UNetConfig
-from src.sampling import Sampler, SamplerConfig, noise_of, open_trained
+from src.runs.folders import run_name
+from src.runs.opened import open_trained
+from src.sampling import Sampler, SamplerConfig, noise_of
 from src.sampling.files import Frames, columns_for, write_samples
-from src.sampling.folders import run_name
 from src.sampling.sampler import Edit, _Way, describe, random_labels
 from tests.conftest import here, launch, one_line, randomise, refused, run_here
 

@@ -116,7 +116,7 @@ def test_failed_looks_change_no_weight_and_no_value_that_decides(tmp_path: Path,
     [
         ("ddpm", "src.sampling.preview.held_out_loss"),  # keeps the best checkpoint
         ("vae", "src.sampling.reconstruct.reconstruction_loss"),  # the guard's
-        ("classifier", "src.sampling.classifier.noise_of"),
+        ("classifier", "src.runs.classifier.noise_of"),
     ],
 )
 def test_a_value_that_decides_is_never_passed_over(

@@ -17,11 +17,11 @@ from ..diffusion import Process, ProcessConfig, build_process
 from ..models import MLP, MLPConfig, UNet, UNetConfig
 from ..models.layers import channels_last
 from ..runtime.checkpoint import load_weights
+from ..sampling.sampler import Bound, Sampler, SamplerConfig, Start
 from .autoencoder import LatentCodec, kept_autoencoder
 from .classifier import OpenedClassifier
 from .ends import EncodedEnd, End, latent_bounds, open_end
 from .folders import read_weights, run_name
-from .sampler import Bound, Sampler, SamplerConfig, Start
 
 GAUSSIAN = {"source": "gaussian"}
 

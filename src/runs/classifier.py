@@ -23,9 +23,9 @@ from ..diffusion.schedules import BlendScheduleConfig, ScheduleConfig
 from ..models import Classifier, ClassifierConfig
 from ..models.layers import channels_last
 from ..runtime.checkpoint import load_weights
+from ..sampling.preview import Examples
+from ..sampling.sampler import noise_of
 from .folders import read_weights
-from .preview import Examples
-from .sampler import noise_of
 
 
 @settings

@@ -37,10 +37,10 @@ from ..data.transforms import DECODER
 from ..models.pretrained import is_finite
 from ..runtime.launch import agree
 from ..runtime.stream import to_network
+from ..sampling.preview import Examples
 from ..storage.locks import take_lock
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
-from .preview import Examples
 
 CONTENT = "content"  # what a block's .json has besides its sums: the hash of the files that it is of
 DOUBTED = 512  # images at most that are encoded once more to look whether a cache is still theirs
