@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from src.config import UserError, run_script
-from src.interop.upscaling import open_upscaler, upscale_folder
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, dealt, open_run
 from src.runtime.launch import explain_out_of_memory, start_sampling
@@ -22,6 +21,7 @@ from src.sampling.files import nothing_left, write_samples
 from src.sampling.inversion import fingerprint, write_inversions
 from src.sampling.points import write_points
 from src.sampling.sampler import HOW, add_arguments, describe, random_labels, sampler_config
+from src.sampling.upscaling import open_upscaler, upscale_folder
 
 ONE_WAY = {"stop_at", "double_sampling"}  # of pictures that are drawn
 

@@ -18,11 +18,11 @@ from .. import figures as pictures
 from ..config import UserError, write_whole
 from ..config.progress import Progress
 from ..diffusion import Prediction
-from ..interop.upscaling import Upscaler
 from ..runs.opened import Opened
 from ..runtime.looks import asked_for, only_looked_at
 from ..storage.blocks import wait_for
 from .sampler import Edit, Sampler, describe
+from .upscaling import Upscaler
 
 
 class Frames:

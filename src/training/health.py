@@ -308,7 +308,7 @@ def efficientnet_weights(*, required: bool = False) -> Verdict:
 
 
 def upscaler_weights() -> Verdict:
-    from ..interop.upscaling import WEIGHTS
+    from ..sampling.upscaling import WEIGHTS
 
     path = Path(WEIGHTS).resolve()
     url = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth"

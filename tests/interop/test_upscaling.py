@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from src.config import UserError
-from src.interop.upscaling import Upscaler, open_upscaler, upscale_folder
 from src.models.pretrained import import_torchvision
+from src.sampling.upscaling import Upscaler, open_upscaler, upscale_folder
 
 RADIUS = 19  # of one block, in pixels of its input: 1 + 3 x 5 + 1 convolutions, then 0.5 + 3 x 0.25 behind the upsampling
 

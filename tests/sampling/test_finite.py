@@ -19,7 +19,6 @@ from src.data import ImageConfig, open_sources
 from src.data.sources import FolderSource
 from src.diffusion import ProcessConfig
 from src.interop.imported import Imported, keep
-from src.interop.upscaling import open_upscaler
 from src.losses import Perceptual, PerceptualConfig
 from src.metrics.features import open_features
 from src.models import MLP, VAE, MLPConfig, UNet, UNetConfig, VAEConfig
@@ -31,6 +30,7 @@ from src.runtime.checkpoint import export, read_tensors, write_folder
 from src.sampling import SamplerConfig
 from src.sampling.preview import warn_not_finite
 from src.sampling.reconstruct import troubled_channels
+from src.sampling.upscaling import open_upscaler
 from src.training.session import Session
 from tests.conftest import Finished, here, metrics, randomise, refused, run_here
 
