@@ -16,6 +16,7 @@ from src.config import Length, config, free, load, run_script, to_steps, trainin
 from src.data import HeldOut, ImageConfig, Sources, check_images
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
+from src.evaluation.quality import open_quality
 from src.models import UNetConfig
 from src.runs.opened import count_classes, preview_sampler, start_from
 from src.runtime.checkpoint import CheckpointConfig
@@ -26,7 +27,6 @@ from src.runtime.stream import split_batch, stream, to_network
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.sampling.given import Given, from_python
 from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
-from src.sampling.quality import open_quality
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update

@@ -20,12 +20,7 @@ import torch
 from src.config import UserError, config, parse_json, read_json, run_script, validate
 from src.data import HeldOut, PictureSet, Sources, open_data
 from src.diffusion import TableSchedule, times
-from src.metrics.features import NAMES, Features, open_features
-from src.runs.classifier import open_classifier
-from src.runs.opened import open_trained
-from src.runtime.launch import explain_out_of_memory, start_sampling
-from src.runtime.looks import only_looked_at
-from src.sampling.evaluation import (
+from src.evaluation.evaluation import (
     GIVEN,
     HELD_OUT,
     TRAINING,
@@ -37,7 +32,12 @@ from src.sampling.evaluation import (
     parse_sweep,
     sweep,
 )
-from src.sampling.likelihood import measure_likelihood
+from src.evaluation.likelihood import measure_likelihood
+from src.metrics.features import NAMES, Features, open_features
+from src.runs.classifier import open_classifier
+from src.runs.opened import open_trained
+from src.runtime.launch import explain_out_of_memory, start_sampling
+from src.runtime.looks import only_looked_at
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
 from src.storage.blocks import ranks_of
 from src.training.report import write_report

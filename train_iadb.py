@@ -19,6 +19,7 @@ from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, c
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
+from src.evaluation.quality import open_quality
 from src.models import MLPConfig, UNetConfig
 from src.runs.autoencoder import autoencoder_for
 from src.runs.ends import open_ends
@@ -32,7 +33,6 @@ from src.sampling.given import Given, from_python
 from src.sampling.pairs import PairEnds, Pairs
 from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
 from src.sampling.points import write_points
-from src.sampling.quality import open_quality
 from src.sampling.sampler import random_labels
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig

@@ -16,6 +16,7 @@ from src.config import Length, config, free, load, quoted, run_script, to_steps,
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
+from src.evaluation.quality import open_quality
 from src.models import UNetConfig
 from src.runs.autoencoder import autoencoder_for
 from src.runs.ends import latent_bounds
@@ -27,7 +28,6 @@ from src.runtime.seeds import normal, torch_seed
 from src.runtime.sharding import home, prepare
 from src.runtime.stream import latent_stream, split_batch
 from src.sampling.preview import PreviewConfig, first_pictures, preview
-from src.sampling.quality import open_quality
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update

@@ -17,6 +17,7 @@ from src import losses
 from src.config import config, free, load, quoted, run_script, training_arguments, wrong
 from src.config.packages import ask_for
 from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
+from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_channels
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
 from src.runs.autoencoder import start_from
@@ -25,7 +26,6 @@ from src.runtime.launch import MachineConfig, accumulating, settle_reducer, star
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
 from src.sampling.preview import first_pictures, pictures_of
-from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
 from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig

@@ -46,12 +46,12 @@ from src.data import ImageConfig, PictureSet, open_sources
 from src.data.packing import pack
 from src.data.scan import ScanConfig
 from src.data.sources import FolderSource
+from src.evaluation.quality import FEWEST, real_features, see
 from src.metrics import distances
 from src.metrics.distances import Array
 from src.metrics.features import Features, open_features
 from src.runs.opened import open_trained
 from src.sampling import SamplerConfig
-from src.sampling.quality import FEWEST, real_features, see
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"
 CONFIG = ROOT / "configs" / "cifar10_race.json"

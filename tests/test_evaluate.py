@@ -14,11 +14,11 @@ from PIL import Image
 from src.config import UserError
 from src.data import open_sources
 from src.data.sources import ShapesSource
+from src.evaluation.evaluation import Report, parse_sweep, read_classes
+from src.evaluation.quality import Compared, flag, labels_like
 from src.runs.ends import Starts
 from src.runtime.checkpoint import spared_steps
-from src.sampling.evaluation import Report, parse_sweep, read_classes
 from src.sampling.preview import Examples
-from src.sampling.quality import Compared, flag, labels_like
 from src.sampling.sampler import SamplerConfig
 from src.training.session import Session
 from tests.conftest import SMOKE, here, launch, metrics, one_line, refused, run_here

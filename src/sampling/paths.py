@@ -14,11 +14,11 @@ from torch import Tensor
 from .. import figures as pictures
 from ..config import Length, config, free
 from ..diffusion import Prediction
+from ..evaluation.quality import QualityConfig
 from ..runs.ends import Ends
 from ..runtime.seeds import generator
 from ..training.session import Session
 from .preview import Examples, held_out_loss, looked_at, preview_failed, warn_not_finite
-from .quality import QualityConfig
 from .sampler import Sampler, SamplerConfig
 
 

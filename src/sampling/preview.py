@@ -19,12 +19,12 @@ from ..data import ImageConfig, PictureSet
 from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
+from ..evaluation.quality import QualityConfig
 from ..models.pretrained import is_finite
 from ..runtime.looks import Look, failed_on_any, only_looked_at
 from ..runtime.seeds import generator, normal
 from ..runtime.stream import to_network
 from ..training.session import Session
-from .quality import QualityConfig
 from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
 
 

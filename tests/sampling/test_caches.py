@@ -16,11 +16,11 @@ from src.data import ImageConfig, PictureSet, open_sources
 from src.data.latents import same_latents
 from src.data.packing import pack
 from src.data.sources import FolderSource, PackedSource
+from src.evaluation.quality import real_features
 from src.metrics.features import open_features
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder
 from src.runs.latents import Latents, latents_of
-from src.sampling.quality import real_features
 from tests.conftest import randomise, refused, run_here
 from tests.data.profiles import display_p3
 

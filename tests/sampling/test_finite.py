@@ -18,6 +18,7 @@ from src.config import UserError, read_json, validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import FolderSource
 from src.diffusion import ProcessConfig
+from src.evaluation.reconstruct import troubled_channels
 from src.interop.imported import Imported, keep
 from src.losses import Perceptual, PerceptualConfig
 from src.metrics.features import open_features
@@ -29,7 +30,6 @@ from src.runs.opened import open_trained, sampler_of
 from src.runtime.checkpoint import export, read_tensors, write_folder
 from src.sampling import SamplerConfig
 from src.sampling.preview import warn_not_finite
-from src.sampling.reconstruct import troubled_channels
 from src.sampling.upscaling import open_upscaler
 from src.training.session import Session
 from tests.conftest import Finished, here, metrics, randomise, refused, run_here

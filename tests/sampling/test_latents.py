@@ -13,12 +13,12 @@ from src.config import UserError
 from src.data import ImageConfig, open_sources
 from src.data import latents as cache
 from src.data.sources import ShapesSource
+from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_channels
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder, LatentCodec
 from src.runs.latents import latents_of
 from src.runtime.stream import latent_stream, split_batch, to_network
 from src.sampling.preview import pictures_of
-from src.sampling.reconstruct import ReconstructConfig, reconstruct, troubled_channels
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")

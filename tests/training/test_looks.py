@@ -115,7 +115,7 @@ def test_failed_looks_change_no_weight_and_no_value_that_decides(tmp_path: Path,
     ("name", "where"),
     [
         ("ddpm", "src.sampling.preview.held_out_loss"),  # keeps the best checkpoint
-        ("vae", "src.sampling.reconstruct.reconstruction_loss"),  # the guard's
+        ("vae", "src.evaluation.reconstruct.reconstruction_loss"),  # the guard's
         ("classifier", "src.runs.classifier.noise_of"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_value_that_decides_is_never_passed_over(
 
 
 def test_nor_is_the_distance_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.sampling.quality.pixels_of", raising(RuntimeError("no features")))
+    monkeypatch.setattr("src.evaluation.quality.pixels_of", raising(RuntimeError("no features")))
     quality = 'preview.quality={"every": 2, "num_samples": 16, "features": "random"}'
     with pytest.raises(RuntimeError, match="no features"):
         run_short("ddpm", tmp_path / "run", quality)

@@ -24,9 +24,9 @@ from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
 from ..models.pretrained import is_finite
 from ..runtime.launch import agree
+from ..sampling.sampler import Sampler
 from ..storage.blocks import Ranks, in_blocks, ranks_here
 from ..training.trials import Attempt
-from .sampler import Sampler
 
 FEWEST = 10  # pictures of each side, under which no number says anything
 BLOCK = 512  # pictures in a file, and what a kill costs at most

@@ -35,8 +35,9 @@ from ..runs.folders import run_name
 from ..runs.opened import Opened
 from ..runtime.looks import only_looked_at
 from ..runtime.stream import to_network
+from ..sampling.edit import files_of
+from ..sampling.sampler import Sampler, SamplerConfig, describe
 from ..storage.blocks import Ranks, claim_request, in_blocks
-from .edit import files_of
 from .quality import (
     BLOCK,
     FEWEST,
@@ -51,7 +52,6 @@ from .quality import (
     see,
 )
 from .reconstruct import save_sheet
-from .sampler import Sampler, SamplerConfig, describe
 
 TRAINING, HELD_OUT, GIVEN = "training pictures", "held-out pictures", "given pictures"  # what is measured against
 ROWS = {  # of the table: label, and how a value is written

@@ -1,0 +1,1 @@
+"""How good images are: quality, reconstruction, likelihood, copies, sweeps."""
