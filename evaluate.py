@@ -34,13 +34,13 @@ from src.evaluation.evaluation import (
 )
 from src.evaluation.likelihood import measure_likelihood
 from src.metrics.features import NAMES, Features, open_features
+from src.report.report import write_report
 from src.runs.classifier import open_classifier
 from src.runs.opened import open_trained
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import only_looked_at
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
 from src.storage.blocks import ranks_of
-from src.training.report import write_report
 from src.training.run import append_metrics, check_ranks, describe_data
 
 

@@ -342,7 +342,7 @@ def test_figures_are_kept_where_their_sheets_cannot_be_drawn(
 
     for name in ("grid", "curves", "save"):
         monkeypatch.setattr("src.figures." + name, no_font)
-    monkeypatch.setattr("src.training.report.make_report", no_font)
+    monkeypatch.setattr("src.report.report.make_report", no_font)
     words = (run, "--num-samples", "12", "--num-images", "12", "--steps", "2", *RANDOM)
     done = here("evaluate.py", *words, "--out", tmp_path / "quality", "--json")
     assert done.status == 0 and json.loads(done.out)["num_samples"] == 12, done.all

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError, dump, read_json, validate
+from ..report.report import read_lines
 from ..runtime.checkpoint import contents, damage, newest, spared_steps, step_folder, write_folder
 from ..storage.buckets import alone
 from .kept import at, cannot_change, images_seen
-from .report import read_lines
 from .run import changes
 
 MARK = ".continuing"  # says, in a directory whose run has not begun, of what it was made; empty until it is whole

@@ -21,12 +21,12 @@ from ..data import PictureSet, PointSet
 from ..data.formats import READ_BEFORE
 from ..data.latents import differs, same_latents
 from ..data.names import few, normal_form, same_names
+from ..report.report import Reporter, read_lines
 from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from ..runtime.looks import only_looked_at
 from ..storage.locks import take_lock
 from .clock import Clock
 from .kept import ways_on
-from .report import Reporter, read_lines
 
 
 @config

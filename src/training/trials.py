@@ -20,13 +20,13 @@ from accelerate.state import AcceleratorState
 
 from ..config import ENDLESS, UserError, read_json
 from ..config.progress import Phases, say
+from ..report.report import SAMPLE_BYTES
 from ..runtime.checkpoint import damage, keeps_best, newest, read_tensors, step_folder
 from ..runtime.launch import OutOfMemory, explain_out_of_memory, silent_ranks, undetermined
 from ..runtime.looks import of_a_lost_rank
 from ..runtime.stream import Split
 from .clock import Cadence, peak_memory_gigabytes
 from .continuing import MARK, continue_as, directory_of
-from .report import SAMPLE_BYTES
 from .uploads import Uploads, bring
 
 AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint

@@ -18,12 +18,12 @@ from PIL import Image
 
 from src import figures as pictures
 from src.config import UserError
+from src.report import report
 from src.runtime.checkpoint import damage
 from src.runtime.launch import OutOfMemory
 from src.runtime.looks import failed_on_any, finish_trackers, for_each_tracker, is_out_of_memory, only_looked_at, reason_of
 from src.sampling import preview
 from src.sampling.sampler import Sampler
-from src.training import report
 from src.training.run import RunDirectory
 from tests.conftest import ROOT, command, environment, here, metrics, refused
 

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from src.config import dump, load, read_json
-from src.training import report
-from src.training.charts import Line, chart, log_ticks, short, thinned, ticks
-from src.training.report import Pictures, Reporter, find_samples, make_report, read_lines, spread, write_report
+from src.report import report
+from src.report.charts import Line, chart, log_ticks, short, thinned, ticks
+from src.report.report import Pictures, Reporter, find_samples, make_report, read_lines, spread, write_report
 from src.training.run import RunDirectory
 from tests.conftest import ROOT, environment, metrics, run_here
 
@@ -358,7 +358,7 @@ def test_the_report_is_rarer_where_it_takes_long(run: Path, monkeypatch: pytest.
 
 def test_by_hand(run: Path, tmp_path: Path) -> None:
     def make(folder: Path) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "src.training.report", str(folder)]
+        words = [sys.executable, "-m", "src.report.report", str(folder)]
         return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
     done = make(run)

@@ -1,6 +1,6 @@
 """report.html: a run on one page that needs no network, made of what lies in its directory.
 
-python -m src.training.report runs/NAME
+python -m src.report.report runs/NAME
 """
 
 import argparse
