@@ -25,11 +25,11 @@ from src.runtime.seeds import torch_seed
 from src.runtime.sharding import prepare
 from src.runtime.stream import split_batch, stream, to_network
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
-from src.sampling.given import Given, from_python
-from src.sampling.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
+from src.training.from_python import Given, from_python
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
+from src.training.preview import PreviewConfig, first_pictures, pictures_of, preview
 from src.training.run import LogConfig, describe_data
 from src.training.session import Session
 from src.training.state import Trained

@@ -30,10 +30,10 @@ from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import split_batch, stream, to_network
-from src.sampling.preview import first_pictures, pictures_of
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
+from src.training.preview import first_pictures, pictures_of
 from src.training.run import LogConfig, describe_data
 from src.training.session import Session
 from src.training.state import Trained

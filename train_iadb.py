@@ -29,14 +29,14 @@ from src.runtime.launch import MachineConfig, accumulating, settle_reducer, star
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import split_batch
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.given import Given, from_python
-from src.sampling.pairs import PairEnds, Pairs
-from src.sampling.paths import PathPreviewConfig, first_ends, preview_paths
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
+from src.training.from_python import Given, from_python
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
+from src.training.pairs import PairEnds, Pairs
+from src.training.paths import PathPreviewConfig, first_ends, preview_paths
 from src.training.run import LogConfig, check_ranks
 from src.training.session import Session
 from src.training.state import Trained

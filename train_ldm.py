@@ -27,10 +27,10 @@ from src.runtime.launch import MachineConfig, accumulating, settle_reducer, star
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.sharding import home, prepare
 from src.runtime.stream import latent_stream, split_batch
-from src.sampling.preview import PreviewConfig, first_pictures, preview
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
+from src.training.preview import PreviewConfig, first_pictures, preview
 from src.training.run import LogConfig, check_ranks, describe_data
 from src.training.session import Session
 from src.training.state import Trained

@@ -25,11 +25,11 @@ from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
-from src.sampling.preview import first_pictures, pictures_of
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
 from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
+from src.training.preview import first_pictures, pictures_of
 from src.training.run import LogConfig, describe_data
 from src.training.session import Session
 from src.training.stages import StageConfig, plan_stages, warnings

@@ -22,7 +22,7 @@ from src.data import HeldOut, Sources, open_data
 from src.diffusion import LossConfig
 from src.diffusion.training_times import SecondMomentTimes, TimeSampler, UniformTimes
 from src.runs.opened import open_trained
-from src.sampling.preview import pictures_of
+from src.training.preview import pictures_of
 
 
 @config

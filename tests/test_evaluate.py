@@ -18,8 +18,8 @@ from src.evaluation.evaluation import Report, parse_sweep, read_classes
 from src.evaluation.quality import Compared, flag, labels_like
 from src.runs.ends import Starts
 from src.runtime.checkpoint import spared_steps
-from src.sampling.preview import Examples
 from src.sampling.sampler import SamplerConfig
+from src.training.preview import Examples
 from src.training.session import Session
 from tests.conftest import SMOKE, here, launch, metrics, one_line, refused, run_here
 from tests.kills import settings

@@ -18,9 +18,9 @@ from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..models.pretrained import is_finite
 from ..runs.opened import Opened
 from ..runtime.looks import only_looked_at
-from ..sampling.preview import pictures_of
 from ..sampling.sampler import noise_of
 from ..storage.blocks import Ranks, claim_request, in_blocks
+from ..training.preview import pictures_of
 
 BLOCK = 64  # pictures in a file, and what a kill costs at most
 KEYS = ("prior", "terms", "eps_mse", "x0_mse")

@@ -17,7 +17,7 @@ from ..config import Length, config, free
 from ..losses import reconstruction_loss
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
 from ..runtime.looks import Warn, only_looked_at, warn_on_stderr
-from ..sampling.preview import Examples
+from ..training.preview import Examples
 
 
 @config

@@ -19,9 +19,9 @@ from ..data import GaussianSource, ImageConfig, PictureSet, PointSet, open_data,
 from ..data.points import DensitySource, PointSource, picture_of
 from ..runtime.seeds import generator, normal, torch_seed
 from ..runtime.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
-from ..sampling.preview import Examples, pictures_of
 from ..sampling.sampler import Start
 from ..training.given import same_on_all
+from ..training.preview import Examples, pictures_of
 from ..training.run import describe_data
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec

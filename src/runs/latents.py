@@ -37,8 +37,8 @@ from ..data.transforms import DECODER
 from ..models.pretrained import is_finite
 from ..runtime.launch import agree
 from ..runtime.stream import to_network
-from ..sampling.preview import Examples
 from ..storage.locks import take_lock
+from ..training.preview import Examples
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 

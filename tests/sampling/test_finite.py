@@ -29,8 +29,8 @@ from src.runs.latents import latents_of
 from src.runs.opened import open_trained, sampler_of
 from src.runtime.checkpoint import export, read_tensors, write_folder
 from src.sampling import SamplerConfig
-from src.sampling.preview import warn_not_finite
 from src.sampling.upscaling import open_upscaler
+from src.training.preview import warn_not_finite
 from src.training.session import Session
 from tests.conftest import Finished, here, metrics, randomise, refused, run_here
 

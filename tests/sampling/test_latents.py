@@ -18,7 +18,7 @@ from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder, LatentCodec
 from src.runs.latents import latents_of
 from src.runtime.stream import latent_stream, split_batch, to_network
-from src.sampling.preview import pictures_of
+from src.training.preview import pictures_of
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")

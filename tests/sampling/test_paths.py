@@ -12,9 +12,9 @@ from src.diffusion import BlendSchedule, Prediction, Process, TimeInput
 from src.models import MLP, MLPConfig
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.inversion import measure
-from src.sampling.paths import PathLength, first_ends
 from src.sampling.points import move_points, velocity
-from src.sampling.preview import Examples
+from src.training.paths import PathLength, first_ends
+from src.training.preview import Examples
 from tests.conftest import randomise
 
 BLEND = Process(schedule=BlendSchedule(), target="blend", time_input=TimeInput(kind="alpha"))

@@ -17,7 +17,7 @@ from src.data.sources import ShapesSource
 from src.diffusion import ProcessConfig, build_process
 from src.runtime.stream import split_batch
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.preview import PreviewConfig, first_pictures, held_out_loss, pictures_of, preview
+from src.training.preview import PreviewConfig, first_pictures, held_out_loss, pictures_of, preview
 
 
 def process_of(kind: str, target: str):

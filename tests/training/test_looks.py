@@ -22,8 +22,8 @@ from src.report import report
 from src.runtime.checkpoint import damage
 from src.runtime.launch import OutOfMemory
 from src.runtime.looks import failed_on_any, finish_trackers, for_each_tracker, is_out_of_memory, only_looked_at, reason_of
-from src.sampling import preview
 from src.sampling.sampler import Sampler
+from src.training import preview
 from src.training.run import RunDirectory
 from tests.conftest import ROOT, command, environment, here, metrics, refused
 
@@ -114,7 +114,7 @@ def test_failed_looks_change_no_weight_and_no_value_that_decides(tmp_path: Path,
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("ddpm", "src.sampling.preview.held_out_loss"),  # keeps the best checkpoint
+        ("ddpm", "src.training.preview.held_out_loss"),  # keeps the best checkpoint
         ("vae", "src.evaluation.reconstruct.reconstruction_loss"),  # the guard's
         ("classifier", "src.runs.classifier.noise_of"),
     ],

@@ -17,9 +17,9 @@ from ..diffusion import Prediction
 from ..evaluation.quality import QualityConfig
 from ..runs.ends import Ends
 from ..runtime.seeds import generator
-from ..training.session import Session
+from ..sampling.sampler import Sampler, SamplerConfig
 from .preview import Examples, held_out_loss, looked_at, preview_failed, warn_not_finite
-from .sampler import Sampler, SamplerConfig
+from .session import Session
 
 
 @config

@@ -26,9 +26,9 @@ from ..runs.ends import Ends
 from ..runs.latents import CONTENT, make_cache
 from ..runs.opened import open_run
 from ..runtime.stream import MicroBatch, Order, Split, positions_of
-from ..training.trials import Attempt
+from ..sampling.sampler import Sampler, SamplerConfig, random_labels
 from .preview import Examples
-from .sampler import Sampler, SamplerConfig, random_labels
+from .trials import Attempt
 
 
 @config

@@ -24,8 +24,8 @@ from ..models.pretrained import is_finite
 from ..runtime.looks import Look, failed_on_any, only_looked_at
 from ..runtime.seeds import generator, normal
 from ..runtime.stream import to_network
-from ..training.session import Session
-from .sampler import Codec, Sampler, SamplerConfig, Start, noise_of
+from ..sampling.sampler import Codec, Sampler, SamplerConfig, Start, noise_of
+from .session import Session
 
 
 @config

@@ -15,8 +15,8 @@ from ..data import GIVEN, PictureSet, PointSet, open_data, open_given
 from ..models import MLP, MLPConfig
 from ..runs.opened import build_unet
 from ..runtime.sharding import home
-from ..training.given import given_network, needs_null_class, same_on_all
-from ..training.trials import Attempt, train_here
+from .given import given_network, needs_null_class, same_on_all
+from .trials import Attempt, train_here
 
 Sets = tuple[PictureSet | PointSet | None, ...]
 
