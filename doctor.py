@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from src.config import UserError, load, read_json, run_script
-from src.training import health, needs
-from src.training.health import Row, examine
-from src.training.proof import STAGES, UNREACHED, Broken, prove
+from src.doctor import health, needs
+from src.doctor.health import Row, examine
+from src.doctor.proof import STAGES, UNREACHED, Broken, prove
 
 ROOT = Path(__file__).resolve().parent
 TRAINING = ("ddpm_accelerate", "train_vae", "train_ldm", "train_iadb", "train_classifier")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from src.training import health
-from src.training.health import Row, Verdict
-from src.training.proof import STAGES
+from src.doctor import health
+from src.doctor.health import Row, Verdict
+from src.doctor.proof import STAGES
 from tests.conftest import ROOT, SMOKE, launch, one_line, refused
 
 sys.path.insert(0, str(ROOT))

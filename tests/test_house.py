@@ -21,10 +21,10 @@ from PIL import Image
 from src import losses
 from src.config import load
 from src.diffusion import build_process
+from src.doctor import needs
 from src.models import MLP, VAE, Discriminator
 from src.runs.classifier import build_classifier, noise_process
 from src.runs.opened import build_unet
-from src.training import needs
 from src.training.stages import plan_stages
 from tests.conftest import ROOT, environment, here, launch, run_here
 

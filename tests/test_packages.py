@@ -15,6 +15,7 @@ from src import losses, metrics
 from src.config import UserError, load
 from src.config.packages import ask_for, is_installed, needed
 from src.data import open_data
+from src.doctor import needs
 from src.interop.diffusers import load_autoencoder
 from src.metrics import distances
 from src.metrics.features import open_features
@@ -22,7 +23,6 @@ from src.models.pretrained import efficientnet_lite0
 from src.runtime.launch import MachineConfig, start
 from src.sampling.upscaling import open_upscaler
 from src.storage.buckets import open_bucket
-from src.training import needs
 from tests.conftest import ROOT, refused, run_here
 from tests.test_house import CONFIGS, script_of
 

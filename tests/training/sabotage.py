@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from src.training import proof  # noqa: E402
+from src.doctor import proof  # noqa: E402
 from src.training.state import Trained  # noqa: E402
 
 RANK = int(os.environ["RANK"])

@@ -27,9 +27,9 @@ import src.training.state
 from src import figures as pictures
 from src import losses
 from src.config import UserError, load
+from src.doctor import health, needs, proof
+from src.doctor.health import Row, Verdict, examine
 from src.runtime import checkpoint
-from src.training import health, needs, proof
-from src.training.health import Row, Verdict, examine
 from tests.conftest import ROOT, SMOKE, command, environment
 from tests.storage import StorageServer
 

@@ -26,10 +26,10 @@ from ..runtime import checkpoint
 from ..runtime.launch import MachineConfig, accumulating, agree, settle_reducer, start, undetermined
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import Split, split_batch
-from .ema import EMA, EMAConfig
+from ..training.ema import EMA, EMAConfig
+from ..training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
+from ..training.state import Trained
 from .health import GB, Row, Verdict, mistake, told
-from .optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from .state import Trained
 
 ALONE = Verdict("skip", "one process: not tested")
 STEPS = 10

@@ -14,9 +14,9 @@ from ..config import UserError, dump
 from ..config.packages import is_installed
 from ..runtime.checkpoint import keeps_best
 from ..runtime.stream import split_batch
-from .ema import WIDTHS
+from ..training.ema import WIDTHS
+from ..training.uploads import starts, weights_in
 from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within
-from .uploads import starts, weights_in
 
 Check = Callable[[], Verdict]
 
@@ -167,7 +167,7 @@ def loader(cfg: Any, world: int) -> Verdict:
 
 def batches(cfg: Any, world: int) -> Verdict:
     """Whether a step's pictures can be dealt to so many processes; of how many pictures there are it does not depend."""
-    from .stages import plan_stages
+    from ..training.stages import plan_stages
 
     if hasattr(cfg, "stages"):
         splits = [stage.split for stage in plan_stages(cfg, 10**6, rank=0, world=world)]
