@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from src.config import UserError, quoted, read_text, run_script, validate, write_whole
+from src.config import UserError, quoted, read_text, run_script, validate
 from src.diffusion import ProcessConfig
 from src.interop import diffusers, guided_diffusion, iadb, latent_folders
 from src.interop.imported import Imported, keep
@@ -19,6 +19,7 @@ from src.models import UNet
 from src.runs.autoencoder import kept_autoencoder, open_autoencoder
 from src.runs.folders import Weights, read_weights
 from src.runs.opened import open_trained
+from src.storage.files import write_whole
 
 
 def arguments() -> argparse.Namespace:

@@ -13,26 +13,28 @@ import pydantic
 import torch
 
 from src.config import Length, config, free, load, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_images
+from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data
 from src.diffusion import ProcessConfig, build_process
-from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
+from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.evaluation.quality import open_quality
 from src.models import UNetConfig
-from src.runs.opened import count_classes, preview_sampler, start_from
+from src.runs.opened import count_classes, start_from
 from src.runtime.checkpoint import CheckpointConfig
+from src.runtime.examples import pictures_of
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import torch_seed
-from src.runtime.sharding import prepare
 from src.runtime.stream import split_batch, stream, to_network
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.from_python import Given, from_python
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import PreviewConfig, first_pictures, pictures_of, preview
-from src.training.run import LogConfig, describe_data
+from src.training.preview import PreviewConfig, first_pictures, preview, preview_sampler
+from src.training.run import LogConfig
 from src.training.session import Session
+from src.training.sharding import prepare
 from src.training.state import Trained
+from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from src.config import UserError, config, parse_json, read_json, run_script, validate
-from src.data import HeldOut, PictureSet, Sources, open_data
+from src.data import HeldOut, PictureSet, Sources, describe_data, open_data
 from src.diffusion import TableSchedule, times
 from src.evaluation.evaluation import (
     GIVEN,
@@ -37,11 +37,11 @@ from src.metrics.features import NAMES, Features, open_features
 from src.report.report import write_report
 from src.runs.classifier import open_classifier
 from src.runs.opened import open_trained
-from src.runtime.launch import explain_out_of_memory, start_sampling
+from src.runtime.launch import explain_out_of_memory, ranks_of, start_sampling
 from src.runtime.looks import only_looked_at
+from src.sampling import build_sampler
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
-from src.storage.blocks import ranks_of
-from src.training.run import append_metrics, check_ranks, describe_data
+from src.training.run import append_metrics, check_ranks
 
 
 @config
@@ -165,7 +165,7 @@ def quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, 
             settings = parse_sweep(sampler_config(args), args.sweep)
             report = sweep(it, opened, data, settings, count=args.num_samples, classifier=classifier, told=told)
         else:
-            how = opened.sampler(sampler_config(args), classifier)
+            how = build_sampler(opened, sampler_config(args), classifier)
             report = evaluate_run(it, opened, how, data, held_out, count=args.num_samples, told=told)
     if state.is_main_process:
         show(report, args)

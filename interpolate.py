@@ -12,10 +12,11 @@ import torch
 from src import figures as pictures
 from src.config import UserError, run_script, validate
 from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
-from src.runs.opened import Opened, dealt, open_trained
+from src.runs.opened import Opened, open_trained
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import asked_for
-from src.sampling import SamplerConfig
+from src.sampling import SamplerConfig, build_sampler
+from src.sampling.build import dealt
 from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures
 from src.sampling.files import claim, nothing_left
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
@@ -105,7 +106,7 @@ def main() -> None:
         raise UserError(f"{args.run} is an upsampler, which draws from other pictures; give the run that draws those")
     given = start_from_pictures(opened, args.source) if args.source is not None else None
     given = from_nowhere if args.pictures and not opened.gaussian else given
-    sampler = opened.sampler(how, source=given)
+    sampler = build_sampler(opened, how, source=given)
     labels = classes_of(opened, args.classes, seeds, files)
     x0 = as_seen(opened, files) if args.pictures else None
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from src import figures as pictures
 from src.config import UserError, config, quoted, read_json, run_script, validate
-from src.data import HeldOut, ImageConfig, PictureSet, open_data, open_sources
+from src.data import HeldOut, ImageConfig, PictureSet, describe_data, open_data, open_sources
 from src.data.names import class_remarks, shown
 from src.data.packing import pack
 from src.data.sides import count_small, describe_small, refuse_small_packs
@@ -28,7 +28,7 @@ from src.runs.latents import cache_folder, latents_of
 from src.runtime.launch import start_sampling
 from src.runtime.looks import asked_for
 from src.storage.archives import stem, unpack
-from src.training.run import check_ranks, describe_data
+from src.training.run import check_ranks
 
 
 @config

@@ -12,10 +12,11 @@ import torch
 
 from src.config import UserError, run_script
 from src.runs.classifier import open_classifier
-from src.runs.opened import Opened, Run, dealt, open_run
+from src.runs.opened import Opened, Run, open_run
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import asked_for
-from src.sampling import SamplerConfig
+from src.sampling import SamplerConfig, build_sampler
+from src.sampling.build import dealt
 from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures
 from src.sampling.files import nothing_left, write_samples
 from src.sampling.inversion import fingerprint, write_inversions
@@ -91,7 +92,7 @@ def draw_points(
     count = args.num_samples or dealt(20_000, args.classes, run.class_names)
     labels = random_labels(args.seed, range(count), run.num_classes) if run.num_classes is not None else None
     labels = run.labels(args.classes, count) if args.classes is not None else labels
-    sampler = run.sampler(how)
+    sampler = build_sampler(run, how)
     request = {"weights": run.digest, "num_samples": count, "classes": args.classes, **describe(sampler, args.seed)}
     out = Path(args.out or f"samples/{run.folder}/{args.solver}{sampler.steps}_{hashed(request)}")
     more = {"labels": labels, "device": device, "frames": args.frames, "told": request}
@@ -110,7 +111,7 @@ def invert(opened: Opened, how: SamplerConfig, args: argparse.Namespace, default
         raise UserError(f"--{idle[0].replace('_', '-')} is about drawing new pictures, and --invert draws none; leave it out")
     files = files_of(args.invert)
     label = opened.labels(args.classes, 1)[0] if args.classes is not None else None
-    sampler = opened.sampler(how, source=None if opened.gaussian else from_nowhere)
+    sampler = build_sampler(opened, how, source=None if opened.gaussian else from_nowhere)
     tag = hashed(opened.digest, fingerprint(files), label, describe(sampler, 0))
     out = Path(args.out or f"samples/{opened.folder}/inversion_{args.solver}{sampler.steps}_{tag}")
     with nothing_left(out):
@@ -149,7 +150,7 @@ def main() -> None:
         return
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     given = start_from_pictures(opened, args.source) if args.source is not None else None
-    sampler = opened.sampler(how, classifier, source=given)
+    sampler = build_sampler(opened, how, classifier, source=given)
     known = classifier.class_names if classifier is not None else ()
     class_names = opened.class_names if opened.num_classes is not None else known
     labels, low, told = None, None, {}

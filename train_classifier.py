@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from src.config import Length, UserError, config, free, load, quoted, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
-from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
+from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
+from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.models import ClassifierConfig
 from src.runs.classifier import (
     MeasureConfig,
@@ -27,16 +27,18 @@ from src.runs.classifier import (
     start_classifier_from,
 )
 from src.runtime.checkpoint import CheckpointConfig
+from src.runtime.examples import pictures_of
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import split_batch, stream, to_network
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import first_pictures, pictures_of
-from src.training.run import LogConfig, describe_data
+from src.training.preview import first_pictures
+from src.training.run import LogConfig
 from src.training.session import Session
 from src.training.state import Trained
+from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
 

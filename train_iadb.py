@@ -18,17 +18,18 @@ from src.config import ENDLESS, Length, config, free, load, run_script, to_steps
 from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, check_images
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
-from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
+from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.evaluation.quality import open_quality
 from src.models import MLPConfig, UNetConfig
 from src.runs.autoencoder import autoencoder_for
 from src.runs.ends import open_ends
-from src.runs.opened import count_classes, sampler_of, start_from
+from src.runs.opened import count_classes, start_from
 from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import split_batch
 from src.sampling import Sampler, SamplerConfig
+from src.sampling.build import sampler_of
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
 from src.training.draws import Draws
@@ -40,6 +41,7 @@ from src.training.paths import PathPreviewConfig, first_ends, preview_paths
 from src.training.run import LogConfig, check_ranks
 from src.training.session import Session
 from src.training.state import Trained
+from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
 Model = Annotated[

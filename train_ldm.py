@@ -13,27 +13,29 @@ import pydantic
 import torch
 
 from src.config import Length, config, free, load, quoted, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
+from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
 from src.diffusion import ProcessConfig, build_process
-from src.diffusion.training_times import TimeSampler, TimesConfig, UniformTimes
+from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.evaluation.quality import open_quality
 from src.models import UNetConfig
 from src.runs.autoencoder import autoencoder_for
-from src.runs.ends import latent_bounds
 from src.runs.latents import cache_folder, latents_of
-from src.runs.opened import build_unet, count_classes, preview_sampler, start_from
+from src.runs.opened import build_unet, count_classes, start_from
+from src.runs.starts import latent_bounds
 from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import normal, torch_seed
-from src.runtime.sharding import home, prepare
+from src.runtime.sharding import home
 from src.runtime.stream import latent_stream, split_batch
 from src.training.draws import Draws
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import PreviewConfig, first_pictures, preview
-from src.training.run import LogConfig, check_ranks, describe_data
+from src.training.preview import PreviewConfig, first_pictures, preview, preview_sampler
+from src.training.run import LogConfig, check_ranks
 from src.training.session import Session
+from src.training.sharding import prepare
 from src.training.state import Trained
+from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
 

@@ -16,12 +16,13 @@ import torch
 from src import losses
 from src.config import config, free, load, quoted, run_script, training_arguments, wrong
 from src.config.packages import ask_for
-from src.data import HeldOut, ImageConfig, Sources, check_images, open_data
+from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
 from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_channels
 from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
 from src.runs.autoencoder import start_from
 from src.runtime.checkpoint import CheckpointConfig
+from src.runtime.examples import pictures_of
 from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
@@ -29,8 +30,8 @@ from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
 from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from src.training.preview import first_pictures, pictures_of
-from src.training.run import LogConfig, describe_data
+from src.training.preview import first_pictures
+from src.training.run import LogConfig
 from src.training.session import Session
 from src.training.stages import StageConfig, plan_stages, warnings
 from src.training.state import Trained
@@ -156,7 +157,6 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
             codes = CodebookStep(network.codebook, noise_shape, seed, step) if network.codebook is not None else None
 
             # Gradients: every loss is its sum over the micro-batch times world size over the batch.
-            scale = split.world / split.batch
             for part in range(split.accumulation):
                 micro, here = next(batches), split.of_step(part)
                 images = to_network(micro.images, device, dtype)
@@ -183,14 +183,14 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
                     else:
                         told["commitment"] = losses.commitment_loss(made.mean, codes.watch(made, here))
                         loss = loss + codes.codebook.spec.commitment * told["commitment"]
-                    accelerator.backward(loss.sum() * scale)
+                    accelerator.backward(loss.sum() * (split.world / split.batch))
                 if adversary is not None:
                     discriminator.requires_grad_(True)
                     with accumulating(accelerator, judge, part, split.accumulation):
                         real, drawn = judge(torch.cat([images, made.images.detach().to(dtype)])).chunk(2)
                         told["discriminator"] = losses.discriminator_loss(adversary.loss, real, drawn)
                         told["discriminator_accuracy"] = losses.discriminator_accuracy(real, drawn)
-                        accelerator.backward(told["discriminator"].sum() * scale)
+                        accelerator.backward(told["discriminator"].sum() * (split.world / split.batch))
                 session.meter.add(split.micro, loss=loss.sum(), **{name: value.sum() for name, value in told.items()})
 
             # Update both, or, where a gradient is not finite, neither.

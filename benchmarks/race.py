@@ -51,7 +51,7 @@ from src.metrics import distances
 from src.metrics.distances import Array
 from src.metrics.features import Features, open_features
 from src.runs.opened import open_trained
-from src.sampling import SamplerConfig
+from src.sampling import SamplerConfig, build_sampler
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10.tar.xz"
 CONFIG = ROOT / "configs" / "cifar10_race.json"
@@ -259,7 +259,7 @@ def train_peer(name: str, out: Path, pictures_folder: Path, lr: str, seconds: fl
 def draw_ours(weights: Path, count: int, sampler: dict[str, Any] | None = None, batch: int = 100) -> Tensor:
     """(count, 3, H, W) uint8 by the sampler of the race's config as it is now (or another), with at most 50 network calls."""
     run = open_trained(weights, torch.device("cpu"))
-    solver = run.sampler(SamplerConfig(**(read_json(CONFIG)["preview"]["sampler"] if sampler is None else sampler)))
+    solver = build_sampler(run, SamplerConfig(**(read_json(CONFIG)["preview"]["sampler"] if sampler is None else sampler)))
     if solver.calls() > CALLS:
         raise UserError(f"the sampler makes {solver.calls()} network calls, more than {CALLS}; give it fewer steps")
     parts = [range(start, min(start + batch, count)) for start in range(0, count, batch)]

@@ -20,9 +20,10 @@ from src import figures as pictures
 from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
 from src.diffusion import LossConfig
-from src.diffusion.training_times import SecondMomentTimes, TimeSampler, UniformTimes
+from src.diffusion.training_times import SecondMomentTimes, UniformTimes
 from src.runs.opened import open_trained
-from src.training.preview import pictures_of
+from src.runtime.examples import pictures_of
+from src.training.time_sampler import TimeSampler
 
 
 @config

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .config import UserError, config
 from .config.packages import ask_for, needed
-from .models.pretrained import efficientnet_lite0, fetch_weights, how_to_bring, import_torchvision, put_weights, read_weights
+from .models.pretrained import efficientnet_lite0, import_torchvision
+from .storage.downloads import fetch_weights, how_to_bring, put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}

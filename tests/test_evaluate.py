@@ -16,10 +16,10 @@ from src.data import open_sources
 from src.data.sources import ShapesSource
 from src.evaluation.evaluation import Report, parse_sweep, read_classes
 from src.evaluation.quality import Compared, flag, labels_like
-from src.runs.ends import Starts
+from src.runs.starts import Starts
 from src.runtime.checkpoint import spared_steps
+from src.runtime.examples import Examples
 from src.sampling.sampler import SamplerConfig
-from src.training.preview import Examples
 from src.training.session import Session
 from tests.conftest import SMOKE, here, launch, metrics, one_line, refused, run_here
 from tests.kills import settings

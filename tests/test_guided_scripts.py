@@ -18,7 +18,7 @@ from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
 from src.runs.classifier import open_classifier
 from src.runs.opened import open_trained
-from src.sampling import SamplerConfig
+from src.sampling import SamplerConfig, build_sampler
 from src.sampling.edit import load_edit, load_low
 from tests import kills
 from tests.conftest import SMOKE, Finished, here, launch, metrics, one_line, randomise, refused
@@ -170,7 +170,7 @@ def test_a_picture_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Pat
     edit = load_edit(opened, *paths, start_at=0, resamplings=1, steps=4)
     assert edit.mask is not None and edit.mask.shape == (1, latent, latent) and float(edit.mask.sum()) == 1
     assert float(edit.mask[0, 0, -1]) == 1 and edit.x0.shape == opened.shape
-    drawn = opened.sampler(SamplerConfig(steps=4))
+    drawn = build_sampler(opened, SamplerConfig(steps=4))
     seen = []
     drawn.draw(0, [0], [0], device=CPU, edit=edit, callback=lambda step, t, x_t, prediction: seen.append(x_t))
     whole = drawn.draw(0, [0], [0], device=CPU, edit=edit._replace(mask=torch.zeros(1, latent, latent)))
@@ -206,9 +206,9 @@ def test_a_classifier_of_other_classes_or_size_is_refused(hybrid_run: Path, clas
     larger = replace(classifier, image=replace(classifier.image, size=32))
     others = replace(classifier, class_names=("a", "b", "c", "d"))
     with pytest.raises(UserError, match=r"knows other classes \(a, b, c, d\) than .*\(circle, cross, square, triangle\)"):
-        opened.sampler(SamplerConfig(guidance_method="classifier"), others)
+        build_sampler(opened, SamplerConfig(guidance_method="classifier"), others)
     with pytest.raises(UserError, match=r"sees 32 px in 3 channel\(s\), .* draws 16 px in 3; train one with the same image"):
-        opened.sampler(SamplerConfig(guidance_method="classifier"), larger)
+        build_sampler(opened, SamplerConfig(guidance_method="classifier"), larger)
     assert "is no classifier" in refused("sample", hybrid_run, *guided, hybrid_run)
     assert "is a classifier, which draws nothing by itself" in refused("sample", classifier_run)
     (tmp_path / "flat").mkdir()
@@ -305,7 +305,7 @@ def test_a_run_goes_to_diffusers_and_back(hybrid_run: Path, tmp_path: Path) -> N
     for run in (hybrid_run, tmp_path / "back"):
         opened = open_trained(run, CPU)
         assert opened.class_names == ("circle", "cross", "square", "triangle")
-        sampler = opened.sampler(SamplerConfig(solver="ancestral", steps=5))
+        sampler = build_sampler(opened, SamplerConfig(solver="ancestral", steps=5))
         pictures.append(sampler.draw(0, range(3), [0, 1, 4], device=CPU))
     torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=1e-4)
     assert "exists and is not empty" in refused("convert", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
@@ -364,8 +364,8 @@ def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path:
     assert pictures[0] == pictures[1] and len(pictures[0]) == 4, "the .npz brings the labels 0, 0, 1, 1"
     opened = open_trained(tmp_path / "up", CPU)
     low, _ = load_low(opened, str(tmp_path / "small"))
-    drawn = opened.sampler(SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=low)
-    other = opened.sampler(SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=-low)
+    drawn = build_sampler(opened, SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=low)
+    other = build_sampler(opened, SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=-low)
     assert drawn.shape == (4, 3, 32, 32) and not torch.allclose(drawn, other, atol=1e-3)
     wrong, shown = tmp_path / "wrong.npz", np.zeros((2, 16, 16, 3), np.uint8)
     for arrays, said in (

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from src.config import read_json
 from src.data.points import MoonsSource, draw_points
 from src.runs.opened import open_run, open_trained
-from src.sampling import SamplerConfig
+from src.sampling import SamplerConfig, build_sampler
 from tests import kills
 from tests.conftest import ROOT, command, environment, here, launch, metrics, one_line, refused, run_here
 from tests.kills import settings
@@ -90,7 +90,7 @@ def test_the_summed_loss_has_the_papers_gradient_and_the_same_log(tmp_path: Path
 
 def test_from_one_set_of_pictures_to_another_in_latents(vae_run: Path, tmp_path: Path) -> None:
     """Digits to shapes, by a diffusers autoencoder with its own scale; then from pictures of one's own, from `final` alone."""
-    from src.interop.diffusers import autoencoder_from_config
+    from src.runs.diffusers_autoencoder import autoencoder_from_config
 
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
@@ -119,7 +119,7 @@ def test_from_one_set_of_pictures_to_another_in_latents(vae_run: Path, tmp_path:
     changed = {**read_json(config), "source": {"source": "folder", "path": str(tmp_path / "gone")}}
     opened = open_trained(tmp_path / "elsewhere", CPU)
     with pytest.raises(ValueError, match=r"starts from other data, which is needed: .* or give --source FOLDER"):
-        type(opened)(**{**vars(opened), "config": changed}).sampler(SamplerConfig())
+        build_sampler(type(opened)(**{**vars(opened), "config": changed}), SamplerConfig())
     said = refused("sample", tmp_path / "elsewhere", "--num-samples", "2", "--out", tmp_path / "given", *more)
     assert "holds other pictures" in said, "the same but for where they come from"
     red = tmp_path / "mine" / "red.png"
@@ -269,7 +269,7 @@ def test_reflow_straightens_the_paths(points_run: Path, tmp_path: Path) -> None:
     folder = next(path for path in (points_run / "pairs").iterdir() if path.is_dir())
     made = {path.name: path.read_bytes() for path in folder.rglob("block_*")}
     assert len(made) == 2 * 12, "3000 pairs in blocks of 256"
-    sampler = open_run(points_run, CPU).sampler(SamplerConfig(solver="heun", steps=8))
+    sampler = build_sampler(open_run(points_run, CPU), SamplerConfig(solver="heun", steps=8))
     x = sampler.start(1, range(5))
     block = np.load(folder / "pairs" / "block_00000.npy")
     assert len(np.unique(np.concatenate([np.load(path) for path in folder.rglob("*.npy")])[:, 0, 0], axis=0)) == 3000
@@ -303,7 +303,7 @@ def test_pairs_of_pictures_keep_their_classes(iadb_run: Path, tmp_path: Path) ->
     assert len(labels) == 20 and set(labels) <= {0, 1, 2, 3} and len(set(labels)) > 1
     values = np.load(block.with_suffix(".npy"))
     assert values.shape == (20, 1, 2, 3, 16, 16)
-    sampler = open_trained(iadb_run, CPU).sampler(SamplerConfig(solver="euler", steps=2))
+    sampler = build_sampler(open_trained(iadb_run, CPU), SamplerConfig(solver="euler", steps=2))
     own = sampler.move(sampler.start(1, range(8)), torch.tensor(labels[:8]))
     assert np.allclose(values[:8, 0, 1], own, atol=1e-4)
     assert (

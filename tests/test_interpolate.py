@@ -37,6 +37,7 @@ from tests.conftest import ROOT, here, launch, one_line, randomise, refused
 
 sys.path.insert(0, str(ROOT))
 import interpolate
+from src.sampling import build_sampler
 
 CPU = torch.device("cpu")
 QUICK = ("--steps", "4", "--batch-size", "4", "--frames-between", "5")
@@ -65,7 +66,7 @@ def shown(out: Path) -> NDArray[np.float64]:
 
 def drawn(run: Path, seed: int, label: int | None, how: SamplerConfig) -> NDArray[np.float64]:
     """The first picture that sample.py draws of a seed, as a frame shows it."""
-    sampler = open_trained(run, CPU).sampler(how)
+    sampler = build_sampler(open_trained(run, CPU), how)
     pixels = pictures.to_uint8(sampler.draw(seed, [0], None if label is None else [label], device=CPU))[0]
     zoom = pictures.zoom_for(pixels.shape[0])
     return np.asarray(pictures.to_image(pixels).convert("RGB"), float).repeat(zoom, 0).repeat(zoom, 1)
@@ -302,7 +303,7 @@ def test_pictures_come_back_through_their_inversions(
     said = animate(run, tmp_path / "out", *words)
     assert float(re.findall(r"come back to ([\d.]+) of 255", said)[0]) < 0.5, said
     opened = open_trained(run, CPU)
-    sampler = opened.sampler(SamplerConfig())
+    sampler = build_sampler(opened, SamplerConfig())
     wanted = pictures.to_uint8(sampler.pictures(as_seen(opened, shapes[:2])))
     frames = shown(tmp_path / "out")[:, ::4, ::4]
     assert np.abs(frames[[0, 5]] - wanted).mean() < 0.5
@@ -335,7 +336,7 @@ def test_between_two_data_sets_the_way_is_straight(iadb_run: Path, shapes: list[
     still = {name: torch.zeros_like(tensor) for name, tensor in found.tensors.items()}
     write_folder(tmp_path / "run", {"ema": still}, {"config": config, "data": found.data, "progress": {"step": found.step}})
     animate(tmp_path / "run", tmp_path / "seeds", "--seeds", "1/2")
-    sampler = open_trained(tmp_path / "run", CPU).sampler(SamplerConfig())
+    sampler = build_sampler(open_trained(tmp_path / "run", CPU), SamplerConfig())
     first, last = (pictures.to_uint8(sampler.start(seed, [0]))[0].astype(float) for seed in (1, 2))
     frames = shown(tmp_path / "seeds")[:, ::4, ::4]
     for i in range(6):

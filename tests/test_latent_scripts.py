@@ -17,7 +17,7 @@ import train_vae as train_vae_module
 from src.config import load, read_json
 from src.runs.autoencoder import open_autoencoder
 from src.runs.opened import open_trained
-from src.sampling import SamplerConfig
+from src.sampling import SamplerConfig, build_sampler
 from src.training.session import Session
 from src.training.trials import train_here
 from tests import kills
@@ -356,7 +356,7 @@ def test_latents_of_the_size_of_a_later_stage(vae_run: Path, tmp_path: Path) -> 
     assert done.status == 0, done.all
     assert read_json(tmp_path / "run" / "final" / "data.json")["latents"]["shape"] == [4, 12, 12]
     opened = open_trained(tmp_path / "run", torch.device("cpu"))
-    drawn = opened.sampler(SamplerConfig(solver="ddim", steps=2)).draw(0, range(2), [0, 1], device=torch.device("cpu"))
+    drawn = build_sampler(opened, SamplerConfig(solver="ddim", steps=2)).draw(0, range(2), [0, 1], device=torch.device("cpu"))
     assert opened.image.size == 24 and drawn.shape == (2, 3, 24, 24)
     said = refused("train_ldm", "-cfg", LDM, "--run-dir", tmp_path / "no", *sets, "--set", "image.size=32")
     assert "was trained at 16 and 24 px; set image.size" in said
@@ -368,7 +368,9 @@ def test_the_main_job_leaves_as_one_folder(vae_run: Path, ldm_run: Path, tmp_pat
 
     def drawn(run: Path) -> torch.Tensor:
         opened = open_trained(run, torch.device("cpu"))
-        return opened.sampler(SamplerConfig(solver="ddim", steps=4)).draw(1, range(3), [0, 1, 2], device=torch.device("cpu"))
+        return build_sampler(opened, SamplerConfig(solver="ddim", steps=4)).draw(
+            1, range(3), [0, 1, 2], device=torch.device("cpu")
+        )
 
     for name, run in (("run", ldm_run), ("checkpoint", ldm_run / "checkpoints" / "step_00000020")):
         done = here("convert.py", "safetensors", run, "--out", tmp_path / name)
@@ -437,7 +439,7 @@ def test_without_classes_and_eps_clipped_to_the_latents_range(vae_run: Path, tmp
     done = train_ldm(tmp_path / "run", vae_run, **sets)
     assert done.status == 0 and (tmp_path / "run" / "samples" / "step_00000004.png").exists(), done.all
 
-    sampler = open_trained(tmp_path / "run", torch.device("cpu")).sampler(SamplerConfig(steps=10))
+    sampler = build_sampler(open_trained(tmp_path / "run", torch.device("cpu")), SamplerConfig(steps=10))
     facts = read_json(tmp_path / "run" / "data.json")["latents"]
     assert sampler.clip_x0 is not None
     for bound, key in zip(sampler.clip_x0, ("low", "high"), strict=True):
@@ -456,7 +458,7 @@ def test_without_classes_and_eps_clipped_to_the_latents_range(vae_run: Path, tmp
 
 
 def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
-    from src.interop.diffusers import autoencoder_from_config
+    from src.runs.diffusers_autoencoder import autoencoder_from_config
 
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}

@@ -16,10 +16,10 @@ from src.config import UserError, load
 from src.config.packages import ask_for, is_installed, needed
 from src.data import open_data
 from src.doctor import needs
-from src.interop.diffusers import load_autoencoder
 from src.metrics import distances
 from src.metrics.features import open_features
 from src.models.pretrained import efficientnet_lite0
+from src.runs.diffusers_autoencoder import load_autoencoder
 from src.runtime.launch import MachineConfig, start
 from src.sampling.upscaling import open_upscaler
 from src.storage.buckets import open_bucket

@@ -19,8 +19,9 @@ import train_iadb
 from src.config import UserError, load, read_json
 from src.data import ImageConfig, open_given, open_given_points
 from src.runs.opened import open_run, open_trained
-from src.sampling import SamplerConfig
-from src.training.given import given_network, same_on_all
+from src.runtime.launch import same_on_all
+from src.sampling import SamplerConfig, build_sampler
+from src.training.given import given_network
 from tests.conftest import ROOT, launch, metrics, refused
 
 CPU = torch.device("cpu")
@@ -131,7 +132,7 @@ def test_a_run_is_stopped_and_goes_on_to_the_bit(tmp_path: Path, script: Any, mo
     opened = open_trained(whole, CPU, network=network(7))
     ema = load_file(whole / "final" / "ema.safetensors")
     assert torch.equal(opened.network.state_dict()["first.weight"], ema["first.weight"])
-    drawn = opened.sampler(SamplerConfig(solver="euler", steps=3)).draw(0, range(2), [0, 1], device=CPU)
+    drawn = build_sampler(opened, SamplerConfig(solver="euler", steps=3)).draw(0, range(2), [0, 1], device=CPU)
     assert drawn.shape == (2, 3, 16, 16) and drawn.isfinite().all()
     for other, said in (
         (TensorDataset(images(seed=1), torch.arange(48) % 2), "was trained on"),
@@ -218,7 +219,7 @@ def test_points_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     facts = read_json(tmp_path / "run" / "data.json")
     assert facts["images"] + facts["held_out_images"] == 200 and 5 < facts["held_out_images"] < 40
     run = open_run(tmp_path / "run", CPU, network=Points())
-    drawn = run.sampler(SamplerConfig(solver="euler", steps=2)).draw(0, range(5), None, device=CPU)
+    drawn = build_sampler(run, SamplerConfig(solver="euler", steps=2)).draw(0, range(5), None, device=CPU)
     assert drawn.shape == (5, 2)
 
 

@@ -24,7 +24,8 @@ from src.losses import Perceptual, PerceptualConfig
 from src.metrics import features
 from src.metrics.features import open_features
 from src.models import pretrained as vision
-from src.models.pretrained import fetch_weights, how_to_bring, import_torchvision
+from src.models.pretrained import import_torchvision
+from src.storage.downloads import fetch_weights, how_to_bring
 from tests.conftest import ROOT, launch
 
 FAKE = """

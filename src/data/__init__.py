@@ -1,5 +1,6 @@
 """Pictures and points: where they come from, which are left out, and what the network sees of them."""
 
+from .facts import describe_data
 from .given import GIVEN, open_given, open_given_points
 from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_points
 from .sides import check_images
@@ -18,6 +19,7 @@ __all__ = [
     "SourceEnd",
     "Sources",
     "check_images",
+    "describe_data",
     "open_data",
     "open_given",
     "open_given_points",

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import UserError, read_json, write_whole
+from ..config import UserError, read_json
+from ..storage.files import write_whole
 
 BLOCK = 256  # pictures in a file, and what a kill costs at most
 Moments = NDArray[np.float32]

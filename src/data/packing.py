@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..config import UserError, read_json, write_flushed
+from ..config import UserError
 from ..config.progress import Progress
-from .sources import PackedPictures, PictureSet, _digest, _fraction
+from ..storage.files import write_flushed
+from .sources import PACK_VERSION, PictureSet, _fraction
 from .transforms import DECODER, shorter_side
 
-VERSION = 1
 BLOCK = 256
 
 
@@ -69,7 +69,7 @@ def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out:
             os.fsync(file.fileno())
         manifest = {
             **request,
-            "version": VERSION,
+            "version": PACK_VERSION,
             "decoder": DECODER,
             "count": len(table),
             "bytes": int(offset),
@@ -108,29 +108,3 @@ def _resume(staged: Path, request: dict) -> int:
     if (staged / "pixels.bin").exists():
         os.truncate(staged / "pixels.bin", end)
     return whole
-
-
-def open_packed(path: Path, split: str) -> PackedPictures:
-    """Map a packed folder. `split` is train, held_out or all."""
-    path = path.expanduser()
-    if not (path / "manifest.json").exists():
-        raise UserError(f"{path} is not a packed data set (no manifest.json); make one with prepare_data.py pack")
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("version") != VERSION:
-        raise UserError(f"{path} was packed by another version; pack it again")
-    if not (path / "pixels.bin").exists() or (path / "pixels.bin").stat().st_size != manifest["bytes"]:
-        raise UserError(f"{path}/pixels.bin is missing or cut; pack it again")
-    table = np.load(path / "records.npy")
-    keep = np.ones(len(table), dtype=bool) if split == "all" else (table[:, 4] == (split == "held_out"))
-    names = [name for name, kept in zip(manifest["names"], keep, strict=True) if kept]
-    return PackedPictures(
-        names=names,
-        labels=table[keep, 3],
-        class_names=tuple(manifest["class_names"]),
-        fingerprint=_digest("packed", manifest["fingerprint"], str(manifest["size"]), table[keep].tobytes()),
-        pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
-        records=table[keep, :3],
-        channels=manifest["channels"],
-        packed=(path / "pixels.bin").stat().st_mtime_ns,
-        place=str(path),
-    )

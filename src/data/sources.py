@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pydantic import Discriminator, Field, Tag
 
-from ..config import UserError, config, free, kind_of
+from ..config import UserError, config, free, kind_of, read_json
 from ..config.packages import needed
-from ..models.pretrained import hub_reason
 from ..storage.archives import stem
+from ..storage.downloads import hub_reason
 from . import formats
 from .layout import Found, Layout, find_layout, in_words, walk
 from .names import by_ending, class_of, few, normal_form, ordered, shown, spelled
@@ -639,7 +639,6 @@ def _open_shapes(spec: ShapesSource) -> ArrayPictures:
 
 
 def _open_packed(spec: PackedSource) -> PackedPictures:
-    from .packing import open_packed
 
     return open_packed(Path(spec.path), spec.split)
 
@@ -888,3 +887,32 @@ def _relabel(pictures: PictureSet, class_names: tuple[str, ...]) -> PictureSet:
     number = np.array([*(place[normal_form(name)] for name in pictures.class_names), -1], dtype=np.int64)
     pictures.labels, pictures.class_names = number[pictures.labels], class_names
     return pictures
+
+
+def open_packed(path: Path, split: str) -> PackedPictures:
+    """Map a packed folder. `split` is train, held_out or all."""
+    path = path.expanduser()
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path} is not a packed data set (no manifest.json); make one with prepare_data.py pack")
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("version") != PACK_VERSION:
+        raise UserError(f"{path} was packed by another version; pack it again")
+    if not (path / "pixels.bin").exists() or (path / "pixels.bin").stat().st_size != manifest["bytes"]:
+        raise UserError(f"{path}/pixels.bin is missing or cut; pack it again")
+    table = np.load(path / "records.npy")
+    keep = np.ones(len(table), dtype=bool) if split == "all" else (table[:, 4] == (split == "held_out"))
+    names = [name for name, kept in zip(manifest["names"], keep, strict=True) if kept]
+    return PackedPictures(
+        names=names,
+        labels=table[keep, 3],
+        class_names=tuple(manifest["class_names"]),
+        fingerprint=_digest("packed", manifest["fingerprint"], str(manifest["size"]), table[keep].tobytes()),
+        pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
+        records=table[keep, :3],
+        channels=manifest["channels"],
+        packed=(path / "pixels.bin").stat().st_mtime_ns,
+        place=str(path),
+    )
+
+
+PACK_VERSION = 1

@@ -19,12 +19,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..config import UserError, write_flushed
+from ..config import UserError
 from ..config.packages import is_installed
 from ..metrics.features import INCEPTION_URL, inception_file
-from ..models.pretrained import how_to_bring
 from ..runtime import checkpoint
 from ..storage import locks
+from ..storage.downloads import how_to_bring
+from ..storage.files import write_flushed
 from ..storage.locks import take_lock
 
 Status = Literal["pass", "warn", "fail", "skip"]

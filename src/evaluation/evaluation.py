@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import figures as pictures
 from .. import metrics
-from ..config import UserError, dump, parse_json, read_json, validate, write_whole
+from ..config import UserError, dump, parse_json, read_json, validate
 from ..config.packages import ask_for
 from ..config.progress import within
 from ..data import ImageConfig, PictureSet
@@ -27,17 +27,19 @@ from ..metrics import distances
 from ..metrics.distances import Array
 from ..metrics.features import Features
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
-from ..models.pretrained import is_finite
 from ..runs.autoencoder import open_autoencoder
 from ..runs.classifier import OpenedClassifier
-from ..runs.ends import Starts
 from ..runs.folders import run_name
 from ..runs.opened import Opened
+from ..runs.starts import Starts
 from ..runtime.looks import only_looked_at
 from ..runtime.stream import to_network
+from ..sampling.build import build_sampler
 from ..sampling.edit import files_of
 from ..sampling.sampler import Sampler, SamplerConfig, describe
 from ..storage.blocks import Ranks, claim_request, in_blocks
+from ..storage.files import write_whole
+from ..storage.finite import is_finite
 from .quality import (
     BLOCK,
     FEWEST,
@@ -330,7 +332,7 @@ def sweep(
     sweep.png, the distances against the network calls."""
     _check_run(opened, data, count)
     ask_for("drawing sweep.png", "matplotlib")
-    samplers = [opened.sampler(how, classifier) for how in settings]
+    samplers = [build_sampler(opened, how, classifier) for how in settings]
     request = _request(opened, samplers[0], data, count, it.seed, it.batch_size)
     out = it.folder(opened.folder, "sweep", {**request, "settings": [dump(how) for how in settings]})
     swept = [key for key in dump(settings[0]) if len({json.dumps(dump(how)[key]) for how in settings}) > 1]

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import figures as pictures
-from ..config import UserError, write_whole
+from ..config import UserError
 from ..config.packages import ask_for
 from ..config.progress import within
 from ..data import PictureSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
-from ..models.pretrained import is_finite
 from ..runs.opened import Opened
+from ..runtime.examples import pictures_of
 from ..runtime.looks import only_looked_at
-from ..sampling.sampler import noise_of
+from ..runtime.seeds import noise_of
 from ..storage.blocks import Ranks, claim_request, in_blocks
-from ..training.preview import pictures_of
+from ..storage.files import write_whole
+from ..storage.finite import is_finite
 
 BLOCK = 64  # pictures in a file, and what a kill costs at most
 KEYS = ("prior", "terms", "eps_mse", "x0_mse")

@@ -22,10 +22,10 @@ from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
-from ..models.pretrained import is_finite
-from ..runtime.launch import agree
+from ..runtime.launch import agree, ranks_here
 from ..sampling.sampler import Sampler
-from ..storage.blocks import Ranks, in_blocks, ranks_here
+from ..storage.blocks import Ranks, in_blocks
+from ..storage.finite import is_finite
 from ..training.trials import Attempt
 
 FEWEST = 10  # pictures of each side, under which no number says anything

@@ -16,8 +16,8 @@ from .. import metrics
 from ..config import Length, config, free
 from ..losses import reconstruction_loss
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
+from ..runtime.examples import Examples
 from ..runtime.looks import Warn, only_looked_at, warn_on_stderr
-from ..training.preview import Examples
 
 
 @config

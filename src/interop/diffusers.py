@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,19 +12,18 @@ from typing import Any
 import safetensors.torch
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import UserError, dump, quoted, validate, write_flushed
-from ..config.packages import ask_for, needed
+from ..config import UserError, dump, validate
 from ..data.names import shown
 from ..diffusion import ProcessConfig
 from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
-from ..models.pretrained import import_torchvision
+from ..runs.diffusers_autoencoder import ATTENTION, RESIDUAL, VERSION, WEIGHTS
+from ..storage.files import write_flushed
 from ..storage.weights import (
-    KL,
     UNET_2D,
     few,
     find_files,
@@ -33,6 +31,7 @@ from ..storage.weights import (
     from_hub,
     hub_name_of_url,
     is_hub_name,
+    present_names,
     rank,
     read_files,
     read_foreign_json,
@@ -40,21 +39,8 @@ from ..storage.weights import (
 from .guided_diffusion import multiple, rename
 from .imported import Imported
 
-VERSION = "0.35.0"  # of diffusers, the oldest whose folders these are
-WEIGHTS = "diffusion_pytorch_model"
-
 # ---------------------------------------------------------------------------------------------- the network
 
-RESIDUAL = {
-    "norm_1": "norm1",
-    "conv_1": "conv1",
-    "embed": "time_emb_proj",
-    "norm_2": "norm2",
-    "conv_2": "conv2",
-    "skip": "conv_shortcut",
-}
-ATTENTION = {"norm": "group_norm", "qkv": "qkv", "out": "to_out.0"}
-FORMERLY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # before diffusers 0.15
 
 # The attention of a block, and how it resamples: None is what downsample_type and upsample_type say.
 DOWN = {"DownBlock2D": ("none", "conv"), "AttnDownBlock2D": ("full", None), "ResnetDownsampleBlock2D": ("none", "resnet")}
@@ -211,14 +197,6 @@ def module_names(config: UNetConfig) -> dict[str, str]:
     block("mid.0", "mid_block", 0)
     block("mid.1", "mid_block", 1)
     return names
-
-
-def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A UNet2DModel's state dict, its attentions by the names that diffusers has had since 0.15."""
-    renamed = dict(state)
-    for old, new in FORMERLY.items():
-        renamed = {key.replace(old, new) if ".attentions." in key else key: value for key, value in renamed.items()}
-    return renamed
 
 
 def _fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -485,7 +463,9 @@ def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, lis
     is no network, or that there are several.
     """
     inside = {path.parent.name: path for path in sorted(folder.glob("*/config.json"))}
-    found = [sub for sub, path in inside.items() if sub == "unet" or _object(path).get("_class_name") == "UNet2DModel"]
+    found = [
+        sub for sub, path in inside.items() if sub == "unet" or read_foreign_json(path).get("_class_name") == "UNet2DModel"
+    ]
     if not found:
         if (folder / "config.json").is_file():
             named = folder.resolve()
@@ -496,7 +476,7 @@ def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, lis
         there = few((f"{path.name}/" if path.is_dir() else path.name) for path in folder.iterdir())
         hint = f"; it holds {there}" if there else "; it is empty"
         hint = f"; it holds {few(steps)}: name one of them" if steps else hint
-        kinds = [f"{sub} ({_object(path).get('_class_name', '?')})" for sub, path in inside.items()]
+        kinds = [f"{sub} ({read_foreign_json(path).get('_class_name', '?')})" for sub, path in inside.items()]
         hint = f"; it holds {few(kinds)}" if kinds else hint
         raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json{hint}")
     wanted = [sub for sub in found if which == sub or (which in ("ema", "raw") and (rank(sub) == 2) == (which == "ema"))]
@@ -510,10 +490,6 @@ def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, lis
     if rank(best[0]) == 2:
         told.insert(0, f"these weights, of {best[0]}, are an average (EMA); --which raw takes the others" if others else "")
     return folder / best[0], [line for line in told if line], which
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return read_foreign_json(path)
 
 
 def _beside(folder: Path, subfolder: str, file: str) -> Path | None:
@@ -533,7 +509,7 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     folder = local_folder(name)
     place, others, which = _place(folder, name, which)
     path = place / "config.json"
-    theirs = _object(path)
+    theirs = read_foreign_json(path)
     if (kind := theirs.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise UserError(f"{path} is of a {kind}; a UNet2DModel is what can be read")
     needed = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "in_channels", "out_channels")
@@ -557,7 +533,7 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
         raise UserError(str(error) if str(name) in str(error) else f"{name}: {error}") from None
     if negated:
         state = _negated(state)
-    classes = _object(folder / "classes.json") if (folder / "classes.json").is_file() else {}
+    classes = read_foreign_json(folder / "classes.json") if (folder / "classes.json").is_file() else {}
     null_class = classes.get("null_class") is True and theirs.get("num_class_embeds") is not None
     try:
         model, network = unet_config(theirs), unet_from_diffusers(theirs, state, null_class=null_class)
@@ -615,16 +591,16 @@ def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[s
         r"checkpoint-\d+", folder.resolve().name
     ):  # of a training script, which saves it at its end
         path = _beside(folder.resolve().parent, "scheduler", "scheduler_config.json")
-    index = _object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = read_foreign_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     if path is None and isinstance(index.get("scheduler"), list) and not ours.is_file():
         raise UserError(
             f"{folder}: model_index.json names a scheduler ({index['scheduler'][-1]}), and scheduler/scheduler_config.json, "
             "which says how the network was trained, is missing; bring it"
         )
-    settings = _object(path) if path is not None else {}
+    settings = read_foreign_json(path) if path is not None else {}
     negated = settings.get("_class_name") == FLOW
     if ours.is_file():
-        return validate(ProcessConfig, _object(ours), origin=str(ours)), [f"process: {ours}"], negated
+        return validate(ProcessConfig, read_foreign_json(ours), origin=str(ours)), [f"process: {ours}"], negated
     try:
         process = process_config(settings, learned=learned)
     except UserError as error:
@@ -928,142 +904,3 @@ def _blend_card(
 
 
 # ---------------------------------------------------------------------------------------------- autoencoders
-
-
-class DiffusersAutoencoder(nn.Module):
-    """An AutoencoderKL with our names: moments(images) and decode(z). `scaling` is the mean and the standard deviation of its
-    latents, by its own shift_factor and scaling_factor."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network = network
-        theirs = network.config
-        self.config = {key: value for key, value in dict(theirs).items() if not key.startswith("_")}
-        self.channels, self.latent_channels = theirs["in_channels"], theirs["latent_channels"]
-        self.factor = 2 ** (len(theirs["block_out_channels"]) - 1)
-        scale, shift = theirs["scaling_factor"], theirs.get("shift_factor") or 0.0
-        if not isinstance(scale, int | float) or not isinstance(shift, int | float) or scale == 0 or not math.isfinite(scale):
-            raise UserError(f"an AutoencoderKL with scaling_factor {scale!r} and shift_factor {shift!r} cannot be used")
-        self.scaling = (float(shift), 1.0 / scale)
-        self.told: tuple[str, ...] = ()
-
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) in [-1, 1] -> mean and logvar (B, D, h, w), as the network has them."""
-        found = self.network.encode(images).latent_dist
-        return found.mean, found.logvar
-
-    def decode(self, z: Tensor) -> Tensor:
-        """(B, D, h, w) as the network has them -> (B, C, H, W)."""
-        return self.network.decode(z).sample
-
-
-def autoencoder_files(network: DiffusersAutoencoder) -> dict[str, bytes]:
-    """The files of an AutoencoderKL's folder by name, as it is."""
-    config = {"_class_name": "AutoencoderKL", "_diffusers_version": VERSION, **network.config}
-    state = {key: value.detach().cpu().contiguous() for key, value in network.network.state_dict().items()}
-    weights = safetensors.torch.save(state, metadata={"format": "pt"})
-    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), f"{WEIGHTS}.safetensors": weights}
-
-
-def _autoencoder_class() -> Any:
-    import_torchvision()
-    with needed("a diffusers autoencoder", "diffusers"):
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    return AutoencoderKL
-
-
-def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
-    """An AutoencoderKL of this config, its weights still to be loaded."""
-    return DiffusersAutoencoder(_autoencoder_class().from_config(dict(config)))
-
-
-KNOWN = "stabilityai/sd-vae-ft-mse"
-WHOLE = ("encoder", "decoder", "quant_conv", "post_quant_conv")
-
-
-def _autoencoder_place(folder: Path, name: str) -> tuple[Path, dict[str, Any], list[str]]:
-    """Where an AutoencoderKL is in the folder, its config, and in words what was chosen. A UserError says what is there
-    instead."""
-    wanted = f"an AutoencoderKL, such as {KNOWN}, is what can be used"
-    place, told = folder, list[str]()
-    if not (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file():
-        place = folder / "vae"
-        told = [f"the autoencoder is {place}, a part of the pipeline {folder}"]
-    if not (place / "config.json").is_file():
-        inside = {path.parent.name: _object(path).get("_class_name", "?") for path in sorted(folder.glob("*/config.json"))}
-        index = _object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-        what = f"a {index['_class_name']}" if "_class_name" in index else "a folder"
-        parts = few((f"{sub} ({kind})" for sub, kind in inside.items()), 6) or few(path.name for path in folder.iterdir())
-        if (folder / "vae").is_dir():
-            raise UserError(f"autoencoder {name}: {folder / 'vae'} has no config.json, which says what its weights are")
-        lacks = "vae/ with an AutoencoderKL" if inside or index else "config.json"
-        raise UserError(f"autoencoder {name} is {what} without {lacks}; it holds {parts or 'nothing'}; {wanted}")
-    config = _object(place / "config.json")
-    kind = config.get("_class_name")
-    if kind is None and not {"block_out_channels", "latent_channels"} <= set(config):
-        raise UserError(f"autoencoder {name}: {place / 'config.json'} does not say its _class_name; {wanted}")
-    if kind not in ("AutoencoderKL", None):
-        come = f"; a network is brought in by: python convert.py diffusers {quoted(name)}"
-        hint = come if kind == "UNet2DModel" else ""
-        what = "a diffusion network and no autoencoder" if str(kind).startswith("UNet") else "no AutoencoderKL"
-        raise UserError(f"autoencoder {name}: {place} is of the class {kind}, which is {what}; {wanted}{hint}")
-    return place, config, told
-
-
-def load_autoencoder(name: str) -> DiffusersAutoencoder:
-    """diffusers' AutoencoderKL from a folder or the hub (the subfolder `vae` of a whole pipeline, too), its weights in any
-    file, whole or in shards, read without running anything. A UserError says why it cannot be loaded: what the folder is
-    instead, which weights are missing, or that the hub was not reached."""
-    ask_for("a diffusers autoencoder", "diffusers")  # before anything is brought
-    folder = Path(name).expanduser()
-    on_hub = not folder.is_dir()
-    if on_hub:
-        try:
-            folder = from_hub(name, ["model_index.json", "config.json", "*/config.json"])
-        except UserError as error:
-            raise UserError(f"autoencoder {name} is no folder here: {error}") from None
-    place, config, told = _autoencoder_place(folder, name)
-    if on_hub:
-        inside = "" if place == folder else f"{place.name}/"
-        try:
-            from_hub(name, [f"{inside}{WEIGHTS}.safetensors"])
-            if not any(place.glob("*.safetensors")):
-                from_hub(name, [f"{inside}{WEIGHTS}.bin", *(f"{inside}*{end}" for end in (".safetensors", ".index.json"))])
-        except UserError as error:
-            raise UserError(f"autoencoder {name}: {error}") from None
-    try:
-        files, left = find_files(place)
-        state, taken = find_network(read_files(files), KL, place / files.name)
-    except UserError as error:
-        raise UserError(f"autoencoder {name}: {error}") from None
-    try:
-        found = autoencoder_from_config(config)
-    except UserError:
-        raise
-    except Exception as error:  # of values that its class cannot be built of
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"autoencoder {name}: no AutoencoderKL can be built of {place / 'config.json'}: {reason}") from None
-    more = _load_autoencoder_weights(found.network, state, f"autoencoder {name}: {place / files.name}")
-    found.told = (*told, f"autoencoder: {place}, {taken[0].removeprefix('network: ')}", *taken[1:], *more, *left)
-    return found
-
-
-def _load_autoencoder_weights(network: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
-    """Put the weights into the network; gives, in words, what was left out. A UserError says what is missing."""
-    state, own = present_names(state), network.state_dict()
-    missing, extra = [key for key in own if key not in state], [key for key in state if key not in own]
-    beside = [key for key in extra if key.split(".")[0] not in WHOLE]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)}, the config wants {tuple(own[key].shape)}"
-        for key in own
-        if key in state and [n for n in state[key].shape if n != 1] != [n for n in own[key].shape if n != 1]
-    ]
-    if "encoder.down.0.block.0.conv1.weight" in state:
-        raise UserError(f"{where} has the names of CompVis's latent-diffusion; convert it to diffusers' AutoencoderKL first")
-    if missing or shapes or len(extra) > len(beside):
-        parts = [f"it lacks {few(missing)}"] if missing else []
-        parts += [f"it has in excess {few(key for key in extra if key not in beside)}"] if len(extra) > len(beside) else []
-        parts += shapes[:1]
-        raise UserError(f"{where} does not hold the weights of a whole AutoencoderKL of its config.json: {'; '.join(parts)}")
-    network.load_state_dict({key: state[key].reshape(value.shape).to(value.dtype) for key, value in own.items()})
-    return [f"left out, tensors of no AutoencoderKL: {few(beside)}"] if beside else []

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..config import UserError, dump, write_whole
+from ..config import UserError, dump
 from ..diffusion import ProcessConfig
 from ..models import ClassifierConfig, UNetConfig
 from ..runtime.checkpoint import write_folder
+from ..storage.files import write_whole
 
 if TYPE_CHECKING:
     from ..runs.autoencoder import Autoencoder

@@ -9,12 +9,14 @@ import torch
 
 from ..config import UserError, quoted, read_json
 from ..models import VAE
+from ..runs import diffusers_autoencoder
 from ..runs.autoencoder import Autoencoder, open_autoencoder
+from ..runs.diffusers_autoencoder import DiffusersAutoencoder
 from ..runs.folders import Weights
 from ..storage.weights import read_foreign_json
 from . import diffusers
 from .autoencoder_kl import autoencoder_kl_files, check_expressible
-from .diffusers import LATENTS, DiffusersAutoencoder, LatentPart
+from .diffusers import LATENTS, LatentPart
 from .imported import Imported
 from .own_folders import data_lines
 
@@ -26,7 +28,7 @@ def autoencoder_files(autoencoder: Autoencoder, facts: dict[str, Any] | None = N
     are the normalised ones. A UserError says why ours cannot be one."""
     network = autoencoder.network
     if isinstance(network, DiffusersAutoencoder):
-        return diffusers.autoencoder_files(network)
+        return diffusers_autoencoder.autoencoder_files(network)
     assert isinstance(network, VAE)
     check_expressible(network, autoencoder.path)
     mean, std = (facts["mean"], facts["std"]) if facts is not None else (None, None)

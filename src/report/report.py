@@ -20,8 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import UserError, quoted, run_script, write_whole
+from ..config import UserError, quoted, run_script
 from ..runtime.looks import only_looked_at
+from ..storage.files import write_whole
 from .charts import Line, chart, short
 from .page import Section, page
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError, quoted, read_json, validate
-from ..interop.autoencoder_kl import exported_autoencoder
-from ..interop.diffusers import autoencoder_from_config, load_autoencoder
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
 from ..runtime.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
 from ..runtime.seeds import normal
 from ..storage.weights import few, hub_name_of_url, is_hub_name, read_foreign_json
+from .diffusers_autoencoder import autoencoder_from_config, load_autoencoder
+from .exported_autoencoder import exported_autoencoder
 
 CPU = torch.device("cpu")
 

@@ -3,43 +3,36 @@
 import base64
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from ..config import UserError
-from ..data import GaussianSource, ImageConfig, PictureSet, PointSet, open_data, open_given, open_given_points, open_points
+from ..data import (
+    GaussianSource,
+    ImageConfig,
+    PictureSet,
+    PointSet,
+    describe_data,
+    open_data,
+    open_given,
+    open_given_points,
+    open_points,
+)
 from ..data.points import DensitySource, PointSource, picture_of
-from ..runtime.seeds import generator, normal, torch_seed
+from ..runtime.examples import Examples, pictures_of
+from ..runtime.launch import same_on_all
+from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
-from ..sampling.sampler import Start
-from ..training.given import same_on_all
-from ..training.preview import Examples, pictures_of
-from ..training.run import describe_data
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 from .latents import Latents, cache_folder, latents_of
-
-
-@dataclass(frozen=True)
-class Starts:
-    """A Start for sampling: these examples, in an order that is a function of (seed, draw)."""
-
-    examples: Examples
-
-    def __call__(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
-        order = generator(seed, "source", draw).permutation(len(self))
-        return self.examples.load(order[np.array(indices, dtype=np.int64) % len(self)]).float().cpu()
-
-    def __len__(self) -> int:
-        return len(self.examples.labels)
+from .starts import Start, Starts, latent_bounds
 
 
 class End(ABC):
@@ -278,9 +271,3 @@ def open_ends(data: Any, source: Any, held_out: Any, image: ImageConfig | None, 
         return Ends(opened, open_end(source, share, image))
     except UserError as error:
         raise UserError(f"source: {error}") from None
-
-
-def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The lowest and highest of each channel over all latents, as they are known to a latent run: (D, 1, 1) each."""
-    low, high = (torch.tensor(facts[key], device=device)[:, None, None] for key in ("low", "high"))
-    return low, high

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import UserError, quoted, read_json
-from ..models.pretrained import check_finite
 from ..runtime.checkpoint import damage, newest, read_tensors
+from ..storage.finite import check_finite
 from ..storage.weights import read_file, read_foreign_json
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator, PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import UserError, read_json, write_whole
+from ..config import UserError, read_json
 from ..config.progress import Progress, track, within
 from ..data import ImageConfig, PictureSet
 from ..data.latents import (
@@ -34,11 +34,12 @@ from ..data.latents import (
     write_block,
 )
 from ..data.transforms import DECODER
-from ..models.pretrained import is_finite
+from ..runtime.examples import Examples
 from ..runtime.launch import agree
 from ..runtime.stream import to_network
+from ..storage.files import write_whole
+from ..storage.finite import is_finite
 from ..storage.locks import take_lock
-from ..training.preview import Examples
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 

@@ -1,7 +1,6 @@
 """Open what was trained: a run directory, a checkpoint, a final folder, or an export."""
 
 import base64
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +16,10 @@ from ..diffusion import Process, ProcessConfig, build_process
 from ..models import MLP, MLPConfig, UNet, UNetConfig
 from ..models.layers import channels_last
 from ..runtime.checkpoint import load_weights
-from ..sampling.sampler import Bound, Sampler, SamplerConfig, Start
 from .autoencoder import LatentCodec, kept_autoencoder
-from .classifier import OpenedClassifier
-from .ends import EncodedEnd, End, latent_bounds, open_end
+from .ends import EncodedEnd, End, open_end
 from .folders import read_weights, run_name
+from .starts import Bound, Start, latent_bounds
 
 GAUSSIAN = {"source": "gaussian"}
 
@@ -107,20 +105,6 @@ class Run:
         kept = (self.facts.get("source") or {}).get("density")
         return open_end(spec, held_out, None, base64.b64decode(kept) if kept is not None else None)
 
-    def sampler(self, spec: SamplerConfig, *, source: Start | None = None) -> Sampler:
-        """`source` is what to start from instead of the run's own source."""
-        return Sampler(
-            self.network,
-            self.process,
-            spec,
-            shape=self.shape,
-            num_classes=self.num_classes,
-            clip_x0=None,
-            guidable=self.config["label_dropout"] > 0,
-            source=source or self.starts(),
-            origin=self.origin,
-        )
-
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
         """`A/B/C`, names or numbers, dealt to `count` pictures in equal blocks; an unconditional network guided by a classifier
         takes those of the classifier."""
@@ -160,99 +144,6 @@ class Opened(Run):
     def _end(self, spec: Any, held_out: float) -> End:
         end = open_end(spec, held_out, replace(self.image, flip=False, crop="center"))
         return end if self.codec is None else EncodedEnd(end, self.codec)
-
-    def sampler(
-        self, spec: SamplerConfig, classifier: OpenedClassifier | None = None, *, source: Start | None = None
-    ) -> Sampler:
-        if classifier is not None:
-            self._check(classifier)
-        return sampler_of(
-            spec,
-            self.network,
-            self.process,
-            self.shape,
-            self.num_classes,
-            clip=self.config["process"]["clip"],
-            label_dropout=self.config["label_dropout"],
-            codec=self.codec,
-            bounds=self.bounds,
-            classifier=classifier,
-            source=source or self.starts(),
-            origin=self.origin,
-        )
-
-    def _check(self, classifier: OpenedClassifier) -> None:
-        """Refuse a classifier of other pictures or classes."""
-        mine, its = (self.shape if self.codec is None else None), (classifier.image.channels, classifier.image.size)
-        if mine is None:
-            raise UserError(f"{self.path} draws latents, which no classifier of pictures sees; use classifier_free guidance")
-        if mine[:2] != its:
-            raise UserError(
-                f"the classifier {classifier.path} sees {its[1]} px in {its[0]} channel(s), {self.path} draws {mine[1]} px in "
-                f"{mine[0]}; train one with the same image"
-            )
-        if self.num_classes is not None and not same_names(self.class_names, classifier.class_names):
-            raise UserError(
-                f"the classifier {classifier.path} knows other classes ({few(classifier.class_names)}) than {self.path} "
-                f"({few(self.class_names)})"
-            )
-
-
-def dealt(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:
-    """The least number of images from `count` on that can be dealt to the classes A/B/C in equal blocks. Without the
-    `class_names`, which a name with a slash in it needs, each slash divides two classes."""
-    if classes is None:
-        return count
-    each = len(parse_classes(classes, class_names)) if class_names else len(re.split(r"(?<!\\)/", classes))
-    return -(-count // each) * each
-
-
-def sampler_of(
-    spec: SamplerConfig,
-    network: nn.Module,
-    process: Process,
-    shape: Sequence[int],
-    num_classes: int | None,
-    *,
-    clip: bool,
-    label_dropout: float,
-    codec: LatentCodec | None = None,
-    bounds: tuple[Bound, Bound] = (-1.0, 1.0),
-    classifier: OpenedClassifier | None = None,
-    source: Start | None = None,
-    origin: str | None = None,
-) -> Sampler:
-    """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`. `origin` is
-    whose network it is, where what it draws must be finite."""
-    return Sampler(
-        network,
-        process,
-        spec,
-        shape=shape,
-        num_classes=num_classes,
-        clip_x0=bounds if clip else None,
-        guidable=label_dropout > 0,
-        codec=codec,
-        classifier=classifier,
-        source=source,
-        origin=origin,
-    )
-
-
-def preview_sampler(
-    cfg: Any,
-    network: nn.Module,
-    process: Process,
-    shape: Sequence[int],
-    num_classes: int | None,
-    *,
-    codec: LatentCodec | None = None,
-    bounds: tuple[Bound, Bound] = (-1.0, 1.0),
-) -> Sampler:
-    """The sampler of a training config's previews, guided where there are classes."""
-    spec, clipped = cfg.preview.sampler.without_guidance(num_classes is None), cfg.process.clip
-    more = {"clip": clipped, "label_dropout": cfg.label_dropout, "codec": codec, "bounds": bounds}
-    return sampler_of(spec, network, process, shape, num_classes, **more)
 
 
 def count_classes(class_conditional: bool | None, class_names: Sequence[str]) -> int | None:

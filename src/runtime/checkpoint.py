@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import FULL, Length, UserError, config, free, write_flushed, write_whole
-from ..models.pretrained import check_finite
+from ..config import FULL, Length, UserError, config, free
+from ..storage.files import write_flushed, write_whole
+from ..storage.finite import check_finite
 from .parts import part_of
 
 MANIFEST = "MANIFEST.json"

@@ -21,11 +21,18 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from pydantic import Field
 
 from ..config import UserError, config, dump, free
 from ..config.packages import is_installed
+from ..storage.blocks import Ranks
 from .looks import Warn, is_out_of_memory, only_looked_at
 from .sharding import plugin_for
 
@@ -546,3 +553,21 @@ def _smaller(batch: int, micro: int, key: str) -> str:
     advice = f"{key} {smaller[-1]}" if key.startswith("--") else f"--set {key}={smaller[-1]} and, if previews are large, "
     advice += "" if key.startswith("--") else "a smaller preview.batch_size"
     return f"out of memory at {key} {micro}; try {advice}"
+
+
+def same_on_all(fingerprint: str) -> None:
+    """A UserError where the processes were handed different data sets."""
+    if len(set(gather_object([fingerprint]))) > 1:
+        raise UserError("the processes were handed different data sets: make it the same on each, with a fixed seed")
+
+
+def ranks_of(state: Any) -> Ranks:
+    """All processes of an Accelerator or a PartialState."""
+    return Ranks(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def ranks_here() -> Ranks:
+    """Those of this machine, for what each machine keeps for itself; all of all machines wait together."""
+    state = PartialState()
+    world = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)) if state.num_processes > 1 else 1
+    return Ranks(state.local_process_index, world, state.wait_for_everyone)

@@ -34,3 +34,15 @@ def normal(shape: Sequence[int], *words: int | str, device: torch.device, dtype:
 def uniforms(rng: np.random.Generator, count: int) -> Tensor:
     """`count` numbers in [0, 1), float64 on the CPU."""
     return torch.from_numpy(rng.random(count))
+
+
+def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int = 0, sweep: int = 0) -> Tensor:
+    """Standard normal noise, (len(indices), *shape) float32 on the CPU: a function of (seed, picture, step, sweep) alone.
+
+    Philox (Salmon et al. 2011) with (seed, picture) as its key, and the step and how often it was taken before in its counter.
+    """
+    drawn, counter = [], np.array([0, 0, sweep, step], dtype=np.uint64)
+    for i in indices:
+        bits = np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter)
+        drawn.append(np.random.Generator(bits).standard_normal(tuple(shape), dtype=np.float32))
+    return torch.from_numpy(np.stack(drawn))

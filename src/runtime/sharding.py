@@ -4,16 +4,12 @@ accelerate and torch's `fully_shard` do it. What is saved is whole, keyed by par
 """
 
 import os
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
-from torch import nn
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from ..config import UserError
-from ..training.ema import EMA
-from ..training.optimizer import Muon, load_optimizer_state, names_of, optimizer_state
 
 # What accelerate takes from its fsdp_config: (what it takes without one, what is supported, why).
 _SUPPORTED = {
@@ -53,25 +49,3 @@ def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
 def home(accelerator: Accelerator) -> torch.device:
     """Where networks are built and loaded: on the device; with FSDP on the CPU, since no card may hold them whole."""
     return torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device
-
-
-def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> tuple[Any, Any]:
-    """accelerate's `prepare` of a network and its optimiser. With FSDP these and the EMA, whole until now, are cut in place,
-    and each process goes on with its part; from then on all of them call what runs the networks or gathers tensors."""
-    if not accelerator.is_fsdp2:
-        return accelerator.prepare(network, optimizer)
-    if isinstance(optimizer, Muon):
-        raise UserError(
-            "optimizer.muon needs whole matrices, and FSDP cuts them: set optimizer.muon to null, or launch without"
-        )
-    moments = optimizer_state(optimizer, names_of(network))
-    optimizer.state.clear()  # accelerate moves the optimiser's parameters to the parts, and leaves the moments behind
-    for module in (network, *ema.networks.values()):  # FSDP cuts rows, and takes no channels_last
-        module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-    if accelerator.native_amp:
-        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
-        network.forward = convert_outputs_to_fp32(autocast(network.forward))
-    model, prepared = accelerator.prepare(network, optimizer)
-    load_optimizer_state(optimizer, names_of(network), moments)
-    ema.shard_as(network)
-    return model, prepared

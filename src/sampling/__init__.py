@@ -1,6 +1,8 @@
 """From a run to pictures: open it, seeded noise, batches dealt to ranks, files written once."""
 
 from ..runs.opened import Opened, open_trained
-from .sampler import Sampler, SamplerConfig, noise_of
+from ..runtime.seeds import noise_of
+from .build import build_sampler
+from .sampler import Sampler, SamplerConfig
 
-__all__ = ["Opened", "Sampler", "SamplerConfig", "noise_of", "open_trained"]
+__all__ = ["Opened", "Sampler", "SamplerConfig", "build_sampler", "noise_of", "open_trained"]

@@ -16,9 +16,10 @@ from ..config import UserError, quoted
 from ..config.progress import Progress
 from ..diffusion import Prediction
 from ..runs.classifier import open_classifier
-from ..runs.opened import Opened, dealt, open_trained
+from ..runs.opened import Opened, open_trained
 from ..runtime.launch import explain_out_of_memory, start_sampling
 from ..runtime.looks import asked_for
+from .build import build_sampler, dealt
 from .files import Frames, columns_for
 from .sampler import Sampler, add_arguments, sampler_config
 
@@ -82,7 +83,7 @@ class _Drawing:
             advice = f"python sample.py {quoted(file)} --low PICTURES"
             raise UserError(f"an upsampler draws from other pictures: {advice}")
         classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
-        sampler = run.sampler(sampler_config(args), classifier)
+        sampler = build_sampler(run, sampler_config(args), classifier)
         known = classifier.class_names if classifier is not None else ()
         names = run.class_names if run.num_classes is not None else known
         labels = [i * len(names) // count for i in range(count)] if names else None

@@ -16,9 +16,10 @@ from ..data import ImageConfig
 from ..data.formats import endings
 from ..data.transforms import decode, square
 from ..runs.opened import Opened
+from ..runs.starts import Start
 from ..runtime.seeds import generator
 from ..runtime.stream import to_network
-from .sampler import Edit, Start
+from .sampler import Edit
 
 
 def load_edit(opened: Opened, picture: str, mask: str | None, *, start_at: int, resamplings: int, steps: int) -> Edit:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import figures as pictures
-from ..config import write_whole
 from ..config.progress import track
 from ..runs.opened import Opened
 from ..runtime.looks import only_looked_at
+from ..storage.files import write_whole
 from .edit import as_seen
 from .files import claim
 from .sampler import Sampler, describe

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import figures as pictures
-from ..config import write_whole
 from ..config.progress import track
 from ..diffusion import Prediction
+from ..storage.files import write_whole
 from .files import claim
 from .sampler import Sampler
 

@@ -41,9 +41,9 @@ from ..diffusion.guidance import Gradient
 from ..diffusion.schedules import Spacing, like
 from ..diffusion.solvers import Callback
 from ..diffusion.variance import Transitions
-from ..models.pretrained import is_finite
-
-Bound = float | Tensor
+from ..runs.starts import Bound, Start
+from ..runtime.seeds import noise_of
+from ..storage.finite import is_finite
 
 
 @config
@@ -151,21 +151,6 @@ class Codec(Protocol):
     def encode(self, images: Tensor, indices: Sequence[int]) -> Tensor: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
-
-
-def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int = 0, sweep: int = 0) -> Tensor:
-    """Standard normal noise, (len(indices), *shape) float32 on the CPU: a function of (seed, picture, step, sweep) alone.
-
-    Philox (Salmon et al. 2011) with (seed, picture) as its key, and the step and how often it was taken before in its counter.
-    """
-    drawn, counter = [], np.array([0, 0, sweep, step], dtype=np.uint64)
-    for i in indices:
-        bits = np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter)
-        drawn.append(np.random.Generator(bits).standard_normal(tuple(shape), dtype=np.float32))
-    return torch.from_numpy(np.stack(drawn))
-
-
-Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, pictures, draw) -> (B, *shape) on the CPU
 
 
 class Classifier(Protocol):

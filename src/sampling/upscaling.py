@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import figures as pictures
-from ..config import UserError, write_whole
+from ..config import UserError
 from ..config.packages import ask_for, needed
 from ..config.progress import Progress, say
 from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, inspect
 from ..data.transforms import decode
-from ..models.pretrained import check_finite, import_torchvision
+from ..models.pretrained import import_torchvision
+from ..storage.files import write_whole
+from ..storage.finite import check_finite
 
 WEIGHTS = "models/RealESRGAN_x4plus.pth"
 WHERE = "RealESRGAN_x4plus.pth is a file of release v0.1.0 of the GitHub project xinntao/Real-ESRGAN"

@@ -2,18 +2,17 @@
 
 import io
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from accelerate import PartialState
 from numpy.typing import NDArray
 
-from ..config import UserError, write_whole
+from ..config import UserError
 from ..config.progress import Progress
+from .files import write_whole
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -24,18 +23,6 @@ class Ranks(NamedTuple):
     rank: int = 0
     world: int = 1
     barrier: Callable[[], None] = lambda: None
-
-
-def ranks_of(state: Any) -> Ranks:
-    """All processes of an Accelerator or a PartialState."""
-    return Ranks(state.process_index, state.num_processes, state.wait_for_everyone)
-
-
-def ranks_here() -> Ranks:
-    """Those of this machine, for what each machine keeps for itself; all of all machines wait together."""
-    state = PartialState()
-    world = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)) if state.num_processes > 1 else 1
-    return Ranks(state.local_process_index, world, state.wait_for_everyone)
 
 
 def claim_request(out: Path, request: dict[str, Any], ranks: Ranks) -> None:

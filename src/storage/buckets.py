@@ -25,10 +25,11 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, NamedTuple
 
-from ..config import FULL, UserError, run_script, write_whole
+from ..config import FULL, UserError, run_script
 from ..config.packages import needed
 from ..config.progress import Progress
 from .archives import Damaged, size, stem, unpack
+from .files import write_whole
 from .locks import take_lock
 
 TRIES = 6  # in a row that bring no byte

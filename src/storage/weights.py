@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..config import UserError, quoted
 from ..config.packages import needed
-from ..models.pretrained import check_finite, hub_reason
+from .downloads import hub_reason
+from .finite import check_finite
 
 # ---------------------------------------------------------------------------------------------- files
 
@@ -546,3 +547,14 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
         raise UserError(hub_reason(name, error)) from None
+
+
+FORMERLY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # before diffusers 0.15
+
+
+def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A UNet2DModel's state dict, its attentions by the names that diffusers has had since 0.15."""
+    renamed = dict(state)
+    for old, new in FORMERLY.items():
+        renamed = {key.replace(old, new) if ".attentions." in key else key: value for key, value in renamed.items()}
+    return renamed

@@ -6,9 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..diffusion.training_times import TimeSampler
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import MicroBatch, Split
+from .time_sampler import TimeSampler
 
 
 class Draws:

@@ -14,8 +14,9 @@ from ..config import UserError, quoted
 from ..data import GIVEN, PictureSet, PointSet, open_data, open_given
 from ..models import MLP, MLPConfig
 from ..runs.opened import build_unet
+from ..runtime.launch import same_on_all
 from ..runtime.sharding import home
-from .given import given_network, needs_null_class, same_on_all
+from .given import given_network, needs_null_class
 from .trials import Attempt, train_here
 
 Sets = tuple[PictureSet | PointSet | None, ...]

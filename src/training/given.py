@@ -6,20 +6,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..config import UserError
 from ..data import PictureSet, PointSet
-from ..models.pretrained import check_finite, is_finite
-
-
-def same_on_all(fingerprint: str) -> None:
-    """A UserError where the processes were handed different data sets."""
-    if len(set(gather_object([fingerprint]))) > 1:
-        raise UserError("the processes were handed different data sets: make it the same on each, with a fixed seed")
+from ..storage.finite import check_finite, is_finite
 
 
 def needs_null_class(label_dropout: float, *sets: PictureSet | PointSet | None) -> bool:

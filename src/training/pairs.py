@@ -25,9 +25,10 @@ from ..diffusion import DETERMINISTIC
 from ..runs.ends import Ends
 from ..runs.latents import CONTENT, make_cache
 from ..runs.opened import open_run
+from ..runtime.examples import Examples
 from ..runtime.stream import MicroBatch, Order, Split, positions_of
+from ..sampling.build import build_sampler
 from ..sampling.sampler import Sampler, SamplerConfig, random_labels
-from .preview import Examples
 from .trials import Attempt
 
 
@@ -106,7 +107,10 @@ class PairEnds(Ends):
         name = hashlib.sha256(json.dumps(self._contract).encode()).hexdigest()[:8]
         folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / name
         source = ends.source.starts(trained=True) if ends.source is not None else None
-        sampler, classes = run.sampler(spec.sampler, source=source), len(run.class_names) if num_classes is not None else None
+        sampler, classes = (
+            build_sampler(run, spec.sampler, source=source),
+            len(run.class_names) if num_classes is not None else None,
+        )
 
         def write(staged: Path, split: str, number: int, indices: Sequence[int]) -> None:
             values, labels = _make(sampler, spec, indices, classes, accelerator.device)

@@ -16,9 +16,10 @@ from ..config import Length, config, free
 from ..diffusion import Prediction
 from ..evaluation.quality import QualityConfig
 from ..runs.ends import Ends
+from ..runtime.examples import Examples
 from ..runtime.seeds import generator
 from ..sampling.sampler import Sampler, SamplerConfig
-from .preview import Examples, held_out_loss, looked_at, preview_failed, warn_not_finite
+from .preview import held_out_loss, looked_at, preview_failed, warn_not_finite
 from .session import Session
 
 

@@ -1,17 +1,16 @@
 """Pictures on fixed noise while a run trains, the loss on held-out pictures, and what a person looks at before."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import figures as pictures
 from ..config import Length, config, free
@@ -20,11 +19,15 @@ from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
 from ..evaluation.quality import QualityConfig
-from ..models.pretrained import is_finite
+from ..runs.autoencoder import LatentCodec
+from ..runs.starts import Bound, Start
+from ..runtime.examples import Examples
 from ..runtime.looks import Look, failed_on_any, only_looked_at
-from ..runtime.seeds import generator, normal
+from ..runtime.seeds import generator, noise_of, normal
 from ..runtime.stream import to_network
-from ..sampling.sampler import Codec, Sampler, SamplerConfig, Start, noise_of
+from ..sampling.build import sampler_of
+from ..sampling.sampler import Codec, Sampler, SamplerConfig
+from ..storage.finite import is_finite
 from .session import Session
 
 
@@ -44,14 +47,6 @@ class PreviewConfig:
 
 
 LEVELS = 10  # of noise, for which the held-out loss is told
-
-
-class Examples(NamedTuple):
-    """What a loss is measured on: labels (N,), -1 for none, and `load(indices)`, which gives x0 (B, C, H, W) on the CPU or
-    the device, always the same."""
-
-    labels: NDArray[np.int64]
-    load: Callable[[NDArray[np.int64]], Tensor]
 
 
 def preview(
@@ -129,18 +124,6 @@ def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | Non
     x = accelerator.gather(torch.cat(drawn))
     assert isinstance(x, Tensor)
     return x[:count]
-
-
-def pictures_of(held_out: PictureSet, spec: ImageConfig) -> Examples:
-    """Pictures cut from the middle, in [-1, 1]."""
-    plain = ImageConfig(size=spec.size, channels=spec.channels)
-    held_out.prepare(plain)
-
-    def load(indices: NDArray[np.int64]) -> Tensor:
-        pixels = held_out.batch(indices, plain, np.full((len(indices), 3), 0.5))
-        return to_network(torch.from_numpy(pixels), torch.device("cpu"))
-
-    return Examples(held_out.labels, load)
 
 
 @torch.no_grad()
@@ -230,3 +213,19 @@ def first_pictures(
         level = schedule.level(grid)
         panels = {"level": {"alpha": (grid.tolist(), level.alpha.tolist()), "sigma": (grid.tolist(), level.sigma.tolist())}}
     pictures.curves(folder / "beta_alpha_hat.png", panels, xlabel="t")
+
+
+def preview_sampler(
+    cfg: Any,
+    network: nn.Module,
+    process: Process,
+    shape: Sequence[int],
+    num_classes: int | None,
+    *,
+    codec: LatentCodec | None = None,
+    bounds: tuple[Bound, Bound] = (-1.0, 1.0),
+) -> Sampler:
+    """The sampler of a training config's previews, guided where there are classes."""
+    spec, clipped = cfg.preview.sampler.without_guidance(num_classes is None), cfg.process.clip
+    more = {"clip": clipped, "label_dropout": cfg.label_dropout, "codec": codec, "bounds": bounds}
+    return sampler_of(spec, network, process, shape, num_classes, **more)

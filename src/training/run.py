@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from accelerate.utils import gather_object
 from .. import figures as pictures
 from ..config import ENDLESS, Length, UserError, config, differences, dump, free, progress, read_json, validate
 from ..data import PictureSet, PointSet
+from ..data.facts import skipped_files
 from ..data.formats import READ_BEFORE
 from ..data.latents import differs, same_latents
 from ..data.names import few, normal_form, same_names
@@ -44,31 +44,6 @@ class LogConfig:
             if tracker not in ("tensorboard", "wandb"):
                 raise ValueError(f"{tracker!r} is not known; allowed: tensorboard, wandb")
         return trackers
-
-
-def _skipped(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[tuple[str, str]]:
-    """(name, reason) of every file left out of the sources of both sets."""
-    return [entry for part in _parts(train_set, held_out) for entry in part.report.skipped]
-
-
-def _parts(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[Any]:
-    """The sources of both sets, each once."""
-    both = [*train_set.parts, *(held_out.parts if held_out is not None else [])]
-    return list({id(part): part for part in both}.values())
-
-
-def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> dict[str, Any]:
-    """What travels with the weights: classes, counts, the hash of the file list; and what is to be said of the data."""
-    return {
-        "class_names": list(train_set.class_names),
-        "counts": train_set.counts,
-        "images": len(train_set),
-        "held_out_images": len(held_out) if held_out is not None else 0,
-        "fingerprint": train_set.fingerprint,
-        "skipped": dict(Counter(why for _, why in _skipped(train_set, held_out)).most_common()),
-        "remarks": list(dict.fromkeys(remark for part in _parts(train_set, held_out) for remark in part.report.remarks)),
-        "endings": train_set.endings if isinstance(train_set, PictureSet) else {},
-    }
 
 
 def check_ranks(facts: dict[str, Any]) -> None:
@@ -319,7 +294,7 @@ class RunDirectory:
         set_aside(self.checkpoints, step)
         self.write_json("config.json", dump(settings))
         self.write_json("data.json", facts)
-        skipped = [{"name": name, "reason": why} for name, why in _skipped(train_set, held_out)]
+        skipped = [{"name": name, "reason": why} for name, why in skipped_files(train_set, held_out)]
         self.write_json("skipped.json", skipped)
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         staged = self.path / ".metrics.jsonl.part"

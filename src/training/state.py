@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..diffusion.training_times import TimeSampler
 from ..runtime import checkpoint
 from ..runtime.parts import on_cpu
 from .ema import EMA
 from .optimizer import load_optimizer_state, names_of, optimizer_state
+from .time_sampler import TimeSampler
 
 
 class Trained:

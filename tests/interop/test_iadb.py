@@ -22,12 +22,13 @@ from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import open_autoencoder
 from src.runs.opened import open_trained
 from src.runtime.checkpoint import read_tensors, write_folder
+from src.runtime.seeds import noise_of
 from src.sampling import SamplerConfig
-from src.sampling.sampler import noise_of
 from tests.conftest import ROOT, here, randomise, refused
 
 sys.path.insert(0, str(ROOT))
 import train_iadb
+from src.sampling import build_sampler
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -392,7 +393,7 @@ def test_an_import_draws_what_the_papers_loop_draws(tmp_path: Path) -> None:
     train = keep(found, tmp_path / "out", name="cats")
     opened = open_trained(tmp_path / "out", CPU)
     assert opened.num_classes is None and opened.codec is None and opened.shape == (3, 8, 8)
-    sampler = opened.sampler(SamplerConfig(solver="euler", steps=10))
+    sampler = build_sampler(opened, SamplerConfig(solver="euler", steps=10))
     ours, reference = (
         sampler.draw(5, range(3), None, device=CPU),
         papers_loop(theirs, noise_of(5, range(3), (3, 8, 8)), 10),
@@ -411,7 +412,7 @@ def test_classes_without_names_are_numbers(tmp_path: Path) -> None:
     keep(read(saved(tmp_path / "a.pt", theirs.state_dict()), image_size=8), tmp_path / "out", name="digits")
     opened = open_trained(tmp_path / "out", CPU)
     assert (opened.class_names, opened.null_class) == (("0", "1", "2"), False)
-    drawn = opened.sampler(SamplerConfig(solver="euler", steps=4)).draw(0, range(3), [0, 1, 2], device=CPU)
+    drawn = build_sampler(opened, SamplerConfig(solver="euler", steps=4)).draw(0, range(3), [0, 1, 2], device=CPU)
     x = noise_of(0, range(3), (3, 8, 8))
     with torch.no_grad():
         for t in range(4):
@@ -453,7 +454,7 @@ def test_a_network_on_latents_draws_pictures(tmp_path: Path) -> None:
     (tmp_path / "out").rename(moved)
     opened = open_trained(moved, CPU)
     assert opened.shape == (4, 8, 8) and opened.image.size == 16
-    drawn = opened.sampler(SamplerConfig(solver="euler", steps=10)).draw(5, range(2), None, device=CPU)
+    drawn = build_sampler(opened, SamplerConfig(solver="euler", steps=10)).draw(5, range(2), None, device=CPU)
     from diffusers import AutoencoderKL
 
     latents = papers_loop(theirs, noise_of(5, range(2), (4, 8, 8)), 10)

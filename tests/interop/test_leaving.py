@@ -14,15 +14,16 @@ import torch
 import convert
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, ancestral, clip, times
-from src.interop.autoencoder_kl import autoencoder_kl_files, exported_autoencoder, obstacles
+from src.interop.autoencoder_kl import autoencoder_kl_files, obstacles
 from src.interop.imported import Imported, keep
 from src.interop.latent_folders import read
 from src.models import VAE, UNet, UNetConfig, VAEConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder, start_from
+from src.runs.exported_autoencoder import exported_autoencoder
 from src.runs.opened import open_trained
 from src.runtime.checkpoint import write_folder
-from src.sampling import SamplerConfig
+from src.sampling import SamplerConfig, build_sampler
 from tests.conftest import here, randomise, refused
 
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def images_of(folder: Path, *, labels: list[int] | None = None) -> torch.Tensor:
     opened = open_trained(folder, CPU)
     solver = "ancestral" if opened.process.target != "blend" else "euler"
     steps = 20 if solver == "ancestral" else 6
-    return opened.sampler(SamplerConfig(solver=solver, steps=steps)).draw(0, range(3), labels, device=CPU)
+    return build_sampler(opened, SamplerConfig(solver=solver, steps=steps)).draw(0, range(3), labels, device=CPU)
 
 
 def leave(command: str, run: Path, out: Path, *, half: bool = False) -> None:
@@ -319,7 +320,7 @@ def test_a_latent_run_leaves_for_diffusers_draws_there_and_comes_back(
         monkeypatch.setattr(torch, "randn", lambda *_, **__: x.clone())
         exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], scope := {})
         monkeypatch.undo()
-        sampler = a.sampler(SamplerConfig(solver="euler", steps=50))
+        sampler = build_sampler(a, SamplerConfig(solver="euler", steps=50))
         with torch.no_grad():
             moved = sampler.move(x, torch.arange(4) % 2 if classes else None, seed=0, indices=range(4))
             assert a.codec is not None

@@ -23,13 +23,15 @@ from src.interop.imported import Imported, keep
 from src.losses import Perceptual, PerceptualConfig
 from src.metrics.features import open_features
 from src.models import MLP, VAE, MLPConfig, UNet, UNetConfig, VAEConfig
-from src.models.pretrained import check_finite, efficientnet_lite0, import_torchvision, is_finite
+from src.models.pretrained import efficientnet_lite0, import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder
 from src.runs.latents import latents_of
-from src.runs.opened import open_trained, sampler_of
+from src.runs.opened import open_trained
 from src.runtime.checkpoint import export, read_tensors, write_folder
-from src.sampling import SamplerConfig
+from src.sampling import SamplerConfig, build_sampler
+from src.sampling.build import sampler_of
 from src.sampling.upscaling import open_upscaler
+from src.storage.finite import check_finite, is_finite
 from src.training.preview import warn_not_finite
 from src.training.session import Session
 from tests.conftest import Finished, here, metrics, randomise, refused, run_here
@@ -232,7 +234,7 @@ def test_samples_that_are_no_numbers_name_the_run_and_the_step(tmp_path: Path) -
 
 def test_the_step_from_which_samples_are_no_numbers(tmp_path: Path) -> None:
     opened = open_trained(a_run(tmp_path / "run"), CPU)
-    sampler = opened.sampler(SamplerConfig(solver="ddim", steps=6))
+    sampler = build_sampler(opened, SamplerConfig(solver="ddim", steps=6))
     network, calls = sampler.network, []
 
     def from_the_third(*arguments: Any, **options: Any) -> Tensor:

@@ -17,8 +17,8 @@ from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder, LatentCodec
 from src.runs.latents import latents_of
+from src.runtime.examples import pictures_of
 from src.runtime.stream import latent_stream, split_batch, to_network
-from src.training.preview import pictures_of
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")

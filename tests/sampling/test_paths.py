@@ -10,11 +10,11 @@ from PIL import Image
 
 from src.diffusion import BlendSchedule, Prediction, Process, TimeInput
 from src.models import MLP, MLPConfig
+from src.runtime.examples import Examples
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.inversion import measure
 from src.sampling.points import move_points, velocity
 from src.training.paths import PathLength, first_ends
-from src.training.preview import Examples
 from tests.conftest import randomise
 
 BLEND = Process(schedule=BlendSchedule(), target="blend", time_input=TimeInput(kind="alpha"))

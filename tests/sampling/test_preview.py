@@ -15,9 +15,10 @@ from src.config import validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.diffusion import ProcessConfig, build_process
+from src.runtime.examples import pictures_of
 from src.runtime.stream import split_batch
 from src.sampling import Sampler, SamplerConfig
-from src.training.preview import PreviewConfig, first_pictures, held_out_loss, pictures_of, preview
+from src.training.preview import PreviewConfig, first_pictures, held_out_loss, preview
 
 
 def process_of(kind: str, target: str):

@@ -16,7 +16,7 @@ from src.diffusion import ProcessConfig, build_process, euler, transitions
 from src.models import UNet, UNetConfig
 from src.runs.folders import run_name
 from src.runs.opened import open_trained
-from src.sampling import Sampler, SamplerConfig, noise_of
+from src.sampling import Sampler, SamplerConfig, build_sampler, noise_of
 from src.sampling.files import Frames, columns_for, write_samples
 from src.sampling.sampler import Edit, _Way, describe, random_labels
 from tests.conftest import here, launch, one_line, randomise, refused, run_here
@@ -250,7 +250,7 @@ def test_a_run_a_checkpoint_a_final_folder_and_an_export_are_the_same(smoke_run:
     for path in (smoke_run, smoke_run / "checkpoints" / "step_00000030", tmp_path / "moved", export):
         opened = open_trained(path, CPU)
         assert opened.class_names == ("circle", "cross", "square", "triangle") and opened.step == 30
-        drawn = opened.sampler(SamplerConfig(steps=3))
+        drawn = build_sampler(opened, SamplerConfig(steps=3))
         pictures.append(drawn.draw(0, [0, 1], opened.labels("cross/0", 2), device=CPU))
     assert all(torch.equal(picture, pictures[0]) for picture in pictures)
 
@@ -297,7 +297,7 @@ def test_what_cannot_be_opened(smoke_run: Path, tmp_path: Path) -> None:
 
 def draw_files(run: Path, out: Path, *, count: int = 7, world: int = 1, frames: bool = False, seed: int = 0) -> list[Path]:
     opened = open_trained(run, CPU)
-    drawn = opened.sampler(SamplerConfig(steps=3, guidance=2.0))
+    drawn = build_sampler(opened, SamplerConfig(steps=3, guidance=2.0))
     paths: list[Path] = []
     for rank in reversed(range(world)):  # the first rank last: it waits for the others' files
         labels = [i * 3 // count for i in range(count)]

@@ -375,7 +375,7 @@ def test_it_is_whole_or_not_there(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     def fails(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr("src.config.write_flushed", fails)
+    monkeypatch.setattr("src.storage.files.write_flushed", fails)
     with pytest.raises(OSError, match="full"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before and not list(run.glob(".report*"))

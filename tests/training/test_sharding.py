@@ -14,9 +14,9 @@ from src.config import UserError, validate
 from src.models import UNet, UNetConfig
 from src.runtime import checkpoint
 from src.runtime.parts import full
-from src.runtime.sharding import prepare
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, adamw, build_optimizer, update
+from src.training.sharding import prepare
 from src.training.state import Trained
 from tests.conftest import randomise
 from tests.training.test_training import Prepared

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from src.config import validate
 from src.data import ImageConfig
 from src.diffusion import ProcessConfig, build_process
-from src.diffusion.training_times import TimeSampler, UniformTimes
+from src.diffusion.training_times import UniformTimes
 from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.runtime.checkpoint import spared_steps
@@ -20,6 +20,7 @@ from src.training.codebook import CodebookStep
 from src.training.draws import Draws
 from src.training.optimizer import OptimizerConfig
 from src.training.stages import StageConfig, plan_stages, warnings
+from src.training.time_sampler import TimeSampler
 
 
 def stages(*raw: dict[str, Any]) -> tuple[StageConfig, ...]:

@@ -20,6 +20,7 @@ from torch import nn
 import ddpm_accelerate
 from src.config import UserError, load, validate
 from src.data import ImageConfig, open_sources
+from src.data.facts import describe_data
 from src.data.sources import ShapesSource
 from src.runtime import checkpoint
 from src.runtime.checkpoint import CheckpointConfig, damage, load_weights, newest, retain, step_folder, write_folder
@@ -49,7 +50,7 @@ from src.training.optimizer import (
     orthogonal,
     update,
 )
-from src.training.run import RunDirectory, describe_data
+from src.training.run import RunDirectory
 from src.training.state import Meter, Trained
 from tests.conftest import ROOT, SMOKE, environment, run_here
 

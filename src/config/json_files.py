@@ -1,0 +1,148 @@
+"""JSON files, strictly: duplicate keys, NaN and broken text are refused by line and column."""
+
+import codecs
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .mistakes import UserError
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise UserError(f"the key {key!r} stands twice in one object; keep one")
+        found[key] = value
+    return found
+
+
+class _NoNumber(ValueError):
+    """A number that JSON, or Python, has and a config cannot: as it is written, and why."""
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")) or value != value:
+        raise _NoNumber(text, f"{text} is not a finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 300:  # Python itself refuses to read more than 4300 digits
+        raise _NoNumber(text, f"{text[:20]}... is too long a number ({len(text)} digits)")
+    return int(text)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file that a person wrote, without a byte-order mark. A UserError that names the file."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+    start = content[:4]
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (len(start) == 4 and start.count(0) in (2, 3)):
+        raise UserError(f"{path}: is not a UTF-8 text file but UTF-16 or UTF-32; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        where = f"the byte 0x{content[error.start]:02x} at line {line}, column {column}"
+        raise UserError(f"{path}: {where} is not UTF-8: is it a text file? If it is, save it as UTF-8") from None
+
+
+_JSON_HINTS = (  # what stands at the place of the mistake, and what to do
+    (r"//|#|/\*", "JSON has no comments; remove it"),
+    (r"(?i:true|false|none|null|undefined)\b", "JSON writes true, false and null in small letters"),
+    (r"(?i:[-+]?(nan|inf|infinity))\b", "a number is finite, in digits"),
+    (r"[-\u2010-\u2015\u2212]", "a number begins with a digit or the minus sign of the keyboard, -"),
+    (r",", "a comma stands here, and a value or a key is missing before it; remove the comma, or write what is missing"),
+    (r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'JSON takes straight double quotes: "'),
+    (r"[A-Za-z_]\w*\s*:", 'the name of a key stands in double quotes: "key"'),
+    (r"[A-Za-z_~$/][^\s,}\]]*", 'a word stands in double quotes: "word"'),
+    (r"[+.]\.?\d", "a number begins with a digit or a minus sign"),
+)
+
+
+def _json_hint(text: str, error: json.JSONDecodeError) -> str:
+    """What is wrong at the place of a mistake in JSON, and what to do, in words."""
+    rest, before = text[error.pos :], text[: error.pos].rstrip()
+    if "trailing comma" in error.msg or (rest[:1] in ("}", "]") and before.endswith(",")):
+        return "a comma stands before the closing bracket; remove it"
+    if "escape" in error.msg:
+        return r"a backslash is written twice, \\ (in a path a / does as well)"
+    if "control character" in error.msg and rest[:1] == "\t":
+        return r"a tab inside a text is written as \t"
+    if "control character" in error.msg:
+        return r"a text ends on the line on which it began; write \n for a new line"
+    if not text.strip():
+        return "there is nothing in it; is the file cut short?"
+    if rest and rest[0] not in " \t\r\n" and (rest[0].isspace() or not rest[0].isprintable()):
+        return f"an invisible character (U+{ord(rest[0]):04X}) stands here; remove it"
+    if not rest.strip() or "Unterminated string" in error.msg:
+        return "the text ends too early; is the file cut short? (A missing quote or bracket looks the same.)"
+    if re.match(r"\d", rest) and re.search(r"\d,$", before):
+        return "a number is written with a decimal point and without commas, as in 0.5 or 1000"
+    if re.search(r"[\d.]$", before) and before == text[: error.pos] and re.match(r"[\w.]", rest):
+        return "a number is written as in 1000, 0.5 or 1e-4, without leading zeros"
+    if "Extra data" in error.msg and rest[0] in '{["':
+        return f"something follows after the end: {rest[:20].split()[0]!r}; one object holds all"
+    if "Expecting value" in error.msg and rest[0] in "}])":
+        return "a value is missing before the closing bracket"
+    for pattern, hint in _JSON_HINTS:
+        if re.match(pattern, rest):
+            return hint
+    if "delimiter" in error.msg:
+        wanted = "comma" if "','" in error.msg else "colon"
+        return f"a {wanted} is missing here, or the value before it has something in excess: {rest[:20].split()[0]!r}"
+    if "Extra data" in error.msg:
+        return f"something follows after the end: {rest[:20].split()[0]!r}; remove it"
+    return f"{error.msg[0].lower()}{error.msg[1:]}, not {rest[:20].split()[0]!r}"
+
+
+def parse_json(text: str) -> Any:
+    """Parse strict JSON; duplicate keys, NaN, Infinity and numbers like 1e999 are a UserError."""
+    text = text.removeprefix("\ufeff")
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_no_duplicates,
+            parse_float=_finite,
+            parse_int=_whole,
+            parse_constant=_finite,
+        )
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"not valid JSON at {where}: {_json_hint(error.doc, error)}") from None
+    except _NoNumber as error:
+        written, reason = error.args
+        places = re.finditer(rf'"(?:\\.|[^"\\])*"|(?<![\w.+-]){re.escape(written)}(?![\w.+-])', text)
+        place = next((match.start() for match in places if match[0] == written), 0)
+        line, column = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+        raise UserError(f"{reason} (line {line}, column {column})") from None
+    except RecursionError:
+        raise UserError("not a config: nested too deeply") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file strictly; every failure is a UserError that names the file."""
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a person pastes it into a command of a shell, also as a value of --set: it is no option and no JSON there."""
+    text = str(path)
+    try:
+        other = not isinstance(json.loads(text), str) or text.startswith('"')
+    except ValueError:
+        other = text.startswith(("-", "{", "[", '"'))
+    return shlex.quote(f"./{text}" if other else text)

@@ -1,0 +1,231 @@
+"""From JSON to a config, with the path of what is wrong, what is allowed and "did you mean"."""
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pydantic
+
+from .fields import T
+from .json_files import parse_json, read_json
+from .mistakes import UserError
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The types behind Annotated and unions, None left out."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _choices(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [choice for part in get_args(annotation) for choice in _choices(part)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _fields(owner: Any) -> dict[str, Any]:
+    return typing.get_type_hints(owner, include_extras=True) if dataclasses.is_dataclass(owner) else {}
+
+
+def _tags(owner: Any) -> set[str]:
+    """The words by which a union tells this dataclass: the values of its one-word Literal fields."""
+    found = set()
+    for hint in _fields(owner).values():
+        if get_origin(hint) is Literal:
+            found.update(str(word) for word in get_args(hint))
+    return found
+
+
+def _descend(owners: list[Any], element: str | int) -> list[Any]:
+    """The types one step down from `owners`; a step that is the tag of a union narrows them instead."""
+    below: list[Any] = []
+    for owner in owners:
+        if isinstance(element, int):
+            if get_origin(owner) in (tuple, list):
+                below += _choices(get_args(owner)[0])
+        elif element in _fields(owner):
+            below += _choices(_fields(owner)[element])
+    if below:
+        return below
+    return [owner for owner in owners if element in _tags(owner)] or owners
+
+
+def _keys_allowed(root: Any, path: Sequence[str | int]) -> list[str]:
+    owners = _choices(root)
+    for element in path:
+        owners = _descend(owners, element)
+    return sorted({key for owner in owners for key in _fields(owner)})
+
+
+def _is_free(root: Any, path: Sequence[str | int]) -> bool:
+    owners = _choices(root)
+    for element in path:
+        for owner in owners:
+            field = getattr(owner, "__pydantic_fields__", {}).get(element)
+            if field is not None and (field.json_schema_extra or {}).get("free"):
+                return True
+        owners = _descend(owners, element)
+    return False
+
+
+def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The dotted keys in which two dumped configs of type `root` differ: (harmless on resume, not harmless)."""
+    harmless: list[str] = []
+    other: list[str] = []
+
+    def walk(before: Any, after: Any, path: tuple[str | int, ...]) -> None:
+        if before == after:
+            return
+        inside = type(before) is type(after) and not _is_free(root, path)
+        if inside and isinstance(before, dict):
+            for key in sorted({*before, *after}):
+                walk(before.get(key), after.get(key), (*path, key))
+        elif inside and isinstance(before, list) and any(isinstance(entry, dict) for entry in before):
+            for i, (was, now) in enumerate(zip(before, after, strict=False)):
+                walk(was, now, (*path, i))
+            if len(before) != len(after):
+                other.append(".".join(map(str, path)))
+        else:
+            (harmless if _is_free(root, path) else other).append(".".join(map(str, path)))
+
+    walk(old, new, ())
+    return harmless, other
+
+
+def _explain(root: Any, raw: Any, error: pydantic.ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        path: list[str] = []
+        here: Any = raw
+        for element in item["loc"]:  # elements that are not in the JSON are tags of unions: not shown
+            if (isinstance(here, dict) and element in here) or (
+                isinstance(here, list) and isinstance(element, int) and element < len(here)
+            ):
+                here = here[element]  # pyright: ignore[reportCallIssue, reportArgumentType]
+            elif element != item["loc"][-1] or item["type"] not in ("missing", "missing_argument"):
+                continue
+            path.append(str(element))
+        where = ".".join(path) or "the config"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            key = str(item["loc"][-1])
+            allowed = _keys_allowed(root, item["loc"][:-1])
+            close = difflib.get_close_matches(key, allowed, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ";"
+            message = f"unknown key{hint} allowed here: {', '.join(allowed)}"
+        elif item["type"] in ("missing", "missing_argument"):
+            message = "this key is missing"
+        elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            context = item.get("ctx", {})
+            field = str(context.get("discriminator", "")).strip("'")
+            allowed = str(context.get("expected_tags", ", ".join(sorted(_union_tags(root, item["loc"])))))
+            word = context.get("tag")
+            close = difflib.get_close_matches(str(word), allowed.replace("'", "").split(", "), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            where = f"{where}.{field}" if field.isidentifier() else where
+            message = f"{word!r} is not known{hint or '.'} Allowed: {allowed}"
+            message = f"missing; allowed: {allowed}" if word is None else message
+        elif item["type"] == "literal_error":
+            expected = item.get("ctx", {}).get("expected", "")
+            close = difflib.get_close_matches(str(here), expected.replace("'", "").replace(" or ", ", ").split(", "), 1)
+            message = f"{here!r} is not known; allowed: {expected}" + (f"; did you mean {close[0]!r}?" if close else "")
+        elif item["type"] != "config" and not isinstance(here, dict | list):
+            message = f"{message[0].lower()}{message[1:]}, not {here!r}"
+            if str(here).lower() in ("true", "false", "none", "null") and isinstance(here, str):
+                message += "; JSON writes true, false and null in small letters, without quotes"
+        lines.append(f"{where}: {message}")
+    more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
+
+
+def _union_tags(root: Any, path: Sequence[str | int]) -> set[str]:
+    owners = _choices(root)
+    for element in path:
+        owners = _descend(owners, element)
+    return {tag for owner in owners for tag in _tags(owner)}
+
+
+def _with_new_names(owners: list[Any], raw: Any) -> Any:
+    """Parsed JSON for `owners`, with today's name for each key that was `renamed`."""
+    if isinstance(raw, list):
+        return [_with_new_names(_descend(owners, i), entry) for i, entry in enumerate(raw)]
+    if not isinstance(raw, dict):
+        return raw
+    known = dict(raw)
+    for owner in owners:
+        for name, field in getattr(owner, "__pydantic_fields__", {}).items():
+            old_name = (field.json_schema_extra or {}).get("old_name")
+            if old_name in known and name not in known:
+                known[name] = known.pop(old_name)
+    return {key: _with_new_names(_descend(owners, key), value) for key, value in known.items()}
+
+
+def validate(root: type[T], raw: Any, *, origin: str = "config") -> T:
+    """Turn parsed JSON into the dataclass `root`; a UserError names the JSON path, what is allowed, and the likely word."""
+    if isinstance(raw, dict):
+        raw = {key: value for key, value in raw.items() if key != "$schema"}
+    if broken := re.search("[\ud800-\udfff]", json.dumps(raw, ensure_ascii=False)):
+        word = next((word for word in _strings(raw) if broken[0] in word), "")
+        raise UserError(f"{origin}: {word!a} has bytes that are no text; rename it, or give a link to it (ln -s)")
+    raw = _with_new_names(_choices(root), raw)
+    try:
+        return pydantic.TypeAdapter(root).validate_json(json.dumps(raw))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{origin}: {_explain(root, raw, error)}") from None
+
+
+def _strings(value: Any) -> typing.Iterator[str]:
+    """All strings in parsed JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _strings(below)
+
+
+def dump(value: Any) -> dict[str, Any]:
+    """The plain JSON dictionary of a config dataclass, defaults included."""
+    return pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {assignment}: write it as KEY=VALUE, as in --set optimizer.lr=1e-4")
+    if not text:
+        raise UserError(f"--set {assignment}: there is no value; is a variable of the shell not set? (for none: {key}=null)")
+    try:
+        value = parse_json(text)
+    except UserError as error:
+        if "not valid JSON" not in str(error) or text[:1] in '{["':
+            raise UserError(f"--set {key}: {error}") from None
+        value = text  # a bare word is a string
+    path: list[Any] = list(key.split("."))
+    here: Any = raw
+    for i in range(1, len(path)):
+        part = path[i - 1]
+        below = here[part] if isinstance(here, list) else here.get(part)
+        if isinstance(below, list) and path[i].isdecimal():
+            path[i] = int(path[i])
+            if path[i] >= len(below):
+                raise UserError(f"--set {key}: the list {part} has {len(below)} entries, counted from 0")
+        elif not isinstance(below, dict):
+            below = here[part] = {}
+        here = below
+    if len(path) > 1 and path[-1] in ("source", "kind"):
+        here.clear()  # to choose a kind is to start afresh: what was set for the old one does not belong to it
+    here[path[-1]] = value
+
+
+def load(path: str | Path, root: type[T], overrides: Sequence[str] = ()) -> T:
+    """Load a JSON config, apply `KEY=VALUE` overrides, and validate it as `root`."""
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a JSON object, {{...}}")
+    for assignment in sorted(overrides, key=lambda text: text.partition("=")[0].split(".")[-1] not in ("source", "kind")):
+        _override(root, raw, assignment)
+    return validate(root, raw, origin=str(path))

@@ -1,0 +1,32 @@
+"""What travels with the weights of a run: the facts of the data that it learned from."""
+
+from collections import Counter
+from typing import Any
+
+from .points import PointSet
+from .sources import PictureSet
+
+
+def skipped_files(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[tuple[str, str]]:
+    """(name, reason) of every file left out of the sources of both sets."""
+    return [entry for part in _parts(train_set, held_out) for entry in part.report.skipped]
+
+
+def _parts(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[Any]:
+    """The sources of both sets, each once."""
+    both = [*train_set.parts, *(held_out.parts if held_out is not None else [])]
+    return list({id(part): part for part in both}.values())
+
+
+def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> dict[str, Any]:
+    """What travels with the weights: classes, counts, the hash of the file list; and what is to be said of the data."""
+    return {
+        "class_names": list(train_set.class_names),
+        "counts": train_set.counts,
+        "images": len(train_set),
+        "held_out_images": len(held_out) if held_out is not None else 0,
+        "fingerprint": train_set.fingerprint,
+        "skipped": dict(Counter(why for _, why in skipped_files(train_set, held_out)).most_common()),
+        "remarks": list(dict.fromkeys(remark for part in _parts(train_set, held_out) for remark in part.report.remarks)),
+        "endings": train_set.endings if isinstance(train_set, PictureSet) else {},
+    }

@@ -1,0 +1,37 @@
+"""What sampling starts from, where that is not Gaussian noise."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime.examples import Examples
+from ..runtime.seeds import generator
+
+Bound = float | Tensor
+
+
+Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, pictures, draw) -> (B, *shape) on the CPU
+
+
+@dataclass(frozen=True)
+class Starts:
+    """A Start for sampling: these examples, in an order that is a function of (seed, draw)."""
+
+    examples: Examples
+
+    def __call__(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
+        order = generator(seed, "source", draw).permutation(len(self))
+        return self.examples.load(order[np.array(indices, dtype=np.int64) % len(self)]).float().cpu()
+
+    def __len__(self) -> int:
+        return len(self.examples.labels)
+
+
+def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lowest and highest of each channel over all latents, as they are known to a latent run: (D, 1, 1) each."""
+    low, high = (torch.tensor(facts[key], device=device)[:, None, None] for key in ("low", "high"))
+    return low, high
