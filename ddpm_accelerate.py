@@ -12,7 +12,7 @@ from pathlib import Path
 import pydantic
 import torch
 
-from src.config import Length, config, free, load, run_script, to_steps, training_arguments
+from src.config import Length, config, load, resumable_field, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimesConfig, UniformTimes
@@ -20,20 +20,20 @@ from src.evaluation.quality import open_quality
 from src.models import UNetConfig
 from src.runs.opened import count_classes, start_from
 from src.runtime.checkpoint import CheckpointConfig
-from src.runtime.examples import pictures_of
-from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.examples import image_examples
+from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
-from src.runtime.stream import split_batch, stream, to_network
+from src.runtime.stream import plan_batch, stream, to_network
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
-from src.training.draws import Draws
+from src.training.draws import StepNoise
 from src.training.ema import EMA, EMAConfig
 from src.training.from_python import Given, from_python
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import PreviewConfig, first_pictures, preview, preview_sampler
+from src.training.preview import PreviewConfig, preview, preview_sampler, save_first_images
 from src.training.run import LogConfig
 from src.training.session import Session
 from src.training.sharding import prepare
-from src.training.state import Trained
+from src.training.state import TrainState
 from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
@@ -58,16 +58,16 @@ class Config(MachineConfig):
     optimizer: OptimizerConfig
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = free(None, gt=0)
-    compile: bool = free(False)
+    micro_batch_size: int | None = resumable_field(None, gt=0)
+    compile: bool = resumable_field(False)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    export_every: Length | None = free(None)
-    export_dir: str = free("models")
-    max_nonfinite_steps: int = free(10, ge=1)
+    export_every: Length | None = resumable_field(None)
+    export_dir: str = resumable_field("models")
+    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
 
 def main() -> int:
@@ -83,7 +83,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
-    split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+    split = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
     attempt.enters("looking at the data")
@@ -104,7 +104,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = Trained(network, bare_optimizer, ema, times=times)
+    trained = TrainState(network, bare_optimizer, ema, times=times)
     sampler = preview_sampler(cfg, ema.network, process, shape, num_classes)
     quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
 
@@ -119,13 +119,13 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     if cfg.compile:
         network.compile()
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
-    settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes and session.fresh:
         with session.look("the first images"):
-            first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
-    examples = pictures_of(held_out, cfg.image) if held_out is not None else None
+            save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
+    examples = image_examples(held_out, cfg.image) if held_out is not None else None
     batches = stream(
         train_set, cfg.image, split, seed=cfg.seed, balanced=cfg.balance_classes, start_step=session.step, workers=cfg.workers,
         device=device,
@@ -136,7 +136,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each rank takes its share below.
         step = session.step
-        draws = Draws(
+        draws = StepNoise(
             times, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
         )
 

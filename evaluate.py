@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from src.config import UserError, config, parse_json, read_json, run_script, validate
-from src.data import HeldOut, PictureSet, Sources, describe_data, open_data
+from src.data import HeldOut, ImageSet, Sources, describe_data, open_data
 from src.diffusion import TableSchedule, times
 from src.evaluation.evaluation import (
     GIVEN,
@@ -84,8 +84,8 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
 class Chosen(NamedTuple):
     """Pictures to measure on; where they are what was trained on, those held out; and, in words, what they are."""
 
-    pictures: PictureSet
-    held_out: PictureSet | None
+    pictures: ImageSet
+    held_out: ImageSet | None
     told: str
 
 
@@ -97,7 +97,7 @@ def open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str)
 
 
 def _open_pictures(args: argparse.Namespace, settings: dict[str, Any], part: str) -> Chosen:
-    def few(pictures: PictureSet) -> PictureSet:
+    def few(pictures: ImageSet) -> ImageSet:
         return pictures.lowest(args.num_images) if args.num_images is not None else pictures
 
     if args.data is not None and args.part is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from src import figures as pictures
+from src import figures
 from src.config import UserError, run_script, validate
 from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
 from src.runs.opened import Opened, open_trained
@@ -146,16 +146,16 @@ def main() -> None:
     pattern = out / "frames" / "frame_%05d.png"
     made = [out / "frames", out / "animation.gif"]
     try:
-        pictures.mp4(pattern, out / "animation.mp4", fps=args.fps)
+        figures.mp4(pattern, out / "animation.mp4", fps=args.fps)
         made.append(out / "animation.mp4")
     except (UserError, RuntimeError) as error:
         print(error)
     with asked_for(out / "animation.gif"):
-        pictures.gif(paths, pattern, out / "animation.gif", fps=args.fps)
+        figures.gif(paths, pattern, out / "animation.gif", fps=args.fps)
     print(f"{len(paths)} frames through {journey.keys} keys of {opened.path} (step {opened.step}), {world} process(es)")
     print(f"  {sampler.calls()} network calls a frame, {len(paths) / args.fps:.1f} seconds at {args.fps} frames a second")
     if x0 is not None:
-        off = difference(sampler.pictures(x0), paths[:: args.frames_between][: len(files)])
+        off = difference(sampler.decode(x0), paths[:: args.frames_between][: len(files)])
         print(f"  the pictures come back to {off:.1f} of 255 levels on average; more --steps or --solver rk4 bring them closer")
     print("\n".join(f"  {path}" for path in made))
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from src import figures as pictures
+from src import figures
 from src.config import UserError, config, quoted, read_json, run_script, validate
-from src.data import HeldOut, ImageConfig, PictureSet, describe_data, open_data, open_sources
+from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
 from src.data.names import class_remarks, shown
 from src.data.packing import pack
 from src.data.sides import count_small, describe_small, refuse_small_packs
@@ -81,7 +81,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_pictures(args: argparse.Namespace) -> PictureSet:
+def open_pictures(args: argparse.Namespace) -> ImageSet:
     if args.data.endswith(".json"):
         for_a_folder = (
             args.split,
@@ -169,9 +169,9 @@ def check(args: argparse.Namespace) -> None:
         chosen = np.random.default_rng(0).choice(len(found), count, replace=False)
         seen = found.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
         names = [found.class_names[label] if label >= 0 else "" for label in found.labels[chosen]]
-        sheet = pictures.grid(seen, columns=8, labels=names if found.class_names else None)
+        sheet = figures.grid(seen, columns=8, labels=names if found.class_names else None)
         with asked_for(args.sheet):
-            pictures.save(sheet, Path(args.sheet))
+            figures.save(sheet, Path(args.sheet))
         print(f"  {args.sheet}")
 
 

@@ -13,7 +13,7 @@ import pydantic
 import torch
 import torch.nn.functional as F
 
-from src.config import Length, UserError, config, free, load, quoted, run_script, to_steps, training_arguments
+from src.config import Length, UserError, config, load, quoted, resumable_field, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
 from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.models import ClassifierConfig
@@ -27,17 +27,17 @@ from src.runs.classifier import (
     start_classifier_from,
 )
 from src.runtime.checkpoint import CheckpointConfig
-from src.runtime.examples import pictures_of
-from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.examples import image_examples
+from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
-from src.runtime.stream import split_batch, stream, to_network
-from src.training.draws import Draws
+from src.runtime.stream import plan_batch, stream, to_network
+from src.training.draws import StepNoise
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import first_pictures
+from src.training.preview import save_first_images
 from src.training.run import LogConfig
 from src.training.session import Session
-from src.training.state import Trained
+from src.training.state import TrainState
 from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
@@ -60,14 +60,14 @@ class Config(MachineConfig):
     optimizer: OptimizerConfig
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = free(None, gt=0)
-    compile: bool = free(False)
+    micro_batch_size: int | None = resumable_field(None, gt=0)
+    compile: bool = resumable_field(False)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: MeasureConfig = MeasureConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    max_nonfinite_steps: int = free(10, ge=1)
+    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
 
 def main() -> int:
@@ -79,7 +79,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
-    split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+    split = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data.
     attempt.enters("looking at the data")
@@ -102,7 +102,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = Trained(network, bare_optimizer, ema, times=times)
+    trained = TrainState(network, bare_optimizer, ema, times=times)
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
@@ -116,14 +116,14 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if cfg.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
-    settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes and session.fresh:
         with session.look("the first images"):
-            first_pictures(run_dir, train_set, cfg.image, cfg.seed, process)
+            save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
     where, examples = ("train", train_set) if held_out is None else ("held_out", held_out)
-    measure = partial(accuracy_by_level, ema.network, process, pictures_of(examples, cfg.image), cfg.preview, split.micro)
+    measure = partial(accuracy_by_level, ema.network, process, image_examples(examples, cfg.image), cfg.preview, split.micro)
     batches = stream(
         train_set,
         cfg.image,
@@ -140,7 +140,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     while session.step < total_steps:
         # Draw times and noise for the whole batch; each rank takes its share below.
         step = session.step
-        draws = Draws(times, split, shape, seed=cfg.seed, step=step, label_dropout=0.0, device=device, dtype=dtype)
+        draws = StepNoise(times, split, shape, seed=cfg.seed, step=step, label_dropout=0.0, device=device, dtype=dtype)
 
         # Gradients: every loss is its sum over the micro-batch times world size over the batch; no label, no loss.
         for part in range(split.accumulation):

@@ -14,7 +14,7 @@ import pydantic
 import torch
 from pydantic import Discriminator, Tag
 
-from src.config import ENDLESS, Length, config, free, load, run_script, to_steps, training_arguments, wrong
+from src.config import ENDLESS, Length, config, config_error, load, resumable_field, run_script, to_steps, training_arguments
 from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, check_images
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
@@ -22,17 +22,17 @@ from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.evaluation.quality import open_quality
 from src.models import MLPConfig, UNetConfig
 from src.runs.autoencoder import autoencoder_for
-from src.runs.ends import open_ends
+from src.runs.ends import open_coupling
 from src.runs.opened import count_classes, start_from
 from src.runtime.checkpoint import CheckpointConfig
-from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
-from src.runtime.stream import split_batch
+from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.build import sampler_of
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
-from src.training.draws import Draws
+from src.training.draws import StepNoise
 from src.training.ema import EMA, EMAConfig
 from src.training.from_python import Given, from_python
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
@@ -40,7 +40,7 @@ from src.training.pairs import PairEnds, Pairs
 from src.training.paths import PathPreviewConfig, first_ends, preview_paths
 from src.training.run import LogConfig, check_ranks
 from src.training.session import Session
-from src.training.state import Trained
+from src.training.state import TrainState
 from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
@@ -70,8 +70,8 @@ class Config(MachineConfig):
     data: DataEnd
     held_out: HeldOut = 0.0
     image: ImageConfig | None = None
-    autoencoder: str | None = free(None)
-    latents: str | None = free(None)
+    autoencoder: str | None = resumable_field(None)
+    latents: str | None = resumable_field(None)
     encode_batch_size: int = pydantic.Field(16, gt=0)
     pairs: Pairs = None
     class_conditional: bool | None = None
@@ -84,30 +84,32 @@ class Config(MachineConfig):
     optimizer: OptimizerConfig
     steps: Length | None
     batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = free(None, gt=0)
-    compile: bool = free(False)
+    micro_batch_size: int | None = resumable_field(None, gt=0)
+    compile: bool = resumable_field(False)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: PathPreviewConfig = PathPreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    max_nonfinite_steps: int = free(10, ge=1)
+    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "Config":
         if self.process.schedule.kind != "blend":
-            raise wrong("process.schedule.kind: only the blend joins two densities; ddpm_accelerate.py trains on the others")
+            raise config_error(
+                "process.schedule.kind: only the blend joins two densities; ddpm_accelerate.py trains on the others"
+            )
         if isinstance(self.model, MLPConfig) != (self.image is None):
-            raise wrong("model: 2-D points, which have no image, need an mlp, and pictures a U-Net")
+            raise config_error("model: 2-D points, which have no image, need an mlp, and pictures a U-Net")
         fed = self.process.time_input
         if self.image is None and (self.process.clip or fed is None or fed.kind == "index" or fed.scale != 1):
-            raise wrong(
+            raise config_error(
                 "process: 2-D points have no bounds to clip to, and an mlp is fed alpha or t as it is: leave process out"
             )
         if self.image is None and self.autoencoder is not None:
-            raise wrong("autoencoder: 2-D points have no latents; leave it out")
+            raise config_error("autoencoder: 2-D points have no latents; leave it out")
         if self.steps is None and self.optimizer.schedule.kind != "constant":
-            raise wrong("steps: a run without end needs optimizer.schedule.kind constant, since the others end")
+            raise config_error("steps: a run without end needs optimizer.schedule.kind constant, since the others end")
         return self
 
 
@@ -121,11 +123,11 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
-    split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+    split = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Open both ends: as they are, as latents, or paired by an earlier run.
     attempt.enters("looking at the data")
-    ends = open_ends(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset)
+    ends = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset)
     check_ranks(ends.facts)
     train_set, held_out = ends.data.train, ends.data.held_out
     source = (ends.source.train, ends.source.held_out) if ends.source is not None else ()
@@ -150,7 +152,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = Trained(network, bare_optimizer, ema, times=times)
+    trained = TrainState(network, bare_optimizer, ema, times=times)
 
     def sampler_for(spec: SamplerConfig) -> Sampler:
         spec = spec.without_guidance(num_classes is None)
@@ -171,7 +173,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     if cfg.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
-    settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes:
@@ -195,7 +197,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each rank takes its share below.
         step = session.step
-        draws = Draws(
+        draws = StepNoise(
             times, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pydantic
 import torch
 
-from src.config import Length, config, free, load, quoted, run_script, to_steps, training_arguments
+from src.config import Length, config, load, quoted, resumable_field, run_script, to_steps, training_arguments
 from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimesConfig, UniformTimes
@@ -23,18 +23,18 @@ from src.runs.latents import cache_folder, latents_of
 from src.runs.opened import build_unet, count_classes, start_from
 from src.runs.starts import latent_bounds
 from src.runtime.checkpoint import CheckpointConfig
-from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.sharding import home
-from src.runtime.stream import latent_stream, split_batch
-from src.training.draws import Draws
+from src.runtime.stream import latent_stream, plan_batch
+from src.training.draws import StepNoise
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import PreviewConfig, first_pictures, preview, preview_sampler
+from src.training.preview import PreviewConfig, preview, preview_sampler, save_first_images
 from src.training.run import LogConfig, check_ranks
 from src.training.session import Session
 from src.training.sharding import prepare
-from src.training.state import Trained
+from src.training.state import TrainState
 from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
@@ -51,8 +51,8 @@ class Config(MachineConfig):
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = pydantic.Field(0, ge=0, lt=2**32)
-    autoencoder: str = free()
-    latents: str | None = free(None)
+    autoencoder: str = resumable_field()
+    latents: str | None = resumable_field(None)
     encode_batch_size: int = pydantic.Field(16, gt=0)
     data: Sources
     held_out: HeldOut = 0.0
@@ -66,14 +66,14 @@ class Config(MachineConfig):
     optimizer: OptimizerConfig
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = free(None, gt=0)
-    compile: bool = free(False)
+    micro_batch_size: int | None = resumable_field(None, gt=0)
+    compile: bool = resumable_field(False)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    max_nonfinite_steps: int = free(10, ge=1)
+    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
 
 def main() -> int:
@@ -85,7 +85,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
-    split = split_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+    split = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
 
     # Look at the data and the autoencoder; encode the one with the other, unless that was done before.
     attempt.enters("looking at the data")
@@ -112,7 +112,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = Trained(network, bare_optimizer, ema, times=times)
+    trained = TrainState(network, bare_optimizer, ema, times=times)
     bounds = latent_bounds(latents.facts, device)
     sampler = preview_sampler(cfg, ema.network, process, shape, num_classes, codec=latents.codec, bounds=bounds)
     quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
@@ -128,14 +128,14 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     if cfg.compile:
         network.compile()
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
-    settle_reducer(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
     session.enter(split, resolve, end=total_steps)
     if session.run.writes:
         autoencoder.keep(run_dir / "autoencoder")
         if session.fresh:
             with session.look("the first images"):
-                first_pictures(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
+                save_first_images(run_dir, train_set, cfg.image, cfg.seed, process, latents.codec, device)
     examples = latents.examples(held_out.labels) if held_out is not None else None
     batches = latent_stream(
         latents.train,
@@ -152,7 +152,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     while session.step < total_steps:
         # Draw times, noise, dropped labels and the posterior's noise for the whole batch; each rank takes its share below.
         step = session.step
-        draws = Draws(
+        draws = StepNoise(
             times, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
         )
         posterior = normal(draws.eps.shape, cfg.seed, "posterior", step, device=device, dtype=dtype)

@@ -14,7 +14,7 @@ import pydantic
 import torch
 
 from src import losses
-from src.config import config, free, load, quoted, run_script, training_arguments, wrong
+from src.config import config, config_error, load, quoted, resumable_field, run_script, training_arguments
 from src.config.packages import ask_for
 from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
 from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_channels
@@ -22,19 +22,19 @@ from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
 from src.models.layers import channels_last
 from src.runs.autoencoder import start_from
 from src.runtime.checkpoint import CheckpointConfig
-from src.runtime.examples import pictures_of
-from src.runtime.launch import MachineConfig, accumulating, settle_reducer, start
+from src.runtime.examples import image_examples
+from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
 from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from src.training.preview import first_pictures
+from src.training.preview import save_first_images
 from src.training.run import LogConfig
 from src.training.session import Session
 from src.training.stages import StageConfig, plan_stages, warnings
-from src.training.state import Trained
+from src.training.state import TrainState
 from src.training.trials import Attempt, run_training
 
 
@@ -58,19 +58,19 @@ class Config(MachineConfig):
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, betas=(0.5, 0.9))
     stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
     batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = free(None, gt=0)
+    micro_batch_size: int | None = resumable_field(None, gt=0)
     init_from: str | None = None
     ema: EMAConfig = EMAConfig(half_life_images=10_000)
     guard: GuardConfig = GuardConfig()
     preview: ReconstructConfig = ReconstructConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    max_nonfinite_steps: int = free(10, ge=1)
+    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "Config":
         if self.perceptual.network == "random" and not self.name.startswith("smoke"):
-            raise wrong("perceptual.network: 'random' is for smoke tests; use efficientnet_lite0, vgg, alex or squeeze")
+            raise config_error("perceptual.network: 'random' is for smoke tests; use efficientnet_lite0, vgg, alex or squeeze")
         return self
 
 
@@ -104,7 +104,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         perceptual = losses.Perceptual(cfg.perceptual, sizes=[stage.image.size for stage in stages]).to(device, dtype)
     bare = build_optimizer(network, cfg.optimizer), build_optimizer(discriminator, cfg.discriminator_optimizer)
     ema = EMA(network, cfg.ema)
-    trained = Trained(network, bare[0], ema, adversary=(discriminator, bare[1]))
+    trained = TrainState(network, bare[0], ema, adversary=(discriminator, bare[1]))
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=stages[-1].end, attempt=attempt)
@@ -122,13 +122,13 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     model, judge, optimizer, judge_optimizer = accelerator.prepare(network, discriminator, *bare)
     now = next((stage for stage in stages if session.step < stage.end), stages[-1])
     blank = torch.zeros(1, cfg.image.channels, now.image.size, now.image.size, device=device, dtype=dtype)
-    settle_reducer(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(now.image.size)))
-    settle_reducer(accelerator, judge, blank)
+    warm_up_ddp(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(now.image.size)))
+    warm_up_ddp(accelerator, judge, blank)
     total_images, images_seen = stages[-1].split.images_at(stages[-1].end), now.split.images_at(session.step)
     session.begin(train_set, held_out, total_images=total_images, images=images_seen)
     if session.run.writes and session.fresh:
         with session.look("the first images"):
-            first_pictures(run_dir, train_set, now.image, cfg.seed)
+            save_first_images(run_dir, train_set, now.image, cfg.seed)
 
     for stage in stages[now.number - 1 :]:
         # Enter the stage: picture size, tanh, learning rates, and how well it reconstructs at the start.
@@ -137,7 +137,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         rate_at, judge_rate_at = stage.rate(cfg.optimizer), stage.adversary_rate(cfg.discriminator_optimizer)
         key = f"stages.{stage.number - 1}.micro_batch_size"
         session.enter(split, stage.resolve, end=stage.end, name=stage.describe(len(stages)), key=key)
-        examples = pictures_of(held_out if held_out is not None else train_set, stage.image)
+        examples = image_examples(held_out if held_out is not None else train_set, stage.image)
         more = {"batch_size": split.micro, "warn": session.run.warn}
         look = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, **more)
         if guard.enter(stage.number) and own.adversarial is not None and not attempt.trial:

@@ -33,11 +33,11 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.common import goal, installed, machine, wait
 from src.config import UserError, run_script
-from src.data import ImageConfig, PictureSet, open_sources
+from src.data import ImageConfig, ImageSet, open_sources
 from src.data.packing import pack
-from src.data.sources import DatasetsSource, FolderPictures, FolderSource, PackedSource
+from src.data.sources import DatasetsSource, FolderImages, FolderSource, PackedSource
 from src.data.transforms import decode, square
-from src.runtime.stream import _quiet_worker, split_batch, stream, to_network
+from src.runtime.stream import _quiet_worker, plan_batch, stream, to_network
 
 FOLDER, PACKED, DATASETS, LMDB, NOTHING = (
     "folder",
@@ -109,8 +109,8 @@ def peer(data: EncodedInLMDB, batch: int, workers: int, device: torch.device) ->
             batches._shutdown_workers()
 
 
-def ours(pictures: PictureSet, spec: ImageConfig, batch: int, workers: int, device: torch.device) -> Batches:
-    split = split_batch(batch, None, rank=0, world=1)
+def ours(pictures: ImageSet, spec: ImageConfig, batch: int, workers: int, device: torch.device) -> Batches:
+    split = plan_batch(batch, None, rank=0, world=1)
     with contextlib.closing(stream(pictures, spec, split, seed=0, workers=workers, device=device)) as batches:
         for micro in batches:
             yield micro.images, micro.labels
@@ -145,7 +145,7 @@ def open_ways(folder: Path, work: Path, spec: ImageConfig, batch: int, device: t
     ways: dict[str, Way] = {name: (lambda w, p=p: ours(p, spec, batch, w, device), size) for name, (p, size) in sets.items()}
     if installed("lmdb"):
         part = pictures.parts[0]
-        assert isinstance(part, FolderPictures)
+        assert isinstance(part, FolderImages)
         EncodedInLMDB.write(work / "lmdb", part.paths)
         encoded = EncodedInLMDB(work / "lmdb", pictures.labels, spec)
         ways[LMDB] = (lambda w: peer(encoded, batch, w, device), on_disk(work / "lmdb"))

@@ -40,9 +40,9 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.common import ROOT, environment, installed, machine
 from benchmarks.peers import CALLS, FRACTIONS, SIZE
-from src import figures as pictures
+from src import figures
 from src.config import UserError, read_json, run_script
-from src.data import ImageConfig, PictureSet, open_sources
+from src.data import ImageConfig, ImageSet, open_sources
 from src.data.packing import pack
 from src.data.scan import ScanConfig
 from src.data.sources import FolderSource
@@ -100,7 +100,7 @@ def prepare_pictures(datasets: Path, archive: Path = ARCHIVE) -> Path:
     return folder
 
 
-def pictures_in(folder: Path) -> PictureSet:
+def pictures_in(folder: Path) -> ImageSet:
     """All of a folder, however few bytes a file has."""
     return open_sources(FolderSource(source="folder", path=str(folder), scan=ScanConfig(min_file_bytes=0)))
 
@@ -413,10 +413,10 @@ def draw_sheet(contestants: Sequence[tuple[str, Path]], path: Path, most_bytes: 
     sheets = []
     for title, file in contestants:
         drawn = np.load(file)[:64].transpose(0, 2, 3, 1)
-        sheets.append(pictures.grid(np.ascontiguousarray(drawn), columns=8, title=title, zoom=1))
-    whole = pictures.in_a_row(sheets)
+        sheets.append(figures.grid(np.ascontiguousarray(drawn), columns=8, title=title, zoom=1))
+    whole = figures.in_a_row(sheets)
     for colours in (256, 128, 64, 32, 16):
-        pictures.save(whole.quantize(colours), path)
+        figures.save(whole.quantize(colours), path)
         if path.stat().st_size <= most_bytes:
             return
 
@@ -432,7 +432,7 @@ def draw_curve(results: Sequence[tuple[str, Result]], held_out: float, path: Pat
         else:  # of the peer that is not the better one, the end alone
             lines[f"{title}, at the end"] = ([0, last], 2 * list(found.values()))
     lines["held-out pictures"] = ([0, last], [held_out, held_out])
-    pictures.curves(
+    figures.curves(
         path, {"Fréchet distance, EfficientNet-Lite0": lines}, xlabel="minutes", log=["Fréchet distance, EfficientNet-Lite0"]
     )
 

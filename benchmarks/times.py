@@ -16,13 +16,13 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import machine
-from src import figures as pictures
+from src import figures
 from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
 from src.diffusion import LossConfig
 from src.diffusion.training_times import SecondMomentTimes, UniformTimes
 from src.runs.opened import open_trained
-from src.runtime.examples import pictures_of
+from src.runtime.examples import image_examples
 from src.training.time_sampler import TimeSampler
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     opened, accelerator = open_trained(args.run, torch.device("cpu")), Accelerator(cpu=True)
     spec = validate(Data, {key: opened.config[key] for key in ("data", "held_out")})
     train_set, _ = open_data(spec.data, spec.held_out)
-    examples, process = pictures_of(train_set, opened.image), replace(opened.process, loss=LossConfig(kind="rescaled_kl"))
+    examples, process = image_examples(train_set, opened.image), replace(opened.process, loss=LossConfig(kind="rescaled_kl"))
     network = opened.network.requires_grad_(True)
     rng = np.random.default_rng(0)
 
@@ -94,7 +94,7 @@ def main() -> None:
             "root of E[L_t^2], bits/dim": {"L_t": (t, (history.square().mean(1).sqrt() / steps).tolist())},
             "chance of t": {"second moment": (t, chances.tolist()), "uniform": (t, [1 / steps] * steps)},
         }
-        pictures.curves(Path(args.figure), panels, xlabel="t", log=panels.keys())
+        figures.curves(Path(args.figure), panels, xlabel="t", log=panels.keys())
 
 
 if __name__ == "__main__":

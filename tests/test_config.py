@@ -14,12 +14,12 @@ from src.config import (
     config,
     differences,
     dump,
-    free,
     json_schema,
     load,
     parse_json,
     read_text,
     renamed,
+    resumable_field,
     run_script,
     to_steps,
     validate,
@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 @config
 class Inner:
     rate: float = Field(0.1, gt=0)
-    every: int | None = free(None)
+    every: int | None = resumable_field(None)
     widths: tuple[int, ...] = (1, 2)
 
 
@@ -41,7 +41,7 @@ class Root:
     inner: Inner = Inner()
     inners: tuple[Inner, ...] = ()
     steps: Length = 10
-    every: Length | None = free(None)
+    every: Length | None = resumable_field(None)
     data: Sources | None = None
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from src.config import load
-from src.runtime.checkpoint import damage, newest, read_tensors
+from src.runtime.checkpoint import newest, read_tensors, verify_checkpoint
 from src.training import trials, uploads
 from src.training.kept import cannot_change, images_seen
 from src.training.trials import compare_checkpoints
@@ -66,7 +66,7 @@ def test_a_longer_run_is_to_the_bit_what_the_plain_one_is(runs: Path, old: Path)
     out = train(old, "steps=9", *CONSTANT, new="new")
     new = old.with_name("new")
     assert f"{new} goes on from {old} at step 6, with another steps (6 -> 9)" in out and "going on at step 6 of 9" in out
-    assert content(old) == before and damage(new / "final") is None
+    assert content(old) == before and verify_checkpoint(new / "final") is None
     found, count = compare_checkpoints(last(new), last(runs / "long"))
     assert count > 100 and [line for line in found if "best" not in line] == ["progress.json: continued differs"]
     assert {"step": 6, "run": str(old), "images_ahead": 0, "changed": {"steps": [6, 9]}} == json.loads(

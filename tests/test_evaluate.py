@@ -16,7 +16,7 @@ from src.data import open_sources
 from src.data.sources import ShapesSource
 from src.evaluation.evaluation import Report, parse_sweep, read_classes
 from src.evaluation.quality import Compared, flag, labels_like
-from src.runs.starts import Starts
+from src.runs.starts import SourceSampler
 from src.runtime.checkpoint import spared_steps
 from src.runtime.examples import Examples
 from src.sampling.sampler import SamplerConfig
@@ -221,7 +221,7 @@ def test_held_out_pictures_without_a_class_are_not_read(tmp_path: Path) -> None:
 
 
 def test_starts_are_dealt_anew_when_all_were_given() -> None:
-    starts = Starts(Examples(np.zeros(5, np.int64), lambda indices: torch.from_numpy(indices).float()))
+    starts = SourceSampler(Examples(np.zeros(5, np.int64), lambda indices: torch.from_numpy(indices).float()))
     drawn = starts(0, range(10))
     assert len(starts) == 5 and sorted(drawn[:5].tolist()) == [0, 1, 2, 3, 4] and (drawn[:5] == drawn[5:]).all()
 

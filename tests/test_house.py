@@ -26,6 +26,7 @@ from src.models import MLP, VAE, Discriminator
 from src.runs.classifier import build_classifier, noise_process
 from src.runs.opened import build_unet
 from src.training.stages import plan_stages
+from tests import house
 from tests.conftest import ROOT, environment, here, launch, run_here
 
 sys.path.insert(0, str(ROOT))
@@ -35,33 +36,7 @@ import train_iadb
 import train_ldm
 import train_vae
 
-# A folder of src/ imports only from folders above it in this list (../shared/DESIGN.md).
-LAYERS = (
-    "threads",
-    "config",
-    "storage",
-    "diffusion",
-    "models",
-    "data",
-    "metrics",
-    "losses",
-    "figures",
-    "runtime",
-    "runs",
-    "sampling",
-    "evaluation",
-    "report",
-    "training",
-    "doctor",
-    "interop",
-)
-# Imports that still go up: (from, to). This list only shrinks.
-STILL_UP = {
-    ("evaluation.quality", "training.trials"),
-    ("runs.ends", "training.trials"),
-    ("runs.latents", "training.trials"),
-}
-WITH_ACCELERATE = LAYERS[LAYERS.index("runtime") :]
+WITH_ACCELERATE = house.LAYERS[house.LAYERS.index("runtime") :]
 TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
 SCRIPTS = (*TRAINING, "sample", "interpolate", "evaluate", "posthoc_ema", "prepare_data", "convert", "doctor")
 HEAVY = {
@@ -98,60 +73,39 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
-def module_of(path: Path) -> str:
-    """The dotted name of a file in src/, without src; of a folder's `__init__` that of the folder."""
-    parts = path.relative_to(ROOT / "src").with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def test_no_import_goes_up_between_folders_or_in_a_circle() -> None:
+    assert len(house.arrows()) > 200
+    folders = {path.name.removesuffix(".py") for path in (ROOT / "src").iterdir()} - {"__init__", "__pycache__"}
+    assert folders == set(house.LAYERS)
+    up = house.imports_that_go_up()
+    assert up - house.STILL_UP == set(), "these imports go up: move what is imported, or who imports it"
+    assert house.STILL_UP - up == set(), "these are cut: take them off the list"
+    assert house.circles() == []
 
 
-def arrows() -> dict[tuple[str, str], str]:
-    """(module, module that it imports) inside src/, those of functions too; with the file that says so."""
-    files = {module_of(path): path for path in (ROOT / "src").rglob("*.py")}
-    found = {}
-    for own, path in files.items():
-        package = own if path.name == "__init__.py" else own.rpartition(".")[0]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
-                continue
-            base = package.split(".") if package else []
-            above = base[: len(base) - (node.level - 1)]
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                full = f"{module}.{alias.name}" if module else alias.name
-                found[own, full if full in files else module] = str(path)
-    return found
+def test_the_check_of_imports_sees_functions_and_circles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("config/a", "from ..data.b import x"), ("data/b", "def f():\n    from ..config import a")):
+        (tmp_path / "src" / name).parent.mkdir(parents=True)
+        (tmp_path / "src" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    assert house.imports_that_go_up() == {("config.a", "data.b")}
+    assert house.circles() == ["config.a -> data.b -> config.a"]
 
 
-def test_no_import_goes_up_between_folders() -> None:
-    found = arrows()
-    assert len(found) > 200
-    assert {path.name.removesuffix(".py") for path in (ROOT / "src").iterdir()} - {"__init__", "__pycache__"} == set(LAYERS)
-    up = {
-        (own, other)
-        for own, other in found
-        if own and other and LAYERS.index(own.split(".")[0]) < LAYERS.index(other.split(".")[0])
-    }
-    assert up - STILL_UP == set(), "these imports go up: move what is imported, or who imports it"
-    assert STILL_UP - up == set(), "these are cut: take them off the list"
-
-
-def test_no_import_goes_in_a_circle() -> None:
-    found = arrows()
-    below: dict[str, set[str]] = {}
-    for own, other in found:
-        if (own, other) not in STILL_UP:
-            below.setdefault(own, set()).add(other)
-    done: set[str] = set()
-
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, f"a circle: {' -> '.join([*path[path.index(module) :], module])}"
-        if module not in done:
-            for other in sorted(below.get(module, ())):
-                visit(other, (*path, module))
-            done.add(module)
-
-    for module in sorted(below):
-        visit(module, ())
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("told = 1", ["told"]),
+        ("def f(here): pass", ["here"]),
+        ("class PictureSet: pass", ["PictureSet"]),
+        ("for made in x: pass", ["made"]),
+        ("self.seen = 1", ["seen"]),
+        ("import a as look", ["look"]),
+        ("x.free()\nprint(wrong)\nspoon = made(1)", []),
+    ],
+)
+def test_the_check_of_words_sees_what_is_bound(code: str, names: list[str]) -> None:
+    assert [name for _, name in house.bound_names(ast.parse(code)) if house.is_refused(name)] == names
 
 
 def test_only_convert_uses_interop() -> None:
@@ -166,7 +120,7 @@ def test_imports_inside_the_package_are_relative_and_accelerate_stays_above() ->
             first = module.split(".")[0]
             assert first != "atelier", f"{path}: inside src/ only relative imports"
             assert first not in SCRIPTS, f"{path} imports a script"
-            own = module_of(path).split(".")[0]
+            own = house.module_of(path).split(".")[0]
             assert first != "accelerate" or own in WITH_ACCELERATE, f"{path} imports accelerate"
 
 

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from PIL import Image
 
-from src import figures as pictures
+from src import figures
 from src.config import UserError, validate
 from src.data.sources import draw_shape
 from src.diffusion import SOLVERS, ProcessConfig
@@ -67,9 +67,9 @@ def shown(out: Path) -> NDArray[np.float64]:
 def drawn(run: Path, seed: int, label: int | None, how: SamplerConfig) -> NDArray[np.float64]:
     """The first picture that sample.py draws of a seed, as a frame shows it."""
     sampler = build_sampler(open_trained(run, CPU), how)
-    pixels = pictures.to_uint8(sampler.draw(seed, [0], None if label is None else [label], device=CPU))[0]
-    zoom = pictures.zoom_for(pixels.shape[0])
-    return np.asarray(pictures.to_image(pixels).convert("RGB"), float).repeat(zoom, 0).repeat(zoom, 1)
+    pixels = figures.to_uint8(sampler.draw(seed, [0], None if label is None else [label], device=CPU))[0]
+    zoom = figures.zoom_for(pixels.shape[0])
+    return np.asarray(figures.to_image(pixels).convert("RGB"), float).repeat(zoom, 0).repeat(zoom, 1)
 
 
 def steps_of(frames: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -177,7 +177,7 @@ def test_frames_go_smoothly(smoke_run: Path, tmp_path: Path) -> None:
 
 def decoded(video: Path) -> tuple[str, NDArray[np.float64]]:
     """What ffmpeg says of a video's stream, and its frames (N, H, W, 3)."""
-    command = [pictures.ffmpeg() or "", "-hide_banner", "-i", str(video), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = [figures.ffmpeg() or "", "-hide_banner", "-i", str(video), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, capture_output=True, check=True)
     stream = next(line for line in done.stderr.decode().splitlines() if "Video: " in line)
     width, height = map(int, re.findall(r", (\d+)x(\d+)", stream)[0])
@@ -304,7 +304,7 @@ def test_pictures_come_back_through_their_inversions(
     assert float(re.findall(r"come back to ([\d.]+) of 255", said)[0]) < 0.5, said
     opened = open_trained(run, CPU)
     sampler = build_sampler(opened, SamplerConfig())
-    wanted = pictures.to_uint8(sampler.pictures(as_seen(opened, shapes[:2])))
+    wanted = figures.to_uint8(sampler.decode(as_seen(opened, shapes[:2])))
     frames = shown(tmp_path / "out")[:, ::4, ::4]
     assert np.abs(frames[[0, 5]] - wanted).mean() < 0.5
     assert steps_of(frames).max() < 0.6 * np.abs(frames[5] - frames[0]).mean()
@@ -337,13 +337,13 @@ def test_between_two_data_sets_the_way_is_straight(iadb_run: Path, shapes: list[
     write_folder(tmp_path / "run", {"ema": still}, {"config": config, "data": found.data, "progress": {"step": found.step}})
     animate(tmp_path / "run", tmp_path / "seeds", "--seeds", "1/2")
     sampler = build_sampler(open_trained(tmp_path / "run", CPU), SamplerConfig())
-    first, last = (pictures.to_uint8(sampler.start(seed, [0]))[0].astype(float) for seed in (1, 2))
+    first, last = (figures.to_uint8(sampler.start(seed, [0]))[0].astype(float) for seed in (1, 2))
     frames = shown(tmp_path / "seeds")[:, ::4, ::4]
     for i in range(6):
         weight = smoothstep(i / 5)
         assert np.abs(frames[i] - (1 - weight) * first - weight * last).max() <= 1
     animate(tmp_path / "run", tmp_path / "source", "--source", shapes[0].parent, "--loop")
-    wanted = pictures.to_uint8(as_seen(open_trained(tmp_path / "run", CPU), shapes))
+    wanted = figures.to_uint8(as_seen(open_trained(tmp_path / "run", CPU), shapes))
     assert np.abs(shown(tmp_path / "source")[::5, ::4, ::4] - wanted).max() <= 1
     assert "starts from noise" in refused("interpolate", iadb_run, "--source", shapes[0].parent)
 
@@ -411,14 +411,14 @@ def odd(tmp_path: Path) -> Path:
 
 
 def test_an_mp4_of_odd_sides(odd: Path, tmp_path: Path) -> None:
-    command = pictures.mp4(odd, tmp_path / "out.mp4", fps=24)
+    command = figures.mp4(odd, tmp_path / "out.mp4", fps=24)
     stream, seen = decoded(tmp_path / "out.mp4")
     assert "Video: h264" in stream and ", 18x16" in stream and " 24 fps" in stream
     assert [int(frame[:12, :14].mean(axis=(0, 1)).argmax()) for frame in seen] == [0, 1, 2]
     assert all(frame[-1].min() > 200 and frame[:, -1].min() > 200 for frame in seen), "the edge is repeated, not padded black"
     assert not (tmp_path / ".out.mp4").exists()
     (tmp_path / "out.mp4").unlink()
-    subprocess.run([pictures.ffmpeg() or "", *shlex.split(command)[1:]], check=True)
+    subprocess.run([figures.ffmpeg() or "", *shlex.split(command)[1:]], check=True)
     assert (tmp_path / "out.mp4").exists(), "the command makes it again"
 
 
@@ -426,13 +426,13 @@ def test_an_ffmpeg_that_cannot(odd: Path, tmp_path: Path, monkeypatch: pytest.Mo
     def without(*given: Any, **more: Any) -> list[str]:
         return ["libx999" if word == "libx264" else word for word in as_it_is(*given, **more)]
 
-    as_it_is = pictures.mp4_command
-    monkeypatch.setattr(pictures, "mp4_command", without)
+    as_it_is = figures.mp4_command
+    monkeypatch.setattr(figures, "mp4_command", without)
     with pytest.raises(UserError, match="was built without libx264, so no MP4 is made"):
-        pictures.mp4(odd, tmp_path / "out.mp4", fps=24)
+        figures.mp4(odd, tmp_path / "out.mp4", fps=24)
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="ffmpeg failed"):
-        pictures.mp4(tmp_path / "none_%05d.png", tmp_path / "out.mp4", fps=24)
+        figures.mp4(tmp_path / "none_%05d.png", tmp_path / "out.mp4", fps=24)
     assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob(".*.mp4"))
 
 
@@ -444,7 +444,7 @@ def broken_ffmpeg(folder: Path, patch: pytest.MonkeyPatch) -> None:
     (folder / "ffmpeg").write_text("not a program")
     (folder / "ffmpeg").chmod(0o755)
     patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    patch.setattr(pictures, "_said", set())
+    patch.setattr(figures, "_said", set())
 
 
 def test_an_ffmpeg_that_does_not_start(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -469,7 +469,7 @@ def test_a_gif_that_was_asked_for_and_fails_leaves_the_rest(
 
     words = ("sample.py", smoke_run, "--steps", "2", "--num-samples", "3", "--frames", "--npz", "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "gif", full)
+        patch.setattr(figures, "gif", full)
         said = one_line(here(*words))
         assert "denoising.gif was not made (the disk is full: No space left" in said and said.endswith("before it stays")
         names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -486,7 +486,7 @@ def test_a_grid_that_fails_leaves_the_samples(smoke_run: Path, tmp_path: Path, m
     def no_font(*_: Any, **__: Any) -> Any:
         raise ValueError("no font")
 
-    monkeypatch.setattr(pictures, "grid", no_font)
+    monkeypatch.setattr(figures, "grid", no_font)
     done = here("sample.py", smoke_run, "--steps", "2", "--num-samples", "3", "--out", tmp_path / "out")
     assert done.status == 0 and done.err.count("warning: grid.png failed (ValueError: no font)") == 1
     assert "grid.png" not in done.out and len(list((tmp_path / "out").glob("0*.png"))) == 3

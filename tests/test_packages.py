@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from src import figures as pictures
-from src import losses, metrics
+from src import figures, losses, metrics
 from src.config import UserError, load
 from src.config.packages import ask_for, is_installed, needed
 from src.data import open_data
@@ -103,7 +102,7 @@ USES: list[tuple[str, str, Callable[[Path], Any]]] = [
     ),
     ("huggingface_hub", "needs the package huggingface-hub: pip install huggingface-hub", lambda _: load_autoencoder("a/b")),
     ("matplotlib", "drawing curves needs the package matplotlib: pip install matplotlib", lambda folder: curves(folder)),
-    ("imageio_ffmpeg", "pip install imageio-ffmpeg", lambda folder: pictures.mp4(folder / "%05d.png", folder / "x.mp4", fps=1)),
+    ("imageio_ffmpeg", "pip install imageio-ffmpeg", lambda folder: figures.mp4(folder / "%05d.png", folder / "x.mp4", fps=1)),
 ]
 
 
@@ -121,7 +120,7 @@ def upscaler(folder: Path) -> None:
 
 
 def curves(folder: Path) -> None:
-    pictures.curves(folder / "x.png", {"loss": {"loss": ([0, 1], [1, 2])}}, xlabel="step")
+    figures.curves(folder / "x.png", {"loss": {"loss": ([0, 1], [1, 2])}}, xlabel="step")
 
 
 @pytest.mark.parametrize(

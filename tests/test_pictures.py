@@ -14,35 +14,35 @@ import pytest
 import torch
 from PIL import Image
 
-from src import figures as pictures
+from src import figures
 from src.config import UserError, _override, quoted
 from tests.conftest import ROOT
 
 
 def test_to_uint8_covers_the_range() -> None:
     x = torch.tensor([-2.0, -1, 0, 1, 2]).reshape(1, 1, 1, 5)
-    assert pictures.to_uint8(x).flatten().tolist() == [0, 0, 128, 255, 255]
-    assert pictures.to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
+    assert figures.to_uint8(x).flatten().tolist() == [0, 0, 128, 255, 255]
+    assert figures.to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
 
 
 def test_a_grid_has_its_pictures_row_by_row() -> None:
     cells = np.zeros((5, 64, 64, 3), np.uint8)
     for i in range(5):
         cells[i] = 40 * i
-    sheet = np.asarray(pictures.grid(cells, columns=3))
+    sheet = np.asarray(figures.grid(cells, columns=3))
     assert sheet.shape == (4 + 2 * 68, 4 + 3 * 68, 3)
     assert [sheet[36, 36 + 68 * i, 0] for i in range(3)] == [0, 40, 80] and sheet[104, 36, 0] == 120
     assert sheet[104, 172].tolist() == [255] * 3, "the empty place is white"
-    labelled = pictures.grid(cells, columns=3, labels=["a very long label indeed"] * 5, title="t")
+    labelled = figures.grid(cells, columns=3, labels=["a very long label indeed"] * 5, title="t")
     assert labelled.height > sheet.shape[0]
-    assert pictures.grid(np.zeros((1, 16, 16, 1), np.uint8), columns=1).width == 64 + 8, "small pictures are enlarged"
+    assert figures.grid(np.zeros((1, 16, 16, 1), np.uint8), columns=1).width == 64 + 8, "small pictures are enlarged"
 
 
 def test_beside_and_save(tmp_path: Path) -> None:
-    both = pictures.beside(Image.new("RGB", (3, 5)), Image.new("RGB", (4, 2)))
+    both = figures.beside(Image.new("RGB", (3, 5)), Image.new("RGB", (4, 2)))
     assert both.size == (7, 5) and both.getpixel((6, 4)) == (255, 255, 255)
     for name, kind in (("a.png", "PNG"), ("a.jpg", "JPEG")):
-        pictures.save(both, tmp_path / "new" / name)
+        figures.save(both, tmp_path / "new" / name)
         with Image.open(tmp_path / "new" / name) as image:
             assert image.format == kind
     assert not list((tmp_path / "new").glob("*.part"))
@@ -68,7 +68,7 @@ def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path: Path) -> None
 
 
 def test_curves(tmp_path: Path) -> None:
-    pictures.curves(tmp_path / "c.png", {"y": {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}}, xlabel="x", log={"y"})
+    figures.curves(tmp_path / "c.png", {"y": {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}}, xlabel="x", log={"y"})
     with Image.open(tmp_path / "c.png") as image:
         assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 20) or []) > 10
 
@@ -76,23 +76,23 @@ def test_curves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ffmpeg", [True, False])
 def test_gif_with_and_without_ffmpeg(tmp_path: Path, ffmpeg: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ffmpeg:
-        monkeypatch.setattr(pictures, "ffmpeg", lambda: None)
-    elif pictures.ffmpeg() is None:
+        monkeypatch.setattr(figures, "ffmpeg", lambda: None)
+    elif figures.ffmpeg() is None:
         pytest.skip("no ffmpeg here")
     paths = []
     for i in range(3):
         paths.append(tmp_path / f"f_{i:03d}.png")
-        pictures.save(Image.new("RGB", (8, 8), (80 * i, 0, 0)), paths[-1])
-    command = pictures.gif(paths, tmp_path / "f_%03d.png", tmp_path / "out.gif", fps=5)
+        figures.save(Image.new("RGB", (8, 8), (80 * i, 0, 0)), paths[-1])
+    command = figures.gif(paths, tmp_path / "f_%03d.png", tmp_path / "out.gif", fps=5)
     with Image.open(tmp_path / "out.gif") as image:
         assert getattr(image, "n_frames", 1) == 3 and image.info["duration"] == 200 and image.info.get("loop") == 0
     assert command.startswith("ffmpeg ") and "-framerate 5" in command
     if ffmpeg:
         (tmp_path / "out.gif").unlink()
-        subprocess.run([pictures.ffmpeg() or "", *shlex.split(command)[1:]], check=True)
+        subprocess.run([figures.ffmpeg() or "", *shlex.split(command)[1:]], check=True)
         assert (tmp_path / "out.gif").exists()
     with pytest.raises(UserError, match="no frames"):
-        pictures.gif([], tmp_path / "f_%03d.png", tmp_path / "none.gif", fps=5)
+        figures.gif([], tmp_path / "f_%03d.png", tmp_path / "none.gif", fps=5)
 
 
 # ---------------------------------------------------------------------------------------------- an ffmpeg that does not start
@@ -113,7 +113,7 @@ def three(tmp_path: Path) -> list[Path]:
     paths = []
     for i in range(3):
         paths.append(tmp_path / "my runs" / "100% [new] %d 'x' #1 $HOME *" / f"f_{i:03d}.png")
-        pictures.save(Image.new("RGB", (8, 8), (80 * i, 0, 0)), paths[-1])
+        figures.save(Image.new("RGB", (8, 8), (80 * i, 0, 0)), paths[-1])
     return paths
 
 
@@ -137,25 +137,25 @@ def test_an_ffmpeg_that_does_not_start(
     program.write_text(BROKEN[broken])
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(pictures, "_said", set())
+    monkeypatch.setattr(figures, "_said", set())
     if not shipped:
         monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     for _ in range(2):
-        pictures.gif(three, three[0].with_name("f_%03d.png"), tmp_path / "out.gif", fps=5)
+        figures.gif(three, three[0].with_name("f_%03d.png"), tmp_path / "out.gif", fps=5)
     assert frames_in(tmp_path / "out.gif") == 3 and not (tmp_path / ".out.gif").exists()
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("step ")]  # of another test's run
     assert len(said) == 1 and said[0].startswith(f"warning: {program} "), "one line, once"
     if shipped:
-        pictures.mp4(three[0].with_name("f_%03d.png"), tmp_path / "out.mp4", fps=5)
+        figures.mp4(three[0].with_name("f_%03d.png"), tmp_path / "out.mp4", fps=5)
         assert (tmp_path / "out.mp4").stat().st_size > 500
     else:
         with pytest.raises((UserError, RuntimeError), match="no MP4 is made"):
-            pictures.mp4(three[0].with_name("f_%03d.png"), tmp_path / "out.mp4", fps=5)
+            figures.mp4(three[0].with_name("f_%03d.png"), tmp_path / "out.mp4", fps=5)
 
 
 def test_names_that_mean_something_to_a_program(three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The frames are found, and the command that is told makes the same again when it is pasted into a shell."""
-    program = pictures.ffmpeg()
+    program = figures.ffmpeg()
     if program is None:
         pytest.skip("no ffmpeg here")
     (tmp_path / "bin").mkdir()
@@ -163,8 +163,8 @@ def test_names_that_mean_something_to_a_program(three: list[Path], tmp_path: Pat
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     pattern = three[0].with_name("f_%03d.png")
     for name, make in (
-        ("a:b % 'c'.gif", lambda out: pictures.gif(three, pattern, out, fps=5)),
-        ("d%d.mp4", lambda out: pictures.mp4(pattern, out, fps=5)),
+        ("a:b % 'c'.gif", lambda out: figures.gif(three, pattern, out, fps=5)),
+        ("d%d.mp4", lambda out: figures.mp4(pattern, out, fps=5)),
     ):
         out = pattern.with_name(name)
         command = make(out)
@@ -176,8 +176,8 @@ def test_names_that_mean_something_to_a_program(three: list[Path], tmp_path: Pat
     for folder in ("-x", "http:", "%03d"):  # an option, an address, a number
         paths = [Path(folder) / f"f_{i:03d}.png" for i in range(3)]
         for path, frame in zip(paths, three, strict=True):
-            pictures.save(Image.open(frame), path)
-        command = pictures.gif(paths, Path(folder) / "f_%03d.png", Path(folder) / "out.gif", fps=5)
+            figures.save(Image.open(frame), path)
+        command = figures.gif(paths, Path(folder) / "f_%03d.png", Path(folder) / "out.gif", fps=5)
         assert frames_in(Path(folder) / "out.gif") == 3
         subprocess.run(command, shell=True, check=True)
 
@@ -221,10 +221,10 @@ def test_a_printed_path_can_be_pasted(path: str, tmp_path: Path) -> None:
 
 def test_names_are_readable_in_any_script() -> None:
     for text in ("портрет", "café", "Ελληνικά", "naïve £5", "High Renaissance"):
-        assert pictures.readable(text) == text
-    assert pictures.readable("cafe\u0301") == "café", "decomposed as macOS writes it"
-    assert pictures.readable("风景 x") == "\\u98ce\\u666f x" and pictures.readable("\U0002000b") == "\\U0002000b"
-    assert pictures.readable("a\udc80\x07\n b") == "a\\udc80\\u0007 b", "a name that is no UTF-8, and control characters"
+        assert figures.readable(text) == text
+    assert figures.readable("cafe\u0301") == "café", "decomposed as macOS writes it"
+    assert figures.readable("风景 x") == "\\u98ce\\u666f x" and figures.readable("\U0002000b") == "\\U0002000b"
+    assert figures.readable("a\udc80\x07\n b") == "a\\udc80\\u0007 b", "a name that is no UTF-8, and control characters"
 
 
 def ink(sheet: Image.Image) -> int:
@@ -234,7 +234,7 @@ def ink(sheet: Image.Image) -> int:
 def test_each_letter_is_drawn_and_no_box() -> None:
     def drawn(text: str) -> bytes:
         cells = np.full((1, 64, 64, 3), 255, np.uint8)
-        return pictures.grid(cells, columns=1, labels=[text]).crop((0, 64, 72, 100)).tobytes()
+        return figures.grid(cells, columns=1, labels=[text]).crop((0, 64, 72, 100)).tobytes()
 
     box = drawn("\ufffe")
     seen = [drawn(letter) for letter in "портеéüß"]
@@ -242,22 +242,22 @@ def test_each_letter_is_drawn_and_no_box() -> None:
 
 
 def test_a_long_name_goes_on_in_the_next_line() -> None:
-    measure = pictures.lettering().font.getlength
+    measure = figures.lettering().font.getlength
     for text in ("a_very_long_name_of_a_class", "x" * 60, "风" * 12, "two words", "", "портрет неизвестной", "\U0002000b" * 3):
         for width in (20, 64, 300):
-            lines = pictures.wrapped(text, width)
-            assert "".join(lines).replace(" ", "") == pictures.readable(text).replace(" ", ""), "nothing is cut off"
+            lines = figures.wrapped(text, width)
+            assert "".join(lines).replace(" ", "") == figures.readable(text).replace(" ", ""), "nothing is cut off"
             assert all(measure(line) <= width or len(line) == 1 for line in lines)
     cells = np.full((4, 64, 64, 3), 255, np.uint8)
-    one = pictures.grid(cells, columns=2, labels=["short"] * 4)
-    two = pictures.grid(cells, columns=2, labels=["short", "a_very_long_name_of_a_class", "short", "short"])
-    rows = len(pictures.wrapped("a_very_long_name_of_a_class", 64))
-    assert rows > 2 and two.size == (one.width, one.height + (rows - 1) * pictures.LINE) and ink(two) > ink(one)
-    assert pictures.grid(cells, columns=2, labels=["word " * 500] * 4).height < 1000, "a paragraph is shortened"
+    one = figures.grid(cells, columns=2, labels=["short"] * 4)
+    two = figures.grid(cells, columns=2, labels=["short", "a_very_long_name_of_a_class", "short", "short"])
+    rows = len(figures.wrapped("a_very_long_name_of_a_class", 64))
+    assert rows > 2 and two.size == (one.width, one.height + (rows - 1) * figures.LINE) and ink(two) > ink(one)
+    assert figures.grid(cells, columns=2, labels=["word " * 500] * 4).height < 1000, "a paragraph is shortened"
 
 
 def test_titles_of_charts_are_no_formulas(tmp_path: Path) -> None:
-    pictures.curves(
+    figures.curves(
         tmp_path / "c.png", {"$y_{": {"a$b$": ([0, 1], [1, 2]), "风": ([0, 1], [2, 1])}}, xlabel="$", title="$x_{$ 风 " * 30
     )
     with Image.open(tmp_path / "c.png") as image:
@@ -265,9 +265,9 @@ def test_titles_of_charts_are_no_formulas(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_there_is_a_font_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures.lettering.cache_clear()
+    figures.lettering.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
-        assert pictures.readable("café x") == "caf\\u00e9 x"
-        assert ink(pictures.grid(np.full((1, 64, 64, 3), 255, np.uint8), columns=1, labels=["café"])) > 20
-    pictures.lettering.cache_clear()
+        assert figures.readable("café x") == "caf\\u00e9 x"
+        assert ink(figures.grid(np.full((1, 64, 64, 3), 255, np.uint8), columns=1, labels=["café"])) > 20
+    figures.lettering.cache_clear()

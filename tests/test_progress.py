@@ -17,7 +17,7 @@ from src.config import progress
 from src.config.progress import Phases, Progress, track, within
 from src.data.scan import ScanConfig, scan
 from src.runtime.launch import StopRequest
-from src.runtime.stream import split_batch
+from src.runtime.stream import plan_batch
 from src.storage.blocks import Ranks, in_blocks
 from src.training import trials
 from src.training.clock import Cadence, Clock
@@ -286,7 +286,7 @@ def test_the_costs_of_a_dry_run_have_the_early_previews() -> None:
     cadences = {word: Cadence(word, None) for word in ("save", "export", "quality", "snapshot")}
     attempt = Attempt("fit")
     for first in (0, 5000):
-        split = split_batch(16, 8, rank=0, world=1)._replace(first_step=first)
+        split = plan_batch(16, 8, rank=0, world=1)._replace(first_step=first)
         cadences["preview"] = Cadence("preview", 2000, early=range(first, first + 5000))
         attempt.enter("", split, 5000, cadences, "micro_batch_size")
     attempt.held.close()

@@ -1,7 +1,7 @@
 """Configuration: JSON files into frozen, strict dataclasses, and the one way a script ends on a user's mistake."""
 
 from .command_line import json_schema, training_arguments
-from .fields import config, free, renamed, wrong
+from .fields import config, config_error, renamed_field, resumable_field
 from .json_files import parse_json, quoted, read_json, read_text
 from .lengths import ENDLESS, Length, Span, kind_of, to_steps
 from .mistakes import FORBIDDEN, FULL, UserError, run_script
@@ -17,7 +17,7 @@ __all__ = [
     "config",
     "differences",
     "dump",
-    "free",
+    "resumable_field",
     "json_schema",
     "kind_of",
     "load",
@@ -25,10 +25,10 @@ __all__ = [
     "quoted",
     "read_json",
     "read_text",
-    "renamed",
+    "renamed_field",
     "run_script",
     "to_steps",
     "training_arguments",
     "validate",
-    "wrong",
+    "config_error",
 ]

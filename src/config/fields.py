@@ -11,14 +11,14 @@ from pydantic_core import PydanticCustomError
 T = TypeVar("T")
 
 
-def free(default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
+def resumable_field(default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
     """A field that may change when a run is resumed, because no step's result depends on it."""
     if default is not dataclasses.MISSING:
         constraints["default"] = default
     return Field(json_schema_extra={"free": True}, **constraints)
 
 
-def renamed(old_name: str, default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
+def renamed_field(old_name: str, default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
     """A field that had another name in older versions: configs and runs that say `old_name` are still read."""
     if default is not dataclasses.MISSING:
         constraints["default"] = default
@@ -32,6 +32,6 @@ def config(cls: type[T]) -> type[T]:
     return pydantic_dataclass(frozen=True, kw_only=True, config=strict)(cls)  # pyright: ignore[reportReturnType]
 
 
-def wrong(message: str) -> PydanticCustomError:
+def config_error(message: str) -> PydanticCustomError:
     """The error that a validator of a config raises: `message` appears after the JSON path, as it is."""
     return PydanticCustomError("config", "{message}", {"message": message})

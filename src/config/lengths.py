@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Discriminator, Field, Tag
 
-from .fields import config, wrong
+from .fields import config, config_error
 
 
 def kind_of(value: Any) -> str:
@@ -28,7 +28,7 @@ class Span:
     @pydantic.model_validator(mode="after")
     def _one_unit(self) -> "Span":
         if sum(unit is not None for unit in (self.steps, self.epochs, self.images)) != 1:
-            raise wrong("give exactly one of steps, epochs, images")
+            raise config_error("give exactly one of steps, epochs, images")
         return self
 
 

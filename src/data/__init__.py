@@ -4,7 +4,7 @@ from .facts import describe_data
 from .given import GIVEN, open_given, open_given_points
 from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_points
 from .sides import check_images
-from .sources import HeldOut, PictureSet, Source, Sources, open_data, open_sources
+from .sources import HeldOut, ImageSet, Source, Sources, open_data, open_sources
 from .transforms import ImageConfig
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "GaussianSource",
     "HeldOut",
     "ImageConfig",
-    "PictureSet",
+    "ImageSet",
     "PointSet",
     "Source",
     "SourceEnd",

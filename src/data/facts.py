@@ -4,21 +4,21 @@ from collections import Counter
 from typing import Any
 
 from .points import PointSet
-from .sources import PictureSet
+from .sources import ImageSet
 
 
-def skipped_files(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[tuple[str, str]]:
+def skipped_files(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None) -> list[tuple[str, str]]:
     """(name, reason) of every file left out of the sources of both sets."""
     return [entry for part in _parts(train_set, held_out) for entry in part.report.skipped]
 
 
-def _parts(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> list[Any]:
+def _parts(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None) -> list[Any]:
     """The sources of both sets, each once."""
     both = [*train_set.parts, *(held_out.parts if held_out is not None else [])]
     return list({id(part): part for part in both}.values())
 
 
-def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | PointSet | None) -> dict[str, Any]:
+def describe_data(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None) -> dict[str, Any]:
     """What travels with the weights: classes, counts, the hash of the file list; and what is to be said of the data."""
     return {
         "class_names": list(train_set.class_names),
@@ -28,5 +28,5 @@ def describe_data(train_set: PictureSet | PointSet, held_out: PictureSet | Point
         "fingerprint": train_set.fingerprint,
         "skipped": dict(Counter(why for _, why in skipped_files(train_set, held_out)).most_common()),
         "remarks": list(dict.fromkeys(remark for part in _parts(train_set, held_out) for remark in part.report.remarks)),
-        "endings": train_set.endings if isinstance(train_set, PictureSet) else {},
+        "endings": train_set.endings if isinstance(train_set, ImageSet) else {},
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import UserError
 from ..config.progress import track
 from .points import PointSet
-from .sources import ArrayPictures, Pictures, PictureSet, PythonSource, _fraction, open_data
+from .sources import ArrayImages, Images, ImageSet, PythonSource, _fraction, open_data
 from .transforms import ImageConfig, Pixels, normalise
 
 IN_MEMORY_BYTES = 1 << 30  # up to here all images of a data set are kept; beyond, each is read when it is needed
@@ -23,7 +23,7 @@ RANGES = "give uint8, or floats in [0, 1] or in [-1, 1]"
 
 
 @dataclass
-class GivenPictures(Pictures):
+class GivenImages(Images):
     """Images that the data set gives when they are asked for. `signed` says whether its floats are in [-1, 1]."""
 
     dataset: Any = None
@@ -45,7 +45,7 @@ class GivenPictures(Pictures):
         return _to_uint8(_pixels(value, where, channels), signed=self.signed)
 
 
-def open_given(dataset: Any, held_out: Any, image: ImageConfig) -> tuple[PictureSet, PictureSet | None]:
+def open_given(dataset: Any, held_out: Any, image: ImageConfig) -> tuple[ImageSet, ImageSet | None]:
     """What `open_data` gives, of a data set whose items are an image or (image, label).
 
     An image is uint8 or float, a tensor (C, H, W), an array (H, W, C), or a PIL image, of any size; a label is a whole number
@@ -77,12 +77,12 @@ def open_given(dataset: Any, held_out: Any, image: ImageConfig) -> tuple[Picture
     known = {"names": names, "labels": np.array(labels, dtype=np.int64), "class_names": classes}
     known["fingerprint"] = found.hexdigest()
     signed = low < 0
-    part: Pictures
+    part: Images
     if kept is not None:
-        part = ArrayPictures(**known, pixels=np.stack([_to_uint8(pixels, signed=signed) for pixels in kept]))
+        part = ArrayImages(**known, pixels=np.stack([_to_uint8(pixels, signed=signed) for pixels in kept]))
     else:
-        part = GivenPictures(**known, dataset=dataset, signed=signed, sizes=sizes)
-    return open_data(PictureSet([part], [np.arange(len(part))]), held_out)
+        part = GivenImages(**known, dataset=dataset, signed=signed, sizes=sizes)
+    return open_data(ImageSet([part], [np.arange(len(part))]), held_out)
 
 
 def open_given_points(dataset: Any, held_out: Any) -> tuple[PointSet, PointSet | None]:

@@ -15,13 +15,13 @@ from PIL import Image
 from ..config import UserError
 from ..config.progress import Progress
 from ..storage.files import write_flushed
-from .sources import PACK_VERSION, PictureSet, _fraction
+from .sources import PACK_VERSION, ImageSet, _fraction
 from .transforms import DECODER, shorter_side
 
 BLOCK = 256
 
 
-def pack(pictures: PictureSet, out: Path, *, size: int, channels: int, held_out: float = 0.0) -> int:
+def pack(pictures: ImageSet, out: Path, *, size: int, channels: int, held_out: float = 0.0) -> int:
     """Write `pictures` with their shorter side at `size` into the folder `out`; gives the number of pictures.
 
     Staged in `out`.partial and renamed when whole; after a kill the same call goes on where it was.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ..config import UserError, config, dump, kind_of, wrong
+from ..config import UserError, config, config_error, dump, kind_of
 from .sources import OneSource, Source
 from .transforms import decode
 
@@ -43,7 +43,7 @@ class MixtureSource:
     @model_validator(mode="after")
     def _one_each(self) -> "MixtureSource":
         if not len(self.means) == len(self.stds) == len(self.weights or self.means):
-            raise wrong("give as many stds (and weights) as means")
+            raise config_error("give as many stds (and weights) as means")
         return self
 
 
@@ -114,7 +114,7 @@ class PointSet:
         return hashlib.sha256(self.points.tobytes() + self.labels.tobytes()).hexdigest()
 
 
-def picture_of(path: str) -> bytes:
+def density_image(path: str) -> bytes:
     """A density's picture as a greyscale PNG; one that cannot be read is a UserError."""
     try:
         image, content = decode(Path(path).expanduser(), channels=1), io.BytesIO()
@@ -129,7 +129,7 @@ def picture_of(path: str) -> bytes:
 def density_of(spec: DensitySource, picture: bytes | None = None) -> NDArray[np.float64]:
     """The probability (H, W) of each pixel of its picture (`picture`, where that is known), the first row at the top; a
     UserError where there is none."""
-    weight = np.asarray(decode(picture or picture_of(spec.path), channels=1), dtype=np.float64)
+    weight = np.asarray(decode(picture or density_image(spec.path), channels=1), dtype=np.float64)
     weight = 255 - weight if spec.invert else weight
     if not weight.any():
         colour, other = ("white", "true to false") if spec.invert else ("black", "false to true")

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import UserError
 from .colour import DAMAGED, DARK, UNFIT
-from .sources import ArrayPictures, PackedPictures, PictureSet
+from .sources import ArrayImages, ImageSet, PackedImages
 
 
 def sizes_of(cfg: Any) -> dict[str, int]:
@@ -26,8 +26,8 @@ def refuse_small_packs(sizes: Mapping[str, int], *sets: Any) -> None:
     """Refuse packed sets whose images are smaller than a size that is trained at: enlarged, they would teach blur."""
     for key, size in sizes.items():
         for pictures in sets:
-            for part in pictures.parts if isinstance(pictures, PictureSet) else ():
-                if isinstance(part, PackedPictures) and len(part) and (side := int(part.sides.min())) < size:
+            for part in pictures.parts if isinstance(pictures, ImageSet) else ():
+                if isinstance(part, PackedImages) and len(part) and (side := int(part.sides.min())) < size:
                     raise UserError(
                         f"the packed set {part.place} holds images of {side} px, and {key} is {size}: they would be enlarged; "
                         f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
@@ -39,8 +39,8 @@ def count_small(size: int, *sets: Any) -> tuple[int, int, int]:
     EMNIST) do not count: they are small by nature, and whoever chooses them knows."""
     small, total, smallest = 0, 0, size
     for pictures in sets:
-        if isinstance(pictures, PictureSet):
-            files = [i for i, part in enumerate(pictures.parts) if not isinstance(part, ArrayPictures)]
+        if isinstance(pictures, ImageSet):
+            files = [i for i, part in enumerate(pictures.parts) if not isinstance(part, ArrayImages)]
             sides = pictures.sides.min(1)[np.isin(pictures.which, files)]
             sides = sides[sides > 0]
             small, total = small + int((sides < size).sum()), total + len(pictures)
@@ -63,7 +63,7 @@ def describe_small(sizes: Mapping[str, int], *sets: Any) -> list[str]:
 
 def describe_notes(*sets: Any) -> list[str]:
     """A line for each kind of image whose colours or brightness may not be what its owner sees."""
-    parts = {id(part): part for pictures in sets if isinstance(pictures, PictureSet) for part in pictures.parts}
+    parts = {id(part): part for pictures in sets if isinstance(pictures, ImageSet) for part in pictures.parts}
     found = sum((Counter(part.report.notes) for part in parts.values()), Counter[str]())
     return [f"of {count} images: {note}" for note, count in found.items() if note in (DAMAGED, UNFIT, DARK)]
 

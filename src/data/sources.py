@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pydantic import Discriminator, Field, Tag
 
-from ..config import UserError, config, free, kind_of, read_json
+from ..config import UserError, config, kind_of, read_json, resumable_field
 from ..config.packages import needed
 from ..storage.archives import stem
 from ..storage.downloads import hub_reason
@@ -46,7 +46,7 @@ class FolderSource:
     """
 
     source: Literal["folder"]
-    path: str = free()
+    path: str = resumable_field()
     split: str | None = None
     labels: LabelTable | None = None
     subset: int | None = Field(None, gt=0)
@@ -90,7 +90,7 @@ class EmnistSource:
     """
 
     source: Literal["emnist"]
-    path: str = free()
+    path: str = resumable_field()
     split: Literal["letters", "digits", "balanced", "byclass", "bymerge", "mnist"]
     part: Literal["train", "test"] = "train"
     subset: int | None = Field(None, gt=0)
@@ -112,7 +112,7 @@ class PackedSource:
     """A folder that `prepare_data.py pack` wrote. `split` train or held_out as it was packed, or all."""
 
     source: Literal["packed"]
-    path: str = free()
+    path: str = resumable_field()
     split: Literal["all", "train", "held_out"] = "all"
     subset: int | None = Field(None, gt=0)
 
@@ -142,7 +142,7 @@ HeldOut = Annotated[
 
 
 @dataclass
-class Pictures(ABC):
+class Images(ABC):
     """One opened source. `labels` are indices into `class_names`, -1 where a picture has no class."""
 
     names: list[str]
@@ -189,7 +189,7 @@ class Pictures(ABC):
 
 
 @dataclass
-class FolderPictures(Pictures):
+class FolderImages(Images):
     """`inside` is the folder that alone holds the images, where it is not the data folder itself."""
 
     paths: list[str] = field(default_factory=list)
@@ -206,7 +206,7 @@ class FolderPictures(Pictures):
 
 
 @dataclass
-class DatasetsPictures(Pictures):
+class DatasetsImages(Images):
     rows: Any = None
     indices: list[int] = field(default_factory=list)
     column: str = "image"
@@ -225,7 +225,7 @@ class DatasetsPictures(Pictures):
 
 
 @dataclass
-class ArrayPictures(Pictures):
+class ArrayImages(Images):
     """Pictures of one size in memory, (N, H, W, C)."""
 
     pixels: Pixels = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
@@ -246,7 +246,7 @@ class ArrayPictures(Pictures):
 
 
 @dataclass
-class PackedPictures(Pictures):
+class PackedImages(Images):
     """Pictures of any size in one mapped file; `records` (N, 3) are byte offset, height and width."""
 
     pixels: Pixels = field(default_factory=lambda: np.zeros(0, np.uint8))
@@ -299,7 +299,7 @@ def _with_plugins(key: str) -> str:
 # ---------------------------------------------------------------------------------------------- folders
 
 
-def _open_folder(spec: FolderSource) -> FolderPictures:
+def _open_folder(spec: FolderSource) -> FolderImages:
     path, where = Path(spec.path).expanduser(), f"data folder {shown(spec.path)}"
     if not path.is_dir():
         kind = "is a file, not a folder" if path.exists() else "does not exist"
@@ -342,7 +342,7 @@ def _open_folder(spec: FolderSource) -> FolderPictures:
         report.remarks += told.remarks
     labels, class_names, merged = _numbered(classes)
     report.remarks = [f"{where}: {remark}" for remark in [*_left_aside(layout, found), *merged, *report.remarks]]
-    return FolderPictures(
+    return FolderImages(
         names=names,
         labels=labels,
         class_names=class_names,
@@ -433,7 +433,7 @@ def _bytes_of(cell: Any) -> int | None:
         return None
 
 
-def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
+def _open_datasets(spec: DatasetsSource) -> DatasetsImages:
     where = f"data set {spec.name!r}"
     with needed(where, "datasets"):
         import datasets
@@ -499,7 +499,7 @@ def _open_datasets(spec: DatasetsSource) -> DatasetsPictures:
     if class_names and without:
         remarks.append(f"{without} images have no label in {spec.label_column!r} and are left without a class")
     report.remarks = [f"{where}: {remark}" for remark in remarks]
-    return DatasetsPictures(
+    return DatasetsImages(
         names=[names[i] for i in good],
         labels=labels[good],
         class_names=class_names,
@@ -556,7 +556,7 @@ def _read_idx(folders: Sequence[Path], name: str, axes: int) -> tuple[bytes, Pix
     return content, np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _open_emnist(spec: EmnistSource) -> ArrayPictures:
+def _open_emnist(spec: EmnistSource) -> ArrayImages:
     root = Path(spec.path).expanduser()
     folders = [root, root / "gzip"]  # as the zip unpacks
     stem = f"emnist-{spec.split}-{spec.part}"
@@ -571,7 +571,7 @@ def _open_emnist(spec: EmnistSource) -> ArrayPictures:
             f"{root}: the labels of {stem} run from {labels.min()} to {labels.max()}, those of EMNIST from {first} to "
             f"{first + len(classes) - 1}; download it again"
         )
-    return ArrayPictures(
+    return ArrayImages(
         names=[f"emnist/{spec.split}/{spec.part}/{i:06d}" for i in range(len(labels))],
         labels=labels.astype(np.int64) - first,
         class_names=tuple(classes),
@@ -588,7 +588,7 @@ def _fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2.0**64
 
 
-def _open_digits(spec: DigitsSource) -> ArrayPictures:
+def _open_digits(spec: DigitsSource) -> ArrayImages:
     with needed("data.source digits", "sklearn"):
         from sklearn.datasets import load_digits
 
@@ -596,7 +596,7 @@ def _open_digits(spec: DigitsSource) -> ArrayPictures:
     pixels = np.rint(digits.images / 16 * 255).astype(np.uint8)[..., None]
     names = [f"digits/{i:04d}" for i in range(len(pixels))]
     keep = [i for i, name in enumerate(names) if spec.split == "all" or (spec.split == "test") == (_fraction(name) < 0.1)]
-    return ArrayPictures(
+    return ArrayImages(
         names=[names[i] for i in keep],
         labels=digits.target[keep].astype(np.int64),
         class_names=tuple("0123456789"),
@@ -626,10 +626,10 @@ def draw_shape(kind: str, size: int, rng: np.random.Generator) -> Pixels:
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 
-def _open_shapes(spec: ShapesSource) -> ArrayPictures:
+def _open_shapes(spec: ShapesSource) -> ArrayImages:
     split = 0 if spec.split == "train" else 1
     pixels = [draw_shape(SHAPES[i % len(SHAPES)], spec.size, np.random.default_rng([split, i])) for i in range(spec.count)]
-    return ArrayPictures(
+    return ArrayImages(
         names=[f"shapes/{spec.split}/{i:06d}" for i in range(spec.count)],
         labels=np.arange(spec.count, dtype=np.int64) % len(SHAPES),
         class_names=SHAPES,
@@ -638,12 +638,12 @@ def _open_shapes(spec: ShapesSource) -> ArrayPictures:
     )
 
 
-def _open_packed(spec: PackedSource) -> PackedPictures:
+def _open_packed(spec: PackedSource) -> PackedImages:
 
     return open_packed(Path(spec.path), spec.split)
 
 
-def _open_python(spec: PythonSource) -> Pictures:
+def _open_python(spec: PythonSource) -> Images:
     raise UserError(
         "the data set was handed in from Python, so no config can open it: train on with train(cfg, run_dir, dataset=...) from "
         "Python, or set data to a source on disk"
@@ -663,13 +663,13 @@ OPENERS: dict[type, Any] = {
 # ---------------------------------------------------------------------------------------------- one set of pictures
 
 
-class PictureSet:
+class ImageSet:
     """Pictures of one or several sources, selected and in a fixed order: what training reads.
 
     `labels` (N,) are indices into `class_names`, -1 for none; `names` are relative paths.
     """
 
-    def __init__(self, parts: Sequence[Pictures], chosen: Sequence[NDArray[np.int64]]) -> None:
+    def __init__(self, parts: Sequence[Images], chosen: Sequence[NDArray[np.int64]]) -> None:
         self.parts = list(parts)
         self.which = np.concatenate([np.full(len(c), i, dtype=np.int32) for i, c in enumerate(chosen)])
         self.index = np.concatenate([np.asarray(c, dtype=np.int64) for c in chosen])
@@ -695,7 +695,7 @@ class PictureSet:
         """The hash of what is in the set and in which order."""
         return _digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
 
-    def _each(self, values: Callable[[Pictures], NDArray[np.int64]]) -> NDArray[np.int64]:
+    def _each(self, values: Callable[[Images], NDArray[np.int64]]) -> NDArray[np.int64]:
         """A value of each source's images -> those of the images of this set, in its order."""
         found = [values(part) for part in self.parts]
         together = np.zeros((len(self), *found[0].shape[1:]), np.int64)
@@ -759,7 +759,7 @@ class PictureSet:
         return by_ending(
             self.parts[w].names[i]
             for w, i in zip(self.which.tolist(), self.index.tolist(), strict=True)
-            if isinstance(self.parts[w], FolderPictures)
+            if isinstance(self.parts[w], FolderImages)
         )
 
     def sequences(self) -> dict[str, int]:
@@ -778,12 +778,11 @@ class PictureSet:
         uniform = self.parts[0].uniform if len(self.parts) == 1 else None
         if uniform is not None and uniform[0].shape[1:] == (spec.size, spec.size, spec.channels):
             self._ready = uniform
-        elif uniform is not None and isinstance(self.parts[0], ArrayPictures):
+        elif uniform is not None and isinstance(self.parts[0], ArrayImages):
             plain = ImageConfig(size=spec.size, channels=spec.channels)
             self._ready = np.stack([square(picture, plain, np.full(3, 0.5)) for picture in uniform[0]]), uniform[1]
         cut_alone = [
-            isinstance(part, PackedPictures) and bool((part.records[:, 1:].min(axis=1) == spec.size).all())
-            for part in self.parts
+            isinstance(part, PackedImages) and bool((part.records[:, 1:].min(axis=1) == spec.size).all()) for part in self.parts
         ]
         self._light = self._ready is not None or all(cut_alone)
 
@@ -817,7 +816,7 @@ class PictureSet:
                 j = int(fellows[(int(np.searchsorted(fellows, i)) + attempt) % len(fellows)])
         raise UserError(f"twenty pictures in a row, from {self.names[i]!r} on, can no longer be read; is the disk gone?")
 
-    def lowest(self, count: int) -> "PictureSet":
+    def lowest(self, count: int) -> "ImageSet":
         """The `count` pictures whose names hash lowest, or all where there are no more."""
         keep = np.zeros(len(self), dtype=np.bool_)
         keep[_lowest(self.names, count)] = True
@@ -827,9 +826,9 @@ class PictureSet:
         """Give the labels the numbers of their classes in `class_names`, among which all of them are."""
         _relabel(self, tuple(class_names))
 
-    def only(self, keep: NDArray[np.bool_]) -> "PictureSet":
+    def only(self, keep: NDArray[np.bool_]) -> "ImageSet":
         chosen = [self.index[(self.which == w) & keep] for w in range(len(self.parts))]
-        return PictureSet(self.parts, chosen)
+        return ImageSet(self.parts, chosen)
 
 
 def _lowest(names: Sequence[str], count: int) -> NDArray[np.int64]:
@@ -841,13 +840,13 @@ def _as_list(sources: Any) -> list[Source]:
     return list(sources) if isinstance(sources, tuple | list) else [sources]
 
 
-def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = ()) -> PictureSet:
+def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = ()) -> ImageSet:
     """Open one or several sources as one set; `subset` keeps the pictures whose names hash lowest. A folder in which one of the
     classes `among` alone holds images is of that class."""
     parts, chosen = [], []
     for spec in _as_list(sources):
-        part: Pictures = OPENERS[type(spec)](spec)
-        if isinstance(part, FolderPictures) and part.inside is not None and not part.class_names:
+        part: Images = OPENERS[type(spec)](spec)
+        if isinstance(part, FolderImages) and part.inside is not None and not part.class_names:
             name = spelled(among, part.inside)
             if name is not None:
                 part.class_names, part.labels = (name,), np.zeros_like(part.labels)
@@ -856,17 +855,17 @@ def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = (
             keep = _lowest(part.names, spec.subset)
         parts.append(part)
         chosen.append(keep)
-    found = PictureSet(parts, chosen)
+    found = ImageSet(parts, chosen)
     if len(found) == 0:
         raise UserError("the data has no pictures")
     return found
 
 
 def open_data(
-    data: Source | Sequence[Source] | PictureSet, held_out: float | Source | Sequence[Source]
-) -> tuple[PictureSet, PictureSet | None]:
+    data: Source | Sequence[Source] | ImageSet, held_out: float | Source | Sequence[Source]
+) -> tuple[ImageSet, ImageSet | None]:
     """The training pictures, and those held out: a fraction by hash of the relative path, or sources of their own."""
-    everything = data if isinstance(data, PictureSet) else open_sources(data)
+    everything = data if isinstance(data, ImageSet) else open_sources(data)
     if not isinstance(held_out, float | int):
         held = open_sources(held_out, among=everything.class_names)
         known = {normal_form(name) for name in everything.class_names}
@@ -882,14 +881,14 @@ def open_data(
     return everything.only(~out), everything.only(out)
 
 
-def _relabel(pictures: PictureSet, class_names: tuple[str, ...]) -> PictureSet:
+def _relabel(pictures: ImageSet, class_names: tuple[str, ...]) -> ImageSet:
     place = {normal_form(name): i for i, name in enumerate(class_names)}
     number = np.array([*(place[normal_form(name)] for name in pictures.class_names), -1], dtype=np.int64)
     pictures.labels, pictures.class_names = number[pictures.labels], class_names
     return pictures
 
 
-def open_packed(path: Path, split: str) -> PackedPictures:
+def open_packed(path: Path, split: str) -> PackedImages:
     """Map a packed folder. `split` is train, held_out or all."""
     path = path.expanduser()
     if not (path / "manifest.json").exists():
@@ -902,7 +901,7 @@ def open_packed(path: Path, split: str) -> PackedPictures:
     table = np.load(path / "records.npy")
     keep = np.ones(len(table), dtype=bool) if split == "all" else (table[:, 4] == (split == "held_out"))
     names = [name for name, kept in zip(manifest["names"], keep, strict=True) if kept]
-    return PackedPictures(
+    return PackedImages(
         names=names,
         labels=table[keep, 3],
         class_names=tuple(manifest["class_names"]),

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..config import UserError, config, free
+from ..config import UserError, config, resumable_field
 from .names import class_of, few, normal_form, shown
 
 Number = Annotated[int, Field(ge=0)]
@@ -26,7 +26,7 @@ class LabelTable:
     ending. A column of -1 and 1, such as CelebA's attributes, makes the classes NAME and `not NAME`.
     """
 
-    file: str = free()
+    file: str = resumable_field()
     label_column: str | Number
     image_column: str | Number | None = None
     delimiter: Literal["comma", "tab", "semicolon", "space"] | None = None

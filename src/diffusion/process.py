@@ -13,7 +13,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from ..config import config, wrong
+from ..config import config, config_error
 from .likelihood import variational_term
 from .schedules import BlendSchedule, BlendScheduleConfig, Level, ScheduleConfig, TableSchedule, build_schedule, like
 from .variance import Transitions, transitions
@@ -85,7 +85,9 @@ class LossConfig:
     @pydantic.model_validator(mode="after")
     def _used(self) -> "LossConfig":
         if self.kind != "hybrid" and self.variational_weight != 1.0:
-            raise wrong(f"variational_weight weighs a part of the hybrid loss, which {self.kind!r} has not; leave it out")
+            raise config_error(
+                f"variational_weight weighs a part of the hybrid loss, which {self.kind!r} has not; leave it out"
+            )
         return self
 
 
@@ -216,33 +218,33 @@ class ProcessConfig:
     def _gain(self) -> "ProcessConfig":
         process = build_process(self)
         if process.time_input.kind == "index" and isinstance(process.schedule, BlendSchedule):
-            raise wrong("time_input.kind: the blend has no table to index; use t or alpha")
+            raise config_error("time_input.kind: the blend has no table to index; use t or alpha")
         schedule = process.schedule
         learned, loss = self.variance == "learned", self.loss.kind
         if isinstance(schedule, BlendSchedule) and (learned or loss != "simple"):
-            raise wrong("the blend has no chain of steps: loss.kind is simple there, and variance small or large")
+            raise config_error("the blend has no chain of steps: loss.kind is simple there, and variance small or large")
         if learned and loss == "simple":
-            raise wrong("loss.kind: the simple loss teaches no learned variance; use hybrid, kl or rescaled_kl")
+            raise config_error("loss.kind: the simple loss teaches no learned variance; use hybrid, kl or rescaled_kl")
         if not learned and loss == "hybrid":
-            raise wrong("loss.kind: the hybrid loss teaches a learned variance; set variance to learned, or use simple")
+            raise config_error("loss.kind: the hybrid loss teaches a learned variance; set variance to learned, or use simple")
         if self.loss.min_snr_gamma is not None and getattr(self.schedule, "zero_terminal_snr", False):
-            raise wrong(
+            raise config_error(
                 "loss.min_snr_gamma gives a level without signal no weight, and zero_terminal_snr starts there; leave one out"
             )
         if self.loss.min_snr_gamma is not None and loss not in ("simple", "hybrid"):
-            raise wrong("loss.min_snr_gamma weighs a squared error, which kl and rescaled_kl have not; leave it out")
+            raise config_error("loss.min_snr_gamma weighs a squared error, which kl and rescaled_kl have not; leave it out")
         if isinstance(schedule, TableSchedule):
             used = torch.arange(schedule.num_steps)
         else:
             used = torch.linspace(0 if schedule.network_at_clean else 1e-3, 1, 1001, dtype=torch.float64)
         largest = float(gain(process, used).max())
         if largest == float("inf"):
-            raise wrong(
+            raise config_error(
                 f"target {self.target!r} cannot be read at one end of the {self.schedule.kind!r} schedule; use v or "
                 f"{'x0' if isinstance(schedule, TableSchedule) else 'blend'}"
             )
         if largest > 1000 and not self.clip:
-            raise wrong(
+            raise config_error(
                 f"reading {self.target!r} on this schedule amplifies errors {largest:.0f} times; set clip to true, or use v"
             )
         return self

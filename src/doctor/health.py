@@ -138,7 +138,7 @@ def rename(folder: Path) -> Verdict:
         with scratch(folder) as place:
             for value in (1.0, 2.0):
                 checkpoint.write_folder(place / "step", {"model": {"weight": torch.full((8,), value)}}, {"progress": {}})
-                reason = checkpoint.damage(place / "step")
+                reason = checkpoint.verify_checkpoint(place / "step")
                 if reason is not None or checkpoint.read_tensors(place / "step", "model")["weight"][0] != value:
                     return Verdict("fail", f"a checkpoint is not what was written: {reason or 'old contents'}", elsewhere)
     except OSError as error:
@@ -250,14 +250,14 @@ def ffmpeg() -> Verdict:
     """Two frames to an MP4 in H.264."""
     from PIL import Image
 
-    from .. import figures as pictures
+    from .. import figures
 
-    program = pictures.ffmpeg()
+    program = figures.ffmpeg()
     try:
         with tempfile.TemporaryDirectory() as folder:
             for i in range(2):
                 Image.new("RGB", (16, 16), (255 * i, 90, 0)).save(Path(folder) / f"{i}.png")
-            pictures.mp4(Path(folder) / "%d.png", Path(folder) / "film.mp4", fps=2, programs=[program] if program else None)
+            figures.mp4(Path(folder) / "%d.png", Path(folder) / "film.mp4", fps=2, programs=[program] if program else None)
     except (UserError, RuntimeError) as error:
         return Verdict("warn", str(error), "only interpolate.py's MP4 needs it; GIFs are made without")
     return Verdict("pass", f"H.264 by {program}")

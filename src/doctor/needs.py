@@ -13,7 +13,7 @@ from torch import nn
 from ..config import UserError, dump
 from ..config.packages import is_installed
 from ..runtime.checkpoint import keeps_best
-from ..runtime.stream import split_batch
+from ..runtime.stream import plan_batch
 from ..training.ema import WIDTHS
 from ..training.uploads import starts, weights_in
 from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within
@@ -172,7 +172,7 @@ def batches(cfg: Any, world: int) -> Verdict:
     if hasattr(cfg, "stages"):
         splits = [stage.split for stage in plan_stages(cfg, 10**6, rank=0, world=world)]
     else:
-        splits = [split_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=world)]
+        splits = [plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=world)]
     told = dict.fromkeys(f"{split.batch} pictures = {world} x {split.accumulation} x {split.micro}" for split in splits)
     return Verdict("pass", f"a step is {', then '.join(told)}")
 

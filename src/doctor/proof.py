@@ -23,12 +23,12 @@ from ..diffusion import Process, ProcessConfig, build_process
 from ..models import UNetConfig
 from ..runs.opened import build_unet
 from ..runtime import checkpoint
-from ..runtime.launch import MachineConfig, accumulating, agree, settle_reducer, start, undetermined
+from ..runtime.launch import MachineConfig, accumulating, broadcast, start, undetermined, warm_up_ddp
 from ..runtime.seeds import generator, normal, uniforms
-from ..runtime.stream import Split, split_batch
+from ..runtime.stream import BatchPlan, plan_batch
 from ..training.ema import EMA, EMAConfig
 from ..training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from ..training.state import Trained
+from ..training.state import TrainState
 from .health import GB, Row, Verdict, mistake, told
 
 ALONE = Verdict("skip", "one process: not tested")
@@ -93,7 +93,7 @@ class Bench:
     accelerator: Accelerator
     subject: Subject
     process: Process
-    split: Split
+    split: BatchPlan
     folder: Path
     began: float
     cfg: Any = None
@@ -226,7 +226,7 @@ def arithmetic(bench: Bench) -> Verdict:
     spec, noising = _small()
     process, found = build_process(noising), []
     small = replace(bench.subject, model=spec, process=noising, shape=(3, 16, 16), machine=MachineConfig())
-    alone = replace(bench, subject=small, process=process, split=Split(4, 4, 1, 0, 1))
+    alone = replace(bench, subject=small, process=process, split=BatchPlan(4, 4, 1, 0, 1))
     for device, dtype in ((bench.device, torch.float32), (torch.device("cpu"), torch.float64)):
         network = alone.network().to(device, dtype)
         x0, eps, t = alone.batch(0)
@@ -281,7 +281,7 @@ def gradients(bench: Bench) -> Verdict:
     accelerator, split = bench.accelerator, bench.split
     network, alone = bench.network(), bench.network()
     model = accelerator.prepare(network)
-    settle_reducer(accelerator, model, *_blank(bench))
+    warm_up_ddp(accelerator, model, *_blank(bench))
     backward(bench, model, 0)
     x0, eps, t = bench.batch(0)
 
@@ -321,11 +321,11 @@ class Trainee:
         self.spec: OptimizerConfig = getattr(bench.cfg, "optimizer", OptimizerConfig(lr=1e-3, weight_decay=0.01))
         optimizer = build_optimizer(self.network, self.spec)
         self.ema = EMA(self.network, EMAConfig(half_life_images=100))
-        self.trained = Trained(self.network, optimizer, self.ema)
+        self.trained = TrainState(self.network, optimizer, self.ema)
         if folder is not None:
             self.trained.load(folder)
         self.model, self.optimizer = bench.accelerator.prepare(self.network, optimizer)
-        settle_reducer(bench.accelerator, self.model, *_blank(bench))
+        warm_up_ddp(bench.accelerator, self.model, *_blank(bench))
 
 
 def take_step(bench: Bench, trainee: Trainee, step: int) -> float:
@@ -362,11 +362,11 @@ def after_steps(bench: Bench, trainee: Trainee) -> Verdict:
 
 def resumed(bench: Bench, trainee: Trainee) -> Verdict:
     """The next step, from memory and from a checkpoint that all ranks read back into new objects: the same to the bit."""
-    folder = checkpoint.step_folder(agree(bench.folder) or bench.folder, STEPS)
+    folder = checkpoint.step_folder(broadcast(bench.folder) or bench.folder, STEPS)
     if bench.accelerator.is_main_process:
         checkpoint.write_folder(folder, trainee.trained.tensors(), {"progress": {"step": STEPS}})
     bench.accelerator.wait_for_everyone()
-    reason = checkpoint.damage(folder)
+    reason = checkpoint.verify_checkpoint(folder)
     if any(bench.everywhere(reason)):
         advice = "is --run-dir on a file system that all machines see?"
         return Verdict("fail", f"the checkpoint {folder} cannot be read: {reason or 'on another rank'}", advice)
@@ -462,7 +462,7 @@ def prove(cfg: Any, folder: Path, report: Callable[[Row], None], *, seconds: flo
         accelerator = start(replace(what.machine, timeout_minutes=seconds / 60))
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such way is no failure of the machine
         rank, world = accelerator.process_index, accelerator.num_processes
-        split = split_batch(MICRO * PARTS * world, MICRO, rank=rank, world=world)
+        split = plan_batch(MICRO * PARTS * world, MICRO, rank=rank, world=world)
         free, total = torch.cuda.mem_get_info(accelerator.device) if accelerator.device.type == "cuda" else (0, 0)
         run_stages(Bench(accelerator, what, build_process(what.process), split, folder, began, cfg, total - free), report)
 

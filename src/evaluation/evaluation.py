@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .. import figures as pictures
-from .. import metrics
+from .. import figures, metrics
 from ..config import UserError, dump, parse_json, read_json, validate
 from ..config.packages import ask_for
 from ..config.progress import within
-from ..data import ImageConfig, PictureSet
+from ..data import ImageConfig, ImageSet
 from ..data.names import shown as shown_name
 from ..losses import Perceptual, PerceptualConfig
 from ..metrics import distances
@@ -31,7 +30,7 @@ from ..runs.autoencoder import open_autoencoder
 from ..runs.classifier import OpenedClassifier
 from ..runs.folders import run_name
 from ..runs.opened import Opened
-from ..runs.starts import Starts
+from ..runs.starts import SourceSampler
 from ..runtime.looks import only_looked_at
 from ..runtime.stream import to_network
 from ..sampling.build import build_sampler
@@ -137,7 +136,7 @@ class Report:
         return self
 
 
-def _load(data: PictureSet, image: ImageConfig, indices: Sequence[int]) -> NDArray[np.uint8]:
+def _load(data: ImageSet, image: ImageConfig, indices: Sequence[int]) -> NDArray[np.uint8]:
     plain = ImageConfig(size=image.size, channels=image.channels)
     data.prepare(plain)
     return data.batch(np.array(indices, dtype=np.int64), plain, np.full((len(indices), 3), 0.5))
@@ -150,12 +149,12 @@ def _spread(count: int, most: int) -> NDArray[np.int64]:
 # ---------------------------------------------------------------------------------------------- what a run draws
 
 
-def _request(opened: Opened, sampler: Sampler, data: PictureSet, count: int, seed: int, batch_size: int) -> dict[str, Any]:
+def _request(opened: Opened, sampler: Sampler, data: ImageSet, count: int, seed: int, batch_size: int) -> dict[str, Any]:
     told = {"weights": opened.digest, "pictures": data.fingerprint, "num_samples": count, "batch_size": batch_size}
     return {**told, **describe(sampler, seed)}
 
 
-def _check_run(opened: Opened, data: PictureSet, count: int) -> None:
+def _check_run(opened: Opened, data: ImageSet, count: int) -> None:
     if opened.low_resolution is not None:
         raise UserError(
             f"{opened.path} is an upsampler: draw with sample.py --low PICTURES, then evaluate.py FOLDER --data PICTURES"
@@ -171,8 +170,8 @@ def evaluate_run(
     it: Evaluation,
     opened: Opened,
     sampler: Sampler,
-    data: PictureSet,
-    held_out: PictureSet | None,
+    data: ImageSet,
+    held_out: ImageSet | None,
     *,
     count: int,
     told: str = TRAINING,
@@ -203,7 +202,7 @@ def evaluate_run(
             few, compared.values["frechet_held_out"] = len(chosen), distances.frechet(chosen, distances.moments(real))
             if few < count:
                 compared.notes.append(f"the held-out pictures are {few}: compare the distance of as many samples with theirs")
-        if isinstance(sampler.source, Starts) and len(sampler.source) < count:
+        if isinstance(sampler.source, SourceSampler) and len(sampler.source) < count:
             compared.notes.append(
                 f"the {count} samples start from {len(sampler.source)} pictures: a solver without noise draws no more than that"
             )
@@ -239,7 +238,7 @@ def evaluate_run(
         parts = [indices[i : i + it.batch_size] for i in range(0, len(indices), it.batch_size)]
         more: dict[str, Any] = {"device": it.device, "batch_size": it.batch_size}
         images = [sampler.draw(it.seed, part, [labels[i] for i in part] if labels else None, **more) for part in parts]
-        return pictures.to_uint8(torch.cat(images))
+        return figures.to_uint8(torch.cat(images))
 
     report.write(it.ranks)
     with only_looked_at("nearest.png"):
@@ -321,7 +320,7 @@ def _value(text: str) -> Any:
 def sweep(
     it: Evaluation,
     opened: Opened,
-    data: PictureSet,
+    data: ImageSet,
     settings: Sequence[SamplerConfig],
     *,
     count: int,
@@ -393,7 +392,7 @@ def _draw_sweep(path: Path, rows: Sequence[dict[str, Any]], swept: Sequence[str]
             x.append(row[axis])
             y.append(row[network.name]["frechet"])
         panels[f"Fréchet distance, {network.name}"] = lines
-    pictures.curves(path, panels, xlabel=axis.replace("_", " "), marker="o")
+    figures.curves(path, panels, xlabel=axis.replace("_", " "), marker="o")
 
 
 # ---------------------------------------------------------------------------------------------- pictures that are there
@@ -420,7 +419,7 @@ def _sizes(files: Sequence[Path]) -> ImageConfig:
     return ImageConfig(size=width, channels=1 if channels == 1 else 3)
 
 
-def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bool) -> Report:
+def evaluate_folder(it: Evaluation, place: Path, data: ImageSet, *, resize: bool) -> Report:
     """The pictures of a folder (of sample.py's, its samples) against `data`. Real pictures of another size are a UserError,
     unless they are to be cut as training does."""
     files = files_of(str(place))
@@ -486,7 +485,7 @@ def evaluate_folder(it: Evaluation, place: Path, data: PictureSet, *, resize: bo
 # ---------------------------------------------------------------------------------------------- reconstructions
 
 
-def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], data: PictureSet, told: str) -> Report:
+def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], data: ImageSet, told: str) -> Report:
     """rFID in each of the features, PSNR, SSIM, L1 and the run's own perceptual distance of the reconstructions of `data`
     (`told` says what pictures those are), at the size of the run's last stage; a sheet of the worst and of usual ones."""
     autoencoder = open_autoencoder(run, it.device)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import figures as pictures
+from .. import figures
 from ..config import UserError
 from ..config.packages import ask_for
 from ..config.progress import within
-from ..data import PictureSet
+from ..data import ImageSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..runs.opened import Opened
-from ..runtime.examples import pictures_of
+from ..runtime.examples import image_examples
 from ..runtime.looks import only_looked_at
 from ..runtime.seeds import noise_of
 from ..storage.blocks import Ranks, claim_request, in_blocks
@@ -27,7 +27,7 @@ BLOCK = 64  # pictures in a file, and what a kill costs at most
 KEYS = ("prior", "terms", "eps_mse", "x0_mse")
 
 
-def _check(opened: Opened, data: PictureSet) -> None:
+def _check(opened: Opened, data: ImageSet) -> None:
     if opened.codec is not None:
         raise UserError(f"{opened.path} draws latents, which have no bits per dimension of pictures; give a run on pixels")
     if not isinstance(opened.process.schedule, TableSchedule):
@@ -40,9 +40,9 @@ def _check(opened: Opened, data: PictureSet) -> None:
 
 
 @torch.no_grad()
-def _measure(opened: Opened, data: PictureSet, block: range, times: Tensor, batch_size: int, seed: int) -> dict[str, Any]:
+def _measure(opened: Opened, data: ImageSet, block: range, times: Tensor, batch_size: int, seed: int) -> dict[str, Any]:
     device, schedule = next(opened.network.parameters()).device, opened.process.schedule
-    examples, found = pictures_of(data, opened.image), []
+    examples, found = image_examples(data, opened.image), []
     for start in range(block.start, block.stop, batch_size):
         indices = np.arange(start, min(start + batch_size, block.stop))
         x0, condition = examples.load(indices).to(device), {}
@@ -73,7 +73,7 @@ def _measure(opened: Opened, data: PictureSet, block: range, times: Tensor, batc
 
 def measure_likelihood(
     opened: Opened,
-    data: PictureSet,
+    data: ImageSet,
     times: Tensor,
     out: Path,
     *,
@@ -125,5 +125,5 @@ def measure_likelihood(
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": {"eps": (t, means["eps_mse"])}}
         panels["mean squared error"]["x_0"] = (t, means["x0_mse"])
         with only_looked_at("likelihood.png"):
-            pictures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
+            figures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
     return means

@@ -14,15 +14,15 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import figures as pictures
-from ..config import Length, UserError, config, free
+from .. import figures
+from ..config import Length, UserError, config, resumable_field
 from ..config.progress import Progress, within
-from ..data import ImageConfig, PictureSet, PointSet
+from ..data import ImageConfig, ImageSet, PointSet
 from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
-from ..runtime.launch import agree, ranks_here
+from ..runtime.launch import broadcast, ranks_here
 from ..sampling.sampler import Sampler
 from ..storage.blocks import Ranks, in_blocks
 from ..storage.finite import is_finite
@@ -35,7 +35,7 @@ SHOWN = 12  # samples on the sheet of nearest training pictures
 
 def pixels_of(images: Tensor) -> Tensor:
     """(B, C, H, W) in [-1, 1] -> uint8, as a file holds them."""
-    return torch.from_numpy(np.ascontiguousarray(rearrange(pictures.to_uint8(images), "b h w c -> b c h w")))
+    return torch.from_numpy(np.ascontiguousarray(rearrange(figures.to_uint8(images), "b h w c -> b c h w")))
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def see(network: Features, pixels: Tensor) -> Array:
 
 
 def real_features(
-    network: Features, data: PictureSet, image: ImageConfig, *, batch_size: int = 32, workers: int = 4, read: bool = True
+    network: Features, data: ImageSet, image: ImageConfig, *, batch_size: int = 32, workers: int = 4, read: bool = True
 ) -> NDArray[np.float32]:
     """(N, dim) of all pictures, cut from the middle: each machine makes them once, on all its ranks, and keeps them with its
     scans under a hash of pictures (the times of their files, and what decodes them, too), size and weights. Gives them on
@@ -75,7 +75,7 @@ def real_features(
     return found["features"] if read else np.empty((0, network.dim), np.float32)
 
 
-def labels_like(data: PictureSet, count: int, num_classes: int | None) -> list[int] | None:
+def labels_like(data: ImageSet, count: int, num_classes: int | None) -> list[int] | None:
     """A class for each sample, in the shares that the real pictures have; the null class for those of none."""
     if num_classes is None:
         return None
@@ -173,8 +173,8 @@ def draw_nearest(
     usual = set(others.tolist())
     names = [word for i in chosen for word in (f"usual #{i}" if i in usual else f"#{i}", f"at {distance[i]:.3g}", "", "")]
     title = f"the {min(SHOWN, len(order))} samples nearest to the {told}, then usual ones; beside each, its nearest three"
-    sheet = pictures.grid(np.concatenate(rows), columns=8, labels=names, title=title)
-    pictures.save(sheet, out)
+    sheet = figures.grid(np.concatenate(rows), columns=8, labels=names, title=title)
+    figures.save(sheet, out)
 
 
 # ---------------------------------------------------------------------------------------------- while training
@@ -185,10 +185,10 @@ class QualityConfig:
     """While training, every `every` steps and at the end: the Fréchet distance of `num_samples` pictures of the EMA weights
     from the training pictures, in the `features` of evaluate.py (`weights` is their file). The best checkpoint is kept."""
 
-    every: Length = free()
-    num_samples: int = free(2048, ge=FEWEST)
-    features: str = free("efficientnet_lite0")
-    weights: str | None = free(None)
+    every: Length = resumable_field()
+    num_samples: int = resumable_field(2048, ge=FEWEST)
+    features: str = resumable_field("efficientnet_lite0")
+    weights: str | None = resumable_field(None)
 
 
 class Quality:
@@ -197,13 +197,13 @@ class Quality:
     def __init__(
         self,
         spec: QualityConfig,
-        train_set: PictureSet | PointSet,
+        train_set: ImageSet | PointSet,
         image: ImageConfig | None,
         num_classes: int | None,
         accelerator: Accelerator,
         attempt: Attempt,
     ) -> None:
-        if not isinstance(train_set, PictureSet) or image is None:
+        if not isinstance(train_set, ImageSet) or image is None:
             raise UserError("preview.quality measures pictures, and this run has 2-D points; leave it out")
         check_count(len(train_set), "training pictures")
         self._spec, self._train_set, self._image = spec, train_set, image
@@ -240,7 +240,7 @@ class Quality:
         gathered = accelerator.gather(torch.cat(seen))
         assert isinstance(gathered, Tensor)
         first = accelerator.is_main_process
-        return {"frechet_distance": agree(distances.frechet(gathered[:count].cpu().numpy(), self._real) if first else 0.0)}
+        return {"frechet_distance": broadcast(distances.frechet(gathered[:count].cpu().numpy(), self._real) if first else 0.0)}
 
     @torch.no_grad()
     def _draw(self, sampler: Sampler, part: range) -> Tensor:
@@ -254,7 +254,7 @@ class Quality:
 
 def open_quality(
     spec: QualityConfig | None,
-    train_set: PictureSet | PointSet,
+    train_set: ImageSet | PointSet,
     image: ImageConfig | None,
     num_classes: int | None,
     accelerator: Accelerator,

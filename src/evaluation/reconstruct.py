@@ -11,9 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .. import figures as pictures
-from .. import metrics
-from ..config import Length, config, free
+from .. import figures, metrics
+from ..config import Length, config, resumable_field
 from ..losses import reconstruction_loss
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
 from ..runtime.examples import Examples
@@ -26,7 +25,7 @@ class ReconstructConfig:
     none are held out), and numbers over up to `num_measured` of them."""
 
     every: Length | None = None  # not free to change on the way: the guard decides by what it sees here
-    num_samples: int = free(8, ge=1)
+    num_samples: int = resumable_field(8, ge=1)
     num_measured: int = pydantic.Field(512, ge=1)
 
 
@@ -116,7 +115,7 @@ def save_sheet(path: Path, images: Tensor, drawn: Tensor, values: dict[str, floa
     rows = torch.cat([images, drawn, drawn - images])
     told = ", ".join(f"{name} {values[name]:.3g}" for name in ("psnr", "ssim", "lpips") if name in values)
     title = f"{which}picture, reconstruction, difference: {told}"
-    pictures.save(pictures.grid(pictures.to_uint8(rows), columns=len(images), title=title), path)
+    figures.save(figures.grid(figures.to_uint8(rows), columns=len(images), title=title), path)
 
 
 def troubled_channels(values: dict[str, float]) -> list[str]:

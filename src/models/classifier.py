@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import UserError, config, wrong
+from ..config import UserError, config, config_error
 from .layers import zeroed
 from .unet import Encoder, EncoderConfig
 
@@ -34,7 +34,9 @@ class ClassifierConfig(EncoderConfig):
         last = self.widths[-1]
         if self.pool == "attention" and last % (self.num_heads or self.head_channels or 1):
             key = "num_heads" if self.num_heads else "head_channels"
-            raise wrong(f"{key} {self.num_heads or self.head_channels} does not divide the {last} channels that are pooled")
+            raise config_error(
+                f"{key} {self.num_heads or self.head_channels} does not divide the {last} channels that are pooled"
+            )
         return self
 
 

@@ -3,7 +3,7 @@
 import pydantic
 from torch import Tensor, nn
 
-from ..config import config, wrong
+from ..config import config, config_error
 
 
 @config
@@ -17,7 +17,7 @@ class DiscriminatorConfig:
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "DiscriminatorConfig":
         if self.base_channels % self.norm_groups:
-            raise wrong(f"norm_groups {self.norm_groups} does not divide base_channels {self.base_channels}")
+            raise config_error(f"norm_groups {self.norm_groups} does not divide base_channels {self.base_channels}")
         return self
 
     @property

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import config, free, wrong
+from ..config import config, config_error, resumable_field
 from .layers import (
     Attention,
     AttentionKind,
@@ -53,24 +53,24 @@ class EncoderConfig:
     norm_groups: int = pydantic.Field(32, ge=1)
     norm_eps: float = pydantic.Field(1e-5, gt=0)
     time_embedding: TimeEmbedding = TimeEmbedding()
-    gradient_checkpointing: bool = free(False)
+    gradient_checkpointing: bool = resumable_field(False)
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
         if len(self.attention) != len(self.channel_mult):
-            raise wrong(
+            raise config_error(
                 f"attention has {len(self.attention)} entries and channel_mult {len(self.channel_mult)}; "
                 "give one of each for every resolution"
             )
         if self.num_heads is not None and self.head_channels is not None:
-            raise wrong("give num_heads or head_channels, not both")
+            raise config_error("give num_heads or head_channels, not both")
         for channels in self.widths:
             if channels < 1 or channels % self.norm_groups:
-                raise wrong(f"norm_groups {self.norm_groups} does not divide a width of {channels} channels")
+                raise config_error(f"norm_groups {self.norm_groups} does not divide a width of {channels} channels")
         for channels in self.attended:
             if channels % (self.num_heads or self.head_channels or 1):
                 key = "num_heads" if self.num_heads else "head_channels"
-                raise wrong(f"{key} {self.num_heads or self.head_channels} does not divide {channels} channels")
+                raise config_error(f"{key} {self.num_heads or self.head_channels} does not divide {channels} channels")
         return self
 
     @property

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import config, free, wrong
+from ..config import config, config_error, resumable_field
 from .layers import Attention, AttentionKind, Downsample, ResidualBlock, Upsample
 
 
@@ -56,19 +56,21 @@ class VAEConfig:
     bottleneck: Annotated[KLBottleneck | VQBottleneck, pydantic.Field(discriminator="kind")] = pydantic.Field(
         default_factory=lambda: KLBottleneck(kind="kl")
     )
-    gradient_checkpointing: bool = free(False)
+    gradient_checkpointing: bool = resumable_field(False)
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "VAEConfig":
         if len(self.kinds) != len(self.widths):
-            raise wrong(f"attention has {len(self.kinds)} entries and widths {len(self.widths)}; give one for each resolution")
+            raise config_error(
+                f"attention has {len(self.kinds)} entries and widths {len(self.widths)}; give one for each resolution"
+            )
         for width in self.widths:
             if width % self.norm_groups:
-                raise wrong(f"norm_groups {self.norm_groups} does not divide a width of {width} channels")
+                raise config_error(f"norm_groups {self.norm_groups} does not divide a width of {width} channels")
         attended = [width for width, kind in zip(self.widths, self.kinds, strict=True) if kind != "none"]
         for width in [*attended, *([self.widths[-1]] if self.mid_attention != "none" else [])]:
             if width % (self.head_channels or 1):
-                raise wrong(f"head_channels {self.head_channels} does not divide {width} channels")
+                raise config_error(f"head_channels {self.head_channels} does not divide {width} channels")
         return self
 
     @property

@@ -128,7 +128,7 @@ class Embedded(NamedTuple):
     smaller: bool
 
 
-class Pictures:
+class Images:
     """Pictures for a page, each read and encoded once as long as its file is the same and every page asks for it."""
 
     def __init__(self) -> None:
@@ -221,7 +221,7 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({*range(0, count, stride), *([count - 1] if count else [])})
 
 
-def _samples(run_dir: Path, pictures: Pictures, told_of: Callable[[int], str]) -> str:
+def _samples(run_dir: Path, pictures: Images, told_of: Callable[[int], str]) -> str:
     """The previews with a slider through time, and a chooser where there are several sheets at a step."""
     found = find_samples(run_dir / "samples")
     names = sorted({name for sheets in found.values() for name in sheets}, key=lambda name: (_by_numbers(name), name))
@@ -427,7 +427,7 @@ def _head(name: str, shown: str, kind: Kind | None, status: Mapping[str, Any], f
     )
 
 
-def _other_pictures(run_dir: Path, pictures: Pictures) -> str:
+def _other_pictures(run_dir: Path, pictures: Images) -> str:
     """What lies beside samples/: the contact sheet and its like, and where 2-D points went."""
     paths = [path for path in sorted(run_dir.glob("*.png")) if path.name not in ("loss.png", "contact_sheet.png")]
     paths = [*run_dir.glob("contact_sheet.png"), *paths]
@@ -506,9 +506,9 @@ def _go_on(kind: Kind | None, run: str, state: str) -> str:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def make_report(run_dir: Path, pictures: Pictures | None = None) -> bytes:
+def make_report(run_dir: Path, pictures: Images | None = None) -> bytes:
     """The page of a run, as HTML. What is missing or damaged there is missing on the page."""
-    pictures = pictures or Pictures()
+    pictures = pictures or Images()
     pictures.begin()
     config, facts, status = (_document(run_dir / f"{name}.json") for name in ("config", "data", "status"))
     config, facts, status = (found if isinstance(found, dict) else {} for found in (config, facts, status))
@@ -537,7 +537,7 @@ def make_report(run_dir: Path, pictures: Pictures | None = None) -> bytes:
     return page(name, _head(name, run, kind, status, facts, pace), sections, foot).encode("utf-8", errors="replace")
 
 
-def write_report(run_dir: Path, pictures: Pictures | None = None) -> None:
+def write_report(run_dir: Path, pictures: Images | None = None) -> None:
     """report.html of a run, whole or not at all."""
     write_whole(run_dir / NAME, make_report(run_dir, pictures))
 
@@ -546,7 +546,7 @@ class Reporter:
     """Writes the report of a run while it trains. Where that fails it says so once, and the run goes on."""
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        self._run_dir, self._say, self._pictures = run_dir, say, Pictures()
+        self._run_dir, self._say, self._pictures = run_dir, say, Images()
         self._next, self._failed = 0.0, False
 
     def write(self, *, now: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import UserError, quoted, read_json, validate
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
-from ..runtime.checkpoint import Documents, Tensors, damage, load_weights, newest, read_tensors, write_folder
+from ..runtime.checkpoint import Documents, Tensors, load_weights, newest, read_tensors, verify_checkpoint, write_folder
 from ..runtime.seeds import normal
 from ..storage.weights import few, hub_name_of_url, is_hub_name, read_foreign_json
 from .diffusers_autoencoder import autoencoder_from_config, load_autoencoder
@@ -48,7 +48,7 @@ class Autoencoder:
 
     def keep(self, folder: Path) -> None:
         """Write those files, unless they are there, so that a latent run does not need the autoencoder's any more."""
-        if damage(folder) is not None or read_json(folder / "autoencoder_config.json")["digest"] != self.digest:
+        if verify_checkpoint(folder) is not None or read_json(folder / "autoencoder_config.json")["digest"] != self.digest:
             write_folder(folder, *self.files())
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
@@ -126,7 +126,7 @@ def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     """The autoencoder that a latent run keeps: in `folder`, or in the run that the checkpoint `folder` belongs to."""
     for place in (folder, folder.parent.parent / "autoencoder", folder / "autoencoder"):
         if (place / "autoencoder_config.json").exists():
-            reason = damage(place)
+            reason = verify_checkpoint(place)
             if reason is not None:
                 raise UserError(f"{place} is damaged: {reason}")
             document = read_json(place / "autoencoder_config.json")
@@ -188,15 +188,15 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
                 f"config.json; it holds {inside or 'nothing'}"
             )
         checkpoint, _ = newest(path / "checkpoints")
-        ahead = damage(folder) is None and checkpoint is not None and _step(checkpoint) > _step(folder)
-        if damage(folder) is not None or ahead:
+        ahead = verify_checkpoint(folder) is None and checkpoint is not None and _step(checkpoint) > _step(folder)
+        if verify_checkpoint(folder) is not None or ahead:
             status = read_json(path / "status.json") if (path / "status.json").exists() else None
             at = f" (step {status['step']} of {status['steps']})" if status is not None else ""
             raise UserError(
                 f"the autoencoder {name} has not finished{at}; run its command again, or name one of its checkpoints to take "
                 "it as it is"
             )
-    reason = damage(folder)
+    reason = verify_checkpoint(folder)
     if reason is not None:
         raise UserError(f"{folder} is damaged: {reason}")
     config, progress = read_json(folder / "config.json"), read_json(folder / "progress.json")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .. import figures as pictures
-from ..config import Length, UserError, free, validate, wrong
+from .. import figures
+from ..config import Length, UserError, config_error, resumable_field, validate
 from ..config import config as settings
 from ..data import ImageConfig
 from ..data.names import same_names
@@ -39,7 +39,7 @@ class NoiseConfig:
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "NoiseConfig":
         if isinstance(self.schedule, BlendScheduleConfig) and self.time_input is not None and self.time_input.kind == "index":
-            raise wrong("time_input.kind: the blend has no table to index; use t or alpha")
+            raise config_error("time_input.kind: the blend has no table to index; use t or alpha")
         return self
 
 
@@ -121,9 +121,9 @@ class MeasureConfig:
     """Every `every` steps and at the end the accuracy on `num_measured` held-out pictures (or, where none are held out, on
     pictures that it trains on), each noised to `levels` levels from clean to noise."""
 
-    every: Length | None = free(None)
-    num_measured: int = free(512, ge=1)
-    levels: int = free(10, ge=2)
+    every: Length | None = resumable_field(None)
+    num_measured: int = resumable_field(512, ge=1)
+    levels: int = resumable_field(10, ge=2)
 
 
 @torch.no_grad()
@@ -165,4 +165,4 @@ def draw_accuracy(path: Path, process: Process, accuracy: list[float], num_class
     """The share of right answers by noise level as a plot, with that of guessing."""
     t = levels_of(process, len(accuracy)).tolist()
     shown = {where.replace("_", " "): (t, accuracy), "guessing": (t, [1 / num_classes] * len(t))}
-    pictures.curves(path, {"accuracy": shown}, xlabel="t")
+    figures.curves(path, {"accuracy": shown}, xlabel="t")

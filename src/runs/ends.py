@@ -16,7 +16,7 @@ from ..config import UserError
 from ..data import (
     GaussianSource,
     ImageConfig,
-    PictureSet,
+    ImageSet,
     PointSet,
     describe_data,
     open_data,
@@ -24,23 +24,23 @@ from ..data import (
     open_given_points,
     open_points,
 )
-from ..data.points import DensitySource, PointSource, picture_of
-from ..runtime.examples import Examples, pictures_of
+from ..data.points import DensitySource, PointSource, density_image
+from ..runtime.examples import Examples, image_examples
 from ..runtime.launch import same_on_all
 from ..runtime.seeds import normal, torch_seed
-from ..runtime.stream import MicroBatch, Order, Split, latent_stream, positions_of, stream, to_network
+from ..runtime.stream import BatchPlan, MicroBatch, Order, latent_stream, positions_of, stream, to_network
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 from .latents import Latents, cache_folder, latents_of
-from .starts import Start, Starts, latent_bounds
+from .starts import SourceSampler, Start, latent_bounds
 
 
 class End(ABC):
     """One end: `train` is what is learned from, `held_out` what is not, or None; `shape` what the network sees of one."""
 
     shape: tuple[int, ...]
-    train: PictureSet | PointSet
-    held_out: PictureSet | PointSet | None
+    train: ImageSet | PointSet
+    held_out: ImageSet | PointSet | None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class End(ABC):
     @abstractmethod
     def stream(
         self,
-        split: Split,
+        split: BatchPlan,
         *,
         seed: int,
         balanced: bool,
@@ -68,34 +68,34 @@ class End(ABC):
         """What is held out, or, where nothing is (or with `trained`), what is learned from; always the same for one index."""
         return self._examples(self.train if trained or self.held_out is None else self.held_out)
 
-    def starts(self, *, trained: bool = False) -> Starts:
+    def starts(self, *, trained: bool = False) -> SourceSampler:
         """What sampling starts from: these examples."""
-        return Starts(self.examples(trained=trained))
+        return SourceSampler(self.examples(trained=trained))
 
 
-class PictureEnd(End):
+class ImageEnd(End):
     """Pictures (C, H, W)."""
 
-    def __init__(self, train: PictureSet, held_out: PictureSet | None, image: ImageConfig) -> None:
+    def __init__(self, train: ImageSet, held_out: ImageSet | None, image: ImageConfig) -> None:
         self.train, self.held_out, self.image = train, held_out, image
         self.shape = (image.channels, image.size, image.size)
 
     def stream(
-        self, split: Split, *, device: torch.device, dtype: torch.dtype, **more: Any
+        self, split: BatchPlan, *, device: torch.device, dtype: torch.dtype, **more: Any
     ) -> Generator[MicroBatch, None, None]:
-        assert isinstance(self.train, PictureSet)
+        assert isinstance(self.train, ImageSet)
         with closing(stream(self.train, self.image, split, device=device, **more)) as batches:
             for micro in batches:
                 yield micro._replace(images=to_network(micro.images, device, dtype))
 
-    def _examples(self, chosen: PictureSet) -> Examples:
-        return pictures_of(chosen, self.image)
+    def _examples(self, chosen: ImageSet) -> Examples:
+        return image_examples(chosen, self.image)
 
 
 class LatentEnd(End):
     """The latents (D, h, w) of pictures."""
 
-    def __init__(self, train: PictureSet, held_out: PictureSet | None, latents: Latents, image: ImageConfig) -> None:
+    def __init__(self, train: ImageSet, held_out: ImageSet | None, latents: Latents, image: ImageConfig) -> None:
         self.train, self.held_out, self.latents, self.image = train, held_out, latents, image
         self.shape = tuple(latents.facts["shape"])
 
@@ -104,7 +104,15 @@ class LatentEnd(End):
         return super().facts | {"latents": self.latents.facts}
 
     def stream(
-        self, split: Split, *, seed: int, start_step: int, device: torch.device, dtype: torch.dtype, balanced: bool, **_: Any
+        self,
+        split: BatchPlan,
+        *,
+        seed: int,
+        start_step: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        balanced: bool,
+        **_: Any,
     ) -> Generator[MicroBatch, None, None]:
         more = {"balanced": balanced, "flip": self.image.flip, "start_step": start_step}
         batches = latent_stream(self.latents.train, self.train.labels, split, seed=seed, **more)
@@ -116,7 +124,7 @@ class LatentEnd(End):
                 micro = next(batches)
                 yield micro._replace(images=self.latents.draw(micro.images, noise[split.of_step(part)]))
 
-    def _examples(self, chosen: PictureSet) -> Examples:
+    def _examples(self, chosen: ImageSet) -> Examples:
         return self.latents.examples(chosen.labels, held_out=chosen is not self.train)
 
 
@@ -127,7 +135,15 @@ class PointEnd(End):
         self.train, self.held_out, self.shape, self.picture = train, held_out, (2,), picture
 
     def stream(
-        self, split: Split, *, seed: int, start_step: int, device: torch.device, dtype: torch.dtype, balanced: bool, **_: Any
+        self,
+        split: BatchPlan,
+        *,
+        seed: int,
+        start_step: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        balanced: bool,
+        **_: Any,
     ) -> Generator[MicroBatch, None, None]:
         assert isinstance(self.train, PointSet)
         points = torch.from_numpy(self.train.points).to(device, dtype)
@@ -148,16 +164,16 @@ class EncodedEnd(End):
         self.pictures, self.codec = pictures, codec
         self.train, self.held_out = pictures.train, pictures.held_out
 
-    def stream(self, split: Split, **_: Any) -> Generator[MicroBatch, None, None]:
+    def stream(self, split: BatchPlan, **_: Any) -> Generator[MicroBatch, None, None]:
         raise AssertionError("a run trains on cached latents")
 
     @torch.no_grad()
-    def _examples(self, chosen: PictureSet) -> Examples:
+    def _examples(self, chosen: ImageSet) -> Examples:
         pictures, own = self.pictures._examples(chosen), next(self.codec.network.parameters())
         return Examples(pictures.labels, lambda indices: self.codec.encode(pictures.load(indices).to(own), indices.tolist()))
 
 
-def open_end(spec: Any, held_out: Any, image: ImageConfig | None, picture: bytes | None = None) -> "PictureEnd | PointEnd":
+def open_end(spec: Any, held_out: Any, image: ImageConfig | None, picture: bytes | None = None) -> "ImageEnd | PointEnd":
     """What a config's `data` or `source` names, pictures or points; a UserError says what does not fit. `picture` is that of a
     density, where it is known."""
     if isinstance(spec, PointSource):
@@ -166,23 +182,23 @@ def open_end(spec: Any, held_out: Any, image: ImageConfig | None, picture: bytes
         if not isinstance(held_out, float | int):
             raise UserError("held_out of 2-D points is a share of them, such as 0.05")
         if isinstance(spec, DensitySource):
-            picture = picture or picture_of(spec.path)
+            picture = picture or density_image(spec.path)
         return PointEnd(*open_points(spec, held_out, picture), picture)
     if image is None:
         raise UserError('pictures need image, as in {"size": 64}; 2-D points have none')
-    return PictureEnd(*open_data(spec, held_out), image)
+    return ImageEnd(*open_data(spec, held_out), image)
 
 
 def _given_end(dataset: Any, held_out: Any, image: ImageConfig | None) -> End:
     if image is None:
-        end: PointEnd | PictureEnd = PointEnd(*open_given_points(dataset, held_out))
+        end: PointEnd | ImageEnd = PointEnd(*open_given_points(dataset, held_out))
     else:
-        end = PictureEnd(*open_given(dataset, held_out, image), image)
+        end = ImageEnd(*open_given(dataset, held_out, image), image)
     same_on_all(end.train.fingerprint)
     return end
 
 
-class Ends:
+class Coupling:
     """Both: `data`, and `source`, which is None for Gaussian noise. A UserError where their shapes differ."""
 
     def __init__(self, data: End, source: End | None) -> None:
@@ -229,24 +245,24 @@ class Ends:
         batch_size: int,
         workers: int,
         attempt: Attempt,
-    ) -> "Ends":
+    ) -> "Coupling":
         """Both ends as latents, from their caches, which are made where they are missing: in `folder` (the source's beside
         it), or where the autoencoder's run keeps them, else in `otherwise`. The source's are normalised as the data's."""
         found: list[LatentEnd] = []
         for end, suffix in ((self.data, ""), (self.source, "_source")):
             if end is None:
                 continue
-            assert isinstance(end, PictureEnd) and isinstance(end.train, PictureSet) and not isinstance(end.held_out, PointSet)
+            assert isinstance(end, ImageEnd) and isinstance(end.train, ImageSet) and not isinstance(end.held_out, PointSet)
             own = Path(folder + suffix) if folder else cache_folder(autoencoder, end.image, end.train, end.held_out, otherwise)
             more = {"batch_size": batch_size, "workers": workers, "attempt": attempt, "run_dir": otherwise}
             latents = latents_of(autoencoder, end.train, end.held_out, end.image, own, processes, **more)
             if found:
                 latents.codec = found[0].latents.codec
             found.append(LatentEnd(end.train, end.held_out, latents, end.image))
-        return Ends(found[0], found[1] if len(found) > 1 else None)
+        return Coupling(found[0], found[1] if len(found) > 1 else None)
 
     def stream(
-        self, split: Split, *, seed: int, balanced: bool, **more: Any
+        self, split: BatchPlan, *, seed: int, balanced: bool, **more: Any
     ) -> Generator[tuple[MicroBatch, Tensor | None], None, None]:
         """(data with its labels, source or None) of this rank, for ever, paired at random and anew in each epoch."""
         with closing(self.data.stream(split, seed=seed, balanced=balanced, **more)) as data:
@@ -260,14 +276,14 @@ class Ends:
                     yield micro, start.images
 
 
-def open_ends(data: Any, source: Any, held_out: Any, image: ImageConfig | None, dataset: Any = None) -> Ends:
+def open_coupling(data: Any, source: Any, held_out: Any, image: ImageConfig | None, dataset: Any = None) -> Coupling:
     """What a config names: pictures or points at both ends, or Gaussian noise as the source. A held-out share is held out
     of both. A `dataset` that was handed in from Python takes the place of `data`."""
     share = held_out if isinstance(held_out, float | int) else 0.0
     opened = open_end(data, held_out, image) if dataset is None else _given_end(dataset, held_out, image)
     if isinstance(source, GaussianSource):
-        return Ends(opened, None)
+        return Coupling(opened, None)
     try:
-        return Ends(opened, open_end(source, share, image))
+        return Coupling(opened, open_end(source, share, image))
     except UserError as error:
         raise UserError(f"source: {error}") from None

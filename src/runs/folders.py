@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import UserError, quoted, read_json
-from ..runtime.checkpoint import damage, newest, read_tensors
+from ..runtime.checkpoint import newest, read_tensors, verify_checkpoint
 from ..storage.finite import check_finite
 from ..storage.weights import read_file, read_foreign_json
 
@@ -42,13 +42,13 @@ class Weights(NamedTuple):
 def _find(path: Path) -> Path:
     """The folder with the weights: `path` itself, its final, or its newest whole checkpoint."""
     if (path / "ema.safetensors").exists() or (path / "MANIFEST.json").exists():
-        reason = damage(path)
+        reason = verify_checkpoint(path)
         if reason is not None:
             raise UserError(f"{path} is damaged: {reason}")
         return path
     final = path / "final"
     checkpoint, passed = newest(path / "checkpoints")
-    if final.is_dir() and damage(final) is None:
+    if final.is_dir() and verify_checkpoint(final) is None:
         ahead = read_json(final / "progress.json")["step"]
         if checkpoint is None or read_json(checkpoint / "progress.json")["step"] <= ahead:
             return final

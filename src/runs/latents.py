@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import UserError, read_json
 from ..config.progress import Progress, track, within
-from ..data import ImageConfig, PictureSet
+from ..data import ImageConfig, ImageSet
 from ..data.latents import (
     BLOCK,
     FILES,
@@ -35,7 +35,7 @@ from ..data.latents import (
 )
 from ..data.transforms import DECODER
 from ..runtime.examples import Examples
-from ..runtime.launch import agree
+from ..runtime.launch import broadcast
 from ..runtime.stream import to_network
 from ..storage.files import write_whole
 from ..storage.finite import is_finite
@@ -73,9 +73,7 @@ class Latents:
         return Examples(labels, load)
 
 
-def contract_of(
-    autoencoder: Autoencoder, image: ImageConfig, train_set: PictureSet, held_out: PictureSet | None
-) -> dict[str, Any]:
+def contract_of(autoencoder: Autoencoder, image: ImageConfig, train_set: ImageSet, held_out: ImageSet | None) -> dict[str, Any]:
     """What latents are of: a change in any of it makes them others."""
     if image.crop != "center":
         raise UserError("image.crop 'random' gives a picture other latents each time; use center")
@@ -89,7 +87,7 @@ def contract_of(
 
 
 def cache_folder(
-    autoencoder: Autoencoder, image: ImageConfig, train_set: PictureSet, held_out: PictureSet | None, otherwise: Path
+    autoencoder: Autoencoder, image: ImageConfig, train_set: ImageSet, held_out: ImageSet | None, otherwise: Path
 ) -> Path:
     """Where a cache is kept when nobody says: in the autoencoder's run, else in the folder `otherwise`."""
     contract, run = contract_of(autoencoder, image, train_set, held_out), Path(autoencoder.path)
@@ -100,7 +98,7 @@ def cache_folder(
 @torch.no_grad()
 def _encode(
     autoencoder: Autoencoder,
-    pictures: PictureSet,
+    pictures: ImageSet,
     image: ImageConfig,
     indices: Sequence[int],
     flip: bool,
@@ -132,7 +130,7 @@ def _encode(
     return np.concatenate(found)
 
 
-def _finite(moments: Tensor, autoencoder: Autoencoder, pictures: PictureSet, indices: Sequence[int]) -> Tensor:
+def _finite(moments: Tensor, autoencoder: Autoencoder, pictures: ImageSet, indices: Sequence[int]) -> Tensor:
     """The moments (n, ...) of the images `indices`; a UserError that names the first image whose moments are not finite."""
     if is_finite(moments):
         return moments
@@ -147,8 +145,8 @@ def _finite(moments: Tensor, autoencoder: Autoencoder, pictures: PictureSet, ind
 
 def encode_latents(
     autoencoder: Autoencoder,
-    train_set: PictureSet,
-    held_out: PictureSet | None,
+    train_set: ImageSet,
+    held_out: ImageSet | None,
     image: ImageConfig,
     folder: Path,
     *,
@@ -179,7 +177,7 @@ def encode_latents(
     make_cache(folder, contract, counts, encode, finish, name="latent cache", doing="encoding latents", more=more, **ranks)
 
 
-def files_of(sets: Mapping[str, PictureSet]) -> dict[str, Any]:
+def files_of(sets: Mapping[str, ImageSet]) -> dict[str, Any]:
     """What a cache remembers of the files that it is made of, besides its contract."""
     return {"decoder": DECODER, "state": {split: pictures.state for split, pictures in sets.items()}}
 
@@ -187,7 +185,7 @@ def files_of(sets: Mapping[str, PictureSet]) -> dict[str, Any]:
 def check_files(
     folder: Path,
     manifest: dict[str, Any],
-    sets: Mapping[str, PictureSet],
+    sets: Mapping[str, ImageSet],
     latents: Mapping[str, LatentSet],
     encode: Callable[[str, Sequence[int]], Moments],
     *,
@@ -214,7 +212,7 @@ def check_files(
     if changed and writes and processes.is_main_process:
         print(f"the latent cache {folder} is of an earlier version of the decoder; the run goes on with it", flush=True)
     now = files_of(sets)
-    if agree(bool(files) and all(files["state"].get(split) == state for split, state in now["state"].items())):
+    if broadcast(bool(files) and all(files["state"].get(split) == state for split, state in now["state"].items())):
         return
     rank, world = processes.process_index, processes.num_processes
     made = (folder / "manifest.json").stat().st_mtime_ns
@@ -328,8 +326,8 @@ def _statistics(autoencoder: Autoencoder, sums: list[dict[str, Any]]) -> dict[st
 
 def latents_of(
     autoencoder: Autoencoder,
-    train_set: PictureSet,
-    held_out: PictureSet | None,
+    train_set: ImageSet,
+    held_out: ImageSet | None,
     image: ImageConfig,
     folder: Path,
     processes: Accelerator | PartialState,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..config import UserError, config, quoted, validate
-from ..data import ImageConfig, PictureSet, SourceEnd
+from ..data import ImageConfig, ImageSet, SourceEnd
 from ..data.names import few, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import MLP, MLPConfig, UNet, UNetConfig
@@ -88,7 +88,7 @@ class Run:
             raise UserError(f"{self.path} never learned to go without a class: give --classes, or train with label_dropout")
         return self.num_classes
 
-    def check_classes(self, data: PictureSet) -> None:
+    def check_classes(self, data: ImageSet) -> None:
         """Give the data's labels the numbers that the classes have in this run; a UserError where it has other classes."""
         names = data.class_names
         if self.num_classes is None or not names or same_names(names, self.class_names):

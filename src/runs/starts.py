@@ -18,7 +18,7 @@ Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, pictures, draw) ->
 
 
 @dataclass(frozen=True)
-class Starts:
+class SourceSampler:
     """A Start for sampling: these examples, in an order that is a function of (seed, draw)."""
 
     examples: Examples

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import FULL, Length, UserError, config, free
+from ..config import FULL, Length, UserError, config, resumable_field
 from ..storage.files import write_flushed, write_whole
 from ..storage.finite import check_finite
 from .parts import part_of
@@ -29,10 +29,10 @@ class CheckpointConfig:
     """Written every `every` steps and every `every_minutes`; the last `keep` stay, and the best one where `keep_best` is set
     (lowest held-out loss; of an autoencoder LPIPS, or L1 without a perceptual loss) or preview.quality (lowest distance)."""
 
-    every: Length | None = free(None)
-    every_minutes: float | None = free(30.0, gt=0)
-    keep: int = free(3, ge=1)
-    keep_best: bool = free(False)
+    every: Length | None = resumable_field(None)
+    every_minutes: float | None = resumable_field(30.0, gt=0)
+    keep: int = resumable_field(3, ge=1)
+    keep_best: bool = resumable_field(False)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -90,7 +90,7 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme
         raise
 
 
-def damage(folder: Path) -> str | None:
+def verify_checkpoint(folder: Path) -> str | None:
     """Why a checkpoint's bytes are not what was written, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -123,7 +123,7 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose bytes match, and a line for each newer one that was passed over."""
     passed = []
     for folder in _steps(checkpoints):
-        reason = damage(folder)
+        reason = verify_checkpoint(folder)
         if reason is None:
             return folder, passed
         passed.append(f"passed over {folder.name}: {reason}")
@@ -162,7 +162,9 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
     """Make the checkpoint of `step`, or the last one before it, the newest, its progress changed by `progress`; gives its
     step."""
     folders = _steps(checkpoints)
-    kept = next((folder for folder in folders if folder <= step_folder(checkpoints, step) and damage(folder) is None), None)
+    kept = next(
+        (folder for folder in folders if folder <= step_folder(checkpoints, step) and verify_checkpoint(folder) is None), None
+    )
     if kept is None:
         raise UserError(f"there is no checkpoint of step {step} or before to go back to; start anew with a smaller weight")
     for folder in folders[: folders.index(kept)]:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data import ImageConfig, PictureSet
+from ..data import ImageConfig, ImageSet
 from .stream import to_network
 
 
@@ -20,7 +20,7 @@ class Examples(NamedTuple):
     load: Callable[[NDArray[np.int64]], Tensor]
 
 
-def pictures_of(held_out: PictureSet, spec: ImageConfig) -> Examples:
+def image_examples(held_out: ImageSet, spec: ImageConfig) -> Examples:
     """Pictures cut from the middle, in [-1, 1]."""
     plain = ImageConfig(size=spec.size, channels=spec.channels)
     held_out.prepare(plain)

@@ -30,7 +30,7 @@ from accelerate.utils import (
 )
 from pydantic import Field
 
-from ..config import UserError, config, dump, free
+from ..config import UserError, config, dump, resumable_field
 from ..config.packages import is_installed
 from ..storage.blocks import Ranks
 from .looks import Warn, is_out_of_memory, only_looked_at
@@ -55,10 +55,10 @@ class MachineConfig:
     dtype: Literal["float32", "float64"] = "float32"
     deterministic: bool = False
     cpu_threads: int | None = Field(None, gt=0)
-    workers: int = free(4, ge=0)
-    timeout_minutes: float = free(10.0, gt=0)
-    bucket: str | None = free(None, pattern="^gs://")
-    stop_signal: Literal["USR1", "USR2", "HUP"] = free("USR1")
+    workers: int = resumable_field(4, ge=0)
+    timeout_minutes: float = resumable_field(10.0, gt=0)
+    bucket: str | None = resumable_field(None, pattern="^gs://")
+    stop_signal: Literal["USR1", "USR2", "HUP"] = resumable_field("USR1")
 
 
 _OFF = ("", "0", "no", "false", "off", "n", "f")
@@ -289,7 +289,7 @@ def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settin
     accelerator.log_with, accelerator.trackers = wanted, opened
 
 
-def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: torch.Tensor) -> None:
+def warm_up_ddp(accelerator: Accelerator, network: torch.nn.Module, *inputs: torch.Tensor) -> None:
     """DDP orders its sums anew after its first backward; from three ranks on that changes their rounding. So one is thrown
     away before the first step that counts."""
     if accelerator.num_processes < 3 or accelerator.is_fsdp2:
@@ -299,7 +299,7 @@ def settle_reducer(accelerator: Accelerator, network: torch.nn.Module, *inputs: 
     network.zero_grad(set_to_none=True)
 
 
-def agree(chosen: T) -> T:
+def broadcast(chosen: T) -> T:
     """What the first rank chose or found, on all ranks."""
     box = [chosen]
     broadcast_object_list(box)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..config import UserError
-from ..data import ImageConfig, PictureSet
+from ..data import ImageConfig, ImageSet
 from ..data.latents import LatentSet
 from ..data.transforms import position_uniforms
 from .seeds import generator
@@ -29,7 +29,7 @@ class MicroBatch(NamedTuple):
     position: int
 
 
-class Split(NamedTuple):
+class BatchPlan(NamedTuple):
     """How the images of a step are dealt: to `world` ranks, each taking `accumulation` micro-batches of `micro`.
 
     In a run of several stages each has its split, from `first_step` on, when `images_before` images have been seen.
@@ -58,7 +58,7 @@ class Split(NamedTuple):
         return range(self.images_at(step) + here.start, self.images_at(step) + here.stop)
 
 
-def split_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, world: int) -> Split:
+def plan_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, world: int) -> BatchPlan:
     """Derive the accumulation. A device whose share of the batch is no larger than `micro_batch_size` takes it whole; a larger
     one is divided. A UserError names the nearest sizes where that leaves a rest."""
 
@@ -80,7 +80,7 @@ def split_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, wor
         )
     share = batch_size // world
     micro = min(micro_batch_size or share, share)
-    return Split(batch_size, micro, share // micro, rank, world)
+    return BatchPlan(batch_size, micro, share // micro, rank, world)
 
 
 class Order:
@@ -116,7 +116,7 @@ class Order:
 
 
 class _Positions(Dataset[MicroBatch]):
-    def __init__(self, pictures: PictureSet, spec: ImageConfig, order: Order) -> None:
+    def __init__(self, pictures: ImageSet, spec: ImageConfig, order: Order) -> None:
         self.pictures, self.spec, self.order = pictures, spec, order
 
     def __getitem__(self, positions: range) -> MicroBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -130,7 +130,7 @@ class _Positions(Dataset[MicroBatch]):
         )
 
 
-def positions_of(split: Split, start_step: int) -> Iterator[range]:
+def positions_of(split: BatchPlan, start_step: int) -> Iterator[range]:
     """Where this rank's micro-batches stand in the stream, from `start_step` on, for ever."""
     for step in itertools.count(start_step):
         for part in range(split.accumulation):
@@ -138,7 +138,7 @@ def positions_of(split: Split, start_step: int) -> Iterator[range]:
 
 
 class _From(Sampler[range]):
-    def __init__(self, split: Split, start_step: int) -> None:
+    def __init__(self, split: BatchPlan, start_step: int) -> None:
         self.split, self.start_step = split, start_step
 
     def __iter__(self) -> Iterator[range]:
@@ -155,9 +155,9 @@ def _quiet_worker(_: int) -> None:
 
 
 def stream(
-    pictures: PictureSet,
+    pictures: ImageSet,
     spec: ImageConfig,
-    split: Split,
+    split: BatchPlan,
     *,
     seed: int,
     balanced: bool = False,
@@ -193,7 +193,7 @@ def stream(
 
 
 def latent_stream(
-    latents: LatentSet, labels: NDArray[np.int64], split: Split, *, seed: int, balanced: bool, flip: bool, start_step: int
+    latents: LatentSet, labels: NDArray[np.int64], split: BatchPlan, *, seed: int, balanced: bool, flip: bool, start_step: int
 ) -> Iterator[MicroBatch]:
     """The same of a latent cache: `images` are moments (B, 2, D, h, w) on its device. `flip` takes half of them mirrored."""
     order = Order(labels, seed, balanced=balanced)

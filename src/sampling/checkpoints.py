@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .. import figures as pictures
+from .. import figures
 from ..config import UserError, quoted
 from ..config.progress import Progress
 from ..diffusion import Prediction
@@ -89,13 +89,13 @@ class _Drawing:
         labels = [i * len(names) // count for i in range(count)] if names else None
         return cls(run, sampler, run.labels(args.classes, count, names) if args.classes is not None else labels, names)
 
-    def draw(self, args: argparse.Namespace, count: int, state: Any, device: torch.device) -> tuple[pictures.Pixels, Frames]:
+    def draw(self, args: argparse.Namespace, count: int, state: Any, device: torch.device) -> tuple[figures.Pixels, Frames]:
         """Whole batches dealt to ranks: all samples (count, H, W, C), and the frames of SHOWN of them, on every rank."""
         few = min(SHOWN, count)
         shown = {i * count // few for i in range(few)}  # spread over all, so that every class is among them
         batches = [range(start, min(start + args.batch_size, count)) for start in range(0, count, args.batch_size)]
         mine = batches[state.process_index :: state.num_processes]
-        parts = list[tuple[int, pictures.Pixels, list[Any]]]()
+        parts = list[tuple[int, figures.Pixels, list[Any]]]()
         total, shown_here = self.sampler.steps * len(mine), state.is_main_process
         with Progress(f"sampling {self.run.name}", total, unit="steps", shown=shown_here) as bar:
             for batch in mine:
@@ -109,7 +109,7 @@ class _Drawing:
                 how: dict[str, Any] = {"device": device, "callback": watch, "batch_size": args.batch_size}
                 x = self.sampler.draw(args.seed, batch, chosen, **how)
                 frames.finish(x)
-                parts.append((batch.start, pictures.to_uint8(x), frames.seen))
+                parts.append((batch.start, figures.to_uint8(x), frames.seen))
         parts = sorted(gather_object(parts), key=lambda part: part[0])
         joined = Frames.joined(self.sampler, [seen for _, _, seen in parts if seen], self.run.name)
         return np.concatenate([pixels for _, pixels, _ in parts]), joined
@@ -134,7 +134,7 @@ def sample_checkpoints(args: argparse.Namespace) -> int:
                 grid, moving = out / f"grid{suffix}.png", out / f"denoised{suffix}.gif"
                 captions = [drawing.names[label] for label in labels] if labels is not None else None
                 with asked_for(grid):
-                    pictures.save(pictures.grid(x, columns=columns_for(count), labels=captions), grid)
+                    figures.save(figures.grid(x, columns=columns_for(count), labels=captions), grid)
                 with asked_for(moving):
                     command = frames.write(out / f"denoised{suffix}", "denoised", ".jpg", moving, fps=5)
                 print(f"{args.ckpt[number - 1]}: {grid}, {moving}; the GIF again:\n  {command}")

@@ -14,13 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .. import figures as pictures
-from ..config import UserError, write_whole
+from .. import figures
+from ..config import UserError
 from ..config.progress import Progress
 from ..diffusion import Prediction
 from ..runs.opened import Opened
 from ..runtime.looks import asked_for, only_looked_at
 from ..storage.blocks import wait_for
+from ..storage.files import write_whole
 from .sampler import Edit, Sampler, describe
 from .upscaling import Upscaler
 
@@ -33,11 +34,11 @@ class Frames:
         self.steps = sampler.steps
         kept = min(most, self.steps)
         self.keep = {round(i * (self.steps - 1) / max(1, kept - 1)) for i in range(kept)}
-        self.seen: list[tuple[int, pictures.Pixels, pictures.Pixels]] = []  # step, x_t, x0
+        self.seen: list[tuple[int, figures.Pixels, figures.Pixels]] = []  # step, x_t, x0
 
     def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
         if step in self.keep and self.chosen:
-            shown = self.sampler.pictures
+            shown = self.sampler.decode
             self._add(step, shown(x_t[self.chosen]), shown(prediction.x0[self.chosen]))
 
     def finish(self, images: Tensor) -> None:
@@ -46,7 +47,7 @@ class Frames:
             self._add(self.steps, images[self.chosen], images[self.chosen])
 
     def _add(self, step: int, x_t: Tensor, x0: Tensor) -> None:
-        self.seen.append((step, pictures.to_uint8(x_t), pictures.to_uint8(x0)))
+        self.seen.append((step, figures.to_uint8(x_t), figures.to_uint8(x0)))
 
     @classmethod
     def joined(cls, sampler: Sampler, parts: Sequence[Sequence[Any]], note: str) -> "Frames":
@@ -57,13 +58,13 @@ class Frames:
             frames.seen.append((step[0], np.concatenate(x_t), np.concatenate(x0)))
         return frames
 
-    def _sheet(self, step: int, x_t: pictures.Pixels, x0: pictures.Pixels) -> Image.Image:
+    def _sheet(self, step: int, x_t: figures.Pixels, x0: figures.Pixels) -> Image.Image:
         done = f"step {step:0{len(str(self.steps))}d} of {self.steps}"  # as long on every frame: they have one size
         columns = columns_for(len(x_t))
         titles = f"x_t, {done}", f"estimate of x_0 {self.note}"
-        sheets = [pictures.grid(x, columns=columns, title=title) for x, title in zip((x_t, x0), titles, strict=True)]
+        sheets = [figures.grid(x, columns=columns, title=title) for x, title in zip((x_t, x0), titles, strict=True)]
         tall = max(sheet.height for sheet in sheets)  # a title may take more lines than the other
-        return pictures.in_a_row([ImageOps.expand(sheet, (0, tall - sheet.height, 0, 0), "white") for sheet in sheets])
+        return figures.in_a_row([ImageOps.expand(sheet, (0, tall - sheet.height, 0, 0), "white") for sheet in sheets])
 
     def write(self, folder: Path, stem: str, ending: str, out: Path, *, fps: int) -> str:
         """The frames as numbered files in the new folder, and the GIF; gives the command that makes it again."""
@@ -72,8 +73,8 @@ class Frames:
             old.unlink()
         paths = [folder / f"{stem}_{i:03d}{ending}" for i in range(len(self.seen))]
         for path, seen in zip(paths, self.seen, strict=True):
-            pictures.save(self._sheet(*seen), path)
-        return pictures.gif(paths, folder / f"{stem}_%03d{ending}", out, fps=fps)
+            figures.save(self._sheet(*seen), path)
+        return figures.gif(paths, folder / f"{stem}_%03d{ending}", out, fps=fps)
 
 
 def claim(
@@ -183,10 +184,10 @@ def write_samples(
                 x = sampler.draw(seed, batch, chosen, device=device, callback=watched, batch_size=batch_size, **given)
                 for files in due:
                     made = upscaler.upscale(x) if upscaler is not None and files is large else x
-                    for i, pixels in zip(batch, pictures.to_uint8(made), strict=True):
+                    for i, pixels in zip(batch, figures.to_uint8(made), strict=True):
                         if not files[i].exists():
                             with asked_for(files[i]):
-                                pictures.save(pictures.to_image(pixels), files[i])
+                                figures.save(figures.to_image(pixels), files[i])
                 if watched is not None:
                     watched.finish(x)
                     way = watched
@@ -214,17 +215,17 @@ def _draw_grid(paths: Sequence[Path], names: Sequence[str] | None, size: int, ou
     shown = names[: len(paths)] if names is not None else None
     blocks = len(set(names)) if names is not None and list(names) == sorted(names, key=names.index) else 1
     array = np.stack([np.asarray(Image.open(path)).reshape(size, size, -1) for path in paths])
-    pictures.save(pictures.grid(array, columns=columns_for(len(paths), blocks), labels=shown), out)
+    figures.save(figures.grid(array, columns=columns_for(len(paths), blocks), labels=shown), out)
 
 
 @torch.no_grad()
 def _draw_ways(sampler: Sampler, seed: int, paths: Sequence[Path], out: Path) -> None:
     """What pictures came from, each beside what it became."""
     own = next(sampler.network.parameters())  # pyright: ignore[reportFunctionMemberAccess]
-    sources = pictures.to_uint8(sampler.pictures(sampler.start(seed, range(len(paths))).to(own)))
+    sources = figures.to_uint8(sampler.decode(sampler.start(seed, range(len(paths))).to(own)))
     rows = [row for source, path in zip(sources, paths, strict=True) for row in (source, np.asarray(Image.open(path)))]
     array = np.stack([row.reshape(sources.shape[1:]) for row in rows])
-    pictures.save(pictures.grid(array, columns=2 * min(4, len(paths)), title="source and sample, side by side"), out)
+    figures.save(figures.grid(array, columns=2 * min(4, len(paths)), title="source and sample, side by side"), out)
 
 
 def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from .. import figures as pictures
+from .. import figures
 from ..config.progress import Progress
 from ..runs.opened import Opened
 from ..runtime.looks import asked_for
@@ -139,10 +139,10 @@ def write_frames(
                     classes = class_weights(keys.labels, places, rows).to(device, sampler.dtype)
                 x = way(*ends, weight).to(device, sampler.dtype)
                 x = sampler.move(x, classes, seed=seed, indices=[0] * batch_size)
-                for i, pixels in zip(batch, pictures.to_uint8(sampler.pictures(x)), strict=False):
+                for i, pixels in zip(batch, figures.to_uint8(sampler.decode(x)), strict=False):
                     if not paths[i].exists():
                         with asked_for(paths[i]):
-                            pictures.save(_enlarged(pictures.to_image(pixels)), paths[i])
+                            figures.save(_enlarged(figures.to_image(pixels)), paths[i])
             bar.update(min(len(batch) * (world if rank == 0 else 1), shown - bar.done))
     barrier()
     if rank == 0:
@@ -152,11 +152,11 @@ def write_frames(
 
 def difference(images: Tensor, paths: Sequence[Path]) -> float:
     """How far the frames `paths` are from the pictures (K, C, H, W) that they are to show, in levels of 255 on average."""
-    wanted = [_enlarged(pictures.to_image(pixels)) for pixels in pictures.to_uint8(images)]
+    wanted = [_enlarged(figures.to_image(pixels)) for pixels in figures.to_uint8(images)]
     each = [ImageChops.difference(image, Image.open(path)) for image, path in zip(wanted, paths, strict=True)]
     return float(np.mean([np.asarray(image) for image in each]))
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    zoom = pictures.zoom_for(min(image.size))
+    zoom = figures.zoom_for(min(image.size))
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)

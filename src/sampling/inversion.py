@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import figures as pictures
+from .. import figures
 from ..config.progress import track
 from ..runs.opened import Opened
 from ..runtime.looks import only_looked_at
@@ -48,8 +48,8 @@ def write_inversions(
         labels = torch.full((len(x0),), label, device=x0.device) if label is not None else None
         source = sampler.invert(x0, labels)
         again = sampler.move(source, labels)
-        shown = [sampler.pictures(x) for x in (x0, source, again)]
-        rows.append(pictures.to_uint8(torch.stack(shown, dim=1).flatten(0, 1)))
+        shown = [sampler.decode(x) for x in (x0, source, again)]
+        rows.append(figures.to_uint8(torch.stack(shown, dim=1).flatten(0, 1)))
         sources.append(source.float().cpu().numpy())
         told += [{"file": file.name, **measure(*three)} for file, *three in zip(part, x0, source, again, strict=True)]
     mean = {key: float(np.mean([abs(entry[key]) for entry in told])) for key in ("rms", "std", "correlation")}
@@ -59,8 +59,8 @@ def write_inversions(
     title = f"picture, source, and back again with {sampler.calls()} network calls each way"
     write_whole(out / "inversion.json", (json.dumps({"mean": mean, "pictures": told}, indent=1) + "\n").encode())
     with only_looked_at("inversion.png"):
-        sheet = pictures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title)
-        pictures.save(sheet, out / "inversion.png")
+        sheet = figures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title)
+        figures.save(sheet, out / "inversion.png")
     return mean
 
 

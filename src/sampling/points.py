@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import figures as pictures
+from .. import figures
 from ..config.progress import track
 from ..diffusion import Prediction
 from ..storage.files import write_whole
@@ -62,14 +62,14 @@ def write_points(
         claim(out, told, what="frames")
     classes = torch.tensor(labels, device=device) if labels is not None else None
     way = move_points(sampler, seed, count, classes, device=device).numpy()
-    first, last = (pictures.scatter(way[i], title=title) for i, title in ((0, "x_0: the source"), (-1, "x_1: the data")))
+    first, last = (figures.scatter(way[i], title=title) for i, title in ((0, "x_0: the source"), (-1, "x_1: the data")))
     out.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.savez(content, source=way[0], data=way[-1])
     write_whole(out / "points.npz", content.getbuffer())
-    pictures.save(first, out / "x0.png")
-    pictures.save(last, out / "x1.png")
-    pictures.trajectories(
+    figures.save(first, out / "x0.png")
+    figures.save(last, out / "x1.png")
+    figures.trajectories(
         out / "trajectories.png", way[:, :100], title=f"100 of {count} points, {sampler.calls()} network calls"
     )
     fields = {}
@@ -79,7 +79,7 @@ def write_points(
         at = way[int((sampler.times - t).abs().argmin())][:300]
         some = classes[: len(at)] if classes is not None else None
         fields[f"alpha = {1 - t:g}"] = at, velocity(sampler, torch.from_numpy(at).to(device), t, some).numpy()
-    pictures.velocity_fields(out / "velocity.png", fields)
+    figures.velocity_fields(out / "velocity.png", fields)
     made = [out / name for name in ("x0.png", "x1.png", "trajectories.png", "velocity.png")]
     if not frames:
         return made
@@ -91,6 +91,6 @@ def write_points(
     paths = [folder / f"frame_{i:03d}.png" for i in range(len(way))]
     for i, path in enumerate(track(paths, "drawing frames", unit="frames")):
         title = f"alpha = {float(alphas[i]):.2f}"
-        pictures.save(pictures.in_a_row([first, pictures.scatter(way[i], title=title), last]), path)
-    pictures.gif(paths, folder / "frame_%03d.png", out / "points.gif", fps=24)
+        figures.save(figures.in_a_row([first, figures.scatter(way[i], title=title), last]), path)
+    figures.gif(paths, folder / "frame_%03d.png", out / "points.gif", fps=24)
     return [*made, out / "points.gif"]

@@ -11,7 +11,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError, config, dump, validate, wrong
+from ..config import UserError, config, config_error, dump, validate
 from ..diffusion import (
     DETERMINISTIC,
     INVERTIBLE,
@@ -76,22 +76,24 @@ class SamplerConfig:
             steps = len(self.alphas) - 1
             outside = [alpha for alpha in self.alphas if not 0 <= alpha <= 1]
             if outside:
-                raise wrong(f"alphas: {outside[0]:g} lies outside [0, 1]; alpha goes from 0, the source, to 1, the data")
+                raise config_error(f"alphas: {outside[0]:g} lies outside [0, 1]; alpha goes from 0, the source, to 1, the data")
             rising = all(before < after for before, after in zip(self.alphas, self.alphas[1:], strict=False))
             if not rising or len(self.alphas) < 2 or (self.alphas[0], self.alphas[-1]) != (0, 1):
-                raise wrong("alphas: give them rising from 0 to 1, such as 0,0.3,0.6,0.8,1")
+                raise config_error("alphas: give them rising from 0 to 1, such as 0,0.3,0.6,0.8,1")
         if self.eta and self.solver != "ddim":
-            raise wrong(f"eta belongs to the solver ddim, not to {self.solver}")
+            raise config_error(f"eta belongs to the solver ddim, not to {self.solver}")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
-            raise wrong("guidance_interval: give two noise levels sigma / alpha, the lower one first, such as [0.3, 3]")
+            raise config_error("guidance_interval: give two noise levels sigma / alpha, the lower one first, such as [0.3, 3]")
         if self.guidance_interval is not None and not self.guided:
-            raise wrong("guidance_interval: there is no guidance to hold to it; give a guidance scale")
+            raise config_error("guidance_interval: there is no guidance to hold to it; give a guidance scale")
         if self.stop_at is not None and self.stop_at >= steps:
-            raise wrong(f"stop_at: {self.stop_at} of {steps} steps leaves none out; give less")
+            raise config_error(f"stop_at: {self.stop_at} of {steps} steps leaves none out; give less")
         if self.double_sampling is not None and self.double_sampling >= steps:
-            raise wrong(f"double_sampling: after {self.double_sampling} of {steps} steps there is none to do again; give less")
+            raise config_error(
+                f"double_sampling: after {self.double_sampling} of {steps} steps there is none to do again; give less"
+            )
         if self.stop_at is not None and self.double_sampling is not None:
-            raise wrong("stop_at and double_sampling do not go together; leave one out")
+            raise config_error("stop_at and double_sampling do not go together; leave one out")
         return self
 
     @property
@@ -282,7 +284,7 @@ class Sampler:
         return guided
 
     @torch.no_grad()
-    def pictures(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Tensor:
         """What the network sees (B, *shape) as pictures (B, C, H, W)."""
         if self.codec is None:
             return x
@@ -321,7 +323,7 @@ class Sampler:
         if low is not None:
             low = torch.cat([low, low[-1:].expand(len(padded) - len(indices), -1, -1, -1)]).to(x)
         x = self.move(x, classes, seed=seed, indices=padded, callback=callback, edit=edit, low=low)
-        return self.pictures(x)[: len(indices)]
+        return self.decode(x)[: len(indices)]
 
     @torch.no_grad()
     def move(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import figures as pictures
+from .. import figures
 from ..config import UserError
 from ..config.packages import ask_for, needed
 from ..config.progress import Progress, say
@@ -183,7 +183,7 @@ def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
     return [(path, target) for target, path in found.items()]
 
 
-def _decode(path: Path) -> pictures.Pixels | str:
+def _decode(path: Path) -> figures.Pixels | str:
     """(H, W, 1 or 3) uint8, or why the picture cannot be read."""
     try:
         reason = inspect(lambda: path, path.stat().st_size, ScanConfig(max_pixels=MAX_PIXELS))
@@ -251,7 +251,7 @@ def _is_made(path: Path, target: Path) -> bool:
 
 
 def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
-    by_shape: dict[tuple[int, ...], list[tuple[Path, pictures.Pixels]]] = defaultdict(list)
+    by_shape: dict[tuple[int, ...], list[tuple[Path, figures.Pixels]]] = defaultdict(list)
     made_before = {target for path, target in batch if _is_made(path, target)}
     for path, target in batch:
         pixels = _decode(path)
@@ -266,7 +266,7 @@ def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
             if all(target in made_before for target, _ in part):
                 continue
             images = torch.from_numpy(rearrange(np.stack([pixels for _, pixels in part]), "b h w c -> b c h w"))
-            made = pictures.to_uint8(upscaler.upscale(images.float() / 127.5 - 1))
+            made = figures.to_uint8(upscaler.upscale(images.float() / 127.5 - 1))
             for (target, _), pixels in zip(part, made, strict=True):
                 if target not in made_before:
-                    pictures.save(pictures.to_image(pixels), target)
+                    figures.save(figures.to_image(pixels), target)

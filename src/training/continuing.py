@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import UserError, dump, read_json, validate
 from ..report.report import read_lines
-from ..runtime.checkpoint import contents, damage, newest, spared_steps, step_folder, write_folder
+from ..runtime.checkpoint import contents, newest, spared_steps, step_folder, verify_checkpoint, write_folder
 from ..storage.buckets import alone
 from .kept import at, cannot_change, images_seen
 from .run import changes
@@ -98,7 +98,7 @@ def _make(old: Path, new: Path, start: Path, documents: dict[str, Any], entries:
     try:
         (staged / "checkpoints").mkdir(parents=True)
         needed = {step_folder(old / "checkpoints", spared) for spared in spared_steps(read_json(start / "progress.json"))}
-        for folder in sorted({start, *(folder for folder in needed if folder < start and damage(folder) is None)}):
+        for folder in sorted({start, *(folder for folder in needed if folder < start and verify_checkpoint(folder) is None)}):
             tensors, own = contents(folder)
             own["progress"] |= {"continued": entries}
             write_folder(staged / "checkpoints" / folder.name, tensors, {**own, **documents})

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from ..runtime.seeds import generator, normal, uniforms
-from ..runtime.stream import MicroBatch, Split
+from ..runtime.stream import BatchPlan, MicroBatch
 from .time_sampler import TimeSampler
 
 
-class Draws:
+class StepNoise:
     """Times `t` (B,), noise `eps` (B, *shape) and whose label is dropped (B,): functions of (seed, step), and the times of what
     `times` has learned."""
 
     def __init__(
         self,
         times: TimeSampler,
-        split: Split,
+        split: BatchPlan,
         shape: Sequence[int],
         *,
         seed: int,

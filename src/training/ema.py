@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..config import Length, UserError, config, quoted, read_json
-from ..runtime.checkpoint import damage, read_tensors, write_folder
+from ..runtime.checkpoint import read_tensors, verify_checkpoint, write_folder
 from ..runtime.parts import shard_as
 
 WIDTHS = (0.05, 0.1)  # of the averages that snapshots are taken of
@@ -138,7 +138,7 @@ def post_hoc(run: Path, last_step: int, width: float) -> tuple[Path, float]:
     if not folders:
         raise UserError(f"{run} kept no averages to make others of: train it with ema.snapshot_every")
     for folder in folders:
-        if (reason := damage(folder)) is not None:
+        if (reason := verify_checkpoint(folder)) is not None:
             raise UserError(
                 f"{folder} is damaged: {reason}; without it there are fewer to make averages of: rm -r {quoted(folder)}"
             )

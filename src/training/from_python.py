@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..config import UserError, quoted
-from ..data import GIVEN, PictureSet, PointSet, open_data, open_given
+from ..data import GIVEN, ImageSet, PointSet, open_data, open_given
 from ..models import MLP, MLPConfig
 from ..runs.opened import build_unet
 from ..runtime.launch import same_on_all
@@ -19,7 +19,7 @@ from ..runtime.sharding import home
 from .given import given_network, needs_null_class
 from .trials import Attempt, train_here
 
-Sets = tuple[PictureSet | PointSet | None, ...]
+Sets = tuple[ImageSet | PointSet | None, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Given:
         """What travels with the weights: no config builds the caller's network."""
         return {"network": "python"} if self.own else {}
 
-    def open_data(self, cfg: Any) -> tuple[PictureSet, PictureSet | None]:
+    def open_data(self, cfg: Any) -> tuple[ImageSet, ImageSet | None]:
         """The images to train on and those held out: of the config's data, or of the caller's."""
         if self.dataset is None:
             return open_data(cfg.data, cfg.held_out)

@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..config import UserError
-from ..data import PictureSet, PointSet
+from ..data import ImageSet, PointSet
 from ..storage.finite import check_finite, is_finite
 
 
-def needs_null_class(label_dropout: float, *sets: PictureSet | PointSet | None) -> bool:
+def needs_null_class(label_dropout: float, *sets: ImageSet | PointSet | None) -> bool:
     """Whether a run tells its network that there is no class: where labels are dropped, or data has none."""
     return label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
 

@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from pydantic import Discriminator, Tag
 from torch import Tensor
 
-from ..config import UserError, config, dump, kind_of, read_json, wrong
+from ..config import UserError, config, config_error, dump, kind_of, read_json
 from ..config.progress import within
-from ..data import PictureSet
+from ..data import ImageSet
 from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, write_block
 from ..data.names import same_names
 from ..data.transforms import DECODER
 from ..diffusion import DETERMINISTIC
-from ..runs.ends import Ends
+from ..runs.ends import Coupling
 from ..runs.latents import CONTENT, make_cache
 from ..runs.opened import open_run
 from ..runtime.examples import Examples
-from ..runtime.stream import MicroBatch, Order, Split, positions_of
+from ..runtime.stream import BatchPlan, MicroBatch, Order, positions_of
 from ..sampling.build import build_sampler
 from ..sampling.sampler import Sampler, SamplerConfig, random_labels
 from .trials import Attempt
@@ -49,9 +49,9 @@ class PairsConfig:
     @pydantic.model_validator(mode="after")
     def _paired(self) -> "PairsConfig":
         if self.sampler.solver not in DETERMINISTIC and (self.sampler.solver != "ddim" or self.sampler.eta):
-            raise wrong("sampler: noise on the way parts a source from its sample; use euler, midpoint, heun or rk4")
+            raise config_error("sampler: noise on the way parts a source from its sample; use euler, midpoint, heun or rk4")
         if self.sampler.stop_at is not None or self.sampler.double_sampling is not None:
-            raise wrong("sampler: pairs are of a source and the end of its way; leave stop_at and double_sampling out")
+            raise config_error("sampler: pairs are of a source and the end of its way; leave stop_at and double_sampling out")
         return self
 
 
@@ -70,13 +70,13 @@ def _at(facts: Any, way: Sequence[str]) -> Any:
     return facts
 
 
-class PairEnds(Ends):
+class PairEnds(Coupling):
     """The ends of a run, paired as an earlier run has moved the one to the other. Made in its folder (else in `run_dir`)."""
 
     def __init__(
         self,
         spec: str | PairsConfig,
-        ends: Ends,
+        ends: Coupling,
         num_classes: int | None,
         run_dir: Path,
         accelerator: Accelerator,
@@ -124,7 +124,7 @@ class PairEnds(Ends):
             attempt.ahead((time.monotonic() - began) * (repeats / accelerator.num_processes - 1))
             self._pairs, self._labels = LatentSet([values] * repeats, accelerator.device), np.tile(labels, repeats)
             return
-        files = ends.source.train if ends.source is not None and isinstance(ends.source.train, PictureSet) else None
+        files = ends.source.train if ends.source is not None and isinstance(ends.source.train, ImageSet) else None
         if not folder.exists():
             more = (
                 {FILES: {"decoder": DECODER, "state": files.state, CONTENT: files.contents(range(len(files)))}}
@@ -164,7 +164,7 @@ class PairEnds(Ends):
         return None
 
     def stream(
-        self, split: Split, *, seed: int, balanced: bool, start_step: int, dtype: torch.dtype, **_: Any
+        self, split: BatchPlan, *, seed: int, balanced: bool, start_step: int, dtype: torch.dtype, **_: Any
     ) -> Generator[tuple[MicroBatch, Tensor | None], None, None]:
         order = Order(self._labels, seed, balanced=balanced)
         for positions in positions_of(split, start_step):

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from .. import figures as pictures
-from ..config import Length, config, free
+from .. import figures
+from ..config import Length, config, resumable_field
 from ..diffusion import Prediction
 from ..evaluation.quality import QualityConfig
-from ..runs.ends import Ends
+from ..runs.ends import Coupling
 from ..runtime.examples import Examples
 from ..runtime.seeds import generator
 from ..sampling.sampler import Sampler, SamplerConfig
@@ -28,11 +28,11 @@ class PathPreviewConfig:
     """`num_samples` sources from the EMA weights every `every` steps and at the end, always the same ones, after so many
     network `calls`, side by side; `batch_size` at a time. `quality` measures more, of pictures, after the most calls."""
 
-    every: Length | None = free(None)
-    num_samples: int = free(8, ge=1)
-    batch_size: int = free(16, ge=1)
+    every: Length | None = resumable_field(None)
+    num_samples: int = resumable_field(8, ge=1)
+    batch_size: int = resumable_field(16, ge=1)
     calls: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 16, 64), min_length=1, json_schema_extra={"free": True})
-    guidance: float = free(1.0)
+    guidance: float = resumable_field(1.0)
     quality: QualityConfig | None = Field(None, json_schema_extra={"free": True})
 
     @property
@@ -71,7 +71,7 @@ def preview_paths(
     spec: PathPreviewConfig,
     session: Session,
     class_names: Sequence[str],
-    ends: Ends,
+    ends: Coupling,
 ) -> dict[str, float]:
     """Draw the preview of the session's step on all ranks as `step_STEP.png`, and measure: `straightness` along the most calls,
     and the loss on what is held out. 2-D points are drawn beside those of the data."""
@@ -93,8 +93,8 @@ def preview_paths(
                 length = PathLength()
                 end = sampler.move(x, labels, indices=part, callback=length)
                 measured.append(length.straightness(end))
-                starts.append(sampler.pictures(x))
-                reached.append(sampler.pictures(end))
+                starts.append(sampler.decode(x))
+                reached.append(sampler.decode(end))
         if preview_failed(look, session):
             columns, values = [], {}  # straightness is along the most calls, or not known
             break
@@ -119,17 +119,17 @@ def preview_paths(
     return values
 
 
-def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, ends: Ends, count: int, path: Path) -> None:
+def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, ends: Coupling, count: int, path: Path) -> None:
     """The sheet of the sources and of what became of them after each number of calls."""
     if columns[0].ndim == 2:
         titles = ["source", *(f"{calls} network call{'s' * (calls > 1)}" for calls in sorted(spec.calls)), "data"]
         shown = [column.cpu().numpy() for column in columns] + [_some(ends.data.examples(), count)]
-        panels = [pictures.scatter(points, title=title) for points, title in zip(shown, titles, strict=True)]
-        pictures.save(pictures.in_a_row(panels), path)
+        panels = [figures.scatter(points, title=title) for points, title in zip(shown, titles, strict=True)]
+        figures.save(figures.in_a_row(panels), path)
         return
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
     title = f"source, then after {', '.join(map(str, sorted(spec.calls)))} network calls"
-    pictures.save(pictures.grid(pictures.to_uint8(rows), columns=len(columns), title=title), path)
+    figures.save(figures.grid(figures.to_uint8(rows), columns=len(columns), title=title), path)
 
 
 def _gathered(session: Session, parts: list[Tensor]) -> Tensor:
@@ -156,11 +156,11 @@ def first_ends(sampler: Sampler, data: Examples, folder: Path, *, count: int = 4
     blends = [sampler.process.add_noise(x0, eps, 1 - alpha) for alpha in levels]
     if points:
         panels = [
-            pictures.scatter(x.cpu().numpy(), size=160, title=f"alpha {a:g}")
+            figures.scatter(x.cpu().numpy(), size=160, title=f"alpha {a:g}")
             for x, a in zip(blends, levels.tolist(), strict=True)
         ]
-        pictures.save(pictures.in_a_row(panels), folder / "blend.png")
+        figures.save(figures.in_a_row(panels), folder / "blend.png")
         return
-    shown = torch.stack([sampler.pictures(x) for x in blends], dim=1).flatten(0, 1)
+    shown = torch.stack([sampler.decode(x) for x in blends], dim=1).flatten(0, 1)
     title = f"x_alpha, alpha from 0 (source) to 1 (data) in {alphas - 1} steps"
-    pictures.save(pictures.grid(pictures.to_uint8(shown), columns=alphas, title=title), folder / "blend.png")
+    figures.save(figures.grid(figures.to_uint8(shown), columns=alphas, title=title), folder / "blend.png")

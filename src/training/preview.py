@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .. import figures as pictures
-from ..config import Length, config, free
-from ..data import ImageConfig, PictureSet
+from .. import figures
+from ..config import Length, config, resumable_field
+from ..data import ImageConfig, ImageSet
 from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
@@ -38,10 +38,10 @@ class PreviewConfig:
     `sheets` one is a sheet of `num_samples` pictures; class is one of so many for each class. `quality` measures more of them.
     """
 
-    every: Length | None = free(None)
-    num_samples: int = free(16, ge=1)
-    batch_size: int = free(16, ge=1)
-    sheets: Literal["one", "class"] = free("one")
+    every: Length | None = resumable_field(None)
+    num_samples: int = resumable_field(16, ge=1)
+    batch_size: int = resumable_field(16, ge=1)
+    sheets: Literal["one", "class"] = resumable_field("one")
     quality: QualityConfig | None = pydantic.Field(None, json_schema_extra={"free": True})
     sampler: SamplerConfig = pydantic.Field(default=SamplerConfig(), json_schema_extra={"free": True})
 
@@ -75,7 +75,7 @@ def preview(
             if session.accelerator.is_main_process:
                 names = [class_names[label] for label in labels] if labels is not None else None
                 captions = names if spec.sheets == "one" else None
-                pictures.save(pictures.grid(pictures.to_uint8(drawn), columns=columns, labels=captions), path)
+                figures.save(figures.grid(figures.to_uint8(drawn), columns=columns, labels=captions), path)
     if held_out is None:
         return {}
     batch = session.split.micro
@@ -169,9 +169,9 @@ def held_out_loss(
 
 
 @torch.no_grad()
-def first_pictures(
+def save_first_images(
     folder: Path,
-    train_set: PictureSet,
+    train_set: ImageSet,
     spec: ImageConfig,
     seed: int,
     process: Process | None = None,
@@ -185,8 +185,8 @@ def first_pictures(
     chosen = generator(seed, "contact sheet").choice(len(train_set), count, replace=False)
     seen = train_set.batch(chosen, spec, np.full((count, 3), 0.5))
     names = [train_set.class_names[label] if label >= 0 else "" for label in train_set.labels[chosen]]
-    sheet = pictures.grid(seen, columns=8, labels=names if train_set.class_names else None)
-    pictures.save(sheet, folder / "contact_sheet.png")
+    sheet = figures.grid(seen, columns=8, labels=names if train_set.class_names else None)
+    figures.save(sheet, folder / "contact_sheet.png")
     if process is None:
         return
 
@@ -196,11 +196,11 @@ def first_pictures(
     t = process.draw_times(torch.linspace(0, 1 - 1e-9, len(x0), dtype=torch.float64))
     eps = normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype)
     noised = process.add_noise(x0, eps, t)
-    noised = pictures.to_uint8(codec.decode(noised) if codec is not None else noised)
+    noised = figures.to_uint8(codec.decode(noised) if codec is not None else noised)
     told = [f"{value:g}" if isinstance(schedule, TableSchedule) else f"{value:.2f}" for value in t.tolist()]
     decoded = "" if codec is None else ", decoded"
-    pictures.save(pictures.grid(seen[:12], columns=12, title="x_0"), folder / "original.png")
-    pictures.save(pictures.grid(noised, columns=12, title=f"x_t at t = {', '.join(told)}{decoded}"), folder / "noised.png")
+    figures.save(figures.grid(seen[:12], columns=12, title="x_0"), folder / "original.png")
+    figures.save(figures.grid(noised, columns=12, title=f"x_t at t = {', '.join(told)}{decoded}"), folder / "noised.png")
 
     if isinstance(schedule, TableSchedule):
         index = list(range(schedule.num_steps))
@@ -212,7 +212,7 @@ def first_pictures(
         grid = torch.linspace(0, 1, 101, dtype=torch.float64)
         level = schedule.level(grid)
         panels = {"level": {"alpha": (grid.tolist(), level.alpha.tolist()), "sigma": (grid.tolist(), level.sigma.tolist())}}
-    pictures.curves(folder / "beta_alpha_hat.png", panels, xlabel="t")
+    figures.curves(folder / "beta_alpha_hat.png", panels, xlabel="t")
 
 
 def preview_sampler(

@@ -14,9 +14,9 @@ from typing import IO, Any
 import pydantic
 from accelerate.utils import gather_object
 
-from .. import figures as pictures
-from ..config import ENDLESS, Length, UserError, config, differences, dump, free, progress, read_json, validate
-from ..data import PictureSet, PointSet
+from .. import figures
+from ..config import ENDLESS, Length, UserError, config, differences, dump, progress, read_json, resumable_field, validate
+from ..data import ImageSet, PointSet
 from ..data.facts import skipped_files
 from ..data.formats import READ_BEFORE
 from ..data.latents import differs, same_latents
@@ -33,9 +33,9 @@ from .kept import ways_on
 class LogConfig:
     """A line in metrics.jsonl, and in the trackers (tensorboard, wandb) of `project`, every `every` steps."""
 
-    every: Length = free(50)
-    trackers: tuple[str, ...] = free(("tensorboard",))
-    project: str = free("atelier")
+    every: Length = resumable_field(50)
+    trackers: tuple[str, ...] = resumable_field(("tensorboard",))
+    project: str = resumable_field("atelier")
 
     @pydantic.field_validator("trackers")
     @classmethod
@@ -284,8 +284,8 @@ class RunDirectory:
         step: int,
         settings: Any,
         facts: dict[str, Any],
-        train_set: PictureSet | PointSet,
-        held_out: PictureSet | PointSet | None,
+        train_set: ImageSet | PointSet,
+        held_out: ImageSet | PointSet | None,
     ) -> None:
         """Write config.json, data.json and skipped.json (every file left out, with the reason); cut metrics.jsonl to `step`
         and go on writing there. Checkpoints that were passed over are set aside."""
@@ -365,4 +365,4 @@ class RunDirectory:
                     if known:
                         found.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
             if found:
-                pictures.curves(self.path / "loss.png", found, xlabel="step", title=self.path.resolve().name, log={"loss"})
+                figures.curves(self.path / "loss.png", found, xlabel="step", title=self.path.resolve().name, log={"loss"})

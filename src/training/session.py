@@ -10,18 +10,18 @@ from torch import Tensor
 
 from ..config import ENDLESS, Span, UserError, dump
 from ..config.packages import is_installed
-from ..data import PictureSet, PointSet
+from ..data import ImageSet, PointSet
 from ..data.names import class_remarks
 from ..runtime import checkpoint
 from ..runtime.checkpoint import Documents, Tensors, keeps_best, step_folder
-from ..runtime.launch import Heartbeats, StepGate, StopRequest, agree, has_bf16_units, start_trackers
+from ..runtime.launch import Heartbeats, StepGate, StopRequest, broadcast, has_bf16_units, start_trackers
 from ..runtime.looks import Look, finish_trackers, for_each_tracker, only_looked_at
-from ..runtime.stream import Split
+from ..runtime.stream import BatchPlan
 from .clock import Cadence, Clock
 from .continuing import MARK, describe
 from .run import RunDirectory, check_ranks, uses_classes
-from .state import Meter, Trained
-from .trials import AGAIN, LOOKS, Attempt
+from .state import Meter, TrainState
+from .trials import LOOKS, RESTART, Attempt
 from .uploads import Uploads
 
 
@@ -32,7 +32,7 @@ class Session:
     checkpoint, puts `trained` back to it: then `step` is its step and `progress` its progress.json.
     """
 
-    split: Split
+    split: BatchPlan
     meter: Meter
     gate: StepGate
     clock: Clock
@@ -43,7 +43,7 @@ class Session:
         cfg: Any,
         accelerator: Accelerator,
         run_dir: Path,
-        trained: Trained,
+        trained: TrainState,
         facts: dict[str, Any],
         *,
         total_steps: int,
@@ -62,7 +62,7 @@ class Session:
         self._began, self._first, self._end = self.step, 0, total_steps
 
     def _resume(self) -> None:
-        resumed = agree(self.run.newest_checkpoint() if self.run.writes else None)
+        resumed = broadcast(self.run.newest_checkpoint() if self.run.writes else None)
         if resumed is not None:
             if not resumed.is_dir():
                 more = ", or set bucket" if self.cfg.bucket is None else "; the bucket does not have it yet"
@@ -92,7 +92,7 @@ class Session:
             self.clock.close()
         self.run.close()
 
-    def place(self, split: Split) -> Split:
+    def place(self, split: BatchPlan) -> BatchPlan:
         """Where the images of a stage stand in the stream of a run that went on from one with other batches or stages."""
         ahead = self._origins[-1]["images_ahead"] if self._origins else 0
         return split._replace(images_before=split.images_before + ahead)
@@ -105,12 +105,12 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether the run had come to its end before."""
-        return self.step >= self.total_steps and checkpoint.damage(self.run.final) is None
+        return self.step >= self.total_steps and checkpoint.verify_checkpoint(self.run.final) is None
 
     def begin(
         self,
-        train_set: PictureSet | PointSet,
-        held_out: PictureSet | PointSet | None,
+        train_set: ImageSet | PointSet,
+        held_out: ImageSet | PointSet | None,
         *,
         total_images: int,
         images: int,
@@ -182,7 +182,7 @@ class Session:
 
     def enter(
         self,
-        split: Split,
+        split: BatchPlan,
         resolve: Callable[[int | Span], int],
         *,
         end: int,
@@ -394,7 +394,7 @@ class Session:
         if self.gate.stop:
             self.run.say("stopped after going back; to go on, run the same command again")
         self._leave()
-        return 1 if self.gate.stop else AGAIN
+        return 1 if self.gate.stop else RESTART
 
     def _leave(self) -> None:
         """Give everything up, in a process that goes on."""

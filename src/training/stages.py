@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import pydantic
 
-from ..config import Length, Span, UserError, config, free, to_steps
+from ..config import Length, Span, UserError, config, resumable_field, to_steps
 from ..data import ImageConfig
 from ..models import VAEConfig
-from ..runtime.stream import Split, split_batch
+from ..runtime.stream import BatchPlan, plan_batch
 from .optimizer import OptimizerConfig, Schedule, learning_rate
 
 
@@ -40,7 +40,7 @@ class StageConfig:
     steps: Length
     image_size: int | None = pydantic.Field(None, ge=2, le=4096)
     batch_size: int | None = pydantic.Field(None, gt=0)
-    micro_batch_size: int | None = free(None, gt=0)
+    micro_batch_size: int | None = resumable_field(None, gt=0)
     reconstruction: Literal["l1", "mse"] = "l1"
     kl_weight: float = pydantic.Field(1e-4, ge=0)
     adversarial: AdversarialTerm | None = None
@@ -60,7 +60,7 @@ class Stage:
     end: int
     judged_from: int | None
     image: ImageConfig
-    split: Split
+    split: BatchPlan
     resolve: Callable[[int | Span], int]
 
     def rate(self, spec: OptimizerConfig) -> Callable[[int], float]:
@@ -135,7 +135,7 @@ def plan_stages(cfg: Any, num_images: int, *, rank: int, world: int) -> list[Sta
                 )
         micro = own.micro_batch_size or (cfg.micro_batch_size if own.batch_size is None else None)
         try:
-            split = split_batch(batch, micro, rank=rank, world=world)
+            split = plan_batch(batch, micro, rank=rank, world=world)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         planned.append(

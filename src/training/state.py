@@ -14,7 +14,7 @@ from .optimizer import load_optimizer_state, names_of, optimizer_state
 from .time_sampler import TimeSampler
 
 
-class Trained:
+class TrainState:
     """A network with its optimiser and its EMA, an adversary with its own, and what `times` has learned: to tensors keyed by
     parameter name, and back."""
 

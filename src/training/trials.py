@@ -21,15 +21,15 @@ from accelerate.state import AcceleratorState
 from ..config import ENDLESS, UserError, read_json
 from ..config.progress import Phases, say
 from ..report.report import SAMPLE_BYTES
-from ..runtime.checkpoint import damage, keeps_best, newest, read_tensors, step_folder
+from ..runtime.checkpoint import keeps_best, newest, read_tensors, step_folder, verify_checkpoint
 from ..runtime.launch import OutOfMemory, explain_out_of_memory, silent_ranks, undetermined
 from ..runtime.looks import of_a_lost_rank
-from ..runtime.stream import Split
+from ..runtime.stream import BatchPlan
 from .clock import Cadence, peak_memory_gigabytes
 from .continuing import MARK, continue_as, directory_of
 from .uploads import Uploads, bring
 
-AGAIN = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
+RESTART = -1  # instead of an exit status: the script starts its training again, from the newest checkpoint
 DRY_WARMUP, DRY_STEPS, DRY_SECONDS = 2, 8, 6.0
 FIT_STEPS = 2
 LOOKS = {"preview": "a preview", "quality": "measuring samples"}
@@ -40,7 +40,7 @@ class Measured:
     """A stage in a dry run: its length, and what a step, a preview with its log line, and a checkpoint took of it."""
 
     name: str
-    split: Split
+    split: BatchPlan
     steps: int
     previews: int
     saves: int
@@ -118,7 +118,7 @@ class Attempt:
         return self._mark - before
 
     def enter(
-        self, name: str, split: Split, steps: int, cadences: dict[str, Cadence], key: str, first_step: int | None = None
+        self, name: str, split: BatchPlan, steps: int, cadences: dict[str, Cadence], key: str, first_step: int | None = None
     ) -> None:
         """A stage begins, or goes on at `first_step`, for so many steps; `key` of the config sets its micro-batch."""
         self.trying(split.batch, split.micro, key)
@@ -262,7 +262,7 @@ def _run(train: Train, cfg: Any, run_dir: Path, old: Path | None = None) -> int:
 def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:
     try:
         with attempt.held, explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as attempt.trying:
-            while (status := train(cfg, run_dir, attempt)) == AGAIN:
+            while (status := train(cfg, run_dir, attempt)) == RESTART:
                 pass
     except RuntimeError as error:
         if (missing := undetermined(error)) is not None:
@@ -511,7 +511,7 @@ def compare_checkpoints(one: Path, other: Path) -> tuple[list[str], int]:
     The meter is let be: what is only logged is summed in another order by several processes.
     """
     for folder in (one, other):
-        reason = damage(folder)
+        reason = verify_checkpoint(folder)
         if reason is not None:
             return [f"{folder.name}: {reason}"], 0
     found, count = list[str](), 0

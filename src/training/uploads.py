@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..config import UserError, dump, quoted, read_json
-from ..runtime.checkpoint import MANIFEST, damage, newest, spared_steps, step_folder
+from ..runtime.checkpoint import MANIFEST, newest, spared_steps, step_folder, verify_checkpoint
 from ..storage.buckets import CACHES, Bucket, Empty, Remote, Unreached, alone, manifest, open_bucket, passing, pull, push
 from .kept import ways_on
 from .run import changes
@@ -86,7 +86,7 @@ def bring_back(url: str, run_dir: Path, settings: Any = None) -> str | None:
             if found is not None and found.name >= step:
                 break
             pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
-            reason = damage(checkpoints / step)
+            reason = verify_checkpoint(checkpoints / step)
             if reason is not None:
                 void.append(step)
                 told.append(f"passed over {step} of {bucket.url}/{place}: {reason}")
@@ -112,14 +112,14 @@ def bring_run(url: str, name: str) -> str | None:
     """The weights of the run, or of a folder in one, `runs/NAME...`, where they are in the bucket and not whole here: its final
     folder, else its newest checkpoint where there is none here. Gives a line about it, or None. Every process may call it."""
     run = Path(name)
-    if damage(run) is None or damage(run / "final") is None:
+    if verify_checkpoint(run) is None or verify_checkpoint(run / "final") is None:
         return None
     with open_bucket(url) as bucket:
         folder = weights_in(bucket, run.as_posix())
         if folder is None or (folder.parent.name == "checkpoints" and newest(folder.parent)[0] is not None):
             return None
         with alone(run):
-            if damage(folder) is None:  # another process was first
+            if verify_checkpoint(folder) is None:  # another process was first
                 return None
             pull(bucket, folder.as_posix(), folder)
         return f"brought {folder} from {bucket.url}"
@@ -241,12 +241,12 @@ class Uploads:
         if step is None:
             return
         here = self._run_dir / "checkpoints"
-        reason = damage(here / step)
+        reason = verify_checkpoint(here / step)
         if reason is not None:
             if not (here / step).exists():  # the run went back behind it meanwhile
                 return
             raise UserError(f"{step}: {reason}")
-        spared = sorted(name for name in _spared(here / step) if name != step and damage(here / name) is None)
+        spared = sorted(name for name in _spared(here / step) if name != step and verify_checkpoint(here / name) is None)
         for name in [*spared, step]:
             push(bucket, here / name, f"{self._place}/checkpoints/{name}", shown=False)
         self._tidy(bucket, step, back, {step, *spared, *(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))})

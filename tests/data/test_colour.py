@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from src.config import validate
-from src.data import PictureSet, check_images, colour, open_sources
+from src.data import ImageSet, check_images, colour, open_sources
 from src.data.sources import FolderSource
 from src.data.transforms import decode
 from tests.conftest import here
@@ -32,7 +32,7 @@ def pixel(path: Path, channels: int = 3) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (int(value or 0),)
 
 
-def opened(folder: Path) -> PictureSet:
+def opened(folder: Path) -> ImageSet:
     return open_sources(validate(FolderSource, {"source": "folder", "path": str(folder)}))
 
 

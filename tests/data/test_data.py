@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from src.config import UserError, validate
-from src.data import ImageConfig, PictureSet, open_data, open_sources
+from src.data import ImageConfig, ImageSet, open_data, open_sources
 from src.data import packing as packing_module
 from src.data.packing import pack
 from src.data.scan import ScanConfig, cache_folder, inspect
@@ -35,7 +35,7 @@ def picture(path: Path, size: tuple[int, int] = (40, 30), colour: str = "red", *
     return path
 
 
-def folder_set(path: Path, **options: object) -> PictureSet:
+def folder_set(path: Path, **options: object) -> ImageSet:
     return open_sources(validate(FolderSource, {"source": "folder", "path": str(path), **options}))
 
 
@@ -427,7 +427,7 @@ def test_a_batch_of_a_ready_set_is_the_same_as_one_by_one() -> None:
 # ---------------------------------------------------------------------------------------------- packing
 
 
-def packed_set(path: Path, split: str = "all") -> PictureSet:
+def packed_set(path: Path, split: str = "all") -> ImageSet:
     return open_sources(validate(PackedSource, {"source": "packed", "path": str(path), "split": split}))
 
 

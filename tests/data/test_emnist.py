@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from src.config import UserError, validate
-from src.data import ImageConfig, PictureSet, open_data, open_sources
+from src.data import ImageConfig, ImageSet, open_data, open_sources
 from src.data.sources import EMNIST_CLASSES, DatasetsSource, EmnistSource
 
 CLASSES = {"letters": 26, "digits": 10, "mnist": 10, "byclass": 62, "bymerge": 47, "balanced": 47}
@@ -43,11 +43,11 @@ def write(folder: Path, split: str, part: str, labels: list[int], *, zipped: boo
     return folder
 
 
-def emnist(path: Path, split: str = "letters", **options: Any) -> PictureSet:
+def emnist(path: Path, split: str = "letters", **options: Any) -> ImageSet:
     return open_sources(validate(EmnistSource, {"source": "emnist", "path": str(path), "split": split, **options}))
 
 
-def loaded(pictures: PictureSet, i: int) -> np.ndarray:
+def loaded(pictures: ImageSet, i: int) -> np.ndarray:
     return np.asarray(pictures.parts[0].load(i, channels=1))
 
 

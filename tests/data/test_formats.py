@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, UnidentifiedImageError, features
 
 from src.config import UserError, validate
-from src.data import ImageConfig, PictureSet, formats, open_sources
+from src.data import ImageConfig, ImageSet, formats, open_sources
 from src.data.scan import ScanConfig, inspect
 from src.data.sources import DatasetsSource, FolderSource
 from src.data.transforms import decode
@@ -25,7 +25,7 @@ from tests.conftest import here
 SIDE = (12, 8)
 
 
-def folder_set(path: Path, **options: object) -> PictureSet:
+def folder_set(path: Path, **options: object) -> ImageSet:
     return open_sources(validate(FolderSource, {"source": "folder", "path": str(path), **options}))
 
 

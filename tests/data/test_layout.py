@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from src.config import UserError, validate
-from src.data import PictureSet, open_data, open_sources
+from src.data import ImageSet, open_data, open_sources
 from src.data.names import class_remarks
 from src.data.sources import FolderSource
 from src.data.splits import split_of, splits_among
@@ -32,7 +32,7 @@ def tree(root: Path, *paths: str) -> Path:
     return root
 
 
-def opened(path: Path, **options: object) -> PictureSet:
+def opened(path: Path, **options: object) -> ImageSet:
     return open_sources(validate(FolderSource, {"source": "folder", "path": str(path), **options}))
 
 
@@ -43,7 +43,7 @@ def refusal(path: Path, **options: object) -> str:
     return str(raised.value)
 
 
-def remarks(found: PictureSet) -> str:
+def remarks(found: ImageSet) -> str:
     return "; ".join(remark for part in found.parts for remark in part.report.remarks)
 
 
@@ -268,7 +268,7 @@ ART500K = (
 )
 
 
-def labelled(path: Path, text: str | bytes, name: str = "labels.csv", **columns: object) -> PictureSet:
+def labelled(path: Path, text: str | bytes, name: str = "labels.csv", **columns: object) -> ImageSet:
     (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return opened(path, labels={"file": name, **columns})
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from src.config import UserError, validate
-from src.data import PictureSet, open_data, open_sources
+from src.data import ImageSet, open_data, open_sources
 from src.data.names import class_of, class_remarks, file_stems, natural, normal_form, ordered, parse_classes, shown
 from src.data.sources import FolderSource
 from tests.conftest import ROOT, here
@@ -66,7 +66,7 @@ def odd_folder(root: Path, names: list[str]) -> Path:
     return root
 
 
-def folder_set(path: Path) -> PictureSet:
+def folder_set(path: Path) -> ImageSet:
     return open_sources(validate(FolderSource, {"source": "folder", "path": str(path)}))
 
 

@@ -13,10 +13,10 @@ from src.data.points import (
     MixtureSource,
     MoonsSource,
     SpiralSource,
+    density_image,
     density_of,
     draw_points,
     open_points,
-    picture_of,
 )
 
 
@@ -77,7 +77,7 @@ def test_a_picture_is_dense_where_it_is_bright(tmp_path: Path) -> None:
     assert not ((inverted[:, 0] < -1.01) & (inverted[:, 1] > 0.51)).mean() > 0.02, "what was bright is nearly empty"
     spec = DensitySource(source="density", path=str(tmp_path / "density.png"))
     assert density_of(spec).sum() == pytest.approx(1)
-    kept = picture_of(spec.path)
+    kept = density_image(spec.path)
     (tmp_path / "density.png").unlink()
     assert np.array_equal(draw_points(spec, kept).points, points), "the picture travels with the weights"
 

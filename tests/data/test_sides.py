@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from src.config import UserError, load, validate
-from src.data import PictureSet, check_images, open_sources
+from src.data import ImageSet, check_images, open_sources
 from src.data.packing import pack
 from src.data.scan import cache_folder
 from src.data.sides import count_small, describe_small, refuse_small_packs
@@ -26,7 +26,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def folder(path: Path, **scan: Any) -> PictureSet:
+def folder(path: Path, **scan: Any) -> ImageSet:
     return open_sources(validate(FolderSource, {"source": "folder", "path": str(path), "scan": scan}))
 
 

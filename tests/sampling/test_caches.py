@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from src.config import UserError, validate
-from src.data import ImageConfig, PictureSet, open_sources
+from src.data import ImageConfig, ImageSet, open_sources
 from src.data.latents import same_latents
 from src.data.packing import pack
 from src.data.sources import FolderSource, PackedSource
@@ -42,7 +42,7 @@ def bitmaps(folder: Path, seed: int, count: int = 12, side: int = 16, **save: An
     return folder
 
 
-def opened(folder: Path) -> PictureSet:
+def opened(folder: Path) -> ImageSet:
     return open_sources(validate(FolderSource, {"source": "folder", "path": str(folder)}))
 
 
@@ -103,7 +103,7 @@ def test_times_alone_stop_nothing_and_are_looked_at_once(tmp_path: Path, monkeyp
     touch(folder)
     assert encoded(folder, cache).facts == facts
     if not old:
-        monkeypatch.setattr(PictureSet, "contents", lambda *_: pytest.fail("the contents were compared before"))
+        monkeypatch.setattr(ImageSet, "contents", lambda *_: pytest.fail("the contents were compared before"))
         assert encoded(folder, cache).facts == facts
 
 
@@ -177,7 +177,7 @@ def test_features_of_overwritten_files_are_made_again(tmp_path: Path) -> None:
 def test_a_packed_set_that_was_packed_again_is_another(tmp_path: Path) -> None:
     folder, out = bitmaps(tmp_path / "images", 0), tmp_path / "packed"
 
-    def packed() -> PictureSet:
+    def packed() -> ImageSet:
         return open_sources(PackedSource(source="packed", path=str(out)))
 
     pack(opened(folder), out, size=16, channels=3)

@@ -17,8 +17,8 @@ from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder, LatentCodec
 from src.runs.latents import latents_of
-from src.runtime.examples import pictures_of
-from src.runtime.stream import latent_stream, split_batch, to_network
+from src.runtime.examples import image_examples
+from src.runtime.stream import latent_stream, plan_batch, to_network
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_in_memory_and_from_the_file_are_the_same_and_batches_follow_positions(t
     found = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=8)
     mapped = cache.LatentSet(found.train.blocks, CPU)
     assert found.train.resident and not mapped.resident and len(mapped) == 40 and mapped.bytes == 40 * 2 * 2 * 4 * 64 * 4
-    split = split_batch(8, 4, rank=0, world=1)
+    split = plan_batch(8, 4, rank=0, world=1)
 
     def batches(latents: Any, start: int) -> Any:
         return latent_stream(latents, shapes.labels, split, seed=2, balanced=False, flip=True, start_step=start)
@@ -151,9 +151,14 @@ def test_reconstruction_is_measured_and_shown(tmp_path: Path, shapes: Any) -> No
 
     sheet = tmp_path / "sheet.png"
     values = reconstruct(
-        Same(), pictures_of(shapes, IMAGE), ReconstructConfig(num_samples=5), Accelerator(cpu=True), batch_size=16, sheet=sheet
+        Same(),
+        image_examples(shapes, IMAGE),
+        ReconstructConfig(num_samples=5),
+        Accelerator(cpu=True),
+        batch_size=16,
+        sheet=sheet,
     )
-    images = pictures_of(shapes, IMAGE).load(np.arange(40))
+    images = image_examples(shapes, IMAGE).load(np.arange(40))
     drawn = images * 0.5 + 2 / 127.5
     assert values["l1"] == pytest.approx(float((drawn - images).abs().mean()), rel=1e-5)
     mse = (drawn - images).square().flatten(1).mean(1)

@@ -15,10 +15,10 @@ from src.config import validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.diffusion import ProcessConfig, build_process
-from src.runtime.examples import pictures_of
-from src.runtime.stream import split_batch
+from src.runtime.examples import image_examples
+from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
-from src.training.preview import PreviewConfig, first_pictures, held_out_loss, preview
+from src.training.preview import PreviewConfig, held_out_loss, preview, save_first_images
 
 
 def process_of(kind: str, target: str):
@@ -42,7 +42,7 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
         held_out_loss(
             Zero(),
             process,
-            pictures_of(shapes, ImageConfig(size=8)),
+            image_examples(shapes, ImageConfig(size=8)),
             size,
             4,
             Accelerator(cpu=True),
@@ -62,7 +62,7 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
 
 def session_in(folder: Path, step: int) -> Any:
     """What a preview sees of a session."""
-    split = split_batch(4, None, rank=0, world=1)
+    split = plan_batch(4, None, rank=0, world=1)
     run = SimpleNamespace(samples=folder)
     return SimpleNamespace(run=run, step=step, accelerator=Accelerator(cpu=True), split=split)
 
@@ -85,7 +85,7 @@ def test_a_preview_is_a_sheet_for_each_class(tmp_path: Path) -> None:
     drawn = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=2, clip_x0=None)
     shapes = open_sources(ShapesSource(source="shapes", count=20, size=8))
     names = ("High Renaissance", "Cubism")
-    found = preview(drawn, spec, session_in(tmp_path, 7), names, pictures_of(shapes, ImageConfig(size=8)))
+    found = preview(drawn, spec, session_in(tmp_path, 7), names, image_examples(shapes, ImageConfig(size=8)))
     assert found["held_out_loss"] > 0
     sheets = {path.name for path in (tmp_path / "step_00000007").iterdir()}
     assert sheets == {"sample_High_Renaissance_4x4.png", "sample_Cubism_4x4.png"}
@@ -94,7 +94,7 @@ def test_a_preview_is_a_sheet_for_each_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "target"), [("cosine", "v"), ("blend", "blend")])
 def test_pictures_before_training(tmp_path: Path, kind: str, target: str) -> None:
     shapes = open_sources(ShapesSource(source="shapes", count=20, size=64))
-    first_pictures(tmp_path, shapes, ImageConfig(size=64), 0, process_of(kind, target))
+    save_first_images(tmp_path, shapes, ImageConfig(size=64), 0, process_of(kind, target))
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png"}
     with Image.open(tmp_path / "original.png") as original, Image.open(tmp_path / "noised.png") as noised:

@@ -21,10 +21,10 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from src.doctor import proof  # noqa: E402
-from src.training.state import Trained  # noqa: E402
+from src.training.state import TrainState  # noqa: E402
 
 RANK = int(os.environ["RANK"])
-network, take_step, load, all_reduce = proof.Bench.network, proof.take_step, Trained.load, dist.all_reduce
+network, take_step, load, all_reduce = proof.Bench.network, proof.take_step, TrainState.load, dist.all_reduce
 
 
 def other_gradients(bench: proof.Bench) -> torch.nn.Module:
@@ -44,7 +44,7 @@ def other_parameter(bench: proof.Bench, trainee: proof.Trainee, step: int) -> fl
     return loss
 
 
-def without_a_moment(trained: Trained, folder: Path) -> None:
+def without_a_moment(trained: TrainState, folder: Path) -> None:
     """On rank 1 one of the moments is lost."""
     load(trained, folder)
     if RANK == 1:
@@ -100,7 +100,7 @@ def main() -> None:
         found["not averaged"] = run(folder, "gradients, ten steps")
     with patch.object(proof, "take_step", other_parameter):
         found["parameter"] = run(folder, "ten steps")
-    with patch.object(Trained, "load", without_a_moment):
+    with patch.object(TrainState, "load", without_a_moment):
         found["moment"] = run(folder, steps)
     with patch.object(dist, "all_reduce", wrong_sum):
         found["sum"] = run(folder, "all-reduce")

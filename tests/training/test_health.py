@@ -24,8 +24,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import src.training.state
-from src import figures as pictures
-from src import losses
+from src import figures, losses
 from src.config import UserError, load
 from src.doctor import health, needs, proof
 from src.doctor.health import Row, Verdict, examine
@@ -158,7 +157,7 @@ def test_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))
         patch.setitem(sys.modules, "imageio_ffmpeg", None)
-        assert pictures.ffmpeg() is None
+        assert figures.ffmpeg() is None
         status(health.ffmpeg(), "warn", "pip install imageio-ffmpeg")
     (tmp_path / "ffmpeg").write_text("#!/bin/sh\necho \"Unknown encoder 'libx264'\" >&2\nexit 1\n")
     (tmp_path / "ffmpeg").chmod(0o755)

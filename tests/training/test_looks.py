@@ -16,10 +16,10 @@ import torch
 from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 
-from src import figures as pictures
+from src import figures
 from src.config import UserError
 from src.report import report
-from src.runtime.checkpoint import damage
+from src.runtime.checkpoint import verify_checkpoint
 from src.runtime.launch import OutOfMemory
 from src.runtime.looks import failed_on_any, finish_trackers, for_each_tracker, is_out_of_memory, only_looked_at, reason_of
 from src.sampling.sampler import Sampler
@@ -64,7 +64,7 @@ def run_short(name: str, run: Path, *more: str) -> str:
 def all_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Every drawing, the report, and the trackers on their way and at the end."""
     for name in ("save", "curves", "gif", "mp4", "trajectories", "velocity_fields", "scatter"):
-        monkeypatch.setattr(pictures, name, raising(error))
+        monkeypatch.setattr(figures, name, raising(error))
     monkeypatch.setattr(report, "make_report", raising(error))
     monkeypatch.setattr(TensorBoardTracker, "log", raising(error))
     monkeypatch.setattr(TensorBoardTracker, "finish", raising(error))
@@ -92,7 +92,7 @@ def test_a_run_whose_looks_all_fail_is_the_run(
         reason = "the disk is full: No space left on device" if error is FULL else "RuntimeError: no font"
         assert reason in lines[0]
     assert said.count("warning: report.html is not written") == 1
-    assert damage(tmp_path / "run" / "final") is None
+    assert verify_checkpoint(tmp_path / "run" / "final") is None
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert not list((tmp_path / "run").rglob("*.png")) and (tmp_path / "run" / "checkpoints" / "step_00000004").is_dir()
@@ -192,7 +192,7 @@ def test_a_tracker_that_does_not_open_is_done_without(tmp_path: Path, monkeypatc
     monkeypatch.setattr(TensorBoardTracker, "start", raising(OSError(errno.EACCES, "Permission denied")))
     said = run_short("ddpm", tmp_path / "run")
     assert said.count("warning: tensorboard failed ([Errno 13] Permission denied)") == 1
-    assert damage(tmp_path / "run" / "final") is None and (tmp_path / "run" / "loss.png").exists()
+    assert verify_checkpoint(tmp_path / "run" / "final") is None and (tmp_path / "run" / "loss.png").exists()
 
 
 def test_a_warning_on_a_full_disk_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,7 +260,7 @@ def test_a_preview_that_fails_on_one_of_two_ranks(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("warning: the preview failed (rank 1: ValueError: no samples)") == 1
-    assert damage(tmp_path / "run" / "final") is None and not list((tmp_path / "run" / "samples").glob("*.png"))
+    assert verify_checkpoint(tmp_path / "run" / "final") is None and not list((tmp_path / "run" / "samples").glob("*.png"))
 
 
 # ---------------------------------------------------------------------------------------------- names that mean something
@@ -294,7 +294,7 @@ def test_names_that_mean_something_to_a_program_in_between(tmp_path: Path, monke
 
 def test_a_sample_that_cannot_be_saved_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_short("ddpm", tmp_path / "run", "log.trackers=[]")
-    monkeypatch.setattr(pictures, "save", raising(ValueError("no encoder")))
+    monkeypatch.setattr(figures, "save", raising(ValueError("no encoder")))
     for script, more in (("sample", ["--num-samples", "2"]), ("interpolate", ["--frames", "3"])):
         said = refused(script, tmp_path / "run", "--steps", "2", "--out", tmp_path / "out" / script, *more)
         assert re.search(r"\.png was not made \(ValueError: no encoder\)", said), said

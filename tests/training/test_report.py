@@ -18,7 +18,7 @@ from PIL import Image
 from src.config import dump, load, read_json
 from src.report import report
 from src.report.charts import Line, chart, log_ticks, short, thinned, ticks
-from src.report.report import Pictures, Reporter, find_samples, make_report, read_lines, spread, write_report
+from src.report.report import Images, Reporter, find_samples, make_report, read_lines, spread, write_report
 from src.training.run import RunDirectory
 from tests.conftest import ROOT, environment, metrics, run_here
 
@@ -322,7 +322,7 @@ def test_large_pictures_are_made_smaller_and_encoded_once(run: Path, monkeypatch
     Image.fromarray(noise).save(run / "samples" / "step_00000010.png")
     few = Image.fromarray(noise[:, :, 0] // 64 * 64).convert("RGB")
     few.save(run / "contact_sheet.png", compress_level=0)
-    pictures = Pictures()
+    pictures = Images()
     first = make_report(run, pictures)
     assert len(first) < 700_000 and "1 pictures made smaller" in Page(first).text()
     by_name = {image["alt"]: str(image["src"]) for image in Page(first).all("img")}

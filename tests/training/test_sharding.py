@@ -17,7 +17,7 @@ from src.runtime.parts import full
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, adamw, build_optimizer, update
 from src.training.sharding import prepare
-from src.training.state import Trained
+from src.training.state import TrainState
 from tests.conftest import randomise
 from tests.training.test_training import Prepared
 
@@ -42,18 +42,18 @@ def shard(network: UNet, ema: EMA) -> None:
     ema.shard_as(network)
 
 
-def train(network: UNet, sharded: bool) -> tuple[Trained, Prepared]:
+def train(network: UNet, sharded: bool) -> tuple[TrainState, Prepared]:
     ema = EMA(network, EMAConfig(snapshot_every=1))
     if sharded:
         shard(network, ema)
     optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 1e-2}))
-    return Trained(network, optimizer, ema), Prepared(optimizer)
+    return TrainState(network, optimizer, ema), Prepared(optimizer)
 
 
 X, TIME, LABELS = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4.0).double(), torch.tensor([0, 1, 2, 3])
 
 
-def step(trained: Trained, prepared: Prepared, here: slice, ranks: int, *, finite: bool = True) -> torch.Tensor:
+def step(trained: TrainState, prepared: Prepared, here: slice, ranks: int, *, finite: bool = True) -> torch.Tensor:
     """Gives the norm of all gradients. `here` is the share of one of `ranks`."""
     (trained.network(X[here], TIME[here], LABELS[here]).square().sum() * ranks / 4).backward()
     norm = full(torch.nn.utils.clip_grad_norm_(trained.network.parameters(), 1.0))

@@ -14,10 +14,10 @@ from src.diffusion.training_times import UniformTimes
 from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.runtime.checkpoint import spared_steps
-from src.runtime.stream import MicroBatch, split_batch
+from src.runtime.stream import MicroBatch, plan_batch
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
 from src.training.codebook import CodebookStep
-from src.training.draws import Draws
+from src.training.draws import StepNoise
 from src.training.optimizer import OptimizerConfig
 from src.training.stages import StageConfig, plan_stages, warnings
 from src.training.time_sampler import TimeSampler
@@ -177,10 +177,10 @@ def test_a_codebooks_step_is_the_same_however_the_batch_is_split() -> None:
 
 def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
     process = build_process(validate(ProcessConfig, {"schedule": {"kind": "cosine", "steps": 50}, "target": "v"}))
-    split, times = split_batch(64, 16, rank=0, world=2), TimeSampler(UniformTimes(), process)
+    split, times = plan_batch(64, 16, rank=0, world=2), TimeSampler(UniformTimes(), process)
 
-    def draw(step: int, dropout: float = 0.25) -> Draws:
-        return Draws(
+    def draw(step: int, dropout: float = 0.25) -> StepNoise:
+        return StepNoise(
             times, split, (1, 2, 2), seed=3, step=step, label_dropout=dropout, device=torch.device("cpu"), dtype=torch.float32
         )
 

@@ -23,7 +23,7 @@ from src.data import ImageConfig, open_sources
 from src.data.facts import describe_data
 from src.data.sources import ShapesSource
 from src.runtime import checkpoint
-from src.runtime.checkpoint import CheckpointConfig, damage, load_weights, newest, retain, step_folder, write_folder
+from src.runtime.checkpoint import CheckpointConfig, load_weights, newest, retain, step_folder, verify_checkpoint, write_folder
 from src.runtime.launch import (
     Heartbeats,
     MachineConfig,
@@ -36,7 +36,7 @@ from src.runtime.launch import (
     start_sampling,
 )
 from src.runtime.seeds import generator, normal, torch_seed, uniforms
-from src.runtime.stream import Order, split_batch, stream, to_network
+from src.runtime.stream import Order, plan_batch, stream, to_network
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
 from src.training.optimizer import (
@@ -51,7 +51,7 @@ from src.training.optimizer import (
     update,
 )
 from src.training.run import RunDirectory
-from src.training.state import Meter, Trained
+from src.training.state import Meter, TrainState
 from tests.conftest import ROOT, SMOKE, environment, run_here
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def take_step(network: nn.Module, optimizer: torch.optim.Optimizer, spoil: float
 def test_a_step_that_is_not_finite_changes_nothing(spoil: float) -> None:
     network, optimizer = network_and_optimizer()
     take_step(network, optimizer)
-    trained = Trained(network, optimizer, EMA(network, EMAConfig()))
+    trained = TrainState(network, optimizer, EMA(network, EMAConfig()))
     before = {part: {k: v.clone() for k, v in state.items()} for part, state in trained.tensors().items()}
     norm = take_step(network, optimizer, spoil)
     assert not torch.isfinite(norm)
@@ -386,28 +386,28 @@ def test_seeds_are_functions_of_their_words() -> None:
 
 
 def test_batches_are_split_exactly() -> None:
-    whole = split_batch(16, 4, rank=0, world=1)
+    whole = plan_batch(16, 4, rank=0, world=1)
     assert whole.accumulation == 4
     covered = [p for part in range(4) for p in whole.positions(2, part)]
     assert covered == list(range(32, 48))
-    halves = [split_batch(16, 4, rank=rank, world=2) for rank in (0, 1)]
+    halves = [plan_batch(16, 4, rank=rank, world=2) for rank in (0, 1)]
     assert [p for half in halves for part in range(2) for p in half.positions(2, part)] == covered
     assert halves[1].of_step(1) == slice(12, 16)
-    assert split_batch(16, None, rank=0, world=2).micro == 8
+    assert plan_batch(16, None, rank=0, world=2).micro == 8
     with pytest.raises(UserError, match="1 process.* times micro_batch_size 3; set .* 12 or 15, or micro_batch_size 1 or 2$"):
-        split_batch(14, 3, rank=0, world=1)
+        plan_batch(14, 3, rank=0, world=1)
     with pytest.raises(UserError, match="batch_size 4 is not a multiple of 3 process.es.; set batch_size to 3 or 6$"):
-        split_batch(4, 4, rank=0, world=3)
+        plan_batch(4, 4, rank=0, world=3)
     with pytest.raises(UserError, match="set batch_size to 4$"):
-        split_batch(2, None, rank=0, world=4)
+        plan_batch(2, None, rank=0, world=4)
 
 
 def test_a_devices_share_smaller_than_the_micro_batch_is_taken_whole() -> None:
-    splits = [split_batch(128, 32, rank=0, world=world) for world in (1, 2, 4, 8)]
+    splits = [plan_batch(128, 32, rank=0, world=world) for world in (1, 2, 4, 8)]
     assert [(split.accumulation, split.micro) for split in splits] == [(4, 32), (2, 32), (1, 32), (1, 16)], "the README's table"
-    last = split_batch(128, 32, rank=7, world=8)
+    last = plan_batch(128, 32, rank=7, world=8)
     assert last.of_step(0) == slice(112, 128) and last.positions(1, 0) == range(240, 256)
-    assert split_batch(8, 64, rank=0, world=1).micro == 8
+    assert plan_batch(8, 64, rank=0, world=1).micro == 8
 
 
 def test_each_epoch_has_every_picture_once() -> None:
@@ -434,7 +434,7 @@ def test_the_stream_starts_anywhere(workers: int, tmp_path: Path) -> None:
 
         Image.fromarray(np.asarray(shapes.parts[0].load(i, channels=3))).save(tmp_path / f"{i}.png")
     pictures = open_sources(validate(FolderSource, {"source": "folder", "path": str(tmp_path)}))
-    spec, split = ImageConfig(size=12, crop="random", flip=True), split_batch(4, 2, rank=0, world=1)
+    spec, split = ImageConfig(size=12, crop="random", flip=True), plan_batch(4, 2, rank=0, world=1)
 
     def take(start_step: int, count: int) -> list:
         batches = stream(pictures, spec, split, seed=3, start_step=start_step, workers=workers, device=CPU)
@@ -466,10 +466,10 @@ def write(folder: Path, step: int) -> Path:
 
 def test_a_checkpoint_is_whole_and_knows_it(tmp_path: Path) -> None:
     folder = write(tmp_path, 5)
-    assert damage(folder) is None
+    assert verify_checkpoint(folder) is None
     assert checkpoint.read_tensors(folder, "model")["w"].tolist() == [5, 5, 5]
     assert {path.name for path in folder.iterdir()} == {"MANIFEST.json", "model.safetensors", "progress.json"}
-    assert write(tmp_path, 5) == folder and damage(folder) is None, "written again in place"
+    assert write(tmp_path, 5) == folder and verify_checkpoint(folder) is None, "written again in place"
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
 
 
@@ -499,7 +499,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    assert damage(folder) == "model.safetensors is damaged"
+    assert verify_checkpoint(folder) == "model.safetensors is damaged"
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -526,7 +526,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: the disk is full") and done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"] and damage(step_folder(tmp_path, 1)) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"] and verify_checkpoint(
+        step_folder(tmp_path, 1)
+    ) is None
 
 
 def test_weights_of_another_architecture() -> None:
@@ -837,7 +839,7 @@ def test_a_damaged_checkpoint_is_not_kept_instead_of_whole_ones(tmp_path: Path) 
         assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000006"]
         write(run.checkpoints, 8)
         run.save({}, {"progress": {"step": 7}}, CheckpointConfig(keep=1))
-        assert damage(step_folder(run.checkpoints, 7)) is None, "never the one that was just written"
+        assert verify_checkpoint(step_folder(run.checkpoints, 7)) is None, "never the one that was just written"
 
 
 def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import ddpm_accelerate
 import train_vae
 from src.config import UserError, load
 from src.runtime.checkpoint import write_folder
-from src.runtime.stream import split_batch
+from src.runtime.stream import plan_batch
 from src.training.clock import Cadence
 from src.training.stages import plan_stages
 from src.training.trials import (
@@ -30,7 +30,7 @@ from src.training.trials import (
 from tests.conftest import ROOT, here, launch
 
 WORDS = {"preview": 100, "save": 100, "export": 300, "quality": None, "snapshot": 500}
-SPLIT = split_batch(16, 8, rank=0, world=1)
+SPLIT = plan_batch(16, 8, rank=0, world=1)
 
 
 def config_of(**checkpoint: Any) -> Any:
@@ -99,7 +99,7 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
         assert not run_dir.exists() and attempt.kind == "fit" and cfg.bucket is None and cfg.log.trackers == ()
         run_dir.mkdir()
         cadences = {word: Cadence(word, None) for word in ("preview", "save", "export", "quality", "snapshot")}
-        attempt.enter("", split_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=1), 10, cadences, "micro_batch_size")
+        attempt.enter("", plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=1), 10, cadences, "micro_batch_size")
         seen.append(cfg.micro_batch_size)
         if cfg.micro_batch_size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")

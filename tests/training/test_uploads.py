@@ -16,7 +16,7 @@ import torch
 import ddpm_accelerate
 import train_iadb
 from src.config import UserError, dump, load
-from src.runtime.checkpoint import damage, newest, retain, roll_back, spared_steps, step_folder, write_folder
+from src.runtime.checkpoint import newest, retain, roll_back, spared_steps, step_folder, verify_checkpoint, write_folder
 from src.storage.buckets import open_bucket, push
 from src.training import session, uploads
 from src.training.run import RunDirectory
@@ -83,7 +83,10 @@ def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: Stor
     shutil.rmtree(run)
     line = bring_back("gs://bucket/mine", run, CONFIG)
     assert line == f"brought step_00000001 and step_00000004 of {run} from gs://bucket/mine", "the best, and the newest"
-    assert damage(step_folder(run / "checkpoints", 4)) is None and damage(step_folder(run / "checkpoints", 1)) is None
+    assert (
+        verify_checkpoint(step_folder(run / "checkpoints", 4)) is None
+        and verify_checkpoint(step_folder(run / "checkpoints", 1)) is None
+    )
     assert not step_folder(run / "checkpoints", 3).exists() and (run / "metrics.jsonl").read_text().count("\n") == 4
     assert bring_back("gs://bucket/mine", run, CONFIG) is None, "the second time, and every other process"
 
@@ -105,7 +108,7 @@ def test_what_is_newer_here_stays_and_what_is_damaged_here_is_brought(server: St
     shutil.rmtree(step_folder(run / "checkpoints", 6))
     (step_folder(run / "checkpoints", 5) / "ema.safetensors").write_bytes(b"cut")
     assert "brought step_00000005" in str(bring_back("gs://bucket", run, CONFIG))
-    assert damage(step_folder(run / "checkpoints", 5)) is None
+    assert verify_checkpoint(step_folder(run / "checkpoints", 5)) is None
 
 
 def spoil(server: StorageServer, step: int) -> None:
@@ -271,11 +274,14 @@ def test_the_weights_that_a_run_starts_from_are_brought(server: StorageServer, t
     server.put("runs/young/checkpoints/step_00000004/ema.safetensors", b"half")
     final = Path("runs/vae/final")
     assert bring_run("gs://bucket", "runs/vae") == "brought runs/vae/final from gs://bucket"
-    assert damage(final) is None and {path.name for path in Path("runs/vae").iterdir()} == {"final"}
+    assert verify_checkpoint(final) is None and {path.name for path in Path("runs/vae").iterdir()} == {"final"}
     server.forget()
     assert bring_run("gs://bucket", "runs/vae") is None is bring_run("gs://bucket", "runs/vae/final") and not server.requests
     (final / "ema.safetensors").write_bytes(b"cut")
-    assert bring_run("gs://bucket", "runs/vae/final") == "brought runs/vae/final from gs://bucket" and damage(final) is None
+    assert (
+        bring_run("gs://bucket", "runs/vae/final") == "brought runs/vae/final from gs://bucket"
+        and verify_checkpoint(final) is None
+    )
     assert bring_run("gs://bucket", "runs/young") == "brought runs/young/checkpoints/step_00000002 from gs://bucket"
     assert bring_run("gs://bucket", "runs/young") is None, "unfinished here, too"
     assert bring_run("gs://bucket", "runs/no") is None and not Path("runs/no").exists()
@@ -293,7 +299,7 @@ def test_every_launch_brings_what_it_starts_from(server: StorageServer, tmp_path
     seen = list[list[str]]()
 
     def train(*_: Any) -> int:
-        seen.append(sorted(path.parent.name for path in Path("runs").glob("*/final") if damage(path) is None))
+        seen.append(sorted(path.parent.name for path in Path("runs").glob("*/final") if verify_checkpoint(path) is None))
         return 1
 
     assert run_training(train, cfg, args) == 1 and seen == [["first", "old", "vae"]]
@@ -330,7 +336,7 @@ def test_four_processes_bring_an_autoencoder_at_once_and_a_kill_half_way_is_made
     with subprocess.Popen(words, cwd=tmp_path, env=extra) as first:
         wait_for(lambda: (tmp_path / "runs/vae/final/config.json").exists())
         first.kill()
-    assert "missing" in str(damage(tmp_path / "runs/vae/final")) or not (tmp_path / "runs/vae/final").exists()
+    assert "missing" in str(verify_checkpoint(tmp_path / "runs/vae/final")) or not (tmp_path / "runs/vae/final").exists()
     four = [
         subprocess.Popen(words, cwd=tmp_path, env=extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(4)
