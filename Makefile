@@ -11,16 +11,16 @@ export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 env: .venv/core
 dev: .venv/dev
 
-.venv/core: pyproject.toml
+# The newest torch, except on the CI machines: .ci/torch_cpu_build.py has the rule.
+.venv/core: pyproject.toml .ci/torch_cpu_build.py
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0 torchvision==0.28.0
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(RUN) -m ensurepip # uv makes environments without pip
+	$(RUN) .ci/torch_cpu_build.py
 	$(PIP) -e '.[eval]'
 	@touch $@
 
-# timm lies aside: where torchvision's build does not match torch's, `accelerate launch` would die of importing it.
 .venv/dev: .venv/core
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps --upgrade --target .venv/timm timm
 	@touch $@
 
 .venv/bench: .venv/core

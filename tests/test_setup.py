@@ -37,7 +37,8 @@ def checkout(folder: Path) -> Path:
     folder.mkdir()
     for path in (ROOT / "src", ROOT / "configs", *ROOT.glob("*.py")):
         (folder / path.name).symlink_to(path)
-    for name in ("setup.sh", "Makefile", "pyproject.toml", "environment.yaml"):
+    (folder / ".ci").mkdir()
+    for name in ("setup.sh", "Makefile", "pyproject.toml", "environment.yaml", ".ci/torch_cpu_build.py"):
         shutil.copy2(ROOT / name, folder / name)
         os.utime(folder / name, (0, 0))
     venv = folder / ".venv"

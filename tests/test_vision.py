@@ -28,11 +28,8 @@ from src.models.pretrained import import_torchvision
 from src.storage.downloads import fetch_weights, how_to_bring
 from tests.conftest import ROOT, launch
 
-FAKE = """
+NO_OPERATORS = """
 import torch
-
-TIMES = getattr(torch, "times_imported", 0) + 1
-torch.times_imported = TIMES
 
 @torch.library.register_fake("torchvision::nms")
 def nms(dets, scores, iou_threshold):
@@ -59,18 +56,17 @@ def test_after_it_torchvisions_networks_and_what_imports_torchvision_come_in() -
     assert out == "done\n"
 
 
-def test_a_torchvision_without_its_compiled_operators_is_imported_after_all(tmp_path: Path) -> None:
+def test_a_torchvision_that_was_compiled_for_another_torch_is_said_in_one_line_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("from . import part\n" + FAKE)
-    (tmp_path / "torchvision" / "part.py").write_text("import torch\nagain = getattr(torch, 'times_imported', 0) > 0\n")
-    out = python(
-        "from src.models.pretrained import import_torchvision\n"
-        "torchvision = import_torchvision()\n"
-        "assert import_torchvision() is torchvision\n"
-        "print(torchvision.TIMES, torchvision.part.again)",
-        PYTHONPATH=f"{tmp_path}:{ROOT}",
-    )
-    assert out == "2 True\n", "imported twice, and its parts anew as well"
+    (tmp_path / "torchvision" / "__init__.py").write_text(NO_OPERATORS)
+    path = f"{tmp_path}:{ROOT}"
+    for script, why in (("train_vae", "measuring reconstructions"), ("ddpm_accelerate", "preview.quality.features random")):
+        config = f"configs/smoke/{script.removeprefix('train_').removesuffix('_accelerate')}.json"
+        done = launch(f"{script}.py", "-cfg", config, "--run-dir", tmp_path / "run", PYTHONPATH=path)
+        told = f"{why} needs the package torchvision, and the installed one was compiled for another torch than "
+        assert done.status == 2 and done.all.count("error: ") == 1, done.all
+        assert f"error: {told}{torch.__version__}: pip install --upgrade torch torchvision\n" in done.all, done.all
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 from . import UserError
 
@@ -40,10 +41,23 @@ def is_installed(module: str) -> bool:
 
 
 def ask_for(why: str, *modules: str) -> None:
-    """A UserError where one of the modules, which `why` needs later, is not there: said before hours of work, not after."""
+    """A UserError where one of the modules, which `why` needs later, is not there: said before hours of work, not after.
+
+    torchvision is imported, because only that shows whether its compiled operators load beside the installed torch.
+    """
     missing = [installed_as(module) for module in modules if not is_installed(module)]
     if missing:
         raise MissingPackage(_lacks(why, *missing))
+    if "torchvision" in modules:
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:
+            if "torchvision::nms" not in str(error):  # the first operator that it looks for
+                raise
+            raise MissingPackage(
+                f"{why} needs the package torchvision, and the installed one was compiled for another torch than "
+                f"{version('torch')}: pip install --upgrade torch torchvision"
+            ) from None
 
 
 @contextmanager

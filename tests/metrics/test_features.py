@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from src.config import UserError
 from src.metrics.features import Features, _resized, inception_file, open_features
 from src.models.pretrained import efficientnet_lite0, import_torchvision
-from tests.conftest import ROOT, randomise
+from tests.conftest import randomise
 
 
 def some(count: int = 3, channels: int = 3, size: int = 40) -> torch.Tensor:
@@ -97,8 +97,6 @@ def test_missing_damaged_and_foreign_inception_weights_are_said(
 
 
 def test_any_network_of_timm_from_a_safetensors_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / ".venv" / "timm")  # where the Makefile lays it
-    import_torchvision()
     import timm
 
     theirs = randomise(timm.create_model("test_resnet", num_classes=0)).eval()
