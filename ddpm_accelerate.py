@@ -9,28 +9,25 @@ import src.threads  # noqa: F401 (before torch, which reads it at its start)
 from functools import partial
 from pathlib import Path
 
-import pydantic
 import torch
 
 from src.config import Length, config, load, resumable_field, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data
-from src.diffusion import ProcessConfig, build_process
-from src.diffusion.training_times import TimesConfig, UniformTimes
+from src.data import ImageConfig, Sources, check_images, describe_data
+from src.diffusion import build_process
 from src.evaluation.quality import open_quality
 from src.models import UNetConfig
 from src.runs.opened import count_classes, start_from
-from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.examples import image_examples
-from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
+from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch, stream, to_network
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
+from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.draws import StepNoise
-from src.training.ema import EMA, EMAConfig
+from src.training.ema import EMA
 from src.training.from_python import Given, from_python
-from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import PreviewConfig, preview, preview_sampler, save_first_images
-from src.training.run import LogConfig
+from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
+from src.training.preview import preview, preview_sampler, save_first_images
 from src.training.session import Session
 from src.training.sharding import prepare
 from src.training.state import TrainState
@@ -39,35 +36,17 @@ from src.training.trials import Attempt, run_training
 
 
 @config
-class Config(MachineConfig):
-    """All there is to set. `batch_size` counts the images of an optimiser step, on all devices together. Without
-    `class_conditional` the data decides, and previews are guided where it has classes. `init_from` is a run, or what convert.py
-    made, whose weights are the start; its classes may be others. `compile` is torch's: minutes at the start, faster steps."""
+class Config(DiffusionConfig):
+    """All that can be set, with the keys of DiffusionConfig. `init_from` may also be what convert.py made; its classes may be
+    others. `export_every` writes the EMA weights as one .pt file into `export_dir`."""
 
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = pydantic.Field(0, ge=0, lt=2**32)
     data: Sources
-    held_out: HeldOut = 0.0
     image: ImageConfig
-    class_conditional: bool | None = None
-    label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
-    balance_classes: bool = False
-    process: ProcessConfig
-    times: TimesConfig = UniformTimes()
     model: UNetConfig
-    optimizer: OptimizerConfig
     steps: Length
-    batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = resumable_field(None, gt=0)
-    compile: bool = resumable_field(False)
-    init_from: str | None = None
-    ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
     export_every: Length | None = resumable_field(None)
     export_dir: str = resumable_field("models")
-    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
 
 def main() -> int:
@@ -105,7 +84,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     trained = TrainState(network, bare_optimizer, ema, times=times)
-    sampler = preview_sampler(cfg, ema.network, process, shape, num_classes)
+    sampler = preview_sampler(cfg, cfg.preview, ema.network, process, shape, num_classes)
     quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
 
     # Go on where the run was.

@@ -9,13 +9,11 @@ import src.threads  # noqa: F401 (before torch, which reads it at its start)
 from functools import partial
 from pathlib import Path
 
-import pydantic
 import torch
 import torch.nn.functional as F
 
-from src.config import Length, UserError, config, load, quoted, resumable_field, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
-from src.diffusion.training_times import TimesConfig, UniformTimes
+from src.config import Length, UserError, config, load, quoted, run_script, to_steps, training_arguments
+from src.data import ImageConfig, Sources, check_images, describe_data, open_data
 from src.models import ClassifierConfig
 from src.runs.classifier import (
     MeasureConfig,
@@ -26,16 +24,15 @@ from src.runs.classifier import (
     noise_process,
     start_classifier_from,
 )
-from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.examples import image_examples
-from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
+from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch, stream, to_network
+from src.training.config import StepsConfig
 from src.training.draws import StepNoise
-from src.training.ema import EMA, EMAConfig
-from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
+from src.training.ema import EMA
+from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import save_first_images
-from src.training.run import LogConfig
 from src.training.session import Session
 from src.training.state import TrainState
 from src.training.time_sampler import TimeSampler
@@ -43,31 +40,16 @@ from src.training.trials import Attempt, run_training
 
 
 @config
-class Config(MachineConfig):
-    """All there is to set. `noise` is that of the diffusion which it will guide. `batch_size` counts the images of an optimiser
-    step, on all devices together. `compile` is torch's: minutes at the start, for faster steps.
-    `init_from` is a classifier whose weights are the start; of other classes its last layer is new."""
+class Config(StepsConfig):
+    """All that can be set, with the keys of StepsConfig. `noise` is that of the diffusion which the classifier will guide.
+    `init_from` is a classifier whose weights are the start; where its classes are others, the last layer is new."""
 
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = pydantic.Field(0, ge=0, lt=2**32)
     data: Sources
-    held_out: HeldOut = 0.0
     image: ImageConfig
-    balance_classes: bool = False
     noise: NoiseConfig
-    times: TimesConfig = UniformTimes()
     classifier: ClassifierConfig
-    optimizer: OptimizerConfig
     steps: Length
-    batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = resumable_field(None, gt=0)
-    compile: bool = resumable_field(False)
-    init_from: str | None = None
-    ema: EMAConfig = EMAConfig()
     preview: MeasureConfig = MeasureConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
 
 def main() -> int:

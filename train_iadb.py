@@ -14,31 +14,30 @@ import pydantic
 import torch
 from pydantic import Discriminator, Tag
 
-from src.config import ENDLESS, Length, config, config_error, load, resumable_field, run_script, to_steps, training_arguments
-from src.data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd, check_images
+from src.config import ENDLESS, config, config_error, load, resumable_field, run_script, to_steps, training_arguments
+from src.data import GaussianSource, ImageConfig, SourceEnd, check_images
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
-from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.evaluation.quality import open_quality
 from src.models import MLPConfig, UNetConfig
 from src.runs.autoencoder import autoencoder_for
 from src.runs.ends import open_coupling
 from src.runs.opened import count_classes, start_from
-from src.runtime.checkpoint import CheckpointConfig
-from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
+from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.build import sampler_of
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
+from src.training.config import DiffusionConfig, PathPreviewConfig
 from src.training.draws import StepNoise
-from src.training.ema import EMA, EMAConfig
+from src.training.ema import EMA
 from src.training.from_python import Given, from_python
-from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
+from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.pairs import PairEnds, Pairs
-from src.training.paths import PathPreviewConfig, first_ends, preview_paths
-from src.training.run import LogConfig, check_ranks
+from src.training.paths import first_ends, preview_paths
+from src.training.run import check_ranks
 from src.training.session import Session
 from src.training.state import TrainState
 from src.training.time_sampler import TimeSampler
@@ -54,44 +53,26 @@ IADB = ProcessConfig(schedule=BlendScheduleConfig(kind="blend"), target="blend",
 
 
 @config
-class Config(MachineConfig):
-    """All there is to set. `source` is what one starts from (the paper's x_0, alpha 0), `data` what is wanted (its x_1,
-    alpha 1): both pictures of `image`, or both 2-D points, which have no `image`. With `autoencoder` (a finished run of
-    train_vae.py or a diffusers AutoencoderKL) pictures are blended as latents, kept in the folder `latents`.
+class Config(DiffusionConfig):
+    """All that can be set, with the keys of DiffusionConfig. `source` is what one starts from (the paper's x_0, alpha 0),
+    `data` what is wanted (its x_1, alpha 1): both images of `image`, or both 2-D points, which have no `image`. With
+    `autoencoder` (a finished run of train_vae.py or a diffusers AutoencoderKL) images are blended as latents, which are kept
+    in the folder `latents`.
 
-    `pairs` names an earlier run whose pairs (source, its sample) are trained on instead: reflow. `loss_reduction` sum is
-    the paper's, over a step's batch; mean is logged. Without `steps` a run has no end. `batch_size` counts the images of a
-    step on all devices together. `init_from` is a run whose weights are the start.
+    `pairs` names an earlier run, and the run trains on pairs (source, sample) of it: reflow. `loss_reduction` sum is the
+    paper's, over a step's batch; the mean is logged. Without `steps` a run has no end.
     """
 
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = pydantic.Field(0, ge=0, lt=2**32)
     source: SourceEnd = GaussianSource(source="gaussian")
-    data: DataEnd
-    held_out: HeldOut = 0.0
     image: ImageConfig | None = None
     autoencoder: str | None = resumable_field(None)
     latents: str | None = resumable_field(None)
     encode_batch_size: int = pydantic.Field(16, gt=0)
     pairs: Pairs = None
-    class_conditional: bool | None = None
-    label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
-    balance_classes: bool = False
     process: ProcessConfig = IADB
-    times: TimesConfig = UniformTimes()
     loss_reduction: Literal["mean", "sum"] = "mean"
     model: Model
-    optimizer: OptimizerConfig
-    steps: Length | None
-    batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = resumable_field(None, gt=0)
-    compile: bool = resumable_field(False)
-    init_from: str | None = None
-    ema: EMAConfig = EMAConfig()
     preview: PathPreviewConfig = PathPreviewConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "Config":

@@ -13,25 +13,24 @@ import pydantic
 import torch
 
 from src.config import Length, config, load, quoted, resumable_field, run_script, to_steps, training_arguments
-from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
-from src.diffusion import ProcessConfig, build_process
-from src.diffusion.training_times import TimesConfig, UniformTimes
+from src.data import ImageConfig, Sources, check_images, describe_data, open_data
+from src.diffusion import build_process
 from src.evaluation.quality import open_quality
 from src.models import UNetConfig
 from src.runs.autoencoder import autoencoder_for
 from src.runs.latents import cache_folder, latents_of
 from src.runs.opened import build_unet, count_classes, start_from
 from src.runs.starts import latent_bounds
-from src.runtime.checkpoint import CheckpointConfig
-from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
+from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.sharding import home
 from src.runtime.stream import latent_stream, plan_batch
+from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.draws import StepNoise
-from src.training.ema import EMA, EMAConfig
-from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import PreviewConfig, preview, preview_sampler, save_first_images
-from src.training.run import LogConfig, check_ranks
+from src.training.ema import EMA
+from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
+from src.training.preview import preview, preview_sampler, save_first_images
+from src.training.run import check_ranks
 from src.training.session import Session
 from src.training.sharding import prepare
 from src.training.state import TrainState
@@ -40,40 +39,19 @@ from src.training.trials import Attempt, run_training
 
 
 @config
-class Config(MachineConfig):
-    """All there is to set. `autoencoder` is a finished run of train_vae.py, or a diffusers AutoencoderKL (folder or hub name).
+class Config(DiffusionConfig):
+    """All that can be set, with the keys of DiffusionConfig. `autoencoder` is a finished run of train_vae.py, or a diffusers
+    AutoencoderKL (folder or hub name). `latents` is the folder of the latent cache, which is made if it is missing (without
+    it: in the autoencoder's run). The classes of `init_from`, a latent run, may be others."""
 
-    `latents` is the folder of the latent cache, which is made if it is missing (without it: in the autoencoder's run).
-    `batch_size` counts the images of an optimiser step, on all devices together. Without `class_conditional` the data
-    decides. `init_from` is a latent run whose weights are the start; its classes may be others. `compile` is torch's: minutes
-    at the start, for faster steps.
-    """
-
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = pydantic.Field(0, ge=0, lt=2**32)
     autoencoder: str = resumable_field()
     latents: str | None = resumable_field(None)
     encode_batch_size: int = pydantic.Field(16, gt=0)
     data: Sources
-    held_out: HeldOut = 0.0
     image: ImageConfig
-    class_conditional: bool | None = None
-    label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
-    balance_classes: bool = False
-    process: ProcessConfig
-    times: TimesConfig = UniformTimes()
     model: UNetConfig
-    optimizer: OptimizerConfig
     steps: Length
-    batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = resumable_field(None, gt=0)
-    compile: bool = resumable_field(False)
-    init_from: str | None = None
-    ema: EMAConfig = EMAConfig()
     preview: PreviewConfig = PreviewConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
 
 def main() -> int:
@@ -114,7 +92,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     ema = EMA(network, cfg.ema)
     trained = TrainState(network, bare_optimizer, ema, times=times)
     bounds = latent_bounds(latents.facts, device)
-    sampler = preview_sampler(cfg, ema.network, process, shape, num_classes, codec=latents.codec, bounds=bounds)
+    sampler = preview_sampler(cfg, cfg.preview, ema.network, process, shape, num_classes, codec=latents.codec, bounds=bounds)
     quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
 
     # Go on where the run was.

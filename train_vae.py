@@ -14,16 +14,15 @@ import pydantic
 import torch
 
 from src import losses
-from src.config import config, config_error, load, quoted, resumable_field, run_script, training_arguments
+from src.config import config, config_error, load, quoted, run_script, training_arguments
 from src.config.packages import ask_for
-from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data, open_data
+from src.data import Sources, check_images, describe_data, open_data
 from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_channels
-from src.models import VAE, Discriminator, DiscriminatorConfig, VAEConfig
+from src.models import VAE, Discriminator
 from src.models.layers import channels_last
 from src.runs.autoencoder import start_from
-from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.examples import image_examples
-from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
+from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
@@ -31,41 +30,22 @@ from src.training.codebook import CodebookStep
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
 from src.training.preview import save_first_images
-from src.training.run import LogConfig
 from src.training.session import Session
-from src.training.stages import StageConfig, plan_stages, warnings
+from src.training.stages import StagedConfig, plan_stages, warnings
 from src.training.state import TrainState
 from src.training.trials import Attempt, run_training
 
 
 @config
-class Config(MachineConfig):
-    """All there is to set. `stages` follow each other; `image`, `batch_size` and `optimizer` hold where a stage says nothing.
+class Config(StagedConfig):
+    """All that can be set, with the keys of StagedConfig. `init_from` is a run of this script whose weights are the start."""
 
-    `batch_size` counts the images of an optimiser step, on all devices together. `init_from` is a run of this script whose
-    weights are the start.
-    """
-
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = pydantic.Field(0, ge=0, lt=2**32)
     data: Sources
-    held_out: HeldOut = 0.0
-    image: ImageConfig
-    model: VAEConfig
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     perceptual: losses.PerceptualConfig = losses.PerceptualConfig()
-    optimizer: OptimizerConfig
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, betas=(0.5, 0.9))
-    stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
-    batch_size: int = pydantic.Field(gt=0)
-    micro_batch_size: int | None = resumable_field(None, gt=0)
-    init_from: str | None = None
     ema: EMAConfig = EMAConfig(half_life_images=10_000)
     guard: GuardConfig = GuardConfig()
     preview: ReconstructConfig = ReconstructConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    max_nonfinite_steps: int = resumable_field(10, ge=1)
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "Config":

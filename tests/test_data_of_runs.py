@@ -19,7 +19,7 @@ from src.data.sources import FolderSource
 from src.runs import opened
 from src.runs.opened import Run, build_unet, open_trained
 from src.training import run as run_module
-from src.training.run import RunDirectory, check_ranks, classes_differ, uses_classes
+from src.training.run import RunDirectory, check_ranks, classes_differ
 from tests.conftest import ROOT, SMOKE, Finished, here, launch, one_line, randomise
 
 SHORT = ("steps=1", "preview.every=1", "preview.num_samples=1", "preview.quality=null", "preview.sampler.steps=1", "held_out=0")
@@ -123,11 +123,11 @@ def test_classes_are_compared_on_resume(tmp_path: Path) -> None:
 
 def test_who_learns_classes() -> None:
     smoke = load(ROOT / SMOKE, ddpm_accelerate.Config)
-    assert uses_classes(smoke)
-    assert not uses_classes(load(ROOT / SMOKE, ddpm_accelerate.Config, ["class_conditional=false"]))
-    assert uses_classes(load(ROOT / SMOKE, ddpm_accelerate.Config, ["class_conditional=false", "balance_classes=true"]))
-    assert not uses_classes(load(ROOT / "configs/smoke/vae.json", train_vae.Config))
-    assert uses_classes(load(ROOT / "configs/smoke/classifier.json", train_classifier.Config))
+    assert smoke.uses_classes
+    assert not load(ROOT / SMOKE, ddpm_accelerate.Config, ["class_conditional=false"]).uses_classes
+    assert load(ROOT / SMOKE, ddpm_accelerate.Config, ["class_conditional=false", "balance_classes=true"]).uses_classes
+    assert not load(ROOT / "configs/smoke/vae.json", train_vae.Config).uses_classes
+    assert load(ROOT / "configs/smoke/classifier.json", train_classifier.Config).uses_classes
 
 
 # ---------------------------------------------------------------------------------------------- classes of two runs

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from ..runtime.launch import broadcast, ranks_here
 from ..sampling.sampler import Sampler
 from ..storage.blocks import Ranks, in_blocks
 from ..storage.finite import is_finite
-from ..training.trials import Attempt
+
+if TYPE_CHECKING:
+    from ..training.trials import Attempt
 
 FEWEST = 10  # pictures of each side, under which no number says anything
 BLOCK = 512  # pictures in a file, and what a kill costs at most
@@ -201,7 +203,7 @@ class Quality:
         image: ImageConfig | None,
         num_classes: int | None,
         accelerator: Accelerator,
-        attempt: Attempt,
+        attempt: "Attempt",
     ) -> None:
         if not isinstance(train_set, ImageSet) or image is None:
             raise UserError("preview.quality measures pictures, and this run has 2-D points; leave it out")
@@ -258,7 +260,7 @@ def open_quality(
     image: ImageConfig | None,
     num_classes: int | None,
     accelerator: Accelerator,
-    attempt: Attempt,
+    attempt: "Attempt",
 ) -> Quality | None:
     """What a config asks for, or None."""
     return Quality(spec, train_set, image, num_classes, accelerator, attempt) if spec is not None else None

@@ -3,42 +3,21 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from .. import figures
-from ..config import Length, config, resumable_field
 from ..diffusion import Prediction
-from ..evaluation.quality import QualityConfig
 from ..runs.ends import Coupling
 from ..runtime.examples import Examples
 from ..runtime.seeds import generator
 from ..sampling.sampler import Sampler, SamplerConfig
+from .config import PathPreviewConfig
 from .preview import held_out_loss, looked_at, preview_failed, warn_not_finite
 from .session import Session
-
-
-@config
-class PathPreviewConfig:
-    """`num_samples` sources from the EMA weights every `every` steps and at the end, always the same ones, after so many
-    network `calls`, side by side; `batch_size` at a time. `quality` measures more, of pictures, after the most calls."""
-
-    every: Length | None = resumable_field(None)
-    num_samples: int = resumable_field(8, ge=1)
-    batch_size: int = resumable_field(16, ge=1)
-    calls: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 16, 64), min_length=1, json_schema_extra={"free": True})
-    guidance: float = resumable_field(1.0)
-    quality: QualityConfig | None = Field(None, json_schema_extra={"free": True})
-
-    @property
-    def most_calls(self) -> SamplerConfig:
-        """The last of its columns."""
-        return SamplerConfig(solver="euler", steps=max(self.calls), guidance=self.guidance)
 
 
 class PathLength:

@@ -4,21 +4,18 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pydantic
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .. import figures
-from ..config import Length, config, resumable_field
 from ..data import ImageConfig, ImageSet
 from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
-from ..evaluation.quality import QualityConfig
 from ..runs.autoencoder import LatentCodec
 from ..runs.starts import Bound, Start
 from ..runtime.examples import Examples
@@ -26,25 +23,10 @@ from ..runtime.looks import Look, failed_on_any, only_looked_at
 from ..runtime.seeds import generator, noise_of, normal
 from ..runtime.stream import to_network
 from ..sampling.build import sampler_of
-from ..sampling.sampler import Codec, Sampler, SamplerConfig
+from ..sampling.sampler import Codec, Sampler
 from ..storage.finite import is_finite
+from .config import DiffusionConfig, PreviewConfig
 from .session import Session
-
-
-@config
-class PreviewConfig:
-    """Pictures from the EMA weights every `every` steps and at the end, always from the same noise.
-
-    `sheets` one is a sheet of `num_samples` pictures; class is one of so many for each class. `quality` measures more of them.
-    """
-
-    every: Length | None = resumable_field(None)
-    num_samples: int = resumable_field(16, ge=1)
-    batch_size: int = resumable_field(16, ge=1)
-    sheets: Literal["one", "class"] = resumable_field("one")
-    quality: QualityConfig | None = pydantic.Field(None, json_schema_extra={"free": True})
-    sampler: SamplerConfig = pydantic.Field(default=SamplerConfig(), json_schema_extra={"free": True})
-
 
 LEVELS = 10  # of noise, for which the held-out loss is told
 
@@ -216,7 +198,8 @@ def save_first_images(
 
 
 def preview_sampler(
-    cfg: Any,
+    cfg: DiffusionConfig,
+    preview: PreviewConfig,
     network: nn.Module,
     process: Process,
     shape: Sequence[int],
@@ -226,6 +209,6 @@ def preview_sampler(
     bounds: tuple[Bound, Bound] = (-1.0, 1.0),
 ) -> Sampler:
     """The sampler of a training config's previews, guided where there are classes."""
-    spec, clipped = cfg.preview.sampler.without_guidance(num_classes is None), cfg.process.clip
+    spec, clipped = preview.sampler.without_guidance(num_classes is None), cfg.process.clip
     more = {"clip": clipped, "label_dropout": cfg.label_dropout, "codec": codec, "bounds": bounds}
     return sampler_of(spec, network, process, shape, num_classes, **more)

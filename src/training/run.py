@@ -11,11 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import pydantic
 from accelerate.utils import gather_object
 
 from .. import figures
-from ..config import ENDLESS, Length, UserError, config, differences, dump, progress, read_json, resumable_field, validate
+from ..config import ENDLESS, UserError, differences, dump, progress, read_json, validate
 from ..data import ImageSet, PointSet
 from ..data.facts import skipped_files
 from ..data.formats import READ_BEFORE
@@ -26,24 +25,8 @@ from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_
 from ..runtime.looks import only_looked_at
 from ..storage.locks import take_lock
 from .clock import Clock
+from .config import TrainConfig
 from .kept import ways_on
-
-
-@config
-class LogConfig:
-    """A line in metrics.jsonl, and in the trackers (tensorboard, wandb) of `project`, every `every` steps."""
-
-    every: Length = resumable_field(50)
-    trackers: tuple[str, ...] = resumable_field(("tensorboard",))
-    project: str = resumable_field("atelier")
-
-    @pydantic.field_validator("trackers")
-    @classmethod
-    def _known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
-        for tracker in trackers:
-            if tracker not in ("tensorboard", "wandb"):
-                raise ValueError(f"{tracker!r} is not known; allowed: tensorboard, wandb")
-        return trackers
 
 
 def check_ranks(facts: dict[str, Any]) -> None:
@@ -98,7 +81,7 @@ def _line(step: int, values: dict[str, float]) -> str:
     return json.dumps({"step": step, **finite}) + "\n"
 
 
-def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]]:
+def changes(settings: TrainConfig, before: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The keys that are not as in the config `before`, with which a run was started: harmless ones, and those with which it
     cannot go on. `before` may be of an older version: its old names are translated, and keys that it lacks have their defaults.
 
@@ -117,14 +100,6 @@ def changes(settings: Any, before: dict[str, Any]) -> tuple[list[str], list[str]
         lengths = ["stages"]  # more of them, after those that there were
     harmless += [key for key in other if key in lengths]
     return harmless, [key for key in other if key not in lengths]
-
-
-def uses_classes(settings: Any) -> bool:
-    """Whether what a run learns depends on the classes of its data: of an autoencoder, and where `class_conditional` is false,
-    it does not."""
-    if hasattr(settings, "stages"):
-        return False
-    return getattr(settings, "class_conditional", True) is not False or settings.balance_classes
 
 
 class RunDirectory:
@@ -253,7 +228,7 @@ class RunDirectory:
             raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 
-    def hold_config(self, settings: Any, resumed: Path) -> None:
+    def hold_config(self, settings: TrainConfig, resumed: Path) -> None:
         """Compare the config of a run that goes on with the one that it was started with.
 
         Harmless changes are said; any other is a UserError that names the keys.
@@ -282,7 +257,7 @@ class RunDirectory:
     def begin(
         self,
         step: int,
-        settings: Any,
+        settings: TrainConfig,
         facts: dict[str, Any],
         train_set: ImageSet | PointSet,
         held_out: ImageSet | PointSet | None,

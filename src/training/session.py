@@ -18,8 +18,9 @@ from ..runtime.launch import Heartbeats, StepGate, StopRequest, broadcast, has_b
 from ..runtime.looks import Look, finish_trackers, for_each_tracker, only_looked_at
 from ..runtime.stream import BatchPlan
 from .clock import Cadence, Clock
+from .config import TrainConfig
 from .continuing import MARK, describe
-from .run import RunDirectory, check_ranks, uses_classes
+from .run import RunDirectory, check_ranks
 from .state import Meter, TrainState
 from .trials import LOOKS, RESTART, Attempt
 from .uploads import Uploads
@@ -40,7 +41,7 @@ class Session:
 
     def __init__(
         self,
-        cfg: Any,
+        cfg: TrainConfig,
         accelerator: Accelerator,
         run_dir: Path,
         trained: TrainState,
@@ -70,7 +71,7 @@ class Session:
                     f"{resumed} is on the first machine and not on this one: put the run on a file system that all see{more}"
                 )
             self.run.hold_config(self.cfg, resumed)  # first: it names the key, where weights that do not fit name tensors
-            self.progress = self.run.adopt_progress(resumed, self.facts, classes=uses_classes(self.cfg))
+            self.progress = self.run.adopt_progress(resumed, self.facts, classes=self.cfg.uses_classes)
             self.step = self.progress["step"]
             self.trained.load(resumed)
         self._origins: list[dict[str, Any]] = self.progress.get("continued", [])
@@ -176,7 +177,7 @@ class Session:
         """What a person has to know of the data before it is trained on."""
         source = self.facts.get("source") or {}
         remarks = [*self.facts.get("remarks", ()), *(f"source: {remark}" for remark in source.get("remarks", ()))]
-        if uses_classes(self.cfg):
+        if self.cfg.uses_classes:
             remarks += class_remarks(self.facts["class_names"], self.facts["images"])
         return remarks
 
@@ -195,8 +196,7 @@ class Session:
         self._first = max(split.first_step, self.step)
         lengths = {"log": cfg.log.every, "preview": cfg.preview.every, "save": cfg.checkpoint.every}
         lengths["export"] = getattr(cfg, "export_every", None)
-        quality = getattr(cfg.preview, "quality", None)
-        lengths["quality"] = quality.every if quality is not None else None
+        lengths["quality"] = cfg.quality.every if cfg.quality is not None else None
         lengths["snapshot"] = cfg.ema.snapshot_every
         self._cadences = {
             word: Cadence(
@@ -284,7 +284,7 @@ class Session:
     def best_of(self, values: dict[str, float]) -> bool:
         """Whether the checkpoint of now is the best so far and to be kept: by the distance of samples where that is measured,
         else by the loss on held-out pictures."""
-        quality = self.cfg.preview.quality
+        quality = self.cfg.quality
         name, measured = "held_out_loss", ""
         if quality is not None:
             name, measured = "frechet_distance", f"{quality.num_samples} samples in {quality.features}"

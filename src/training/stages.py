@@ -3,14 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 
 from ..config import Length, Span, UserError, config, resumable_field, to_steps
 from ..data import ImageConfig
-from ..models import VAEConfig
+from ..models import DiscriminatorConfig, VAEConfig
 from ..runtime.stream import BatchPlan, plan_batch
+from .config import TrainConfig
 from .optimizer import OptimizerConfig, Schedule, learning_rate
 
 
@@ -48,6 +49,21 @@ class StageConfig:
     tanh: bool = False
     lr: float | None = pydantic.Field(None, gt=0)
     schedule: Schedule | None = None
+
+
+@config
+class StagedConfig(TrainConfig):
+    """The keys of a run in `stages`, which follow each other: `image`, `batch_size` and `optimizer` hold where a stage says
+    nothing else."""
+
+    image: ImageConfig
+    model: VAEConfig
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
+
+    @property
+    def uses_classes(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,7 @@ class Stage:
         return f"{where}, {' + '.join(terms)}{bounded}; "
 
 
-def plan_stages(cfg: Any, num_images: int, *, rank: int, world: int) -> list[Stage]:
+def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) -> list[Stage]:
     """The `stages` of the autoencoder's config `cfg`, one after the other.
 
     A UserError says which does not fit: a picture that the autoencoder cannot reduce or the discriminator not judge, an

@@ -1,0 +1,126 @@
+"""What the configs of the training scripts have in common; each script's own config extends it."""
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from ..config import Length, config, resumable_field
+from ..data import DataEnd, HeldOut, ImageConfig
+from ..diffusion import ProcessConfig
+from ..diffusion.training_times import TimesConfig, UniformTimes
+from ..evaluation.quality import QualityConfig
+from ..evaluation.reconstruct import ReconstructConfig
+from ..models import MLPConfig, UNetConfig
+from ..runs.classifier import MeasureConfig
+from ..runtime.checkpoint import CheckpointConfig
+from ..runtime.launch import MachineConfig
+from ..sampling.sampler import SamplerConfig
+from .ema import EMAConfig
+from .optimizer import OptimizerConfig
+
+
+@config
+class LogConfig:
+    """A line in metrics.jsonl, and in the trackers (tensorboard, wandb) of `project`, every `every` steps."""
+
+    every: Length = resumable_field(50)
+    trackers: tuple[str, ...] = resumable_field(("tensorboard",))
+    project: str = resumable_field("atelier")
+
+    @pydantic.field_validator("trackers")
+    @classmethod
+    def _known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        for tracker in trackers:
+            if tracker not in ("tensorboard", "wandb"):
+                raise ValueError(f"{tracker!r} is not known; allowed: tensorboard, wandb")
+        return trackers
+
+
+@config
+class PreviewConfig:
+    """Images from the EMA weights every `every` steps and at the end, always from the same noise.
+
+    `sheets` one is a sheet of `num_samples` images; class is one of so many for each class. `quality` measures more of them.
+    """
+
+    every: Length | None = resumable_field(None)
+    num_samples: int = resumable_field(16, ge=1)
+    batch_size: int = resumable_field(16, ge=1)
+    sheets: Literal["one", "class"] = resumable_field("one")
+    quality: QualityConfig | None = resumable_field(None)
+    sampler: SamplerConfig = resumable_field(SamplerConfig())
+
+
+@config
+class PathPreviewConfig:
+    """`num_samples` sources from the EMA weights every `every` steps and at the end, always the same ones, after so many
+    network `calls`, side by side; `batch_size` at a time. `quality` measures more images, after the most calls."""
+
+    every: Length | None = resumable_field(None)
+    num_samples: int = resumable_field(8, ge=1)
+    batch_size: int = resumable_field(16, ge=1)
+    calls: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = resumable_field((1, 4, 16, 64), min_length=1)
+    guidance: float = resumable_field(1.0)
+    quality: QualityConfig | None = resumable_field(None)
+
+    @property
+    def most_calls(self) -> SamplerConfig:
+        """The sampler of the last column."""
+        return SamplerConfig(solver="euler", steps=max(self.calls), guidance=self.guidance)
+
+
+@config
+class TrainConfig(MachineConfig):
+    """The keys of every training script. `batch_size` counts the images of an optimizer step, on all devices together; one
+    device takes at most `micro_batch_size` of them at a time. `init_from` is a run whose weights are the start."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32)
+    data: DataEnd
+    held_out: HeldOut = 0.0
+    image: ImageConfig | None
+    optimizer: OptimizerConfig
+    batch_size: int = pydantic.Field(gt=0)
+    micro_batch_size: int | None = resumable_field(None, gt=0)
+    init_from: str | None = None
+    ema: EMAConfig = EMAConfig()
+    preview: PreviewConfig | PathPreviewConfig | ReconstructConfig | MeasureConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    max_nonfinite_steps: int = resumable_field(10, ge=1)
+
+    @property
+    def quality(self) -> QualityConfig | None:
+        """How the quality of samples is measured while the run trains; None where it is not."""
+        return self.preview.quality if isinstance(self.preview, PreviewConfig | PathPreviewConfig) else None
+
+    @property
+    def uses_classes(self) -> bool:
+        """Whether what the run learns depends on the classes of its data."""
+        return True
+
+
+@config
+class StepsConfig(TrainConfig):
+    """The keys of a script that trains one network for `steps` on noised data: which `times` it draws, and whether it shows
+    each class equally often. `compile` is torch's: minutes at the start, for faster steps."""
+
+    balance_classes: bool = False
+    times: TimesConfig = UniformTimes()
+    steps: Length | None
+    compile: bool = resumable_field(False)
+
+
+@config
+class DiffusionConfig(StepsConfig):
+    """The keys of the three diffusion scripts. Without `class_conditional` the data decides, and previews are guided where it
+    has classes; `label_dropout` is how often a label is left out."""
+
+    class_conditional: bool | None = None
+    label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
+    process: ProcessConfig
+    model: UNetConfig | MLPConfig
+
+    @property
+    def uses_classes(self) -> bool:
+        return self.class_conditional is not False or self.balance_classes
