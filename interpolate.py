@@ -11,7 +11,7 @@ import torch
 
 from src import figures
 from src.config import UserError, run_script, validate
-from src.diffusion import INVERTIBLE, SOLVERS, SPACINGS
+from src.diffusion import SOLVERS, SPACINGS, invertible_solvers
 from src.runs.opened import Opened, open_trained
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import asked_for
@@ -78,9 +78,10 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
         raise UserError("seeds go from 0 to 2^64 - 1")
     if len(files or seeds) < 2:
         raise UserError(f"an animation goes through two keys or more, and here is {len(files or seeds)}; give more")
-    if args.pictures and (args.solver not in INVERTIBLE or args.eta):
+    if args.pictures and (SOLVERS[args.solver].inverse is None or args.eta):
         name = f"{args.solver} with eta {args.eta:g}" if args.eta else args.solver
-        raise UserError(f"{name} cannot be gone back, as --pictures need; allowed: {', '.join(INVERTIBLE)} (with eta 0)")
+        allowed = ", ".join(invertible_solvers())
+        raise UserError(f"{name} cannot be gone back, as --pictures need; allowed: {allowed} (with eta 0)")
     return seeds, files
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks import ablate, peers, race, speed
 from benchmarks.common import ROOT, goal, installed
 from src.config import UserError, load, read_json
+from src.diffusion import SOLVERS
 from src.sampling import SamplerConfig
 
 PEER_PACKAGE = {"diffusers": "diffusers", "ddp": "denoising-diffusion-pytorch"}
@@ -229,7 +230,7 @@ def test_every_row_of_the_ablations_is_a_config_and_draws_with_fifty_calls() -> 
             load(race.CONFIG, speed.ddpm_accelerate.Config, row["set"])
         elif "sampler" in row:
             spec = SamplerConfig(**row["sampler"])
-            assert isinstance(spec.steps, int) and spec.steps * (2 if spec.solver == "heun" else 1) <= race.CALLS
+            assert isinstance(spec.steps, int) and spec.steps * SOLVERS[spec.solver].calls_per_step <= race.CALLS
     with pytest.raises(UserError, match="no row that trains"):
         ablate.check([*rows, {"name": "x", "of": "nothing", "sampler": {}}])
     for lacking in ({"name": "x"}, {"name": "x", "of": "baseline"}):

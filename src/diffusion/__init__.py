@@ -13,12 +13,23 @@ from .guidance import (
 from .likelihood import BitsPerDimension, bits_per_dimension
 from .process import Denoiser, LossConfig, Losses, Prediction, Process, ProcessConfig, TimeInput, build_process, gain
 from .schedules import SPACINGS, BlendSchedule, Level, Schedule, TableSchedule, build_schedule, inversion_times, times
-from .solvers import DETERMINISTIC, INVERTIBLE, SOLVERS, ancestral, ddim, dpmpp_2m, euler, heun, midpoint, redraw, rk4
+from .solvers import (
+    SOLVERS,
+    Solver,
+    ancestral,
+    ddim,
+    dpmpp_2m,
+    euler,
+    heun,
+    invertible_solvers,
+    midpoint,
+    redraw,
+    register_solver,
+    rk4,
+)
 from .variance import log_variance, transitions
 
 __all__ = [
-    "DETERMINISTIC",
-    "INVERTIBLE",
     "SOLVERS",
     "SPACINGS",
     "BitsPerDimension",
@@ -31,6 +42,7 @@ __all__ = [
     "Process",
     "ProcessConfig",
     "Schedule",
+    "Solver",
     "TableSchedule",
     "TimeInput",
     "ancestral",
@@ -48,11 +60,13 @@ __all__ = [
     "gain",
     "heun",
     "inversion_times",
+    "invertible_solvers",
     "is_within",
     "log_variance",
     "midpoint",
     "on_schedule",
     "redraw",
+    "register_solver",
     "rk4",
     "times",
     "transitions",

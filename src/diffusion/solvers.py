@@ -1,4 +1,4 @@
-"""Samplers as plain functions.
+"""Solvers as plain functions, each with its entry in the registry SOLVERS.
 
 With u = sigma / (alpha + sigma) and x' = x / (alpha + sigma) every schedule is the straight blend x' = (1 - u) x0 + u eps,
 and dx'/du = eps - x0 (the blend of arXiv:2305.03486 read at any schedule). So the deterministic samplers are ODE solvers on the
@@ -6,8 +6,10 @@ blend path. `times` descend (N + 1,), usually to the clean level; into a level w
 interval is one Euler step. No solver changes its arguments.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,61 @@ from .variance import Transitions, log_variance, standard_deviation, transitions
 Callback = Callable[[int, Tensor, Tensor, Prediction], None]  # (step, t, x_t, what the network said of it)
 Noise = Callable[[int, Tensor], Tensor]  # (step, a tensor of the wanted shape) -> standard normal
 Slope = Callable[[Tensor, float], Tensor]
+S = TypeVar("S", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver, and what the sampler has to know of it.
+
+    `function` is called as function(denoiser, x, times, schedule, callback=..., ...). The sampler hands in those of its other
+    arguments that the function names: noise, source, eta, variance, mean_shift, steps. `calls_per_step` counts network calls.
+    A `stochastic` solver draws noise at each step. A `gaussian` one is right only where sampling starts from Gaussian noise. A
+    `multistep` one remembers the step before. `inverse` is the solver that goes its way back, from the data to the noise, or
+    None.
+    """
+
+    function: Callable[..., Tensor]
+    calls_per_step: int
+    stochastic: bool
+    gaussian: bool
+    multistep: bool
+    inverse: Callable[..., Tensor] | None
+
+    def takes(self, argument: str) -> bool:
+        """Whether the function has an argument of this name."""
+        return argument in inspect.signature(self.function).parameters
+
+
+SOLVERS: dict[str, Solver] = {}
+
+
+def register_solver(
+    *,
+    calls_per_step: int = 1,
+    stochastic: bool = False,
+    gaussian: bool = False,
+    multistep: bool = False,
+    invertible: bool = False,
+    inverse: Callable[..., Tensor] | None = None,
+) -> Callable[[S], S]:
+    """Decorator: the function becomes the solver of its name, for configs, command lines and the sampler.
+
+    An `invertible` solver goes its way back when it is called with the times in the other order; where another function does
+    that, give it as `inverse`.
+    """
+
+    def register(function: S) -> S:
+        way_back = inverse or (function if invertible else None)
+        SOLVERS[function.__name__] = Solver(function, calls_per_step, stochastic, gaussian, multistep, way_back)
+        return function
+
+    return register
+
+
+def invertible_solvers() -> list[str]:
+    """The names of the solvers whose way can be gone back."""
+    return [name for name, solver in SOLVERS.items() if solver.inverse is not None]
 
 
 class _Step(Protocol):
@@ -68,26 +125,31 @@ def _blend_path(
     return x
 
 
+@register_solver(invertible=True)
 def euler(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """x_s = alpha_s x0 + sigma_s eps: DDIM with eta 0 (Eq. 12, arXiv:2010.02502) and the IADB iteration. Order 1."""
     return _blend_path(denoiser, x, times, schedule, callback, None)
 
 
+@register_solver(calls_per_step=2, invertible=True)
 def midpoint(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """The explicit midpoint rule in u, two network calls a step. Order 2."""
     return _blend_path(denoiser, x, times, schedule, callback, _midpoint_step)
 
 
+@register_solver(calls_per_step=2, invertible=True)
 def heun(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """Heun's rule in u, two network calls a step. Order 2."""
     return _blend_path(denoiser, x, times, schedule, callback, _heun_step)
 
 
+@register_solver(calls_per_step=4, invertible=True)
 def rk4(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """The classical Runge-Kutta rule in u, four network calls a step. Order 4."""
     return _blend_path(denoiser, x, times, schedule, callback, _rk4_step)
 
 
+@register_solver(multistep=True)
 def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
     """DPM-Solver++(2M) in lambda = log(alpha / sigma) (Alg. 2, Lu et al. 2022, arXiv:2211.01095). One call a step.
 
@@ -112,6 +174,7 @@ def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *
     return x
 
 
+@register_solver(inverse=euler)  # with eta 0 they are the same
 def ddim(
     denoiser: Denoiser,
     x: Tensor,
@@ -139,6 +202,7 @@ def ddim(
     return x
 
 
+@register_solver(stochastic=True, gaussian=True)
 def ancestral(
     denoiser: Denoiser,
     x: Tensor,
@@ -174,6 +238,7 @@ def ancestral(
     return x
 
 
+@register_solver(stochastic=True)
 def redraw(
     denoiser: Denoiser,
     x: Tensor,
@@ -196,8 +261,3 @@ def redraw(
         if sigma[i + 1] > 0:
             x = x + like(sigma[i + 1], x) * source(i, x)
     return x
-
-
-DETERMINISTIC = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "dpmpp_2m": dpmpp_2m}
-SOLVERS: tuple[str, ...] = (*DETERMINISTIC, "ddim", "ancestral", "redraw")
-INVERTIBLE = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4, "ddim": euler}  # ddim with eta 0 is euler

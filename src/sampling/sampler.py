@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pydantic
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError, config, config_error, dump, validate
+from ..config.registries import NameIn
 from ..diffusion import (
-    DETERMINISTIC,
-    INVERTIBLE,
     SOLVERS,
     SPACINGS,
     BlendSchedule,
@@ -22,17 +21,15 @@ from ..diffusion import (
     Prediction,
     Process,
     Schedule,
-    ancestral,
     classifier_free,
     classifier_gradient,
     classifier_guided,
     clip,
-    ddim,
     dynamic_threshold,
     inversion_times,
+    invertible_solvers,
     is_within,
     on_schedule,
-    redraw,
     times,
     transitions,
     within,
@@ -57,7 +54,7 @@ class SamplerConfig:
     blend: then `steps` and `spacing` say nothing.
     """
 
-    solver: Literal["euler", "midpoint", "heun", "rk4", "dpmpp_2m", "ddim", "ancestral", "redraw"] = "ddim"
+    solver: Annotated[str, NameIn(SOLVERS)] = "ddim"
     steps: int | tuple[int, ...] = 50
     alphas: tuple[float, ...] | None = None
     spacing: Spacing = "even"
@@ -80,8 +77,9 @@ class SamplerConfig:
             rising = all(before < after for before, after in zip(self.alphas, self.alphas[1:], strict=False))
             if not rising or len(self.alphas) < 2 or (self.alphas[0], self.alphas[-1]) != (0, 1):
                 raise config_error("alphas: give them rising from 0 to 1, such as 0,0.3,0.6,0.8,1")
-        if self.eta and self.solver != "ddim":
-            raise config_error(f"eta belongs to the solver ddim, not to {self.solver}")
+        if self.eta and not SOLVERS[self.solver].takes("eta"):
+            those = " and ".join(name for name, solver in SOLVERS.items() if solver.takes("eta"))
+            raise config_error(f"eta belongs to the solver {those}, not to {self.solver}")
         if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
             raise config_error("guidance_interval: give two noise levels sigma / alpha, the lower one first, such as [0.3, 3]")
         if self.guidance_interval is not None and not self.guided:
@@ -211,7 +209,7 @@ class Sampler:
             raise UserError(
                 "guidance by a classifier needs one: sample.py takes --classifier RUN, a run of train_classifier.py"
             )
-        self.network, self.process, self.spec = network, process, spec
+        self.network, self.process, self.spec, self.solver = network, process, spec, SOLVERS[spec.solver]
         self.shape, self.num_classes, self.clip_x0, self.codec = tuple(shape), num_classes, clip_x0, codec
         if spec.threshold is not None and codec is not None:
             raise UserError("dynamic thresholding is for pixels: latents have no bounds at -1 and 1; leave threshold out")
@@ -238,7 +236,7 @@ class Sampler:
 
     def calls(self, edit: Edit | None = None) -> int:
         """Network calls for one batch."""
-        each = {"midpoint": 2, "heun": 2, "rk4": 4}.get(self.spec.solver, 1)
+        each = self.solver.calls_per_step
         first, times = (edit.start_at, edit.resamplings if edit.mask is not None else 1) if edit is not None else (0, 1)
         done = range(first, self.steps if self.spec.stop_at is None else self.spec.stop_at)
         again = range(self.spec.double_sampling, self.steps) if self.spec.double_sampling is not None else range(0)
@@ -273,7 +271,7 @@ class Sampler:
             return clip(denoiser, schedule, *self.clip_x0) if self.clip_x0 is not None else denoiser
 
         guided = outside = bounded(plain)
-        if gradient is not None and spec.solver != "ancestral":
+        if gradient is not None and not self.solver.takes("mean_shift"):
             guided = bounded(classifier_guided(outside, gradient, schedule))
         elif gradient is None and spec.guided and labels is not None:
             nobody = torch.full((len(labels),), self.num_classes or 0, device=labels.device)
@@ -353,8 +351,8 @@ class Sampler:
             x = self.process.add_noise(edit.x0.to(x).expand_as(x), x, self.times[first])
         if self.spec.stop_at is not None and first >= self.spec.stop_at:
             raise UserError(f"start_at {first} is not before stop_at {self.spec.stop_at}: nothing would be drawn")
-        if edit is not None and edit.mask is not None and self.spec.solver == "dpmpp_2m":
-            raise UserError("dpmpp_2m remembers the step before, which a mask changes; use another solver")
+        if edit is not None and edit.mask is not None and self.solver.multistep:
+            raise UserError(f"{self.spec.solver} remembers the step before, which a mask changes; use another solver")
         x = way.go(x, first, self.spec.stop_at or self.steps, edit)
         if self.spec.stop_at is not None:
             x = way.estimate(x, self.spec.stop_at, edit)
@@ -377,8 +375,9 @@ class Sampler:
 
     def check_invertible(self) -> None:
         """A UserError where the solver's way cannot be gone back."""
-        if self.spec.solver not in INVERTIBLE or self.spec.eta:
-            raise UserError(f"the solver {self.spec.solver} cannot be gone back; allowed: {', '.join(INVERTIBLE)} (with eta 0)")
+        if self.solver.inverse is None or self.spec.eta:
+            those = ", ".join(invertible_solvers())
+            raise UserError(f"the solver {self.spec.solver} cannot be gone back; allowed: {those} (with eta 0)")
 
     @torch.no_grad()
     def invert(self, x0: Tensor, labels: Tensor | None = None, *, callback: Callback | None = None) -> Tensor:
@@ -387,7 +386,8 @@ class Sampler:
         On a table it begins at the first trained level, where the picture has the size that it has there.
         """
         self.check_invertible()
-        solve, schedule = INVERTIBLE[self.spec.solver], self.process.schedule
+        solve, schedule = self.solver.inverse, self.process.schedule
+        assert solve is not None
         way = inversion_times(self.times, schedule)
         x = like(schedule.level(way[0]).alpha, x0) * x0
         x = solve(self._denoiser(labels, None, None), x, way, schedule, callback=callback)
@@ -398,17 +398,15 @@ class Sampler:
 def _refuse_gaussian(spec: SamplerConfig) -> None:
     """A UserError for what assumes that sampling starts from Gaussian noise."""
     asked = {
-        "the solver ancestral": spec.solver == "ancestral",
+        f"the solver {spec.solver}": SOLVERS[spec.solver].gaussian,
         "eta": spec.eta > 0,
         "double_sampling": spec.double_sampling is not None,
         "guidance by a classifier": spec.guided and spec.guidance_method == "classifier",
     }
     found = [word for word, is_asked in asked.items() if is_asked]
     if found:
-        raise UserError(
-            f"{found[0]} assumes Gaussian noise at the start, and this run starts from other data; use euler, midpoint, heun, "
-            "rk4 or redraw"
-        )
+        others = ", ".join(name for name, solver in SOLVERS.items() if not solver.gaussian)
+        raise UserError(f"{found[0]} assumes Gaussian noise at the start, and this run starts from other data; use {others}")
 
 
 class _Way:
@@ -447,18 +445,24 @@ class _Way:
         def noise(step: int, like: Tensor) -> Tensor:
             return self.noise(first + step, like, self.sweep)
 
-        if spec.solver == "ddim":
-            return ddim(self.denoiser, x, part, schedule, noise=noise, eta=spec.eta, callback=told)
-        if spec.solver == "redraw":
+        def source(step: int, like: Tensor) -> Tensor:
             assert self.source is not None
-            again = self.source
-            return redraw(self.denoiser, x, part, schedule, source=lambda i, x: again(first + i, x, self.sweep), callback=told)
-        if spec.solver == "ancestral":
-            shift = self._shift if self.gradient is not None else None
-            steps = Transitions(*(values[first:end] for values in transitions(schedule, self.sampler.times)))
-            more = {"variance": process.variance, "mean_shift": shift, "steps": steps}
-            return ancestral(self.denoiser, x, part, schedule, noise=noise, callback=told, **more)
-        return DETERMINISTIC[spec.solver](self.denoiser, x, part, schedule, callback=told)
+            return self.source(first + step, like, self.sweep)
+
+        def transitions_of_part() -> Transitions:
+            return Transitions(*(values[first:end] for values in transitions(schedule, self.sampler.times)))
+
+        arguments = {  # of these a solver is given what it takes
+            "noise": lambda: noise,
+            "source": lambda: source,
+            "eta": lambda: spec.eta,
+            "variance": lambda: process.variance,
+            "mean_shift": lambda: self._shift if self.gradient is not None else None,
+            "steps": transitions_of_part,
+        }
+        solver = self.sampler.solver
+        options = {name: value() for name, value in arguments.items() if solver.takes(name)}
+        return solver.function(self.denoiser, x, part, schedule, callback=told, **options)
 
     def go(self, x: Tensor, first: int, end: int, edit: Edit | None) -> Tensor:
         """The same, held to what an edit keeps."""

@@ -21,7 +21,7 @@ from ..data import ImageSet
 from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, write_block
 from ..data.names import same_names
 from ..data.transforms import DECODER
-from ..diffusion import DETERMINISTIC
+from ..diffusion import SOLVERS
 from ..runs.ends import Coupling
 from ..runs.latents import CONTENT, make_cache
 from ..runs.opened import open_run
@@ -48,7 +48,7 @@ class PairsConfig:
 
     @pydantic.model_validator(mode="after")
     def _paired(self) -> "PairsConfig":
-        if self.sampler.solver not in DETERMINISTIC and (self.sampler.solver != "ddim" or self.sampler.eta):
+        if SOLVERS[self.sampler.solver].stochastic or self.sampler.eta:
             raise config_error("sampler: noise on the way parts a source from its sample; use euler, midpoint, heun or rk4")
         if self.sampler.stop_at is not None or self.sampler.double_sampling is not None:
             raise config_error("sampler: pairs are of a source and the end of its way; leave stop_at and double_sampling out")

@@ -1,5 +1,7 @@
 """Samplers against closed forms (data that is one Gaussian) and, step by step, against diffusers."""
 
+import argparse
+import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.config import UserError
+from src.config import UserError, json_schema, validate
 from src.diffusion import (
-    DETERMINISTIC,
+    SOLVERS,
     BlendSchedule,
     Prediction,
+    Process,
     TableSchedule,
     ancestral,
     classifier_free,
@@ -20,13 +23,20 @@ from src.diffusion import (
     ddim,
     dpmpp_2m,
     euler,
+    invertible_solvers,
     log_variance,
+    register_solver,
     times,
     transitions,
 )
 from src.diffusion.process import Denoiser
 from src.diffusion.schedules import BetaSchedule, Schedule, beta_schedule, cosine_betas, like
+from src.diffusion.solvers import Noise
+from src.runtime.seeds import noise_of
+from src.sampling import Sampler, SamplerConfig
+from src.sampling.sampler import add_arguments, sampler_config
 
+DETERMINISTIC = {name: solver.function for name, solver in SOLVERS.items() if not (solver.stochastic or solver.takes("eta"))}
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.6, 0.3], [0.3, 0.4]], dtype=torch.float64)
 
@@ -213,8 +223,7 @@ def test_a_table_is_never_called_at_or_below_its_clean_level(name: str) -> None:
     calls: list[float] = []
     DETERMINISTIC[name](random_denoiser(schedule, calls), torch.randn(2, 8), times(schedule, 5), schedule)
     assert min(calls) >= 0 and max(calls) == 999
-    each = {"midpoint": 2, "heun": 2, "rk4": 4}.get(name, 1)
-    assert len(calls) == 4 * each + 1
+    assert len(calls) == 4 * SOLVERS[name].calls_per_step + 1
 
 
 def test_blend_is_not_called_at_zero_where_its_target_is_singular() -> None:
@@ -323,3 +332,35 @@ def test_eta_is_not_negative() -> None:
     schedule = linear_schedule()
     with pytest.raises(UserError, match="eta"):
         ddim(random_denoiser(schedule), torch.randn(1, 8), times(schedule, 2), schedule, noise=lambda s, x: x, eta=-1)
+
+
+def test_the_registry_says_what_each_solver_is() -> None:
+    assert list(SOLVERS) == ["euler", "midpoint", "heun", "rk4", "dpmpp_2m", "ddim", "ancestral", "redraw"]
+    assert [SOLVERS[name].calls_per_step for name in SOLVERS] == [1, 2, 2, 4, 1, 1, 1, 1]
+    assert invertible_solvers() == ["euler", "midpoint", "heun", "rk4", "ddim"] and SOLVERS["ddim"].inverse is euler
+    assert [name for name, solver in SOLVERS.items() if solver.stochastic] == ["ancestral", "redraw"]
+    assert [name for name, solver in SOLVERS.items() if solver.multistep] == ["dpmpp_2m"]
+    assert [name for name, solver in SOLVERS.items() if solver.gaussian] == ["ancestral"]
+    assert [name for name, solver in SOLVERS.items() if solver.takes("eta")] == ["ddim"]
+
+
+def test_a_solver_that_is_registered_elsewhere_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the config, its schema, the command line and the sampler, which hands in what it takes."""
+    parser = argparse.ArgumentParser()
+    with pytest.raises(UserError, match="solver: 'to_noise' is not known; allowed: 'euler', .* or 'redraw'"):
+        validate(SamplerConfig, {"solver": "to_noise"})
+
+    def to_noise(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, noise: Noise, callback: object) -> Tensor:
+        return noise(len(times) - 2, x)
+
+    monkeypatch.setitem(SOLVERS, "to_noise", SOLVERS["euler"])  # put back at the end
+    assert register_solver(calls_per_step=3, stochastic=True)(to_noise) is to_noise
+    assert "to_noise" in json.loads(json_schema(SamplerConfig))["properties"]["solver"]["enum"]
+    add_arguments(parser)
+    spec = sampler_config(parser.parse_args(["--solver", "to_noise", "--steps", "4"]))
+    process = Process(schedule=cosine(), target="v")
+    sampler = Sampler(lambda x, time: x, process, spec, shape=(1, 2, 2), num_classes=None, clip_x0=None)
+    assert sampler.calls() == 3 * 3 + 1, "the step into the clean level calls once"
+    assert torch.equal(sampler.draw(0, [5], None, device=torch.device("cpu")), noise_of(0, [5], (1, 2, 2), 4))
+    with pytest.raises(UserError, match="to_noise cannot be gone back; allowed: euler"):
+        sampler.check_invertible()
