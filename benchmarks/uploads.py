@@ -55,7 +55,7 @@ def main() -> None:
     found: dict[bool, list[float]] = {False: [], True: []}
     ratios, megabytes = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "tests.storage", "0", f"{folder}/objects"]
+        words = [sys.executable, "-m", "tests.storage_server", "0", f"{folder}/objects"]
         server = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None
         try:

@@ -18,7 +18,7 @@ from PIL import Image
 from src.runtime.checkpoint import newest
 from tests import kills
 from tests.conftest import ROOT, environment, metrics
-from tests.storage import StorageServer
+from tests.storage_server import StorageServer
 
 SHELLS = [
     pytest.param(shell, marks=pytest.mark.skipif(shutil.which(shell) is None, reason=f"there is no {shell} here"))

@@ -4,10 +4,9 @@ A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, 1 or 2, 2, D
 log-variance), and last of all `manifest.json`: what it was made of, and the statistics of the training latents.
 """
 
-import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import UserError, read_json
-from ..storage.files import write_whole
+from ..storage.caches import blocks_of
 
-BLOCK = 256  # pictures in a file, and what a kill costs at most
 Moments = NDArray[np.float32]
 WORDS = {
     "autoencoder": "another autoencoder",
@@ -56,14 +54,9 @@ def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
     return True
 
 
-def cache_sums(folder: Path, pictures: int) -> list[dict[str, Any]]:
-    """The sums of the blocks of so many training pictures."""
-    paths = [block_path(folder, "train", i).with_suffix(".json") for i in range(-(-pictures // BLOCK))]
-    return [json.loads(path.read_text()) for path in paths]
-
-
-def block_path(folder: Path, split: str, number: int) -> Path:
-    return folder / split / f"block_{number:05d}.npy"
+def cache_sums(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The sums of the blocks of so many training images."""
+    return [json.loads(block.path.read_text()) for block in blocks_of(folder, "train", count)]
 
 
 def sums_of(moments: Moments) -> dict[str, Any]:
@@ -77,16 +70,6 @@ def sums_of(moments: Moments) -> dict[str, Any]:
         "low": mean.min(over).tolist(),
         "high": mean.max(over).tolist(),
     }
-
-
-def write_block(folder: Path, split: str, number: int, values: NDArray[np.float32], facts: Mapping[str, Any]) -> None:
-    """One block and what is known of it; both are there, whole, once the .json is."""
-    path = block_path(folder, split, number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.save(content, values)  # into memory: given a file, NumPy goes past Python and loses why it could not write
-    for suffix, whole in ((".npy", content.getbuffer()), (".json", json.dumps(facts).encode())):
-        write_whole(path.with_suffix(suffix), whole)
 
 
 def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -171,15 +154,9 @@ def open_latents(
 def open_blocks(folder: Path, split: str, count: int, device: torch.device, name: str = "latent cache") -> LatentSet:
     """The blocks of a cache that holds `count`; a UserError where they are damaged or too few."""
     try:
-        blocks = [np.load(block_path(folder, split, i), mmap_mode="r") for i in range(-(-count // BLOCK))]
+        blocks = [np.load(block.path.with_suffix(".npy"), mmap_mode="r") for block in blocks_of(folder, split, count)]
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the {name} {folder} is damaged ({error}); remove it, and it is made again") from None
     if sum(map(len, blocks)) != count:
         raise UserError(f"the {name} {folder} is cut short; remove it, and it is made again")
     return LatentSet(blocks, device)
-
-
-def blocks_of(count: int, rank: int, world: int) -> Iterable[tuple[int, Sequence[int]]]:
-    """(number, indices) of the blocks that this rank makes, in turns."""
-    for number in range(rank, -(-count // BLOCK), world):
-        yield number, range(number * BLOCK, min((number + 1) * BLOCK, count))

@@ -3,9 +3,9 @@
 A packed folder holds `pixels.bin`, `records.npy` (N, 5: byte offset, height, width, label, held out) and `manifest.json`.
 """
 
+import io
 import json
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from PIL import Image
 from ..config import UserError
 from ..config.progress import Progress
 from ..storage.files import write_flushed
+from ..storage.requests import stage_folder
 from .sources import PACK_VERSION, ImageSet, _fraction
 from .transforms import DECODER, shorter_side
 
@@ -63,10 +64,9 @@ def pack(pictures: ImageSet, out: Path, *, size: int, channels: int, held_out: f
                 records.flush()
                 os.fsync(records.fileno())
         table = np.fromfile(staged / "records.bin", dtype=np.int64).reshape(-1, 5)
-        with open(staged / "records.npy", "wb") as file:
-            np.save(file, table)
-            file.flush()
-            os.fsync(file.fileno())
+        content = io.BytesIO()
+        np.save(content, table)
+        write_flushed(staged / "records.npy", content.getbuffer())
         manifest = {
             **request,
             "version": PACK_VERSION,
@@ -87,14 +87,7 @@ def pack(pictures: ImageSet, out: Path, *, size: int, channels: int, held_out: f
 
 def _resume(staged: Path, request: dict) -> int:
     """Make the staging folder ready and give the number of pictures that are already whole in it."""
-    try:
-        same = json.loads((staged / "request.json").read_text()) == request
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        (staged / "request.json").write_text(json.dumps(request))
+    if not stage_folder(staged, request):
         return 0
     records = staged / "records.bin"
     if not records.exists():

@@ -36,9 +36,10 @@ from ..runtime.stream import to_network
 from ..sampling.build import build_sampler
 from ..sampling.edit import files_of
 from ..sampling.sampler import Sampler, SamplerConfig, describe
-from ..storage.blocks import Ranks, claim_request, in_blocks
+from ..storage.blocks import Ranks, in_blocks
 from ..storage.files import write_whole
 from ..storage.finite import is_finite
+from ..storage.requests import claim_folder
 from .quality import (
     BLOCK,
     FEWEST,
@@ -92,7 +93,7 @@ class Evaluation:
         request = {**request, "features": [[network.name, network.digest] for network in self.networks]}
         tag = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:8]
         out = self.out or Path("evaluations") / name / f"{kind}_{tag}"
-        claim_request(out, json.loads(json.dumps(request)), self.ranks)
+        claim_folder(out / "request.json", request, self.ranks, holds="figures", newer_keys=("files",))
         return out
 
 

@@ -19,9 +19,10 @@ from ..runs.opened import Opened
 from ..runtime.examples import image_examples
 from ..runtime.looks import only_looked_at
 from ..runtime.seeds import noise_of
-from ..storage.blocks import Ranks, claim_request, in_blocks
+from ..storage.blocks import Ranks, in_blocks
 from ..storage.files import write_whole
 from ..storage.finite import is_finite
+from ..storage.requests import claim_folder
 
 BLOCK = 64  # pictures in a file, and what a kill costs at most
 KEYS = ("prior", "terms", "eps_mse", "x0_mse")
@@ -98,7 +99,7 @@ def measure_likelihood(
         "batch_size": batch_size,
         "seed": seed,
     }
-    claim_request(out, request, ranks)
+    claim_folder(out / "request.json", request, ranks, holds="figures", newer_keys=("files",))
     each = in_blocks(
         out,
         len(data),

@@ -3,7 +3,6 @@
 import difflib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
 from ..runs.diffusers_autoencoder import ATTENTION, RESIDUAL, VERSION, WEIGHTS
-from ..storage.files import write_flushed
+from ..storage.files import check_is_new, new_folder, write_flushed
 from ..storage.weights import (
     UNET_2D,
     few,
@@ -654,8 +653,7 @@ def export(
         raise UserError(
             f"a network of {channels} channels in and {outputs} out does not go with process.variance {spec.variance}"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; give another folder with --out")
+    check_is_new(out)
     blend, place = (
         isinstance(spec.schedule, BlendScheduleConfig),
         "unet/" if scheduler is not None or latents is not None else "",
@@ -688,20 +686,11 @@ def export(
 
 def write_files(out: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` by their paths into the new folder `out`; whole or absent."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; give another folder with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+    check_is_new(out)
+    with new_folder(out) as staged:
         for path, content in files.items():
             (staged / path).parent.mkdir(parents=True, exist_ok=True)
             write_flushed(staged / path, content)
-        if out.exists():
-            out.rmdir()
-        staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _card(

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +16,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import UserError, read_json
-from ..config.progress import Progress, track, within
+from ..config.progress import track, within
 from ..data import ImageConfig, ImageSet
 from ..data.latents import (
-    BLOCK,
     FILES,
     LatentSet,
     Moments,
-    block_path,
-    blocks_of,
     cache_sums,
     open_latents,
     same_latents,
     statistics,
     sums_of,
-    write_block,
 )
 from ..data.transforms import DECODER
 from ..runtime.examples import Examples
 from ..runtime.launch import broadcast
 from ..runtime.stream import to_network
+from ..storage.blocks import Block, Ranks
+from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
 from ..storage.files import write_whole
 from ..storage.finite import is_finite
-from ..storage.locks import take_lock
 from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 
@@ -162,19 +158,18 @@ def encode_latents(
     for pictures in sets.values():
         pictures.prepare(ImageConfig(size=image.size, channels=image.channels))
 
-    def encode(staged: Path, split: str, number: int, indices: Sequence[int]) -> None:
+    def encode(split: str, block: Block) -> None:
         flip = image.flip and split == "train"
-        content = sets[split].contents(indices)  # before they are decoded: what is overwritten between is found out
-        moments = _encode(autoencoder, sets[split], image, indices, flip, batch_size, workers)
-        write_block(staged, split, number, moments, {**sums_of(moments), CONTENT: content})
+        content = sets[split].contents(block.items)  # before they are decoded: what is overwritten between is found out
+        moments = _encode(autoencoder, sets[split], image, block.items, flip, batch_size, workers)
+        write_block(block, moments, {**sums_of(moments), CONTENT: content})
 
     def finish(staged: Path) -> dict[str, Any]:
         return _statistics(autoencoder, cache_sums(staged, len(train_set)))
 
-    counts = {split: len(pictures) for split, pictures in sets.items()}
-    ranks = {"rank": rank, "world": world, "barrier": barrier}
-    more = {FILES: files_of(sets)}
-    make_cache(folder, contract, counts, encode, finish, name="latent cache", doing="encoding latents", more=more, **ranks)
+    counts = {split: len(images) for split, images in sets.items()}
+    words = {"name": "latent cache", "doing": "encoding latents"}
+    make_cache(folder, contract, counts, encode, finish, Ranks(rank, world, barrier), **words, notes={FILES: files_of(sets)})
 
 
 def files_of(sets: Mapping[str, ImageSet]) -> dict[str, Any]:
@@ -218,9 +213,9 @@ def check_files(
     made = (folder / "manifest.json").stat().st_mtime_ns
     for split, pictures in sets.items():
         if files:
-            mine = list(blocks_of(len(pictures), rank, world))
-            blocks = track(mine, "comparing images with the latent cache", unit="blocks") if rank == 0 else mine
-            same = all(_content(folder, split, number) == pictures.contents(indices) for number, indices in blocks)
+            blocks = blocks_of(folder, split, len(pictures))[rank::world]
+            compared = track(blocks, "comparing images with the latent cache", unit="blocks") if rank == 0 else blocks
+            same = all(read_json(block.path).get(CONTENT) == pictures.contents(block.items) for block in compared)
         else:
             later = np.flatnonzero((pictures.times > made) & (pictures.decoders <= decoder))
             later = later[np.arange(min(len(later), DOUBTED)) * len(later) // max(1, min(len(later), DOUBTED))]
@@ -238,79 +233,10 @@ def check_files(
             write_whole(folder / "manifest.json", json.dumps(document, indent=1).encode())
 
 
-def _content(folder: Path, split: str, number: int) -> Any:
-    return read_json(block_path(folder, split, number).with_suffix(".json")).get(CONTENT)
-
-
 def _agree(latents: LatentSet, again: Moments, indices: NDArray[np.int64]) -> bool:
     """Whether images encoded once more have the means that are kept, to what another device or precision may change."""
     kept = latents.moments(indices, np.zeros(len(indices), dtype=bool))[:, 0].float().cpu().numpy()
     return bool(np.abs(kept - again[:, 0, 0]).mean((1, 2, 3)).max() <= 0.05 * max(float(kept.std()), 1e-6))
-
-
-def make_cache(
-    folder: Path,
-    contract: dict[str, Any],
-    counts: dict[str, int],
-    make: Callable[[Path, str, int, Sequence[int]], None],
-    finish: Callable[[Path], dict[str, Any]],
-    *,
-    name: str,
-    doing: str,
-    rank: int,
-    world: int,
-    barrier: Callable[[], None],
-    more: Mapping[str, Any] | None = None,
-) -> None:
-    """Make a cache of blocks on all ranks: `make(folder, split, number, indices)` writes one, whole, its .json last;
-    manifest.json has the contract, the counts, what `finish` adds and `more`. Staged in FOLDER.partial: after a kill the same
-    call goes on, where contract and `more` are the same."""
-    request = {**contract, **(more or {})}
-    staged = folder.with_name(folder.name + ".partial")
-    barrier()  # all have seen that it is not there before anybody writes
-    claim = None
-    if rank == 0:
-        claim = _claim(folder, name)
-        if folder.exists():
-            raise UserError(f"the {name} {folder} was made by another process meanwhile; run the same command again")
-        told = staged / "request.json"
-        if not told.exists() or json.loads(told.read_text()) != request:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-            told.write_text(json.dumps(request))
-    barrier()
-    total = sum(counts.values())
-    with Progress(doing, total, shown=rank == 0, processes=world) as bar:
-        for split, count in counts.items():
-            for number, indices in blocks_of(count, rank, world):
-                if not block_path(staged, split, number).with_suffix(".json").exists():
-                    try:
-                        make(staged, split, number, indices)
-                    except UserError:  # no later call can go on from here
-                        shutil.rmtree(staged, ignore_errors=True)
-                        if claim is not None:
-                            claim.close()
-                        raise
-                bar.update(min(total - bar.done, len(indices) * world))
-    barrier()
-    if claim is not None:
-        part = staged / "manifest.part"
-        part.write_text(json.dumps({**request, "counts": counts, **finish(staged)}, indent=1))
-        part.replace(staged / "manifest.json")
-        (staged / "request.json").unlink()
-        staged.replace(folder)
-        claim.close()
-    barrier()
-
-
-def _claim(folder: Path, name: str) -> IO[str]:
-    """Refuse a cache that another process is making; the kernel drops the claim when it dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
-    if not take_lock(lock):
-        lock.close()
-        raise UserError(f"the {name} {folder} is being made by another process; wait for it")
-    return lock
 
 
 def _statistics(autoencoder: Autoencoder, sums: list[dict[str, Any]]) -> dict[str, list[float]]:

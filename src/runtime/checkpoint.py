@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config import FULL, Length, UserError, config, resumable_field
-from ..storage.files import write_flushed, write_whole
+from ..config import Length, UserError, config, resumable_field
+from ..storage.files import explain_full_disk, new_folder, write_flushed, write_whole
 from ..storage.finite import check_finite
 from .parts import part_of
 
@@ -35,16 +34,6 @@ class CheckpointConfig:
     keep_best: bool = resumable_field(False)
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write(path: Path, content: bytes) -> dict[str, Any]:
     write_flushed(path, content)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -56,11 +45,7 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme
 
     A full disk is a UserError and leaves what was there before.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
+    with explain_full_disk(folder, ", and nothing that was saved before is changed"), new_folder(folder) as staged:
         files = {}
         for name, state in tensors.items():
             content = safetensors.torch.save({key: value.contiguous() for key, value in state.items()})
@@ -70,24 +55,6 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme
         if readme is not None:
             _write(staged / "README.md", readme.encode())
         _write(staged / MANIFEST, (json.dumps({"version": 1, "files": files}, indent=1) + "\n").encode())
-        _flush_folder(staged)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            staged.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            staged.rename(folder)
-        _flush_folder(folder.parent)
-    except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        if error.errno in FULL:
-            raise UserError(
-                f"the disk is full: {folder} was not written, and nothing that was saved before is changed; make room and "
-                "run the same command again"
-            ) from None
-        raise
 
 
 def verify_checkpoint(folder: Path) -> str | None:

@@ -1,7 +1,6 @@
 """Samples as files: whole batches dealt to ranks, each picture written once, a killed sampling goes on."""
 
 import io
-import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from ..config.progress import Progress
 from ..diffusion import Prediction
 from ..runs.opened import Opened
 from ..runtime.looks import asked_for, only_looked_at
-from ..storage.blocks import wait_for
-from ..storage.files import write_whole
+from ..storage.blocks import Ranks, wait_for
+from ..storage.requests import claim_folder
 from .sampler import Edit, Sampler, describe
 from .upscaling import Upscaler
 
@@ -88,21 +87,10 @@ def claim(
 ) -> None:
     """Write `request`, all that what is drawn depends on, and `more` to `out`/metadata.json; a UserError where the folder holds
     something else. What a killed drawing left half-written is removed."""
-    if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
-        try:
-            known = json.loads((out / "metadata.json").read_text())
-            own = {key: value for key, value in known.items() if key not in (more or {})}
-            same = own == json.loads(json.dumps(request))
-        except (OSError, ValueError, LookupError, TypeError):
-            same = False
-        if not same:
-            raise UserError(f"{out} holds other {what}; give another --out or remove it")
-    barrier()  # all have looked before anybody writes
+    claim_folder(out / "metadata.json", request, Ranks(rank, 1, barrier), holds=what, notes=more, indent=1)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         for part in (*out.glob("*.part"), *(out / "frames").glob("*.part")):
             part.unlink()
-        write_whole(out / "metadata.json", (json.dumps({**request, **(more or {})}, indent=1) + "\n").encode())
     barrier()
 
 

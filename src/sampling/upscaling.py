@@ -1,7 +1,6 @@
 """Pictures four times as large: Real-ESRGAN's network (RRDBNet, and its compact one), as spandrel reads it, tile by tile."""
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections import defaultdict
@@ -27,8 +26,9 @@ from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, inspect
 from ..data.transforms import decode
 from ..models.pretrained import import_torchvision
-from ..storage.files import write_whole
+from ..storage.blocks import Ranks
 from ..storage.finite import check_finite
+from ..storage.requests import claim_folder
 
 WEIGHTS = "models/RealESRGAN_x4plus.pth"
 WHERE = "RealESRGAN_x4plus.pth is a file of release v0.1.0 of the GitHub project xinntao/Real-ESRGAN"
@@ -219,15 +219,11 @@ def upscale_folder(
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} must be at least 1")
     todo = _targets(folder, out)
-    request, told = {"folder": str(folder.resolve()), "weights": upscaler.digest}, out / ".upscaled.json"
-    if out.exists() and any(out.iterdir()) and (not told.exists() or json.loads(told.read_text()) != request):
-        raise UserError(f"{out} holds other pictures; give another folder to write to, or remove it")
+    request, claim = {"folder": str(folder.resolve()), "weights": upscaler.digest}, out / ".upscaled.json"
+    advice = "give another folder to write to, or remove it"
+    claim_folder(claim, request, Ranks(rank, world, barrier), holds="pictures", advice=advice)
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     mine = batches[rank::world]
-    barrier()  # all have looked before anybody writes
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(told, json.dumps(request).encode())
     with Progress("upscaling", sum(map(len, mine)) * (world if rank == 0 else 1), shown=rank == 0) as bar:
         for batch in mine:
             if not all(_is_made(path, target) for path, target in batch):
@@ -236,7 +232,7 @@ def upscale_folder(
     barrier()
     written = [target for _, target in todo if target.exists()]
     if not written:
-        if rank == 0 and [path.name for path in out.iterdir()] == [told.name]:  # nothing else was there, and nothing came
+        if rank == 0 and [path.name for path in out.iterdir()] == [claim.name]:  # nothing else was there, and nothing came
             shutil.rmtree(out)
         raise UserError(f"{folder}: none of its {len(todo)} pictures can be read")
     return written

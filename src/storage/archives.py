@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ..config import FULL, UserError
 from ..config.progress import Progress, track
+from .files import check_is_new, new_folder
 
 
 class Damaged(UserError):
@@ -124,29 +125,21 @@ def unpack(archive: Path, out: Path) -> int:
     """
     if not archive.is_file():
         raise UserError(f"{archive}: there is no such archive")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; give another folder with --out")
-    staged = out.with_name(out.name + ".partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    check_is_new(out)
     try:
-        if zipfile.is_zipfile(archive):
-            count = _unpack_zip(archive, staged)
-        elif tarfile.is_tarfile(archive):
-            count = _unpack_tar(archive, staged)
-        else:
+        with new_folder(out) as staged:
+            if zipfile.is_zipfile(archive):
+                return _unpack_zip(archive, staged)
+            if tarfile.is_tarfile(archive):
+                return _unpack_tar(archive, staged)
             raise Damaged(f"{archive}: neither a zip nor a tar archive (or its beginning is damaged)")
-        if out.exists():
-            out.rmdir()
-        staged.replace(out)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
-            made = size(archive.stat().st_size)
-            raise UserError(f"{archive} ({made}) was not unpacked: the disk is full; make room and try again") from None
+            bytes_in_words = size(archive.stat().st_size)
+            raise UserError(
+                f"{archive} ({bytes_in_words}) was not unpacked: the disk is full; make room and try again"
+            ) from None
         raise Damaged(f"{archive}: cannot be unpacked: {' '.join(str(error).split())}") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return count
 
 
 def _refuse(archive: Path, name: str) -> Damaged:

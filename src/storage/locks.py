@@ -1,9 +1,14 @@
-"""Locks on files, which the system drops when the process that holds one ends: POSIX's, or those of native Windows."""
+"""Locks on files. The system drops one when the process that holds it ends. POSIX's locks, or those of native Windows."""
 
 import errno
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
+
+from ..config import UserError
 
 try:
     import fcntl
@@ -54,3 +59,32 @@ def _lock_far_byte(file: IO[Any]) -> None:
         windows.locking(file.fileno(), windows.LK_NBLCK, 1)
     finally:
         os.lseek(file.fileno(), place, os.SEEK_SET)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock of this folder, then hold it. Its file lies beside the folder, and is removed
+    where there is no such folder afterwards."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.bring.lock")
+    while True:
+        with open(path, "a+") as lock:
+            try:
+                take_lock(lock, wait=True)
+            except OSError as error:
+                raise UserError(f"{folder.parent} cannot be locked ({error.strerror}); put it on another disk") from None
+            if not _is_at(path, lock):
+                continue  # the process before removed the file meanwhile, and others lock a new one
+            try:
+                yield
+            finally:
+                if not folder.exists():
+                    path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

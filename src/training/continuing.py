@@ -11,7 +11,7 @@ from typing import Any
 from ..config import UserError, dump, read_json, validate
 from ..report.report import read_lines
 from ..runtime.checkpoint import contents, newest, spared_steps, step_folder, verify_checkpoint, write_folder
-from ..storage.buckets import alone
+from ..storage.locks import folder_lock
 from .kept import at, cannot_change, images_seen
 from .run import changes
 
@@ -66,7 +66,7 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
         "changed": {key: [at(before, key), at(after, key)] for key in [*other, *harmless]},
     }
     request = json.dumps([after, *origins, entry])
-    with alone(new):
+    with folder_lock(new):
         made = (new / MARK).exists() and (new / MARK).read_text(
             encoding="utf-8"
         ) == request  # by another process, or just before

@@ -18,17 +18,20 @@ from torch import Tensor
 from ..config import UserError, config, config_error, dump, kind_of, read_json
 from ..config.progress import within
 from ..data import ImageSet
-from ..data.latents import BLOCK, FILES, LatentSet, block_path, open_blocks, write_block
+from ..data.latents import FILES, LatentSet, open_blocks
 from ..data.names import same_names
 from ..data.transforms import DECODER
 from ..diffusion import SOLVERS
 from ..runs.ends import Coupling
-from ..runs.latents import CONTENT, make_cache
+from ..runs.latents import CONTENT
 from ..runs.opened import open_run
 from ..runtime.examples import Examples
+from ..runtime.launch import ranks_of
 from ..runtime.stream import BatchPlan, MicroBatch, Order, positions_of
 from ..sampling.build import build_sampler
 from ..sampling.sampler import Sampler, SamplerConfig, random_labels
+from ..storage.blocks import Block
+from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
 from .trials import Attempt
 
 
@@ -112,9 +115,9 @@ class PairEnds(Coupling):
             len(run.class_names) if num_classes is not None else None,
         )
 
-        def write(staged: Path, split: str, number: int, indices: Sequence[int]) -> None:
-            values, labels = _make(sampler, spec, indices, classes, accelerator.device)
-            write_block(staged, split, number, values, {"labels": labels})
+        def write(_: str, block: Block) -> None:
+            values, labels = _make(sampler, spec, block.items, classes, accelerator.device)
+            write_block(block, values, {"labels": labels})
 
         if attempt.trial and not folder.exists():  # the first ones stand for all
             attempt.enters("making the first pairs")
@@ -126,15 +129,11 @@ class PairEnds(Coupling):
             return
         files = ends.source.train if ends.source is not None and isinstance(ends.source.train, ImageSet) else None
         if not folder.exists():
-            more = (
-                {FILES: {"decoder": DECODER, "state": files.state, CONTENT: files.contents(range(len(files)))}}
-                if files is not None
-                else {}
-            )
-            ranks: dict[str, Any] = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-            ranks["barrier"] = accelerator.wait_for_everyone
-            words = {"name": "folder of pairs", "doing": "making pairs"}
-            make_cache(folder, self._contract, {"pairs": count}, write, lambda _: {}, **words, **ranks, more=more)
+            notes = None
+            if files is not None:
+                notes = {FILES: {"decoder": DECODER, "state": files.state, CONTENT: files.contents(range(len(files)))}}
+            words, ranks = {"name": "folder of pairs", "doing": "making pairs"}, ranks_of(accelerator)
+            make_cache(folder, self._contract, {"pairs": count}, write, lambda _: {}, ranks, **words, notes=notes)
         manifest = read_json(folder / "manifest.json")
         if any(manifest.get(key) != value for key, value in self._contract.items()):
             raise UserError(f"the folder of pairs {folder} is of something else; remove it, and it is made again")
@@ -148,7 +147,7 @@ class PairEnds(Coupling):
         accelerator.wait_for_everyone()
         self._pairs = open_blocks(folder, "pairs", count, accelerator.device, "folder of pairs")
         self._pairs.settle()
-        facts = [read_json(block_path(folder, "pairs", i).with_suffix(".json")) for i in range(len(self._pairs.blocks))]
+        facts = [read_json(block.path) for block in blocks_of(folder, "pairs", count)]
         self._labels = np.array([label for block in facts for label in block["labels"]], dtype=np.int64)
 
     @property

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..config import UserError, dump, quoted, read_json
 from ..runtime.checkpoint import MANIFEST, newest, spared_steps, step_folder, verify_checkpoint
-from ..storage.buckets import CACHES, Bucket, Empty, Remote, Unreached, alone, manifest, open_bucket, passing, pull, push
+from ..storage.buckets import CACHES, Bucket, Empty, Remote, Unreached, is_manifest, is_temporary, open_bucket, pull, push
+from ..storage.locks import folder_lock
 from .kept import ways_on
 from .run import changes
 
@@ -36,7 +37,7 @@ def _steps(objects: dict[str, Remote]) -> list[str]:
 
 def _rest(name: str) -> bool:
     """What is not of a run's folder besides its checkpoints."""
-    return passing(name) or name.split("/")[0] in (*CACHES, "checkpoints")
+    return is_temporary(name) or name.split("/")[0] in (*CACHES, "checkpoints")
 
 
 def _spared(checkpoint: Path) -> set[str]:
@@ -72,7 +73,7 @@ def bring_back(url: str, run_dir: Path, settings: Any = None) -> str | None:
     Every process calls it, before any waits for another: the first of a machine does it, and the others find it done.
     """
     checkpoints, place = run_dir / "checkpoints", place_of(run_dir)
-    with open_bucket(url) as bucket, alone(run_dir):
+    with open_bucket(url) as bucket, folder_lock(run_dir):
         objects = bucket.list(place)
         steps = _steps(objects)
         if settings is not None and steps and (config := objects.get(f"checkpoints/{steps[-1]}/config.json")) is not None:
@@ -118,7 +119,7 @@ def bring_run(url: str, name: str) -> str | None:
         folder = weights_in(bucket, run.as_posix())
         if folder is None or (folder.parent.name == "checkpoints" and newest(folder.parent)[0] is not None):
             return None
-        with alone(run):
+        with folder_lock(run):
             if verify_checkpoint(folder) is None:  # another process was first
                 return None
             pull(bucket, folder.as_posix(), folder)
@@ -263,6 +264,6 @@ class Uploads:
             if not self._told_of_others:
                 self.say(f"warning: {bucket.url} has later steps of this run: does another machine train it, too?")
             self._told_of_others = True
-        for name in sorted(objects, key=lambda name: not manifest(name)):
+        for name in sorted(objects, key=lambda name: not is_manifest(name)):
             if name.startswith("checkpoints/") and name.split("/")[1] not in kept:
                 bucket.delete(f"{self._place}/{name}", objects[name])

@@ -19,6 +19,7 @@ from src.runs.autoencoder import Autoencoder, LatentCodec
 from src.runs.latents import latents_of
 from src.runtime.examples import image_examples
 from src.runtime.stream import latent_stream, plan_batch, to_network
+from src.storage.caches import blocks_of
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")
@@ -88,8 +89,9 @@ def test_differences_in_words() -> None:
     assert cache.differs({**contract, "autoencoder": "b", "image": {"size": 8}}, contract) == [
         "another autoencoder", "another image (size, channels or flip)",
     ]  # fmt: skip
-    assert [number for number, _ in cache.blocks_of(1000, 1, 2)] == [1, 3]
-    assert [len(indices) for _, indices in cache.blocks_of(1000, 0, 1)] == [256, 256, 256, 232]
+    blocks = blocks_of(Path("x"), "train", 1000)
+    assert [block.path.name for block in blocks[1::2]] == ["block_00001.json", "block_00003.json"]
+    assert [len(block.items) for block in blocks] == [256, 256, 256, 232]
 
 
 def test_a_codec_goes_there_and_back() -> None:

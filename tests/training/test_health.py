@@ -30,7 +30,7 @@ from src.doctor import health, needs, proof
 from src.doctor.health import Row, Verdict, examine
 from src.runtime import checkpoint
 from tests.conftest import ROOT, SMOKE, command, environment
-from tests.storage import StorageServer
+from tests.storage_server import StorageServer
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
@@ -215,7 +215,7 @@ def test_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         server.forbidden.add("bucket")
         status(health.bucket("gs://bucket"), "fail", "gcloud auth")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr("src.storage.buckets.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("src.storage.buckets.errors.FIRST_DELAY", 0.01)
     status(health.bucket("gs://bucket"), "fail", "no answer after 6 tries", "Connection refused", "internet")
 
 

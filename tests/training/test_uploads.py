@@ -23,7 +23,7 @@ from src.training.run import RunDirectory
 from src.training.trials import run_training
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
 from tests.conftest import ROOT, SMOKE, environment
-from tests.storage import StorageServer
+from tests.storage_server import StorageServer
 
 CONFIG = load(ROOT / SMOKE, ddpm_accelerate.Config)
 
@@ -34,8 +34,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageS
     monkeypatch.chdir(tmp_path)
     with StorageServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        monkeypatch.setattr("src.storage.buckets.FIRST_DELAY", 0.01)
-        monkeypatch.setattr("src.storage.buckets.LAST_DELAY", 0.02)
+        monkeypatch.setattr("src.storage.buckets.errors.FIRST_DELAY", 0.01)
+        monkeypatch.setattr("src.storage.buckets.errors.LAST_DELAY", 0.02)
         yield server
 
 
@@ -310,7 +310,7 @@ def test_every_launch_brings_what_it_starts_from(server: StorageServer, tmp_path
 
 
 def test_a_machine_without_the_checkpoint_is_told_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "agree", lambda _: tmp_path / "step_00000004")
+    monkeypatch.setattr(session, "broadcast", lambda _: tmp_path / "step_00000004")
     here = session.Session.__new__(session.Session)
     here.run = RunDirectory(tmp_path / "x", writes=False)
     for bucket, words in ((None, "that all see, or set bucket$"), ("gs://bucket", "the bucket does not have it yet$")):
@@ -329,8 +329,8 @@ def test_four_processes_bring_an_autoencoder_at_once_and_a_kill_half_way_is_made
     whole(tmp_path / "made" / "final")
     for path in (tmp_path / "made" / "final").iterdir():
         server.put(f"runs/vae/final/{path.name}", path.read_bytes())
-    code = "from src.training.uploads import bring_run; from src.runtime.checkpoint import damage; from pathlib import Path; "
-    code += "print(bring_run('gs://bucket', 'runs/vae'), damage(Path('runs/vae/final')))"
+    code = "from src.training.uploads import bring_run; from src.runtime.checkpoint import verify_checkpoint; "
+    code += "from pathlib import Path; print(bring_run('gs://bucket', 'runs/vae'), verify_checkpoint(Path('runs/vae/final')))"
     words, extra = [sys.executable, "-c", code], environment(PYTHONPATH=str(ROOT), STORAGE_EMULATOR_HOST=server.url)
     server.rate = 100_000  # 0.8 s for the weights
     with subprocess.Popen(words, cwd=tmp_path, env=extra) as first:

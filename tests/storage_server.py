@@ -1,7 +1,7 @@
 """A small server that speaks Google storage's JSON protocol, with faults when they are asked for.
 
 In a test: `with StorageServer() as server`, and STORAGE_EMULATOR_HOST=server.url for what shall use it. Beside a shell:
-`python -m tests.storage PORT FOLDER`, where each folder in FOLDER is a bucket (PORT 0: one that is free, printed).
+`python -m tests.storage_server PORT FOLDER`, where each folder in FOLDER is a bucket (PORT 0: one that is free, printed).
 """
 
 import base64

@@ -1,0 +1,249 @@
+"""One bucket: list, read, write and delete its objects, each write and deletion bound to the generation that was listed.
+
+google-cloud-storage's `transfer_manager` is not used, because its `upload_many` takes one precondition for all files, its
+`download_many` writes files in place, and both end a file at the first cut connection that their library gives up on.
+"""
+
+import base64
+import os
+import re
+import socket
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ...config import UserError
+from ...config.packages import needed
+from ..files import explain_full_disk
+from .errors import TRIES, Overwritten, explain, in_one_line, retry
+from .names import check_name, is_unsafe, join
+
+TIMEOUT = 60.0  # seconds without an answer
+CHUNK = 1 << 24  # bytes of an upload in memory, for each job
+BLOCK = 1 << 20
+
+Advance = Callable[[int], None]  # is called with the bytes that have moved; with a negative number where they move once more
+
+
+class Remote(NamedTuple):
+    """An object: bytes, crc32c (base64, big-endian), and the generation, which changes with each write."""
+
+    size: int
+    crc32c: str
+    generation: int
+
+
+def crc32c_of(file: BinaryIO, size: int) -> str:
+    """The crc32c of the first `size` bytes, or of all where there are fewer."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    while size > 0 and (block := file.read(min(BLOCK, size))):
+        checksum.update(block)
+        size -= len(block)
+    return base64.b64encode(checksum.digest()).decode()
+
+
+def file_crc32c(path: Path) -> str:
+    """The crc32c of a file. While a file does not change, a process reads it once, however often a run is pushed."""
+    facts = path.stat()
+    return _known_crc32c(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _known_crc32c(path: Path, _inode: int, size: int, _time: int) -> str:
+    with open(path, "rb") as file:
+        return crc32c_of(file, size)
+
+
+class _Reader:
+    """A file that reports what is read of it."""
+
+    def __init__(self, file: BinaryIO, advance: Advance) -> None:
+        self.tell, self._file, self._advance = file.tell, file, advance
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._advance(len(content))
+        return content
+
+
+class _Writer:
+    """A file that reports what is written to it, and knows its crc32c."""
+
+    def __init__(self, file: BinaryIO, advance: Advance) -> None:
+        import google_crc32c
+
+        self._file, self._advance = file, advance
+        self._checksum = google_crc32c.Checksum()
+        self.size = 0
+
+    def write(self, content: bytes) -> int:
+        self._file.write(content)
+        self._checksum.update(content)
+        self.size += len(content)
+        self._advance(len(content))
+        return len(content)
+
+    @property
+    def crc32c(self) -> str:
+        return base64.b64encode(self._checksum.digest()).decode()
+
+
+class Bucket:
+    """Objects below `gs://NAME/PREFIX`, whose names are relative to that. Every failure is a UserError."""
+
+    def __init__(self, url: str, client: Any, name: str, prefix: str, anonymous: bool) -> None:
+        self.url, self.anonymous = url, anonymous
+        self._client, self._bucket, self._prefix = client, client.bucket(name), prefix
+
+    def __enter__(self) -> "Bucket":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def _blob(self, name: str, **options: Any) -> Any:
+        return self._bucket.blob(join(self._prefix, name), **options)
+
+    def _explain(self, name: str) -> AbstractContextManager[None]:
+        return explain(self.url, join(self.url, name), anonymous=self.anonymous)
+
+    def list(self, under: str) -> dict[str, Remote]:
+        """The objects below `under/`, their names relative to it; an unsafe name is a UserError."""
+        prefix = join(self._prefix, under)
+        prefix += "/" if prefix else ""
+        fields = "items(name,size,crc32c,generation),nextPageToken"
+        with self._explain(under):
+            pages = self._client.list_blobs(self._bucket, prefix=prefix or None, fields=fields, timeout=TIMEOUT, retry=retry())
+            blobs = [blob for blob in pages if not blob.name.endswith("/")]  # the console makes those to stand for folders
+        objects = {blob.name[len(prefix) :]: Remote(blob.size, blob.crc32c, blob.generation) for blob in blobs}
+        for name in objects:
+            check_name(name, join(self.url, under))
+        return objects
+
+    def about(self, name: str) -> Remote | None:
+        """One object, or None where there is none."""
+        with self._explain(name):
+            blob = self._bucket.get_blob(join(self._prefix, name), timeout=TIMEOUT, retry=retry())
+        return None if blob is None else Remote(blob.size, blob.crc32c, blob.generation)
+
+    def put(self, path: Path, name: str, known: Remote | None, advance: Advance = lambda count: None) -> None:
+        """Write a file's bytes as they are now to the object that was listed as `known`, or to a new one.
+
+        Somebody else's write in between is a UserError, except where it wrote the same bytes.
+        """
+        from google.api_core.exceptions import BadRequest
+        from google.auth.exceptions import GoogleAuthError
+
+        reason = ""
+        for _ in range(TRIES):
+            with open(path, "rb") as file, self._explain(name):
+                size = os.fstat(file.fileno()).st_size
+                crc32c = crc32c_of(file, size)
+                file.seek(0)
+                try:
+                    return self._send(file, Remote(size, crc32c, known.generation if known else 0), name, advance)
+                except (BadRequest, ValueError) as error:  # other bytes, or fewer, than those whose crc32c was promised
+                    if isinstance(error, UserError | GoogleAuthError):
+                        raise
+                    reason = in_one_line(error)
+                    advance(-file.tell())
+        raise UserError(f"{path}: the bucket refused it {TRIES} times; is it rewritten all the time? ({reason})")
+
+    def _send(self, file: BinaryIO, wanted: Remote, name: str, advance: Advance) -> None:
+        """Upload `wanted`, whose generation is that of the object it replaces, 0 for none."""
+        from google.api_core.exceptions import PreconditionFailed
+
+        blob = self._blob(name, chunk_size=CHUNK)
+        blob.crc32c = wanted.crc32c  # the service refuses other bytes
+        try:
+            blob.upload_from_file(
+                _Reader(file, advance), size=wanted.size, checksum=None, if_generation_match=wanted.generation,
+                timeout=TIMEOUT, retry=retry(file.tell),
+            )  # fmt: skip
+        except PreconditionFailed:
+            current = self.about(name)
+            if current is None or current[:2] != wanted[:2]:  # else an earlier try had arrived, and its answer had not
+                message = "somebody else has written it since it was listed; look at `status` and push again"
+                raise UserError(f"{join(self.url, name)}: {message}") from None
+
+    def get(self, name: str, remote: Remote, path: Path, advance: Advance = lambda count: None) -> None:
+        """Read an object into a file that is whole (size and crc32c) or absent."""
+        part = path.with_name(f".bring-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            with explain_full_disk(path):
+                for _ in range(TRIES):
+                    with open(part, "wb") as file:
+                        writer = _Writer(file, advance)
+                        self._receive(name, remote, writer)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    if (writer.size, writer.crc32c) == (remote.size, remote.crc32c):
+                        part.replace(path)
+                        return
+                    advance(-writer.size)
+            raise UserError(f"{join(self.url, name)}: it arrived damaged {TRIES} times; run it again, or push it anew")
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _receive(self, name: str, remote: Remote, writer: _Writer) -> None:
+        from google.api_core.exceptions import NotFound
+
+        blob = self._blob(name, generation=remote.generation)
+        with self._explain(name):
+            try:
+                options = {"checksum": None, "raw_download": True, "timeout": TIMEOUT, "retry": retry(lambda: writer.size)}
+                blob.download_to_file(writer, **options)
+            except NotFound:
+                message = "was overwritten or deleted since it was listed; run it again"
+                raise Overwritten(f"{join(self.url, name)} {message}") from None
+
+    def delete(self, name: str, remote: Remote) -> None:
+        """Delete the object that was listed. One that is gone already is no error, one that was overwritten is a UserError."""
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        with self._explain(name):
+            try:
+                self._blob(name).delete(if_generation_match=remote.generation, timeout=TIMEOUT, retry=retry())
+            except NotFound:
+                pass
+            except PreconditionFailed:
+                raise Overwritten(f"{join(self.url, name)} was overwritten since it was listed: not deleted") from None
+
+
+def open_bucket(url: str) -> Bucket:
+    """The bucket of `gs://NAME[/PREFIX]`, to be closed by `with`; no request is made yet.
+
+    Without credentials the bucket is read as a public one. A malformed url and a key that cannot be read are UserErrors.
+    """
+    matched = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/+(.*?))?/*", url)
+    if matched is None:
+        name = "; a NAME is of lower-case letters, digits, '-', '_' and '.', three or more" if url.startswith("gs://") else ""
+        raise UserError(f"{url!r} is no bucket{name}; write it as gs://NAME or gs://NAME/PREFIX")
+    name, prefix = matched[1], matched[2] or ""
+    if prefix and is_unsafe(prefix):
+        raise UserError(f"{url!r}: {prefix!r} is no folder in the bucket; write it as gs://NAME or gs://NAME/PREFIX")
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")  # it asks for rights on the bucket itself
+    with needed(url, "google.cloud.storage", "google_crc32c"):
+        import google.auth
+        import google_crc32c  # noqa: F401  (compares files)
+        from google.auth.credentials import AnonymousCredentials
+        from google.auth.exceptions import DefaultCredentialsError
+        from google.cloud import storage
+
+    credentials: Any = None
+    if not os.environ.get("STORAGE_EMULATOR_HOST"):
+        try:
+            with warnings.catch_warnings():  # a user's own credentials name no project to bill: none is needed
+                warnings.simplefilter("ignore")
+                credentials, _ = google.auth.default(scopes=storage.Client.SCOPE)
+        except (DefaultCredentialsError, OSError) as error:
+            if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+                raise UserError(f"GOOGLE_APPLICATION_CREDENTIALS: {in_one_line(error)}; give it a key file") from None
+    client = storage.Client(project=None, credentials=credentials or AnonymousCredentials())
+    return Bucket(f"gs://{join(name, prefix)}", client, name, prefix, anonymous=credentials is None)

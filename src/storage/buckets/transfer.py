@@ -1,0 +1,237 @@
+"""Make the bucket what a folder is (`push`), or a folder what the bucket has (`pull`); and compare them (`status`).
+
+Manifests come last, after all that they promise, and go first where something is deleted.
+"""
+
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from ...config import UserError
+from ...config.progress import Progress
+from ..archives import size
+from .client import Bucket, Remote
+from .errors import Empty, Overwritten
+from .folders import Filter, is_untouched, list_files, same_files
+from .names import folder_of, is_manifest, is_of_this_machine, is_temporary, join
+
+
+class Moved(NamedTuple):
+    """Files and bytes that moved, files that were the same, and files that were deleted (or would, of a dry run)."""
+
+    files: int
+    bytes: int
+    same: int
+    deleted: int
+
+
+class Status(NamedTuple):
+    """Names only on this machine, only in the bucket, and in both but different; how many are the same."""
+
+    only_local: list[str]
+    only_remote: list[str]
+    different: list[str]
+    same: int
+
+
+def _no_name(name: str) -> bool:
+    return False
+
+
+class _Stopped(Exception):
+    """Another file failed, so this one need not go on."""
+
+
+class _Crew:
+    """Does a thing for each of many names, `jobs` at a time, below one bar of bytes; the first failure ends the rest."""
+
+    def __init__(self, label: str, total: int, jobs: int, shown: bool) -> None:
+        self.bar = Progress(label, total, unit="B", shown=shown)
+        self._pool, self._lock, self._stop = ThreadPoolExecutor(jobs), threading.Lock(), threading.Event()
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+        self.bar.close()
+
+    def advance(self, count: int) -> None:
+        if count > 0 and self._stop.is_set():
+            raise _Stopped
+        with self._lock:
+            self.bar.update(count)
+
+    def do(self, work: Callable[[str], None], names: Iterable[str]) -> None:
+        for done in as_completed([self._pool.submit(work, name) for name in names]):
+            done.result()
+
+
+def push(
+    bucket: Bucket,
+    folder: Path,
+    under: str,
+    *,
+    delete: bool = False,
+    dry_run: bool = False,
+    last: Filter = is_manifest,
+    skip: Filter = is_temporary,
+    keep: Filter = _no_name,
+    jobs: int = 8,
+    shown: bool = True,
+    left_out: list[str] | None = None,
+) -> Moved:
+    """Make the bucket's `under/` what the folder is; `delete` removes what is only in the bucket, but for what is to `keep`.
+
+    Files that are `last` follow when all others have arrived, and not where one of their folder was replaced or removed
+    meanwhile; an old one is deleted before what it promises is replaced. `skip` is asked for folders too. Without `shown`
+    there is no bar and no line. What is not pushed is added to `left_out`.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder to push")
+    local = list_files(folder, skip)
+    if local.links_out:
+        path = folder / local.links_out[0]
+        raise UserError(f"{path} is a link that leads out of {folder}; put the files there, or push and pull it by itself")
+    files = local.files
+    if not files:
+        raise UserError(f"{folder} has no files to push")
+    if left_out is not None:
+        left_out += local.left_out
+    objects = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
+    same = same_files(folder, files, objects, jobs, shown=shown)
+    replaced = [name for name in files if name in objects and name not in same and not last(name)]
+    void = [
+        name for name in files if name in objects and last(name) and any(one.startswith(folder_of(name)) for one in replaced)
+    ]
+    same -= set(void)
+    moving = [name for name in files if name not in same]
+    gone = sorted(name for name in objects.keys() - files.keys() if not keep(name)) if delete else []
+    plan = Moved(len(moving), sum(files[name].st_size for name in moving), len(same), len(gone))
+    if dry_run:
+        return plan
+    sent = list[str]()
+
+    def send(name: str) -> None:
+        with suppress(FileNotFoundError):  # a live run has removed it: then no manifest of its folder goes either
+            bucket.put(folder / name, join(under, name), objects.get(name), crew.advance)
+            sent.append(name)
+
+    def remove(name: str) -> None:
+        bucket.delete(join(under, name), objects[name])
+
+    def is_kept_promise(name: str) -> bool:
+        return all(is_untouched(folder / other, files[other]) for other in files if other.startswith(folder_of(name)))
+
+    with _Crew(f"push {under}", plan.bytes, jobs, shown) as crew:
+        crew.do(remove, void)
+        for name in void:
+            del objects[name]
+        crew.do(send, [name for name in moving if not last(name)])
+        held_back = [name for name in moving if last(name) and not is_kept_promise(name)]
+        crew.do(send, [name for name in moving if last(name) and name not in held_back])
+        crew.do(remove, filter(last, gone))
+        crew.do(remove, [name for name in gone if not last(name)])
+    for name in held_back if shown else ():
+        print(f"{folder / name}: its folder changed meanwhile, so it goes with the next push", file=sys.stderr)
+    return Moved(len(sent), sum(files[name].st_size for name in sent), len(same), len(gone))
+
+
+def pull(
+    bucket: Bucket,
+    under: str,
+    folder: Path,
+    *,
+    delete: bool = False,
+    dry_run: bool = False,
+    last: Filter = is_manifest,
+    skip: Filter = is_temporary,
+    keep: Filter = _no_name,
+    jobs: int = 8,
+    left_out: list[str] | None = None,
+) -> Moved:
+    """Make the folder what the bucket's `under/` is, in the same order as `push`; `delete` removes what is only in the folder,
+    but for what is to `keep`. What stays in the bucket is added to `left_out`.
+
+    Where another process may pull into the folder, the caller holds its `folder_lock`. A disk without room for all that is to
+    come is a UserError before the first byte.
+    """
+    listed = bucket.list(under)
+    objects = {name: remote for name, remote in listed.items() if not skip(name)}
+    if left_out is not None:
+        left_out += sorted(name for name in listed if skip(name) and not is_of_this_machine(name))
+    if not objects:
+        raise Empty(f"{join(bucket.url, under)}/ has no files to pull; is the name right?")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; move it away")
+    local = list_files(folder, skip)
+    for link in sorted({*local.links_out} & {parent.as_posix() for name in objects for parent in PurePosixPath(name).parents}):
+        print(f"{folder / link} is a link that leads out of {folder}: left as it is", file=sys.stderr)
+        objects = {name: remote for name, remote in objects.items() if not name.startswith(f"{link}/")}
+    for name in objects:
+        if (folder / name).is_dir() or any(parent.as_posix() in objects for parent in PurePosixPath(name).parents):
+            raise UserError(f"{folder / name} would be a file and a folder; delete or rename one of them")
+    same = same_files(folder, local.files, objects, jobs)
+    moving = [name for name in objects if name not in same]
+    gone = sorted(name for name in local.files.keys() - objects.keys() if not keep(name)) if delete else []
+    plan = Moved(len(moving), sum(objects[name].size for name in moving), len(same), len(gone))
+    if dry_run:
+        return plan
+    _sweep(folder)
+    free_bytes = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    if plan.bytes > free_bytes:
+        raise UserError(f"{folder}: {size(plan.bytes)} are to come and {size(free_bytes)} are free; make room")
+
+    def fetch(name: str) -> None:
+        path, whole = folder / name, join(under, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            bucket.get(whole, objects[name], path, crew.advance)
+        except Overwritten:  # a log of a live run; a manifest is not taken, for it may promise other files
+            now = None if last(name) else bucket.about(whole)
+            if now is None:
+                raise
+            bucket.get(whole, now, path, crew.advance)
+
+    with _Crew(f"pull {under}", plan.bytes, jobs, shown=True) as crew:
+        crew.do(fetch, [name for name in moving if not last(name)])
+        crew.do(fetch, filter(last, moving))
+    for name in sorted(gone, key=lambda name: not last(name)):
+        (folder / name).unlink(missing_ok=True)
+        for parent in PurePosixPath(name).parents[:-1]:
+            if any((folder / parent).iterdir()):
+                break
+            (folder / parent).rmdir()
+    return plan
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the parts of pulls that were killed: on this machine, or an hour ago."""
+    import psutil
+
+    for part in folder.rglob(".bring-*-*-*.part"):
+        host, pid, _ = part.stem.removeprefix(".bring-").rsplit("-", 2)
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600 or (host == socket.gethostname() and not psutil.pid_exists(int(pid))):
+                part.unlink()
+
+
+def status(bucket: Bucket, under: str, folder: Path, *, skip: Filter = is_temporary, jobs: int = 8) -> Status:
+    """How a folder and the bucket's `under/` differ; either may be missing."""
+    return compare(folder, {name: remote for name, remote in bucket.list(under).items() if not skip(name)}, skip, jobs)
+
+
+def compare(folder: Path, objects: dict[str, Remote], skip: Filter, jobs: int = 8) -> Status:
+    """How a folder and these objects of the same names differ."""
+    files = list_files(folder, skip).files
+    same = same_files(folder, files, objects, jobs)
+    both = files.keys() & objects.keys()
+    return Status(sorted(files.keys() - both), sorted(objects.keys() - both), sorted(both - same), len(same))

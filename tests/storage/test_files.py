@@ -1,0 +1,65 @@
+"""Files and folders that are whole or absent, and the one line where the disk is full."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from src.config import UserError
+from src.storage.files import check_is_new, explain_full_disk, new_folder, write_flushed, write_whole
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    write_flushed(path, b"first")
+
+    def fail(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src.storage.files.write_flushed", fail)
+        with pytest.raises(OSError, match="space"):
+            write_whole(path, b"second")
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+    write_whole(path, b"second")
+    assert path.read_bytes() == b"second"
+
+
+def test_an_error_names_the_file_that_could_not_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as raised:  # noqa: PT011
+        write_flushed(tmp_path / "missing" / "a", b"")
+    assert raised.value.filename == str(tmp_path / "missing" / "a")
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "x"
+    with new_folder(folder) as staged:
+        (staged / "a").write_text("first")
+        assert not folder.exists()
+    with pytest.raises(KeyboardInterrupt), new_folder(folder) as staged:
+        (staged / "b").write_text("half")
+        raise KeyboardInterrupt
+    assert (folder / "a").read_text() == "first"
+    (folder.parent / ".x.partial").mkdir()
+    (folder.parent / ".x.partial" / "left by a kill").touch()
+    with new_folder(folder) as staged:
+        (staged / "c").write_text("second")
+    assert [path.name for path in folder.iterdir()] == ["c"] and list(folder.parent.iterdir()) == [folder]
+
+
+def test_only_a_new_or_an_empty_folder_is_new(tmp_path: Path) -> None:
+    check_is_new(tmp_path / "none")
+    check_is_new(tmp_path)
+    (tmp_path / "a").touch()
+    for path in (tmp_path, tmp_path / "a"):
+        with pytest.raises(UserError, match="exists and is not empty"):
+            check_is_new(path)
+
+
+def test_a_full_disk_is_one_line_and_other_errors_stay() -> None:
+    line = "the disk is full: x was not written, and y stays; make room and run the same command again"
+    with pytest.raises(UserError, match=line), explain_full_disk(Path("x"), ", and y stays"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    with pytest.raises(PermissionError), explain_full_disk(Path("x")):
+        raise PermissionError(errno.EACCES, "Permission denied")
