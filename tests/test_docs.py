@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -102,8 +103,7 @@ def test_commands_have_options_and_configs_that_there_are(page: str) -> None:
         words = shlex.split(line)
         place = next((i for i, word in enumerate(words) if word.endswith(".py") and "/" not in word), None)
         if place is None:  # a module, or a benchmark
-            script = words[1]
-            assert script == "-m" or (ROOT / script).exists(), line
+            assert words[1] == "-m" or (ROOT / words[1]).exists(), line
             continue
         script, words = words[place], words[place + 1 :]
         assert script.removesuffix(".py") in SCRIPTS, line
@@ -118,6 +118,15 @@ def test_commands_have_options_and_configs_that_there_are(page: str) -> None:
             if not any("$" in setting for setting in settings):
                 assert f"{script_of(config).__name__}.py" == script or script == "doctor.py", line
                 load(config, script_of(config).Config, settings)
+
+
+def test_modules_and_files_that_pages_name_are_there() -> None:
+    for path in LINKED:
+        text = path.read_text(encoding="utf-8")
+        for module in re.findall(r"python -m (src[\w.]*)", text):
+            assert find_spec(module) is not None, f"{path.name}: {module}"
+        for file in re.findall(r"`((?:configs|tests|cluster|notebooks|benchmarks)/[\w/.]+\.\w+)`", text):
+            assert (ROOT / file).exists(), f"{path.name}: {file}"
 
 
 # ---------------------------------------------------------------------------------------------- commands that run
