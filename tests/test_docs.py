@@ -167,7 +167,9 @@ def small(line: str) -> list[str]:
         settings = TINY[words[0]] | ({"steps": 8} if "--continue-as" in words else {})
         words += [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     if words[0] == "sample.py":
-        words += ["--steps", "10" if "--image" in words else "2", *([] if "--invert" in words else ["--num-samples", "4"])]
+        words += ["--steps", "10" if "--image" in words else "2"]
+        if "--invert" not in words:
+            words += ["--num-samples", "10" if "0/1/2/3/4/5/6/7/8/9" in words else "4"]
         words = ["4" if before == "--start-at" else word for before, word in zip(["", *words], words, strict=False)]
     if words[0] == "interpolate.py":
         words += ["--steps", "2", "--frames-between", "2"]
