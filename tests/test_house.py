@@ -1,10 +1,8 @@
-"""The floors, the packages, the wheel, the configs, the README's commands."""
+"""The floors, the packages, the wheel, the configs."""
 
 import ast
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from src import losses
 from src.config import load
@@ -27,7 +24,7 @@ from src.runs.classifier import build_classifier, noise_process
 from src.runs.opened import build_unet
 from src.training.stages import plan_stages
 from tests import house
-from tests.conftest import ROOT, environment, here, launch, run_here
+from tests.conftest import ROOT, environment, here
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
@@ -311,90 +308,3 @@ def test_help_answers_soon_and_scripts_can_be_run(script: str) -> None:
     assert done.returncode == 0 and "usage:" in done.stdout and time.monotonic() - began < 60
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert not loaded & HEAVY
-
-
-def shell_lines(text: str) -> list[str]:
-    """The commands of the README's shell blocks, one a line, continued lines joined."""
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
-    joined = "\n".join(blocks).replace("\\\n", " ")
-    return [line.split(" #")[0].strip() for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
-
-
-SMALL = {"batch_size": 4, "workers": 0, "mixed_precision": "no", "checkpoint.every": None}
-SMALL_DIFFUSION = {"steps": 4, "model.blocks": 1, "preview.num_samples": 2, "preview.batch_size": 2, "preview.sampler.steps": 2}
-UNET = {"model": {"base_channels": 16, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "norm_groups": 8}}
-TINY = {
-    "ddpm_accelerate.py": SMALL | SMALL_DIFFUSION | UNET | {"image.size": 16},
-    "train_classifier.py": SMALL | {"steps": 4, "classifier.blocks": 1, "preview.num_measured": 4, "image.size": 16},
-    "train_ldm.py": SMALL | SMALL_DIFFUSION | UNET | {"image.size": 64, "held_out": 0.1},
-    "train_iadb.py": {
-        "model.width": 16,
-        "model.layers": 2,
-        "steps": 4,
-        "batch_size": 64,
-        "preview.num_samples": 16,
-        "checkpoint.every": None,
-    },
-    "train_vae.py": SMALL
-    | {"image.size": 64, "held_out": 0.1, "micro_batch_size": 4, "model.widths": [8, 8, 8, 8], "model.blocks": 1}
-    | {"discriminator.base_channels": 8, "stages": [{"steps": 2, "adversarial": {"weight": 0.1}}, {"steps": 1, "tanh": True}]},
-}
-
-
-@pytest.mark.timeout(900)  # some thirty scripts, one after the other
-def test_the_readmes_commands_run(smoke_run: Path, ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
-    """Each command but make's, accelerate's, the race's and what needs more GPUs or a bucket (tests/test_setup.py has that
-    story), on small stand-ins for the reader's pictures."""
-    for i in range(24):
-        for name in ("cats", "dogs"):
-            (tmp_path / "my_pictures" / name).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40 + i, 36), (10 * i, 90, 200)).save(tmp_path / "my_pictures" / name / f"{i}.jpg")
-    shutil.make_archive(str(tmp_path / "my_pictures"), "zip", tmp_path / "my_pictures")
-    shutil.rmtree(tmp_path / "my_pictures")
-    for name in (*(f"{script}.py" for script in SCRIPTS), "src", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "my_digits").mkdir()
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "my_digits" / "1.png")
-    known = {"digits_ddpm": smoke_run, "digits_ldm": ldm_run, "wikiart256_ldm": ldm_run, "digits_vae": vae_run}
-    for name, run in known.items():
-        shutil.copytree(run / "final", tmp_path / "runs" / name / "final")
-    ran = 0
-    for line in shell_lines((ROOT / "README.md").read_text()):
-        if line.startswith(
-            ("make", "accelerate", "ACCELERATE", "export", "source", "./setup.sh", "python doctor.py", "python benchmarks")
-        ):
-            continue
-        words = line.split()
-        assert words[0] == "python", line
-        shapes = "3/7" if "guided" in line else "circle/cross"  # that run is one of digits, trained here
-        words = [word.replace("3/7", shapes).replace("High_Renaissance", "circle") for word in words[1:]]
-        if "-cfg" in words:
-            pairs = [f"{key}={json.dumps(value)}" for key, value in TINY[words[0]].items()]
-            words += [word for pair in pairs for word in ("--set", pair)]
-        if words[0] == "sample.py":
-            words += ["--steps", "2", *([] if "--invert" in words else ["--num-samples", "4"])]
-        if words[0] == "interpolate.py":
-            words = [word.replace("3/7/1/0", "circle/cross/square/triangle") for word in words]
-            words += ["--steps", "2", "--frames-between", "2"]
-        if words[0] == "evaluate.py":
-            few = ["--num-images", "4"] if "--likelihood" in words else ["--num-images", "12", "--num-samples", "12"]
-            few = ["--num-images", "12"] if "vae" in line else ["--steps", "2", *few]  # reconstructions are not drawn
-            words = [word.replace("efficientnet_lite0", "random") for word in words] + few
-        print(line)  # shown where it fails
-        if ran < 3:
-            done = launch(*words, cwd=tmp_path)
-            assert done.status == 0, f"{line}\n{done.all}"
-        else:  # the others in this process, which spares them their imports
-            run_here(words[0].removesuffix(".py"), *words[1:], cwd=tmp_path)
-        ran += 1
-    assert ran >= 14
-    python = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(python) == 2 and len(python[0].splitlines()) <= 10
-    for code, made in zip(python, ("points.png", "digits.png"), strict=True):
-        code = (
-            code.replace('"0/1/2/3/4/5/6/7/8/9", 10', '"0/1/2/3", 8')
-            .replace("range(10)", "range(8)")
-            .replace('"steps=300"', '"steps=30", "model.width=16"')
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0 and (tmp_path / made).exists(), done.stderr
