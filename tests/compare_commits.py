@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,17 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 READ_JOBS = "import json; from tests.resumes import jobs; print(json.dumps([[j.name, j.script, j.raw] for j in jobs()]))"
 HUB_JOB = "cats512_latent_iadb"  # its autoencoder is a folder of diffusers
-RESUMED = ("smoke_ddpm", "smoke_ldm", "smoke_vae", "smoke_iadb", "smoke_classifier", "points2d_iadb", "cats64_iadb")
+STAGES = [{"steps": 1, "adversarial": {"weight": 0.1}}]  # of the autoencoders on whose latents others are trained
+RESUMED = (
+    "smoke_ddpm",
+    "smoke_ldm",
+    "smoke_vae",
+    "smoke_iadb",
+    "smoke_classifier",
+    "points2d_iadb",
+    "folder_ddpm",
+    "folder_ldm",
+)
 
 # What is not compared, and why.
 NOT_COMPARED = {
@@ -64,9 +74,9 @@ EXTRAS = {
         " --steps 3 --out classifier_guidance/samples"
     ],
     "editing": [
-        "sample smoke_ddpm/run --image smoke_ddpm/samples/00.png --start-at 1 --num-samples 2 --steps 3 --out editing/start",
-        "sample smoke_ddpm/run --invert smoke_ddpm/samples/00.png --steps 3 --solver euler --out editing/inversion",
-        "sample shirts_to_dresses_iadb/run --source smoke_ddpm/samples --steps 2 --out editing/source",
+        "sample smoke_ddpm/run --image images/class_0/00.png --start-at 1 --num-samples 2 --steps 3 --out editing/start",
+        "sample smoke_ddpm/run --invert images/class_0/00.png --steps 3 --solver euler --out editing/inversion",
+        "sample shirts_to_dresses_iadb/run --source images/class_1 --steps 2 --out editing/source",
     ],
     "interpolation": [
         "interpolate smoke_ddpm/run --seeds 1/2 --frames-between 3 --steps 3 --out interpolation/seeds",
@@ -85,12 +95,23 @@ EXTRAS = {
         "convert safetensors smoke_vae/run --out exports/vae",
         "convert safetensors smoke_ldm/run --out exports/ldm",
         "convert to-diffusers smoke_ddpm/run --out exports/diffusers_ddpm",
-        "convert to-diffusers smoke_vae/run --out exports/diffusers_vae",
-        "convert to-diffusers smoke_ldm/run --out exports/diffusers_ldm",
+        "convert to-diffusers autoencoders/smoke_plain --out exports/diffusers_vae",
+        "convert to-diffusers cats512_latent_iadb/run --out exports/diffusers_ldm",
         "convert diffusers exports/diffusers_ddpm --out exports/ddpm_again",
         "sample exports/ddpm_again --num-samples 2 --steps 2 --out exports/samples_ddpm",
         "convert diffusers exports/diffusers_ldm --out exports/ldm_again",
         "sample exports/ldm_again --num-samples 2 --steps 2 --out exports/samples_ldm",
+    ],
+    "imports": [
+        "convert guided-diffusion shared/vectors/adm_64_class_conditional.pt --out imports/network"
+        " --flags shared/vectors/adm_64_class_conditional.json",
+        "convert guided-diffusion shared/vectors/adm_64_classifier.pt --out imports/classifier"
+        " --flags shared/vectors/adm_64_classifier.json",
+        "sample imports/network --guidance-method classifier --classifier imports/classifier --classes 7/900 --num-samples 2"
+        " --steps 2 --solver ancestral --out imports/samples",
+    ],
+    "prepared_data": [
+        "prepare_data latents autoencoders/smoke_3 --out prepared_data/latents",
     ],
 }
 
@@ -142,8 +163,8 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 def read(path: Path) -> tuple[str, dict[str, Any]] | None:
     """What kind of values a file holds, and the values by name; None of a file that is not compared."""
-    if path.name in NOT_COMPARED:
-        return None
+    if path.name in NOT_COMPARED and not (path.suffix == ".json" and "_class_name" in path.read_text()):
+        return None  # (a config.json of diffusers is compared)
     if path.suffix == ".safetensors":
         return "tensors", load_file(path)
     if path.suffix in (".pt", ".pth", ".ckpt"):
@@ -188,6 +209,7 @@ class Side:
     """A commit's checkout, and the folder in which its commands run. Paths in commands and configs are relative to that folder,
     so that both sides have the same ones."""
 
+    name: str
     checkout: Path
     folder: Path
     processes: int
@@ -197,16 +219,16 @@ class Side:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "commands.json").write_text(json.dumps(commands))
         (self.folder / "results.json").unlink(missing_ok=True)
-        words = [str(ROOT / "tests" / "run_commands.py"), str(self.checkout), "commands.json", "results.json"]
+        words = [str(ROOT / "tests" / "run_commands.py"), self.name, str(self.checkout), "commands.json", "results.json"]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
         return subprocess.Popen(
             [sys.executable, *(launcher if self.processes > 1 else []), *words], cwd=self.folder, env=environment(self.folder)
         )
 
-    def errors(self) -> dict[int, str]:
-        """The error, or nothing, of each command by its number; a command that did not run has no entry."""
+    def errors(self) -> dict[str, str]:
+        """The error, or nothing, of each command line; one that did not run has no entry."""
         path = self.folder / "results.json"
-        return {int(number): error for number, error in json.loads(path.read_text()).items()} if path.exists() else {}
+        return json.loads(path.read_text()) if path.exists() else {}
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -224,14 +246,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def make_checkout(commit: str, folder: Path) -> Path:
-    """The files of a commit in a new folder, beside a link to `shared`; of "." the working tree itself."""
+    """The files of a commit in a new folder; of "." the working tree itself."""
     if commit == ".":
         return ROOT
     folder.mkdir(parents=True)
     content = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
     subprocess.run(["tar", "-x"], cwd=folder, input=content, check=True)
-    if (ROOT.parent / "shared").is_dir() and not (folder.parent / "shared").exists():
-        (folder.parent / "shared").symlink_to(ROOT.parent / "shared")
     return folder
 
 
@@ -248,54 +268,78 @@ def random_vgg(path: Path) -> None:
     torch.save(weights, path)
 
 
-def write_configs(reference: Side, wanted: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Write configs, weights and autoencoders into the reference's folder; return each config's name, script and content."""
-    done = subprocess.run(
-        [sys.executable, "-c", READ_JOBS],
-        cwd=reference.checkout,
-        env=environment(reference.folder),
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    jobs = json.loads(done.stdout)
-    if unknown := set(wanted) - {name for name, _, _ in jobs}:
-        sys.exit(f"there is no config {', '.join(sorted(unknown))}; there are {', '.join(name for name, _, _ in jobs)}")
-    raw_vae = next(raw for name, _, raw in jobs if name == "smoke_vae")
-    jobs = [job for job in jobs if not wanted or job[0] in wanted]
-    (reference.folder / "configs").mkdir(parents=True)
-    random_vgg(reference.folder / "vgg16.pth")
+def draw_images(folder: Path) -> None:
+    """Write 24 small images of several sizes, grey ones too, into a folder for each of three classes."""
+    numbers = np.random.default_rng(0)
+    for i in range(24):
+        place = folder / f"class_{i % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = Image.fromarray(numbers.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((20 + i, 28 - i % 5))
+        (pixels.convert("L") if i % 4 == 3 else pixels).save(place / f"{i:02d}.{'jpg' if i % 2 else 'png'}")
+
+
+def read_jobs(reference: Side) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Script and config by name: those of the reference's tests/resumes.py, and three that read a folder of images."""
+    words = [sys.executable, "-c", READ_JOBS]
+    done = subprocess.run(words, cwd=reference.checkout, env=environment(reference.folder), stdout=subprocess.PIPE, check=True)
+    jobs = {name: (script, raw) for name, script, raw in json.loads(done.stdout)}
+    for name, like, source in (
+        ("folder_ddpm", "smoke_ddpm", {"source": "folder", "path": "images"}),
+        ("packed_ddpm", "smoke_ddpm", {"source": "packed", "path": "packed_ddpm/images"}),
+        ("folder_ldm", "smoke_ldm", {"source": "folder", "path": "images"}),
+    ):
+        script, raw = jobs[like]
+        jobs[name] = (script, raw | {"data": source, "name": name})
+    return jobs
+
+
+def prepare(reference: Side, wanted: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Write configs, images, weights and autoencoders into the reference's folder; return each config's name, script and
+    content."""
+    folder, jobs = reference.folder, read_jobs(reference)
+    if unknown := set(wanted) - jobs.keys():
+        sys.exit(f"there is no config {', '.join(sorted(unknown))}; there are {', '.join(jobs)}")
+    (folder / "configs").mkdir(parents=True)
+    if (ROOT.parent / "shared").is_dir():
+        (folder / "shared").symlink_to((ROOT.parent / "shared").resolve())
+    draw_images(folder / "images")
+    random_vgg(folder / "vgg16.pth")
     trainings: dict[str, list[list[str]]] = {}
-    for name, _, raw in jobs:
+    chosen = [(name, script, raw) for name, (script, raw) in jobs.items() if not wanted or name in wanted]
+    for name, _, raw in chosen:
         if raw.get("autoencoder") == "AUTOENCODER":
-            channels = raw["image"].get("channels", 3)
-            run, config = f"autoencoders/run_{channels}", f"configs/autoencoder_{channels}.json"
-            stages = [{"steps": 1, "adversarial": {"weight": 0.1}}]
-            changed = raw_vae | {"stages": stages, "image": raw_vae["image"] | {"channels": channels}}
-            (reference.folder / config).write_text(json.dumps(changed))
+            like, channels = jobs["smoke_vae"][1], raw["image"].get("channels", 3)
+            run = f"autoencoders/smoke_{channels}" if name != HUB_JOB else "autoencoders/smoke_plain"
+            changed = like | {"stages": STAGES, "image": like["image"] | {"channels": channels}, "name": run.rpartition("/")[2]}
+            trainings[run] = [["train_vae", "-cfg", f"configs/{changed['name']}.json", "--run-dir", run]]
             raw["autoencoder"] = run
-            trainings[run] = [["train_vae", "-cfg", config, "--run-dir", run]]
-            if name == HUB_JOB:
+            if name == HUB_JOB:  # diffusers has no linear attention
+                changed["image"] |= {"size": raw["image"]["size"]}
+                changed["model"] = like["model"] | {"attention": ["none", "none"], "mid_attention": "full"}
                 raw["autoencoder"] = "autoencoders/diffusers"
                 trainings[run].append(["convert", "to-diffusers", run, "--out", "autoencoders/diffusers"])
+            (folder / "configs" / f"{changed['name']}.json").write_text(json.dumps(changed))
         if raw.get("perceptual", {}).get("weights") == "WEIGHTS":
             raw["perceptual"]["weights"] = "vgg16.pth"
         if "export_every" in raw:
             raw["export_dir"] = f"{name}/exports"
-        (reference.folder / "configs" / f"{name}.json").write_text(json.dumps(raw))
-    commands = [words for run in trainings.values() for words in run]
+        (folder / "configs" / f"{name}.json").write_text(json.dumps(raw))
+    commands = [words for lines in trainings.values() for words in lines]
     if commands and (reference.start(commands).wait() or any(reference.errors().values())):
-        sys.exit(f"the reference did not make the autoencoders; see {reference.folder}/results.rank0.log")
-    return jobs
+        sys.exit(f"the reference did not make the autoencoders; see {folder}/old_rank0.log")
+    return chosen
 
 
 def commands_of(name: str, script: str, raw: dict[str, Any]) -> Iterator[list[str]]:
     """What is run of a config: its training, then samples and an evaluation where it has them."""
     run = f"{name}/run"
+    if name.startswith("packed"):
+        yield ["prepare_data", "pack", "images", "--size", "16", "--out", raw["data"]["path"]]
     yield [script, "-cfg", f"configs/{name}.json", "--run-dir", run]
     evaluation = ["evaluate", run, "--features", "random", "--batch-size", "8", "--json", "--out", f"{name}/evaluation"]
     sampling = ["sample", run, "--steps", "2", "--frames", "--out", f"{name}/samples", "--num-samples"]
     if script == "train_vae":
-        yield evaluation
+        yield [*evaluation, "--part", "train"]
     elif "image" not in raw:
         yield [*sampling, "50"]
     elif script != "train_classifier":
@@ -303,23 +347,25 @@ def commands_of(name: str, script: str, raw: dict[str, Any]) -> Iterator[list[st
         yield [*evaluation, "--num-samples", "16", "--steps", "2"]
 
 
-def extra_commands(names: list[str]) -> dict[str, list[list[str]]]:
-    """Those of EXTRAS whose runs are trained."""
+def extra_commands(names: set[str]) -> dict[str, list[list[str]]]:
+    """Those of EXTRAS that have what they need: the runs, and `shared` where the words name it."""
     extras = {name: [line.split() for line in lines] for name, lines in EXTRAS.items()}
-    runs = {
-        name: {word.partition("/")[0] for words in lines for word in words if "/run" in word} for name, lines in extras.items()
-    }
-    return {name: lines for name, lines in extras.items() if runs[name] <= set(names)}
+    for name, lines in list(extras.items()):
+        words = {word for line in lines for word in line}
+        runs = {word.partition("/")[0] for word in words if "/run" in word}
+        if not runs <= names or (any(word.startswith("shared") for word in words) and not (ROOT.parent / "shared").is_dir()):
+            del extras[name]
+    return extras
 
 
-def run_both(sides: tuple[Side, Side], commands: list[list[str]]) -> None:
+def run_both(old: Side, new: Side, commands: list[list[str]]) -> None:
     """Run the commands of both sides, at the same time where there are processors for it."""
-    if (os.cpu_count() or 1) >= 2 * sides[0].processes:
-        for process in [side.start(commands) for side in sides]:
-            process.wait()
-    else:
-        for side in sides:
-            side.start(commands).wait()
+    at_once = (os.cpu_count() or 1) >= 2 * old.processes
+    first = old.start(commands)
+    if not at_once:
+        first.wait()
+    new.start(commands).wait()
+    first.wait()
 
 
 def go_back(run: Path) -> None:
@@ -328,18 +374,6 @@ def go_back(run: Path) -> None:
     checkpoints = sorted((run / "checkpoints").glob("step_*"))
     for folder in checkpoints[len(checkpoints) // 2 :]:
         shutil.rmtree(folder)
-
-
-def copy_half_way(old: Path, new: Path, names: list[str]) -> None:
-    """Copy what the reference made into a new folder, with its caches, and with its runs half way."""
-    for part in ("configs", "autoencoders", "cache", "vgg16.pth"):
-        if (old / part).is_dir():
-            shutil.copytree(old / part, new / part)
-        elif (old / part).exists():
-            shutil.copy2(old / part, new / part)
-    for name in names:
-        shutil.copytree(old / name, new / name)
-        go_back(new / name / "run")
 
 
 def times_of(folder: Path) -> dict[str, int]:
@@ -356,17 +390,15 @@ def times_of(folder: Path) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------- the program
 
 
-def report(
-    name: str, commands: list[list[str]], errors: tuple[dict[int, str], dict[int, str]], first: int, result: Comparison
-) -> bool:
+def report(name: str, result: Comparison, commands: list[list[str]], sides: tuple[Side, ...]) -> bool:
     """Print one line of a config (and more where something differs); return whether all is equal."""
-    for number, words in enumerate(commands, first):
-        for side, outcomes in zip(("reference", "other commit"), errors, strict=True):
-            error = outcomes.get(number, "it was not run")
-            if error and not (name in REFUSED and errors[0].get(number) == errors[1].get(number)):
-                result.differences.append(f"{side}: {words[0]}.py {' '.join(words[1:])}: {error}")
+    for words in commands:
+        line = " ".join(words)
+        errors = [side.errors().get(line, "it did not run") for side in sides]
+        if name not in REFUSED or len(set(errors)) > 1:
+            result.differences += [f"{side.name}: {line}: {error}" for side, error in zip(sides, errors, strict=True) if error]
     counted = ", ".join(f"{count} {kind}" for kind, count in sorted(result.counts.items()))
-    print(f"{'DIFFERS' if result.differences else 'equal  '} {name} ({counted or 'nothing'} compared)")
+    print(f"{'DIFFERS' if result.differences else 'equal  '} {name} ({counted or 'nothing'} compared)", flush=True)
     for line in result.differences[:20]:
         print(f"          {line}")
     if len(result.differences) > 20:
@@ -387,42 +419,36 @@ def main() -> int:
         sys.exit(f"{args.keep} is there already; give a new folder")
     with tempfile.TemporaryDirectory() as temporary:
         place = (args.keep or Path(temporary) / "work").resolve()
-        checkouts = [
-            make_checkout(commit, place / name / "checkout") for name, commit in (("old", args.reference), ("new", args.commit))
-        ]
-        old, new, resumed = (
-            Side(checkouts[name != "old"], place / name / "results", args.processes) for name in ("old", "new", "resumed")
+        checkouts = [make_checkout(commit, place / name) for commit, name in ((args.reference, "old"), (args.commit, "new"))]
+        old, new = (
+            Side(name, checkout, place / "results" / name, args.processes)
+            for name, checkout in zip(("old", "new"), checkouts, strict=True)
         )
-        jobs = write_configs(Side(checkouts[0], old.folder, 1), args.only)
-        shutil.copytree(old.folder, new.folder)
+        jobs = prepare(replace(old, processes=1), args.only)
+        shutil.copytree(old.folder, new.folder, symlinks=True)
         groups = {name: list(commands_of(name, script, raw)) for name, script, raw in jobs}
-        names = list(groups)
         if args.processes == 1:
-            groups |= extra_commands(names)
-        run_both((old, new), [words for lines in groups.values() for words in lines])
-        passed, first = [], 0
-        for name, lines in groups.items():
-            passed.append(
-                report(name, lines, (old.errors(), new.errors()), first, compare_folders(old.folder / name, new.folder / name))
-            )
-            first += len(lines)
+            groups |= extra_commands(set(groups))
+        run_both(old, new, [words for lines in groups.values() for words in lines])
+        passed = [
+            report(name, compare_folders(old.folder / name, new.folder / name), lines, (old, new))
+            for name, lines in groups.items()
+        ]
 
-        # The newer commit goes on with runs of the older one.
-        again = [name for name in RESUMED if name in groups and (old.folder / name / "run" / "final").exists()]
-        copy_half_way(old.folder, resumed.folder, again)
-        before = times_of(resumed.folder)
-        resumed.start([words for name in again for words in groups[name]]).wait()
-        first = 0
-        for name in again:
-            result = compare_folders(old.folder / name, resumed.folder / name)
-            passed.append(report(f"{name} resumed", groups[name], (resumed.errors(), resumed.errors()), first, result))
-            first += len(groups[name])
-        if again:
+        # The newer commit goes on with runs of the older one, where they are, since caches know folders by their paths.
+        names = [name for name in RESUMED if (old.folder / name / "run" / "final").exists()]
+        for name in names:
+            shutil.copytree(old.folder / name, place / "results" / "whole" / name)
+            go_back(old.folder / name / "run")
+        before, resumed = times_of(old.folder), replace(old, name="resumed", checkout=new.checkout)
+        resumed.start([words for name in names for words in groups[name]]).wait()
+        for name in names:
+            result = compare_folders(place / "results" / "whole" / name, old.folder / name)
+            passed.append(report(f"{name}, gone on with", result, groups[name], (resumed,)))
+        if names:
             result = Comparison()
-            result.compare(
-                "cached files", before, times_of(resumed.folder), "caches of the reference, used by the other commit"
-            )
-            passed.append(report("caches", [], ({}, {}), 0, result))
+            result.compare("cached files", before, times_of(old.folder), "times of the older commit's caches")
+            passed.append(report("caches, used again", result, [], ()))
     minutes = (time.monotonic() - began) / 60
     print(f"{sum(passed)} of {len(passed)} are equal, in {minutes:.1f} minutes, on {args.processes} process(es)")
     return 0 if passed and all(passed) else 1

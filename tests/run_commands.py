@@ -1,8 +1,10 @@
-"""python tests/run_commands.py CHECKOUT COMMANDS RESULTS: many command lines of one checkout in one process.
+"""python tests/run_commands.py NAME CHECKOUT COMMANDS RESULTS: many command lines of one checkout in one process.
 
 `tests/compare_commits.py` starts this file, under a launcher too. COMMANDS is a JSON list of command lines, each a list whose
-first word is a script's name without `.py`. RESULTS becomes a JSON object: the number of each command and "" or its error.
-Nothing in here knows the package: the scripts, their `main` and their options are all that every commit has.
+first word is a script's name without `.py`. RESULTS becomes a JSON object that has, for each command line (its words with
+spaces between them), its error or "". NAME stands before what is printed.
+Nothing in here knows the package: the scripts, their `main` and their options are all
+that every commit has.
 """
 
 import gc
@@ -78,26 +80,25 @@ def check_origin(checkout: Path) -> None:
 
 
 def main() -> None:
-    checkout, commands, results = (Path(word).resolve() for word in sys.argv[1:4])
+    side, *words = sys.argv[1:]
+    checkout, commands, results = (Path(word).resolve() for word in words)
     sys.path[0] = str(checkout)
-    outcomes: dict[int, str] = {}
-    side = results.parent.parent.name
-    screen, log = sys.stderr, open(results.with_suffix(f".rank{RANK}.log"), "w")  # noqa: SIM115 (loggers keep it to the end)
-    for number, (script, *arguments) in enumerate(json.loads(commands.read_text())):
-        began, output = time.monotonic(), Tee(log)
-        print(f"\n$ {script}.py {' '.join(arguments)}", file=log)
+    errors: dict[str, str] = {}
+    screen, log = sys.stderr, open(Path(f"{side}_rank{RANK}.log"), "w")  # noqa: SIM115 (loggers keep it to the end)
+    for script, *arguments in json.loads(commands.read_text()):
+        line, began, output = " ".join([script, *arguments]), time.monotonic(), Tee(log)
+        print(f"\n$ {line}", file=log)
         with redirect_stdout(output), redirect_stderr(log):
-            outcomes[number] = run_main(script, arguments)
+            errors[line] = run_main(script, arguments)
             forget_state()
         check_origin(checkout)
         if RANK == 0:
-            results.write_text(json.dumps(outcomes))
-            if "--json" in arguments and not outcomes[number]:
+            results.write_text(json.dumps(errors))
+            if "--json" in arguments and not errors[line]:
                 out = Path(arguments[arguments.index("--out") + 1])
                 (out / "stdout.json").write_text(output.getvalue().strip().splitlines()[-1])
-            words = f"{script}.py {' '.join(arguments)}"
-            print(f"{side} {time.monotonic() - began:6.1f} s  {words}  {outcomes[number]}", file=screen, flush=True)
-        if outcomes[number] and WORLD > 1:
+            print(f"{side} {time.monotonic() - began:6.1f} s  {line}  {errors[line]}", file=screen, flush=True)
+        if errors[line] and WORLD > 1:
             sys.exit(1)  # the other processes may wait for this one in the middle of something
 
 
