@@ -1,0 +1,106 @@
+"""python tests/run_commands.py NAME CHECKOUT COMMANDS RESULTS: many command lines of one checkout in one process.
+
+`tests/compare_commits.py` starts this file, under a launcher too. COMMANDS is a JSON list of command lines, each a list whose
+first word is a script's name without `.py`. RESULTS becomes a JSON object that has, for each command line (its words with
+spaces between them), its error or "". NAME stands before what is printed.
+Nothing in here knows the package: the scripts, their `main` and their options are all
+that every commit has.
+"""
+
+import gc
+import importlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Tee(io.StringIO):
+    """Text that is remembered and written to a file as well, which says where a command stands when it hangs."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__()
+        self.file = file
+
+    def write(self, text: str) -> int:
+        self.file.write(text)
+        self.file.flush()
+        return super().write(text)
+
+
+def run_main(script: str, arguments: list[str]) -> str:
+    """Run a script's main to its end and return its error, or nothing."""
+    sys.argv = [f"{script}.py", *arguments]
+    try:
+        status = importlib.import_module(script).main()
+        return f"exit status {status}" if status else ""
+    except SystemExit as error:
+        return f"exit status {error.code}" if error.code else ""
+    except Exception as error:
+        if type(error).__name__ != "UserError":
+            import traceback
+
+            traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+
+
+def forget_state() -> None:
+    """Bring accelerate, torch and the signals back to where a new process has them."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    if torch.distributed.is_initialized():
+        torch.distributed.monitored_barrier(timeout=timedelta(minutes=5))
+        torch.distributed.destroy_process_group()
+        # The launcher's store still holds the addresses of the old group; the number of a restart begins a new part of it.
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1)
+    AcceleratorState._reset_state(True)
+    torch.use_deterministic_algorithms(False)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.collect()
+
+
+def check_origin(checkout: Path) -> None:
+    """Stop where a module of the package, or a script, was loaded from elsewhere (an installed copy, say)."""
+    names = {path.stem for path in checkout.glob("*.py")} | {"src", "atelier"}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.partition(".")[0] in names and file is not None and checkout not in Path(file).resolve().parents:
+            sys.exit(f"{name} was loaded from {file}, not from {checkout}")
+
+
+def main() -> None:
+    side, *words = sys.argv[1:]
+    checkout, commands, results = (Path(word).resolve() for word in words)
+    sys.path[0] = str(checkout)
+    errors: dict[str, str] = {}
+    screen, log = sys.stderr, open(Path(f"{side}_rank{RANK}.log"), "w")  # noqa: SIM115 (loggers keep it to the end)
+    for script, *arguments in json.loads(commands.read_text()):
+        line, began, output = " ".join([script, *arguments]), time.monotonic(), Tee(log)
+        print(f"\n$ {line}", file=log)
+        with redirect_stdout(output), redirect_stderr(log):
+            errors[line] = run_main(script, arguments)
+            forget_state()
+        check_origin(checkout)
+        if RANK == 0:
+            results.write_text(json.dumps(errors))
+            if "--json" in arguments and not errors[line]:
+                out = Path(arguments[arguments.index("--out") + 1])
+                (out / "stdout.json").write_text(output.getvalue().strip().splitlines()[-1])
+            print(f"{side} {time.monotonic() - began:6.1f} s  {line}  {errors[line]}", file=screen, flush=True)
+        if errors[line] and WORLD > 1:
+            sys.exit(1)  # the other processes may wait for this one in the middle of something
+
+
+if __name__ == "__main__":
+    main()
