@@ -26,7 +26,16 @@ from tests.comparison.commands import READ_JOBS, Job, commands_of, extra_command
 from tests.comparison.files import Comparison, compare_folders  # noqa: E402
 
 # Runs with which the newer commit goes on; one for each script and each kind of cache.
-RESUMED = "smoke_ddpm smoke_ldm smoke_vae smoke_iadb smoke_classifier points2d_iadb folder_ddpm folder_ldm".split()
+RESUMED = [
+    "smoke_ddpm",
+    "smoke_ldm",
+    "smoke_vae",
+    "smoke_iadb",
+    "smoke_classifier",
+    "points2d_iadb",
+    "folder_ddpm",
+    "folder_ldm",
+]
 # Configs that both sides may refuse, and why. There is none.
 REFUSED: dict[str, str] = {}
 

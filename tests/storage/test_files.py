@@ -37,9 +37,14 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with new_folder(folder) as staged:
         (staged / "a").write_text("first")
         assert not folder.exists()
-    with pytest.raises(KeyboardInterrupt), new_folder(folder) as staged:
-        (staged / "b").write_text("half")
-        raise KeyboardInterrupt
+
+    def is_killed() -> None:
+        with new_folder(folder) as staged:
+            (staged / "b").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        is_killed()
     assert (folder / "a").read_text() == "first"
     (folder.parent / ".x.partial").mkdir()
     (folder.parent / ".x.partial" / "left by a kill").touch()
