@@ -239,8 +239,8 @@ class ProcessConfig:
             raise config_error("loss.weighting weighs a squared error, which kl and rescaled_kl have not; leave it out")
         if isinstance(schedule, TableSchedule) and float(process.loss_weight(torch.tensor(schedule.num_steps - 1))) == 0:
             raise config_error(
-                f"loss.weighting: {weighting} gives a level without signal no weight, and zero_terminal_snr starts there; leave "
-                "one out"
+                f"loss.weighting: {weighting} gives a level without signal no weight, and zero_terminal_snr starts there; "
+                "leave one out"
             )
         if isinstance(schedule, TableSchedule):
             used = torch.arange(schedule.num_steps)
