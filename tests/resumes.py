@@ -15,6 +15,7 @@ import train_iadb
 import train_ldm
 import train_vae
 from src.config import validate
+from src.config.registries import KindUnion
 from tests.conftest import ROOT
 
 SCRIPTS: dict[str, Any] = {
@@ -72,7 +73,9 @@ def possible(hint: Any, owner: str = "", field: str = "") -> Iterator[Value]:
     """All values of the fields below a type that may change a result."""
     origin = get_origin(hint)
     if origin is Annotated:
-        yield from possible(get_args(hint)[0], owner, field)
+        unions = [each for each in hint.__metadata__ if isinstance(each, KindUnion)]
+        for part in unions[0].members.values() if unions else get_args(hint)[:1]:
+            yield from possible(part, owner, field)
     elif origin in (Union, types.UnionType):
         for part in get_args(hint):
             if part is type(None):
@@ -275,6 +278,7 @@ def _variants() -> Iterator[Job]:
     yield smoke("ddpm", 1, _PLAIN | linear | {
         "process.schedule": {"kind": "quadratic", "steps": 50}, "process.variance": "small", "model.downsample": "max",
         "model.mid_attention": "linear", "times": {"kind": "logit_normal"}, "preview.sampler.steps": 5,
+        "process.loss.weighting": {"kind": "p2"},
     })  # fmt: skip
     yield smoke("ddpm", 2, {
         "process.schedule": {"kind": "sigmoid", "steps": 50, "zero_terminal_snr": True}, "process.target": "v",
@@ -288,7 +292,7 @@ def _variants() -> Iterator[Job]:
     yield smoke("ddpm", 5, {
         "process.schedule": {"kind": "cosine", "steps": 50, "zero_terminal_snr": True}, "process.target": "x0",
         "optimizer.schedule": {"kind": "one_cycle", "anneal_strategy": "linear", "three_phase": True},
-        "process.time_input": {"kind": "t", "scale": 1000.0},
+        "process.time_input": {"kind": "t", "scale": 1000.0}, "process.loss.weighting": {"kind": "edm"},
     })  # fmt: skip
     stages = [
         {"steps": STAGE_STEPS, "schedule": {"kind": "cosine"}, "reconstruction": "mse"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field
@@ -18,11 +19,26 @@ def resumable_field(default: Any = dataclasses.MISSING, **constraints: Any) -> A
     return Field(json_schema_extra={"free": True}, **constraints)
 
 
-def renamed_field(old_name: str, default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
-    """A field that had another name in older versions: configs and runs that say `old_name` are still read."""
+class OldName(str):
+    """The name that a field had in older versions; `new_value` turns the value of then into today's."""
+
+    new_value: Callable[[Any], Any]
+
+
+def renamed_field(
+    old_name: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    new_value: Callable[[Any], Any] = lambda value: value,
+    **constraints: Any,
+) -> Any:
+    """A field that had another name in older versions: configs, runs and `--set` that say `old_name` are still read. Where the
+    value was written in another way, too, `new_value` gives today's JSON for it."""
     if default is not dataclasses.MISSING:
         constraints["default"] = default
-    return Field(json_schema_extra={"old_name": old_name}, **constraints)
+    name = OldName(old_name)
+    name.new_value = new_value
+    return Field(json_schema_extra={"old_name": name}, **constraints)
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)

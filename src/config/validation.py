@@ -15,13 +15,15 @@ import pydantic
 from .fields import T
 from .json_files import parse_json, read_json
 from .mistakes import UserError
+from .registries import KindUnion
 
 
 def _choices(annotation: Any) -> list[Any]:
     """The types behind Annotated and unions, None left out."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _choices(get_args(annotation)[0])
+        unions = [each for each in annotation.__metadata__ if isinstance(each, KindUnion)]
+        return list(unions[0].members.values()) if unions else _choices(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         return [choice for part in get_args(annotation) for choice in _choices(part)]
     return [] if annotation is type(None) else [annotation]
@@ -149,18 +151,27 @@ def _union_tags(root: Any, path: Sequence[str | int]) -> set[str]:
     return {tag for owner in owners for tag in _tags(owner)}
 
 
+def _old_names(owners: list[Any]) -> dict[str, tuple[str, Any]]:
+    """{old name: (today's name, the function that gives today's value)} of the fields of `owners`."""
+    names = {}
+    for owner in owners:
+        for name, field in getattr(owner, "__pydantic_fields__", {}).items():
+            old_name = (field.json_schema_extra or {}).get("old_name")
+            if old_name is not None:
+                names[str(old_name)] = (name, old_name.new_value)
+    return names
+
+
 def _with_new_names(owners: list[Any], raw: Any) -> Any:
-    """Parsed JSON for `owners`, with today's name for each key that was `renamed`."""
+    """Parsed JSON for `owners`, with today's name and value for each key that has an old name."""
     if isinstance(raw, list):
         return [_with_new_names(_descend(owners, i), entry) for i, entry in enumerate(raw)]
     if not isinstance(raw, dict):
         return raw
     known = dict(raw)
-    for owner in owners:
-        for name, field in getattr(owner, "__pydantic_fields__", {}).items():
-            old_name = (field.json_schema_extra or {}).get("old_name")
-            if old_name in known and name not in known:
-                known[name] = known.pop(old_name)
+    for old_name, (name, new_value) in _old_names(owners).items():
+        if old_name in known and name not in known:
+            known[name] = new_value(known.pop(old_name))
     return {key: _with_new_names(_descend(owners, key), value) for key, value in known.items()}
 
 
@@ -205,6 +216,12 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
             raise UserError(f"--set {key}: {error}") from None
         value = text  # a bare word is a string
     path: list[Any] = list(key.split("."))
+    owners = _choices(root)
+    for i, part in enumerate(path):
+        path[i], new_value = _old_names(owners).get(part, (part, None))
+        if new_value is not None and i == len(path) - 1:
+            value = new_value(value)
+        owners = _descend(owners, path[i])
     here: Any = raw
     for i in range(1, len(path)):
         part = path[i - 1]
@@ -226,6 +243,7 @@ def load(path: str | Path, root: type[T], overrides: Sequence[str] = ()) -> T:
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a JSON object, {{...}}")
+    raw = _with_new_names(_choices(root), raw)
     for assignment in sorted(overrides, key=lambda text: text.partition("=")[0].split(".")[-1] not in ("source", "kind")):
         _override(root, raw, assignment)
     return validate(root, raw, origin=str(path))

@@ -13,10 +13,11 @@ import pydantic
 import torch
 from torch import Tensor
 
-from ..config import config, config_error
+from ..config import config, config_error, renamed_field
 from .likelihood import variational_term
 from .schedules import BlendSchedule, BlendScheduleConfig, Level, ScheduleConfig, TableSchedule, build_schedule, like
 from .variance import Transitions, transitions
+from .weightings import ConstantWeighting, Gains, LossWeighting
 
 Target = Literal["eps", "x0", "v", "blend"]
 Variance = Literal["small", "large", "learned"]
@@ -67,20 +68,25 @@ class TimeInput:
     scale: float = pydantic.Field(1.0, gt=0)
 
 
+def _weighting_of_gamma(gamma: Any) -> dict[str, Any]:
+    """The weighting that older versions wrote as the key `min_snr_gamma`."""
+    return {"kind": "constant"} if gamma is None else {"kind": "min_snr", "gamma": gamma}
+
+
 @config
 class LossConfig:
     """What is trained: `simple`, the squared error of the target; `hybrid`, that plus `variational_weight` times the step's
     variational term in bits per dimension, which teaches the learned variance alone; `kl`, the variational term; `rescaled_kl`,
     the same times the number of steps.
 
-    Guided-diffusion's hybrid loss has the weight 1, its rescaled one (improved-diffusion's L_hybrid) steps / 1000. With
-    `min_snr_gamma` the squared error is weighted as min(SNR, gamma) weighs that of x0 (Hang et al. 2023, arXiv:2303.09556).
-    The variational term of the last step is that of pixels of 256 values, on latents too (as DiT has it).
+    Guided-diffusion's hybrid loss has the weight 1, its rescaled one (improved-diffusion's L_hybrid) steps / 1000. `weighting`
+    says how much the squared error counts at each level. The variational term of the last step is that of pixels of 256
+    values, on latents too (as DiT has it).
     """
 
     kind: Literal["simple", "hybrid", "kl", "rescaled_kl"] = "simple"
     variational_weight: float = pydantic.Field(1.0, gt=0)
-    min_snr_gamma: float | None = pydantic.Field(None, gt=0)
+    weighting: LossWeighting = renamed_field("min_snr_gamma", ConstantWeighting(), new_value=_weighting_of_gamma)
 
     @pydantic.model_validator(mode="after")
     def _used(self) -> "LossConfig":
@@ -173,16 +179,17 @@ class Process:
             output = y
         target = self.make_target(x0, eps, t)
         mse = (output.to(target.dtype) - target).square().flatten(1).mean(1)
-        loss = mse * like(self.loss_weight(t), mse) if self.loss.min_snr_gamma is not None else mse
+        loss = mse if isinstance(self.loss.weighting, ConstantWeighting) else mse * like(self.loss_weight(t), mse)
         return Losses(loss if vb is None else loss + self.loss.variational_weight * vb, mse, vb)
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """min(SNR, gamma) times the square of what an error of the output makes in x0, float64 of the shape of `t`."""
+        """The weight of the output's squared error at times `t`, float64 of their shape: 0 at a level of which the output says
+        nothing."""
         level = self.schedule.level(t)
         p, q = COEFFICIENTS[self.target](level)
-        gain_of_x0 = level.sigma / (level.alpha * q - level.sigma * p)
-        clamped = ((level.alpha / level.sigma) ** 2).clamp(max=self.loss.min_snr_gamma)
-        return torch.where(level.sigma > 0, clamped * gain_of_x0**2, torch.zeros_like(clamped))
+        d = level.alpha * q - level.sigma * p
+        weight = self.loss.weighting.weight(level, Gains(level.sigma / d, level.alpha / d))
+        return torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
 
     def denoiser(self, network: Callable[..., Tensor], **condition: Any) -> Denoiser:
         """The network as solvers see it, with its condition (labels) bound."""
@@ -227,12 +234,14 @@ class ProcessConfig:
             raise config_error("loss.kind: the simple loss teaches no learned variance; use hybrid, kl or rescaled_kl")
         if not learned and loss == "hybrid":
             raise config_error("loss.kind: the hybrid loss teaches a learned variance; set variance to learned, or use simple")
-        if self.loss.min_snr_gamma is not None and getattr(self.schedule, "zero_terminal_snr", False):
+        weighting = self.loss.weighting.kind
+        if weighting != "constant" and loss not in ("simple", "hybrid"):
+            raise config_error("loss.weighting weighs a squared error, which kl and rescaled_kl have not; leave it out")
+        if isinstance(schedule, TableSchedule) and float(process.loss_weight(torch.tensor(schedule.num_steps - 1))) == 0:
             raise config_error(
-                "loss.min_snr_gamma gives a level without signal no weight, and zero_terminal_snr starts there; leave one out"
+                f"loss.weighting: {weighting} gives a level without signal no weight, and zero_terminal_snr starts there; "
+                "leave one out"
             )
-        if self.loss.min_snr_gamma is not None and loss not in ("simple", "hybrid"):
-            raise config_error("loss.min_snr_gamma weighs a squared error, which kl and rescaled_kl have not; leave it out")
         if isinstance(schedule, TableSchedule):
             used = torch.arange(schedule.num_steps)
         else:

@@ -134,7 +134,7 @@ def test_a_network_must_not_be_called_where_x0_says_nothing() -> None:
 )
 def test_min_snr_weights_by_their_formulas(target: str, wanted: Callable[[float, float], float]) -> None:
     """Sec. 3.4, Hang et al. 2023, arXiv:2303.09556."""
-    process = process_of({"kind": "cosine"}, target, loss={"kind": "simple", "min_snr_gamma": 5.0})
+    process = process_of({"kind": "cosine"}, target, loss={"weighting": {"kind": "min_snr", "gamma": 5.0}})
     t = torch.tensor([3.0, 300.0, 700.0])
     snr = [float(level) for level in (process.schedule.level(t).alpha / process.schedule.level(t).sigma) ** 2]
     assert snr[0] > 5 > snr[2]
@@ -147,7 +147,7 @@ def test_min_snr_weights_by_their_formulas(target: str, wanted: Callable[[float,
 
 def test_min_snr_weighs_any_target_as_it_weighs_x0() -> None:
     """On the blend too: an error of the output, read as one of x0, costs min(SNR, gamma) times its square."""
-    process = process_of({"kind": "blend"}, "blend", loss={"kind": "simple", "min_snr_gamma": 2.0})
+    process = process_of({"kind": "blend"}, "blend", loss={"weighting": {"kind": "min_snr", "gamma": 2.0}})
     t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
     x_t, y, error = torch.randn(3, 3, 1, 2, 2, dtype=torch.float64)
     moved = (process.read(y + error, x_t, t).x0 - process.read(y, x_t, t).x0).square().mean((1, 2, 3))

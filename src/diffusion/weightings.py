@@ -1,0 +1,91 @@
+"""Loss weightings: how much the squared error of a network's output counts at each level."""
+
+from typing import Annotated, Literal, NamedTuple
+
+import pydantic
+import torch
+from torch import Tensor
+
+from ..config import config
+from ..config.registries import KindUnion
+from .schedules import Level
+
+
+class Gains(NamedTuple):
+    """What an error of 1 in the network's output is as an error of the estimates of x0 and of eps: float64, of the shape of
+    the times. So the squared error of x0 is `x0**2` times that of the output."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+class Weighting:
+    """The base of all loss weightings."""
+
+    kind: str
+
+    def weight(self, level: Level, gains: Gains) -> Tensor:
+        """The weight of the output's squared error at some levels, float64 of their shape."""
+        raise NotImplementedError
+
+
+WEIGHTINGS = KindUnion()
+LossWeighting = Annotated[Weighting, WEIGHTINGS]
+
+
+@WEIGHTINGS.register
+@config
+class ConstantWeighting(Weighting):
+    """All levels alike: the squared error of the target as it is."""
+
+    kind: Literal["constant"] = "constant"
+
+    def weight(self, level: Level, gains: Gains) -> Tensor:
+        return torch.ones_like(level.alpha)
+
+
+@WEIGHTINGS.register
+@config
+class MinSNRWeighting(Weighting):
+    """min(SNR, gamma) on the squared error of x0, with SNR = alpha^2 / sigma^2.
+
+    Sec. 3.4, Hang et al. 2023, arXiv:2303.09556.
+    """
+
+    kind: Literal["min_snr"] = "min_snr"
+    gamma: float = pydantic.Field(5.0, gt=0)
+
+    def weight(self, level: Level, gains: Gains) -> Tensor:
+        return ((level.alpha / level.sigma) ** 2).clamp(max=self.gamma) * gains.x0**2
+
+
+@WEIGHTINGS.register
+@config
+class P2Weighting(Weighting):
+    """1 / (k + SNR)^gamma on the squared error of eps: less weight where hardly any noise is left to remove.
+
+    Eq. 8, Choi et al. 2022, arXiv:2204.00227.
+    """
+
+    kind: Literal["p2"] = "p2"
+    gamma: float = pydantic.Field(1.0, gt=0)
+    k: float = pydantic.Field(1.0, gt=0)
+
+    def weight(self, level: Level, gains: Gains) -> Tensor:
+        return gains.eps**2 / (self.k + (level.alpha / level.sigma) ** 2) ** self.gamma
+
+
+@WEIGHTINGS.register
+@config
+class EDMWeighting(Weighting):
+    """(s^2 + sigma_data^2) / (s sigma_data)^2 on the squared error of x0, where s = sigma / alpha and `sigma_data` is the
+    standard deviation of the data.
+
+    Table 1, Karras et al. 2022, arXiv:2206.00364.
+    """
+
+    kind: Literal["edm"] = "edm"
+    sigma_data: float = pydantic.Field(0.5, gt=0)
+
+    def weight(self, level: Level, gains: Gains) -> Tensor:
+        return (gains.x0 / self.sigma_data) ** 2 + gains.eps**2  # since gains.eps = gains.x0 / s

@@ -1,0 +1,91 @@
+"""Fields whose values are an open list: what is registered after the config classes is accepted, too."""
+
+import json
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import pytest
+
+from src.config import UserError, config, differences, dump, json_schema, renamed_field, resumable_field, validate
+from src.config.registries import KindUnion, NameIn
+
+COLOURS = {"red": 1, "blue": 2}
+SHAPES = KindUnion(default="circle")
+
+
+class Shape:
+    kind: str
+
+
+@SHAPES.register
+@config
+class Circle(Shape):
+    kind: Literal["circle"] = "circle"
+    radius: float = 1.0
+
+
+@SHAPES.register
+@config
+class Polygon(Shape):
+    kind: Literal["polygon"] = "polygon"
+    corners: tuple[int, ...] = (0, 1, 2)
+    smooth: bool = resumable_field(False)
+
+
+@config
+class Drawing:
+    colour: Annotated[str, NameIn(COLOURS)] = "red"
+    shape: Annotated[Shape, SHAPES] = renamed_field("radius", Circle(), new_value=lambda radius: {"radius": radius})
+    shapes: tuple[Annotated[Shape, SHAPES], ...] = ()
+
+
+def test_a_name_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in ("gren", 3):
+        with pytest.raises(UserError, match=f"colour: {word!r} is not known; allowed: 'red' or 'blue'"):
+            validate(Drawing, {"colour": word})
+    monkeypatch.setitem(COLOURS, "green", 3)
+    assert validate(Drawing, {"colour": "green"}).colour == Drawing(colour="green").colour == "green"
+    with pytest.raises(UserError, match="allowed: 'red', 'blue' or 'green'; did you mean 'green'"):
+        validate(Drawing, {"colour": "gren"})
+    assert json.loads(json_schema(Drawing))["properties"]["colour"]["enum"] == ["red", "blue", "green"]
+
+
+def test_a_kind_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SHAPES, "members", dict(SHAPES.members))
+    with pytest.raises(UserError, match=r"shape: 'star' is not known.*Allowed: 'circle', 'polygon'"):
+        validate(Drawing, {"shape": {"kind": "star"}})
+
+    @SHAPES.register
+    @config
+    class Star(Shape):
+        """With points."""
+
+        kind: Literal["star"] = "star"
+        points: int = 5
+
+    drawing = validate(Drawing, {"shape": {"kind": "star"}, "shapes": [{"kind": "star", "points": 6}, {}]})
+    assert drawing == Drawing(shape=Star(), shapes=(Star(points=6), Circle()))
+    assert validate(Drawing, dump(drawing)) == drawing
+    assert json.loads(json_schema(Drawing))["$defs"]["Star"]["description"] == "With points."
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"shape": {"radius": "big"}}, r"shape\.radius: input should be a valid number, not 'big'"),
+        ({"shape": {"kind": "polygon", "corner": []}}, r"shape\.corner: unknown key; did you mean 'corners'"),
+        ({"shape": {"kind": "polygon", "corner": []}}, "allowed here: corners, kind, smooth$"),
+        ({"shapes": [{}, {"kind": "polygon", "corners": [1.5]}]}, r"shapes\.1\.corners\.0: "),
+        ({"shape": {"kind": "polygn"}}, r"'polygn' is not known; did you mean 'polygon'\?"),
+    ],
+)
+def test_mistakes_inside_name_their_place(raw: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(Drawing, raw)
+
+
+def test_old_values_and_differences_reach_the_members() -> None:
+    assert validate(Drawing, {"radius": 3}).shape == Circle(radius=3.0)
+    before = Drawing(shape=Polygon())
+    after = replace(before, shape=Polygon(smooth=True, corners=(1, 2, 3)))
+    assert differences(Drawing, dump(before), dump(after)) == (["shape.smooth"], ["shape.corners"])
