@@ -24,7 +24,7 @@ from ..data import (
     open_given_points,
     open_points,
 )
-from ..data.points import DensitySource, PointSource, density_image
+from ..data.points import DensitySource, density_image, is_point_source
 from ..runtime.examples import Examples, image_examples
 from ..runtime.launch import same_on_all
 from ..runtime.seeds import normal, torch_seed
@@ -176,7 +176,7 @@ class EncodedEnd(End):
 def open_end(spec: Any, held_out: Any, image: ImageConfig | None, picture: bytes | None = None) -> "ImageEnd | PointEnd":
     """What a config's `data` or `source` names, pictures or points; a UserError says what does not fit. `picture` is that of a
     density, where it is known."""
-    if isinstance(spec, PointSource):
+    if is_point_source(spec):
         if image is not None:
             raise UserError(f"{spec.source} is a density of 2-D points: set image to null, or name pictures at both ends")
         if not isinstance(held_out, float | int):

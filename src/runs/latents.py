@@ -376,7 +376,7 @@ def latents_of(
     check_files(folder, manifest, pictures, sets, encode, **more)
     processes.wait_for_everyone()
     for latents in sets.values():
-        latents.settle()
+        latents.load_to_device()
     return Latents(autoencoder, facts, sets)
 
 
