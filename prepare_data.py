@@ -19,9 +19,9 @@ import numpy as np
 from src import figures
 from src.config import UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
-from src.data.names import class_remarks, shown
+from src.data.checks import count_small, describe_small, refuse_small_packs
+from src.data.names import class_remarks, printable
 from src.data.packing import pack
-from src.data.sides import count_small, describe_small, refuse_small_packs
 from src.data.sources import FolderSource, Sources
 from src.runs.autoencoder import open_autoencoder
 from src.runs.latents import cache_folder, latents_of
@@ -163,7 +163,7 @@ def check(args: argparse.Namespace) -> None:
             print(f"  {remark}")
         print(f"{len(found.class_names) or 'no'} classes")
         for name, count in found.counts.items() if found.class_names else ():
-            print(f"  {count:>8}  {shown(name)}")
+            print(f"  {count:>8}  {printable(name)}")
     if args.sheet:
         count = min(64, len(found))
         chosen = np.random.default_rng(0).choice(len(found), count, replace=False)

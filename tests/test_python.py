@@ -351,7 +351,7 @@ def test_images_of_many_sizes_and_of_more_than_fits_are_read_when_they_are_neede
     sizes = Listed([images(1, size=size)[0] for size in (16, 20, 33)])
     assert pixels_of(sizes).shape == (3, 16, 16, 3)
     kept, _ = open_given(images(6), 0.0, IMAGE)
-    monkeypatch.setattr("src.data.given.IN_MEMORY_BYTES", 2000)
+    monkeypatch.setattr("src.data.sources.python.IN_MEMORY_BYTES", 2000)
     read, _ = open_given(images(6), 0.0, IMAGE)
     assert type(kept.parts[0]).__name__ == "ArrayPictures" and type(read.parts[0]).__name__ == "GivenPictures"
     assert kept.fingerprint == read.fingerprint

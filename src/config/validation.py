@@ -22,8 +22,8 @@ def _choices(annotation: Any) -> list[Any]:
     """The types behind Annotated and unions, None left out."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        unions = [each for each in annotation.__metadata__ if isinstance(each, KindUnion)]
-        return list(unions[0].members.values()) if unions else _choices(get_args(annotation)[0])
+        unions = [extra for extra in annotation.__metadata__ if isinstance(extra, KindUnion)]
+        return unions[0].classes if unions else _choices(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         return [choice for part in get_args(annotation) for choice in _choices(part)]
     return [] if annotation is type(None) else [annotation]

@@ -1,10 +1,9 @@
-"""Pictures and points: where they come from, which are left out, and what the network sees of them."""
+"""Images and points: where they come from, which are left out, and what the network sees of them."""
 
+from .checks import check_images
 from .facts import describe_data
-from .given import GIVEN, open_given, open_given_points
-from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_points
-from .sides import check_images
-from .sources import HeldOut, ImageSet, Source, Sources, open_data, open_sources
+from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_given_points, open_points
+from .sources import GIVEN, HeldOut, ImageSet, Source, Sources, open_data, open_given, open_sources, register_source
 from .transforms import ImageConfig
 
 __all__ = [
@@ -25,4 +24,5 @@ __all__ = [
     "open_given_points",
     "open_points",
     "open_sources",
+    "register_source",
 ]

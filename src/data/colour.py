@@ -108,7 +108,7 @@ def note_range(image: Any) -> None:
 
 def _significant_bits(file: Any) -> int:
     """What the sBIT chunk of an opened grey PNG says, or 0."""
-    here = file.tell()
+    position = file.tell()
     try:
         file.seek(8)
         while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"PLTE", b"IEND"):
@@ -118,7 +118,7 @@ def _significant_bits(file: Any) -> int:
             file.seek(length + 4, 1)
         return 0
     finally:
-        file.seek(here)
+        file.seek(position)
 
 
 def stated_top(image: Image.Image, values: np.ndarray) -> float | None:

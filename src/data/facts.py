@@ -1,4 +1,4 @@
-"""What travels with the weights of a run: the facts of the data that it learned from."""
+"""The facts of a run's data that travel with its weights."""
 
 from collections import Counter
 from typing import Any
@@ -19,7 +19,7 @@ def _parts(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None)
 
 
 def describe_data(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None) -> dict[str, Any]:
-    """What travels with the weights: classes, counts, the hash of the file list; and what is to be said of the data."""
+    """What travels with the weights: classes, counts, the hash of the file list, and the remarks on the data."""
     return {
         "class_names": list(train_set.class_names),
         "counts": train_set.counts,

@@ -61,6 +61,11 @@ _ADVICE = {
     _VIDEO: "take images out of them first, such as with ffmpeg",
     _ARCHIVES: "unpack them first: python prepare_data.py unpack FILE",
 }
+_BRANDS = {  # of files that begin as videos do
+    "a HEIC": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+    "an AVIF": (b"avif", b"avis"),
+}
+_ENDINGS = {"a HEIC": ".heic", "an AVIF": ".avif", "a JPEG XL": ".jxl"}
 
 
 @cache
@@ -72,13 +77,13 @@ def _installed(module: str) -> bool:
 def _formats() -> dict[str, tuple[str, ...]]:
     """{format: endings} that can be read here. Plugins that are installed register themselves with Pillow."""
     Image.init()
-    found = {
+    known = {
         name: endings
         for name, endings in BUILT_IN.items()
         if name in Image.OPEN and (name not in LIBRARIES or features.check(LIBRARIES[name]))
     }
     for module, function, name, endings in PLUGINS.values():
-        if name in found or not _installed(module):
+        if name in known or not _installed(module):
             continue
         try:
             plugin: Any = importlib.import_module(module)
@@ -87,39 +92,39 @@ def _formats() -> dict[str, tuple[str, ...]]:
         except Exception:  # a plugin that does not start is as one that is not installed
             continue
         if name in Image.OPEN:
-            found[name] = endings
-    return found
+            known[name] = endings
+    return known
 
 
 @cache
 def endings() -> frozenset[str]:
     """The endings, in small letters, of the files that can be read here."""
-    found = {ending for endings in _formats().values() for ending in endings}
-    return frozenset(found | set(RAW if _installed("rawpy") else ()))
+    of_formats = {ending for endings in _formats().values() for ending in endings}
+    return frozenset(of_formats | set(RAW if _installed("rawpy") else ()))
 
 
-def plugins_in_use() -> str:
-    """The names of what is read here by packages besides Pillow, or nothing: with them other files can be read."""
+def with_plugins(key: str) -> str:
+    """The key of a scan with the formats that packages besides Pillow read here: with them other files can be read."""
     names = [name for _, _, name, _ in PLUGINS.values() if name in _formats() and name not in BUILT_IN]
-    return ",".join(names)
+    return f"{key}|{','.join(names)}" if names else key
 
 
 @cache
-def foreign() -> dict[str, str]:
+def unreadable() -> dict[str, str]:
     """{ending: what to do} of files that are images to their owner, or hold images, and cannot be read here."""
-    found = {ending: f"to read them: pip install {package}" for package, plugin in PLUGINS.items() for ending in plugin[3]}
-    found |= dict.fromkeys(BUILT_IN["JPEG2000"] + BUILT_IN["WEBP"], "to read them: install a Pillow that has their library")
-    found |= dict.fromkeys(RAW, "to read them: pip install rawpy")
-    found |= {ending: advice for endings, advice in _ADVICE.items() for ending in endings.split()}
-    return {ending: advice for ending, advice in found.items() if ending not in endings()}
+    advice = {ending: f"to read them: pip install {package}" for package, plugin in PLUGINS.items() for ending in plugin[3]}
+    advice |= dict.fromkeys(BUILT_IN["JPEG2000"] + BUILT_IN["WEBP"], "to read them: install a Pillow that has their library")
+    advice |= dict.fromkeys(RAW, "to read them: pip install rawpy")
+    advice |= {ending: what_to_do for several, what_to_do in _ADVICE.items() for ending in several.split()}
+    return {ending: what_to_do for ending, what_to_do in advice.items() if ending not in endings()}
 
 
 def reason_for(ending: str) -> str:
-    """Why files of a foreign ending are left out, in words."""
-    return f"{ending} ({foreign()[ending]})"
+    """Why files of an ending that cannot be read here are left out, in words."""
+    return f"{ending} ({unreadable()[ending]})"
 
 
-def content_of(file: Any) -> str | None:
+def describe_content(file: Any) -> str | None:
     """What a file that Pillow does not know is by its first bytes, whatever its ending says; None where that is not known."""
     try:
         if hasattr(file, "seek"):
@@ -131,12 +136,11 @@ def content_of(file: Any) -> str | None:
     except OSError:
         return None
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
-    if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
-        return f"a HEIC image under another ending ({foreign().get('.heic', 'damaged')})"
-    if brand in (b"avif", b"avis"):
-        return f"an AVIF image under another ending ({foreign().get('.avif', 'damaged')})"
+    image = next((words for words, brands in _BRANDS.items() if brand in brands), "")
     if head[:2] == b"\xff\x0a" or head[4:8] == b"JXL ":
-        return f"a JPEG XL image under another ending ({foreign().get('.jxl', 'damaged')})"
+        image = "a JPEG XL"
+    if image:
+        return f"{image} image under another ending ({unreadable().get(_ENDINGS[image], 'damaged')})"
     text = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
     kinds = {
         b"%pdf": "a PDF under another ending",
@@ -144,8 +148,8 @@ def content_of(file: Any) -> str | None:
         b"version https://git-lfs": "a Git LFS pointer: fetch the image with git lfs pull",
         b"pk\x03\x04": "a zip archive under another ending",
     }
-    found = next((kind for start, kind in kinds.items() if text.startswith(start)), None)
-    return found or ("a video under another ending" if brand else None)
+    kind = next((kind for start, kind in kinds.items() if text.startswith(start)), None)
+    return kind or ("a video under another ending" if brand else None)
 
 
 def open_image(file: Any) -> Image.Image:
@@ -159,7 +163,7 @@ def open_image(file: Any) -> Image.Image:
     try:
         return Image.open(file, formats=names)
     except UnidentifiedImageError as error:
-        advice = f": {reason_for(ending)}" if ending in foreign() else ""
+        advice = f": {reason_for(ending)}" if ending in unreadable() else ""
         raise UnidentifiedImageError(f"{error}{advice}") from None
 
 
@@ -179,5 +183,5 @@ def sequence_of(file: Any) -> str | None:
                 return None
             kind = "files of several pages" if image.format in ("TIFF", "HEIF") else "animated files"
             return f"{kind} ({image.format}), of which the first image is used"
-    except Exception:  # what cannot be read is said by the scan
+    except Exception:  # the scan says what cannot be read
         return None

@@ -1,7 +1,5 @@
-"""Where in a folder the images are: splits, annotations and classes are told apart, and what is left aside is said."""
+"""Where in a folder the images are: splits, annotations and classes are told apart, and what is left aside is noted."""
 
-import errno
-import os
 import re
 import shlex
 from collections import Counter
@@ -10,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from ..config import UserError
-from . import formats
-from .names import few, normal_form, shown
+from .folders import ending_of, entries, holds_images, identity, is_image, is_unreadable_image, walk
+from .names import join_names, normal_form, printable
 from .splits import FILLERS, PLAIN, split_of, splits_among, squeezed, tokens, words_of
 
 _IMAGE_FOLDERS = words_of("images image imgs img jpegimages pictures photos jpg jpeg jpgs rgb")
@@ -24,10 +22,6 @@ _NEVER_A_CLASS = words_of(
     "annotations annotation segmentations trimaps groundtruth bboxes boundingboxes imagesets annos thumbnails"
 )
 _NO_CLASSES = words_of("extra extras unlabeled unlabelled additional others sample samples")
-_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # of a link
-
-
-# ---------------------------------------------------------------------------------------------- reading folders
 
 
 def _has_word(name: str, words: frozenset[str]) -> bool:
@@ -39,168 +33,39 @@ def _is_annotation(name: str) -> bool:
     return _has_word(name, _ANNOTATIONS)
 
 
-def _holds_plain_images(name: str) -> bool:
-    return _has_word(name, _IMAGE_FOLDERS) and not _is_annotation(name)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in formats.endings()
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool | None:
-    """None of a link that leads nowhere."""
-    try:
-        return entry.is_dir() if not entry.is_symlink() or os.path.exists(entry.path) else None
-    except OSError as error:
-        if error.errno in _NOWHERE:
-            return None
-        raise
-
-
-def _entries(folder: Path | str) -> list[tuple[os.DirEntry[str], bool]]:
-    """(entry, whether it is a folder) of what is in a folder, in the order of the names; hidden ones left out."""
-    with os.scandir(folder) as entries:
-        found = [(entry, _is_folder(entry)) for entry in entries if not _hidden(entry.name)]
-    return sorted(((entry, kind) for entry, kind in found if kind is not None), key=lambda pair: pair[0].name)
-
-
-def holds_images(folder: Path, *, also_foreign: bool = False) -> bool:
-    """Whether there are images in a folder, at any depth (`also_foreign`: those that cannot be read here, too)."""
-    waiting, visited = [str(folder)], set[tuple[int, int]]()
-    while waiting:
-        place = waiting.pop()
-        state = os.stat(place)
-        if (state.st_dev, state.st_ino) in visited:
-            continue
-        visited.add((state.st_dev, state.st_ino))
-        with os.scandir(place) as entries:  # in no order, so that one image is enough
-            for entry in entries:
-                if _hidden(entry.name):
-                    continue
-                ending = os.path.splitext(entry.name)[1].lower()
-                if _is_folder(entry):
-                    waiting.append(entry.path)
-                elif _is_folder(entry) is not None and (
-                    ending in formats.endings() or (also_foreign and ending in formats.foreign())
-                ):
-                    return True
-    return False
-
-
-@dataclass
-class Found:
-    """The images below a folder: `parts` are the names from there down to each file, `files` the files themselves.
-
-    `subfolders` are those of the first level. `foreign` are the parts of files that cannot be read here, `others` how many
-    files of which ending are no images, and `links` the links to folders that are here already.
-    """
-
-    parts: list[tuple[str, ...]] = field(default_factory=list)
-    files: list[os.DirEntry[str]] = field(default_factory=list)
-    subfolders: list[str] = field(default_factory=list)
-    foreign: list[tuple[str, ...]] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    links: list[str] = field(default_factory=list)
-
-
-def walk(root: Path) -> Found:
-    """All files below `root`, in the order of their names. A folder is visited once, under its own name before that of a
-    link to it."""
-    found, visited = Found(), set[tuple[int, int]]()
-    state = root.stat()
-    visited.add((state.st_dev, state.st_ino))
-    above_root = {(state.st_dev, state.st_ino) for state in (folder.stat() for folder in root.resolve().parents)}
-    folders: list[tuple[tuple[str, ...], str]] = [((), str(root))]
-    links: list[tuple[tuple[str, ...], os.DirEntry[str]]] = []
-    images: list[tuple[tuple[str, ...], os.DirEntry[str]]] = []
-    while folders or links:
-        if not folders:  # all that stands here under its own name was visited
-            links.sort(key=lambda link: link[0])
-            parts, entry = links.pop(0)
-            state = entry.stat()
-            back = images and (state.st_dev, state.st_ino) in above_root  # leads around to what is here
-            if back or (state.st_dev, state.st_ino) in visited:
-                found.links.append("/".join(parts))
-                continue
-            visited.add((state.st_dev, state.st_ino))
-            folders.append((parts, entry.path))
-        above, place = folders.pop()
-        for entry, is_folder in _entries(place):
-            parts = (*above, entry.name)
-            if is_folder and entry.is_symlink():
-                links.append((parts, entry))
-            elif is_folder:
-                if not above:
-                    found.subfolders.append(entry.name)
-                state = entry.stat()
-                if (state.st_dev, state.st_ino) not in visited:
-                    visited.add((state.st_dev, state.st_ino))
-                    folders.append((parts, entry.path))
-            else:
-                ending = os.path.splitext(entry.name)[1].lower()
-                if ending in formats.endings():
-                    images.append((parts, entry))
-                elif ending in formats.foreign():
-                    found.foreign.append(parts)
-                else:
-                    found.others[ending] += 1
-    images.sort(key=lambda image: image[0])
-    found.foreign.sort()
-    found.parts, found.files = [parts for parts, _ in images], [entry for _, entry in images]
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- choosing
-
-
 @dataclass
 class Layout:
     """Where the images are: below `root`, whose subfolders are the classes. The images' names are their paths from
     `named_from`, so that who is held out does not depend on what else the folder holds.
 
     `inner` is {class: its subfolder} where each class holds the splits. `masks` are (class, its subfolder) that are left
-    aside. `left` are folders that were passed on the way,
-    `foreign` files there that cannot be read here, `others` the number of other files by their endings, `notes` what to know
-    besides.
+    aside. `passed` are the folders beside the way to `root`, `unreadable` the images there that cannot be read here, `others`
+    the number of other files by their endings, and `notes` remarks for the person.
     """
 
     root: Path
     named_from: Path
     inner: dict[str, str] = field(default_factory=dict)
     masks: set[tuple[str, str]] = field(default_factory=set)
-    left: list[str] = field(default_factory=list)
-    foreign: list[Path] = field(default_factory=list)
+    passed: list[str] = field(default_factory=list)
+    unreadable: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
 
-def _without_links(folder: Path, below: Sequence[str]) -> list[str]:
-    """The subfolders, less links to others of them."""
-    links = [name for name in below if (folder / name).is_symlink()]
-    if not links:
-        return list(below)
-    real = {(state.st_dev, state.st_ino) for state in ((folder / name).stat() for name in below if name not in links)}
-    same = [name for name in links if ((state := (folder / name).stat()).st_dev, state.st_ino) in real]
-    return [name for name in below if name not in same]
-
-
-class _Look:
-    """What is in the folders on the way, each read once."""
+class _FolderReader:
+    """What is in the folders on the way to the images. Each folder is read once."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[list[str], list[str]]] = {}
-        self._holders: dict[Path, list[str]] = {}
+        self._contents: dict[Path, tuple[list[str], list[str]]] = {}
+        self._image_folders: dict[Path, list[str]] = {}
 
     def _read(self, folder: Path) -> tuple[list[str], list[str]]:
-        if folder not in self._known:
-            entries = _entries(folder)
-            below, files = ([entry.name for entry, is_folder in entries if is_folder is kind] for kind in (True, False))
-            self._known[folder] = below, files
-        return self._known[folder]
+        if folder not in self._contents:
+            names = sorted((entry.name, is_folder) for entry, is_folder in entries(folder))
+            subfolders, files = ([name for name, is_folder in names if is_folder is kind] for kind in (True, False))
+            self._contents[folder] = subfolders, files
+        return self._contents[folder]
 
     def subfolders(self, folder: Path) -> list[str]:
         return self._read(folder)[0]
@@ -209,199 +74,203 @@ class _Look:
         return self._read(folder)[1]
 
     def has_images(self, folder: Path) -> bool:
-        """Whether they lie in the folder itself."""
-        return any(_is_image(name) for name in self.files(folder))
+        """Whether images lie in the folder itself."""
+        return any(map(is_image, self.files(folder)))
 
-    def holders(self, folder: Path) -> list[str]:
-        """The subfolders that hold images: those that can be read here, or, where there are none, others."""
-        if folder not in self._holders:
-            below = _without_links(folder, self.subfolders(folder))
-            found = [name for name in below if holds_images(folder / name)]
-            if not found and not self.has_images(folder):
-                found = [name for name in below if holds_images(folder / name, also_foreign=True)]
-            self._holders[folder] = found
-        return self._holders[folder]
+    def image_folders(self, folder: Path) -> list[str]:
+        """The subfolders with images that can be read here, or, where there are none, with other ones. Links to others of them
+        do not count."""
+        if folder not in self._image_folders:
+            links = {name for name in self.subfolders(folder) if (folder / name).is_symlink()}
+            places = {identity(folder / name) for name in self.subfolders(folder) if name not in links} if links else set()
+            below = [name for name in self.subfolders(folder) if name not in links or identity(folder / name) not in places]
+            names = [name for name in below if holds_images(folder / name)]
+            if not names and not self.has_images(folder):
+                names = [name for name in below if holds_images(folder / name, also_unreadable=True)]
+            self._image_folders[folder] = names
+        return self._image_folders[folder]
+
+    def is_deep(self, folder: Path) -> bool:
+        """Whether one of the first folders has folders of its own: for that, not all of a thousand flat classes are read."""
+        return any(self.subfolders(folder / name) for name in self.image_folders(folder)[:16])
 
 
 def find_layout(path: Path, split: str | None, where: str) -> Layout:
-    """Where the images of the folder `path` are. A folder that alone holds images is gone into. UserErrors name the splits of
+    """Where the images of the folder `path` are. A subfolder that alone holds images is entered. UserErrors name the splits of
     which one has to be chosen, or say that there is none of the name `split`; with the split "." none is looked for."""
-    look, layout = _Look(), Layout(root=path, named_from=path)
-    plain = split == "."
-    if split is not None and not plain:
+    reader, layout = _FolderReader(), Layout(root=path, named_from=path)
+    no_splits = split == "."
+    if split is not None and not no_splits:
         parts = PurePath(split).parts  # `images/train` says both
         if not parts or PurePath(split).is_absolute() or ".." in parts:
             raise UserError(f"{where}: data.split {split!r} is not the name of one of its subfolders")
-        _seek(look, layout, parts, where)
+        _enter_split(reader, layout, parts, where)
     while not layout.inner:
-        folder, holders = layout.root, look.holders(layout.root)
-        splits = _splits_in(look, folder, holders, inside=split is not None) if not plain else []
-        if splits and not (split is not None and len(holders) == 1):
-            raise UserError(f"{where} holds the splits {few(splits, 10)}; {_ask(splits, split)}")
-        annotated = not look.has_images(folder) and _beside_annotations(holders) is not None
-        if not splits and not plain and not annotated and (inner := _inner_splits(look, folder, holders)):
-            every = list(dict.fromkeys(name for names in inner.values() for name in names))
-            raise UserError(f"{where} holds classes, and each of them the splits {few(every, 10)}; {_ask(every, split)}")
-        if (inside := _goes_into(look, folder, holders)) is None:
-            lone = [] if splits or plain else list(splits_among(holders))
-            layout.notes += [f"{shown(name)!r} is read as a class; if it is a split, set data.split" for name in lone]
-            layout.masks = set() if plain else _masks_of_classes(look, folder, holders)
+        folder, names = layout.root, reader.image_folders(layout.root)
+        splits = _splits_in(reader, folder, is_inside_split=split is not None) if not no_splits else []
+        if splits and not (split is not None and len(names) == 1):
+            raise UserError(f"{where} holds the splits {join_names(splits, 10)}; {_split_advice(splits, split)}")
+        annotated = not reader.has_images(folder) and _folder_beside_annotations(names) is not None
+        if not splits and not no_splits and not annotated and (inner := _splits_of_classes(reader, folder)):
+            all_splits = list(dict.fromkeys(name for class_splits in inner.values() for name in class_splits))
+            raise UserError(
+                f"{where} holds classes, and each of them the splits {join_names(all_splits, 10)}; "
+                f"{_split_advice(all_splits, split)}"
+            )
+        if (subfolder := _next_folder(reader, folder)) is None:
+            maybe_splits = [] if splits or no_splits else splits_among(names)
+            layout.notes += [
+                f"{printable(name)!r} is read as a class; if it is a split, set data.split" for name in maybe_splits
+            ]
+            layout.masks = set() if no_splits else _masks_of_classes(reader, folder)
             break
-        _pass(look, layout, inside)
+        _enter(reader, layout, subfolder)
     return layout
 
 
-def _ask(splits: Sequence[str], inside: str | None) -> str:
+def _split_advice(splits: Sequence[str], folder: str | None) -> str:
+    """What to set where one of the splits has to be chosen."""
     training = next((name for name in splits if splits_among(splits).get(name) == "train"), splits[0])
-    example = shown(shlex.quote("/".join([*([inside] if inside is not None else []), training])))
+    example = printable(shlex.quote("/".join([*([folder] if folder is not None else []), training])))
     return f'set data.split to the one to train on (of prepare_data.py: --split {example}), or to "." where they are classes'
 
 
-def _seek(look: _Look, layout: Layout, parts: Sequence[str], where: str) -> None:
-    """Go to the split of which `parts` are the names, further in where its folder is not at the top."""
-    path, exact = layout.root, True
-    while (found := _choose(look.subfolders(layout.root), parts[0], where)) is None:
-        folder, holders = layout.root, look.holders(layout.root)
-        inside = _goes_into(look, folder, holders)
-        if inside is not None and inside not in splits_among(holders):
-            _pass(look, layout, inside)
+def _enter_split(reader: _FolderReader, layout: Layout, parts: Sequence[str], where: str) -> None:
+    """Go to the split with the names `parts`, further in where its folder is not at the top."""
+    path, is_exact, split = layout.root, True, "/".join(parts)
+    while _find_name(reader.subfolders(layout.root), parts[0], where) is None:
+        folder = layout.root
+        subfolder = _next_folder(reader, folder)
+        if subfolder is not None and subfolder not in splits_among(reader.image_folders(folder)):
+            _enter(reader, layout, subfolder)
             continue
-        if len(parts) == 1 and _choose([path.name], parts[0], where) is not None:  # data.path is that split already
-            layout.root, layout.named_from = path, _alone(look, path)
+        if len(parts) == 1 and _find_name([path.name], split, where) is not None:  # data.path is that split already
+            layout.root, layout.named_from = path, _innermost(reader, path)
             return
-        inner = {name: _choose(splits, parts[0], where) for name, splits in _inner_splits(look, folder, holders).items()}
+        inner = {name: _find_name(names, parts[0], where) for name, names in _splits_of_classes(reader, folder).items()}
         if any(inner.values()):
             layout.inner = {name: chosen for name, chosen in inner.items() if chosen is not None}
-            if without := [name for name in holders if name not in layout.inner]:
-                layout.notes.append(f"the classes {few(without, 10)} hold no split {shown(parts[0])!r} and are left aside")
+            if without := [name for name in reader.image_folders(folder) if name not in layout.inner]:
+                layout.notes.append(
+                    f"the classes {join_names(without, 10)} hold no split {printable(parts[0])!r} and are left aside"
+                )
             return
-        raise _no_split(look, folder, "/".join(parts), where)
+        raise _no_split_error(reader, folder, split, where)
     for part in parts:
-        found = _choose(look.subfolders(layout.root), part, where)
-        if found is None:
-            raise _no_split(look, layout.root, "/".join(parts), where)
-        exact &= found == part
-        layout.root = layout.root / found
-    beside = path.joinpath(*parts)
-    if exact:
-        layout.named_from = beside if beside.is_dir() else _alone(look, layout.root)
-    else:
+        name = _find_name(reader.subfolders(layout.root), part, where)
+        if name is None:
+            raise _no_split_error(reader, layout.root, split, where)
+        is_exact &= name == part
+        layout.root = layout.root / name
+    same_name = path.joinpath(*parts)
+    if not is_exact:
         layout.named_from = layout.root
+    else:
+        layout.named_from = same_name if same_name.is_dir() else _innermost(reader, layout.root)
 
 
-def _no_split(look: _Look, folder: Path, split: str, where: str) -> UserError:
-    return UserError(f"{where} has no split {split!r}; its subfolders: {few(look.subfolders(folder), 10) or 'none'}")
+def _no_split_error(reader: _FolderReader, folder: Path, split: str, where: str) -> UserError:
+    names = join_names(reader.subfolders(folder), 10) or "none"
+    return UserError(f"{where} has no split {split!r}; its subfolders: {names}")
 
 
-def _choose(names: Sequence[str], wanted: str, where: str) -> str | None:
+def _find_name(names: Sequence[str], wanted: str, where: str) -> str | None:
     """The folder that `wanted` means: by its name as it stands, in other letters, or by the plain word of a split."""
     forms: tuple[Callable[[str], str], ...] = (str, normal_form, lambda name: normal_form(name).casefold())
     for form in forms:
-        found = [name for name in names if form(name) == form(wanted)]
-        if len(found) == 1:
-            return found[0]
+        alike = [name for name in names if form(name) == form(wanted)]
+        if len(alike) == 1:
+            return alike[0]
     if squeezed(wanted) not in PLAIN:
         return None
-    found = [name for name, split in splits_among(names).items() if split == split_of(wanted)]
-    if len(found) > 1:
-        raise UserError(
-            f"{where}: data.split {wanted!r} may mean {' or '.join(map(shown, found))}; give that folder's own name"
-        )
-    return found[0] if found else None
+    alike = [name for name, split in splits_among(names).items() if split == split_of(wanted)]
+    if len(alike) > 1:
+        choices = " or ".join(map(printable, alike))
+        raise UserError(f"{where}: data.split {wanted!r} may mean {choices}; give that folder's own name")
+    return alike[0] if alike else None
 
 
-def _splits_in(look: _Look, folder: Path, holders: Sequence[str], *, inside: bool) -> list[str]:
-    """Which of the subfolders that hold images are splits, and not a class that has the name of one: a bus, a car, a train.
-    `inside` a split that was chosen, one such name is a class."""
-    splits = splits_among(holders)
-    others = [name for name in holders if name not in splits]
+def _splits_in(reader: _FolderReader, folder: Path, *, is_inside_split: bool) -> list[str]:
+    """Which of the subfolders with images are splits, and not a class that has the name of one: a bus, a car, a train.
+    Inside a split that was chosen, one such name is a class."""
+    names = reader.image_folders(folder)
+    splits = splits_among(names)
+    others = [name for name in names if name not in splits]
     if len(splits) != 1 or not others:
         return list(splits)
     name = next(iter(splits))
-    telling = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
-    beside = all(squeezed(other) in _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS for other in others)
-    deep = len(others) == 1 and bool(look.holders(folder / name)) and not look.has_images(folder / name)
-    return [name] if telling or beside or (deep and not inside) else []
+    says_split = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
+    no_classes_beside = all(squeezed(other) in _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS for other in others)
+    is_deep = len(others) == 1 and bool(reader.image_folders(folder / name)) and not reader.has_images(folder / name)
+    return [name] if says_split or no_classes_beside or (is_deep and not is_inside_split) else []
 
 
-def _is_deep(look: _Look, folder: Path, holders: Sequence[str]) -> bool:
-    """Whether one of the first folders has folders of its own: not all of a thousand flat classes need to be read for that."""
-    return any(look.subfolders(folder / name) for name in holders[:16])
-
-
-def _inner_splits(look: _Look, folder: Path, holders: Sequence[str]) -> dict[str, list[str]]:
+def _splits_of_classes(reader: _FolderReader, folder: Path) -> dict[str, list[str]]:
     """{class: its splits} where the classes are the outer folders, and each holds nothing but splits of its own."""
-    if len(holders) < 2 or not _is_deep(look, folder, holders):
+    names = reader.image_folders(folder)
+    if len(names) < 2 or not reader.is_deep(folder):
         return {}
-    found: dict[str, list[str]] = {}
-    for name in holders:
-        below = look.holders(folder / name)
+    splits_of_class: dict[str, list[str]] = {}
+    for name in names:
+        below = reader.image_folders(folder / name)
         splits = list(splits_among(below))
         if not splits and not below:
             continue  # a class that was not split, beside others that were
-        if not splits or look.has_images(folder / name) or not all(map(_is_annotation, {*below} - {*splits})):
+        if not splits or reader.has_images(folder / name) or not all(map(_is_annotation, {*below} - {*splits})):
             return {}
-        found[name] = splits
-    return found if any(len(splits) > 1 for splits in found.values()) else {}
+        splits_of_class[name] = splits
+    return splits_of_class if any(len(splits) > 1 for splits in splits_of_class.values()) else {}
 
 
-def _goes_into(look: _Look, folder: Path, holders: Sequence[str]) -> str | None:
+def _next_folder(reader: _FolderReader, folder: Path) -> str | None:
     """The subfolder in which to go on: the only one with images, or the one of images beside annotations (masks, labels)."""
-    if look.has_images(folder):
+    names = reader.image_folders(folder)
+    if reader.has_images(folder):
         return None
-    if len(holders) == 1:
-        back = folder.resolve().is_relative_to((folder / holders[0]).resolve())  # a link to where one comes from
-        return holders[0] if not back else None
-    return _beside_annotations(holders)
+    if len(names) == 1:
+        leads_back = folder.resolve().is_relative_to((folder / names[0]).resolve())  # a link to a folder above
+        return names[0] if not leads_back else None
+    return _folder_beside_annotations(names)
 
 
-def _beside_annotations(holders: Sequence[str]) -> str | None:
+def _folder_beside_annotations(names: Sequence[str]) -> str | None:
     """The one folder of images where all others hold masks, labels and the like."""
-    images = [name for name in holders if _holds_plain_images(name)]
-    others = [name for name in holders if name not in images]
+    images = [name for name in names if _has_word(name, _IMAGE_FOLDERS) and not _is_annotation(name)]
+    others = [name for name in names if name not in images]
     if len(images) == 1 and others and all(map(_is_annotation, others)):
         return images[0]
-    alone = [name for name in holders if squeezed(name) not in _NEVER_A_CLASS]
-    return alone[0] if len(alone) == 1 and len(holders) > 1 and not images else None
+    classes = [name for name in names if squeezed(name) not in _NEVER_A_CLASS]
+    return classes[0] if len(classes) == 1 and len(names) > 1 and not images else None
 
 
-def _masks_of_classes(look: _Look, folder: Path, holders: Sequence[str]) -> set[tuple[str, str]]:
+def _masks_of_classes(reader: _FolderReader, folder: Path) -> set[tuple[str, str]]:
     """(class, subfolder) of the masks where a class holds its images in one folder and masks of them in another."""
-    if len(holders) < 2 or not _is_deep(look, folder, holders):
-        return set()
     masks = set[tuple[str, str]]()
-    for name in holders:
-        below = look.holders(folder / name)
-        if not look.has_images(folder / name) and (images := _beside_annotations(below)) is not None:
+    if len(reader.image_folders(folder)) < 2 or not reader.is_deep(folder):
+        return masks
+    for name in reader.image_folders(folder):
+        below = reader.image_folders(folder / name)
+        if not reader.has_images(folder / name) and (images := _folder_beside_annotations(below)) is not None:
             masks |= {(name, other) for other in below if other != images}
     return masks
 
 
-def _alone(look: _Look, folder: Path) -> Path:
-    """The folder in a folder in a folder, where there is nothing beside."""
-    while not look.has_images(folder) and len(below := look.subfolders(folder)) == 1:
+def _innermost(reader: _FolderReader, folder: Path) -> Path:
+    """The folder in a folder in a folder, where there is nothing beside them."""
+    while not reader.has_images(folder) and len(below := reader.subfolders(folder)) == 1:
         folder = folder / below[0]
     return folder
 
 
-def _pass(look: _Look, layout: Layout, inside: str) -> None:
+def _enter(reader: _FolderReader, layout: Layout, subfolder: str) -> None:
     """Go into a subfolder, and note what stands beside it."""
-    folder, beside = layout.root, [name for name in look.subfolders(layout.root) if name != inside]
-    layout.left += beside
-    for name in look.files(folder):
-        ending = os.path.splitext(name)[1].lower()
-        if ending in formats.foreign():
-            layout.foreign.append(folder / name)
+    folder, beside = layout.root, [name for name in reader.subfolders(layout.root) if name != subfolder]
+    layout.passed += beside
+    for name in reader.files(folder):
+        if is_unreadable_image(name):
+            layout.unreadable.append(folder / name)
         else:
-            layout.others[ending] += 1
+            layout.others[ending_of(name)] += 1
     for name in beside:
-        layout.foreign += [(folder / name).joinpath(*parts) for parts in walk(folder / name).foreign]
-    layout.root = folder / inside
-
-
-def in_words(counts: Counter[str]) -> str:
-    """Files by ending: `3 .json, 1 without an ending`."""
-    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
-    told = [f"{count} {shown(ending) or 'without an ending'}" for ending, count in ordered[:8]]
-    more = sum(count for _, count in ordered[8:])
-    return ", ".join([*told, *([f"{more} others"] if more else [])])
+        layout.unreadable += [(folder / name).joinpath(*parts) for parts in walk(folder / name).unreadable]
+    layout.root = folder / subfolder

@@ -1,7 +1,8 @@
-"""Names of classes and of files: which are the same, in which order they stand, how they are shown, and as file names."""
+"""Names of classes and of files: which are the same, in which order they stand, how they are printed, and as file names."""
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
@@ -22,25 +23,25 @@ def same_names(ours: Sequence[str], theirs: Sequence[str]) -> bool:
     return [normal_form(name) for name in ours] == [normal_form(name) for name in theirs]
 
 
-def spelled(names: Iterable[str], wanted: str) -> str | None:
-    """The one of these names that looks as `wanted` does, as it is spelled there."""
+def find_spelling(names: Iterable[str], wanted: str) -> str | None:
+    """The name among these that looks as `wanted` does, as it is spelled there, or None."""
     names = list(names)
     return wanted if wanted in names else next((name for name in names if normal_form(name) == normal_form(wanted)), None)
 
 
-def natural(name: str) -> tuple[int, str, str]:
+def class_sort_key(name: str) -> tuple[int, str, str]:
     """The place of a class in the order of classes: numbers by their value, then the other names. No two names that differ
     have the same place, so the order of names is the same in every process."""
     number = name.isdecimal() and len(name) <= 1000  # int() refuses longer ones
     return (int(name), "", name) if number else (1 << 62, name, name)
 
 
-def ordered(names: Iterable[str]) -> tuple[str, ...]:
-    """The classes of these names, each once: of names that differ in their normal form alone, the first is kept."""
-    kept: dict[str, str] = {}
+def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """The classes of these names, each once, in their order: of names with the same normal form the first is taken."""
+    by_form: dict[str, str] = {}
     for name in names:
-        kept.setdefault(normal_form(name), name)
-    return tuple(sorted(kept.values(), key=natural))
+        by_form.setdefault(normal_form(name), name)
+    return tuple(sorted(by_form.values(), key=class_sort_key))
 
 
 def class_of(label: object) -> str | None:
@@ -51,8 +52,8 @@ def class_of(label: object) -> str | None:
     return None if text.strip().casefold() in NO_LABEL else text
 
 
-def shown(name: str) -> str:
-    """A name as it can be printed on one line: what has no look of its own (line breaks, bytes that are no text) is escaped."""
+def printable(name: str) -> str:
+    """A name as it can be printed on one line: line breaks, bytes that are no text and the like are escaped."""
     if name.isprintable():
         return name
     return "".join(
@@ -60,10 +61,10 @@ def shown(name: str) -> str:
     )
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
+def join_names(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are, on one line."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + rest
 
 
 def file_stems(names: Sequence[str], *, most_bytes: int = 100) -> list[str]:
@@ -74,61 +75,63 @@ def file_stems(names: Sequence[str], *, most_bytes: int = 100) -> list[str]:
     return cut if len(set(cut)) == len(cut) else [f"{i}_{name}" for i, name in enumerate(cut)]
 
 
-def by_ending(names: Iterable[str]) -> dict[str, int]:
+def count_endings(names: Iterable[str]) -> dict[str, int]:
     """How many files have which ending, in small letters: the most frequent first."""
-    counts: dict[str, int] = {}
-    for name in names:
-        ending = PurePath(name).suffix.lower()
-        counts[ending] = counts.get(ending, 0) + 1
+    counts = Counter(PurePath(name).suffix.lower() for name in names)
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def class_remarks(class_names: Sequence[str], images: int) -> list[str]:
-    """What to know of the classes of a class-conditional run before it is trained, or nothing."""
-    if len(class_names) == 1:
-        return [
-            f"all images with a class have the same one, {shown(class_names[0])!r}: there is nothing to tell apart; is that "
-            "folder (or column) meant as a class? Without classes: --set class_conditional=false"
-        ]
-    if len(class_names) > 1 and all(_PARTS.fullmatch(name) for name in class_names):
-        return [
-            f"the classes {few(class_names)} look like parts of one data set, and the network learns them as classes; where "
-            "they are parts: --set class_conditional=false"
-        ]
-    if len(class_names) > 1 and images < 4 * len(class_names):
-        return [
-            f"there are {len(class_names)} classes for {images} images, too few of each to learn: does the label column hold "
-            "captions or file names? Without classes: --set class_conditional=false"
-        ]
-    return []
+    """What is odd about the classes of a class-conditional run before it is trained: one remark at most."""
+    count, without = len(class_names), "--set class_conditional=false"
+    if count == 1:
+        remark = (
+            f"all images with a class have the same one, {printable(class_names[0])!r}: there is nothing to tell apart; is "
+            f"that folder (or column) meant as a class? Without classes: {without}"
+        )
+    elif count and all(_PARTS.fullmatch(name) for name in class_names):
+        remark = (
+            f"the classes {join_names(class_names)} look like parts of one data set, and the network learns them as classes; "
+            f"where they are parts: {without}"
+        )
+    elif count and images < 4 * count:
+        remark = (
+            f"there are {count} classes for {images} images, too few of each to learn: does the label column hold captions or "
+            f"file names? Without classes: {without}"
+        )
+    else:
+        return []
+    return [remark]
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """The numbers of the classes `A/B/C`, each by its name or its number. A name that has a slash in it is found as it stands,
-    or with `\\/` for the slash; a UserError says what is not known, and what may mean two things."""
+    """The numbers of the classes `A/B/C`, each by its name or its number. A name that has a slash in it may be given as it is,
+    or with `\\/` for the slash; a UserError says which class is not known, and what may mean two things."""
     known = {normal_form(name): i for i, name in enumerate(class_names)}
     words = re.split(r"(?<!\\)/", normal_form(text))
     most = 1 + max((name.count("/") for name in known), default=0)
 
-    def one(word: str) -> int | None:
+    def by_name(word: str) -> int | None:
         return known.get(word, known.get(word.replace("\\/", "/")))
 
-    def numbered(word: str) -> int | None:
-        named = one(word)
-        is_number = named is None and word.isdecimal() and word.isascii() and len(word) < 10
-        return int(word) if is_number and int(word) < len(known) else named
+    def by_name_or_number(word: str) -> int | None:
+        label = by_name(word)
+        is_number = label is None and word.isdecimal() and word.isascii() and len(word) < 10
+        return int(word) if is_number and int(word) < len(known) else label
 
-    for read in (one, numbered):  # names go before numbers
+    for read in (by_name, by_name_or_number):  # names go before numbers
         ways: list[list[list[int]]] = [[[]]]  # up to two ways to read the first words
         for end in range(1, len(words) + 1):
             lengths = [k for k in range(1, min(most, end) + 1) if ways[end - k]]
-            found = [(k, (one if k > 1 else read)("/".join(words[end - k : end]))) for k in lengths]
-            ways.append([[*way, label] for k, label in found if label is not None for way in ways[end - k]][:2])
+            labels = [(k, (by_name if k > 1 else read)("/".join(words[end - k : end]))) for k in lengths]
+            ways.append([[*way, label] for k, label in labels if label is not None for way in ways[end - k]][:2])
         if len(ways[-1]) == 1:
             return ways[-1][0]
         if len(ways[-1]) > 1:
-            told = " or ".join("/".join(shown(class_names[i]).replace("/", "\\/") for i in way) for way in ways[-1])
-            raise UserError(f"--classes {shown(text)} may mean two things; write it as {told}, or give the classes' numbers")
-    strange = next((word for word in words if numbered(word) is None), text)
-    numbers = f"; ask for one by its name or its number, 0 to {len(class_names) - 1}"
-    raise UserError(f"class {shown(strange)!r} is not known; the classes are: {few(class_names, 40)}{numbers}")
+            both = " or ".join("/".join(printable(class_names[i]).replace("/", "\\/") for i in way) for way in ways[-1])
+            raise UserError(f"--classes {printable(text)} may mean two things; write {both}, or give the classes' numbers")
+    unknown = next((word for word in words if by_name_or_number(word) is None), text)
+    raise UserError(
+        f"class {printable(unknown)!r} is not known; the classes are: {join_names(class_names, 40)}; name one by its name or "
+        f"number, 0 to {len(class_names) - 1}"
+    )

@@ -1,6 +1,7 @@
-"""One memory-mapped file of uint8 pixels, so that ranks share the page cache and a batch is one indexed copy.
+"""Writes the one memory-mapped file of uint8 pixels that ranks share and whose batches are one indexed copy.
 
-A packed folder holds `pixels.bin`, `records.npy` (N, 5: byte offset, height, width, label, held out) and `manifest.json`.
+A packed folder holds `pixels.bin`, `records.npy` (N, 5: byte offset, height, width, label, held out) and `manifest.json`;
+sources/packed.py reads it.
 """
 
 import io
@@ -8,38 +9,40 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..config import UserError
 from ..config.progress import Progress
 from ..storage.files import write_flushed
 from ..storage.requests import stage_folder
-from .sources import PACK_VERSION, ImageSet, _fraction
-from .transforms import DECODER, shorter_side
+from .sources import ImageSet
+from .sources.images import name_fraction
+from .sources.packed import PACK_VERSION
+from .transforms import DECODER, Pixels, shorter_side, to_image
 
 BLOCK = 256
 
 
-def pack(pictures: ImageSet, out: Path, *, size: int, channels: int, held_out: float = 0.0) -> int:
-    """Write `pictures` with their shorter side at `size` into the folder `out`; gives the number of pictures.
+def pack(images: ImageSet, out: Path, *, size: int, channels: int, held_out: float = 0.0) -> int:
+    """Write `images` with their shorter side at `size` into the folder `out`; gives the number of images.
 
-    Staged in `out`.partial and renamed when whole; after a kill the same call goes on where it was.
+    The files are written into `out`.partial, which is renamed when it is whole; after a kill the same call goes on from there.
     """
     if out.exists():
         raise UserError(f"{out} exists; give another folder or remove it")
     staged = out.with_name(out.name + ".partial")
-    request = {"fingerprint": pictures.fingerprint, "size": size, "channels": channels, "held_out": held_out}
-    done = _resume(staged, {**request, "state": pictures.state})
-    names = pictures.names
+    request = {"fingerprint": images.fingerprint, "size": size, "channels": channels, "held_out": held_out}
+    done = _resume(staged, {**request, "state": images.state})
+    names = images.names
 
-    def one(i: int) -> np.ndarray:
-        part = pictures.parts[pictures.which[i]]
-        picture = part.load(int(pictures.index[i]), channels=channels, at_least=size)
-        if not isinstance(picture, Image.Image):
-            picture = Image.fromarray(picture.squeeze(-1) if picture.shape[2] == 1 else picture)
-        return shorter_side(picture.convert("RGB" if channels == 3 else "L"), size)
+    def load(i: int) -> Pixels:
+        image = images.parts[images.which[i]].load(int(images.index[i]), channels=channels, at_least=size)
+        image = image if isinstance(image, Image.Image) else to_image(image)
+        return shorter_side(image.convert("RGB" if channels == 3 else "L"), size)
 
     try:
         with (
@@ -51,20 +54,17 @@ def pack(pictures: ImageSet, out: Path, *, size: int, channels: int, held_out: f
             offset = pixels.tell()
             for start in range(done, len(names), BLOCK):
                 block = range(start, min(start + BLOCK, len(names)))
-                written = []
-                for i, array in zip(block, pool.map(one, block), strict=True):
+                rows = []
+                for i, array in zip(block, pool.map(load, block), strict=True):
                     pixels.write(np.ascontiguousarray(array).tobytes())
-                    held = _fraction(names[i]) < held_out
-                    written.append((offset, array.shape[0], array.shape[1], int(pictures.labels[i]), int(held)))
+                    is_held_out = name_fraction(names[i]) < held_out
+                    rows.append((offset, array.shape[0], array.shape[1], int(images.labels[i]), int(is_held_out)))
                     offset += array.size
                     bar.update()
-                pixels.flush()  # pixels before records: a record never points at bytes that are not there
-                os.fsync(pixels.fileno())
-                records.write(np.array(written, dtype=np.int64).tobytes())
-                records.flush()
-                os.fsync(records.fileno())
-        table = np.fromfile(staged / "records.bin", dtype=np.int64).reshape(-1, 5)
-        content = io.BytesIO()
+                _flush(pixels)  # before the records: a record never points at bytes that are not there
+                records.write(np.array(rows, dtype=np.int64).tobytes())
+                _flush(records)
+        table, content = _read_records(staged), io.BytesIO()
         np.save(content, table)
         write_flushed(staged / "records.npy", content.getbuffer())
         manifest = {
@@ -73,7 +73,7 @@ def pack(pictures: ImageSet, out: Path, *, size: int, channels: int, held_out: f
             "decoder": DECODER,
             "count": len(table),
             "bytes": int(offset),
-            "class_names": list(pictures.class_names),
+            "class_names": list(images.class_names),
             "names": names,
         }
         write_flushed(staged / "manifest.json", json.dumps(manifest).encode())
@@ -85,19 +85,26 @@ def pack(pictures: ImageSet, out: Path, *, size: int, channels: int, held_out: f
     return len(table)
 
 
-def _resume(staged: Path, request: dict) -> int:
-    """Make the staging folder ready and give the number of pictures that are already whole in it."""
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _read_records(staged: Path) -> NDArray[np.int64]:
+    return np.fromfile(staged / "records.bin", dtype=np.int64).reshape(-1, 5)
+
+
+def _resume(staged: Path, request: dict[str, Any]) -> int:
+    """Make the staging folder ready and give the number of images that are already whole in it."""
     if not stage_folder(staged, request):
         return 0
-    records = staged / "records.bin"
+    records, pixels = staged / "records.bin", staged / "pixels.bin"
     if not records.exists():
-        (staged / "pixels.bin").unlink(missing_ok=True)
+        pixels.unlink(missing_ok=True)
         return 0
-    whole = records.stat().st_size // 40
-    os.truncate(records, whole * 40)
-    table = np.fromfile(records, dtype=np.int64).reshape(-1, 5)
-    channels = request["channels"]
-    end = int(table[-1, 0] + table[-1, 1] * table[-1, 2] * channels) if whole else 0
-    if (staged / "pixels.bin").exists():
-        os.truncate(staged / "pixels.bin", end)
-    return whole
+    os.truncate(records, records.stat().st_size // 40 * 40)
+    table = _read_records(staged)
+    offset, height, width = table[-1, :3].tolist() if len(table) else (0, 0, 0)
+    if pixels.exists():
+        os.truncate(pixels, offset + height * width * request["channels"])
+    return len(table)

@@ -1,9 +1,12 @@
-"""Two-dimensional densities: from a picture, mixtures of Gaussians, two moons, a spiral, a checkerboard; as sets of points."""
+"""Sets of 2-D points drawn from densities: an image, mixtures of Gaussians, two moons, a spiral, a checkerboard.
+
+A density is known to configs by its entry in POINT_SOURCES: its config class, and the function that draws its points.
+"""
 
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,23 +14,48 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ..config import UserError, config, config_error, dump, kind_of
-from .sources import OneSource, Source
+from ..config import KindUnion, UserError, config, config_error, dump, kind_of
+from .sources.images import Source, name_fraction
+from .sources.python import dataset_classes, item_array, item_name, read_items
+from .sources.registry import SOURCES, SeveralSources
 from .transforms import decode
 
 Count = Annotated[int, Field(ge=2)]
 Points = NDArray[np.float32]
+Drawn = tuple[NDArray[Any], NDArray[np.int64] | None, int]  # points (N, 2), labels (N,) or None, number of classes
 EXTENT = 2.0  # densities lie in about [-2, 2] x [-2, 2], so that their spread is near that of a standard normal
+
+POINT_SOURCES = KindUnion("source")
+_DRAW_FUNCTIONS: dict[type, Callable[..., Drawn]] = {}
+
+
+def register_points(draw: Callable[..., Drawn]) -> Callable[..., Drawn]:
+    """Decorator: add a density by the function `draw(spec, rng)` of its points; the type of `spec` is its config class."""
+    config_class = draw.__annotations__["spec"]
+    _DRAW_FUNCTIONS[config_class] = draw
+    POINT_SOURCES.register(config_class)
+    return draw
 
 
 @config
 class DensitySource:
-    """Points where a greyscale picture is bright (`invert`: dark); its longer side is 4 wide, its middle is 0."""
+    """Points where a greyscale image is bright (`invert`: dark); its longer side is 4 wide, its middle is 0."""
 
     source: Literal["density"]
     path: str
     invert: bool = False
     count: Count = 131072
+
+
+@register_points
+def _draw_density(spec: DensitySource, rng: np.random.Generator, image: bytes | None = None) -> Drawn:
+    density = density_of(spec, image)
+    height, width = density.shape
+    cell = np.searchsorted(np.cumsum(density), rng.random(spec.count) * density.sum(), side="right").clip(max=density.size - 1)
+    row, column = np.divmod(cell, width)
+    within = rng.random((spec.count, 2))  # anywhere in the pixel
+    x, y = column + within[:, 0] - width / 2, height / 2 - row - within[:, 1]
+    return np.stack([x, y], axis=1) * (2 * EXTENT / max(height, width)), None, 0
 
 
 @config
@@ -47,6 +75,14 @@ class MixtureSource:
         return self
 
 
+@register_points
+def _draw_mixture(spec: MixtureSource, rng: np.random.Generator) -> Drawn:
+    weights = np.array(spec.weights or [1.0] * len(spec.means))
+    chosen = rng.choice(len(weights), spec.count, p=weights / weights.sum())
+    points = np.array(spec.means)[chosen] + np.array(spec.stds)[chosen, None] * rng.standard_normal((spec.count, 2))
+    return points, chosen, len(weights)
+
+
 @config
 class MoonsSource:
     """Two half circles, each a class, blurred by `noise`."""
@@ -54,6 +90,15 @@ class MoonsSource:
     source: Literal["moons"]
     noise: float = Field(0.08, ge=0)
     count: Count = 131072
+
+
+@register_points
+def _draw_moons(spec: MoonsSource, rng: np.random.Generator) -> Drawn:
+    lower = rng.integers(0, 2, spec.count)
+    angle = np.pi * rng.random(spec.count)
+    arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    arc = np.where(lower[:, None], [1.0, 0.5] - arc, arc) - [0.5, 0.25]
+    return 1.2 * arc + spec.noise * rng.standard_normal((spec.count, 2)), lower, int(lower.max()) + 1
 
 
 @config
@@ -66,6 +111,14 @@ class SpiralSource:
     count: Count = 131072
 
 
+@register_points
+def _draw_spiral(spec: SpiralSource, rng: np.random.Generator) -> Drawn:
+    radius = np.sqrt(rng.random(spec.count) * 0.97 + 0.03)  # as much of it per length everywhere, nearly
+    angle = 2 * np.pi * spec.turns * radius
+    line = 1.8 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return line + spec.noise * rng.standard_normal((spec.count, 2)), None, 0
+
+
 @config
 class CheckerboardSource:
     """The dark squares of a board of `cells` by `cells`."""
@@ -75,6 +128,13 @@ class CheckerboardSource:
     count: Count = 131072
 
 
+@register_points
+def _draw_checkerboard(spec: CheckerboardSource, rng: np.random.Generator) -> Drawn:
+    dark = np.array([(i, j) for i in range(spec.cells) for j in range(spec.cells) if (i + j) % 2 == 0])
+    corner = dark[rng.integers(0, len(dark), spec.count)]
+    return ((corner + rng.random((spec.count, 2))) / spec.cells - 0.5) * 2 * EXTENT * 0.9, None, 0
+
+
 @config
 class GaussianSource:
     """Standard normal noise of the shape of the data."""
@@ -82,15 +142,18 @@ class GaussianSource:
     source: Literal["gaussian"]
 
 
-PointSource = DensitySource | MixtureSource | MoonsSource | SpiralSource | CheckerboardSource
-_Several = Annotated[tuple[OneSource, ...], Field(min_length=1), Tag("list")]
 DataEnd = Annotated[
-    Annotated[Annotated[Source | PointSource, Field(discriminator="source")], Tag("object")] | _Several, Discriminator(kind_of)
+    Annotated[Source, KindUnion("source", SOURCES, POINT_SOURCES), Tag("object")] | SeveralSources, Discriminator(kind_of)
 ]
 SourceEnd = Annotated[
-    Annotated[Annotated[GaussianSource | Source | PointSource, Field(discriminator="source")], Tag("object")] | _Several,
+    Annotated[Source, KindUnion("source", GaussianSource, SOURCES, POINT_SOURCES), Tag("object")] | SeveralSources,
     Discriminator(kind_of),
 ]
+
+
+def is_point_source(spec: Any) -> bool:
+    """Whether a source is a density of 2-D points."""
+    return type(spec) in _DRAW_FUNCTIONS
 
 
 class PointSet:
@@ -106,107 +169,80 @@ class PointSet:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Points by class."""
+        """How many points each class has."""
         return {name: int((self.labels == i).sum()) for i, name in enumerate(self.class_names)}
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.points.tobytes() + self.labels.tobytes()).hexdigest()
 
+    def only(self, keep: Any) -> "PointSet":
+        """The points of a mask (N,) or a slice."""
+        return PointSet(self.points[keep], self.labels[keep], self.class_names)
+
 
 def density_image(path: str) -> bytes:
-    """A density's picture as a greyscale PNG; one that cannot be read is a UserError."""
+    """A density's image as a greyscale PNG; a UserError where the image cannot be read."""
     try:
         image, content = decode(Path(path).expanduser(), channels=1), io.BytesIO()
     except FileNotFoundError:
-        raise UserError(f"the density picture {path} does not exist") from None
+        raise UserError(f"the density image {path} does not exist") from None
     except Exception as error:
-        raise UserError(f"the density picture {path} cannot be read: {error}") from None
+        raise UserError(f"the density image {path} cannot be read: {error}") from None
     image.save(content, "PNG")
     return content.getvalue()
 
 
-def density_of(spec: DensitySource, picture: bytes | None = None) -> NDArray[np.float64]:
-    """The probability (H, W) of each pixel of its picture (`picture`, where that is known), the first row at the top; a
-    UserError where there is none."""
-    weight = np.asarray(decode(picture or density_image(spec.path), channels=1), dtype=np.float64)
+def density_of(spec: DensitySource, image: bytes | None = None) -> NDArray[np.float64]:
+    """The probability (H, W) of each pixel of the density's image (`image`, where its file is known), the first row at the top;
+    a UserError where the image is empty."""
+    weight = np.asarray(decode(image or density_image(spec.path), channels=1), dtype=np.float64)
     weight = 255 - weight if spec.invert else weight
     if not weight.any():
         colour, other = ("white", "true to false") if spec.invert else ("black", "false to true")
-        raise UserError(
-            f"the density picture {spec.path} is empty: all of it is {colour}; draw on it, or change invert from {other}"
-        )
+        raise UserError(f"the density image {spec.path} is empty: all is {colour}; draw on it, or change invert from {other}")
     return weight / weight.sum()
 
 
-def _from_density(spec: DensitySource, rng: np.random.Generator, picture: bytes | None = None) -> tuple[NDArray[Any], None]:
-    density = density_of(spec, picture)
-    height, width = density.shape
-    cell = np.searchsorted(np.cumsum(density), rng.random(spec.count) * density.sum(), side="right").clip(max=density.size - 1)
-    row, column = np.divmod(cell, width)
-    within = rng.random((spec.count, 2))  # anywhere in the pixel
-    x, y = column + within[:, 0] - width / 2, height / 2 - row - within[:, 1]
-    return np.stack([x, y], axis=1) * (2 * EXTENT / max(height, width)), None
-
-
-def _from_mixture(spec: MixtureSource, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    weights = np.array(spec.weights or [1.0] * len(spec.means))
-    chosen = rng.choice(len(weights), spec.count, p=weights / weights.sum())
-    return np.array(spec.means)[chosen] + np.array(spec.stds)[chosen, None] * rng.standard_normal((spec.count, 2)), chosen
-
-
-def _from_moons(spec: MoonsSource, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    lower = rng.integers(0, 2, spec.count)
-    angle = np.pi * rng.random(spec.count)
-    arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    arc = np.where(lower[:, None], [1.0, 0.5] - arc, arc) - [0.5, 0.25]
-    return 1.2 * arc + spec.noise * rng.standard_normal((spec.count, 2)), lower
-
-
-def _from_spiral(spec: SpiralSource, rng: np.random.Generator) -> tuple[NDArray[Any], None]:
-    radius = np.sqrt(rng.random(spec.count) * 0.97 + 0.03)  # as much of it per length everywhere, nearly
-    angle = 2 * np.pi * spec.turns * radius
-    line = 1.8 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return line + spec.noise * rng.standard_normal((spec.count, 2)), None
-
-
-def _from_checkerboard(spec: CheckerboardSource, rng: np.random.Generator) -> tuple[NDArray[Any], None]:
-    dark = np.array([(i, j) for i in range(spec.cells) for j in range(spec.cells) if (i + j) % 2 == 0])
-    corner = dark[rng.integers(0, len(dark), spec.count)]
-    return ((corner + rng.random((spec.count, 2))) / spec.cells - 0.5) * 2 * EXTENT * 0.9, None
-
-
-DRAWN_BY: dict[type, Any] = {
-    DensitySource: _from_density,
-    MixtureSource: _from_mixture,
-    MoonsSource: _from_moons,
-    SpiralSource: _from_spiral,
-    CheckerboardSource: _from_checkerboard,
-}
-
-
-def draw_points(spec: PointSource, picture: bytes | None = None) -> PointSet:
-    """`count` points of a density, always the same ones; a UserError where a picture cannot be read or is empty. `picture` is
-    what a DensitySource's path held, where that is known."""
+def draw_points(spec: Any, image: bytes | None = None) -> PointSet:
+    """`count` points of a density, always the same ones; a UserError where an image cannot be read or is empty. `image` is the
+    content of a DensitySource's file, where it is known."""
     words = repr(sorted((key, value) for key, value in dump(spec).items() if key != "path")).encode()
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words).digest()[:8], "little"))
-    known = (picture,) if isinstance(spec, DensitySource) else ()
-    points, labels = DRAWN_BY[type(spec)](spec, rng, *known)
-    names = () if labels is None else tuple(str(i) for i in range(int(labels.max()) + 1))
-    if isinstance(spec, MixtureSource):
-        names = tuple(str(i) for i in range(len(spec.means)))
-    found = np.full(spec.count, -1, dtype=np.int64) if labels is None else labels.astype(np.int64)
-    return PointSet(np.ascontiguousarray(points, dtype=np.float32), found, names)
+    extra = {"image": image} if isinstance(spec, DensitySource) else {}
+    points, labels, num_classes = _DRAW_FUNCTIONS[type(spec)](spec, rng, **extra)
+    numbers = np.full(spec.count, -1, dtype=np.int64) if labels is None else labels.astype(np.int64)
+    return PointSet(np.ascontiguousarray(points, dtype=np.float32), numbers, tuple(map(str, range(num_classes))))
 
 
-def open_points(spec: PointSource, held_out: float, picture: bytes | None = None) -> tuple[PointSet, PointSet | None]:
+def open_points(spec: Any, held_out: float, image: bytes | None = None) -> tuple[PointSet, PointSet | None]:
     """The points to train on, and the share of them that is held out."""
-    everything = draw_points(spec, picture)
-    first = len(everything) - math.ceil(len(everything) * held_out)
-    if first == len(everything):
-        return everything, None
-    parts = [
-        PointSet(everything.points[part], everything.labels[part], everything.class_names)
-        for part in (slice(0, first), slice(first, None))
-    ]
-    return parts[0], parts[1]
+    points = draw_points(spec, image)
+    first = len(points) - math.ceil(len(points) * held_out)
+    return (points, None) if first == len(points) else (points.only(slice(0, first)), points.only(slice(first, None)))
+
+
+def open_given_points(dataset: Any, held_out: Any) -> tuple[PointSet, PointSet | None]:
+    """The points of a data set that was handed in from Python, whose items are (2,) floats, or (point, label)."""
+    if not isinstance(held_out, float | int):
+        raise UserError("held_out of 2-D points is a share of them, such as 0.05")
+
+    def checked_point(value: Any, where: str) -> NDArray[Any]:
+        point = item_array(value, where)
+        if point.shape != (2,) or point.dtype.kind != "f":
+            raise UserError(f"{where} is no 2-D point of two floats: {point.dtype} of shape {point.shape}; images need `image`")
+        if not np.isfinite(point).all():
+            raise UserError(f"{where} is not finite: {point}")
+        return point
+
+    items = list(read_items(dataset, checked_point))
+    labels = [label for _, label in items]
+    points = PointSet(
+        np.stack([point for point, _ in items]), np.array(labels, dtype=np.int64), dataset_classes(dataset, labels)
+    )
+    if not held_out:
+        return points, None
+    is_held_out = np.array([name_fraction(item_name(i)) < held_out for i in range(len(labels))])
+    if is_held_out.all() or not is_held_out.any():
+        raise UserError(f"held_out {held_out:g} of {len(points)} points leaves one side empty; change it")
+    return points.only(~is_held_out), points.only(is_held_out)

@@ -1,4 +1,4 @@
-"""Look at every picture once before training: what cannot be read is left out, counted and listed."""
+"""Reads every image once before training: what cannot be read is left out, counted and listed."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,15 +24,16 @@ from ..config import UserError, config
 from ..config.progress import Progress
 from ..storage.locks import take_lock
 from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
-from .formats import content_of, endings, open_image
+from .formats import describe_content, endings, open_image
 from .transforms import DECODER
 
 TOO_SMALL = "smaller than min_file_bytes"
 TOO_NARROW = "smaller than min_side"
-FOR_NOW = "cannot be read now: "  # not remembered: the next scan looks again
+FOR_NOW = "cannot be read now: "  # not remembered: the next scan reads the file again
 VERSION = 2
-_large = threading.Lock()  # pictures beyond this many pixels are decoded one at a time, so that memory stays bounded
+SAVE_EVERY = 2048  # files
 _LARGE_PIXELS = 25_000_000
+_one_at_a_time = threading.Lock()  # for images beyond that, so that memory stays bounded
 
 
 @config
@@ -48,17 +49,16 @@ class ScanConfig:
 
 
 class Absent(ValueError):
-    """There is no image where one was looked for; the message is the reason for leaving it out."""
+    """There is no image where one should be; the message is the reason for leaving it out."""
 
 
 @dataclass
 class ScanReport:
-    """How many files were looked at, and those left out with their reasons.
+    """How many files were read, and those left out with their reasons.
 
     Of the good ones, in their order: `sides` (N, 2), width and height; `times` (N,), when each was modified, in nanoseconds;
-    `decoders` (N,), the first version of the decoder that makes of each what today's does. `notes` counts what is odd about
-    some of them but keeps none of them out, and `remarks` are what else a
-    person has to know of the source.
+    `decoders` (N,), the first version of the decoder that reads each as today's does. `notes` counts what is odd about some
+    of them but keeps none of them out, and `remarks` are what else a person has to know of the source.
     """
 
     total: int = 0
@@ -76,7 +76,7 @@ class ScanReport:
 
 @cache
 def reader() -> str:
-    """What reads images here: another one may read what this one cannot."""
+    """The version of Pillow and the formats here: another one may read what this one cannot."""
     return f"Pillow {PIL.__version__}, {' '.join(sorted(endings()))}"
 
 
@@ -86,7 +86,7 @@ def cache_folder() -> Path:
 
 
 def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | None:
-    """Why a picture is left out, or None. `source()` gives a path or an open file; `size` is in bytes."""
+    """Why an image is left out, or None. `source()` gives a path or an open file; `size` is in bytes."""
     if size < spec.min_file_bytes:
         return TOO_SMALL
     if size == 0:
@@ -102,13 +102,10 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
                     return "absurd shape"
                 if image.format in ("JPEG", "MPO"):
                     image.draft(None, (64, 64))  # reads the whole file, keeps little of it
-                if width * height > _LARGE_PIXELS:
-                    with _large:
-                        image.load()
-                else:
+                with _memory_guard(width * height):
                     image.load()
     except UnidentifiedImageError:
-        return content_of(source()) or "not a picture"
+        return describe_content(source()) or "not an image"
     except Absent as error:
         return str(error)
     except MemoryError:
@@ -122,9 +119,14 @@ def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | Non
     return None
 
 
+def _memory_guard(num_pixels: int) -> AbstractContextManager[Any]:
+    """Held while an image is decoded: large images wait for each other."""
+    return _one_at_a_time if num_pixels > _LARGE_PIXELS else nullcontext()
+
+
 class Measured(NamedTuple):
-    """What a scan remembers of a good image: its sides, the first version of the decoder that makes of it what today's does,
-    and what is odd about it."""
+    """What a scan remembers of a good image: its sides, the first version of the decoder that reads it as today's does, and
+    what is odd about it."""
 
     width: int
     height: int
@@ -133,7 +135,7 @@ class Measured(NamedTuple):
 
 
 def measure(source: Any) -> Measured:
-    """Look at an image that `inspect` found good. Only its header is read, but for deep grey."""
+    """Measure an image that `inspect` accepted. Only its header is read, but for 16-bit grey."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with open_image(source) as image:
@@ -143,7 +145,7 @@ def measure(source: Any) -> Measured:
                 decoder = DECODER
             if image.mode.startswith("I"):
                 note_range(image)
-                with _large if width * height > _LARGE_PIXELS else nullcontext():
+                with _memory_guard(width * height):
                     values = np.asarray(image)
                 if stated_top(image, values) is not None:
                     note, decoder = SCALED, DECODER
@@ -152,37 +154,35 @@ def measure(source: Any) -> Measured:
     return Measured(width, height, decoder, note)
 
 
-def _look(source: Callable[[], Any], size: int, spec: ScanConfig) -> list[Any]:
-    """What is remembered of a file besides its stamp: why it is left out or None, what was measured, and who could not read
-    it."""
+def _facts_of(source: Callable[[], Any], size: int, spec: ScanConfig) -> list[Any]:
+    """What is remembered of a file besides its stamp: why it is left out or None, what was measured, and the `reader` that
+    could not read it."""
     opened: list[Any] = []
 
-    def again() -> Any:  # a row of a data set is brought once
+    def rewound() -> Any:  # a row of a data set is brought once
         if not opened:
             opened.append(source())
         elif hasattr(opened[0], "seek"):
             opened[0].seek(0)
         return opened[0]
 
-    reason = inspect(again, size, spec)
-    if reason is not None:
-        return [reason, 0, 0, 0, "", reader()]
+    reason = inspect(rewound, size, spec)
     try:
-        return [None, *measure(again()), ""]
-    except Exception as error:  # the file changes while it is looked at
-        return [f"{FOR_NOW}{error}", 0, 0, 0, "", reader()]
+        if reason is None:
+            return [None, *measure(rewound()), ""]
+    except Exception as error:  # the file changes while it is read
+        reason = f"{FOR_NOW}{error}"
+    return [reason, 0, 0, 0, "", reader()]
 
 
 def _is_known(fact: Sequence[Any] | None, stamp: tuple[int, int]) -> bool:
-    """Whether the file is still what it was. What could not be read is looked at again by another reader."""
-    if fact is None or len(fact) != 8:
-        return False
-    return list(fact[:2]) == list(stamp) and (fact[2] is None or fact[7] == reader())
+    """Whether the file is still what it was. Another reader reads again what could not be read."""
+    return fact is not None and len(fact) == 8 and list(fact[:2]) == list(stamp) and (fact[2] is None or fact[7] == reader())
 
 
 @contextmanager
 def _remembered(key: str):
-    """The facts of earlier scans of `key`, under a lock: of several ranks one scans, the others find it done."""
+    """The facts of earlier scans of `key`, under a lock: of several ranks one scans, and the others find its facts."""
     folder = cache_folder() / "scans"
     path = folder / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:24]}.json"
     with ExitStack() as stack:
@@ -216,26 +216,25 @@ def scan(
     key: str,
     where: str,
 ) -> tuple[list[int], ScanReport]:
-    """The indices of the good pictures, and the report.
+    """The indices of the good images, and the report.
 
-    `stamps[i]` is (bytes, modification time) of `names[i]`; what is known of the same name and stamp under the same `key`
-    is not looked at again. The sides of an image are remembered, too, so that another `min_side` costs nothing. A UserError
-    stops a scan with too many broken files.
+    `stamps[i]` is (bytes, modification time) of `names[i]`; a file with the same name and stamp under the same `key` as in an
+    earlier scan is not read again. The sides of an image are remembered, too, so that another `min_side` costs nothing. A
+    UserError stops a scan with too many broken files.
     """
     options = f"{VERSION}|{spec.min_file_bytes}|{spec.max_pixels}|{key}"
     with _remembered(options) as (facts, save):
         todo = [i for i, name in enumerate(names) if not _is_known(facts.get(name), stamps[i])]
         if todo:
-            block = 2048
             with (
                 Progress("checking images", len(todo), leave=False) as bar,
                 ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool,
             ):
-                for start in range(0, len(todo), block):
-                    part = todo[start : start + block]
-                    found = pool.map(lambda i: _look(lambda: source(i), stamps[i][0], spec), part)
-                    for i, seen in zip(part, found, strict=True):
-                        facts[names[i]] = [*stamps[i], *seen]
+                for start in range(0, len(todo), SAVE_EVERY):
+                    block = todo[start : start + SAVE_EVERY]
+                    new_facts = pool.map(lambda i: _facts_of(lambda: source(i), stamps[i][0], spec), block)
+                    for i, new in zip(block, new_facts, strict=True):
+                        facts[names[i]] = [*stamps[i], *new]
                         bar.update()
                     save()
         known = [facts[name] for name in names]
@@ -256,9 +255,9 @@ def scan(
     if len(broken) > spec.max_broken_fraction * len(names):
         first = ", ".join(f"{name!r} ({reason})" for name, reason in broken[:10])
         raise UserError(
-            f"{where}: {len(broken)} of {len(names)} pictures cannot be read, more than max_broken_fraction "
+            f"{where}: {len(broken)} of {len(names)} images cannot be read, more than max_broken_fraction "
             f"{spec.max_broken_fraction:g} allows; mend them or raise it. The first: {first}"
         )
     if not good:
-        raise UserError(f"{where}: no readable picture is left ({report.reasons or 'the folder is empty'})")
+        raise UserError(f"{where}: no readable image is left ({report.reasons or 'the folder is empty'})")
     return good, report

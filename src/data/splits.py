@@ -13,10 +13,6 @@ _WORDS = {
     "held out": ("holdout", "heldout"),
 }
 PLAIN = {word: plain for plain, words in _WORDS.items() for word in words}
-_GLUED = re.compile(
-    "^(trainings?|validierungs?|validatie|tests?|训练|訓練|学習|훈련|학습|验证|驗證|検証|검증|测试|測試|テスト|테스트)"
-    "(daten|bilder|satz|menge|set|用?データ|用|集|数据集?|資料|세트|셋|데이터)?$"
-)
 _GLUED = re.compile(rf"^({'|'.join(sorted(PLAIN, key=len, reverse=True))})(data|dataset|set|split|images?|imgs?|[0-9]+k?)$")
 
 
@@ -42,12 +38,12 @@ _FOREIGN = {
     ),
     "test": "essai prueba pruebas teste testes prova testowy тест тестовая тестирование tst te ts 测试 測試 テスト 테스트",
 }
-_ABROAD = {word: plain for plain, words in _FOREIGN.items() for word in words.split()}
-_ABROAD_FILLERS = words_of(
+_FOREIGN_WORDS = {word: plain for plain, words in _FOREIGN.items() for word in words.split()}
+_FOREIGN_FILLERS = words_of(
     "daten bilder satz menge datos dati dados donnees dane imagenes imagens immagini zdjecia conjunto jeu ensemble "
     "de di d da des du der die das данные выборка изображения 集 数据 数据集 データ 用 세트 셋 데이터 データセット 資料"
 )
-_ABROAD_GLUED = re.compile(
+_FOREIGN_GLUED = re.compile(
     "^(trainings?|validierungs?|validatie|test|训练|訓練|学習|훈련|학습|验证|驗證|検証|검증|测试|測試|テスト|테스트)"
     "(daten|bilder|satz|menge|set|用?データ|用|集|数据集?|資料|세트|셋|데이터)?$"
 )
@@ -78,33 +74,33 @@ def split_of(name: str) -> str | None:
     return PLAIN.get(glued[1] if glued else words[0])
 
 
-def _split_abroad(name: str) -> str | None:
+def _foreign_split_of(name: str) -> str | None:
     """The same of a name in another language, or cut short."""
     plain = "".join(c for c in unicodedata.normalize("NFD", name) if not "\u0300" <= c <= "\u036f")
-    words = [word for word in tokens(plain) if word not in FILLERS | _ABROAD_FILLERS and not word.isdecimal()]
+    words = [word for word in tokens(plain) if word not in FILLERS | _FOREIGN_FILLERS and not word.isdecimal()]
     if len(words) != 1:
         return None
-    glued = _ABROAD_GLUED.match(words[0])
+    glued = _FOREIGN_GLUED.match(words[0])
     word = glued[1] if glued else words[0]
-    return _ABROAD.get(word) or PLAIN.get(word)
+    return _FOREIGN_WORDS.get(word) or PLAIN.get(word)
 
 
 def splits_among(names: Iterable[str]) -> dict[str, str]:
     """{folder: train, val, test or held out} of those that are splits: by their own names, or because folders differ in that
     word alone, as `asl_alphabet_train` and `asl_alphabet_test` do."""
     names = list(names)
-    found = {name: split for name in names if (split := split_of(name)) is not None}
+    splits = {name: split for name in names if (split := split_of(name)) is not None}
     others: dict[tuple[str, ...], dict[str, str]] = {}
     for name in names:
         words = tokens(name)
-        where = [i for i, word in enumerate(words) if word in PLAIN]
-        if len(where) == 1 and len(words) > 1:
-            rest = (*words[: where[0]], "*", *words[where[0] + 1 :])
-            others.setdefault(rest, {})[name] = PLAIN[words[where[0]]]
+        positions = [i for i, word in enumerate(words) if word in PLAIN]
+        if len(positions) == 1 and len(words) > 1:
+            rest = (*words[: positions[0]], "*", *words[positions[0] + 1 :])
+            others.setdefault(rest, {})[name] = PLAIN[words[positions[0]]]
     for alike in others.values():
         if len(set(alike.values())) > 1:
-            found |= alike
-    abroad = {name: split for name in names if name not in found and (split := _split_abroad(name)) is not None}
-    if len({*found.values(), *abroad.values()}) > 1:
-        found |= abroad
-    return {name: found[name] for name in names if name in found}
+            splits |= alike
+    foreign = {name: split for name in names if name not in splits and (split := _foreign_split_of(name)) is not None}
+    if len({*splits.values(), *foreign.values()}) > 1:
+        splits |= foreign
+    return {name: splits[name] for name in names if name in splits}

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..config import UserError, config, resumable_field
-from .names import class_of, few, normal_form, shown
+from .names import class_of, join_names, normal_form, printable
 
 Number = Annotated[int, Field(ge=0)]
 _HEAD = 1 << 16  # characters of a table that decide what parts its columns
@@ -34,7 +34,7 @@ class LabelTable:
 
 @dataclass
 class Labels:
-    """What a table says: `classes[i]` of image i, None for none, and sentences for the person."""
+    """What a table says: `classes[i]` of image i, None for none, and remarks for the person."""
 
     classes: list[str | None]
     remarks: list[str]
@@ -64,10 +64,10 @@ def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
 
 
 def _table(text: str, delimiter: str) -> list[list[str]]:
-    """The rows of a table, all as long as the longest of the first; CelebA's first line, their number, is left out, and its
-    list of columns, which does not name the first one, gets a name for it."""
+    """The rows of a table with its header. CelebA's first line, the number of rows, is left out, and its header, which does not
+    name the first column, gets a name for it."""
     rows = list(_rows(text, delimiter))
-    if rows and rows[0][0].lower().startswith("sep="):  # Excel's note to itself
+    if rows and rows[0][0].lower().startswith("sep="):  # a line that Excel reads
         rows = rows[1:]
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal() and len(rows) > 1 and len(rows[1]) > 1:
         rows = rows[1:]
@@ -76,8 +76,8 @@ def _table(text: str, delimiter: str) -> list[list[str]]:
     return rows
 
 
-def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], int | None, int]:
-    """The rows of images, and the numbers of the columns of images (None where it is to be found out) and of labels."""
+def _parse(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], int | None, int]:
+    """The rows, without a header, and the numbers of the columns of images (None where none is given) and of labels."""
     wanted = [column for column in (spec.image_column, spec.label_column) if column is not None]
     best: list[list[str]] = []
     head = text if len(text) < _HEAD else text[: text.find("\n", _HEAD)]
@@ -101,44 +101,49 @@ def _chosen(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], i
     lacks = (c for c in wanted if (c >= len(header) if isinstance(c, int) else normal_form(c) not in map(normal_form, header)))
     missing = next(lacks, None)
     if missing is None:
-        raise UserError(f"data.labels.file {path} has one column alone, {few(header)}: one has to name the images")
+        raise UserError(f"data.labels.file {path} has one column alone, {join_names(header)}: one has to name the images")
     key = "label_column" if missing == spec.label_column else "image_column"
-    raise UserError(f"data.labels.{key}: {path} has no column {missing!r}; it has: {few(header, 60)}")
+    raise UserError(f"data.labels.{key}: {path} has no column {missing!r}; it has: {join_names(header, 60)}")
 
 
-def _ways(name: str) -> list[str]:
+def _paths_meant(cell: str) -> list[str]:
     """How a cell may name an image: its path, and the ends of its path down to the file name."""
-    parts = [part for part in normal_form(name.replace("\\", "/")).split("/") if part not in ("", ".")]
-    ways = ["/".join(parts[i:]) for i in range(len(parts))]
-    return [*ways, parts[-1].partition("?")[0]] if "://" in name and "?" in parts[-1] else ways
+    parts = [part for part in normal_form(cell.replace("\\", "/")).split("/") if part not in ("", ".")]
+    paths = ["/".join(parts[i:]) for i in range(len(parts))]
+    return [*paths, parts[-1].partition("?")[0]] if "://" in cell and "?" in parts[-1] else paths
 
 
-def _stem(name: str) -> str:
+def _without_ending(path: str) -> str:
     """A path without the ending of its file."""
-    stem, dot, ending = name.rpartition(".")
-    return stem if dot and "/" not in ending and not stem.endswith("/") and stem else name
+    stem, dot, ending = path.rpartition(".")
+    return stem if dot and "/" not in ending and not stem.endswith("/") and stem else path
 
 
-def _known(names: Sequence[str]) -> Mapping[str, int]:
-    """{each way to name an image: its number}, -1 where that names several."""
-    known: dict[str, int] = {}
-    stems: dict[str, int] = {}
+def _index_by_path(names: Sequence[str]) -> Mapping[str, int]:
+    """{each path that may name an image: its number}, -1 where that names several."""
+    by_path: dict[str, int] = {}
+    by_stem: dict[str, int] = {}
     for i, name in enumerate(names):
-        for way in _ways(name):
-            for ways, key in ((known, way), (stems, _stem(way))):
-                ways[key] = i if ways.setdefault(key, i) == i else -1
-    return {**stems, **known}  # a whole file name goes before one without its ending
+        for path in _paths_meant(name):
+            for numbers, key in ((by_path, path), (by_stem, _without_ending(path))):
+                numbers[key] = i if numbers.setdefault(key, i) == i else -1
+    return {**by_stem, **by_path}  # a whole file name goes before one without its ending
 
 
-def _naming(rows: Sequence[Sequence[str]], label: int, known: Mapping[str, int]) -> int:
+def _image_of(cell: str, known: Mapping[str, int]) -> int | None:
+    """The number of the image that a cell names, -1 where it may be several, None where there is none."""
+    return next((known[path] for path in _paths_meant(cell) if path in known), None)
+
+
+def _find_image_column(rows: Sequence[Sequence[str]], label: int, known: Mapping[str, int]) -> int:
     """The column whose cells name the most images: the first one, but for an index or a label that stands before it."""
     some = rows[:: max(1, len(rows) // 500)]
     columns = [column for column in range(max(map(len, some), default=1)) if column != label] or [label]
 
-    def named(column: int) -> int:
-        return sum(len(row) > column and any(way in known for way in _ways(row[column])) for row in some)
+    def count_images(column: int) -> int:
+        return sum(len(row) > column and _image_of(row[column], known) is not None for row in some)
 
-    return max(columns, key=lambda column: (named(column), -column))
+    return max(columns, key=lambda column: (count_images(column), -column))
 
 
 def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:
@@ -149,45 +154,43 @@ def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:
         path = folder / path
     if not path.is_file():
         raise UserError(f"data.labels.file {spec.file} does not exist, neither from here nor in {folder}")
-    rows, image, label = _chosen(spec, _read(path), path)
-    known = _known(names)
+    rows, image, label = _parse(spec, _read(path), path)
+    known = _index_by_path(names)
     if image is None:
-        image = _naming(rows, label, known)
-    found: dict[int, str | None] = {}
+        image = _find_image_column(rows, label, known)
+    class_of_image: dict[int, str | None] = {}
     short = lost = several = unlike = 0
     for row in rows:
         if max(image, label) >= len(row):
             short += 1
             continue
-        i = next((known[way] for way in _ways(row[image]) if way in known), None)
+        i = _image_of(row[image], known)
         if i is None:
             lost += 1
         elif i < 0:
             several += 1
-        elif i in found:
-            unlike += found[i] != class_of(row[label])
         else:
-            found[i] = class_of(row[label])
-    if not found:
-        first = repr(shown(rows[0][image])) if rows and image < len(rows[0]) else "nothing"
+            unlike += class_of_image.setdefault(i, class_of(row[label])) != class_of(row[label])
+    if not class_of_image:
+        first = repr(printable(rows[0][image])) if rows and image < len(rows[0]) else "nothing"
         raise UserError(
             f"data.labels: no row of {path} names an image of {folder}; its first row has {first}, and a file is called "
-            f"{shown(names[0])!r}: set data.labels.image_column"
+            f"{printable(names[0])!r}: set data.labels.image_column"
         )
-    classes = [found.get(i) for i in range(len(names))]
+    classes = [class_of_image.get(i) for i in range(len(names))]
     values = {value for value in classes if value is not None}
     if values <= {"-1", "1"} and isinstance(spec.label_column, str):
         named = {"1": spec.label_column, "-1": f"not {spec.label_column}"}
         classes = [named[value] if value is not None else None for value in classes]
-    told = {
-        "images without a row are left without a class": len(names) - len(found),
-        "images with a row and no label are left without a class": sum(value is None for value in found.values()),
+    counts = {
+        "images without a row are left without a class": len(names) - len(class_of_image),
+        "images with a row and no label are left without a class": sum(name is None for name in class_of_image.values()),
         "rows name no image that can be trained on": lost,
         "rows name several images, such as a file name that is in two folders, and are not used": several,
         "rows name an image again with another label; its first row counts": unlike,
         "rows are too short to have a label": short,
     }
-    remarks = [f"{path.name}: {count} {what}" for what, count in told.items() if count]
+    remarks = [f"{path.name}: {count} {what}" for what, count in counts.items() if count]
     if any("\udc80" <= c <= "\udcff" for name in classes if name is not None for c in name):
         remarks.append(f"{path.name} is not UTF-8: letters of its labels are shown by their bytes; save it as UTF-8")
     return Labels(classes, remarks)

@@ -20,7 +20,7 @@ from ..config import UserError, dump, parse_json, read_json, validate
 from ..config.packages import ask_for
 from ..config.progress import within
 from ..data import ImageConfig, ImageSet
-from ..data.names import shown as shown_name
+from ..data.names import printable
 from ..losses import Perceptual, PerceptualConfig
 from ..metrics import distances
 from ..metrics.distances import Array
@@ -283,7 +283,7 @@ def read_classes(
     lines = [f"read by {name} as their class, the worst first:"]
     for k in np.argsort(np.nan_to_num(found["samples"], nan=2.0), kind="stable")[:30]:
         beside = f"   held out {found['held_out'][k]:6.1%}" if "held_out" in found else ""
-        lines.append(f"  {shown_name(class_names[int(k)]):<29}{found['samples'][k]:14.1%}{beside}")
+        lines.append(f"  {printable(class_names[int(k)]):<29}{found['samples'][k]:14.1%}{beside}")
     return lines
 
 

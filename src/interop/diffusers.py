@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..config import UserError, dump, validate
-from ..data.names import shown
+from ..data.names import printable
 from ..diffusion import ProcessConfig
 from ..diffusion.process import fed
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
@@ -735,7 +735,7 @@ def _card(
         "",
     ]
     if class_names and classes is not None:
-        lines += [f"Classes: {', '.join(f'{i} {shown(class_name)}' for i, class_name in enumerate(class_names))}.", ""]
+        lines += [f"Classes: {', '.join(f'{i} {printable(class_name)}' for i, class_name in enumerate(class_names))}.", ""]
     if classes is not None and network.null_class:
         lines += [f"Class {classes} is no class, for classifier-free guidance.", ""]
     return "\n".join(lines) + (f"{card.strip()}\n" if card else "")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -24,15 +24,17 @@ from ..data import (
     open_given_points,
     open_points,
 )
-from ..data.points import DensitySource, PointSource, density_image
+from ..data.points import DensitySource, density_image, is_point_source
 from ..runtime.examples import Examples, image_examples
 from ..runtime.launch import same_on_all
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, MicroBatch, Order, latent_stream, positions_of, stream, to_network
-from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
 from .latents import Latents, cache_folder, latents_of
 from .starts import SourceSampler, Start, latent_bounds
+
+if TYPE_CHECKING:
+    from ..training.trials import Attempt
 
 
 class End(ABC):
@@ -176,7 +178,7 @@ class EncodedEnd(End):
 def open_end(spec: Any, held_out: Any, image: ImageConfig | None, picture: bytes | None = None) -> "ImageEnd | PointEnd":
     """What a config's `data` or `source` names, pictures or points; a UserError says what does not fit. `picture` is that of a
     density, where it is known."""
-    if isinstance(spec, PointSource):
+    if is_point_source(spec):
         if image is not None:
             raise UserError(f"{spec.source} is a density of 2-D points: set image to null, or name pictures at both ends")
         if not isinstance(held_out, float | int):
@@ -244,7 +246,7 @@ class Coupling:
         *,
         batch_size: int,
         workers: int,
-        attempt: Attempt,
+        attempt: "Attempt",
     ) -> "Coupling":
         """Both ends as latents, from their caches, which are made where they are missing: in `folder` (the source's beside
         it), or where the autoencoder's run keeps them, else in `otherwise`. The source's are normalised as the data's."""

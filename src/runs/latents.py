@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,8 +36,10 @@ from ..storage.blocks import Block, Ranks
 from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
 from ..storage.files import write_whole
 from ..storage.finite import is_finite
-from ..training.trials import Attempt
 from .autoencoder import Autoencoder, LatentCodec
+
+if TYPE_CHECKING:
+    from ..training.trials import Attempt
 
 CONTENT = "content"  # what a block's .json has besides its sums: the hash of the files that it is of
 DOUBTED = 512  # images at most that are encoded once more to look whether a cache is still theirs
@@ -260,7 +262,7 @@ def latents_of(
     *,
     batch_size: int,
     workers: int = 4,
-    attempt: Attempt | None = None,
+    attempt: "Attempt | None" = None,
     run_dir: Path | None = None,
 ) -> Latents:
     """The latents in the cache `folder`, which is made if it is missing; on the device where they fit. A cache of something
@@ -302,7 +304,7 @@ def latents_of(
     check_files(folder, manifest, pictures, sets, encode, **more)
     processes.wait_for_everyone()
     for latents in sets.values():
-        latents.settle()
+        latents.load_to_device()
     return Latents(autoencoder, facts, sets)
 
 

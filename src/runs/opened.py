@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import UserError, config, quoted, validate
 from ..data import ImageConfig, ImageSet, SourceEnd
-from ..data.names import few, normal_form, parse_classes, same_names
+from ..data.names import join_names, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import MLP, MLPConfig, UNet, UNetConfig
 from ..models.layers import channels_last
@@ -95,8 +95,8 @@ class Run:
             return
         if {normal_form(name) for name in names} != {normal_form(name) for name in self.class_names}:
             raise UserError(
-                f"the data has other classes ({few(names)}) than {self.path} ({few(self.class_names)}); give class subfolders "
-                "of those names, or, where it was imported, import it with --class-names"
+                f"the data has other classes ({join_names(names)}) than {self.path} ({join_names(self.class_names)}); "
+                "give class subfolders of those names, or, where it was imported, import it with --class-names"
             )
         data.rename_classes(self.class_names)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..config import UserError
-from ..data.names import few, parse_classes, same_names
+from ..data.names import join_names, parse_classes, same_names
 from ..diffusion import Process
 from ..runs.autoencoder import LatentCodec
 from ..runs.classifier import OpenedClassifier
@@ -103,6 +103,6 @@ def _check_classifier(run: Opened, classifier: OpenedClassifier) -> None:
         )
     if run.num_classes is not None and not same_names(run.class_names, classifier.class_names):
         raise UserError(
-            f"the classifier {classifier.path} knows other classes ({few(classifier.class_names)}) than {run.path} "
-            f"({few(run.class_names)})"
+            f"the classifier {classifier.path} knows other classes ({join_names(classifier.class_names)}) than {run.path} "
+            f"({join_names(run.class_names)})"
         )

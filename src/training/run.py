@@ -18,8 +18,8 @@ from ..config import ENDLESS, UserError, differences, dump, progress, read_json,
 from ..data import ImageSet, PointSet
 from ..data.facts import skipped_files
 from ..data.formats import READ_BEFORE
-from ..data.latents import differs, same_latents
-from ..data.names import few, normal_form, same_names
+from ..data.latents import describe_differences, same_latents
+from ..data.names import join_names, normal_form, same_names
 from ..report.report import Reporter, read_lines
 from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from ..runtime.looks import only_looked_at
@@ -56,8 +56,8 @@ def classes_differ(before: Sequence[str], now: Sequence[str]) -> str:
         return ""
     gone = [name for name in before if normal_form(name) not in map(normal_form, now)]
     new = [name for name in now if normal_form(name) not in map(normal_form, before)]
-    told = [f"{few(names)} {word}" for names, word in ((gone, "missing"), (new, "new")) if names]
-    return ", ".join(told) or f"the same ones in another order: {few(now, 10)}, where it was {few(before, 10)}"
+    told = [f"{join_names(names)} {word}" for names, word in ((gone, "missing"), (new, "new")) if names]
+    return ", ".join(told) or f"the same ones in another order: {join_names(now, 10)}, where it was {join_names(before, 10)}"
 
 
 def _other_endings(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -224,7 +224,9 @@ class RunDirectory:
                 f"{self.path} was trained on other classes ({named}); give the data its old ones, or give another --run-dir"
             )
         if not same_latents(before.get("latents"), facts.get("latents")):
-            found = differs(before.get("latents") or {}, facts.get("latents") or {}) or ["another cache, made anew"]
+            found = describe_differences(before.get("latents") or {}, facts.get("latents") or {}) or [
+                "another cache, made anew"
+            ]
             raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 

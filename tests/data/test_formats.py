@@ -208,7 +208,7 @@ def test_plugins_that_are_installed_are_used(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "data" / "c.jxl").write_bytes(b"x")
     Image.new("RGB", SIDE).save(tmp_path / "data" / "d.png")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert folder_set(tmp_path / "data").names == ["d.png"] and formats.plugins_in_use() == ""
+    assert folder_set(tmp_path / "data").names == ["d.png"] and formats.with_plugins("key") == "key"
     monkeypatch.undo()
     for cache in (formats._installed, formats._formats, formats.endings, formats.foreign):
         cache.cache_clear()
@@ -221,7 +221,7 @@ def test_plugins_that_are_installed_are_used(tmp_path: Path, monkeypatch: pytest
     importlib.invalidate_caches()
     try:
         found = folder_set(tmp_path / "data")
-        assert found.names == ["a.HEIC", "b.Nef", "d.png"] and formats.plugins_in_use() == "HEIF"
+        assert found.names == ["a.HEIC", "b.Nef", "d.png"] and formats.with_plugins("key") == "key|HEIF"
         assert np.asarray(found.parts[0].load(0, channels=3)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
         assert np.asarray(found.parts[0].load(1, channels=3)).shape == (3, 5, 3)
         assert [name for name, _ in found.parts[0].report.skipped] == ["c.jxl"], "a plugin that does not start is as none"

@@ -12,7 +12,16 @@ from PIL import Image
 
 from src.config import UserError, validate
 from src.data import ImageSet, open_data, open_sources
-from src.data.names import class_of, class_remarks, file_stems, natural, normal_form, ordered, parse_classes, shown
+from src.data.names import (
+    class_of,
+    class_remarks,
+    class_sort_key,
+    file_stems,
+    normal_form,
+    parse_classes,
+    printable,
+    sorted_classes,
+)
 from src.data.sources import FolderSource
 from tests.conftest import ROOT, here
 
@@ -85,10 +94,10 @@ def test_every_name_that_a_file_system_allows_is_a_class(tmp_path: Path) -> None
 
 def test_odd_names_are_shown_on_one_line_and_make_file_names() -> None:
     for name in ODD:
-        line = shown(name)
+        line = printable(name)
         assert line.isprintable() or "\u200d" in line
         line.encode()  # it can be printed
-    assert [shown(name) for name in ("cats", "é", "👩‍👩‍👧", "a\nb", "\udcff", "\u202e")] == [
+    assert [printable(name) for name in ("cats", "é", "👩‍👩‍👧", "a\nb", "\udcff", "\u202e")] == [
         "cats", "é", "👩‍👩‍👧", "a\\nb", "\\udcff", "\\u202e",
     ]  # fmt: skip
     captions = ["a long caption of a picture, " * 30 + str(i) for i in range(3)]
@@ -102,9 +111,9 @@ def test_odd_names_are_shown_on_one_line_and_make_file_names() -> None:
 def test_the_order_of_classes_is_total() -> None:
     """Names that are equal as numbers come in one order, whatever the hash seed of the process."""
     equal = ["1", "001", "01", "١", "१"]
-    assert len({natural(name) for name in ODD}) == len(ODD)
-    assert {ordered(names) for names in itertools.permutations(equal)} == {("001", "01", "1", "١", "१")}
-    assert ordered(["b", "10", "9", "a", "010", "②"]) == ("9", "010", "10", "a", "b", "②")
+    assert len({class_sort_key(name) for name in ODD}) == len(ODD)
+    assert {sorted_classes(names) for names in itertools.permutations(equal)} == {("001", "01", "1", "١", "१")}
+    assert sorted_classes(["b", "10", "9", "a", "010", "②"]) == ("9", "010", "10", "a", "b", "②")
     code = "from src.data.names import ordered; print(ascii(ordered({*'1 001 01 ١ ② b a 10'.split()})))"
     said = {
         subprocess.run(
@@ -128,7 +137,7 @@ def test_names_that_differ_in_normal_form_alone_are_one_class(tmp_path: Path) ->
     assert "in two spellings that look the same; they are one class" in found.parts[0].report.remarks[0]
 
 
-def spelled(root: Path, cafe: str) -> dict:
+def find_spelling(root: Path, cafe: str) -> dict:
     for name in (cafe, "cafz", "tea"):
         (root / name).mkdir(parents=True)
         for i in range(3):
@@ -137,7 +146,9 @@ def spelled(root: Path, cafe: str) -> dict:
 
 
 def test_sources_with_other_spellings_share_their_classes(tmp_path: Path) -> None:
-    one, other = (validate(FolderSource, spelled(tmp_path / str(i), name)) for i, name in enumerate((COMPOSED, DECOMPOSED)))
+    one, other = (
+        validate(FolderSource, find_spelling(tmp_path / str(i), name)) for i, name in enumerate((COMPOSED, DECOMPOSED))
+    )
     both = open_sources([one, other])
     assert len(both.class_names) == 3 and set(both.counts.values()) == {6}
     train, held_out = open_data(one, other)

@@ -1,7 +1,7 @@
-"""What is odd about images that can be read: those smaller than what a run trains at, profiles and ranges that do not help."""
+"""Checks of images that can be read, before a run: images smaller than it trains at, colour profiles that do not help."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from ..config import UserError
 from .colour import DAMAGED, DARK, UNFIT
-from .sources import ArrayImages, ImageSet, PackedImages
+from .sources import ArrayImages, Images, ImageSet, PackedImages
 
 
-def sizes_of(cfg: Any) -> dict[str, int]:
-    """The config key that sets a side in pixels -> the side, for all that a training config trains at."""
+def trained_sizes(cfg: Any) -> dict[str, int]:
+    """{config key: side in pixels} of all sizes at which a training config trains."""
     if cfg.image is None:
         return {}
     stages = getattr(cfg, "stages", ())
@@ -22,28 +22,34 @@ def sizes_of(cfg: Any) -> dict[str, int]:
     return ({"image.size": cfg.image.size} if plain else {}) | named
 
 
+def _parts(sets: Iterable[Any]) -> list[Images]:
+    """The sources of all sets of images, each once."""
+    parts = [part for images in sets if isinstance(images, ImageSet) for part in images.parts]
+    return list({id(part): part for part in parts}.values())
+
+
 def refuse_small_packs(sizes: Mapping[str, int], *sets: Any) -> None:
     """Refuse packed sets whose images are smaller than a size that is trained at: enlarged, they would teach blur."""
+    packs = [part for part in _parts(sets) if isinstance(part, PackedImages) and len(part)]
     for key, size in sizes.items():
-        for pictures in sets:
-            for part in pictures.parts if isinstance(pictures, ImageSet) else ():
-                if isinstance(part, PackedImages) and len(part) and (side := int(part.sides.min())) < size:
-                    raise UserError(
-                        f"the packed set {part.place} holds images of {side} px, and {key} is {size}: they would be enlarged; "
-                        f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
-                    )
+        for part in packs:
+            if (side := int(part.sides.min())) < size:
+                raise UserError(
+                    f"the packed set {part.folder} holds images of {side} px, and {key} is {size}: they would be enlarged; "
+                    f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
+                )
 
 
 def count_small(size: int, *sets: Any) -> tuple[int, int, int]:
     """How many images have a shorter side below `size`, of how many, and the smallest side. Sets in memory (digits, shapes,
     EMNIST) do not count: they are small by nature, and whoever chooses them knows."""
     small, total, smallest = 0, 0, size
-    for pictures in sets:
-        if isinstance(pictures, ImageSet):
-            files = [i for i, part in enumerate(pictures.parts) if not isinstance(part, ArrayImages)]
-            sides = pictures.sides.min(1)[np.isin(pictures.which, files)]
+    for images in sets:
+        if isinstance(images, ImageSet):
+            files = [i for i, part in enumerate(images.parts) if not isinstance(part, ArrayImages)]
+            sides = images.sides.min(1)[np.isin(images.which, files)]
             sides = sides[sides > 0]
-            small, total = small + int((sides < size).sum()), total + len(pictures)
+            small, total = small + int((sides < size).sum()), total + len(images)
             smallest = min(smallest, int(sides.min(initial=size)))
     return small, total, smallest
 
@@ -63,17 +69,16 @@ def describe_small(sizes: Mapping[str, int], *sets: Any) -> list[str]:
 
 def describe_notes(*sets: Any) -> list[str]:
     """A line for each kind of image whose colours or brightness may not be what its owner sees."""
-    parts = {id(part): part for pictures in sets if isinstance(pictures, ImageSet) for part in pictures.parts}
-    found = sum((Counter(part.report.notes) for part in parts.values()), Counter[str]())
-    return [f"of {count} images: {note}" for note, count in found.items() if note in (DAMAGED, UNFIT, DARK)]
+    notes = sum((Counter(part.report.notes) for part in _parts(sets)), Counter[str]())
+    return [f"of {count} images: {note}" for note, count in notes.items() if note in (DAMAGED, UNFIT, DARK)]
 
 
 def check_images(cfg: Any, run_dir: Path, *sets: Any) -> list[str]:
-    """Hold the images of a training config against every size that it trains at, before anything is written.
+    """Compare the images of a training config with every size at which it trains, before anything is written.
 
     A packed set that is too small is a UserError, but for a run that has begun with it. Gives the lines to warn with.
     """
-    sizes = sizes_of(cfg)
+    sizes = trained_sizes(cfg)
     if not any((run_dir / "checkpoints").glob("step_*")):
         refuse_small_packs(sizes, *sets)
     return describe_small(sizes, *sets) + describe_notes(*sets)

@@ -1,0 +1,135 @@
+"""What is in a folder: which entries are folders and images, and all files below it, each once whatever links there are."""
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import formats
+from .names import printable
+
+_LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # of a link
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name with its dot, in small letters."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the ending of an image that can be read here."""
+    return ending_of(name) in formats.endings()
+
+
+def is_unreadable_image(name: str) -> bool:
+    """Whether a file has the ending of an image that cannot be read here."""
+    return ending_of(name) in formats.unreadable()
+
+
+def identity(path: Path | str) -> tuple[int, int]:
+    """What is the same for a folder and for all links to it."""
+    state = os.stat(path)
+    return state.st_dev, state.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool | None:
+    """None of a link that leads nowhere."""
+    try:
+        return entry.is_dir() if not entry.is_symlink() or os.path.exists(entry.path) else None
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return None
+        raise
+
+
+def entries(folder: Path | str) -> Iterator[tuple[os.DirEntry[str], bool]]:
+    """(entry, whether it is a folder) of what is in a folder, in no order; hidden ones and links to nowhere are left out."""
+    with os.scandir(folder) as found_entries:
+        for entry in found_entries:
+            is_hidden = entry.name.startswith(".") or entry.name == "__MACOSX"
+            is_folder = None if is_hidden else _is_folder(entry)
+            if is_folder is not None:
+                yield entry, is_folder
+
+
+def holds_images(folder: Path, *, also_unreadable: bool = False) -> bool:
+    """Whether there are images in a folder, at any depth (`also_unreadable`: those that cannot be read here, too)."""
+    waiting, visited = [str(folder)], set[tuple[int, int]]()
+    while waiting:
+        place = waiting.pop()
+        if identity(place) in visited:
+            continue
+        visited.add(identity(place))
+        for entry, is_folder in entries(place):
+            if is_folder:
+                waiting.append(entry.path)
+            elif is_image(entry.name) or (also_unreadable and is_unreadable_image(entry.name)):
+                return True
+    return False
+
+
+@dataclass
+class FolderTree:
+    """The images below a folder: `parts` are the names from there down to each file, `files` the files themselves.
+
+    `subfolders` are those of the first level. `unreadable` are the parts of images that cannot be read here, `others` the
+    number of other files by their endings, and `links` the links to folders that are in the tree already.
+    """
+
+    parts: list[tuple[str, ...]] = field(default_factory=list)
+    files: list[os.DirEntry[str]] = field(default_factory=list)
+    subfolders: list[str] = field(default_factory=list)
+    unreadable: list[tuple[str, ...]] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    links: list[str] = field(default_factory=list)
+
+
+def walk(root: Path) -> FolderTree:
+    """All files below `root`, in the order of their names. A folder is visited once, under its own name before that of a
+    link to it."""
+    tree, visited = FolderTree(), {identity(root)}
+    above_root = {identity(folder) for folder in root.resolve().parents}
+    folders: list[tuple[tuple[str, ...], str]] = [((), str(root))]
+    links: list[tuple[tuple[str, ...], str]] = []
+    images: list[tuple[tuple[str, ...], os.DirEntry[str]]] = []
+    while folders or links:
+        if not folders:  # every folder was visited under its own name
+            links.sort()
+            parts, path = links.pop(0)
+            leads_back = images and identity(path) in above_root
+            if leads_back or identity(path) in visited:
+                tree.links.append("/".join(parts))
+                continue
+            visited.add(identity(path))
+            folders.append((parts, path))
+        above, place = folders.pop()
+        for entry, is_folder in entries(place):
+            parts = (*above, entry.name)
+            if is_folder and entry.is_symlink():
+                links.append((parts, entry.path))
+            elif is_folder:
+                if not above:
+                    tree.subfolders.append(entry.name)
+                if identity(entry.path) not in visited:
+                    visited.add(identity(entry.path))
+                    folders.append((parts, entry.path))
+            elif is_image(entry.name):
+                images.append((parts, entry))
+            elif is_unreadable_image(entry.name):
+                tree.unreadable.append(parts)
+            else:
+                tree.others[ending_of(entry.name)] += 1
+    images.sort(key=lambda image: image[0])
+    tree.unreadable.sort()
+    tree.parts, tree.files = [parts for parts, _ in images], [entry for _, entry in images]
+    return tree
+
+
+def list_endings(counts: Counter[str]) -> str:
+    """The number of files by ending, in words: `3 .json, 1 without an ending`."""
+    by_count = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    words = [f"{count} {printable(ending) or 'without an ending'}" for ending, count in by_count[:8]]
+    rest = sum(count for _, count in by_count[8:])
+    return ", ".join([*words, *([f"{rest} others"] if rest else [])])

@@ -1,0 +1,143 @@
+"""What all sources of images have in common: how an image is found, read and recognised."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..names import normal_form, printable, sorted_classes
+from ..scan import ScanReport
+from ..transforms import Pixels
+
+
+class Source(Protocol):
+    """What every config of a source has: its name. With a field `subset`, so many of its images are taken (None: all)."""
+
+    @property
+    def source(self) -> str: ...
+
+
+@dataclass
+class Images(ABC):
+    """One opened source. `labels` are indices into `class_names`, -1 where an image has no class.
+
+    `named_by_files` says whether `names` are those of files. `only_folder` is the folder that alone holds the images, where it
+    is not the data folder itself.
+    """
+
+    names: list[str]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    report: ScanReport = field(default_factory=ScanReport)
+    named_by_files = False
+    only_folder: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image | Pixels:
+        """The image, mode L or RGB; a JPEG may come at a fraction of its size, but not below `at_least`."""
+
+    def encoded(self, index: int) -> Path | bytes | None:
+        """The image's file, or its bytes; None where the source holds pixels."""
+        return None
+
+    def content(self, index: int) -> bytes:
+        """The bytes that the image is decoded from; where the source holds pixels, those."""
+        encoded = self.encoded(index)
+        if encoded is None:
+            return np.ascontiguousarray(self.load(index, channels=3)).tobytes()
+        return encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+
+    @property
+    def uniform(self) -> tuple[Pixels, NDArray[np.int64]] | None:
+        """Where all images have one size: an array (M, H, W, C) in memory or in a mapped file, and the index of each in it."""
+        return None
+
+    def is_decoded_at(self, size: int) -> bool:
+        """Whether the images lie in a mapped file with their shorter side at `size`, so that a batch costs no decoding."""
+        return False
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        """(N, 2): the width and the height of each image, as the file has it; -1 where that is not known."""
+        return _or_constant(self.report.sides, (len(self), 2), -1)
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        """(N,): when the file of each image was modified, in nanoseconds; 0 where `fingerprint` changes with the content."""
+        return _or_constant(self.report.times, (len(self),), 0)
+
+    @property
+    def decoders(self) -> NDArray[np.int64]:
+        """(N,): the first version of the decoder that reads each image as today's does."""
+        return _or_constant(self.report.decoders, (len(self),), 1)
+
+
+def _or_constant(values: NDArray[np.int64], shape: tuple[int, ...], constant: int) -> NDArray[np.int64]:
+    """What the scan measured, or, where it measured nothing, a constant."""
+    return values if len(values) == shape[0] else np.full(shape, constant, np.int64)
+
+
+@dataclass
+class ArrayImages(Images):
+    """Images of one size in memory, (N, H, W, C)."""
+
+    pixels: Pixels = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
+
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
+        return self.pixels[index]
+
+    def content(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        return np.tile(np.array(self.pixels.shape[2:0:-1], np.int64), (len(self), 1))
+
+    @property
+    def uniform(self) -> tuple[Pixels, NDArray[np.int64]]:
+        return self.pixels, np.arange(len(self.pixels))
+
+
+def digest(*parts: Any) -> str:
+    """The SHA-256 of texts and bytes, each followed by a zero byte."""
+    result = hashlib.sha256()
+    for part in parts:
+        result.update(part.encode("utf-8", "surrogateescape") if isinstance(part, str) else bytes(part))
+        result.update(b"\0")
+    return result.hexdigest()
+
+
+def name_fraction(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone: it decides which images are held out, in every run alike."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2.0**64
+
+
+def number_classes(classes: Sequence[str | None]) -> tuple[NDArray[np.int64], tuple[str, ...], list[str]]:
+    """The labels of images of these classes, the classes in their order, and remarks on classes written in two forms."""
+    spellings = sorted({name for name in classes if name is not None})
+    class_names = sorted_classes(spellings)
+    number = {normal_form(name): i for i, name in enumerate(class_names)}
+    labels = np.array([-1 if name is None else number[normal_form(name)] for name in classes], dtype=np.int64)
+    twice = [name for name in spellings if name not in class_names]
+    remarks = [f"{printable(name)!r} is there in two spellings that look the same; they are one class" for name in twice]
+    return labels, class_names, remarks
+
+
+def odd_label_remarks(values: Sequence[Any], class_names: Sequence[str]) -> list[str]:
+    """Remarks on labels that may mean something else than a class."""
+    remarks = []
+    if "-1" in class_names and set(class_names) - {"-1", "1"}:
+        remarks.append("the label -1 is read as a class; where it means that there is none, leave it empty")
+    if any(isinstance(value, list | dict) for value in values):
+        remarks.append("the labels are lists or tables, and each different one is a class of its own")
+    return remarks

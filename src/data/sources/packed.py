@@ -1,0 +1,89 @@
+"""The source `packed`: one memory-mapped file of pixels, which `prepare_data.py pack` writes (data/packing.py)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from ...config import UserError, config, read_json, resumable_field
+from ..transforms import Pixels
+from .images import Images, digest
+
+PACK_VERSION = 1
+
+
+@config
+class PackedSource:
+    """A folder that `prepare_data.py pack` wrote. `split` train or held_out as it was packed, or all."""
+
+    source: Literal["packed"]
+    path: str = resumable_field()
+    split: Literal["all", "train", "held_out"] = "all"
+    subset: int | None = Field(None, gt=0)
+
+
+@dataclass
+class PackedImages(Images):
+    """Images of any size in one mapped file, written at `packed_ns` (ns); `records` (N, 3) are byte offset, height, width."""
+
+    pixels: Pixels = field(default_factory=lambda: np.zeros(0, np.uint8))
+    records: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    channels: int = 3
+    packed_ns: int = 0
+    folder: str = ""
+
+    @property
+    def sides(self) -> NDArray[np.int64]:
+        return self.records[:, 2:0:-1]
+
+    @property
+    def times(self) -> NDArray[np.int64]:
+        return np.full(len(self), self.packed_ns, np.int64)
+
+    def content(self, index: int) -> bytes:
+        return self.load(index, channels=self.channels).tobytes()
+
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
+        offset, height, width = self.records[index].tolist()
+        size = height * width * self.channels
+        return self.pixels[offset : offset + size].reshape(height, width, self.channels)
+
+    @property
+    def uniform(self) -> tuple[Pixels, NDArray[np.int64]] | None:
+        if len(self.records) == 0 or (self.records[:, 1:] != self.records[0, 1:]).any():
+            return None
+        height, width = self.records[0, 1:].tolist()
+        size = height * width * self.channels
+        if (self.records[:, 0] % size).any() or len(self.pixels) % size:
+            return None  # images of another size lie between
+        return self.pixels.reshape(-1, height, width, self.channels), self.records[:, 0] // size
+
+    def is_decoded_at(self, size: int) -> bool:
+        return bool((self.records[:, 1:].min(axis=1) == size).all())
+
+
+def open_packed(spec: PackedSource) -> PackedImages:
+    path = Path(spec.path).expanduser()
+    if not (path / "manifest.json").exists():
+        raise UserError(f"{path} is not a packed data set (no manifest.json); make one with prepare_data.py pack")
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("version") != PACK_VERSION:
+        raise UserError(f"{path} was packed by another version; pack it again")
+    if not (path / "pixels.bin").exists() or (path / "pixels.bin").stat().st_size != manifest["bytes"]:
+        raise UserError(f"{path}/pixels.bin is missing or cut; pack it again")
+    table = np.load(path / "records.npy")
+    keep = np.ones(len(table), dtype=bool) if spec.split == "all" else (table[:, 4] == (spec.split == "held_out"))
+    return PackedImages(
+        names=[name for name, is_in_split in zip(manifest["names"], keep, strict=True) if is_in_split],
+        labels=table[keep, 3],
+        class_names=tuple(manifest["class_names"]),
+        fingerprint=digest("packed", manifest["fingerprint"], str(manifest["size"]), table[keep].tobytes()),
+        pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
+        records=table[keep, :3],
+        channels=manifest["channels"],
+        packed_ns=(path / "pixels.bin").stat().st_mtime_ns,
+        folder=str(path),
+    )

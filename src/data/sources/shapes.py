@@ -1,0 +1,57 @@
+"""The source `shapes`: images of geometric shapes, drawn by a program, for tests and for trying out."""
+
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pydantic import Field
+
+from ...config import config
+from ..transforms import Pixels
+from .images import ArrayImages, digest
+
+SHAPES = ("circle", "cross", "square", "triangle")
+
+
+@config
+class ShapesSource:
+    """Drawn circles, crosses, squares and triangles in colours: `count` images of `size` pixels, for tests."""
+
+    source: Literal["shapes"]
+    count: int = Field(512, gt=0)
+    size: int = Field(32, ge=8, le=512)
+    split: Literal["train", "test"] = "train"
+    subset: int | None = Field(None, gt=0)
+
+
+def open_shapes(spec: ShapesSource) -> ArrayImages:
+    split = 0 if spec.split == "train" else 1
+    pixels = [draw_shape(SHAPES[i % len(SHAPES)], spec.size, np.random.default_rng([split, i])) for i in range(spec.count)]
+    return ArrayImages(
+        names=[f"shapes/{spec.split}/{i:06d}" for i in range(spec.count)],
+        labels=np.arange(spec.count, dtype=np.int64) % len(SHAPES),
+        class_names=SHAPES,
+        fingerprint=digest("shapes", spec.split, str(spec.size), str(spec.count)),
+        pixels=np.stack(pixels),
+    )
+
+
+def draw_shape(kind: str, size: int, rng: np.random.Generator) -> Pixels:
+    """One shape in a colour on a pale ground, (size, size, 3)."""
+    scale = 4  # drawn large and reduced, for smooth edges
+    pale, strong = rng.integers(200, 256, 3), rng.integers(0, 170, 3)
+    image = Image.new("RGB", (size * scale, size * scale), tuple(map(int, pale)))
+    draw = ImageDraw.Draw(image)
+    radius = rng.uniform(0.22, 0.38) * size * scale
+    x, y = rng.uniform(radius, size * scale - radius, 2)
+    colour = tuple(map(int, strong))
+    if kind == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    elif kind == "square":
+        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    elif kind == "triangle":
+        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+    else:
+        draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=colour)
+        draw.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill=colour)
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
