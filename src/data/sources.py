@@ -24,7 +24,7 @@ from pydantic import Discriminator, Field, Tag
 from ..config import UserError, config, kind_of, read_json, resumable_field
 from ..config.packages import needed
 from ..storage.archives import stem
-from ..storage.downloads import hub_reason
+from ..storage.hub import hub_reason
 from . import formats
 from .layout import Found, Layout, find_layout, in_words, walk
 from .names import by_ending, class_of, few, normal_form, ordered, shown, spelled
