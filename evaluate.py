@@ -37,8 +37,10 @@ from src.metrics.features import NAMES, Features, open_features
 from src.report.report import write_report
 from src.runs.classifier import open_classifier
 from src.runs.opened import open_trained
-from src.runtime.launch import explain_out_of_memory, ranks_of, start_sampling
+from src.runtime.launch import start_sampling
 from src.runtime.looks import only_looked_at
+from src.runtime.memory import explain_out_of_memory
+from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
 from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
 from src.training.run import append_metrics, check_ranks

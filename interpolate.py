@@ -13,8 +13,9 @@ from src import figures
 from src.config import UserError, run_script, validate
 from src.diffusion import SOLVERS, SPACINGS, invertible_solvers
 from src.runs.opened import Opened, open_trained
-from src.runtime.launch import explain_out_of_memory, start_sampling
+from src.runtime.launch import start_sampling
 from src.runtime.looks import asked_for
+from src.runtime.memory import explain_out_of_memory
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.build import dealt
 from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures

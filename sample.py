@@ -13,8 +13,9 @@ import torch
 from src.config import UserError, run_script
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
-from src.runtime.launch import explain_out_of_memory, start_sampling
+from src.runtime.launch import start_sampling
 from src.runtime.looks import asked_for
+from src.runtime.memory import explain_out_of_memory
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.build import dealt
 from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures

@@ -23,7 +23,7 @@ from src.runs.opened import build_unet, count_classes, start_from
 from src.runs.starts import latent_bounds
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
-from src.runtime.sharding import home
+from src.runtime.sharding import build_device
 from src.runtime.stream import latent_stream, plan_batch
 from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.draws import StepNoise
@@ -75,7 +75,9 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
+    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(
+        build_device(accelerator), dtype
+    )
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
     encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt, "run_dir": run_dir}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)

@@ -18,7 +18,7 @@ from src.config import (
     load,
     parse_json,
     read_text,
-    renamed,
+    renamed_field,
     resumable_field,
     run_script,
     to_steps,
@@ -46,7 +46,7 @@ class Root:
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [
         (
             {"name": "a", "inner": {"rat": 1.0}},
@@ -75,16 +75,16 @@ class Root:
         ),
     ],
 )
-def test_mistakes_are_named_with_their_path(raw: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def test_mistakes_are_named_with_their_path(raw: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         validate(Root, raw)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": 1, "a": 2}', "'a' is in one object twice"),
         ('{"a": NaN}', "NaN is not a finite number"),
         ('{"a": -Infinity}', "-Infinity is not"),
         ('{"a": 1e999}', "1e999 is not a finite number"),
@@ -128,8 +128,8 @@ def test_mistakes_are_named_with_their_path(raw: dict, said: str) -> None:
         ("  \n", "there is nothing in it"),
     ],
 )
-def test_json_is_strict(text: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_json_is_strict(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse_json(text)
 
 
@@ -153,7 +153,7 @@ def test_load_and_override(tmp_path: Path) -> None:
     path = write(tmp_path, {"name": "a", "inners": [{"rate": 1}, {"rate": 2, "widths": [3, 4]}]})
     inners = load(path, Root, ["inners.0.every=7", "inners.1.widths.0=5"]).inners
     assert inners == (Inner(rate=1, every=7), Inner(rate=2, widths=(5, 4)))
-    for wrong, said in [
+    for assignment, message in [
         ("inner.rate", "KEY=VALUE"),
         ("inner.rate=", "there is no value; is a variable of the shell not set"),
         ("inners.2.rate=1", "the list inners has 2 entries, counted from 0"),
@@ -162,8 +162,8 @@ def test_load_and_override(tmp_path: Path) -> None:
         ("inner.rate=None", "true, false and null in small letters"),
         ("inner={", "JSON"),
     ]:
-        with pytest.raises(UserError, match=said):
-            load(path, Root, [wrong])
+        with pytest.raises(UserError, match=message):
+            load(path, Root, [assignment])
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:
@@ -213,13 +213,13 @@ def test_what_may_change_on_resume() -> None:
 
 @config
 class NewInner:
-    rate: float = renamed("speed", 0.1, gt=0)
+    rate: float = renamed_field("speed", 0.1, gt=0)
     added: bool = False
 
 
 @config
 class New:
-    title: str = renamed("name")
+    title: str = renamed_field("name")
     inner: NewInner = NewInner()
     inners: tuple[NewInner, ...] = ()
 
@@ -245,7 +245,7 @@ def test_schema_names_every_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "status", "said"),
+    ("raised", "status", "message"),
     [
         (None, 0, ""),
         (UserError("mend it"), 2, "error: mend it\n"),
@@ -253,7 +253,7 @@ def test_schema_names_every_key() -> None:
         (RuntimeError("a bug"), 1, "RuntimeError: a bug"),
     ],
 )
-def test_how_a_script_ends(raised: BaseException | None, status: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_a_script_ends(raised: BaseException | None, status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         if raised is not None:
             raise raised
@@ -261,19 +261,19 @@ def test_how_a_script_ends(raised: BaseException | None, status: int, said: str,
     with pytest.raises(SystemExit) as stopped:
         run_script(main)
     assert stopped.value.code == status
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_docs_say_where_the_data_of_every_config_comes_from() -> None:
-    told = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     for path in sorted((ROOT / "configs").glob("*.json")):
-        assert f"`{path.stem}`" in told, f"docs/data.md does not say where the data of {path.name} comes from"
+        assert f"`{path.stem}`" in text, f"docs/data.md does not say where the data of {path.name} comes from"
         raw = json.loads(path.read_text(encoding="utf-8"))
         for source in [raw["data"]] if isinstance(raw["data"], dict) else raw["data"]:
             if source["source"] == "datasets":
-                assert f"`{source['name']}`" in told, path
+                assert f"`{source['name']}`" in text, path
             if source["source"] in ("folder", "emnist"):
-                assert "/".join(source["path"].split("/")[:2]) in told, path
+                assert "/".join(source["path"].split("/")[:2]) in text, path
 
 
 def test_a_path_that_no_file_system_takes_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from src.config import progress
 from src.config.progress import Phases, Progress, track, within
 from src.data.scan import ScanConfig, scan
-from src.runtime.launch import StopRequest
+from src.runtime.stopping import StopRequest
 from src.runtime.stream import plan_batch
 from src.storage.blocks import Ranks, in_blocks
 from src.training import trials
@@ -214,7 +214,7 @@ def in_a_step(number: int, left: Path) -> int:
     child = os.fork()
     if not child:
         try:
-            StopRequest(leaving=left.touch)
+            StopRequest(before_exit=left.touch)
             os.write(writing, b"ready")
             hashlib.pbkdf2_hmac("sha256", b"a step", b"of torch", 2_000_000_000)
         finally:
@@ -248,7 +248,7 @@ def test_a_closed_request_reads_no_signals(capfd: pytest.CaptureFixture[str]) ->
     second.close()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.05)
-    assert first.asked and capfd.readouterr().err.count("stopping") == 1
+    assert first.requested and capfd.readouterr().err.count("stopping") == 1
     first.close()
     first.close()
     assert signal.set_wakeup_fd(-1) == -1

@@ -19,7 +19,7 @@ import train_iadb
 from src.config import UserError, load, read_json
 from src.data import ImageConfig, open_given, open_given_points
 from src.runs.opened import open_run, open_trained
-from src.runtime.launch import same_on_all
+from src.runtime.processes import same_on_all
 from src.sampling import SamplerConfig, build_sampler
 from src.training.given import given_network
 from tests.conftest import ROOT, launch, metrics, refused
@@ -176,7 +176,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
 
 def test_processes_with_different_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     same_on_all("a")
-    monkeypatch.setattr("src.runtime.launch.gather_object", lambda _: ["a", "b"])
+    monkeypatch.setattr("src.runtime.processes.gather_object", lambda _: ["a", "b"])
     with pytest.raises(UserError, match="different data sets"):
         same_on_all("a")
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from src.config import load
 from src.runtime.checkpoint import newest
-from src.runtime.launch import StepGate
+from src.runtime.stopping import StepGate
 from src.sampling import checkpoints
 from tests import kills
 from tests.conftest import ROOT, SMOKE, Finished, command, environment, here, launch, metrics, one_line, refused, run_here
@@ -402,7 +402,7 @@ def test_a_stop_in_a_step_that_is_not_saved_says_so(tmp_path: Path, monkeypatch:
     send = StepGate.send
 
     def asks(gate: StepGate, step: int, finite: torch.Tensor) -> None:
-        gate.request.asked = step >= 6
+        gate.request.requested = step >= 6
         send(gate, step, finite)
 
     monkeypatch.setattr(StepGate, "send", asks)

@@ -23,8 +23,8 @@ from src.config import UserError
 from src.losses import Perceptual, PerceptualConfig
 from src.metrics import features
 from src.metrics.features import open_features
-from src.models import pretrained as vision
 from src.models.pretrained import import_torchvision
+from src.storage import downloads
 from src.storage.downloads import fetch_weights, how_to_bring
 from tests.conftest import ROOT, launch
 
@@ -165,10 +165,10 @@ def test_the_other_ranks_give_the_first_one_a_start_and_say_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(vision.time, "sleep", slept.append)
+    monkeypatch.setattr(downloads.time, "sleep", slept.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert fetch_weights(server.url(named(b"a"), b"a"), tmp_path / named(b"a")) is None
-    assert vision.HEAD_START in slept and capsys.readouterr().err == ""
+    assert downloads.HEAD_START in slept and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_what_is_not_the_file_is_refused_and_nothing_stays(
 
 
 def test_without_a_network_it_is_said_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    monkeypatch.setattr(vision, "PATIENCE", 0.2)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.2)
     began, before = time.monotonic(), socket.getdefaulttimeout()
     with socket.socket() as nobody:  # takes connections and never answers
         nobody.bind(("127.0.0.1", 0))

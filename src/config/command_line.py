@@ -27,9 +27,9 @@ class _PrintSchema(argparse.Action):
 def training_arguments(root: type, description: str, *, default: str) -> argparse.ArgumentParser:
     """The command line that all training scripts share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-cfg", "--config", metavar="FILE", default=default, help=f"JSON config (default {default})")
+    parser.add_argument("-cfg", "--config", metavar="FILE", default=default, help=f"the JSON config (default {default})")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
-    parser.add_argument("--run-dir", metavar="DIR", help="where the run lives (default runs/NAME)")
+    parser.add_argument("--run-dir", metavar="DIR", help="the folder of the run (default runs/NAME)")
     parser.add_argument(
         "--continue-as",
         metavar="NAME",

@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ from .mistakes import UserError
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise UserError(f"the key {key!r} stands twice in one object; keep one")
-        found[key] = value
-    return found
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise UserError(f"the key {key!r} is in one object twice; keep one")
+    return unique
 
 
 class _NoNumber(ValueError):
-    """A number that JSON, or Python, has and a config cannot: as it is written, and why."""
+    """A number that JSON or Python allows and a config does not: as it is written, and why."""
 
 
 def _finite(text: str) -> float:
@@ -37,7 +37,7 @@ def _whole(text: str) -> int:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file that a person wrote, without a byte-order mark. A UserError that names the file."""
+    """The text of a UTF-8 file, without a byte-order mark; every failure is a UserError that names the file."""
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}: {where} is not UTF-8: is it a text file? If it is, save it as UTF-8") from None
 
 
-_JSON_HINTS = (  # what stands at the place of the mistake, and what to do
+_JSON_HINTS = (  # a pattern at the place of the mistake, and what to do
     (r"//|#|/\*", "JSON has no comments; remove it"),
     (r"(?i:true|false|none|null|undefined)\b", "JSON writes true, false and null in small letters"),
     (r"(?i:[-+]?(nan|inf|infinity))\b", "a number is finite, in digits"),
@@ -70,7 +70,7 @@ _JSON_HINTS = (  # what stands at the place of the mistake, and what to do
 
 
 def _json_hint(text: str, error: json.JSONDecodeError) -> str:
-    """What is wrong at the place of a mistake in JSON, and what to do, in words."""
+    """A hint in words: what is wrong at the place of a mistake in JSON, and what to do."""
     rest, before = text[error.pos :], text[: error.pos].rstrip()
     if "trailing comma" in error.msg or (rest[:1] in ("}", "]") and before.endswith(",")):
         return "a comma stands before the closing bracket; remove it"
@@ -109,13 +109,8 @@ def parse_json(text: str) -> Any:
     """Parse strict JSON; duplicate keys, NaN, Infinity and numbers like 1e999 are a UserError."""
     text = text.removeprefix("\ufeff")
     try:
-        return json.loads(
-            text,
-            object_pairs_hook=_no_duplicates,
-            parse_float=_finite,
-            parse_int=_whole,
-            parse_constant=_finite,
-        )
+        hooks = {"object_pairs_hook": _no_duplicates, "parse_float": _finite, "parse_int": _whole, "parse_constant": _finite}
+        return json.loads(text, **hooks)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"not valid JSON at {where}: {_json_hint(error.doc, error)}") from None
@@ -139,7 +134,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def quoted(path: str | Path) -> str:
-    """A path as a person pastes it into a command of a shell, also as a value of --set: it is no option and no JSON there."""
+    """A path to paste into a shell command, also as a value of --set: quoted, and neither an option nor JSON there."""
     text = str(path)
     try:
         other = not isinstance(json.loads(text), str) or text.startswith('"')

@@ -10,6 +10,7 @@ from .fields import config, config_error
 
 
 def kind_of(value: Any) -> str:
+    """object, list or plain: what discriminates a union of configs and plain values."""
     return {dict: "object", list: "list", tuple: "list"}.get(type(value), "plain" if _is_plain(value) else "object")
 
 
@@ -36,8 +37,6 @@ Length = Annotated[
     Annotated[int, Field(gt=0), Tag("plain")] | Annotated[Span, Tag("object")],
     Discriminator(lambda value: "plain" if _is_plain(value) else "object"),
 ]
-
-
 ENDLESS = 10**15  # steps of a run without end
 
 

@@ -14,23 +14,17 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line that says what is wrong and what to do. Ends a script with status 2."""
 
 
+# What the system says of a disk without room, and of a path that cannot be used.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 FORBIDDEN = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+    *(errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
 
 
-def _mistake(message: str, rank: int) -> int:
-    if rank:  # where the first rank failed as well, its launcher ends this one while it waits
+def _print_mistake(message: str, rank: int) -> int:
+    """Print the line and give status 2."""
+    if rank:  # where rank 0 failed as well, its launcher ends this rank while it waits
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(f"error: {message}" if not rank else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
@@ -40,33 +34,33 @@ def _mistake(message: str, rank: int) -> int:
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's main and exit: 0 done, 2 the user's mistake in one line on standard error, 1 anything else.
 
-    Under a launcher rank 0 prints the line. Another rank waits a moment first: where rank 0 failed as well the launcher
-    ends it before it speaks, and where it alone failed somebody has to.
+    Under a launcher rank 0 prints the line. Another rank waits a moment before it prints its own: where rank 0 failed as well,
+    the launcher ends the other rank meanwhile.
     """
     rank = int(os.environ.get("RANK", "0"))
     try:
         status = main() or 0
     except UserError as error:
-        status = _mistake(str(error), rank)
+        status = _print_mistake(str(error), rank)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 1
     except OSError as error:
         if error.errno in FULL:
-            status = _mistake(f"the disk is full ({error.filename or 'while writing'}); make room and run it again", rank)
+            status = _print_mistake(f"the disk is full ({error.filename or 'while writing'}); make room and run it again", rank)
         elif error.errno in FORBIDDEN and error.filename:
-            status = _mistake(f"{error.filename} cannot be used: {error.strerror}", rank)
+            status = _print_mistake(f"{error.filename} cannot be used: {error.strerror}", rank)
         else:
             traceback.print_exc()
             status = 1
     except Exception as error:
         if rank and any(word in str(error) for word in ("Connection closed by peer", "Connection reset by peer")):
-            status = _mistake("another process ended, so this one cannot go on", rank) and 1
+            status = _print_mistake("another process ended, so this one cannot go on", rank) and 1
         else:
             traceback.print_exc()
             status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # all is written: torch's threads may abort a rank that ends before another
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's threads may abort a rank that ends before another
         os._exit(status)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Packages that only some uses need: they are imported there, and where one is missing, one line says how it is installed."""
+"""Packages that only some uses need. They are imported there; where one is missing, one line says how to install it."""
 
 import importlib.util
 import sys
@@ -21,11 +21,11 @@ INSTALLED_AS = {  # by the name that is imported
 
 
 class MissingPackage(UserError):
-    """Something needs a package that is not there. A user can mend that; what is only to be looked at does without."""
+    """A package is missing. The user can install it; images and curves beside a run are left out without it."""
 
 
 def installed_as(module: str) -> str:
-    """What pip calls the package that a module is of."""
+    """The name by which pip installs the package of a module."""
     top = module.partition(".")[0]
     return INSTALLED_AS.get(top, top)
 
@@ -41,7 +41,7 @@ def is_installed(module: str) -> bool:
 
 
 def ask_for(why: str, *modules: str) -> None:
-    """A UserError where one of the modules, which `why` needs later, is not there: said before hours of work, not after.
+    """A UserError where a module that `why` needs later is missing: before hours of work, not after.
 
     torchvision is imported, because only that shows whether its compiled operators load beside the installed torch.
     """
@@ -62,7 +62,7 @@ def ask_for(why: str, *modules: str) -> None:
 
 @contextmanager
 def needed(why: str, *modules: str) -> Iterator[None]:
-    """Around imports of these modules: what is missing, or cannot be imported, is a UserError that says what needs it."""
+    """Around imports of these modules: a UserError names what is missing or cannot be imported, and what needs it."""
     ask_for(why, *modules)
     try:
         yield

@@ -1,4 +1,4 @@
-"""How far something long has come: a bar on a terminal, and without one a line every half minute."""
+"""The progress of long work: a bar on a terminal, and elsewhere a line every half minute."""
 
 import sys
 import threading
@@ -11,8 +11,8 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-EVERY_SECONDS = 30.0  # nobody waits longer for a sign of life
-STRETCHES = 6  # of so many seconds, over which the speed is taken
+EVERY_SECONDS = 30.0  # between two lines
+STRETCHES = 6  # the speed is that of the last so many lines
 
 
 def say(message: str) -> None:
@@ -38,10 +38,10 @@ def _spoken() -> None:
 
 
 class _Pulse:
-    """A thread that calls `tell` whenever nobody said anything for `EVERY_SECONDS`. Of jobs inside jobs the innermost tells."""
+    """A thread that calls `report` whenever nothing was printed for `EVERY_SECONDS`; of jobs inside jobs, for the innermost."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self._tell, self._over, self._began = tell, threading.Event(), time.monotonic()
+    def __init__(self, report: Callable[[], None]) -> None:
+        self._report, self._over, self._began = report, threading.Event(), time.monotonic()
         _pulses.append(self)
         threading.Thread(target=self._beat, name="progress", daemon=True).start()
 
@@ -51,7 +51,7 @@ class _Pulse:
     def _beat(self) -> None:
         while not self._over.wait(max(EVERY_SECONDS / 100, EVERY_SECONDS - self._silent_seconds())):
             if self._silent_seconds() >= EVERY_SECONDS and _pulses and _pulses[-1] is self:
-                self._tell()
+                self._report()
                 _spoken()
 
     def close(self) -> None:
@@ -61,9 +61,9 @@ class _Pulse:
 
 
 class Progress:
-    """How much of `total` (None: nobody knows) `unit` is done of what is being done, for a person, on standard error.
+    """How much of `total` (None: unknown) `unit` is done, for a person, on standard error. `doing` says what is being done.
 
-    Where it is not `shown` (on all processes but one) it says nothing. `processes` share the work, and this one knows only of
+    Where it is not `shown` (on all processes but one) it prints nothing. `processes` share the work, and this one knows only
     its own part.
     """
 
@@ -81,28 +81,28 @@ class Progress:
         self.doing, self.total, self.unit, self.done, self._processes = doing, total, unit, done, processes
         self._inside = 0  # of what the next `update` will count
         _open.append(self)
-        self._began, self._told = time.monotonic(), False
-        self._seen = deque([(self._began, done)], maxlen=STRETCHES + 1)
+        self._began, self._printed = time.monotonic(), False
+        self._marks = deque([(self._began, done)], maxlen=STRETCHES + 1)
         self._bar = self._pulse = None
         if shown and sys.stderr is not None and sys.stderr.isatty():
             bytes_or_many = unit == "B" or (total or 0) >= 10**6
             word = unit if unit == "B" else f" {unit}"
             self._bar = tqdm(total=total, initial=done, desc=doing, unit=word, unit_scale=bytes_or_many, leave=leave)
         elif shown:
-            self._pulse = _Pulse(self._tell)
+            self._pulse = _Pulse(self._print)
 
     @property
     def bar_shown(self) -> bool:
         return self._bar is not None
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """`count` more are done."""
         self.done, self._inside = self.done + count, 0
         if self._bar is not None:
             self._bar.update(count)
 
     def describe(self, doing: str) -> None:
-        """Say from now on that this is being done."""
+        """Show from now on that this is being done."""
         self.doing = doing
         if self._bar is not None:
             self._bar.set_description(doing, refresh=False)
@@ -110,37 +110,34 @@ class Progress:
     def line(self) -> str:
         """checking images 1200/40000, 310 images/s, 2 min left"""
         now = time.monotonic()
-        (then, before), elapsed = self._seen[0], now - self._began
+        (then, before), elapsed = self._marks[0], now - self._began
         done = self.done + self._inside * self._processes
         done = done if self.total is None else min(done, self.total)
         speed = (done - before) / max(1e-9, now - then)
-        self._seen.append((now, done))
-        told = f"{self.doing} {self._amount(done)}"
-        if self.total is not None:
-            told += f"/{self._amount(self.total)}"
-        elif self.unit != "B":
-            told += f" {self.unit}"
+        self._marks.append((now, done))
+        unit = "" if self.unit == "B" else f" {self.unit}"
+        line = f"{self.doing} {self._amount(done)}{unit if self.total is None else f'/{self._amount(self.total)}'}"
         if speed <= 0:
-            return f"{told}, {duration(elapsed)} so far"
-        told += f", {self._amount(speed, rate=True)}{'' if self.unit == 'B' else ' ' + self.unit}/s"
-        return told if self.total is None or done >= self.total else f"{told}, {duration((self.total - done) / speed)} left"
+            return f"{line}, {duration(elapsed)} so far"
+        line += f", {self._amount(speed, rate=True)}{unit}/s"
+        return line if self.total is None or done >= self.total else f"{line}, {duration((self.total - done) / speed)} left"
 
     def _amount(self, count: float, *, rate: bool = False) -> str:
         if self.unit == "B":
             return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
         return f"{count:.3g}" if rate and count < 100 else f"{count:.0f}"
 
-    def _tell(self) -> None:
-        self._told = True
+    def _print(self) -> None:
+        self._printed = True
         print(self.line(), file=sys.stderr, flush=True)
 
     def close(self, *, whole: bool = True) -> None:
-        """It is over; who was told of it on the way is told that it is `whole`."""
+        """End it. Where lines were printed on the way, a last one says that all is done, unless it is not `whole`."""
         if self._bar is not None:
             self._bar.close()
         if self._pulse is not None:
             self._pulse.close()
-            if self._told and whole and self.done:
+            if self._printed and whole and self.done:
                 took = duration(time.monotonic() - self._began)
                 unit = "" if self.unit == "B" else f" {self.unit}"
                 print(f"{self.doing} {self._amount(self.done)}{unit}, done in {took}", file=sys.stderr, flush=True)
@@ -156,13 +153,13 @@ class Progress:
 
 
 def within(count: int) -> None:
-    """So many more are done of what the innermost progress will count as one piece: of the images of a block."""
+    """`count` more are done inside the piece that the innermost progress counts next, such as images of a block."""
     if _open:
         _open[-1]._inside += count
 
 
 def track(items: Sequence[T] | Iterable[T], doing: str, *, unit: str = "images", leave: bool = True) -> Iterator[T]:
-    """The items, one after the other, with their progress."""
+    """The items one after the other, with a Progress."""
     total = len(items) if isinstance(items, Sequence) else None
     with Progress(doing, total, unit=unit, leave=leave) as progress:
         for item in items:
@@ -171,22 +168,22 @@ def track(items: Sequence[T] | Iterable[T], doing: str, *, unit: str = "images",
 
 
 class Phases:
-    """What a long job does now, in lines on standard output that begin with `job`: each new thing at once (or, without
-    `at_once`, only when it takes long), and again every half minute."""
+    """What a long job does now, in lines on standard output that begin with `job`: one for each new phase (without `at_once`
+    only for one that takes long), and another every half minute."""
 
     def __init__(self, job: str, *, at_once: bool) -> None:
         self._job, self._at_once, self._what, self._since = job, at_once, "", time.monotonic()
-        self._pulse = _Pulse(self._tell)
+        self._pulse = _Pulse(self._print)
 
     def enter(self, what: str, *, at_once: bool = True) -> None:
-        """This is being done now."""
+        """A phase begins: `what` is being done now."""
         if what == self._what:
             return
         self._what, self._since = what, time.monotonic()
         if self._at_once and at_once:
             say(f"{self._job}{what}")
 
-    def _tell(self) -> None:
+    def _print(self) -> None:
         if self._what:
             say(f"{self._job}{self._what}, {duration(time.monotonic() - self._since)} so far")
 

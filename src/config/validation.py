@@ -1,4 +1,4 @@
-"""From JSON to a config, with the path of what is wrong, what is allowed and "did you mean"."""
+"""From JSON to a config. Each mistake is one line: the path in the JSON, what is allowed, and "did you mean"."""
 
 import dataclasses
 import difflib
@@ -35,11 +35,8 @@ def _fields(owner: Any) -> dict[str, Any]:
 
 def _tags(owner: Any) -> set[str]:
     """The words by which a union tells this dataclass: the values of its one-word Literal fields."""
-    found = set()
-    for hint in _fields(owner).values():
-        if get_origin(hint) is Literal:
-            found.update(str(word) for word in get_args(hint))
-    return found
+    literals = [hint for hint in _fields(owner).values() if get_origin(hint) is Literal]
+    return {str(word) for literal in literals for word in get_args(literal)}
 
 
 def _descend(owners: list[Any], element: str | int) -> list[Any]:
@@ -56,21 +53,25 @@ def _descend(owners: list[Any], element: str | int) -> list[Any]:
     return [owner for owner in owners if element in _tags(owner)] or owners
 
 
-def _keys_allowed(root: Any, path: Sequence[str | int]) -> list[str]:
+def _owners_at(root: Any, path: Sequence[str | int]) -> list[Any]:
+    """The types that a value at this path may have."""
     owners = _choices(root)
     for element in path:
         owners = _descend(owners, element)
-    return sorted({key for owner in owners for key in _fields(owner)})
+    return owners
 
 
-def _is_free(root: Any, path: Sequence[str | int]) -> bool:
-    owners = _choices(root)
-    for element in path:
-        for owner in owners:
+def _keys_allowed(root: Any, path: Sequence[str | int]) -> list[str]:
+    return sorted({key for owner in _owners_at(root, path) for key in _fields(owner)})
+
+
+def _is_resumable(root: Any, path: Sequence[str | int]) -> bool:
+    """Whether the key at this path, or one above it, is a `resumable_field`."""
+    for i, element in enumerate(path):
+        for owner in _owners_at(root, path[:i]):
             field = getattr(owner, "__pydantic_fields__", {}).get(element)
             if field is not None and (field.json_schema_extra or {}).get("free"):
                 return True
-        owners = _descend(owners, element)
     return False
 
 
@@ -82,7 +83,7 @@ def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[li
     def walk(before: Any, after: Any, path: tuple[str | int, ...]) -> None:
         if before == after:
             return
-        inside = type(before) is type(after) and not _is_free(root, path)
+        inside = type(before) is type(after) and not _is_resumable(root, path)
         if inside and isinstance(before, dict):
             for key in sorted({*before, *after}):
                 walk(before.get(key), after.get(key), (*path, key))
@@ -92,7 +93,7 @@ def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[li
             if len(before) != len(after):
                 other.append(".".join(map(str, path)))
         else:
-            (harmless if _is_free(root, path) else other).append(".".join(map(str, path)))
+            (harmless if _is_resumable(root, path) else other).append(".".join(map(str, path)))
 
     walk(old, new, ())
     return harmless, other
@@ -102,53 +103,51 @@ def _explain(root: Any, raw: Any, error: pydantic.ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
         path: list[str] = []
-        here: Any = raw
+        value: Any = raw
         for element in item["loc"]:  # elements that are not in the JSON are tags of unions: not shown
-            if (isinstance(here, dict) and element in here) or (
-                isinstance(here, list) and isinstance(element, int) and element < len(here)
+            if (isinstance(value, dict) and element in value) or (
+                isinstance(value, list) and isinstance(element, int) and element < len(value)
             ):
-                here = here[element]  # pyright: ignore[reportCallIssue, reportArgumentType]
+                value = value[element]  # pyright: ignore[reportCallIssue, reportArgumentType]
             elif element != item["loc"][-1] or item["type"] not in ("missing", "missing_argument"):
                 continue
             path.append(str(element))
         where = ".".join(path) or "the config"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            key = str(item["loc"][-1])
             allowed = _keys_allowed(root, item["loc"][:-1])
-            close = difflib.get_close_matches(key, allowed, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ";"
-            message = f"unknown key{hint} allowed here: {', '.join(allowed)}"
+            message = f"unknown key{_guess(str(item['loc'][-1]), allowed) or ';'} allowed here: {', '.join(allowed)}"
         elif item["type"] in ("missing", "missing_argument"):
             message = "this key is missing"
         elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
             context = item.get("ctx", {})
             field = str(context.get("discriminator", "")).strip("'")
-            allowed = str(context.get("expected_tags", ", ".join(sorted(_union_tags(root, item["loc"])))))
+            tags = {tag for owner in _owners_at(root, item["loc"]) for tag in _tags(owner)}
+            allowed = str(context.get("expected_tags", ", ".join(sorted(tags))))
             word = context.get("tag")
-            close = difflib.get_close_matches(str(word), allowed.replace("'", "").split(", "), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
             where = f"{where}.{field}" if field.isidentifier() else where
-            message = f"{word!r} is not known{hint or '.'} Allowed: {allowed}"
+            message = f"{word!r} is not known{_guess(word, _words_in(allowed)) or '.'} Allowed: {allowed}"
             message = f"missing; allowed: {allowed}" if word is None else message
         elif item["type"] == "literal_error":
             expected = item.get("ctx", {}).get("expected", "")
-            close = difflib.get_close_matches(str(here), expected.replace("'", "").replace(" or ", ", ").split(", "), 1)
-            message = f"{here!r} is not known; allowed: {expected}" + (f"; did you mean {close[0]!r}?" if close else "")
-        elif item["type"] != "config" and not isinstance(here, dict | list):
-            message = f"{message[0].lower()}{message[1:]}, not {here!r}"
-            if str(here).lower() in ("true", "false", "none", "null") and isinstance(here, str):
+            message = f"{value!r} is not known; allowed: {expected}{_guess(value, _words_in(expected))}"
+        elif item["type"] != "config" and not isinstance(value, dict | list):
+            message = f"{message[0].lower()}{message[1:]}, not {value!r}"
+            if isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
                 message += "; JSON writes true, false and null in small letters, without quotes"
         lines.append(f"{where}: {message}")
-    more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-    return "; ".join(lines[:3]) + more
+    return "; ".join(lines[:3]) + (f" (and {len(lines) - 3} more)" if len(lines) > 3 else "")
 
 
-def _union_tags(root: Any, path: Sequence[str | int]) -> set[str]:
-    owners = _choices(root)
-    for element in path:
-        owners = _descend(owners, element)
-    return {tag for owner in owners for tag in _tags(owner)}
+def _words_in(expected: str) -> list[str]:
+    """The words of pydantic's list 'a', 'b' or 'c'."""
+    return expected.replace("'", "").replace(" or ", ", ").split(", ")
+
+
+def _guess(word: Any, allowed: Sequence[str]) -> str:
+    """A question with the likely word, or nothing."""
+    close = difflib.get_close_matches(str(word), allowed, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _old_names(owners: list[Any]) -> dict[str, tuple[str, Any]]:
@@ -176,7 +175,7 @@ def _with_new_names(owners: list[Any], raw: Any) -> Any:
 
 
 def validate(root: type[T], raw: Any, *, origin: str = "config") -> T:
-    """Turn parsed JSON into the dataclass `root`; a UserError names the JSON path, what is allowed, and the likely word."""
+    """The dataclass `root` made from parsed JSON; a UserError names the JSON path, what is allowed, and the likely word."""
     if isinstance(raw, dict):
         raw = {key: value for key, value in raw.items() if key != "$schema"}
     if broken := re.search("[\ud800-\udfff]", json.dumps(raw, ensure_ascii=False)):
@@ -222,20 +221,20 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
         if new_value is not None and i == len(path) - 1:
             value = new_value(value)
         owners = _descend(owners, path[i])
-    here: Any = raw
+    parent: Any = raw
     for i in range(1, len(path)):
         part = path[i - 1]
-        below = here[part] if isinstance(here, list) else here.get(part)
+        below = parent[part] if isinstance(parent, list) else parent.get(part)
         if isinstance(below, list) and path[i].isdecimal():
             path[i] = int(path[i])
             if path[i] >= len(below):
                 raise UserError(f"--set {key}: the list {part} has {len(below)} entries, counted from 0")
         elif not isinstance(below, dict):
-            below = here[part] = {}
-        here = below
+            below = parent[part] = {}
+        parent = below
     if len(path) > 1 and path[-1] in ("source", "kind"):
-        here.clear()  # to choose a kind is to start afresh: what was set for the old one does not belong to it
-    here[path[-1]] = value
+        parent.clear()  # another kind has other keys: those of the old one do not belong to it
+    parent[path[-1]] = value
 
 
 def load(path: str | Path, root: type[T], overrides: Sequence[str] = ()) -> T:

@@ -23,7 +23,8 @@ from ..diffusion import Process, ProcessConfig, build_process
 from ..models import UNetConfig
 from ..runs.opened import build_unet
 from ..runtime import checkpoint
-from ..runtime.launch import MachineConfig, accumulating, broadcast, start, undetermined, warm_up_ddp
+from ..runtime.launch import MachineConfig, accumulating, start, undetermined, warm_up_ddp
+from ..runtime.processes import broadcast
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan, plan_batch
 from ..training.ema import EMA, EMAConfig

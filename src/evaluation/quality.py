@@ -22,7 +22,7 @@ from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
 from ..metrics.features import Asked, Features, open_features
-from ..runtime.launch import broadcast, ranks_here
+from ..runtime.processes import broadcast, ranks_of_machine
 from ..sampling.sampler import Sampler
 from ..storage.blocks import Ranks, in_blocks
 from ..storage.finite import is_finite
@@ -73,7 +73,7 @@ def real_features(
         return {"features": np.concatenate(seen)}
 
     doing = f"{network.name} features of real pictures"
-    found = in_blocks(folder, len(data), BLOCK, make, ranks_here(), doing=doing, read=read)
+    found = in_blocks(folder, len(data), BLOCK, make, ranks_of_machine(), doing=doing, read=read)
     return found["features"] if read else np.empty((0, network.dim), np.float32)
 
 

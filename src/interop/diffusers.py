@@ -22,19 +22,9 @@ from ..models import UNet, UNetConfig
 from ..models.layers import Attention
 from ..runs.diffusers_autoencoder import ATTENTION, RESIDUAL, VERSION, WEIGHTS
 from ..storage.files import check_is_new, new_folder, write_flushed
-from ..storage.weights import (
-    UNET_2D,
-    few,
-    find_files,
-    find_network,
-    from_hub,
-    hub_name_of_url,
-    is_hub_name,
-    present_names,
-    rank,
-    read_files,
-    read_foreign_json,
-)
+from ..storage.hub import from_hub, hub_name_of_url, is_hub_name
+from ..storage.networks import UNET_2D, few, find_network, preference, present_names
+from ..storage.weight_files import find_files, read_files, read_foreign_json
 from .guided_diffusion import multiple, rename
 from .imported import Imported
 
@@ -468,8 +458,8 @@ def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, lis
     if not found:
         if (folder / "config.json").is_file():
             named = folder.resolve()
-            beside = [str(path.parent) for path in named.parent.glob("unet*/config.json") if rank(path.parent.name) == 2]
-            raw = beside and rank(named.name) == 1
+            beside = [str(path.parent) for path in named.parent.glob("unet*/config.json") if preference(path.parent.name) == 2]
+            raw = beside and preference(named.name) == 1
             return folder, [f"these are raw weights; an average (EMA) is in {beside[0]}"] if raw else [], which
         steps = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
         there = few((f"{path.name}/" if path.is_dir() else path.name) for path in folder.iterdir())
@@ -478,15 +468,15 @@ def _place(folder: Path, name: str | Path, which: str | None) -> tuple[Path, lis
         kinds = [f"{sub} ({read_foreign_json(path).get('_class_name', '?')})" for sub, path in inside.items()]
         hint = f"; it holds {few(kinds)}" if kinds else hint
         raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json{hint}")
-    wanted = [sub for sub in found if which == sub or (which in ("ema", "raw") and (rank(sub) == 2) == (which == "ema"))]
+    wanted = [sub for sub in found if which == sub or (which in ("ema", "raw") and (preference(sub) == 2) == (which == "ema"))]
     which = None if wanted else which
-    wanted = sorted(wanted or found, key=lambda sub: -rank(sub))
-    best = [sub for sub in wanted if rank(sub) == rank(wanted[0])]
+    wanted = sorted(wanted or found, key=lambda sub: -preference(sub))
+    best = [sub for sub in wanted if preference(sub) == preference(wanted[0])]
     if len(best) > 1:
         raise UserError(f"{name} holds several networks, {few(best, 6)}; choose one with --which, such as --which {best[-1]}")
     others = [sub for sub in found if sub != best[0]]
     told = [f"left out, other networks: {few(others, 6)}"] if others else []
-    if rank(best[0]) == 2:
+    if preference(best[0]) == 2:
         told.insert(0, f"these weights, of {best[0]}, are an average (EMA); --which raw takes the others" if others else "")
     return folder / best[0], [line for line in told if line], which
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..config import UserError, read_json, validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import Classifier, ClassifierConfig, UNet, UNetConfig
-from ..storage import weights
-from ..storage.weights import few, find_network, read_file
+from ..storage import networks
+from ..storage.networks import few, find_network
+from ..storage.weight_files import read_file
 from .imported import Imported
 
 RESIDUAL = {
@@ -529,7 +530,7 @@ def published(found: Architecture) -> tuple[str, dict[str, Any]] | None:
 def read_weights(path: str | Path, which: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict of the network in another project's file, and in words what was taken and what was left out; see
     `find_network`. A name of guided-diffusion's files that says that an average is beside it is said, too."""
-    state, told = find_network(read_file(path), weights.GUIDED, path, which=which)
+    state, told = find_network(read_file(path), networks.GUIDED, path, which=which)
     if any(".transformer_blocks." in name for name in state):
         raise UserError(
             f"{path}: the network is a U-Net of latent-diffusion, whose attention reads a text; what can be read is one of "

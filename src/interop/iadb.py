@@ -17,7 +17,8 @@ from ..config import UserError, read_text, validate
 from ..data import ImageConfig
 from ..diffusion import ProcessConfig
 from ..runs.autoencoder import Autoencoder
-from ..storage.weights import UNET_2D, find_network, present_names, read_file
+from ..storage.networks import UNET_2D, find_network, present_names
+from ..storage.weight_files import read_file
 from .diffusers import unet_config, unet_from_diffusers
 from .imported import Imported
 from .on_latents import open_scaled

@@ -13,7 +13,7 @@ from ..runs import diffusers_autoencoder
 from ..runs.autoencoder import Autoencoder, open_autoencoder
 from ..runs.diffusers_autoencoder import DiffusersAutoencoder
 from ..runs.folders import Weights
-from ..storage.weights import read_foreign_json
+from ..storage.weight_files import read_foreign_json
 from . import diffusers
 from .autoencoder_kl import autoencoder_kl_files, check_expressible
 from .diffusers import LATENTS, LatentPart

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..config import UserError
 from ..config.packages import ask_for, needed
 from ..models.pretrained import efficientnet_lite0, import_torchvision
-from ..storage.downloads import fetch_weights, how_to_bring, hub_reason, put_weights, read_weights
+from ..storage.downloads import fetch_weights, how_to_bring, put_weights, read_weights
 from ..storage.finite import check_finite
+from ..storage.hub import hub_reason
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"

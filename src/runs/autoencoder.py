@@ -15,7 +15,9 @@ from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
 from ..runtime.checkpoint import Documents, Tensors, load_weights, newest, read_tensors, verify_checkpoint, write_folder
 from ..runtime.seeds import normal
-from ..storage.weights import few, hub_name_of_url, is_hub_name, read_foreign_json
+from ..storage.hub import hub_name_of_url, is_hub_name
+from ..storage.networks import few
+from ..storage.weight_files import read_foreign_json
 from .diffusers_autoencoder import autoencoder_from_config, load_autoencoder
 from .exported_autoencoder import exported_autoencoder
 

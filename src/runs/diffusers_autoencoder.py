@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..config import UserError, quoted
 from ..config.packages import ask_for, needed
 from ..models.pretrained import import_torchvision
-from ..storage.weights import KL, few, find_files, find_network, from_hub, present_names, read_files, read_foreign_json
+from ..storage.hub import from_hub
+from ..storage.networks import KL, few, find_network, present_names
+from ..storage.weight_files import find_files, read_files, read_foreign_json
 
 VERSION = "0.35.0"  # of diffusers, the oldest whose folders these are
 

@@ -26,7 +26,7 @@ from ..data import (
 )
 from ..data.points import DensitySource, density_image, is_point_source
 from ..runtime.examples import Examples, image_examples
-from ..runtime.launch import same_on_all
+from ..runtime.processes import same_on_all
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, MicroBatch, Order, latent_stream, positions_of, stream, to_network
 from .autoencoder import Autoencoder, LatentCodec

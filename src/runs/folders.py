@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import UserError, quoted, read_json
 from ..runtime.checkpoint import newest, read_tensors, verify_checkpoint
 from ..storage.finite import check_finite
-from ..storage.weights import read_file, read_foreign_json
+from ..storage.weight_files import read_file, read_foreign_json
 
 
 def run_name(path: str | Path) -> str:

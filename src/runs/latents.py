@@ -30,7 +30,7 @@ from ..data.latents import (
 )
 from ..data.transforms import DECODER
 from ..runtime.examples import Examples
-from ..runtime.launch import broadcast
+from ..runtime.processes import broadcast
 from ..runtime.stream import to_network
 from ..storage.blocks import Block, Ranks
 from ..storage.caches import BLOCK, blocks_of, make_cache, write_block

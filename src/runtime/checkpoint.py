@@ -25,8 +25,9 @@ Documents = Mapping[str, Any]
 
 @config
 class CheckpointConfig:
-    """Written every `every` steps and every `every_minutes`; the last `keep` stay, and the best one where `keep_best` is set
-    (lowest held-out loss; of an autoencoder LPIPS, or L1 without a perceptual loss) or preview.quality (lowest distance)."""
+    """A run saves a checkpoint every `every` steps and every `every_minutes`. It keeps the last `keep`, and the best one where
+    `keep_best` is set (lowest held-out loss; of an autoencoder LPIPS, or L1 without a perceptual loss) or preview.quality
+    (lowest distance)."""
 
     every: Length | None = resumable_field(None)
     every_minutes: float | None = resumable_field(30.0, gt=0)
@@ -40,11 +41,8 @@ def _write(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme: str | None = None) -> None:
-    """Write `NAME.safetensors` and `NAME.json` files into the new `folder`: staged, flushed, manifest last, renamed. A `readme`
-    becomes its README.md, which is not in the manifest, so that people may change it.
-
-    A full disk is a UserError and leaves what was there before.
-    """
+    """Write `NAME.safetensors` and `NAME.json` files and their manifest to `folder`, which is whole or as it was before. A
+    `readme` becomes its README.md, which is not in the manifest, so that people may change it. A full disk is a UserError."""
     with explain_full_disk(folder, ", and nothing that was saved before is changed"), new_folder(folder) as staged:
         files = {}
         for name, state in tensors.items():
@@ -98,8 +96,8 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside(checkpoints: Path, step: int) -> None:
-    """Hide the checkpoints newer than `step`, where a run goes on because they are damaged: as the last ones they would be
-    kept instead of whole ones. The next `retain` removes them."""
+    """Hide the checkpoints newer than `step`, which are damaged, where a run goes on from there: `retain` would keep them
+    instead of whole ones. The next `retain` removes them."""
     for folder in _steps(checkpoints):
         if folder > step_folder(checkpoints, step):
             hidden = folder.with_name(f".{folder.name}.damaged")
@@ -114,8 +112,8 @@ def _remove(folder: Path) -> None:
 
 
 def contents(folder: Path, *, finite: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors and the documents of a checkpoint, as `write_folder` takes them. Tensors with NaN in them are a UserError
-    where they have to be `finite`."""
+    """The tensors and the documents of a checkpoint, as `write_folder` takes them. With `finite` NaN in a tensor is a
+    UserError."""
     tensors, documents = {}, {}
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
@@ -129,21 +127,20 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
     """Make the checkpoint of `step`, or the last one before it, the newest, its progress changed by `progress`; gives its
     step."""
     folders = _steps(checkpoints)
-    kept = next(
-        (folder for folder in folders if folder <= step_folder(checkpoints, step) and verify_checkpoint(folder) is None), None
-    )
-    if kept is None:
+    earlier = (folder for folder in folders if folder <= step_folder(checkpoints, step))
+    target = next((folder for folder in earlier if verify_checkpoint(folder) is None), None)
+    if target is None:
         raise UserError(f"there is no checkpoint of step {step} or before to go back to; start anew with a smaller weight")
-    for folder in folders[: folders.index(kept)]:
+    for folder in folders[: folders.index(target)]:
         _remove(folder)
-    tensors, documents = contents(kept, finite=False)  # who goes on from it looks
+    tensors, documents = contents(target, finite=False)  # the run checks that when it goes on
     documents["progress"] |= progress
-    write_folder(kept, tensors, documents)
+    write_folder(target, tensors, documents)
     return documents["progress"]["step"]
 
 
 def retain(checkpoints: Path, keep: int, spared_steps: Collection[int] = ()) -> None:
-    """Remove all but the last `keep` checkpoints and those of `spared_steps`; and what a kill left half-written."""
+    """Remove all checkpoints but the last `keep` and those of `spared_steps`; and half-written ones that a kill left."""
     spared = {step_folder(checkpoints, step) for step in spared_steps}
     for folder in _steps(checkpoints)[keep:]:
         if folder not in spared:
@@ -153,12 +150,12 @@ def retain(checkpoints: Path, keep: int, spared_steps: Collection[int] = ()) -> 
 
 
 def keeps_best(cfg: Any) -> bool:
-    """Whether the best checkpoint of a run stays: where its config says so, or where the distance of samples is measured."""
+    """Whether a run keeps its best checkpoint: where its config says so, or where the distance of samples is measured."""
     return cfg.checkpoint.keep_best or getattr(getattr(cfg, "preview", None), "quality", None) is not None
 
 
 def spared_steps(progress: Mapping[str, Any]) -> set[int]:
-    """The steps whose checkpoints a run still needs beside its last ones: its best, and that where a rollback would go."""
+    """The steps whose checkpoints a run needs beside its last ones: its best one, and the one that a rollback would take."""
     known = progress.get("best") or {}
     best = known["step"] if known.get("kept") else None
     guard = progress.get("guard", {})
@@ -168,10 +165,10 @@ def spared_steps(progress: Mapping[str, Any]) -> set[int]:
 
 
 def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:
-    """The tensors of `NAME.safetensors`, on the CPU. A UserError where they cannot be read, or, if they must be `finite`, hold
-    NaN or infinity."""
+    """The tensors of `NAME.safetensors`, on the CPU. A UserError where they cannot be read, or with `finite` hold NaN or
+    infinity."""
     try:
-        found = safetensors.torch.load_file(folder / f"{name}.safetensors")
+        tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
     except FileNotFoundError:
         raise UserError(f"{folder} has no {name}.safetensors") from None
     except SafetensorError as error:
@@ -180,25 +177,25 @@ def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, T
         advice = "take other ones"
         if folder.name.startswith("step_"):
             advice = f"take an earlier checkpoint; a run goes on from the one before where {folder} is removed"
-        check_finite(found, folder / f"{name}.safetensors", advice)
-    return found
+        check_finite(tensors, folder / f"{name}.safetensors", advice)
+    return tensors
 
 
 def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None:
     """Load weights; a checkpoint of another architecture is a UserError that names the first keys that differ."""
-    own = network.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    expected = network.state_dict()
+    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     shapes = [
-        f"{key} is {tuple(state[key].shape)} and not {tuple(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
+        f"{key} is {tuple(state[key].shape)} and not {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and value.shape != state[key].shape
     ]
     if missing or extra or shapes:
         parts = [f"it lacks {', '.join(missing[:5])}"] if missing else []
         parts += [f"it has in excess {', '.join(extra[:5])}"] if extra else []
         parts += ["; ".join(shapes[:5])] if shapes else []
         raise UserError(f"{where} is of another architecture: {'; '.join(parts)}")
-    network.load_state_dict({key: part_of(own[key], value) for key, value in state.items()})
+    network.load_state_dict({key: part_of(expected[key], value) for key, value in state.items()})
 
 
 def export(path: Path, weights: Mapping[str, Tensor], settings: Any, data: Any, step: int) -> None:

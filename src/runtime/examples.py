@@ -1,4 +1,4 @@
-"""What a loss is measured on, and a preview is drawn from: labelled images or points, always the same for one index."""
+"""Examples with labels, images or points, on which a loss is measured and from which previews are drawn."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,15 +13,15 @@ from .stream import to_network
 
 
 class Examples(NamedTuple):
-    """What a loss is measured on: labels (N,), -1 for none, and `load(indices)`, which gives x0 (B, C, H, W) on the CPU or
-    the device, always the same."""
+    """Labels (N,), -1 for none, and `load(indices)`, which gives x0 (B, C, H, W) on the CPU or the device, always the same for
+    an index."""
 
     labels: NDArray[np.int64]
     load: Callable[[NDArray[np.int64]], Tensor]
 
 
 def image_examples(held_out: ImageSet, spec: ImageConfig) -> Examples:
-    """Pictures cut from the middle, in [-1, 1]."""
+    """Images cut from the middle, in [-1, 1]."""
     plain = ImageConfig(size=spec.size, channels=spec.channels)
     held_out.prepare(plain)
 

@@ -1,4 +1,4 @@
-"""What is only to be looked at never ends a run: where drawing it fails, one line says so, and the run goes on."""
+"""Images, curves and reports that a run makes beside its work: where one fails, the run warns in one line and goes on."""
 
 import errno
 import sys
@@ -11,12 +11,12 @@ from typing import Any
 from ..config import FULL, UserError
 from ..config.packages import MissingPackage
 
-Warn = Callable[[str, str], None]  # (what was to be drawn, why it failed)
+Warn = Callable[[str, str], None]  # (what was to be made, why it failed)
 
 
 @dataclass
-class Look:
-    """Whether what was to be looked at failed here, and why."""
+class Outcome:
+    """Whether optional work failed on this rank, and why."""
 
     reason: str = ""
 
@@ -45,10 +45,10 @@ def reason_of(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, OSError) and error.errno in FULL:
         return f"the disk is full: {error.strerror}"
-    said = " ".join(str(error).split())[:300]
-    if isinstance(error, MissingPackage):
-        return said
-    return said if isinstance(error, OSError) and said else f"{type(error).__name__}: {said}".removesuffix(": ")
+    message = " ".join(str(error).split())[:300]
+    if isinstance(error, MissingPackage) or (isinstance(error, OSError) and message):
+        return message
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
 
 
 def warn_on_stderr(what: str, reason: str) -> None:
@@ -57,40 +57,39 @@ def warn_on_stderr(what: str, reason: str) -> None:
 
 
 @contextmanager
-def only_looked_at(what: str, warn: Warn = warn_on_stderr) -> Iterator[Look]:
-    """Around the drawing of `what`: an error there is told to `warn` and goes no further.
+def only_looked_at(what: str, warn: Warn = warn_on_stderr) -> Iterator[Outcome]:
+    """Around the making of `what`, which only people look at: an error there becomes a warning, and ends nothing.
 
-    What a person asked for goes further all the same: a stop, a mistake of theirs (UserError, but for a package that is
-    missing); and so do out of memory and a collective that another process left. No value that decides anything may be
-    computed in here.
+    What the user has to mend still ends it (a UserError, but for a missing package), and so do a stop, out of memory and a
+    collective that another process left. No value that decides anything may be computed in here.
     """
-    look = Look()
+    outcome = Outcome()
     try:
-        yield look
+        yield outcome
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error, MissingPackage):
             raise
         if is_out_of_memory(error) or of_a_lost_rank(error):
             raise
-        look.reason = reason_of(error)
-        warn(what, look.reason)
+        outcome.reason = reason_of(error)
+        warn(what, outcome.reason)
 
 
-def failed_on_any(look: Look, what: str, accelerator: Any, warn: Warn) -> bool:
-    """Whether the look failed on any rank, the same answer on all of them; the first rank warns of it. A collective."""
+def failed_on_any(outcome: Outcome, what: str, accelerator: Any, warn: Warn) -> bool:
+    """Whether `what` failed on any rank, the same answer on all of them; the first rank warns of it. A collective."""
     if accelerator.num_processes == 1:
-        return look.failed
+        return outcome.failed
     from accelerate.utils import gather_object
 
-    reasons = gather_object([look.reason])
-    found = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
-    if found and not look.failed:  # whose own rank failed has said so already; on other ranks than the first this says nothing
-        warn(what, found[0])
-    return bool(found)
+    reasons = gather_object([outcome.reason])
+    failures = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+    if failures and not outcome.failed:  # a rank that failed has warned already; ranks behind the first print nothing here
+        warn(what, failures[0])
+    return bool(failures)
 
 
 def for_each_tracker(accelerator: Any, warn: Warn, do: Callable[[], Any]) -> None:
-    """Call `do` with one tracker of the accelerator's after the other: where one fails, the others do not."""
+    """Call `do` with one tracker of the accelerator after the other: where one fails, the others go on."""
     opened = accelerator.trackers
     try:
         for tracker in opened:
@@ -102,14 +101,14 @@ def for_each_tracker(accelerator: Any, warn: Warn, do: Callable[[], Any]) -> Non
 
 
 def finish_trackers(accelerator: Any, warn: Warn) -> None:
-    """Close each tracker; afterwards there is none."""
+    """Close all trackers; afterwards the accelerator has none."""
     for_each_tracker(accelerator, warn, lambda: accelerator.trackers[0].finish())
     accelerator.trackers = []
 
 
 @contextmanager
 def asked_for(what: str | Path) -> Iterator[None]:
-    """Around the making of `what`, which a person asked for: an error there is a UserError in one line."""
+    """Around the making of `what`, which the user wants: an error there becomes a UserError in one line."""
     try:
         yield
     except UserError:

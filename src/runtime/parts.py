@@ -17,27 +17,27 @@ def shard_as(copy: nn.Module, network: Any) -> None:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which each process may hold a part: then all of them call this together."""
+    """A whole tensor, of which each process may hold a part; where one does, all processes call this together."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
 
 
 def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
-    """All of each tensor, on the CPU; for a process that only takes part in gathering them (`keep` False), nothing."""
-    found = {}
+    """The whole tensors on the CPU; without `keep` nothing, for a process that only takes part in gathering them."""
+    whole = {}
     for name, tensor in tensors.items():
         gathered = full(tensor.detach())
         if keep:
-            found[name] = gathered.cpu()
-    return found
+            whole[name] = gathered.cpu()
+    return whole
 
 
-def part_of(own: Tensor, value: Tensor) -> Tensor:
-    """Of `value`, which is whole, the part that this process holds of `own`, on its device; where that is all, `value`."""
-    if not hasattr(own, "device_mesh"):
+def part_of(like: Tensor, value: Tensor) -> Tensor:
+    """The part of the whole `value` that this process holds of `like`, on its device; all where `like` is not in parts."""
+    if not hasattr(like, "device_mesh"):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    assert isinstance(own, DTensor)
-    cut = distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
-    return cut.clone()  # not a view that keeps the whole alive
+    assert isinstance(like, DTensor)
+    part = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # not a view, which would keep the whole

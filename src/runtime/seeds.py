@@ -1,4 +1,4 @@
-"""Every random number is a function of words such as (seed, purpose, step): nothing depends on what was drawn before."""
+"""Every random number is a function of words such as (seed, purpose, step), and of no number that was drawn before."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def torch_seed(*words: int | str) -> int:
 def normal(shape: Sequence[int], *words: int | str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers that belong to these words, drawn on the device (on a CPU by Philox, whose seed is not cut)."""
     if device.type == "cuda":
-        own = torch.Generator(device).manual_seed(torch_seed(*words))
-        return torch.randn(tuple(shape), generator=own, device=device, dtype=dtype)
+        rng = torch.Generator(device).manual_seed(torch_seed(*words))
+        return torch.randn(tuple(shape), generator=rng, device=device, dtype=dtype)
     wide = np.float64 if dtype == torch.float64 else np.float32
     return torch.from_numpy(generator(*words).standard_normal(tuple(shape), dtype=wide)).to(device, dtype)
 
@@ -37,12 +37,12 @@ def uniforms(rng: np.random.Generator, count: int) -> Tensor:
 
 
 def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int = 0, sweep: int = 0) -> Tensor:
-    """Standard normal noise, (len(indices), *shape) float32 on the CPU: a function of (seed, picture, step, sweep) alone.
+    """Standard normal noise, (len(indices), *shape) float32 on the CPU: a function of (seed, image, step, sweep) alone.
 
-    Philox (Salmon et al. 2011) with (seed, picture) as its key, and the step and how often it was taken before in its counter.
+    Philox (Salmon et al. 2011) with (seed, image) as its key, and the step and how often it was taken before in its counter.
     """
-    drawn, counter = [], np.array([0, 0, sweep, step], dtype=np.uint64)
+    noise, counter = [], np.array([0, 0, sweep, step], dtype=np.uint64)
     for i in indices:
         bits = np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter)
-        drawn.append(np.random.Generator(bits).standard_normal(tuple(shape), dtype=np.float32))
-    return torch.from_numpy(np.stack(drawn))
+        noise.append(np.random.Generator(bits).standard_normal(tuple(shape), dtype=np.float32))
+    return torch.from_numpy(np.stack(noise))

@@ -22,7 +22,7 @@ _SUPPORTED = {
 
 
 def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """What the Accelerator is told where the launcher asks for FSDP; what is not supported is a UserError.
+    """The plugin for the Accelerator where the launcher asks for FSDP, else None; an unsupported setting is a UserError.
 
     accelerate's own bf16 would round all inputs, the time among them (999 becomes 1000), and sum gradients in bf16. Here the
     blocks' weights are gathered in bf16 and nothing else is cast: `prepare` brings the autocast that DDP has.
@@ -30,11 +30,11 @@ def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     for name, (default, supported, why) in _SUPPORTED.items():
-        found = os.environ.get(name, default)
-        if found.lower() != supported.lower():
+        value = os.environ.get(name, default)
+        if value.lower() != supported.lower():
             key = name.lower().replace("transformer_cls", "transformer_layer_cls")
             raise UserError(
-                f"the launcher's {key} is {found or 'not set'}; set {key}: {supported} ({why}), as "
+                f"the launcher's {key} is {value or 'not set'}; set {key}: {supported} ({why}), as "
                 "configs/accelerate/fsdp.yaml does"
             )
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -46,6 +46,6 @@ def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
 
 
-def home(accelerator: Accelerator) -> torch.device:
-    """Where networks are built and loaded: on the device; with FSDP on the CPU, since no card may hold them whole."""
+def build_device(accelerator: Accelerator) -> torch.device:
+    """Where networks are built and loaded: the device; with FSDP the CPU, since a network may be too big for one card."""
     return torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device

@@ -1,4 +1,4 @@
-"""The endless stream of pictures: position p of the stream is a function of (seed, p), so resuming is starting there."""
+"""The endless stream of images: what is at position p is a function of (seed, p), so a run resumes by starting there."""
 
 import itertools
 import os
@@ -32,7 +32,7 @@ class MicroBatch(NamedTuple):
 class BatchPlan(NamedTuple):
     """How the images of a step are dealt: to `world` ranks, each taking `accumulation` micro-batches of `micro`.
 
-    In a run of several stages each has its split, from `first_step` on, when `images_before` images have been seen.
+    Each stage of a run has its own plan, from `first_step` on, when the run has seen `images_before` images.
     """
 
     batch: int
@@ -48,19 +48,19 @@ class BatchPlan(NamedTuple):
         return self.images_before + (step - self.first_step) * self.batch
 
     def of_step(self, part: int) -> slice:
-        """This rank's micro-batch `part` within a step's batch: for slicing what was drawn for the whole batch."""
+        """This rank's micro-batch `part` within the batch of a step; it slices tensors of the whole batch."""
         first = self.rank * self.micro * self.accumulation + part * self.micro
         return slice(first, first + self.micro)
 
     def positions(self, step: int, part: int) -> range:
-        """Where in the stream it begins and ends."""
-        here = self.of_step(part)
-        return range(self.images_at(step) + here.start, self.images_at(step) + here.stop)
+        """The positions in the stream of this rank's micro-batch `part`."""
+        first = self.images_at(step)
+        return range(first + self.of_step(part).start, first + self.of_step(part).stop)
 
 
 def plan_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, world: int) -> BatchPlan:
-    """Derive the accumulation. A device whose share of the batch is no larger than `micro_batch_size` takes it whole; a larger
-    one is divided. A UserError names the nearest sizes where that leaves a rest."""
+    """The plan of a batch. Each rank takes an equal share, divided into micro-batches where it is larger than
+    `micro_batch_size`. A UserError names the nearest sizes where the division leaves a rest."""
 
     def rest(batch: int) -> int:
         share, left = divmod(batch, world)
@@ -84,7 +84,7 @@ def plan_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, worl
 
 
 class Order:
-    """Which picture stands at a position: a shuffle of all pictures per epoch, or, balanced, as many of each class."""
+    """Which image is at a position: each epoch is a shuffle of all images, or, balanced, has as many of each class."""
 
     def __init__(self, labels: NDArray[np.int64], seed: int, *, balanced: bool) -> None:
         self.count, self.labels, self.seed, self.balanced = len(labels), labels, seed, balanced
@@ -101,37 +101,34 @@ class Order:
     def _balanced(self, rng: np.random.Generator) -> NDArray[np.int64]:
         classes = np.unique(self.labels)
         each = -(-self.count // len(classes))
-        drawn = []
+        shuffles = []
         for label in classes:
             members = np.flatnonzero(self.labels == label)
             rounds = -(-each // len(members))
-            drawn.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:each])
-        return rng.permutation(np.concatenate(drawn))[: self.count]
+            shuffles.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:each])
+        return rng.permutation(np.concatenate(shuffles))[: self.count]
 
     def __call__(self, positions: range) -> NDArray[np.int64]:
-        first, last = positions.start // self.count, (positions.stop - 1) // self.count
-        inside = [(epoch, slice(max(0, positions.start - epoch * self.count), positions.stop - epoch * self.count))
-                  for epoch in range(first, last + 1)]  # fmt: skip
-        return np.concatenate([self._epoch(epoch)[part] for epoch, part in inside]).astype(np.int64)
+        parts = []
+        for epoch in range(positions.start // self.count, (positions.stop - 1) // self.count + 1):
+            first = epoch * self.count
+            parts.append(self._epoch(epoch)[max(0, positions.start - first) : positions.stop - first])
+        return np.concatenate(parts).astype(np.int64)
 
 
 class _Positions(Dataset[MicroBatch]):
-    def __init__(self, pictures: ImageSet, spec: ImageConfig, order: Order) -> None:
-        self.pictures, self.spec, self.order = pictures, spec, order
+    def __init__(self, images: ImageSet, spec: ImageConfig, order: Order) -> None:
+        self.images, self.spec, self.order = images, spec, order
 
     def __getitem__(self, positions: range) -> MicroBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
         indices = self.order(positions)
         u = position_uniforms(self.order.seed, np.arange(positions.start, positions.stop))
-        images = self.pictures.batch(indices, self.spec, u)
-        return MicroBatch(
-            torch.from_numpy(np.ascontiguousarray(images)),
-            torch.from_numpy(self.pictures.labels[indices]),
-            positions.start,
-        )
+        pixels = torch.from_numpy(np.ascontiguousarray(self.images.batch(indices, self.spec, u)))
+        return MicroBatch(pixels, torch.from_numpy(self.images.labels[indices]), positions.start)
 
 
 def positions_of(split: BatchPlan, start_step: int) -> Iterator[range]:
-    """Where this rank's micro-batches stand in the stream, from `start_step` on, for ever."""
+    """The positions of this rank's micro-batches in the stream, from `start_step` on, without end."""
     for step in itertools.count(start_step):
         for part in range(split.accumulation):
             yield split.positions(step, part)
@@ -146,16 +143,16 @@ class _From(Sampler[range]):
 
 
 def _quiet_worker(_: int) -> None:
-    # Ctrl-C and a launcher's SIGTERM go to the whole process group: out of it, so that the main process alone decides.
+    # Ctrl-C and a launcher's SIGTERM go to the whole process group. A worker leaves it, so that the main process alone decides.
     if hasattr(os, "setsid"):  # not on Windows
         os.setsid()
-    signal.set_wakeup_fd(-1)  # what the main process counts are its own signals
+    signal.set_wakeup_fd(-1)  # the main process counts only its own signals
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
 def stream(
-    pictures: ImageSet,
+    images: ImageSet,
     spec: ImageConfig,
     split: BatchPlan,
     *,
@@ -165,14 +162,14 @@ def stream(
     workers: int = 0,
     device: torch.device,
 ) -> Generator[MicroBatch, None, None]:
-    """This rank's micro-batches from `start_step` on, for ever; `split.accumulation` of them make a step. `close()` ends its
+    """This rank's micro-batches from `start_step` on, without end; `split.accumulation` of them make a step. `close()` ends its
     workers.
 
-    `workers` processes decode ahead, at most one for each core; none where the pictures are decoded already.
+    `workers` processes decode ahead, at most one for each core; none where the images are decoded already.
     """
-    pictures.prepare(spec)
-    data = _Positions(pictures, spec, Order(pictures.labels, seed, balanced=balanced))
-    workers = 0 if pictures.ready else min(workers, os.cpu_count() or 1)
+    images.prepare(spec)
+    data = _Positions(images, spec, Order(images.labels, seed, balanced=balanced))
+    workers = 0 if images.ready else min(workers, os.cpu_count() or 1)
     batches: Any = iter(
         DataLoader(
             data,
@@ -189,13 +186,13 @@ def stream(
         yield from batches
     finally:
         if workers:
-            batches._shutdown_workers()  # here and now: left to the interpreter's end they are killed, and torch complains
+            batches._shutdown_workers()  # at the interpreter's end they would be killed, and torch would complain
 
 
 def latent_stream(
     latents: LatentSet, labels: NDArray[np.int64], split: BatchPlan, *, seed: int, balanced: bool, flip: bool, start_step: int
 ) -> Iterator[MicroBatch]:
-    """The same of a latent cache: `images` are moments (B, 2, D, h, w) on its device. `flip` takes half of them mirrored."""
+    """The stream of a latent cache: `images` are moments (B, 2, D, h, w) on its device. `flip` mirrors half of them."""
     order = Order(labels, seed, balanced=balanced)
     for positions in positions_of(split, start_step):
         indices = order(positions)

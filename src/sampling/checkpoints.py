@@ -17,8 +17,9 @@ from ..config.progress import Progress
 from ..diffusion import Prediction
 from ..runs.classifier import open_classifier
 from ..runs.opened import Opened, open_trained
-from ..runtime.launch import explain_out_of_memory, start_sampling
+from ..runtime.launch import start_sampling
 from ..runtime.looks import asked_for
+from ..runtime.memory import explain_out_of_memory
 from .build import build_sampler, dealt
 from .files import Frames, columns_for
 from .sampler import Sampler, add_arguments, sampler_config

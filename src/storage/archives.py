@@ -1,4 +1,4 @@
-"""Unpack a downloaded archive: staged, and no name leaves the folder."""
+"""Unpack a downloaded archive into a folder that is whole or absent, and that no name in the archive leaves."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from ..config import FULL, UserError
@@ -40,24 +41,20 @@ def _inside(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts and not re.match("[A-Za-z]:", name)
 
 
-def _zip_name(member: zipfile.ZipInfo) -> str:
-    """The name as whoever packed it saw it: Windows' separators, and UTF-8 that is not marked as such, are understood."""
+def _zip_name(member: zipfile.ZipInfo) -> tuple[str, bool]:
+    """The name as its author saw it, and whether its letters are guessed, because nothing says in which code page they are.
+
+    Windows' separators, and UTF-8 that is not marked as such, are understood.
+    """
     name, marked = member.orig_filename.partition("\0")[0], member.flag_bits & 0x800
-    if not marked and not name.isascii():
+    guessed = not marked and not name.isascii()
+    if guessed:
         raw = name.encode("cp437", "replace")
-        for told in (_unicode_field(member.extra, raw), raw):
-            try:
-                name = told.decode("utf-8")
+        for encoded in (_unicode_field(member.extra, raw), raw):
+            with suppress(UnicodeDecodeError):
+                name, guessed = encoded.decode("utf-8"), False
                 break
-            except UnicodeDecodeError:
-                continue
-    return name.replace("\\", "/")
-
-
-def _is_garbled(member: zipfile.ZipInfo) -> bool:
-    """Whether the letters of a name are guessed: it has some outside ASCII, and nothing says in which code page."""
-    name = member.orig_filename.partition("\0")[0]
-    return not member.flag_bits & 0x800 and not name.isascii() and _zip_name(member) == name.replace("\\", "/")
+    return name.replace("\\", "/"), guessed
 
 
 def _unicode_field(extra: bytes, raw: bytes) -> bytes:
@@ -71,50 +68,50 @@ def _unicode_field(extra: bytes, raw: bytes) -> bytes:
 
 
 def _of_macos(name: str) -> bool:
-    """Whether macOS put it beside the files: what it shows of folders, and what other systems cannot keep of files."""
+    """Whether macOS put the file beside the others, to show folders or to keep what other systems cannot."""
     parts = PurePosixPath(name).parts
     return "__MACOSX" in parts or (bool(parts) and (parts[-1].startswith("._") or parts[-1] == ".DS_Store"))
 
 
 class _Names:
-    """The names that were unpacked, and what is to be said of them."""
+    """The names that were unpacked, and the notes about them."""
 
     def __init__(self, archive: Path) -> None:
-        self._archive, self._seen = archive, dict[str, str]()
-        self._twice, self._alike, self.left = list[str](), list[str](), 0
-        self.garbled: list[str] = []
+        self._archive, self._known = archive, dict[str, str]()
+        self._twice, self._alike = list[str](), list[str]()
+        self.garbled, self.of_macos = list[str](), 0
 
     def add(self, name: str, place: Path, *, same: bool = False) -> None:
-        """A file comes to `place`; `same` says that it is what is there already under this name. A UserError where the disk
-        takes it for another one."""
+        """Note that a file is unpacked to `place`; `same` says that its content is there already under this name. A UserError
+        where the disk takes two names for one."""
         key = unicodedata.normalize("NFC", PurePosixPath(name).as_posix()).casefold()
-        known = self._seen.get(key)
-        if known is None:
-            self._seen[key] = name
+        known = self._known.setdefault(key, "")
+        if not known:
+            self._known[key] = name
         elif known == name:
-            self._twice += [] if same else [name]
+            self._twice += [] if same else [repr(name)]
         elif place.exists() and not place.is_dir():
             raise Damaged(f"{self._archive}: {known!r} and {name!r} are one file on this disk; unpack it on another one")
         else:
             self._alike.append(f"{known!r} and {name!r}")
 
-    def tell(self) -> None:
-        for found, what in (
+    def print_notes(self) -> None:
+        notes = []
+        for names, what in (
             (self._twice, "in it more than once, with different contents: the last one was taken"),
             (self._alike, "names that look alike: they are kept apart, and folders of them are different classes"),
         ):
-            if found:
-                first = f"{found[0]!r}" if found is self._twice else found[0]
-                more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-                print(f"note: {self._archive}: {first}{more}: {what}", file=sys.stderr)
+            if names:
+                notes.append(f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {what}")
         if self.garbled:
-            print(
-                f"note: {self._archive}: {len(self.garbled)} names, such as {self.garbled[0]!r}, do not say in which code page "
-                "their letters are; if they read wrongly, unpack with unzip -O CODEPAGE (such as gbk, shift_jis, cp866)",
-                file=sys.stderr,
+            notes.append(
+                f"{len(self.garbled)} names, such as {self.garbled[0]!r}, do not say in which code page their letters are; if "
+                "they read wrongly, unpack with unzip -O CODEPAGE (such as gbk, shift_jis, cp866)"
             )
-        if self.left:
-            print(f"note: {self._archive}: {self.left} files of macOS (__MACOSX, ._names) are left out", file=sys.stderr)
+        if self.of_macos:
+            notes.append(f"{self.of_macos} files of macOS (__MACOSX, ._names) are left out")
+        for note in notes:
+            print(f"note: {self._archive}: {note}", file=sys.stderr)
 
 
 def unpack(archive: Path, out: Path) -> int:
@@ -146,52 +143,51 @@ def _refuse(archive: Path, name: str) -> Damaged:
     return Damaged(f"{archive}: the name {name!r} would leave the folder; the archive is refused")
 
 
-def _room(staged: Path, needed: int, what: str) -> None:
-    free = shutil.disk_usage(staged).free
-    if needed > free:
-        raise UserError(f"{what} {size(needed)} and {size(free)} are free; make room")
+def _check_room(staged: Path, needed: int, what: str) -> None:
+    free_bytes = shutil.disk_usage(staged).free
+    if needed > free_bytes:
+        raise UserError(f"{what} {size(needed)} and {size(free_bytes)} are free; make room")
 
 
 def _unpack_zip(archive: Path, staged: Path) -> int:
-    names, count, sums = _Names(archive), 0, dict[str, tuple[int, int]]()
+    names, contents = _Names(archive), dict[str, tuple[int, int]]()  # of each name its checksum and size
     with zipfile.ZipFile(archive) as file:
         members = file.infolist()
         for member in members:
-            name = _zip_name(member)
+            name, guessed = _zip_name(member)
             if not _inside(name):
                 raise _refuse(archive, member.orig_filename)
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise Damaged(f"{archive}: {member.orig_filename!r} is a link, not a file; the archive is refused")
-            names.garbled += [name] if _is_garbled(member) else []
-        _room(staged, sum(member.file_size for member in members), f"{archive} unpacks to")
+            names.garbled += [name] if guessed else []
+            member.filename = name
+        _check_room(staged, sum(member.file_size for member in members), f"{archive} unpacks to")
         for member in track(members, "unpacking", unit="files"):
-            member.filename = _zip_name(member)
             if _of_macos(member.filename):
-                names.left += not member.is_dir()
+                names.of_macos += not member.is_dir()
                 continue
             if not member.is_dir():
-                told = (member.CRC, member.file_size)
-                names.add(member.filename, staged / member.filename, same=sums.get(member.filename) == told)
-                count += member.filename not in sums
-                sums[member.filename] = told
+                content = (member.CRC, member.file_size)
+                names.add(member.filename, staged / member.filename, same=contents.get(member.filename) == content)
+                contents[member.filename] = content
             file.extract(member, staged)
-    names.tell()
-    return count
+    names.print_notes()
+    return len(contents)
 
 
 def _unpack_tar(archive: Path, staged: Path) -> int:
     names, files = _Names(archive), set[str]()
-    # A tar has no index, but pictures do not get smaller: what comes out is no less than what the archive takes.
-    _room(staged, archive.stat().st_size, f"{archive} unpacks to at least")
+    # A tar has no index, but images do not get smaller: what comes out is no less than what the archive takes.
+    _check_room(staged, archive.stat().st_size, f"{archive} unpacks to at least")
     with tarfile.open(archive) as file, Progress("unpacking", unit="files") as bar:
         for member in file:  # one pass: a compressed tar has no index
-            told, member.name = member.name, member.name.replace("\\", "/")
+            written_name, member.name = member.name, member.name.replace("\\", "/")
             if not _inside(member.name) and os.path.normpath(member.name) != ".":
-                raise _refuse(archive, told)
+                raise _refuse(archive, written_name)
             if _of_macos(member.name):
-                names.left += member.isfile()
+                names.of_macos += member.isfile()
                 continue
-            _room(staged, member.size, f"{archive}: {member.name} alone is")
+            _check_room(staged, member.size, f"{archive}: {member.name} alone is")
             if member.isfile():
                 names.add(member.name, staged / member.name)
                 files.add(member.name)
@@ -200,9 +196,10 @@ def _unpack_tar(archive: Path, staged: Path) -> int:
             try:
                 file.extract(member, staged, filter="data")
             except tarfile.SpecialFileError:
-                raise Damaged(f"{archive}: {told!r} is a pipe or a device, not a file; the archive is refused") from None
+                message = f"{archive}: {written_name!r} is a pipe or a device, not a file; the archive is refused"
+                raise Damaged(message) from None
             except tarfile.FilterError:
-                raise _refuse(archive, told) from None
+                raise _refuse(archive, written_name) from None
             bar.update()
-    names.tell()
+    names.print_notes()
     return len(files)

@@ -1,4 +1,4 @@
-"""Weights are fetched into the cache of torch once for each machine; why the Hugging Face hub gives nothing, in words."""
+"""Weights that are fetched into the cache of torch, once for each machine; and weights read from files."""
 
 import http.client
 import os
@@ -12,7 +12,6 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 from urllib.request import getproxies
 
 import torch
@@ -22,8 +21,6 @@ from ..config import FORBIDDEN, FULL, UserError
 from .finite import check_finite
 
 PATIENCE = 15.0  # seconds without an answer, after which there is no network
-
-
 HEAD_START = 2.0  # seconds that the first rank of a machine has, so that it is the one that fetches and shows its progress
 
 
@@ -49,7 +46,7 @@ def fetch_weights(url: str, path: Path) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not first:
             time.sleep(HEAD_START)
-        with _alone(path.parent):
+        with _one_process_at_a_time(path.parent):
             if path.is_file():
                 return None
             _sweep(path)
@@ -77,26 +74,26 @@ def fetch_weights(url: str, path: Path) -> str | None:
             return f"{path.parent} cannot be written: {reason.strerror}"
         if isinstance(reason, TimeoutError):
             return f"no answer from {host} in {PATIENCE:g} s"
-        told = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        by = " (a proxy is set in the environment)" if urllib.parse.urlsplit(url).scheme in getproxies() else ""
-        return " ".join(f"{host}: {told}{by}".split())
+        cause = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        proxy = " (a proxy is set in the environment)" if urllib.parse.urlsplit(url).scheme in getproxies() else ""
+        return " ".join(f"{host}: {cause}{proxy}".split())
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process fetches into this folder, and keep them waiting. The kernel drops the lock when one dies."""
+def _one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process fetches into this folder. The system drops the lock of a process that dies."""
     try:
         import fcntl
     except ImportError:  # Windows: there is one process
         yield
         return
-    held = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without such locks: then several may fetch it, each whole
-            fcntl.flock(held, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(held)
+        os.close(handle)
 
 
 def _sweep(path: Path) -> None:
@@ -110,7 +107,7 @@ def _sweep(path: Path) -> None:
 
 @contextmanager
 def _limited_wait() -> Iterator[None]:
-    """torch waits for ever for a network that swallows what it is sent."""
+    """Around torch's download, which would wait for ever for a network that gives no answer."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
@@ -120,22 +117,21 @@ def _limited_wait() -> Iterator[None]:
 
 
 def read_weights(path: Path, key: str) -> dict[str, Tensor]:
-    """The tensors of a `.pth` or `.safetensors` file; a UserError that begins with `key`, who wants them."""
-    found: Any
+    """The tensors of a `.pth` or `.safetensors` file; a UserError begins with `key`, the part of the config that wants them."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found = load_file(path)
+            weights = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{key}: there is no file {path}") from None
-    except Exception:  # whatever they say of bytes that are no weights
+    except Exception:  # the libraries raise anything for bytes that are no weights
         raise UserError(f"{key}: {path} is damaged, or holds no weights; get it again") from None
-    if isinstance(found, dict):
-        check_finite(found, f"{key}: {path}", "get the file again")
-    return found
+    if isinstance(weights, dict):
+        check_finite(weights, f"{key}: {path}", "get the file again")
+    return weights
 
 
 def put_weights(network: torch.nn.Module, weights: dict[str, Tensor], path: Path, key: str) -> None:
@@ -144,55 +140,3 @@ def put_weights(network: torch.nn.Module, weights: dict[str, Tensor], path: Path
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError):
         raise UserError(f"{key}: {path} holds the weights of another network") from None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what caused it, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def hub_reason(name: str, error: BaseException, kind: str = "model") -> str:
-    """Why the Hugging Face hub did not give the `kind` (model or dataset) `name`, and how to go on, in one line.
-
-    Libraries wrap the hub's errors in their own, so whatever caused the error counts. It tells apart: the hub was not reached;
-    it has no such repository; it wants a login; it answered with another error. Anything else is given in its own words.
-    """
-    chain = list(_causes(error))
-    words = {base.__name__ for cause in chain for base in type(cause).__mro__}
-    text = " ".join(str(cause) for cause in chain)
-    status = next((code for cause in chain if (code := _status(cause)) is not None), None)
-    option = " --repo-type dataset" if kind == "dataset" else ""
-    fetch = f"where there is a network: hf download{option} {name} --local-dir FOLDER, then give the path of that FOLDER here"
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    if "GatedRepoError" in words or "is a gated" in text:
-        return f"on the Hugging Face hub {name} is gated: accept its conditions at {page}, then log in with: hf auth login"
-    if "HFValidationError" in words or (words & NOWHERE and (name[:1] in ("/", ".", "~") or name.count("/") > 1)):
-        return f"{name} is no folder that is here, and no name on the Hugging Face hub, which is OWNER/NAME; check it"
-    if words & NOWHERE or status == 404:
-        return (
-            f"the Hugging Face hub has no {kind} {name}, or it is private: check the name, or, where it is private, log in "
-            "with: hf auth login"
-        )
-    if status in (401, 403):
-        return f"the Hugging Face hub does not let you read {name} (status {status}): log in with a valid token: hf auth login"
-    if status is not None:
-        return f"the Hugging Face hub answered with an error (status {status}) for {name}; try again later, or, {fetch}"
-    if "OfflineModeIsEnabled" in words or "offline mode" in text.lower():
-        return (
-            "the Hugging Face hub was not reached, since HF_HUB_OFFLINE (or a variable like it) is set, and the cache of this "
-            f"machine does not have {name}; unset the variable, or, {fetch}"
-        )
-    unreached = {"LocalEntryNotFoundError", "ConnectionError", "ConnectError", "TimeoutException", "TransportError", "Timeout"}
-    if words & {*unreached, "TimeoutError", "gaierror", "SSLError", "ProxyError"}:
-        return f"the Hugging Face hub was not reached, and the cache of this machine does not have {name}; {fetch}"
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
-
-
-NOWHERE = {"RepositoryNotFoundError", "DatasetNotFoundError"}
-
-
-def _status(error: BaseException) -> int | None:
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    return code if isinstance(code, int) and code >= 400 else None

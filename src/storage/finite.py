@@ -11,7 +11,7 @@ from ..config import UserError
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity. Where its sum is finite, which is cheap to know, it is."""
+    """Whether a tensor holds neither NaN nor infinity. A finite sum, which is cheap to compute, proves it."""
     if value.is_meta or not (value.is_floating_point() or value.is_complex()):
         return True
     wide = _wide(value)
@@ -23,13 +23,14 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def check_finite(weights: Mapping[str, Any], where: str | Path, advice: str = "get them again, or take earlier ones") -> None:
-    """A UserError where tensors of `weights`, which are those of `where`, hold NaN or infinity; it names the first of them."""
+    """A UserError where tensors of `weights`, read from `where`, hold NaN or infinity; it names the first of them."""
     bad = [name for name, value in weights.items() if isinstance(value, Tensor) and not is_finite(value)]
     if not bad:
         return
     value = weights[bad[0]]
-    count, more = int((~torch.isfinite(_wide(value))).sum()), f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+    count = int((~torch.isfinite(_wide(value))).sum())
+    others = f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
     raise UserError(
         f"{where}: these weights cannot be used: {count} of the {value.numel()} numbers of {bad[0]} are not finite (NaN or "
-        f"infinity){more}; {advice}"
+        f"infinity){others}; {advice}"
     )

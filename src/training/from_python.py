@@ -14,8 +14,8 @@ from ..config import UserError, quoted
 from ..data import GIVEN, ImageSet, PointSet, open_data, open_given
 from ..models import MLP, MLPConfig
 from ..runs.opened import build_unet
-from ..runtime.launch import same_on_all
-from ..runtime.sharding import home
+from ..runtime.processes import same_on_all
+from ..runtime.sharding import build_device
 from .given import given_network, needs_null_class
 from .trials import Attempt, train_here
 
@@ -51,7 +51,7 @@ class Given:
         self, cfg: Any, accelerator: Accelerator, shape: tuple[int, ...], num_classes: int | None, *sets: Any
     ) -> nn.Module:
         """The network of the config, or the caller's, checked; on its device, before it is prepared. `sets` are the data."""
-        place, dtype = home(accelerator), getattr(torch, cfg.dtype)
+        place, dtype = build_device(accelerator), getattr(torch, cfg.dtype)
         learned = cfg.process.variance == "learned"
         if self.own:
             told = {"null_class": needs_null_class(cfg.label_dropout, *sets), "learned": learned}

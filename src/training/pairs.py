@@ -26,7 +26,7 @@ from ..runs.ends import Coupling
 from ..runs.latents import CONTENT
 from ..runs.opened import open_run
 from ..runtime.examples import Examples
-from ..runtime.launch import ranks_of
+from ..runtime.processes import ranks_of
 from ..runtime.stream import BatchPlan, MicroBatch, Order, positions_of
 from ..sampling.build import build_sampler
 from ..sampling.sampler import Sampler, SamplerConfig, random_labels

@@ -14,8 +14,10 @@ from ..data import ImageSet, PointSet
 from ..data.names import class_remarks
 from ..runtime import checkpoint
 from ..runtime.checkpoint import Documents, Tensors, keeps_best, step_folder
-from ..runtime.launch import Heartbeats, StepGate, StopRequest, broadcast, has_bf16_units, start_trackers
-from ..runtime.looks import Look, finish_trackers, for_each_tracker, only_looked_at
+from ..runtime.launch import has_bf16_units, start_trackers
+from ..runtime.looks import Outcome, finish_trackers, for_each_tracker, only_looked_at
+from ..runtime.processes import Heartbeats, broadcast
+from ..runtime.stopping import StepGate, StopRequest
 from ..runtime.stream import BatchPlan
 from .clock import Cadence, Clock
 from .config import TrainConfig
@@ -215,7 +217,7 @@ class Session:
 
     def settle(self) -> None:
         """By now it is known whether the step before was finite: then its weights enter the EMA."""
-        counted = self.gate.settle()
+        counted = self.gate.read()
         if counted is not None:
             self.trained.ema.update(self.trained.network, self.split.images_at(counted), self.split.batch)
 
@@ -239,7 +241,7 @@ class Session:
             some = self.attempt.due(self.step - self._first, asked=self.gate.save, device=device) or self.gate.stop
         else:
             some = self._ending or self.gate.stop or self.gate.save or any(due(self.step) for due in self._cadences.values())
-        if some or self.gate.asked_here:
+        if some or self.gate.stop_is_local:
             self.settle()
         return some or self.gate.stop
 
@@ -292,7 +294,7 @@ class Session:
             return False
         return name in values and self.better(name, values[name], measured) and keeps_best(self.cfg)
 
-    def look(self, what: str) -> AbstractContextManager[Look]:
+    def look(self, what: str) -> AbstractContextManager[Outcome]:
         """Around the drawing of `what`, which is only to be looked at: where it fails, the run says so and goes on."""
         return only_looked_at(what, self.run.warn)
 

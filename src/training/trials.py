@@ -22,8 +22,10 @@ from ..config import ENDLESS, UserError, read_json
 from ..config.progress import Phases, say
 from ..report.report import SAMPLE_BYTES
 from ..runtime.checkpoint import keeps_best, newest, read_tensors, step_folder, verify_checkpoint
-from ..runtime.launch import OutOfMemory, explain_out_of_memory, silent_ranks, undetermined
+from ..runtime.launch import undetermined
 from ..runtime.looks import of_a_lost_rank
+from ..runtime.memory import OutOfMemory, explain_out_of_memory
+from ..runtime.processes import silent_ranks
 from ..runtime.stream import BatchPlan
 from .clock import Cadence, peak_memory_gigabytes
 from .continuing import MARK, continue_as, directory_of

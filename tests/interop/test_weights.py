@@ -23,7 +23,8 @@ from src.models import UNet, UNetConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import open_autoencoder, start_from
 from src.runs.opened import open_trained
-from src.storage.weights import KL, UNET_2D, find_files, find_network, rank, read_file, read_foreign_json
+from src.storage.networks import KL, UNET_2D, find_network, preference
+from src.storage.weight_files import find_files, read_file, read_foreign_json
 from tests.conftest import here, randomise, refused
 from tests.interop.test_guided_diffusion import SMALL as SMALL_GUIDED
 from tests.interop.test_guided_diffusion import SMALL_FLAGS, foreign_state
@@ -218,7 +219,7 @@ def test_which_chooses(tmp_path: Path, guided: dict[str, Tensor]) -> None:
     ],
 )
 def test_names_of_averages(name: str, average: bool) -> None:
-    assert (rank(f"{name}.") == 2) == average
+    assert (preference(f"{name}.") == 2) == average
 
 
 def test_raw_weights_beside_their_average_are_remarked_on(tmp_path: Path, guided: dict[str, Tensor]) -> None:

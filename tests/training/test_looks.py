@@ -20,8 +20,8 @@ from src import figures
 from src.config import UserError
 from src.report import report
 from src.runtime.checkpoint import verify_checkpoint
-from src.runtime.launch import OutOfMemory
 from src.runtime.looks import failed_on_any, finish_trackers, for_each_tracker, is_out_of_memory, only_looked_at, reason_of
+from src.runtime.memory import OutOfMemory
 from src.sampling.sampler import Sampler
 from src.training import preview
 from src.training.run import RunDirectory

@@ -24,18 +24,11 @@ from src.data.facts import describe_data
 from src.data.sources import ShapesSource
 from src.runtime import checkpoint
 from src.runtime.checkpoint import CheckpointConfig, load_weights, newest, retain, step_folder, verify_checkpoint, write_folder
-from src.runtime.launch import (
-    Heartbeats,
-    MachineConfig,
-    StepGate,
-    StopRequest,
-    explain_out_of_memory,
-    has_bf16_units,
-    precision_for,
-    start,
-    start_sampling,
-)
+from src.runtime.launch import MachineConfig, has_bf16_units, precision_for, start, start_sampling
+from src.runtime.memory import explain_out_of_memory
+from src.runtime.processes import Heartbeats
 from src.runtime.seeds import generator, normal, torch_seed, uniforms
+from src.runtime.stopping import StepGate, StopRequest
 from src.runtime.stream import Order, plan_batch, stream, to_network
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
@@ -567,35 +560,35 @@ def test_the_gate_counts_finite_steps_and_ends_a_run_of_bad_ones(accelerator: Ac
     gate = StepGate(accelerator, stop_request, every_minutes=None, patience=3)
     good, bad = torch.tensor(True), torch.tensor(False)
     gate.send(1, good)
-    assert gate.settle() == 1 and gate.settle() is None
+    assert gate.read() == 1 and gate.read() is None
     for step in (2, 3):
         gate.send(step, bad)
-        assert gate.settle() is None
+        assert gate.read() is None
     assert gate.skipped_in_a_row == 2
     gate.send(4, good)
-    assert gate.settle() == 4 and gate.skipped_in_a_row == 0
+    assert gate.read() == 4 and gate.skipped_in_a_row == 0
     for step in (5, 6):
         gate.send(step, bad)
-        gate.settle()
+        gate.read()
     gate.send(7, bad)
     with pytest.raises(UserError, match="step 7: .* not finite, the 3th time in a row; there is no checkpoint yet: lower"):
-        gate.settle()
+        gate.read()
     gate.saved(6)
     gate.send(8, bad)
     with pytest.raises(UserError, match="the last checkpoint is of step 6, from before: lower optimizer.lr"):
-        gate.settle()
+        gate.read()
 
 
 def test_the_gate_carries_stop_and_clock(accelerator: Accelerator, stop_request: StopRequest) -> None:
     gate = StepGate(accelerator, stop_request, every_minutes=1e-9, patience=3)
     time.sleep(0.01)
     gate.send(1, torch.tensor(True))
-    gate.settle()
+    gate.read()
     assert gate.save and not gate.stop
     gate.saved()
-    stop_request.asked = True
+    stop_request.requested = True
     gate.send(2, torch.tensor(True))
-    gate.settle()
+    gate.read()
     assert gate.stop
 
 
@@ -700,7 +693,7 @@ def test_glibc_keeps_what_is_freed_unless_the_environment_says_how(variables: di
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("not glibc")
     code = (
-        "import psutil, torch; from src.runtime.launch import keep_freed_memory; print(keep_freed_memory());"
+        "import psutil, torch; from src.runtime.memory import keep_freed_memory; print(keep_freed_memory());"
         "x = torch.ones(16 << 20); me = psutil.Process(); before = me.memory_info().rss; del x;"
         "print(before - me.memory_info().rss > 32 << 20)"
     )
@@ -720,7 +713,7 @@ def test_precision_without_a_gpu() -> None:
 
 BEATS = """
 import sys, time
-from src.runtime.launch import Heartbeats
+from src.runtime.processes import Heartbeats
 heart = Heartbeats(int(sys.argv[1]), 3, seconds=0.4, patience=10)
 time.sleep(1)
 print("beats", flush=True)

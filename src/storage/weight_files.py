@@ -1,0 +1,244 @@
+"""Weights of other programs as files: read without running anything in them, and found in a folder."""
+
+import argparse
+import difflib
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from ..config import UserError, quoted
+from .networks import few, flatten, preference
+
+LFS_POINTER = b"version https://git-lfs"
+OTHER_FILES = {b"\x89HDF": "an HDF5 file, of Keras perhaps", b"GGUF": "a GGUF file", b"\x93NUMPY": "an array"}
+PACKED = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!")
+
+
+def read_foreign_json(path: Path) -> dict[str, Any]:
+    """The JSON object that another Python program wrote: -Infinity, NaN and a byte-order mark are read, too."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({error})") from None
+    except (ValueError, RecursionError) as error:
+        pointer = "; it is a Git LFS pointer: git lfs pull fetches the file" if _head(path).startswith(LFS_POINTER) else ""
+        raise UserError(f"{path}: not valid JSON ({error}){pointer}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: not the JSON object that diffusers writes")
+    return document
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: not a state dict that can be read safely ({reason})")
+
+
+def _missing(path: Path) -> UserError:
+    """The mistake of a path where nothing is: it names what beside it has a name like it."""
+    beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
+    if path.is_symlink():
+        return UserError(f"{path}: it is a link that leads nowhere (to {path.readlink()}); bring the file that it names")
+    near = difflib.get_close_matches(path.name, beside, 1)
+    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+    if not path.parent.is_dir() and str(path).count("/") == 1 and str(path)[0] not in "./~" and not path.suffix:
+        hint = "; a name on the Hugging Face hub is not taken here: download the file, and give its path"
+    where = f"{path.parent} has no {path.name}" if path.parent.is_dir() else str(path)
+    return UserError(f"{where}: there is no such checkpoint{hint}")
+
+
+def _is_a_folder(path: Path) -> UserError:
+    files = sorted(file.name for file in path.iterdir() if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
+    hint = f"give one of its files, such as {path / files[0]}" if files else "give the file of the weights"
+    if any((path / name).is_file() for name in ("model_index.json", "config.json", "unet/config.json", "unet_ema/config.json")):
+        hint = f"a folder of diffusers is read by: python convert.py diffusers {quoted(path)}"
+    return _unreadable(path, f"it is a folder; {hint}")
+
+
+def _kind_of_file(path: Path) -> str:
+    """`safetensors` or `torch`, by the first bytes, whatever the file is called; a UserError for what is neither."""
+    head = _head(path)
+    safe = path.suffix == ".safetensors"
+    if not head:
+        raise _unreadable(path, "it is empty")
+    if head.startswith(LFS_POINTER):
+        raise _unreadable(path, "it is a Git LFS pointer, which stands for the file: git lfs pull fetches it")
+    if head.lstrip()[:1] == b"<":
+        raise _unreadable(path, "it is a web page, as a download that failed leaves; get the file again")
+    for magic, name in OTHER_FILES.items():
+        if head.startswith(magic):
+            raise _unreadable(path, f"it is {name}; save the state dict with torch or safetensors")
+    if head.startswith(PACKED) or head[257:262] == b"ustar":
+        raise _unreadable(path, "it is a packed archive; unpack it first, and give the file of weights in it")
+    if not any(head):
+        raise _unreadable(path, "it begins with nothing but zeros, as a copy that failed leaves; get the file again")
+    # Pickles and zip archives have bytes at their beginning that no text has.
+    if not safe and head[8:9] != b"{" and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head[:256]):
+        raise _unreadable(path, "it is a text file, as a download that failed leaves; get the file again")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [name.partition("/")[2] or name for name in archive.namelist()]
+        if "constants.pkl" in names or "data.pkl" not in names:
+            kind = "a TorchScript program" if "constants.pkl" in names else f"a zip archive of {few(names)}"
+            raise _unreadable(path, f"it is {kind}; save the state dict with torch or safetensors")
+        return "torch"
+    return "safetensors" if safe or head[8:9] == b"{" else "torch"
+
+
+def _harmless() -> list[Any]:
+    """What checkpoints hold besides tensors that runs no code: arguments, and NumPy's numbers by their old and new names."""
+    scalar = getattr(np, "_core").multiarray.scalar  # noqa: B009
+    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")]
+    return [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
+
+
+def read_file(path: str | Path) -> Any:
+    """What another program saved in a file of torch or safetensors, read without running anything in it."""
+    path = Path(path)
+    if path.is_dir():
+        raise _is_a_folder(path)
+    try:
+        if not path.exists():
+            raise _missing(path)
+        kind = _kind_of_file(path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or type(error).__name__) from None
+    if kind == "safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); get it again") from None
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
+            warnings.simplefilter("ignore")  # of what is odd in a pickle, the error says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # broken bytes may make the unpickler raise anything
+        if (named := re.search(r"GLOBAL (\S+)", str(error))) is not None:
+            raise UserError(
+                f"{path}: refused, because to load it is to run code ({named[1]}); a checkpoint must hold tensors alone: "
+                "have its author save the state dict"
+            ) from None
+        reason = (str(error).strip().splitlines() or ["it ends too soon"])[0].split(". ")[0]
+        if len(reason) < 10 or "weights_only" in reason or reason.startswith("Weights only"):  # torch's words say nothing
+            reason = "it is no file that torch.save or safetensors wrote, or it is damaged"
+        raise _unreadable(path, reason) from None
+
+
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of accelerate, of transformers
+
+
+NO_WEIGHTS = re.compile(r"optimizer|scheduler|random_states|rng_state|scaler|training_args|lora|sampler|dl_state")
+
+
+ELSEWHERE = (".distcp", ".msgpack", ".onnx", ".h5", ".xml", ".ckpt.index", ".gguf", ".npz")
+
+
+class FileSet(NamedTuple):
+    """The files that make one set of weights: its name, whole or in shards, and the shards that are not there."""
+
+    name: str
+    files: tuple[Path, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> tuple[int, int, int, str]:
+        """The best first: names that the libraries give, an average (EMA), full precision before half, raw weights last;
+        safetensors before pickles."""
+        stem, _, rest = self.name.partition(".")
+        variant = rest.rpartition(".")[0]
+        half = -1 if preference(variant) == 2 else 1 if variant in ("fp16", "bf16") else 2 if variant else 0
+        return STEMS.index(stem) if stem in STEMS else len(STEMS), half, int(not self.name.endswith(".safetensors")), self.name
+
+
+def _file_sets(folder: Path) -> list[FileSet]:
+    """The sets of weights in a folder; shards are known by their names, or by the index beside them."""
+    groups: dict[str, set[str]] = {}
+    for file in sorted(folder.glob("*.index*.json")):
+        shards = read_foreign_json(file).get("weight_map", {})
+        named = {str(shard) for shard in shards.values()} if isinstance(shards, dict) else set[str]()
+        if any("/" in shard or "\\" in shard for shard in named):
+            raise UserError(f"{file}: it names files outside of its folder; a shard must lie beside its index")
+        wholes = {_set_name(shard)[0] for shard in named}
+        groups[wholes.pop() if len(wholes) == 1 else file.name.partition(".index")[0]] = named
+    indexed = set[str]().union(*groups.values())
+    for name in sorted(file.name for file in folder.iterdir() if file.is_file()):
+        if Path(name).suffix not in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or NO_WEIGHTS.search(name):
+            continue
+        whole, count = _set_name(name)
+        if name not in indexed:
+            names = {re.sub(r"-\d{5}-of-", f"-{i:05d}-of-", name) for i in range(1, count + 1)} if count else {name}
+            groups.setdefault(whole, set()).update(names)
+    sets = []
+    for whole, names in groups.items():
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        sets.append(FileSet(whole, tuple(folder / name for name in sorted(names - set(missing))), tuple(missing)))
+    return sorted(sets, key=lambda files: files.order)
+
+
+def _set_name(name: str) -> tuple[str, int]:
+    """The name of a file without the number of its shard, and how many shards there are, 0 of a whole file."""
+    match = re.search(r"-(\d{5})-of-(\d{5})", name)
+    return (name.replace(match[0], ""), int(match[2])) if match is not None else (name, 0)
+
+
+def find_files(folder: Path, which: str | None = None) -> tuple[FileSet, list[str]]:
+    """The weights in a folder of diffusers, whatever the file is called, whole or in shards; and lines that say what was left
+    out.
+
+    `which` is the name of a file, or a variant such as fp16. A UserError says what there is instead of weights, and which
+    shards are missing.
+    """
+    sets = _file_sets(folder)
+    if which is not None:
+        sets = [files for files in sets if which in (files.name, *files.name.split("."))] or sets
+    if not sets:
+        elsewhere = [file.name for file in folder.iterdir() if file.name.endswith(ELSEWHERE)]
+        there = f"; {few(elsewhere)} cannot be read: save it with safetensors" if elsewhere else ""
+        files = few((f"{file.name}/" if file.is_dir() else file.name) for file in folder.iterdir())
+        raise UserError(
+            f"{folder} holds no {STEMS[0]}.safetensors and no {STEMS[0]}.bin, nor weights by another name"
+            f"{there or f'; it holds {files}' if files else '; it is empty'}"
+        )
+    best, *others = sets
+    names = [files.name for files in sets]
+    numbered = [name for name in names if re.fullmatch(r"model_\d+\.\w+", name)]
+    choose = f"choose one of them with --which, such as --which {best.name}"
+    if best.order[0] == len(STEMS) and others:
+        raise UserError(f"{folder} holds several files of weights, {few(names, 6)}; {choose}")
+    if which is None and numbered and best.name.startswith("model."):  # of accelerate's save_state, a file for each network
+        several = few([best.name, *numbered], 6)
+        raise UserError(f"{folder} holds several networks, {several}, as accelerate saves them; {choose}")
+    if best.missing:
+        raise UserError(f"{folder}: the weights are in shards, and {few(best.missing)} is missing; bring it")
+    lines = [f"by its name {best.name} is an average (EMA)"] if best.order[1] < 0 else []
+    return best, lines + ([f"left out, other weights in {folder}: {few(names[1:], 6)}"] if others else [])
+
+
+def read_files(files: FileSet) -> Any:
+    """What the files hold; that of shards together. Beside accelerate's `model` the averages that its program registered."""
+    if len(files.files) != 1:
+        return {name: tensor for path in files.files for name, tensor in read_file(path).items()}
+    content, averages = read_file(files.files[0]), {}
+    if files.name.startswith("model."):
+        for path in sorted(files.files[0].parent.glob("custom_checkpoint_*.pkl")):
+            try:
+                registered = read_file(path)
+            except UserError:  # what else a program registered may be anything
+                continue
+            if isinstance(registered, Mapping) and any(preference(name) == 2 or "." in name for name in flatten(registered)):
+                averages[path.stem] = registered
+    return {**content, **averages} if averages and isinstance(content, Mapping) else content
