@@ -2,9 +2,8 @@
 
 `tests/compare_commits.py` starts this file, under a launcher too. COMMANDS is a JSON list of command lines, each a list whose
 first word is a script's name without `.py`. RESULTS becomes a JSON object that has, for each command line (its words with
-spaces between them), its error or "". NAME stands before what is printed.
-Nothing in here knows the package: the scripts, their `main` and their options are all
-that every commit has.
+spaces between them), its error or "". NAME stands before what is printed. Nothing in here knows the package: the scripts, their
+`main` and their options are all that every commit has.
 """
 
 import gc
@@ -60,14 +59,28 @@ def forget_state() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.monitored_barrier(timeout=timedelta(minutes=5))
         torch.distributed.destroy_process_group()
-        # The launcher's store still holds the addresses of the old group; the number of a restart begins a new part of it.
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1)
     AcceleratorState._reset_state(True)
     torch.use_deterministic_algorithms(False)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
+
+
+def open_store(number: int) -> Any:
+    """Where the processes of this command meet, instead of the launcher's store, which still holds the addresses of the command
+    before. It must outlive the command, since one process ends earlier than another."""
+    from torch.distributed import TCPStore
+
+    path, store = Path(f"port_{os.getppid()}_{number}"), None
+    if RANK == 0:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        path.with_suffix(".new").write_text(str(store.port))
+        path.with_suffix(".new").rename(path)
+    while not path.exists():
+        time.sleep(0.02)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": path.read_text()}
+    return store
 
 
 def check_origin(checkout: Path) -> None:
@@ -84,8 +97,11 @@ def main() -> None:
     checkout, commands, results = (Path(word).resolve() for word in words)
     sys.path[0] = str(checkout)
     errors: dict[str, str] = {}
+    stores: list[Any] = []
     screen, log = sys.stderr, open(Path(f"{side}_rank{RANK}.log"), "w")  # noqa: SIM115 (loggers keep it to the end)
-    for script, *arguments in json.loads(commands.read_text()):
+    for number, (script, *arguments) in enumerate(json.loads(commands.read_text())):
+        if WORLD > 1:
+            stores.append(open_store(number))
         line, began, output = " ".join([script, *arguments]), time.monotonic(), Tee(log)
         print(f"\n$ {line}", file=log)
         with redirect_stdout(output), redirect_stderr(log):
