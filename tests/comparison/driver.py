@@ -15,9 +15,8 @@ import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -56,9 +55,6 @@ def forget_state() -> None:
     import torch
     from accelerate.state import AcceleratorState
 
-    if torch.distributed.is_initialized():
-        torch.distributed.monitored_barrier(timeout=timedelta(minutes=5))
-        torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(True)
     torch.use_deterministic_algorithms(False)
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -92,27 +88,52 @@ def check_origin(checkout: Path) -> None:
             sys.exit(f"{name} was loaded from {file}, not from {checkout}")
 
 
+def run_command(script: str, arguments: list[str], log: TextIO) -> str:
+    """Run a command with its output in the log, and keep the JSON that it prints beside its files; return its error."""
+    output = Tee(log)
+    print(f"\n$ {script} {' '.join(arguments)}", file=log, flush=True)
+    with redirect_stdout(output), redirect_stderr(log):
+        error = run_main(script, arguments)
+        if WORLD == 1:
+            forget_state()
+    if "--json" in arguments and not error and RANK == 0:
+        out = Path(arguments[arguments.index("--out") + 1])
+        (out / "stdout.json").write_text(output.getvalue().strip().splitlines()[-1])
+    log.flush()
+    return error
+
+
+def run_forked(script: str, arguments: list[str], log: TextIO) -> str:
+    """Run a command in a copy of this process, which then ends at once: what a group of processes leaves in one that lives on
+    blocks the next command. The imports are this process's, so they cost once."""
+    result = Path(f"error_{os.getppid()}_{RANK}.txt")
+    importlib.import_module(script)
+    result.unlink(missing_ok=True)
+    child = os.fork()
+    if not child:
+        try:
+            result.write_text(run_command(script, arguments, log))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return result.read_text() if result.exists() else "the process ended without a result"
+
+
 def main() -> None:
     side, *words = sys.argv[1:]
     checkout, commands, results = (Path(word).resolve() for word in words)
     sys.path[0] = str(checkout)
     errors: dict[str, str] = {}
     stores: list[Any] = []
-    screen, log = sys.stderr, open(Path(f"{side}_rank{RANK}.log"), "w")  # noqa: SIM115 (loggers keep it to the end)
+    screen, log = sys.stderr, open(f"{side}_rank{RANK}.log", "w")  # noqa: SIM115 (loggers keep it to the end)
     for number, (script, *arguments) in enumerate(json.loads(commands.read_text())):
+        line, began = " ".join([script, *arguments]), time.monotonic()
         if WORLD > 1:
             stores.append(open_store(number))
-        line, began, output = " ".join([script, *arguments]), time.monotonic(), Tee(log)
-        print(f"\n$ {line}", file=log)
-        with redirect_stdout(output), redirect_stderr(log):
-            errors[line] = run_main(script, arguments)
-            forget_state()
+        errors[line] = (run_forked if WORLD > 1 else run_command)(script, arguments, log)
         check_origin(checkout)
         if RANK == 0:
             results.write_text(json.dumps(errors))
-            if "--json" in arguments and not errors[line]:
-                out = Path(arguments[arguments.index("--out") + 1])
-                (out / "stdout.json").write_text(output.getvalue().strip().splitlines()[-1])
             print(f"{side} {time.monotonic() - began:6.1f} s  {line}  {errors[line]}", file=screen, flush=True)
         if errors[line] and WORLD > 1:
             sys.exit(1)  # the other processes may wait for this one in the middle of something
