@@ -72,7 +72,10 @@ EXTRAS = {
         "sample imports/network --guidance-method classifier --classifier imports/classifier --classes 7/900 --num-samples 2"
         " --steps 2 --solver ancestral --out imports/samples",
     ],
-    "latents": ["prepare_data latents autoencoders/smoke_3 --out latents/cache"],
+    "latents": [
+        "prepare_data latents autoencoders/smoke_3 --out latents/cache",  # the autoencoder of smoke_ldm
+        "sample smoke_ldm/run --num-samples 1 --steps 2 --out latents/samples",
+    ],
 }
 
 
