@@ -112,7 +112,8 @@ def read_jobs(output: str) -> dict[str, Job]:
     ):
         jobs[name] = Job(name, jobs[like].script, jobs[like].raw | {"data": source, "name": name})
     script, raw = jobs["smoke_ldm"][1:]
-    jobs["plain_ldm"] = Job("plain_ldm", script, raw | {"image": jobs[HUB_JOBS[0]].raw["image"], "name": "plain_ldm"})
+    changed = {"image": jobs[HUB_JOBS[0]].raw["image"], "model": jobs["smoke_ddpm"].raw["model"]}  # without linear attention
+    jobs["plain_ldm"] = Job("plain_ldm", script, raw | changed | {"name": "plain_ldm"})
     return jobs
 
 
