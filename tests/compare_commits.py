@@ -26,7 +26,7 @@ from tests.comparison.commands import READ_JOBS, Job, commands_of, extra_command
 from tests.comparison.files import Comparison, compare_folders  # noqa: E402
 
 # Runs with which the newer commit goes on; one for each script and each kind of cache.
-RESUMED = [
+RESUMED = (
     "smoke_ddpm",
     "smoke_ldm",
     "smoke_vae",
@@ -35,7 +35,7 @@ RESUMED = [
     "points2d_iadb",
     "folder_ddpm",
     "folder_ldm",
-]
+)
 # Configs that both sides may refuse, and why. There is none.
 REFUSED: dict[str, str] = {}
 
@@ -130,13 +130,13 @@ def go_back(run: Path) -> None:
 
 
 def times_of(folder: Path) -> dict[str, int]:
-    """When each file of the caches was written."""
+    """When each file of the caches was written (locks are taken anew)."""
     places = [folder / "cache", *folder.glob("autoencoders/*/latents")]
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
         for place in places
         for path in place.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.suffix != ".lock"
     }
 
 

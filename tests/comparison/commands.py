@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 # Python for a checkout: it prints the shrunk configs of its tests.
 READ_JOBS = "import json; from tests.resumes import jobs; print(json.dumps([[j.name, j.script, j.raw] for j in jobs()]))"
-HUB_JOB = "cats512_latent_iadb"  # its autoencoder is a folder of diffusers
+HUB_JOBS = ("cats512_latent_iadb", "plain_ldm")  # their autoencoder is a folder of diffusers
 
 
 class Job(NamedTuple):
@@ -58,7 +58,7 @@ EXTRAS = {
         "convert safetensors smoke_ldm/run --out exports/ldm",
         "convert to-diffusers smoke_ddpm/run --out exports/diffusers_ddpm",
         "convert to-diffusers autoencoders/smoke_plain --out exports/diffusers_vae",
-        "convert to-diffusers cats512_latent_iadb/run --out exports/diffusers_ldm",
+        "convert to-diffusers plain_ldm/run --out exports/diffusers_ldm",
         "convert diffusers exports/diffusers_ddpm --out exports/ddpm_again",
         "sample exports/ddpm_again --num-samples 2 --steps 2 --out exports/samples_ddpm",
         "convert diffusers exports/diffusers_ldm --out exports/ldm_again",
@@ -72,7 +72,10 @@ EXTRAS = {
         "sample imports/network --guidance-method classifier --classifier imports/classifier --classes 7/900 --num-samples 2"
         " --steps 2 --solver ancestral --out imports/samples",
     ],
-    "latents": ["prepare_data latents autoencoders/smoke_3 --out latents/cache"],
+    "latents": [
+        "prepare_data latents autoencoders/smoke_3 --out latents/cache",  # the autoencoder of smoke_ldm
+        "sample smoke_ldm/run --num-samples 1 --steps 2 --out latents/samples",
+    ],
 }
 
 
@@ -100,7 +103,7 @@ def draw_images(folder: Path) -> None:
 
 
 def read_jobs(output: str) -> dict[str, Job]:
-    """What READ_JOBS printed, and three configs more that read a folder of images."""
+    """What READ_JOBS printed, and four configs more: of a folder of images, and of an autoencoder of diffusers."""
     jobs = {name: Job(name, script, raw) for name, script, raw in json.loads(output)}
     for name, like, source in (
         ("folder_ddpm", "smoke_ddpm", {"source": "folder", "path": "images"}),
@@ -108,6 +111,9 @@ def read_jobs(output: str) -> dict[str, Job]:
         ("folder_ldm", "smoke_ldm", {"source": "folder", "path": "images"}),
     ):
         jobs[name] = Job(name, jobs[like].script, jobs[like].raw | {"data": source, "name": name})
+    script, raw = jobs["smoke_ldm"][1:]
+    changed = {"image": jobs[HUB_JOBS[0]].raw["image"], "model": jobs["smoke_ddpm"].raw["model"]}  # without linear attention
+    jobs["plain_ldm"] = Job("plain_ldm", script, raw | changed | {"name": "plain_ldm"})
     return jobs
 
 
@@ -126,7 +132,7 @@ def write_files(folder: Path, jobs: list[Job], small_vae: Job) -> list[list[str]
             name = f"smoke_{image['channels']}"
             raw["autoencoder"] = f"autoencoders/{name}"
             config = small_vae.raw | {"stages": [{"steps": 1, "adversarial": {"weight": 0.1}}], "image": image, "name": name}
-            if job.name == HUB_JOB:  # diffusers has no linear attention
+            if job.name in HUB_JOBS:  # diffusers has no linear attention
                 name = "smoke_plain"
                 config["image"] = image | {"size": raw["image"]["size"]}
                 config["model"] = config["model"] | {"attention": ["none", "none"], "mid_attention": "full"}
@@ -134,7 +140,7 @@ def write_files(folder: Path, jobs: list[Job], small_vae: Job) -> list[list[str]
             (folder / "configs" / f"{name}.json").write_text(json.dumps(config))
             run = f"autoencoders/{name}"
             autoencoders[name] = [["train_vae", "-cfg", f"configs/{name}.json", "--run-dir", run]]
-            if job.name == HUB_JOB:
+            if job.name in HUB_JOBS:
                 autoencoders[name].append(["convert", "to-diffusers", run, "--out", raw["autoencoder"]])
         if raw.get("perceptual", {}).get("weights") == "WEIGHTS":
             raw["perceptual"] = raw["perceptual"] | {"weights": "vgg16.pth"}

@@ -2,9 +2,8 @@
 
 `tests/compare_commits.py` starts this file, under a launcher too. COMMANDS is a JSON list of command lines, each a list whose
 first word is a script's name without `.py`. RESULTS becomes a JSON object that has, for each command line (its words with
-spaces between them), its error or "". NAME stands before what is printed.
-Nothing in here knows the package: the scripts, their `main` and their options are all
-that every commit has.
+spaces between them), its error or "". NAME stands before what is printed. Nothing in here knows the package: the scripts, their
+`main` and their options are all that every commit has.
 """
 
 import gc
@@ -16,9 +15,8 @@ import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -57,17 +55,28 @@ def forget_state() -> None:
     import torch
     from accelerate.state import AcceleratorState
 
-    if torch.distributed.is_initialized():
-        torch.distributed.monitored_barrier(timeout=timedelta(minutes=5))
-        torch.distributed.destroy_process_group()
-        # The launcher's store still holds the addresses of the old group; the number of a restart begins a new part of it.
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1)
     AcceleratorState._reset_state(True)
     torch.use_deterministic_algorithms(False)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
+
+
+def open_store(number: int) -> Any:
+    """Where the processes of this command meet, instead of the launcher's store, which still holds the addresses of the command
+    before. It must outlive the command, since one process ends earlier than another."""
+    from torch.distributed import TCPStore
+
+    path, store = Path(f"port_{os.getppid()}_{number}"), None
+    if RANK == 0:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        path.with_suffix(".new").write_text(str(store.port))
+        path.with_suffix(".new").rename(path)
+    while not path.exists():
+        time.sleep(0.02)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": path.read_text()}
+    return store
 
 
 def check_origin(checkout: Path) -> None:
@@ -79,24 +88,52 @@ def check_origin(checkout: Path) -> None:
             sys.exit(f"{name} was loaded from {file}, not from {checkout}")
 
 
+def run_command(script: str, arguments: list[str], log: TextIO) -> str:
+    """Run a command with its output in the log, and keep the JSON that it prints beside its files; return its error."""
+    output = Tee(log)
+    print(f"\n$ {script} {' '.join(arguments)}", file=log, flush=True)
+    with redirect_stdout(output), redirect_stderr(log):
+        error = run_main(script, arguments)
+        if WORLD == 1:
+            forget_state()
+    if "--json" in arguments and not error and RANK == 0:
+        out = Path(arguments[arguments.index("--out") + 1])
+        (out / "stdout.json").write_text(output.getvalue().strip().splitlines()[-1])
+    log.flush()
+    return error
+
+
+def run_forked(script: str, arguments: list[str], log: TextIO) -> str:
+    """Run a command in a copy of this process, which then ends at once: what a group of processes leaves in one that lives on
+    blocks the next command. The imports are this process's, so they cost once."""
+    result = Path(f"error_{os.getppid()}_{RANK}.txt")
+    importlib.import_module(script)
+    result.unlink(missing_ok=True)
+    child = os.fork()
+    if not child:
+        try:
+            result.write_text(run_command(script, arguments, log))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return result.read_text() if result.exists() else "the process ended without a result"
+
+
 def main() -> None:
     side, *words = sys.argv[1:]
     checkout, commands, results = (Path(word).resolve() for word in words)
     sys.path[0] = str(checkout)
     errors: dict[str, str] = {}
-    screen, log = sys.stderr, open(Path(f"{side}_rank{RANK}.log"), "w")  # noqa: SIM115 (loggers keep it to the end)
-    for script, *arguments in json.loads(commands.read_text()):
-        line, began, output = " ".join([script, *arguments]), time.monotonic(), Tee(log)
-        print(f"\n$ {line}", file=log)
-        with redirect_stdout(output), redirect_stderr(log):
-            errors[line] = run_main(script, arguments)
-            forget_state()
+    stores: list[Any] = []
+    screen, log = sys.stderr, open(f"{side}_rank{RANK}.log", "w")  # noqa: SIM115 (loggers keep it to the end)
+    for number, (script, *arguments) in enumerate(json.loads(commands.read_text())):
+        line, began = " ".join([script, *arguments]), time.monotonic()
+        if WORLD > 1:
+            stores.append(open_store(number))
+        errors[line] = (run_forked if WORLD > 1 else run_command)(script, arguments, log)
         check_origin(checkout)
         if RANK == 0:
             results.write_text(json.dumps(errors))
-            if "--json" in arguments and not errors[line]:
-                out = Path(arguments[arguments.index("--out") + 1])
-                (out / "stdout.json").write_text(output.getvalue().strip().splitlines()[-1])
             print(f"{side} {time.monotonic() - began:6.1f} s  {line}  {errors[line]}", file=screen, flush=True)
         if errors[line] and WORLD > 1:
             sys.exit(1)  # the other processes may wait for this one in the middle of something
