@@ -17,7 +17,7 @@ from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.evaluation.quality import open_quality
-from src.models import UNetConfig
+from src.models import ImageModelConfig
 from src.runs.opened import count_classes, start_from
 from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.examples import image_examples
@@ -54,7 +54,7 @@ class Config(MachineConfig):
     balance_classes: bool = False
     process: ProcessConfig
     times: TimesConfig = UniformTimes()
-    model: UNetConfig
+    model: ImageModelConfig
     optimizer: OptimizerConfig
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
@@ -143,8 +143,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            if cfg.model.dropout or given.own:
-                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = to_network(micro.images, device, dtype)
                 condition = draws.condition(micro, here, num_classes)

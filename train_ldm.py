@@ -17,10 +17,10 @@ from src.data import HeldOut, ImageConfig, Sources, check_images, describe_data,
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.training_times import TimesConfig, UniformTimes
 from src.evaluation.quality import open_quality
-from src.models import UNetConfig
+from src.models import ImageModelConfig, build_model
 from src.runs.autoencoder import autoencoder_for
 from src.runs.latents import cache_folder, latents_of
-from src.runs.opened import build_unet, count_classes, start_from
+from src.runs.opened import count_classes, start_from
 from src.runs.starts import latent_bounds
 from src.runtime.checkpoint import CheckpointConfig
 from src.runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
@@ -62,7 +62,7 @@ class Config(MachineConfig):
     balance_classes: bool = False
     process: ProcessConfig
     times: TimesConfig = UniformTimes()
-    model: UNetConfig
+    model: ImageModelConfig
     optimizer: OptimizerConfig
     steps: Length
     batch_size: int = pydantic.Field(gt=0)
@@ -97,7 +97,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
+    network = build_model(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(home(accelerator), dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
     encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt, "run_dir": run_dir}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
@@ -160,8 +160,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            if cfg.model.dropout:
-                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = latents.draw(micro.images, posterior[here])
                 condition = draws.condition(micro, here, num_classes)
