@@ -15,7 +15,7 @@ from src.config import Length, config, load, resumable_field, run_script, to_ste
 from src.data import ImageConfig, Sources, check_images, describe_data
 from src.diffusion import build_process
 from src.evaluation.quality import open_quality
-from src.models import UNetConfig
+from src.models import ImageModelConfig
 from src.runs.opened import count_classes, start_from
 from src.runtime.examples import image_examples
 from src.runtime.launch import accumulating, start, warm_up_ddp
@@ -42,7 +42,7 @@ class Config(DiffusionConfig):
 
     data: Sources
     image: ImageConfig
-    model: UNetConfig
+    model: ImageModelConfig
     steps: Length
     preview: PreviewConfig = PreviewConfig()
     export_every: Length | None = resumable_field(None)
@@ -122,8 +122,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            if cfg.model.dropout or given.own:
-                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = to_network(micro.images, device, dtype)
                 condition = draws.condition(micro, here, num_classes)

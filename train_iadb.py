@@ -8,18 +8,17 @@ python train_iadb.py -cfg configs/points2d_iadb.json
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import pydantic
 import torch
-from pydantic import Discriminator, Tag
 
 from src.config import ENDLESS, config, config_error, load, resumable_field, run_script, to_steps, training_arguments
 from src.data import GaussianSource, ImageConfig, SourceEnd, check_images
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
 from src.evaluation.quality import open_quality
-from src.models import MLPConfig, UNetConfig
+from src.models import ModelConfig
 from src.runs.autoencoder import autoencoder_for
 from src.runs.ends import open_coupling
 from src.runs.opened import count_classes, start_from
@@ -43,12 +42,6 @@ from src.training.state import TrainState
 from src.training.time_sampler import TimeSampler
 from src.training.trials import Attempt, run_training
 
-Model = Annotated[
-    Annotated[UNetConfig, Tag("unet")] | Annotated[MLPConfig, Tag("mlp")],
-    Discriminator(
-        lambda value: "mlp" if isinstance(value, MLPConfig) or (isinstance(value, dict) and "kind" in value) else "unet"
-    ),
-]
 IADB = ProcessConfig(schedule=BlendScheduleConfig(kind="blend"), target="blend", clip=False, time_input=TimeInput(kind="alpha"))
 
 
@@ -71,7 +64,7 @@ class Config(DiffusionConfig):
     pairs: Pairs = None
     process: ProcessConfig = IADB
     loss_reduction: Literal["mean", "sum"] = "mean"
-    model: Model
+    model: ModelConfig
     preview: PathPreviewConfig = PathPreviewConfig()
 
     @pydantic.model_validator(mode="after")
@@ -80,8 +73,8 @@ class Config(DiffusionConfig):
             raise config_error(
                 "process.schedule.kind: only the blend joins two densities; ddpm_accelerate.py trains on the others"
             )
-        if isinstance(self.model, MLPConfig) != (self.image is None):
-            raise config_error("model: 2-D points, which have no image, need an mlp, and pictures a U-Net")
+        if self.model.takes_points != (self.image is None):
+            raise config_error("model: 2-D points, which have no image, need an mlp, and images another kind, such as unet")
         fed = self.process.time_input
         if self.image is None and (self.process.clip or fed is None or fed.kind == "index" or fed.scale != 1):
             raise config_error(
@@ -185,8 +178,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             (micro, source), here = next(batches), split.of_step(part)
-            if given.own or (isinstance(cfg.model, UNetConfig) and cfg.model.dropout):
-                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0, eps = micro.images, draws.eps[here] if source is None else source
                 condition = draws.condition(micro, here, num_classes)

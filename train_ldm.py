@@ -16,10 +16,10 @@ from src.config import Length, config, load, quoted, resumable_field, run_script
 from src.data import ImageConfig, Sources, check_images, describe_data, open_data
 from src.diffusion import build_process
 from src.evaluation.quality import open_quality
-from src.models import UNetConfig
+from src.models import ImageModelConfig, build_model
 from src.runs.autoencoder import autoencoder_for
 from src.runs.latents import cache_folder, latents_of
-from src.runs.opened import build_unet, count_classes, start_from
+from src.runs.opened import count_classes, start_from
 from src.runs.starts import latent_bounds
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
@@ -49,7 +49,7 @@ class Config(DiffusionConfig):
     encode_batch_size: int = pydantic.Field(16, gt=0)
     data: Sources
     image: ImageConfig
-    model: UNetConfig
+    model: ImageModelConfig
     steps: Length
     preview: PreviewConfig = PreviewConfig()
 
@@ -75,9 +75,8 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(
-        build_device(accelerator), dtype
-    )
+    network = build_model(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
+    network = network.to(build_device(accelerator), dtype)
     folder = Path(cfg.latents) if cfg.latents else cache_folder(autoencoder, cfg.image, train_set, held_out, run_dir)
     encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt, "run_dir": run_dir}
     latents = latents_of(autoencoder, train_set, held_out, cfg.image, folder, accelerator, **encoding)
@@ -140,8 +139,7 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
         # Gradients: every loss is its sum over the micro-batch times world size over the batch.
         for part in range(split.accumulation):
             micro, here = next(batches), split.of_step(part)
-            if cfg.model.dropout:
-                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
+            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
             with accumulating(accelerator, model, part, split.accumulation):
                 x0 = latents.draw(micro.images, posterior[here])
                 condition = draws.condition(micro, here, num_classes)

@@ -26,8 +26,8 @@ import ddpm_accelerate
 import train_iadb
 from benchmarks.common import machine
 from src.config import load
-from src.models import MLP, MLPConfig
-from src.runs.opened import build_unet
+from src.models import build_model
+from src.training import from_python
 from src.training.ema import EMA
 from src.training.optimizer import build_optimizer
 from src.training.trials import Attempt
@@ -51,7 +51,7 @@ def loop_milliseconds(script: Any, config: Path, steps: int) -> float:
     cadence = ["preview.every=null", "checkpoint.every=null", f"log.every={steps // 3}", f"steps={steps}", "held_out=0.0"]
     more = ["preview.calls=[1]"] if script is train_iadb else ["preview.sampler.steps=1"]
     cfg = load(config, script.Config, [*cadence, *more, "log.trackers=[]", "preview.num_samples=1"])
-    script.build_unet = script.MLP = lambda *_, **__: Nothing()
+    from_python.build_model = lambda *_, **__: Nothing()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         script.train(cfg, Path(folder) / "run", Attempt())
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -99,13 +99,12 @@ def main() -> None:
     if args.points:
         config = CONFIGS / "points2d_iadb.json"
         cfg = load(config, train_iadb.Config)
-        assert isinstance(cfg.model, MLPConfig)
-        parts = network_milliseconds(cfg, MLP(cfg.model), torch.randn(cfg.batch_size, 2), None, 60)
+        parts = network_milliseconds(cfg, build_model(cfg.model, (2,)), torch.randn(cfg.batch_size, 2), None, 60)
         loop, title = loop_milliseconds(train_iadb, config, args.steps), f"points2d_iadb (batch {cfg.batch_size})"
     else:
         config = CONFIGS / "digits_ddpm.json"
         cfg = load(config, ddpm_accelerate.Config)
-        network = build_unet(cfg.model, (1, cfg.image.size, cfg.image.size), 10)
+        network = build_model(cfg.model, (1, cfg.image.size, cfg.image.size), 10)
         x, labels = torch.randn(cfg.batch_size, 1, 16, 16), torch.randint(0, 10, (cfg.batch_size,))
         parts = network_milliseconds(cfg, network, x, labels, 25)
         loop, title = loop_milliseconds(ddpm_accelerate, config, args.steps), "at the demo's size (16 px, batch 64)"

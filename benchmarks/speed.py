@@ -42,11 +42,10 @@ from benchmarks.common import ROOT, environment, goal, in_turns, installed, mach
 from src import losses
 from src.config import load
 from src.diffusion import build_process
-from src.models import VAE, Discriminator, UNetConfig
+from src.models import VAE, Discriminator, UNetConfig, build_model
 from src.models.layers import channels_last
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder
-from src.runs.opened import build_unet
 from src.runtime.stream import MicroBatch, to_network
 from src.sampling import Sampler, SamplerConfig
 from src.training.ema import EMA
@@ -109,7 +108,7 @@ class BareDiffusion:
 
     def __init__(self, cfg: Any, shape: tuple[int, ...], num_classes: int | None) -> None:
         self.cfg, self.process, device = cfg, build_process(cfg.process), script_device()
-        self.network = build_unet(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(device)
+        self.network = build_model(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned").to(device)
         self.optimizer, self.ema = build_optimizer(self.network, cfg.optimizer), EMA(self.network, cfg.ema)
         self.x0 = torch.randn(cfg.batch_size, *shape, device=device).to(memory_format=torch.channels_last)
         self.labels = torch.randint(0, num_classes, (cfg.batch_size,), device=device) if num_classes is not None else None
@@ -289,6 +288,7 @@ def our_shape(parameters: int) -> UNetConfig:
     """The race's network made for more parameters: twice as wide with every level, down to 2 px, where weights cost least; the
     width of the deepest level brings it nearest to so many parameters."""
     plain = recipe().model
+    assert isinstance(plain, UNetConfig)
 
     def shape_of(deepest: int) -> UNetConfig:
         mult = (1.0, 2.0, 4.0, 8.0, deepest / 4)
@@ -296,7 +296,7 @@ def our_shape(parameters: int) -> UNetConfig:
 
     def count(deepest: int) -> int:
         with torch.device("meta"):
-            network = build_unet(shape_of(deepest), (3, 32, 32), None)
+            network = build_model(shape_of(deepest), (3, 32, 32), None)
         return sum(parameter.numel() for parameter in network.parameters())
 
     return shape_of(min(range(32, 129), key=lambda deepest: abs(count(deepest) - parameters)))
@@ -304,7 +304,7 @@ def our_shape(parameters: int) -> UNetConfig:
 
 def our_racer(parameters: int, device: torch.device) -> Racer:
     cfg = recipe()
-    process, network = build_process(cfg.process), build_unet(our_shape(parameters), (3, 32, 32), None).to(device)
+    process, network = build_process(cfg.process), build_model(our_shape(parameters), (3, 32, 32), None).to(device)
 
     def draw(count: int, calls: int) -> Tensor:
         spec = SamplerConfig(solver="ddim", steps=calls)

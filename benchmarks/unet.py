@@ -22,7 +22,7 @@ from benchmarks.common import ROOT, goal, interleaved, machine, wait
 from src.config import load
 from src.diffusion import build_process
 from src.interop.diffusers import unet_from_diffusers
-from src.models import UNet
+from src.models import UNet, UNetConfig
 from src.models.layers import channels_last
 from src.models.pretrained import import_torchvision
 
@@ -43,6 +43,7 @@ def measure_options(args: argparse.Namespace) -> None:
     """guided-diffusion's class-conditional 64 px network (configs/imagenet64_ddpm.json) at a width: a training step (forward,
     loss, backward, AdamW) and a network call, from the plain one, one option after the other."""
     cfg = load(ROOT / "configs" / "imagenet64_ddpm.json", ddpm_accelerate.Config)
+    assert isinstance(cfg.model, UNetConfig)
     model = replace(cfg.model, base_channels=args.width, head_channels=min(64, args.width), gradient_checkpointing=False)
     device, process = torch.device(args.device), build_process(cfg.process)
     x0 = torch.rand(args.batch, 3, 64, 64, device=device) * 2 - 1

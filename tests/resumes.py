@@ -14,8 +14,7 @@ import train_classifier
 import train_iadb
 import train_ldm
 import train_vae
-from src.config import validate
-from src.config.registries import KindUnion
+from src.config import OpenUnion, validate
 from tests.conftest import ROOT
 
 SCRIPTS: dict[str, Any] = {
@@ -73,8 +72,8 @@ def possible(hint: Any, owner: str = "", field: str = "") -> Iterator[Value]:
     """All values of the fields below a type that may change a result."""
     origin = get_origin(hint)
     if origin is Annotated:
-        unions = [each for each in hint.__metadata__ if isinstance(each, KindUnion)]
-        for part in unions[0].members.values() if unions else get_args(hint)[:1]:
+        union = next((extra for extra in get_args(hint) if isinstance(extra, OpenUnion)), None)
+        for part in union.classes if union is not None else get_args(hint)[:1]:
             yield from possible(part, owner, field)
     elif origin in (Union, types.UnionType):
         for part in get_args(hint):

@@ -257,5 +257,5 @@ def test_a_row_that_is_done_is_known_by_all_that_its_result_depends_on() -> None
 def test_ours_is_deepened_to_a_peers_parameters(parameters: int) -> None:
     shape = speed.our_shape(parameters)
     with torch.device("meta"):
-        network = speed.build_unet(shape, (3, 32, 32), None)
+        network = speed.build_model(shape, (3, 32, 32), None)
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(parameters, rel=0.02)

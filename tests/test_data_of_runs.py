@@ -16,8 +16,9 @@ import train_vae
 from src.config import UserError, load, validate
 from src.data import open_sources
 from src.data.sources import FolderSource
+from src.models import build_model
 from src.runs import opened
-from src.runs.opened import Run, build_unet, open_trained
+from src.runs.opened import Run, open_trained
 from src.training import run as run_module
 from src.training.run import RunDirectory, check_ranks, classes_differ
 from tests.conftest import ROOT, SMOKE, Finished, here, launch, one_line, randomise
@@ -150,7 +151,7 @@ def test_data_in_another_spelling_gets_the_labels_of_the_run(tmp_path: Path) -> 
 
 def test_a_run_starts_from_the_classes_of_another_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load(ROOT / SMOKE, ddpm_accelerate.Config)
-    before, after, other = (randomise(build_unet(cfg.model, (3, 16, 16), 3)) for _ in range(3))
+    before, after, other = (randomise(build_model(cfg.model, (3, 16, 16), 3)) for _ in range(3))
     monkeypatch.setattr(opened, "open_run", lambda *_: SimpleNamespace(network=before, class_names=NFC, step=7))
     rows = before.get_parameter("label_embedding.weight").detach().clone()
     with torch.no_grad():

@@ -19,9 +19,8 @@ from src import losses
 from src.config import load
 from src.diffusion import build_process
 from src.doctor import needs
-from src.models import MLP, VAE, Discriminator
+from src.models import VAE, Discriminator, build_model
 from src.runs.classifier import build_classifier, noise_process
-from src.runs.opened import build_unet
 from src.training.stages import plan_stages
 from tests import house
 from tests.conftest import ROOT, environment, here
@@ -215,10 +214,7 @@ def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> 
         assert cfg.image.size in trained_at, "it may be that of a later stage, as wikiart512_ldm's is"
         shape = autoencoder.model.latent_shape(cfg.image.size)
     with torch.device("meta"):
-        if shape == (2,):
-            network = MLP(cfg.model, num_classes=27 if conditional else None)
-        else:
-            network = build_unet(cfg.model, shape, 27 if conditional else None, learned=cfg.process.variance == "learned")
+        network = build_model(cfg.model, shape, 27 if conditional else None, learned=cfg.process.variance == "learned")
         x0 = torch.zeros(2, *shape)
         condition = {"labels": torch.zeros(2, dtype=torch.long)} if conditional else {}
     t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
@@ -292,7 +288,7 @@ def test_the_published_configs_are_the_published_networks(name: str, classes: in
     cfg = load(path, script_of(path).Config)
     with torch.device("meta"):
         shape = (3, cfg.image.size, cfg.image.size)
-        network = build_unet(cfg.model, shape, classes, learned=cfg.process.variance == "learned")
+        network = build_model(cfg.model, shape, classes, learned=cfg.process.variance == "learned")
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 

@@ -5,15 +5,16 @@ from .fields import config, config_error, renamed_field, resumable_field
 from .json_files import parse_json, quoted, read_json, read_text
 from .lengths import ENDLESS, Length, Span, kind_of, to_steps
 from .mistakes import FORBIDDEN, FULL, UserError, run_script
-from .registries import KindUnion
+from .unions import NameIn, OpenUnion
 from .validation import differences, dump, load, validate
 
 __all__ = [
     "ENDLESS",
     "FORBIDDEN",
     "FULL",
-    "KindUnion",
     "Length",
+    "NameIn",
+    "OpenUnion",
     "Span",
     "UserError",
     "config",

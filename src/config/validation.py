@@ -15,15 +15,15 @@ import pydantic
 from .fields import T
 from .json_files import parse_json, read_json
 from .mistakes import UserError
-from .registries import KindUnion
+from .unions import OpenUnion
 
 
 def _choices(annotation: Any) -> list[Any]:
     """The types behind Annotated and unions, None left out."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        unions = [extra for extra in annotation.__metadata__ if isinstance(extra, KindUnion)]
-        return unions[0].classes if unions else _choices(get_args(annotation)[0])
+        union = next((extra for extra in get_args(annotation) if isinstance(extra, OpenUnion)), None)
+        return _choices(get_args(annotation)[0]) if union is None else union.classes
     if origin in (Union, types.UnionType):
         return [choice for part in get_args(annotation) for choice in _choices(part)]
     return [] if annotation is type(None) else [annotation]

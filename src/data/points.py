@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ..config import KindUnion, UserError, config, config_error, dump, kind_of
+from ..config import OpenUnion, UserError, config, config_error, dump, kind_of
 from .sources.images import Source, name_fraction
 from .sources.python import dataset_classes, item_array, item_name, read_items
 from .sources.registry import SOURCES, SeveralSources
@@ -25,7 +25,7 @@ Points = NDArray[np.float32]
 Drawn = tuple[NDArray[Any], NDArray[np.int64] | None, int]  # points (N, 2), labels (N,) or None, number of classes
 EXTENT = 2.0  # densities lie in about [-2, 2] x [-2, 2], so that their spread is near that of a standard normal
 
-POINT_SOURCES = KindUnion("source")
+POINT_SOURCES = OpenUnion("source")
 _DRAW_FUNCTIONS: dict[type, Callable[..., Drawn]] = {}
 
 
@@ -33,7 +33,7 @@ def register_points(draw: Callable[..., Drawn]) -> Callable[..., Drawn]:
     """Decorator: add a density by the function `draw(spec, rng)` of its points; the type of `spec` is its config class."""
     config_class = draw.__annotations__["spec"]
     _DRAW_FUNCTIONS[config_class] = draw
-    POINT_SOURCES.register(config_class)
+    POINT_SOURCES.add(config_class)
     return draw
 
 
@@ -143,10 +143,10 @@ class GaussianSource:
 
 
 DataEnd = Annotated[
-    Annotated[Source, KindUnion("source", SOURCES, POINT_SOURCES), Tag("object")] | SeveralSources, Discriminator(kind_of)
+    Annotated[Source, OpenUnion("source", SOURCES, POINT_SOURCES), Tag("object")] | SeveralSources, Discriminator(kind_of)
 ]
 SourceEnd = Annotated[
-    Annotated[Source, KindUnion("source", GaussianSource, SOURCES, POINT_SOURCES), Tag("object")] | SeveralSources,
+    Annotated[Source, OpenUnion("source", GaussianSource, SOURCES, POINT_SOURCES), Tag("object")] | SeveralSources,
     Discriminator(kind_of),
 ]
 

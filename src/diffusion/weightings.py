@@ -6,8 +6,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from ..config import config
-from ..config.registries import KindUnion
+from ..config import OpenUnion, config
 from .schedules import Level
 
 
@@ -19,6 +18,7 @@ class Gains(NamedTuple):
     eps: Tensor
 
 
+@config
 class Weighting:
     """The base of all loss weightings."""
 
@@ -29,11 +29,11 @@ class Weighting:
         raise NotImplementedError
 
 
-WEIGHTINGS = KindUnion()
+WEIGHTINGS = OpenUnion("kind")
 LossWeighting = Annotated[Weighting, WEIGHTINGS]
 
 
-@WEIGHTINGS.register
+@WEIGHTINGS.add
 @config
 class ConstantWeighting(Weighting):
     """All levels alike: the squared error of the target as it is."""
@@ -44,7 +44,7 @@ class ConstantWeighting(Weighting):
         return torch.ones_like(level.alpha)
 
 
-@WEIGHTINGS.register
+@WEIGHTINGS.add
 @config
 class MinSNRWeighting(Weighting):
     """min(SNR, gamma) on the squared error of x0, with SNR = alpha^2 / sigma^2.
@@ -59,7 +59,7 @@ class MinSNRWeighting(Weighting):
         return ((level.alpha / level.sigma) ** 2).clamp(max=self.gamma) * gains.x0**2
 
 
-@WEIGHTINGS.register
+@WEIGHTINGS.add
 @config
 class P2Weighting(Weighting):
     """1 / (k + SNR)^gamma on the squared error of eps: less weight where hardly any noise is left to remove.
@@ -75,7 +75,7 @@ class P2Weighting(Weighting):
         return gains.eps**2 / (self.k + (level.alpha / level.sigma) ** 2) ** self.gamma
 
 
-@WEIGHTINGS.register
+@WEIGHTINGS.add
 @config
 class EDMWeighting(Weighting):
     """(s^2 + sigma_data^2) / (s sigma_data)^2 on the squared error of x0, where s = sigma / alpha and `sigma_data` is the

@@ -122,9 +122,8 @@ def perceptual(cfg: Any) -> Verdict:
 
 def count_parameters(cfg: Any) -> tuple[int, int]:
     """Of the network and, of an autoencoder's config, its adversary; a latent network is counted at 4 channels."""
-    from ..models import MLP, VAE, Discriminator
+    from ..models import VAE, Discriminator, build_model
     from ..runs.classifier import build_classifier
-    from ..runs.opened import build_unet
 
     adversary = 0
     with torch.device("meta"):
@@ -133,12 +132,11 @@ def count_parameters(cfg: Any) -> tuple[int, int]:
             adversary = _count(Discriminator(cfg.discriminator, cfg.image.channels))
         elif hasattr(cfg, "classifier"):
             network = build_classifier(cfg.classifier, cfg.image, 10)
-        elif cfg.image is None:
-            network = MLP(cfg.model, num_classes=None)
         else:
-            latent = getattr(cfg, "autoencoder", None) is not None
-            shape = (4, *2 * (cfg.model.factor,)) if latent else (cfg.image.channels, *2 * (cfg.image.size,))
-            network = build_unet(cfg.model, shape, None, learned=cfg.process.variance == "learned")
+            shape = (2,) if cfg.image is None else (cfg.image.channels, *2 * (cfg.image.size,))
+            if getattr(cfg, "autoencoder", None) is not None:
+                shape = (4, *2 * (cfg.model.factor,))
+            network = build_model(cfg.model, shape, None, learned=cfg.process.variance == "learned")
     return _count(network), adversary
 
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ..config import UserError, validate
 from ..diffusion import Process, ProcessConfig, build_process
-from ..models import UNetConfig
-from ..runs.opened import build_unet
+from ..models import Backbone, UNetConfig, build_model
 from ..runtime import checkpoint
 from ..runtime.launch import MachineConfig, accumulating, start, undetermined, warm_up_ddp
 from ..runtime.processes import broadcast
@@ -48,7 +47,7 @@ BROKEN = "do not train on these devices together: try fewer (--processes), NCCL_
 class Subject:
     """The network that the proof trains, and on what: `told` says which it is."""
 
-    model: UNetConfig
+    model: Backbone
     process: ProcessConfig
     shape: tuple[int, int, int]
     machine: MachineConfig
@@ -56,7 +55,7 @@ class Subject:
 
 
 def subject(cfg: Any | None) -> Subject:
-    """The config's network where it is a U-Net on pixels and quick, else a small one, both without dropout.
+    """The config's network where it is on pixels and quick, else a small one, both without dropout.
 
     float64 on a CPU where no precision is asked for, else float32; bf16 as the config says (fp16 scales its loss as it goes: it
     is tried as arithmetic alone).
@@ -71,16 +70,17 @@ def subject(cfg: Any | None) -> Subject:
     image, model = getattr(cfg, "image", None), getattr(cfg, "model", None)
     if cfg is None:
         return plain
-    if image is None or not isinstance(model, UNetConfig) or getattr(cfg, "autoencoder", None) is not None:
+    if image is None or not isinstance(model, Backbone) or getattr(cfg, "autoencoder", None) is not None:
         return replace(plain, told=f"{plain.told} (the config's is none on pixels)")
     shape = (image.channels, image.size, image.size)
     with torch.device("meta"):
-        network = build_unet(model, shape, None, learned=cfg.process.variance == "learned")
+        network = build_model(model, shape, None, learned=cfg.process.variance == "learned")
     size = sum(parameter.numel() for parameter in network.parameters())
     if size > (150e6 if cuda else 1e6) or image.size > (128 if cuda else 32):
         return replace(plain, told=f"{plain.told} (the config's has {size / 1e6:.0f} M parameters at {image.size} px: slow)")
-    told = f"the config's U-Net ({size / 1e6:.2f} M parameters, {image.size} px, no dropout) in {words}"
-    return Subject(replace(model, dropout=0.0), cfg.process, shape, machine, told)
+    told = f"the config's network ({size / 1e6:.2f} M parameters, {image.size} px, no dropout) in {words}"
+    plain_model = replace(model, dropout=0.0) if hasattr(model, "dropout") else model
+    return Subject(plain_model, cfg.process, shape, machine, told)
 
 
 def _small() -> tuple[UNetConfig, ProcessConfig]:
@@ -112,7 +112,7 @@ class Bench:
         """Always the same; no parameter is zero, or its part of the network would not be seen."""
         torch.manual_seed(0)
         wanted, learned = self.subject, self.subject.process.variance == "learned"
-        network = build_unet(wanted.model, wanted.shape, None, learned=learned)
+        network = build_model(wanted.model, wanted.shape, None, learned=learned)
         own = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in network.parameters():

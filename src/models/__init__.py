@@ -1,5 +1,6 @@
 """The networks, each beside its config."""
 
+from .backbone import BACKBONES, Backbone, ImageModelConfig, ModelConfig, build_model
 from .classifier import Classifier, ClassifierConfig
 from .discriminator import Discriminator, DiscriminatorConfig
 from .mlp import MLP, MLPConfig
@@ -7,14 +8,19 @@ from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
 __all__ = [
+    "BACKBONES",
     "MLP",
     "VAE",
+    "Backbone",
     "Classifier",
     "ClassifierConfig",
     "Discriminator",
     "DiscriminatorConfig",
+    "ImageModelConfig",
     "MLPConfig",
+    "ModelConfig",
     "UNet",
     "UNetConfig",
     "VAEConfig",
+    "build_model",
 ]

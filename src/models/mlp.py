@@ -1,6 +1,7 @@
 """The small network of 2-D points."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import pydantic
@@ -9,18 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import config
+from .backbone import BACKBONES, Backbone
 from .layers import embed_labels, zeroed
 
 
+@BACKBONES.add
 @config
-class MLPConfig:
+class MLPConfig(Backbone):
     """`layers` hidden layers of `width`, each told the time; positions and time are seen as sines and cosines of `frequencies`
     wavelengths, the longest 8 across, too."""
 
     kind: Literal["mlp"]
+    takes_points = True
     width: int = pydantic.Field(192, ge=1)
     layers: int = pydantic.Field(3, ge=1)
     frequencies: int = pydantic.Field(8, ge=1)
+
+    def build(
+        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, upsampler: bool
+    ) -> "MLP":
+        return MLP(self, channels=shape[0], num_classes=num_classes)
 
 
 class MLP(nn.Module):

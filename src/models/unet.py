@@ -1,6 +1,6 @@
 """The U-Net: one network whose options span guided-diffusion's, diffusers' UNet2DModel and the light one for latents."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Generic, Literal, Self, TypeVar, cast
 
 import pydantic
@@ -10,13 +10,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import config, config_error, resumable_field
+from ..config import UserError, config, config_error, resumable_field
+from .backbone import BACKBONES, Backbone
 from .layers import (
     Attention,
     AttentionKind,
     Downsample,
     ResidualBlock,
     Upsample,
+    channels_last,
     embed_labels,
     sinusoidal_embedding,
     zeroed,
@@ -101,8 +103,9 @@ class EncoderConfig:
         return channels // self.head_channels if self.head_channels is not None else 1
 
 
+@BACKBONES.add
 @config
-class UNetConfig(EncoderConfig):
+class UNetConfig(EncoderConfig, Backbone):
     """The architecture. `channel_mult` and `attention` have one entry for each resolution, the largest picture first.
 
     Attention has `num_heads` heads or heads of `head_channels` channels; with neither, one head. `residual` resampling
@@ -111,12 +114,35 @@ class UNetConfig(EncoderConfig):
     the channels, which costs a p^2-th: for large pictures. At 32 px it learned less in the same time than single pixels.
     """
 
+    kind: Literal["unet"] = "unet"
     upsample: Literal["conv", "nearest", "residual"] = "conv"
     patch: int = pydantic.Field(1, ge=1)
 
     @property
     def factor(self) -> int:
         return self.patch * super().factor
+
+    def build(
+        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, upsampler: bool
+    ) -> "UNet":
+        """In channels_last, which is faster; the height and width of `shape` must be divisible by the factor."""
+        channels, size = shape[0], shape[1]
+        if size % self.factor:
+            near = sorted({size // self.factor * self.factor, -(-size // self.factor) * self.factor} - {0})
+            patches = " and model.patch" if self.patch > 1 else ""
+            raise UserError(
+                f"the network sees {size} px, not divisible by {self.factor}, what {len(self.channel_mult)} entries of "
+                f"model.channel_mult{patches} ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
+            )
+        network = UNet(
+            self,
+            in_channels=channels,
+            out_channels=2 * channels if learned else channels,
+            num_classes=num_classes,
+            null_class=null_class,
+            low_channels=channels if upsampler else 0,
+        )
+        return channels_last(network)
 
 
 class Block(nn.Module):
@@ -241,6 +267,8 @@ class UNet(Encoder[UNetConfig]):
     resized to its size; a ValueError says where `low` is missing or not wanted. Ho et al. 2020, arXiv:2006.11239; Dhariwal
     & Nichol 2021, arXiv:2105.05233.
     """
+
+    fsdp_blocks = ("Block", "ResidualBlock")
 
     def __init__(
         self,

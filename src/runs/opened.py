@@ -13,8 +13,7 @@ from ..config import UserError, config, quoted, validate
 from ..data import ImageConfig, ImageSet, SourceEnd
 from ..data.names import join_names, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
-from ..models import MLP, MLPConfig, UNet, UNetConfig
-from ..models.layers import channels_last
+from ..models import ModelConfig, build_model
 from ..runtime.checkpoint import load_weights
 from .autoencoder import LatentCodec, kept_autoencoder
 from .ends import EncodedEnd, End, open_end
@@ -27,6 +26,11 @@ GAUSSIAN = {"source": "gaussian"}
 @config
 class _Source:
     source: SourceEnd
+
+
+@config
+class _Model:
+    model: ModelConfig
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Opened(Run):
     @property
     def null_class(self) -> bool:
         """Whether it was built with a class for no class."""
-        return isinstance(self.network, UNet) and self.network.null_class
+        return bool(getattr(self.network, "null_class", False))
 
     @property
     def low_resolution(self) -> int | None:
@@ -154,38 +158,6 @@ def count_classes(class_conditional: bool | None, class_names: Sequence[str]) ->
             "--set class_conditional=null"
         )
     return len(class_names) if class_names and class_conditional is not False else None
-
-
-def build_unet(
-    config: UNetConfig,
-    shape: Sequence[int],
-    num_classes: int | None,
-    *,
-    learned: bool = False,
-    null_class: bool = True,
-    upsampler: bool = False,
-) -> UNet:
-    """The U-Net of pictures or latents (C, H, W), in channels_last, which is faster; H must be divisible by its factor.
-
-    With `learned` its output has C channels more, for the variance; an `upsampler` sees a smaller picture, too.
-    """
-    channels, size = shape[0], shape[1]
-    if size % config.factor:
-        near = sorted({size // config.factor * config.factor, -(-size // config.factor) * config.factor} - {0})
-        patches = " and model.patch" if config.patch > 1 else ""
-        raise UserError(
-            f"the network sees {size} px, not divisible by {config.factor}, what {len(config.channel_mult)} entries of "
-            f"model.channel_mult{patches} ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
-        )
-    network = UNet(
-        config,
-        in_channels=channels,
-        out_channels=2 * channels if learned else channels,
-        num_classes=num_classes,
-        null_class=null_class,
-        low_channels=channels if upsampler else 0,
-    )
-    return channels_last(network)
 
 
 def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
@@ -250,31 +222,27 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
     num_classes, key = count_classes(config["class_conditional"], class_names), "label_embedding.weight"
     found = {"path": path, "process": build_process(spec), "class_names": class_names, "config": config}
     found |= {"facts": data, "step": step}
-    if config["image"] is None:
-        model = validate(MLPConfig, config["model"], origin=f"{path}: model")
-        network, shape = given or MLP(model, num_classes=num_classes), (2,)
-    else:
+    shape: tuple[int, ...] = (2,)
+    if config["image"] is not None:
         image = validate(ImageConfig, config["image"], origin=f"{path}: image")
-        shape, latent = (image.channels, image.size, image.size), {}
+        shape = (image.channels, image.size, image.size)
+        found["image"] = image
         if "latents" in data:
             facts = data["latents"]
             autoencoder = kept_autoencoder(folder, device)
             if autoencoder.digest != facts["autoencoder"]:
                 raise UserError(f"{path}: the autoencoder beside it is another than the one it was trained on")
             shape = tuple(facts["shape"])
-            latent = {
-                "codec": LatentCodec(autoencoder.network, facts["mean"], facts["std"]),
-                "bounds": latent_bounds(facts, device),
-            }
-        network = given or build_unet(
-            validate(UNetConfig, config["model"], origin=f"{path}: model"),
-            shape,
-            num_classes,
-            learned=spec.variance == "learned",
-            null_class=key not in weights or num_classes is None or len(weights[key]) > num_classes,
-            upsampler=config.get("low_resolution") is not None,
-        )
-        found |= {"image": image, **latent}
+            found["codec"] = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
+            found["bounds"] = latent_bounds(facts, device)
+    network = given or build_model(
+        validate(_Model, {"model": config["model"]}, origin=str(path)).model,
+        shape,
+        num_classes,
+        learned=spec.variance == "learned",
+        null_class=key not in weights or num_classes is None or len(weights[key]) > num_classes,
+        upsampler=config.get("low_resolution") is not None,
+    )
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:
         torch.set_num_threads(config["cpu_threads"])  # so that processes agree to the bit, as in training

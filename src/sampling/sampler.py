@@ -11,8 +11,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError, config, config_error, dump, validate
-from ..config.registries import NameIn
+from ..config import NameIn, UserError, config, config_error, dump, validate
 from ..diffusion import (
     SOLVERS,
     SPACINGS,

@@ -10,7 +10,7 @@ from ..diffusion import ProcessConfig
 from ..diffusion.training_times import TimesConfig, UniformTimes
 from ..evaluation.quality import QualityConfig
 from ..evaluation.reconstruct import ReconstructConfig
-from ..models import MLPConfig, UNetConfig
+from ..models import ModelConfig
 from ..runs.classifier import MeasureConfig
 from ..runtime.checkpoint import CheckpointConfig
 from ..runtime.launch import MachineConfig
@@ -119,7 +119,7 @@ class DiffusionConfig(StepsConfig):
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     process: ProcessConfig
-    model: UNetConfig | MLPConfig
+    model: ModelConfig
 
     @property
     def uses_classes(self) -> bool:

@@ -12,8 +12,7 @@ from torch import nn
 
 from ..config import UserError, quoted
 from ..data import GIVEN, ImageSet, PointSet, open_data, open_given
-from ..models import MLP, MLPConfig
-from ..runs.opened import build_unet
+from ..models import build_model
 from ..runtime.processes import same_on_all
 from ..runtime.sharding import build_device
 from .given import given_network, needs_null_class
@@ -56,9 +55,7 @@ class Given:
         if self.own:
             told = {"null_class": needs_null_class(cfg.label_dropout, *sets), "learned": learned}
             return given_network(self.network, accelerator, place, dtype, shape, num_classes, **told)
-        if isinstance(cfg.model, MLPConfig):
-            return MLP(cfg.model, num_classes=num_classes).to(place, dtype)
-        return build_unet(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
+        return build_model(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
 
     def how_to_draw(self, run_dir: Path, more: str = "") -> str:
         """What a finished run says."""

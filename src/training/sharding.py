@@ -21,6 +21,13 @@ def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim
         raise UserError(
             "optimizer.muon needs whole matrices, and FSDP cuts them: set optimizer.muon to null, or launch without"
         )
+    blocks = getattr(network, "fsdp_blocks", ())
+    if not blocks:
+        raise UserError(
+            f"FSDP cuts a network block by block, and {type(network).__name__} names none in fsdp_blocks; launch without FSDP"
+        )
+    assert accelerator.state.fsdp_plugin is not None
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
     moments = optimizer_state(optimizer, names_of(network))
     optimizer.state.clear()  # accelerate moves the optimiser's parameters to the parts, and leaves the moments behind
     for module in (network, *ema.networks.values()):  # FSDP cuts rows, and takes no channels_last

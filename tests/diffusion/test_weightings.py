@@ -100,5 +100,5 @@ def test_the_old_key_of_min_snr_is_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert dump(load(old, ddpm_accelerate.Config, ["process.loss.weighting.gamma=4"]).process.loss.weighting)["gamma"] == 4
     with pytest.raises(UserError, match=r"process\.loss\.weighting\.gamma: input should be a valid number, not 'five'"):
         weighting("smoke/ddpm", "process.loss.min_snr_gamma=five")
-    with pytest.raises(UserError, match=r"weighting: 'min_snrr' is not known; did you mean 'min_snr'\?"):
+    with pytest.raises(UserError, match=r"weighting.kind: 'min_snrr' is not known; did you mean 'min_snr'\?"):
         weighting("smoke/ddpm", "process.loss.weighting.kind=min_snrr")

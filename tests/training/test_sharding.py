@@ -113,3 +113,18 @@ def test_muon_is_refused_where_matrices_are_cut() -> None:
     optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 1e-2, "muon": {}}))
     with pytest.raises(UserError, match="optimizer.muon needs whole matrices"):
         prepare(cast(Any, SimpleNamespace(is_fsdp2=True)), network, optimizer, EMA(network, EMAConfig()))
+
+
+def test_a_network_says_which_blocks_are_cut() -> None:
+    network, plugin = build(), SimpleNamespace(transformer_cls_names_to_wrap=None)
+    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    linear = torch.nn.Linear(2, 2)
+    for module in (linear, network):
+        optimizer = build_optimizer(module, validate(OptimizerConfig, {"lr": 1e-2}))
+        with pytest.raises(
+            UserError if module is linear else AttributeError, match="Linear names none in fsdp_blocks|native_amp"
+        ):
+            prepare(cast(Any, accelerator), module, optimizer, EMA(module, EMAConfig()))
+    assert plugin.transformer_cls_names_to_wrap == ["Block", "ResidualBlock"]
+    names = {type(module).__name__ for module in network.modules()}
+    assert set(plugin.transformer_cls_names_to_wrap) <= names

@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Discriminator, Field, Tag
 
-from ...config import KindUnion, kind_of
+from ...config import OpenUnion, kind_of
 from .datasets import DatasetsSource, open_datasets
 from .digits import DigitsSource, open_digits
 from .emnist import EmnistSource, open_emnist
@@ -17,7 +17,7 @@ from .shapes import ShapesSource, open_shapes
 
 S = TypeVar("S", bound=Source)
 
-SOURCES = KindUnion("source")
+SOURCES = OpenUnion("source")
 _OPENERS: dict[type, Callable[[Any], Images]] = {}
 
 
@@ -27,7 +27,7 @@ def register_source(config_class: type[S], open_function: Callable[[S], Images])
     A config that is loaded afterwards accepts it, in data, held_out and source.
     """
     _OPENERS[config_class] = open_function
-    SOURCES.register(config_class)
+    SOURCES.add(config_class)
 
 
 register_source(FolderSource, open_folder)

@@ -6,25 +6,35 @@ from typing import Annotated, Literal
 
 import pytest
 
-from src.config import UserError, config, differences, dump, json_schema, renamed_field, resumable_field, validate
-from src.config.registries import KindUnion, NameIn
+from src.config import (
+    NameIn,
+    OpenUnion,
+    UserError,
+    config,
+    differences,
+    dump,
+    json_schema,
+    renamed_field,
+    resumable_field,
+    validate,
+)
 
 COLOURS = {"red": 1, "blue": 2}
-SHAPES = KindUnion(default="circle")
+SHAPES = OpenUnion("kind", default="circle")
 
 
 class Shape:
     kind: str
 
 
-@SHAPES.register
+@SHAPES.add
 @config
 class Circle(Shape):
     kind: Literal["circle"] = "circle"
     radius: float = 1.0
 
 
-@SHAPES.register
+@SHAPES.add
 @config
 class Polygon(Shape):
     kind: Literal["polygon"] = "polygon"
@@ -51,11 +61,11 @@ def test_a_name_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyP
 
 
 def test_a_kind_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SHAPES, "members", dict(SHAPES.members))
+    monkeypatch.setattr(SHAPES, "members", list(SHAPES.members))
     with pytest.raises(UserError, match=r"shape: 'star' is not known.*Allowed: 'circle', 'polygon'"):
         validate(Drawing, {"shape": {"kind": "star"}})
 
-    @SHAPES.register
+    @SHAPES.add
     @config
     class Star(Shape):
         """With points."""

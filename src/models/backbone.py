@@ -1,0 +1,67 @@
+"""The networks that denoise: the base of their configs, their union by `kind`, and the one door that builds them."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import pydantic
+from torch import nn
+
+from ..config import OpenUnion, UserError, config, config_error
+
+
+@config
+class Backbone:
+    """The base of the configs of networks that denoise. A config is registered by `@BACKBONES.add` and builds its network.
+
+    The network is called as network(x, time) or, of a run with classes, network(x, time, labels): x (B, *shape), time (B,),
+    labels (B,) of which num_classes means no class. Where it keeps its classes in an `nn.Embedding` of the name
+    `label_embedding`, a run on other classes can start from its weights. Two attributes of it are asked for: `null_class`,
+    whether it has learned a label for no class, and `fsdp_blocks`, the names of the classes that FSDP cuts one at a time.
+    """
+
+    kind: str
+    takes_points = False  # 2-D points (2,) instead of images or latents (C, H, W)
+
+    @property
+    def factor(self) -> int:
+        """Height and width of images must be divisible by this."""
+        return 1
+
+    def build(
+        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, upsampler: bool
+    ) -> nn.Module:
+        """The network, as `build_model` says."""
+        raise NotImplementedError
+
+
+BACKBONES = OpenUnion("kind", default="unet")
+ModelConfig = Annotated[Backbone, BACKBONES]
+
+
+def _check_images(model: Backbone) -> Backbone:
+    if model.takes_points:
+        raise config_error(f"{model.kind} is a network of 2-D points, and this script trains on images; choose another kind")
+    return model
+
+
+ImageModelConfig = Annotated[ModelConfig, pydantic.AfterValidator(_check_images)]
+
+
+def build_model(
+    config: Backbone,
+    shape: Sequence[int],
+    num_classes: int | None = None,
+    *,
+    learned: bool = False,
+    null_class: bool = True,
+    upsampler: bool = False,
+) -> nn.Module:
+    """The network that `config` names, for images or latents (C, H, W) or 2-D points (2,).
+
+    With `learned` its output has C channels more, for the variance. With `num_classes` and `null_class` it has a label for no
+    class. An `upsampler` is also called with `low`, a smaller image. A UserError says what does not fit the config.
+    """
+    if config.takes_points != (len(shape) == 1):
+        takes, gets = ("2-D points", "images") if config.takes_points else ("images", "2-D points")
+        raise UserError(f"model.kind {config.kind} is a network of {takes}, and the data are {gets}; choose another kind")
+    return config.build(shape, num_classes, learned=learned, null_class=null_class, upsampler=upsampler)
