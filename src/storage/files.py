@@ -1,6 +1,7 @@
 """Files that are written whole, or not at all."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -24,3 +25,11 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """A second name of a file, which nobody writes into again; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

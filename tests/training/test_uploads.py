@@ -19,8 +19,9 @@ from src.config import UserError, dump, load
 from src.runtime.checkpoint import newest, retain, roll_back, spared_steps, step_folder, verify_checkpoint, write_folder
 from src.storage.buckets import open_bucket, push
 from src.training import session, uploads
+from src.training.entry import run_training
 from src.training.run import RunDirectory
-from src.training.trials import run_training
+from src.training.run_mode import RunMode
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
 from tests.conftest import ROOT, SMOKE, environment
 from tests.storage import StorageServer
@@ -310,7 +311,7 @@ def test_every_launch_brings_what_it_starts_from(server: StorageServer, tmp_path
 
 
 def test_a_machine_without_the_checkpoint_is_told_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "agree", lambda _: tmp_path / "step_00000004")
+    monkeypatch.setattr(session, "broadcast", lambda _: tmp_path / "step_00000004")
     here = session.Session.__new__(session.Session)
     here.run = RunDirectory(tmp_path / "x", writes=False)
     for bucket, words in ((None, "that all see, or set bucket$"), ("gs://bucket", "the bucket does not have it yet$")):
@@ -329,8 +330,8 @@ def test_four_processes_bring_an_autoencoder_at_once_and_a_kill_half_way_is_made
     whole(tmp_path / "made" / "final")
     for path in (tmp_path / "made" / "final").iterdir():
         server.put(f"runs/vae/final/{path.name}", path.read_bytes())
-    code = "from src.training.uploads import bring_run; from src.runtime.checkpoint import damage; from pathlib import Path; "
-    code += "print(bring_run('gs://bucket', 'runs/vae'), damage(Path('runs/vae/final')))"
+    code = "from src.training.uploads import bring_run; from src.runtime.checkpoint import verify_checkpoint; "
+    code += "from pathlib import Path; print(bring_run('gs://bucket', 'runs/vae'), verify_checkpoint(Path('runs/vae/final')))"
     words, extra = [sys.executable, "-c", code], environment(PYTHONPATH=str(ROOT), STORAGE_EMULATOR_HOST=server.url)
     server.rate = 100_000  # 0.8 s for the weights
     with subprocess.Popen(words, cwd=tmp_path, env=extra) as first:
@@ -374,11 +375,11 @@ def test_a_run_whose_end_is_not_in_the_bucket_does_not_end_well(
     cfg = replace(CONFIG, bucket="gs://bucket")
     (tmp_path / "runs").mkdir()
 
-    def train(_: Any, run_dir: Path, attempt: Any) -> int:
+    def train(_: Any, run_dir: Path, run_mode: RunMode, __: int | None) -> int:
         save(run_dir, 2)
         if not finished:
-            attempt.uploads = Uploads("gs://bucket", run_dir, keep=2)
-            attempt.uploads.wake(2)
+            run_mode.uploads = Uploads("gs://bucket", run_dir, keep=2)
+            run_mode.uploads.wake(2)
         return 0
 
     server.faults.add(403, "upload", times=99)
