@@ -218,7 +218,8 @@ class Session:
         self.run_mode.set_batch(batch_plan.batch, batch_plan.micro, key)
         if self.run_mode.quiet:
             last = end if self.stop_at is None else min(end, self.stop_at)
-            self._tell(f"{self._stage}, {last - self.step} steps", True)
+            count = last - self.step
+            self._tell(f"{self._stage}, {count} step{'s' * (count != 1)}", True)
 
     # ------------------------------------------------------------------------------------------ in a step
 
