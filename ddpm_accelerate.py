@@ -12,27 +12,29 @@ from pathlib import Path
 import torch
 
 from src.config import Length, config, load, resumable_field, run_script, to_steps, training_arguments
-from src.data import ImageConfig, Sources, check_images, describe_data
+from src.data import ImageConfig, Sources, check_images
 from src.diffusion import build_process
 from src.evaluation.quality import open_quality
 from src.models import ImageModelConfig
+from src.runs.densities import ImageDensity
 from src.runs.opened import count_classes, start_from
-from src.runtime.examples import image_examples
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
-from src.runtime.stream import plan_batch, stream, to_network
+from src.runtime.stream import plan_batch
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.training.config import DiffusionConfig, PreviewConfig
-from src.training.draws import StepNoise
 from src.training.ema import EMA
+from src.training.entry import run_training
 from src.training.from_python import Given, from_python
+from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import preview, preview_sampler, save_first_images
+from src.training.preview import measure_quality, preview, preview_sampler, save_first_images
+from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.sharding import prepare
 from src.training.state import TrainState
+from src.training.step_noise import StepNoise
 from src.training.time_sampler import TimeSampler
-from src.training.trials import Attempt, run_training
 
 
 @config
@@ -58,99 +60,109 @@ def main() -> int:
 
 
 @from_python
-def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
+def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir, fsdp=True)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
-    split = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batch_plan = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=rank, world=world)
 
     # Look at the data.
-    attempt.enters("looking at the data")
-    train_set, held_out = given.open_data(cfg)
-    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
+    run_mode.enter_phase("looking at the data")
+    train_set, held_out = given.open_data(cfg.data, cfg.held_out, cfg.image)
+    warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
-    facts = describe_data(train_set, held_out) | given.facts
-    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
+    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image))
+    shape, facts = coupling.shape, coupling.facts | given.facts
+    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
 
-    # Build process, network, optimiser, EMA, and the sampler of the previews.
-    attempt.enters("building the networks")
+    # Build process, network, optimizer, EMA, and the sampler of the previews.
+    run_mode.enter_phase("building the networks")
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
-    shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = given.build(cfg, accelerator, shape, num_classes, train_set, held_out)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = TrainState(network, bare_optimizer, ema, times=times)
+    train_state = TrainState(network, bare_optimizer, ema, times=times)
     sampler = preview_sampler(cfg, cfg.preview, ema.network, process, shape, num_classes)
-    quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
+    quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
-    if session.finished:
+    session = Session(
+        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
+    )
+    if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
-    split = session.place(split)
+    batch_plan = session.place(batch_plan)
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
         network.compile()
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
-    session.enter(split, resolve, end=total_steps)
-    if session.run.writes and session.fresh:
-        with session.look("the first images"):
+    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
+    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.enter_stage(batch_plan, resolve, end=total_steps)
+    if session.run.writes and session.is_fresh:
+        with session.drawing("the first images"):
             save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
-    examples = image_examples(held_out, cfg.image) if held_out is not None else None
-    batches = stream(
-        train_set, cfg.image, split, seed=cfg.seed, balanced=cfg.balance_classes, start_step=session.step, workers=cfg.workers,
+    examples = coupling.held_out_examples()
+    batches = coupling.stream(
+        batch_plan,
+        seed=cfg.seed,
+        balanced=cfg.balance_classes,
+        start_step=session.step,
+        workers=cfg.workers,
         device=device,
-    )  # fmt: skip
+        dtype=dtype,
+    )
 
     # Train.
     model.train()
     while session.step < total_steps:
-        # Draw times, noise and dropped labels for the whole batch; each rank takes its share below.
+        # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        draws = StepNoise(
-            times, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
+        step_noise = StepNoise(
+            times, batch_plan, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
         )
 
-        # Gradients: every loss is its sum over the micro-batch times world size over the batch.
-        for part in range(split.accumulation):
-            micro, here = next(batches), split.of_step(part)
-            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
-            with accumulating(accelerator, model, part, split.accumulation):
-                x0 = to_network(micro.images, device, dtype)
-                condition = draws.condition(micro, here, num_classes)
-                found = process.losses(model, x0, draws.eps[here], draws.t[here], **condition)
-                loss = times.weigh(found.loss, here).sum()
-                accelerator.backward(loss * (split.world / split.batch))
-            session.meter.add(split.micro, loss=loss, **{name: term.sum() for name, term in found.terms.items()})
+        # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
+        for part in range(batch_plan.accumulation):
+            (micro_batch, source), local_slice = next(batches), batch_plan.of_step(part)
+            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
+            with accumulating(accelerator, model, part, batch_plan.accumulation):
+                x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
+                condition = step_noise.condition(micro_batch.labels, local_slice, num_classes)
+                loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
+                loss = times.weigh(loss_terms.loss, local_slice).sum()
+                accelerator.backward(loss * (batch_plan.world / batch_plan.batch))
+            session.meter.add(batch_plan.micro, loss=loss, **{name: term.sum() for name, term in loss_terms.terms.items()})
         times.observe(accelerator)
 
-        # Update.
+        # Update. The EMA takes in the step before: by now all processes know whether it was finite, and none has waited.
         norm = clip_gradients(accelerator, model, cfg.optimizer)
-        session.settle()
+        ema.update_after(session.take_finite_step(), network, batch_plan)
         update(optimizer, rate_at(step), norm)
-        session.count(torch.isfinite(norm))
+        session.end_step(torch.isfinite(norm))
 
-        # Now and then: log, preview, quality, save, export.
-        if not session.due:
+        # Now and then, with this step in the EMA, too: log, preview, quality, save.
+        if not session.is_anything_due():
             continue
-        values = session.logged(lr=rate_at(step), grad_norm=norm)
-        if session.now("preview"):
+        ema.update_after(session.take_finite_step(), network, batch_plan)
+        values = session.collect_log(lr=rate_at(step), grad_norm=norm)
+        if session.is_due("preview"):
             values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)
-        if quality is not None and session.now("quality"):
-            values |= quality.measure(sampler, cfg.preview.batch_size, session.run.say)
+        if quality is not None and session.is_due("quality"):
+            values |= measure_quality(quality, sampler, cfg.preview.batch_size, session)
         session.report(values)
-        session.save(keep=session.best_of(values))
-        if session.now("export"):
-            session.export(Path(cfg.export_dir), f"ckpt_epoch{split.images_at(session.step) // len(train_set)}_ddpm.pt")
-        if session.leaves():
+        session.save(keep=session.note_best(values))
+        if session.is_due("export"):
+            session.export(Path(cfg.export_dir), f"ckpt_epoch{batch_plan.images_at(session.step) // len(train_set)}_ddpm.pt")
+        if session.should_stop:
             batches.close()
             return session.end_stopped()
 

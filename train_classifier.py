@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from src.config import Length, UserError, config, load, quoted, run_script, to_steps, training_arguments
-from src.data import ImageConfig, Sources, check_images, describe_data, open_data
+from src.data import ImageConfig, Sources, check_images, open_data
 from src.models import ClassifierConfig
 from src.runs.classifier import (
     MeasureConfig,
@@ -24,19 +24,21 @@ from src.runs.classifier import (
     noise_process,
     start_classifier_from,
 )
-from src.runtime.examples import image_examples
+from src.runs.densities import ImageDensity
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
-from src.runtime.stream import plan_batch, stream, to_network
+from src.runtime.stream import plan_batch
 from src.training.config import StepsConfig
-from src.training.draws import StepNoise
 from src.training.ema import EMA
+from src.training.entry import run_training
+from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import save_first_images
+from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState
+from src.training.step_noise import StepNoise
 from src.training.time_sampler import TimeSampler
-from src.training.trials import Attempt, run_training
 
 
 @config
@@ -57,108 +59,114 @@ def main() -> int:
     return run_training(train, load(args.config, Config, args.set), args)
 
 
-def train(cfg: Config, run_dir: Path, attempt: Attempt) -> int:
+def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = None) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
-    split = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batch_plan = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=rank, world=world)
 
     # Look at the data.
-    attempt.enters("looking at the data")
+    run_mode.enter_phase("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
-    attempt.warnings = check_images(cfg, run_dir, train_set, held_out)
+    warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = len(train_set.class_names)
     if not num_classes:
         raise UserError("a classifier needs classes and the data has none: use class subfolders or a label_column")
-    facts = describe_data(train_set, held_out)
-    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=len(train_set))
+    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image))
+    shape, facts = coupling.shape, coupling.facts
+    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
 
-    # Build what noises, network, optimiser, EMA.
-    attempt.enters("building the networks")
+    # Build what adds the noise, network, optimizer, EMA.
+    run_mode.enter_phase("building the networks")
     process = noise_process(cfg.noise)
     times = TimeSampler(cfg.times, process)
-    shape = (cfg.image.channels, cfg.image.size, cfg.image.size)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_classifier(cfg.classifier, cfg.image, num_classes).to(device, dtype)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = TrainState(network, bare_optimizer, ema, times=times)
+    train_state = TrainState(network, bare_optimizer, ema, times=times)
+    use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {quoted(run_dir)}"
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
-    use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {quoted(run_dir)}"
-    if session.finished:
+    session = Session(
+        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
+    )
+    if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
         return 0
-    split = session.place(split)
+    batch_plan = session.place(batch_plan)
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_classifier_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
-    session.enter(split, resolve, end=total_steps)
-    if session.run.writes and session.fresh:
-        with session.look("the first images"):
+    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
+    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.enter_stage(batch_plan, resolve, end=total_steps)
+    if session.run.writes and session.is_fresh:
+        with session.drawing("the first images"):
             save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
-    where, examples = ("train", train_set) if held_out is None else ("held_out", held_out)
-    measure = partial(accuracy_by_level, ema.network, process, image_examples(examples, cfg.image), cfg.preview, split.micro)
-    batches = stream(
-        train_set,
-        cfg.image,
-        split,
+    where, examples = "train" if held_out is None else "held_out", coupling.data.examples()
+    measure = partial(accuracy_by_level, ema.network, process, examples, cfg.preview, batch_plan.micro)
+    batches = coupling.stream(
+        batch_plan,
         seed=cfg.seed,
         balanced=cfg.balance_classes,
         start_step=session.step,
         workers=cfg.workers,
         device=device,
+        dtype=dtype,
     )
 
     # Train.
     model.train()
     while session.step < total_steps:
-        # Draw times and noise for the whole batch; each rank takes its share below.
+        # Draw times and noise for the whole batch; each process takes its slice below.
         step = session.step
-        draws = StepNoise(times, split, shape, seed=cfg.seed, step=step, label_dropout=0.0, device=device, dtype=dtype)
+        step_noise = StepNoise(
+            times, batch_plan, shape, seed=cfg.seed, step=step, label_dropout=0.0, device=device, dtype=dtype
+        )
 
-        # Gradients: every loss is its sum over the micro-batch times world size over the batch; no label, no loss.
-        for part in range(split.accumulation):
-            micro, here = next(batches), split.of_step(part)
-            if cfg.classifier.dropout:
-                torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
-            with accumulating(accelerator, model, part, split.accumulation):
-                x_t = process.add_noise(to_network(micro.images, device, dtype), draws.eps[here], draws.t[here])
-                labels = micro.labels.to(device, non_blocking=True)
-                logits = model(x_t, process.network_time(draws.t[here]).to(dtype).to(device, non_blocking=True))
+        # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch; no label, no loss.
+        for part in range(batch_plan.accumulation):
+            (micro_batch, _), local_slice = next(batches), batch_plan.of_step(part)
+            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
+            with accumulating(accelerator, model, part, batch_plan.accumulation):
+                t, labels = step_noise.t[local_slice], micro_batch.labels.to(device, non_blocking=True)
+                x_t = process.add_noise(micro_batch.images, step_noise.eps[local_slice], t)
+                logits = model(x_t, process.network_time(t).to(dtype).to(device, non_blocking=True))
                 losses = F.cross_entropy(logits.to(dtype), labels, reduction="none", ignore_index=-1)
-                loss = times.weigh(losses, here).sum()
-                accelerator.backward(loss * (split.world / split.batch))
-            session.meter.add(split.micro, loss=loss, accuracy=(logits.argmax(1) == labels).sum())
+                loss = times.weigh(losses, local_slice).sum()
+                accelerator.backward(loss * (batch_plan.world / batch_plan.batch))
+            session.meter.add(batch_plan.micro, loss=loss, accuracy=(logits.argmax(1) == labels).sum())
         times.observe(accelerator)
 
-        # Update.
+        # Update. The EMA takes in the step before: by now all processes know whether it was finite, and none has waited.
         norm = clip_gradients(accelerator, model, cfg.optimizer)
-        session.settle()
+        ema.update_after(session.take_finite_step(), network, batch_plan)
         update(optimizer, rate_at(step), norm)
-        session.count(torch.isfinite(norm))
+        session.end_step(torch.isfinite(norm))
 
-        # Now and then: log, measure by noise level, save.
-        if not session.due:
+        # Now and then, with this step in the EMA, too: log, measure by noise level, save.
+        if not session.is_anything_due():
             continue
-        values, best = session.logged(lr=rate_at(step), grad_norm=norm), False
-        if session.now("preview"):
+        ema.update_after(session.take_finite_step(), network, batch_plan)
+        values, is_best = session.collect_log(lr=rate_at(step), grad_norm=norm), False
+        if session.is_due("preview"):
+            session.clock.enter("a preview")
             loss, accuracy = measure(accelerator)
             values |= {f"{where}_loss": loss} | {f"{where}_accuracy_{i}": value for i, value in enumerate(accuracy)}
-            best = session.decides and session.better(f"{where}_loss", loss)
-            with session.look("the accuracy by noise level"):
+            is_best = session.decides and session.note_if_best(f"{where}_loss", loss)
+            with session.drawing("the accuracy by noise level"):
                 if session.run.writes:
                     draw_accuracy(session.run.samples / f"step_{session.step:08d}.png", process, accuracy, num_classes, where)
         session.report(values)
-        session.save(keep=best and cfg.checkpoint.keep_best)
-        if session.leaves():
+        session.save(keep=is_best and cfg.checkpoint.keep_best)
+        if session.should_stop:
             batches.close()
             return session.end_stopped()
 

@@ -6,6 +6,7 @@ python train_iadb.py -cfg configs/points2d_iadb.json
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
+import math
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,14 +14,13 @@ from typing import Literal
 import pydantic
 import torch
 
-from src.config import ENDLESS, config, config_error, load, resumable_field, run_script, to_steps, training_arguments
-from src.data import GaussianSource, ImageConfig, SourceEnd, check_images
+from src.config import ENDLESS, config, config_error, load, run_script, to_steps, training_arguments
+from src.data import ImageConfig, check_images
 from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.schedules import BlendScheduleConfig
 from src.evaluation.quality import open_quality
 from src.models import ModelConfig
 from src.runs.autoencoder import autoencoder_for
-from src.runs.ends import open_coupling
 from src.runs.opened import count_classes, start_from
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
@@ -29,39 +29,34 @@ from src.sampling import Sampler, SamplerConfig
 from src.sampling.build import sampler_of
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
-from src.training.config import DiffusionConfig, PathPreviewConfig
-from src.training.draws import StepNoise
+from src.training.config import PathPreviewConfig
 from src.training.ema import EMA
+from src.training.entry import run_training
 from src.training.from_python import Given, from_python
+from src.training.inputs import open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.pairs import PairEnds, Pairs
-from src.training.paths import first_ends, preview_paths
+from src.training.pairs import BlendConfig, PairCoupling
+from src.training.paths import preview_paths, save_first_blends
+from src.training.preview import measure_quality
 from src.training.run import check_ranks
+from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState
+from src.training.step_noise import StepNoise
 from src.training.time_sampler import TimeSampler
-from src.training.trials import Attempt, run_training
 
 IADB = ProcessConfig(schedule=BlendScheduleConfig(kind="blend"), target="blend", clip=False, time_input=TimeInput(kind="alpha"))
 
 
 @config
-class Config(DiffusionConfig):
-    """All that can be set, with the keys of DiffusionConfig. `source` is what one starts from (the paper's x_0, alpha 0),
-    `data` what is wanted (its x_1, alpha 1): both images of `image`, or both 2-D points, which have no `image`. With
-    `autoencoder` (a finished run of train_vae.py or a diffusers AutoencoderKL) images are blended as latents, which are kept
-    in the folder `latents`.
-
-    `pairs` names an earlier run, and the run trains on pairs (source, sample) of it: reflow. `loss_reduction` sum is the
-    paper's, over a step's batch; the mean is logged. Without `steps` a run has no end.
+class Config(BlendConfig):
+    """All that can be set, with the keys of BlendConfig. `source` is what one starts from (the paper's x_0, alpha 0), `data`
+    what is wanted (its x_1, alpha 1): both images of `image`, or both 2-D points, which have no `image`. With `autoencoder`
+    images are blended as latents. `pairs` names an earlier run, and the run trains on pairs (source, sample) of it: reflow.
+    `loss_reduction` sum is the paper's, over a step's batch; the mean is logged. Without `steps` a run has no end.
     """
 
-    source: SourceEnd = GaussianSource(source="gaussian")
     image: ImageConfig | None = None
-    autoencoder: str | None = resumable_field(None)
-    latents: str | None = resumable_field(None)
-    encode_batch_size: int = pydantic.Field(16, gt=0)
-    pairs: Pairs = None
     process: ProcessConfig = IADB
     loss_reduction: Literal["mean", "sum"] = "mean"
     model: ModelConfig
@@ -75,8 +70,10 @@ class Config(DiffusionConfig):
             )
         if self.model.takes_points != (self.image is None):
             raise config_error("model: 2-D points, which have no image, need an mlp, and images another kind, such as unet")
-        fed = self.process.time_input
-        if self.image is None and (self.process.clip or fed is None or fed.kind == "index" or fed.scale != 1):
+        time_input = self.process.time_input
+        if self.image is None and (
+            self.process.clip or time_input is None or time_input.kind == "index" or time_input.scale != 1
+        ):
             raise config_error(
                 "process: 2-D points have no bounds to clip to, and an mlp is fed alpha or t as it is: leave process out"
             )
@@ -93,32 +90,33 @@ def main() -> int:
 
 
 @from_python
-def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
+def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, given: Given) -> int:
     # Start on the devices there are.
     accelerator = start(cfg, trackers=cfg.log.trackers, folder=run_dir)
     device, dtype = accelerator.device, getattr(torch, cfg.dtype)
-    split = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batch_plan = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=rank, world=world)
 
-    # Open both ends: as they are, as latents, or paired by an earlier run.
-    attempt.enters("looking at the data")
-    ends = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset)
-    check_ranks(ends.facts)
-    train_set, held_out = ends.data.train, ends.data.held_out
-    source = (ends.source.train, ends.source.held_out) if ends.source is not None else ()
-    attempt.warnings = check_images(cfg, run_dir, train_set, held_out, *source)
+    # Open data and source: as they are, as latents, or paired by an earlier run.
+    run_mode.enter_phase("looking at the data")
+    coupling = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset)
+    check_ranks(coupling.facts)
+    train_set, held_out = coupling.data.train, coupling.data.held_out
+    source_sets = (coupling.source.train, coupling.source.held_out) if coupling.source is not None else ()
+    warnings = check_images(cfg, run_dir, train_set, held_out, *source_sets)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     if autoencoder is not None:
-        encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "attempt": attempt}
-        ends = ends.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
+        encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}
+        coupling = coupling.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
     if cfg.pairs is not None:
-        ends = PairEnds(cfg.pairs, ends, num_classes, run_dir, accelerator, attempt)
-    shape, starts, facts = ends.shape, ends.starts(), ends.facts | given.facts
-    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=ends.num_images)
+        coupling = PairCoupling(cfg.pairs, coupling, num_classes, run_dir, accelerator)
+    shape, facts = coupling.shape, coupling.facts | given.facts
+    resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
 
-    # Build process, network, optimiser, EMA, and the samplers of the previews.
-    attempt.enters("building the networks")
+    # Build process, network, optimizer, EMA, and the samplers of the previews.
+    run_mode.enter_phase("building the networks")
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
@@ -126,38 +124,42 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     bare_optimizer = build_optimizer(network, cfg.optimizer)
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
-    trained = TrainState(network, bare_optimizer, ema, times=times)
+    train_state = TrainState(network, bare_optimizer, ema, times=times)
+    codec = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, **coupling.codec(device)}
+    codec["source"] = coupling.source_sampler()
 
     def sampler_for(spec: SamplerConfig) -> Sampler:
-        spec = spec.without_guidance(num_classes is None)
-        more = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, "source": starts, **ends.codec(device)}
-        return sampler_of(spec, ema.network, process, shape, num_classes, **more)
+        return sampler_of(spec.without_guidance(num_classes is None), ema.network, process, shape, num_classes, **codec)
 
-    sampler_for(SamplerConfig(guidance=cfg.preview.guidance))  # what is wrong with it is said now
-    quality = open_quality(cfg.preview.quality, train_set, cfg.image, num_classes, accelerator, attempt)
+    sampler = sampler_for(cfg.preview.most_calls)
+    quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, trained, facts, total_steps=total_steps, attempt=attempt)
-    if session.finished:
+    session = Session(
+        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
+    )
+    if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
-    split = session.place(split)
+    batch_plan = session.place(batch_plan)
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    session.begin(train_set, held_out, total_images=split.images_at(total_steps), images=split.images_at(session.step))
-    session.enter(split, resolve, end=total_steps)
+    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
+    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes:
         if autoencoder is not None:
             autoencoder.keep(run_dir / "autoencoder")
-        if session.fresh:
-            with session.look("blend.png"):
-                first_ends(sampler_for(SamplerConfig()), ends.data.examples(), run_dir)
-    batches = ends.stream(
-        split,
+        if session.is_fresh:
+            with session.drawing("blend.png"):
+                save_first_blends(sampler_for(SamplerConfig()), coupling.data.examples(), run_dir)
+    loss_scale = math.prod(shape) * batch_plan.batch if cfg.loss_reduction == "sum" else 1
+    batches = coupling.stream(
+        batch_plan,
         seed=cfg.seed,
         balanced=cfg.balance_classes,
         start_step=session.step,
@@ -169,43 +171,43 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     # Train.
     model.train()
     while session.step < total_steps:
-        # Draw times, noise and dropped labels for the whole batch; each rank takes its share below.
+        # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        draws = StepNoise(
-            times, split, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
+        step_noise = StepNoise(
+            times, batch_plan, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
         )
 
-        # Gradients: every loss is its sum over the micro-batch times world size over the batch.
-        for part in range(split.accumulation):
-            (micro, source), here = next(batches), split.of_step(part)
-            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))
-            with accumulating(accelerator, model, part, split.accumulation):
-                x0, eps = micro.images, draws.eps[here] if source is None else source
-                condition = draws.condition(micro, here, num_classes)
-                found = process.losses(model, x0, eps, draws.t[here], **condition)
-                loss = times.weigh(found.loss, here).sum()
-                summed = x0[0].numel() * split.batch if cfg.loss_reduction == "sum" else 1
-                accelerator.backward(loss * (split.world / split.batch * summed))
-            session.meter.add(split.micro, loss=loss)
+        # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
+        for part in range(batch_plan.accumulation):
+            (micro_batch, source), local_slice = next(batches), batch_plan.of_step(part)
+            torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
+            with accumulating(accelerator, model, part, batch_plan.accumulation):
+                x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
+                condition = step_noise.condition(micro_batch.labels, local_slice, num_classes)
+                loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
+                loss = times.weigh(loss_terms.loss, local_slice).sum()
+                accelerator.backward(loss * (batch_plan.world / batch_plan.batch * loss_scale))
+            session.meter.add(batch_plan.micro, loss=loss, **{name: term.sum() for name, term in loss_terms.terms.items()})
         times.observe(accelerator)
 
-        # Update.
+        # Update. The EMA takes in the step before: by now all processes know whether it was finite, and none has waited.
         norm = clip_gradients(accelerator, model, cfg.optimizer)
-        session.settle()
+        ema.update_after(session.take_finite_step(), network, batch_plan)
         update(optimizer, rate_at(step), norm)
-        session.count(torch.isfinite(norm))
+        session.end_step(torch.isfinite(norm))
 
-        # Now and then: log, preview, quality, save.
-        if not session.due:
+        # Now and then, with this step in the EMA, too: log, preview, quality, save.
+        if not session.is_anything_due():
             continue
-        values = session.logged(lr=rate_at(step), grad_norm=norm)
-        if session.now("preview"):
-            values |= preview_paths(sampler_for, cfg.preview, session, train_set.class_names, ends)
-        if quality is not None and session.now("quality"):
-            values |= quality.measure(sampler_for(cfg.preview.most_calls), cfg.preview.batch_size, session.run.say)
+        ema.update_after(session.take_finite_step(), network, batch_plan)
+        values = session.collect_log(lr=rate_at(step), grad_norm=norm)
+        if session.is_due("preview"):
+            values |= preview_paths(sampler_for, cfg.preview, session, train_set.class_names, coupling)
+        if quality is not None and session.is_due("quality"):
+            values |= measure_quality(quality, sampler, cfg.preview.batch_size, session)
         session.report(values)
-        session.save(keep=session.best_of(values))
-        if session.leaves():
+        session.save(keep=session.note_best(values))
+        if session.should_stop:
             batches.close()
             return session.end_stopped()
 
@@ -214,12 +216,13 @@ def train(cfg: Config, run_dir: Path, attempt: Attempt, given: Given) -> int:
     session.clock.close()
     session.write_final(more=autoencoder.files() if autoencoder is not None else ({}, {}))
     if cfg.image is None and session.run.writes:
-        with session.look("points"):
+        with session.drawing("points"):
             labels = random_labels(0, range(20_000), num_classes) if num_classes is not None else None
-            walk = sampler_for(SamplerConfig(solver="euler", steps=128))
-            write_points(walk, run_dir / "points", labels=labels, device=device)
-    made = session.run.samples if cfg.image is not None else run_dir / "points"
-    message = f"finished; see {made}, and draw more: {given.how_to_draw(run_dir)}"
+            write_points(
+                sampler_for(SamplerConfig(solver="euler", steps=128)), run_dir / "points", labels=labels, device=device
+            )
+    shown = session.run.samples if cfg.image is not None else run_dir / "points"
+    message = f"finished; see {shown}, and draw more: {given.how_to_draw(run_dir)}"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"], "straightness": ["straightness"]})
 
 

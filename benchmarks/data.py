@@ -35,7 +35,8 @@ from benchmarks.common import goal, installed, machine, wait
 from src.config import UserError, run_script
 from src.data import ImageConfig, ImageSet, open_sources
 from src.data.packing import pack
-from src.data.sources import DatasetsSource, FolderImages, FolderSource, PackedSource
+from src.data.sources import DatasetsSource, FolderSource, PackedSource
+from src.data.sources.folder import FolderImages
 from src.data.transforms import decode, square
 from src.runtime.stream import _quiet_worker, plan_batch, stream, to_network
 

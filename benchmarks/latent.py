@@ -28,6 +28,7 @@ from src.config import load
 from src.runs.autoencoder import Autoencoder
 from src.runs.latents import Latents
 from src.runtime.stream import MicroBatch, stream, to_network
+from src.training import inputs
 
 
 def median_milliseconds(seconds: list[float]) -> float:
@@ -52,7 +53,7 @@ class CacheInTurns:
 
     def train(self, cfg: train_ldm.Config) -> None:
         """The script's training, with the batches and the clock of this object in place of its own."""
-        from_cache, own_draw, open_data = train_ldm.latent_stream, Latents.draw, train_ldm.open_data
+        from_cache, own_draw, open_data = inputs.latent_stream, Latents.draw, train_ldm.open_data
         pictures = open_data(cfg.data, cfg.held_out)[0]
 
         def batches(latents: Any, labels: Any, split: Any, **options: Any) -> Iterator[MicroBatch]:
@@ -67,7 +68,7 @@ class CacheInTurns:
 
         with (
             patch.object(train_ldm, "autoencoder_for", lambda *_: self.autoencoder),
-            patch.object(train_ldm, "latent_stream", batches),
+            patch.object(inputs, "latent_stream", batches),
             patch.object(Latents, "draw", draw),
         ):
             run(train_ldm.train, cfg)

@@ -30,7 +30,7 @@ from src.models import build_model
 from src.training import from_python
 from src.training.ema import EMA
 from src.training.optimizer import build_optimizer
-from src.training.trials import Attempt
+from src.training.run_mode import RunMode
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -53,7 +53,7 @@ def loop_milliseconds(script: Any, config: Path, steps: int) -> float:
     cfg = load(config, script.Config, [*cadence, *more, "log.trackers=[]", "preview.num_samples=1"])
     from_python.build_model = lambda *_, **__: Nothing()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        script.train(cfg, Path(folder) / "run", Attempt())
+        script.train(cfg, Path(folder) / "run", RunMode())
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(1e3 * cfg.batch_size / line["images_per_second"] for line in lines[1:])
 

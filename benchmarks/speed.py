@@ -48,10 +48,11 @@ from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder
 from src.runtime.stream import MicroBatch, to_network
 from src.sampling import Sampler, SamplerConfig
+from src.training import inputs
 from src.training.ema import EMA
 from src.training.optimizer import build_optimizer
+from src.training.run_mode import RunMode
 from src.training.stages import StageConfig
-from src.training.trials import Attempt
 
 CONFIGS = ROOT / "configs"
 WARMUP = 3  # turns that are not counted
@@ -83,7 +84,7 @@ def run(train: Callable[..., int], cfg: Any) -> None:
     """A script's training in a folder that is thrown away, without a word."""
     silence = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        status = train(cfg, Path(folder) / "run", Attempt())
+        status = train(cfg, Path(folder) / "run", RunMode())
     assert status == 0, silence.getvalue()
 
 
@@ -193,10 +194,10 @@ def terms(stages: tuple[StageConfig, ...], number: int) -> str:
 Turn = tuple[float, float]  # seconds of a step of the script, and of the bare loop
 
 
-def with_a_bare_loop(script: Any, stream: str, cfg: Any, bare: Callable[[int], Any]) -> list[list[Turn]]:
-    """The turns of each stage of a script's training: before each of its batches (from its `stream`) comes a step of
-    `bare(stage)`."""
-    own, spent = getattr(script, stream), list[list[Turn]]()
+def with_a_bare_loop(script: Any, module: Any, stream: str, cfg: Any, bare: Callable[[int], Any]) -> list[list[Turn]]:
+    """The turns of each stage of a script's training: before each of its batches (from the `stream` of a module) comes a step
+    of `bare(stage)`."""
+    own, spent = getattr(module, stream), list[list[Turn]]()
 
     def batches(*args: Any, **options: Any) -> Generator[MicroBatch, None, None]:
         loop, turns = bare(len(spent)), list[Turn]()
@@ -212,7 +213,7 @@ def with_a_bare_loop(script: Any, stream: str, cfg: Any, bare: Callable[[int], A
                 wait(device)
                 turns.append((time.perf_counter() - between, between - began))
 
-    with patch.object(script, stream, batches):
+    with patch.object(module, stream, batches):
         run(script.train, cfg)
     return spent
 
@@ -238,7 +239,7 @@ def measure_loops(rounds: int) -> list[Compared]:
     timed, found = [*QUIET, "preview.sampler.steps=1", f"steps={steps}"], list[Compared]()
     pixels = load(CONFIGS / "digits_ddpm.json", ddpm_accelerate.Config, timed)
     shape = (pixels.image.channels, pixels.image.size, pixels.image.size)
-    (turns,) = with_a_bare_loop(ddpm_accelerate, "stream", pixels, lambda _: BareDiffusion(pixels, shape, 10))
+    (turns,) = with_a_bare_loop(ddpm_accelerate, inputs, "stream", pixels, lambda _: BareDiffusion(pixels, shape, 10))
     found.append(compared("pixels (digits_ddpm)", turns, pixels.batch_size))
 
     stages = judged_stages(SIZES["16 px (the demo's)"], steps)
@@ -246,10 +247,10 @@ def measure_loops(rounds: int) -> list[Compared]:
     latents = load(CONFIGS / "digits_ldm.json", train_ldm.Config, [*timed, "preview.sheets=one"])
     with patch.object(train_ldm, "autoencoder_for", lambda *_: random_autoencoder(vae)):
         inside = vae.model.latent_shape(vae.image.size)
-        (turns,) = with_a_bare_loop(train_ldm, "latent_stream", latents, lambda _: BareDiffusion(latents, inside, 10))
+        (turns,) = with_a_bare_loop(train_ldm, inputs, "latent_stream", latents, lambda _: BareDiffusion(latents, inside, 10))
     found.append(compared("latents (digits_ldm)", turns, latents.batch_size))
 
-    for i, turns in enumerate(with_a_bare_loop(train_vae, "stream", vae, lambda number: BareStage(vae, number))):
+    for i, turns in enumerate(with_a_bare_loop(train_vae, train_vae, "stream", vae, lambda number: BareStage(vae, number))):
         found.append(compared(f"autoencoder (digits_vae), {i + 1}: {terms(vae.stages, i)}", turns, vae.batch_size))
     return found
 

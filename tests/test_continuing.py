@@ -12,9 +12,9 @@ import torch
 
 from src.config import load
 from src.runtime.checkpoint import newest, read_tensors, verify_checkpoint
-from src.training import trials, uploads
+from src.training import dry_run, uploads
 from src.training.kept import cannot_change, images_seen
-from src.training.trials import compare_checkpoints
+from src.training.verify_resume import compare_checkpoints
 from tests.conftest import ROOT, here, launch, metrics, one_line, refused
 
 CONSTANT = ("optimizer.schedule.kind=constant", "checkpoint.every=1000", "preview.quality=null", "preview.num_samples=1")
@@ -186,7 +186,7 @@ def test_a_plain_resume_names_the_ways_on(old: Path) -> None:
 
 
 def test_a_dry_run_says_what_is_left(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "DRY_SECONDS", 0.01)
+    monkeypatch.setattr(dry_run, "ENOUGH_SECONDS", 0.0)
     done = here(f"{SCRIPT}.py", *words(old, "steps=26", *CONSTANT), "--continue-as", "new", "--dry-run")
     assert done.status == 0 and "steps        20 of 16 images" in done.out, done.all
     assert [path.name for path in old.parent.iterdir()] == ["old"]

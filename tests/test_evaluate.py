@@ -307,7 +307,7 @@ def test_distances_measured_otherwise_do_not_compare() -> None:
     session: Any = SimpleNamespace(best=None, step=10, cfg=config)
 
     def better(*words: Any) -> bool:
-        return Session.better(session, *words)
+        return Session.note_if_best(session, *words)
 
     assert better("frechet_distance", 8.0, "100 samples in a") and not better("frechet_distance", 9.0, "100 samples in a")
     assert better("frechet_distance", 300.0, "100 samples in b") and session.best["measured"] == "100 samples in b"

@@ -392,12 +392,13 @@ def test_one_line_and_status_two(tmp_path: Path, iadb_run: Path, points_run: Pat
     assert "starts from another source" in said
 
 
-def test_ends_of_different_shapes(tmp_path: Path) -> None:
+def test_densities_of_different_shapes(tmp_path: Path) -> None:
     from src.data import ImageConfig
     from src.data.sources import ShapesSource
-    from src.runs.ends import Coupling, open_end
+    from src.runs.densities import open_density
+    from src.training.inputs import Coupling
 
     shapes = ShapesSource(source="shapes", count=8, size=16)
-    ends = [open_end(shapes, 0.0, ImageConfig(size=16, channels=channels)) for channels in (3, 1)]
+    densities = [open_density(shapes, 0.0, ImageConfig(size=16, channels=channels)) for channels in (3, 1)]
     with pytest.raises(ValueError, match="data and source have different shapes, 3 x 16 x 16 and 1 x 16 x 16"):
-        Coupling(*ends)
+        Coupling(*densities)

@@ -18,8 +18,7 @@ from src.config import load, read_json
 from src.runs.autoencoder import open_autoencoder
 from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
-from src.training.session import Session
-from src.training.trials import train_here
+from src.training.entry import train_here
 from tests import kills
 from tests.conftest import ROOT, Finished, here, launch, metrics, one_line, refused
 from tests.kills import settings
@@ -206,7 +205,7 @@ def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> 
     assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in said
 
 
-def test_the_legacy_pair_trains_goes_on_and_says_what_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_legacy_pair_trains_goes_on_and_says_what_it_leaves(tmp_path: Path) -> None:
     model = {"widths": [8, 16], "downsample": "conv", "upsample": "transposed", "attention": ["none", "none"]}
     sets = settings(model=model, stages=[{"steps": 3}], init_from=None)
     done = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
@@ -215,10 +214,7 @@ def test_the_legacy_pair_trains_goes_on_and_says_what_it_leaves(tmp_path: Path, 
     network = open_autoencoder(str(tmp_path / "run"), torch.device("cpu")).network
     assert (network.spec.downsample, network.spec.upsample) == ("conv", "transposed")
     cfg = load(VAE, train_vae_module.Config, [f"model={json.dumps(model)}", 'stages=[{"steps": 3}]', "checkpoint.every=2"])
-    leaves = Session.leaves
-    monkeypatch.setattr(Session, "leaves", lambda self: self.step == 2 or leaves(self))
-    assert train_here(train_vae_module.train, cfg, tmp_path / "cut") == 1
-    monkeypatch.undo()
+    assert train_here(train_vae_module.train, cfg, tmp_path / "cut", stop_at=2) == 0
     assert train_here(train_vae_module.train, cfg, tmp_path / "cut") == 0
     assert "going on at step 2 of 3" in (tmp_path / "cut" / "log.txt").read_text()
     one, other = ((tmp_path / name / "final" / "ema.safetensors").read_bytes() for name in ("run", "cut"))

@@ -19,9 +19,9 @@ from src.data.scan import ScanConfig, scan
 from src.runtime.stopping import StopRequest
 from src.runtime.stream import plan_batch
 from src.storage.blocks import Ranks, in_blocks
-from src.training import trials
+from src.training import dry_run
 from src.training.clock import Cadence, Clock
-from src.training.trials import Attempt, compare_checkpoints
+from src.training.verify_resume import compare_checkpoints
 from tests.conftest import ROOT, here, metrics, run_here
 
 
@@ -180,11 +180,11 @@ STAGES = 'stages=[{"steps": 4, "adversarial": {"weight": 0.1}}, {"steps": 3, "ad
 
 
 def test_a_dry_run_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "DRY_SECONDS", 0.01)
+    monkeypatch.setattr(dry_run, "ENOUGH_SECONDS", 0.0)
     done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--dry-run", "--set", STAGES)
     said = [line.removeprefix("dry run: ") for line in done.out.splitlines() if line.startswith("dry run: ")]
-    looks = [f"stage {i} of 2, the first steps of {steps}" for i, steps in enumerate((4, 3), 1)]
-    stages = [line for look in looks for line in (look, "a preview", "a checkpoint")]
+    begins = [f"stage {number} of 2, 12 steps" for number in (1, 2)]
+    stages = [line for begin in begins for line in (begin, "a preview", "saving a checkpoint")]
     assert done.status == 0 and said == ["looking at the data", "building the networks", *stages]
     assert not list(tmp_path.iterdir())
 
@@ -205,7 +205,7 @@ def test_a_stop_ends_a_dry_run_after_its_step(
     with pytest.raises(AssertionError):  # the status is 1
         run_here("ddpm_accelerate", "-cfg", ROOT / "configs/smoke/ddpm.json", "--run-dir", tmp_path / "x", "--dry-run")
     out = capsys.readouterr().out
-    assert len(steps) == 1 and "training, the first steps" in out and "a preview" not in out and not list(tmp_path.iterdir())
+    assert len(steps) == 1 and "training, 12 steps" in out and "a preview" not in out and not list(tmp_path.iterdir())
 
 
 def in_a_step(number: int, left: Path) -> int:
@@ -284,13 +284,10 @@ def test_previews_come_early_and_then_ever_more_rarely(every: int, first: int, e
 
 def test_the_costs_of_a_dry_run_have_the_early_previews() -> None:
     cadences = {word: Cadence(word, None) for word in ("save", "export", "quality", "snapshot")}
-    attempt = Attempt("fit")
     for first in (0, 5000):
-        split = plan_batch(16, 8, rank=0, world=1)._replace(first_step=first)
+        plan = plan_batch(16, 8, rank=0, world=1)._replace(first_step=first)
         cadences["preview"] = Cadence("preview", 2000, early=range(first, first + 5000))
-        attempt.enter("", split, 5000, cadences, "micro_batch_size")
-    attempt.held.close()
-    assert [stage.previews for stage in attempt.stages] == [3 + 5, 3 + 5]
+        assert dry_run.count_of(dry_run.Planned("", plan, first, first + 5000, cadences)).previews == 3 + 5
     assert str(cadences["preview"]) == "preview every 2000 (the first ones after 100, 200, 400, 800, 1600)"
     assert str(Cadence("preview", 50, early=range(5000))) == "preview every 50"
     assert str(Cadence("preview", 2000, early=range(7000, 7500))) == "preview every 2000 (the first ones after 100, 200, 400)"

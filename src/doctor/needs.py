@@ -168,10 +168,10 @@ def batches(cfg: Any, world: int) -> Verdict:
     from ..training.stages import plan_stages
 
     if hasattr(cfg, "stages"):
-        splits = [stage.split for stage in plan_stages(cfg, 10**6, rank=0, world=world)]
+        plans = [stage.batch_plan for stage in plan_stages(cfg, 10**6, rank=0, world=world)]
     else:
-        splits = [plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=world)]
-    told = dict.fromkeys(f"{split.batch} pictures = {world} x {split.accumulation} x {split.micro}" for split in splits)
+        plans = [plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=world)]
+    told = dict.fromkeys(f"{plan.batch} images = {world} x {plan.accumulation} x {plan.micro}" for plan in plans)
     return Verdict("pass", f"a step is {', then '.join(told)}")
 
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,6 @@ from ..runtime.processes import broadcast, ranks_of_machine
 from ..sampling.sampler import Sampler
 from ..storage.blocks import Ranks, in_blocks
 from ..storage.finite import is_finite
-
-if TYPE_CHECKING:
-    from ..training.trials import Attempt
 
 FEWEST = 10  # pictures of each side, under which no number says anything
 BLOCK = 512  # pictures in a file, and what a kill costs at most
@@ -203,13 +201,12 @@ class Quality:
         image: ImageConfig | None,
         num_classes: int | None,
         accelerator: Accelerator,
-        attempt: "Attempt",
     ) -> None:
         if not isinstance(train_set, ImageSet) or image is None:
             raise UserError("preview.quality measures pictures, and this run has 2-D points; leave it out")
         check_count(len(train_set), "training pictures")
         self._spec, self._train_set, self._image = spec, train_set, image
-        self._accelerator, self._attempt = accelerator, attempt
+        self._accelerator = accelerator
         own = "preview.quality.weights"
         network = open_features(spec.features, spec.weights, Asked("preview.quality.features", own, own))
         self._network = network.to(accelerator.device)
@@ -218,15 +215,10 @@ class Quality:
         self._finite = True
 
     def measure(self, sampler: Sampler, batch_size: int, say: Callable[[str], None]) -> dict[str, float]:
-        """{"frechet_distance"}, lower is better; what is to be known of it is said once. A dry run draws one batch of it, and
-        measures nothing."""
+        """{"frechet_distance"}, lower is better; what is to be known of it is said once."""
         accelerator, count = self._accelerator, self._spec.num_samples
         each = -(-count // accelerator.num_processes // batch_size) * batch_size  # all ranks as often: FSDP asks for that
         mine = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
-        if self._attempt.trial:
-            with self._attempt.partly(batch_size / each):
-                self._draw(sampler, mine[:batch_size])
-            return {}
         if self._real is None:
             real = real_features(self._network, self._train_set, self._image, read=accelerator.is_main_process)
             self._real = distances.moments(real)  # of none on the other ranks
@@ -254,13 +246,23 @@ class Quality:
         return self._network(pixels_of(drawn).to(self._accelerator.device))
 
 
+def quality_seconds(
+    spec: QualityConfig, sampler: Sampler, batch_size: int, num_classes: int | None, *, device: torch.device, processes: int
+) -> float:
+    """The seconds that measuring the quality once will take on so many processes, judged by one batch of samples."""
+    network = open_features(spec.features, spec.weights).to(device)
+    labels = [i % num_classes for i in range(batch_size)] if num_classes is not None else None
+    began = time.monotonic()
+    see(network, pixels_of(sampler.draw(0, range(batch_size), labels, device=device)))
+    return (time.monotonic() - began) * -(-spec.num_samples // processes // batch_size)
+
+
 def open_quality(
     spec: QualityConfig | None,
     train_set: ImageSet | PointSet,
     image: ImageConfig | None,
     num_classes: int | None,
     accelerator: Accelerator,
-    attempt: "Attempt",
 ) -> Quality | None:
     """What a config asks for, or None."""
-    return Quality(spec, train_set, image, num_classes, accelerator, attempt) if spec is not None else None
+    return Quality(spec, train_set, image, num_classes, accelerator) if spec is not None else None

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +35,9 @@ from ..runtime.processes import broadcast
 from ..runtime.stream import to_network
 from ..storage.blocks import Block, Ranks
 from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
-from ..storage.files import write_whole
+from ..storage.files import link_file, write_whole
 from ..storage.finite import is_finite
 from .autoencoder import Autoencoder, LatentCodec
-
-if TYPE_CHECKING:
-    from ..training.trials import Attempt
 
 CONTENT = "content"  # what a block's .json has besides its sums: the hash of the files that it is of
 DOUBTED = 512  # images at most that are encoded once more to look whether a cache is still theirs
@@ -174,6 +172,52 @@ def encode_latents(
     make_cache(folder, contract, counts, encode, finish, Ranks(rank, world, barrier), **words, notes={FILES: files_of(sets)})
 
 
+def write_sample_cache(
+    autoencoder: Autoencoder,
+    train_set: ImageSet,
+    held_out: ImageSet | None,
+    image: ImageConfig,
+    folder: Path,
+    *,
+    batch_size: int,
+    workers: int,
+) -> float:
+    """Make a cache for a rehearsal: the first block stands for all, as links of one file. Gives the seconds that one process
+    would need for the rest."""
+    train_set.prepare(ImageConfig(size=image.size, channels=image.channels))
+    began = time.monotonic()
+    block = _encode(autoencoder, train_set, image, range(min(BLOCK, len(train_set))), image.flip, batch_size, workers)
+    seconds = time.monotonic() - began
+    sets = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
+    counts = {split: len(images) for split, images in sets.items()}
+    for split, count in counts.items():
+        values = block if split == "train" else block[:, :1]
+        write_sample_blocks(folder, split, count, values)
+    manifest = {**contract_of(autoencoder, image, train_set, held_out), FILES: files_of(sets), "counts": counts}
+    manifest |= _statistics(autoencoder, [sums_of(block)])
+    write_whole(folder / "manifest.json", json.dumps(manifest).encode())
+    return seconds * (sum(counts.values()) / len(block) - 1)
+
+
+def write_sample_blocks(
+    folder: Path, split: str, count: int, values: NDArray[np.float32], facts: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """The blocks of `count` entries, each of them a link of the first one; of `values` (n, ...), which are repeated where they
+    are fewer than a block has. `facts` has lists of n entries, likewise."""
+
+    def part(size: int) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        indices = np.arange(size) % len(values)
+        return values[indices], {key: [entries[i] for i in indices] for key, entries in facts.items()}
+
+    blocks = blocks_of(folder, split, count)
+    for block in blocks:
+        if block in (blocks[0], blocks[-1]):
+            write_block(block, *part(len(block.items)))
+            continue
+        for suffix in (".npy", ".json"):
+            link_file(blocks[0].path.with_suffix(suffix), block.path.with_suffix(suffix))
+
+
 def files_of(sets: Mapping[str, ImageSet]) -> dict[str, Any]:
     """What a cache remembers of the files that it is made of, besides its contract."""
     return {"decoder": DECODER, "state": {split: pictures.state for split, pictures in sets.items()}}
@@ -188,7 +232,6 @@ def check_files(
     *,
     processes: Accelerator | PartialState,
     goes_on: bool,
-    writes: bool,
 ) -> None:
     """Refuse a whole cache whose files have another content now, though the same names and sizes, or are decoded otherwise.
 
@@ -206,7 +249,7 @@ def check_files(
             f"the latent cache {folder} was made by an earlier version of the decoder, and {count} of its images look "
             "different now (colour profiles, deep grey); remove it, or give another `latents`"
         )
-    if changed and writes and processes.is_main_process:
+    if changed and processes.is_main_process:
         print(f"the latent cache {folder} is of an earlier version of the decoder; the run goes on with it", flush=True)
     now = files_of(sets)
     if broadcast(bool(files) and all(files["state"].get(split) == state for split, state in now["state"].items())):
@@ -229,7 +272,7 @@ def check_files(
                 "now); remove it, or give another `latents`"
             )
     processes.wait_for_everyone()
-    if files and writes and processes.is_main_process:
+    if files and processes.is_main_process:
         with suppress(OSError):  # a cache that cannot be written costs time, not the run
             document = {**manifest, FILES: {**files, "state": now["state"]}}
             write_whole(folder / "manifest.json", json.dumps(document, indent=1).encode())
@@ -262,24 +305,12 @@ def latents_of(
     *,
     batch_size: int,
     workers: int = 4,
-    attempt: "Attempt | None" = None,
     run_dir: Path | None = None,
 ) -> Latents:
     """The latents in the cache `folder`, which is made if it is missing; on the device where they fit. A cache of something
-    else is a UserError. `run_dir` is where the run that learns from them may have begun before.
-
-    In a trial nothing is written: where there is no cache, the first latents stand for all.
-    """
+    else is a UserError. `run_dir` is where the run that learns from them may have begun before."""
     contract, device = contract_of(autoencoder, image, train_set, held_out), next(autoencoder.network.parameters()).device
     counts = {"train": len(train_set)} | ({"held_out": len(held_out)} if held_out is not None else {})
-    if attempt is not None and attempt.trial and not folder.exists():
-        train_set.prepare(ImageConfig(size=image.size, channels=image.channels))
-        attempt.enters("encoding the first images")
-        began = time.monotonic()
-        block = _encode(autoencoder, train_set, image, range(min(BLOCK, len(train_set))), image.flip, batch_size, workers)
-        attempt.ahead((time.monotonic() - began) * (sum(counts.values()) / len(block) / processes.num_processes - 1))
-        sets = {split: LatentSet([block] * -(-count // BLOCK), device) for split, count in counts.items()}
-        return Latents(autoencoder, contract | _statistics(autoencoder, [sums_of(block)]), sets)
     if not folder.exists():
         encode_latents(
             autoencoder,
@@ -300,8 +331,7 @@ def latents_of(
     def encode(split: str, indices: Sequence[int]) -> Moments:
         return _encode(autoencoder, pictures[split], image, indices, False, batch_size, workers)
 
-    more = {"goes_on": _goes_on(run_dir, facts), "writes": attempt is None or not attempt.trial, "processes": processes}
-    check_files(folder, manifest, pictures, sets, encode, **more)
+    check_files(folder, manifest, pictures, sets, encode, processes=processes, goes_on=_goes_on(run_dir, facts))
     processes.wait_for_everyone()
     for latents in sets.values():
         latents.load_to_device()

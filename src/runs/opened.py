@@ -16,7 +16,7 @@ from ..diffusion import Process, ProcessConfig, build_process
 from ..models import ModelConfig, build_model
 from ..runtime.checkpoint import load_weights
 from .autoencoder import LatentCodec, kept_autoencoder
-from .ends import EncodedEnd, End, open_end
+from .densities import Density, EncodedDensity, open_density
 from .folders import read_weights, run_name
 from .starts import Bound, Start, latent_bounds
 
@@ -80,7 +80,7 @@ class Run:
         spec = validate(_Source, {"source": self.config["source"]}, origin=str(self.path)).source
         share = self.config.get("held_out", 0.0)
         try:
-            return self._end(spec, share if isinstance(share, float | int) else 0.0).starts()
+            return self._density(spec, share if isinstance(share, float | int) else 0.0).source_sampler()
         except UserError as error:
             raise UserError(f"{self.path} starts from other data, which is needed: {error}{self._instead}") from None
 
@@ -104,10 +104,10 @@ class Run:
             )
         data.rename_classes(self.class_names)
 
-    def _end(self, spec: Any, held_out: float) -> End:
+    def _density(self, spec: Any, held_out: float) -> Density:
         """The source, of 2-D points."""
         kept = (self.facts.get("source") or {}).get("density")
-        return open_end(spec, held_out, None, base64.b64decode(kept) if kept is not None else None)
+        return open_density(spec, held_out, None, base64.b64decode(kept) if kept is not None else None)
 
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
         """`A/B/C`, names or numbers, dealt to `count` pictures in equal blocks; an unconditional network guided by a classifier
@@ -145,9 +145,9 @@ class Opened(Run):
         """Of an upsampler: the size of the pictures that it starts from."""
         return self.config.get("low_resolution")
 
-    def _end(self, spec: Any, held_out: float) -> End:
-        end = open_end(spec, held_out, replace(self.image, flip=False, crop="center"))
-        return end if self.codec is None else EncodedEnd(end, self.codec)
+    def _density(self, spec: Any, held_out: float) -> Density:
+        density = open_density(spec, held_out, replace(self.image, flip=False, crop="center"))
+        return density if self.codec is None else EncodedDensity(density, self.codec)
 
 
 def count_classes(class_conditional: bool | None, class_names: Sequence[str]) -> int | None:

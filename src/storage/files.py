@@ -79,3 +79,11 @@ def explain_full_disk(path: Path, note: str = "") -> Iterator[None]:
             raise
         message = f"the disk is full: {path} was not written{note}; make room and run the same command again"
         raise UserError(message) from None
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """A second name of a file, which nobody writes into again; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

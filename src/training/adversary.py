@@ -26,11 +26,11 @@ class AdaptiveWeight:
 
     def measure(self, reconstruction: Tensor, verdict: Tensor) -> None:
         """Add a micro-batch: two losses (), sums over its pictures, whose graphs are kept."""
-        found = [torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0] for loss in (reconstruction, verdict)]
-        self._sums = torch.stack(found) if self._sums is None else self._sums + torch.stack(found)
+        pair = [torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0] for loss in (reconstruction, verdict)]
+        self._sums = torch.stack(pair) if self._sums is None else self._sums + torch.stack(pair)
 
-    def update(self, counts: Tensor) -> None:
-        """All micro-batches are measured: the next step's value, unless `counts` () bool says that this step did not."""
+    def update(self, finite: Tensor) -> None:
+        """All micro-batches are measured: set the next step's value, unless this step was not `finite`, () bool."""
         if self._sums is None:  # nothing was measured: what was known is of another stage
             self.value = torch.zeros_like(self.value)
             return
@@ -38,21 +38,21 @@ class AdaptiveWeight:
         assert isinstance(sums, Tensor)
         ours, theirs = sums.flatten(1).norm(dim=1)
         ratio = (ours / theirs.clamp(min=1e-12)).clamp(max=self.most)
-        self.value = torch.where(counts & torch.isfinite(ratio), ratio, self.value)
+        self.value = torch.where(finite & torch.isfinite(ratio), ratio, self.value)
         self._sums = None
 
 
-def won(values: dict[str, float]) -> list[str]:
-    """In words, that one of the two adversaries has won, by what was logged."""
-    found = []
+def winner_warnings(values: dict[str, float]) -> list[str]:
+    """A warning where, by what was logged, one of the two networks has won."""
+    lines = []
     if values.get("discriminator_accuracy", 0.5) > 0.98:
-        found.append(
+        lines.append(
             f"the discriminator has won (accuracy {values['discriminator_accuracy']:.3f}), so its verdict says nothing; lower "
             "discriminator_optimizer.lr, or start it later"
         )
     if values.get("adaptive_weight", 0.0) >= 1e4:
-        found.append("the adaptive weight is at its limit: the discriminator's gradient is as good as 0")
-    return found
+        lines.append("the adaptive weight is at its limit: the discriminator's gradient is as good as 0")
+    return lines
 
 
 @config
@@ -89,8 +89,8 @@ class Guard:
             return cls()
         return cls(**{**saved, "best": saved["best"] if saved["best"] is not None else float("inf")})
 
-    def enter(self, stage: int) -> bool:
-        """Whether this stage is new, so that its start must be measured."""
+    def enter_stage(self, stage: int) -> bool:
+        """Begin a stage; gives whether it is new, so that its start must be measured."""
         if stage == self.stage:
             return False
         self.stage, self.best, self.healthy_step, self.before_step = stage, float("inf"), None, None
@@ -118,18 +118,18 @@ class Guard:
         return healthy
 
     def explain(self, spec: GuardConfig, step: int, value: float, values: dict[str, float]) -> str:
-        told = f"step {step}: held-out reconstruction is {value:.4g}, {value / self.best:.2f} times the stage's best"
+        state = f"step {step}: held-out reconstruction is {value:.4g}, {value / self.best:.2f} times the stage's best"
         for name in ("discriminator_accuracy", "adaptive_weight"):
             if name in values:
-                told += f", {name.replace('_', ' ')} {values[name]:.3g}"
+                state += f", {name.replace('_', ' ')} {values[name]:.3g}"
         if not spec.rollback:
-            return f"{told}: the adversary is too strong; lower its weight, or set guard.rollback"
+            return f"{state}: the adversary is too strong; lower its weight, or set guard.rollback"
         if self.rollbacks >= spec.max_rollbacks:
-            return f"{told}: rolled back {self.rollbacks} times already (guard.max_rollbacks), so the run goes on as it is"
+            return f"{state}: rolled back {self.rollbacks} times already (guard.max_rollbacks), so the run goes on as it is"
         if self.back_to is None:
-            return f"{told}: there is no checkpoint of this stage from before it, so the run goes on as it is"
+            return f"{state}: there is no checkpoint of this stage from before it, so the run goes on as it is"
         weight = spec.shrink ** (self.rollbacks + 1)
-        return f"{told}: going back to step {self.back_to}, with {weight:g} times the adversary's weight"
+        return f"{state}: going back to step {self.back_to}, with {weight:g} times the adversary's weight"
 
     def rolls_back(self, spec: GuardConfig) -> bool:
         return spec.rollback and self.rollbacks < spec.max_rollbacks and self.back_to is not None

@@ -2,7 +2,10 @@
 
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 
@@ -44,13 +47,35 @@ class Cadence:
         return f"{self.word} every {self.every}" + (f" (the first ones after {first})" if first else "")
 
 
-class Clock:
-    """The progress of a run (images, images/s, time left; on the main process only), and its speed."""
+class Activity(NamedTuple):
+    """What took how many seconds after a step, besides steps."""
 
-    def __init__(self, step: int, images: int, total_images: int | None, *, shown: bool) -> None:
-        self._began = self._read_at = time.monotonic()
+    step: int
+    what: str
+    seconds: float
+
+
+class Clock:
+    """The progress of a run (images, images/s, time left), its speed, and what the last previews and checkpoints took.
+
+    Where it is `shown`, a person sees the progress; `tell` is told what the run does instead, and whether to say it at once.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        images: int,
+        total_images: int | None,
+        *,
+        shown: bool,
+        tell: Callable[[str, bool], None] | None = None,
+    ) -> None:
+        self._read_at = time.monotonic()
         self._images = self._read_images = images
-        self._step = step
+        self._step, self._tell = step, tell or (lambda *_: None)
+        self._activity: tuple[str, float] | None = None
+        self.activities = deque[Activity](maxlen=1000)
+        self.readings = deque([(step, self._read_at)], maxlen=1000)  # (step, when the device had done it)
         self._counted = "" if total_images is None else " images"
         self._progress = Progress(f"step {step},{self._counted}", total_images, done=images, shown=shown)
         if self._progress.bar_shown:
@@ -61,23 +86,36 @@ class Clock:
         return self._progress.bar_shown
 
     def tick(self, images: int) -> None:
-        """One more step, of so many images, is done."""
+        """Count one more step of so many images."""
+        self.leave()
         self._images += images
         self._step += 1
         self._progress.update(images)
         if not self._progress.bar_shown:
             self._progress.describe(f"step {self._step},{self._counted}")
+        self._tell(f"step {self._step + 1}", False)
 
     def enter(self, what: str) -> None:
-        """Between two steps this is being done, and may take long."""
+        """Say that this is being done between two steps, and measure how long it takes."""
+        self.leave()
+        self._activity = (what, time.monotonic())
         if not self._progress.bar_shown:
             self._progress.describe(f"step {self._step}, {what},{self._counted}")
+        self._tell(what, True)
+
+    def leave(self) -> None:
+        """Note how long what was entered last has taken."""
+        if self._activity is not None:
+            what, began = self._activity
+            self.activities.append(Activity(self._step, what, time.monotonic() - began))
+            self._activity = None
 
     def read(self, images_per_epoch: int) -> dict[str, float]:
-        """epoch, and images_per_second since the last reading."""
+        """The epoch, and the images per second since the last reading."""
         now = time.monotonic()
         speed = (self._images - self._read_images) / max(1e-9, now - self._read_at)
         self._read_at, self._read_images = now, self._images
+        self.readings.append((self._step, now))
         return {"epoch": self._images / images_per_epoch, "images_per_second": round(speed, 1)}
 
     def show(self, step: int, values: dict[str, float]) -> None:
@@ -86,6 +124,7 @@ class Clock:
             self._progress.describe(f"epoch {values['epoch']:.1f} step {step} loss {values['loss']:.4f}")
 
     def close(self) -> None:
+        self.leave()
         self._progress.close(whole=False)
 
 

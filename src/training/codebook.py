@@ -21,16 +21,16 @@ class CodebookStep:
         self._place = torch.from_numpy(rng.integers(latents[2] * latents[3], size=codes)).to(device)
         self._sums: Tensor | None = None
 
-    def watch(self, made: Reconstruction, here: slice) -> Tensor:
-        """Add the micro-batch that stands at `here` in the batch; gives the vectors of its codes, (b, D, h, w)."""
-        assert made.codes is not None
-        found = self.codebook.statistics(made.mean.detach(), made.codes, self._image - here.start, self._place)
-        self._sums = found if self._sums is None else self._sums + found
-        return self.codebook.look_up(made.codes)
+    def add(self, outputs: Reconstruction, local_slice: slice) -> Tensor:
+        """Count the codes of the micro-batch that is this slice of the batch; gives the vectors of its codes, (b, D, h, w)."""
+        assert outputs.codes is not None
+        sums = self.codebook.statistics(outputs.mean.detach(), outputs.codes, self._image - local_slice.start, self._place)
+        self._sums = sums if self._sums is None else self._sums + sums
+        return self.codebook.look_up(outputs.codes)
 
-    def update(self, accelerator: Accelerator, counts: Tensor) -> None:
-        """The codebook follows, unless `counts` () bool says that this step did not."""
+    def update(self, accelerator: Accelerator, finite: Tensor) -> None:
+        """The codebook follows, unless `finite` () bool says that this step's gradients were not finite."""
         assert self._sums is not None
         sums = accelerator.reduce(self._sums)
         assert isinstance(sums, Tensor)
-        self.codebook.update(sums, counts)
+        self.codebook.update(sums, finite)

@@ -95,6 +95,14 @@ class TrainConfig(MachineConfig):
         return self.preview.quality if isinstance(self.preview, PreviewConfig | PathPreviewConfig) else None
 
     @property
+    def cadences(self) -> dict[str, Length | None]:
+        """How often is done what a run does now and then; None: at the end alone, or never."""
+        found = {"log": self.log.every, "preview": self.preview.every, "save": self.checkpoint.every}
+        found["export"] = getattr(self, "export_every", None)
+        found["quality"] = self.quality.every if self.quality is not None else None
+        return found | {"snapshot": self.ema.snapshot_every}
+
+    @property
     def uses_classes(self) -> bool:
         """Whether what the run learns depends on the classes of its data."""
         return True
@@ -124,3 +132,14 @@ class DiffusionConfig(StepsConfig):
     @property
     def uses_classes(self) -> bool:
         return self.class_conditional is not False or self.balance_classes
+
+
+@config
+class LatentConfig(DiffusionConfig):
+    """The keys of a script that may train on latents of an `autoencoder`: a finished run of train_vae.py, or a diffusers
+    AutoencoderKL (folder or hub name). `latents` is the folder of the latent cache, which is made if it is missing (without it:
+    in the autoencoder's run)."""
+
+    autoencoder: str | None = resumable_field(None)
+    latents: str | None = resumable_field(None)
+    encode_batch_size: int = pydantic.Field(16, gt=0)

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import UserError, dump, read_json, validate
 from ..report.report import read_lines
 from ..runtime.checkpoint import contents, newest, spared_steps, step_folder, verify_checkpoint, write_folder
+from ..storage.files import link_file
 from ..storage.locks import folder_lock
 from .kept import at, cannot_change, images_seen
 from .run import changes
@@ -105,7 +106,7 @@ def _make(old: Path, new: Path, start: Path, documents: dict[str, Any], entries:
         for name in BESIDE:
             if (old / name).is_dir():
                 shutil.copytree(
-                    old / name, staged / name, copy_function=_link, ignore=shutil.ignore_patterns(".*", "*.partial")
+                    old / name, staged / name, copy_function=link_file, ignore=shutil.ignore_patterns(".*", "*.partial")
                 )
         for folder in (staged / "ema").glob("step_*"):
             if folder.name > start.name:
@@ -117,14 +118,6 @@ def _make(old: Path, new: Path, start: Path, documents: dict[str, Any], entries:
         staged.replace(new)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name of the same file, which nobody writes into again; a copy where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def describe(entry: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import Length, UserError, config, quoted, read_json
 from ..runtime.checkpoint import read_tensors, verify_checkpoint, write_folder
 from ..runtime.parts import shard_as
+from ..runtime.stream import BatchPlan
 
 WIDTHS = (0.05, 0.1)  # of the averages that snapshots are taken of
 
@@ -71,6 +72,11 @@ class EMA:
         if self.spec.ramp_up is not None:
             half_life = min(half_life, max(1.0, images_seen * self.spec.ramp_up))
         return 0.5 ** (batch_size / half_life)
+
+    def update_after(self, step: int | None, network: nn.Module, batch_plan: BatchPlan) -> None:
+        """Take in the weights of `network` after this step of the run; nothing for None, of a step that was not finite."""
+        if step is not None:
+            self.update(network, batch_plan.images_at(step), batch_plan.batch)
 
     @torch.no_grad()
     def update(self, network: nn.Module, images_seen: int, batch_size: int) -> None:

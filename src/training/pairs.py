@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,26 +13,26 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from pydantic import Discriminator, Tag
-from torch import Tensor
 
 from ..config import UserError, config, config_error, dump, kind_of, read_json
 from ..config.progress import within
-from ..data import ImageSet
-from ..data.latents import FILES, LatentSet, open_blocks
+from ..data import GaussianSource, ImageSet, SourceEnd
+from ..data.latents import FILES, open_blocks
 from ..data.names import same_names
 from ..data.transforms import DECODER
 from ..diffusion import SOLVERS
-from ..runs.ends import Coupling
-from ..runs.latents import CONTENT
+from ..runs.latents import CONTENT, write_sample_blocks
 from ..runs.opened import open_run
 from ..runtime.examples import Examples
 from ..runtime.processes import ranks_of
 from ..runtime.stream import BatchPlan, MicroBatch, Order, positions_of
 from ..sampling.build import build_sampler
-from ..sampling.sampler import Sampler, SamplerConfig, random_labels
+from ..sampling.sampler import SamplerConfig, random_labels
 from ..storage.blocks import Block
 from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
-from .trials import Attempt
+from ..storage.files import write_whole
+from .config import LatentConfig
+from .inputs import Batches, Coupling
 
 
 @config
@@ -64,90 +64,118 @@ Pairs = Annotated[
 ]
 
 
+@config
+class BlendConfig(LatentConfig):
+    """The keys of a run that blends a `source` with its data, or trains on the `pairs` of an earlier run."""
+
+    source: SourceEnd = GaussianSource(source="gaussian")
+    pairs: Pairs = None
+
+
 LATENTS = {"autoencoder": "autoencoder", "mean": "mean", "std": "scale"}
 
 
-def _at(facts: Any, way: Sequence[str]) -> Any:
-    for key in way:
+def _at(facts: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
         facts = (facts or {}).get(key)
     return facts
 
 
-class PairEnds(Coupling):
-    """The ends of a run, paired as an earlier run has moved the one to the other. Made in its folder (else in `run_dir`)."""
+class PairMaker:
+    """Makes pairs for a coupling by the run that a config names, once it is seen to be a run of the same data and source.
+
+    `contract` says what the pairs are of, `count` how many there are, and `folder` where they are kept: in that run's folder,
+    else in `run_dir`.
+    """
 
     def __init__(
-        self,
-        spec: str | PairsConfig,
-        ends: Coupling,
-        num_classes: int | None,
-        run_dir: Path,
-        accelerator: Accelerator,
-        attempt: Attempt,
+        self, spec: str | PairsConfig, coupling: Coupling, num_classes: int | None, run_dir: Path, device: torch.device
     ) -> None:
-        super().__init__(ends.data, ends.source)
-        spec = PairsConfig(run=spec) if isinstance(spec, str) else spec
-        run = open_run(spec.run, accelerator.device)
-        if run.shape != self.shape:
-            sizes = [" x ".join(map(str, shape)) for shape in (run.shape, self.shape)]
+        self.spec = spec = PairsConfig(run=spec) if isinstance(spec, str) else spec
+        run, data, source = open_run(spec.run, device), coupling.data, coupling.source
+        if run.shape != coupling.shape:
+            sizes = [" x ".join(map(str, shape)) for shape in (run.shape, coupling.shape)]
             raise UserError(f"pairs.run {spec.run} makes {sizes[0]}, and this run sees {sizes[1]}; name a run of the same data")
-        same = same_names(run.class_names, ends.data.train.class_names)
+        same = same_names(run.class_names, data.train.class_names)
         if num_classes is not None and (run.num_classes is None or not same):
             raise UserError(f"pairs.run {spec.run} has other classes; name another run, or set class_conditional to false")
-        if run.gaussian != (ends.source is None):
+        if run.gaussian != (source is None):
             raise UserError(f"pairs.run {spec.run} starts from another source; give both runs the same")
-        mine, its = ends.facts, run.facts
         shared = {"other data": ("fingerprint",), "another source": ("source", "fingerprint")}
         shared |= {f"latents of another {word}": ("latents", key) for key, word in LATENTS.items()}
-        for what, way in shared.items():
-            if "fingerprint" in its and _at(mine, way) != _at(its, way):  # an import does not say what it was trained on
+        facts = coupling.facts
+        for what, keys in shared.items():
+            # an imported run does not say what it was trained on
+            if "fingerprint" in run.facts and _at(facts, keys) != _at(run.facts, keys):
                 raise UserError(f"pairs.run {spec.run} was trained on {what}; give both runs the same")
-        count = spec.count if ends.source is None else min(spec.count, len(ends.source.train))
+        self.count = spec.count if source is None else min(spec.count, len(source.train))
         if num_classes is None:
             run.no_class()
-        self._contract = {"weights": run.digest, "shape": list(self.shape)}
-        self._contract |= {key: value for key, value in dump(spec).items() if key != "run"}
-        name = hashlib.sha256(json.dumps(self._contract).encode()).hexdigest()[:8]
-        folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / name
-        source = ends.source.starts(trained=True) if ends.source is not None else None
-        sampler, classes = (
-            build_sampler(run, spec.sampler, source=source),
-            len(run.class_names) if num_classes is not None else None,
-        )
+        self.contract = {"weights": run.digest, "shape": list(coupling.shape)}
+        self.contract |= {key: value for key, value in dump(spec).items() if key != "run"}
+        self.name = hashlib.sha256(json.dumps(self.contract).encode()).hexdigest()[:8]
+        self.folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / self.name
+        start = source.source_sampler(trained=True) if source is not None else None
+        self._sampler, self._device = build_sampler(run, spec.sampler, source=start), device
+        self._num_classes = len(run.class_names) if num_classes is not None else None
+        self.source_images = source.train if source is not None and isinstance(source.train, ImageSet) else None
+
+    def make(self, indices: Sequence[int]) -> tuple[NDArray[np.float32], list[int]]:
+        """(n, 1, 2, *shape): source and sample as the network sees them, with labels, -1 for none; in batches of always one
+        size."""
+        spec, sampler, classes = self.spec, self._sampler, self._num_classes
+        labels = random_labels(spec.seed, indices, classes) if classes is not None else [-1] * len(indices)
+        pairs, size = list[NDArray[np.float32]](), spec.batch_size
+        for first in range(0, len(indices), size):
+            part = list(indices[first : first + size])
+            padded = [*part, *[part[-1]] * (size - len(part))]
+            padded_labels = [*labels[first : first + len(part)], *[0] * (size - len(part))]
+            x = sampler.start(spec.seed, padded).to(self._device, sampler.dtype)
+            condition = torch.tensor(padded_labels, device=self._device) if classes is not None else None
+            end = sampler.move(x, condition, seed=spec.seed, indices=padded)
+            pairs.append(torch.stack([x, end], dim=1)[: len(part)].float().cpu().numpy())
+            within(len(part))
+        return np.concatenate(pairs)[:, None], labels
+
+    def files(self) -> dict[str, Any]:
+        """What the folder remembers of the files that the source's images come from."""
+        images = self.source_images
+        if images is None:
+            return {}
+        return {FILES: {"decoder": DECODER, "state": images.state, CONTENT: images.contents(range(len(images)))}}
+
+
+class PairCoupling(Coupling):
+    """A coupling whose pairs an earlier run has made: its sources, each with the sample at the end of its path."""
+
+    def __init__(
+        self, spec: str | PairsConfig, coupling: Coupling, num_classes: int | None, run_dir: Path, accelerator: Accelerator
+    ) -> None:
+        super().__init__(coupling.data, coupling.source)
+        maker = PairMaker(spec, coupling, num_classes, run_dir, accelerator.device)
+        folder, self._contract = maker.folder, maker.contract
 
         def write(_: str, block: Block) -> None:
-            values, labels = _make(sampler, spec, block.items, classes, accelerator.device)
+            values, labels = maker.make(block.items)
             write_block(block, values, {"labels": labels})
 
-        if attempt.trial and not folder.exists():  # the first ones stand for all
-            attempt.enters("making the first pairs")
-            began = time.monotonic()
-            values, labels = _make(sampler, spec, range(min(count, 64)), classes, accelerator.device)
-            repeats = -(-count // len(values))
-            attempt.ahead((time.monotonic() - began) * (repeats / accelerator.num_processes - 1))
-            self._pairs, self._labels = LatentSet([values] * repeats, accelerator.device), np.tile(labels, repeats)
-            return
-        files = ends.source.train if ends.source is not None and isinstance(ends.source.train, ImageSet) else None
         if not folder.exists():
-            notes = None
-            if files is not None:
-                notes = {FILES: {"decoder": DECODER, "state": files.state, CONTENT: files.contents(range(len(files)))}}
             words, ranks = {"name": "folder of pairs", "doing": "making pairs"}, ranks_of(accelerator)
-            make_cache(folder, self._contract, {"pairs": count}, write, lambda _: {}, ranks, **words, notes=notes)
+            make_cache(folder, self._contract, {"pairs": maker.count}, write, lambda _: {}, ranks, **words, notes=maker.files())
         manifest = read_json(folder / "manifest.json")
         if any(manifest.get(key) != value for key, value in self._contract.items()):
             raise UserError(f"the folder of pairs {folder} is of something else; remove it, and it is made again")
-        if files is not None and accelerator.is_main_process:
-            known = manifest.get(FILES)
-            if known and known["state"] != files.state and known[CONTENT] != files.contents(range(len(files))):
+        if maker.source_images is not None and accelerator.is_main_process and (known := manifest.get(FILES)):
+            files = maker.source_images
+            if known["state"] != files.state and known[CONTENT] != files.contents(range(len(files))):
                 raise UserError(
                     f"the folder of pairs {folder} was made from other source images (files of the same names and sizes have "
                     "another content now); remove it, and it is made again"
                 )
         accelerator.wait_for_everyone()
-        self._pairs = open_blocks(folder, "pairs", count, accelerator.device, "folder of pairs")
+        self._pairs = open_blocks(folder, "pairs", maker.count, accelerator.device, "folder of pairs")
         self._pairs.load_to_device()
-        facts = [read_json(block.path) for block in blocks_of(folder, "pairs", count)]
+        facts = [read_json(block.path) for block in blocks_of(folder, "pairs", maker.count)]
         self._labels = np.array([label for block in facts for label in block["labels"]], dtype=np.int64)
 
     @property
@@ -158,34 +186,27 @@ class PairEnds(Coupling):
     def num_images(self) -> int:
         return len(self._labels)
 
-    def held_out(self) -> Examples | None:
+    def held_out_examples(self) -> Examples | None:
         """Nothing: what is held out is not paired."""
         return None
 
     def stream(
-        self, split: BatchPlan, *, seed: int, balanced: bool, start_step: int, dtype: torch.dtype, **_: Any
-    ) -> Generator[tuple[MicroBatch, Tensor | None], None, None]:
+        self, batch_plan: BatchPlan, *, seed: int, balanced: bool, start_step: int, dtype: torch.dtype, **_: Any
+    ) -> Batches:
         order = Order(self._labels, seed, balanced=balanced)
-        for positions in positions_of(split, start_step):
-            chosen = order(positions)
-            source, data = self._pairs.moments(chosen, np.zeros(len(chosen), dtype=bool)).to(dtype).unbind(1)
-            yield MicroBatch(data, torch.from_numpy(self._labels[chosen]), positions.start), source
+        for positions in positions_of(batch_plan, start_step):
+            indices = order(positions)
+            source, data = self._pairs.moments(indices, np.zeros(len(indices), dtype=bool)).to(dtype).unbind(1)
+            yield MicroBatch(data, torch.from_numpy(self._labels[indices]), positions.start), source
 
 
-def _make(
-    sampler: Sampler, spec: PairsConfig, indices: Sequence[int], classes: int | None, device: torch.device
-) -> tuple[NDArray[np.float32], list[int]]:
-    """(n, 1, 2, *shape): source and sample as the network sees them, with labels, -1 for none; in batches of always one
-    size."""
-    made, labels = [], random_labels(spec.seed, indices, classes) if classes is not None else [-1] * len(indices)
-    size = spec.batch_size
-    for first in range(0, len(indices), size):
-        part = list(indices[first : first + size])
-        padded = [*part, *[part[-1]] * (size - len(part))]
-        own = [*labels[first : first + len(part)], *[0] * (size - len(part))]
-        x = sampler.start(spec.seed, padded).to(device, sampler.dtype)
-        condition = torch.tensor(own, device=device) if classes is not None else None
-        end = sampler.move(x, condition, seed=spec.seed, indices=padded)
-        made.append(torch.stack([x, end], dim=1)[: len(part)].float().cpu().numpy())
-        within(len(part))
-    return np.concatenate(made)[:, None], labels
+def write_sample_pairs(maker: PairMaker, folder: Path) -> float:
+    """Make a folder of pairs for a rehearsal: a few of them stand for all. Gives the seconds that one process would need for
+    the rest."""
+    began = time.monotonic()
+    values, labels = maker.make(range(min(maker.count, 64)))
+    seconds = time.monotonic() - began
+    write_sample_blocks(folder, "pairs", maker.count, values, {"labels": labels})
+    manifest = {**maker.contract, **maker.files(), "counts": {"pairs": maker.count}}
+    write_whole(folder / "manifest.json", json.dumps(manifest).encode())
+    return seconds * (maker.count / len(labels) - 1)

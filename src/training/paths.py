@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .. import figures
 from ..diffusion import Prediction
-from ..runs.ends import Coupling
 from ..runtime.examples import Examples
 from ..runtime.seeds import generator
 from ..sampling.sampler import Sampler, SamplerConfig
 from .config import PathPreviewConfig
+from .inputs import Coupling
 from .preview import held_out_loss, looked_at, preview_failed, warn_not_finite
 from .session import Session
 
@@ -50,10 +50,11 @@ def preview_paths(
     spec: PathPreviewConfig,
     session: Session,
     class_names: Sequence[str],
-    ends: Coupling,
+    coupling: Coupling,
 ) -> dict[str, float]:
     """Draw the preview of the session's step on all ranks as `step_STEP.png`, and measure: `straightness` along the most calls,
     and the loss on what is held out. 2-D points are drawn beside those of the data."""
+    session.clock.enter("a preview")
     accelerator, count, n = session.accelerator, spec.num_samples, len(class_names)
     each = math.ceil(count / accelerator.num_processes)
     mine = [i % count for i in range(accelerator.process_index * each, (accelerator.process_index + 1) * each)]
@@ -83,14 +84,14 @@ def preview_paths(
         values["straightness"] = float(_gathered(session, measured)[:count].mean())
     if columns and accelerator.is_main_process:
         with looked_at(session):
-            _save_columns(columns, spec, ends, count, session.run.samples / f"step_{session.step:08d}.png")
-    if (held_out := ends.held_out()) is not None:
+            _save_columns(columns, spec, coupling, count, session.run.samples / f"step_{session.step:08d}.png")
+    if (held_out := coupling.held_out_examples()) is not None:
         sampler = sampler_for(SamplerConfig())
         values |= held_out_loss(
             sampler.network,
             sampler.process,
             held_out,
-            session.split.micro,
+            session.batch_plan.micro,
             sampler.num_classes,
             accelerator,
             source=sampler.source,
@@ -98,11 +99,11 @@ def preview_paths(
     return values
 
 
-def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, ends: Coupling, count: int, path: Path) -> None:
+def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, coupling: Coupling, count: int, path: Path) -> None:
     """The sheet of the sources and of what became of them after each number of calls."""
     if columns[0].ndim == 2:
         titles = ["source", *(f"{calls} network call{'s' * (calls > 1)}" for calls in sorted(spec.calls)), "data"]
-        shown = [column.cpu().numpy() for column in columns] + [_some(ends.data.examples(), count)]
+        shown = [column.cpu().numpy() for column in columns] + [_some(coupling.data.examples(), count)]
         panels = [figures.scatter(points, title=title) for points, title in zip(shown, titles, strict=True)]
         figures.save(figures.in_a_row(panels), path)
         return
@@ -122,7 +123,7 @@ def _some(examples: Examples, count: int) -> NDArray[np.float32]:
 
 
 @torch.no_grad()
-def first_ends(sampler: Sampler, data: Examples, folder: Path, *, count: int = 4, alphas: int = 9) -> None:
+def save_first_blends(sampler: Sampler, data: Examples, folder: Path, *, count: int = 4, alphas: int = 9) -> None:
     """What a person looks at before training: `blend.png`, rows of one source and one example each, blended from alpha 0 to
     1; of 2-D points, the densities of the blend."""
     device = next(sampler.network.parameters()).device  # pyright: ignore[reportFunctionMemberAccess]

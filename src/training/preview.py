@@ -16,6 +16,7 @@ from ..data import ImageConfig, ImageSet
 from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
+from ..evaluation.quality import Quality
 from ..runs.autoencoder import LatentCodec
 from ..runs.starts import Bound, Start
 from ..runtime.examples import Examples
@@ -39,6 +40,7 @@ def preview(
     The first rank writes the sheets: `step_STEP.png`, or in the folder `step_STEP` one `sample_CLASS_4x4.png` for each class.
     A sheet that cannot be drawn does not end the run; the loss may decide which checkpoint is kept, and an error in it does.
     """
+    session.clock.enter("a preview")
     stem = session.run.samples / f"step_{session.step:08d}"
     n, count = len(class_names), spec.num_samples
     columns = max(1, min(16, round(math.sqrt(count))))
@@ -60,8 +62,14 @@ def preview(
                 figures.save(figures.grid(figures.to_uint8(drawn), columns=columns, labels=captions), path)
     if held_out is None:
         return {}
-    batch = session.split.micro
+    batch = session.batch_plan.micro
     return held_out_loss(sampler.network, sampler.process, held_out, batch, sampler.num_classes, session.accelerator)
+
+
+def measure_quality(quality: Quality, sampler: Sampler, batch_size: int, session: Session) -> dict[str, float]:
+    """The distance of samples from the training images, on all processes."""
+    session.clock.enter("measuring samples")
+    return quality.measure(sampler, batch_size, session.run.say)
 
 
 PREVIEW = "the preview"

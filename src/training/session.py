@@ -1,6 +1,6 @@
 """What every training loop keeps besides its networks: where it goes on, what is due, the log, the checkpoint, the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,44 @@ from .clock import Cadence, Clock
 from .config import TrainConfig
 from .continuing import MARK, describe
 from .run import RunDirectory, check_ranks
+from .run_mode import RESTART, RunMode
 from .state import Meter, TrainState
-from .trials import LOOKS, RESTART, Attempt
 from .uploads import Uploads
+
+
+def cadences_of(cfg: TrainConfig, resolve: Callable[[int | Span], int], first_step: int, end: int) -> dict[str, Cadence]:
+    """When log, preview, save, export, quality and snapshot are due in a stage from `first_step` to `end`."""
+    return {
+        word: Cadence(
+            word,
+            resolve(length) if length is not None else None,
+            early=range(first_step, end if word == "preview" else first_step),
+        )
+        for word, length in cfg.cadences.items()
+    }
+
+
+def remarks_on(cfg: TrainConfig, facts: dict[str, Any]) -> list[str]:
+    """What a person has to know of the data before the run trains on it."""
+    source = facts.get("source") or {}
+    remarks = [*facts.get("remarks", ()), *(f"source: {remark}" for remark in source.get("remarks", ()))]
+    return remarks + (class_remarks(facts["class_names"], facts["images"]) if cfg.uses_classes else [])
+
+
+def left_out(facts: dict[str, Any]) -> str:
+    """How many files of the data were left out, and why."""
+    return ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"
 
 
 class Session:
     """A run from its first line to its last. The script owns data, networks and what a step computes.
 
-    `cfg` is a training config, `facts` what travels with the weights. Opens the run directory and, where it holds a
-    checkpoint, puts `trained` back to it: then `step` is its step and `progress` its progress.json.
+    `facts` is what travels with the weights. A session opens the run directory and, where that holds a checkpoint, puts
+    `train_state` back to it: then `step` is its step and `progress` its progress.json. The loop is left after the step
+    `stop_at`, as a kill would end it: only what is due is saved.
     """
 
-    split: BatchPlan
+    batch_plan: BatchPlan
     meter: Meter
     gate: StepGate
     clock: Clock
@@ -46,23 +71,24 @@ class Session:
         cfg: TrainConfig,
         accelerator: Accelerator,
         run_dir: Path,
-        trained: TrainState,
+        train_state: TrainState,
         facts: dict[str, Any],
         *,
         total_steps: int,
-        attempt: Attempt,
+        run_mode: RunMode,
+        stop_at: int | None = None,
     ) -> None:
-        self.cfg, self.accelerator, self.trained, self.facts = cfg, accelerator, trained, facts
-        self.total_steps, self.attempt = total_steps, attempt
+        self.cfg, self.accelerator, self.train_state, self.facts = cfg, accelerator, train_state, facts
+        self.total_steps, self.run_mode, self.stop_at = total_steps, run_mode, stop_at
         check_ranks(facts)
-        self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=attempt.trial)
+        self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=run_mode.quiet)
         self._begun = False
-        attempt.held.push(self._give_up)
+        run_mode.closing.push(self._give_up)
         self.step, self.progress = 0, {}
         self._resume()
         self.best: dict[str, Any] | None = self.progress.get("best")
         self._cadences: dict[str, Cadence] = {}
-        self._began, self._first, self._end = self.step, 0, total_steps
+        self._began, self._end = self.step, total_steps
 
     def _resume(self) -> None:
         resumed = broadcast(self.run.newest_checkpoint() if self.run.writes else None)
@@ -75,7 +101,7 @@ class Session:
             self.run.hold_config(self.cfg, resumed)  # first: it names the key, where weights that do not fit name tensors
             self.progress = self.run.adopt_progress(resumed, self.facts, classes=self.cfg.uses_classes)
             self.step = self.progress["step"]
-            self.trained.load(resumed)
+            self.train_state.load(resumed)
         self._origins: list[dict[str, Any]] = self.progress.get("continued", [])
         self.continued = bool(self._origins) and self._origins[-1]["step"] == self.step
         if self._origins:
@@ -87,26 +113,27 @@ class Session:
             )
 
     def _give_up(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """However the training ends, the directory is given up; where it ends on an error, its status says so."""
-        if error is not None and self._begun and self.run.is_open and not self.attempt.trial:
+        """Give the directory up, however the training ends; where it ends on an error, status.json says so."""
+        if error is not None and self._begun and self.run.is_open:
             with suppress(OSError):  # of a disk that is full: the error itself says it
                 self.run.write_status("failed", self.step, self.total_steps)
         if hasattr(self, "clock"):  # or it would go on to say how far the run is
             self.clock.close()
         self.run.close()
 
-    def place(self, split: BatchPlan) -> BatchPlan:
-        """Where the images of a stage stand in the stream of a run that went on from one with other batches or stages."""
+    def place(self, batch_plan: BatchPlan) -> BatchPlan:
+        """The plan of a stage, moved to where its images stand in the stream of a run that went on from one with other batches
+        or stages."""
         ahead = self._origins[-1]["images_ahead"] if self._origins else 0
-        return split._replace(images_before=split.images_before + ahead)
+        return batch_plan._replace(images_before=batch_plan.images_before + ahead)
 
     @property
-    def fresh(self) -> bool:
+    def is_fresh(self) -> bool:
         """Whether nothing was done yet in this directory."""
         return self.step == 0 or self.continued
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the run had come to its end before."""
         return self.step >= self.total_steps and checkpoint.verify_checkpoint(self.run.final) is None
 
@@ -117,30 +144,31 @@ class Session:
         *,
         total_images: int,
         images: int,
+        warnings: Sequence[str] = (),
     ) -> None:
-        """Once the networks are prepared: say what will happen and open all that is written while it does. Of
-        `total_images`, `images` are behind."""
-        accelerator, cfg = self.accelerator, self.cfg
+        """Once the networks are prepared: open all that is written during the training, and say what will happen, with the
+        `warnings`. The run has seen `images` of `total_images`."""
+        accelerator, cfg, facts = self.accelerator, self.cfg, self.facts
         if accelerator.scaler is not None and "scaler" in self.progress:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
         self.meter = Meter(accelerator, self.progress.get("meter"))
+        stop = StopRequest(cfg.stop_signal, self.run_mode.on_kill)
+        self.run_mode.closing.callback(stop.close)
         minutes = cfg.checkpoint.every_minutes
-        stop = StopRequest(cfg.stop_signal, self.attempt.leaving)
-        self.attempt.held.callback(stop.close)
         self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
         self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
         self.gate.saved_step = self.step if self.progress else None
-        self.run.begin(self.step, cfg, self.facts, train_set, held_out)
+        self.run.begin(self.step, cfg, facts, train_set, held_out)
         self._begun = True
         if self.run.writes:
             (self.run.path / MARK).unlink(missing_ok=True)
         if self.continued:
             self.run.say(f"{self.run.path} goes on {describe(self._origins[-1])}")
         if cfg.bucket is not None and self.run.writes:
-            self.attempt.uploads = self.attempt.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
-            self.attempt.uploads.say = self.run.say
-            if self.step:  # it may have been saved here and not have arrived there
-                self.attempt.uploads.wake(self.step)
+            uploads = self.run_mode.uploads = self.run_mode.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
+            uploads.say = self.run.say
+            if self.step:  # this checkpoint may be here and not in the bucket
+                uploads.wake(self.step)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # over gloo the error itself says who is lost
             self.heart = Heartbeats(accelerator.process_index, accelerator.num_processes)
         if missing := [tracker for tracker in cfg.log.trackers if not is_installed(tracker)]:
@@ -148,153 +176,130 @@ class Session:
             how = f"pip install {' '.join(missing)}"
             self.run.say(f"warning: log.trackers asks for {names}, which {are} not installed: {how}; the run goes on without")
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step, self.run.warn)
-        facts = self.facts
-        self.attempt.images, self.attempt.parameters = facts["images"], self.trained.num_parameters
         endless, epochs = self.total_steps == ENDLESS, total_images / facts["images"]
-        skipped = ", ".join(f"{n} {reason}" for reason, n in facts["skipped"].items()) or "none"
         self.run.say(
-            f"{cfg.name}: {facts['images']} pictures in {len(facts['class_names']) or 'no'} classes "
-            f"({facts['held_out_images']} held out; left out: {skipped}), {self.trained.num_parameters / 1e6:.2f} M "
-            "parameters\n"
+            f"{cfg.name}: {facts['images']} images in {len(facts['class_names']) or 'no'} classes "
+            f"({facts['held_out_images']} held out; left out: {left_out(facts)}), "
+            f"{self.train_state.num_parameters / 1e6:.2f} M parameters\n"
             f"{f'going on at step {self.step}' if self.step else 'starting at step 0'} "
             f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
             "Interrupt at will: the same command goes on"
         )
-        slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16_units()
-        if slow:
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16_units():
             line = "this processor has no units for bf16, so float32 is faster here: start a run with --set mixed_precision=no"
-            self.attempt.warnings = [*self.attempt.warnings, line]
-        for line in self.attempt.warnings:
+            warnings = [*warnings, line]
+        for line in warnings:
             self.run.say(f"warning: {line}")
-        self.attempt.leave_phases()
-        remarks = self._remarks()
-        for remark in remarks:
+        self.run_mode.leave_phases()
+        for remark in remarks_on(cfg, facts):
             self.run.say(remark)
-        self.attempt.remarks = [*([f"left out: {skipped}"] if facts["skipped"] else []), *remarks]
-        self.clock = Clock(
-            self.step, images, None if endless else total_images, shown=accelerator.is_main_process and not self.attempt.trial
-        )
+        shown, tell = accelerator.is_main_process and not self.run_mode.quiet, self._tell if self.run_mode.quiet else None
+        self.clock = Clock(self.step, images, None if endless else total_images, shown=shown, tell=tell)
+        self.run_mode.clock, self.run_mode.facts = self.clock, facts
+        self.run_mode.num_parameters = self.train_state.num_parameters
 
-    def _remarks(self) -> list[str]:
-        """What a person has to know of the data before it is trained on."""
-        source = self.facts.get("source") or {}
-        remarks = [*self.facts.get("remarks", ()), *(f"source: {remark}" for remark in source.get("remarks", ()))]
-        if self.cfg.uses_classes:
-            remarks += class_remarks(self.facts["class_names"], self.facts["images"])
-        return remarks
+    def _tell(self, what: str, at_once: bool) -> None:
+        self.run_mode.enter_phase(what if at_once else f"{self._stage}, {what}", at_once=at_once)
 
-    def enter(
+    def enter_stage(
         self,
-        split: BatchPlan,
+        batch_plan: BatchPlan,
         resolve: Callable[[int | Span], int],
         *,
         end: int,
         name: str = "",
         key: str = "micro_batch_size",
     ) -> None:
-        """A stage up to step `end`, or the whole run: its batches, and what is due how often in it; `key` of the config sets
-        its micro-batch."""
-        cfg, self.split, self._end = self.cfg, split, end
-        self._first = max(split.first_step, self.step)
-        lengths = {"log": cfg.log.every, "preview": cfg.preview.every, "save": cfg.checkpoint.every}
-        lengths["export"] = getattr(cfg, "export_every", None)
-        lengths["quality"] = cfg.quality.every if cfg.quality is not None else None
-        lengths["snapshot"] = cfg.ema.snapshot_every
-        self._cadences = {
-            word: Cadence(
-                word,
-                resolve(length) if length is not None else None,
-                early=range(split.first_step, end if word == "preview" else split.first_step),
-            )
-            for word, length in lengths.items()
-        }
-        told = ", ".join(str(due) for due in self._cadences.values() if due.every is not None)
-        here = f"{split.world} x {self.accelerator.device.type} x {split.accumulation} x {split.micro}"
-        self.run.say(f"{name}a step is {split.batch} images = {here}\n{told} steps")
-        self.attempt.enter(name.partition(":")[0], split, end - self._first, self._cadences, key, self._first)
+        """Begin, or go on with, a stage up to step `end`, or the whole run: its batches, and what is due how often in it; `key`
+        of the config sets its micro-batch."""
+        self.batch_plan, self._end, self._stage = batch_plan, end, name.partition(":")[0] or "training"
+        self._cadences = cadences_of(self.cfg, resolve, batch_plan.first_step, end)
+        due = ", ".join(str(cadence) for cadence in self._cadences.values() if cadence.every is not None)
+        plan = f"{batch_plan.world} x {self.accelerator.device.type} x {batch_plan.accumulation} x {batch_plan.micro}"
+        self.run.say(f"{name}a step is {batch_plan.batch} images = {plan}\n{due} steps")
+        self.run_mode.set_batch(batch_plan.batch, batch_plan.micro, key)
+        if self.run_mode.quiet:
+            last = end if self.stop_at is None else min(end, self.stop_at)
+            count = last - self.step
+            self._tell(f"{self._stage}, {count} step{'s' * (count != 1)}", True)
 
     # ------------------------------------------------------------------------------------------ in a step
 
-    def settle(self) -> None:
-        """By now it is known whether the step before was finite: then its weights enter the EMA."""
-        counted = self.gate.read()
-        if counted is not None:
-            self.trained.ema.update(self.trained.network, self.split.images_at(counted), self.split.batch)
+    def take_finite_step(self) -> int | None:
+        """The number of the last step, once, if its gradients were finite on all processes, so that its weights enter the EMA;
+        else None. The answer has been on its way since `end_step`, so it is asked for as late as can be."""
+        return self.gate.read()
 
-    def count(self, finite: Tensor) -> None:
-        """One more step is done; `finite` () bool on the device: its gradients were."""
+    def end_step(self, finite: Tensor) -> None:
+        """Count one more step; `finite` () bool on the device says whether its gradients were."""
         self.step += 1
         self.gate.send(self.step, finite)
-        self.clock.tick(self.split.batch)
-        if self.step == self._began + 1 and not self.attempt.trial:  # by now all that a person looks at first is there
+        self.clock.tick(self.batch_plan.batch)
+        if self.step == self._began + 1:  # by now all that a person looks at first is there
             self.run.write_status("running", self.step, self.total_steps)
             self.run.report(now=True)
-        self.attempt.counted(self.step - self._first, self.accelerator.device)
 
     # ------------------------------------------------------------------------------------------ now and then
 
-    @property
-    def due(self) -> bool:
-        """Whether anything is: then the device is waited for."""
-        if self.attempt.trial:
-            device = self.accelerator.device
-            some = self.attempt.due(self.step - self._first, asked=self.gate.save, device=device) or self.gate.stop
-        else:
-            some = self._ending or self.gate.stop or self.gate.save or any(due(self.step) for due in self._cadences.values())
-        if some or self.gate.stop_is_local:
-            self.settle()
-        return some or self.gate.stop
+    def is_anything_due(self) -> bool:
+        """Whether there is more to do after this step than to take the next one."""
+        cadences = any(cadence(self.step) for cadence in self._cadences.values())
+        return cadences or self._at_end or self._at_stop or self.gate.save or self.gate.stop or self.gate.stop_is_local
 
     @property
-    def _ending(self) -> bool:
+    def _at_end(self) -> bool:
         return self.step >= self._end
 
-    def now(self, word: str) -> bool:
+    @property
+    def _at_stop(self) -> bool:
+        return self.stop_at is not None and self.step >= self.stop_at
+
+    def is_due(self, word: str) -> bool:
         """Whether log, preview, quality, snapshot, save or export is due: all but the last at the end of a stage, too."""
-        due = self._cadences[word]
-        if word in ("quality", "snapshot") and due.every is None:
+        cadence = self._cadences[word]
+        if word in ("quality", "snapshot", "export") and cadence.every is None:
             return False
-        if self.attempt.trial:
-            return not self.gate.stop and self.attempt.wants(word)
-        now = due(self.step) or (self._ending and word != "export")
-        if now and word in LOOKS:
-            self.clock.enter(LOOKS[word])
-        return now
+        return cadence(self.step) or (self._at_end and word != "export")
 
     @property
     def decides(self) -> bool:
-        """Whether a preview of now may decide what is kept and where the run goes on. The early ones are only to be looked
-        at, so that a run that began before there were any goes on as one that had them."""
-        return self.attempt.trial or self._ending or self._cadences["preview"].regular(self.step)
+        """Whether the preview of this step may decide what is kept and where the run goes on. The early ones are only to be
+        looked at, so that a run that began before there were any goes on as one that had them."""
+        return self._at_end or self._cadences["preview"].regular(self.step)
 
-    def logged(self, **values: Any) -> dict[str, float]:
-        """The losses' means, these values and the speed, where a line is due."""
-        if not self.now("log"):
+    @property
+    def should_stop(self) -> bool:
+        """Whether the loop is to be left before its end."""
+        return self._at_stop or (self.gate.stop and self.step < self.total_steps)
+
+    def collect_log(self, **values: Any) -> dict[str, float]:
+        """The losses' means since the last line of the log, these values and the speed, where a line is due."""
+        if not self.is_due("log"):
             return {}
-        told = {name: float(value) for name, value in values.items()}
-        return self.meter.read() | told | self.clock.read(self.facts["images"])
+        numbers = {name: float(value) for name, value in values.items()}
+        return self.meter.read() | numbers | self.clock.read(self.facts["images"])
 
-    def better(self, name: str, value: float, measured: str = "") -> bool:
-        """Whether `value` is the lowest of this name so far, of those that were `measured` in the same way; it is then
-        remembered."""
+    def note_if_best(self, name: str, value: float, measured: str = "") -> bool:
+        """Remember `value` if it is the lowest of this name so far, of those that were `measured` in the same way; gives
+        whether it is."""
         known = self.best if self.best is not None and self.best.get("measured", "") == measured else {}
         if not value < known.get(name, float("inf")):  # nor is NaN
             return False
         self.best = {"step": self.step, name: value, "measured": measured, "kept": keeps_best(self.cfg)}
         return True
 
-    def best_of(self, values: dict[str, float]) -> bool:
-        """Whether the checkpoint of now is the best so far and to be kept: by the distance of samples where that is measured,
-        else by the loss on held-out pictures."""
+    def note_best(self, values: dict[str, float]) -> bool:
+        """Remember this step if it is the best so far: by the distance of samples where that is measured, else by the loss on
+        held-out images. Gives whether its checkpoint is to be kept."""
         quality = self.cfg.quality
         name, measured = "held_out_loss", ""
         if quality is not None:
             name, measured = "frechet_distance", f"{quality.num_samples} samples in {quality.features}"
         if quality is None and not self.decides:
             return False
-        return name in values and self.better(name, values[name], measured) and keeps_best(self.cfg)
+        return name in values and self.note_if_best(name, values[name], measured) and keeps_best(self.cfg)
 
-    def look(self, what: str) -> AbstractContextManager[Outcome]:
+    def drawing(self, what: str) -> AbstractContextManager[Outcome]:
         """Around the drawing of `what`, which is only to be looked at: where it fails, the run says so and goes on."""
         return only_looked_at(what, self.run.warn)
 
@@ -304,37 +309,32 @@ class Session:
             self.run.log(self.step, values)
             for_each_tracker(self.accelerator, self.run.warn, lambda: self.accelerator.log(values, step=self.step))
             self.run.say_progress(self.clock, self.step, self.total_steps, values)
-        self.run.report(now=self.now("preview"))
+        self.run.report(now=self.is_due("preview"))
+        self.clock.leave()
 
-    def save(self, *, keep: bool = False, **more: Any) -> bool:
-        """A checkpoint, where one is due, or a stop or the clock asks for it; `more` goes into its progress. Before it what
-        post-hoc averages are made of, where that is due."""
-        if self.now("snapshot"):
-            self._snapshot()
-        if not (keep or self.now("save") or self.gate.save or self.gate.stop) or (self.attempt.trial and self.gate.stop):
+    def save(self, *, keep: bool = False, **more_progress: Any) -> bool:
+        """Write a checkpoint where one is due or to `keep`, or where a stop or the clock asks for it; gives whether it did.
+        `more_progress` goes into its progress.json. Before it, write the snapshot for post-hoc averages, where that is due."""
+        if self.is_due("snapshot"):
+            self._save_snapshot()
+        if not (keep or self.is_due("save") or self.gate.save or self.gate.stop):
             return False
         self.clock.enter("saving a checkpoint")
-        with self.attempt.saving(step_folder(self.run.checkpoints, self.step), self.run.samples):
-            return self._save(more)
+        saved = self._save(more_progress)
+        self.clock.leave()
+        return saved
 
-    def leaves(self) -> bool:
-        """Whether the loop is left before its end. A trial leaves each stage once it has seen enough of it."""
-        if not self.attempt.trial:
-            return self.gate.stop and self.step < self.total_steps
-        self.step = self.attempt.next_step(self.step, self._end)
-        return self.gate.stop or self.step >= min(self.total_steps, self.attempt.last)
-
-    def _save(self, more: dict[str, Any]) -> bool:
+    def _save(self, more_progress: dict[str, Any]) -> bool:
         if self.gate.skipped_in_a_row:  # a run gone bad must not rotate out good ones
             return False
-        state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more}
+        state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more_progress}
         if self._origins:
             state["continued"] = self._origins
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        tensors = self.trained.tensors(keep=self.run.writes)
+        tensors = self.train_state.tensors(keep=self.run.writes)
         if self.run.writes:
-            uploads = self.attempt.uploads
+            uploads = self.run_mode.uploads
             pinned = uploads.pinned if uploads is not None else set[int]()
             self.run.save(tensors, self.documents(state), self.cfg.checkpoint, pinned)
             if uploads is not None:
@@ -342,10 +342,10 @@ class Session:
         self.gate.saved(self.step)
         return True
 
-    def _snapshot(self) -> None:
-        averages = self.trained.averages(keep=self.run.writes)
+    def _save_snapshot(self) -> None:
+        averages = self.train_state.averages(keep=self.run.writes)
         if self.run.writes:
-            progress = {"step": self.step, "images": self.split.images_at(self.step)}
+            progress = {"step": self.step, "images": self.batch_plan.images_at(self.step)}
             checkpoint.write_folder(step_folder(self.run.path / "ema", self.step), averages, self.documents(progress))
 
     def documents(self, progress: dict[str, Any]) -> dict[str, Any]:
@@ -353,28 +353,28 @@ class Session:
 
     def export(self, folder: Path, name: str) -> None:
         """The EMA weights of now, with their config, as one `.pt` file."""
-        weights = self.trained.weights(keep=self.run.writes)
+        weights = self.train_state.weights(keep=self.run.writes)
         if self.run.writes:
             checkpoint.export(folder / name, weights, dump(self.cfg), self.facts, self.step)
 
     # ------------------------------------------------------------------------------------------ the end
 
     def end_stopped(self) -> int:
-        if self.attempt.trial:
-            self._leave()
-            return 1 if self.gate.stop else 0
+        """The last words of a run that is left before its end: 1 where a stop was asked for, 0 where `stop_at` is reached."""
         saved = self.gate.saved_step
+        there = f"the last checkpoint is of step {saved}" if saved is not None else "there is no checkpoint yet"
+        further = ", from which the same command goes on" if saved is not None else ": the same command starts anew"
         if saved == self.step:
             message = f"stopped at step {self.step} and saved; to go on, run the same command again"
+        elif not self.gate.stop:
+            message = f"stopped at step {self.step}, as it was asked to; {there}{further}"
         else:  # a step whose gradients are not finite is not saved
-            there = f"the last checkpoint is of step {saved}" if saved is not None else "there is no checkpoint yet"
-            message = f"stopped at step {self.step}, whose gradients were not finite, so it was not saved; {there}"
-            message += ", from which the same command goes on" if saved is not None else ": the same command starts anew"
-        return self._end_run("stopped", message, 1)
+            message = f"stopped at step {self.step}, whose gradients were not finite, so it was not saved; {there}{further}"
+        return self._end_run("stopped", message, 1 if self.gate.stop else 0)
 
     def write_final(self, *, progress: dict[str, Any] | None = None, more: tuple[Tensors, Documents] = ({}, {})) -> None:
         """Leave `final/` (`progress` beside the step, and `more` files): before anything that is only to be looked at."""
-        weights = self.trained.weights(keep=self.run.writes)
+        weights = self.train_state.weights(keep=self.run.writes)
         if self.run.writes:
             documents = {**self.documents({"step": self.step, **(progress or {})}), **more[1]}
             checkpoint.write_folder(self.run.final, {"ema": weights, **more[0]}, documents)
@@ -386,35 +386,28 @@ class Session:
         return self._end_run("finished", message, 0)
 
     def roll_back(self, step: int | None, **progress: Any) -> int:
-        """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up; gives AGAIN, or 1 where
-        a stop was asked for."""
+        """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up; gives RESTART, or 1
+        where a stop was asked for."""
         if self.run.writes and step is not None:
             gone_to = checkpoint.roll_back(self.run.checkpoints, step, progress)
-            if self.attempt.uploads is not None:
-                self.attempt.uploads.wake(gone_to, went_back=True)
-                self.attempt.uploads.say = print  # until the run is open again
+            if self.run_mode.uploads is not None:
+                self.run_mode.uploads.wake(gone_to, went_back=True)
+                self.run_mode.uploads.say = print  # until the run is open again
         if self.gate.stop:
             self.run.say("stopped after going back; to go on, run the same command again")
-        self._leave()
+        self._close(self.run.close)
         return 1 if self.gate.stop else RESTART
 
-    def _leave(self) -> None:
-        """Give everything up, in a process that goes on."""
+    def _end_run(self, state: str, message: str, status: int) -> int:
+        self._close(lambda: self.run.finish(state, self.step, self.total_steps, message))
+        return status
+
+    def _close(self, close_run: Callable[[], None]) -> None:
+        """Give everything up, in processes that may train again."""
         self.clock.close()
-        self._rest()
-        self.run.close()
+        if self.heart is not None:
+            self.heart.close()
+        close_run()
         finish_trackers(self.accelerator, self.run.warn)
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
-
-    def _rest(self) -> None:
-        if self.heart is not None:
-            self.heart.close()
-
-    def _end_run(self, state: str, message: str, status: int) -> int:
-        self.clock.close()
-        self._rest()
-        self.run.finish(state, self.step, self.total_steps, message)
-        finish_trackers(self.accelerator, self.run.warn)
-        self.accelerator.end_training()
-        return status

@@ -68,44 +68,44 @@ class StagedConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage in steps of the run: `first` up to `end`; its adversary begins at step `judged_from`, if at all."""
+    """A stage in steps of the run: `first` up to `end`; its adversary begins at step `adversary_from`, if at all."""
 
     config: StageConfig
     number: int
     first: int
     end: int
-    judged_from: int | None
+    adversary_from: int | None
     image: ImageConfig
-    split: BatchPlan
+    batch_plan: BatchPlan
     resolve: Callable[[int | Span], int]
 
     def rate(self, spec: OptimizerConfig) -> Callable[[int], float]:
         """step of the run -> the autoencoder's learning rate: the schedule starts anew in each stage."""
-        own = replace(spec, lr=self.config.lr or spec.lr, schedule=self.config.schedule or spec.schedule)
-        at = learning_rate(own, self.end - self.first, self.resolve)
+        stage_spec = replace(spec, lr=self.config.lr or spec.lr, schedule=self.config.schedule or spec.schedule)
+        at = learning_rate(stage_spec, self.end - self.first, self.resolve)
         return lambda step: at(step - self.first)
 
     def adversary_rate(self, spec: OptimizerConfig) -> Callable[[int], float]:
         """The same of the discriminator, whose schedule starts where it does."""
-        first = self.judged_from if self.judged_from is not None else self.first
+        first = self.adversary_from if self.adversary_from is not None else self.first
         at = learning_rate(replace(spec, schedule=self.config.schedule or spec.schedule), self.end - first, self.resolve)
         return lambda step: at(step - first)
 
-    def adversary_at(self, step: int, *, always: bool = False) -> AdversarialTerm | None:
-        """The adversary of this step, if it has begun (or `always`)."""
-        begun = self.judged_from is not None and (always or step >= self.judged_from)
-        return self.config.adversarial if begun else None
+    def adversary_at(self, step: int) -> AdversarialTerm | None:
+        """The adversarial term of this step, if it has begun."""
+        has_begun = self.adversary_from is not None and step >= self.adversary_from
+        return self.config.adversarial if has_begun else None
 
     def describe(self, stages: int) -> str:
         """stage 2 of 4: steps 100 to 200, 256 px, l1 + 0.0001 KL + ..."""
-        own = self.config
-        terms = [own.reconstruction, f"{own.kl_weight:g} KL"]
-        if own.perceptual is not None:
-            terms.append(f"{own.perceptual.weight:g} perceptual")
-        if own.adversarial is not None:
-            adaptive = " adaptive" if own.adversarial.adaptive else ""
-            terms.append(f"{own.adversarial.weight:g}{adaptive} adversarial from step {self.judged_from}")
-        bounded = ", tanh" if own.tanh else ""
+        stage_cfg = self.config
+        terms = [stage_cfg.reconstruction, f"{stage_cfg.kl_weight:g} KL"]
+        if stage_cfg.perceptual is not None:
+            terms.append(f"{stage_cfg.perceptual.weight:g} perceptual")
+        if stage_cfg.adversarial is not None:
+            adaptive = " adaptive" if stage_cfg.adversarial.adaptive else ""
+            terms.append(f"{stage_cfg.adversarial.weight:g}{adaptive} adversarial from step {self.adversary_from}")
+        bounded = ", tanh" if stage_cfg.tanh else ""
         where = f"stage {self.number} of {stages}: steps {self.first} to {self.end}, {self.image.size} px"
         return f"{where}, {' + '.join(terms)}{bounded}; "
 
@@ -119,15 +119,15 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
     factor = cfg.model.factor
     planned: list[Stage] = []
     step = images = 0
-    for i, own in enumerate(cfg.stages):
+    for i, stage_cfg in enumerate(cfg.stages):
         where = f"stages.{i}"
-        size = own.image_size or cfg.image.size
+        size = stage_cfg.image_size or cfg.image.size
         if size % factor:
             raise UserError(
                 f"{where}: pictures of {size} px cannot be reduced {factor} times; use {-(-size // factor) * factor} px, or "
                 "fewer model.widths"
             )
-        if own.adversarial is not None and size < cfg.discriminator.smallest_picture:
+        if stage_cfg.adversarial is not None and size < cfg.discriminator.smallest_picture:
             raise UserError(
                 f"{where}: pictures of {size} px leave the discriminator no patch; use {cfg.discriminator.smallest_picture} px "
                 "or more, or fewer discriminator.layers"
@@ -138,31 +138,31 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
                 f"model.bottleneck.codes: {bottleneck.codes} codes are more than the {vectors} latent vectors of {num_images} "
                 f"pictures at {size} px; use fewer"
             )
-        batch = own.batch_size or cfg.batch_size
+        batch = stage_cfg.batch_size or cfg.batch_size
         resolve = partial(to_steps, batch_size=batch, num_images=num_images)
-        steps = resolve(own.steps)
-        judged = None
-        if own.adversarial is not None:
-            judged = resolve(own.adversarial.start_step) if own.adversarial.start_step is not None else 0
-            if judged >= steps:
+        steps = resolve(stage_cfg.steps)
+        start = None
+        if stage_cfg.adversarial is not None:
+            start = resolve(stage_cfg.adversarial.start_step) if stage_cfg.adversarial.start_step is not None else 0
+            if start >= steps:
                 raise UserError(
-                    f"{where}.adversarial.start_step is {judged} and the stage has {steps} steps; start it earlier, or leave "
+                    f"{where}.adversarial.start_step is {start} and the stage has {steps} steps; start it earlier, or leave "
                     "adversarial out"
                 )
-        micro = own.micro_batch_size or (cfg.micro_batch_size if own.batch_size is None else None)
+        micro = stage_cfg.micro_batch_size or (cfg.micro_batch_size if stage_cfg.batch_size is None else None)
         try:
-            split = plan_batch(batch, micro, rank=rank, world=world)
+            batch_plan = plan_batch(batch, micro, rank=rank, world=world)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         planned.append(
             Stage(
-                config=own,
+                config=stage_cfg,
                 number=i + 1,
                 first=step,
                 end=step + steps,
-                judged_from=step + judged if judged is not None else None,
+                adversary_from=step + start if start is not None else None,
                 image=replace(cfg.image, size=size),
-                split=split._replace(first_step=step, images_before=images),
+                batch_plan=batch_plan._replace(first_step=step, images_before=images),
                 resolve=resolve,
             )
         )
@@ -170,7 +170,7 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
     return planned
 
 
-def warnings(stages: Sequence[StageConfig], *, from_scratch: bool, model: VAEConfig | None = None) -> list[str]:
+def stage_warnings(stages: Sequence[StageConfig], *, from_scratch: bool, model: VAEConfig | None = None) -> list[str]:
     """What is allowed and seldom wanted, in the stages and in the autoencoder."""
     found, tanh = _resampling(model) if model is not None else [], False
     for i, stage in enumerate(stages):

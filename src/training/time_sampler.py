@@ -59,12 +59,12 @@ class TimeSampler:
             self._t = self.process.draw_times(uniform)
         return self._t
 
-    def weigh(self, losses: Tensor, here: slice) -> Tensor:
-        """The losses (b,) of the samples `here` of the step, on the device, weighted for how often their times are drawn."""
+    def weigh(self, losses: Tensor, local_slice: slice) -> Tensor:
+        """The losses (b,) of the samples that are this slice of the batch, weighted for how often their times are drawn."""
         if self._history is None:
             return losses
         self._seen.append(losses.detach())
-        return losses * self._weights[here].to(losses.device, losses.dtype, non_blocking=True)
+        return losses * self._weights[local_slice].to(losses.device, losses.dtype, non_blocking=True)
 
     def observe(self, accelerator: Accelerator) -> None:
         """After the last micro-batch of a step, on all ranks: keep what its losses were. They count `LAG` steps later."""
@@ -97,12 +97,12 @@ class TimeSampler:
         """What a checkpoint keeps: nothing where nothing is learned."""
         if self._history is None or self._counts is None:
             return {}
-        found = {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
+        history = {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
         for i, (t, losses, event) in enumerate(self._pending):
             if event is not None:
                 event.synchronize()
-            found |= {f"pending.{i}.t": t.clone(), f"pending.{i}.losses": losses.cpu().clone()}
-        return found
+            history |= {f"pending.{i}.t": t.clone(), f"pending.{i}.losses": losses.cpu().clone()}
+        return history
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what a checkpoint kept."""

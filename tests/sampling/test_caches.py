@@ -20,7 +20,8 @@ from src.evaluation.quality import real_features
 from src.metrics.features import open_features
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder
-from src.runs.latents import Latents, latents_of
+from src.runs.latents import Latents, latents_of, write_sample_cache
+from src.training.rehearsed_caches import link_cache
 from tests.conftest import randomise, refused, run_here
 from tests.data.profiles import display_p3
 
@@ -108,16 +109,27 @@ def test_times_alone_stop_nothing_and_are_looked_at_once(tmp_path: Path, monkeyp
 
 
 def test_a_dry_run_does_not_write_to_a_cache(tmp_path: Path) -> None:
+    """It goes on with links of its blocks and with a manifest of its own."""
     folder, cache = bitmaps(tmp_path / "images", 0), tmp_path / "cache"
     encoded(folder, cache)
     touch(folder)
-
-    class Trial:
-        trial = True
-
     before = (cache / "manifest.json").read_bytes()
-    encoded(folder, cache, attempt=Trial())
+    link_cache(cache, tmp_path / "rehearsal")
+    encoded(folder, tmp_path / "rehearsal")
+    assert (tmp_path / "rehearsal" / "manifest.json").read_bytes() != before, "it says which files it was compared with"
     assert (cache / "manifest.json").read_bytes() == before
+
+
+def test_a_cache_for_a_rehearsal_is_one_block_under_many_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.runs.latents.BLOCK", 4)
+    monkeypatch.setattr("src.data.latents.BLOCK", 4)
+    folder, cache = bitmaps(tmp_path / "images", 0), tmp_path / "cache"
+    images = opened(folder)
+    seconds = write_sample_cache(autoencoder(), images, None, IMAGE, cache, batch_size=4, workers=0)
+    latents = encoded(folder, cache)
+    assert len(latents.train) == len(images) > 8 and seconds > 0
+    blocks = sorted((cache / "train").glob("*.npy"))
+    assert len({block.stat().st_ino for block in blocks[:-1]}) == 1 < len(blocks) - 1
 
 
 def test_a_half_made_cache_of_overwritten_files_begins_anew(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from src.diffusion import ProcessConfig, build_process
 from src.runtime.examples import image_examples
 from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
-from src.training.preview import PreviewConfig, held_out_loss, preview, save_first_images
+from src.training.config import PreviewConfig
+from src.training.preview import held_out_loss, preview, save_first_images
 
 
 def process_of(kind: str, target: str):
@@ -62,9 +63,9 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
 
 def session_in(folder: Path, step: int) -> Any:
     """What a preview sees of a session."""
-    split = plan_batch(4, None, rank=0, world=1)
-    run = SimpleNamespace(samples=folder)
-    return SimpleNamespace(run=run, step=step, accelerator=Accelerator(cpu=True), split=split)
+    batch_plan = plan_batch(4, None, rank=0, world=1)
+    run, clock = SimpleNamespace(samples=folder), SimpleNamespace(enter=lambda _: None)
+    return SimpleNamespace(run=run, step=step, accelerator=Accelerator(cpu=True), batch_plan=batch_plan, clock=clock)
 
 
 def test_a_preview_is_a_sheet_with_labels(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from src.config import UserError, dump, load
 from src.runtime.checkpoint import newest, retain, roll_back, spared_steps, step_folder, verify_checkpoint, write_folder
 from src.storage.buckets import open_bucket, push
 from src.training import session, uploads
+from src.training.entry import run_training
 from src.training.run import RunDirectory
-from src.training.trials import run_training
+from src.training.run_mode import RunMode
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
 from tests.conftest import ROOT, SMOKE, environment
 from tests.storage_server import StorageServer
@@ -374,11 +375,11 @@ def test_a_run_whose_end_is_not_in_the_bucket_does_not_end_well(
     cfg = replace(CONFIG, bucket="gs://bucket")
     (tmp_path / "runs").mkdir()
 
-    def train(_: Any, run_dir: Path, attempt: Any) -> int:
+    def train(_: Any, run_dir: Path, run_mode: RunMode, __: int | None) -> int:
         save(run_dir, 2)
         if not finished:
-            attempt.uploads = Uploads("gs://bucket", run_dir, keep=2)
-            attempt.uploads.wake(2)
+            run_mode.uploads = Uploads("gs://bucket", run_dir, keep=2)
+            run_mode.uploads.wake(2)
         return 0
 
     server.faults.add(403, "upload", times=99)

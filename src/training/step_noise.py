@@ -1,4 +1,4 @@
-"""What a diffusion step draws, for its whole batch: each rank takes its share."""
+"""All random tensors of a diffusion step, drawn for the whole batch: each process takes its slice."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.seeds import generator, normal, uniforms
-from ..runtime.stream import BatchPlan, MicroBatch
+from ..runtime.stream import BatchPlan
 from .time_sampler import TimeSampler
 
 
@@ -18,7 +18,7 @@ class StepNoise:
     def __init__(
         self,
         times: TimeSampler,
-        split: BatchPlan,
+        batch_plan: BatchPlan,
         shape: Sequence[int],
         *,
         seed: int,
@@ -28,9 +28,9 @@ class StepNoise:
         dtype: torch.dtype,
     ) -> None:
         rng = generator(seed, "step", step)
-        self.t = times.draw(uniforms(rng, split.batch))
-        self.dropped = uniforms(rng, split.batch) < label_dropout
-        self._noise = ((split.batch, *shape), seed, "noise", step)
+        self.t = times.draw(uniforms(rng, batch_plan.batch))
+        self.dropped = uniforms(rng, batch_plan.batch) < label_dropout
+        self._noise = ((batch_plan.batch, *shape), seed, "noise", step)
         self._on = {"device": device, "dtype": dtype}
 
     @cached_property
@@ -38,10 +38,11 @@ class StepNoise:
         shape, *words = self._noise
         return normal(shape, *words, **self._on)
 
-    def condition(self, micro: MicroBatch, here: slice, num_classes: int | None) -> dict[str, Tensor]:
-        """The labels of the micro-batch that stands at `here`, the null class where they are dropped or there are none."""
+    def condition(self, labels: Tensor, local_slice: slice, num_classes: int | None) -> dict[str, Tensor]:
+        """The labels (b,) of the micro-batch that is this slice of the batch; the null class where they are dropped or where
+        there are none (-1)."""
         if num_classes is None:
             return {}
-        null = self.dropped[here] | (micro.labels < 0)
-        labels = torch.where(null, num_classes, micro.labels)
+        null = self.dropped[local_slice] | (labels < 0)
+        labels = torch.where(null, num_classes, labels)
         return {"labels": labels.to(self._on["device"], non_blocking=True)}

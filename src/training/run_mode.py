@@ -1,0 +1,50 @@
+"""How one call of a script's `train` runs: for a person who watches it, or as a quiet rehearsal in a temporary folder."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config.progress import Phases
+from .clock import Clock
+from .uploads import Uploads
+
+RESTART = -1  # what `train` returns, instead of an exit status, to be called again: it goes on from the newest checkpoint
+
+
+@dataclass
+class RunMode:
+    """What a call of `train` takes from its caller, and what it leaves to it.
+
+    A `quiet` run says nothing but what it does at the moment, in lines that begin with `job`, and makes no report. `closing`
+    is closed however the training ends; `on_kill` is called where a second signal ends the process at once; `set_batch` is told
+    the batch, the micro-batch and its key of each stage. `uploads`, `clock`, `facts` and `num_parameters` are the run's.
+    """
+
+    quiet: bool = False
+    says_at_once: bool = True
+    job: str = ""
+    on_kill: Callable[[], object] = lambda: None
+    set_batch: Callable[[int, int, str], None] = lambda *_: None
+    closing: ExitStack = field(default_factory=ExitStack)
+    uploads: Uploads | None = None
+    clock: Clock | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    num_parameters: int = 0
+    _phases: Phases | None = None
+
+    def enter_phase(self, what: str, *, at_once: bool = True) -> None:
+        """Say on the first process that this is being done now: at once in a quiet run, and every half minute in each."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if self._phases is None:
+            self._phases = Phases(self.job, at_once=self.quiet and self.says_at_once)
+            self.closing.callback(self.leave_phases)
+        self._phases.enter(what, at_once=at_once)
+
+    def leave_phases(self) -> None:
+        """Say no more what is being done: from now on the run's clock does, or the training is over."""
+        if self._phases is not None:
+            self._phases.close()
+        self._phases = None
