@@ -1,4 +1,4 @@
-"""The latent cache: mean and log-variance of every picture, and of its mirror image, in blocks that are whole or absent.
+"""The latent cache: mean and log-variance of every image, and of its mirror image, in blocks of `storage.caches`.
 
 A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, 1 or 2, 2, D, h, w) float32 each (mirrored or not; mean and
 log-variance), and last of all `manifest.json`: what it was made of, and the statistics of the training latents.
@@ -22,24 +22,24 @@ from ..storage.caches import blocks_of
 Moments = NDArray[np.float32]
 WORDS = {
     "autoencoder": "another autoencoder",
-    "pictures": "other pictures",
-    "held_out": "other held-out pictures",
+    "pictures": "other images",
+    "held_out": "other held-out images",
     "image": "another image (size, channels or flip)",
 }
 
 
 def differs(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[str]:
-    """In words, what a cache was made of that is not what `contract` says."""
+    """What a cache was made of other than `contract` says, in words."""
     return [WORDS[key] for key in WORDS if manifest.get(key) != contract.get(key)]
 
 
-FILES = "files"  # the key of a manifest that says which files, read by which decoder, a cache is of; no part of the contract
+FILES = "files"  # key of a manifest: the state of the files and the decoder; no part of the contract
 STATISTICS = ("mean", "std", "low", "high")
 
 
 def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
-    """Whether a run that was trained on latents of `before` may go on with those of `now`: the same contract, and statistics
-    that agree to rounding, for a cache that is made again on another machine differs by that much."""
+    """Whether a run that was trained on latents of `before` may go on with those of `now`: the contract is the same, and the
+    statistics agree to rounding, by which a cache differs that is made anew on another machine."""
     if before is None or now is None:
         return before is now
     if any(before.get(key) != now.get(key) for key in {*before, *now} - {*STATISTICS}):
@@ -60,7 +60,7 @@ def cache_sums(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def sums_of(moments: Moments) -> dict[str, Any]:
-    """What `statistics` needs to know of a block, each a list with one entry per channel."""
+    """The sums of a block from which `statistics` are computed, each a list with one entry per channel."""
     mean, logvar = moments[:, :, 0].astype(np.float64), moments[:, :, 1].astype(np.float64)
     over = (0, 1, 3, 4)  # all but the channels
     return {
@@ -86,7 +86,7 @@ def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def _free_memory() -> int:
-    """Bytes of memory that nobody uses now."""
+    """Bytes of memory that no process uses now."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and macOS not this one
@@ -97,7 +97,7 @@ def _free_memory() -> int:
 
 @dataclass
 class LatentSet:
-    """Moments of pictures, in the order of their set: blocks in mapped files, or all on one device."""
+    """Moments of images, in the order of their set: blocks in mapped files, or all on one device."""
 
     blocks: list[Moments]
     device: torch.device
@@ -114,29 +114,29 @@ class LatentSet:
     def resident(self) -> bool:
         return self._resident is not None
 
-    def settle(self, share: float = 0.3) -> None:
-        """Bring all of it to the device if it takes no more than `share` of the memory that is free there."""
+    def move_to_device(self, share: float = 0.3) -> None:
+        """Move all of it to the device if it takes no more than `share` of the free memory there."""
         on_gpu = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_memory()
-        if self.bytes <= share * free:
+        free_bytes = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_memory()
+        if self.bytes <= share * free_bytes:
             self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 
     def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
-        """(B, 2, D, h, w) float32 on the device: mean and log-variance of these pictures, mirrored or not."""
+        """(B, 2, D, h, w) float32 on the device: mean and log-variance of these images, mirrored or not."""
         if self._resident is not None:
             where = torch.from_numpy(indices).to(self.device, non_blocking=True)
             which = torch.from_numpy(mirrored.astype(np.int64)).to(self.device, non_blocking=True)
             return self._resident[where, which]
         size = len(self.blocks[0])
-        rows = np.stack([self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)])
-        found = torch.from_numpy(rows)
-        return (found.pin_memory() if self.device.type == "cuda" else found).to(self.device, non_blocking=True)
+        rows = [self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)]
+        values = torch.from_numpy(np.stack(rows))
+        return (values.pin_memory() if self.device.type == "cuda" else values).to(self.device, non_blocking=True)
 
 
 def open_latents(
     folder: Path, contract: Mapping[str, Any], counts: Mapping[str, int], device: torch.device
 ) -> tuple[dict[str, Any], dict[str, LatentSet]]:
-    """A whole cache: its manifest and its sets. One made of something else than `contract` is a UserError that says of what."""
+    """The manifest and the sets of a whole cache. A UserError says where it was made of something else than `contract`."""
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is no latent cache (it has no manifest.json); name another, or remove it")
     try:
@@ -145,9 +145,9 @@ def open_latents(
         raise UserError(
             f"the latent cache {folder} is damaged, or its latents are not finite ({error}); remove it, and it is made again"
         ) from None
-    found = differs(manifest, contract)
-    if found:
-        raise UserError(f"the latent cache {folder} was made of {' and '.join(found)}; remove it, or give another `latents`")
+    other = differs(manifest, contract)
+    if other:
+        raise UserError(f"the latent cache {folder} was made of {' and '.join(other)}; remove it, or give another `latents`")
     return manifest, {split: open_blocks(folder, split, count, device) for split, count in counts.items()}
 
 

@@ -81,7 +81,7 @@ def claim(
     request: Mapping[str, Any],
     more: Mapping[str, Any] | None = None,
     *,
-    what: str = "pictures",
+    what: str = "images",
     rank: int = 0,
     barrier: Callable[[], None] = lambda: None,
 ) -> None:

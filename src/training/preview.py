@@ -22,7 +22,7 @@ from ..evaluation.quality import QualityConfig
 from ..runs.autoencoder import LatentCodec
 from ..runs.starts import Bound, Start
 from ..runtime.examples import Examples
-from ..runtime.looks import Look, failed_on_any, only_looked_at
+from ..runtime.looks import Outcome, failed_on_any, only_looked_at
 from ..runtime.seeds import generator, noise_of, normal
 from ..runtime.stream import to_network
 from ..sampling.build import sampler_of
@@ -85,14 +85,14 @@ def preview(
 PREVIEW = "the preview"
 
 
-def looked_at(session: Session) -> AbstractContextManager[Look]:
+def looked_at(session: Session) -> AbstractContextManager[Outcome]:
     """Around a part of a preview that may fail. With FSDP nothing is caught: the other ranks wait inside the network."""
     if session.accelerator.is_fsdp2:
-        return nullcontext(Look())
+        return nullcontext(Outcome())
     return only_looked_at(PREVIEW, lambda what, reason: session.run.warn(what, reason))
 
 
-def preview_failed(look: Look, session: Session) -> bool:
+def preview_failed(look: Outcome, session: Session) -> bool:
     """Whether drawing failed on any rank, the same answer on all: what was drawn is gathered by all of them or by none."""
     return failed_on_any(look, PREVIEW, session.accelerator, lambda what, reason: session.run.warn(what, reason))
 

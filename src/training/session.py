@@ -15,7 +15,7 @@ from ..data.names import class_remarks
 from ..runtime import checkpoint
 from ..runtime.checkpoint import Documents, Tensors, keeps_best, step_folder
 from ..runtime.launch import has_bf16_units, start_trackers
-from ..runtime.looks import Look, finish_trackers, for_each_tracker, only_looked_at
+from ..runtime.looks import Outcome, finish_trackers, for_each_tracker, only_looked_at
 from ..runtime.processes import Heartbeats, broadcast
 from ..runtime.stopping import StepGate, StopRequest
 from ..runtime.stream import BatchPlan
@@ -294,7 +294,7 @@ class Session:
             return False
         return name in values and self.better(name, values[name], measured) and keeps_best(self.cfg)
 
-    def look(self, what: str) -> AbstractContextManager[Look]:
+    def look(self, what: str) -> AbstractContextManager[Outcome]:
         """Around the drawing of `what`, which is only to be looked at: where it fails, the run says so and goes on."""
         return only_looked_at(what, self.run.warn)
 
