@@ -218,7 +218,7 @@ def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer,
         kills.kill_all(process)
         assert process.stderr is not None
         process.stderr.close()
-    server.settle()
+    server.wait_until_idle()
     found, _ = newest(one / "runs" / "mine" / "checkpoints")
     assert found is not None and found.name < "step_00000060", "it was killed before its end"
     shutil.rmtree(one)
