@@ -43,8 +43,8 @@ def test_a_line_says_how_much_is_done_how_fast_and_how_long_it_takes(monkeypatch
     for _ in range(progress.STRETCHES + 2):  # by now the speed is that of the last few minutes
         job.update(60)
         now[0] += 30
-        told = job.line()
-    assert told == "checking images 9780/40000, 2 images/s, 4.2 h left"
+        line = job.line()
+    assert line == "checking images 9780/40000, 2 images/s, 4.2 h left"
     endless = Progress("unpacking", unit="files", shown=False)
     endless.update(5)
     now[0] += 10
@@ -182,10 +182,10 @@ STAGES = 'stages=[{"steps": 4, "adversarial": {"weight": 0.1}}, {"steps": 3, "ad
 def test_a_dry_run_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "DRY_SECONDS", 0.01)
     done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--dry-run", "--set", STAGES)
-    said = [line.removeprefix("dry run: ") for line in done.out.splitlines() if line.startswith("dry run: ")]
+    phases = [line.removeprefix("dry run: ") for line in done.out.splitlines() if line.startswith("dry run: ")]
     looks = [f"stage {i} of 2, the first steps of {steps}" for i, steps in enumerate((4, 3), 1)]
-    stages = [line for look in looks for line in (look, "a preview", "a checkpoint")]
-    assert done.status == 0 and said == ["looking at the data", "building the networks", *stages]
+    stages = [line for phase in looks for line in (phase, "a preview", "a checkpoint")]
+    assert done.status == 0 and phases == ["looking at the data", "building the networks", *stages]
     assert not list(tmp_path.iterdir())
 
 
@@ -297,7 +297,7 @@ def test_the_costs_of_a_dry_run_have_the_early_previews() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "config", "more", "steps", "ends"),
+    ("script", "config", "changes", "steps", "last_steps"),
     [
         ("train_vae", "vae", ["guard.rollback=true", "checkpoint.keep_best=true", STAGES], [2, 4, 6, 7], [4, 7]),
         ("ddpm_accelerate", "ddpm", ["preview.quality=null", "checkpoint.keep_best=true", "steps=5"], [2, 4, 5], [5]),
@@ -307,9 +307,9 @@ def test_the_costs_of_a_dry_run_have_the_early_previews() -> None:
 def test_early_previews_only_look(
     script: str,
     config: str,
-    more: list[str],
+    changes: list[str],
     steps: list[int],
-    ends: list[int],
+    last_steps: list[int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -318,10 +318,10 @@ def test_early_previews_only_look(
     for first in (2, 10**6):
         monkeypatch.setattr(Cadence, "FIRST", first)
         run = tmp_path / f"first_{first}"
-        sets = [word for change in ["preview.every=1000", "checkpoint.every=1000", *more] for word in ("--set", change)]
+        sets = [word for change in ["preview.every=1000", "checkpoint.every=1000", *changes] for word in ("--set", change)]
         run_here(script, "-cfg", ROOT / f"configs/smoke/{config}.json", "--run-dir", run, *sets, cwd=tmp_path)
-        drawn = [int(path.stem.removeprefix("step_")) for path in sorted((run / "samples").iterdir())]
-        assert drawn == (steps if first == 2 else ends)
+        preview_steps = [int(path.stem.removeprefix("step_")) for path in sorted((run / "samples").iterdir())]
+        assert preview_steps == (steps if first == 2 else last_steps)
         folders.append(sorted((run / "checkpoints").iterdir())[-1])
     assert compare_checkpoints(*folders)[0] == []
     where = {line["step"] for line in metrics(tmp_path / "first_2") if any(key.startswith("held_out") for key in line)}
