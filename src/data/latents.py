@@ -5,7 +5,6 @@ log-variance), and last of all `manifest.json`: what it was made of, and the sta
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,16 +84,6 @@ def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     }
 
 
-def _free_memory() -> int:
-    """Bytes of memory that no process uses now."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and macOS not this one
-        import psutil
-
-        return psutil.virtual_memory().available
-
-
 @dataclass
 class LatentSet:
     """Moments of images, in the order of their set: blocks in mapped files, or all on one device."""
@@ -116,8 +105,12 @@ class LatentSet:
 
     def move_to_device(self, share: float = 0.3) -> None:
         """Move all of it to the device if it takes no more than `share` of the free memory there."""
-        on_gpu = self.device.type == "cuda"
-        free_bytes = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_memory()
+        if self.device.type == "cuda":
+            free_bytes = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            import psutil
+
+            free_bytes = psutil.virtual_memory().available
         if self.bytes <= share * free_bytes:
             self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 

@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-)
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from ..config import UserError, dump
 from ..config.packages import is_installed
@@ -40,12 +36,7 @@ def precision_for(wanted: str) -> str:
 
 
 def start(
-    machine: MachineConfig,
-    *,
-    trackers: tuple[str, ...] = (),
-    folder: Path = Path("."),
-    fp16: bool = True,
-    fsdp: bool = False,
+    machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path("."), fp16: bool = True, fsdp: bool = False
 ) -> Accelerator:
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError. `fp16` False refuses
     that precision, whose loss scale two optimisers cannot share; `fsdp` False refuses FSDP."""
