@@ -17,7 +17,7 @@ from ..data import ImageSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..runs.opened import Opened
 from ..runtime.examples import image_examples
-from ..runtime.looks import only_looked_at
+from ..runtime.failures import warn_on_failure
 from ..runtime.seeds import noise_of
 from ..storage.blocks import Ranks, in_blocks
 from ..storage.files import write_whole
@@ -125,6 +125,6 @@ def measure_likelihood(
         t = means["steps"]
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": {"eps": (t, means["eps_mse"])}}
         panels["mean squared error"]["x_0"] = (t, means["x0_mse"])
-        with only_looked_at("likelihood.png"):
+        with warn_on_failure("likelihood.png"):
             figures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
     return means

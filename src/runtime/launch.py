@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from ..config import UserError, dump
 from ..config.packages import is_installed
 from .environment import MachineConfig, check_arithmetic, check_launcher, check_world, explain_environment, multiply_exactly
-from .looks import Warn, only_looked_at
+from .failures import Warn, warn_on_failure
 from .memory import keep_freed_memory
 from .sharding import plugin_for
 
@@ -135,7 +135,7 @@ def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settin
     wanted, opened = accelerator.log_with, []
     for tracker in wanted:
         accelerator.log_with, accelerator.trackers = [tracker], []
-        with only_looked_at(str(getattr(tracker, "value", tracker)), warn):
+        with warn_on_failure(str(getattr(tracker, "value", tracker)), warn):
             accelerator.init_trackers(project, config=config, init_kwargs=options)
             opened += accelerator.trackers
     accelerator.log_with, accelerator.trackers = wanted, opened

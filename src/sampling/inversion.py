@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import figures
 from ..config.progress import track
 from ..runs.opened import Opened
-from ..runtime.looks import only_looked_at
+from ..runtime.failures import warn_on_failure
 from ..storage.files import write_whole
 from .edit import as_seen
 from .files import claim
@@ -58,7 +58,7 @@ def write_inversions(
     write_whole(out / "sources.npy", content.getbuffer())
     title = f"picture, source, and back again with {sampler.calls()} network calls each way"
     write_whole(out / "inversion.json", (json.dumps({"mean": mean, "pictures": told}, indent=1) + "\n").encode())
-    with only_looked_at("inversion.png"):
+    with warn_on_failure("inversion.png"):
         sheet = figures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title)
         figures.save(sheet, out / "inversion.png")
     return mean

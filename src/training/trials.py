@@ -22,8 +22,8 @@ from ..config import ENDLESS, UserError, read_json
 from ..config.progress import Phases, say
 from ..report.report import SAMPLE_BYTES
 from ..runtime.checkpoint import keeps_best, newest, read_tensors, step_folder, verify_checkpoint
+from ..runtime.failures import is_lost_rank
 from ..runtime.launch import undetermined
-from ..runtime.looks import of_a_lost_rank
 from ..runtime.memory import OutOfMemory, explain_out_of_memory
 from ..runtime.processes import silent_ranks
 from ..runtime.stream import BatchPlan
@@ -270,7 +270,7 @@ def _take(train: Train, cfg: Any, run_dir: Path, attempt: Attempt) -> int:
         if (missing := undetermined(error)) is not None:
             told = f"deterministic: torch has no {missing} that repeats itself to the bit on this device"
             raise UserError(f"{told}; --set deterministic=false, or train without what asks for it") from error
-        if not of_a_lost_rank(error):
+        if not is_lost_rank(error):
             raise
         rank = os.environ.get("RANK", "0")
         print(
