@@ -37,7 +37,7 @@ from ..sampling.build import build_sampler
 from ..sampling.edit import files_of
 from ..sampling.sampler import Sampler, SamplerConfig, describe
 from ..storage.blocks import Ranks, in_blocks
-from ..storage.files import write_whole
+from ..storage.files import as_json, write_whole
 from ..storage.finite import is_finite
 from ..storage.requests import claim_folder
 from .quality import (
@@ -133,7 +133,7 @@ class Report:
         """evaluation.json, beside the sheets."""
         if ranks.rank == 0:
             document = {"step": self.step, **self.figures}
-            write_whole(self.out / "evaluation.json", (json.dumps(document, indent=1) + "\n").encode())
+            write_whole(self.out / "evaluation.json", as_json(document))
         return self
 
 

@@ -1,6 +1,5 @@
 """A frozen autoencoder, ours or diffusers': open it for latent diffusion, keep it in a run, encode and decode with it."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,17 @@ from torch import Tensor
 from ..config import UserError, quoted, read_json, validate
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
-from ..runtime.checkpoint import Documents, Tensors, load_weights, newest, read_tensors, verify_checkpoint, write_folder
+from ..runtime.checkpoint import (
+    Documents,
+    Tensors,
+    check_whole,
+    digest_of,
+    load_weights,
+    newest,
+    read_tensors,
+    verify_checkpoint,
+    write_folder,
+)
 from ..runtime.seeds import normal
 from ..storage.hub import hub_name_of_url, is_hub_name
 from ..storage.networks import few
@@ -123,9 +132,7 @@ def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     """The autoencoder that a latent run keeps: in `folder`, or in the run that the checkpoint `folder` belongs to."""
     for place in (folder, folder.parent.parent / "autoencoder", folder / "autoencoder"):
         if (place / "autoencoder_config.json").exists():
-            reason = verify_checkpoint(place)
-            if reason is not None:
-                raise UserError(f"{place} is damaged: {reason}")
+            check_whole(place)
             document = read_json(place / "autoencoder_config.json")
             weights = read_tensors(place, "autoencoder")
             return _rebuild(document, weights, document["path"], document["digest"], device)
@@ -193,9 +200,7 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
                 f"the autoencoder {name} has not finished{at}; run its command again, or name one of its checkpoints to take "
                 "it as it is"
             )
-    reason = verify_checkpoint(folder)
-    if reason is not None:
-        raise UserError(f"{folder} is damaged: {reason}")
+    check_whole(folder)
     config, progress = read_json(folder / "config.json"), read_json(folder / "progress.json")
     if "stages" not in config:
         raise UserError(f"{name} is no autoencoder but a diffusion run; name a run of train_vae.py")
@@ -230,6 +235,6 @@ def _of_diffusers(name: str, device: torch.device) -> Autoencoder:
         return _rebuild(document, weights, name, digest, device)
     loaded = load_autoencoder(name)
     weights = {key: value.detach().cpu() for key, value in loaded.state_dict().items()}
-    digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
-    autoencoder = _rebuild({"kind": "diffusers", "config": loaded.config}, weights, name, digest, device)
+    document = {"kind": "diffusers", "config": loaded.config}
+    autoencoder = _rebuild(document, weights, name, digest_of(weights), device)
     return replace(autoencoder, notes=loaded.notes)

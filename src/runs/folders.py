@@ -1,6 +1,5 @@
 """Find and read the EMA weights of a run, and the JSON beside them."""
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import UserError, quoted, read_json
-from ..runtime.checkpoint import newest, read_tensors, verify_checkpoint
+from ..runtime.checkpoint import check_whole, digest_of, newest, read_tensors, verify_checkpoint
 from ..storage.finite import check_finite
 from ..storage.weight_files import read_file, read_foreign_json
 
@@ -42,9 +41,7 @@ class Weights(NamedTuple):
 def _find(path: Path) -> Path:
     """The folder with the weights: `path` itself, its final, or its newest whole checkpoint."""
     if (path / "ema.safetensors").exists() or (path / "MANIFEST.json").exists():
-        reason = verify_checkpoint(path)
-        if reason is not None:
-            raise UserError(f"{path} is damaged: {reason}")
+        check_whole(path)
         return path
     final = path / "final"
     checkpoint, passed = newest(path / "checkpoints")
@@ -105,7 +102,7 @@ def _read_export(path: Path) -> Weights:
         )
     weights = content["weights"]
     try:
-        digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
+        digest = digest_of(weights)
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
