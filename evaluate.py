@@ -37,8 +37,8 @@ from src.metrics.features import NAMES, Features, open_features
 from src.report.report import write_report
 from src.runs.classifier import open_classifier
 from src.runs.opened import open_trained
+from src.runtime.failures import warn_on_failure
 from src.runtime.launch import start_sampling
-from src.runtime.looks import only_looked_at
 from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
@@ -207,7 +207,7 @@ def append(args: argparse.Namespace, step: int, values: dict[str, float], out: P
     place = run if (run / "metrics.jsonl").exists() else out
     append_metrics(place, step, {f"evaluation_{name}{which}": value for name, value in values.items()})
     if (place / "report.html").exists():
-        with only_looked_at("report.html"):
+        with warn_on_failure("report.html"):
             write_report(place)
 
 

@@ -13,8 +13,8 @@ from src import figures
 from src.config import UserError, run_script, validate
 from src.diffusion import SOLVERS, SPACINGS, invertible_solvers
 from src.runs.opened import Opened, open_trained
+from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
-from src.runtime.looks import asked_for
 from src.runtime.memory import explain_out_of_memory
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.build import dealt
@@ -152,7 +152,7 @@ def main() -> None:
         made.append(out / "animation.mp4")
     except (UserError, RuntimeError) as error:
         print(error)
-    with asked_for(out / "animation.gif"):
+    with explain_failure(out / "animation.gif"):
         figures.gif(paths, pattern, out / "animation.gif", fps=args.fps)
     print(f"{len(paths)} frames through {journey.keys} keys of {opened.path} (step {opened.step}), {world} process(es)")
     print(f"  {sampler.calls()} network calls a frame, {len(paths) / args.fps:.1f} seconds at {args.fps} frames a second")

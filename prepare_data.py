@@ -25,8 +25,8 @@ from src.data.packing import pack
 from src.data.sources import FolderSource, Sources
 from src.runs.autoencoder import open_autoencoder
 from src.runs.latents import cache_folder, latents_of
+from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
-from src.runtime.looks import asked_for
 from src.storage.archives import stem, unpack
 from src.training.run import check_ranks
 
@@ -170,7 +170,7 @@ def check(args: argparse.Namespace) -> None:
         seen = found.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
         names = [found.class_names[label] if label >= 0 else "" for label in found.labels[chosen]]
         sheet = figures.grid(seen, columns=8, labels=names if found.class_names else None)
-        with asked_for(args.sheet):
+        with explain_failure(args.sheet):
             figures.save(sheet, Path(args.sheet))
         print(f"  {args.sheet}")
 

@@ -13,8 +13,8 @@ import torch
 from src.config import UserError, run_script
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
+from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
-from src.runtime.looks import asked_for
 from src.runtime.memory import explain_out_of_memory
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.build import dealt
@@ -97,7 +97,7 @@ def draw_points(
     request = {"weights": run.digest, "num_samples": count, "classes": args.classes, **describe(sampler, args.seed)}
     out = Path(args.out or f"samples/{run.folder}/{args.solver}{sampler.steps}_{hashed(request)}")
     more = {"labels": labels, "device": device, "frames": args.frames, "told": request}
-    with nothing_left(out), asked_for(f"{out}: all that was to be drawn of the points"):
+    with nothing_left(out), explain_failure(f"{out}: all that was to be drawn of the points"):
         made = write_points(sampler, out, count=count, seed=args.seed, **more)
     print(f"{count} points of {run.path} (step {run.step}), {sampler.calls()} network calls")
     for path in made:

@@ -339,9 +339,9 @@ def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: P
     assert "--classes is about drawing pictures" in refused(*only, "--classes", "3")
     torch.save({"params_ema": rrdb(2).state_dict()}, tmp_path / "others.pth")
     others = ("--upscaler", tmp_path / "others.pth")
-    assert "holds other pictures" in refused(*only, "--out", tmp_path / "huge", *others)
+    assert "holds other images" in refused(*only, "--out", tmp_path / "huge", *others)
     words = (hybrid_run, "--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", tmp_path / "out", "--upscale")
-    assert "holds other pictures" in refused("sample", *words, *others)
+    assert "holds other images" in refused("sample", *words, *others)
 
 
 def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path: Path) -> None:

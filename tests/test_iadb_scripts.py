@@ -121,7 +121,7 @@ def test_from_one_set_of_pictures_to_another_in_latents(vae_run: Path, tmp_path:
     with pytest.raises(ValueError, match=r"starts from other data, which is needed: .* or give --source FOLDER"):
         build_sampler(type(opened)(**{**vars(opened), "config": changed}), SamplerConfig())
     said = refused("sample", tmp_path / "elsewhere", "--num-samples", "2", "--out", tmp_path / "given", *more)
-    assert "holds other pictures" in said, "the same but for where they come from"
+    assert "holds other images" in said, "the same but for where they come from"
     red = tmp_path / "mine" / "red.png"
     assert "a mask keeps a picture by noising it" in refused("sample", tmp_path / "elsewhere", "--image", red, "--mask", red)
     said = refused("sample", tmp_path / "elsewhere", "--solver", "ancestral", "--out", tmp_path / "no")
@@ -330,7 +330,7 @@ def test_pictures_go_to_their_source_and_back(iadb_run: Path, ldm_run: Path, tmp
         assert calls == (64 if run == iadb_run else 61) and len(told["pictures"]) == 3
         assert told["mean"]["rms"] < 0.05 and np.load(out / "sources.npy").shape[0] == 3
         said = refused("sample", run, "--invert", tmp_path / "mine" / "1.png", "--out", out, *more)
-        assert "holds other pictures" in said
+        assert "holds other images" in said
     assert "draws none" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--npz")
     assert "draws none" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--stop-at", "3")
     (tmp_path / "text.png").write_text("no picture")

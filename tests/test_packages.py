@@ -54,11 +54,11 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Without:
     return take
 
 
-def data(source: str, **more: Any) -> None:
+def data(source: str, **options: Any) -> None:
     class_of = {"digits": "DigitsSource", "datasets": "DatasetsSource"}[source]
     from src.data import sources
 
-    open_data(getattr(sources, class_of)(source=source, **more), 0.0)
+    open_data(getattr(sources, class_of)(source=source, **options), 0.0)
 
 
 FEATURES = torch.randn(20, 8).double().numpy()
@@ -124,16 +124,16 @@ def curves(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "told", "use"), USES, ids=lambda value: value if isinstance(value, str) and " " not in value else ""
+    ("module", "line", "use"), USES, ids=lambda value: value if isinstance(value, str) and " " not in value else ""
 )
 def test_what_is_missing_is_said_in_one_line(
-    module: str, told: str, use: Callable[[Path], Any], without: Without, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: str, line: str, use: Callable[[Path], Any], without: Without, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     without(module)
     with pytest.raises(UserError) as raised:
         use(tmp_path)
-    assert told in str(raised.value) and "\n" not in str(raised.value)
+    assert line in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_use_for_each_optional_package_is_tried() -> None:
@@ -164,17 +164,17 @@ def test_every_config_says_what_it_lacks(path: Path, without: Without) -> None:
     cfg = load(path, script_of(path).Config)
     assert needs.trackers(cfg).status in ("pass", "warn")
     assert not any(map(is_installed, cfg.log.trackers)), "or nothing would be tried"
-    said = list[str]()
+    lines = list[str]()
     for spec in cfg.data if isinstance(cfg.data, tuple) else (cfg.data,):
         if spec.source in ("digits", "datasets"):
             with pytest.raises(UserError) as raised:
                 open_data(spec, 0.0)
-            said.append(str(raised.value))
+            lines.append(str(raised.value))
     if hasattr(cfg, "stages") and any(stage.perceptual for stage in cfg.stages) and cfg.perceptual.network != "random":
         with pytest.raises(UserError) as raised:
             losses.Perceptual(cfg.perceptual)
-        said.append(str(raised.value))
-    assert all("pip install" in line and "\n" not in line for line in said)
+        lines.append(str(raised.value))
+    assert all("pip install" in line and "\n" not in line for line in lines)
 
 
 def test_a_run_goes_on_without_its_trackers(without: Without, tmp_path: Path) -> None:
@@ -185,9 +185,9 @@ def test_a_run_goes_on_without_its_trackers(without: Without, tmp_path: Path) ->
     few = ["steps=2", "preview.num_samples=1", "preview.quality=null", 'log.trackers=["tensorboard", "wandb"]']
     sets = [word for change in few for word in ("--set", change)]
     run_here("ddpm_accelerate", "-cfg", ROOT / "configs/smoke/ddpm.json", "--run-dir", run, *sets)
-    told = "warning: log.trackers asks for tensorboard and wandb, which are not installed: pip install tensorboard wandb"
+    line = "warning: log.trackers asks for tensorboard and wandb, which are not installed: pip install tensorboard wandb"
     log = (run / "log.txt").read_text()
-    assert log.count("not installed") == 1 and told in log and "the run goes on without" in log
+    assert log.count("not installed") == 1 and line in log and "the run goes on without" in log
     assert json.loads((run / "status.json").read_text())["state"] == "finished" and not (run / "tensorboard").exists()
     assert json.loads((run / "config.json").read_text())["log"]["trackers"] == ["tensorboard", "wandb"], (
         "for when they are there"

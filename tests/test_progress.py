@@ -43,8 +43,8 @@ def test_a_line_says_how_much_is_done_how_fast_and_how_long_it_takes(monkeypatch
     for _ in range(progress.STRETCHES + 2):  # by now the speed is that of the last few minutes
         job.update(60)
         now[0] += 30
-        told = job.line()
-    assert told == "checking images 9780/40000, 2 images/s, 4.2 h left"
+        line = job.line()
+    assert line == "checking images 9780/40000, 2 images/s, 4.2 h left"
     endless = Progress("unpacking", unit="files", shown=False)
     endless.update(5)
     now[0] += 10
@@ -294,7 +294,7 @@ def test_the_costs_of_a_dry_run_have_the_early_previews() -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "config", "more", "steps", "ends"),
+    ("script", "config", "changes", "steps", "last_steps"),
     [
         ("train_vae", "vae", ["guard.rollback=true", "checkpoint.keep_best=true", STAGES], [2, 4, 6, 7], [4, 7]),
         ("ddpm_accelerate", "ddpm", ["preview.quality=null", "checkpoint.keep_best=true", "steps=5"], [2, 4, 5], [5]),
@@ -304,9 +304,9 @@ def test_the_costs_of_a_dry_run_have_the_early_previews() -> None:
 def test_early_previews_only_look(
     script: str,
     config: str,
-    more: list[str],
+    changes: list[str],
     steps: list[int],
-    ends: list[int],
+    last_steps: list[int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -315,10 +315,10 @@ def test_early_previews_only_look(
     for first in (2, 10**6):
         monkeypatch.setattr(Cadence, "FIRST", first)
         run = tmp_path / f"first_{first}"
-        sets = [word for change in ["preview.every=1000", "checkpoint.every=1000", *more] for word in ("--set", change)]
+        sets = [word for change in ["preview.every=1000", "checkpoint.every=1000", *changes] for word in ("--set", change)]
         run_here(script, "-cfg", ROOT / f"configs/smoke/{config}.json", "--run-dir", run, *sets, cwd=tmp_path)
-        drawn = [int(path.stem.removeprefix("step_")) for path in sorted((run / "samples").iterdir())]
-        assert drawn == (steps if first == 2 else ends)
+        preview_steps = [int(path.stem.removeprefix("step_")) for path in sorted((run / "samples").iterdir())]
+        assert preview_steps == (steps if first == 2 else last_steps)
         folders.append(sorted((run / "checkpoints").iterdir())[-1])
     assert compare_checkpoints(*folders)[0] == []
     where = {line["step"] for line in metrics(tmp_path / "first_2") if any(key.startswith("held_out") for key in line)}

@@ -52,13 +52,18 @@ def checkout(folder: Path) -> Path:
 def sh(shell: str, text: str, folder: Path, server: StorageServer | None = None, **extra: str) -> subprocess.CompletedProcess:
     """`text` in a shell that reads no start files."""
     quiet = {"bash": ["--noprofile", "--norc"], "zsh": ["-f"]}[shell]
-    more = {"ATELIER_BUCKET": "gs://bucket"} | ({"STORAGE_EMULATOR_HOST": server.url} if server is not None else {})
+    settings = {"ATELIER_BUCKET": "gs://bucket"} | ({"STORAGE_EMULATOR_HOST": server.url} if server is not None else {})
     return subprocess.run(
-        [shell, *quiet, "-c", text], cwd=folder, env=environment(**more | extra), capture_output=True, text=True, timeout=240
+        [shell, *quiet, "-c", text],
+        cwd=folder,
+        env=environment(**settings | extra),
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
-def pictures_in(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     """40 of them in two classes, each of one colour."""
     rng = random.Random(0)
     for i in range(40):
@@ -75,12 +80,12 @@ def test_sourced_it_leaves_the_shell_as_it_was_but_for_the_environment(
     """With a bucket that there is not, from another folder, where unset variables are errors, twice, and with arguments that
     are the caller's."""
     folder = checkout(tmp_path / "clone")
-    told = 'set -u; set -- push runs/x; before="$-"; cd /; source {0}/setup.sh; source {0}/setup.sh; '
-    told += (
+    text = 'set -u; set -- push runs/x; before="$-"; cd /; source {0}/setup.sh; source {0}/setup.sh; '
+    text += (
         'echo "status $?"; [ "$before" = "$-" ] && echo same options; echo "$# $1 $PWD $VIRTUAL_ENV"; set | grep "^_atelier"; '
     )
-    told += "command -v _atelier_setup || echo nothing left"
-    done = sh(shell, told.format(folder), tmp_path, server, ATELIER_BUCKET="gs://wrong")
+    text += "command -v _atelier_setup || echo nothing left"
+    done = sh(shell, text.format(folder), tmp_path, server, ATELIER_BUCKET="gs://wrong")
     assert "status 0\nsame options\n2 push / " in done.stdout and f"{folder}/.venv\nnothing left\n" in done.stdout, done
     assert done.stderr.count("gs://wrong: there is no such bucket; is the name right?") == 2 and "Traceback" not in done.stderr
     assert done.stderr.count("the environment is active") == 2
@@ -196,7 +201,7 @@ def test_a_demo_can_be_made_again(tmp_path: Path, demo: str) -> None:
 
 def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer, tmp_path: Path) -> None:
     """An empty folder, its pictures from the bucket, a run killed half-way, the folder gone; elsewhere the same command."""
-    shutil.make_archive(str(tmp_path / "mine"), "zip", pictures_in(tmp_path / "mine"))
+    shutil.make_archive(str(tmp_path / "mine"), "zip", write_images(tmp_path / "mine"))
     server.put("datasets/mine.zip", (tmp_path / "mine.zip").read_bytes())
     sets = kills.settings(
         data={"source": "folder", "path": "datasets/mine"}, held_out=0.1, steps=60, checkpoint__every=6, log__every=1,
@@ -219,9 +224,9 @@ def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer,
         kills.kill_all(process)
         assert process.stderr is not None
         process.stderr.close()
-    server.settle()
-    found, _ = newest(one / "runs" / "mine" / "checkpoints")
-    assert found is not None and found.name < "step_00000060", "it was killed before its end"
+    server.wait_until_idle()
+    checkpoint, _ = newest(one / "runs" / "mine" / "checkpoints")
+    assert checkpoint is not None and checkpoint.name < "step_00000060", "it was killed before its end"
     shutil.rmtree(one)
 
     two = checkout(tmp_path / "two")
@@ -233,9 +238,9 @@ def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer,
     subprocess.run([sys.executable, *words, "--run-dir", "runs/never"], cwd=two, env=environment(), check=True)
     kills.same_end(two / "runs" / "never", two / "runs" / "mine")
     assert [line["step"] for line in metrics(two / "runs" / "mine")] == list(range(1, 61)), "the log goes on, too"
-    kept = {name.split("/")[3] for name in server.objects() if name.startswith("runs/mine/checkpoints/")}
+    steps = {name.split("/")[3] for name in server.objects() if name.startswith("runs/mine/checkpoints/")}
     last = two / "runs" / "mine" / "checkpoints" / "step_00000060"
     best = json.loads((last / "progress.json").read_text())["best"]["step"]
-    assert kept == {"step_00000054", last.name, f"step_{best:08d}"}, "the bucket keeps as many as the folder"
-    assert kept == {path.name for path in last.parent.iterdir()}
+    assert steps == {"step_00000054", last.name, f"step_{best:08d}"}, "the bucket keeps as many as the folder"
+    assert steps == {path.name for path in last.parent.iterdir()}
     assert "runs/mine/final/ema.safetensors" in server.objects()

@@ -5,13 +5,13 @@ log-variance), and last of all `manifest.json`: what it was made of, and the sta
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,13 +33,13 @@ def describe_differences(manifest: Mapping[str, Any], contract: Mapping[str, Any
     return [WORDS[key] for key in WORDS if manifest.get(key) != contract.get(key)]
 
 
-FILES = "files"  # the key of a manifest that says which files, read by which decoder, a cache is of; no part of the contract
+FILES = "files"  # key of a manifest: the state of the files and the decoder; no part of the contract
 STATISTICS = ("mean", "std", "low", "high")
 
 
 def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
-    """Whether a run that was trained on latents of `before` may go on with those of `now`: the same contract, and statistics
-    that agree to rounding, for a cache that is made again on another machine differs by that much."""
+    """Whether a run that was trained on latents of `before` may go on with those of `now`: the contract is the same, and the
+    statistics agree to rounding, by which a cache differs that is made anew on another machine."""
     if before is None or now is None:
         return before is now
     if any(before.get(key) != now.get(key) for key in {*before, *now} - {*STATISTICS}):
@@ -60,7 +60,7 @@ def cache_sums(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def sums_of(moments: Moments) -> dict[str, Any]:
-    """What `statistics` needs to know of a block, each a list with one entry per channel."""
+    """The sums of a block from which `statistics` are computed, each a list with one entry per channel."""
     mean, logvar = moments[:, :, 0].astype(np.float64), moments[:, :, 1].astype(np.float64)
     over = (0, 1, 3, 4)  # all but the channels
     return {
@@ -85,16 +85,6 @@ def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     }
 
 
-def _free_memory() -> int:
-    """Bytes of memory that no process uses."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and macOS not this one
-        import psutil
-
-        return psutil.virtual_memory().available
-
-
 @dataclass
 class LatentSet:
     """Moments of images, in the order of their set: blocks in mapped files, or all on one device."""
@@ -117,7 +107,7 @@ class LatentSet:
     def load_to_device(self, share: float = 0.3) -> None:
         """Load all blocks to the device if they take no more than `share` of the memory that is free there."""
         on_gpu = self.device.type == "cuda"
-        free_bytes = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_memory()
+        free_bytes = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
         if self.bytes <= share * free_bytes:
             self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 

@@ -31,13 +31,13 @@ from ..runs.classifier import OpenedClassifier
 from ..runs.folders import run_name
 from ..runs.opened import Opened
 from ..runs.starts import SourceSampler
-from ..runtime.looks import only_looked_at
+from ..runtime.failures import warn_on_failure
 from ..runtime.stream import to_network
 from ..sampling.build import build_sampler
 from ..sampling.edit import files_of
 from ..sampling.sampler import Sampler, SamplerConfig, describe
 from ..storage.blocks import Ranks, in_blocks
-from ..storage.files import write_whole
+from ..storage.files import as_json, write_whole
 from ..storage.finite import is_finite
 from ..storage.requests import claim_folder
 from .quality import (
@@ -133,7 +133,7 @@ class Report:
         """evaluation.json, beside the sheets."""
         if ranks.rank == 0:
             document = {"step": self.step, **self.figures}
-            write_whole(self.out / "evaluation.json", (json.dumps(document, indent=1) + "\n").encode())
+            write_whole(self.out / "evaluation.json", as_json(document))
         return self
 
 
@@ -242,7 +242,7 @@ def evaluate_run(
         return figures.to_uint8(torch.cat(images))
 
     report.write(it.ranks)
-    with only_looked_at("nearest.png"):
+    with warn_on_failure("nearest.png"):
         draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, opened.image, indices), told)
         report.files.append(out / "nearest.png")
     return report
@@ -369,7 +369,7 @@ def sweep(
     report.figures = {"num_samples": count, "real_pictures": len(data), "of": told, "rows": rows, "notes": notes}
     report.figures["compares_with"] = {network.name: network.comparable for network in it.networks}
     report.write(it.ranks)
-    with only_looked_at("sweep.png"):
+    with warn_on_failure("sweep.png"):
         _draw_sweep(out / "sweep.png", rows, swept, it.networks)
         report.files.append(out / "sweep.png")
     return report
@@ -477,7 +477,7 @@ def evaluate_folder(it: Evaluation, place: Path, data: ImageSet, *, resize: bool
         return pixels([files[i] for i in indices]).permute(0, 2, 3, 1).numpy()
 
     report.write(it.ranks)
-    with only_looked_at("nearest.png"):
+    with warn_on_failure("nearest.png"):
         draw_nearest(out / "nearest.png", *shown, draw, lambda indices: _load(data, image, indices), GIVEN)
         report.files.append(out / "nearest.png")
     return report
@@ -565,7 +565,7 @@ def evaluate_autoencoder(it: Evaluation, run: str, settings: dict[str, Any], dat
     report.values |= means
     report.figures |= {**means, "real_pictures": len(data), "of": told, "notes": notes}
     report.write(it.ranks)
-    with only_looked_at("reconstructions.png"):
+    with warn_on_failure("reconstructions.png"):
         order = np.argsort(each["psnr"], kind="stable")
         chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
         save_sheet(out / "reconstructions.png", *through(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")

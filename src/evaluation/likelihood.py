@@ -1,6 +1,5 @@
 """Bits per dimension of a whole data set: all ranks, a block of pictures at a time, going on where a kill left it."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from ..data import ImageSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..runs.opened import Opened
 from ..runtime.examples import image_examples
-from ..runtime.looks import only_looked_at
+from ..runtime.failures import warn_on_failure
 from ..runtime.seeds import noise_of
 from ..storage.blocks import Ranks, in_blocks
-from ..storage.files import write_whole
+from ..storage.files import as_json, write_whole
 from ..storage.finite import is_finite
 from ..storage.requests import claim_folder
 
@@ -121,10 +120,10 @@ def measure_likelihood(
         "pictures": len(data),
     }
     if ranks.rank == 0:
-        write_whole(out / "likelihood.json", (json.dumps(means, indent=1) + "\n").encode())
+        write_whole(out / "likelihood.json", as_json(means))
         t = means["steps"]
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": {"eps": (t, means["eps_mse"])}}
         panels["mean squared error"]["x_0"] = (t, means["x0_mse"])
-        with only_looked_at("likelihood.png"):
+        with warn_on_failure("likelihood.png"):
             figures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
     return means

@@ -16,7 +16,7 @@ from ..config import Length, config, resumable_field
 from ..losses import reconstruction_loss
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
 from ..runtime.examples import Examples
-from ..runtime.looks import Warn, only_looked_at, warn_on_stderr
+from ..runtime.failures import Warn, warn_on_failure, warn_on_stderr
 
 
 @config
@@ -85,7 +85,7 @@ def reconstruct(
         mean, square = (found[f"{word} {c}"] / found[f"count {c}"] for word in ("sum", "square"))
         values |= {f"latent_mean_{c}": mean, f"latent_std_{c}": max(0.0, square - mean**2) ** 0.5}
     if sheet is not None and accelerator.is_main_process:
-        with only_looked_at("the preview", warn):
+        with warn_on_failure("the preview", warn):
             shown = spread[np.linspace(0, count - 1, min(spec.num_samples, count)).astype(np.int64)]
             images = examples.load(shown).to(device, dtype)
             save_sheet(sheet, images, _through(network, images)[0], values)

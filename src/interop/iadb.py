@@ -360,7 +360,7 @@ def read(
     told += [*facts, f"image size: {size} px, from {where}"]
     if latents is not None:
         mean, deviation = latents.scaling or (0.0, 1.0)
-        told += latents.told
+        told += latents.notes
         told.append(
             f"latents: {seen} x {side} x {side} of {latents.path}, less {mean:g} over {deviation:g} by its own scaling, which "
             "the checkpoint does not say; nor does it say their range"

@@ -51,7 +51,7 @@ def with_autoencoder(found: Imported, origin: str, name: str | None) -> Imported
     side, size = found.image_size, found.image_size * autoencoder.factor
     told = (
         *found.told,
-        *autoencoder.told,
+        *autoencoder.notes,
         f"latents: {found.channels} x {side} x {side} of {autoencoder.path}, less {mean:g} over {deviation:g} by its own "
         f"scaling; images of {size} px",
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import UserError, quoted, run_script
-from ..runtime.looks import only_looked_at
+from ..runtime.failures import warn_on_failure
 from ..storage.files import write_whole
 from .charts import Line, chart, short
 from .page import Section, page
@@ -554,7 +554,7 @@ class Reporter:
         began = time.monotonic()
         if not now and began < self._next:
             return
-        with only_looked_at(NAME, self._warn):
+        with warn_on_failure(NAME, self._warn):
             write_report(self._run_dir, self._pictures)
         ended = time.monotonic()
         self._next = ended + max(EVERY_SECONDS, COST * (ended - began))

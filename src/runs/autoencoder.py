@@ -1,6 +1,5 @@
-"""A frozen autoencoder, ours or diffusers': opened for latent diffusion, kept beside its weights, and as a codec."""
+"""A frozen autoencoder, ours or diffusers': open it for latent diffusion, keep it in a run, encode and decode with it."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import UserError, quoted, read_json, validate
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
-from ..runtime.checkpoint import Documents, Tensors, load_weights, newest, read_tensors, verify_checkpoint, write_folder
+from ..runtime.checkpoint import (
+    Documents,
+    Tensors,
+    check_whole,
+    digest_of,
+    load_weights,
+    newest,
+    read_tensors,
+    verify_checkpoint,
+    write_folder,
+)
 from ..runtime.seeds import normal
 from ..storage.hub import hub_name_of_url, is_hub_name
 from ..storage.networks import few
@@ -26,10 +35,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """`network` has moments(images) -> (mean, logvar or None) and decode(z). `document` is all that, with the weights, builds
-    it again; `digest` is the hash of the weights. `scaling` is the (mean, std) of its latents where it brings its own,
-    `sizes` the sides in pixels that it was trained at, where that is known; `told` says in words which weights were taken,
-    where that is not plain."""
+    """`network` has moments(images) -> (mean, logvar or None) and decode(z). `document` builds it again, with the weights;
+    `digest` is the hash of the weights. `scaling` is the (mean, std) of its latents where it brings its own, `sizes` the sides
+    in pixels that it was trained at, where they are known; `notes` say which weights were taken, where several were there."""
 
     network: Any
     path: str
@@ -40,27 +48,27 @@ class Autoencoder:
     factor: int
     sizes: tuple[int, ...] | None = None
     scaling: tuple[float, float] | None = None
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def files(self) -> tuple[Tensors, Documents]:
-        """What a latent run keeps of it: autoencoder.safetensors and autoencoder_config.json."""
+        """The files of it that a latent run keeps: autoencoder.safetensors and autoencoder_config.json."""
         tensors = {name: value.detach().cpu() for name, value in self.network.state_dict().items()}
         document = {**self.document, "path": self.path, "digest": self.digest}
         return {"autoencoder": tensors}, {"autoencoder_config": document}
 
     def keep(self, folder: Path) -> None:
-        """Write those files, unless they are there, so that a latent run does not need the autoencoder's any more."""
+        """Write those files, unless they are there, so that the latent run no longer needs the run of the autoencoder."""
         if verify_checkpoint(folder) is not None or read_json(folder / "autoencoder_config.json")["digest"] != self.digest:
             write_folder(folder, *self.files())
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
-        """(D, h, w) of pictures of `size` px; a UserError where it was made for others."""
+        """(D, h, w) of images of `size` px; a UserError where it cannot take them."""
         if channels != self.channels:
             raise UserError(
                 f"image.channels is {channels} and the autoencoder {self.path} has {self.channels}; set image.channels"
             )
         if size % self.factor:
-            raise UserError(f"image.size {size} is not divisible by {self.factor}, by which {self.path} reduces pictures")
+            raise UserError(f"image.size {size} is not divisible by {self.factor}, by which {self.path} reduces images")
         if self.sizes is not None and size not in self.sizes:
             known = " and ".join(map(str, sorted(self.sizes)))
             raise UserError(f"image.size is {size} and the autoencoder {self.path} was trained at {known} px; set image.size")
@@ -68,69 +76,63 @@ class Autoencoder:
 
 
 class LatentCodec:
-    """Between pictures and latents of mean 0 and standard deviation 1 per channel: `mean` and `std` are (D,)."""
+    """Between images and latents of mean 0 and standard deviation 1 per channel: `mean` and `std` are (D,)."""
 
     def __init__(self, network: Any, mean: Sequence[float], std: Sequence[float]) -> None:
         self.network = network
         self.mean, self.std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
 
     def normalise(self, z: Tensor) -> Tensor:
-        """(B, D, h, w) as the autoencoder has it -> as diffusion sees it."""
+        """Latents (B, D, h, w) of the autoencoder -> the normalised ones that diffusion takes."""
         return (z - self.mean.to(z)) / self.std.to(z)
 
     def draw(self, mean: Tensor, logvar: Tensor | None, noise: Tensor) -> Tensor:
-        """Normalised latents z = mean + exp(logvar / 2) noise, all (B, D, h, w): draws from the posterior, which are what a
-        run learns from (their mean is not one of them)."""
+        """Normalised latents z = mean + exp(logvar / 2) noise, all (B, D, h, w): draws from the posterior, from which a run
+        learns (the mean itself is no such draw)."""
         return self.normalise(mean.to(noise) if logvar is None else mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise)
 
     def examples(self, mean: Tensor, logvar: Tensor | None, indices: Sequence[int]) -> Tensor:
-        """`draw` with noise that belongs to the pictures' indices (B,): always the same."""
-        drawn = [normal(mean.shape[1:], "posterior of", int(i), device=CPU, dtype=mean.dtype) for i in indices]
-        return self.draw(mean, logvar, torch.stack(drawn).to(mean.device))
+        """`draw` with noise that belongs to the indices (B,) of the images: always the same."""
+        noise = [normal(mean.shape[1:], "posterior of", int(i), device=CPU, dtype=mean.dtype) for i in indices]
+        return self.draw(mean, logvar, torch.stack(noise).to(mean.device))
 
     def encode(self, images: Tensor, indices: Sequence[int]) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> normalised latents (B, D, h, w) as a run learns from: the `examples` of these indices."""
+        """(B, C, H, W) in [-1, 1] -> the `examples` of these indices: normalised latents (B, D, h, w)."""
         mean, logvar = self.network.moments(images)
         return self.examples(mean, logvar, indices)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, D, h, w) normalised -> (B, C, H, W)."""
-        own = next(self.network.parameters()).dtype
-        return self.network.decode((latents * self.std.to(latents) + self.mean.to(latents)).to(own))
+        dtype = next(self.network.parameters()).dtype
+        return self.network.decode((latents * self.std.to(latents) + self.mean.to(latents)).to(dtype))
 
 
 def _step(folder: Path) -> int:
     return read_json(folder / "progress.json")["step"]
 
 
-def _frozen(network: nn.Module, device: torch.device) -> nn.Module:
-    return channels_last(network).to(device).eval().requires_grad_(False)
-
-
 def _rebuild(document: dict[str, Any], weights: dict[str, Tensor], path: str, digest: str, device: torch.device) -> Autoencoder:
-    """From what `files` kept, or a run of ours left."""
-    network: Any
+    """The autoencoder of a document of `files`, or of a run of train_vae.py."""
     if document["kind"] == "diffusers":
-        found = network = autoencoder_from_config(document["config"])
-        own = {"channels": found.channels, "latent_channels": found.latent_channels, "factor": found.factor}
-        own |= {"scaling": found.scaling}
+        network = autoencoder_from_config(document["config"])
+        facts = {"channels": network.channels, "latent_channels": network.latent_channels, "factor": network.factor}
+        facts |= {"scaling": network.scaling}
     else:
         spec = validate(VAEConfig, document["model"], origin=f"{path}: model")
         network = VAE(spec, document["channels"])
         network.tanh = document["tanh"]
-        own = {"channels": document["channels"], "latent_channels": spec.latent_channels, "factor": spec.factor}
-        own |= {"sizes": tuple(document["sizes"])}
+        facts = {"channels": document["channels"], "latent_channels": spec.latent_channels, "factor": spec.factor}
+        facts |= {"sizes": tuple(document["sizes"])}
     load_weights(network, weights, Path(path))
-    return Autoencoder(network=_frozen(network, device), path=path, document=document, digest=digest, **own)
+    frozen = channels_last(network).to(device).eval().requires_grad_(False)
+    return Autoencoder(network=frozen, path=path, document=document, digest=digest, **facts)
 
 
 def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     """The autoencoder that a latent run keeps: in `folder`, or in the run that the checkpoint `folder` belongs to."""
     for place in (folder, folder.parent.parent / "autoencoder", folder / "autoencoder"):
         if (place / "autoencoder_config.json").exists():
-            reason = verify_checkpoint(place)
-            if reason is not None:
-                raise UserError(f"{place} is damaged: {reason}")
+            check_whole(place)
             document = read_json(place / "autoencoder_config.json")
             weights = read_tensors(place, "autoencoder")
             return _rebuild(document, weights, document["path"], document["digest"], device)
@@ -140,10 +142,10 @@ def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencoder:
     """The autoencoder that a config names; where it is gone, the one that the latent run `run_dir` keeps."""
     try:
-        found = open_autoencoder(name, device)
-        if found.told and os.environ.get("RANK", "0") == "0":
-            print("\n".join(found.told), flush=True)
-        return found
+        autoencoder = open_autoencoder(name, device)
+        if autoencoder.notes and os.environ.get("RANK", "0") == "0":
+            print("\n".join(autoencoder.notes), flush=True)
+        return autoencoder
     except UserError:
         if not (run_dir / "autoencoder" / "autoencoder_config.json").exists():
             raise
@@ -151,7 +153,7 @@ def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencod
 
 
 def _is_of_diffusers(path: Path) -> bool:
-    """Whether a folder is a model or a pipeline of diffusers: whole or not, so that it can be said what is missing."""
+    """Whether a folder is a model or a pipeline of diffusers, whole or not: a message then says what is missing."""
     configs = [config for config in (path / "config.json", *path.glob("*/config.json")) if config.is_file()]
     named = any("_class_name" in read_foreign_json(config) for config in configs)
     keys = set(read_foreign_json(path / "config.json")) if (path / "config.json").is_file() else set[str]()
@@ -198,9 +200,7 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
                 f"the autoencoder {name} has not finished{at}; run its command again, or name one of its checkpoints to take "
                 "it as it is"
             )
-    reason = verify_checkpoint(folder)
-    if reason is not None:
-        raise UserError(f"{folder} is damaged: {reason}")
+    check_whole(folder)
     config, progress = read_json(folder / "config.json"), read_json(folder / "progress.json")
     if "stages" not in config:
         raise UserError(f"{name} is no autoencoder but a diffusion run; name a run of train_vae.py")
@@ -217,24 +217,24 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
 
 def start_from(name: str, *networks: Any) -> bool:
     """Put the weights of a run of train_vae.py into networks of the same architecture; gives whether tanh was on in it."""
-    found = open_autoencoder(name, torch.device("cpu"))
-    if found.document["kind"] == "diffusers":
+    autoencoder = open_autoencoder(name, CPU)
+    if autoencoder.document["kind"] == "diffusers":
         raise UserError(
             f"{name} is diffusers' AutoencoderKL, and train_vae.py starts from autoencoders of its own alone; diffusion takes "
             f"it as it is: train_ldm.py --set autoencoder={quoted(name)}"
         )
     for network in networks:
-        load_weights(network, found.network.state_dict(), Path(name))
-    return found.document.get("tanh", False)
+        load_weights(network, autoencoder.network.state_dict(), Path(name))
+    return autoencoder.document.get("tanh", False)
 
 
 def _of_diffusers(name: str, device: torch.device) -> Autoencoder:
-    own = exported_autoencoder(Path(name).expanduser())
-    if own is not None:  # to_diffusers wrote it: our own network, to the bit
-        document, weights, digest = own
+    exported = exported_autoencoder(Path(name).expanduser())
+    if exported is not None:  # to_diffusers wrote it: our own network, to the bit
+        document, weights, digest = exported
         return _rebuild(document, weights, name, digest, device)
-    found = load_autoencoder(name)
-    weights = {key: value.detach().cpu() for key, value in found.state_dict().items()}
-    digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
-    opened = _rebuild({"kind": "diffusers", "config": found.config}, weights, name, digest, device)
-    return replace(opened, told=found.told)
+    loaded = load_autoencoder(name)
+    weights = {key: value.detach().cpu() for key, value in loaded.state_dict().items()}
+    document = {"kind": "diffusers", "config": loaded.config}
+    autoencoder = _rebuild(document, weights, name, digest_of(weights), device)
+    return replace(autoencoder, notes=loaded.notes)

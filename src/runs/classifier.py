@@ -1,4 +1,4 @@
-"""Classifiers of noised pictures: open one, and measure it by noise level."""
+"""Classifiers of noised images: open one, and measure it by noise level."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ from .folders import read_weights
 
 @settings
 class NoiseConfig:
-    """How pictures are noised for a classifier, and what it is told of the time: as the diffusion's process, so that both mean
-    the same by it. Without `time_input` a table feeds its index, the blend 1000 t."""
+    """How images are noised for a classifier, and which time it is fed: with the same keys as the process of a diffusion model.
+    Without `time_input` a table feeds its index, the blend 1000 t."""
 
     schedule: ScheduleConfig
     time_input: TimeInput | None = None
@@ -44,13 +44,13 @@ class NoiseConfig:
 
 
 def noise_process(spec: NoiseConfig) -> Process:
-    """The process that noises; its target is read by nobody."""
+    """The process that noises; its target is not used."""
     return Process(schedule=build_schedule(spec.schedule), target="v", time_input=fed(spec.schedule, spec.time_input))
 
 
 @dataclass(frozen=True)
 class OpenedClassifier:
-    """EMA weights of a classifier with all that belongs to them."""
+    """A classifier with its EMA weights, its process, images and classes."""
 
     path: Path
     network: Classifier
@@ -65,7 +65,7 @@ class OpenedClassifier:
         return self.process.schedule
 
     def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """(B, K) of pictures noised along its own schedule at times `t`, one for all or (B,)."""
+        """(B, K) for images noised by its schedule to the times `t`, one for all or (B,)."""
         time = self.process.network_time(t.expand(len(x_t)) if t.ndim == 0 else t)
         return self.network(x_t, time.to(torch.float32).to(x_t.device, non_blocking=True))
 
@@ -92,10 +92,10 @@ def open_classifier(path: str | Path, device: torch.device) -> OpenedClassifier:
 
 
 def build_classifier(spec: ClassifierConfig, image: ImageConfig, num_classes: int) -> Classifier:
-    """The classifier of such pictures, in channels_last, which is faster."""
+    """The classifier of such images, in channels_last, which is faster."""
     if image.size % spec.factor:
         raise UserError(
-            f"pictures of {image.size} px are not divisible by {spec.factor}, what {len(spec.channel_mult)} entries of "
+            f"images of {image.size} px are not divisible by {spec.factor}, what {len(spec.channel_mult)} entries of "
             "classifier.channel_mult ask for; change them, or image.size"
         )
     return channels_last(Classifier(spec, in_channels=image.channels, image_size=image.size, num_classes=num_classes))
@@ -103,23 +103,23 @@ def build_classifier(spec: ClassifierConfig, image: ImageConfig, num_classes: in
 
 def start_classifier_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     """Put the EMA weights of the classifier `name` into networks of the same architecture; where its classes are others, all
-    but the layer that makes logits of features. Gives what was done, in words."""
-    found = open_classifier(name, torch.device("cpu"))
-    weights, told = found.network.state_dict(), f"starting from the weights of {name} (step {found.step})"
-    last = found.network.last_layer
-    if not same_names(found.class_names, class_names):
+    but the last layer, which makes logits of features. Gives a line about it."""
+    start = open_classifier(name, torch.device("cpu"))
+    weights, line = start.network.state_dict(), f"starting from the weights of {name} (step {start.step})"
+    last = start.network.last_layer
+    if not same_names(start.class_names, class_names):
         weights = {key: value for key, value in weights.items() if not key.startswith(last)}
-        told += "; its classes are others, so its last layer is new"
+        line += "; its classes are others, so its last layer is new"
     for network in networks:
-        own = {key: value for key, value in network.state_dict().items() if key.startswith(last)}
-        load_weights(network, {**own, **weights}, Path(name))
-    return told
+        new = {key: value for key, value in network.state_dict().items() if key.startswith(last)}
+        load_weights(network, {**new, **weights}, Path(name))
+    return line
 
 
 @settings
 class MeasureConfig:
-    """Every `every` steps and at the end the accuracy on `num_measured` held-out pictures (or, where none are held out, on
-    pictures that it trains on), each noised to `levels` levels from clean to noise."""
+    """Every `every` steps and at the end, measure the accuracy on `num_measured` held-out images (where none are held out, on
+    images that it trains on), each noised to `levels` levels from clean to noise."""
 
     every: Length | None = resumable_field(None)
     num_measured: int = resumable_field(512, ge=1)
@@ -130,12 +130,12 @@ class MeasureConfig:
 def accuracy_by_level(
     network: nn.Module, process: Process, examples: Examples, spec: MeasureConfig, batch_size: int, accelerator: Accelerator
 ) -> tuple[float, list[float]]:
-    """The mean cross entropy in nats over all levels, and the accuracy at each, on all ranks together: always of the same
-    pictures and noise."""
+    """The mean cross entropy in nats over all levels, and the accuracy at each, shared by all ranks; always of the same images
+    and noise."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     labelled = np.flatnonzero(examples.labels >= 0)
     if not len(labelled):
-        raise UserError("none of the pictures to measure on has a class; hold out others, or set held_out to 0")
+        raise UserError("none of the images to measure on has a class; hold out others, or set held_out to 0")
     count = min(spec.num_measured, len(labelled))
     chosen = labelled[np.linspace(0, len(labelled) - 1, count).astype(np.int64)]
     dtype = next(network.parameters()).dtype
@@ -162,7 +162,7 @@ def levels_of(process: Process, count: int) -> Tensor:
 
 
 def draw_accuracy(path: Path, process: Process, accuracy: list[float], num_classes: int, where: str) -> None:
-    """The share of right answers by noise level as a plot, with that of guessing."""
+    """Plot the accuracy by noise level, beside that of guessing."""
     t = levels_of(process, len(accuracy)).tolist()
     shown = {where.replace("_", " "): (t, accuracy), "guessing": (t, [1 / num_classes] * len(t))}
     figures.curves(path, {"accuracy": shown}, xlabel="t")

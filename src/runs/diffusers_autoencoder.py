@@ -50,7 +50,7 @@ class DiffusersAutoencoder(nn.Module):
         if not isinstance(scale, int | float) or not isinstance(shift, int | float) or scale == 0 or not math.isfinite(scale):
             raise UserError(f"an AutoencoderKL with scaling_factor {scale!r} and shift_factor {shift!r} cannot be used")
         self.scaling = (float(shift), 1.0 / scale)
-        self.told: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) in [-1, 1] -> mean and logvar (B, D, h, w), as the network has them."""
@@ -153,7 +153,7 @@ def load_autoencoder(name: str) -> DiffusersAutoencoder:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"autoencoder {name}: no AutoencoderKL can be built of {place / 'config.json'}: {reason}") from None
     more = _load_autoencoder_weights(found.network, state, f"autoencoder {name}: {place / files.name}")
-    found.told = (*told, f"autoencoder: {place}, {taken[0].removeprefix('network: ')}", *taken[1:], *more, *left)
+    found.notes = (*told, f"autoencoder: {place}, {taken[0].removeprefix('network: ')}", *taken[1:], *more, *left)
     return found
 
 

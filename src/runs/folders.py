@@ -1,6 +1,5 @@
-"""Find and read what a run left: its EMA weights, and the JSON beside them."""
+"""Find and read the EMA weights of a run, and the JSON beside them."""
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,14 +7,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import UserError, quoted, read_json
-from ..runtime.checkpoint import newest, read_tensors, verify_checkpoint
+from ..runtime.checkpoint import check_whole, digest_of, newest, read_tensors, verify_checkpoint
 from ..storage.finite import check_finite
 from ..storage.weight_files import read_file, read_foreign_json
 
 
 def run_name(path: str | Path) -> str:
-    """What a run is called by what was given of it: the name of its directory, also for its checkpoints, its final folder and
-    its averages; of an export the name of the file."""
+    """The name of a run, given its directory, a checkpoint, the final folder or an average in it; of an export that of the
+    file."""
     place = Path(path).resolve()
     if place.is_file():
         return place.stem
@@ -42,9 +41,7 @@ class Weights(NamedTuple):
 def _find(path: Path) -> Path:
     """The folder with the weights: `path` itself, its final, or its newest whole checkpoint."""
     if (path / "ema.safetensors").exists() or (path / "MANIFEST.json").exists():
-        reason = verify_checkpoint(path)
-        if reason is not None:
-            raise UserError(f"{path} is damaged: {reason}")
+        check_whole(path)
         return path
     final = path / "final"
     checkpoint, passed = newest(path / "checkpoints")
@@ -58,17 +55,12 @@ def _find(path: Path) -> Path:
         raise UserError(f"{path}: no checkpoint is whole ({'; '.join(passed)})")
     kind = read_foreign_json(path / "config.json").get("_class_name") if (path / "config.json").is_file() else None
     if kind is not None and kind != "UNet2DModel":
-        raise UserError(
-            f"{path} is {kind} of diffusers and no run of this project; "
-            + (
-                f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents"
-                if kind == "AutoencoderKL"
-                else "give a run"
-            )
+        advice = (
+            f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents" if kind == "AutoencoderKL" else "give a run"
         )
-    if kind is not None or any(
-        (path / name).is_file() for name in ("model_index.json", "unet/config.json", "unet_ema/config.json")
-    ):
+        raise UserError(f"{path} is {kind} of diffusers and no run of this project; {advice}")
+    parts = ("model_index.json", "unet/config.json", "unet_ema/config.json")
+    if kind is not None or any((path / name).is_file() for name in parts):
         raise UserError(
             f"{path} is a folder of diffusers, which has to be brought in first: python convert.py diffusers {quoted(path)} "
             "--out FOLDER"
@@ -78,35 +70,41 @@ def _find(path: Path) -> Path:
 
 def read_weights(path: Path) -> Weights:
     """Those of a run, a checkpoint, a final folder or a `.pt` export; a UserError says what is missing or damaged."""
-    folder = path
     if path.is_file():
-        try:
-            found = read_file(path)
-        except UserError as error:
-            raise UserError(f"{path} is damaged or no export of this project: {str(error).removeprefix(f'{path}: ')}") from None
-        if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in EXPORT.items()):
-            if isinstance(found, dict) and "stem.weight" in found:
-                raise UserError(
-                    f"{path} holds weights alone, as convert.py safetensors writes them for other programs, and nothing that "
-                    "says of which network they are; give the run, a checkpoint or a final folder"
-                )
-            raise UserError(
-                f"{path} is no export of this project, which holds weights, config, data and step; give a run, a checkpoint or "
-                "a final folder; what another program trained is brought in by convert.py"
-            )
-        try:
-            weights, config, data, step = (found[key] for key in ("weights", "config", "data", "step"))
-            digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
-        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
-        check_finite(weights, path)
-    elif path.is_dir():
-        folder = _find(path)
-        weights = read_tensors(folder, "ema")
-        config, data = read_json(folder / "config.json"), read_json(folder / "data.json")
-        step = read_json(folder / "progress.json")["step"]
-        digest = read_json(folder / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"]
-    else:
+        return _read_export(path)
+    if not path.is_dir():
         raise UserError(f"{path}: there is no such run or checkpoint")
-    return Weights(folder, weights, config, data, step, digest)
+    folder = _find(path)
+    return Weights(
+        folder=folder,
+        tensors=read_tensors(folder, "ema"),
+        config=read_json(folder / "config.json"),
+        data=read_json(folder / "data.json"),
+        step=read_json(folder / "progress.json")["step"],
+        digest=read_json(folder / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"],
+    )
+
+
+def _read_export(path: Path) -> Weights:
+    try:
+        content = read_file(path)
+    except UserError as error:
+        raise UserError(f"{path} is damaged or no export of this project: {str(error).removeprefix(f'{path}: ')}") from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in EXPORT.items()):
+        if isinstance(content, dict) and "stem.weight" in content:
+            raise UserError(
+                f"{path} holds weights alone, as convert.py safetensors writes them for other programs, and nothing that says "
+                "of which network they are; give the run, a checkpoint or a final folder"
+            )
+        raise UserError(
+            f"{path} is no export of this project, which holds weights, config, data and step; give a run, a checkpoint or a "
+            "final folder; what another program trained is brought in by convert.py"
+        )
+    weights = content["weights"]
+    try:
+        digest = digest_of(weights)
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or no export of this project: {reason}") from None
+    check_finite(weights, path)
+    return Weights(path, weights, content["config"], content["data"], content["step"], digest)

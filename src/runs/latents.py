@@ -1,4 +1,4 @@
-"""Encode a data set once: all ranks, a block of pictures at a time, going on where a kill left it."""
+"""Encode a data set once, on all ranks, a block of images at a time; after a kill the encoding goes on."""
 
 import hashlib
 import json
@@ -39,13 +39,13 @@ from ..storage.files import link_file, write_whole
 from ..storage.finite import is_finite
 from .autoencoder import Autoencoder, LatentCodec
 
-CONTENT = "content"  # what a block's .json has besides its sums: the hash of the files that it is of
-DOUBTED = 512  # images at most that are encoded once more to look whether a cache is still theirs
+CONTENT = "content"  # key of a block's .json: the hash of the files that the block was made of
+DOUBTED = 512  # images at most that are encoded once more to check an old cache
 
 
 class Latents:
-    """A data set as its latents: `train` and, where pictures are held out, `held_out`; `facts` is the contract and the
-    statistics, which travel with the weights; `codec` makes pictures of them."""
+    """A data set as its latents: `train` and, where images are held out, `held_out`; `facts` is the contract and the
+    statistics, which travel with the weights; `codec` makes images of them."""
 
     def __init__(self, autoencoder: Autoencoder, facts: dict[str, Any], sets: dict[str, LatentSet]) -> None:
         self.autoencoder, self.facts = autoencoder, facts
@@ -58,7 +58,7 @@ class Latents:
         return self.codec.draw(mean, logvar, noise)
 
     def examples(self, labels: np.ndarray, *, held_out: bool = True) -> Examples:
-        """The held-out latents (or those for training), one draw of each, with the labels of their pictures."""
+        """The held-out latents (or those for training), one draw of each, with the labels of their images."""
         latents = self._held_out if held_out else self.train
         assert latents is not None
 
@@ -70,9 +70,9 @@ class Latents:
 
 
 def contract_of(autoencoder: Autoencoder, image: ImageConfig, train_set: ImageSet, held_out: ImageSet | None) -> dict[str, Any]:
-    """What latents are of: a change in any of it makes them others."""
+    """All that latents depend on: where any of it changes, they are others."""
     if image.crop != "center":
-        raise UserError("image.crop 'random' gives a picture other latents each time; use center")
+        raise UserError("image.crop 'random' gives an image other latents each time; use center")
     return {
         "autoencoder": autoencoder.digest,
         "pictures": train_set.fingerprint,
@@ -85,7 +85,7 @@ def contract_of(autoencoder: Autoencoder, image: ImageConfig, train_set: ImageSe
 def cache_folder(
     autoencoder: Autoencoder, image: ImageConfig, train_set: ImageSet, held_out: ImageSet | None, otherwise: Path
 ) -> Path:
-    """Where a cache is kept when nobody says: in the autoencoder's run, else in the folder `otherwise`."""
+    """Where a cache is kept by default: in the run of the autoencoder, else in the folder `otherwise`."""
     contract, run = contract_of(autoencoder, image, train_set, held_out), Path(autoencoder.path)
     name = f"{contract['image']['size']}px_{hashlib.sha256(json.dumps(contract).encode()).hexdigest()[:8]}"
     return (run if (run / "checkpoints").is_dir() else otherwise) / "latents" / name
@@ -94,45 +94,44 @@ def cache_folder(
 @torch.no_grad()
 def _encode(
     autoencoder: Autoencoder,
-    pictures: ImageSet,
+    images: ImageSet,
     image: ImageConfig,
     indices: Sequence[int],
     flip: bool,
     batch: int,
     workers: int,
 ) -> Moments:
-    """(n, 1 or 2, 2, D, h, w) float32 of the pictures `indices`, in batches of always the same size."""
+    """(n, 1 or 2, 2, D, h, w) float32 of the images `indices`, in batches of always the same size."""
     device = next(autoencoder.network.parameters()).device
     plain = ImageConfig(size=image.size, channels=image.channels)
     starts = range(0, len(indices), batch)
 
     def load(start: int) -> Tensor:
         part = np.array(indices[start : start + batch], dtype=np.int64)
-        return torch.from_numpy(np.ascontiguousarray(pictures.batch(part, plain, np.full((len(part), 3), 0.5))))
+        return torch.from_numpy(np.ascontiguousarray(images.batch(part, plain, np.full((len(part), 3), 0.5))))
 
-    found = []
+    blocks = []
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
         for start, pixels in zip(starts, pool.map(load, starts), strict=True):
             count = len(pixels)
-            padded = torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)])
-            images = to_network(padded, device)
+            padded = to_network(torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)]), device)
             sides = []
-            for side in (images, images.flip(3)) if flip else (images,):
+            for side in (padded, padded.flip(3)) if flip else (padded,):
                 mean, logvar = autoencoder.network.moments(side)
                 sides.append(torch.stack([mean, torch.full_like(mean, -30.0) if logvar is None else logvar], dim=1))
             moments = torch.stack(sides, dim=1)[:count].float().cpu()
-            found.append(_finite(moments, autoencoder, pictures, indices[start:]).numpy())
+            blocks.append(_finite(moments, autoencoder, images, indices[start:]).numpy())
             within(count)
-    return np.concatenate(found)
+    return np.concatenate(blocks)
 
 
-def _finite(moments: Tensor, autoencoder: Autoencoder, pictures: ImageSet, indices: Sequence[int]) -> Tensor:
+def _finite(moments: Tensor, autoencoder: Autoencoder, images: ImageSet, indices: Sequence[int]) -> Tensor:
     """The moments (n, ...) of the images `indices`; a UserError that names the first image whose moments are not finite."""
     if is_finite(moments):
         return moments
     each = torch.isfinite(moments.flatten(1)).all(1)
     where = indices[int((~each).nonzero()[0])]
-    name = pictures.parts[pictures.which[where]].names[int(pictures.index[where])]
+    name = images.parts[images.which[where]].names[int(images.index[where])]
     raise UserError(
         f"the latents of the autoencoder {autoencoder.path} are not finite (NaN or infinity), first of the image {name}, and "
         "no latent cache was kept; use another autoencoder, or an earlier checkpoint of this one"
@@ -152,15 +151,17 @@ def encode_latents(
     world: int,
     barrier: Callable[[], None],
 ) -> None:
-    """Make the cache `folder`, which is not there. After a kill the same call goes on."""
+    """Make the cache `folder`, which is missing. After a kill the same call goes on."""
     sets = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
     contract = contract_of(autoencoder, image, train_set, held_out)
-    for pictures in sets.values():
-        pictures.prepare(ImageConfig(size=image.size, channels=image.channels))
+    for images in sets.values():
+        images.prepare(ImageConfig(size=image.size, channels=image.channels))
 
     def encode(split: str, block: Block) -> None:
         flip = image.flip and split == "train"
-        content = sets[split].contents(block.items)  # before they are decoded: what is overwritten between is found out
+        content = sets[split].contents(
+            block.items
+        )  # before they are decoded, so that a file that is overwritten meanwhile differs
         moments = _encode(autoencoder, sets[split], image, block.items, flip, batch_size, workers)
         write_block(block, moments, {**sums_of(moments), CONTENT: content})
 
@@ -219,8 +220,8 @@ def write_sample_blocks(
 
 
 def files_of(sets: Mapping[str, ImageSet]) -> dict[str, Any]:
-    """What a cache remembers of the files that it is made of, besides its contract."""
-    return {"decoder": DECODER, "state": {split: pictures.state for split, pictures in sets.items()}}
+    """What a cache notes of the files that it is made of, besides its contract."""
+    return {"decoder": DECODER, "state": {split: images.state for split, images in sets.items()}}
 
 
 def check_files(
@@ -235,16 +236,15 @@ def check_files(
 ) -> None:
     """Refuse a whole cache whose files have another content now, though the same names and sizes, or are decoded otherwise.
 
-    The times of the files say whether to look: where they changed, the contents are compared. A cache that does not know them,
-    from before they were remembered, is held against a part of the files that changed after it was made, encoded once more.
-    All processes share the work, and the first one says whether there is any. A run that `goes_on` with this cache keeps it
-    where only the decoder changed.
+    Where the times of the files changed, their contents are compared. An old cache has no note of them: then some of the files
+    that changed after it was made are encoded once more and compared. All processes share the work, and the first one says
+    whether there is any. A run that `goes_on` with this cache keeps it where only the decoder changed.
     """
     files = manifest.get(FILES, {})
     decoder = files.get("decoder", 1)
-    changed = {split: pictures for split, pictures in sets.items() if pictures.decoder > decoder}
+    changed = [images for images in sets.values() if images.decoder > decoder]
     if changed and not goes_on:
-        count = sum(int((pictures.decoders > decoder).sum()) for pictures in changed.values())
+        count = sum(int((images.decoders > decoder).sum()) for images in changed)
         raise UserError(
             f"the latent cache {folder} was made by an earlier version of the decoder, and {count} of its images look "
             "different now (colour profiles, deep grey); remove it, or give another `latents`"
@@ -255,20 +255,20 @@ def check_files(
     if broadcast(bool(files) and all(files["state"].get(split) == state for split, state in now["state"].items())):
         return
     rank, world = processes.process_index, processes.num_processes
-    made = (folder / "manifest.json").stat().st_mtime_ns
-    for split, pictures in sets.items():
+    made_at = (folder / "manifest.json").stat().st_mtime_ns
+    for split, images in sets.items():
         if files:
-            blocks = blocks_of(folder, split, len(pictures))[rank::world]
+            blocks = blocks_of(folder, split, len(images))[rank::world]
             compared = track(blocks, "comparing images with the latent cache", unit="blocks") if rank == 0 else blocks
-            same = all(read_json(block.path).get(CONTENT) == pictures.contents(block.items) for block in compared)
+            same = all(read_json(block.path).get(CONTENT) == images.contents(block.items) for block in compared)
         else:
-            later = np.flatnonzero((pictures.times > made) & (pictures.decoders <= decoder))
+            later = np.flatnonzero((images.times > made_at) & (images.decoders <= decoder))
             later = later[np.arange(min(len(later), DOUBTED)) * len(later) // max(1, min(len(later), DOUBTED))]
             later = later[rank::world]
-            same = len(later) == 0 or _agree(latents[split], encode(split, later.tolist()), later)
+            same = len(later) == 0 or _is_close(latents[split], encode(split, later.tolist()), later)
         if not same:
             raise UserError(
-                f"the latent cache {folder} was made of other pictures (files of the same names and sizes have another content "
+                f"the latent cache {folder} was made of other images (files of the same names and sizes have another content "
                 "now); remove it, or give another `latents`"
             )
     processes.wait_for_everyone()
@@ -278,21 +278,21 @@ def check_files(
             write_whole(folder / "manifest.json", json.dumps(document, indent=1).encode())
 
 
-def _agree(latents: LatentSet, again: Moments, indices: NDArray[np.int64]) -> bool:
-    """Whether images encoded once more have the means that are kept, to what another device or precision may change."""
-    kept = latents.moments(indices, np.zeros(len(indices), dtype=bool))[:, 0].float().cpu().numpy()
-    return bool(np.abs(kept - again[:, 0, 0]).mean((1, 2, 3)).max() <= 0.05 * max(float(kept.std()), 1e-6))
+def _is_close(latents: LatentSet, encoded: Moments, indices: NDArray[np.int64]) -> bool:
+    """Whether images encoded once more have the means of the cache, but for what another device or precision changes."""
+    cached = latents.moments(indices, np.zeros(len(indices), dtype=bool))[:, 0].float().cpu().numpy()
+    return bool(np.abs(cached - encoded[:, 0, 0]).mean((1, 2, 3)).max() <= 0.05 * max(float(cached.std()), 1e-6))
 
 
 def _statistics(autoencoder: Autoencoder, sums: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Those of the latents, but mean and std by the autoencoder's own scaling where it brings one; low and high as diffusion
-    sees them."""
-    found = statistics(sums)
+    """The statistics of the latents; mean and std are the autoencoder's own scaling where it brings one; low and high are those
+    of normalised latents."""
+    values = statistics(sums)
     if autoencoder.scaling is not None:
-        channels = len(found["mean"])
-        found |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
-    mean, std = np.array(found["mean"]), np.array(found["std"])
-    return found | {key: ((np.array(found[key]) - mean) / std).tolist() for key in ("low", "high")}
+        channels = len(values["mean"])
+        values |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
+    mean, std = np.array(values["mean"]), np.array(values["std"])
+    return values | {key: ((np.array(values[key]) - mean) / std).tolist() for key in ("low", "high")}
 
 
 def latents_of(

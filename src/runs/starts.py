@@ -1,4 +1,4 @@
-"""What sampling starts from, where that is not Gaussian noise."""
+"""Where sampling starts, if that is not Gaussian noise; and the range of latents."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,12 @@ from ..runtime.examples import Examples
 from ..runtime.seeds import generator
 
 Bound = float | Tensor
-
-
-Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, pictures, draw) -> (B, *shape) on the CPU
+Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, indices of images, draw) -> (B, *shape) on the CPU
 
 
 @dataclass(frozen=True)
 class SourceSampler:
-    """A Start for sampling: these examples, in an order that is a function of (seed, draw)."""
+    """A Start for sampling: the examples, in an order that is a function of (seed, draw)."""
 
     examples: Examples
 
@@ -32,6 +30,6 @@ class SourceSampler:
 
 
 def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The lowest and highest of each channel over all latents, as they are known to a latent run: (D, 1, 1) each."""
+    """The lowest and highest value of each channel over all latents, from the facts of a latent run: (D, 1, 1) each."""
     low, high = (torch.tensor(facts[key], device=device)[:, None, None] for key in ("low", "high"))
     return low, high

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import Length, UserError, config, resumable_field
-from ..storage.files import explain_full_disk, new_folder, write_flushed, write_whole
+from ..storage.files import as_json, explain_full_disk, new_folder, write_flushed, write_whole
 from ..storage.finite import check_finite
 from .parts import part_of
 
@@ -49,10 +49,17 @@ def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme
             content = safetensors.torch.save({key: value.contiguous() for key, value in state.items()})
             files[f"{name}.safetensors"] = _write(staged / f"{name}.safetensors", content)
         for name, document in documents.items():
-            files[f"{name}.json"] = _write(staged / f"{name}.json", (json.dumps(document, indent=1) + "\n").encode())
+            files[f"{name}.json"] = _write(staged / f"{name}.json", as_json(document))
         if readme is not None:
             _write(staged / "README.md", readme.encode())
-        _write(staged / MANIFEST, (json.dumps({"version": 1, "files": files}, indent=1) + "\n").encode())
+        _write(staged / MANIFEST, as_json({"version": 1, "files": files}))
+
+
+def check_whole(folder: Path) -> None:
+    """A UserError where a checkpoint's bytes are not what was written."""
+    reason = verify_checkpoint(folder)
+    if reason is not None:
+        raise UserError(f"{folder} is damaged: {reason}")
 
 
 def verify_checkpoint(folder: Path) -> str | None:
@@ -74,6 +81,11 @@ def verify_checkpoint(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """The hash of weights on the CPU, by their names in order."""
+    return hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

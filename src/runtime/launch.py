@@ -12,16 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-)
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from ..config import UserError, dump
 from ..config.packages import is_installed
 from .environment import MachineConfig, check_arithmetic, check_launcher, check_world, explain_environment, multiply_exactly
-from .looks import Warn, only_looked_at
+from .failures import Warn, warn_on_failure
 from .memory import keep_freed_memory
 from .sharding import plugin_for
 
@@ -40,12 +36,7 @@ def precision_for(wanted: str) -> str:
 
 
 def start(
-    machine: MachineConfig,
-    *,
-    trackers: tuple[str, ...] = (),
-    folder: Path = Path("."),
-    fp16: bool = True,
-    fsdp: bool = False,
+    machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path("."), fp16: bool = True, fsdp: bool = False
 ) -> Accelerator:
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError. `fp16` False refuses
     that precision, whose loss scale two optimisers cannot share; `fsdp` False refuses FSDP."""
@@ -144,7 +135,7 @@ def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settin
     wanted, opened = accelerator.log_with, []
     for tracker in wanted:
         accelerator.log_with, accelerator.trackers = [tracker], []
-        with only_looked_at(str(getattr(tracker, "value", tracker)), warn):
+        with warn_on_failure(str(getattr(tracker, "value", tracker)), warn):
             accelerator.init_trackers(project, config=config, init_kwargs=options)
             opened += accelerator.trackers
     accelerator.log_with, accelerator.trackers = wanted, opened

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ..config import UserError
-from .looks import is_out_of_memory
+from .failures import is_out_of_memory
 
 
 def keep_freed_memory() -> bool:

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ..config import UserError
 from ..data import ImageConfig, ImageSet
@@ -134,14 +134,6 @@ def positions_of(split: BatchPlan, start_step: int) -> Iterator[range]:
             yield split.positions(step, part)
 
 
-class _From(Sampler[range]):
-    def __init__(self, split: BatchPlan, start_step: int) -> None:
-        self.split, self.start_step = split, start_step
-
-    def __iter__(self) -> Iterator[range]:
-        return positions_of(self.split, self.start_step)
-
-
 def _quiet_worker(_: int) -> None:
     # Ctrl-C and a launcher's SIGTERM go to the whole process group. A worker leaves it, so that the main process alone decides.
     if hasattr(os, "setsid"):  # not on Windows
@@ -173,7 +165,7 @@ def stream(
     batches: Any = iter(
         DataLoader(
             data,
-            sampler=_From(split, start_step),
+            sampler=positions_of(split, start_step),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,

@@ -17,8 +17,8 @@ from ..config.progress import Progress
 from ..diffusion import Prediction
 from ..runs.classifier import open_classifier
 from ..runs.opened import Opened, open_trained
+from ..runtime.failures import explain_failure
 from ..runtime.launch import start_sampling
-from ..runtime.looks import asked_for
 from ..runtime.memory import explain_out_of_memory
 from .build import build_sampler, dealt
 from .files import Frames, columns_for
@@ -134,9 +134,9 @@ def sample_checkpoints(args: argparse.Namespace) -> int:
                 suffix = "" if len(drawings) == 1 else f"_{number}_{run.name}_{run.step}"
                 grid, moving = out / f"grid{suffix}.png", out / f"denoised{suffix}.gif"
                 captions = [drawing.names[label] for label in labels] if labels is not None else None
-                with asked_for(grid):
+                with explain_failure(grid):
                     figures.save(figures.grid(x, columns=columns_for(count), labels=captions), grid)
-                with asked_for(moving):
+                with explain_failure(moving):
                     command = frames.write(out / f"denoised{suffix}", "denoised", ".jpg", moving, fps=5)
                 print(f"{args.ckpt[number - 1]}: {grid}, {moving}; the GIF again:\n  {command}")
     return 0

@@ -18,7 +18,7 @@ from ..config import UserError
 from ..config.progress import Progress
 from ..diffusion import Prediction
 from ..runs.opened import Opened
-from ..runtime.looks import asked_for, only_looked_at
+from ..runtime.failures import explain_failure, warn_on_failure
 from ..storage.blocks import Ranks, wait_for
 from ..storage.requests import claim_folder
 from .sampler import Edit, Sampler, describe
@@ -81,7 +81,7 @@ def claim(
     request: Mapping[str, Any],
     more: Mapping[str, Any] | None = None,
     *,
-    what: str = "pictures",
+    what: str = "images",
     rank: int = 0,
     barrier: Callable[[], None] = lambda: None,
 ) -> None:
@@ -174,7 +174,7 @@ def write_samples(
                     made = upscaler.upscale(x) if upscaler is not None and files is large else x
                     for i, pixels in zip(batch, figures.to_uint8(made), strict=True):
                         if not files[i].exists():
-                            with asked_for(files[i]):
+                            with explain_failure(files[i]):
                                 figures.save(figures.to_image(pixels), files[i])
                 if watched is not None:
                     watched.finish(x)
@@ -184,16 +184,16 @@ def write_samples(
     if rank == 0:
         wait_for(paths)
         if npz:
-            with asked_for(out / "samples_*.npz"):
+            with explain_failure(out / "samples_*.npz"):
                 _write_npz(paths, labels, out)
         names = [class_names[label] for label in labels] if labels is not None else None
-        with only_looked_at("grid.png"):
+        with warn_on_failure("grid.png"):
             _draw_grid(paths[:256], names, opened.image.size, out / "grid.png")
         if sampler.source is not None:
-            with only_looked_at("ways.png"):
+            with warn_on_failure("ways.png"):
                 _draw_ways(sampler, seed, paths[:32], out / "ways.png")
         if way is not None:  # the last of all: where it fails, the rest is there
-            with asked_for(out / "denoising.gif"):
+            with explain_failure(out / "denoising.gif"):
                 way.write(out / "frames", "frame", ".png", out / "denoising.gif", fps=12)
     return paths
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import figures
 from ..config.progress import Progress
 from ..runs.opened import Opened
-from ..runtime.looks import asked_for
+from ..runtime.failures import explain_failure
 from .files import wait_for
 from .sampler import Sampler
 
@@ -141,7 +141,7 @@ def write_frames(
                 x = sampler.move(x, classes, seed=seed, indices=[0] * batch_size)
                 for i, pixels in zip(batch, figures.to_uint8(sampler.decode(x)), strict=False):
                     if not paths[i].exists():
-                        with asked_for(paths[i]):
+                        with explain_failure(paths[i]):
                             figures.save(_enlarged(figures.to_image(pixels)), paths[i])
             bar.update(min(len(batch) * (world if rank == 0 else 1), shown - bar.done))
     barrier()

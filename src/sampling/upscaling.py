@@ -221,7 +221,7 @@ def upscale_folder(
     todo = _targets(folder, out)
     request, claim = {"folder": str(folder.resolve()), "weights": upscaler.digest}, out / ".upscaled.json"
     advice = "give another folder to write to, or remove it"
-    claim_folder(claim, request, Ranks(rank, world, barrier), holds="pictures", advice=advice)
+    claim_folder(claim, request, Ranks(rank, world, barrier), holds="images", advice=advice)
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     mine = batches[rank::world]
     with Progress("upscaling", sum(map(len, mine)) * (world if rank == 0 else 1), shown=rank == 0) as bar:

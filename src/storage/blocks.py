@@ -55,11 +55,10 @@ def in_blocks(
     ranks: Ranks,
     *,
     doing: str,
-    keys: Sequence[str] = (),
     read: bool = True,
 ) -> Arrays:
     """The arrays over `count` items that `make(range)` gives, in order, in files of `size` items in `folder`; `make` is called
-    for missing files. The arrays of `keys` (default all) are read on every rank that will `read` them."""
+    for missing files. Only ranks with `read` read them, the others get nothing."""
     blocks = cut_blocks(count, size, lambda i: folder / f"block_{i:05d}.npz")
 
     def write(block: Block) -> None:
@@ -77,7 +76,7 @@ def in_blocks(
     parts: list[Arrays] = []
     for block in blocks:
         with open(block.path, "rb") as file, np.load(file) as part:
-            parts.append({key: part[key] for key in keys or part.files})
+            parts.append(dict(part))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 

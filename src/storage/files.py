@@ -1,12 +1,19 @@
 """Files and folders that are written whole, or not at all; and what is said where the disk is full."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..config import FULL, UserError
+
+
+def as_json(document: Any) -> bytes:
+    """A JSON document as it is written for people, indented and with a last newline."""
+    return (json.dumps(document, indent=1) + "\n").encode()
 
 
 def write_flushed(path: Path, content: bytes | memoryview) -> None:

@@ -202,7 +202,7 @@ def find_network(
     if isinstance(content, list | tuple) and any(isinstance(entry, Mapping) for entry in content):
         content = {str(i): entry for i, entry in enumerate(content)}  # some programs save network, optimizer and average so
     tensors = flatten(content) if isinstance(content, Mapping) else {}
-    if not tensors or {"state", "param_groups"} <= set(content):
+    if not isinstance(content, Mapping) or not tensors or {"state", "param_groups"} <= set(content):
         why = _describe(content, tensors) if tensors else "neither tensors by name nor a state_dict of them"
         raise UserError(f"{path}: no state dict: {why}; a state dict of tensors is what can be read")
     nested = tuple(f"{key}." for key, value in content.items() if not isinstance(value, Tensor))

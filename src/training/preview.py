@@ -20,7 +20,7 @@ from ..evaluation.quality import Quality
 from ..runs.autoencoder import LatentCodec
 from ..runs.starts import Bound, Start
 from ..runtime.examples import Examples
-from ..runtime.looks import Outcome, failed_on_any, only_looked_at
+from ..runtime.failures import Outcome, failed_on_any, warn_on_failure
 from ..runtime.seeds import generator, noise_of, normal
 from ..runtime.stream import to_network
 from ..sampling.build import sampler_of
@@ -79,7 +79,7 @@ def looked_at(session: Session) -> AbstractContextManager[Outcome]:
     """Around a part of a preview that may fail. With FSDP nothing is caught: the other ranks wait inside the network."""
     if session.accelerator.is_fsdp2:
         return nullcontext(Outcome())
-    return only_looked_at(PREVIEW, lambda what, reason: session.run.warn(what, reason))
+    return warn_on_failure(PREVIEW, lambda what, reason: session.run.warn(what, reason))
 
 
 def preview_failed(look: Outcome, session: Session) -> bool:

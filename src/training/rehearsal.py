@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
+from ..runtime.failures import of_a_lost_rank
 from ..runtime.launch import undetermined
-from ..runtime.looks import of_a_lost_rank
 from ..runtime.memory import explain_out_of_memory
 from ..runtime.processes import silent_ranks
 from ..storage.files import link_file

@@ -22,7 +22,7 @@ from ..data.latents import describe_differences, same_latents
 from ..data.names import join_names, normal_form, same_names
 from ..report.report import Reporter, read_lines
 from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
-from ..runtime.looks import only_looked_at
+from ..runtime.failures import warn_on_failure
 from ..storage.locks import take_lock
 from .clock import Clock
 from .config import TrainConfig
@@ -333,7 +333,7 @@ class RunDirectory:
 
     def draw_curves(self, panels: dict[str, list[str]]) -> None:
         """loss.png: values of metrics.jsonl over the steps, panel by panel; what was never logged is left out."""
-        with only_looked_at("loss.png", self.warn):
+        with warn_on_failure("loss.png", self.warn):
             lines = self.read_metrics()
             found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
             for panel, names in panels.items():

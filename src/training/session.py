@@ -14,8 +14,8 @@ from ..data import ImageSet, PointSet
 from ..data.names import class_remarks
 from ..runtime import checkpoint
 from ..runtime.checkpoint import Documents, Tensors, keeps_best, step_folder
+from ..runtime.failures import Outcome, finish_trackers, for_each_tracker, warn_on_failure
 from ..runtime.launch import has_bf16_units, start_trackers
-from ..runtime.looks import Outcome, finish_trackers, for_each_tracker, only_looked_at
 from ..runtime.processes import Heartbeats, broadcast
 from ..runtime.stopping import StepGate, StopRequest
 from ..runtime.stream import BatchPlan
@@ -301,7 +301,7 @@ class Session:
 
     def drawing(self, what: str) -> AbstractContextManager[Outcome]:
         """Around the drawing of `what`, which is only to be looked at: where it fails, the run says so and goes on."""
-        return only_looked_at(what, self.run.warn)
+        return warn_on_failure(what, self.run.warn)
 
     def report(self, values: dict[str, float]) -> None:
         """A line of metrics.jsonl, of the trackers, and for the person; after a preview, and now and then, the report."""

@@ -1,4 +1,4 @@
-"""A run in a bucket: brought back before it starts, and its checkpoints put there while it goes on."""
+"""A run in a bucket: it is pulled before the run starts, and its checkpoints are pushed while the run goes on."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ RETRY_SECONDS = 60.0
 
 
 def place_of(run_dir: Path) -> str:
-    """Where in the bucket a run is: its path below this folder, as it is written, which is where `setup.sh push` puts it. Of
-    one elsewhere it is runs/NAME and digits of its path, for two may have one name."""
+    """The place of a run in the bucket: its path below this folder, as `setup.sh push` takes it. A run elsewhere is put at
+    runs/NAME and digits of its path, for two may have one name."""
     path = Path(os.path.abspath(run_dir))
     for parent in path.parents:
         if parent.exists() and parent.samefile("."):
@@ -31,17 +31,17 @@ def place_of(run_dir: Path) -> str:
 
 
 def _steps(objects: dict[str, Remote]) -> list[str]:
-    """The names of the checkpoints that are whole in the bucket, in order: their manifests came last."""
+    """The names of the checkpoints that are whole in the bucket, in order: those with a manifest, which comes last."""
     return sorted(name.split("/")[1] for name in objects if name.startswith("checkpoints/step_") and name.endswith(MANIFEST))
 
 
-def _rest(name: str) -> bool:
-    """What is not of a run's folder besides its checkpoints."""
+def _is_apart(name: str) -> bool:
+    """Whether a file of a run moves on its own (checkpoints) or not at all (caches, temporary files)."""
     return is_temporary(name) or name.split("/")[0] in (*CACHES, "checkpoints")
 
 
 def _spared(checkpoint: Path) -> set[str]:
-    """The checkpoints that a run needs beside its last ones, by name."""
+    """The names of the checkpoints that a run needs beside its last ones."""
     return {step_folder(Path(), step).name for step in spared_steps(read_json(checkpoint / "progress.json"))}
 
 
@@ -52,7 +52,7 @@ def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_d
         bucket.get(f"{place}/checkpoints/{step}/config.json", remote, path)
         try:
             before = json.loads(path.read_text())
-        except ValueError:  # damaged, as will be seen
+        except ValueError:  # damaged: the checkpoint is passed over later
             return
     _, other = changes(settings, before)
     if other:
@@ -65,10 +65,9 @@ def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_d
 
 
 def bring_back(url: str, run_dir: Path, settings: Any = None) -> str | None:
-    """Where the bucket's newest whole checkpoint of the run is of a later step than any here: bring it, those that the run
-    needs beside it, and all else but caches. Gives a line about it, or None; what is there of a run that was started with
-    another config than `settings` is a UserError.
-    Without `settings` any is brought: another run goes on from it.
+    """Where the bucket's newest whole checkpoint of the run is of a later step than any here: pull it, those that the run needs
+    beside it, and all else but caches. Gives a line about it, or None. A UserError where the run there was started with another
+    config than `settings`; without `settings` any is pulled, for another run that goes on from it.
 
     Every process calls it, before any waits for another: the first of a machine does it, and the others find it done.
     """
@@ -79,39 +78,39 @@ def bring_back(url: str, run_dir: Path, settings: Any = None) -> str | None:
         if settings is not None and steps and (config := objects.get(f"checkpoints/{steps[-1]}/config.json")) is not None:
             _refuse_another(bucket, place, config, steps[-1], run_dir, settings)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            found, _ = newest(checkpoints)
-        else:  # it was looked at by the first
-            found = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
-        told, void = list[str](), list[str]()
+            newest_here, _ = newest(checkpoints)
+        else:  # the first process has verified it
+            newest_here = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
+        lines, damaged = list[str](), list[str]()
         for step in reversed(steps):
-            if found is not None and found.name >= step:
+            if newest_here is not None and newest_here.name >= step:
                 break
             pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
             reason = verify_checkpoint(checkpoints / step)
             if reason is not None:
-                void.append(step)
-                told.append(f"passed over {step} of {bucket.url}/{place}: {reason}")
+                damaged.append(step)
+                lines.append(f"passed over {step} of {bucket.url}/{place}: {reason}")
                 continue
-            kept = sorted(_spared(checkpoints / step) & set(steps))
-            for other in kept:
+            spared = sorted(_spared(checkpoints / step) & set(steps))
+            for other in spared:
                 pull(bucket, f"{place}/checkpoints/{other}", checkpoints / other)
             with suppress(Empty):  # where only checkpoints were pushed
-                pull(bucket, place, run_dir, skip=_rest)
-            told.append(f"brought {' and '.join([*kept, step])} of {run_dir} from {bucket.url}")
-            found = checkpoints / step
+                pull(bucket, place, run_dir, skip=_is_apart)
+            lines.append(f"brought {' and '.join([*spared, step])} of {run_dir} from {bucket.url}")
+            newest_here = checkpoints / step
             break
-        if void and found is None:
+        if damaged and newest_here is None:
             anew = f"to start anew, rm -r {quoted(run_dir)} and gcloud storage rm -r {quoted(f'{bucket.url}/{place}')}"
-            raise UserError(f"{'; '.join(told)}; none is whole: {anew}")
-        for step in void:  # so that it counts for nobody, until it is put anew
+            raise UserError(f"{'; '.join(lines)}; none is whole: {anew}")
+        for step in damaged:  # without a manifest it does not count, until it is pushed anew
             with suppress(UserError):
                 bucket.delete(f"{place}/checkpoints/{step}/{MANIFEST}", objects[f"checkpoints/{step}/{MANIFEST}"])
-        return "; ".join(told) or None
+        return "; ".join(lines) or None
 
 
 def bring_run(url: str, name: str) -> str | None:
-    """The weights of the run, or of a folder in one, `runs/NAME...`, where they are in the bucket and not whole here: its final
-    folder, else its newest checkpoint where there is none here. Gives a line about it, or None. Every process may call it."""
+    """Pull the weights of a run, or of a folder in one, `runs/NAME...`, where they are in the bucket and not whole here: its
+    final folder, else its newest checkpoint where none is here. Gives a line about it, or None. Every process may call it."""
     run = Path(name)
     if verify_checkpoint(run) is None or verify_checkpoint(run / "final") is None:
         return None
@@ -127,7 +126,7 @@ def bring_run(url: str, name: str) -> str | None:
 
 
 def starts(cfg: Any, *, fresh: bool) -> dict[str, str]:
-    """The runs that a run reads weights from, by the key of the config that names them; with `fresh` its start's, too."""
+    """The runs from which a run reads weights, by the key of the config that names them; with `fresh` init_from, too."""
     pairs = getattr(cfg, "pairs", None)
     named = {"autoencoder": getattr(cfg, "autoencoder", None), "pairs": getattr(pairs, "run", pairs)}
     named |= {"init_from": cfg.init_from} if fresh else {}
@@ -135,23 +134,23 @@ def starts(cfg: Any, *, fresh: bool) -> dict[str, str]:
 
 
 def bring(cfg: Any, run_dir: Path, *, trial: bool, old: Path | None = None) -> list[str]:
-    """What a launch takes from the bucket: the run itself, but for a trial, the `old` one that it goes on from where it has not
-    begun itself, and those below runs/ that it starts from. Gives lines about it."""
+    """Pull what a launch needs from the bucket: the run itself (not for a trial), the `old` run that it goes on from where it
+    has not begun itself, and the runs below runs/ that it starts from. Gives lines about it."""
     try:
-        told = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
+        lines = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
         if old is not None and not any((run_dir / "checkpoints").glob("step_*")):
-            told.append(bring_back(cfg.bucket, old))
+            lines.append(bring_back(cfg.bucket, old))
     except Unreached as error:
-        found, _ = newest(run_dir / "checkpoints")
-        here = f"goes on from {found}" if found is not None else "starts anew, for no checkpoint of it is here"
-        raise UserError(f"{error}; with --set bucket=null it does without the bucket, and {here}") from None
+        folder, _ = newest(run_dir / "checkpoints")
+        otherwise = f"goes on from {folder}" if folder is not None else "starts anew, for no checkpoint of it is here"
+        raise UserError(f"{error}; with --set bucket=null it does without the bucket, and {otherwise}") from None
     fresh = trial or not any((run_dir / "checkpoints").glob("step_*"))
-    told += [bring_run(cfg.bucket, name) for name in starts(cfg, fresh=fresh).values() if Path(name).parts[:1] == ("runs",)]
-    return [line for line in told if line is not None]
+    names = [name for name in starts(cfg, fresh=fresh).values() if Path(name).parts[:1] == ("runs",)]
+    return [line for line in [*lines, *(bring_run(cfg.bucket, name) for name in names)] if line is not None]
 
 
 def weights_in(bucket: Bucket, name: str) -> Path | None:
-    """The whole folder in the bucket that a run's weights, or those of `name` itself, would be read from."""
+    """The whole folder in the bucket from which the weights of `name`, a run or a folder in one, would be read."""
     objects = bucket.list(name)
     if MANIFEST in objects:
         return Path(name)
@@ -162,10 +161,10 @@ def weights_in(bucket: Bucket, name: str) -> Path | None:
 
 
 class Uploads:
-    """Puts the checkpoints of a run into a bucket, each newest one when it is there, with those that are spared, and the rest
-    of the run; in a thread. Removes there those that are neither here nor among the `keep` last.
+    """A thread that pushes the newest checkpoint of a run into a bucket, with those that the run needs beside it and all else
+    of the run. It deletes checkpoints there that are neither here nor among the `keep` last.
 
-    What fails is said once and tried again; it never ends the run. What is `pinned` may not be removed here.
+    A failure is reported once, and what failed is tried again; it never ends the run. `pinned` checkpoints must stay here.
     """
 
     def __init__(self, url: str, run_dir: Path, keep: int) -> None:
@@ -173,18 +172,18 @@ class Uploads:
         self._place = place_of(run_dir)
         self.say: Callable[[str], None] = print
         self._condition = threading.Condition()
-        self._next: str | None = None  # the checkpoint that is to be put
-        self._now: str | None = None  # the one that is being put
-        self._back = False  # the run went back to the next one: what is newer there is void
+        self._next: str | None = None  # the checkpoint to push next
+        self._now: str | None = None  # the one that is being pushed
+        self._back = False  # the run went back to the next one: newer ones in the bucket are void
         self._woken, self._closing = False, False
         self._failed: str | None = None
-        self._told_of_others = False
+        self._warned_of_others = False
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
     @property
     def pinned(self) -> set[int]:
-        """The steps of checkpoints that are on their way."""
+        """The steps of checkpoints that are being pushed, or will be next."""
         with self._condition:
             return {int(name.removeprefix("step_")) for name in (self._next, self._now) if name is not None}
 
@@ -196,7 +195,7 @@ class Uploads:
             self._condition.notify()
 
     def close(self) -> bool:
-        """Put what is left, as long as that takes; where it fails, say how to do it later. Gives whether all is there."""
+        """Push what is left, as long as that takes, or say how to push it later; gives whether all is in the bucket."""
         with self._condition:
             self._closing = True
             self._condition.notify()
@@ -237,33 +236,35 @@ class Uploads:
                 self.say("uploads to the bucket work again")
 
     def _put(self, bucket: Bucket, step: str | None, back: bool) -> None:
-        """The rest first: where it ends in between, the log is longer than the checkpoint, and is cut."""
-        push(bucket, self._run_dir, self._place, skip=_rest, shown=False)
+        """Push the rest of the run first: where the push ends in between, the log is longer than the checkpoint, and is cut."""
+        push(bucket, self._run_dir, self._place, skip=_is_apart, shown=False)
         if step is None:
             return
-        here = self._run_dir / "checkpoints"
-        reason = verify_checkpoint(here / step)
+        checkpoints = self._run_dir / "checkpoints"
+        reason = verify_checkpoint(checkpoints / step)
         if reason is not None:
-            if not (here / step).exists():  # the run went back behind it meanwhile
+            if not (checkpoints / step).exists():  # the run went back behind it meanwhile
                 return
             raise UserError(f"{step}: {reason}")
-        spared = sorted(name for name in _spared(here / step) if name != step and verify_checkpoint(here / name) is None)
-        for name in [*spared, step]:
-            push(bucket, here / name, f"{self._place}/checkpoints/{name}", shown=False)
-        self._tidy(bucket, step, back, {step, *spared, *(path.parent.name for path in here.glob(f"step_*/{MANIFEST}"))})
+        spared = [
+            name for name in _spared(checkpoints / step) if name != step and verify_checkpoint(checkpoints / name) is None
+        ]
+        for name in [*sorted(spared), step]:
+            push(bucket, checkpoints / name, f"{self._place}/checkpoints/{name}", shown=False)
+        self._tidy(bucket, step, back, {step, *spared, *(path.parent.name for path in checkpoints.glob(f"step_*/{MANIFEST}"))})
 
-    def _tidy(self, bucket: Bucket, step: str, back: bool, here: set[str]) -> None:
-        """Remove checkpoints from the bucket that retention has removed here, those that were gone `back` behind, and what is
-        of none that is whole."""
+    def _tidy(self, bucket: Bucket, step: str, back: bool, local: set[str]) -> None:
+        """Delete from the bucket the checkpoints that the run has removed here, those behind which it went `back`, and parts of
+        checkpoints that are not whole."""
         objects = bucket.list(self._place)
         steps = _steps(objects)
-        kept = here | set([name for name in steps if name <= step][-self._keep :])
-        newer = {name for name in steps if name > step} - here
+        staying = local | set([name for name in steps if name <= step][-self._keep :])
+        newer = {name for name in steps if name > step} - local
         if newer and not back:
-            kept |= newer
-            if not self._told_of_others:
+            staying |= newer
+            if not self._warned_of_others:
                 self.say(f"warning: {bucket.url} has later steps of this run: does another machine train it, too?")
-            self._told_of_others = True
+            self._warned_of_others = True
         for name in sorted(objects, key=lambda name: not is_manifest(name)):
-            if name.startswith("checkpoints/") and name.split("/")[1] not in kept:
+            if name.startswith("checkpoints/") and name.split("/")[1] not in staying:
                 bucket.delete(f"{self._place}/{name}", objects[name])

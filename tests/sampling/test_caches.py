@@ -77,7 +77,7 @@ def test_a_latent_cache_of_overwritten_files_is_refused_by_name(tmp_path: Path, 
         without_files(cache)
     bitmaps(folder, 1)
     assert opened(folder).fingerprint == before.fingerprint and opened(folder).state != before.state
-    with pytest.raises(UserError, match=r"was made of other pictures .*remove it, or give another `latents`"):
+    with pytest.raises(UserError, match=r"was made of other images .*remove it, or give another `latents`"):
         encoded(folder, cache)
 
 
@@ -89,7 +89,7 @@ def test_one_overwritten_file_is_enough(tmp_path: Path) -> None:
     content[-1] ^= 1
     (folder / "3.bmp").write_bytes(content)
     os.utime(folder / "3.bmp", ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
-    with pytest.raises(UserError, match="was made of other pictures"):
+    with pytest.raises(UserError, match="was made of other images"):
         encoded(folder, cache)
 
 
@@ -199,7 +199,7 @@ def test_a_packed_set_that_was_packed_again_is_another(tmp_path: Path) -> None:
     bitmaps(folder, 1)
     pack(opened(folder), out, size=16, channels=3)
     assert packed().fingerprint == one.fingerprint and packed().state != one.state
-    with pytest.raises(UserError, match="was made of other pictures"):
+    with pytest.raises(UserError, match="was made of other images"):
         latents_of(autoencoder(), packed(), None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=4)
 
 

@@ -320,11 +320,11 @@ def test_a_killed_sampling_goes_on_and_gives_the_same_files(smoke_run: Path, tmp
     metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
     assert metadata["num_samples"] == 7 and metadata["seed"] == 0 and metadata["classes"][0] == "circle"
     assert metadata["guidance"] == 2.0 and metadata["config"]["name"] == "smoke_ddpm" and len(metadata["weights"]) == 64
-    with pytest.raises(UserError, match="holds other pictures"):
+    with pytest.raises(UserError, match="holds other images"):
         draw_files(smoke_run, tmp_path / "out", seed=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("keep me")
-    with pytest.raises(UserError, match="holds other pictures"):
+    with pytest.raises(UserError, match="holds other images"):
         draw_files(smoke_run, tmp_path / "other")
 
 

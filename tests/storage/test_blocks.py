@@ -31,8 +31,8 @@ def test_arrays_come_back_in_order_and_are_computed_once(tmp_path: Path) -> None
         return {"a": np.array(items), "b": -np.array(items)}
 
     for _ in range(2):
-        arrays = in_blocks(tmp_path / "x", 5, 2, make, Ranks(), doing="testing", keys=["b"])
-        assert list(arrays) == ["b"] and arrays["b"].tolist() == [0, -1, -2, -3, -4]
+        arrays = in_blocks(tmp_path / "x", 5, 2, make, Ranks(), doing="testing")
+        assert list(arrays) == ["a", "b"] and arrays["b"].tolist() == [0, -1, -2, -3, -4]
     assert len(calls) == 3 and in_blocks(tmp_path / "x", 5, 2, make, Ranks(), doing="testing", read=False) == {}
 
 

@@ -71,8 +71,8 @@ def test_buckets_and_places_that_are_none(server: StorageServer, bucket: Bucket,
             assert "there is no such bucket" in mistake(other.list, "x")
     for closed, otherwise in ((server.forbidden, "may not use it"), (server.private, "are not valid")):
         closed.add("bucket")
-        said = mistake(bucket.list, "x")
-        assert "there are no credentials" in said and "gcloud auth application-default login" in said
+        message = mistake(bucket.list, "x")
+        assert "there are no credentials" in message and "gcloud auth application-default login" in message
         bucket.anonymous = False
         assert otherwise in mistake(bucket.list, "x")
         bucket.anonymous = True
@@ -85,8 +85,8 @@ def test_a_key_file_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for name, why in (("bad", "Expecting value"), ("part", "missing fields"), ("folder", "Is a directory")):
         path = tmp_path / (f"{name}.json" if name != "folder" else name)
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
-        said = mistake(open_bucket, "gs://bucket")
-        assert why in said and str(path) in said and "('" not in said and "Error" not in said, said
+        message = mistake(open_bucket, "gs://bucket")
+        assert why in message and str(path) in message and "('" not in message and "Error" not in message, message
 
 
 def test_without_credentials_a_bucket_is_read_as_anybody_may(monkeypatch: pytest.MonkeyPatch) -> None:

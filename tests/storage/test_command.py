@@ -53,7 +53,7 @@ def test_caches_of_a_run_are_neither_moved_nor_counted(
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("push ../x", "leaves the project folder"),
         ("pull /x", "leaves the project folder"),
@@ -67,8 +67,8 @@ def test_caches_of_a_run_are_neither_moved_nor_counted(
         ("status runs/nope", "runs/nope is neither here nor in gs://bucket; is the name right?"),
     ],
 )
-def test_mistakes_on_the_command_line(project: Path, line: str, said: str) -> None:
-    assert said in mistake(call, line)
+def test_mistakes_on_the_command_line(project: Path, line: str, message: str) -> None:
+    assert message in mistake(call, line)
 
 
 def test_a_misspelt_command(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,8 +95,10 @@ def test_what_is_left_out_is_said(server: StorageServer, project: Path, capsys: 
     assert line.startswith("datasets/mine: left out: ") and " and 2 more; to move it, name its folder" in line
     assert "half.partial/" in line and ".lock" not in line.replace("yard.lock", "") and ".part," not in line
     call("status datasets/mine")
-    told = capsys.readouterr()
-    assert ["datasets/mine", "7", "0", "0", "0"] in [row.split() for row in told.out.splitlines()] and "left out: " in told.err
+    printed = capsys.readouterr()
+    assert ["datasets/mine", "7", "0", "0", "0"] in [
+        row.split() for row in printed.out.splitlines()
+    ] and "left out: " in printed.err
     call("push datasets/mine/half.partial")
     assert "datasets/mine/half.partial/1.png" in server.objects()
     shutil.rmtree(project / "datasets")

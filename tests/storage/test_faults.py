@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,8 +52,8 @@ def test_tries_end(server: StorageServer, bucket: Bucket, tmp_path: Path, kind: 
     server.faults.add(kind, "download", times=99)
     if kind == "cut":
         server.put("mine/x/a", b"1")  # half of one byte is none
-    said = mistake(pull, bucket, "x", tmp_path / "back")
-    assert "gs://bucket/mine/x/a: no answer after 6 tries" in said and "run it again later" in said
+    message = mistake(pull, bucket, "x", tmp_path / "back")
+    assert "gs://bucket/mine/x/a: no answer after 6 tries" in message and "run it again later" in message
     assert server.count("download") == 6 and not tree(tmp_path / "back")
 
 
@@ -61,8 +61,8 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setattr(errors, "FIRST_DELAY", 0.01)
     with open_bucket("gs://bucket") as bucket:
-        said = mistake(pull, bucket, "a_folder_with_a_name_that_is_as_long_as_that_of_some_runs", tmp_path)
-        assert "no answer after 6 tries" in said and "Connection refused" in said and "Max retries" not in said
+        message = mistake(pull, bucket, "a_folder_with_a_name_that_is_as_long_as_that_of_some_runs", tmp_path)
+        assert "no answer after 6 tries" in message and "Connection refused" in message and "Max retries" not in message
 
 
 def test_somebody_elses_write_stands(server: StorageServer, bucket: Bucket, run: Path) -> None:
@@ -88,11 +88,8 @@ def test_a_disk_that_is_too_small_or_fills(
     push(bucket, run, "x")
     back = tmp_path / "back"
 
-    class Usage(NamedTuple):
-        free: int = 9000
-
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: Usage())
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9000))
         server.forget()
         assert "9.0 kB are to come and 9.0 kB are free" in mistake(pull, bucket, "x", back)
         assert server.count("download") == 0 and not back.exists()

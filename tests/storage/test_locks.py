@@ -62,8 +62,8 @@ def test_the_locks_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert (tmp_path / "lock").read_text() == "process 7 on here!", "what is written stays where it belongs"
         return taken
 
-    free, held = Windows(0), Windows(1)
-    assert take(free, wait=False) and free.places[0] > 1 << 20, "others may still read what the file says"
+    unlocked, held = Windows(0), Windows(1)
+    assert take(unlocked, wait=False) and unlocked.places[0] > 1 << 20, "others may still read what the file says"
     assert not take(held, wait=False)
     waited = Windows(2)
     assert take(waited, wait=True) and len(waited.places) == 3

@@ -68,7 +68,7 @@ def kill_often(server: StorageServer, tmp_path: Path, way: str, kills: int) -> N
         assert process.poll() is None, "it came to its end before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        server.settle()  # it may be storing what it has
+        server.wait_until_idle()  # it may be storing what it has
         assert arrived().items() <= files.items() and "runs/x/0/MANIFEST.json" not in arrived()
     before, server.rate = len(arrived()), float("inf")
     assert before > 0
@@ -106,10 +106,10 @@ def test_two_syncs_of_one_folder_at_once_wait_for_each_other(server: StorageServ
         subprocess.Popen(words, cwd=project, env=extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0] * 3, said
-    assert sorted("pull 7 files" in out for out, _ in said) == [False, False, True], said
-    assert server.count("download") == 7 and sum("unpacked 50 files" in out for out, _ in said) == 1
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0] * 3, outputs
+    assert sorted("pull 7 files" in out for out, _ in outputs) == [False, False, True], outputs
+    assert server.count("download") == 7 and sum("unpacked 50 files" in out for out, _ in outputs) == 1
     assert len(tree(project / "datasets" / "cats")) == 50 and [part.exists() for part in left] == [False, True]
 
 

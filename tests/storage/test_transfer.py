@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from src.storage.buckets import Bucket, Moved, client, pull, push, status
+from src.storage.buckets import Bucket, Moved, client, folders, pull, push, status
 from tests.storage.bucket_files import LARGE, MANIFEST, mistake, random_bytes, tree, write
 from tests.storage_server import StorageServer
 
@@ -88,9 +88,9 @@ def test_manifests_go_last_and_not_where_a_file_failed(
     back = tmp_path / "back"
     server.faults.add("corrupt", "download .*step_1/model", times=99)
     assert "arrived damaged 6 times" in mistake(pull, bucket, "x", back)
-    found = tree(back)
-    assert "step_1/model" not in found and not any("anifest" in name.lower() for name in found)
-    assert not any(name.endswith(".part") for name in found)
+    files = tree(back)
+    assert "step_1/model" not in files and not any("anifest" in name.lower() for name in files)
+    assert not any(name.endswith(".part") for name in files)
     server.faults.waiting.clear()
     pull(bucket, "x", back)
     assert tree(back) == tree(run)
@@ -117,8 +117,8 @@ def test_a_manifest_waits_where_its_folder_changes_meanwhile(
 ) -> None:
     put = Bucket.put
 
-    def put_and_change(self: Bucket, path: Path, *more: Any) -> None:
-        put(self, path, *more)
+    def put_and_change(self: Bucket, path: Path, *arguments: Any) -> None:
+        put(self, path, *arguments)
         if path.name == "log.txt":
             with open(path, "ab") as file:
                 file.write(b"step 2\n")
@@ -129,7 +129,8 @@ def test_a_manifest_waits_where_its_folder_changes_meanwhile(
                 (run / "new").replace(run / "step_1" / "model")
 
     monkeypatch.setattr(Bucket, "put", put_and_change)
-    push(bucket, run, "x", jobs=1, last=lambda name: name.endswith(("MANIFEST.json", "empty")))
+    monkeypatch.setattr(folders, "JOBS", 1)
+    push(bucket, run, "x")
     assert "MANIFEST.json: its folder changed meanwhile" in capsys.readouterr().err
     monkeypatch.setattr(Bucket, "put", put)
     assert "step_1/MANIFEST.json" in status(bucket, "x", run).only_local
@@ -146,11 +147,11 @@ def test_a_file_that_changes_while_it_is_pushed(
     changes = iter(range(99 if change == "never rests" else 1))
 
     def hash_and_change(file: Any, size: int) -> str:
-        found = hashed(file, size)
+        files = hashed(file, size)
         if (seed := next(changes, None)) is not None:
             with open(path, "ab" if change == "grows" else "wb") as log:
                 log.write(random_bytes(100 if change == "shrinks" else len(before), seed + 1))
-        return found
+        return files
 
     monkeypatch.setattr(client, "crc32c_of", hash_and_change)
     if change == "never rests":

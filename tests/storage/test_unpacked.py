@@ -86,10 +86,10 @@ def test_changes_in_what_was_unpacked_are_told(
     write(project / "datasets" / "hats", {"2.png": b"another"})
     for line in ("status", "status datasets", "push datasets --dry-run", "push datasets"):
         call(line)
-        told = (
+        printed = (
             "datasets/hats was unpacked from hats.zip and has changed: push datasets leaves it out, push datasets/hats sends it"
         )
-        assert capsys.readouterr().out.splitlines().count(told) == 1
+        assert capsys.readouterr().out.splitlines().count(printed) == 1
     assert set(server.objects()) == {"datasets/hats.zip"}
     call("push datasets/hats")
     assert server.objects()["datasets/hats/2.png"] == b"another"
@@ -121,12 +121,12 @@ def test_a_damaged_archive_does_not_keep_back_the_others(
     server.put("datasets/ants.tar", b"nonsense")
     server.put("datasets/dogs.zip", whole[:4000] + b"?" + whole[4001:])
     assert call("bring") == 2
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     anew = "; push it anew from where it is whole, or remove it, here and in the bucket"
-    lines = told.err.splitlines()
-    assert [line.split(":")[1] for line in lines] == [" datasets/ants.tar", " datasets/dogs.zip"], told
+    lines = printed.err.splitlines()
+    assert [line.split(":")[1] for line in lines] == [" datasets/ants.tar", " datasets/dogs.zip"], printed
     assert all(line.startswith("error: ") and line.endswith(anew) for line in lines)
-    assert "into datasets/cats\n" in told.out and "into datasets/emus\n" in told.out
+    assert "into datasets/cats\n" in printed.out and "into datasets/emus\n" in printed.out
     assert not list(project.glob("datasets/.*partial"))
     (project / "datasets" / "ants.tar").unlink()
     (project / "datasets" / "dogs.zip").write_bytes(whole)

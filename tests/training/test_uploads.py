@@ -63,8 +63,8 @@ def wait_for(what: Callable[[], bool]) -> None:
 def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: StorageServer, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
     sent = Uploads("gs://bucket/mine", run, keep=2)
-    told = list[str]()
-    sent.say = told.append
+    lines = list[str]()
+    sent.say = lines.append
     run.mkdir(parents=True)
     (run / "report.html").write_text("<!DOCTYPE html>")
     (run / ".report.html.part").write_text("<!DOC")
@@ -74,12 +74,12 @@ def test_the_newest_goes_there_and_what_retention_removed_goes_away(server: Stor
         sent.wake(step)
         wait_for(lambda step=step: step in there(server))
     sent.close()
-    assert there(server) == [1, 3, 4] and told == [f"all of {run} is in gs://bucket/mine"]
+    assert there(server) == [1, 3, 4] and lines == [f"all of {run} is in gs://bucket/mine"]
     assert server.objects()["mine/runs/x/metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
     assert server.objects()["mine/runs/x/report.html"] == b"<!DOCTYPE html>" and not any("part" in x for x in server.objects())
     manifests = [name for operation, name in server.requests if operation in ("upload", "start")]
-    own = [name for name in manifests if "step_00000004" in name]
-    assert own[-1].endswith("MANIFEST.json") and len(own) == 4
+    of_step_4 = [name for name in manifests if "step_00000004" in name]
+    assert of_step_4[-1].endswith("MANIFEST.json") and len(of_step_4) == 4
 
     shutil.rmtree(run)
     line = bring_back("gs://bucket/mine", run, CONFIG)
@@ -124,9 +124,9 @@ def test_a_damaged_checkpoint_in_the_bucket_is_passed_over(server: StorageServer
             push(bucket, run / "checkpoints", "runs/x/checkpoints", shown=False)
     spoil(server, 9)
     shutil.rmtree(run)
-    said = bring_back("gs://bucket", run, CONFIG)
+    line = bring_back("gs://bucket", run, CONFIG)
     reason = "ema.safetensors has 3 bytes instead of 80"
-    assert said == (
+    assert line == (
         f"passed over step_00000009 of gs://bucket/runs/x: {reason}; brought step_00000008 of {run} from gs://bucket"
     )
     assert newest(run / "checkpoints")[0] == step_folder(run / "checkpoints", 8) and there(server) == [4, 8]
@@ -144,30 +144,30 @@ def test_a_damaged_checkpoint_in_the_bucket_is_passed_over(server: StorageServer
 def test_a_damaged_checkpoint_here_is_not_put_there(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, told = tmp_path / "runs" / "x", list[str]()
+    run, lines = tmp_path / "runs" / "x", list[str]()
     save(run, 2)
     save(run, 4, best={"step": 2})
     for step in (2, 4):
         (step_folder(run / "checkpoints", step) / "ema.safetensors").write_bytes(b"cut")
     sent = Uploads("gs://bucket", run, keep=2)
-    sent.say = told.append
+    sent.say = lines.append
     sent.wake(4)
-    wait_for(lambda: len(told) == 1)
-    assert told == [
+    wait_for(lambda: len(lines) == 1)
+    assert lines == [
         "warning: not uploaded (step_00000004: ema.safetensors has 3 bytes instead of 80); it is tried again, and training "
         "goes on"
     ]
     save(run, 6, best={"step": 2})
     sent.wake(6)
     sent.close()
-    assert there(server) == [6] and told[1:] == ["uploads to the bucket work again", f"all of {run} is in gs://bucket"]
+    assert there(server) == [6] and lines[1:] == ["uploads to the bucket work again", f"all of {run} is in gs://bucket"]
 
 
 def test_an_upload_slower_than_saves_still_puts_whole_checkpoints(server: StorageServer, tmp_path: Path) -> None:
     """What is on its way is pinned; what came between is passed over."""
-    run, told = tmp_path / "runs" / "x", list[str]()
+    run, lines = tmp_path / "runs" / "x", list[str]()
     sent = Uploads("gs://bucket", run, keep=1)
-    sent.say = told.append
+    sent.say = lines.append
     server.faults.add("slow", "step_", times=40, seconds=0.1)
     for step in range(1, 13):
         save(run, step)
@@ -176,27 +176,27 @@ def test_an_upload_slower_than_saves_still_puts_whole_checkpoints(server: Storag
         time.sleep(0.05)
     wait_for(lambda: len(there(server)) > 0)
     sent.close()
-    here = sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
-    assert here[-1] == there(server)[-1] == 12 and {*there(server)} <= {*here} and len(here) <= 3
-    assert told == [f"all of {run} is in gs://bucket"]
+    local_steps = sorted(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
+    assert local_steps[-1] == there(server)[-1] == 12 and {*there(server)} <= {*local_steps} and len(local_steps) <= 3
+    assert lines == [f"all of {run} is in gs://bucket"]
     assert len(server.objects()) == 4 * len(there(server)) + 1, "nothing half-put is left"
 
 
 def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too_and_another_machines_stay(
     server: StorageServer, tmp_path: Path
 ) -> None:
-    run, told = tmp_path / "runs" / "x", list[str]()
+    run, lines = tmp_path / "runs" / "x", list[str]()
     for step in (2, 4):
         save(run, step)
     sent = Uploads("gs://bucket", run, keep=2)
-    sent.say = told.append
+    sent.say = lines.append
     sent.wake(4)
     wait_for(lambda: there(server) == [4])
     server.put("runs/x/checkpoints/step_00000009/MANIFEST.json", b"{}")
     save(run, 5)
     sent.wake(5)
     wait_for(lambda: there(server) == [4, 5, 9])
-    wait_for(lambda: told == ["warning: gs://bucket has later steps of this run: does another machine train it, too?"])
+    wait_for(lambda: lines == ["warning: gs://bucket has later steps of this run: does another machine train it, too?"])
     assert roll_back(run / "checkpoints", 3, {"guard": {"rollbacks": 1}}) == 2
     sent.wake(2, went_back=True)
     wait_for(lambda: there(server) == [2])
@@ -207,11 +207,11 @@ def test_going_back_while_the_void_checkpoint_is_put_removes_it_too(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.05)
-    run, told = tmp_path / "runs" / "x", list[str]()
+    run, lines = tmp_path / "runs" / "x", list[str]()
     for step in (2, 4):
         save(run, step)
     sent = Uploads("gs://bucket", run, keep=2)
-    sent.say = told.append
+    sent.say = lines.append
     server.faults.add("slow", "upload .*step_00000004/MANIFEST", seconds=0.5)
     sent.wake(4)
     wait_for(lambda: any("step_00000004/MANIFEST" in name for operation, name in server.requests if operation == "upload"))
@@ -220,18 +220,18 @@ def test_going_back_while_the_void_checkpoint_is_put_removes_it_too(
     sent.wake(2, went_back=True)
     wait_for(lambda: there(server) == [2])
     sent.close()
-    assert len(told) == 3 and "not uploaded" in told[0], told
+    assert len(lines) == 3 and "not uploaded" in lines[0], lines
 
 
 def test_what_a_vanished_machine_left_half_put_is_removed_without_a_word(server: StorageServer, tmp_path: Path) -> None:
-    run, told = tmp_path / "runs" / "x", list[str]()
+    run, lines = tmp_path / "runs" / "x", list[str]()
     server.put("runs/x/checkpoints/step_00000010/ema.safetensors", b"half")
     save(run, 9)
     sent = Uploads("gs://bucket", run, keep=2)
-    sent.say = told.append
+    sent.say = lines.append
     sent.wake(9)
     sent.close()
-    assert there(server) == [9] and told == [f"all of {run} is in gs://bucket"]
+    assert there(server) == [9] and lines == [f"all of {run} is in gs://bucket"]
     assert not any("step_00000010" in name for name in server.objects())
 
 
@@ -257,8 +257,8 @@ def test_another_run_of_that_name_in_the_bucket_is_refused_before_anything_is_pu
     sent.wake(5)
     sent.close()
     shutil.rmtree(run)
-    told = r"^gs://bucket/mine holds another run as runs/x: .* another seed; .*/mine/runs/x; init_from "
-    with pytest.raises(UserError, match=told):
+    pattern = r"^gs://bucket/mine holds another run as runs/x: .* another seed; .*/mine/runs/x; init_from "
+    with pytest.raises(UserError, match=pattern):
         bring_back("gs://bucket/mine", run, other)
     assert not run.exists()
     assert "brought" in str(bring_back("gs://bucket/mine", run, replace(CONFIG, workers=1))), "that changes no step"
@@ -294,30 +294,30 @@ def test_every_launch_brings_what_it_starts_from(server: StorageServer, tmp_path
     for name in ("vae", "old", "first"):
         for path in (tmp_path / "made").iterdir():
             server.put(f"runs/{name}/final/{path.name}", path.read_bytes())
-    asked = ["bucket=gs://bucket", "autoencoder=runs/vae", "pairs=runs/old", "init_from=runs/first"]
-    cfg = load(ROOT / "configs/smoke/iadb.json", train_iadb.Config, asked)
+    overrides = ["bucket=gs://bucket", "autoencoder=runs/vae", "pairs=runs/old", "init_from=runs/first"]
+    cfg = load(ROOT / "configs/smoke/iadb.json", train_iadb.Config, overrides)
     args = argparse.Namespace(run_dir="runs/x", dry_run=trial == "dry_run", verify_resume=trial == "verify_resume")
-    seen = list[list[str]]()
+    whole_runs = list[list[str]]()
 
     def train(*_: Any) -> int:
-        seen.append(sorted(path.parent.name for path in Path("runs").glob("*/final") if verify_checkpoint(path) is None))
+        whole_runs.append(sorted(path.parent.name for path in Path("runs").glob("*/final") if verify_checkpoint(path) is None))
         return 1
 
-    assert run_training(train, cfg, args) == 1 and seen == [["first", "old", "vae"]]
+    assert run_training(train, cfg, args) == 1 and whole_runs == [["first", "old", "vae"]]
     save(tmp_path / "runs" / "x", 3)
     shutil.rmtree("runs/first")
     run_training(train, cfg, args)
-    assert seen[1] == (["first", "old", "vae"] if trial else ["old", "vae"]), "a run that goes on does not start anew"
+    assert whole_runs[1] == (["first", "old", "vae"] if trial else ["old", "vae"]), "a run that goes on does not start anew"
 
 
 def test_a_machine_without_the_checkpoint_is_told_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "broadcast", lambda _: tmp_path / "step_00000004")
-    here = session.Session.__new__(session.Session)
-    here.run = RunDirectory(tmp_path / "x", writes=False)
+    opened = session.Session.__new__(session.Session)
+    opened.run = RunDirectory(tmp_path / "x", writes=False)
     for bucket, words in ((None, "that all see, or set bucket$"), ("gs://bucket", "the bucket does not have it yet$")):
-        here.cfg = replace(CONFIG, bucket=bucket)
+        opened.cfg = replace(CONFIG, bucket=bucket)
         with pytest.raises(UserError, match=words):
-            here._resume()
+            opened._resume()
 
 
 def whole(final: Path) -> None:
@@ -342,28 +342,32 @@ def test_four_processes_bring_an_autoencoder_at_once_and_a_kill_half_way_is_made
         subprocess.Popen(words, cwd=tmp_path, env=extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(4)
     ]
-    said = [process.communicate(timeout=120) for process in four]
-    assert sorted(out for out, _ in said) == ["None None\n"] * 3 + ["brought runs/vae/final from gs://bucket None\n"], said
+    outputs = [process.communicate(timeout=120) for process in four]
+    assert sorted(out for out, _ in outputs) == ["None None\n"] * 3 + ["brought runs/vae/final from gs://bucket None\n"], (
+        outputs
+    )
 
 
 def test_what_fails_is_said_once_and_tried_again(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.05)
-    run, told = tmp_path / "runs" / "x", list[str]()
+    run, lines = tmp_path / "runs" / "x", list[str]()
     save(run, 1)
     server.forbidden.add("bucket")
     sent = Uploads("gs://bucket", run, keep=2)
-    sent.say = told.append
+    sent.say = lines.append
     sent.wake(1)
     wait_for(lambda: len(server.requests) > 4)
-    assert len(told) == 1 and told[0].startswith("warning: not uploaded (gs://bucket") and "training goes on" in told[0]
+    assert len(lines) == 1 and lines[0].startswith("warning: not uploaded (gs://bucket") and "training goes on" in lines[0]
     server.forbidden.clear()
     wait_for(lambda: there(server) == [1])
-    wait_for(lambda: len(told) == 2)
+    wait_for(lambda: len(lines) == 2)
     server.forbidden.add("bucket")
     sent.close()
-    assert told[1] == "uploads to the bucket work again" and told[-1].startswith(f"NOT all of {run} is in gs://bucket; later: ")
+    assert lines[1] == "uploads to the bucket work again" and lines[-1].startswith(
+        f"NOT all of {run} is in gs://bucket; later: "
+    )
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -17,7 +17,6 @@ from ..locks import folder_lock
 from . import Bucket, Empty, Moved, Status, is_temporary, open_bucket, pull, push, status
 from .folders import list_files
 from .names import check_name
-from .transfer import compare
 from .unpacked import folders_that_stay, kept_in, print_unpacked, skipped_in, unpack_all
 
 
@@ -80,20 +79,15 @@ def _bring(bucket: Bucket, dry_run: bool) -> int:
 
 
 def _print_status(bucket: Bucket, places: list[str]) -> None:
+    names = {name.split("/")[0] for name in bucket.list("runs") if "/" in name} if not places else set[str]()
+    names |= {path.name for path in Path("runs").glob("*") if path.is_dir()} if not places else set[str]()
+    runs = [f"runs/{name}" for name in sorted(names) if not is_temporary(name)]
     rows = list[tuple[str, Status]]()
-    if not places:
-        skip = skipped_in("runs")
-        objects = {name: facts for name, facts in bucket.list("runs").items() if not skip(name)}
-        names = {name.split("/")[0] for name in objects if "/" in name}
-        names |= {path.name for path in Path("runs").glob("*") if path.is_dir() and not is_temporary(path.name)}
-        for name in sorted(names):
-            there = {other.removeprefix(f"{name}/"): facts for other, facts in objects.items() if other.startswith(f"{name}/")}
-            rows.append((f"runs/{name}", compare(Path("runs") / name, there, skipped_in(f"runs/{name}"))))
-    for place in places or ("datasets", "checkpoints"):
-        counts = status(bucket, place, Path(place), skip=skipped_in(place))
-        if place in places and counts == ([], [], [], 0) and not Path(place).exists():
+    for place in places or [*runs, "datasets", "checkpoints"]:
+        row = status(bucket, place, Path(place), skip=skipped_in(place))
+        if places and row == ([], [], [], 0) and not Path(place).exists():
             raise UserError(f"{place} is neither here nor in {bucket.url}; is the name right?")
-        rows.append((place, counts))
+        rows.append((place, row))
     width = max(len(place) for place, _ in rows)
     print(f"{'':{width}}  {'same':>7}  {'only here':>9}  {'only there':>10}  {'different':>9}")
     for place, row in rows:

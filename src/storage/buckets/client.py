@@ -60,8 +60,8 @@ def _known_crc32c(path: Path, _inode: int, size: int, _time: int) -> str:
         return crc32c_of(file, size)
 
 
-class _Reader:
-    """A file that reports what is read of it."""
+class _Counted:
+    """A file that reports the bytes that are read from it or written to it."""
 
     def __init__(self, file: BinaryIO, advance: Advance) -> None:
         self.tell, self._file, self._advance = file.tell, file, advance
@@ -71,27 +71,9 @@ class _Reader:
         self._advance(len(content))
         return content
 
-
-class _Writer:
-    """A file that reports what is written to it, and knows its crc32c."""
-
-    def __init__(self, file: BinaryIO, advance: Advance) -> None:
-        import google_crc32c
-
-        self._file, self._advance = file, advance
-        self._checksum = google_crc32c.Checksum()
-        self.size = 0
-
     def write(self, content: bytes) -> int:
-        self._file.write(content)
-        self._checksum.update(content)
-        self.size += len(content)
         self._advance(len(content))
-        return len(content)
-
-    @property
-    def crc32c(self) -> str:
-        return base64.b64encode(self._checksum.digest()).decode()
+        return self._file.write(content)
 
 
 class Bucket:
@@ -163,7 +145,7 @@ class Bucket:
         blob.crc32c = wanted.crc32c  # the service refuses other bytes
         try:
             blob.upload_from_file(
-                _Reader(file, advance), size=wanted.size, checksum=None, if_generation_match=wanted.generation,
+                _Counted(file, advance), size=wanted.size, checksum=None, if_generation_match=wanted.generation,
                 timeout=TIMEOUT, retry=retry(file.tell),
             )  # fmt: skip
         except PreconditionFailed:
@@ -178,27 +160,28 @@ class Bucket:
         try:
             with explain_full_disk(path):
                 for _ in range(TRIES):
-                    with open(part, "wb") as file:
-                        writer = _Writer(file, advance)
-                        self._receive(name, remote, writer)
+                    with open(part, "w+b") as file:
+                        self._receive(name, remote, file, advance)
                         file.flush()
                         os.fsync(file.fileno())
-                    if (writer.size, writer.crc32c) == (remote.size, remote.crc32c):
+                        size = file.seek(0, os.SEEK_END)
+                        file.seek(0)
+                        crc32c = crc32c_of(file, size)
+                    if (size, crc32c) == (remote.size, remote.crc32c):
                         part.replace(path)
                         return
-                    advance(-writer.size)
+                    advance(-size)
             raise UserError(f"{join(self.url, name)}: it arrived damaged {TRIES} times; run it again, or push it anew")
         finally:
             part.unlink(missing_ok=True)
 
-    def _receive(self, name: str, remote: Remote, writer: _Writer) -> None:
+    def _receive(self, name: str, remote: Remote, file: BinaryIO, advance: Advance) -> None:
         from google.api_core.exceptions import NotFound
 
-        blob = self._blob(name, generation=remote.generation)
+        options = {"checksum": None, "raw_download": True, "timeout": TIMEOUT, "retry": retry(file.tell)}
         with self._explain(name):
             try:
-                options = {"checksum": None, "raw_download": True, "timeout": TIMEOUT, "retry": retry(lambda: writer.size)}
-                blob.download_to_file(writer, **options)
+                self._blob(name, generation=remote.generation).download_to_file(_Counted(file, advance), **options)
             except NotFound:
                 message = "was overwritten or deleted since it was listed; run it again"
                 raise Overwritten(f"{join(self.url, name)} {message}") from None

@@ -11,6 +11,8 @@ from ...config.progress import Progress
 from .client import Remote, file_crc32c
 from .names import check_name, is_of_this_machine, join
 
+JOBS = 8  # files at a time
+LocalFacts = dict[str, os.stat_result]  # of files by name
 Filter = Callable[[str], bool]  # of the name of a file or folder
 
 
@@ -18,14 +20,14 @@ class LocalFiles(NamedTuple):
     """The files below a folder by name, in order; names that a person may miss among them, with the reason; and the linked
     folders that lead out of it."""
 
-    files: dict[str, os.stat_result]
+    files: LocalFacts
     left_out: list[str]
     links_out: list[str]
 
 
 def list_files(folder: Path, skip: Filter) -> LocalFiles:
     """What is below a folder, but for what `skip` names (files and whole folders)."""
-    files: dict[str, os.stat_result] = {}
+    files: LocalFacts = {}
     left_out, links_out = list[str](), list[str]()
     root = folder.resolve()
 
@@ -62,9 +64,7 @@ def list_files(folder: Path, skip: Filter) -> LocalFiles:
     return LocalFiles(dict(sorted(files.items())), left_out, links_out)
 
 
-def same_files(
-    folder: Path, files: dict[str, os.stat_result], objects: dict[str, Remote], jobs: int, *, shown: bool = True
-) -> set[str]:
+def same_files(folder: Path, files: LocalFacts, objects: dict[str, Remote], *, shown: bool = True) -> set[str]:
     """The names whose sizes and then whose crc32c agree, here and in the bucket."""
 
     def is_same(name: str) -> bool:
@@ -75,7 +75,7 @@ def same_files(
 
     names = [name for name in files if name in objects and files[name].st_size == objects[name].size]
     total, same = sum(files[name].st_size for name in names), set[str]()
-    with ThreadPoolExecutor(jobs) as pool, Progress("comparing files", total, unit="B", shown=shown, leave=False) as bar:
+    with ThreadPoolExecutor(JOBS) as pool, Progress("comparing files", total, unit="B", shown=shown, leave=False) as bar:
         for name, agrees in zip(names, pool.map(is_same, names), strict=True):
             same |= {name} if agrees else set()
             bar.update(files[name].st_size)

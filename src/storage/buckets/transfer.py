@@ -17,7 +17,8 @@ from typing import NamedTuple
 from ...config import UserError
 from ...config.progress import Progress
 from ..archives import size
-from .client import Bucket, Remote
+from . import folders
+from .client import Bucket
 from .errors import Empty, Overwritten
 from .folders import Filter, is_untouched, list_files, same_files
 from .names import folder_of, is_manifest, is_of_this_machine, is_temporary, join
@@ -41,20 +42,16 @@ class Status(NamedTuple):
     same: int
 
 
-def _no_name(name: str) -> bool:
-    return False
-
-
 class _Stopped(Exception):
     """Another file failed, so this one need not go on."""
 
 
 class _Crew:
-    """Does a thing for each of many names, `jobs` at a time, below one bar of bytes; the first failure ends the rest."""
+    """Does a thing for each of many names, JOBS at a time, below one bar of bytes; the first failure ends the rest."""
 
-    def __init__(self, label: str, total: int, jobs: int, shown: bool) -> None:
+    def __init__(self, label: str, total: int, shown: bool) -> None:
         self.bar = Progress(label, total, unit="B", shown=shown)
-        self._pool, self._lock, self._stop = ThreadPoolExecutor(jobs), threading.Lock(), threading.Event()
+        self._pool, self._lock, self._stop = ThreadPoolExecutor(folders.JOBS), threading.Lock(), threading.Event()
 
     def __enter__(self) -> "_Crew":
         return self
@@ -82,17 +79,15 @@ def push(
     *,
     delete: bool = False,
     dry_run: bool = False,
-    last: Filter = is_manifest,
     skip: Filter = is_temporary,
-    keep: Filter = _no_name,
-    jobs: int = 8,
+    keep: Filter = lambda name: False,
     shown: bool = True,
     left_out: list[str] | None = None,
 ) -> Moved:
     """Make the bucket's `under/` what the folder is; `delete` removes what is only in the bucket, but for what is to `keep`.
 
-    Files that are `last` follow when all others have arrived, and not where one of their folder was replaced or removed
-    meanwhile; an old one is deleted before what it promises is replaced. `skip` is asked for folders too. Without `shown`
+    Manifests follow when all others have arrived, and not where a file of their folder was replaced or removed meanwhile; an
+    old one is deleted before what it promises is replaced. `skip` is asked for folders too. Without `shown`
     there is no bar and no line. What is not pushed is added to `left_out`.
     """
     if not folder.is_dir():
@@ -107,11 +102,10 @@ def push(
     if left_out is not None:
         left_out += local.left_out
     objects = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
-    same = same_files(folder, files, objects, jobs, shown=shown)
-    replaced = [name for name in files if name in objects and name not in same and not last(name)]
-    void = [
-        name for name in files if name in objects and last(name) and any(one.startswith(folder_of(name)) for one in replaced)
-    ]
+    same = same_files(folder, files, objects, shown=shown)
+    replaced = [name for name in files if name in objects and name not in same and not is_manifest(name)]
+    listed = [name for name in files if name in objects and is_manifest(name)]
+    void = [name for name in listed if any(other.startswith(folder_of(name)) for other in replaced)]
     same -= set(void)
     moving = [name for name in files if name not in same]
     gone = sorted(name for name in objects.keys() - files.keys() if not keep(name)) if delete else []
@@ -131,15 +125,15 @@ def push(
     def is_kept_promise(name: str) -> bool:
         return all(is_untouched(folder / other, files[other]) for other in files if other.startswith(folder_of(name)))
 
-    with _Crew(f"push {under}", plan.bytes, jobs, shown) as crew:
+    with _Crew(f"push {under}", plan.bytes, shown) as crew:
         crew.do(remove, void)
         for name in void:
             del objects[name]
-        crew.do(send, [name for name in moving if not last(name)])
-        held_back = [name for name in moving if last(name) and not is_kept_promise(name)]
-        crew.do(send, [name for name in moving if last(name) and name not in held_back])
-        crew.do(remove, filter(last, gone))
-        crew.do(remove, [name for name in gone if not last(name)])
+        crew.do(send, [name for name in moving if not is_manifest(name)])
+        held_back = [name for name in moving if is_manifest(name) and not is_kept_promise(name)]
+        crew.do(send, [name for name in moving if is_manifest(name) and name not in held_back])
+        crew.do(remove, filter(is_manifest, gone))
+        crew.do(remove, [name for name in gone if not is_manifest(name)])
     for name in held_back if shown else ():
         print(f"{folder / name}: its folder changed meanwhile, so it goes with the next push", file=sys.stderr)
     return Moved(len(sent), sum(files[name].st_size for name in sent), len(same), len(gone))
@@ -152,10 +146,8 @@ def pull(
     *,
     delete: bool = False,
     dry_run: bool = False,
-    last: Filter = is_manifest,
     skip: Filter = is_temporary,
-    keep: Filter = _no_name,
-    jobs: int = 8,
+    keep: Filter = lambda name: False,
     left_out: list[str] | None = None,
 ) -> Moved:
     """Make the folder what the bucket's `under/` is, in the same order as `push`; `delete` removes what is only in the folder,
@@ -179,7 +171,7 @@ def pull(
     for name in objects:
         if (folder / name).is_dir() or any(parent.as_posix() in objects for parent in PurePosixPath(name).parents):
             raise UserError(f"{folder / name} would be a file and a folder; delete or rename one of them")
-    same = same_files(folder, local.files, objects, jobs)
+    same = same_files(folder, local.files, objects)
     moving = [name for name in objects if name not in same]
     gone = sorted(name for name in local.files.keys() - objects.keys() if not keep(name)) if delete else []
     plan = Moved(len(moving), sum(objects[name].size for name in moving), len(same), len(gone))
@@ -196,15 +188,15 @@ def pull(
         try:
             bucket.get(whole, objects[name], path, crew.advance)
         except Overwritten:  # a log of a live run; a manifest is not taken, for it may promise other files
-            now = None if last(name) else bucket.about(whole)
+            now = None if is_manifest(name) else bucket.about(whole)
             if now is None:
                 raise
             bucket.get(whole, now, path, crew.advance)
 
-    with _Crew(f"pull {under}", plan.bytes, jobs, shown=True) as crew:
-        crew.do(fetch, [name for name in moving if not last(name)])
-        crew.do(fetch, filter(last, moving))
-    for name in sorted(gone, key=lambda name: not last(name)):
+    with _Crew(f"pull {under}", plan.bytes, shown=True) as crew:
+        crew.do(fetch, [name for name in moving if not is_manifest(name)])
+        crew.do(fetch, filter(is_manifest, moving))
+    for name in sorted(gone, key=lambda name: not is_manifest(name)):
         (folder / name).unlink(missing_ok=True)
         for parent in PurePosixPath(name).parents[:-1]:
             if any((folder / parent).iterdir()):
@@ -224,14 +216,9 @@ def _sweep(folder: Path) -> None:
                 part.unlink()
 
 
-def status(bucket: Bucket, under: str, folder: Path, *, skip: Filter = is_temporary, jobs: int = 8) -> Status:
+def status(bucket: Bucket, under: str, folder: Path, *, skip: Filter = is_temporary) -> Status:
     """How a folder and the bucket's `under/` differ; either may be missing."""
-    return compare(folder, {name: remote for name, remote in bucket.list(under).items() if not skip(name)}, skip, jobs)
-
-
-def compare(folder: Path, objects: dict[str, Remote], skip: Filter, jobs: int = 8) -> Status:
-    """How a folder and these objects of the same names differ."""
+    objects = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
     files = list_files(folder, skip).files
-    same = same_files(folder, files, objects, jobs)
-    both = files.keys() & objects.keys()
+    same, both = same_files(folder, files, objects), files.keys() & objects.keys()
     return Status(sorted(files.keys() - both), sorted(objects.keys() - both), sorted(both - same), len(same))

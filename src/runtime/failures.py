@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in str(error).lower() or "can't allocate memory" in str(error))
 
 
-def of_a_lost_rank(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone or hangs."""
     import torch  # the report of a run is made without it
 
@@ -57,7 +57,7 @@ def warn_on_stderr(what: str, reason: str) -> None:
 
 
 @contextmanager
-def only_looked_at(what: str, warn: Warn = warn_on_stderr) -> Iterator[Outcome]:
+def warn_on_failure(what: str, warn: Warn = warn_on_stderr) -> Iterator[Outcome]:
     """Around the making of `what`, which only people look at: an error there becomes a warning, and ends nothing.
 
     What the user has to mend still ends it (a UserError, but for a missing package), and so do a stop, out of memory and a
@@ -69,7 +69,7 @@ def only_looked_at(what: str, warn: Warn = warn_on_stderr) -> Iterator[Outcome]:
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error, MissingPackage):
             raise
-        if is_out_of_memory(error) or of_a_lost_rank(error):
+        if is_out_of_memory(error) or is_lost_rank(error):
             raise
         outcome.reason = reason_of(error)
         warn(what, outcome.reason)
@@ -94,7 +94,7 @@ def for_each_tracker(accelerator: Any, warn: Warn, do: Callable[[], Any]) -> Non
     try:
         for tracker in opened:
             accelerator.trackers = [tracker]
-            with only_looked_at(str(tracker.name), warn):
+            with warn_on_failure(str(tracker.name), warn):
                 do()
     finally:
         accelerator.trackers = opened
@@ -107,13 +107,13 @@ def finish_trackers(accelerator: Any, warn: Warn) -> None:
 
 
 @contextmanager
-def asked_for(what: str | Path) -> Iterator[None]:
+def explain_failure(what: str | Path) -> Iterator[None]:
     """Around the making of `what`, which the user wants: an error there becomes a UserError in one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if is_out_of_memory(error) or of_a_lost_rank(error):
+        if is_out_of_memory(error) or is_lost_rank(error):
             raise
         raise UserError(f"{what} was not made ({reason_of(error)}); what was drawn before it stays") from error

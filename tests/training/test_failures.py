@@ -20,7 +20,7 @@ from src import figures
 from src.config import UserError
 from src.report import report
 from src.runtime.checkpoint import verify_checkpoint
-from src.runtime.looks import failed_on_any, finish_trackers, for_each_tracker, is_out_of_memory, only_looked_at, reason_of
+from src.runtime.failures import failed_on_any, finish_trackers, for_each_tracker, is_out_of_memory, reason_of, warn_on_failure
 from src.runtime.memory import OutOfMemory
 from src.sampling.sampler import Sampler
 from src.training import preview
@@ -140,11 +140,11 @@ def test_stops_mistakes_and_memory_go_on_up(tmp_path: Path) -> None:
     errors += [OSError(errno.ENOMEM, "Cannot allocate memory"), torch.distributed.DistBackendError("gone")]
     errors += [RuntimeError("[gloo] Connection closed by peer")]
     for error in errors:
-        with pytest.raises(type(error)), only_looked_at("x", raising(AssertionError("it is not said"))):
+        with pytest.raises(type(error)), warn_on_failure("x", raising(AssertionError("it is not said"))):
             raise error
     warned = list[tuple[str, str]]()
     for error in (FULL, KeyError("a"), ZeroDivisionError(), OSError(errno.EACCES, "Permission denied", "x.png")):
-        with only_looked_at("x", lambda *words: warned.append(words)) as look:
+        with warn_on_failure("x", lambda *words: warned.append(words)) as look:
             raise error
         assert look.failed
     reasons = ["the disk is full: No space left on device", "KeyError: 'a'", "ZeroDivisionError"]
@@ -214,7 +214,7 @@ def test_ranks_agree_on_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [*mine, "ValueError: no samples"])
     warned = list[tuple[str, str]]()
     two = SimpleNamespace(num_processes=2)
-    with only_looked_at("it") as look:
+    with warn_on_failure("it") as look:
         pass
     assert not look.failed and failed_on_any(look, "it", two, lambda *words: warned.append(words))
     assert warned == [("it", "rank 1: ValueError: no samples")]
@@ -230,7 +230,7 @@ def test_with_fsdp_nothing_is_caught() -> None:
 SABOTAGE = """
 import os, sys
 sys.path.insert(0, {root!r})
-from src import pictures
+from src import figures
 from src.config import run_script
 from src.sampling.sampler import Sampler
 import ddpm_accelerate
@@ -245,7 +245,7 @@ def save(image, path):
     if path.name == "step_00000004.png":
         raise ValueError("no sheet")
     image.save(path)
-pictures.save = save
+figures.save = save
 run_script(ddpm_accelerate.main)
 """
 
