@@ -40,7 +40,8 @@ from src.runs.opened import open_trained
 from src.runtime.launch import explain_out_of_memory, ranks_of, start_sampling
 from src.runtime.looks import only_looked_at
 from src.sampling import build_sampler
-from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
+from src.sampling.arguments import add_arguments, parse_steps, sampler_config
+from src.sampling.config import HOW
 from src.training.run import append_metrics, check_ranks
 
 

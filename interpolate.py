@@ -16,11 +16,12 @@ from src.runs.opened import Opened, open_trained
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import asked_for
 from src.sampling import SamplerConfig, build_sampler
+from src.sampling.arguments import parse_alphas, parse_steps
 from src.sampling.build import dealt
 from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures
 from src.sampling.files import claim, nothing_left
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
-from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
+from src.sampling.sampler import describe, random_labels
 
 HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
 

@@ -16,12 +16,14 @@ from src.runs.opened import Opened, Run, open_run
 from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import asked_for
 from src.sampling import SamplerConfig, build_sampler
+from src.sampling.arguments import add_arguments, sampler_config
 from src.sampling.build import dealt
+from src.sampling.config import HOW
 from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures
 from src.sampling.files import nothing_left, write_samples
 from src.sampling.inversion import fingerprint, write_inversions
 from src.sampling.points import write_points
-from src.sampling.sampler import HOW, add_arguments, describe, random_labels, sampler_config
+from src.sampling.sampler import describe, random_labels
 from src.sampling.upscaling import open_upscaler, upscale_folder
 
 ONE_WAY = {"stop_at", "double_sampling"}  # of pictures that are drawn

@@ -34,8 +34,9 @@ from ..runs.starts import SourceSampler
 from ..runtime.looks import only_looked_at
 from ..runtime.stream import to_network
 from ..sampling.build import build_sampler
+from ..sampling.config import SamplerConfig
 from ..sampling.edit import files_of
-from ..sampling.sampler import Sampler, SamplerConfig, describe
+from ..sampling.sampler import Sampler, describe
 from ..storage.blocks import Ranks, claim_request, in_blocks
 from ..storage.files import write_whole
 from ..storage.finite import is_finite

@@ -19,9 +19,10 @@ from ..runs.classifier import open_classifier
 from ..runs.opened import Opened, open_trained
 from ..runtime.launch import explain_out_of_memory, start_sampling
 from ..runtime.looks import asked_for
+from .arguments import add_arguments, sampler_config
 from .build import build_sampler, dealt
 from .files import Frames, columns_for
-from .sampler import Sampler, add_arguments, sampler_config
+from .sampler import Sampler
 
 SHOWN = 16  # samples in the frames
 

@@ -28,7 +28,8 @@ from ..runs.opened import open_run
 from ..runtime.examples import Examples
 from ..runtime.stream import BatchPlan, MicroBatch, Order, positions_of
 from ..sampling.build import build_sampler
-from ..sampling.sampler import Sampler, SamplerConfig, random_labels
+from ..sampling.config import SamplerConfig
+from ..sampling.sampler import Sampler, random_labels
 from .trials import Attempt
 
 

@@ -18,7 +18,8 @@ from ..evaluation.quality import QualityConfig
 from ..runs.ends import Coupling
 from ..runtime.examples import Examples
 from ..runtime.seeds import generator
-from ..sampling.sampler import Sampler, SamplerConfig
+from ..sampling.config import SamplerConfig
+from ..sampling.sampler import Sampler
 from .preview import held_out_loss, looked_at, preview_failed, warn_not_finite
 from .session import Session
 

@@ -26,7 +26,8 @@ from ..runtime.looks import Look, failed_on_any, only_looked_at
 from ..runtime.seeds import generator, noise_of, normal
 from ..runtime.stream import to_network
 from ..sampling.build import sampler_of
-from ..sampling.sampler import Codec, Sampler, SamplerConfig
+from ..sampling.config import SamplerConfig
+from ..sampling.sampler import Codec, Sampler
 from ..storage.finite import is_finite
 from .session import Session
 
