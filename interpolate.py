@@ -23,7 +23,7 @@ from src.sampling.files import claim, nothing_left
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
 from src.sampling.sampler import describe, random_labels
 
-HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
+SAMPLER_KEYS = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
 
 
 def arguments() -> argparse.Namespace:
@@ -100,7 +100,7 @@ def classes_of(opened: Opened, words: str | None, seeds: list[int], files: list[
 def main() -> None:
     args = arguments()
     seeds, files = check(args)
-    how = validate(SamplerConfig, {key: getattr(args, key) for key in HOW}, origin="arguments")
+    how = validate(SamplerConfig, {key: getattr(args, key) for key in SAMPLER_KEYS}, origin="arguments")
     state, device = start_sampling(args.device)
     rank, world, barrier = state.process_index, state.num_processes, state.wait_for_everyone
     opened = open_trained(args.run, device)

@@ -4,7 +4,7 @@ import argparse
 
 from ..config import UserError, validate
 from ..diffusion import SOLVERS, SPACINGS
-from .config import HOW, SamplerConfig
+from .config import SAMPLER_KEYS, SamplerConfig
 
 
 def parse_alphas(text: str) -> list[float]:
@@ -43,5 +43,5 @@ def sampler_config(args: argparse.Namespace) -> SamplerConfig:
     """What those arguments say."""
     if args.classifier is not None and args.guidance_method != "classifier":
         raise UserError("--classifier guides only with --guidance-method classifier")
-    found = {name: getattr(args, name) for name in HOW} | {"steps": parse_steps(args.steps)}
+    found = {name: getattr(args, name) for name in SAMPLER_KEYS} | {"steps": parse_steps(args.steps)}
     return validate(SamplerConfig, found, origin="arguments")

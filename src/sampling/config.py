@@ -70,4 +70,4 @@ class SamplerConfig:
         return replace(self, guidance=1.0, guidance_interval=None) if unguided else self
 
 
-HOW = [key.name for key in dataclasses.fields(SamplerConfig)]
+SAMPLER_KEYS = [key.name for key in dataclasses.fields(SamplerConfig)]
