@@ -42,7 +42,8 @@ from src.runtime.launch import start_sampling
 from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
-from src.sampling.sampler import HOW, add_arguments, parse_steps, sampler_config
+from src.sampling.arguments import add_arguments, parse_steps, sampler_config
+from src.sampling.config import SAMPLER_KEYS
 from src.training.run import append_metrics, check_ranks
 
 
@@ -143,7 +144,7 @@ def quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, 
     settings = read_json(known[0]) if known else {}
     if any(place.glob("step_*/MANIFEST.json")):
         raise UserError(f"{place} holds the checkpoints of {place.parent}: give that, or one of them")
-    idle = given(args, defaults, "sweep", "num_samples", "seed", "classifier", *HOW)
+    idle = given(args, defaults, "sweep", "num_samples", "seed", "classifier", *SAMPLER_KEYS)
     if idle and (made or "stages" in settings):
         raise UserError(f"{idle[0]} is about drawing samples, and {args.run} draws none: leave it out")
     if args.resize and not made:
@@ -215,7 +216,7 @@ def append(args: argparse.Namespace, step: int, values: dict[str, float], out: P
 
 
 def likelihood(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, device: torch.device) -> None:
-    other = (key for key in HOW if key not in ("steps", "spacing"))
+    other = (key for key in SAMPLER_KEYS if key not in ("steps", "spacing"))
     idle = given(
         args, defaults, "sweep", "features", "inception_weights", "weights", "num_samples", "resize", "classifier", *other
     )

@@ -17,13 +17,14 @@ from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
 from src.runtime.memory import explain_out_of_memory
 from src.sampling import SamplerConfig, build_sampler
+from src.sampling.arguments import parse_alphas, parse_steps
 from src.sampling.build import dealt
 from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures
 from src.sampling.files import claim, nothing_left
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
-from src.sampling.sampler import describe, parse_alphas, parse_steps, random_labels
+from src.sampling.sampler import describe, random_labels
 
-HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
+SAMPLER_KEYS = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
 
 
 def arguments() -> argparse.Namespace:
@@ -100,7 +101,7 @@ def classes_of(opened: Opened, words: str | None, seeds: list[int], files: list[
 def main() -> None:
     args = arguments()
     seeds, files = check(args)
-    how = validate(SamplerConfig, {key: getattr(args, key) for key in HOW}, origin="arguments")
+    how = validate(SamplerConfig, {key: getattr(args, key) for key in SAMPLER_KEYS}, origin="arguments")
     state, device = start_sampling(args.device)
     rank, world, barrier = state.process_index, state.num_processes, state.wait_for_everyone
     opened = open_trained(args.run, device)

@@ -17,12 +17,14 @@ from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
 from src.runtime.memory import explain_out_of_memory
 from src.sampling import SamplerConfig, build_sampler
+from src.sampling.arguments import add_arguments, sampler_config
 from src.sampling.build import dealt
+from src.sampling.config import SAMPLER_KEYS
 from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures
 from src.sampling.files import nothing_left, write_samples
 from src.sampling.inversion import fingerprint, write_inversions
 from src.sampling.points import write_points
-from src.sampling.sampler import HOW, add_arguments, describe, random_labels, sampler_config
+from src.sampling.sampler import describe, random_labels
 from src.sampling.upscaling import open_upscaler, upscale_folder
 
 ONE_WAY = {"stop_at", "double_sampling"}  # of pictures that are drawn
@@ -86,7 +88,7 @@ def draw_points(
     run: Run, how: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace, device: torch.device
 ) -> None:
     """The pictures of a run of 2-D points."""
-    taken = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *HOW} - ONE_WAY - {"threshold"}
+    taken = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *SAMPLER_KEYS} - ONE_WAY - {"threshold"}
     idle = [key for key, value in vars(args).items() if key not in taken and value != getattr(defaults, key)]
     if idle:
         raise UserError(f"--{idle[0].replace('_', '-')} is about pictures, and {args.run} is a run of 2-D points; leave it out")
@@ -106,7 +108,7 @@ def draw_points(
 
 def invert(opened: Opened, how: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     """Pictures back to their source, and forth again."""
-    taken = {"run", "invert", "out", "classes", "batch_size", "device", *HOW} - ONE_WAY
+    taken = {"run", "invert", "out", "classes", "batch_size", "device", *SAMPLER_KEYS} - ONE_WAY
     idle = [key for key, value in vars(args).items() if key not in taken and value != getattr(defaults, key)]
     if idle:
         raise UserError(f"--{idle[0].replace('_', '-')} is about drawing new pictures, and --invert draws none; leave it out")
@@ -187,7 +189,7 @@ def main() -> None:
 
     out = args.out
     if out is None:
-        how_told = {key: getattr(args, key) for key in HOW}
+        how_told = {key: getattr(args, key) for key in SAMPLER_KEYS}
         tag = hashed(opened.digest, args.num_samples, args.batch_size, labels, how_told, told)
         out = f"samples/{opened.folder}/{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     with (

@@ -19,7 +19,7 @@ from src.evaluation.quality import Compared, flag, labels_like
 from src.runs.starts import SourceSampler
 from src.runtime.checkpoint import spared_steps
 from src.runtime.examples import Examples
-from src.sampling.sampler import SamplerConfig
+from src.sampling.config import SamplerConfig
 from src.training.session import Session
 from tests.conftest import SMOKE, here, launch, metrics, one_line, refused, run_here
 from tests.kills import settings

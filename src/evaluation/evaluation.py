@@ -34,8 +34,9 @@ from ..runs.starts import SourceSampler
 from ..runtime.failures import warn_on_failure
 from ..runtime.stream import to_network
 from ..sampling.build import build_sampler
+from ..sampling.config import SamplerConfig
 from ..sampling.edit import files_of
-from ..sampling.sampler import Sampler, SamplerConfig, describe
+from ..sampling.sampler import Sampler, describe
 from ..storage.blocks import Ranks, in_blocks
 from ..storage.files import as_json, write_whole
 from ..storage.finite import is_finite

@@ -3,6 +3,7 @@
 from ..runs.opened import Opened, open_trained
 from ..runtime.seeds import noise_of
 from .build import build_sampler
-from .sampler import Sampler, SamplerConfig
+from .config import SamplerConfig
+from .sampler import Sampler
 
 __all__ = ["Opened", "Sampler", "SamplerConfig", "build_sampler", "noise_of", "open_trained"]

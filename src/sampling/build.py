@@ -12,7 +12,8 @@ from ..runs.autoencoder import LatentCodec
 from ..runs.classifier import OpenedClassifier
 from ..runs.opened import Opened, Run
 from ..runs.starts import Bound, Start
-from .sampler import Sampler, SamplerConfig
+from .config import SamplerConfig
+from .sampler import Sampler
 
 
 def dealt(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:

@@ -20,9 +20,10 @@ from ..runs.opened import Opened, open_trained
 from ..runtime.failures import explain_failure
 from ..runtime.launch import start_sampling
 from ..runtime.memory import explain_out_of_memory
+from .arguments import add_arguments, sampler_config
 from .build import build_sampler, dealt
 from .files import Frames, columns_for
-from .sampler import Sampler, add_arguments, sampler_config
+from .sampler import Sampler
 
 SHOWN = 16  # samples in the frames
 

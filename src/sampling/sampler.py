@@ -1,20 +1,15 @@
 """One sampler for previews, sample.py and everything else that draws pictures."""
 
-import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pydantic
 import torch
 from torch import Tensor, nn
 
-from ..config import NameIn, UserError, config, config_error, dump, validate
+from ..config import UserError, dump
 from ..diffusion import (
     SOLVERS,
-    SPACINGS,
     BlendSchedule,
     Denoiser,
     Prediction,
@@ -34,114 +29,13 @@ from ..diffusion import (
     within,
 )
 from ..diffusion.guidance import Gradient
-from ..diffusion.schedules import Spacing, like
+from ..diffusion.schedules import like
 from ..diffusion.solvers import Callback
 from ..diffusion.variance import Transitions
 from ..runs.starts import Bound, Start
 from ..runtime.seeds import noise_of
 from ..storage.finite import is_finite
-
-
-@config
-class SamplerConfig:
-    """How pictures are drawn: the solver, its steps (or counts for equal sections) and their spacing, DDIM's eta, and guidance.
-
-    `guidance` is the scale of classifier-free guidance (1 is none), or of the gradient of a classifier (0 is none);
-    `guidance_interval` holds it to noise levels sigma / alpha between two. `threshold` is the quantile of dynamic
-    thresholding. `stop_at` ends after so many steps, with the estimate of x_0; `double_sampling` noises the finished picture
-    again to where so many steps are done, and denoises it once more. `alphas`, from 0 to 1, are the steps themselves, on the
-    blend: then `steps` and `spacing` say nothing.
-    """
-
-    solver: Annotated[str, NameIn(SOLVERS)] = "ddim"
-    steps: int | tuple[int, ...] = 50
-    alphas: tuple[float, ...] | None = None
-    spacing: Spacing = "even"
-    eta: float = pydantic.Field(0.0, ge=0)
-    guidance: float = 1.0
-    guidance_method: Literal["classifier_free", "classifier"] = "classifier_free"
-    guidance_interval: tuple[float, float] | None = None
-    threshold: float | None = pydantic.Field(None, gt=0, le=1)
-    stop_at: int | None = pydantic.Field(None, ge=1)
-    double_sampling: int | None = pydantic.Field(None, ge=0)
-
-    @pydantic.model_validator(mode="after")
-    def _used(self) -> "SamplerConfig":
-        steps = self.steps if isinstance(self.steps, int) else sum(self.steps)
-        if self.alphas is not None:
-            steps = len(self.alphas) - 1
-            outside = [alpha for alpha in self.alphas if not 0 <= alpha <= 1]
-            if outside:
-                raise config_error(f"alphas: {outside[0]:g} lies outside [0, 1]; alpha goes from 0, the source, to 1, the data")
-            rising = all(before < after for before, after in zip(self.alphas, self.alphas[1:], strict=False))
-            if not rising or len(self.alphas) < 2 or (self.alphas[0], self.alphas[-1]) != (0, 1):
-                raise config_error("alphas: give them rising from 0 to 1, such as 0,0.3,0.6,0.8,1")
-        if self.eta and not SOLVERS[self.solver].takes("eta"):
-            those = " and ".join(name for name, solver in SOLVERS.items() if solver.takes("eta"))
-            raise config_error(f"eta belongs to the solver {those}, not to {self.solver}")
-        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
-            raise config_error("guidance_interval: give two noise levels sigma / alpha, the lower one first, such as [0.3, 3]")
-        if self.guidance_interval is not None and not self.guided:
-            raise config_error("guidance_interval: there is no guidance to hold to it; give a guidance scale")
-        if self.stop_at is not None and self.stop_at >= steps:
-            raise config_error(f"stop_at: {self.stop_at} of {steps} steps leaves none out; give less")
-        if self.double_sampling is not None and self.double_sampling >= steps:
-            raise config_error(
-                f"double_sampling: after {self.double_sampling} of {steps} steps there is none to do again; give less"
-            )
-        if self.stop_at is not None and self.double_sampling is not None:
-            raise config_error("stop_at and double_sampling do not go together; leave one out")
-        return self
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance != (1 if self.guidance_method == "classifier_free" else 0)
-
-    def without_guidance(self, unguided: bool = True) -> "SamplerConfig":
-        return replace(self, guidance=1.0, guidance_interval=None) if unguided else self
-
-
-HOW = [key.name for key in dataclasses.fields(SamplerConfig)]
-
-
-def parse_alphas(text: str) -> list[float]:
-    """0,0.3,0.7,1. A ValueError where it is no list of numbers."""
-    return [float(part) for part in text.split(",")]
-
-
-def parse_steps(text: str) -> int | list[int]:
-    """50, or counts for equal sections of the table, the cleanest first: 100,50,25."""
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--steps {text}: give a number, or counts for equal sections, such as 100,50,25") from None
-    return counts[0] if len(counts) == 1 else counts
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A script's arguments for how pictures are drawn."""
-    solver = parser.add_argument_group("solver")
-    solver.add_argument("--solver", choices=SOLVERS, default="ddim")
-    solver.add_argument("--steps", default="50", help="how many, or counts for equal sections: 100,50,25 (default 50)")
-    solver.add_argument("--alphas", type=parse_alphas, metavar="A,B,..", help="of the blend: each step's alpha, from 0 to 1")
-    solver.add_argument("--spacing", choices=SPACINGS, default="even")
-    solver.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as ancestral sampling")
-    solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")
-    solver.add_argument("--stop-at", type=int, metavar="S", help="end after S steps, with the estimate of x_0")
-    solver.add_argument("--double-sampling", type=int, metavar="S", help="noise again to step S, and denoise once more")
-    guidance = parser.add_argument_group("guidance")
-    guidance.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is none of classifier_free, 0 of a classifier")
-    guidance.add_argument("--guidance-method", choices=("classifier_free", "classifier"), default="classifier_free")
-    guidance.add_argument("--classifier", metavar="RUN", help="a run of train_classifier.py, or an imported classifier")
-    guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
-
-
-def sampler_config(args: argparse.Namespace) -> SamplerConfig:
-    """What those arguments say."""
-    if args.classifier is not None and args.guidance_method != "classifier":
-        raise UserError("--classifier guides only with --guidance-method classifier")
-    found = {name: getattr(args, name) for name in HOW} | {"steps": parse_steps(args.steps)}
-    return validate(SamplerConfig, found, origin="arguments")
+from .config import SamplerConfig
 
 
 class Codec(Protocol):

@@ -27,7 +27,8 @@ from ..runtime.examples import Examples
 from ..runtime.processes import ranks_of
 from ..runtime.stream import BatchPlan, MicroBatch, Order, positions_of
 from ..sampling.build import build_sampler
-from ..sampling.sampler import SamplerConfig, random_labels
+from ..sampling.config import SamplerConfig
+from ..sampling.sampler import random_labels
 from ..storage.blocks import Block
 from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
 from ..storage.files import write_whole

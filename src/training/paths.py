@@ -13,7 +13,8 @@ from .. import figures
 from ..diffusion import Prediction
 from ..runtime.examples import Examples
 from ..runtime.seeds import generator
-from ..sampling.sampler import Sampler, SamplerConfig
+from ..sampling.config import SamplerConfig
+from ..sampling.sampler import Sampler
 from .config import PathPreviewConfig
 from .inputs import Coupling
 from .preview import held_out_loss, looked_at, preview_failed, warn_not_finite

@@ -1,0 +1,73 @@
+"""How images are drawn: the keys of a sampler in configs and on the command line."""
+
+import dataclasses
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import pydantic
+
+from ..config import NameIn, config, config_error
+from ..diffusion import SOLVERS
+from ..diffusion.schedules import Spacing
+
+
+@config
+class SamplerConfig:
+    """How pictures are drawn: the solver, its steps (or counts for equal sections) and their spacing, DDIM's eta, and guidance.
+
+    `guidance` is the scale of classifier-free guidance (1 is none), or of the gradient of a classifier (0 is none);
+    `guidance_interval` holds it to noise levels sigma / alpha between two. `threshold` is the quantile of dynamic
+    thresholding. `stop_at` ends after so many steps, with the estimate of x_0; `double_sampling` noises the finished picture
+    again to where so many steps are done, and denoises it once more. `alphas`, from 0 to 1, are the steps themselves, on the
+    blend: then `steps` and `spacing` say nothing.
+    """
+
+    solver: Annotated[str, NameIn(SOLVERS)] = "ddim"
+    steps: int | tuple[int, ...] = 50
+    alphas: tuple[float, ...] | None = None
+    spacing: Spacing = "even"
+    eta: float = pydantic.Field(0.0, ge=0)
+    guidance: float = 1.0
+    guidance_method: Literal["classifier_free", "classifier"] = "classifier_free"
+    guidance_interval: tuple[float, float] | None = None
+    threshold: float | None = pydantic.Field(None, gt=0, le=1)
+    stop_at: int | None = pydantic.Field(None, ge=1)
+    double_sampling: int | None = pydantic.Field(None, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> "SamplerConfig":
+        steps = self.steps if isinstance(self.steps, int) else sum(self.steps)
+        if self.alphas is not None:
+            steps = len(self.alphas) - 1
+            outside = [alpha for alpha in self.alphas if not 0 <= alpha <= 1]
+            if outside:
+                raise config_error(f"alphas: {outside[0]:g} lies outside [0, 1]; alpha goes from 0, the source, to 1, the data")
+            rising = all(before < after for before, after in zip(self.alphas, self.alphas[1:], strict=False))
+            if not rising or len(self.alphas) < 2 or (self.alphas[0], self.alphas[-1]) != (0, 1):
+                raise config_error("alphas: give them rising from 0 to 1, such as 0,0.3,0.6,0.8,1")
+        if self.eta and not SOLVERS[self.solver].takes("eta"):
+            those = " and ".join(name for name, solver in SOLVERS.items() if solver.takes("eta"))
+            raise config_error(f"eta belongs to the solver {those}, not to {self.solver}")
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise config_error("guidance_interval: give two noise levels sigma / alpha, the lower one first, such as [0.3, 3]")
+        if self.guidance_interval is not None and not self.guided:
+            raise config_error("guidance_interval: there is no guidance to hold to it; give a guidance scale")
+        if self.stop_at is not None and self.stop_at >= steps:
+            raise config_error(f"stop_at: {self.stop_at} of {steps} steps leaves none out; give less")
+        if self.double_sampling is not None and self.double_sampling >= steps:
+            raise config_error(
+                f"double_sampling: after {self.double_sampling} of {steps} steps there is none to do again; give less"
+            )
+        if self.stop_at is not None and self.double_sampling is not None:
+            raise config_error("stop_at and double_sampling do not go together; leave one out")
+        return self
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance != (1 if self.guidance_method == "classifier_free" else 0)
+
+    def without_guidance(self, unguided: bool = True) -> "SamplerConfig":
+        return replace(self, guidance=1.0, guidance_interval=None) if unguided else self
+
+
+SAMPLER_KEYS = [key.name for key in dataclasses.fields(SamplerConfig)]
