@@ -83,9 +83,7 @@ class _FolderReader:
         if folder not in self._image_folders:
             links = {name for name in self.subfolders(folder) if (folder / name).is_symlink()}
             places = {identity(folder / name) for name in self.subfolders(folder) if name not in links} if links else set()
-            below = [
-                name for name in self.subfolders(folder) if name not in links or identity(folder / name) not in places
-            ]
+            below = [name for name in self.subfolders(folder) if name not in links or identity(folder / name) not in places]
             names = [name for name in below if holds_images(folder / name)]
             if not names and not self.has_images(folder):
                 names = [name for name in below if holds_images(folder / name, also_unreadable=True)]
@@ -121,7 +119,8 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
             )
         if (subfolder := _next_folder(reader, folder)) is None:
             maybe_splits = [] if splits or no_splits else splits_among(names)
-            layout.notes += [f"{printable(name)!r} is read as a class; if it is a split, set data.split" for name in maybe_splits]
+            printed = map(printable, maybe_splits)
+            layout.notes += [f"{name!r} is read as a class; if it is a split, set data.split" for name in printed]
             layout.masks = set() if no_splits else _masks_of_classes(reader, folder)
             break
         _enter(reader, layout, subfolder)

@@ -38,8 +38,8 @@ _libraries: list[torch.library.Library] = []
 
 
 def efficientnet_lite0(weights: str | None, key: str) -> Any:
-    """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation) for pictures in [-1, 1], with the ImageNet weights
-    that a package brings, or those of the file `weights`. A UserError begins with `key`, who wants it."""
+    """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation) for images in [-1, 1], with the ImageNet weights
+    that a package brings, or those of the file `weights`. A UserError begins with `key`, the option that asks for it."""
     with needed(key, "efficientnet_lite_pytorch"):
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -51,6 +51,3 @@ def efficientnet_lite0(weights: str | None, key: str) -> Any:
     network: Any = EfficientNet.from_name("efficientnet-lite0")
     put_weights(network, read_weights(Path(weights), key), Path(weights), key)
     return network
-
-
-# ---------------------------------------------------------------------------------------------- the hub

@@ -95,8 +95,8 @@ class Run:
             return
         if {normal_form(name) for name in names} != {normal_form(name) for name in self.class_names}:
             raise UserError(
-                f"the data has other classes ({join_names(names)}) than {self.path} ({join_names(self.class_names)}); give class subfolders "
-                "of those names, or, where it was imported, import it with --class-names"
+                f"the data has other classes ({join_names(names)}) than {self.path} ({join_names(self.class_names)}); "
+                "give class subfolders of those names, or, where it was imported, import it with --class-names"
             )
         data.rename_classes(self.class_names)
 

@@ -249,7 +249,8 @@ class RunDirectory:
                 f"{self.path} was trained on other classes ({named}); give the data its old ones, or give another --run-dir"
             )
         if not same_latents(before.get("latents"), facts.get("latents")):
-            found = describe_differences(before.get("latents") or {}, facts.get("latents") or {}) or ["another cache, made anew"]
+            found = describe_differences(before.get("latents") or {}, facts.get("latents") or {})
+            found = found or ["another cache, made anew"]
             raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 

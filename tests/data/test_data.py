@@ -1,4 +1,4 @@
-"""Folders, odd files, scans, packing, archives: what users' pictures are really like."""
+"""Folders, odd files, scans, packing, archives: what users' images are really like."""
 
 import errno
 import io
@@ -29,7 +29,7 @@ from src.storage.archives import unpack
 MIDDLE = np.full(3, 0.5)
 
 
-def picture(path: Path, size: tuple[int, int] = (40, 30), colour: str = "red", **save: object) -> Path:
+def save_image(path: Path, size: tuple[int, int] = (40, 30), colour: str = "red", **save: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path, **save)  # pyright: ignore[reportArgumentType]
     return path
@@ -42,7 +42,7 @@ def folder_set(path: Path, **options: object) -> ImageSet:
 def classes_folder(root: Path, *names: str, each: int = 3) -> Path:
     for i, name in enumerate(names):
         for j in range(each):
-            picture(root / name / f"{j}.png", colour=["red", "green", "blue"][i % 3], size=(40 + i, 30 + j))
+            save_image(root / name / f"{j}.png", colour=["red", "green", "blue"][i % 3], size=(40 + i, 30 + j))
     return root
 
 
@@ -50,26 +50,26 @@ def classes_folder(root: Path, *names: str, each: int = 3) -> Path:
 
 
 def test_class_subfolders(tmp_path: Path) -> None:
-    found = folder_set(classes_folder(tmp_path, "b", "a"))
-    assert found.class_names == ("a", "b") and found.counts == {"a": 3, "b": 3}
-    assert found.names == ["a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"]
-    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    image_set = folder_set(classes_folder(tmp_path, "b", "a"))
+    assert image_set.class_names == ("a", "b") and image_set.counts == {"a": 3, "b": 3}
+    assert image_set.names == ["a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"]
+    assert image_set.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_layouts_as_unpacked(tmp_path: Path) -> None:
     # Kaggle's landscapes: flat, names with spaces and brackets. CelebA: a folder in a folder, tables beside it.
     landscape = tmp_path / "landscape"
     for i in range(3):
-        picture(landscape / f"0000000{i} ({i}).jpg")
+        save_image(landscape / f"0000000{i} ({i}).jpg")
     celeba = tmp_path / "celeba"
     for i in range(2):
-        picture(celeba / "img_align_celeba" / "img_align_celeba" / f"00000{i}.jpg")
+        save_image(celeba / "img_align_celeba" / "img_align_celeba" / f"00000{i}.jpg")
     (celeba / "list_attr_celeba.csv").write_text("image_id")
     wikiart = classes_folder(tmp_path / "wikiart", "High_Renaissance", "Ukiyo_e")
     assert (len(folder_set(landscape)), folder_set(landscape).class_names) == (3, ())
     assert (len(folder_set(celeba)), folder_set(celeba).class_names) == (2, ())
     assert folder_set(wikiart).class_names == ("High_Renaissance", "Ukiyo_e")
-    picture(wikiart / "cover.jpg")  # a picture beside the classes has none
+    save_image(wikiart / "cover.jpg")  # an image beside the classes has none
     assert folder_set(wikiart).counts == {"High_Renaissance": 3, "Ukiyo_e": 3, "(no class)": 1}
 
 
@@ -87,25 +87,25 @@ def test_splits_are_chosen_and_not_mistaken_for_classes(tmp_path: Path) -> None:
 def test_odd_names_and_hidden_files(tmp_path: Path) -> None:
     odd = ["with space.PNG", "-leading.JpEg", "ünï→码.png", "new\nline.png", "two.dots.jpg"]
     for name in odd:
-        picture(tmp_path / "pictures" / name)
+        save_image(tmp_path / "images" / name)
     for name in (".hidden.png", "._resource.jpg", "Thumbs.db", "notes.txt"):
-        (tmp_path / "pictures" / name).write_bytes(b"x")
-    picture(tmp_path / "pictures" / ".git" / "a.png")
-    os.symlink(tmp_path / "pictures", tmp_path / "pictures" / "loop")
-    assert sorted(folder_set(tmp_path / "pictures").names) == sorted(odd)
+        (tmp_path / "images" / name).write_bytes(b"x")
+    save_image(tmp_path / "images" / ".git" / "a.png")
+    os.symlink(tmp_path / "images", tmp_path / "images" / "loop")
+    assert sorted(folder_set(tmp_path / "images").names) == sorted(odd)
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda p: None, "does not exist; set data.path"),
-        (lambda p: p.mkdir(), "holds no pictures"),
+        (lambda p: p.mkdir(), "holds no images"),
         (lambda p: p.write_text("x"), "is a file"),
     ],
 )
-def test_folders_that_are_no_data(tmp_path: Path, make: object, said: str) -> None:
+def test_folders_that_are_no_data(tmp_path: Path, make: object, message: str) -> None:
     make(tmp_path / "data")  # pyright: ignore[reportCallIssue]
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         folder_set(tmp_path / "data")
 
 
@@ -136,11 +136,11 @@ def jpeg(size: tuple[int, int] = (64, 64)) -> bytes:
 BROKEN = {
     "truncated.jpg": (jpeg()[: len(jpeg()) // 2], "truncated"),
     "empty.png": (b"", "empty file"),
-    "text.jpg": (b"<html>not found</html>", "not a picture"),
+    "text.jpg": (b"<html>not found</html>", "not an image"),
     "bomb.png": (png(30_000, 30_000), "more pixels than max_pixels"),
     "absurd.png": (png(2**31 - 1, 2**31 - 1), "more pixels than max_pixels"),
     "ribbon.png": (png(4000, 1), "absurd shape"),
-    "eps.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture"),
+    "eps.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
 }
 
 
@@ -161,9 +161,9 @@ def test_large_honest_scans_pass_and_small_files_can_be_left_out(tmp_path: Path)
 
 def with_words(kind: str, count: int) -> bytes:
     """A PNG with so many bytes beside its pixels, which compress well."""
-    info, more = PngImagePlugin.PngInfo(), {}
+    info, options = PngImagePlugin.PngInfo(), {}
     if kind == "icc":
-        more = {"icc_profile": b"x" * count}
+        options = {"icc_profile": b"x" * count}
     elif kind == "many":
         for i in range(0, count, 900_000):
             info.add_text(str(i), "w" * 900_000, zip=True)
@@ -172,7 +172,7 @@ def with_words(kind: str, count: int) -> bytes:
     else:
         info.add_text("workflow", "w" * count, zip=kind == "zTXt")
     content = io.BytesIO()
-    Image.new("RGB", (40, 30), "red").save(content, "PNG", pnginfo=info, **more)
+    Image.new("RGB", (40, 30), "red").save(content, "PNG", pnginfo=info, **options)
     return content.getvalue()
 
 
@@ -184,10 +184,10 @@ def test_a_png_may_carry_much_more_than_its_pixels(kind: str, tmp_path: Path) ->
     assert decode(content).getpixel((5, 5)) == (255, 0, 0)
     bomb = with_words(kind, 68_000_000) if kind in ("zTXt", "icc") else None
     if bomb is not None:
-        told = "more text than 64 MB in a chunk, or 256 MB in all"
-        assert inspect(lambda: io.BytesIO(bomb), len(bomb), ScanConfig()) == told, "and yet there is a bound"
+        reason = "more text than 64 MB in a chunk, or 256 MB in all"
+        assert inspect(lambda: io.BytesIO(bomb), len(bomb), ScanConfig()) == reason, "and yet there is a bound"
     (tmp_path / "a.png").write_bytes(content)
-    picture(tmp_path / "b.png")
+    save_image(tmp_path / "b.png")
     assert len(folder_set(tmp_path)) == 2
 
 
@@ -195,38 +195,38 @@ def test_a_png_may_carry_much_more_than_its_pixels(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
 @pytest.mark.parametrize("notes", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\0\0", b"Exif\0\0"])
 def test_notes_that_cannot_be_read_turn_nothing(ending: str, notes: bytes, tmp_path: Path) -> None:
-    path = picture(tmp_path / f"a.{ending}", exif=notes)
+    path = save_image(tmp_path / f"a.{ending}", exif=notes)
     assert inspect(lambda: path, 99, ScanConfig()) is None and decode(path).size == (40, 30)
 
 
-def test_ten_thousand_damaged_pictures(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png")
+def test_ten_thousand_damaged_images(tmp_path: Path) -> None:
+    good = save_image(tmp_path / "good.png")
     contents = [content for content, _ in BROKEN.values()]
     for i in range(10_000):
         (tmp_path / f"{i:05d}.jpg").write_bytes(contents[i % len(contents)][:20_000])
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"10000 of 10001 pictures cannot be read.*The first: '00000.jpg'") as error:
+    with pytest.raises(UserError, match=r"10000 of 10001 images cannot be read.*The first: '00000.jpg'") as error:
         folder_set(tmp_path)
     assert str(error.value).count("(") == 10 and "\n" not in str(error.value)
-    found = folder_set(tmp_path, scan={"max_broken_fraction": 1.0})
+    image_set = folder_set(tmp_path, scan={"max_broken_fraction": 1.0})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found.names == [good.name] and peak < 2e8
-    report = found.parts[0].report
+    assert image_set.names == [good.name] and peak < 2e8
+    report = image_set.parts[0].report
     assert report.total == 10_001 and sum(report.reasons.values()) == 10_000 and len(report.reasons) >= 4
 
 
 def test_a_scan_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(4):
-        picture(tmp_path / f"{i}.png")
+        save_image(tmp_path / f"{i}.png")
     assert len(folder_set(tmp_path)) == 4
     looked = []
 
-    def look(source: object, size: int, spec: ScanConfig) -> str | None:
+    def recording_inspect(source: object, size: int, spec: ScanConfig) -> str | None:
         looked.append(source)
         return inspect(source, size, spec)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr("src.data.scan.inspect", look)
+    monkeypatch.setattr("src.data.scan.inspect", recording_inspect)
     assert len(folder_set(tmp_path)) == 4 and not looked
     (tmp_path / "2.png").write_bytes(b"broken now")
     with pytest.raises(UserError, match="1 of 4"):
@@ -284,7 +284,7 @@ def test_grey_cmyk_16_bits_and_animations(tmp_path: Path) -> None:
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction(tmp_path: Path) -> None:
-    picture(tmp_path / "large.jpg", size=(1600, 1200))
+    save_image(tmp_path / "large.jpg", size=(1600, 1200))
     assert decode(tmp_path / "large.jpg", at_least=64).size == (200, 150)
 
 
@@ -339,21 +339,21 @@ def test_digits_and_shapes() -> None:
     same = open_sources(ShapesSource(source="shapes", count=8, size=16))
     assert same.fingerprint == shapes.fingerprint
     assert np.array_equal(same.parts[0].load(3, channels=3), shapes.parts[0].load(3, channels=3))
-    drawn = draw_shape("circle", 32, np.random.default_rng(0))
-    assert drawn.shape == (32, 32, 3) and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 2
+    shape = draw_shape("circle", 32, np.random.default_rng(0))
+    assert shape.shape == (32, 32, 3) and len(np.unique(shape.reshape(-1, 3), axis=0)) > 2
 
 
-def test_held_out_pictures_are_a_function_of_the_name(tmp_path: Path) -> None:
+def test_held_out_images_are_a_function_of_the_name(tmp_path: Path) -> None:
     for i in range(60):
-        picture(tmp_path / "a" / f"{i}.png", size=(12, 10 + i % 3))
+        save_image(tmp_path / "a" / f"{i}.png", size=(12, 10 + i % 3))
     spec = validate(FolderSource, {"source": "folder", "path": str(tmp_path / "a")})
     train, held = open_data(spec, 0.3)
     assert held is not None and len(train) + len(held) == 60 and not set(train.names) & set(held.names)
     before = set(held.names)
     for i in range(60, 90):
-        picture(tmp_path / "a" / f"{i}.png", size=(12, 10))
+        save_image(tmp_path / "a" / f"{i}.png", size=(12, 10))
     _, later = open_data(spec, 0.3)
-    assert later is not None and before < set(later.names), "more pictures move nobody from one side to the other"
+    assert later is not None and before < set(later.names), "more images move nobody from one side to the other"
     assert open_data(spec, 0.0)[1] is None
     with pytest.raises(UserError, match="leaves one side empty"):
         open_data(validate(FolderSource, {"source": "folder", "path": str(tmp_path / "a"), "subset": 1}), 0.1)
@@ -380,11 +380,11 @@ def test_several_sources_and_subsets(tmp_path: Path) -> None:
 def test_datasets_from_disk_and_imagefolder(tmp_path: Path) -> None:
     import datasets
 
-    root = classes_folder(tmp_path / "pictures", "cat", "dog")
+    root = classes_folder(tmp_path / "images", "cat", "dog")
     by_folder = {"source": "datasets", "name": "imagefolder", "data_dir": str(root), "label_column": "label"}
-    found = open_sources(validate(DatasetsSource, by_folder))
-    assert found.counts == {"cat": 3, "dog": 3}
-    loaded = found.parts[0].load(4, channels=3)
+    image_set = open_sources(validate(DatasetsSource, by_folder))
+    assert image_set.counts == {"cat": 3, "dog": 3}
+    loaded = image_set.parts[0].load(4, channels=3)
     assert isinstance(loaded, Image.Image) and loaded.getpixel((0, 0)) == (0, 128, 0)
 
     files = sorted(str(path) for path in root.rglob("*.png"))
@@ -392,24 +392,24 @@ def test_datasets_from_disk_and_imagefolder(tmp_path: Path) -> None:
     rows = rows.cast_column("picture", datasets.Image())
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
     saved = {"source": "datasets", "name": str(tmp_path / "saved"), "image_column": "picture", "label_column": "style"}
-    found = open_sources(validate(DatasetsSource, saved))
-    assert found.counts == {"x": 3, "y": 2, "(no class)": 1}
-    for change, said in [
+    image_set = open_sources(validate(DatasetsSource, saved))
+    assert image_set.counts == {"x": 3, "y": 2, "(no class)": 1}
+    for change, message in [
         ({"label_column": "stile"}, "no label column 'stile'; it has: style, n"),
         ({"image_column": "image"}, "no image column 'image'; it has: picture"),
         ({"split": "test"}, "no split 'test'; it has: train"),
         ({"name": str(tmp_path / "absent")}, "cannot be loaded"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_sources(validate(DatasetsSource, {**saved, **change}))
 
 
-def test_a_picture_that_breaks_after_the_scan_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_image_that_breaks_after_the_scan_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i, colour in enumerate(("red", "green", "blue")):
-        picture(tmp_path / f"{i}.png", colour=colour)
-    found = folder_set(tmp_path)
+        save_image(tmp_path / f"{i}.png", colour=colour)
+    image_set = folder_set(tmp_path)
     (tmp_path / "1.png").write_bytes(b"gone")
-    batch = found.batch(np.array([0, 1]), ImageConfig(size=8), np.tile(MIDDLE, (2, 1)))
+    batch = image_set.batch(np.array([0, 1]), ImageConfig(size=8), np.tile(MIDDLE, (2, 1)))
     assert batch[1, 0, 0].tolist() == [0, 0, 255]
     assert "'1.png' can no longer be read" in capsys.readouterr().out
 
@@ -431,21 +431,21 @@ def packed_set(path: Path, split: str = "all") -> ImageSet:
     return open_sources(validate(PackedSource, {"source": "packed", "path": str(path), "split": split}))
 
 
-def test_packed_pictures_are_those_of_the_folder(tmp_path: Path) -> None:
-    root = classes_folder(tmp_path / "pictures", "a", "b")
-    found = folder_set(root)
-    assert pack(found, tmp_path / "packed", size=16, channels=3, held_out=0.5) == 6
+def test_packed_images_are_those_of_the_folder(tmp_path: Path) -> None:
+    root = classes_folder(tmp_path / "images", "a", "b")
+    image_set = folder_set(root)
+    assert pack(image_set, tmp_path / "packed", size=16, channels=3, held_out=0.5) == 6
     packed = packed_set(tmp_path / "packed")
-    assert (packed.names, packed.class_names) == (found.names, found.class_names)
-    assert packed.labels.tolist() == found.labels.tolist()
+    assert (packed.names, packed.class_names) == (image_set.names, image_set.class_names)
+    assert packed.labels.tolist() == image_set.labels.tolist()
     for i in range(6):
-        original = found.parts[0].load(i, channels=3)
+        original = image_set.parts[0].load(i, channels=3)
         assert isinstance(original, Image.Image)
         assert np.array_equal(packed.parts[0].load(i, channels=3), shorter_side(original, 16))
     train, held = packed_set(tmp_path / "packed", "train"), packed_set(tmp_path / "packed", "held_out")
-    assert sorted(train.names + held.names) == found.names and set(held.names) == set(open_data(*_spec(root), 0.5)[1].names)  # pyright: ignore
+    assert sorted(train.names + held.names) == image_set.names and set(held.names) == set(open_data(*_spec(root), 0.5)[1].names)  # pyright: ignore
     with pytest.raises(UserError, match="exists"):
-        pack(found, tmp_path / "packed", size=16, channels=3)
+        pack(image_set, tmp_path / "packed", size=16, channels=3)
     (tmp_path / "packed" / "pixels.bin").write_bytes(b"cut")
     with pytest.raises(UserError, match="cut; pack it again"):
         packed_set(tmp_path / "packed")
@@ -459,14 +459,14 @@ def _spec(root: Path) -> tuple[FolderSource]:
 
 def test_packed_squares_are_one_indexed_copy(tmp_path: Path) -> None:
     pack(open_sources(ShapesSource(source="shapes", count=8, size=16)), tmp_path / "packed", size=16, channels=3)
-    found = packed_set(tmp_path / "packed")
-    found.prepare(ImageConfig(size=16))
-    assert found.ready and found._ready is not None and isinstance(found._ready[0], np.memmap)
+    image_set = packed_set(tmp_path / "packed")
+    image_set.prepare(ImageConfig(size=16))
+    assert image_set.ready and image_set._in_memory is not None and isinstance(image_set._in_memory[0], np.memmap)
 
 
 def test_packing_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = folder_set(classes_folder(tmp_path / "pictures", "a", "b", each=5))
-    pack(found, tmp_path / "whole", size=16, channels=3)
+    image_set = folder_set(classes_folder(tmp_path / "images", "a", "b", each=5))
+    pack(image_set, tmp_path / "whole", size=16, channels=3)
     monkeypatch.setattr(packing_module, "BLOCK", 2)
     real, count = packing_module.shorter_side, []
 
@@ -478,13 +478,13 @@ def test_packing_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(packing_module, "shorter_side", dies)
     with pytest.raises(KeyboardInterrupt):
-        pack(found, tmp_path / "packed", size=16, channels=3)
+        pack(image_set, tmp_path / "packed", size=16, channels=3)
     assert not (tmp_path / "packed").exists()
     with open(tmp_path / "packed.partial" / "pixels.bin", "ab") as file:
-        file.write(b"half a picture")
+        file.write(b"half an image")
     monkeypatch.setattr(packing_module, "shorter_side", lambda image, size: (count.append(1), real(image, size))[1])
     count.clear()
-    pack(found, tmp_path / "packed", size=16, channels=3)
+    pack(image_set, tmp_path / "packed", size=16, channels=3)
     assert 0 < len(count) < 10, "what was packed before the kill was kept"
     for name in ("pixels.bin", "records.npy"):
         assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -541,12 +541,12 @@ def test_links_and_damage_are_refused(tmp_path: Path) -> None:
     whole = make_zip(tmp_path / "cut.zip", ["a.jpg", "b.jpg"]).read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "cut.tar.gz").write_bytes(make_tar(tmp_path / "b.tar.gz", tarfile.TarInfo("a.jpg")).read_bytes()[:-200])
-    for name, said in [
+    for name, message in [
         ("cut.zip", "neither"),
         ("cut.tar.gz", "cannot be unpacked|neither"),
         ("none.zip", "no such archive"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             unpack(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
@@ -554,18 +554,18 @@ def test_links_and_damage_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
 def test_a_disk_without_room_for_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Known before the first byte: of a zip to the byte, of a tar by its own size."""
-    names, drawn = [f"{i}.png" for i in range(20)], np.random.default_rng(0)
-    path, free = tmp_path / f"a.{kind}", [3_000_000]
+    names, rng = [f"{i}.png" for i in range(20)], np.random.default_rng(0)
+    path, free_bytes = tmp_path / f"a.{kind}", [3_000_000]
     with zipfile.ZipFile(path, "w") if kind == "zip" else tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as file:
         for name in names:
-            content = drawn.bytes(200_000)
+            content = rng.bytes(200_000)
             if isinstance(file, zipfile.ZipFile):
                 file.writestr(name, content)
             else:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 file.addfile(member, io.BytesIO(content))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free_bytes=free_bytes[0]))
     for each in (zipfile.ZipFile, tarfile.TarFile):
         monkeypatch.setattr(each, "extract", lambda *_, **__: pytest.fail("a byte was written"))
     with pytest.raises(UserError, match=r"a\.\S+ unpacks to (at least )?4\.\d MB and 3\.0 MB are free; make room$"):
@@ -574,7 +574,7 @@ def test_a_disk_without_room_for_an_archive(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    free[0] = 10**9
+    free_bytes[0] = 10**9
     for each in (zipfile.ZipFile, tarfile.TarFile):
         monkeypatch.setattr(each, "extract", full)
     with pytest.raises(UserError, match=r"MB\) was not unpacked: the disk is full; make room and try again$"):
@@ -583,34 +583,34 @@ def test_a_disk_without_room_for_an_archive(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_report_of_a_set_is_json(tmp_path: Path) -> None:
-    found = folder_set(classes_folder(tmp_path, "a", "b"))
-    assert json.dumps(found.counts) and len(found.fingerprint) == 64
+    image_set = folder_set(classes_folder(tmp_path, "a", "b"))
+    assert json.dumps(image_set.counts) and len(image_set.fingerprint) == 64
 
 
 def test_who_is_held_out_does_not_depend_on_what_else_the_folder_holds(tmp_path: Path) -> None:
     for i in range(40):
-        picture(tmp_path / "a" / f"{i}.png")
+        save_image(tmp_path / "a" / f"{i}.png")
     spec = validate(FolderSource, {"source": "folder", "path": str(tmp_path)})
-    alone = open_data(spec, 0.3)[1]
-    picture(tmp_path / "b" / "0.png")  # now a/ and b/ are classes
+    before = open_data(spec, 0.3)[1]
+    save_image(tmp_path / "b" / "0.png")  # now a/ and b/ are classes
     beside = open_data(spec, 0.3)[1]
-    assert alone is not None and beside is not None
-    assert set(alone.names) == {name for name in beside.names if name.startswith("a")}
+    assert before is not None and beside is not None
+    assert set(before.names) == {name for name in beside.names if name.startswith("a")}
 
 
 def test_what_cannot_be_read_now_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
-        picture(tmp_path / f"{i}.png")
+        save_image(tmp_path / f"{i}.png")
     real, denied = Image.open, [True]
 
-    def deny(source: object, **more: object) -> Image.Image:
+    def deny(source: object, **options: object) -> Image.Image:
         if denied[0] and str(source).endswith("1.png"):
             raise PermissionError(13, "Permission denied")
-        return real(source, **more)  # pyright: ignore
+        return real(source, **options)  # pyright: ignore
 
     monkeypatch.setattr(Image, "open", deny)
-    found = folder_set(tmp_path, scan={"max_broken_fraction": 0.5})
-    assert found.parts[0].report.reasons == {"cannot be read now: Permission denied": 1}
+    image_set = folder_set(tmp_path, scan={"max_broken_fraction": 0.5})
+    assert image_set.parts[0].report.reasons == {"cannot be read now: Permission denied": 1}
     denied[0] = False
     assert len(folder_set(tmp_path)) == 3
 
@@ -618,14 +618,14 @@ def test_what_cannot_be_read_now_is_looked_at_again(tmp_path: Path, monkeypatch:
 def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ATELIER_CACHE", str(tmp_path / "file" / "cache"))
-    picture(tmp_path / "data" / "0.png")
+    save_image(tmp_path / "data" / "0.png")
     assert len(folder_set(tmp_path / "data")) == 1
 
 
-def test_a_replaced_picture_is_of_the_same_class(tmp_path: Path) -> None:
-    found = folder_set(classes_folder(tmp_path, "a", "b", each=2))
+def test_a_replaced_image_is_of_the_same_class(tmp_path: Path) -> None:
+    image_set = folder_set(classes_folder(tmp_path, "a", "b", each=2))
     (tmp_path / "a" / "1.png").write_bytes(b"gone")
-    batch = found.batch(np.array([1]), ImageConfig(size=8), MIDDLE[None])
+    batch = image_set.batch(np.array([1]), ImageConfig(size=8), MIDDLE[None])
     assert batch[0, 0, 0].tolist() == [255, 0, 0], "the other red one, not the next in the list"
 
 

@@ -1,0 +1,71 @@
+"""Importing torchvision, in processes of their own: what is imported there stays there."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from src.models.pretrained import import_torchvision
+from tests.conftest import ROOT, launch
+
+FAKE = """
+import torch
+
+TIMES = getattr(torch, "times_imported", 0) + 1
+torch.times_imported = TIMES
+
+@torch.library.register_fake("torchvision::nms")
+def nms(dets, scores, iou_threshold):
+    return dets
+"""
+
+
+def python(code: str, **extra: str) -> str:
+    done = launch("-c", code, **extra)
+    assert done.status == 0, done.all
+    return done.out
+
+
+def test_after_it_torchvisions_networks_and_what_imports_torchvision_come_in() -> None:
+    out = python(
+        "from src.models.pretrained import import_torchvision\n"
+        "first = import_torchvision()\n"
+        "import torch, torchvision, torchvision.models, lpips, torchmetrics\n"
+        "assert first is torchvision and import_torchvision() is torchvision\n"
+        "with torch.device('meta'):\n"
+        "    assert len(torchvision.models.alexnet().features) == 13\n"
+        "print('done')"
+    )
+    assert out == "done\n"
+
+
+def test_a_torchvision_without_its_compiled_operators_is_imported_after_all(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("from . import part\n" + FAKE)
+    (tmp_path / "torchvision" / "part.py").write_text("import torch\nagain = getattr(torch, 'times_imported', 0) > 0\n")
+    out = python(
+        "from src.models.pretrained import import_torchvision\n"
+        "torchvision = import_torchvision()\n"
+        "assert import_torchvision() is torchvision\n"
+        "print(torchvision.TIMES, torchvision.part.again)",
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
+    )
+    assert out == "2 True\n", "imported twice, and its parts anew as well"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("operator torchaudio::load does not exist"), ImportError("No module named 'torchvision'"), OSError("nms")],
+    ids=str,
+)
+def test_an_error_about_something_else_is_passed_on(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[str] = []
+
+    def refuse(name: str) -> None:
+        requested.append(name)
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(type(error)) as caught:
+        import_torchvision()
+    assert caught.value is error and requested == ["torchvision"]
