@@ -63,9 +63,7 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--min-file-bytes", type=int, default=0, help="leave out smaller files")
         command.add_argument("--min-side", type=int, help="leave out images whose shorter side has fewer pixels")
         command.add_argument("--max-broken-fraction", type=float, default=1.0, help="stop above this share of broken files")
-    check.add_argument(
-        "--size", type=int, help="count the images that are smaller (default: the sizes at which the config trains)"
-    )
+    check.add_argument("--size", type=int, help="count smaller images (default: than the config trains at)")
     check.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     packing.add_argument("--out", required=True, help="the new folder")
@@ -75,9 +73,7 @@ def arguments() -> argparse.Namespace:
     unpacking = commands.add_parser("unpack", help="unpack a zip or tar archive, safely")
     unpacking.add_argument("archive")
     unpacking.add_argument("--out", help="the new folder (default: the archive's name without its ending)")
-    encoding = commands.add_parser(
-        "latents", help="encode images ahead of train_ldm.py; a launcher may start several processes"
-    )
+    encoding = commands.add_parser("latents", help="encode images ahead of train_ldm.py, on one process or several")
     encoding.add_argument("run", help="a run of train_vae.py, whose images are encoded, or a config .json of train_ldm.py")
     encoding.add_argument("--size", type=int, help="pixels, where the run was trained at several sizes")
     encoding.add_argument("--out", help="the cache's folder (default: in the autoencoder's run)")

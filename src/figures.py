@@ -22,19 +22,17 @@ from torch import Tensor
 
 from .config import UserError
 from .config.packages import needed
+from .data.transforms import Pixels, to_image
 
-Pixels = NDArray[np.uint8]
+LINE = 14  # pixels from one line of text to the next
+MAX_LINES = 16  # under an image: a label may be a whole paragraph
+GAP = 4  # pixels between images
 
 
 def to_uint8(images: Tensor) -> Pixels:
     """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8; values outside are cut."""
     scaled = ((images.float().cpu().nan_to_num() + 1) * 127.5).round().clamp(0, 255)
     return rearrange(scaled, "b c h w -> b h w c").numpy().astype(np.uint8)
-
-
-def to_image(pixels: Pixels) -> Image.Image:
-    """(H, W, 1 or 3) uint8 -> an image."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def zoom_for(size: int) -> int:
@@ -91,14 +89,6 @@ def wrapped(text: str, width: float) -> list[str]:
     return [*lines, line.rstrip()]
 
 
-LINE = 14  # pixels from one line of text to the next
-MOST_LINES = 16  # under an image: a label may be a whole paragraph
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."]
-
-
 def _write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str]) -> None:
     for i, line in enumerate(lines):
         draw.text((x, y + LINE * i), line, fill="black", font=lettering().font)
@@ -112,24 +102,30 @@ def grid(
     n, height, width = images.shape[:3]
     zoom = zoom if zoom is not None else zoom_for(min(height, width))
     columns = max(1, min(columns, n))
-    cell_w, cell_h, gap = width * zoom, height * zoom, 4
-    across = gap + columns * (cell_w + gap)
-    heading = wrapped(title, across - 2 * gap) if title else []
-    captions = [_shortened(wrapped(label, cell_w)) for label in labels] if labels else [[] for _ in range(n)]
+    cell_w, cell_h = width * zoom, height * zoom
+    captions = [wrapped(label, cell_w) for label in labels] if labels else [[] for _ in range(n)]
+    captions = [lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "..."] for lines in captions]
     rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
     below = [2 + LINE * max(len(captions[i]) for i in row) if labels else 0 for row in rows]
-    y = gap + (8 + LINE * len(heading) if title else 0)
-    sheet = Image.new("RGB", (across, y + sum(cell_h + caption + gap for caption in below)), "white")
-    draw = ImageDraw.Draw(sheet)
-    _write_lines(draw, gap, gap, heading)
+    sheet, draw, y = _sheet(GAP + columns * (cell_w + GAP), sum(cell_h + caption + GAP for caption in below), title)
     for row, caption in zip(rows, below, strict=True):
         for i in row:
-            x = gap + (i - row.start) * (cell_w + gap)
+            x = GAP + (i - row.start) * (cell_w + GAP)
             image = to_image(images[i]).convert("RGB")
             sheet.paste(image.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
             _write_lines(draw, x, y + cell_h, captions[i])
-        y += cell_h + caption + gap
+        y += cell_h + caption + GAP
     return sheet
+
+
+def _sheet(width: int, height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """A white sheet with the title and `height` pixels below it, what draws on it, and where those pixels begin."""
+    heading = wrapped(title, width - 2 * GAP) if title else []
+    top = GAP + (8 + LINE * len(heading) if title else 0)
+    sheet = Image.new("RGB", (width, top + height), "white")
+    draw = ImageDraw.Draw(sheet)
+    _write_lines(draw, GAP, GAP, heading)
+    return sheet, draw, top
 
 
 def in_a_row(images: Sequence[Image.Image]) -> Image.Image:
@@ -199,13 +195,9 @@ def scatter(points: NDArray[Any], *, size: int = 256, extent: float = 3.0, title
     low, high = np.array([255.0, 255.0, 255.0]), np.array([22.0, 52.0, 120.0])
     pixels = np.rint(low + shade * (high - low)).astype(np.uint8)
     image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
-    heading = wrapped(title, size) if title else []
-    header = 8 + LINE * len(heading) if title else 0
-    sheet = Image.new("RGB", (size + 8, size + header + 8), "white")
-    sheet.paste(image, (4, header + 4))
-    draw = ImageDraw.Draw(sheet)
-    draw.rectangle((3, header + 3, size + 4, header + size + 4), outline=(200, 200, 200))
-    _write_lines(draw, 4, 4, heading)
+    sheet, draw, top = _sheet(size + 2 * GAP, size + GAP, title)
+    sheet.paste(image, (GAP, top))
+    draw.rectangle((GAP - 1, top - 1, GAP + size, top + size), outline=(200, 200, 200))
     return sheet
 
 

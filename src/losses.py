@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .config import UserError, config
 from .config.packages import ask_for, needed
-from .models.pretrained import efficientnet_lite0, import_torchvision
-from .storage.downloads import fetch_weights, how_to_bring, put_weights, read_weights
+from .models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
+from .storage.downloads import put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
@@ -140,14 +140,8 @@ def _lpips(spec: PerceptualConfig) -> nn.Module:
     with needed(f"perceptual.network {spec.network!r}", "lpips"):
         import lpips
 
-    path = Path(spec.weights or cached).expanduser()
-    reason = fetch_weights(url, cached) if spec.weights is None else "perceptual.weights names no file"
-    if not path.is_file():
-        raise UserError(
-            f"perceptual.network {spec.network!r} needs ImageNet weights that are not at {path}; get them from "
-            f"{url} and put them there ({how_to_bring(url, cached)}) or name the file in perceptual.weights, or use "
-            f"efficientnet_lite0; they were not fetched: {reason}"
-        )
+    needs, otherwise = f"perceptual.network {spec.network!r} needs ImageNet weights", "or use efficientnet_lite0"
+    path = find_weights(needs, spec.weights, cached, url, option="perceptual.weights", otherwise=otherwise)
     in_file = read_weights(path, "perceptual.weights")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's own, about the way lpips calls it
@@ -183,19 +177,15 @@ class _EfficientNet(nn.Module):
 
 
 class _RandomFeatures(nn.Module):
-    """Three random convolutions, always the same: for tests, where nobody looks at an image."""
+    """The features of three random convolutions: for tests."""
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in ((3, 8), (8, 16), (16, 16)))
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        self.layers = random_convolutions()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features, x = [], images
         for layer in self.layers:
-            x = layer(x).tanh()
-            features.append(x)
+            x = layer(x)
+            features += [x] if isinstance(layer, nn.Tanh) else []
         return features

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..models.pretrained import efficientnet_lite0, import_torchvision
-from ..storage.downloads import fetch_weights, how_to_bring, hub_reason, put_weights, read_weights
+from ..models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
+from ..storage.downloads import hub_reason, put_weights, read_weights
 from ..storage.finite import check_finite
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -81,18 +81,13 @@ class Inception(Features):
 
     name = "inception"
     dim = 2048
-    comparable = "FID, KID and IS of papers, at the same number of samples and of the same reference pictures"
+    comparable = "FID, KID and IS of papers, at the same number of samples and of the same reference images"
 
     def __init__(self, weights: str | None, options: FeatureOptions) -> None:
         ask_for(f"{options.features} inception", "torch_fidelity", "torchvision")
-        path = Path(weights).expanduser() if weights is not None else inception_file()
-        reason = fetch_weights(INCEPTION_URL, path) if weights is None else f"{options.inception} names no file"
-        if not path.is_file():
-            raise UserError(
-                f"{options.features} inception needs weights that are not at {path}; get them from {INCEPTION_URL} and put "
-                f"them there ({how_to_bring(INCEPTION_URL, inception_file())}), or name the file with {options.inception}; "
-                f"{options.features} efficientnet_lite0 works without; they were not fetched: {reason}"
-            )
+        otherwise = f"{options.features} efficientnet_lite0 works without"
+        needs, option = f"{options.features} inception needs weights", options.inception
+        path = find_weights(needs, weights, inception_file(), INCEPTION_URL, option=option, otherwise=otherwise)
         import_torchvision()
         with needed(f"{options.features} inception", "torch_fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -186,15 +181,7 @@ class RandomFeatures(Features):
     comparable = "nothing: these features are random, for tests"
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        layers: list[nn.Module] = []
-        for a, b in ((3, 8), (8, 16), (16, 16)):
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.Tanh()]
-        network = nn.Sequential(*layers)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        super().__init__(network)
+        super().__init__(random_convolutions())
 
     def extract(self, pixels: Tensor) -> Tensor:
         return self.network(pixels.float() / 127.5 - 1).mean((2, 3))

@@ -32,8 +32,7 @@ def folder(path: Path, **scan: Any) -> ImageSet:
 
 def test_sides_are_known_and_remembered(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert folder(photos).sides.tolist() == [list(side) for side in SIDES]
-    monkeypatch.setattr("src.data.scan.inspect", lambda *_: pytest.fail("a file is looked at again"))
-    monkeypatch.setattr("src.data.scan.measure", lambda *_: pytest.fail("a file is measured again"))
+    monkeypatch.setattr("src.data.scan.examine", lambda *_: pytest.fail("a file is read again"))
     assert folder(photos).sides.tolist() == [list(side) for side in SIDES]
     few = folder(photos, min_side=64, max_broken_fraction=0.0)
     assert few.names == ["1.png", "2.png", "4.png"] and few.sides.min() == 64
@@ -53,12 +52,17 @@ def test_a_memory_without_sides_is_not_believed(photos: Path, tmp_path: Path, mo
 def test_another_reader_looks_again_at_what_could_not_be_read(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "odd.png").write_bytes(b"of a format to come")
     assert folder(photos, max_broken_fraction=1.0).parts[0].report.reasons == {"not an image": 1}
-    looked: list[int] = []
-    monkeypatch.setattr("src.data.scan.inspect", lambda source, size, spec: looked.append(size))
-    assert len(folder(photos, max_broken_fraction=1.0)) == 5 and not looked
+    sizes: list[int] = []
+
+    def recording_examine(_source: object, size: int, _spec: object) -> str:
+        sizes.append(size)
+        return "broken"
+
+    monkeypatch.setattr("src.data.scan.examine", recording_examine)
+    assert len(folder(photos, max_broken_fraction=1.0)) == 5 and not sizes
     monkeypatch.setattr("src.data.scan.reader", lambda: "a later Pillow")
     folder(photos, max_broken_fraction=1.0)
-    assert looked == [19]
+    assert sizes == [19]
 
 
 def test_rows_of_datasets_have_sides_too(photos: Path, tmp_path: Path) -> None:

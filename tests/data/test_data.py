@@ -21,7 +21,7 @@ from src.config import UserError, validate
 from src.data import ImageConfig, ImageSet, open_data, open_sources
 from src.data import packing as packing_module
 from src.data.packing import pack
-from src.data.scan import ScanConfig, cache_folder, inspect
+from src.data.scan import Measured, ScanConfig, cache_folder, examine
 from src.data.sources import SHAPES, DatasetsSource, DigitsSource, FolderSource, PackedSource, ShapesSource, draw_shape
 from src.data.transforms import decode, position_uniforms, shorter_side, square
 from src.storage.archives import unpack
@@ -149,14 +149,14 @@ def test_each_kind_of_damage_has_its_reason(tmp_path: Path, name: str) -> None:
     content, reason = BROKEN[name]
     path = tmp_path / name
     path.write_bytes(content)
-    assert inspect(lambda: path, len(content), ScanConfig()) == reason
+    assert examine(lambda: path, len(content), ScanConfig()) == reason
 
 
 def test_large_honest_scans_pass_and_small_files_can_be_left_out(tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(png(12_000, 10_000))
-    assert inspect(lambda: large, large.stat().st_size, ScanConfig()) is None
-    assert inspect(lambda: large, 4999, ScanConfig(min_file_bytes=5000)) == "smaller than min_file_bytes"
+    assert isinstance(examine(lambda: large, large.stat().st_size, ScanConfig()), Measured)
+    assert examine(lambda: large, 4999, ScanConfig(min_file_bytes=5000)) == "smaller than min_file_bytes"
 
 
 def with_words(kind: str, count: int) -> bytes:
@@ -180,12 +180,12 @@ def with_words(kind: str, count: int) -> bytes:
 def test_a_png_may_carry_much_more_than_its_pixels(kind: str, tmp_path: Path) -> None:
     """The workflow of a generator, or a profile of a printer: Pillow by itself takes a megabyte."""
     content = with_words(kind, 3_000_000)
-    assert inspect(lambda: io.BytesIO(content), len(content), ScanConfig()) is None
+    assert isinstance(examine(lambda: io.BytesIO(content), len(content), ScanConfig()), Measured)
     assert decode(content).getpixel((5, 5)) == (255, 0, 0)
     bomb = with_words(kind, 68_000_000) if kind in ("zTXt", "icc") else None
     if bomb is not None:
         reason = "more text than 64 MB in a chunk, or 256 MB in all"
-        assert inspect(lambda: io.BytesIO(bomb), len(bomb), ScanConfig()) == reason, "and yet there is a bound"
+        assert examine(lambda: io.BytesIO(bomb), len(bomb), ScanConfig()) == reason, "and yet there is a bound"
     (tmp_path / "a.png").write_bytes(content)
     save_image(tmp_path / "b.png")
     assert len(folder_set(tmp_path)) == 2
@@ -196,7 +196,7 @@ def test_a_png_may_carry_much_more_than_its_pixels(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("notes", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\0\0", b"Exif\0\0"])
 def test_notes_that_cannot_be_read_turn_nothing(ending: str, notes: bytes, tmp_path: Path) -> None:
     path = save_image(tmp_path / f"a.{ending}", exif=notes)
-    assert inspect(lambda: path, 99, ScanConfig()) is None and decode(path).size == (40, 30)
+    assert isinstance(examine(lambda: path, 99, ScanConfig()), Measured) and decode(path).size == (40, 30)
 
 
 def test_ten_thousand_damaged_images(tmp_path: Path) -> None:
@@ -222,11 +222,11 @@ def test_a_scan_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch
     assert len(folder_set(tmp_path)) == 4
     looked = []
 
-    def recording_inspect(source: object, size: int, spec: ScanConfig) -> str | None:
+    def recording_examine(source: object, size: int, spec: ScanConfig) -> Measured | str:
         looked.append(source)
-        return inspect(source, size, spec)  # pyright: ignore[reportArgumentType]
+        return examine(source, size, spec)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr("src.data.scan.inspect", recording_inspect)
+    monkeypatch.setattr("src.data.scan.examine", recording_examine)
     assert len(folder_set(tmp_path)) == 4 and not looked
     (tmp_path / "2.png").write_bytes(b"broken now")
     with pytest.raises(UserError, match="1 of 4"):

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError, features
 
 from src.config import UserError, validate
 from src.data import ImageConfig, ImageSet, formats, open_sources
-from src.data.scan import ScanConfig, inspect
+from src.data.scan import ScanConfig, examine
 from src.data.sources import DatasetsSource, FolderSource
 from src.data.transforms import decode
 from src.sampling.edit import files_of
@@ -94,7 +94,7 @@ def test_no_other_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / name).write_bytes(eps.getvalue())
         with pytest.raises(UnidentifiedImageError):
             decode(tmp_path / name)
-    assert inspect(lambda: tmp_path / "a.png", 100, ScanConfig()) == "not an image"
+    assert examine(lambda: tmp_path / "a.png", 100, ScanConfig()) == "not an image"
 
 
 def test_what_has_no_signature_goes_by_its_ending(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_has_no_signature_goes_by_its_ending(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content("TGA"))
     (tmp_path / "b.tga").write_bytes(content("PNG"))
     assert decode(tmp_path / "a.tga").size == decode(tmp_path / "b.tga").size == SIDE
-    assert inspect(lambda: tmp_path / "a.png", 100, ScanConfig()) == "not an image"
+    assert examine(lambda: tmp_path / "a.png", 100, ScanConfig()) == "not an image"
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be read
@@ -311,7 +311,7 @@ def test_labels_that_are_missing_are_no_class(tmp_path: Path) -> None:
 def test_images_under_another_ending_are_named(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
     for source in (lambda: tmp_path / "a.jpg", lambda: io.BytesIO(content)):
-        assert str(inspect(source, len(content), ScanConfig())).startswith(reason)
+        assert str(examine(source, len(content), ScanConfig())).startswith(reason)
 
 
 @pytest.mark.parametrize(
