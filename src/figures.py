@@ -344,11 +344,12 @@ def _argument(path: Path) -> str:
 def gif_command(pattern: str, out: str, *, fps: int, program: str = "ffmpeg") -> list[str]:
     """The ffmpeg command that makes a GIF of numbered frames, with a palette of its own."""
     palette = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=bayer"
-    return [program, "-y", "-loglevel", "error", *_input(pattern, fps), "-lavfi", palette, out]
+    return [*_input(program, pattern, fps), "-lavfi", palette, out]
 
 
-def _input(pattern: str, fps: int) -> list[str]:
-    return ["-framerate", str(fps), "-pattern_type", "sequence", "-start_number", "0", "-i", pattern]
+def _input(program: str, pattern: str, fps: int) -> list[str]:
+    quiet, numbers = ["-y", "-loglevel", "error"], ["-pattern_type", "sequence", "-start_number", "0"]
+    return [program, *quiet, "-framerate", str(fps), *numbers, "-i", pattern]
 
 
 def gif(frames: Sequence[Path], pattern: Path, out: Path, *, fps: int) -> str:
@@ -378,8 +379,8 @@ def mp4_command(pattern: str, out: str, *, fps: int, program: str = "ffmpeg") ->
     even = "scale=ceil(iw/2)*2:ceil(ih/2)*2:flags=neighbor,format=gbrp"
     marks = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
     filters = f"{even},scale=flags=area:out_color_matrix=bt709:out_range=tv,format=yuv420p,{marks}"
-    start = [program, "-y", "-loglevel", "error", *_input(pattern, fps)]
-    return [*start, "-vf", filters, "-c:v", "libx264", "-crf", "18", "-preset", "slow", "-movflags", "+faststart", out]
+    encoding = ["-vf", filters, "-c:v", "libx264", "-crf", "18", "-preset", "slow", "-movflags", "+faststart"]
+    return [*_input(program, pattern, fps), *encoding, out]
 
 
 def mp4(pattern: Path, out: Path, *, fps: int, programs: Sequence[str] | None = None) -> str:

@@ -60,9 +60,6 @@ def discriminator_accuracy(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * ((real > 0).float() + (fake < 0).float()).flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------- perceptual
-
-
 @config
 class PerceptualConfig:
     """LPIPS on `vgg`, `alex` or `squeeze`, whose ImageNet weights are in torch's cache, into which they are fetched once where

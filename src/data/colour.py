@@ -86,9 +86,6 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return converted
 
 
-# ---------------------------------------------------------------------------------------------- deep grey
-
-
 def note_range(image: Any) -> None:
     """Keep what an opened, not yet loaded file of 16-bit grey states about its range in `info`."""
     if not image.mode.startswith("I"):

@@ -22,6 +22,7 @@ from PIL import UnidentifiedImageError
 
 from ..config import UserError, config
 from ..config.progress import Progress
+from ..storage.files import write_whole
 from ..storage.locks import take_lock
 from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
 from .formats import describe_content, endings, open_image
@@ -173,14 +174,9 @@ def _remembered(key: str):
             facts = known if isinstance(known, dict) else {}
 
         def save() -> None:
-            staged = path.with_suffix(".part")
-            try:
-                lasting = {name: fact for name, fact in facts.items() if not str(fact[2]).startswith(FOR_NOW)}
-                staged.write_text(json.dumps(lasting))
-                staged.replace(path)
-            except OSError:
-                with suppress(OSError):
-                    staged.unlink(missing_ok=True)
+            lasting = {name: fact for name, fact in facts.items() if not str(fact[2]).startswith(FOR_NOW)}
+            with suppress(OSError):
+                write_whole(path, json.dumps(lasting).encode())
 
         yield facts, save
 
@@ -216,10 +212,8 @@ def scan(
                         bar.update()
                     save()
         known = [facts[name] for name in names]
-    reasons = [fact[2] for fact in known]
-    if spec.min_side is not None:
-        narrow = (fact[2] is None and min(fact[3], fact[4]) < spec.min_side for fact in known)
-        reasons = [TOO_NARROW if small else reason for small, reason in zip(narrow, reasons, strict=True)]
+    smallest = spec.min_side or 0
+    reasons = [TOO_NARROW if fact[2] is None and min(fact[3:5]) < smallest else fact[2] for fact in known]
     good = [i for i, reason in enumerate(reasons) if reason is None]
     report = ScanReport(
         len(names),

@@ -100,9 +100,6 @@ def inception_score(logits: Array, *, splits: int = 10) -> tuple[float, float]:
     return float(mean), float(std.nan_to_num())
 
 
-# ---------------------------------------------------------------------------------------------- neighbours
-
-
 def _points(features: Array) -> Tensor:
     return torch.from_numpy(features).double()  # so that the fast way to distances is exact to 1e-7
 
@@ -180,9 +177,6 @@ def copying(samples: Array, held_out: Array) -> Copying:
     share = max(0.01, 1 / (len(ordered) + 1))  # of new images that share is nearer than the one of M at share * (M + 1)
     threshold = np.quantile(ordered, share, method="weibull")
     return Copying(float(nearer.mean()), float((samples < threshold).mean()), share)
-
-
-# ---------------------------------------------------------------------------------------------- classes
 
 
 def fit_reader(real: Array, labels: NDArray[np.int64]) -> Callable[[Array], NDArray[np.int64]]:

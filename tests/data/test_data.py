@@ -565,7 +565,7 @@ def test_a_disk_without_room_for_an_archive(tmp_path: Path, monkeypatch: pytest.
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 file.addfile(member, io.BytesIO(content))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free_bytes=free_bytes[0]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free_bytes[0]))
     for each in (zipfile.ZipFile, tarfile.TarFile):
         monkeypatch.setattr(each, "extract", lambda *_, **__: pytest.fail("a byte was written"))
     with pytest.raises(UserError, match=r"a\.\S+ unpacks to (at least )?4\.\d MB and 3\.0 MB are free; make room$"):

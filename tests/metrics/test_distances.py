@@ -43,7 +43,7 @@ def test_frechet_is_that_of_torch_fidelity_and_of_torchmetrics_itself() -> None:
     sides = [theirs.fid_features_to_statistics(torch.from_numpy(side).double()) for side in (x, y)]
     other = theirs.fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
     assert value == pytest.approx(other, rel=1e-6)
-    metric = FrechetInceptionDistance(feature=distances._Given(12))
+    metric = FrechetInceptionDistance(feature=distances._Identity(12))
     metric.update(torch.from_numpy(x), real=False)
     metric.update(torch.from_numpy(y), real=True)
     assert value == pytest.approx(float(metric.compute()), rel=1e-5)
@@ -114,7 +114,7 @@ def test_density_and_coverage_by_brute_force() -> None:
 def test_blocks_of_rows_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = points(70), points(90, seed=1)
     whole = distances.manifold(x, y), distances.nearest(x, y, most=3)
-    monkeypatch.setattr(distances, "ROWS", 1000)
+    monkeypatch.setattr(distances, "DISTANCES_AT_A_TIME", 1000)
     parts = distances.manifold(x, y), distances.nearest(x, y, most=3)
     assert whole[0] == parts[0] and all((a == b).all() for a, b in zip(whole[1], parts[1], strict=True))
 

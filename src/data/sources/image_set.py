@@ -32,7 +32,7 @@ class ImageSet:
         pairs = zip(parts, chosen, strict=True)
         self.labels = np.concatenate([_renumbered(part.labels[c], part.class_names, self.class_names) for part, c in pairs])
         self._in_memory: tuple[Pixels, NDArray[np.int64]] | None = None
-        self._is_ready = False
+        self.ready = False  # whether, once prepared, a batch is nothing but copies, so that loader workers would only cost time
 
     def __len__(self) -> int:
         return len(self.index)
@@ -135,12 +135,7 @@ class ImageSet:
         elif uniform is not None and isinstance(self.parts[0], ArrayImages):
             centered = ImageConfig(size=spec.size, channels=spec.channels)
             self._in_memory = np.stack([square(image, centered, np.full(3, 0.5)) for image in uniform[0]]), uniform[1]
-        self._is_ready = self._in_memory is not None or all(part.is_decoded_at(spec.size) for part in self.parts)
-
-    @property
-    def ready(self) -> bool:
-        """Whether, once prepared, a batch is nothing but copies, so that loader workers would only cost time."""
-        return self._is_ready
+        self.ready = self._in_memory is not None or all(part.is_decoded_at(spec.size) for part in self.parts)
 
     def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """(B, size, size, channels) uint8 of the images `indices` (B,), cut and flipped by the random numbers `u` (B, 3)."""

@@ -93,9 +93,6 @@ def read_dataset(dataset: Any, channels: int) -> Images:
     return ArrayImages(**facts, pixels=np.stack([_to_uint8(pixels, signed=signed) for pixels in in_memory]))
 
 
-# ---------------------------------------------------------------------------------------------- items
-
-
 def item_name(i: int) -> str:
     """The name of an item: from it follows whether the item is held out."""
     return f"item/{i:08d}"
