@@ -5,7 +5,7 @@ from .fields import config, config_error, renamed_field, resumable_field
 from .json_files import parse_json, quoted, read_json, read_text
 from .lengths import ENDLESS, Length, Span, kind_of, to_steps
 from .mistakes import FORBIDDEN, FULL, UserError, run_script
-from .unions import OpenUnion
+from .unions import NameIn, OpenUnion
 from .validation import differences, dump, load, validate
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "FORBIDDEN",
     "FULL",
     "Length",
+    "NameIn",
     "OpenUnion",
     "Span",
     "UserError",

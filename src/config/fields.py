@@ -9,7 +9,6 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
-CONFIG_CLASSES: list[type] = []  # all that `config` decorated, in their order
 
 
 def resumable_field(default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
@@ -30,9 +29,7 @@ def renamed_field(old_name: str, default: Any = dataclasses.MISSING, **constrain
 def config(cls: type[T]) -> type[T]:
     """Decorator: a frozen dataclass validated by pydantic; unknown keys, wrong types and infinities are errors."""
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    decorated = pydantic_dataclass(frozen=True, kw_only=True, config=strict)(cls)
-    CONFIG_CLASSES.append(decorated)
-    return decorated  # pyright: ignore[reportReturnType]
+    return pydantic_dataclass(frozen=True, kw_only=True, config=strict)(cls)  # pyright: ignore[reportReturnType]
 
 
 def config_error(message: str) -> PydanticCustomError:

@@ -1,38 +1,76 @@
-"""Unions of configs that stay open: a class that is registered before a config is loaded is accepted there."""
+"""Fields whose values are an open list: what is registered before a config is loaded is accepted there."""
 
-from typing import Annotated, Any, Union
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, Union, get_args, get_type_hints
 
-from pydantic import Field, GetCoreSchemaHandler
-from pydantic.dataclasses import rebuild_dataclass
-from pydantic_core import CoreSchema
+from pydantic import Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag, TypeAdapter
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
-from .fields import CONFIG_CLASSES
+C = TypeVar("C", bound=type)
+
+
+class NameIn:
+    """Annotation of a field that holds a key of `known`: Annotated[str, NameIn(SOLVERS)]."""
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        self.known = known
+
+    def _check(self, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.known:
+            *first, last = (repr(name) for name in self.known)
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(first)} or {last}" if first else last})
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.known), "type": "string"}
 
 
 class OpenUnion:
-    """Annotation of a field that holds one of the registered config classes: Annotated[Protocol, OpenUnion("source")].
+    """Annotation of a field that holds one of the registered config classes: Annotated[Weighting, OpenUnion("kind")].
 
-    The field `key` of each class, a Literal of one word, says which one a JSON object is. `members` are classes, or
-    unions whose classes belong to this one too, those that are registered later included.
+    The field `key` of each class, a Literal, says which one a JSON object is; without the key it is the class that has the
+    word `default` there. `members` are classes, or unions whose classes belong to this one, too.
     """
 
-    def __init__(self, key: str, *members: "type | OpenUnion") -> None:
-        self.key, self.members = key, list(members)
-        self._is_in_use = False
+    def __init__(self, key: str, *members: "type | OpenUnion", default: str | None = None) -> None:
+        self.key, self.members, self.default = key, list(members), default
+        self._built: tuple[list[type], TypeAdapter[Any]] | None = None
 
     @property
     def classes(self) -> list[type]:
         """All classes that a field may hold."""
         return [cls for member in self.members for cls in (member.classes if isinstance(member, OpenUnion) else [member])]
 
-    def add(self, cls: type) -> None:
-        """Accept `cls` too, in configs that are declared already as well."""
+    def add(self, cls: C) -> C:
+        """Accept `cls` too, in configs that are declared already as well. A decorator."""
         self.members.append(cls)
-        if self._is_in_use:
-            for config_class in CONFIG_CLASSES:
-                rebuild_dataclass(config_class, force=True, raise_errors=False)  # pyright: ignore[reportArgumentType]
+        return cls
 
-    def __get_pydantic_core_schema__(self, _source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        for union in (self, *(member for member in self.members if isinstance(member, OpenUnion))):
-            union._is_in_use = True
-        return handler.generate_schema(Annotated[Union[tuple(self.classes)], Field(discriminator=self.key)])  # noqa: UP007
+    @property
+    def adapter(self) -> TypeAdapter[Any]:
+        """pydantic's union of the classes that are registered now."""
+        if self._built is None or self._built[0] != self.classes:
+            union: Any = Annotated[Union[tuple(self.classes)], Field(discriminator=self.key)]  # noqa: UP007
+            if self.default is not None:
+                words = [(cls, word) for cls in self.classes for word in get_args(get_type_hints(cls)[self.key])]
+                tagged = tuple(Annotated[cls, Tag(word)] for cls, word in words)
+                union = Annotated[Union[tagged], Discriminator(self._word)]  # noqa: UP007
+            self._built = (self.classes, TypeAdapter(union))
+        return self._built[1]
+
+    def _word(self, value: Any) -> str | None:
+        return value.get(self.key, self.default) if isinstance(value, dict) else self.default
+
+    def _read(self, value: Any) -> Any:
+        """One of the classes as it is, for configs made in Python; else what the JSON says."""
+        return value if isinstance(value, tuple(self.classes)) else self.adapter.validate_json(json.dumps(value))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._read)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(self.adapter.core_schema)
