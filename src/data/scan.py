@@ -24,7 +24,7 @@ from ..config import UserError, config
 from ..config.progress import Progress
 from ..storage.files import write_whole
 from ..storage.locks import take_lock
-from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
+from .colour import CONVERTED, DARK, SCALED, profile_of, read_stated_bits, stated_white
 from .formats import describe_content, endings, open_image
 from .transforms import DECODER
 
@@ -116,7 +116,7 @@ def examine(source: Callable[[], Any], size: int, spec: ScanConfig) -> Measured 
                 if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
                     return "absurd shape"
                 note = profile_of(image).note
-                note_range(image)
+                read_stated_bits(image)
                 if image.format in ("JPEG", "MPO"):
                     image.draft(None, (64, 64))  # reads the whole file, keeps little of it
                 with _one_at_a_time if width * height > _LARGE_PIXELS else nullcontext():
@@ -140,7 +140,7 @@ def _measured(image: Any, width: int, height: int, note: str) -> Measured:
     """The measures of a loaded image whose colour profile has the `note`: 16-bit grey may be scaled, or dark."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        if stated_top(image, values) is not None:
+        if stated_white(image, values) is not None:
             note = SCALED
         elif image.mode.startswith("I;16") and not note and 0 < values.max() < 4096:
             note = DARK

@@ -13,8 +13,8 @@ from ..config import UserError, config, resumable_field
 from .names import class_of, join_names, normal_form, printable
 
 Number = Annotated[int, Field(ge=0)]
-_HEAD = 1 << 16  # characters of a table that decide what parts its columns
-_SIGNS = {"comma": ",", "tab": "\t", "semicolon": ";"}
+_HEAD_CHARACTERS = 1 << 16  # characters of a table that decide what parts its columns
+_DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";"}
 
 
 @config
@@ -47,7 +47,7 @@ def _read(path: Path) -> str:
         raise UserError(f"data.labels.file {path} cannot be read: {error.strerror}") from None
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", "replace")
-    if b"\0" in content[:_HEAD]:
+    if b"\0" in content[:_HEAD_CHARACTERS]:
         kind = "an Excel file or another archive" if content[:2] == b"PK" else "no text"
         raise UserError(f"data.labels.file {path} is {kind}, not a table of text; save it as CSV (UTF-8)")
     return content.decode("utf-8-sig", "surrogateescape")  # as file names are read
@@ -58,7 +58,7 @@ def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
         lines: Iterator[list[str]] = (line.split() for line in text.splitlines())
     else:
         quoting = csv.QUOTE_NONE if delimiter == "tab" else csv.QUOTE_MINIMAL  # a tab in a title is rare, a quote is not
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_SIGNS[delimiter], quoting=quoting)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[delimiter], quoting=quoting)
         lines = ([cell.strip() for cell in row] for row in reader)
     return (row for row in lines if any(row))
 
@@ -80,9 +80,9 @@ def _parse(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], in
     """The rows, without a header, and the numbers of the columns of images (None where none is given) and of labels."""
     wanted = [column for column in (spec.image_column, spec.label_column) if column is not None]
     best: list[list[str]] = []
-    head = text if len(text) < _HEAD else text[: text.find("\n", _HEAD)]
+    head = text if len(text) < _HEAD_CHARACTERS else text[: text.find("\n", _HEAD_CHARACTERS)]
     try:
-        for delimiter in [spec.delimiter] if spec.delimiter is not None else [*_SIGNS, "space"]:
+        for delimiter in [spec.delimiter] if spec.delimiter is not None else [*_DELIMITERS, "space"]:
             rows = _table(head, delimiter)
             header = [normal_form(name) for name in rows[0]] if rows else []
             fits = all(c < len(header) if isinstance(c, int) else normal_form(c) in header for c in wanted)

@@ -23,7 +23,7 @@ from src.data import packing as packing_module
 from src.data.packing import pack
 from src.data.scan import Measured, ScanConfig, cache_folder, examine
 from src.data.sources import SHAPES, DatasetsSource, DigitsSource, FolderSource, PackedSource, ShapesSource, draw_shape
-from src.data.transforms import decode, position_uniforms, shorter_side, square
+from src.data.transforms import decode, position_uniforms, resize_shorter_side, square
 from src.storage.archives import unpack
 
 MIDDLE = np.full(3, 0.5)
@@ -441,7 +441,7 @@ def test_packed_images_are_those_of_the_folder(tmp_path: Path) -> None:
     for i in range(6):
         original = image_set.parts[0].load(i, channels=3)
         assert isinstance(original, Image.Image)
-        assert np.array_equal(packed.parts[0].load(i, channels=3), shorter_side(original, 16))
+        assert np.array_equal(packed.parts[0].load(i, channels=3), resize_shorter_side(original, 16))
     train, held = packed_set(tmp_path / "packed", "train"), packed_set(tmp_path / "packed", "held_out")
     assert sorted(train.names + held.names) == image_set.names and set(held.names) == set(open_data(*_spec(root), 0.5)[1].names)  # pyright: ignore
     with pytest.raises(UserError, match="exists"):
@@ -468,7 +468,7 @@ def test_packing_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monkey
     image_set = folder_set(classes_folder(tmp_path / "images", "a", "b", each=5))
     pack(image_set, tmp_path / "whole", size=16, channels=3)
     monkeypatch.setattr(packing_module, "BLOCK", 2)
-    real, count = packing_module.shorter_side, []
+    real, count = packing_module.resize_shorter_side, []
 
     def dies(image: Image.Image, size: int) -> np.ndarray:
         count.append(1)
@@ -476,13 +476,13 @@ def test_packing_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return real(image, size)
 
-    monkeypatch.setattr(packing_module, "shorter_side", dies)
+    monkeypatch.setattr(packing_module, "resize_shorter_side", dies)
     with pytest.raises(KeyboardInterrupt):
         pack(image_set, tmp_path / "packed", size=16, channels=3)
     assert not (tmp_path / "packed").exists()
     with open(tmp_path / "packed.partial" / "pixels.bin", "ab") as file:
         file.write(b"half an image")
-    monkeypatch.setattr(packing_module, "shorter_side", lambda image, size: (count.append(1), real(image, size))[1])
+    monkeypatch.setattr(packing_module, "resize_shorter_side", lambda image, size: (count.append(1), real(image, size))[1])
     count.clear()
     pack(image_set, tmp_path / "packed", size=16, channels=3)
     assert 0 < len(count) < 10, "what was packed before the kill was kept"
