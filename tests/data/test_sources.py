@@ -1,5 +1,6 @@
 """The registry of sources: all that are there are accepted, and one that another package adds is trained on."""
 
+import hashlib
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -7,8 +8,11 @@ import pytest
 
 from src.config import UserError, config, json_schema, validate
 from src.data import HeldOut, Sources
+from src.data.facts import describe_data, skipped_files, sources_of
 from src.data.points import POINT_SOURCES, DataEnd, SourceEnd, is_point_source
 from src.data.sources import GIVEN, SOURCES, DigitsSource, open_sources
+from src.data.sources.image_set import lowest_names
+from src.data.sources.images import digest, name_fraction, number_classes, odd_label_remarks
 from tests.conftest import ROOT, SMOKE, launch
 
 
@@ -116,3 +120,26 @@ def test_the_schema_that_is_shipped_is_todays() -> None:
     import ddpm_accelerate
 
     assert json_schema(ddpm_accelerate.Config) == (ROOT / "configs/schemas/ddpm_accelerate.json").read_text()
+
+
+def test_what_identifies_images_is_for_ever() -> None:
+    assert digest("a", b"b") == digest("a", b"b") != digest("ab")
+    assert digest("a") == "ffe9aaeaa2a2d5048174df0b80599ef0197ec024c4b051bc9860cff58ef7f9f3"
+    assert name_fraction("a.png") == pytest.approx(int(hashlib.sha256(b"a.png").hexdigest()[:16], 16) / 2**64)
+    names = [f"{i}.png" for i in range(50)]
+    assert set(lowest_names(names, 5)) < set(lowest_names(names, 9)) and list(lowest_names(names, 99)) == list(range(50))
+
+
+def test_classes_get_their_numbers_in_order() -> None:
+    labels, class_names, remarks = number_classes(["10", "9", None, "caf\u00e9", "cafe\u0301"])
+    assert class_names == ("9", "10", "cafe\u0301") and labels.tolist() == [1, 0, -1, 2, 2]
+    assert len(remarks) == 1 and "two spellings" in remarks[0]
+    assert odd_label_remarks([[1]], ("a",)) == ["the labels are lists or tables, and each different one is a class of its own"]
+    assert "the label -1" in odd_label_remarks([], ("-1", "0"))[0] and odd_label_remarks([], ("-1", "1")) == []
+
+
+def test_each_source_of_several_sets_is_described_once() -> None:
+    digits = open_sources(DigitsSource(source="digits"))
+    half = digits.only(digits.labels < 5)
+    assert sources_of(digits, half, None) == digits.parts and skipped_files(digits, half) == []
+    assert describe_data(half, digits)["held_out_images"] == 1797

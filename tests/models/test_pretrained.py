@@ -4,8 +4,10 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
-from src.models.pretrained import import_torchvision
+from src.config import UserError
+from src.models.pretrained import find_weights, import_torchvision, random_convolutions
 from tests.conftest import ROOT, launch
 
 FAKE = """
@@ -69,3 +71,21 @@ def test_an_error_about_something_else_is_passed_on(error: Exception, monkeypatc
     with pytest.raises(type(error)) as caught:
         import_torchvision()
     assert caught.value is error and requested == ["torchvision"]
+
+
+def test_weights_are_those_that_the_user_names(tmp_path: Path) -> None:
+    words = {"option": "--weights", "otherwise": "or use another"}
+    (tmp_path / "a.pth").write_bytes(b"x")
+    path = find_weights("x needs weights", str(tmp_path / "a.pth"), tmp_path / "cached.pth", "https://x/cached.pth", **words)
+    assert path == tmp_path / "a.pth"
+    message = r"^x needs weights that are not at .*b.pth; get them from https://x/cached.pth .*--weights; or use another"
+    with pytest.raises(UserError, match=message):
+        find_weights("x needs weights", str(tmp_path / "b.pth"), tmp_path / "cached.pth", "https://x/cached.pth", **words)
+
+
+def test_random_convolutions_are_always_the_same() -> None:
+    x = torch.ones(1, 3, 16, 16)
+    torch.manual_seed(1)
+    y = random_convolutions()(x)
+    torch.manual_seed(2)
+    assert y.shape == (1, 16, 2, 2) and torch.equal(random_convolutions()(x), y)
