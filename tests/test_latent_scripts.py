@@ -503,7 +503,7 @@ def test_a_latent_cache_of_something_else(vae_run: Path, tmp_path: Path) -> None
     assert train_ldm(tmp_path / "run", vae_run, latents=str(cache), steps=2).status == 0
     named = {"autoencoder": str(vae_run), "latents": str(cache)}
     said = one_line(train_ldm(tmp_path / "other", vae_run, latents=str(cache), data__count=100))
-    assert "was made of other images and other held-out images; remove it" in said
+    assert "was made of other pictures and other held-out pictures; remove it" in said
     assert "was made of another image (size" in refuse_ldm(tmp_path / "other", image__flip=False, **named)
     assert "was made of another autoencoder" in refuse_ldm(tmp_path / "other", **named | {"autoencoder": str(early)})
     said = refuse_ldm(tmp_path / "run", autoencoder=str(early), latents=str(tmp_path / "new"), steps=2)

@@ -1,4 +1,4 @@
-"""The latent cache: mean and log-variance of every image, and of its mirror image, in blocks that are whole or absent.
+"""The latent cache: mean and log-variance of every picture, and of its mirror image, in blocks that are whole or absent.
 
 A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, 1 or 2, 2, D, h, w) float32 each (mirrored or not; mean and
 log-variance), and last of all `manifest.json`: what it was made of, and the statistics of the training latents.
@@ -20,18 +20,18 @@ from torch import Tensor
 from ..config import UserError, read_json
 from ..storage.files import write_whole
 
-BLOCK = 256  # images in a file; a kill costs at most so many
+BLOCK = 256  # pictures in a file, and what a kill costs at most
 Moments = NDArray[np.float32]
 WORDS = {
     "autoencoder": "another autoencoder",
-    "pictures": "other images",
-    "held_out": "other held-out images",
+    "pictures": "other pictures",
+    "held_out": "other held-out pictures",
     "image": "another image (size, channels or flip)",
 }
 
 
-def describe_differences(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[str]:
-    """What a cache was made of, in words, that is not what `contract` says."""
+def differs(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[str]:
+    """In words, what a cache was made of that is not what `contract` says."""
     return [WORDS[key] for key in WORDS if manifest.get(key) != contract.get(key)]
 
 
@@ -56,9 +56,9 @@ def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
     return True
 
 
-def cache_sums(folder: Path, num_images: int) -> list[dict[str, Any]]:
-    """The sums of the blocks of so many training images."""
-    paths = [block_path(folder, "train", i).with_suffix(".json") for i in range(-(-num_images // BLOCK))]
+def cache_sums(folder: Path, pictures: int) -> list[dict[str, Any]]:
+    """The sums of the blocks of so many training pictures."""
+    paths = [block_path(folder, "train", i).with_suffix(".json") for i in range(-(-pictures // BLOCK))]
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -80,11 +80,11 @@ def sums_of(moments: Moments) -> dict[str, Any]:
 
 
 def write_block(folder: Path, split: str, number: int, values: NDArray[np.float32], facts: Mapping[str, Any]) -> None:
-    """Write one block and the facts of it; both are whole once the .json is there."""
+    """One block and what is known of it; both are there, whole, once the .json is."""
     path = block_path(folder, split, number)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
-    np.save(content, values)  # into memory: into a file, NumPy writes past Python and loses the reason of a failure
+    np.save(content, values)  # into memory: given a file, NumPy goes past Python and loses why it could not write
     for suffix, whole in ((".npy", content.getbuffer()), (".json", json.dumps(facts).encode())):
         write_whole(path.with_suffix(suffix), whole)
 
@@ -103,7 +103,7 @@ def statistics(sums: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def _free_memory() -> int:
-    """Bytes of memory that no process uses."""
+    """Bytes of memory that nobody uses now."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and macOS not this one
@@ -114,7 +114,7 @@ def _free_memory() -> int:
 
 @dataclass
 class LatentSet:
-    """Moments of images, in the order of their set: blocks in mapped files, or all on one device."""
+    """Moments of pictures, in the order of their set: blocks in mapped files, or all on one device."""
 
     blocks: list[Moments]
     device: torch.device
@@ -131,29 +131,29 @@ class LatentSet:
     def resident(self) -> bool:
         return self._resident is not None
 
-    def load_to_device(self, share: float = 0.3) -> None:
-        """Load all blocks to the device if they take no more than `share` of the memory that is free there."""
+    def settle(self, share: float = 0.3) -> None:
+        """Bring all of it to the device if it takes no more than `share` of the memory that is free there."""
         on_gpu = self.device.type == "cuda"
-        free_bytes = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_memory()
-        if self.bytes <= share * free_bytes:
+        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else _free_memory()
+        if self.bytes <= share * free:
             self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 
     def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
-        """(B, 2, D, h, w) float32 on the device: mean and log-variance of these images, mirrored or not."""
+        """(B, 2, D, h, w) float32 on the device: mean and log-variance of these pictures, mirrored or not."""
         if self._resident is not None:
-            rows = torch.from_numpy(indices).to(self.device, non_blocking=True)
-            sides = torch.from_numpy(mirrored.astype(np.int64)).to(self.device, non_blocking=True)
-            return self._resident[rows, sides]
+            where = torch.from_numpy(indices).to(self.device, non_blocking=True)
+            which = torch.from_numpy(mirrored.astype(np.int64)).to(self.device, non_blocking=True)
+            return self._resident[where, which]
         size = len(self.blocks[0])
         rows = np.stack([self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)])
-        moments = torch.from_numpy(rows)
-        return (moments.pin_memory() if self.device.type == "cuda" else moments).to(self.device, non_blocking=True)
+        found = torch.from_numpy(rows)
+        return (found.pin_memory() if self.device.type == "cuda" else found).to(self.device, non_blocking=True)
 
 
 def open_latents(
     folder: Path, contract: Mapping[str, Any], counts: Mapping[str, int], device: torch.device
 ) -> tuple[dict[str, Any], dict[str, LatentSet]]:
-    """A whole cache: its manifest and its sets. A UserError says what it was made of that is not what `contract` says."""
+    """A whole cache: its manifest and its sets. One made of something else than `contract` is a UserError that says of what."""
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is no latent cache (it has no manifest.json); name another, or remove it")
     try:
@@ -162,9 +162,9 @@ def open_latents(
         raise UserError(
             f"the latent cache {folder} is damaged, or its latents are not finite ({error}); remove it, and it is made again"
         ) from None
-    others = describe_differences(manifest, contract)
-    if others:
-        raise UserError(f"the latent cache {folder} was made of {' and '.join(others)}; remove it, or give another `latents`")
+    found = differs(manifest, contract)
+    if found:
+        raise UserError(f"the latent cache {folder} was made of {' and '.join(found)}; remove it, or give another `latents`")
     return manifest, {split: open_blocks(folder, split, count, device) for split, count in counts.items()}
 
 
@@ -180,6 +180,6 @@ def open_blocks(folder: Path, split: str, count: int, device: torch.device, name
 
 
 def blocks_of(count: int, rank: int, world: int) -> Iterable[tuple[int, Sequence[int]]]:
-    """(number, indices) of the blocks that this rank makes: every `world`-th one."""
+    """(number, indices) of the blocks that this rank makes, in turns."""
     for number in range(rank, -(-count // BLOCK), world):
         yield number, range(number * BLOCK, min((number + 1) * BLOCK, count))

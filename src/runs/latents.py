@@ -376,7 +376,7 @@ def latents_of(
     check_files(folder, manifest, pictures, sets, encode, **more)
     processes.wait_for_everyone()
     for latents in sets.values():
-        latents.load_to_device()
+        latents.settle()
     return Latents(autoencoder, facts, sets)
 
 

@@ -147,7 +147,7 @@ class PairEnds(Coupling):
                 )
         accelerator.wait_for_everyone()
         self._pairs = open_blocks(folder, "pairs", count, accelerator.device, "folder of pairs")
-        self._pairs.load_to_device()
+        self._pairs.settle()
         facts = [read_json(block_path(folder, "pairs", i).with_suffix(".json")) for i in range(len(self._pairs.blocks))]
         self._labels = np.array([label for block in facts for label in block["labels"]], dtype=np.int64)
 

@@ -75,18 +75,18 @@ def test_utf_8_that_is_not_marked(tmp_path: Path) -> None:
     assert names(tmp_path / "utf8") == ["café/ü.png"]
     unpack(as_bytes(tmp_path / "b.zip", "café/ü.png".encode("cp437")), tmp_path / "cp437")
     assert names(tmp_path / "cp437") == ["café/ü.png"]
-    raw, stated_name = "猫/ü.png".encode("gbk"), "猫/ü.png".encode()
-    field = struct.pack("<HHBI", 0x7075, 5 + len(stated_name), 1, zlib.crc32(raw)) + stated_name
+    raw, told = "猫/ü.png".encode("gbk"), "猫/ü.png".encode()
+    field = struct.pack("<HHBI", 0x7075, 5 + len(told), 1, zlib.crc32(raw)) + told
     unpack(as_bytes(tmp_path / "c.zip", raw, field), tmp_path / "field")
     assert names(tmp_path / "field") == ["猫/ü.png"]
-    stale = struct.pack("<HHBI", 0x7075, 5 + len(stated_name), 1, 1) + stated_name
+    stale = struct.pack("<HHBI", 0x7075, 5 + len(told), 1, 1) + told
     unpack(as_bytes(tmp_path / "d.zip", b"plain\x81.png", stale), tmp_path / "stale")
     assert names(tmp_path / "stale") == ["plainü.png"]
 
 
 def test_an_unmarked_name_that_leads_out_is_refused_however_it_is_read(tmp_path: Path) -> None:
-    stated_name = "../ü.png".encode()
-    field = struct.pack("<HHBI", 0x7075, 5 + len(stated_name), 1, zlib.crc32(b"\x81.png")) + stated_name
+    told = "../ü.png".encode()
+    field = struct.pack("<HHBI", 0x7075, 5 + len(told), 1, zlib.crc32(b"\x81.png")) + told
     with pytest.raises(UserError, match="would leave the folder"):
         unpack(as_bytes(tmp_path / "a.zip", b"\x81.png", field), tmp_path / "out")
 
@@ -106,8 +106,8 @@ def test_names_that_stand_there_twice(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.warns(UserWarning, match="Duplicate name"):
         archive = make(tmp_path / "a.zip", ("a.png", b"1"), ("a.png", b"2"), ("b.png", b"3"), ("b.png", b"3"))
     assert unpack(archive, tmp_path / "out") == 2 and (tmp_path / "out" / "a.png").read_bytes() == b"2"
-    errors = capsys.readouterr().err
-    assert "'a.png': in it more than once, with different contents: the last one was taken" in errors and "b.png" not in errors
+    told = capsys.readouterr().err
+    assert "'a.png': in it more than once, with different contents: the last one was taken" in told and "b.png" not in told
     archive = make(tmp_path / "b.zip", ("cats\\a.png", b"1"), ("cats/a.png", b"2"))
     assert unpack(archive, tmp_path / "both") == 1 and "'cats/a.png': in it more than once" in capsys.readouterr().err
 
@@ -123,7 +123,7 @@ def test_names_that_look_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_disk_that_takes_two_names_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda path, **options: real(path.with_name(path.name.lower()), **options))
+    monkeypatch.setattr(Path, "exists", lambda path, **more: real(path.with_name(path.name.lower()), **more))
     with pytest.raises(UserError, match=r"'a\.png' and 'A\.png' are one file on this disk"):
         unpack(make(tmp_path / "a.zip", ("a.png", b"1"), ("A.png", b"2")), tmp_path / "out")
 

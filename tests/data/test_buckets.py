@@ -15,8 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import google.auth
 import pytest
@@ -58,12 +57,12 @@ def write(folder: Path, contents: dict[str, bytes]) -> Path:
     return folder
 
 
-def random_bytes(size: int, seed: int = 0) -> bytes:
+def drawn(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
 def small() -> dict[str, bytes]:
-    return {"log.txt": b"step 1\n", "empty": b"", "a b/ü?#%.txt": b"x", "step_1/model": random_bytes(9000), MANIFEST: b"{}"}
+    return {"log.txt": b"step 1\n", "empty": b"", "a b/ü?#%.txt": b"x", "step_1/model": drawn(9000), MANIFEST: b"{}"}
 
 
 @pytest.fixture
@@ -85,7 +84,7 @@ def test_there_and_back_is_the_same_and_only_what_differs_moves(
     server: StorageServer, bucket: Bucket, run: Path, tmp_path: Path
 ) -> None:
     server.page = 2  # a listing of six files is three answers
-    write(run, {"step_1/large": random_bytes(LARGE)})
+    write(run, {"step_1/large": drawn(LARGE)})
     total = sum(map(len, tree(run).values()))
     assert push(bucket, run, "runs/x") == Moved(6, total, 0, 0)
     assert server.objects() == {f"mine/runs/x/{name}": content for name, content in tree(run).items()}
@@ -158,9 +157,9 @@ def test_manifests_go_last_and_not_where_a_file_failed(
     back = tmp_path / "back"
     server.faults.add("corrupt", "download .*step_1/model", times=99)
     assert "came damaged 6 times" in mistake(pull, bucket, "x", back)
-    files = tree(back)
-    assert "step_1/model" not in files and not any("anifest" in name.lower() for name in files)
-    assert not any(name.endswith(".part") for name in files)
+    found = tree(back)
+    assert "step_1/model" not in found and not any("anifest" in name.lower() for name in found)
+    assert not any(name.endswith(".part") for name in found)
     server.faults.waiting.clear()
     pull(bucket, "x", back)
     assert tree(back) == tree(run)
@@ -168,13 +167,13 @@ def test_manifests_go_last_and_not_where_a_file_failed(
 
 def test_an_old_manifest_never_promises_new_files(server: StorageServer, bucket: Bucket, run: Path) -> None:
     push(bucket, run, "x")
-    write(run, {"step_1/model": random_bytes(9000, seed=1), "log.txt": b"step 2\n"})
+    write(run, {"step_1/model": drawn(9000, seed=1), "log.txt": b"step 2\n"})
     server.faults.add(400, "upload .*step_1/model", times=99)
     assert "not taken 6 times" in mistake(push, bucket, run, "x")
     assert f"mine/x/{MANIFEST}" not in server.objects() and "mine/x/step_1/model" in server.objects()
     server.faults.waiting.clear()
     push(bucket, run, "x")
-    write(run, {"step_1/model": random_bytes(9000)})
+    write(run, {"step_1/model": drawn(9000)})
     assert push(bucket, run, "x").files == 2, "the same manifest goes anew, too"
     assert server.objects() == {f"mine/x/{name}": content for name, content in tree(run).items()}
     (run / "step_1" / "more").write_bytes(b"which no manifest promised")
@@ -187,15 +186,15 @@ def test_a_manifest_waits_where_its_folder_changes_meanwhile(
 ) -> None:
     put = Bucket.put
 
-    def put_and_change(self: Bucket, path: Path, *arguments: Any) -> None:
-        put(self, path, *arguments)
+    def put_and_change(self: Bucket, path: Path, *more: Any) -> None:
+        put(self, path, *more)
         if path.name == "log.txt":
             with open(path, "ab") as file:
                 file.write(b"step 2\n")
             if change == "removed":
                 (run / "step_1" / "model").unlink()
             else:
-                (run / "new").write_bytes(random_bytes(9000, seed=1))
+                (run / "new").write_bytes(drawn(9000, seed=1))
                 (run / "new").replace(run / "step_1" / "model")
 
     monkeypatch.setattr(Bucket, "put", put_and_change)
@@ -211,16 +210,16 @@ def test_a_manifest_waits_where_its_folder_changes_meanwhile(
 def test_a_file_that_changes_while_it_is_pushed(
     server: StorageServer, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    before, hashed, path = random_bytes(LARGE // 20), buckets._crc32c, tmp_path / "log"
+    before, hashed, path = drawn(LARGE // 20), buckets._crc32c, tmp_path / "log"
     path.write_bytes(before)
     changes = iter(range(99 if change == "never rests" else 1))
 
     def hash_and_change(file: Any, size: int) -> str:
-        checksum = hashed(file, size)
+        found = hashed(file, size)
         if (seed := next(changes, None)) is not None:
             with open(path, "ab" if change == "grows" else "wb") as log:
-                log.write(random_bytes(100 if change == "shrinks" else len(before), seed + 1))
-        return checksum
+                log.write(drawn(100 if change == "shrinks" else len(before), seed + 1))
+        return found
 
     monkeypatch.setattr(buckets, "_crc32c", hash_and_change)
     if change == "never rests":
@@ -249,7 +248,7 @@ def test_a_log_that_is_pushed_again_while_it_is_pulled(
 
 @pytest.mark.parametrize("kind", [429, 503, "cut", "corrupt", "lost"])
 def test_faults_of_a_push_are_overcome(server: StorageServer, bucket: Bucket, run: Path, kind: int | str) -> None:
-    write(run, {"step_1/large": random_bytes(LARGE)})
+    write(run, {"step_1/large": drawn(LARGE)})
     server.faults.add(kind, "(upload|start|chunk) .*(model|large|log)", times=4)
     push(bucket, run, "x")
     assert server.faults.met[kind] == 4 or (kind == "lost" and server.faults.met[kind] >= 3)
@@ -260,18 +259,18 @@ def test_faults_of_a_push_are_overcome(server: StorageServer, bucket: Bucket, ru
 def test_faults_of_a_pull_are_overcome(
     server: StorageServer, bucket: Bucket, run: Path, tmp_path: Path, kind: int | str
 ) -> None:
-    for name, content in (tree(run) | {"step_1/large": random_bytes(2_000_000)}).items():
+    for name, content in (tree(run) | {"step_1/large": drawn(2_000_000)}).items():
         server.put(f"mine/x/{name}", content)
     server.faults.add(kind, "", times=5)
     server.faults.add("cut", "download .*large", times=12)  # it goes on where it was: each try brings half of the rest
     server.faults.add("corrupt", "download .*(model|large)", times=2)
     pull(bucket, "x", tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(run) | {"step_1/large": random_bytes(2_000_000)}
+    assert tree(tmp_path / "back") == tree(run) | {"step_1/large": drawn(2_000_000)}
     assert server.faults.met["corrupt"] >= 2 and server.faults.met["cut"] >= 12
 
 
 def test_faults_by_chance(server: StorageServer, bucket: Bucket, run: Path, tmp_path: Path) -> None:
-    write(run, {f"pictures/{i}": random_bytes(3000, i) for i in range(40)})
+    write(run, {f"pictures/{i}": drawn(3000, i) for i in range(40)})
     server.faults.seed = 1
     for kind in (429, 503, "cut", "lost", "corrupt"):
         server.faults.add(kind, "", times=1000, chance=0.06)
@@ -286,8 +285,8 @@ def test_tries_end(server: StorageServer, bucket: Bucket, tmp_path: Path, kind: 
     server.faults.add(kind, "download", times=99)
     if kind == "cut":
         server.put("mine/x/a", b"1")  # half of one byte is none
-    message = mistake(pull, bucket, "x", tmp_path / "back")
-    assert "gs://bucket/mine/x/a: no answer after 6 tries" in message and "run it again later" in message
+    said = mistake(pull, bucket, "x", tmp_path / "back")
+    assert "gs://bucket/mine/x/a: no answer after 6 tries" in said and "run it again later" in said
     assert server.count("download") == 6 and not tree(tmp_path / "back")
 
 
@@ -295,8 +294,8 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setattr(buckets, "FIRST_DELAY", 0.01)
     with open_bucket("gs://bucket") as bucket:
-        message = mistake(pull, bucket, "a_folder_with_a_name_that_is_as_long_as_that_of_some_runs", tmp_path)
-        assert "no answer after 6 tries" in message and "Connection refused" in message and "Max retries" not in message
+        said = mistake(pull, bucket, "a_folder_with_a_name_that_is_as_long_as_that_of_some_runs", tmp_path)
+        assert "no answer after 6 tries" in said and "Connection refused" in said and "Max retries" not in said
 
 
 def test_somebody_elses_write_stands(server: StorageServer, bucket: Bucket, run: Path) -> None:
@@ -322,8 +321,11 @@ def test_a_disk_that_is_too_small_or_fills(
     push(bucket, run, "x")
     back = tmp_path / "back"
 
+    class Usage(NamedTuple):
+        free: int = 9000
+
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9000))
+        patch.setattr(shutil, "disk_usage", lambda path: Usage())
         server.forget()
         assert "9.0 kB are to come and 9.0 kB are free" in mistake(pull, bucket, "x", back)
         assert server.count("download") == 0 and not back.exists()
@@ -400,8 +402,8 @@ def test_buckets_and_places_that_are_none(server: StorageServer, bucket: Bucket,
             assert "there is no such bucket" in mistake(other.list, "x")
     for closed, otherwise in ((server.forbidden, "may not use it"), (server.private, "are not valid")):
         closed.add("bucket")
-        message = mistake(bucket.list, "x")
-        assert "there are no credentials" in message and "gcloud auth application-default login" in message
+        said = mistake(bucket.list, "x")
+        assert "there are no credentials" in said and "gcloud auth application-default login" in said
         bucket.anonymous = False
         assert otherwise in mistake(bucket.list, "x")
         bucket.anonymous = True
@@ -414,8 +416,8 @@ def test_a_key_file_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for name, why in (("bad", "Expecting value"), ("part", "missing fields"), ("folder", "Is a directory")):
         path = tmp_path / (f"{name}.json" if name != "folder" else name)
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
-        message = mistake(open_bucket, "gs://bucket")
-        assert why in message and str(path) in message and "('" not in message and "Error" not in message, message
+        said = mistake(open_bucket, "gs://bucket")
+        assert why in said and str(path) in said and "('" not in said and "Error" not in said, said
 
 
 def test_without_credentials_a_bucket_is_read_as_anybody_may(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,7 +492,7 @@ def test_caches_of_a_run_are_neither_moved_nor_counted(
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "said"),
     [
         ("push ../x", "leaves the project folder"),
         ("pull /x", "leaves the project folder"),
@@ -504,8 +506,8 @@ def test_caches_of_a_run_are_neither_moved_nor_counted(
         ("status runs/nope", "runs/nope is neither here nor in gs://bucket; is the name right?"),
     ],
 )
-def test_mistakes_on_the_command_line(project: Path, line: str, message: str) -> None:
-    assert message in mistake(call, line)
+def test_mistakes_on_the_command_line(project: Path, line: str, said: str) -> None:
+    assert said in mistake(call, line)
 
 
 def test_a_misspelt_command(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -601,10 +603,10 @@ def test_changes_in_what_was_unpacked_are_told(
     write(project / "datasets" / "hats", {"2.png": b"another"})
     for line in ("status", "status datasets", "push datasets --dry-run", "push datasets"):
         call(line)
-        row = (
+        told = (
             "datasets/hats was unpacked from hats.zip and has changed: push datasets leaves it out, push datasets/hats sends it"
         )
-        assert capsys.readouterr().out.splitlines().count(row) == 1
+        assert capsys.readouterr().out.splitlines().count(told) == 1
     assert set(server.objects()) == {"datasets/hats.zip"}
     call("push datasets/hats")
     assert server.objects()["datasets/hats/2.png"] == b"another"
@@ -630,18 +632,18 @@ def test_an_archive_that_leads_out_is_refused(server: StorageServer, project: Pa
 def test_a_damaged_archive_does_not_keep_back_the_others(
     server: StorageServer, project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = zipped({"1.png": random_bytes(9000)})
+    whole = zipped({"1.png": drawn(9000)})
     for name in ("cats", "emus"):
         server.put(f"datasets/{name}.zip", whole)
     server.put("datasets/ants.tar", b"nonsense")
     server.put("datasets/dogs.zip", whole[:4000] + b"?" + whole[4001:])
     assert call("bring") == 2
-    output = capsys.readouterr()
+    told = capsys.readouterr()
     anew = "; push it anew from where it is whole, or remove it, here and in the bucket"
-    lines = output.err.splitlines()
-    assert [line.split(":")[1] for line in lines] == [" datasets/ants.tar", " datasets/dogs.zip"], output
+    lines = told.err.splitlines()
+    assert [line.split(":")[1] for line in lines] == [" datasets/ants.tar", " datasets/dogs.zip"], told
     assert all(line.startswith("error: ") and line.endswith(anew) for line in lines)
-    assert "into datasets/cats\n" in output.out and "into datasets/emus\n" in output.out
+    assert "into datasets/cats\n" in told.out and "into datasets/emus\n" in told.out
     assert not list(project.glob("datasets/.*partial"))
     (project / "datasets" / "ants.tar").unlink()
     (project / "datasets" / "dogs.zip").write_bytes(whole)
@@ -663,10 +665,8 @@ def test_what_is_left_out_is_said(server: StorageServer, project: Path, capsys: 
     assert line.startswith("datasets/mine: left out: ") and " and 2 more; to move it, name its folder" in line
     assert "half.partial/" in line and ".lock" not in line.replace("yard.lock", "") and ".part," not in line
     call("status datasets/mine")
-    output = capsys.readouterr()
-    assert ["datasets/mine", "7", "0", "0", "0"] in [
-        row.split() for row in output.out.splitlines()
-    ] and "left out: " in output.err
+    told = capsys.readouterr()
+    assert ["datasets/mine", "7", "0", "0", "0"] in [row.split() for row in told.out.splitlines()] and "left out: " in told.err
     call("push datasets/mine/half.partial")
     assert "datasets/mine/half.partial/1.png" in server.objects()
     shutil.rmtree(project / "datasets")
@@ -723,7 +723,7 @@ def test_the_server_as_a_process(tmp_path: Path) -> None:
 def kill_often(server: StorageServer, tmp_path: Path, way: str, kills: int) -> None:
     """Kill a slow sync again and again: each file is whole or absent, and the run after it moves the others alone."""
     rng = random.Random(kills)
-    files = {f"runs/x/{i % 3}/{i}": random_bytes(60_000, i) for i in range(kills * 16)} | {"runs/x/0/MANIFEST.json": b"{}"}
+    files = {f"runs/x/{i % 3}/{i}": drawn(60_000, i) for i in range(kills * 16)} | {"runs/x/0/MANIFEST.json": b"{}"}
     for name, content in files.items():
         if way == "pull":
             server.put(name, content)
@@ -774,8 +774,8 @@ def test_twenty_kills(server: StorageServer, tmp_path: Path, way: str) -> None:
 def test_two_syncs_of_one_folder_at_once_wait_for_each_other(server: StorageServer, project: Path) -> None:
     """As of jobs on one disk that start together; what a killed one left is swept, what a live one writes is not."""
     for i in range(6):
-        server.put(f"datasets/{i}", random_bytes(40_000, i))
-    server.put("datasets/cats.zip", zipped({f"{i}.png": random_bytes(2000, i) for i in range(50)}))
+        server.put(f"datasets/{i}", drawn(40_000, i))
+    server.put("datasets/cats.zip", zipped({f"{i}.png": drawn(2000, i) for i in range(50)}))
     (project / "datasets").mkdir()
     host = socket.gethostname()
     left = [project / "datasets" / f".bring-{host}-{pid}-1.part" for pid in (2**22 + 1, os.getpid())]
@@ -787,10 +787,10 @@ def test_two_syncs_of_one_folder_at_once_wait_for_each_other(server: StorageServ
         subprocess.Popen(words, cwd=project, env=extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0] * 3, outputs
-    assert sorted("pull 7 files" in out for out, _ in outputs) == [False, False, True], outputs
-    assert server.count("download") == 7 and sum("unpacked 50 files" in out for out, _ in outputs) == 1
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0] * 3, said
+    assert sorted("pull 7 files" in out for out, _ in said) == [False, False, True], said
+    assert server.count("download") == 7 and sum("unpacked 50 files" in out for out, _ in said) == 1
     assert len(tree(project / "datasets" / "cats")) == 50 and [part.exists() for part in left] == [False, True]
 
 
