@@ -277,7 +277,7 @@ def test_lpips_is_zero_for_equal_images_frozen_and_takes_grey_ones(alex: Percept
     assert not any(parameter.requires_grad for parameter in alex.parameters())
 
 
-def test_a_image_too_small_for_the_network_is_a_user_error(weights: Path) -> None:
+def test_an_image_too_small_for_the_network_is_a_user_error(weights: Path) -> None:
     spec = PerceptualConfig(network="alex", weights=str(weights))
     with pytest.raises(UserError, match="'alex' cannot take images of 8 px.*efficientnet_lite0"):
         Perceptual(spec, sizes=[64, 8])

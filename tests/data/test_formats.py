@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, UnidentifiedImageError, features
 
 from src.config import UserError, validate
-from src.data import ImageConfig, ImageSet, formats, open_sources
+from src.data import ImageSet, formats, open_sources
 from src.data.scan import ScanConfig, examine
-from src.data.sources import DatasetsSource, FolderSource
+from src.data.sources import FolderSource
 from src.data.transforms import decode
 from src.sampling.edit import files_of
 from tests.conftest import here
@@ -251,50 +251,6 @@ def test_check_says_where_the_first_of_several_images_is_used(tmp_path: Path) ->
     }
     output = here("prepare_data.py", "check", tmp_path).out
     assert "2 animated files (GIF), of which the first image is used" in output
-
-
-# ---------------------------------------------------------------------------------------------- rows of `datasets`
-
-
-@pytest.mark.parametrize("least", [0, 20])
-def test_rows_without_an_image(tmp_path: Path, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    for name in ("there", "gone"):
-        Image.new("RGB", SIDE).save(tmp_path / f"{name}.png")
-    gone, there = ({"bytes": None, "path": str(tmp_path / f"{name}.png")} for name in ("gone", "there"))
-    good, empty, text = ({"bytes": cell, "path": None} for cell in (content("PNG"), b"", b"text that is no image"))
-    columns = {"image": [good, None, gone, empty, there, text], "style": ["a", "b", "b", "b", "", "b"]}
-    kinds = datasets.Features({"image": datasets.Image(), "style": datasets.Value("string")})
-    table = datasets.Dataset.from_dict(columns, features=kinds)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-    (tmp_path / "gone.png").unlink()
-    scan = {"min_file_bytes": least, "max_broken_fraction": 1.0}
-    spec = {"source": "datasets", "name": "x", "label_column": "style", "scan": scan}
-    image_set = open_sources(validate(DatasetsSource, spec))
-    assert image_set.names == ["train/00000000", "train/00000004"] and image_set.labels.tolist() == [0, -1]
-    assert dict(image_set.parts[0].report.skipped) == {
-        "train/00000001": "no image in this row",
-        "train/00000002": "cannot be read now: No such file or directory",
-        "train/00000003": "smaller than min_file_bytes" if least else "empty file",
-        "train/00000005": "not an image",
-    }
-    assert "1 images have no label in 'style' and are left without a class" in image_set.parts[0].report.remarks[0]
-    assert image_set.batch(np.array([0, 1]), ImageConfig(size=8), np.full((2, 3), 0.5)).shape == (2, 8, 8, 3)
-
-
-def test_labels_that_are_missing_are_no_class(tmp_path: Path) -> None:
-    import datasets
-
-    good = {"bytes": content("PNG"), "path": None}
-    words = {"number": datasets.Value("float32"), "caf\u00e9": datasets.Value("string")}
-    kinds = datasets.Features({"image": datasets.Image(), **words})
-    columns = {"number": [1.0, float("nan"), None, 2.0], "caf\u00e9": ["nan", "", "é", "e\u0301"]}
-    datasets.Dataset.from_dict({"image": [good] * 4, **columns}, features=kinds).save_to_disk(str(tmp_path / "rows"))
-    for column, names, labels in (("number", ("1.0", "2.0"), [0, -1, -1, 1]), ("cafe\u0301", None, [-1, -1, 0, 0])):
-        spec = {"source": "datasets", "name": str(tmp_path / "rows"), "label_column": column}
-        image_set = open_sources(validate(DatasetsSource, spec))
-        assert image_set.labels.tolist() == labels and (names is None or image_set.class_names == names)
 
 
 @pytest.mark.parametrize(

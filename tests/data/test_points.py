@@ -63,7 +63,7 @@ def test_moons_are_two_classes_and_a_spiral_turns() -> None:
     assert np.abs(turned - turned.round()).max() < 1e-3, "the angle grows with the radius"
 
 
-def test_a_image_is_dense_where_it_is_bright(tmp_path: Path) -> None:
+def test_an_image_is_dense_where_it_is_bright(tmp_path: Path) -> None:
     pixels = np.zeros((20, 40), dtype=np.uint8)
     pixels[:5, :10] = 240  # upper left, four times as bright as
     pixels[15:, 30:] = 60  # lower right

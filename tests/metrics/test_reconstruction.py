@@ -62,7 +62,7 @@ def test_a_batch_of_one_gives_one_number() -> None:
         torch.testing.assert_close(measure(reconstruction[:1], images[:1]), measure(reconstruction, images)[:1])
 
 
-def test_ssim_takes_a_image_as_small_as_its_window() -> None:
+def test_ssim_takes_an_image_as_small_as_its_window() -> None:
     values = ssim(*noisy_pair(size=SMALLEST_FOR_SSIM))
     assert bool(torch.isfinite(values).all()) and bool((values.diff() < 0).all())
 
