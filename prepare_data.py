@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check a folder of pictures, unpack an archive, pack pictures into one mapped file, or encode them ahead.
+"""Check a folder of images, unpack an archive, pack images into one mapped file, or encode them ahead of training.
 
 python prepare_data.py check datasets/landscape --min-file-bytes 5000
 python prepare_data.py unpack landscape.zip --out datasets/landscape
@@ -40,7 +40,7 @@ class DataOnly:
 
 @config
 class ToEncode(DataOnly):
-    """And the part of those two that says what to encode."""
+    """The part of the config of train_vae.py or train_ldm.py that says what to encode."""
 
     autoencoder: str
     latents: str | None = None
@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     check = commands.add_parser("check", help="what is in a folder, and what a run would leave out")
     packing = commands.add_parser("pack", help="write one mapped file that trains faster")
     for command in (check, packing):
-        command.add_argument("data", help="a folder of pictures, or a config .json whose `data` is meant")
+        command.add_argument("data", help="a folder of images, or a config .json whose `data` is meant")
         command.add_argument("--split", help="the subfolder to use where there are train/, test/ ...")
         command.add_argument("--labels", metavar="FILE", help="a table that says the class of each image, instead of folders")
         command.add_argument("--label-column", metavar="COLUMN", help="of --labels: its name, or its number from 0")
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--min-file-bytes", type=int, default=0, help="leave out smaller files")
         command.add_argument("--min-side", type=int, help="leave out images whose shorter side has fewer pixels")
         command.add_argument("--max-broken-fraction", type=float, default=1.0, help="stop above this share of broken files")
-    check.add_argument("--size", type=int, help="say how many images are smaller (default: what the config trains at)")
+    check.add_argument("--size", type=int, help="count smaller images (default: than the config trains at)")
     check.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     packing.add_argument("--out", required=True, help="the new folder")
@@ -73,28 +73,22 @@ def arguments() -> argparse.Namespace:
     unpacking = commands.add_parser("unpack", help="unpack a zip or tar archive, safely")
     unpacking.add_argument("archive")
     unpacking.add_argument("--out", help="the new folder (default: the archive's name without its ending)")
-    encoding = commands.add_parser("latents", help="encode pictures ahead of train_ldm.py; a launcher may start several")
-    encoding.add_argument("run", help="a run of train_vae.py, whose pictures are meant, or a config .json of train_ldm.py")
+    encoding = commands.add_parser("latents", help="encode images ahead of train_ldm.py, on one process or several")
+    encoding.add_argument("run", help="a run of train_vae.py, whose images are encoded, or a config .json of train_ldm.py")
     encoding.add_argument("--size", type=int, help="pixels, where the run was trained at several sizes")
     encoding.add_argument("--out", help="the cache's folder (default: in the autoencoder's run)")
-    encoding.add_argument("--batch-size", type=int, help="pictures at a time (default 16)")
+    encoding.add_argument("--batch-size", type=int, help="images at a time (default 16)")
     return parser.parse_args()
 
 
-def open_pictures(args: argparse.Namespace) -> ImageSet:
+def open_images(args: argparse.Namespace) -> ImageSet:
     if args.data.endswith(".json"):
-        for_a_folder = (
-            args.split,
-            args.labels,
-            args.label_column,
-            args.image_column,
-            args.min_file_bytes or None,
-            args.min_side,
-        )
-        if any(value is not None for value in for_a_folder) or args.max_broken_fraction != 1.0:
+        options = ("split", "labels", "label_column", "image_column", "min_side")
+        is_for_folder = any(getattr(args, option) is not None for option in options)
+        if is_for_folder or args.min_file_bytes or args.max_broken_fraction != 1.0:
             raise UserError(
                 "--split, --labels, --label-column, --image-column, --min-file-bytes, --min-side and --max-broken-fraction are "
-                "for a folder; a config's data says its own"
+                "for a folder; a config's data has its own"
             )
         raw = read_json(args.data)
         if not isinstance(raw, dict) or "data" not in raw:
@@ -106,13 +100,13 @@ def open_pictures(args: argparse.Namespace) -> ImageSet:
     if (args.labels is None) != (args.label_column is None) or (args.labels is None and args.image_column is not None):
         raise UserError("--labels FILE and --label-column COLUMN belong together; --image-column goes with them")
     if args.labels is not None:
-        named = {key: int(column) if column.isdecimal() else column for key, column in columns.items() if column is not None}
-        spec["labels"] = {"file": args.labels, **named}
+        given = {key: int(column) if column.isdecimal() else column for key, column in columns.items() if column is not None}
+        spec["labels"] = {"file": args.labels, **given}
     return open_sources(validate(FolderSource, spec, origin="arguments"))
 
 
-def sizes_asked(args: argparse.Namespace) -> dict[str, int]:
-    """What to hold the images against: --size, or all that a training config trains at."""
+def wanted_sizes(args: argparse.Namespace) -> dict[str, int]:
+    """{option or config key: pixels} of the sizes to compare the images with: --size, or all at which a config trains."""
     if args.size is not None:
         if args.size < 2:
             raise UserError("--size must be at least 2")
@@ -123,53 +117,53 @@ def sizes_asked(args: argparse.Namespace) -> dict[str, int]:
     image = raw.get("image")
     plain = image.get("size") if isinstance(image, dict) else None
     stages = [stage.get("image_size") for stage in raw.get("stages", ()) if isinstance(stage, dict)]
-    found = {"image.size": plain} if not stages or None in stages else {}
-    found |= {f"stages.{i}.image_size": size for i, size in enumerate(stages)}
-    return {key: size for key, size in found.items() if isinstance(size, int) and size > 1}
+    sizes = {"image.size": plain} if not stages or None in stages else {}
+    sizes |= {f"stages.{i}.image_size": size for i, size in enumerate(stages)}
+    return {key: size for key, size in sizes.items() if isinstance(size, int) and size > 1}
 
 
 def check(args: argparse.Namespace) -> None:
-    found, sizes = open_pictures(args), sizes_asked(args)
-    sides = found.sides.min(1)
+    images, sizes = open_images(args), wanted_sizes(args)
+    sides = images.sides.min(1)
     sides = sides[sides > 0] if (sides > 0).any() else np.zeros(1, np.int64)
-    skipped = [(name, reason) for part in found.parts for name, reason in part.report.skipped]
-    notes = sum((Counter(part.report.notes) for part in found.parts), Counter[str]())
-    remarks = [remark for part in found.parts for remark in part.report.remarks]
-    remarks += [f"{count} {kind}" for kind, count in found.sequences().items()]
-    remarks += class_remarks(found.class_names, len(found))
+    skipped = [(name, reason) for part in images.parts for name, reason in part.report.skipped]
+    notes = sum((Counter(part.report.notes) for part in images.parts), Counter[str]())
+    remarks = [remark for part in images.parts for remark in part.report.remarks]
+    remarks += [f"{count} {kind}" for kind, count in images.sequences().items()]
+    remarks += class_remarks(images.class_names, len(images))
     if args.json:
         findings = {
-            "pictures": len(found),
-            "classes": found.counts,
+            "pictures": len(images),
+            "classes": images.counts,
             "skipped": skipped,
             "notes": notes,
             "shorter_side": {"smallest": int(sides.min()), "median": int(np.median(sides)), "largest": int(sides.max())},
-            "smaller": {str(size): count_small(size, found)[0] for size in sizes.values()},
+            "smaller": {str(size): count_small(size, images)[0] for size in sizes.values()},
             "remarks": remarks,
-            "fingerprint": found.fingerprint,
+            "fingerprint": images.fingerprint,
         }
         print(json.dumps(findings, indent=1))
     else:
-        print(f"{len(found)} pictures can be trained on, {len(skipped)} files are left out")
-        for reason, count in {reason: n for part in found.parts for reason, n in part.report.reasons.items()}.items():
+        print(f"{len(images)} images can be trained on, {len(skipped)} files are left out")
+        for reason, count in {reason: n for part in images.parts for reason, n in part.report.reasons.items()}.items():
             first = next(name for name, why in skipped if why == reason)
             print(f"  {count:>8}  {reason}, for one {first!r}")
         for note, count in notes.items():
             print(f"  {count:>8}  {note}")
         print(f"shorter sides of {sides.min()} to {sides.max()} px, half of them below {np.median(sides):.0f}")
-        for line in describe_small(sizes, found):
+        for line in describe_small(sizes, images):
             print(f"warning: {line}")
         for remark in remarks:
             print(f"  {remark}")
-        print(f"{len(found.class_names) or 'no'} classes")
-        for name, count in found.counts.items() if found.class_names else ():
+        print(f"{len(images.class_names) or 'no'} classes")
+        for name, count in images.counts.items() if images.class_names else ():
             print(f"  {count:>8}  {printable(name)}")
     if args.sheet:
-        count = min(64, len(found))
-        chosen = np.random.default_rng(0).choice(len(found), count, replace=False)
-        seen = found.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
-        names = [found.class_names[label] if label >= 0 else "" for label in found.labels[chosen]]
-        sheet = figures.grid(seen, columns=8, labels=names if found.class_names else None)
+        count = min(64, len(images))
+        chosen = np.random.default_rng(0).choice(len(images), count, replace=False)
+        pixels = images.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
+        names = [images.class_names[label] if label >= 0 else "" for label in images.labels[chosen]]
+        sheet = figures.grid(pixels, columns=8, labels=names if images.class_names else None)
         with explain_failure(args.sheet):
             figures.save(sheet, Path(args.sheet))
         print(f"  {args.sheet}")
@@ -180,10 +174,10 @@ def latents(args: argparse.Namespace) -> None:
     path = Path(args.run)
     raw = read_json(path if path.suffix == ".json" else path / "config.json")
     keys = ("data", "held_out", "image", "autoencoder", "latents", "encode_batch_size")
-    named = {key: raw[key] for key in keys if key in raw}
-    if not {"data", "image"} <= set(named) or (path.suffix == ".json" and "autoencoder" not in named):
+    known = {key: raw[key] for key in keys if key in raw}
+    if not {"data", "image"} <= set(known) or (path.suffix == ".json" and "autoencoder" not in known):
         raise UserError(f"{path} is neither a run of train_vae.py nor a config of train_ldm.py")
-    spec = validate(ToEncode, {"autoencoder": args.run, **named}, origin=args.run)
+    spec = validate(ToEncode, {"autoencoder": args.run, **known}, origin=args.run)
     image = replace(spec.image, size=args.size or spec.image.size, crop="center")
     train_set, held_out = open_data(spec.data, spec.held_out)
     sizes = {"--size" if args.size else "image.size": image.size}
@@ -193,13 +187,13 @@ def latents(args: argparse.Namespace) -> None:
             print(f"warning: {line}")
     check_ranks(describe_data(train_set, held_out))
     autoencoder = open_autoencoder(spec.autoencoder, device)
-    otherwise = Path("runs") / str(raw.get("name", "latents"))
-    named_folder, batch = args.out or spec.latents, args.batch_size or spec.encode_batch_size
-    folder = Path(named_folder) if named_folder else cache_folder(autoencoder, image, train_set, held_out, otherwise)
-    found = latents_of(autoencoder, train_set, held_out, image, folder, state, batch_size=batch)
+    run_dir = Path("runs") / str(raw.get("name", "latents"))
+    given_folder, batch = args.out or spec.latents, args.batch_size or spec.encode_batch_size
+    folder = Path(given_folder) if given_folder else cache_folder(autoencoder, image, train_set, held_out, run_dir)
+    facts = latents_of(autoencoder, train_set, held_out, image, folder, state, batch_size=batch).facts
     if state.is_main_process:
-        told = ", ".join(f"{mean:.2f} +- {std:.2f}" for mean, std in zip(found.facts["mean"], found.facts["std"], strict=True))
-        print(f"{folder}: latents of {len(train_set)} pictures, {'x'.join(map(str, found.facts['shape']))}; channels {told}")
+        channels = ", ".join(f"{mean:.2f} +- {std:.2f}" for mean, std in zip(facts["mean"], facts["std"], strict=True))
+        print(f"{folder}: latents of {len(train_set)} images, {'x'.join(map(str, facts['shape']))}; channels {channels}")
 
 
 def main() -> None:
@@ -211,11 +205,11 @@ def main() -> None:
     elif args.command == "pack":
         if args.size < 2:
             raise UserError("--size must be at least 2")
-        found = open_pictures(args)
-        for line in describe_small({"--size": args.size}, found):
+        images = open_images(args)
+        for line in describe_small({"--size": args.size}, images):
             print(f"warning: {line.replace('--set data.scan.min_side=', '--min-side ')}")
-        count = pack(found, Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
-        print(f"packed {count} pictures; train on them: --set data.source=packed --set {quoted(f'data.path={args.out}')}")
+        count = pack(images, Path(args.out), size=args.size, channels=args.channels, held_out=args.held_out)
+        print(f"packed {count} images; train on them: --set data.source=packed --set {quoted(f'data.path={args.out}')}")
     else:
         archive = Path(args.archive)
         name = stem(archive.name) or archive.stem

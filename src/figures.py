@@ -1,4 +1,4 @@
-"""What a person looks at: grids, labelled sheets, curves, frames, GIFs. All that draws stands here, so the file is long."""
+"""Grids of images, labelled sheets, curves, GIFs and MP4s. The file is long because all drawing is here."""
 
 import functools
 import itertools
@@ -10,6 +10,7 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,11 @@ from torch import Tensor
 
 from .config import UserError
 from .config.packages import needed
+from .data.transforms import Pixels, to_image
 
-Pixels = NDArray[np.uint8]
+LINE = 14  # pixels from one line of text to the next
+MAX_LINES = 16  # under an image: a label may be a whole paragraph
+GAP = 4  # pixels between images
 
 
 def to_uint8(images: Tensor) -> Pixels:
@@ -31,13 +35,8 @@ def to_uint8(images: Tensor) -> Pixels:
     return rearrange(scaled, "b c h w -> b h w c").numpy().astype(np.uint8)
 
 
-def to_image(pixels: Pixels) -> Image.Image:
-    """(H, W, 1 or 3) uint8 -> a picture."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
 def zoom_for(size: int) -> int:
-    """By how much to enlarge small pictures in a sheet, so that a person sees them: to 64 pixels or so."""
+    """By how much small images are enlarged in a sheet, so that a person sees them: to 64 pixels or so."""
     return max(1, 64 // size)
 
 
@@ -90,64 +89,70 @@ def wrapped(text: str, width: float) -> list[str]:
     return [*lines, line.rstrip()]
 
 
-LINE = 14  # pixels from one line of text to the next
-MOST_LINES = 16  # under an image: a label may be a whole paragraph
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."]
-
-
-def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str]) -> None:
+def _write_lines(draw: ImageDraw.ImageDraw, x: int, y: int, lines: Sequence[str]) -> None:
     for i, line in enumerate(lines):
         draw.text((x, y + LINE * i), line, fill="black", font=lettering().font)
 
 
 def grid(
-    pictures: Pixels, *, columns: int, labels: Sequence[str] | None = None, title: str = "", zoom: int | None = None
+    images: Pixels, *, columns: int, labels: Sequence[str] | None = None, title: str = "", zoom: int | None = None
 ) -> Image.Image:
-    """(N, H, W, C) uint8 -> one sheet, row by row, with a label under each picture and a title above, where given. Labels and
-    titles that are too long for their place go on in another line."""
-    n, height, width = pictures.shape[:3]
+    """(N, H, W, C) uint8 -> one sheet, row by row, with a label under each image and a title above, where given. Labels and
+    titles that are too long for one line continue in the next."""
+    n, height, width = images.shape[:3]
     zoom = zoom if zoom is not None else zoom_for(min(height, width))
     columns = max(1, min(columns, n))
-    cell_w, cell_h, gap = width * zoom, height * zoom, 4
-    across = gap + columns * (cell_w + gap)
-    heading = wrapped(title, across - 2 * gap) if title else []
-    captions = [_shortened(wrapped(label, cell_w)) for label in labels] if labels else [[] for _ in range(n)]
+    cell_w, cell_h = width * zoom, height * zoom
+    captions = [wrapped(label, cell_w) for label in labels] if labels else [[] for _ in range(n)]
+    captions = [lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], "..."] for lines in captions]
     rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
     below = [2 + LINE * max(len(captions[i]) for i in row) if labels else 0 for row in rows]
-    y = gap + (8 + LINE * len(heading) if title else 0)
-    sheet = Image.new("RGB", (across, y + sum(cell_h + caption + gap for caption in below)), "white")
-    draw = ImageDraw.Draw(sheet)
-    _write(draw, gap, gap, heading)
+    sheet, draw, y = _sheet(GAP + columns * (cell_w + GAP), sum(cell_h + caption + GAP for caption in below), title)
     for row, caption in zip(rows, below, strict=True):
         for i in row:
-            x = gap + (i - row.start) * (cell_w + gap)
-            picture = to_image(pictures[i]).convert("RGB")
-            sheet.paste(picture.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
-            _write(draw, x, y + cell_h, captions[i])
-        y += cell_h + caption + gap
+            x = GAP + (i - row.start) * (cell_w + GAP)
+            image = to_image(images[i]).convert("RGB")
+            sheet.paste(image.resize((cell_w, cell_h), Image.Resampling.NEAREST), (x, y))
+            _write_lines(draw, x, y + cell_h, captions[i])
+        y += cell_h + caption + GAP
     return sheet
 
 
-def beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two pictures side by side on white."""
-    sheet = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width, 0))
-    return sheet
+def _sheet(width: int, height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """A white sheet with the title and `height` pixels below it, what draws on it, and where those pixels begin."""
+    heading = wrapped(title, width - 2 * GAP) if title else []
+    top = GAP + (8 + LINE * len(heading) if title else 0)
+    sheet = Image.new("RGB", (width, top + height), "white")
+    draw = ImageDraw.Draw(sheet)
+    _write_lines(draw, GAP, GAP, heading)
+    return sheet, draw, top
 
 
-def save(image: Image.Image, path: Path) -> None:
-    """Write a picture so that it is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
+def in_a_row(images: Sequence[Image.Image]) -> Image.Image:
+    """Images side by side on white."""
+    row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
+    x = 0
+    for image in images:
+        row.paste(image, (x, 0))
+        x += image.width
+    return row
+
+
+@contextmanager
+def _staged(path: Path, staged: Path) -> Iterator[Path]:
+    """The path to write to, in place of `path`; the file is moved to its place when it is whole."""
     try:
-        image.save(staged, format={".jpg": "JPEG", ".gif": "GIF"}.get(path.suffix.lower(), "PNG"))
+        yield staged
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write an image so that its file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _staged(path, path.with_name(path.name + ".part")) as staged:
+        image.save(staged, format={".jpg": "JPEG", ".gif": "GIF"}.get(path.suffix.lower(), "PNG"))
 
 
 def curves(
@@ -160,10 +165,7 @@ def curves(
     marker: str = "",
 ) -> None:
     """Panels side by side, each {label of its y axis: {name of a line: (x, y)}}, as a PNG; those in `log` on a log scale."""
-    with needed("drawing curves", "matplotlib"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    figure = _new_figure(6 * len(panels), 4)
     for i, (ylabel, series) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for name, (x, y) in series.items():
@@ -185,38 +187,23 @@ def _plain(text: str) -> str:
 
 
 def scatter(points: NDArray[Any], *, size: int = 256, extent: float = 3.0, title: str = "") -> Image.Image:
-    """Points (N, 2) as a picture of how many lie where, from -extent to extent both ways, white where there are none."""
+    """An image of how many points (N, 2) lie where, from -extent to extent both ways, white where there are none."""
     cells = size // 2
     counts, _, _ = np.histogram2d(points[:, 1], points[:, 0], bins=cells, range=[[-extent, extent]] * 2)
     counts = counts[::-1] / max(1.0, len(points)) * cells**2  # 1 where they were spread evenly
     shade = 1 - np.exp(-0.35 * counts)[..., None]
     low, high = np.array([255.0, 255.0, 255.0]), np.array([22.0, 52.0, 120.0])
     pixels = np.rint(low + shade * (high - low)).astype(np.uint8)
-    picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
-    heading = wrapped(title, size) if title else []
-    header = 8 + LINE * len(heading) if title else 0
-    sheet = Image.new("RGB", (size + 8, size + header + 8), "white")
-    sheet.paste(picture, (4, header + 4))
-    draw = ImageDraw.Draw(sheet)
-    draw.rectangle((3, header + 3, size + 4, header + size + 4), outline=(200, 200, 200))
-    _write(draw, 4, 4, heading)
+    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+    sheet, draw, top = _sheet(size + 2 * GAP, size + GAP, title)
+    sheet.paste(image, (GAP, top))
+    draw.rectangle((GAP - 1, top - 1, GAP + size, top + size), outline=(200, 200, 200))
     return sheet
-
-
-def in_a_row(images: Sequence[Image.Image]) -> Image.Image:
-    """Pictures side by side on white."""
-    row = images[0]
-    for image in images[1:]:
-        row = beside(row, image)
-    return row
 
 
 def trajectories(path: Path, ways: NDArray[Any], *, extent: float = 3.0, title: str = "") -> None:
     """The ways (T, N, 2) of points as lines, from open circles to dots, as a PNG."""
-    with needed("drawing curves", "matplotlib"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = _new_figure(5, 5)
     axes = figure.add_subplot()
     for i in range(ways.shape[1]):
         axes.plot(ways[:, i, 0], ways[:, i, 1], color="#6b8cc4", linewidth=0.7, alpha=0.8)
@@ -229,35 +216,32 @@ def trajectories(path: Path, ways: NDArray[Any], *, extent: float = 3.0, title: 
 
 def velocity_fields(path: Path, fields: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], *, extent: float = 2.4) -> None:
     """Arrows (M, 2) at positions (M, 2), a panel for each {title: (positions, arrows)}, as a PNG."""
-    with needed("drawing curves", "matplotlib"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(fields), 3.4), layout="constrained")
+    figure = _new_figure(3.2 * len(fields), 3.4)
     for i, (title, (at, arrows)) in enumerate(fields.items()):
         axes = figure.add_subplot(1, len(fields), i + 1)
         speed = np.linalg.norm(arrows, axis=1)
-        axes.quiver(at[:, 0], at[:, 1], arrows[:, 0], arrows[:, 1], speed, cmap="viridis", angles="xy", pivot="mid")
+        axes.quiver(*at.T, *arrows.T, speed, cmap="viridis", angles="xy", pivot="mid")
         _square(axes, extent, title)
     _save_figure(figure, path)
 
 
 def _square(axes: Any, extent: float, title: str) -> None:
-    axes.set_xlim(-extent, extent)
-    axes.set_ylim(-extent, extent)
-    axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[], yticks=[])
     axes.set_title(title, fontsize=10)
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib, in inches."""
+    with needed("drawing curves", "matplotlib"):
+        from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".part")
-    try:
+    with _staged(path, path.with_name(path.name + ".part")) as staged:
         figure.savefig(staged, format="png", dpi=100)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- GIF and MP4
@@ -265,16 +249,16 @@ def _save_figure(figure: Any, path: Path) -> None:
 
 def _programs() -> Iterator[str]:
     """Each ffmpeg that there is: the one on PATH, then the one that imageio-ffmpeg ships."""
-    found = shutil.which("ffmpeg")
-    if found:
-        yield found
+    on_path = shutil.which("ffmpeg")
+    if on_path:
+        yield on_path
     try:
         import imageio_ffmpeg
 
         shipped = imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError, OSError):
         return
-    if shipped != found:
+    if shipped != on_path:
         yield shipped
 
 
@@ -288,27 +272,28 @@ def _run(command: Sequence[str], seconds: float | None) -> str | None:
     if "Unknown encoder" in " ".join(lines):
         return NO_ENCODER
     why = f": {lines[-1].strip()}" if lines else ""
-    if done.returncode in (126, 127) or done.returncode < 0:  # what a shell and the loader of libraries say; a signal
+    if done.returncode in (126, 127) or done.returncode < 0:  # status of a shell, of the loader of libraries; a signal
         return f"does not start (status {done.returncode}{why})"
     return f"failed (status {done.returncode}{why})" if done.returncode else None
 
 
 NO_ENCODER = "was built without libx264"
-_said = set[str]()
+_warnings = set[str]()
 
 
 def _starts(program: str) -> bool:
-    """Whether the program starts; one that does not is named in one line, once."""
+    """Whether the program starts; a warning names one that does not, once."""
     reason = _run([program, "-version"], 20)
     if reason is None or not reason.startswith(("does not start", "took more")):
-        return True  # what else is wrong with it the GIF or the MP4 will show
-    _say(f"{program} {reason}; another way is taken")
+        return True  # another fault will show when the GIF or the MP4 is made
+    _warn(f"{program} {reason}; another way is taken")
     return False
 
 
-def _say(line: str) -> None:
-    if line not in _said:
-        _said.add(line)
+def _warn(line: str) -> None:
+    """Print a warning, each one once."""
+    if line not in _warnings:
+        _warnings.add(line)
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
@@ -317,23 +302,29 @@ def ffmpeg() -> str | None:
     return next((program for program in _programs() if _starts(program)), None)
 
 
-def _film(
-    command: Callable[[str], list[str]], out: Path, *, seconds: float | None, programs: Sequence[str] | None = None
+def _run_ffmpeg(
+    make_command: Callable[..., list[str]],
+    pattern: Path,
+    out: Path,
+    *,
+    fps: int,
+    seconds: float | None,
+    programs: Sequence[str] | None = None,
 ) -> str | None:
-    """Run what `command` makes of a program with one ffmpeg after the other until one has written `out`. Why the first of them
-    failed, or None where one did not; "" where there is no ffmpeg."""
+    """Try one ffmpeg after the other until one has written `out`. Gives why the first of them failed, None where one of them
+    succeeded, and "" where there is no ffmpeg."""
     first = ffmpeg()
     if first is None:
         return ""
     reasons = list[str]()
     for program in programs or [first, *(other for other in _programs() if other != first)]:
         out.unlink(missing_ok=True)
-        reason = _run(command(program), seconds)
+        reason = _run(make_command(_frames_at(pattern), _argument(out), fps=fps, program=program), seconds)
         if reason is None and not (out.is_file() and out.stat().st_size):
             reason = "wrote nothing"
         if reason is None:
             for line in reasons:
-                _say(f"{line}; {program} was taken")
+                _warn(f"{line}; {program} was taken")
             return None
         reasons.append(f"{program} {reason}")
     return reasons[0]
@@ -353,11 +344,12 @@ def _argument(path: Path) -> str:
 def gif_command(pattern: str, out: str, *, fps: int, program: str = "ffmpeg") -> list[str]:
     """The ffmpeg command that makes a GIF of numbered frames, with a palette of its own."""
     palette = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=bayer"
-    return [program, "-y", "-loglevel", "error", *_input(pattern, fps), "-lavfi", palette, out]
+    return [*_input(program, pattern, fps), "-lavfi", palette, out]
 
 
-def _input(pattern: str, fps: int) -> list[str]:
-    return ["-framerate", str(fps), "-pattern_type", "sequence", "-start_number", "0", "-i", pattern]
+def _input(program: str, pattern: str, fps: int) -> list[str]:
+    quiet, numbers = ["-y", "-loglevel", "error"], ["-pattern_type", "sequence", "-start_number", "0"]
+    return [program, *quiet, "-framerate", str(fps), *numbers, "-i", pattern]
 
 
 def gif(frames: Sequence[Path], pattern: Path, out: Path, *, fps: int) -> str:
@@ -367,57 +359,42 @@ def gif(frames: Sequence[Path], pattern: Path, out: Path, *, fps: int) -> str:
     """
     if not frames:
         raise UserError("there are no frames to make a GIF of")
-    staged = out.with_name(f".{out.name}")
-    numbered = _frames_at(pattern)
-    try:
-        reason = _film(lambda program: gif_command(numbered, _argument(staged), fps=fps, program=program), staged, seconds=600)
+    with _staged(out, out.with_name(f".{out.name}")) as staged:
+        reason = _run_ffmpeg(gif_command, pattern, staged, fps=fps, seconds=600)
+        if reason:
+            _warn(f"{reason}; Pillow makes the GIF")
         if reason is not None:
-            if reason:
-                _say(f"{reason}; Pillow makes the GIF")
-            pictures = [Image.open(frame).convert("RGB") for frame in frames]
-            ends = [10 * round(100 * i / fps) for i in range(len(frames) + 1)]  # a GIF counts in hundredths of a second
-            lasting = [end - start for start, end in itertools.pairwise(ends)]
-            pictures[0].save(staged, "GIF", save_all=True, append_images=pictures[1:], duration=lasting, loop=0)
-        staged.replace(out)
-    finally:
-        staged.unlink(missing_ok=True)
-    return shlex.join(gif_command(numbered, _argument(out), fps=fps))
+            images = [Image.open(frame).convert("RGB") for frame in frames]
+            times = [10 * round(100 * i / fps) for i in range(len(frames) + 1)]  # a GIF counts in hundredths of a second
+            durations = [end - start for start, end in itertools.pairwise(times)]
+            images[0].save(staged, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return shlex.join(gif_command(_frames_at(pattern), _argument(out), fps=fps))
 
 
 def mp4_command(pattern: str, out: str, *, fps: int, program: str = "ffmpeg") -> list[str]:
     """The ffmpeg command that makes an MP4 of numbered frames: H.264 in yuv420p, which every player knows.
 
-    It wants even sides: of odd ones a row or column is repeated. Colours are BT.709's, and said to be.
+    H.264 wants even sides: of odd ones a row or column is repeated. Colours are those of BT.709, and marked so.
     """
     even = "scale=ceil(iw/2)*2:ceil(ih/2)*2:flags=neighbor,format=gbrp"
-    said = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-    filters = f"{even},scale=flags=area:out_color_matrix=bt709:out_range=tv,format=yuv420p,{said}"
-    start = [program, "-y", "-loglevel", "error", *_input(pattern, fps)]
-    return [*start, "-vf", filters, "-c:v", "libx264", "-crf", "18", "-preset", "slow", "-movflags", "+faststart", out]
+    marks = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+    filters = f"{even},scale=flags=area:out_color_matrix=bt709:out_range=tv,format=yuv420p,{marks}"
+    encoding = ["-vf", filters, "-c:v", "libx264", "-crf", "18", "-preset", "slow", "-movflags", "+faststart"]
+    return [*_input(program, pattern, fps), *encoding, out]
 
 
 def mp4(pattern: Path, out: Path, *, fps: int, programs: Sequence[str] | None = None) -> str:
     """Make an MP4 of frames numbered from 0, by ffmpeg (one of `programs`, where given). `pattern` is their path with %05d or
     so for the number.
 
-    Returns the command that makes it again. A UserError where there is no ffmpeg, or one that cannot.
+    Returns the command that makes it again. A UserError where there is no ffmpeg, or one that cannot encode H.264.
     """
-    staged = out.with_name(f".{out.name}")
-    numbered = _frames_at(pattern)
-    try:
-        reason = _film(
-            lambda program: mp4_command(numbered, _argument(staged), fps=fps, program=program),
-            staged,
-            seconds=None,
-            programs=programs,
-        )
+    with _staged(out, out.with_name(f".{out.name}")) as staged:
+        reason = _run_ffmpeg(mp4_command, pattern, staged, fps=fps, seconds=None, programs=programs)
         if reason == "":
             raise UserError("there is no ffmpeg, so no MP4 is made: pip install imageio-ffmpeg, or put ffmpeg on PATH")
         if reason is not None and reason.endswith(NO_ENCODER):
             raise UserError(f"{reason}, so no MP4 is made: take it off PATH, or install another")
         if reason is not None:
             raise RuntimeError(f"ffmpeg failed, so no MP4 is made: {reason}")
-        staged.replace(out)
-    finally:
-        staged.unlink(missing_ok=True)
-    return shlex.join(mp4_command(numbered, _argument(out), fps=fps))
+    return shlex.join(mp4_command(_frames_at(pattern), _argument(out), fps=fps))

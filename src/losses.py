@@ -1,6 +1,6 @@
-"""What the autoencoder is trained on: reconstruction, the latents' KL, a perceptual distance, and the adversary's verdict.
+"""The losses of the autoencoder: reconstruction, the KL of its latents, a perceptual distance, and the discriminator's.
 
-Every function gives one number per picture, (B,), so that a batch may be split anyhow.
+Every function gives one number per image, (B,), so that a batch may be split into any parts.
 """
 
 import warnings
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from .config import UserError, config
 from .config.packages import ask_for, needed
-from .models.pretrained import efficientnet_lite0, import_torchvision
-from .storage.downloads import fetch_weights, how_to_bring, put_weights, read_weights
+from .models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
+from .storage.downloads import put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 
 
-def reconstruction_loss(kind: str, drawn: Tensor, images: Tensor) -> Tensor:
-    """(B, C, H, W) twice -> (B,): the mean over pixels and channels of |drawn - images| (l1) or its square (mse)."""
-    difference = drawn.to(images.dtype) - images
+def reconstruction_loss(kind: str, reconstruction: Tensor, images: Tensor) -> Tensor:
+    """(B, C, H, W) twice -> (B,): the mean over pixels and channels of |reconstruction - images| (l1) or its square (mse)."""
+    difference = reconstruction.to(images.dtype) - images
     return (difference.abs() if kind == "l1" else difference.square()).flatten(1).mean(1)
 
 
@@ -43,7 +43,7 @@ def commitment_loss(mean: Tensor, vectors: Tensor) -> Tensor:
 
 
 def generator_loss(kind: AdversarialKind, fake: Tensor) -> Tensor:
-    """Logits of drawn pictures (B, 1, h, w) -> (B,): -D (hinge; Lim & Ye 2017, arXiv:1705.02894), or -log sigmoid(D)
+    """Logits of reconstructions (B, 1, h, w) -> (B,): -D (hinge; Lim & Ye 2017, arXiv:1705.02894), or -log sigmoid(D)
     (vanilla, non-saturating; Goodfellow et al. 2014, arXiv:1406.2661)."""
     each = -fake if kind == "hinge" else F.softplus(-fake)
     return each.flatten(1).mean(1)
@@ -56,11 +56,8 @@ def discriminator_loss(kind: AdversarialKind, real: Tensor, fake: Tensor) -> Ten
 
 
 def discriminator_accuracy(real: Tensor, fake: Tensor) -> Tensor:
-    """Logits (B, 1, h, w) twice -> (B,): the share of patches judged rightly, real above 0 and drawn below."""
+    """Logits (B, 1, h, w) twice -> (B,): the share of patches with the right sign: real above 0, fake below."""
     return 0.5 * ((real > 0).float() + (fake < 0).float()).flatten(1).mean(1)
-
-
-# ---------------------------------------------------------------------------------------------- perceptual
 
 
 @config
@@ -76,11 +73,11 @@ class PerceptualConfig:
 
 
 class Perceptual(nn.Module):
-    """forward(drawn, images (B, 1 or 3, H, W) in [-1, 1]) -> (B,): how different they look.
+    """forward(reconstruction, images (B, 1 or 3, H, W) in [-1, 1]) -> (B,): how different they look.
 
     LPIPS (Zhang et al. 2018, arXiv:1801.03924) by the package `lpips`. On the others the paper's uncalibrated form: the mean
-    over resolutions of the mean over positions of |f(drawn) - f(images)|^2, features of unit length. Frozen; gradients reach
-    `drawn` alone. Pictures of one of the `sizes` that the network cannot take are a UserError.
+    over resolutions of the mean over positions of |f(reconstruction) - f(images)|^2, features of unit length. Frozen; gradients
+    reach the reconstruction alone. A UserError where the network cannot take images of one of the `sizes`.
     """
 
     def __init__(self, spec: PerceptualConfig, sizes: Sequence[int] = ()) -> None:
@@ -95,19 +92,17 @@ class Perceptual(nn.Module):
             self._check(size)
 
     def train(self, mode: bool = True) -> "Perceptual":
-        return super().train(False)  # it stays in eval, whatever it is a part of
+        return super().train(False)  # it stays in eval mode, whatever module it is a part of
 
-    def forward(self, drawn: Tensor, images: Tensor) -> Tensor:
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         if images.shape[1] == 1:
-            drawn, images = drawn.expand(-1, 3, -1, -1), images.expand(-1, 3, -1, -1)
+            reconstruction, images = reconstruction.expand(-1, 3, -1, -1), images.expand(-1, 3, -1, -1)
         images = images.detach()
         if self.spec.network in LPIPS_BACKBONES:
-            return self.network(drawn, images).flatten()
-        layers = [
-            (_unit(ours) - _unit(theirs)).square().sum(1).flatten(1).mean(1)
-            for ours, theirs in zip(self.network(drawn), self.network(images), strict=True)
-        ]
-        return torch.stack(layers).mean(0)
+            return self.network(reconstruction, images).flatten()
+        layers = zip(self.network(reconstruction), self.network(images), strict=True)
+        distances = [(_unit(a) - _unit(b)).square().sum(1).flatten(1).mean(1) for a, b in layers]
+        return torch.stack(distances).mean(0)
 
     def _check(self, size: int) -> None:
         blank = torch.zeros(1, 3, size, size)
@@ -117,7 +112,7 @@ class Perceptual(nn.Module):
             finite = False
         if not finite:
             raise UserError(
-                f"perceptual.network {self.spec.network!r} cannot take pictures of {size} px; use larger ones, or "
+                f"perceptual.network {self.spec.network!r} cannot take images of {size} px; use larger ones, or "
                 "efficientnet_lite0"
             )
 
@@ -129,7 +124,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def imagenet_weights(network: str) -> tuple[Path, str]:
-    """Where torch's cache keeps the ImageNet weights of an LPIPS backbone, and where they are to be had."""
+    """Where torch's cache keeps the ImageNet weights of an LPIPS backbone, and the URL of their file."""
     torchvision: Any = import_torchvision()
     url: str = getattr(torchvision.models, LPIPS_BACKBONES[network]).IMAGENET1K_V1.url
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2], url
@@ -142,21 +137,15 @@ def _lpips(spec: PerceptualConfig) -> nn.Module:
     with needed(f"perceptual.network {spec.network!r}", "lpips"):
         import lpips
 
-    path = Path(spec.weights or cached).expanduser()
-    reason = fetch_weights(url, cached) if spec.weights is None else "perceptual.weights names no file"
-    if not path.is_file():
-        raise UserError(
-            f"perceptual.network {spec.network!r} needs ImageNet weights that are not at {path}; get them from "
-            f"{url} and put them there ({how_to_bring(url, cached)}) or name the file in perceptual.weights, or use "
-            f"efficientnet_lite0; they were not fetched: {reason}"
-        )
-    found = read_weights(path, "perceptual.weights")
+    needs, otherwise = f"perceptual.network {spec.network!r} needs ImageNet weights", "or use efficientnet_lite0"
+    path = find_weights(needs, spec.weights, cached, url, option="perceptual.weights", otherwise=otherwise)
+    in_file = read_weights(path, "perceptual.weights")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's own, about the way lpips calls it
         network = lpips.LPIPS(net=spec.network, pnet_rand=True, verbose=False)
     # slice2.5.weight of lpips is features.5.weight of torchvision
-    own = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
-    weights = {name: found[theirs] for name, theirs in own.items() if theirs in found}
+    names = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
+    weights = {name: in_file[other] for name, other in names.items() if other in in_file}
     put_weights(network.net, weights, path, "perceptual.weights")
     return network
 
@@ -170,34 +159,30 @@ class _EfficientNet(nn.Module):
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = network._blocks
         widths = [*(block._project_conv.out_channels for block in network._blocks), 0]
-        self.ends = [i for i in range(len(widths) - 1) if widths[i] != widths[i + 1]]
+        self.last_of_width = [i for i in range(len(widths) - 1) if widths[i] != widths[i + 1]]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         while min(images.shape[2:]) < 32:  # the deep layers need so much
             images = F.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
-        x = self.stem(images)  # which wants (pixel - 127) / 128: what comes in, within half a step
+        x = self.stem(images)  # the weights expect (pixel - 127) / 128, which is the input within half a step of 255
         features = []
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i in self.ends:
+            if i in self.last_of_width:
                 features.append(x)
         return features
 
 
 class _RandomFeatures(nn.Module):
-    """Three random convolutions, always the same: for tests, where no picture is looked at."""
+    """The features of three random convolutions: for tests."""
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in ((3, 8), (8, 16), (16, 16)))
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        self.layers = random_convolutions()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features, x = [], images
         for layer in self.layers:
-            x = layer(x).tanh()
-            features.append(x)
+            x = layer(x)
+            features += [x] if isinstance(layer, nn.Tanh) else []
         return features

@@ -122,7 +122,7 @@ def test_real_pictures_against_themselves_are_at_no_distance(tmp_path: Path) -> 
     assert "5 pictures in" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
     (tmp_path / "empty").mkdir()
     assert "no picture, and no folder with pictures" in refused("evaluate", tmp_path / "empty", "--data", SHAPES, *RANDOM)
-    assert "holds no pictures" in refused("evaluate", tmp_path / "copies", "--data", tmp_path / "empty", *RANDOM)
+    assert "holds no images" in refused("evaluate", tmp_path / "copies", "--data", tmp_path / "empty", *RANDOM)
     for kind, mode, size in (("oblong", "RGB", (20, 16)), ("grey", "L", (16, 16))):
         shutil.rmtree(tmp_path / "copies")
         (tmp_path / "copies").mkdir()

@@ -271,7 +271,7 @@ def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path)
     weights.parent.mkdir(parents=True)
     torch.save(import_torchvision().models.alexnet(weights=None).state_dict(), weights)
     said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path)))
-    assert "perceptual.network 'alex' cannot take pictures of 16 px" in said and not (tmp_path / "run").exists()
+    assert "perceptual.network 'alex' cannot take images of 16 px" in said and not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------- diffusion on its latents
@@ -396,7 +396,7 @@ def test_the_main_job_leaves_as_one_folder(vae_run: Path, ldm_run: Path, tmp_pat
 def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None:
     shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("latents"))
     done = launch("prepare_data.py", "latents", tmp_path / "vae", processes=2)
-    assert done.status == 0 and "latents of 114 pictures, 4x8x8" in done.out, done.all
+    assert done.status == 0 and "latents of 114 images, 4x8x8" in done.out, done.all
     (made,) = (path for path in (tmp_path / "vae" / "latents").iterdir() if path.is_dir())
     stamp = (made / "manifest.json").stat().st_mtime_ns
     done = train_ldm(tmp_path / "run", tmp_path / "vae", steps=2)

@@ -348,7 +348,7 @@ def test_images_of_many_sizes_and_of_more_than_fits_are_read_when_they_are_neede
     kept, _ = open_given(images(6), 0.0, IMAGE)
     monkeypatch.setattr("src.data.sources.python.IN_MEMORY_BYTES", 2000)
     read, _ = open_given(images(6), 0.0, IMAGE)
-    assert type(kept.parts[0]).__name__ == "ArrayPictures" and type(read.parts[0]).__name__ == "GivenPictures"
+    assert type(kept.parts[0]).__name__ == "ArrayImages" and type(read.parts[0]).__name__ == "GivenImages"
     assert kept.fingerprint == read.fingerprint
     assert np.array_equal(pixels_of(images(6) / 127.5 - 1), images(6).permute(0, 2, 3, 1).numpy()), "signed all the same"
 

@@ -371,7 +371,7 @@ def test_data_without_classes_or_with_one_broken_file_too_many(tmp_path: Path) -
     assert "class_conditional=null" in said
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     said = refused(*words, "data.scan.max_broken_fraction=0.1")
-    assert "1 of 9 pictures cannot be read" in said and "'broken.png'" in said and not (tmp_path / "run").exists()
+    assert "1 of 9 images cannot be read" in said and "'broken.png'" in said and not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
@@ -516,11 +516,11 @@ def test_prepare_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert done.status == 0 and "unpacked 7 files" in done.out, done.all
     run_here("prepare_data", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
     told = capsys.readouterr().out
-    assert "6 pictures" in told and "not a picture" in told and (tmp_path / "sheet.png").exists()
+    assert "6 images" in told and "not an image" in told and (tmp_path / "sheet.png").exists()
     run_here("prepare_data", "check", tmp_path / "data", "--json")
     assert json.loads(capsys.readouterr().out)["classes"] == {"a": 3, "b": 3}
     run_here("prepare_data", "pack", tmp_path / "data", "--size", "16", "--out", tmp_path / "packed")
-    assert "packed 6 pictures" in capsys.readouterr().out
+    assert "packed 6 images" in capsys.readouterr().out
     packed = ["--set", "data.source=packed", "--set", f"data.path={tmp_path / 'packed'}", "--set", "held_out=0.0"]
     packed += ["--set", "preview.quality=null"]
     assert "6 pictures in 2 classes" in train(tmp_path / "run", *packed, "--set", "steps=2").out

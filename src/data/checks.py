@@ -1,7 +1,7 @@
 """Checks of images that can be read, before a run: images smaller than it trains at, colour profiles that do not help."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from ..config import UserError
 from .colour import DAMAGED, DARK, UNFIT
-from .sources import ArrayImages, Images, ImageSet, PackedImages
+from .facts import sources_of
+from .sources import ArrayImages, ImageSet, PackedImages
 
 
 def trained_sizes(cfg: Any) -> dict[str, int]:
@@ -22,18 +23,12 @@ def trained_sizes(cfg: Any) -> dict[str, int]:
     return ({"image.size": cfg.image.size} if plain else {}) | named
 
 
-def _parts(sets: Iterable[Any]) -> list[Images]:
-    """The sources of all sets of images, each once."""
-    parts = [part for images in sets if isinstance(images, ImageSet) for part in images.parts]
-    return list({id(part): part for part in parts}.values())
-
-
 def refuse_small_packs(sizes: Mapping[str, int], *sets: Any) -> None:
     """Refuse packed sets whose images are smaller than a size that is trained at: enlarged, they would teach blur."""
-    packs = [part for part in _parts(sets) if isinstance(part, PackedImages) and len(part)]
+    packs = [part for part in sources_of(*sets) if isinstance(part, PackedImages) and len(part)]
     for key, size in sizes.items():
         for part in packs:
-            if (side := int(part.sides.min())) < size:
+            if (side := int(part.report.sides.min())) < size:
                 raise UserError(
                     f"the packed set {part.folder} holds images of {side} px, and {key} is {size}: they would be enlarged; "
                     f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
@@ -69,7 +64,7 @@ def describe_small(sizes: Mapping[str, int], *sets: Any) -> list[str]:
 
 def describe_notes(*sets: Any) -> list[str]:
     """A line for each kind of image whose colours or brightness may not be what its owner sees."""
-    notes = sum((Counter(part.report.notes) for part in _parts(sets)), Counter[str]())
+    notes = sum((Counter(part.report.notes) for part in sources_of(*sets)), Counter[str]())
     return [f"of {count} images: {note}" for note, count in notes.items() if note in (DAMAGED, UNFIT, DARK)]
 
 

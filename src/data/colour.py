@@ -15,7 +15,7 @@ SCALED = "deep grey that states its range is scaled by it"
 DARK = "16-bit grey whose values use 12 bits or fewer, and no range is stated: it will look nearly black"
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # of a profile, and the mode that its transform reads
 _GREY = ("L", "LA", "La", "1")
-_NEAR = 2  # of 255: a transform that moves no value further is the one of sRGB to itself
+_MAX_DIFFERENCE = 2  # of 255: a transform that moves no value further is that of sRGB to itself
 _TAGS = {"bits": 258, "largest": 281, "stated_largest": 341}  # of TIFF: BitsPerSample, MaxSampleValue, SMaxSampleValue
 
 
@@ -26,7 +26,7 @@ class Profile(NamedTuple):
     note: str = ""
 
 
-def _base(mode: str) -> str:
+def _colour_mode(mode: str) -> str:
     if mode in ("CMYK", "LAB"):
         return mode
     return "L" if mode in _GREY or mode.startswith(("I", "F")) else "RGB"
@@ -45,16 +45,16 @@ def read_profile(content: bytes, mode: str) -> Profile:
             return Profile(None, UNFIT)
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), space, "RGB")
         if space in ("RGB", "L"):
-            probe = _probe(space)
+            probe = _test_colours(space)
             moved = np.asarray(transform.apply(probe), np.int16) - np.asarray(probe.convert("RGB"), np.int16)
-            if np.abs(moved).max() <= _NEAR:
+            if np.abs(moved).max() <= _MAX_DIFFERENCE:
                 return Profile(None)
         return Profile(transform, CONVERTED) if space == mode else Profile(None, UNFIT)
     except Exception:  # the library raises whatever it likes on damaged bytes
         return Profile(None, DAMAGED)
 
 
-def _probe(mode: str) -> Image.Image:
+def _test_colours(mode: str) -> Image.Image:
     """Colours from all over the cube, or all greys."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
@@ -67,7 +67,7 @@ def profile_of(image: Image.Image) -> Profile:
     """What the profile of an opened image asks for."""
     content = image.info.get("icc_profile")
     if content:
-        return read_profile(bytes(content), _base(image.mode))
+        return read_profile(bytes(content), _colour_mode(image.mode))
     return Profile(None, DAMAGED if "icc_profile" in image.info and content is None and image.format == "PNG" else "")
 
 
@@ -76,7 +76,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     transform = profile_of(image).transform
     if transform is None:
         return image.convert("RGB") if image.mode == "LAB" else image
-    mode, alpha = _base(image.mode), None
+    mode, alpha = _colour_mode(image.mode), None
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("LA" if mode == "L" else "RGBA")
         alpha = image.getchannel("A")
@@ -86,11 +86,8 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return converted
 
 
-# ---------------------------------------------------------------------------------------------- deep grey
-
-
-def note_range(image: Any) -> None:
-    """Keep what an opened, not yet loaded file of 16-bit grey states about its range in `info`."""
+def read_stated_bits(image: Any) -> None:
+    """Keep the number of bits that an opened, not yet loaded file of 16-bit grey states, in its `info`."""
     if not image.mode.startswith("I"):
         return
     tags, bits = getattr(image, "tag_v2", None), 0
@@ -121,7 +118,7 @@ def _significant_bits(file: Any) -> int:
         file.seek(position)
 
 
-def stated_top(image: Image.Image, values: np.ndarray) -> float | None:
+def stated_white(image: Image.Image, values: np.ndarray) -> float | None:
     """The value that is white where a file of 16-bit grey states fewer bits than it has, and its `values` agree.
 
     A PNG should spread its values over all 16 bits and say in sBIT how many there were at first. So a PNG that did so is left

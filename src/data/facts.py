@@ -4,18 +4,18 @@ from collections import Counter
 from typing import Any
 
 from .points import PointSet
-from .sources import ImageSet
+from .sources import Images, ImageSet
 
 
 def skipped_files(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None) -> list[tuple[str, str]]:
     """(name, reason) of every file left out of the sources of both sets."""
-    return [entry for part in _parts(train_set, held_out) for entry in part.report.skipped]
+    return [entry for part in sources_of(train_set, held_out) for entry in part.report.skipped]
 
 
-def _parts(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None) -> list[Any]:
-    """The sources of both sets, each once."""
-    both = [*train_set.parts, *(held_out.parts if held_out is not None else [])]
-    return list({id(part): part for part in both}.values())
+def sources_of(*sets: ImageSet | PointSet | None) -> list[Images]:
+    """The sources of all these sets, each once."""
+    parts = [part for data in sets if data is not None for part in data.parts]
+    return list({id(part): part for part in parts}.values())
 
 
 def describe_data(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None) -> dict[str, Any]:
@@ -27,6 +27,6 @@ def describe_data(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet 
         "held_out_images": len(held_out) if held_out is not None else 0,
         "fingerprint": train_set.fingerprint,
         "skipped": dict(Counter(why for _, why in skipped_files(train_set, held_out)).most_common()),
-        "remarks": list(dict.fromkeys(remark for part in _parts(train_set, held_out) for remark in part.report.remarks)),
+        "remarks": list(dict.fromkeys(remark for part in sources_of(train_set, held_out) for remark in part.report.remarks)),
         "endings": train_set.endings if isinstance(train_set, ImageSet) else {},
     }

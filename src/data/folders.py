@@ -54,15 +54,21 @@ def entries(folder: Path | str) -> Iterator[tuple[os.DirEntry[str], bool]]:
                 yield entry, is_folder
 
 
+def _is_new(folder: str, visited: set[tuple[int, int]]) -> bool:
+    """Whether a folder is visited for the first time; it counts as visited then."""
+    place = identity(folder)
+    if place in visited:
+        return False
+    visited.add(place)
+    return True
+
+
 def holds_images(folder: Path, *, also_unreadable: bool = False) -> bool:
     """Whether there are images in a folder, at any depth (`also_unreadable`: those that cannot be read here, too)."""
     waiting, visited = [str(folder)], set[tuple[int, int]]()
     while waiting:
         place = waiting.pop()
-        if identity(place) in visited:
-            continue
-        visited.add(identity(place))
-        for entry, is_folder in entries(place):
+        for entry, is_folder in entries(place) if _is_new(place, visited) else ():
             if is_folder:
                 waiting.append(entry.path)
             elif is_image(entry.name) or (also_unreadable and is_unreadable_image(entry.name)):
@@ -99,10 +105,9 @@ def walk(root: Path) -> FolderTree:
             links.sort()
             parts, path = links.pop(0)
             leads_back = images and identity(path) in above_root
-            if leads_back or identity(path) in visited:
+            if leads_back or not _is_new(path, visited):
                 tree.links.append("/".join(parts))
                 continue
-            visited.add(identity(path))
             folders.append((parts, path))
         above, place = folders.pop()
         for entry, is_folder in entries(place):
@@ -112,8 +117,7 @@ def walk(root: Path) -> FolderTree:
             elif is_folder:
                 if not above:
                     tree.subfolders.append(entry.name)
-                if identity(entry.path) not in visited:
-                    visited.add(identity(entry.path))
+                if _is_new(entry.path, visited):
                     folders.append((parts, entry.path))
             elif is_image(entry.name):
                 images.append((parts, entry))

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from ..config import UserError
 from .folders import ending_of, entries, holds_images, identity, is_image, is_unreadable_image, walk
 from .names import join_names, normal_form, printable
-from .splits import FILLERS, PLAIN, split_of, splits_among, squeezed, tokens, words_of
+from .splits import FILLERS, PLAIN, split_of, splits_among, tokens, words_joined, words_of
 
 _IMAGE_FOLDERS = words_of("images image imgs img jpegimages pictures photos jpg jpeg jpgs rgb")
 _ANNOTATIONS = words_of(
@@ -26,7 +26,7 @@ _NO_CLASSES = words_of("extra extras unlabeled unlabelled additional others samp
 
 def _has_word(name: str, words: frozenset[str]) -> bool:
     """Whether a folder's name is one of these words, or has one in it: `CelebA-HQ-img`, `images1024x1024`."""
-    return squeezed(name) in words or any(re.sub(r"\d.*$", "", word) in words for word in tokens(name))
+    return words_joined(name) in words or any(re.sub(r"\d.*$", "", word) in words for word in tokens(name))
 
 
 def _is_annotation(name: str) -> bool:
@@ -94,6 +94,65 @@ class _FolderReader:
         """Whether one of the first folders has folders of its own: for that, not all of a thousand flat classes are read."""
         return any(self.subfolders(folder / name) for name in self.image_folders(folder)[:16])
 
+    def splits_in(self, folder: Path, *, is_inside_split: bool) -> list[str]:
+        """Which of the subfolders with images are splits, and not a class that has the name of one: a bus, a car, a train.
+        Inside a split that was chosen, one such name is a class."""
+        names = self.image_folders(folder)
+        splits = splits_among(names)
+        others = [name for name in names if name not in splits]
+        if len(splits) != 1 or not others:
+            return list(splits)
+        name = next(iter(splits))
+        says_split = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
+        no_classes_beside = all(
+            words_joined(other) in _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS for other in others
+        )
+        is_deep = len(others) == 1 and bool(self.image_folders(folder / name)) and not self.has_images(folder / name)
+        return [name] if says_split or no_classes_beside or (is_deep and not is_inside_split) else []
+
+    def splits_of_classes(self, folder: Path) -> dict[str, list[str]]:
+        """{class: its splits} where the classes are the outer folders, and each holds nothing but splits of its own."""
+        names = self.image_folders(folder)
+        if len(names) < 2 or not self.is_deep(folder):
+            return {}
+        splits_of_class: dict[str, list[str]] = {}
+        for name in names:
+            below = self.image_folders(folder / name)
+            splits = list(splits_among(below))
+            if not splits and not below:
+                continue  # a class that was not split, beside others that were
+            if not splits or self.has_images(folder / name) or not all(map(_is_annotation, {*below} - {*splits})):
+                return {}
+            splits_of_class[name] = splits
+        return splits_of_class if any(len(splits) > 1 for splits in splits_of_class.values()) else {}
+
+    def next_folder(self, folder: Path) -> str | None:
+        """The subfolder in which to go on: the only one with images, or the one beside annotations (masks, labels)."""
+        names = self.image_folders(folder)
+        if self.has_images(folder):
+            return None
+        if len(names) == 1:
+            leads_back = folder.resolve().is_relative_to((folder / names[0]).resolve())  # a link to a folder above
+            return names[0] if not leads_back else None
+        return _folder_beside_annotations(names)
+
+    def masks_of_classes(self, folder: Path) -> set[tuple[str, str]]:
+        """(class, subfolder) of the masks where a class holds its images in one folder and masks of them in another."""
+        masks = set[tuple[str, str]]()
+        if len(self.image_folders(folder)) < 2 or not self.is_deep(folder):
+            return masks
+        for name in self.image_folders(folder):
+            below = self.image_folders(folder / name)
+            if not self.has_images(folder / name) and (images := _folder_beside_annotations(below)) is not None:
+                masks |= {(name, other) for other in below if other != images}
+        return masks
+
+    def innermost(self, folder: Path) -> Path:
+        """The folder in a folder in a folder, where there is nothing beside them."""
+        while not self.has_images(folder) and len(below := self.subfolders(folder)) == 1:
+            folder = folder / below[0]
+        return folder
+
 
 def find_layout(path: Path, split: str | None, where: str) -> Layout:
     """Where the images of the folder `path` are. A subfolder that alone holds images is entered. UserErrors name the splits of
@@ -107,22 +166,21 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
         _enter_split(reader, layout, parts, where)
     while not layout.inner:
         folder, names = layout.root, reader.image_folders(layout.root)
-        splits = _splits_in(reader, folder, is_inside_split=split is not None) if not no_splits else []
+        splits = reader.splits_in(folder, is_inside_split=split is not None) if not no_splits else []
         if splits and not (split is not None and len(names) == 1):
             raise UserError(f"{where} holds the splits {join_names(splits, 10)}; {_split_advice(splits, split)}")
         annotated = not reader.has_images(folder) and _folder_beside_annotations(names) is not None
-        if not splits and not no_splits and not annotated and (inner := _splits_of_classes(reader, folder)):
+        if not splits and not no_splits and not annotated and (inner := reader.splits_of_classes(folder)):
             all_splits = list(dict.fromkeys(name for class_splits in inner.values() for name in class_splits))
             raise UserError(
                 f"{where} holds classes, and each of them the splits {join_names(all_splits, 10)}; "
                 f"{_split_advice(all_splits, split)}"
             )
-        if (subfolder := _next_folder(reader, folder)) is None:
+        if (subfolder := reader.next_folder(folder)) is None:
             maybe_splits = [] if splits or no_splits else splits_among(names)
-            layout.notes += [
-                f"{printable(name)!r} is read as a class; if it is a split, set data.split" for name in maybe_splits
-            ]
-            layout.masks = set() if no_splits else _masks_of_classes(reader, folder)
+            printed = map(printable, maybe_splits)
+            layout.notes += [f"{name!r} is read as a class; if it is a split, set data.split" for name in printed]
+            layout.masks = set() if no_splits else reader.masks_of_classes(folder)
             break
         _enter(reader, layout, subfolder)
     return layout
@@ -140,14 +198,14 @@ def _enter_split(reader: _FolderReader, layout: Layout, parts: Sequence[str], wh
     path, is_exact, split = layout.root, True, "/".join(parts)
     while _find_name(reader.subfolders(layout.root), parts[0], where) is None:
         folder = layout.root
-        subfolder = _next_folder(reader, folder)
+        subfolder = reader.next_folder(folder)
         if subfolder is not None and subfolder not in splits_among(reader.image_folders(folder)):
             _enter(reader, layout, subfolder)
             continue
         if len(parts) == 1 and _find_name([path.name], split, where) is not None:  # data.path is that split already
-            layout.root, layout.named_from = path, _innermost(reader, path)
+            layout.root, layout.named_from = path, reader.innermost(path)
             return
-        inner = {name: _find_name(names, parts[0], where) for name, names in _splits_of_classes(reader, folder).items()}
+        inner = {name: _find_name(names, parts[0], where) for name, names in reader.splits_of_classes(folder).items()}
         if any(inner.values()):
             layout.inner = {name: chosen for name, chosen in inner.items() if chosen is not None}
             if without := [name for name in reader.image_folders(folder) if name not in layout.inner]:
@@ -166,7 +224,7 @@ def _enter_split(reader: _FolderReader, layout: Layout, parts: Sequence[str], wh
     if not is_exact:
         layout.named_from = layout.root
     else:
-        layout.named_from = same_name if same_name.is_dir() else _innermost(reader, layout.root)
+        layout.named_from = same_name if same_name.is_dir() else reader.innermost(layout.root)
 
 
 def _no_split_error(reader: _FolderReader, folder: Path, split: str, where: str) -> UserError:
@@ -181,7 +239,7 @@ def _find_name(names: Sequence[str], wanted: str, where: str) -> str | None:
         alike = [name for name in names if form(name) == form(wanted)]
         if len(alike) == 1:
             return alike[0]
-    if squeezed(wanted) not in PLAIN:
+    if words_joined(wanted) not in PLAIN:
         return None
     alike = [name for name, split in splits_among(names).items() if split == split_of(wanted)]
     if len(alike) > 1:
@@ -190,76 +248,14 @@ def _find_name(names: Sequence[str], wanted: str, where: str) -> str | None:
     return alike[0] if alike else None
 
 
-def _splits_in(reader: _FolderReader, folder: Path, *, is_inside_split: bool) -> list[str]:
-    """Which of the subfolders with images are splits, and not a class that has the name of one: a bus, a car, a train.
-    Inside a split that was chosen, one such name is a class."""
-    names = reader.image_folders(folder)
-    splits = splits_among(names)
-    others = [name for name in names if name not in splits]
-    if len(splits) != 1 or not others:
-        return list(splits)
-    name = next(iter(splits))
-    says_split = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
-    no_classes_beside = all(squeezed(other) in _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS for other in others)
-    is_deep = len(others) == 1 and bool(reader.image_folders(folder / name)) and not reader.has_images(folder / name)
-    return [name] if says_split or no_classes_beside or (is_deep and not is_inside_split) else []
-
-
-def _splits_of_classes(reader: _FolderReader, folder: Path) -> dict[str, list[str]]:
-    """{class: its splits} where the classes are the outer folders, and each holds nothing but splits of its own."""
-    names = reader.image_folders(folder)
-    if len(names) < 2 or not reader.is_deep(folder):
-        return {}
-    splits_of_class: dict[str, list[str]] = {}
-    for name in names:
-        below = reader.image_folders(folder / name)
-        splits = list(splits_among(below))
-        if not splits and not below:
-            continue  # a class that was not split, beside others that were
-        if not splits or reader.has_images(folder / name) or not all(map(_is_annotation, {*below} - {*splits})):
-            return {}
-        splits_of_class[name] = splits
-    return splits_of_class if any(len(splits) > 1 for splits in splits_of_class.values()) else {}
-
-
-def _next_folder(reader: _FolderReader, folder: Path) -> str | None:
-    """The subfolder in which to go on: the only one with images, or the one of images beside annotations (masks, labels)."""
-    names = reader.image_folders(folder)
-    if reader.has_images(folder):
-        return None
-    if len(names) == 1:
-        leads_back = folder.resolve().is_relative_to((folder / names[0]).resolve())  # a link to a folder above
-        return names[0] if not leads_back else None
-    return _folder_beside_annotations(names)
-
-
 def _folder_beside_annotations(names: Sequence[str]) -> str | None:
     """The one folder of images where all others hold masks, labels and the like."""
     images = [name for name in names if _has_word(name, _IMAGE_FOLDERS) and not _is_annotation(name)]
     others = [name for name in names if name not in images]
     if len(images) == 1 and others and all(map(_is_annotation, others)):
         return images[0]
-    classes = [name for name in names if squeezed(name) not in _NEVER_A_CLASS]
+    classes = [name for name in names if words_joined(name) not in _NEVER_A_CLASS]
     return classes[0] if len(classes) == 1 and len(names) > 1 and not images else None
-
-
-def _masks_of_classes(reader: _FolderReader, folder: Path) -> set[tuple[str, str]]:
-    """(class, subfolder) of the masks where a class holds its images in one folder and masks of them in another."""
-    masks = set[tuple[str, str]]()
-    if len(reader.image_folders(folder)) < 2 or not reader.is_deep(folder):
-        return masks
-    for name in reader.image_folders(folder):
-        below = reader.image_folders(folder / name)
-        if not reader.has_images(folder / name) and (images := _folder_beside_annotations(below)) is not None:
-            masks |= {(name, other) for other in below if other != images}
-    return masks
-
-
-def _innermost(reader: _FolderReader, folder: Path) -> Path:
-    """The folder in a folder in a folder, where there is nothing beside them."""
-    while not reader.has_images(folder) and len(below := reader.subfolders(folder)) == 1:
-        folder = folder / below[0]
-    return folder
 
 
 def _enter(reader: _FolderReader, layout: Layout, subfolder: str) -> None:

@@ -129,9 +129,8 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
             return ways[-1][0]
         if len(ways[-1]) > 1:
             both = " or ".join("/".join(printable(class_names[i]).replace("/", "\\/") for i in way) for way in ways[-1])
-            raise UserError(f"--classes {printable(text)} may mean two things; write {both}, or give the classes' numbers")
+            advice = f"write it as {both}, or give the classes' numbers"
+            raise UserError(f"--classes {printable(text)} may mean two things; {advice}")
     unknown = next((word for word in words if by_name_or_number(word) is None), text)
-    raise UserError(
-        f"class {printable(unknown)!r} is not known; the classes are: {join_names(class_names, 40)}; name one by its name or "
-        f"number, 0 to {len(class_names) - 1}"
-    )
+    advice = f"ask for one by its name or its number, 0 to {len(class_names) - 1}"
+    raise UserError(f"class {printable(unknown)!r} is not known; the classes are: {join_names(class_names, 40)}; {advice}")

@@ -22,7 +22,7 @@ from ..storage.requests import stage_folder
 from .sources import ImageSet
 from .sources.images import name_fraction
 from .sources.packed import PACK_VERSION
-from .transforms import DECODER, Pixels, shorter_side, to_image
+from .transforms import DECODER, Pixels, resize_shorter_side, to_image
 
 BLOCK = 256
 
@@ -42,7 +42,7 @@ def pack(images: ImageSet, out: Path, *, size: int, channels: int, held_out: flo
     def load(i: int) -> Pixels:
         image = images.parts[images.which[i]].load(int(images.index[i]), channels=channels, at_least=size)
         image = image if isinstance(image, Image.Image) else to_image(image)
-        return shorter_side(image.convert("RGB" if channels == 3 else "L"), size)
+        return resize_shorter_side(image.convert("RGB" if channels == 3 else "L"), size)
 
     try:
         with (

@@ -22,14 +22,14 @@ from .transforms import decode
 
 Count = Annotated[int, Field(ge=2)]
 Points = NDArray[np.float32]
-Drawn = tuple[NDArray[Any], NDArray[np.int64] | None, int]  # points (N, 2), labels (N,) or None, number of classes
+RawPoints = tuple[NDArray[Any], NDArray[np.int64] | None, int]  # points (N, 2), labels (N,) or None, number of classes
 EXTENT = 2.0  # densities lie in about [-2, 2] x [-2, 2], so that their spread is near that of a standard normal
 
 POINT_SOURCES = OpenUnion("source")
-_DRAW_FUNCTIONS: dict[type, Callable[..., Drawn]] = {}
+_DRAW_FUNCTIONS: dict[type, Callable[..., RawPoints]] = {}
 
 
-def register_points(draw: Callable[..., Drawn]) -> Callable[..., Drawn]:
+def register_points(draw: Callable[..., RawPoints]) -> Callable[..., RawPoints]:
     """Decorator: add a density by the function `draw(spec, rng)` of its points; the type of `spec` is its config class."""
     config_class = draw.__annotations__["spec"]
     _DRAW_FUNCTIONS[config_class] = draw
@@ -48,7 +48,7 @@ class DensitySource:
 
 
 @register_points
-def _draw_density(spec: DensitySource, rng: np.random.Generator, image: bytes | None = None) -> Drawn:
+def _draw_density(spec: DensitySource, rng: np.random.Generator, image: bytes | None = None) -> RawPoints:
     density = density_of(spec, image)
     height, width = density.shape
     cell = np.searchsorted(np.cumsum(density), rng.random(spec.count) * density.sum(), side="right").clip(max=density.size - 1)
@@ -76,7 +76,7 @@ class MixtureSource:
 
 
 @register_points
-def _draw_mixture(spec: MixtureSource, rng: np.random.Generator) -> Drawn:
+def _draw_mixture(spec: MixtureSource, rng: np.random.Generator) -> RawPoints:
     weights = np.array(spec.weights or [1.0] * len(spec.means))
     chosen = rng.choice(len(weights), spec.count, p=weights / weights.sum())
     points = np.array(spec.means)[chosen] + np.array(spec.stds)[chosen, None] * rng.standard_normal((spec.count, 2))
@@ -93,7 +93,7 @@ class MoonsSource:
 
 
 @register_points
-def _draw_moons(spec: MoonsSource, rng: np.random.Generator) -> Drawn:
+def _draw_moons(spec: MoonsSource, rng: np.random.Generator) -> RawPoints:
     lower = rng.integers(0, 2, spec.count)
     angle = np.pi * rng.random(spec.count)
     arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -112,7 +112,7 @@ class SpiralSource:
 
 
 @register_points
-def _draw_spiral(spec: SpiralSource, rng: np.random.Generator) -> Drawn:
+def _draw_spiral(spec: SpiralSource, rng: np.random.Generator) -> RawPoints:
     radius = np.sqrt(rng.random(spec.count) * 0.97 + 0.03)  # as much of it per length everywhere, nearly
     angle = 2 * np.pi * spec.turns * radius
     line = 1.8 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -129,7 +129,7 @@ class CheckerboardSource:
 
 
 @register_points
-def _draw_checkerboard(spec: CheckerboardSource, rng: np.random.Generator) -> Drawn:
+def _draw_checkerboard(spec: CheckerboardSource, rng: np.random.Generator) -> RawPoints:
     dark = np.array([(i, j) for i in range(spec.cells) for j in range(spec.cells) if (i + j) % 2 == 0])
     corner = dark[rng.integers(0, len(dark), spec.count)]
     return ((corner + rng.random((spec.count, 2))) / spec.cells - 0.5) * 2 * EXTENT * 0.9, None, 0
@@ -199,8 +199,9 @@ def density_of(spec: DensitySource, image: bytes | None = None) -> NDArray[np.fl
     weight = np.asarray(decode(image or density_image(spec.path), channels=1), dtype=np.float64)
     weight = 255 - weight if spec.invert else weight
     if not weight.any():
-        colour, other = ("white", "true to false") if spec.invert else ("black", "false to true")
-        raise UserError(f"the density image {spec.path} is empty: all is {colour}; draw on it, or change invert from {other}")
+        colour, change = ("white", "true to false") if spec.invert else ("black", "false to true")
+        advice = f"draw on it, or change invert from {change}"
+        raise UserError(f"the density image {spec.path} is empty: all of it is {colour}; {advice}")
     return weight / weight.sum()
 
 

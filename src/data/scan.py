@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,8 +22,9 @@ from PIL import UnidentifiedImageError
 
 from ..config import UserError, config
 from ..config.progress import Progress
+from ..storage.files import write_whole
 from ..storage.locks import take_lock
-from .colour import CONVERTED, DARK, SCALED, note_range, profile_of, stated_top
+from .colour import CONVERTED, DARK, SCALED, profile_of, read_stated_bits, stated_white
 from .formats import describe_content, endings, open_image
 from .transforms import DECODER
 
@@ -56,8 +57,9 @@ class Absent(ValueError):
 class ScanReport:
     """How many files were read, and those left out with their reasons.
 
-    Of the good ones, in their order: `sides` (N, 2), width and height; `times` (N,), when each was modified, in nanoseconds;
-    `decoders` (N,), the first version of the decoder that reads each as today's does. `notes` counts what is odd about some
+    Of the good ones, in their order: `sides` (N, 2), width and height, -1 where they are not known; `times` (N,), when each was
+    modified, in nanoseconds, 0 where the fingerprint of the source changes with the content; `decoders` (N,), the first version
+    of the decoder that reads each as today's does. `notes` counts what is odd about some
     of them but keeps none of them out, and `remarks` are what else a person has to know of the source.
     """
 
@@ -85,45 +87,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ATELIER_CACHE") or Path.home() / ".cache" / "atelier")
 
 
-def inspect(source: Callable[[], Any], size: int, spec: ScanConfig) -> str | None:
-    """Why an image is left out, or None. `source()` gives a path or an open file; `size` is in bytes."""
-    if size < spec.min_file_bytes:
-        return TOO_SMALL
-    if size == 0:
-        return "empty file"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with open_image(source()) as image:
-                width, height = image.size
-                if width * height > spec.max_pixels:
-                    return "more pixels than max_pixels"
-                if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
-                    return "absurd shape"
-                if image.format in ("JPEG", "MPO"):
-                    image.draft(None, (64, 64))  # reads the whole file, keeps little of it
-                with _memory_guard(width * height):
-                    image.load()
-    except UnidentifiedImageError:
-        return describe_content(source()) or "not an image"
-    except Absent as error:
-        return str(error)
-    except MemoryError:
-        return f"{FOR_NOW}it needs more memory than there is"
-    except Exception as error:  # decoders raise whatever they like on damaged bytes
-        if isinstance(error, OSError) and error.errno is not None:
-            return f"{FOR_NOW}{error.strerror}"
-        if "MAX_TEXT_CHUNK" in str(error) or "MAX_TEXT_MEMORY" in str(error):
-            return "more text than 64 MB in a chunk, or 256 MB in all"
-        return "truncated" if "truncat" in str(error).lower() else "damaged"
-    return None
-
-
-def _memory_guard(num_pixels: int) -> AbstractContextManager[Any]:
-    """Held while an image is decoded: large images wait for each other."""
-    return _one_at_a_time if num_pixels > _LARGE_PIXELS else nullcontext()
-
-
 class Measured(NamedTuple):
     """What a scan remembers of a good image: its sides, the first version of the decoder that reads it as today's does, and
     what is odd about it."""
@@ -134,45 +97,61 @@ class Measured(NamedTuple):
     note: str
 
 
-def measure(source: Any) -> Measured:
-    """Measure an image that `inspect` accepted. Only its header is read, but for 16-bit grey."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with open_image(source) as image:
-            width, height = image.size
-            note, decoder = profile_of(image).note, 1
-            if note == CONVERTED:
-                decoder = DECODER
-            if image.mode.startswith("I"):
-                note_range(image)
-                with _memory_guard(width * height):
-                    values = np.asarray(image)
-                if stated_top(image, values) is not None:
-                    note, decoder = SCALED, DECODER
-                elif image.mode.startswith("I;16") and not note and 0 < values.max() < 4096:
-                    note = DARK
-    return Measured(width, height, decoder, note)
+def examine(source: Callable[[], Any], size: int, spec: ScanConfig) -> Measured | str:
+    """What a scan measures of an image, or why the image is left out. `source()` gives a path or an open file; `size` is in
+    bytes."""
+    if size < spec.min_file_bytes:
+        return TOO_SMALL
+    if size == 0:
+        return "empty file"
+    file = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = source()
+            with open_image(file) as image:
+                width, height = image.size
+                if width * height > spec.max_pixels:
+                    return "more pixels than max_pixels"
+                if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
+                    return "absurd shape"
+                note = profile_of(image).note
+                read_stated_bits(image)
+                if image.format in ("JPEG", "MPO"):
+                    image.draft(None, (64, 64))  # reads the whole file, keeps little of it
+                with _one_at_a_time if width * height > _LARGE_PIXELS else nullcontext():
+                    image.load()
+                    return _measured(image, width, height, note)
+    except UnidentifiedImageError:
+        return describe_content(file) or "not an image"
+    except Absent as error:
+        return str(error)
+    except MemoryError:
+        return f"{FOR_NOW}it needs more memory than there is"
+    except Exception as error:  # decoders raise whatever they like on damaged bytes
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"{FOR_NOW}{error.strerror}"
+        if "MAX_TEXT_CHUNK" in str(error) or "MAX_TEXT_MEMORY" in str(error):
+            return "more text than 64 MB in a chunk, or 256 MB in all"
+        return "truncated" if "truncat" in str(error).lower() else "damaged"
+
+
+def _measured(image: Any, width: int, height: int, note: str) -> Measured:
+    """The measures of a loaded image whose colour profile has the `note`: 16-bit grey may be scaled, or dark."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if stated_white(image, values) is not None:
+            note = SCALED
+        elif image.mode.startswith("I;16") and not note and 0 < values.max() < 4096:
+            note = DARK
+    return Measured(width, height, DECODER if note in (CONVERTED, SCALED) else 1, note)
 
 
 def _facts_of(source: Callable[[], Any], size: int, spec: ScanConfig) -> list[Any]:
     """What is remembered of a file besides its stamp: why it is left out or None, what was measured, and the `reader` that
     could not read it."""
-    opened: list[Any] = []
-
-    def rewound() -> Any:  # a row of a data set is brought once
-        if not opened:
-            opened.append(source())
-        elif hasattr(opened[0], "seek"):
-            opened[0].seek(0)
-        return opened[0]
-
-    reason = inspect(rewound, size, spec)
-    try:
-        if reason is None:
-            return [None, *measure(rewound()), ""]
-    except Exception as error:  # the file changes while it is read
-        reason = f"{FOR_NOW}{error}"
-    return [reason, 0, 0, 0, "", reader()]
+    result = examine(source, size, spec)
+    return [result, 0, 0, 0, "", reader()] if isinstance(result, str) else [None, *result, ""]
 
 
 def _is_known(fact: Sequence[Any] | None, stamp: tuple[int, int]) -> bool:
@@ -195,14 +174,9 @@ def _remembered(key: str):
             facts = known if isinstance(known, dict) else {}
 
         def save() -> None:
-            staged = path.with_suffix(".part")
-            try:
-                lasting = {name: fact for name, fact in facts.items() if not str(fact[2]).startswith(FOR_NOW)}
-                staged.write_text(json.dumps(lasting))
-                staged.replace(path)
-            except OSError:
-                with suppress(OSError):
-                    staged.unlink(missing_ok=True)
+            lasting = {name: fact for name, fact in facts.items() if not str(fact[2]).startswith(FOR_NOW)}
+            with suppress(OSError):
+                write_whole(path, json.dumps(lasting).encode())
 
         yield facts, save
 
@@ -238,10 +212,8 @@ def scan(
                         bar.update()
                     save()
         known = [facts[name] for name in names]
-    reasons = [fact[2] for fact in known]
-    if spec.min_side is not None:
-        narrow = (fact[2] is None and min(fact[3], fact[4]) < spec.min_side for fact in known)
-        reasons = [TOO_NARROW if small else reason for small, reason in zip(narrow, reasons, strict=True)]
+    smallest = spec.min_side or 0
+    reasons = [TOO_NARROW if fact[2] is None and min(fact[3:5]) < smallest else fact[2] for fact in known]
     good = [i for i, reason in enumerate(reasons) if reason is None]
     report = ScanReport(
         len(names),

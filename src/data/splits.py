@@ -55,16 +55,16 @@ def tokens(name: str) -> list[str]:
     return [word for word in re.split(r"[\W_]+", parted.casefold()) if word]
 
 
-def squeezed(name: str) -> str:
-    """A folder's name in small letters, without what parts its words."""
+def words_joined(name: str) -> str:
+    """The words of a folder's name in small letters, with nothing between them."""
     return "".join(tokens(name))
 
 
 def split_of(name: str) -> str | None:
     """train, val, test or held out, where a folder's name says that it is one: `train`, `Training Data`, `val2017`,
     `test_images`, `trainA`. A name that means something else beside that word (`train station`, `trains`) says nothing."""
-    if squeezed(name) in PLAIN:  # `held-out`, too
-        return PLAIN[squeezed(name)]
+    if words_joined(name) in PLAIN:  # `held-out`, too
+        return PLAIN[words_joined(name)]
     if domain := re.fullmatch(r"(train|val|test)[ _-]?[AB]", name):
         return domain[1]
     words = [word for word in tokens(name) if word not in FILLERS and not re.fullmatch(r"v?\d+(k|px)?", word)]

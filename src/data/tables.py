@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,8 +13,8 @@ from ..config import UserError, config, resumable_field
 from .names import class_of, join_names, normal_form, printable
 
 Number = Annotated[int, Field(ge=0)]
-_HEAD = 1 << 16  # characters of a table that decide what parts its columns
-_SIGNS = {"comma": ",", "tab": "\t", "semicolon": ";"}
+_HEAD_CHARACTERS = 1 << 16  # characters of a table that decide what parts its columns
+_DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";"}
 
 
 @config
@@ -47,26 +47,22 @@ def _read(path: Path) -> str:
         raise UserError(f"data.labels.file {path} cannot be read: {error.strerror}") from None
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", "replace")
-    if b"\0" in content[:_HEAD]:
+    if b"\0" in content[:_HEAD_CHARACTERS]:
         kind = "an Excel file or another archive" if content[:2] == b"PK" else "no text"
         raise UserError(f"data.labels.file {path} is {kind}, not a table of text; save it as CSV (UTF-8)")
     return content.decode("utf-8-sig", "surrogateescape")  # as file names are read
 
 
-def _rows(text: str, delimiter: str) -> Iterator[list[str]]:
-    if delimiter == "space":
-        lines: Iterator[list[str]] = (line.split() for line in text.splitlines())
-    else:
-        quoting = csv.QUOTE_NONE if delimiter == "tab" else csv.QUOTE_MINIMAL  # a tab in a title is rare, a quote is not
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_SIGNS[delimiter], quoting=quoting)
-        lines = ([cell.strip() for cell in row] for row in reader)
-    return (row for row in lines if any(row))
-
-
 def _table(text: str, delimiter: str) -> list[list[str]]:
     """The rows of a table with its header. CelebA's first line, the number of rows, is left out, and its header, which does not
     name the first column, gets a name for it."""
-    rows = list(_rows(text, delimiter))
+    if delimiter == "space":
+        rows = [line.split() for line in text.splitlines()]
+    else:
+        quoting = csv.QUOTE_NONE if delimiter == "tab" else csv.QUOTE_MINIMAL  # a tab in a title is rare, a quote is not
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[delimiter], quoting=quoting)
+        rows = [[cell.strip() for cell in row] for row in reader]
+    rows = [row for row in rows if any(row)]
     if rows and rows[0][0].lower().startswith("sep="):  # a line that Excel reads
         rows = rows[1:]
     if rows and len(rows[0]) == 1 and rows[0][0].isdecimal() and len(rows) > 1 and len(rows[1]) > 1:
@@ -76,21 +72,28 @@ def _table(text: str, delimiter: str) -> list[list[str]]:
     return rows
 
 
+def _column_index(column: str | int, header: Sequence[str]) -> int | None:
+    """The number of a column that is given by its name or number, or None where the table has no such column."""
+    names = list(map(normal_form, header))
+    if isinstance(column, int):
+        return column if column < len(names) else None
+    return names.index(normal_form(column)) if normal_form(column) in names else None
+
+
 def _parse(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], int | None, int]:
     """The rows, without a header, and the numbers of the columns of images (None where none is given) and of labels."""
     wanted = [column for column in (spec.image_column, spec.label_column) if column is not None]
     best: list[list[str]] = []
-    head = text if len(text) < _HEAD else text[: text.find("\n", _HEAD)]
+    head = text if len(text) < _HEAD_CHARACTERS else text[: text.find("\n", _HEAD_CHARACTERS)]
     try:
-        for delimiter in [spec.delimiter] if spec.delimiter is not None else [*_SIGNS, "space"]:
+        for delimiter in [spec.delimiter] if spec.delimiter is not None else [*_DELIMITERS, "space"]:
             rows = _table(head, delimiter)
-            header = [normal_form(name) for name in rows[0]] if rows else []
-            fits = all(c < len(header) if isinstance(c, int) else normal_form(c) in header for c in wanted)
-            if fits and (len(header) > 1 or spec.delimiter is not None):
-                numbers = [c if isinstance(c, int) else header.index(normal_form(c)) for c in wanted]
-                named = any(isinstance(column, str) for column in wanted)
-                rows = _table(text, delimiter)
-                return rows[1:] if named else rows, numbers[0] if len(wanted) > 1 else None, numbers[-1]
+            header = rows[0] if rows else []
+            numbers = [number for column in wanted if (number := _column_index(column, header)) is not None]
+            if len(numbers) == len(wanted) and (len(header) > 1 or spec.delimiter is not None):
+                has_header = any(isinstance(column, str) for column in wanted)
+                rows = _table(text, delimiter)[1 if has_header else 0 :]
+                return rows, numbers[0] if len(wanted) > 1 else None, numbers[-1]
             if rows and (not best or len(rows[0]) > len(best[0])) and (delimiter != "space" or len(best[0]) < 2):
                 best = rows
     except csv.Error as error:
@@ -98,8 +101,7 @@ def _parse(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], in
     if not best:
         raise UserError(f"data.labels.file {path} is empty")
     header = best[0]
-    lacks = (c for c in wanted if (c >= len(header) if isinstance(c, int) else normal_form(c) not in map(normal_form, header)))
-    missing = next(lacks, None)
+    missing = next((column for column in wanted if _column_index(column, header) is None), None)
     if missing is None:
         raise UserError(f"data.labels.file {path} has one column alone, {join_names(header)}: one has to name the images")
     key = "label_column" if missing == spec.label_column else "image_column"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
 from ..config import config
-from .colour import note_range, stated_top, to_srgb
+from .colour import read_stated_bits, stated_white, to_srgb
 from .formats import open_image
 
 Pixels = NDArray[np.uint8]
@@ -54,7 +54,7 @@ def _to_8_bits(image: Image.Image, top: float | None) -> Image.Image:
 def normalise(image: Image.Image, channels: int) -> Image.Image:
     """An opened image as it is meant to be seen: turned by its EXIF tag, in sRGB, transparency over white, mode L or RGB."""
     deep = image.mode.startswith(("I", "F"))
-    top = stated_top(image, np.asarray(image)) if deep else None
+    top = stated_white(image, np.asarray(image)) if deep else None
     profile = image.info.get("icc_profile")
     with suppress(SyntaxError, ValueError, struct.error):  # notes (EXIF) that cannot be read turn nothing
         image = ImageOps.exif_transpose(image)
@@ -73,7 +73,7 @@ def decode(file: Path | bytes, *, channels: int = 3, at_least: int | None = None
     with open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         if at_least is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * at_least, 2 * at_least))
-        note_range(image)
+        read_stated_bits(image)
         image.load()
         return normalise(image, channels)
 
@@ -108,7 +108,7 @@ def square(image: Image.Image | Pixels, spec: ImageConfig, u: NDArray[np.float64
     return pixels[:, ::-1] if spec.flip and u[2] < 0.5 else pixels
 
 
-def shorter_side(image: Image.Image, size: int) -> Pixels:
+def resize_shorter_side(image: Image.Image, size: int) -> Pixels:
     """The whole image with its shorter side at `size`, (H, W, C) uint8."""
     side = min(image.size)
     width, height = (max(size, round(length * size / side)) for length in image.size)

@@ -260,7 +260,7 @@ def read_classes(
     class: into `compared` and `report`, and, class by class, in lines. `sets` are features and labels."""
     real, labels = sets["real"]
     known = np.flatnonzero(labels >= 0)
-    known = known[_spread(len(known), distances.MOST)]
+    known = known[_spread(len(known), distances.MAX_IMAGES)]
     if len(np.unique(labels[known])) < 2:
         compared.notes.append("one class alone: nothing to read")
         return []

@@ -22,7 +22,7 @@ from ..data import ImageConfig, ImageSet, PointSet
 from ..data.scan import cache_folder
 from ..metrics import distances
 from ..metrics.distances import Array, Moments
-from ..metrics.features import Asked, Features, open_features
+from ..metrics.features import FeatureOptions, Features, open_features
 from ..runtime.processes import broadcast, ranks_of_machine
 from ..sampling.sampler import Sampler
 from ..storage.blocks import Ranks, in_blocks
@@ -143,7 +143,7 @@ def compare(samples: Array, real: Array, network: Features, *, neighbours: bool 
     if logits is not None:
         values["inception_score"], values["inception_score_std"] = distances.inception_score(logits.cpu().numpy())
     notes = flag(len(samples), len(real), network.dim)
-    most = distances.MOST
+    most = distances.MAX_IMAGES
     if neighbours and min(len(samples), len(real)) > distances.NEIGHBOURS:
         few = [side[np.arange(min(most, len(side))) * len(side) // min(most, len(side))] for side in (samples, real)]
         values |= distances.manifold(*few)._asdict()
@@ -208,7 +208,7 @@ class Quality:
         self._spec, self._train_set, self._image = spec, train_set, image
         self._accelerator = accelerator
         own = "preview.quality.weights"
-        network = open_features(spec.features, spec.weights, Asked("preview.quality.features", own, own))
+        network = open_features(spec.features, spec.weights, FeatureOptions("preview.quality.features", own, own))
         self._network = network.to(accelerator.device)
         self._labels = labels_like(train_set, spec.num_samples, num_classes)
         self._real: Moments | None = None

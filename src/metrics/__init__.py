@@ -1,4 +1,4 @@
-"""What says how good pictures are: logged while training, and printed."""
+"""Numbers that say how good images are: logged while training, and printed."""
 
 from .reconstruction import colour_drift, psnr, ssim
 

@@ -1,4 +1,4 @@
-"""How alike two sets of pictures are, by their features: (N, D) of samples and (M, D) of real pictures, float32 or float64."""
+"""How alike two sets of images are, by their features: (N, D) of samples and (M, D) of real images, float32 or float64."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ from ..models.pretrained import import_torchvision
 
 Array = NDArray[Any]
 NEIGHBOURS = 5  # of precision, recall, density and coverage, as Naeem et al. have it
-MOST = 10_000  # pictures of each side for them: their cost grows with the square
-ALONE: dict[str, Any] = {"sync_on_compute": False}  # a rank has all features, and the others do not compute
-ROWS = 20_000_000  # distances at a time
+MAX_IMAGES = 10_000  # of each side for them: their cost grows with the square
+ON_ONE_RANK: dict[str, Any] = {"sync_on_compute": False}  # one rank has all features, and the others do not compute
+DISTANCES_AT_A_TIME = 20_000_000
 
 
 class Moments(NamedTuple):
@@ -33,8 +33,8 @@ def moments(features: Array) -> Moments:
     return Moments(len(x), x.sum(0), x.T @ x)
 
 
-class _Given(nn.Module):
-    """In place of torchmetrics' own network: what it is shown are features already."""
+class _Identity(nn.Module):
+    """In place of torchmetrics' own network: its input are features already."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -45,22 +45,24 @@ class _Given(nn.Module):
 
 
 @contextmanager
-def _drawn_alike(seed: int = 0) -> Iterator[None]:
-    """torchmetrics draws subsets from torch's generator: always the same ones here."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def _same_subsets() -> Iterator[None]:
+    """torchmetrics draws subsets from torch's generator: here always the same ones, and without its warnings."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(0)
+        warnings.filterwarnings("ignore", message="Metric `.*` will save all extracted features")
+        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split
         yield
 
 
 def frechet(samples: Array, real: Moments) -> float:
     """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), by torchmetrics: the squared Fréchet distance between Gaussians of the means
-    and covariances of the samples (N, D) and of the real pictures (Eq. 6, Heusel et al. 2017, arXiv:1706.08500); 0 for equal
+    and covariances of the samples (N, D) and of the real images (Eq. 6, Heusel et al. 2017, arXiv:1706.08500); 0 for equal
     sets."""
     import_torchvision()
     with needed("the Fréchet distance", "torchmetrics"):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(len(real.sum)), **ALONE)
+    metric = FrechetInceptionDistance(feature=_Identity(len(real.sum)), **ON_ONE_RANK)
     metric.update(torch.from_numpy(samples).double(), real=False)
     metric.real_features_sum, metric.real_features_cov_sum = real.sum, real.outer
     metric.real_features_num_samples = torch.tensor(real.number)
@@ -69,14 +71,14 @@ def frechet(samples: Array, real: Moments) -> float:
 
 def kernel_distance(samples: Array, real: Array, *, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
     """KID (Binkowski et al. 2018, arXiv:1801.01401), by torchmetrics: the squared maximum mean discrepancy under the kernel
-    (x'y / D + 1)^3, unbiased: the mean over `subsets` of `size` pictures and its deviation. About 0 for equal sets."""
+    (x'y / D + 1)^3, unbiased: the mean over `subsets` of `size` images and its deviation. About 0 for equal sets."""
     import_torchvision()
     with needed("the kernel distance", "torchmetrics"):
         from torchmetrics.image.kid import KernelInceptionDistance
 
-    with _quietly(), _drawn_alike():
+    with _same_subsets():
         metric = KernelInceptionDistance(
-            feature=_Given(0), subsets=subsets, subset_size=min(size, len(samples), len(real)), **ALONE
+            feature=_Identity(0), subsets=subsets, subset_size=min(size, len(samples), len(real)), **ON_ONE_RANK
         )
         metric.update(torch.from_numpy(samples).double(), real=False)
         metric.update(torch.from_numpy(real).double(), real=True)
@@ -91,22 +93,11 @@ def inception_score(logits: Array, *, splits: int = 10) -> tuple[float, float]:
     with needed("the Inception Score", "torchmetrics"):
         from torchmetrics.image.inception import InceptionScore
 
-    with _quietly(), _drawn_alike():
-        metric = InceptionScore(feature=_Given(0), splits=min(splits, len(logits)), **ALONE)
+    with _same_subsets():
+        metric = InceptionScore(feature=_Identity(0), splits=min(splits, len(logits)), **ON_ONE_RANK)
         metric.update(torch.from_numpy(logits).double())
         mean, std = metric.compute()
     return float(mean), float(std.nan_to_num())
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Metric `.*` will save all extracted features")
-        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split
-        yield
-
-
-# ---------------------------------------------------------------------------------------------- neighbours
 
 
 def _points(features: Array) -> Tensor:
@@ -115,20 +106,19 @@ def _points(features: Array) -> Tensor:
 
 def _rows(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of rows of the distances |x_i - y_j|: (first row, (b, M)), of 160 MB at most."""
-    block = max(1, ROWS // len(y))
+    block = max(1, DISTANCES_AT_A_TIME // len(y))
     for start in range(0, len(x), block):
         yield start, torch.cdist(x[start : start + block], y, compute_mode="use_mm_for_euclid_dist")
 
 
 def _radii(x: Tensor, neighbours: int) -> Tensor:
     """(N,): each point's distance to its `neighbours`-th neighbour among the others."""
-    found = [rows.kthvalue(neighbours + 1, dim=1).values for _, rows in _rows(x, x)]  # the first is the point itself
-    return torch.cat(found)
+    return torch.cat([rows.kthvalue(neighbours + 1, dim=1).values for _, rows in _rows(x, x)])  # the first is the point itself
 
 
 class Manifold(NamedTuple):
-    """Shares in [0, 1], but density, which may exceed 1; all near 1 for two draws of one distribution but precision and recall,
-    whose own value for such draws depends on the features."""
+    """Shares in [0, 1], but density, which may exceed 1. For two samples of one distribution density and coverage are near 1;
+    the value of precision and recall for such samples depends on the features."""
 
     precision: float
     recall: float
@@ -160,18 +150,18 @@ def manifold(samples: Array, real: Array, *, neighbours: int = NEIGHBOURS) -> Ma
 
 
 def nearest(samples: Array, real: Array, *, most: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(N, most) twice: each sample's distances to its nearest real pictures, the nearest first, and which those are."""
-    found = [rows.topk(min(most, len(real)), dim=1, largest=False) for _, rows in _rows(_points(samples), _points(real))]
-    return torch.cat([part.values for part in found]).float().numpy(), torch.cat([part.indices for part in found]).numpy()
+    """(N, most) twice: each sample's distances to its nearest real images, the nearest first, and the indices of those."""
+    parts = [rows.topk(min(most, len(real)), dim=1, largest=False) for _, rows in _rows(_points(samples), _points(real))]
+    return torch.cat([part.values for part in parts]).float().numpy(), torch.cat([part.indices for part in parts]).numpy()
 
 
 class Copying(NamedTuple):
-    """Whether samples are copies of training pictures, against pictures that nobody learned from.
+    """Whether samples are copies of training images, compared with images that the network did not learn from.
 
-    `nearer` is the share of all pairs of a sample and a held-out picture in which the sample is nearer to its nearest training
-    picture than the held-out one to its: one half where samples are as new as unseen pictures. `copied` is the share of samples
-    nearer than 99 % of the held-out pictures are, or, of fewer than 99, nearer than all of them: `copied_if_new` of new
-    pictures would be.
+    `nearer` is the share of all pairs of a sample and a held-out image in which the sample is nearer to its nearest training
+    image than the held-out one to its: one half where samples are as new as held-out images. `copied` is the share of samples
+    nearer than 99 % of the held-out images are, or, of fewer than 99, nearer than all of them; of new images the share
+    `copied_if_new` would be.
     """
 
     nearer: float
@@ -180,20 +170,17 @@ class Copying(NamedTuple):
 
 
 def copying(samples: Array, held_out: Array) -> Copying:
-    """From distances (N,) and (M,) to the nearest training picture."""
+    """From distances (N,) and (M,) to the nearest training image."""
     ordered = np.sort(held_out)
     below, upto = np.searchsorted(ordered, samples, side="left"), np.searchsorted(ordered, samples, side="right")
     nearer = 1 - (below + upto) / 2 / len(ordered)  # equal ones count half
-    share = max(0.01, 1 / (len(ordered) + 1))  # of new pictures that many are nearer than the one of M at share * (M + 1)
+    share = max(0.01, 1 / (len(ordered) + 1))  # of new images that share is nearer than the one of M at share * (M + 1)
     threshold = np.quantile(ordered, share, method="weibull")
     return Copying(float(nearer.mean()), float((samples < threshold).mean()), share)
 
 
-# ---------------------------------------------------------------------------------------------- classes
-
-
 def fit_reader(real: Array, labels: NDArray[np.int64]) -> Callable[[Array], NDArray[np.int64]]:
-    """A logistic regression on the features (M, D) of real pictures and their labels (M,): features (N, D) -> labels (N,)."""
+    """A logistic regression on the features (M, D) of real images and their labels (M,): features (N, D) -> labels (N,)."""
     with needed("reading the classes of samples", "sklearn"):
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
@@ -205,6 +192,6 @@ def fit_reader(real: Array, labels: NDArray[np.int64]) -> Callable[[Array], NDAr
 
 
 def accuracy_by_class(read: NDArray[np.int64], wanted: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
-    """(num_classes,): the share of those of each class that were read as it; NaN where there are none."""
+    """(num_classes,): the share of the images of each class that were read as this class; NaN where there are none."""
     right = read == wanted
     return np.array([right[wanted == k].mean() if (wanted == k).any() else np.nan for k in range(num_classes)])

@@ -1,4 +1,4 @@
-"""How far reconstructions are from their pictures; (B, C, H, W) in [-1, 1] each, per picture unless said."""
+"""How far reconstructions are from their images; (B, C, H, W) in [-1, 1] each, one number per image."""
 
 from torch import Tensor
 
@@ -8,32 +8,30 @@ from ..models.pretrained import import_torchvision
 SMALLEST_FOR_SSIM = 11  # its window
 
 
-def psnr(drawn: Tensor, images: Tensor) -> Tensor:
+def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
     """(B,) decibels: 10 log10(2^2 / mean squared error), by torchmetrics."""
     import_torchvision()
     with needed("PSNR", "torchmetrics"):
         from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    found = [
-        peak_signal_noise_ratio(a[None], b[None], data_range=2.0) for a, b in zip(drawn.float(), images.float(), strict=True)
-    ]
-    return images.new_tensor([float(value) for value in found])
+    pairs = zip(reconstruction.float(), images.float(), strict=True)
+    return images.new_tensor([float(peak_signal_noise_ratio(a[None], b[None], data_range=2.0)) for a, b in pairs])
 
 
-def ssim(drawn: Tensor, images: Tensor) -> Tensor:
-    """(B,) structural similarity, 1 for equal pictures, by torchmetrics (Wang et al. 2004): the mean over the windows that lie
-    inside the picture, as that paper and scikit-image have it; pictures of at least 11 px."""
+def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """(B,) structural similarity, 1 for equal images, by torchmetrics (Wang et al. 2004): the mean over the windows that lie
+    inside the image, as that paper and scikit-image have it; images of at least 11 px."""
     import_torchvision()
     with needed("SSIM", "torchmetrics"):
         from torchmetrics.functional.image import structural_similarity_index_measure
 
     _, windows = structural_similarity_index_measure(
-        drawn.float(), images.float(), data_range=2.0, reduction="none", return_full_image=True
+        reconstruction.float(), images.float(), data_range=2.0, reduction="none", return_full_image=True
     )
     edge = SMALLEST_FOR_SSIM // 2
     return windows[..., edge:-edge, edge:-edge].flatten(1).mean(1)
 
 
-def colour_drift(drawn: Tensor, images: Tensor) -> Tensor:
-    """(B, C): the mean of each channel in the reconstruction less that in the picture, in steps of 1/255."""
-    return (drawn - images).float().mean((2, 3)) * 127.5
+def colour_drift(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """(B, C): the mean of each channel in the reconstruction less that in the image, in steps of 1/255."""
+    return (reconstruction - images).float().mean((2, 3)) * 127.5

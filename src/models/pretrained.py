@@ -5,8 +5,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import nn
+
+from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..storage.downloads import put_weights, read_weights
+from ..storage.downloads import fetch_weights, how_to_bring, put_weights, read_weights
 
 
 def import_torchvision() -> ModuleType:
@@ -15,9 +19,35 @@ def import_torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
+def find_weights(needs: str, named: str | None, cached: Path, url: str, *, option: str, otherwise: str) -> Path:
+    """The file of weights that the user `named` with `option`, or the file `cached`, into which they are fetched from `url`.
+    A UserError where there is none: it begins with what `needs` the weights, and `otherwise` is another way."""
+    path = Path(named).expanduser() if named is not None else cached
+    reason = fetch_weights(url, cached) if named is None else f"{option} names no file"
+    if not path.is_file():
+        raise UserError(
+            f"{needs} that are not at {path}; get them from {url} and put them there ({how_to_bring(url, cached)}), or name "
+            f"the file with {option}; {otherwise}; they were not fetched: {reason}"
+        )
+    return path
+
+
+def random_convolutions() -> nn.Sequential:
+    """Three random convolutions with tanh, always the same: for tests, whose numbers mean nothing."""
+    generator = torch.Generator().manual_seed(0)
+    layers: list[nn.Module] = []
+    for a, b in ((3, 8), (8, 16), (16, 16)):
+        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.Tanh()]
+    network = nn.Sequential(*layers)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return network
+
+
 def efficientnet_lite0(weights: str | None, key: str) -> Any:
-    """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation) for pictures in [-1, 1], with the ImageNet weights
-    that a package brings, or those of the file `weights`. A UserError begins with `key`, who wants it."""
+    """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation) for images in [-1, 1], with the ImageNet weights
+    that a package brings, or those of the file `weights`. A UserError begins with `key`, the option that asks for it."""
     with needed(key, "efficientnet_lite_pytorch"):
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -29,6 +59,3 @@ def efficientnet_lite0(weights: str | None, key: str) -> Any:
     network: Any = EfficientNet.from_name("efficientnet-lite0")
     put_weights(network, read_weights(Path(weights), key), Path(weights), key)
     return network
-
-
-# ---------------------------------------------------------------------------------------------- the hub

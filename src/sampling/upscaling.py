@@ -23,7 +23,7 @@ from ..config import UserError
 from ..config.packages import ask_for, needed
 from ..config.progress import Progress, say
 from ..data.formats import endings, open_image
-from ..data.scan import ScanConfig, inspect
+from ..data.scan import ScanConfig, examine
 from ..data.transforms import decode
 from ..models.pretrained import import_torchvision
 from ..storage.blocks import Ranks
@@ -186,9 +186,9 @@ def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
 def _decode(path: Path) -> figures.Pixels | str:
     """(H, W, 1 or 3) uint8, or why the picture cannot be read."""
     try:
-        reason = inspect(lambda: path, path.stat().st_size, ScanConfig(max_pixels=MAX_PIXELS))
-        if reason is not None:
-            return reason.replace("max_pixels", f"{MAX_PIXELS:,}")
+        measured = examine(lambda: path, path.stat().st_size, ScanConfig(max_pixels=MAX_PIXELS))
+        if isinstance(measured, str):
+            return measured.replace("max_pixels", f"{MAX_PIXELS:,}")
         with open_image(path) as image:
             grey = Image.getmodebase(image.mode) == "L"
         pixels = np.array(decode(path, channels=1 if grey else 3))

@@ -14,7 +14,7 @@ from ..models import ModelConfig
 from ..runs.classifier import MeasureConfig
 from ..runtime.checkpoint import CheckpointConfig
 from ..runtime.launch import MachineConfig
-from ..sampling.sampler import SamplerConfig
+from ..sampling.config import SamplerConfig
 from .ema import EMAConfig
 from .optimizer import OptimizerConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
-from ..runtime.failures import of_a_lost_rank
+from ..runtime.failures import is_lost_rank
 from ..runtime.launch import undetermined
 from ..runtime.memory import explain_out_of_memory
 from ..runtime.processes import silent_ranks
@@ -34,7 +34,7 @@ def call(train: Train, cfg: TrainConfig, run_dir: Path, run_mode: RunMode, stop_
         if (missing := undetermined(error)) is not None:
             reason = f"deterministic: torch has no {missing} that repeats itself to the bit on this device"
             raise UserError(f"{reason}; --set deterministic=false, or train without what asks for it") from error
-        if not of_a_lost_rank(error):
+        if not is_lost_rank(error):
             raise
         rank = os.environ.get("RANK", "0")
         print(

@@ -32,13 +32,12 @@ def folder(path: Path, **scan: Any) -> ImageSet:
 
 def test_sides_are_known_and_remembered(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert folder(photos).sides.tolist() == [list(side) for side in SIDES]
-    monkeypatch.setattr("src.data.scan.inspect", lambda *_: pytest.fail("a file is looked at again"))
-    monkeypatch.setattr("src.data.scan.measure", lambda *_: pytest.fail("a file is measured again"))
+    monkeypatch.setattr("src.data.scan.examine", lambda *_: pytest.fail("a file is read again"))
     assert folder(photos).sides.tolist() == [list(side) for side in SIDES]
     few = folder(photos, min_side=64, max_broken_fraction=0.0)
     assert few.names == ["1.png", "2.png", "4.png"] and few.sides.min() == 64
     assert few.parts[0].report.reasons == {"smaller than min_side": 2}
-    with pytest.raises(UserError, match="no readable picture is left.*smaller than min_side"):
+    with pytest.raises(UserError, match="no readable image is left.*smaller than min_side"):
         folder(photos, min_side=101)
 
 
@@ -52,13 +51,18 @@ def test_a_memory_without_sides_is_not_believed(photos: Path, tmp_path: Path, mo
 
 def test_another_reader_looks_again_at_what_could_not_be_read(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "odd.png").write_bytes(b"of a format to come")
-    assert folder(photos, max_broken_fraction=1.0).parts[0].report.reasons == {"not a picture": 1}
-    looked: list[int] = []
-    monkeypatch.setattr("src.data.scan.inspect", lambda source, size, spec: looked.append(size))
-    assert len(folder(photos, max_broken_fraction=1.0)) == 5 and not looked
+    assert folder(photos, max_broken_fraction=1.0).parts[0].report.reasons == {"not an image": 1}
+    sizes: list[int] = []
+
+    def recording_examine(_source: object, size: int, _spec: object) -> str:
+        sizes.append(size)
+        return "broken"
+
+    monkeypatch.setattr("src.data.scan.examine", recording_examine)
+    assert len(folder(photos, max_broken_fraction=1.0)) == 5 and not sizes
     monkeypatch.setattr("src.data.scan.reader", lambda: "a later Pillow")
     folder(photos, max_broken_fraction=1.0)
-    assert looked == [19]
+    assert sizes == [19]
 
 
 def test_rows_of_datasets_have_sides_too(photos: Path, tmp_path: Path) -> None:
@@ -67,20 +71,20 @@ def test_rows_of_datasets_have_sides_too(photos: Path, tmp_path: Path) -> None:
     paths = [str(photos / f"{i}.png") for i in range(len(SIDES))]
     rows = datasets.Dataset.from_dict({"image": [*paths, None]}).cast_column("image", datasets.Image())
     rows.save_to_disk(str(tmp_path / "rows"))
-    found = open_sources(DatasetsSource(source="datasets", name=str(tmp_path / "rows"), scan=_scan(0.5)))
-    assert found.sides.tolist() == [list(side) for side in SIDES]
-    found = open_sources(DatasetsSource(source="datasets", name=str(tmp_path / "rows"), scan=_scan(0.5, min_side=65)))
-    assert len(found) == 1
+    image_set = open_sources(DatasetsSource(source="datasets", name=str(tmp_path / "rows"), scan=_scan(0.5)))
+    assert image_set.sides.tolist() == [list(side) for side in SIDES]
+    image_set = open_sources(DatasetsSource(source="datasets", name=str(tmp_path / "rows"), scan=_scan(0.5, min_side=65)))
+    assert len(image_set) == 1
 
 
-def _scan(broken: float, **more: Any) -> Any:
-    return validate(FolderSource, {"source": "folder", "path": "x", "scan": {"max_broken_fraction": broken, **more}}).scan
+def _scan(broken: float, **options: Any) -> Any:
+    return validate(FolderSource, {"source": "folder", "path": "x", "scan": {"max_broken_fraction": broken, **options}}).scan
 
 
 def test_small_images_are_counted(photos: Path) -> None:
-    found = folder(photos)
-    assert count_small(64, found) == (2, 5, 20) and count_small(20, found) == (0, 5, 20)
-    (line,) = describe_small({"image.size": 64, "stages.1.image_size": 20}, found)
+    image_set = folder(photos)
+    assert count_small(64, image_set) == (2, 5, 20) and count_small(20, image_set) == (0, 5, 20)
+    (line,) = describe_small({"image.size": 64, "stages.1.image_size": 20}, image_set)
     assert line.startswith("2 of 5 images are enlarged: their shorter side is below image.size 64 (the smallest: 20 px)")
     assert "--set data.scan.min_side=64" in line
     assert describe_small({"image.size": 64}, folder(photos, min_side=64)) == []
@@ -129,8 +133,8 @@ def test_check_and_pack_say_it(photos: Path, tmp_path: Path) -> None:
     out = here("prepare_data.py", "check", photos, "--size", "64").out
     assert "shorter sides of 20 to 100 px, half of them below 64" in out
     assert "warning: 2 of 5 images are enlarged" in out and "below --size 64" in out
-    found = json.loads(here("prepare_data.py", "check", photos, "--size", "64", "--json").out)
-    assert found["shorter_side"] == {"smallest": 20, "median": 64, "largest": 100} and found["smaller"] == {"64": 2}
+    findings = json.loads(here("prepare_data.py", "check", photos, "--size", "64", "--json").out)
+    assert findings["shorter_side"] == {"smallest": 20, "median": 64, "largest": 100} and findings["smaller"] == {"64": 2}
     assert json.loads(here("prepare_data.py", "check", photos, "--min-side", "64", "--json").out)["pictures"] == 3
     config = tmp_path / "config.json"
     raw = {"data": {"source": "folder", "path": str(photos)}, "image": {"size": 32}, "stages": [{}, {"image_size": 70}]}

@@ -27,8 +27,8 @@ def saved(image: Image.Image, path: Path, **save: Any) -> Path:
 
 
 def pixel(path: Path, channels: int = 3) -> tuple[int, ...]:
-    found = decode(path, channels=channels)
-    value = found.getpixel((found.width // 2, found.height // 2))
+    image = decode(path, channels=channels)
+    value = image.getpixel((image.width // 2, image.height // 2))
     return value if isinstance(value, tuple) else (int(value or 0),)
 
 
@@ -45,22 +45,22 @@ WANTED = np.array([251, 0, 18])
     [("png", {}), ("jpg", {"quality": 100, "subsampling": 0}), ("webp", {"lossless": True}), ("tif", {})],
 )
 def test_display_p3_becomes_srgb(tmp_path: Path, ending: str, save: dict[str, Any]) -> None:
-    found = pixel(saved(P3, tmp_path / f"a.{ending}", icc_profile=profiles.display_p3(), **save))
-    assert np.abs(np.array(found) - WANTED).max() <= 2, found
+    value = pixel(saved(P3, tmp_path / f"a.{ending}", icc_profile=profiles.display_p3(), **save))
+    assert np.abs(np.array(value) - WANTED).max() <= 2, value
     assert pixel(saved(P3, tmp_path / f"plain.{ending}", **save))[0] in range(228, 233)
 
 
 def test_a_palette_and_transparency_keep_what_they_are(tmp_path: Path) -> None:
-    more = {"icc_profile": profiles.display_p3()}
-    assert np.abs(np.array(pixel(saved(P3.quantize(2), tmp_path / "palette.png", **more))) - WANTED).max() <= 1
+    options = {"icc_profile": profiles.display_p3()}
+    assert np.abs(np.array(pixel(saved(P3.quantize(2), tmp_path / "palette.png", **options))) - WANTED).max() <= 1
     clear = P3.convert("RGBA")
-    assert np.abs(np.array(pixel(saved(clear, tmp_path / "opaque.png", **more))) - WANTED).max() <= 1
+    assert np.abs(np.array(pixel(saved(clear, tmp_path / "opaque.png", **options))) - WANTED).max() <= 1
     clear.putalpha(128)
-    half = np.array(pixel(saved(clear, tmp_path / "half.png", **more)))
+    half = np.array(pixel(saved(clear, tmp_path / "half.png", **options)))
     assert np.abs(half - (WANTED * 128 + 255 * 127) / 255).max() <= 2, half
     clear.putalpha(0)
-    assert pixel(saved(clear, tmp_path / "clear.png", **more)) == (255, 255, 255)
-    keyed = saved(P3, tmp_path / "keyed.png", transparency=(230, 40, 40), **more)
+    assert pixel(saved(clear, tmp_path / "clear.png", **options)) == (255, 255, 255)
+    keyed = saved(P3, tmp_path / "keyed.png", transparency=(230, 40, 40), **options)
     assert pixel(keyed) == (255, 255, 255)
 
 
@@ -103,8 +103,8 @@ def test_lab_and_cmyk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ending", "save"), [("tif", {}), ("jpg", {"quality": 100, "subsampling": 0})])
 def test_cmyk_by_its_profile(tmp_path: Path, ending: str, save: dict[str, Any]) -> None:
     red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    found = pixel(saved(red, tmp_path / f"press.{ending}", icc_profile=profiles.press(), **save))
-    assert np.abs(np.array(found) - 198).max() <= 4, found
+    value = pixel(saved(red, tmp_path / f"press.{ending}", icc_profile=profiles.press(), **save))
+    assert np.abs(np.array(value) - 198).max() <= 4, value
     assert opened(tmp_path).parts[0].report.notes == {colour.CONVERTED: 1}
 
 
@@ -124,8 +124,8 @@ def test_a_profile_that_cannot_be_used_leaves_the_image_as_it_is_and_is_counted(
     path = saved(image, tmp_path / "images" / "a.png", icc_profile=profile)
     saved(P3, tmp_path / "images" / "b.png")
     assert np.array_equal(np.asarray(decode(path)), np.asarray(image.convert("RGB")))
-    found = opened(tmp_path / "images")
-    assert len(found) == 2 and found.parts[0].report.notes == {note: 1} and found.decoder == 1
+    image_set = opened(tmp_path / "images")
+    assert len(image_set) == 2 and image_set.parts[0].report.notes == {note: 1} and image_set.decoder == 1
     assert f"1  {note}" in here("prepare_data.py", "check", tmp_path / "images").out
 
 
@@ -148,12 +148,12 @@ def test_threads_share_a_transform(tmp_path: Path) -> None:
         )
         for i in range(16)
     ]
-    alone = [np.asarray(decode(path)) for path in paths]
+    one_by_one = [np.asarray(decode(path)) for path in paths]
     colour.read_profile.cache_clear()
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             assert all(
-                np.array_equal(a, b) for a, b in zip(alone, pool.map(lambda p: np.asarray(decode(p)), paths), strict=True)
+                np.array_equal(a, b) for a, b in zip(one_by_one, pool.map(lambda p: np.asarray(decode(p)), paths), strict=True)
             )
     assert colour.read_profile.cache_info().currsize == 1
 
@@ -178,8 +178,8 @@ def row(path: Path) -> list[int]:
 def test_a_tiff_that_states_its_largest_value(tmp_path: Path, tag: int) -> None:
     path = saved(Image.fromarray(TWELVE), tmp_path / "a.tif", tiffinfo={tag: 4095})
     assert row(path) == [0, 62, 127, 255]
-    found = opened(tmp_path)
-    assert found.parts[0].report.notes == {colour.SCALED: 1} and found.decoder == 2
+    image_set = opened(tmp_path)
+    assert image_set.parts[0].report.notes == {colour.SCALED: 1} and image_set.decoder == 2
     used = saved(Image.fromarray(TWELVE), tmp_path / "used.tif", tiffinfo={tag: 4000})
     assert row(used) == [0, 62, 127, 255], "the largest value that is used says how many bits there are, no more"
     lies = saved(Image.fromarray(TWELVE * 16), tmp_path / "lies.tif", tiffinfo={tag: 4095})

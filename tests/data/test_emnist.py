@@ -21,15 +21,15 @@ def idx(values: np.ndarray) -> bytes:
 
 
 def upright(count: int, size: int = 28) -> np.ndarray:
-    """Pictures that are known again: a bar across the top, its length and its grey by the picture."""
-    pictures = np.zeros((count, size, size), np.uint8)
+    """Images that a test can tell apart: a bar across the top, whose length and grey say which image it is."""
+    images = np.zeros((count, size, size), np.uint8)
     for i in range(count):
-        pictures[i, :3, : 5 + i % 20] = 100 + i
-    return pictures
+        images[i, :3, : 5 + i % 20] = 100 + i
+    return images
 
 
 def write(folder: Path, split: str, part: str, labels: list[int], *, zipped: bool = False) -> Path:
-    """Files as NIST has them, each picture on its side."""
+    """Files as NIST has them, each image on its side."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
         f"emnist-{split}-{part}-images-idx3-ubyte": idx(upright(len(labels)).transpose(0, 2, 1)),
@@ -47,29 +47,29 @@ def emnist(path: Path, split: str = "letters", **options: Any) -> ImageSet:
     return open_sources(validate(EmnistSource, {"source": "emnist", "path": str(path), "split": split, **options}))
 
 
-def loaded(pictures: ImageSet, i: int) -> np.ndarray:
-    return np.asarray(pictures.parts[0].load(i, channels=1))
+def loaded(image_set: ImageSet, i: int) -> np.ndarray:
+    return np.asarray(image_set.parts[0].load(i, channels=1))
 
 
 def test_the_letters_stand_upright_and_have_their_names(tmp_path: Path) -> None:
-    found = emnist(write(tmp_path, "letters", "train", [1, 26, 2, 1]))
-    assert found.class_names == tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    assert found.labels.tolist() == [0, 25, 1, 0]
-    assert found.names == [f"emnist/letters/train/{i:06d}" for i in range(4)]
-    for i, picture in enumerate(upright(4)):
-        assert np.array_equal(loaded(found, i), picture[..., None])
+    image_set = emnist(write(tmp_path, "letters", "train", [1, 26, 2, 1]))
+    assert image_set.class_names == tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    assert image_set.labels.tolist() == [0, 25, 1, 0]
+    assert image_set.names == [f"emnist/letters/train/{i:06d}" for i in range(4)]
+    for i, image in enumerate(upright(4)):
+        assert np.array_equal(loaded(image_set, i), image[..., None])
     spec = ImageConfig(size=28, channels=1)
-    found.prepare(spec)
-    assert found.ready
-    assert np.array_equal(found.batch(np.array([2, 0]), spec, np.full((2, 3), 0.5))[..., 0], upright(4)[[2, 0]])
+    image_set.prepare(spec)
+    assert image_set.ready
+    assert np.array_equal(image_set.batch(np.array([2, 0]), spec, np.full((2, 3), 0.5))[..., 0], upright(4)[[2, 0]])
 
 
 @pytest.mark.parametrize("split", list(CLASSES))
 def test_the_classes_of_each_split(tmp_path: Path, split: str) -> None:
     first = 1 if split == "letters" else 0
     count = CLASSES[split]
-    found = emnist(write(tmp_path, split, "train", list(range(first, first + count))), split)
-    assert len(set(found.class_names)) == count and found.labels.tolist() == list(range(count)), "the order is EMNIST's"
+    image_set = emnist(write(tmp_path, split, "train", list(range(first, first + count))), split)
+    assert len(set(image_set.class_names)) == count and image_set.labels.tolist() == list(range(count)), "the order is EMNIST's"
     with pytest.raises(UserError, match=f"the labels .* run from {first} to {first + count}, those of EMNIST from {first}"):
         emnist(write(tmp_path, split, "train", list(range(first, first + count + 1))), split)
 
@@ -127,7 +127,7 @@ def no_gzip(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda folder: (folder / IMAGES).unlink(), f"no {IMAGES}, plain or .gz; it is in gzip.zip on the EMNIST page of NIST"),
         (lambda folder: (folder / LABELS).unlink(), f"no {LABELS}, plain or .gz; it is in gzip.zip on the EMNIST page of NIST"),
@@ -136,7 +136,7 @@ def no_gzip(folder: Path) -> None:
         (change(IMAGES, start=b"\0\0\x0b\x03"), r"not an idx file of bytes with 3 axes \(its first bytes are 00 00 0b 03\)"),
         (change(LABELS, start=b"<htm"), "not an idx file of bytes with 1 axes"),
         (change(LABELS, slice(0, 0)), "not an idx file"),
-        (lambda folder: (folder / LABELS).write_bytes(idx(np.array([1, 2]))), "3 pictures and 2 labels"),
+        (lambda folder: (folder / LABELS).write_bytes(idx(np.array([1, 2]))), "3 images and 2 labels"),
         (
             lambda folder: (folder / LABELS).write_bytes(idx(np.array([0, 1, 2]))),
             "run from 0 to 2, those of EMNIST from 1 to 26",
@@ -146,9 +146,9 @@ def no_gzip(folder: Path) -> None:
     ],
     ids=["images", "labels", "truncated", "short", "type", "html", "empty", "count", "range", "cut_gzip", "no_gzip"],
 )
-def test_files_that_are_not_whole(tmp_path: Path, spoil: Any, said: str) -> None:
+def test_files_that_are_not_whole(tmp_path: Path, spoil: Any, message: str) -> None:
     spoil(write(tmp_path, "letters", "train", [1, 2, 3]))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         emnist(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -163,15 +163,15 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_a_transposed_copy_from_datasets_can_be_turned(tmp_path: Path) -> None:
     import datasets
 
-    (tmp_path / "pictures").mkdir()
-    for i, picture in enumerate(upright(3)):
-        Image.fromarray(picture.T).save(tmp_path / "pictures" / f"{i}.png")
-    files = sorted(str(path) for path in (tmp_path / "pictures").iterdir())
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(upright(3)):
+        Image.fromarray(image.T).save(tmp_path / "images" / f"{i}.png")
+    files = sorted(str(path) for path in (tmp_path / "images").iterdir())
     rows = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
     rows.save_to_disk(str(tmp_path / "saved"))
     raw = {"source": "datasets", "name": str(tmp_path / "saved")}
     lying, standing = (open_sources(validate(DatasetsSource, {**raw, **options})) for options in ({}, {"transpose": True}))
-    for i, picture in enumerate(upright(3)):
-        assert np.array_equal(loaded(lying, i), picture.T)
-        assert np.array_equal(loaded(standing, i), picture)
+    for i, image in enumerate(upright(3)):
+        assert np.array_equal(loaded(lying, i), image.T)
+        assert np.array_equal(loaded(standing, i), image)
     assert lying.fingerprint != standing.fingerprint

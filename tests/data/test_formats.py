@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, UnidentifiedImageError, features
 
 from src.config import UserError, validate
-from src.data import ImageConfig, ImageSet, formats, open_sources
-from src.data.scan import ScanConfig, inspect
-from src.data.sources import DatasetsSource, FolderSource
+from src.data import ImageSet, formats, open_sources
+from src.data.scan import ScanConfig, examine
+from src.data.sources import FolderSource
 from src.data.transforms import decode
 from src.sampling.edit import files_of
 from tests.conftest import here
@@ -32,7 +32,7 @@ def folder_set(path: Path, **options: object) -> ImageSet:
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What can be read here is found out anew, before and after."""
-    caches = [formats._installed, formats._formats, formats.endings, formats.foreign]
+    caches = [formats._installed, formats._formats, formats.endings, formats.unreadable]
     for cache in caches:
         cache.cache_clear()
     yield
@@ -78,10 +78,10 @@ def content(name: str) -> bytes:
 def test_what_pillow_reads_is_read(tmp_path: Path, name: str) -> None:
     for i, ending in enumerate(formats.BUILT_IN[name]):
         (tmp_path / f"{i}{ending.upper() if i % 2 else ending}").write_bytes(content(name))
-    found = folder_set(tmp_path)
-    assert len(found) == len(formats.BUILT_IN[name]) == len(files_of(str(tmp_path)))
-    for i in range(len(found)):
-        image = found.parts[0].load(i, channels=3)
+    image_set = folder_set(tmp_path)
+    assert len(image_set) == len(formats.BUILT_IN[name]) == len(files_of(str(tmp_path)))
+    for i in range(len(image_set)):
+        image = image_set.parts[0].load(i, channels=3)
         assert isinstance(image, Image.Image) and image.mode == "RGB"
 
 
@@ -94,7 +94,7 @@ def test_no_other_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / name).write_bytes(eps.getvalue())
         with pytest.raises(UnidentifiedImageError):
             decode(tmp_path / name)
-    assert inspect(lambda: tmp_path / "a.png", 100, ScanConfig()) == "not a picture"
+    assert examine(lambda: tmp_path / "a.png", 100, ScanConfig()) == "not an image"
 
 
 def test_what_has_no_signature_goes_by_its_ending(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_what_has_no_signature_goes_by_its_ending(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content("TGA"))
     (tmp_path / "b.tga").write_bytes(content("PNG"))
     assert decode(tmp_path / "a.tga").size == decode(tmp_path / "b.tga").size == SIDE
-    assert inspect(lambda: tmp_path / "a.png", 100, ScanConfig()) == "not a picture"
+    assert examine(lambda: tmp_path / "a.png", 100, ScanConfig()) == "not an image"
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be read
@@ -129,28 +129,28 @@ def test_what_cannot_be_read_is_counted_and_named(
         Image.new("RGB", SIDE, (i, 0, 0)).save(tmp_path / f"{i}.png")
     for i in range(40):
         (tmp_path / f"IMG_{i}{ending}").write_bytes(b"x")
-    said = here("prepare_data.py", "check", tmp_path)
-    assert "4 pictures can be trained on, 40 files are left out" in said.out
-    assert f"40  {ending.lower()} (" in said.out and advice in said.out
-    found = json.loads(here("prepare_data.py", "check", tmp_path, "--json").out)
-    assert len(found["skipped"]) == 40 and found["skipped"][0][0] == f"IMG_0{ending}"
+    output = here("prepare_data.py", "check", tmp_path)
+    assert "4 images can be trained on, 40 files are left out" in output.out
+    assert f"40  {ending.lower()} (" in output.out and advice in output.out
+    findings = json.loads(here("prepare_data.py", "check", tmp_path, "--json").out)
+    assert len(findings["skipped"]) == 40 and findings["skipped"][0][0] == f"IMG_0{ending}"
     with pytest.raises(UnidentifiedImageError, match=re.escape(advice)):
         decode(tmp_path / f"IMG_0{ending}")  # as `sample.py --image` does
     for file in tmp_path.glob("*.png"):
         file.unlink()
-    said = here("prepare_data.py", "check", tmp_path)
-    assert said.status == 2 and said.err.count("\n") == 1
-    assert f"holds no pictures that can be read here: 40 {ending.lower()} (" in said.err and advice in said.err
+    output = here("prepare_data.py", "check", tmp_path)
+    assert output.status == 2 and output.err.count("\n") == 1
+    assert f"holds no images that can be read here: 40 {ending.lower()} (" in output.err and advice in output.err
 
 
 def test_a_folder_of_other_files_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("a.txt", "b.TXT", "sub/c.parquet", "README"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=r"holds no pictures; it has 2 .txt, 1 without an ending, 1 .parquet"):
+    with pytest.raises(UserError, match=r"holds no images; it has 2 .txt, 1 without an ending, 1 .parquet"):
         folder_set(tmp_path)
     (tmp_path / "sub" / "x.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no pictures that can be read here: 1 .heic"):
+    with pytest.raises(UserError, match=r"no images that can be read here: 1 .heic"):
         folder_set(tmp_path)
 
 
@@ -160,8 +160,10 @@ def test_raw_files_beside_images_in_class_folders_are_no_class(tmp_path: Path) -
         Image.new("RGB", SIDE).save(tmp_path / name / "0.png")
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "0.cr2").write_bytes(b"x")
-    found = folder_set(tmp_path)
-    assert found.class_names == ("cat", "dog") and found.parts[0].report.skipped == [("raw/0.cr2", formats.reason_for(".cr2"))]
+    image_set = folder_set(tmp_path)
+    assert image_set.class_names == ("cat", "dog") and image_set.parts[0].report.skipped == [
+        ("raw/0.cr2", formats.reason_for(".cr2"))
+    ]
 
 
 @pytest.mark.parametrize("where", ["dog", "raw/deep", "."])
@@ -210,7 +212,7 @@ def test_plugins_that_are_installed_are_used(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert folder_set(tmp_path / "data").names == ["d.png"] and formats.with_plugins("key") == "key"
     monkeypatch.undo()
-    for cache in (formats._installed, formats._formats, formats.endings, formats.foreign):
+    for cache in (formats._installed, formats._formats, formats.endings, formats.unreadable):
         cache.cache_clear()
     monkeypatch.setenv("ATELIER_CACHE", str(tmp_path / "cache"))
     packages = {"pillow_heif": HEIF, "rawpy": RAWPY, "pillow_jxl": "raise OSError('its library is missing')"}
@@ -220,11 +222,11 @@ def test_plugins_that_are_installed_are_used(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     try:
-        found = folder_set(tmp_path / "data")
-        assert found.names == ["a.HEIC", "b.Nef", "d.png"] and formats.with_plugins("key") == "key|HEIF"
-        assert np.asarray(found.parts[0].load(0, channels=3)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
-        assert np.asarray(found.parts[0].load(1, channels=3)).shape == (3, 5, 3)
-        assert [name for name, _ in found.parts[0].report.skipped] == ["c.jxl"], "a plugin that does not start is as none"
+        image_set = folder_set(tmp_path / "data")
+        assert image_set.names == ["a.HEIC", "b.Nef", "d.png"] and formats.with_plugins("key") == "key|HEIF"
+        assert np.asarray(image_set.parts[0].load(0, channels=3)).tolist() == [[[1, 2, 3], [4, 5, 6]]]
+        assert np.asarray(image_set.parts[0].load(1, channels=3)).shape == (3, 5, 3)
+        assert [name for name, _ in image_set.parts[0].report.skipped] == ["c.jxl"], "a plugin that does not start is as none"
     finally:
         Image.OPEN.pop("HEIF", None)
         if "HEIF" in Image.ID:
@@ -240,59 +242,15 @@ def test_check_says_where_the_first_of_several_images_is_used(tmp_path: Path) ->
     frames[0].save(tmp_path / "still.gif")
     frames[0].save(tmp_path / "one.tiff")
     (tmp_path / "cursor.ico").write_bytes(content("ICO"))
-    found = folder_set(tmp_path)
-    assert found.sequences() == {
+    image_set = folder_set(tmp_path)
+    assert image_set.sequences() == {
         "animated files (GIF), of which the first image is used": 2,
         "files of several pages (TIFF), of which the first image is used": 1,
         "animated files (WEBP), of which the first image is used": 1,
         "animated files (PNG), of which the first image is used": 1,
     }
-    said = here("prepare_data.py", "check", tmp_path).out
-    assert "2 animated files (GIF), of which the first image is used" in said
-
-
-# ---------------------------------------------------------------------------------------------- rows of `datasets`
-
-
-@pytest.mark.parametrize("least", [0, 20])
-def test_rows_without_an_image(tmp_path: Path, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    for name in ("there", "gone"):
-        Image.new("RGB", SIDE).save(tmp_path / f"{name}.png")
-    gone, there = ({"bytes": None, "path": str(tmp_path / f"{name}.png")} for name in ("gone", "there"))
-    good, empty, text = ({"bytes": cell, "path": None} for cell in (content("PNG"), b"", b"text that is no image"))
-    columns = {"image": [good, None, gone, empty, there, text], "style": ["a", "b", "b", "b", "", "b"]}
-    kinds = datasets.Features({"image": datasets.Image(), "style": datasets.Value("string")})
-    table = datasets.Dataset.from_dict(columns, features=kinds)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-    (tmp_path / "gone.png").unlink()
-    scan = {"min_file_bytes": least, "max_broken_fraction": 1.0}
-    spec = {"source": "datasets", "name": "x", "label_column": "style", "scan": scan}
-    found = open_sources(validate(DatasetsSource, spec))
-    assert found.names == ["train/00000000", "train/00000004"] and found.labels.tolist() == [0, -1]
-    assert dict(found.parts[0].report.skipped) == {
-        "train/00000001": "no image in this row",
-        "train/00000002": "cannot be read now: No such file or directory",
-        "train/00000003": "smaller than min_file_bytes" if least else "empty file",
-        "train/00000005": "not a picture",
-    }
-    assert "1 images have no label in 'style' and are left without a class" in found.parts[0].report.remarks[0]
-    assert found.batch(np.array([0, 1]), ImageConfig(size=8), np.full((2, 3), 0.5)).shape == (2, 8, 8, 3)
-
-
-def test_labels_that_are_missing_are_no_class(tmp_path: Path) -> None:
-    import datasets
-
-    good = {"bytes": content("PNG"), "path": None}
-    words = {"number": datasets.Value("float32"), "caf\u00e9": datasets.Value("string")}
-    kinds = datasets.Features({"image": datasets.Image(), **words})
-    columns = {"number": [1.0, float("nan"), None, 2.0], "caf\u00e9": ["nan", "", "é", "e\u0301"]}
-    datasets.Dataset.from_dict({"image": [good] * 4, **columns}, features=kinds).save_to_disk(str(tmp_path / "rows"))
-    for column, names, labels in (("number", ("1.0", "2.0"), [0, -1, -1, 1]), ("cafe\u0301", None, [-1, -1, 0, 0])):
-        spec = {"source": "datasets", "name": str(tmp_path / "rows"), "label_column": column}
-        found = open_sources(validate(DatasetsSource, spec))
-        assert found.labels.tolist() == labels and (names is None or found.class_names == names)
+    output = here("prepare_data.py", "check", tmp_path).out
+    assert "2 animated files (GIF), of which the first image is used" in output
 
 
 @pytest.mark.parametrize(
@@ -303,13 +261,13 @@ def test_labels_that_are_missing_are_no_class(tmp_path: Path) -> None:
         (b"%PDF-1.7\n", "a PDF under another ending"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "a video under another ending"),
-        (b"hello", "not a picture"),
+        (b"hello", "not an image"),
     ],
 )
 def test_images_under_another_ending_are_named(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.jpg").write_bytes(content)
     for source in (lambda: tmp_path / "a.jpg", lambda: io.BytesIO(content)):
-        assert str(inspect(source, len(content), ScanConfig())).startswith(reason)
+        assert str(examine(source, len(content), ScanConfig())).startswith(reason)
 
 
 @pytest.mark.parametrize(

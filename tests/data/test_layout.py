@@ -1,53 +1,16 @@
-"""Folders as people have them: splits, annotations, links, tables of labels, and names of all kinds."""
+"""Folders as people have them: splits, annotations, links, and names of all kinds."""
 
 import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from src.config import UserError, validate
-from src.data import ImageSet, open_data, open_sources
+from src.config import validate
+from src.data import open_data
 from src.data.names import class_remarks
 from src.data.sources import FolderSource
 from src.data.splits import split_of, splits_among
-
-
-def image(path: Path, colour: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), (colour % 256, 40, 90)).save(path, "PNG")
-    return path
-
-
-def tree(root: Path, *paths: str) -> Path:
-    """Files below `root`: images, or text where their ending is of none; a folder where a path ends in /."""
-    for i, path in enumerate(paths):
-        if path.endswith("/"):
-            (root / path).mkdir(parents=True)
-        elif path.endswith((".png", ".jpg")):
-            image(root / path, i)
-        else:
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text("x")
-    return root
-
-
-def opened(path: Path, **options: object) -> ImageSet:
-    return open_sources(validate(FolderSource, {"source": "folder", "path": str(path), **options}))
-
-
-def refusal(path: Path, **options: object) -> str:
-    with pytest.raises(UserError) as raised:
-        opened(path, **options)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-def remarks(found: ImageSet) -> str:
-    return "; ".join(remark for part in found.parts for remark in part.report.remarks)
-
-
-# ---------------------------------------------------------------------------------------------- splits
+from tests.data.folders_of_images import image, opened, refusal, remarks, tree
 
 
 @pytest.mark.parametrize(
@@ -90,10 +53,10 @@ def test_folders_that_differ_in_the_word_of_a_split_alone_are_splits() -> None:
 @pytest.mark.parametrize(("train", "val"), [("train", "val"), ("Train", "Test"), ("train2017", "val2017")])
 def test_splits_are_asked_for_whatever_lies_beside_them(tmp_path: Path, beside: list[str], train: str, val: str) -> None:
     coco = tree(tmp_path / "coco", f"{train}/a/0.png", f"{train}/b/1.png", f"{val}/a/2.png", f"{val}/b/3.png", *beside)
-    said = refusal(coco)
-    assert "holds the splits" in said and train in said and val in said and "set data.split" in said
-    found = opened(coco, split=train)
-    assert found.class_names == ("a", "b") and found.names == ["a/0.png", "b/1.png"]
+    message = refusal(coco)
+    assert "holds the splits" in message and train in message and val in message and "set data.split" in message
+    image_set = opened(coco, split=train)
+    assert image_set.class_names == ("a", "b") and image_set.names == ["a/0.png", "b/1.png"]
     assert opened(tmp_path, split=train).counts == {"a": 1, "b": 1}, "one folder further up"
 
 
@@ -111,8 +74,12 @@ def test_one_split_is_asked_for_too_and_a_class_may_have_the_name_of_one(tmp_pat
 def test_folders_named_as_splits_can_be_classes_where_one_says_so(tmp_path: Path) -> None:
     tree(tmp_path, "bus/a/0.png", "train/a/0.png", "test/0.png", "car/a/0.png")
     assert 'or to "." where they are classes' in refusal(tmp_path)
-    found = opened(tmp_path, split=".")
-    assert found.class_names == ("bus", "car", "test", "train") and found.names[0] == "bus/a/0.png" and remarks(found) == ""
+    image_set = opened(tmp_path, split=".")
+    assert (
+        image_set.class_names == ("bus", "car", "test", "train")
+        and image_set.names[0] == "bus/a/0.png"
+        and remarks(image_set) == ""
+    )
     nested = opened(tree(tmp_path / "nested", *(f"{name}/{year}/0.png" for name in ("bus", "car", "train") for year in (1, 2))))
     assert nested.class_names == ("bus", "car", "train"), "as it was read before"
     inside = tree(tmp_path / "inside", "train/bus/x/0.png", "train/train/x/0.png", "test/bus/x/0.png")
@@ -130,8 +97,8 @@ def test_the_landscape_archive_and_its_like(tmp_path: Path) -> None:
             for i in range(2 if word == "Training" else 1):
                 image(inner / f"{word} Data" / name / f"{i}.png")
     assert "holds the splits Testing Data, Training Data, Validation Data; set data.split" in refusal(tmp_path)
-    for asked in ("Training Data", "train", "training", "TRAIN", "training data"):
-        assert opened(tmp_path, split=asked).counts == {"Coast": 2, "Desert": 2, "Forest": 2}
+    for split in ("Training Data", "train", "training", "TRAIN", "training data"):
+        assert opened(tmp_path, split=split).counts == {"Coast": 2, "Desert": 2, "Forest": 2}
     assert len(opened(tmp_path, split="val")) == len(opened(tmp_path, split="Testing Data")) == 3
     assert opened(tmp_path, split="train").names == opened(tmp_path, split="Training Data").names
     assert "has no split 'holdout'; its subfolders: Testing Data, Training Data, Validation Data" in refusal(
@@ -141,28 +108,25 @@ def test_the_landscape_archive_and_its_like(tmp_path: Path) -> None:
 
 def test_a_plain_word_that_may_mean_two_splits_is_refused(tmp_path: Path) -> None:
     tree(tmp_path, "train2014/0.png", "train2017/0.png", "train2017/1.png", "val2017/0.png")
-    said = refusal(tmp_path, split="train")
-    assert "'train' may mean train2014 or train2017" in said
+    message = refusal(tmp_path, split="train")
+    assert "'train' may mean train2014 or train2017" in message
     assert len(opened(tmp_path, split="train2017")) == 2 and len(opened(tmp_path, split="val")) == 1
     assert "not the name" in refusal(tmp_path, split="../x") and "not the name" in refusal(tmp_path, split="")
 
 
 def test_class_folders_that_only_contain_the_word_are_classes(tmp_path: Path) -> None:
     names = ("train station", "trains", "testament", "test tube")
-    found = opened(tree(tmp_path, *(f"{name}/0.png" for name in names)))
-    assert found.class_names == tuple(sorted(names)) and remarks(found) == ""
+    image_set = opened(tree(tmp_path, *(f"{name}/0.png" for name in names)))
+    assert image_set.class_names == tuple(sorted(names)) and remarks(image_set) == ""
 
 
 def test_classes_that_each_hold_the_splits(tmp_path: Path) -> None:
     for name in ("cats", "dogs"):
         tree(tmp_path / name, "train/0.png", "train/1.png", "test/2.png")
     assert "holds classes, and each of them the splits test, train" in refusal(tmp_path)
-    found = opened(tmp_path, split="train")
-    assert found.counts == {"cats": 2, "dogs": 2} and "cats/train/0.png" in found.names
+    image_set = opened(tmp_path, split="train")
+    assert image_set.counts == {"cats": 2, "dogs": 2} and "cats/train/0.png" in image_set.names
     assert len(opened(tmp_path, split="test")) == 2
-
-
-# ---------------------------------------------------------------------------------------------- annotations
 
 
 @pytest.mark.parametrize(
@@ -170,9 +134,9 @@ def test_classes_that_each_hold_the_splits(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("images", ["images", "JPEGImages"])
 def test_the_only_folder_with_images_is_gone_into(tmp_path: Path, images: str, beside: str) -> None:
-    found = opened(tree(tmp_path, f"{images}/0.png", f"{images}/1.png", beside, "data.yaml"))
-    assert found.class_names == () and len(found) == 2 and found.names == [f"{images}/0.png", f"{images}/1.png"]
-    assert beside.split("/")[0] in remarks(found) and "other files are left aside: 1 .yaml" in remarks(found)
+    image_set = opened(tree(tmp_path, f"{images}/0.png", f"{images}/1.png", beside, "data.yaml"))
+    assert image_set.class_names == () and len(image_set) == 2 and image_set.names == [f"{images}/0.png", f"{images}/1.png"]
+    assert beside.split("/")[0] in remarks(image_set) and "other files are left aside: 1 .yaml" in remarks(image_set)
     classes = opened(tree(tmp_path / "b", f"{images}/cat/0.png", f"{images}/dog/1.png", beside))
     assert classes.class_names == ("cat", "dog")
 
@@ -216,20 +180,17 @@ def test_names_are_those_of_before(tmp_path: Path) -> None:
 
 
 def test_an_image_beside_a_folder_of_images_keeps_both(tmp_path: Path) -> None:
-    found = opened(tree(tmp_path, "cover.png", "a/0.png", "empty/"))
-    assert found.counts == {"a": 1, "(no class)": 1} and "the folders empty hold no images" in remarks(found)
-
-
-# ---------------------------------------------------------------------------------------------- links
+    image_set = opened(tree(tmp_path, "cover.png", "a/0.png", "empty/"))
+    assert image_set.counts == {"a": 1, "(no class)": 1} and "the folders empty hold no images" in remarks(image_set)
 
 
 def test_a_link_does_not_rename_a_class(tmp_path: Path) -> None:
     tree(tmp_path / "data", "m/0.png", "z/0.png", "z/1.png")
     before = opened(tmp_path / "data")
     os.symlink(tmp_path / "data" / "z", tmp_path / "data" / "a")
-    found = opened(tmp_path / "data")
-    assert found.class_names == ("m", "z") and found.fingerprint == before.fingerprint
-    assert "the links a lead to folders that are here already" in remarks(found)
+    image_set = opened(tmp_path / "data")
+    assert image_set.class_names == ("m", "z") and image_set.fingerprint == before.fingerprint
+    assert "the links a lead to folders that are here already" in remarks(image_set)
     (tmp_path / "data" / "nowhere").symlink_to("itself")
     (tmp_path / "data" / "self").symlink_to("self")
     os.symlink(tmp_path / "data", tmp_path / "data" / "m" / "up")
@@ -240,8 +201,12 @@ def test_a_link_does_not_rename_a_class(tmp_path: Path) -> None:
 def test_a_link_beside_the_only_folder_makes_no_class_of_it(tmp_path: Path) -> None:
     tree(tmp_path, "z/0.png", "z/1.png")
     os.symlink("z", tmp_path / "a")
-    found = opened(tmp_path)
-    assert found.class_names == () and found.names == ["z/0.png", "z/1.png"] and "a beside the images" in remarks(found)
+    image_set = opened(tmp_path)
+    assert (
+        image_set.class_names == ()
+        and image_set.names == ["z/0.png", "z/1.png"]
+        and "a beside the images" in remarks(image_set)
+    )
     tree(tmp_path / "splits", "train/a/0.png", "train/b/0.png", "val/a/0.png")
     os.symlink("train", tmp_path / "splits" / "current")
     assert "holds the splits train, val" in refusal(tmp_path / "splits")
@@ -252,111 +217,6 @@ def test_a_data_folder_that_is_a_link(tmp_path: Path) -> None:
     tree(tmp_path / "real", "a/0.png", "b/0.png")
     os.symlink(tmp_path / "real", tmp_path / "data")
     assert opened(tmp_path / "data").names == ["a/0.png", "b/0.png"]
-
-
-# ---------------------------------------------------------------------------------------------- tables of labels
-
-CELEBA = """4
-5_o_Clock_Shadow Smiling Young
-000001.jpg -1  1  1
-000002.jpg -1 -1  1
-000003.jpg  1  1 -1
-000009.jpg  1  1 -1
-"""
-ART500K = (
-    'FILE\tauthor_name\tGenre\nart/x.jpg\tVan "Vincent" Gogh\tlandscape\nart/y.jpg\tMonet\tportrait, oil\nart/z.jpg\tMonet\t\n'
-)
-
-
-def labelled(path: Path, text: str | bytes, name: str = "labels.csv", **columns: object) -> ImageSet:
-    (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return opened(path, labels={"file": name, **columns})
-
-
-def test_celebas_attributes_are_classes(tmp_path: Path) -> None:
-    tree(tmp_path, *(f"img_align_celeba/img_align_celeba/00000{i}.jpg" for i in range(1, 5)))
-    found = labelled(tmp_path, CELEBA, "list_attr_celeba.txt", label_column="Smiling")
-    assert found.counts == {"Smiling": 2, "not Smiling": 1, "(no class)": 1}
-    said = remarks(found)
-    assert "1 images without a row are left without a class" in said and "1 rows name no image" in said
-    table = "image_id,5_o_Clock_Shadow,Smiling\n000001.jpg,-1,1\n000002.jpg,1,-1\n000003.jpg,1,-1\n000004.jpg,1,1\n"
-    assert labelled(tmp_path, table, label_column="Smiling", image_column="image_id").counts == {"Smiling": 2, "not Smiling": 2}
-    identities = "000001.jpg 2880\n000002.jpg 2937\n000003.jpg 2880\n000004.jpg 10\n"
-    found = labelled(tmp_path, identities, "identity_CelebA.txt", label_column=1)
-    assert found.class_names == ("10", "2880", "2937") and found.labels.tolist() == [1, 2, 1, 0]
-
-
-def test_art500ks_table_is_separated_by_tabs(tmp_path: Path) -> None:
-    tree(tmp_path, "art/x.jpg", "art/y.jpg", "art/z.jpg")
-    found = labelled(tmp_path, ART500K, label_column="Genre")
-    assert found.counts == {"landscape": 1, "portrait, oil": 1, "(no class)": 1}
-    assert "1 images with a row and no label" in remarks(found)
-    assert labelled(tmp_path, ART500K, label_column="author_name").class_names == ("Monet", 'Van "Vincent" Gogh')
-
-
-@pytest.mark.parametrize(
-    "table",
-    [
-        "file,style\r\na/1.jpg,Cubism\r\nb\\2.jpg,Rococo\r\n",
-        "\ufefffile;style\n1.jpg;Cubism\n2.jpg;Rococo\n",
-        'file,title,style\n1,"a, b",Cubism\n2,"c\nd",Rococo\n',
-        "style\tfile\nCubism\thttps://host/x/1.jpg\nRococo\t/mnt/all/2.jpg\n",
-        "file,style\n1.jpg,Cubism\n2.jpg,Rococo\n".encode("utf-16"),
-    ],
-)
-def test_tables_as_they_are_written(tmp_path: Path, table: str | bytes) -> None:
-    tree(tmp_path, "a/1.jpg", "b/2.jpg", "b/3.jpg")
-    found = labelled(tmp_path, table, label_column="style", image_column="file")
-    assert found.class_names == ("Cubism", "Rococo") and found.labels.tolist() == [0, 1, -1], "and not by folders"
-
-
-@pytest.mark.parametrize(
-    ("columns", "said"),
-    [
-        ({"label_column": "stile"}, "data.labels.label_column: .* has no column 'stile'; it has: file, style, year"),
-        (
-            {"label_column": "style", "image_column": "path"},
-            "data.labels.image_column: .* has no column 'path'; it has: file, st",
-        ),
-        ({"label_column": 7}, "has no column 7; it has: file, style, year"),
-        ({"label_column": "style", "image_column": "year"}, "no row of .* names an image .*first row has '1907', .* '1.jpg'"),
-        ({"label_column": "style", "delimiter": "tab"}, "has no column 'style'; it has: file,style,year"),
-    ],
-)
-def test_columns_that_are_not_there(tmp_path: Path, columns: dict, said: str) -> None:
-    tree(tmp_path, "1.jpg", "2.jpg")
-    with pytest.raises(UserError, match=said):
-        labelled(tmp_path, "file,style,year\n1.jpg,Cubism,1907\n2.jpg,Rococo,1730\n", **columns)
-    (tmp_path / "empty.csv").write_text("\n\n")
-    assert "is empty" in refusal(tmp_path, labels={"file": "empty.csv", "label_column": "style"})
-    assert "does not exist" in refusal(tmp_path, labels={"file": "none.csv", "label_column": "style"})
-
-
-def test_rows_that_say_too_much(tmp_path: Path) -> None:
-    tree(tmp_path, "a/1.jpg", "b/1.jpg", "b/2.jpg")
-    found = labelled(tmp_path, "file,c\n1.jpg,x\nb/1.jpg,y\n2.jpg,x\n2.jpg,y\n2.jpg\nnan.jpg,nan\n", label_column="c")
-    assert found.labels.tolist() == [-1, 1, 0]
-    said = remarks(found)
-    for part in (
-        "1 rows name several",
-        "1 rows name an image again",
-        "1 rows are too short",
-        "1 rows name no image",
-        "1 images w",
-    ):
-        assert part in said
-
-
-def test_other_labels_are_other_data(tmp_path: Path) -> None:
-    """The run that was trained on the old ones must not go on."""
-    tree(tmp_path, "1.jpg", "2.jpg")
-    one = labelled(tmp_path, "file,c\n1.jpg,x\n2.jpg,y\n", label_column="c")
-    other = labelled(tmp_path, "file,c\n1.jpg,y\n2.jpg,x\n", label_column="c")
-    same = labelled(tmp_path, "n,c,file\n3,x,1.jpg\n4,y,2.jpg\n", label_column="c", image_column="file")
-    assert one.fingerprint == same.fingerprint != other.fingerprint
-
-
-# ---------------------------------------------------------------------------------------------- other people's data sets
 
 
 @pytest.mark.parametrize(
@@ -376,17 +236,17 @@ def test_other_labels_are_other_data(tmp_path: Path) -> None:
 )
 def test_splits_in_other_languages_are_splits(tmp_path: Path, names: tuple[str, str]) -> None:
     assert "holds the splits" in refusal(tree(tmp_path, f"{names[0]}/a/1.png", f"{names[1]}/a/1.png"))
-    found = opened(tmp_path, split="train" if names[0] != "trn" else "trn")
-    assert found.names == ["a/1.png"] or found.names == ["1.png"]
+    image_set = opened(tmp_path, split="train" if names[0] != "trn" else "trn")
+    assert image_set.names == ["a/1.png"] or image_set.names == ["1.png"]
 
 
 def test_words_of_other_languages_alone_are_classes(tmp_path: Path) -> None:
-    found = opened(tree(tmp_path, "prueba/1.png", "casa/1.png", "perro/2.png"))
-    assert found.class_names == ("casa", "perro", "prueba")
+    image_set = opened(tree(tmp_path, "prueba/1.png", "casa/1.png", "perro/2.png"))
+    assert image_set.class_names == ("casa", "perro", "prueba")
 
 
 @pytest.mark.parametrize(
-    ("paths", "kept"),
+    ("paths", "count"),
     [
         (["HQ/CelebA-HQ-img/1.jpg", "HQ/CelebAMask-HQ-mask-anno/0/1_hair.png"], 1),
         (["CUB/images/a/1.jpg", "CUB/images/b/1.jpg", "segmentations/a/1.png"], 2),
@@ -396,10 +256,10 @@ def test_words_of_other_languages_alone_are_classes(tmp_path: Path) -> None:
         (["face/1.png", "mask/1.png"], 2),
     ],
 )
-def test_masks_are_no_images(tmp_path: Path, paths: list[str], kept: int) -> None:
-    found = opened(tree(tmp_path, *paths))
-    assert len(found) == kept
-    assert ("left aside" in remarks(found)) == (kept < len(paths))
+def test_masks_are_no_images(tmp_path: Path, paths: list[str], count: int) -> None:
+    image_set = opened(tree(tmp_path, *paths))
+    assert len(image_set) == count
+    assert ("left aside" in remarks(image_set)) == (count < len(paths))
 
 
 @pytest.mark.parametrize("images", [("images", "annotations"), ("leftImg8bit", "gtFine")])
@@ -412,9 +272,9 @@ def test_a_split_of_images_beside_annotations_is_that_of_the_images(tmp_path: Pa
 def test_a_class_without_the_split_that_others_have_is_named(tmp_path: Path) -> None:
     tree(tmp_path, "cat/train/1.png", "cat/test/2.png", "dog/1.png")
     assert "each of them the splits" in refusal(tmp_path)
-    found = opened(tmp_path, split="train")
-    assert len(found) == 1
-    assert "the classes dog hold no split 'train'" in remarks(found)
+    image_set = opened(tmp_path, split="train")
+    assert len(image_set) == 1
+    assert "the classes dog hold no split 'train'" in remarks(image_set)
 
 
 def test_numbered_parts_are_remarked_on() -> None:
@@ -422,55 +282,19 @@ def test_numbered_parts_are_remarked_on() -> None:
     assert class_remarks(["cats_1", "dogs_2"], 100) == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "style,file\nmodern,a.png\nold,b.png\n",
-        ",file,style\n0,a.png,modern\n1,b.png,old\n",
-        "sep=;\nfile;style\na.png;modern\nb.png;old\n",
-        "file,style\na.png,modern,1907\nb.png,old\n",
-        "file,style\nhttps://x.org/a.png?width=300,modern\nb.png,old\n",
-    ],
-)
-def test_the_column_of_the_images_is_found(tmp_path: Path, text: str) -> None:
-    (tree(tmp_path, "a.png", "b.png", "1.png") / "labels.csv").write_text(text)
-    found = opened(tmp_path, labels={"file": "labels.csv", "label_column": "style"})
-    assert found.class_names == ("modern", "old")
-    assert dict(zip(found.names, found.labels.tolist(), strict=True)) == {"1.png": -1, "a.png": 0, "b.png": 1}
-
-
-def test_tables_that_are_none_and_letters_that_are_lost(tmp_path: Path) -> None:
-    tree(tmp_path, "a.png")
-    (tmp_path / "one.csv").write_text("style\nmodern\n")
-    (tmp_path / "t.xlsx").write_bytes(b"PK\3\4" + bytes(99))
-    (tmp_path / "latin.csv").write_bytes("file,style\na.png,café\n".encode("latin-1"))
-    assert "one column alone" in refusal(tmp_path, labels={"file": "one.csv", "label_column": "style"})
-    assert "is an Excel file" in refusal(tmp_path, labels={"file": "t.xlsx", "label_column": "style"})
-    assert "is not UTF-8" in remarks(opened(tmp_path, labels={"file": "latin.csv", "label_column": "style"}))
-
-
 def test_held_out_images_of_one_class_alone_keep_it(tmp_path: Path) -> None:
     data = tree(tmp_path / "data", "dog/1.png", "café/1.png")
     for name, label in (("cafe\u0301", 0), ("dog", 1), ("images", -1)):
         held = tree(tmp_path / f"held{label}", f"{name}/2.png")
         specs = [validate(FolderSource, {"source": "folder", "path": str(path)}) for path in (data, held)]
-        found = open_data(*specs)[1]
-        assert found is not None and found.class_names == ("café", "dog")
-        assert found.labels.tolist() == [label]
+        image_set = open_data(*specs)[1]
+        assert image_set is not None and image_set.class_names == ("café", "dog")
+        assert image_set.labels.tolist() == [label]
 
 
 def test_a_link_to_a_folder_above_is_left_aside(tmp_path: Path) -> None:
     tree(tmp_path, "real/y/1.png", "data/a/1.png", "data/b/2.png")
     (tmp_path / "data/up").symlink_to("..")
-    found = opened(tmp_path / "data")
-    assert found.class_names == ("a", "b") and len(found) == 2
-    assert "links up lead to folders that are here already" in remarks(found)
-
-
-@pytest.mark.parametrize(("labels", "said"), [("-1 0 1", True), ("-1 1 1", False), ("0 1 2", False)])
-def test_a_label_that_may_mean_none_is_said(tmp_path: Path, labels: str, said: bool) -> None:
-    tree(tmp_path, "1.png", "2.png", "3.png")
-    rows = "".join(f"{i + 1}.png,{label}\n" for i, label in enumerate(labels.split()))
-    (tmp_path / "labels.csv").write_text(f"file,label\n{rows}")
-    found = opened(tmp_path, labels={"file": "labels.csv", "label_column": "label"})
-    assert ("the label -1 is read as a class" in remarks(found)) == said
+    image_set = opened(tmp_path / "data")
+    assert image_set.class_names == ("a", "b") and len(image_set) == 2
+    assert "links up lead to folders that are here already" in remarks(image_set)

@@ -80,12 +80,12 @@ def folder_set(path: Path) -> ImageSet:
 
 
 def test_every_name_that_a_file_system_allows_is_a_class(tmp_path: Path) -> None:
-    found = folder_set(odd_folder(tmp_path, ODD))
-    assert sorted(found.class_names) == sorted(ODD) and set(found.counts.values()) == {2}
-    for label, name in enumerate(found.class_names):
-        assert [found.names[i].split("/")[0] for i in (found.labels == label).nonzero()[0]] == [name] * 2
-        assert parse_classes(str(label), [f"<{other}>" for other in found.class_names]) == [label]
-        assert parse_classes(name, found.class_names) == [label], "a name goes before a number"
+    image_set = folder_set(odd_folder(tmp_path, ODD))
+    assert sorted(image_set.class_names) == sorted(ODD) and set(image_set.counts.values()) == {2}
+    for label, name in enumerate(image_set.class_names):
+        assert [image_set.names[i].split("/")[0] for i in (image_set.labels == label).nonzero()[0]] == [name] * 2
+        assert parse_classes(str(label), [f"<{other}>" for other in image_set.class_names]) == [label]
+        assert parse_classes(name, image_set.class_names) == [label], "a name goes before a number"
     image = Image.new("RGB", (8, 8), "red")
     image.save(tmp_path / "loose.png")
     counts = folder_set(tmp_path).counts
@@ -100,7 +100,7 @@ def test_odd_names_are_shown_on_one_line_and_make_file_names() -> None:
     assert [printable(name) for name in ("cats", "é", "👩‍👩‍👧", "a\nb", "\udcff", "\u202e")] == [
         "cats", "é", "👩‍👩‍👧", "a\\nb", "\\udcff", "\\u202e",
     ]  # fmt: skip
-    captions = ["a long caption of a picture, " * 30 + str(i) for i in range(3)]
+    captions = ["a long caption of an image, " * 30 + str(i) for i in range(3)]
     for names in (ODD, captions, ["x" * 300, "x" * 301], ["é" * 200, "é" * 201], ["a b", "a_b"]):
         stems = file_stems(names)
         assert len(set(stems)) == len(names)
@@ -114,14 +114,14 @@ def test_the_order_of_classes_is_total() -> None:
     assert len({class_sort_key(name) for name in ODD}) == len(ODD)
     assert {sorted_classes(names) for names in itertools.permutations(equal)} == {("001", "01", "1", "١", "१")}
     assert sorted_classes(["b", "10", "9", "a", "010", "②"]) == ("9", "010", "10", "a", "b", "②")
-    code = "from src.data.names import ordered; print(ascii(ordered({*'1 001 01 ١ ② b a 10'.split()})))"
-    said = {
+    code = "from src.data.names import sorted_classes; print(ascii(sorted_classes({*'1 001 01 ١ ② b a 10'.split()})))"
+    orders = {
         subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
         ).stdout
         for seed in ("1", "2")
     }
-    assert len(said) == 1
+    assert len(orders) == 1
 
 
 # ---------------------------------------------------------------------------------------------- names that look the same
@@ -132,12 +132,12 @@ def test_names_that_differ_in_normal_form_alone_are_one_class(tmp_path: Path) ->
     for name in (COMPOSED, DECOMPOSED, "tea"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
-    found = folder_set(tmp_path)
-    assert len(found.class_names) == 2 and sorted(found.counts.values()) == [1, 2]
-    assert "in two spellings that look the same; they are one class" in found.parts[0].report.remarks[0]
+    image_set = folder_set(tmp_path)
+    assert len(image_set.class_names) == 2 and sorted(image_set.counts.values()) == [1, 2]
+    assert "in two spellings that look the same; they are one class" in image_set.parts[0].report.remarks[0]
 
 
-def find_spelling(root: Path, cafe: str) -> dict:
+def called(root: Path, cafe: str) -> dict:
     for name in (cafe, "cafz", "tea"):
         (root / name).mkdir(parents=True)
         for i in range(3):
@@ -146,9 +146,7 @@ def find_spelling(root: Path, cafe: str) -> dict:
 
 
 def test_sources_with_other_spellings_share_their_classes(tmp_path: Path) -> None:
-    one, other = (
-        validate(FolderSource, find_spelling(tmp_path / str(i), name)) for i, name in enumerate((COMPOSED, DECOMPOSED))
-    )
+    one, other = (validate(FolderSource, called(tmp_path / str(i), name)) for i, name in enumerate((COMPOSED, DECOMPOSED)))
     both = open_sources([one, other])
     assert len(both.class_names) == 3 and set(both.counts.values()) == {6}
     train, held_out = open_data(one, other)
@@ -216,9 +214,9 @@ def test_one_class_and_too_many_are_remarked_on() -> None:
 
 def test_check_prints_odd_names_and_what_to_know(tmp_path: Path) -> None:
     odd_folder(tmp_path / "data", ["new\nline", os.fsdecode(b"\xff"), "שלום\u202e"])
-    said = here("prepare_data.py", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
-    assert said.status == 0 and "2  new\\nline\n" in said.out and "2  \\udcff\n" in said.out
-    assert "3 classes for 6 images, too few of each to learn" in said.out
+    output = here("prepare_data.py", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
+    assert output.status == 0 and "2  new\\nline\n" in output.out and "2  \\udcff\n" in output.out
+    assert "3 classes for 6 images, too few of each to learn" in output.out
     (tmp_path / os.fsdecode(b"\xff")).mkdir()
     refused = here("prepare_data.py", "check", tmp_path / os.fsdecode(b"\xff"))
     assert refused.status == 2 and "has bytes that are no text; rename it" in refused.err and refused.err.count("\n") == 1

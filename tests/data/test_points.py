@@ -27,10 +27,10 @@ def test_the_points_of_each_density() -> None:
         CheckerboardSource(source="checkerboard"),
         MixtureSource(source="mixture", means=((-1.0, 0.0), (1.0, 0.5)), stds=(0.1, 0.2)),
     ):
-        drawn = draw_points(spec)
-        assert drawn.points.shape == (131072, 2) and drawn.points.dtype == np.float32 and len(drawn) == 131072
-        assert np.abs(drawn.points).max() < 3 and 0.3 < drawn.points.std() < 1.3, "about as wide as a standard normal"
-        assert np.array_equal(drawn.points, draw_points(spec).points), "always the same"
+        point_set = draw_points(spec)
+        assert point_set.points.shape == (131072, 2) and point_set.points.dtype == np.float32 and len(point_set) == 131072
+        assert np.abs(point_set.points).max() < 3 and 0.3 < point_set.points.std() < 1.3, "about as wide as a standard normal"
+        assert np.array_equal(point_set.points, draw_points(spec).points), "always the same"
     other = draw_points(SpiralSource(source="spiral", turns=3.0))
     assert other.fingerprint != draw_points(SpiralSource(source="spiral")).fingerprint
 
@@ -43,11 +43,11 @@ def test_a_checkerboard_is_empty_where_it_is_white() -> None:
 
 def test_a_mixture_has_its_means_spreads_weights_and_classes() -> None:
     spec = MixtureSource(source="mixture", means=((-1.0, 0.0), (1.0, 0.5)), stds=(0.1, 0.3), weights=(3.0, 1.0))
-    drawn = draw_points(spec)
-    assert drawn.class_names == ("0", "1") and abs((drawn.labels == 0).mean() - 0.75) < 0.01
+    point_set = draw_points(spec)
+    assert point_set.class_names == ("0", "1") and abs((point_set.labels == 0).mean() - 0.75) < 0.01
     for label, (mean, std) in enumerate(zip(spec.means, spec.stds, strict=True)):
-        own = drawn.points[drawn.labels == label]
-        assert np.abs(own.mean(0) - mean).max() < 0.01 and np.abs(own.std(0) - std).max() < 0.01
+        of_class = point_set.points[point_set.labels == label]
+        assert np.abs(of_class.mean(0) - mean).max() < 0.01 and np.abs(of_class.std(0) - std).max() < 0.01
     with pytest.raises(UserError, match="as many stds"):
         validate(MixtureSource, {"source": "mixture", "means": [[0, 0]], "stds": [1.0, 2.0]})
 
@@ -63,7 +63,7 @@ def test_moons_are_two_classes_and_a_spiral_turns() -> None:
     assert np.abs(turned - turned.round()).max() < 1e-3, "the angle grows with the radius"
 
 
-def test_a_picture_is_dense_where_it_is_bright(tmp_path: Path) -> None:
+def test_an_image_is_dense_where_it_is_bright(tmp_path: Path) -> None:
     pixels = np.zeros((20, 40), dtype=np.uint8)
     pixels[:5, :10] = 240  # upper left, four times as bright as
     pixels[15:, 30:] = 60  # lower right
@@ -77,15 +77,15 @@ def test_a_picture_is_dense_where_it_is_bright(tmp_path: Path) -> None:
     assert not ((inverted[:, 0] < -1.01) & (inverted[:, 1] > 0.51)).mean() > 0.02, "what was bright is nearly empty"
     spec = DensitySource(source="density", path=str(tmp_path / "density.png"))
     assert density_of(spec).sum() == pytest.approx(1)
-    kept = density_image(spec.path)
+    png = density_image(spec.path)
     (tmp_path / "density.png").unlink()
-    assert np.array_equal(draw_points(spec, kept).points, points), "the picture travels with the weights"
+    assert np.array_equal(draw_points(spec, png).points, points), "the image travels with the weights"
 
 
-def test_a_density_picture_that_is_empty_missing_or_none(tmp_path: Path) -> None:
+def test_a_density_image_that_is_empty_missing_or_none(tmp_path: Path) -> None:
     Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
     Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
 
     def spec(name: str, *, invert: bool = False) -> DensitySource:
         return DensitySource(source="density", path=str(tmp_path / name), invert=invert)

@@ -29,8 +29,8 @@ def test_frechet_of_gaussians_is_the_closed_form() -> None:
     white = centred @ np.linalg.inv(np.linalg.cholesky(np.cov(centred.T)).T)
     turn, _ = np.linalg.qr(RNG(1).standard_normal((6, 6)))
     a, b, shift = np.linspace(0.2, 2, 6), np.linspace(1.5, 0.3, 6), np.arange(6) / 3
-    found = distances.frechet(white * a @ turn, distances.moments((white * b + shift) @ turn))
-    assert found == pytest.approx(((a - b) ** 2).sum() + (shift**2).sum(), rel=1e-9)
+    value = distances.frechet(white * a @ turn, distances.moments((white * b + shift) @ turn))
+    assert value == pytest.approx(((a - b) ** 2).sum() + (shift**2).sum(), rel=1e-9)
 
 
 def test_frechet_is_that_of_torch_fidelity_and_of_torchmetrics_itself() -> None:
@@ -38,15 +38,15 @@ def test_frechet_is_that_of_torch_fidelity_and_of_torchmetrics_itself() -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     x, y = points(200), points(260, scale=1.3, shift=0.2, seed=1)
-    found = distances.frechet(x, distances.moments(y))
+    value = distances.frechet(x, distances.moments(y))
     theirs = fidelity("metric_fid")
     sides = [theirs.fid_features_to_statistics(torch.from_numpy(side).double()) for side in (x, y)]
     other = theirs.fid_statistics_to_metric(*sides, False)["frechet_inception_distance"]
-    assert found == pytest.approx(other, rel=1e-6)
-    metric = FrechetInceptionDistance(feature=distances._Given(12))
+    assert value == pytest.approx(other, rel=1e-6)
+    metric = FrechetInceptionDistance(feature=distances._Identity(12))
     metric.update(torch.from_numpy(x), real=False)
     metric.update(torch.from_numpy(y), real=True)
-    assert found == pytest.approx(float(metric.compute()), rel=1e-5)
+    assert value == pytest.approx(float(metric.compute()), rel=1e-5)
 
 
 def test_equal_sets() -> None:
@@ -74,14 +74,14 @@ def test_kernel_distance_of_whole_sets_is_that_of_torch_fidelity() -> None:
     """Where a subset is the whole set, no drawing comes between."""
     x, y = points(80), points(80, shift=0.5, seed=1)
     mean, std = distances.kernel_distance(x, y, subsets=2, size=80)
-    more = {"kid_subsets": 2, "kid_subset_size": 80, "verbose": False, "rng_seed": 0}
-    theirs = fidelity("metric_kid").kid_features_to_metric(*(torch.from_numpy(side).double() for side in (x, y)), **more)
+    options = {"kid_subsets": 2, "kid_subset_size": 80, "verbose": False, "rng_seed": 0}
+    theirs = fidelity("metric_kid").kid_features_to_metric(*(torch.from_numpy(side).double() for side in (x, y)), **options)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6) and std < 1e-9
     torch.manual_seed(5)
-    drawn = torch.rand(1)
+    number = torch.rand(1)
     torch.manual_seed(5)
     assert distances.kernel_distance(x, y, size=20) == distances.kernel_distance(x, y, size=20)
-    assert torch.rand(1) == drawn, "what it draws is its own"
+    assert torch.rand(1) == number, "what it draws is its own"
 
 
 def test_inception_score() -> None:
@@ -95,26 +95,26 @@ def test_inception_score() -> None:
 
 def test_precision_and_recall_are_those_of_torch_fidelity() -> None:
     x, y = points(150, 5, scale=0.7), points(220, 5, seed=1)
-    found = distances.manifold(x, y, neighbours=3)
-    more = {"prc_neighborhood": 3, "prc_batch_size": 64, "save_cpu_ram": False, "verbose": False}
-    theirs = fidelity("metric_prc").prc_features_to_metric(*(torch.from_numpy(side).double() for side in (x, y)), **more)
-    assert (found.precision, found.recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
-    assert found.precision > found.recall, "samples of a narrower Gaussian are all plausible and cover less"
+    values = distances.manifold(x, y, neighbours=3)
+    options = {"prc_neighborhood": 3, "prc_batch_size": 64, "save_cpu_ram": False, "verbose": False}
+    theirs = fidelity("metric_prc").prc_features_to_metric(*(torch.from_numpy(side).double() for side in (x, y)), **options)
+    assert (values.precision, values.recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert values.precision > values.recall, "samples of a narrower Gaussian are all plausible and cover less"
 
 
 def test_density_and_coverage_by_brute_force() -> None:
     x, y, k = points(40, 3, shift=0.3), points(50, 3, seed=1), 4
     among = np.sort(np.linalg.norm(y[:, None] - y[None], axis=2), axis=1)[:, k]
     inside = np.linalg.norm(x[:, None] - y[None], axis=2) <= among
-    found = distances.manifold(x, y, neighbours=k)
-    assert found.density == pytest.approx(inside.sum() / (k * len(x)))
-    assert found.coverage == pytest.approx(inside.any(0).mean())
+    values = distances.manifold(x, y, neighbours=k)
+    assert values.density == pytest.approx(inside.sum() / (k * len(x)))
+    assert values.coverage == pytest.approx(inside.any(0).mean())
 
 
 def test_blocks_of_rows_do_not_change_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = points(70), points(90, seed=1)
     whole = distances.manifold(x, y), distances.nearest(x, y, most=3)
-    monkeypatch.setattr(distances, "ROWS", 1000)
+    monkeypatch.setattr(distances, "DISTANCES_AT_A_TIME", 1000)
     parts = distances.manifold(x, y), distances.nearest(x, y, most=3)
     assert whole[0] == parts[0] and all((a == b).all() for a, b in zip(whole[1], parts[1], strict=True))
 
@@ -132,13 +132,13 @@ def test_copies_are_seen() -> None:
 
 
 @pytest.mark.parametrize("held_out", [6, 150])
-def test_new_pictures_are_called_copies_as_often_as_is_said(held_out: int) -> None:
-    """Over many draws of the held-out pictures and of the samples, all from one distribution."""
+def test_new_images_are_called_copies_as_often_as_is_said(held_out: int) -> None:
+    """Over many draws of the held-out images and of the samples, all from one distribution."""
     rng = np.random.default_rng(0)
-    found = [distances.copying(rng.random(400), rng.random(held_out)) for _ in range(2000)]
-    share = found[0].copied_if_new
+    results = [distances.copying(rng.random(400), rng.random(held_out)) for _ in range(2000)]
+    share = results[0].copied_if_new
     assert share == max(0.01, 1 / (held_out + 1))
-    assert np.mean([one.copied for one in found]) == pytest.approx(share, rel=0.06)
+    assert np.mean([one.copied for one in results]) == pytest.approx(share, rel=0.06)
 
 
 def test_a_reader_reads_classes() -> None:

@@ -22,31 +22,31 @@ def some(count: int = 3, channels: int = 3, size: int = 40) -> torch.Tensor:
 def check(network: Features, dim: int) -> None:
     """The contract of every network."""
     pixels = some()
-    found = network(pixels)
-    assert found.shape == (3, dim) and found.dtype == torch.float32 and network.dim == dim and network.comparable
-    torch.testing.assert_close(network(pixels[1:2]), found[1:2], rtol=1e-4, atol=1e-5)
+    values = network(pixels)
+    assert values.shape == (3, dim) and values.dtype == torch.float32 and network.dim == dim and network.comparable
+    torch.testing.assert_close(network(pixels[1:2]), values[1:2], rtol=1e-4, atol=1e-5)
     grey = some(channels=1)
     torch.testing.assert_close(network(grey), network(grey.expand(-1, 3, -1, -1)))
     assert not network.training and not network.train().training
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_efficientnet_is_the_packages_own_network_on_pictures_in_minus_one_to_one() -> None:
+def test_efficientnet_is_the_packages_own_network_on_images_in_minus_one_to_one() -> None:
     network = open_features("efficientnet_lite0")
     check(network, 1280)
     pixels = some(size=224)
-    own = efficientnet_lite0(None, "test").eval()
+    package_network = efficientnet_lite0(None, "test").eval()
     with torch.no_grad():
-        wanted = own.extract_features((pixels.float() - 127) / 128).mean((2, 3))
+        wanted = package_network.extract_features((pixels.float() - 127) / 128).mean((2, 3))
     torch.testing.assert_close(network(pixels), wanted, rtol=1e-4, atol=1e-5)
     assert network.digest == open_features("efficientnet_lite0").digest
 
 
-def test_pictures_are_resized_as_pillow_does() -> None:
+def test_images_are_resized_as_pillow_does() -> None:
     pixels = some(1, 3, 37)
     wanted = np.asarray(Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((20, 20), Image.Resampling.BICUBIC))
-    found = _resized(pixels, 20)[0].permute(1, 2, 0).numpy()
-    assert np.abs(found - wanted).max() <= 1
+    resized = _resized(pixels, 20)[0].permute(1, 2, 0).numpy()
+    assert np.abs(resized - wanted).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_inception_is_torch_fidelitys(inception_weights: Path) -> None:
     pixels = some(2)
     features, logits = theirs(pixels)
     torch.testing.assert_close(network(pixels), features)
-    found = network.logits(features)
-    assert found is not None
-    torch.testing.assert_close(found, logits)
+    logits = network.logits(features)
+    assert logits is not None
+    torch.testing.assert_close(logits, logits)
 
 
 def test_missing_damaged_and_foreign_inception_weights_are_said(

@@ -3,7 +3,7 @@
 from .datasets import DatasetsSource
 from .digits import DigitsSource
 from .emnist import EMNIST_CLASSES, EmnistSource
-from .folder import FolderSource
+from .folder import FolderImages, FolderSource
 from .image_set import ImageSet
 from .images import ArrayImages, Images, Source
 from .opening import open_data, open_given, open_sources
@@ -21,6 +21,7 @@ __all__ = [
     "DatasetsSource",
     "DigitsSource",
     "EmnistSource",
+    "FolderImages",
     "FolderSource",
     "HeldOut",
     "ImageSet",

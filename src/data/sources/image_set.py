@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -32,7 +32,7 @@ class ImageSet:
         pairs = zip(parts, chosen, strict=True)
         self.labels = np.concatenate([_renumbered(part.labels[c], part.class_names, self.class_names) for part, c in pairs])
         self._in_memory: tuple[Pixels, NDArray[np.int64]] | None = None
-        self._is_ready = False
+        self.ready = False  # whether, once prepared, a batch is nothing but copies, so that loader workers would only cost time
 
     def __len__(self) -> int:
         return len(self.index)
@@ -51,9 +51,9 @@ class ImageSet:
         """The hash of what is in the set and in which order."""
         return digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
 
-    def _gather(self, values_of: Callable[[Images], NDArray[np.int64]]) -> NDArray[np.int64]:
-        """From values (M, ...) of all images of each source, those (N, ...) of the images of this set."""
-        values = [values_of(part) for part in self.parts]
+    def _gather(self, measure: str) -> NDArray[np.int64]:
+        """(N, ...): a measure of the scan reports of the sources, for the images of this set."""
+        values = [getattr(part.report, measure) for part in self.parts]
         gathered = np.zeros((len(self), *values[0].shape[1:]), np.int64)
         for number, value in enumerate(values):
             in_part = self.which == number
@@ -63,17 +63,17 @@ class ImageSet:
     @property
     def sides(self) -> NDArray[np.int64]:
         """(N, 2): the width and the height of each image, as its file has it; -1 where that is not known."""
-        return self._gather(lambda part: part.sides)
+        return self._gather("sides")
 
     @property
     def times(self) -> NDArray[np.int64]:
         """(N,): when the file of each image was modified, in nanoseconds; 0 where the fingerprint changes with the content."""
-        return self._gather(lambda part: part.times)
+        return self._gather("times")
 
     @property
     def decoders(self) -> NDArray[np.int64]:
         """(N,): the first version of the decoder that reads each image as today's does."""
-        return self._gather(lambda part: part.decoders)
+        return self._gather("decoders")
 
     @property
     def decoder(self) -> int:
@@ -135,12 +135,7 @@ class ImageSet:
         elif uniform is not None and isinstance(self.parts[0], ArrayImages):
             centered = ImageConfig(size=spec.size, channels=spec.channels)
             self._in_memory = np.stack([square(image, centered, np.full(3, 0.5)) for image in uniform[0]]), uniform[1]
-        self._is_ready = self._in_memory is not None or all(part.is_decoded_at(spec.size) for part in self.parts)
-
-    @property
-    def ready(self) -> bool:
-        """Whether, once prepared, a batch is nothing but copies, so that loader workers would only cost time."""
-        return self._is_ready
+        self.ready = self._in_memory is not None or all(part.is_decoded_at(spec.size) for part in self.parts)
 
     def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """(B, size, size, channels) uint8 of the images `indices` (B,), cut and flipped by the random numbers `u` (B, 3)."""

@@ -39,6 +39,13 @@ class Images(ABC):
     named_by_files = False
     only_folder: str | None = None
 
+    def __post_init__(self) -> None:
+        """Fill in what no scan measured: the sides are not known, and the fingerprint changes with the content."""
+        shapes = {"sides": ((len(self), 2), -1), "times": ((len(self),), 0), "decoders": ((len(self),), 1)}
+        for name, (shape, constant) in shapes.items():
+            if len(getattr(self.report, name)) != len(self):
+                setattr(self.report, name, np.full(shape, constant, np.int64))
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -54,7 +61,7 @@ class Images(ABC):
         """The bytes that the image is decoded from; where the source holds pixels, those."""
         encoded = self.encoded(index)
         if encoded is None:
-            return np.ascontiguousarray(self.load(index, channels=3)).tobytes()
+            return np.asarray(self.load(index, channels=3)).tobytes()
         return encoded if isinstance(encoded, bytes) else encoded.read_bytes()
 
     @property
@@ -66,26 +73,6 @@ class Images(ABC):
         """Whether the images lie in a mapped file with their shorter side at `size`, so that a batch costs no decoding."""
         return False
 
-    @property
-    def sides(self) -> NDArray[np.int64]:
-        """(N, 2): the width and the height of each image, as the file has it; -1 where that is not known."""
-        return _or_constant(self.report.sides, (len(self), 2), -1)
-
-    @property
-    def times(self) -> NDArray[np.int64]:
-        """(N,): when the file of each image was modified, in nanoseconds; 0 where `fingerprint` changes with the content."""
-        return _or_constant(self.report.times, (len(self),), 0)
-
-    @property
-    def decoders(self) -> NDArray[np.int64]:
-        """(N,): the first version of the decoder that reads each image as today's does."""
-        return _or_constant(self.report.decoders, (len(self),), 1)
-
-
-def _or_constant(values: NDArray[np.int64], shape: tuple[int, ...], constant: int) -> NDArray[np.int64]:
-    """What the scan measured, or, where it measured nothing, a constant."""
-    return values if len(values) == shape[0] else np.full(shape, constant, np.int64)
-
 
 @dataclass
 class ArrayImages(Images):
@@ -93,15 +80,12 @@ class ArrayImages(Images):
 
     pixels: Pixels = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
 
+    def __post_init__(self) -> None:
+        self.report.sides = np.tile(np.array(self.pixels.shape[2:0:-1], np.int64), (len(self), 1))
+        super().__post_init__()
+
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         return self.pixels[index]
-
-    def content(self, index: int) -> bytes:
-        return self.pixels[index].tobytes()
-
-    @property
-    def sides(self) -> NDArray[np.int64]:
-        return np.tile(np.array(self.pixels.shape[2:0:-1], np.int64), (len(self), 1))
 
     @property
     def uniform(self) -> tuple[Pixels, NDArray[np.int64]]:

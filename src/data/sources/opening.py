@@ -20,7 +20,8 @@ def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = (
     Where one folder of a source alone holds images and has the name of one of the classes `among`, they are of that class.
     """
     parts, chosen = [], []
-    for spec in sources if isinstance(sources, Sequence) else [sources]:
+    specs: Sequence[Any] = sources if isinstance(sources, Sequence) else [sources]
+    for spec in specs:
         part = open_source(spec)
         if part.only_folder is not None and not part.class_names:
             name = find_spelling(among, part.only_folder)

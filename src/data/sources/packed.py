@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...config import UserError, config, read_json, resumable_field
+from ..scan import ScanReport
 from ..transforms import Pixels
 from .images import Images, digest
 
@@ -27,24 +28,12 @@ class PackedSource:
 
 @dataclass
 class PackedImages(Images):
-    """Images of any size in one mapped file, written at `packed_ns` (ns); `records` (N, 3) are byte offset, height, width."""
+    """Images of any size in one mapped file; `records` (N, 3) are byte offset, height and width."""
 
     pixels: Pixels = field(default_factory=lambda: np.zeros(0, np.uint8))
     records: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     channels: int = 3
-    packed_ns: int = 0
     folder: str = ""
-
-    @property
-    def sides(self) -> NDArray[np.int64]:
-        return self.records[:, 2:0:-1]
-
-    @property
-    def times(self) -> NDArray[np.int64]:
-        return np.full(len(self), self.packed_ns, np.int64)
-
-    def content(self, index: int) -> bytes:
-        return self.load(index, channels=self.channels).tobytes()
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         offset, height, width = self.records[index].tolist()
@@ -76,6 +65,7 @@ def open_packed(spec: PackedSource) -> PackedImages:
         raise UserError(f"{path}/pixels.bin is missing or cut; pack it again")
     table = np.load(path / "records.npy")
     keep = np.ones(len(table), dtype=bool) if spec.split == "all" else (table[:, 4] == (spec.split == "held_out"))
+    written = np.full(int(keep.sum()), (path / "pixels.bin").stat().st_mtime_ns, np.int64)
     return PackedImages(
         names=[name for name, is_in_split in zip(manifest["names"], keep, strict=True) if is_in_split],
         labels=table[keep, 3],
@@ -84,6 +74,6 @@ def open_packed(spec: PackedSource) -> PackedImages:
         pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
         records=table[keep, :3],
         channels=manifest["channels"],
-        packed_ns=(path / "pixels.bin").stat().st_mtime_ns,
+        report=ScanReport(sides=table[keep, 2:0:-1], times=written),
         folder=str(path),
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config import UserError, config
 from ...config.progress import track
+from ..scan import ScanReport
 from ..transforms import Pixels, normalise, to_array
 from .images import ArrayImages, Images
 
@@ -44,11 +45,6 @@ class GivenImages(Images):
 
     dataset: Any = None
     signed: bool = False
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def sides(self) -> NDArray[np.int64]:
-        return np.array(self.sizes, np.int64).reshape(-1, 2)
 
     def content(self, index: int) -> bytes:
         value, where, _ = _read_item(self.dataset, index)
@@ -93,11 +89,8 @@ def read_dataset(dataset: Any, channels: int) -> Images:
     facts: dict[str, Any] = {"names": names, "labels": np.array(labels, dtype=np.int64), "class_names": classes}
     facts["fingerprint"] = hashed.hexdigest()
     if in_memory is None:
-        return GivenImages(**facts, dataset=dataset, signed=signed, sizes=sizes)
+        return GivenImages(**facts, report=ScanReport(sides=np.array(sizes, np.int64)), dataset=dataset, signed=signed)
     return ArrayImages(**facts, pixels=np.stack([_to_uint8(pixels, signed=signed) for pixels in in_memory]))
-
-
-# ---------------------------------------------------------------------------------------------- items
 
 
 def item_name(i: int) -> str:

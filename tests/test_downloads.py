@@ -1,8 +1,7 @@
-"""Importing torchvision, in processes of their own: what is imported there stays there. Weights that are fetched once."""
+"""Weights that are fetched once and whole, and who fetches them."""
 
 import errno
 import hashlib
-import importlib
 import io
 import os
 import socket
@@ -26,79 +25,17 @@ from src.metrics.features import open_features
 from src.models.pretrained import import_torchvision
 from src.storage import downloads
 from src.storage.downloads import fetch_weights, how_to_bring
-from tests.conftest import ROOT, launch
-
-NO_OPERATORS = """
-import torch
-
-@torch.library.register_fake("torchvision::nms")
-def nms(dets, scores, iou_threshold):
-    return dets
-"""
-
-
-def python(code: str, **extra: str) -> str:
-    done = launch("-c", code, **extra)
-    assert done.status == 0, done.all
-    return done.out
-
-
-def test_after_it_torchvisions_networks_and_what_imports_torchvision_come_in() -> None:
-    out = python(
-        "from src.models.pretrained import import_torchvision\n"
-        "first = import_torchvision()\n"
-        "import torch, torchvision, torchvision.models, lpips, torchmetrics\n"
-        "assert first is torchvision and import_torchvision() is torchvision\n"
-        "with torch.device('meta'):\n"
-        "    assert len(torchvision.models.alexnet().features) == 13\n"
-        "print('done')"
-    )
-    assert out == "done\n"
-
-
-def test_a_torchvision_that_was_compiled_for_another_torch_is_said_in_one_line_before_the_run(tmp_path: Path) -> None:
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text(NO_OPERATORS)
-    path = f"{tmp_path}:{ROOT}"
-    for script, why in (("train_vae", "measuring reconstructions"), ("ddpm_accelerate", "preview.quality.features random")):
-        config = f"configs/smoke/{script.removeprefix('train_').removesuffix('_accelerate')}.json"
-        done = launch(f"{script}.py", "-cfg", config, "--run-dir", tmp_path / "run", PYTHONPATH=path)
-        told = f"{why} needs the package torchvision, and the installed one was compiled for another torch than "
-        assert done.status == 2 and done.all.count("error: ") == 1, done.all
-        assert f"error: {told}{torch.__version__}: pip install --upgrade torch torchvision\n" in done.all, done.all
-        assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("operator torchaudio::load does not exist"), ImportError("No module named 'torchvision'"), OSError("nms")],
-    ids=str,
-)
-def test_an_error_about_something_else_is_passed_on(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def refuse(name: str) -> None:
-        asked.append(name)
-        raise error
-
-    monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(type(error)) as caught:
-        import_torchvision()
-    assert caught.value is error and asked == ["torchvision"]
-
-
-# ---------------------------------------------------------------------------------------------- weights
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`, each with a status; counts what is asked of it."""
+    """Serves `files`, each with a status; keeps the requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.files: dict[str, tuple[int, bytes]] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.wait = 0.0
 
     def url(self, name: str, content: bytes = b"", status: int = 200) -> str:
@@ -110,7 +47,7 @@ class Answer(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
+        self.server.requests.append(self.path)
         time.sleep(self.server.wait)
         status, content = self.server.files[self.path]
         self.send_response(status)
@@ -147,9 +84,9 @@ def test_weights_are_fetched_once_and_whole(server: Server, tmp_path: Path, caps
     name = named(content)
     url, path = server.url(name, content), tmp_path / "deep" / "cache" / name
     assert fetch_weights(url, path) is None and path.read_bytes() == content
-    told = capsys.readouterr()
-    assert f"fetched {url} to {path}" in told.err and "100%" in told.err and not told.out, "--json stays JSON"
-    assert fetch_weights(url, path) is None and len(server.asked) == 1 and left(path.parent) == [name]
+    output = capsys.readouterr()
+    assert f"fetched {url} to {path}" in output.err and "100%" in output.err and not output.out, "--json stays JSON"
+    assert fetch_weights(url, path) is None and len(server.requests) == 1 and left(path.parent) == [name]
 
 
 def test_one_process_fetches_and_the_others_wait(server: Server, tmp_path: Path) -> None:
@@ -158,7 +95,7 @@ def test_one_process_fetches_and_the_others_wait(server: Server, tmp_path: Path)
     url, path = server.url(name, content), tmp_path / name
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(lambda _: fetch_weights(url, path), range(6))) == [None] * 6
-    assert server.asked == [f"/{name}"] and left(tmp_path) == [name]
+    assert server.requests == [f"/{name}"] and left(tmp_path) == [name]
 
 
 def test_the_other_ranks_give_the_first_one_a_start_and_say_nothing(
@@ -172,15 +109,15 @@ def test_the_other_ranks_give_the_first_one_a_start_and_say_nothing(
 
 
 @pytest.mark.parametrize(
-    ("status", "content", "said"),
+    ("status", "content", "message"),
     [(200, b"a login page", "another file than its name promises"), (404, b"", "answers 404"), (503, b"", "answers 503")],
 )
 def test_what_is_not_the_file_is_refused_and_nothing_stays(
-    server: Server, tmp_path: Path, status: int, content: bytes, said: str
+    server: Server, tmp_path: Path, status: int, content: bytes, message: str
 ) -> None:
     name = named(b"the weights")
     reason = fetch_weights(server.url(name, content, status), tmp_path / name)
-    assert reason is not None and said in reason and "\n" not in reason and left(tmp_path) == []
+    assert reason is not None and message in reason and "\n" not in reason and left(tmp_path) == []
 
 
 def test_without_a_network_it_is_said_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
@@ -197,8 +134,8 @@ def test_without_a_network_it_is_said_soon(tmp_path: Path, monkeypatch: pytest.M
     assert nowhere is not None and nowhere.startswith("nowhere.invalid: ")
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(urllib.request, "_opener", None)
-    told = fetch_weights("http://nowhere.invalid/a.pth", tmp_path / "a.pth")
-    assert told is not None and told.endswith("refused (a proxy is set in the environment)"), told
+    reason = fetch_weights("http://nowhere.invalid/a.pth", tmp_path / "a.pth")
+    assert reason is not None and reason.endswith("refused (a proxy is set in the environment)"), reason
     assert time.monotonic() - began < 30 and socket.getdefaulttimeout() == before and left(tmp_path) == []
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert fetch_weights("https://nowhere.invalid/a.pth", tmp_path / "a.pth") == "HF_HUB_OFFLINE is set"
@@ -239,19 +176,19 @@ def test_lpips_fetches_its_backbone(server: Server, tmp_path: Path, monkeypatch:
         content = file.getvalue()
     name = named(content, "squeezenet1_1")
     monkeypatch.setattr(losses, "imagenet_weights", lambda _: (tmp_path / name, server.url(name, content)))
-    found = Perceptual(PerceptualConfig(network="squeeze"))
+    perceptual = Perceptual(PerceptualConfig(network="squeeze"))
     wanted = network.state_dict()["features.0.weight"]
-    assert torch.equal(found.network.net.state_dict()["slice1.0.weight"], wanted)
+    assert torch.equal(perceptual.network.net.state_dict()["slice1.0.weight"], wanted)
     (tmp_path / name).unlink()
     monkeypatch.setattr(losses, "imagenet_weights", lambda _: (tmp_path / name, server.url(name, b"", 404)))
     with pytest.raises(UserError) as raised:
         Perceptual(PerceptualConfig(network="squeeze"))
     message = str(raised.value)
     assert "127.0.0.1 answers 404" in message and f"wget -P {tmp_path} http://127.0.0.1" in message and "\n" not in message
-    server.asked.clear()
+    server.requests.clear()
     with pytest.raises(UserError, match="perceptual.weights names no file"):
         Perceptual(PerceptualConfig(network="squeeze", weights=str(tmp_path / "mine.pth")))
-    assert not server.asked, "a file that was named is not fetched"
+    assert not server.requests, "a file that was named is not fetched"
 
 
 def test_inception_is_fetched(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +198,7 @@ def test_inception_is_fetched(server: Server, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(features, "INCEPTION_URL", server.url(name, content))
     with pytest.raises(UserError, match="is damaged, or holds no weights"):
         open_features("inception")
-    assert (tmp_path / "checkpoints" / name).read_bytes() == content and server.asked == [f"/{name}"]
+    assert (tmp_path / "checkpoints" / name).read_bytes() == content and server.requests == [f"/{name}"]
     (tmp_path / "checkpoints" / name).unlink()
     server.url(name, b"wrong")
     with pytest.raises(UserError, match="another file than its name promises"):

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from src import figures
-from src.config import UserError, _override, quoted
+from src.config import UserError, quoted
+from src.config.validation import _override
 from tests.conftest import ROOT
 
 
@@ -25,7 +26,7 @@ def test_to_uint8_covers_the_range() -> None:
     assert figures.to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
 
 
-def test_a_grid_has_its_pictures_row_by_row() -> None:
+def test_a_grid_has_its_images_row_by_row() -> None:
     cells = np.zeros((5, 64, 64, 3), np.uint8)
     for i in range(5):
         cells[i] = 40 * i
@@ -35,11 +36,11 @@ def test_a_grid_has_its_pictures_row_by_row() -> None:
     assert sheet[104, 172].tolist() == [255] * 3, "the empty place is white"
     labelled = figures.grid(cells, columns=3, labels=["a very long label indeed"] * 5, title="t")
     assert labelled.height > sheet.shape[0]
-    assert figures.grid(np.zeros((1, 16, 16, 1), np.uint8), columns=1).width == 64 + 8, "small pictures are enlarged"
+    assert figures.grid(np.zeros((1, 16, 16, 1), np.uint8), columns=1).width == 64 + 8, "small images are enlarged"
 
 
-def test_beside_and_save(tmp_path: Path) -> None:
-    both = figures.beside(Image.new("RGB", (3, 5)), Image.new("RGB", (4, 2)))
+def test_in_a_row_and_save(tmp_path: Path) -> None:
+    both = figures.in_a_row([Image.new("RGB", (3, 5)), Image.new("RGB", (4, 2))])
     assert both.size == (7, 5) and both.getpixel((6, 4)) == (255, 255, 255)
     for name, kind in (("a.png", "PNG"), ("a.jpg", "JPEG")):
         figures.save(both, tmp_path / "new" / name)
@@ -51,12 +52,12 @@ def test_beside_and_save(tmp_path: Path) -> None:
 def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path: Path) -> None:
     """As on a full disk: the process may write files of 100 bytes."""
     code = (
-        "import resource, signal, numpy as np; from pathlib import Path; from PIL import Image; from src import pictures\n"
+        "import resource, signal, numpy as np; from pathlib import Path; from PIL import Image; from src import figures\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))\n"
         "lines = {'y': {'a': ([0], [1])}}\n"
-        "one = lambda: pictures.save(noise, Path('a.png'))\n"
-        "other = lambda: pictures.curves(Path('b.png'), lines, xlabel='x')\n"
+        "one = lambda: figures.save(noise, Path('a.png'))\n"
+        "other = lambda: figures.curves(Path('b.png'), lines, xlabel='x')\n"
         "for draw in (one, other):\n"
         "    try:\n        draw()\n    except OSError as error:\n        print(error.errno)\n"
     )
@@ -137,14 +138,14 @@ def test_an_ffmpeg_that_does_not_start(
     program.write_text(BROKEN[broken])
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(figures, "_said", set())
+    monkeypatch.setattr(figures, "_warnings", set())
     if not shipped:
         monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     for _ in range(2):
         figures.gif(three, three[0].with_name("f_%03d.png"), tmp_path / "out.gif", fps=5)
     assert frames_in(tmp_path / "out.gif") == 3 and not (tmp_path / ".out.gif").exists()
-    said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("step ")]  # of another test's run
-    assert len(said) == 1 and said[0].startswith(f"warning: {program} "), "one line, once"
+    warnings = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("step ")]  # of another test's run
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: {program} "), "one line, once"
     if shipped:
         figures.mp4(three[0].with_name("f_%03d.png"), tmp_path / "out.mp4", fps=5)
         assert (tmp_path / "out.mp4").stat().st_size > 500
@@ -206,11 +207,11 @@ def test_a_printed_path_can_be_pasted(path: str, tmp_path: Path) -> None:
     word = quoted(path)
     line = f"{shlex.quote(sys.executable)} -S -c {shlex.quote(code)} {word} --set autoencoder={word}"
     done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
-    alone, flag, assigned = json.loads(done.stdout)
-    assert Path(alone) == Path(path) and flag == "--set" and not list(tmp_path.iterdir())
+    path_word, flag, assigned = json.loads(done.stdout)
+    assert Path(path_word) == Path(path) and flag == "--set" and not list(tmp_path.iterdir())
     parser = argparse.ArgumentParser()
     parser.add_argument("run")
-    assert parser.parse_args([alone]).run == alone
+    assert parser.parse_args([path_word]).run == path_word
     raw: dict = {}
     _override(None, raw, assigned)
     assert Path(raw["autoencoder"]) == Path(path)
@@ -232,13 +233,13 @@ def ink(sheet: Image.Image) -> int:
 
 
 def test_each_letter_is_drawn_and_no_box() -> None:
-    def drawn(text: str) -> bytes:
+    def caption(text: str) -> bytes:
         cells = np.full((1, 64, 64, 3), 255, np.uint8)
         return figures.grid(cells, columns=1, labels=[text]).crop((0, 64, 72, 100)).tobytes()
 
-    box = drawn("\ufffe")
-    seen = [drawn(letter) for letter in "портеéüß"]
-    assert len(set(seen)) == len(seen) and box not in seen
+    box = caption("\ufffe")
+    captions = [caption(letter) for letter in "портеéüß"]
+    assert len(set(captions)) == len(captions) and box not in captions
 
 
 def test_a_long_name_goes_on_in_the_next_line() -> None:

@@ -1,0 +1,145 @@
+"""The registry of sources: all that are there are accepted, and one that another package adds is trained on."""
+
+import hashlib
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from src.config import UserError, config, json_schema, validate
+from src.data import HeldOut, Sources
+from src.data.facts import describe_data, skipped_files, sources_of
+from src.data.points import POINT_SOURCES, DataEnd, SourceEnd, is_point_source
+from src.data.sources import GIVEN, SOURCES, DigitsSource, open_sources
+from src.data.sources.image_set import lowest_names
+from src.data.sources.images import digest, name_fraction, number_classes, odd_label_remarks
+from tests.conftest import ROOT, SMOKE, launch
+
+
+@config
+class _Config:
+    data: Sources
+    held_out: HeldOut = 0.0
+
+
+@config
+class _BlendConfig:
+    data: DataEnd
+    source: SourceEnd
+
+
+def words(classes: list[type]) -> list[str]:
+    return [get_args(get_type_hints(cls)["source"])[0] for cls in classes]
+
+
+def test_the_choices_of_a_config_are_those_of_the_registry() -> None:
+    assert words(SOURCES.classes) == ["folder", "datasets", "digits", "emnist", "shapes", "packed", "python"]
+    assert words(POINT_SOURCES.classes) == ["density", "mixture", "moons", "spiral", "checkerboard"]
+    names = "'folder', 'datasets', 'digits', 'emnist', 'shapes', 'packed', 'python'"
+    with pytest.raises(UserError, match=rf"data.source: 'digit' is not known; did you mean 'digits'\? Allowed: {names}$"):
+        validate(_Config, {"data": {"source": "digit"}})
+    with pytest.raises(UserError, match=rf"Allowed: 'gaussian', {names}, 'density'"):
+        validate(_BlendConfig, {"data": {"source": "digits"}, "source": {"source": "noise"}})
+    with pytest.raises(
+        UserError, match=r"data.sise: unknown key; did you mean 'size'\? allowed here: count, size, source, split"
+    ):
+        validate(_Config, {"data": {"source": "shapes", "sise": 8}})
+    with pytest.raises(UserError, match=r"source.source: missing; allowed: .*gaussian.*spiral"):
+        validate(_BlendConfig, {"data": {"source": "moons"}, "source": {}})
+
+
+def test_sources_are_read_alone_and_in_lists() -> None:
+    spec = validate(
+        _Config, {"data": [{"source": "digits"}, {"source": "shapes", "count": 8}], "held_out": {"source": "digits"}}
+    )
+    assert isinstance(spec.data, tuple) and isinstance(spec.held_out, DigitsSource)
+    blend = validate(_BlendConfig, {"data": {"source": "moons"}, "source": [{"source": "digits"}]})
+    assert is_point_source(blend.data) and not is_point_source(spec.held_out)
+    with pytest.raises(UserError, match="no config can open it"):
+        open_sources(GIVEN)
+
+
+TOY = """
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+import ddpm_accelerate
+from src.config import UserError, config, json_schema, load
+from src.data import register_source
+from src.data.sources import ArrayImages
+
+before = json_schema(ddpm_accelerate.Config)
+load(SMOKE, ddpm_accelerate.Config)
+
+
+@config
+class StripesSource:
+    source: Literal["stripes"]
+    count: int = 32
+
+
+def open_stripes(spec: StripesSource) -> ArrayImages:
+    pixels = np.zeros((spec.count, 16, 16, 3), np.uint8)
+    pixels[:, ::2] = 200
+    return ArrayImages(
+        names=[f"stripes/{i}" for i in range(spec.count)],
+        labels=np.zeros(spec.count, np.int64),
+        class_names=("stripes",),
+        fingerprint=f"stripes {spec.count}",
+        pixels=pixels,
+    )
+
+
+register_source(StripesSource, open_stripes)
+assert "stripes" not in before and "StripesSource" in json_schema(ddpm_accelerate.Config)
+cfg = load(SMOKE, ddpm_accelerate.Config, ["data.source=stripes", "data.count=40", "steps=2", "held_out=0.2"])
+assert isinstance(cfg.data, StripesSource) and cfg.data.count == 40
+try:
+    load(SMOKE, ddpm_accelerate.Config, ["data.source=stripe"])
+except UserError as error:
+    print(error)
+try:
+    load(SMOKE, ddpm_accelerate.Config, ["data.source=stripes", "data.size=3"])
+except UserError as error:
+    print(error)
+assert ddpm_accelerate.train(cfg, RUN) == 0
+"""
+
+
+def test_a_source_of_another_package_is_trained_on(tmp_path: Path) -> None:
+    done = launch("-c", f"SMOKE, RUN = {SMOKE!r}, {str(tmp_path / 'run')!r}\n{TOY}")
+    assert done.status == 0, done.all
+    assert "data.source: 'stripe' is not known; did you mean 'stripes'? Allowed: 'folder', " in done.out
+    assert "unknown key; allowed here: count, source" in done.out
+    assert '"stripes"' in (tmp_path / "run" / "config.json").read_text() and (tmp_path / "run" / "final").is_dir()
+
+
+def test_the_schema_that_is_shipped_is_todays() -> None:
+    import ddpm_accelerate
+
+    assert json_schema(ddpm_accelerate.Config) == (ROOT / "configs/schemas/ddpm_accelerate.json").read_text()
+
+
+def test_what_identifies_images_is_for_ever() -> None:
+    assert digest("a", b"b") == digest("a", b"b") != digest("ab")
+    assert digest("a") == "ffe9aaeaa2a2d5048174df0b80599ef0197ec024c4b051bc9860cff58ef7f9f3"
+    assert name_fraction("a.png") == pytest.approx(int(hashlib.sha256(b"a.png").hexdigest()[:16], 16) / 2**64)
+    names = [f"{i}.png" for i in range(50)]
+    assert set(lowest_names(names, 5)) < set(lowest_names(names, 9)) and list(lowest_names(names, 99)) == list(range(50))
+
+
+def test_classes_get_their_numbers_in_order() -> None:
+    labels, class_names, remarks = number_classes(["10", "9", None, "caf\u00e9", "cafe\u0301"])
+    assert class_names == ("9", "10", "cafe\u0301") and labels.tolist() == [1, 0, -1, 2, 2]
+    assert len(remarks) == 1 and "two spellings" in remarks[0]
+    assert odd_label_remarks([[1]], ("a",)) == ["the labels are lists or tables, and each different one is a class of its own"]
+    assert "the label -1" in odd_label_remarks([], ("-1", "0"))[0] and odd_label_remarks([], ("-1", "1")) == []
+
+
+def test_each_source_of_several_sets_is_described_once() -> None:
+    digits = open_sources(DigitsSource(source="digits"))
+    half = digits.only(digits.labels < 5)
+    assert sources_of(digits, half, None) == digits.parts and skipped_files(digits, half) == []
+    assert describe_data(half, digits)["held_out_images"] == 1797
