@@ -7,11 +7,21 @@ import sys
 import time
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line that says what is wrong and what to do. Ends a script with status 2."""
+
+
+@contextmanager
+def prefix_errors(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the message of a UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}: {error}") from None
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

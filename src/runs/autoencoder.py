@@ -235,4 +235,4 @@ def _of_diffusers(name: str, device: torch.device) -> Autoencoder:
     weights = {key: value.detach().cpu() for key, value in found.state_dict().items()}
     digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
     opened = _rebuild({"kind": "diffusers", "config": found.config}, weights, name, digest, device)
-    return replace(opened, told=found.told)
+    return replace(opened, told=found.notes)

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from src.config import UserError, validate
 from src.diffusion import Process, ProcessConfig, ancestral, build_process, clip, ddim, times
-from src.interop.diffusers import export, process_config, read, scheduler_config, unet2d_config, unet_config
+from src.interop.diffusers_export import export
+from src.interop.diffusers_folder import read
+from src.interop.schedulers import process_config, scheduler_config
+from src.interop.unet_2d import unet2d_config, unet_config
 from src.models import UNet, UNetConfig
 from src.models.pretrained import import_torchvision
 from tests.conftest import randomise
@@ -37,8 +40,8 @@ def process_of(raw: dict[str, Any]) -> ProcessConfig:
     return validate(ProcessConfig, raw)
 
 
-def exported(out: Path, network: UNet, raw: dict[str, Any] = LINEAR, **more: Any) -> Path:
-    export(network, process_of(raw), image_size=8, out=out, name="small", **more)
+def exported(out: Path, network: UNet, raw: dict[str, Any] = LINEAR, **options: Any) -> Path:
+    export(network, process_of(raw), image_size=8, out=out, name="small", **options)
     return out
 
 
@@ -90,12 +93,12 @@ def test_an_exported_network_gives_the_same_output_in_diffusers_and_read_back(tm
     labels = torch.tensor([0, 1, network.num_classes]) if network.num_classes else None  # the last row is the null class
     with torch.no_grad():
         ours = network(x, t.float(), labels)
-        found = theirs(x, t, class_labels=labels).sample
+        reference = theirs(x, t, class_labels=labels).sample
         back = read(out)
-        again = back.network(x, t.float(), labels)
+        restored = back.network(x, t.float(), labels)
     assert ours.std() > 0.1
-    torch.testing.assert_close(found, ours, rtol=0, atol=1e-5)
-    torch.testing.assert_close(again, ours, rtol=0, atol=1e-6)
+    torch.testing.assert_close(reference, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(restored, ours, rtol=0, atol=1e-6)
     assert (back.num_classes, back.null_class) == (network.num_classes, network.num_classes is not None)
     assert (back.image_size, back.channels) == (8, network.stem.in_channels)
     assert back.process == process_of(LINEAR)
@@ -124,9 +127,9 @@ def test_a_process_survives_and_has_the_schedulers_levels(tmp_path: Path, name: 
     out = exported(tmp_path / "out", unet(learned=name == "learned"), PROCESSES[name])
     back = read(out).process
     assert (back.target, back.variance, back.clip, back.loss) == (spec.target, spec.variance, spec.clip, spec.loss)
-    ours, again = build_process(spec).schedule, build_process(back).schedule
-    table = torch.arange(again.num_steps, dtype=torch.float64)  # pyright: ignore[reportAttributeAccessIssue]
-    torch.testing.assert_close(again.level(table).alpha, ours.level(table).alpha, rtol=1e-12, atol=0)
+    ours, restored = build_process(spec).schedule, build_process(back).schedule
+    table = torch.arange(restored.num_steps, dtype=torch.float64)  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(restored.level(table).alpha, ours.level(table).alpha, rtol=1e-12, atol=0)
     theirs: Any = DDPMScheduler.from_pretrained(out, subfolder="scheduler")
     torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.level(table).alpha ** 2, rtol=0, atol=1e-5)
 
@@ -137,10 +140,10 @@ def test_a_process_survives_and_has_the_schedulers_levels(tmp_path: Path, name: 
 LITTLE_NOISE = {"schedule": {"kind": "linear", "steps": 1000, "beta_end": 0.002}, "target": "eps"}
 
 
-def drawn_by_us(
+def images_by_us(
     network: UNet, raw: dict[str, Any], seed: int, draw: Callable[..., Tensor], steps: int, **options: Any
 ) -> np.ndarray:
-    """Pictures (B, H, W, C) in [0, 1], every noise from one generator, as the pipelines take it."""
+    """Images (B, H, W, C) in [0, 1], every noise from one generator, as the pipelines take it."""
     process: Process = build_process(process_of(raw))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 3, 8, 8, generator=generator)
@@ -163,7 +166,7 @@ def drawn_by_us(
 @pytest.mark.parametrize("steps", [25, 10])
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])
 @pytest.mark.parametrize("raw", [LITTLE_NOISE, COSINE_V], ids=["linear_eps", "cosine_v"])
-def test_their_ddpm_pipeline_draws_our_pictures(tmp_path: Path, raw: dict[str, Any], variance: str, steps: int) -> None:
+def test_their_ddpm_pipeline_draws_our_images(tmp_path: Path, raw: dict[str, Any], variance: str, steps: int) -> None:
     from diffusers import DDPMPipeline
 
     learned = variance == "learned"
@@ -173,22 +176,22 @@ def test_their_ddpm_pipeline_draws_our_pictures(tmp_path: Path, raw: dict[str, A
     network = unet(learned=learned, scale=0.05)
     pipeline: Any = DDPMPipeline.from_pretrained(exported(tmp_path / "out", network, raw))
     pipeline.set_progress_bar_config(disable=True)
-    found = pipeline(
+    images = pipeline(
         batch_size=2, generator=torch.Generator().manual_seed(3), num_inference_steps=steps, output_type="np"
     ).images
-    ours = drawn_by_us(network, raw, 3, ancestral, steps, variance=variance)
-    np.testing.assert_allclose(found, ours, rtol=0, atol=1e-4)
+    ours = images_by_us(network, raw, 3, ancestral, steps, variance=variance)
+    np.testing.assert_allclose(images, ours, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("raw", [LITTLE_NOISE, COSINE_V], ids=["linear_eps", "cosine_v"])
-def test_their_ddim_pipeline_draws_our_pictures(tmp_path: Path, raw: dict[str, Any], eta: float) -> None:
+def test_their_ddim_pipeline_draws_our_images(tmp_path: Path, raw: dict[str, Any], eta: float) -> None:
     from diffusers import DDIMPipeline
 
     network = unet(scale=0.05)
     pipeline: Any = DDIMPipeline.from_pretrained(exported(tmp_path / "out", network, raw))
     pipeline.set_progress_bar_config(disable=True)
-    found = pipeline(
+    images = pipeline(
         batch_size=2,
         generator=torch.Generator().manual_seed(3),
         num_inference_steps=20,
@@ -196,7 +199,7 @@ def test_their_ddim_pipeline_draws_our_pictures(tmp_path: Path, raw: dict[str, A
         use_clipped_model_output=True,
         output_type="np",
     ).images
-    np.testing.assert_allclose(found, drawn_by_us(network, raw, 3, ddim, 20, eta=eta), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(images, images_by_us(network, raw, 3, ddim, 20, eta=eta), rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- the card
@@ -222,10 +225,11 @@ SHORT = {"schedule": {"kind": "linear", "steps": 10, "rescale_betas": False, "be
 
 
 def test_the_card_of_a_network_without_classes_says_how_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = exported(tmp_path / "out", unet(), SHORT, card="Trained on cats.")
+    out = exported(tmp_path / "out", unet(), SHORT, data={"images": 7})
     text = (out / "README.md").read_text()
     assert front_matter(text) == ["library_name: diffusers", "tags:", "- unconditional-image-generation"]
-    assert "# small\n" in text and "RGB pictures of 8 x 8 pixels" in text and text.endswith("Trained on cats.\n")
+    assert "# small\n" in text and "RGB images of 8 x 8 pixels" in text
+    assert text.endswith("Data: the run learned from 7 images.\n")
     assert not (out / "classes.json").exists()
     images = run_card(out, monkeypatch)["images"]
     assert len(images) == 4 and images[0].size == (8, 8)
@@ -258,7 +262,7 @@ def test_the_card_leaves_ddim_out_where_it_cannot_be(tmp_path: Path, raw: dict[s
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"attention": ["none", "linear"]}, "no model.attention linear; what can be exported has none or full"),
         ({"mid_attention": "linear"}, "no model.mid_attention linear"),
@@ -275,14 +279,14 @@ def test_the_card_leaves_ddim_out_where_it_cannot_be(tmp_path: Path, raw: dict[s
     ],
     ids=["linear", "mid_linear", "average", "max", "nearest", "time_scale", "first_width", "patch", "heads"],
 )
-def test_networks_that_unet2dmodel_cannot_be(tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
+def test_networks_that_unet2dmodel_cannot_be(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         exported(tmp_path / "out", unet(**options))
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "message"),
     [
         ({"schedule": {"kind": "blend"}, "target": "v"}, "no process.schedule blend"),
         ({**LINEAR, "target": "blend"}, "no process.target blend; what can be exported has eps, x0, v"),
@@ -293,13 +297,13 @@ def test_networks_that_unet2dmodel_cannot_be(tmp_path: Path, options: dict[str, 
     ],
     ids=["blend", "target", "scale", "alpha", "t", "learned"],
 )
-def test_processes_that_ddpm_scheduler_cannot_be(tmp_path: Path, raw: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_processes_that_ddpm_scheduler_cannot_be(tmp_path: Path, raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         exported(tmp_path / "out", unet(), raw)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_latents_are_no_pictures(tmp_path: Path) -> None:
+def test_latents_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the network sees 4 channels; .* decodes no latents"):
         exported(tmp_path / "out", unet(channels=4))
 
@@ -328,7 +332,7 @@ def test_a_folder_is_whole_or_absent_and_never_overwritten(tmp_path: Path, monke
     def no_room(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("src.interop.diffusers.write_flushed", no_room)
+    monkeypatch.setattr("src.interop.diffusers_export.write_flushed", no_room)
     with pytest.raises(OSError, match="No space left"):
         exported(tmp_path / "more", unet())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
@@ -365,19 +369,19 @@ def same_output(folder: Path, theirs_at: Path) -> None:
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
         reference = UNet2DModel.from_pretrained(theirs_at).eval()(x, t).sample
-        found = read(folder).network(x, t.float())
+        output = read(folder).network(x, t.float())
     assert reference.std() > 0.1
-    torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output, reference, rtol=0, atol=1e-5)
 
 
 def test_a_folder_that_diffusers_wrote(tmp_path: Path) -> None:
     folder = pipeline_folder(tmp_path / "theirs", variance_type="fixed_large", timestep_spacing="trailing")
     same_output(folder, folder / "unet")
-    found = read(folder)
-    assert found.process == process_of({**LINEAR, "variance": "large"})
-    assert found.model.downsample == "conv_right" and found.model.time_embedding.frequency_shift == 1
-    assert (found.image_size, found.channels, found.num_classes, found.null_class) == (8, 3, None, False)
-    assert any("timestep_spacing trailing" in line for line in found.told)
+    imported = read(folder)
+    assert imported.process == process_of({**LINEAR, "variance": "large"})
+    assert imported.model.downsample == "conv_right" and imported.model.time_embedding.frequency_shift == 1
+    assert (imported.image_size, imported.channels, imported.num_classes, imported.null_class) == (8, 3, None, False)
+    assert any("timestep_spacing trailing" in line for line in imported.notes)
 
 
 def test_a_bare_folder_with_weights_in_bin_and_their_old_names(tmp_path: Path) -> None:
@@ -391,9 +395,9 @@ def test_a_bare_folder_with_weights_in_bin_and_their_old_names(tmp_path: Path) -
         state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
     torch.save(state, bare / "diffusion_pytorch_model.bin")
     same_output(bare, whole)
-    found = read(bare)
-    assert found.process == process_of({**LINEAR, "variance": "small"})
-    assert any("DDPMScheduler's defaults" in line for line in found.told)
+    imported = read(bare)
+    assert imported.process == process_of({**LINEAR, "variance": "small"})
+    assert any("DDPMScheduler's defaults" in line for line in imported.notes)
     # as google/ddpm-cifar10-32 lies on the hub: the scheduler beside the network, of diffusers 0.1
     (bare / "scheduler_config.json").write_text(
         json.dumps(
@@ -422,7 +426,7 @@ def test_a_bin_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"beta_schedule": "laplace"}, "beta_schedule='laplace'.*allowed: linear, scaled_linear, sigmoid, squaredcos_cap_v2"),
         ({"prediction_type": "flow"}, "prediction_type='flow'.*allowed: epsilon, sample, v_prediction"),
@@ -438,25 +442,25 @@ def test_a_bin_that_would_run_code_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_schedulers_that_we_have_nothing_for(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_schedulers_that_we_have_nothing_for(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = exported(tmp_path / "out", unet())
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         read(folder)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_ddim_scheduler_is_read_too() -> None:
-    found = process_config(
+    config = process_config(
         {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "set_alpha_to_one": False}, learned=False
     )
-    assert found == process_of({"schedule": {"kind": "cosine"}, "target": "eps", "variance": "small"})
+    assert config == process_of({"schedule": {"kind": "cosine"}, "target": "eps", "variance": "small"})
     assert process_config(scheduler_config(process_of(LEARNED)), learned=True) == process_of(LEARNED)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "of a UNet2DConditionModel; a UNet2DModel is what can be read"),
         ({"sample_size": None}, "lacks sample_size"),
@@ -477,11 +481,11 @@ def test_a_ddim_scheduler_is_read_too() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_networks_that_we_have_no_option_for(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_networks_that_we_have_no_option_for(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = exported(tmp_path / "out", unet())
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         read(folder)
     assert "\n" not in str(error.value)
 
@@ -522,21 +526,21 @@ def test_folders_that_hold_no_network(tmp_path: Path) -> None:
 def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    folder, asked = exported(tmp_path / "out", unet()), []
+    folder, requests = exported(tmp_path / "out", unet()), []
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = safetensors.torch.load_file(weights)
     weights.unlink()
 
     def download(name: str, allow_patterns: list[str]) -> str:
         """A hub whose weights are a .bin alone."""
-        asked.append((name, allow_patterns))
+        requests.append((name, allow_patterns))
         if "unet/diffusion_pytorch_model.bin" in allow_patterns:
             torch.save(state, folder / "unet" / "diffusion_pytorch_model.bin")
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert read("somebody/small").process == process_of(LINEAR)
-    assert [name for name, _ in asked] == ["somebody/small"] * 2
+    assert [name for name, _ in requests] == ["somebody/small"] * 2
 
 
 def test_a_name_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,26 +12,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from src.config import UserError, validate
-from src.diffusion import ancestral, bits_per_dimension, clip, euler, log_variance, times, transitions
-from src.interop.guided_diffusion import (
-    PUBLISHED,
-    load,
-    load_classifier,
-    model_config,
-    module_names,
-    process_config,
-    process_from_flags,
-    published,
-    read,
-    read_flags,
-    read_shapes,
-    read_state,
-    rename,
-)
+from src.diffusion import Process, ancestral, bits_per_dimension, build_process, clip, euler, log_variance, times, transitions
+from src.interop.guided_diffusion import read, read_weights
+from src.interop.guided_flags import PUBLISHED, find_published, model_config, process_config, read_flags
+from src.interop.guided_shapes import module_names, read_shapes
+from src.interop.names import rename_state
 from src.models import Classifier, ClassifierConfig, UNet, UNetConfig
 from tests.conftest import randomise
 
 NAMES = ("adm_64_class_conditional", "adm_32_legacy_attention")
+
+
+def load(path: Path, flags: Any) -> tuple[Any, Process]:
+    """The network and the process of a checkpoint."""
+    imported = read(path, flags)
+    return imported.network, build_process(imported.process)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,57 +64,57 @@ def test_outputs_and_loops_of_the_reference(vectors: Path, name: str) -> None:
 
         losses = process.losses(network, io["x0"], io["noise"], io["t"], **condition)
         assert losses.mse is not None and losses.vb is not None
-        told = json.loads((vectors / f"{name}.json").read_text())["flags"]
-        assert process.loss.variational_weight == 1.0 and told["diffusion_steps"] == 1000
-        for found, wanted in zip(losses, (io["loss_loss"], io["loss_mse"], io["loss_vb"]), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        flags = json.loads((vectors / f"{name}.json").read_text())["flags"]
+        assert process.loss.variational_weight == 1.0 and flags["diffusion_steps"] == 1000
+        for value, wanted in zip(losses, (io["loss_loss"], io["loss_mse"], io["loss_vb"]), strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6)
 
-        found = bits_per_dimension(
+        bits = bits_per_dimension(
             denoiser, io["x0"], times(schedule, 8), schedule, noise=lambda i, _: io["bpd8_noises"][i], variance="learned"
         )
-        torch.testing.assert_close(found.terms, io["bpd8_vb"], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found.prior, io["bpd8_prior"], rtol=1e-4, atol=1e-9)
-        torch.testing.assert_close(found.total, io["bpd8_total"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(bits.terms, io["bpd8_vb"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(bits.prior, io["bpd8_prior"], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(bits.total, io["bpd8_total"], rtol=1e-4, atol=0)
 
 
 def flags_as(kind: str, path: Path, folder: Path) -> Any:
     """The flags of a reference network as a dict, as a file, or as a file of them as a command line has them."""
-    told = json.loads(path.read_text())["flags"]
+    flags = json.loads(path.read_text())["flags"]
     if kind == "dict":
-        return told
+        return flags
     file = folder / "flags.json"
-    file.write_text(json.dumps(told if kind == "file" else {"flags": {name: str(value) for name, value in told.items()}}))
+    file.write_text(json.dumps(flags if kind == "file" else {"flags": {name: str(value) for name, value in flags.items()}}))
     return file
 
 
 @pytest.mark.parametrize("kind", ["dict", "file", "strings"])
 @pytest.mark.parametrize("name", NAMES)
 def test_flags_come_in_three_ways(vectors: Path, tmp_path: Path, name: str, kind: str) -> None:
-    found = read(vectors / f"{name}.pt", flags_as(kind, vectors / f"{name}.json", tmp_path))
+    imported = read(vectors / f"{name}.pt", flags_as(kind, vectors / f"{name}.json", tmp_path))
     io = load_file(vectors / f"{name}.io.safetensors")
     with torch.no_grad():
-        out = found.network(io["x"], io["t"].float(), **({"labels": io["y"]} if "y" in io else {}))
+        out = imported.network(io["x"], io["t"].float(), **({"labels": io["y"]} if "y" in io else {}))
     torch.testing.assert_close(out, io["out"], rtol=0, atol=1e-4)
-    assert not found.network.training and found.process.clip
-    assert (found.image_size, found.channels, found.low_resolution) == (int(name.split("_")[1]), 3, None)
-    assert found.num_classes == (1000 if "y" in io else None) and not found.null_class
-    assert isinstance(found.model, UNetConfig) and found.model.dropout == 0
+    assert not imported.network.training and imported.process.clip
+    assert (imported.image_size, imported.channels, imported.low_resolution) == (int(name.split("_")[1]), 3, None)
+    assert imported.num_classes == (1000 if "y" in io else None) and not imported.null_class
+    assert isinstance(imported.model, UNetConfig) and imported.model.dropout == 0
 
 
 @pytest.mark.parametrize("kind", ["dict", "file", "strings"])
 def test_logits_and_gradients_of_the_reference(vectors: Path, tmp_path: Path, kind: str) -> None:
     path = vectors / "adm_64_classifier.pt"
     flags = flags_as(kind, vectors / "adm_64_classifier.json", tmp_path)
-    network, io = load_classifier(path, flags), load_file(vectors / "adm_64_classifier.io.safetensors")
+    network, io = read(path, flags).network, load_file(vectors / "adm_64_classifier.io.safetensors")
     x = io["x"].requires_grad_()
     logits = network(x, io["t"])
     torch.testing.assert_close(logits, io["logits"], rtol=0, atol=1e-4)
     (gradient,) = torch.autograd.grad(logits.log_softmax(1)[torch.arange(2), io["y"]].sum(), x)
     assert io["grad"].abs().max() > 1e-3
     torch.testing.assert_close(gradient, io["grad"], rtol=0, atol=1e-7)
-    found = read(path, flags)
-    assert (found.image_size, found.channels, found.num_classes) == (64, 3, 1000) and not found.network.training
-    assert isinstance(found.model, ClassifierConfig) and found.model.blocks == 1, "the shapes alone say how many"
+    imported = read(path, flags)
+    assert (imported.image_size, imported.channels, imported.num_classes) == (64, 3, 1000) and not imported.network.training
+    assert isinstance(imported.model, ClassifierConfig) and imported.model.blocks == 1, "the shapes alone say how many"
 
 
 # ------------------------------------------------------------------------------------------------------ flags
@@ -143,15 +138,15 @@ FLAGS = {
 
 
 def test_flags_become_a_process() -> None:
-    process = process_from_flags(FLAGS)
+    process = build_process(process_config(FLAGS))
     assert (process.target, process.variance) == ("x0", "small")
     assert float(process.network_time(torch.tensor(10.0))) == 20.0
     assert float(process.schedule.level(torch.tensor(499.0)).alpha) < 0.01, "betas are rescaled by 1000 / T"
-    assert process_from_flags({}).schedule.num_steps == 1000, "guided-diffusion's defaults"  # pyright: ignore
+    assert build_process(process_config({})).schedule.num_steps == 1000, "guided-diffusion's defaults"  # pyright: ignore
     with pytest.raises(UserError, match="noise_schedule"):
-        process_from_flags({**FLAGS, "noise_schedule": "wavy"})
+        build_process(process_config({**FLAGS, "noise_schedule": "wavy"}))
     with pytest.raises(UserError, match="betas"):
-        process_from_flags({**FLAGS, "diffusion_steps": 10})
+        build_process(process_config({**FLAGS, "diffusion_steps": 10}))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +164,7 @@ def test_flags_become_a_loss(flags: dict, kind: str, weight: float, variance: st
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"num_chanels": 64}, "'num_chanels' is no flag of guided-diffusion; did you mean 'num_channels'?"),
         ({"qqq": 1}, "known: .*image_size"),
@@ -182,8 +177,8 @@ def test_flags_become_a_loss(flags: dict, kind: str, weight: float, variance: st
         ({"flags": [1]}, "object"),
     ],
 )
-def test_flags_that_are_none(flags: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_flags_that_are_none(flags: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         read_flags(flags)
 
 
@@ -254,20 +249,20 @@ def test_a_unet_goes_there_and_back(tmp_path: Path, change: dict, options: dict,
     network = UNet(config, null_class=False, **options)
     randomise(network)
     torch.save(foreign_state(network, config), tmp_path / "model.pt")
-    found = read(tmp_path / "model.pt", {**SMALL_FLAGS, **flags})
+    imported = read(tmp_path / "model.pt", {**SMALL_FLAGS, **flags})
     if len(config.channel_mult) > 1:
-        assert found.model == config
-    assert isinstance(found.network, UNet)
-    assert (found.image_size, found.channels) == (16, options.get("in_channels", 3))
-    assert (found.num_classes, found.low_resolution) == (options.get("num_classes"), flags.get("small_size"))
-    assert (found.process.variance == "learned") == (options.get("out_channels") in (2, 6))
-    x, t = torch.randn(2, found.channels, 16, 16), torch.tensor([3.0, 800.0])
-    condition = {"labels": torch.tensor([0, 6])} if found.num_classes else {}
-    if found.low_resolution:
-        condition["low"] = torch.randn(2, found.channels, found.low_resolution, found.low_resolution)
+        assert imported.model == config
+    assert isinstance(imported.network, UNet)
+    assert (imported.image_size, imported.channels) == (16, options.get("in_channels", 3))
+    assert (imported.num_classes, imported.low_resolution) == (options.get("num_classes"), flags.get("small_size"))
+    assert (imported.process.variance == "learned") == (options.get("out_channels") in (2, 6))
+    x, t = torch.randn(2, imported.channels, 16, 16), torch.tensor([3.0, 800.0])
+    condition = {"labels": torch.tensor([0, 6])} if imported.num_classes else {}
+    if imported.low_resolution:
+        condition["low"] = torch.randn(2, imported.channels, imported.low_resolution, imported.low_resolution)
     with torch.no_grad():
         out = network.eval()(x, t, **condition)
-        assert out.std() > 0.01 and torch.equal(found.network(x, t, **condition), out)
+        assert out.std() > 0.01 and torch.equal(imported.network(x, t, **condition), out)
 
 
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial"])
@@ -288,12 +283,12 @@ def test_a_classifier_goes_there_and_back(tmp_path: Path, pool: str, change: dic
     network = Classifier(config, in_channels=channels, image_size=16, num_classes=7)
     randomise(network)
     torch.save(foreign_state(network, config), tmp_path / "model.pt")
-    found = read(tmp_path / "model.pt", {} if pool == "attention" else {"image_size": 16})
-    assert found.model == config and (found.image_size, found.channels, found.num_classes) == (16, channels, 7)
+    imported = read(tmp_path / "model.pt", {} if pool == "attention" else {"image_size": 16})
+    assert imported.model == config and (imported.image_size, imported.channels, imported.num_classes) == (16, channels, 7)
     x, t = torch.randn(2, channels, 16, 16), torch.tensor([3.0, 800.0])
     with torch.no_grad():
         out = network.eval()(x, t)
-        assert out.std() > 0.01 and torch.equal(found.network(x, t), out)
+        assert out.std() > 0.01 and torch.equal(imported.network(x, t), out)
 
 
 def test_the_order_of_the_heads_matters(vectors: Path) -> None:
@@ -312,13 +307,13 @@ def test_the_order_of_the_heads_matters(vectors: Path) -> None:
 
 
 def test_half_precision_becomes_single(vectors: Path, tmp_path: Path) -> None:
-    state = read_state(vectors / "adm_32_legacy_attention.pt")
+    state = read_weights(vectors / "adm_32_legacy_attention.pt")[0]
     torch.save({name: value.half() for name, value in state.items()}, tmp_path / "half.pt")
     network, _ = load(tmp_path / "half.pt", vectors / "adm_32_legacy_attention.json")
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
 
-def test_small_pictures_lie_beside_the_large() -> None:
+def test_small_images_lie_beside_the_large() -> None:
     config = validate(UNetConfig, {**SMALL, "attention": ["none"] * 3, "mid_attention": "none"})
     network, plain = UNet(config, in_channels=3, low_channels=3), UNet(config, in_channels=6, out_channels=3)
     randomise(network)
@@ -468,11 +463,11 @@ RUNS: list[tuple[str, tuple, dict, tuple, int | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "pictures", "spec", "diffusion", "millions"), RUNS, ids=[run[0] for run in RUNS])
+@pytest.mark.parametrize(("name", "images", "spec", "diffusion", "millions"), RUNS, ids=[run[0] for run in RUNS])
 def test_a_published_file_is_known_by_its_shapes(
-    name: str, pictures: tuple, spec: dict, diffusion: tuple, millions: int | None
+    name: str, images: tuple, spec: dict, diffusion: tuple, millions: int | None
 ) -> None:
-    size, small, classes = pictures
+    size, small, classes = images
     with torch.device("meta"):
         if "pool" in spec:
             config = validate(ClassifierConfig, spec)
@@ -482,21 +477,21 @@ def test_a_published_file_is_known_by_its_shapes(
             network = UNet(config, out_channels=6, num_classes=classes, null_class=False, low_channels=3 if small else 0)
     if millions is not None:
         assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6) == millions
-    found = read_shapes(shapes_of(foreign_state(network, config)))
-    known = published(found)
+    architecture = read_shapes(shapes_of(foreign_state(network, config)))
+    known = find_published(architecture)
     assert known is not None and name in known[0]
     flags = known[1]
-    assert model_config(found, flags) == config
-    assert (flags.get("large_size", flags.get("image_size")), flags.get("small_size"), found.num_classes) == pictures
+    assert model_config(architecture, flags) == config
+    assert (flags.get("large_size", flags.get("image_size")), flags.get("small_size"), architecture.num_classes) == images
     schedule, steps, scale, weight = diffusion
-    process = process_config({**flags, "learn_sigma": found.learn_sigma})
+    process = process_config({**flags, "learn_sigma": architecture.learn_sigma})
     assert (process.schedule.kind, process.schedule.steps) == (schedule, steps)  # pyright: ignore
     assert process.time_input is not None and (process.time_input.kind, process.time_input.scale) == ("index", scale)
     assert process.target == "eps"
     if "pool" in spec:
-        assert found.image_size == size
+        assert architecture.image_size == size
     else:
-        assert found.learn_sigma and found.upsampler == (small is not None)
+        assert architecture.learn_sigma and architecture.upsampler == (small is not None)
         assert (process.variance, process.loss.kind, process.loss.variational_weight) == ("learned", "hybrid", weight)
 
 
@@ -515,10 +510,10 @@ def test_a_published_file_is_read_without_flags(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError, match=r"model.pt: .*image_size, num_heads.*noise_schedule.*MODEL_FLAGS.*--flags FILE"):
         read(tmp_path / "model.pt")
     monkeypatch.setitem(PUBLISHED, "tiny.pt", flags)
-    found = read(tmp_path / "model.pt")
-    assert found.model == config and found.image_size == 32
-    assert found.process.time_input is not None and found.process.time_input.scale == 0.25
-    weights, signature, defaults = found.told
+    imported = read(tmp_path / "model.pt")
+    assert imported.model == config and imported.image_size == 32
+    assert imported.process.time_input is not None and imported.process.time_input.scale == 0.25
+    weights, signature, defaults = imported.notes[-3:]
     assert weights.startswith("from the weights: ") and "num_channels 32" in weights and "channel_mult 1,1,2" in weights
     assert signature.startswith("from the published tiny.pt") and "noise_schedule cosine" in signature
     assert "num_heads 4" in signature and "num_channels" not in signature
@@ -526,8 +521,8 @@ def test_a_published_file_is_read_without_flags(tmp_path: Path, monkeypatch: pyt
         "guided-diffusion's defaults: num_heads_upsample -1, num_head_channels -1, predict_xstart False, use_kl False, "
         "sigma_small False"
     )
-    told = read(tmp_path / "model.pt", {"image_size": 32, "noise_schedule": "cosine", "channel_mult": "1,1,2"}).told
-    assert told[1] == "from the flags: image_size 32, noise_schedule cosine" and "diffusion_steps 1000" in told[2]
+    notes = read(tmp_path / "model.pt", {"image_size": 32, "noise_schedule": "cosine", "channel_mult": "1,1,2"}).notes[-3:]
+    assert notes[1] == "from the flags: image_size 32, noise_schedule cosine" and "diffusion_steps 1000" in notes[2]
 
 
 def test_shapes_that_leave_the_depth_open(tmp_path: Path) -> None:
@@ -539,10 +534,10 @@ def test_shapes_that_leave_the_depth_open(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(UserError, match="has 1 or 3 blocks: give classifier_depth"):
         read_shapes(shapes_of(state))
-    found = read(tmp_path / "model.pt", {"image_size": 16, "classifier_depth": 1})
-    assert found.model == config
+    imported = read(tmp_path / "model.pt", {"image_size": 16, "classifier_depth": 1})
+    assert imported.model == config
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([3.0])
-    assert torch.equal(found.network(x, t), network.eval()(x, t))
+    assert torch.equal(imported.network(x, t), network.eval()(x, t))
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
@@ -565,20 +560,20 @@ def classifier_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_flags_that_agree_with_the_weights(unet_file: Path) -> None:
     flags = {**FLAGS, "num_heads_upsample": 2, "sigma_small": "False", "use_scale_shift_norm": "True"}
-    found = read(unet_file, {**flags, "attention_resolutions": "8,16", "resblock_updown": "False", "class_cond": False})
-    assert found.process == process_config(flags)
+    imported = read(unet_file, {**flags, "attention_resolutions": "8,16", "resblock_updown": "False", "class_cond": False})
+    assert imported.process == process_config(flags)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"num_channels": 128}, "num_channels is 128 in the flags and 32 in the weights"),
         ({"num_res_blocks": 3}, "num_res_blocks is 3 in the flags and 2 in the weights"),
-        ({"channel_mult": "1,2,2"}, "channel_mult is 1,2,2 in the flags, pictures of 16 px, and 1,1,2 in the weights"),
+        ({"channel_mult": "1,2,2"}, "channel_mult is 1,2,2 in the flags, images of 16 px, and 1,1,2 in the weights"),
         ({"image_size": 64}, "channel_mult is 1,2,3,4 by default for 64 px, which the flags say, and 1,1,2 in the weights"),
         (
             {"attention_resolutions": "16,8"},
-            "attention_resolutions is 16,8 in the flags, pictures of 16 px, and 8,4 in the weights",
+            "attention_resolutions is 16,8 in the flags, images of 16 px, and 8,4 in the weights",
         ),
         ({"attention_resolutions": "0"}, "write numbers above 0"),
         ({"resblock_updown": True}, "resblock_updown is True in the flags and False in the weights"),
@@ -588,20 +583,20 @@ def test_flags_that_agree_with_the_weights(unet_file: Path) -> None:
         ({"num_heads": 3}, "num_heads 3 does not divide 32 channels"),
         ({"num_head_channels": 24}, "head_channels 24 does not divide 32 channels"),
         ({"num_heads_upsample": 4}, "num_heads_upsample"),
-        ({"image_size": 18}, "the pictures have 18 px in the flags, and the weights halve them 2 times"),
+        ({"image_size": 18}, "the images have 18 px in the flags, and the weights halve them 2 times"),
         ({"image_size": None}, "the weights do not say image_size: give the MODEL_FLAGS"),
         ({"large_size": 16}, "not an upsampler's"),
         ({"noise_schedule": "wavy"}, "noise_schedule 'wavy'"),
     ],
 )
-def test_flags_that_contradict_the_weights(unet_file: Path, change: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said) as raised:
+def test_flags_that_contradict_the_weights(unet_file: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
         read(unet_file, {**SMALL_FLAGS, **change})
     assert "\n" not in str(raised.value) and str(unet_file) in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"image_size": 64}, "image_size is 64 in the flags and 16 in the weights"),
         ({"classifier_width": 128}, "classifier_width is 128 in the flags and 64 in the weights"),
@@ -609,12 +604,12 @@ def test_flags_that_contradict_the_weights(unet_file: Path, change: dict, said: 
         ({"classifier_pool": "spatial"}, "classifier_pool is spatial in the flags and attention in the weights"),
         (
             {"classifier_attention_resolutions": "4"},
-            "attention_resolutions is 4 in the flags, pictures of 16 px, and 8,4 in the weights",
+            "attention_resolutions is 4 in the flags, images of 16 px, and 8,4 in the weights",
         ),
     ],
 )
-def test_flags_that_contradict_a_classifier(classifier_file: Path, flags: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_flags_that_contradict_a_classifier(classifier_file: Path, flags: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         read(classifier_file, flags)
 
 
@@ -627,30 +622,26 @@ def test_an_upsampler_needs_both_sizes(tmp_path: Path) -> None:
         read(tmp_path / "model.pt", {**SMALL_FLAGS, "large_size": 16})
 
 
-def test_one_kind_of_network_for_the_other(unet_file: Path, classifier_file: Path) -> None:
-    with pytest.raises(UserError, match="weights of a U-Net, and those of a classifier are asked for"):
-        load_classifier(unet_file, SMALL_FLAGS)
-    with pytest.raises(UserError, match="weights of a classifier, and those of a U-Net are asked for"):
-        load(classifier_file)
+def test_the_kind_of_network_is_known_by_its_shapes(unet_file: Path, classifier_file: Path) -> None:
     assert isinstance(read(unet_file, SMALL_FLAGS).network, UNet)
     assert isinstance(read(classifier_file, {}).network, Classifier)
 
 
 def test_another_architecture_says_which_keys_differ(unet_file: Path, tmp_path: Path) -> None:
-    def said(change: dict[str, Tensor | None]) -> str:
-        changed = {**read_state(unet_file), **change}
+    def message_of(change: dict[str, Tensor | None]) -> str:
+        changed = {**read_weights(unet_file)[0], **change}
         torch.save({name: value for name, value in changed.items() if value is not None}, tmp_path / "changed.pt")
         with pytest.raises(UserError) as raised:
             read(tmp_path / "changed.pt", SMALL_FLAGS)
         assert "\n" not in str(raised.value)
         return str(raised.value)
 
-    assert "lacks middle_block.2.out_layers.3.bias" in said({"middle_block.2.out_layers.3.bias": None})
-    assert "lacks input_blocks.4.0.in_layers.2.weight" in said({"input_blocks.4.0.in_layers.2.weight": None})
-    assert "has in excess alien" in said({"alien": torch.zeros(1)})
-    assert "out.2.bias is (4,), this network wants (3,)" in said({"out.2.bias": torch.zeros(4)})
-    assert "it sees 3 channels and gives 5" in said({"out.2.weight": torch.zeros(5, 32, 3, 3)})
-    assert "do not divide into resolutions" in said({"input_blocks.9.0.in_layers.2.weight": torch.zeros(64, 64, 3, 3)})
+    assert "lacks middle_block.2.out_layers.3.bias" in message_of({"middle_block.2.out_layers.3.bias": None})
+    assert "lacks input_blocks.4.0.in_layers.2.weight" in message_of({"input_blocks.4.0.in_layers.2.weight": None})
+    assert "has in excess alien" in message_of({"alien": torch.zeros(1)})
+    assert "out.2.bias is (4,), this network wants (3,)" in message_of({"out.2.bias": torch.zeros(4)})
+    assert "it sees 3 channels and gives 5" in message_of({"out.2.weight": torch.zeros(5, 32, 3, 3)})
+    assert "do not divide into resolutions" in message_of({"input_blocks.9.0.in_layers.2.weight": torch.zeros(64, 64, 3, 3)})
     torch.save(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))).state_dict(), tmp_path / "other.pt")
     with pytest.raises(
         UserError, match="other.pt: .*lacks input_blocks.0.0.weight, .*has in excess 0.bias, 0.weight"
@@ -666,15 +657,15 @@ def test_renaming_says_which_keys_differ() -> None:
     assert len(state) == len(network.state_dict())
     broken = {key: value for key, value in state.items() if not key.startswith("middle_block.0")}
     with pytest.raises(UserError, match="lacks middle_block"):
-        rename(network, broken, names)
+        rename_state(network, broken, names)
     with pytest.raises(UserError, match="in excess alien"):
-        rename(network, {**state, "alien": torch.zeros(1)}, names)
+        rename_state(network, {**state, "alien": torch.zeros(1)}, names)
     with pytest.raises(UserError, match="out.2.weight is"):
-        rename(network, {**state, "out.2.weight": torch.zeros(6, 32, 3, 3)}, names)
+        rename_state(network, {**state, "out.2.weight": torch.zeros(6, 32, 3, 3)}, names)
 
 
 def test_a_pool_that_we_have_not(classifier_file: Path) -> None:
-    shapes = shapes_of(read_state(classifier_file)) | {"out.0.weight": (2048, 700), "out.3.weight": (7, 2048)}
+    shapes = shapes_of(read_weights(classifier_file)[0]) | {"out.0.weight": (2048, 700), "out.3.weight": (7, 2048)}
     with pytest.raises(UserError, match="spatial_v2"):
         read_shapes(shapes)
 
@@ -685,13 +676,13 @@ class Evil:
 
 
 def test_a_file_that_is_no_state_dict(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def said(name: str) -> str:
+    def message_of(name: str) -> str:
         with pytest.raises(UserError) as raised:
-            read_state(tmp_path / name)
+            read_weights(tmp_path / name)[0]
         assert "\n" not in str(raised.value) and name in str(raised.value)
         return str(raised.value)
 
-    assert "no such" in said("missing.pt")
+    assert "no such" in message_of("missing.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "empty.pt").touch()
     torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pt")
@@ -700,13 +691,13 @@ def test_a_file_that_is_no_state_dict(tmp_path: Path, capfd: pytest.CaptureFixtu
     with open(tmp_path / "pickle.pt", "wb") as file:
         pickle.dump({"a": Evil()}, file)
     for name in ("text.pt", "empty.pt", "cut.pt", "folder.pt", "pickle.pt"):
-        assert "not a state dict that can be read safely" in said(name)
+        assert "not a state dict that can be read safely" in message_of(name)
     torch.save([1, 2], tmp_path / "list.pt")
-    assert "state dict of tensors" in said("list.pt")
+    assert "state dict of tensors" in message_of("list.pt")
     torch.save({"step": 3}, tmp_path / "numbers.pt")
-    assert "state dict of tensors" in said("numbers.pt")
+    assert "state dict of tensors" in message_of("numbers.pt")
     torch.save({"a": Evil()}, tmp_path / "evil.pt")
-    assert "to load it is to run code" in said("evil.pt") and "print" in said("evil.pt")
+    assert "to load it is to run code" in message_of("evil.pt") and "print" in message_of("evil.pt")
     torch.save(nn.Linear(1, 1), tmp_path / "module.pt")
-    assert "to load it is to run code (torch.nn" in said("module.pt")
+    assert "to load it is to run code (torch.nn" in message_of("module.pt")
     assert "must not run" not in capfd.readouterr().out

@@ -14,9 +14,9 @@ import torch
 import convert
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, ancestral, clip, times
-from src.interop.autoencoder_kl import autoencoder_kl_files, obstacles
+from src.interop.autoencoder_kl import autoencoder_files, obstacles
+from src.interop.diffusers_latents import read_whole
 from src.interop.imported import Imported, keep
-from src.interop.latent_folders import read
 from src.models import VAE, UNet, UNetConfig, VAEConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder, start_from
@@ -105,7 +105,7 @@ def keep_latent(
     }
     if autoencoder.scaling is not None:
         facts |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
-    found = Imported(
+    imported = Imported(
         network=network.eval(),
         model=config,
         process=spec,
@@ -117,7 +117,7 @@ def keep_latent(
         autoencoder=autoencoder,
         latents=facts,
     )
-    keep(found, folder, name="small_ldm")
+    keep(imported, folder, name="small_ldm")
     return folder
 
 
@@ -144,7 +144,7 @@ def refuse(command: str, run: Path, out: Path) -> str:
 
 
 def bring_back(folder: Path, out: Path) -> None:
-    convert.bring_in(Namespace(out=str(out), name="again", class_names=None), read(folder))
+    convert.save_imported(Namespace(out=str(out), name="again", class_names=None), read_whole(folder))
 
 
 # ---------------------------------------------------------------------------------------------- the autoencoder
@@ -163,7 +163,8 @@ def test_an_autoencoder_is_their_autoencoder_kl(tmp_path: Path, name: str) -> No
     mean, std = (
         [f(i) for i in range(network.spec.latent_channels)] for f in (lambda i: 0.3 * i - 0.4, lambda i: 0.5 + 0.7 * i)
     )
-    files = autoencoder_kl_files(network, {**document, "tanh": False, "sizes": [16, 32]}, "abc", mean, std)
+    autoencoder = Autoencoder(network, "run", {**document, "tanh": False, "sizes": [16, 32]}, "abc", channels, 4, 2)
+    files = autoencoder_files(autoencoder, {"mean": mean, "std": std})
     for file, content in files.items():
         (tmp_path / file).write_bytes(content)
     theirs: Any = AutoencoderKL.from_pretrained(tmp_path)
@@ -176,10 +177,10 @@ def test_an_autoencoder_is_their_autoencoder_kl(tmp_path: Path, name: str) -> No
         torch.testing.assert_close(posterior.std, (0.5 * logvar).exp() / s, rtol=1e-5, atol=1e-5)
         z = torch.randn_like(ours)
         torch.testing.assert_close(theirs.decode(z).sample, network.decode(z * s + m), rtol=1e-5, atol=1e-5)
-    kept = exported_autoencoder(tmp_path)
-    assert kept is not None and kept[2] == "abc"
-    own = network.state_dict()
-    assert kept[1].keys() == own.keys() and all(torch.equal(kept[1][key], own[key]) for key in own)
+    exported = exported_autoencoder(tmp_path)
+    assert exported is not None and exported[2] == "abc"
+    state = network.state_dict()
+    assert exported[1].keys() == state.keys() and all(torch.equal(exported[1][key], state[key]) for key in state)
 
 
 UNLIKE = [
@@ -197,15 +198,15 @@ UNLIKE = [
 
 
 def test_what_an_autoencoder_kl_cannot_be_is_refused_and_leaves_as_our_own_folder(tmp_path: Path) -> None:
-    for number, (change, tanh, said) in enumerate(UNLIKE):
+    for number, (change, tanh, reason) in enumerate(UNLIKE):
         folder = tmp_path / str(number)
         run = keep_vae(folder / "run", PLAIN | change, tanh=tanh)
         message = refuse("to-diffusers", run, folder / "theirs")
-        assert said in message and f"python convert.py safetensors {run} --out FOLDER" in message
+        assert reason in message and f"python convert.py safetensors {run} --out FOLDER" in message
         assert not (folder / "theirs").exists()
         leave("safetensors", run, folder / "own")
         card = (folder / "own" / "README.md").read_text()
-        assert "AutoencoderKL cannot be this network" in card and said in card
+        assert "AutoencoderKL cannot be this network" in card and reason in card
         same_autoencoder(run, folder / "own")
 
 
@@ -256,11 +257,11 @@ def test_weights_that_were_trained_on_in_diffusers_are_theirs(tmp_path: Path) ->
     state = safetensors.torch.load_file(path)
     state["decoder.conv_out.bias"] += 1
     safetensors.torch.save_file(state, path, metadata={"format": "pt"})
-    found = open_autoencoder(str(out), CPU)
-    assert found.scaling == (0.0, 1.0) and found.digest != open_autoencoder(str(run), CPU).digest
+    changed = open_autoencoder(str(out), CPU)
+    assert changed.scaling == (0.0, 1.0) and changed.digest != open_autoencoder(str(run), CPU).digest
     z = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(found.network.decode(z), open_autoencoder(str(run), CPU).network.decode(z) + 1)
+        torch.testing.assert_close(changed.network.decode(z), open_autoencoder(str(run), CPU).network.decode(z) + 1)
 
 
 def test_a_damaged_note_of_ours_is_said(tmp_path: Path) -> None:
@@ -373,17 +374,17 @@ def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: 
     model = {"attention": ["linear", "full"], "mid_attention": "linear"}
     run = keep_latent(tmp_path / "run", autoencoder, classes=("cat", "dog"), model=model)
     message = refuse("to-diffusers", run, tmp_path / "theirs")
-    for said in ("attention linear", "ends with tanh", "convert.py safetensors"):
-        assert said in message
+    for reason in ("attention linear", "ends with tanh", "convert.py safetensors"):
+        assert reason in message
     assert "give --out a folder" in refuse("safetensors", run, tmp_path / "own.safetensors")
     leave("safetensors", run, tmp_path / "own")
-    own, wanted = tmp_path / "own", images_of(run, labels=[0, 1, 2])
+    folder, wanted = tmp_path / "own", images_of(run, labels=[0, 1, 2])
     shutil.rmtree(tmp_path / "vae")
     run.rename(tmp_path / "gone")
-    torch.testing.assert_close(images_of(own, labels=[0, 1, 2]), wanted, rtol=0, atol=0)
-    assert {path.suffix for path in own.iterdir()} == {".safetensors", ".json", ".md"}
-    card = (own / "README.md").read_text()
-    for said in (
+    torch.testing.assert_close(images_of(folder, labels=[0, 1, 2]), wanted, rtol=0, atol=0)
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".md"}
+    card = (folder / "README.md").read_text()
+    for words in (
         "16 x 16 pixels",
         "2 classes",
         "4 x 8 x 8",
@@ -391,11 +392,13 @@ def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: 
         "0 cat, 1 dog",
         "diffusers cannot",
     ):
-        assert said in card, said
-    (own / "README.md").write_text("a person's own words")
-    assert images_of(own, labels=[0, 1, 2]).isfinite().all(), "the card is not part of what is checked"
-    assert "needs no conversion" in refused("convert", "diffusers", own, "--out", tmp_path / "again")
-    assert open_autoencoder(str(own), CPU).digest == autoencoder.digest, "train_ldm.py takes the autoencoder of such a folder"
+        assert words in card, words
+    (folder / "README.md").write_text("a person's own words")
+    assert images_of(folder, labels=[0, 1, 2]).isfinite().all(), "the card is not part of what is checked"
+    assert "needs no conversion" in refused("convert", "diffusers", folder, "--out", tmp_path / "again")
+    assert open_autoencoder(str(folder), CPU).digest == autoencoder.digest, (
+        "train_ldm.py takes the autoencoder of such a folder"
+    )
 
 
 def test_a_latent_run_in_half_precision(tmp_path: Path) -> None:
@@ -425,8 +428,8 @@ def test_a_latent_run_with_their_autoencoder(tmp_path: Path) -> None:
     bring_back(tmp_path / "out", tmp_path / "back")
     torch.testing.assert_close(images_of(tmp_path / "back"), images_of(run), rtol=0, atol=1e-5)
     (tmp_path / "out" / "latents.json").unlink()  # then its own scaling says how latents are normalised
-    found = read(tmp_path / "out")
-    assert found.latents is None and found.autoencoder is not None and found.autoencoder.scaling == autoencoder.scaling
+    imported = read_whole(tmp_path / "out")
+    assert imported.latents is None and imported.autoencoder is not None and imported.autoencoder.scaling == autoencoder.scaling
 
 
 def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:
@@ -434,7 +437,7 @@ def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:
     run, out = keep_latent(tmp_path / "run", autoencoder), tmp_path / "theirs"
     leave("to-diffusers", run, out)
     facts = json.loads((out / "latents.json").read_text())
-    for change, said in (
+    for change, words in (
         ({"std": [1.0] * 3}, "needs the shape"),
         ({"std": [1.0, 0.0, 1.0, 1.0]}, "needs the shape"),
         ({"mean": "x"}, "needs the shape"),
@@ -442,7 +445,7 @@ def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:
         ({"autoencoder": "other"}, "missing or belongs to another autoencoder"),
     ):
         (out / "latents.json").write_text(json.dumps(facts | change))
-        assert said in refused("convert", "diffusers", out, "--out", tmp_path / "back")
+        assert words in refused("convert", "diffusers", out, "--out", tmp_path / "back")
     (out / "latents.json").unlink()
     assert "missing or belongs" in refused("convert", "diffusers", out, "--out", tmp_path / "back")
     shutil.rmtree(out / "vae")
@@ -476,9 +479,9 @@ def test_training_takes_what_left(tmp_path: Path) -> None:
     assert done.status == 0 and f"starting from the weights of {tmp_path / 'own'}" in done.all, done.all
     digests = {open_autoencoder(str(tmp_path / name), CPU).digest for name in ("vae", "kl", "theirs", "own", "trained")}
     assert digests == {autoencoder.digest}, "all of them are the same autoencoder, and share a latent cache"
-    mine = VAE(autoencoder.network.spec, 3)
-    assert start_from(str(tmp_path / "kl"), mine) is False, "what train_vae.py does with init_from: no tanh"
-    assert all(torch.equal(value, autoencoder.network.state_dict()[key]) for key, value in mine.state_dict().items())
+    started = VAE(autoencoder.network.spec, 3)
+    assert start_from(str(tmp_path / "kl"), started) is False, "what train_vae.py does with init_from: no tanh"
+    assert all(torch.equal(value, autoencoder.network.state_dict()[key]) for key, value in started.state_dict().items())
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,7 +490,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("src.interop.diffusers.write_flushed", full)
+    monkeypatch.setattr("src.interop.diffusers_export.write_flushed", full)
     with pytest.raises((OSError, UserError)):
         leave("to-diffusers", run, tmp_path / "theirs")
     monkeypatch.setattr("src.runtime.checkpoint.write_flushed", full)

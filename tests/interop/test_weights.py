@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from src.config import UserError, load, read_json, validate
-from src.interop import diffusers as folders
+from src.interop import diffusers_folder as folders
 from src.interop import guided_diffusion, iadb
+from src.interop.diffusers_latents import add_autoencoder
+from src.interop.guided_shapes import module_names
 from src.interop.imported import keep
-from src.interop.on_latents import with_autoencoder
+from src.interop.names import rename_state
 from src.models import UNet, UNetConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import open_autoencoder, start_from
+from src.runs.diffusers_autoencoder import DiffusersAutoencoder, autoencoder_from_config
 from src.runs.opened import open_trained
 from src.storage.weights import KL, UNET_2D, find_files, find_network, rank, read_file, read_foreign_json
 from tests.conftest import here, randomise, refused
@@ -79,8 +82,8 @@ def guided() -> dict[str, Tensor]:
     return foreign_state(network, config)
 
 
-def plus(state: dict[str, Tensor], more: float = 1.0) -> dict[str, Tensor]:
-    return {name: tensor + more for name, tensor in state.items()}
+def plus(state: dict[str, Tensor], offset: float = 1.0) -> dict[str, Tensor]:
+    return {name: tensor + offset for name, tensor in state.items()}
 
 
 OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3), "step": torch.tensor(4.0)}}, "param_groups": [{"lr": 1e-4}]}
@@ -154,7 +157,7 @@ def test_every_converter_finds_the_network_in_what_is_around_it(
         path = saved(tmp_path / "model.pt", SHELLS[how](state))
         read = guided_diffusion.read(path, SMALL_FLAGS)
         config = validate(UNetConfig, SMALL_GUIDED)
-        expected = guided_diffusion.rename(read.network, state, guided_diffusion.module_names(config))
+        expected = rename_state(read.network, state, module_names(config))
     else:
         theirs = randomise(UNet2DModel(**THEIRS))
         state = theirs.state_dict()
@@ -171,17 +174,17 @@ def test_every_converter_finds_the_network_in_what_is_around_it(
         expected = wanted.network.state_dict()
     for name, tensor in expected.items():
         assert torch.equal(read.network.state_dict()[name], tensor), name
-    told = "\n".join([*read.taken, *read.told])
-    assert f"{len(state)} tensors" in told
-    assert ("an average (EMA)" in told) == (how in AVERAGED - {"lightning_weight_averaging"}), told
-    assert ("and not those under" in told) == (how in AVERAGED), told
+    notes = "\n".join(read.notes)
+    assert f"{len(state)} tensors" in notes
+    assert ("an average (EMA)" in notes) == (how in AVERAGED - {"lightning_weight_averaging"}), notes
+    assert ("and not those under" in notes) == (how in AVERAGED), notes
     whole = ("bare", "module", "compiled", "numbers", "parameters", "wrapped_inside")
-    assert ("left out, tensors of" in told) == (how not in whole), told
-    assert list(read.taken) + list(read.told) == keep_told(read, tmp_path / "out")
+    assert ("left out, tensors of" in notes) == (how not in whole), notes
+    assert list(read.notes) == saved_notes(read, tmp_path / "out")
 
 
-def keep_told(found: Any, out: Path) -> list[str]:
-    keep(found, out, name="kept")
+def saved_notes(imported: Any, out: Path) -> list[str]:
+    keep(imported, out, name="kept")
     return read_json(out / "data.json")["imported"]
 
 
@@ -196,8 +199,8 @@ def test_which_chooses(tmp_path: Path, guided: dict[str, Tensor]) -> None:
     assert torch.equal(first(which="raw"), stem + 1) and torch.equal(first(which="model"), stem + 1)
     assert "--which last: the networks in it are ema. and model.; allowed: those, ema, raw" in message(first, which="last")
     two = saved(tmp_path / "b.pt", {"ema_0.999": guided, "ema_0.9999": plus(guided), "model": plus(guided, 2)})
-    said = message(guided_diffusion.read, two, SMALL_FLAGS)
-    assert "two networks are in it, ema_0.999. and ema_0.9999.; save the one" in said and "--which ema_0.9999" in said
+    words = message(guided_diffusion.read, two, SMALL_FLAGS)
+    assert "two networks are in it, ema_0.999. and ema_0.9999.; save the one" in words and "--which ema_0.9999" in words
     chosen = guided_diffusion.read(two, SMALL_FLAGS, which="ema_0.9999")
     assert torch.equal(chosen.network.state_dict()["stem.weight"], stem + 1)
     plain = saved(tmp_path / "c.pt", guided)
@@ -223,9 +226,9 @@ def test_names_of_averages(name: str, average: bool) -> None:
 
 def test_raw_weights_beside_their_average_are_remarked_on(tmp_path: Path, guided: dict[str, Tensor]) -> None:
     saved(tmp_path / "ema_0.9999_001000.pt", guided)
-    found = guided_diffusion.read(saved(tmp_path / "model001000.pt", guided), SMALL_FLAGS)
-    assert "these are raw weights; an average (EMA) is beside them: ema_0.9999_001000.pt" in found.taken
-    assert not any("raw" in line for line in guided_diffusion.read(tmp_path / "ema_0.9999_001000.pt", SMALL_FLAGS).taken)
+    imported = guided_diffusion.read(saved(tmp_path / "model001000.pt", guided), SMALL_FLAGS)
+    assert "these are raw weights; an average (EMA) is beside them: ema_0.9999_001000.pt" in imported.notes
+    assert not any("raw" in line for line in guided_diffusion.read(tmp_path / "ema_0.9999_001000.pt", SMALL_FLAGS).notes)
 
 
 FOREIGN: dict[str, tuple[Any, str]] = {
@@ -265,28 +268,30 @@ FOREIGN: dict[str, tuple[Any, str]] = {
 def test_what_else_is_inside_is_said(tmp_path: Path, name: str) -> None:
     content, words = FOREIGN[name]
     path = saved(tmp_path / "model.pt", content)
-    said = message(guided_diffusion.read, path)
-    assert words in said and str(path) in said
+    words = message(guided_diffusion.read, path)
+    assert words in words and str(path) in words
     if name not in ("nan", "nothing", "diffusers"):
         assert words in message(iadb.read, path, image_size=8)
 
 
 def test_files_that_hold_no_weights(tmp_path: Path, guided: dict[str, Tensor]) -> None:
-    def said(name: str, content: bytes) -> str:
+    def message_of(name: str, content: bytes) -> str:
         (tmp_path / name).write_bytes(content)
         return message(read_file, tmp_path / name)
 
-    assert "Git LFS pointer" in said("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    assert "Git LFS pointer" in said("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    assert "a web page" in said("b.pt", b"\n<!DOCTYPE html><html>Sign in</html>")
-    assert "an HDF5 file" in said("c.pt", b"\x89HDF\r\n")
-    assert "it is empty" in said("d.pt", b"")
-    assert "is damaged" in said("e.safetensors", b"cut")
-    assert "it is a text file" in said("h.pt", b"Access denied")
-    assert "nothing but zeros" in said("i.pt", bytes(5000))
-    assert "it is a packed archive" in said("j.pt", b"\x1f\x8b\x08 more")
-    assert "it is a packed archive" in said("k.pt", bytes(100) + b"a" * 157 + b"ustar" + bytes(300))
-    assert "it is no file that torch.save or safetensors wrote" in said("l.pt", pickle.dumps({"a": 1}))
+    assert "Git LFS pointer" in message_of("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    assert "Git LFS pointer" in message_of(
+        "a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    )
+    assert "a web page" in message_of("b.pt", b"\n<!DOCTYPE html><html>Sign in</html>")
+    assert "an HDF5 file" in message_of("c.pt", b"\x89HDF\r\n")
+    assert "it is empty" in message_of("d.pt", b"")
+    assert "is damaged" in message_of("e.safetensors", b"cut")
+    assert "it is a text file" in message_of("h.pt", b"Access denied")
+    assert "nothing but zeros" in message_of("i.pt", bytes(5000))
+    assert "it is a packed archive" in message_of("j.pt", b"\x1f\x8b\x08 more")
+    assert "it is a packed archive" in message_of("k.pt", bytes(100) + b"a" * 157 + b"ustar" + bytes(300))
+    assert "it is no file that torch.save or safetensors wrote" in message_of("l.pt", pickle.dumps({"a": 1}))
     (tmp_path / "m.pt").symlink_to(tmp_path / "nowhere.pt")
     assert "it is a link that leads nowhere" in message(read_file, tmp_path / "m.pt")
     with open(tmp_path / "f.pt", "wb") as file:
@@ -344,32 +349,32 @@ def training_checkpoint(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def stem(found: Any) -> Tensor:
-    return found.network.state_dict()["stem.weight"]
+def stem(imported: Any) -> Tensor:
+    return imported.network.state_dict()["stem.weight"]
 
 
 def test_a_training_checkpoint_gives_its_average(tmp_path: Path) -> None:
     folder = tmp_path / "ddpm" / "checkpoint-500"
     state = training_checkpoint(folder)
-    found = folders.read(folder)
-    assert torch.equal(stem(found), state["conv_in.weight"])
-    told = "\n".join(found.told)
-    assert f"{folder / 'unet_ema' / 'config.json'}, weights {WEIGHTS}.safetensors, {len(state)} tensors" in told
-    assert "of unet_ema, are an average (EMA); --which raw takes the others" in told and "other networks: unet" in told
+    imported = folders.read(folder)
+    assert torch.equal(stem(imported), state["conv_in.weight"])
+    notes = "\n".join(imported.notes)
+    assert f"{folder / 'unet_ema' / 'config.json'}, weights {WEIGHTS}.safetensors, {len(state)} tensors" in notes
+    assert "of unet_ema, are an average (EMA); --which raw takes the others" in notes and "other networks: unet" in notes
     for which in ("raw", "unet"):
         assert torch.equal(stem(folders.read(folder, which=which)), state["conv_in.weight"] + 1)
     assert torch.equal(stem(folders.read(folder, which="unet_ema")), state["conv_in.weight"])
     raw = folders.read(folder / "unet")
-    assert f"these are raw weights; an average (EMA) is in {folder / 'unet_ema'}" in raw.told
+    assert f"these are raw weights; an average (EMA) is in {folder / 'unet_ema'}" in raw.notes
     assert "holds checkpoint-500: name one of them" in message(folders.read, tmp_path / "ddpm")
-    assert any("there is no scheduler_config.json" in line for line in found.told)
+    assert any("there is no scheduler_config.json" in line for line in imported.notes)
     scheduler = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100}
     (tmp_path / "ddpm" / "scheduler").mkdir()
     (tmp_path / "ddpm" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     assert folders.read(folder).process.schedule.kind == "cosine", "the script saves it beside its checkpoints"
     shutil.copytree(folder / "unet_ema", folder / "ema_of_another_length")
-    said = message(folders.read, folder)
-    assert "several networks, ema_of_another_length, unet_ema; choose one with --which" in said
+    words = message(folders.read, folder)
+    assert "several networks, ema_of_another_length, unet_ema; choose one with --which" in words
     done = here("convert.py", "diffusers", folder, "--which", "unet_ema", "--out", tmp_path / "out")
     assert done.status == 0 and "an average (EMA)" in done.out, done.all
 
@@ -395,7 +400,7 @@ def test_weights_by_other_names_and_in_shards(tmp_path: Path) -> None:
     shards = {f"{WEIGHTS}-0000{i + 1}-of-00002.safetensors": half for i, half in enumerate(halves)}
     index = {"weight_map": {name: file for file, half in shards.items() for name in half}}
     half = {name: tensor.half() for name, tensor in state.items()}
-    own = {f"part_{i}.safetensors": part for i, part in enumerate(halves)}
+    parts = {f"part_{i}.safetensors": part for i, part in enumerate(halves)}
     places = {
         "half": folder("half", {f"{WEIGHTS}.fp16.safetensors": half}),
         "half_bin": folder("half_bin", {f"{WEIGHTS}.fp16.bin": half}),
@@ -406,7 +411,7 @@ def test_weights_by_other_names_and_in_shards(tmp_path: Path) -> None:
             {f"{WEIGHTS}.fp16-0000{i + 1}-of-00002.safetensors": part for i, part in enumerate(halves)},
         ),
         "index_alone": folder(
-            "index_alone", own, a__index__json={"weight_map": {name: file for file, part in own.items() for name in part}}
+            "index_alone", parts, a__index__json={"weight_map": {name: file for file, part in parts.items() for name in part}}
         ),
         "accelerate": folder("accelerate", {"model.safetensors": state, "optimizer.bin": OPTIMIZER}),
         "transformers": folder("transformers", {"pytorch_model.bin": state}),
@@ -418,15 +423,15 @@ def test_weights_by_other_names_and_in_shards(tmp_path: Path) -> None:
     }
     wanted = state["conv_in.weight"]
     for name, place in places.items():
-        found = folders.read(place)
+        imported = folders.read(place)
         torch.testing.assert_close(
-            stem(found), wanted.half().float() if name in ("half", "half_bin") else wanted, rtol=0, atol=0
+            stem(imported), wanted.half().float() if name in ("half", "half_bin") else wanted, rtol=0, atol=0
         )
-        assert any(f"{len(state)} tensors" in line for line in found.told), found.told
+        assert any(f"{len(state)} tensors" in line for line in imported.notes), imported.notes
     assert f"other weights in {places['full_beside_half']}: {WEIGHTS}.fp16.safetensors" in "\n".join(
-        folders.read(places["full_beside_half"]).told
+        folders.read(places["full_beside_half"]).notes
     )
-    assert f"by its name {WEIGHTS}.ema.bin is an average (EMA)" in folders.read(places["the_average"]).told
+    assert f"by its name {WEIGHTS}.ema.bin is an average (EMA)" in folders.read(places["the_average"]).notes
     chosen = folders.read(places["full_beside_half"], which="fp16")
     torch.testing.assert_close(stem(chosen), wanted.half().float() + 1, rtol=0, atol=1e-3)
 
@@ -453,13 +458,13 @@ def test_what_save_state_of_accelerate_leaves(tmp_path: Path) -> None:
     safetensors.torch.save_file(plus(state), folder / "model.safetensors")
     saved(folder / "custom_checkpoint_0.pkl", {"decay": 0.99, "shadow_params": list(state.values())})
     saved(folder / "custom_checkpoint_1.pkl", {"epoch": 3})
-    said = message(folders.read, folder)
-    assert "an average (EMA) is in it under custom_checkpoint_0.shadow_params" in said and "--which raw" in said
+    words = message(folders.read, folder)
+    assert "an average (EMA) is in it under custom_checkpoint_0.shadow_params" in words and "--which raw" in words
     assert torch.equal(stem(folders.read(folder, which="raw")), state["conv_in.weight"] + 1)
     order = list(safetensors.torch.load_file(folder / "model.safetensors"))
     saved(folder / "custom_checkpoint_0.pkl", {"decay": 0.99, "shadow_params": [state[name] for name in order]})
-    found = folders.read(folder)
-    assert torch.equal(stem(found), state["conv_in.weight"]) and any("an average (EMA)" in line for line in found.told)
+    imported = folders.read(folder)
+    assert torch.equal(stem(imported), state["conv_in.weight"]) and any("an average (EMA)" in line for line in imported.notes)
     (folder / "custom_checkpoint_0.pkl").unlink()
     safetensors.torch.save_file(plus(state, 2), folder / "model_1.safetensors")
     assert "several networks, model.safetensors, model_1.safetensors" in message(folders.read, folder)
@@ -516,8 +521,8 @@ def test_a_folder_of_diffusers_is_no_run(tmp_path: Path) -> None:
         "ControlNetModel": "give a run",
     }.items():
         (place / "config.json").write_text(json.dumps({"_class_name": kind}))
-        said = message(open_trained, place, CPU)
-        assert f"is {kind} of diffusers and no run of this project" in said and words in said
+        words = message(open_trained, place, CPU)
+        assert f"is {kind} of diffusers and no run of this project" in words and words in words
 
 
 def test_an_address_of_the_hub_is_answered_with_the_name() -> None:
@@ -536,11 +541,11 @@ def test_train_vae_does_not_start_from_theirs(tmp_path: Path) -> None:
 def test_a_file_or_a_path_where_a_folder_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unet_folder(tmp_path / "unet")
     file, out = tmp_path / "unet" / f"{WEIGHTS}.safetensors", tmp_path / "out"
-    said = refused("convert", "diffusers", file, "--out", out)
-    assert f"is a file, and convert.py diffusers takes a folder of diffusers: give {tmp_path / 'unet'};" in said
-    assert "convert.py iadb" in said and "convert.py guided-diffusion" in said
-    said = refused("convert", "diffusers", tmp_path / "unett", "--out", out)
-    assert f"it is a path, and a name there is OWNER/NAME; did you mean {tmp_path / 'unet'}?" in said
+    words = refused("convert", "diffusers", file, "--out", out)
+    assert f"is a file, and convert.py diffusers takes a folder of diffusers: give {tmp_path / 'unet'};" in words
+    assert "convert.py iadb" in words and "convert.py guided-diffusion" in words
+    words = refused("convert", "diffusers", tmp_path / "unett", "--out", out)
+    assert f"it is a path, and a name there is OWNER/NAME; did you mean {tmp_path / 'unet'}?" in words
     assert "it is a path" in refused("convert", "diffusers", "a/b/c", "--out", out)
     assert not out.exists()
 
@@ -554,9 +559,9 @@ def test_a_scheduler_that_is_not_read_is_named(tmp_path: Path, name: str) -> Non
 
     unet_folder(tmp_path / "unet")
     getattr(diffusers, name)().save_pretrained(tmp_path / "scheduler")
-    said = message(folders.read, tmp_path)
-    assert f"_class_name='{name}' is not supported; allowed: DDPMScheduler, DDIMScheduler, FlowMatch" in said
-    assert "DDPMScheduler.from_config(pipeline.scheduler.config)" in said and "finite" not in said
+    words = message(folders.read, tmp_path)
+    assert f"_class_name='{name}' is not supported; allowed: DDPMScheduler, DDIMScheduler, FlowMatch" in words
+    assert "DDPMScheduler.from_config(pipeline.scheduler.config)" in words and "finite" not in words
 
 
 def test_json_of_other_programs(tmp_path: Path) -> None:
@@ -573,10 +578,10 @@ def test_json_of_other_programs(tmp_path: Path) -> None:
 
 
 def vae(folder: Path, **options: Any) -> dict[str, Tensor]:
-    made = folders.autoencoder_from_config({**VAE, **options}).network
-    randomise(made)
-    made.save_pretrained(folder)
-    return made.state_dict()
+    network = autoencoder_from_config({**VAE, **options}).network
+    randomise(network)
+    network.save_pretrained(folder)
+    return network.state_dict()
 
 
 def test_an_autoencoder_is_opened_as_before_whatever_its_files_are_called(tmp_path: Path) -> None:
@@ -586,7 +591,7 @@ def test_an_autoencoder_is_opened_as_before_whatever_its_files_are_called(tmp_pa
     from diffusers import AutoencoderKL
 
     state = vae(tmp_path / "vae")
-    theirs = folders.DiffusersAutoencoder(AutoencoderKL.from_pretrained(tmp_path / "vae"))
+    theirs = DiffusersAutoencoder(AutoencoderKL.from_pretrained(tmp_path / "vae"))
     weights = theirs.state_dict()
     digest = hashlib.sha256(b"".join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest()
     plain = open_autoencoder(str(tmp_path / "vae"), CPU)
@@ -611,15 +616,15 @@ def test_an_autoencoder_is_opened_as_before_whatever_its_files_are_called(tmp_pa
         assert open_autoencoder(str(tmp_path / name), CPU).digest == digest, name
     shutil.copytree(tmp_path / "vae", tmp_path / "pipeline" / "vae")
     (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    found = open_autoencoder(str(tmp_path / "pipeline"), CPU)
-    assert found.digest == digest
-    assert f"the autoencoder is {tmp_path / 'pipeline' / 'vae'}, a part of the pipeline" in found.told[0]
+    opened = open_autoencoder(str(tmp_path / "pipeline"), CPU)
+    assert opened.digest == digest
+    assert f"the autoencoder is {tmp_path / 'pipeline' / 'vae'}, a part of the pipeline" in opened.told[0]
 
 
 def test_what_is_no_whole_autoencoder_says_what_it_is(tmp_path: Path) -> None:
     from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny, DDPMPipeline, DDPMScheduler, UNet2DModel, VQModel
 
-    def said(name: str) -> str:
+    def message_of(name: str) -> str:
         return message(open_autoencoder, str(tmp_path / name), CPU)
 
     blocks = {key: VAE[key] for key in ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")}
@@ -634,20 +639,20 @@ def test_what_is_no_whole_autoencoder_says_what_it_is(tmp_path: Path) -> None:
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     known = "an AutoencoderKL, such as stabilityai/sd-vae-ft-mse, is what can be used"
     for name, kind in (("tiny", "AutoencoderTiny"), ("vq", "VQModel"), ("asymmetric", "AsymmetricAutoencoderKL")):
-        assert f"{tmp_path / name} is of the class {kind}, which is no AutoencoderKL; {known}" in said(name)
+        assert f"{tmp_path / name} is of the class {kind}, which is no AutoencoderKL; {known}" in message_of(name)
         shutil.copytree(tmp_path / name, tmp_path / f"pipeline_{name}" / "vae")
-        assert f"of the class {kind}" in said(f"pipeline_{name}")
-    assert "of the class UNet2DModel, which is a diffusion network and no autoencoder" in said("unet")
-    assert "is a DDPMPipeline without vae/ with an AutoencoderKL; it holds unet (UNet2DModel)" in said("ddpm")
+        assert f"of the class {kind}" in message_of(f"pipeline_{name}")
+    assert "of the class UNet2DModel, which is a diffusion network and no autoencoder" in message_of("unet")
+    assert "is a DDPMPipeline without vae/ with an AutoencoderKL; it holds unet (UNet2DModel)" in message_of("ddpm")
 
     state = vae(tmp_path / "vae")
     shutil.copytree(tmp_path / "vae", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert "holds no diffusion_pytorch_model.safetensors" in said("bare")
+    assert "holds no diffusion_pytorch_model.safetensors" in message_of("bare")
     file = tmp_path / "bare" / f"{WEIGHTS}.bin"
 
     def holding(content: Any) -> str:
         torch.save(content, file)
-        return said("bare")
+        return message_of("bare")
 
     half = {name: tensor for name, tensor in state.items() if not name.startswith("decoder.up_blocks")}
     assert "of a whole AutoencoderKL of its config.json: it lacks decoder.up_blocks.0" in holding(half)
@@ -668,16 +673,16 @@ def test_what_is_no_whole_autoencoder_says_what_it_is(tmp_path: Path) -> None:
 
     def configured(changed: Any) -> str:
         (tmp_path / "bare" / "config.json").write_text(json.dumps(changed))
-        return said("bare")
+        return message_of("bare")
 
     assert "scaling_factor 0" in configured({**settings, "scaling_factor": 0})
     assert "no AutoencoderKL can be built of" in configured({**settings, "down_block_types": ["Nothing"] * 2})
     assert "does not say its _class_name" in configured({"_class_name": None, "latent_channels": 4})
     (tmp_path / "bare" / "config.json").unlink()
-    assert "which have a config.json; it holds diffusion_pytorch_model.bin" in said("bare")
+    assert "which have a config.json; it holds diffusion_pytorch_model.bin" in message_of("bare")
     assert "is a file; name a folder" in message(open_autoencoder, str(file), CPU)
     saved(tmp_path / "half" / "vae" / f"{WEIGHTS}.bin", state)
-    assert "has no config.json, which says what its weights are" in said("half")
+    assert "has no config.json, which says what its weights are" in message_of("half")
 
 
 # ---------------------------------------------------------------------------------------------- networks on latents
@@ -691,8 +696,8 @@ def test_a_unet_on_latents_is_refused_or_made_to_work(tmp_path: Path) -> None:
     (tmp_path / "pipeline" / "scheduler").mkdir()
     (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     out, words = tmp_path / "out", ("convert", "diffusers", tmp_path / "pipeline")
-    said = refused(*words, "--out", out)
-    assert "sees 4 channels, which no image has, so they are latents: give --autoencoder NAME" in said
+    words = refused(*words, "--out", out)
+    assert "sees 4 channels, which no image has, so they are latents: give --autoencoder NAME" in words
     assert not out.exists(), "nothing was written"
     assert "so they are latents" in message(keep, folders.read(tmp_path / "pipeline"), out, name="a")
     vae(tmp_path / "apart")
@@ -716,8 +721,8 @@ def test_a_unet_on_latents_is_refused_or_made_to_work(tmp_path: Path) -> None:
 
     unet_folder(tmp_path / "pixels")
     shutil.copytree(tmp_path / "apart", tmp_path / "pixels" / "vae")
-    found = folders.read(tmp_path / "pixels")
-    assert "give --autoencoder if these are latents" in message(with_autoencoder, found, str(tmp_path / "pixels"), None)
+    imported = folders.read(tmp_path / "pixels")
+    assert "give --autoencoder if these are latents" in message(add_autoencoder, imported, tmp_path / "pixels")
 
 
 def test_kinds_of_networks_are_told_apart(tmp_path: Path) -> None:
