@@ -94,11 +94,6 @@ def _find_network(folder: Path, name: str | Path, which: str | None) -> tuple[Pa
     return folder / best[0], notes, which
 
 
-def _find_beside(folder: Path, subfolder: str, file: str) -> Path | None:
-    """The file in its subfolder, or in the folder itself, where the first versions of diffusers put it."""
-    return next((path for path in (folder / subfolder / file, folder / file) if path.is_file()), None)
-
-
 def read_if_there(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty where there is no file."""
     return read_foreign_json(path) if path.is_file() else {}
@@ -190,10 +185,11 @@ def negate_output(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[str], bool]:
     """The process of the folder's process.json (which is ours) or scheduler_config.json, or else of DDPMScheduler's defaults;
     notes on where it comes from; and whether the network gives minus its target, as a FlowMatchEulerDiscreteScheduler needs."""
-    path, ours = _find_beside(folder, "scheduler", "scheduler_config.json"), folder / "process.json"
-    if path is None and re.fullmatch(r"checkpoint-\d+", folder.resolve().name):  # a training script saves it at its end
-        path = _find_beside(folder.resolve().parent, "scheduler", "scheduler_config.json")
-    index = read_if_there(folder / "model_index.json")
+    resolved, ours, index = folder.resolve(), folder / "process.json", read_if_there(folder / "model_index.json")
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", resolved.name)  # of a training script, which saves a scheduler beside it
+    places = [folder, *([resolved.parent] if is_checkpoint else [])]
+    files = [place / sub / "scheduler_config.json" for place in places for sub in ("scheduler", "")]  # once it was in no sub
+    path = next((file for file in files if file.is_file()), None)
     if path is None and isinstance(index.get("scheduler"), list) and not ours.is_file():
         raise UserError(
             f"{folder}: model_index.json names a scheduler ({index['scheduler'][-1]}), and scheduler/scheduler_config.json, "

@@ -79,19 +79,13 @@ def _resolve(architecture: Architecture, flags: Mapping[str, Any] | None) -> tup
 
 
 def _build(architecture: Architecture, model: UNetConfig | ClassifierConfig, size: int) -> UNet | Classifier:
-    """The network on the meta device, without weights."""
+    """The network, with random weights."""
     channels, classes = architecture.channels, architecture.num_classes
-    with torch.device("meta"):
-        if isinstance(model, ClassifierConfig):
-            return Classifier(model, in_channels=channels, image_size=size, num_classes=classes or 0)
-        return UNet(
-            model,
-            in_channels=channels,
-            out_channels=channels * (2 if architecture.learn_sigma else 1),
-            num_classes=classes,
-            null_class=False,
-            low_channels=channels if architecture.upsampler else 0,
-        )
+    if isinstance(model, ClassifierConfig):
+        return Classifier(model, in_channels=channels, image_size=size, num_classes=classes or 0)
+    outputs, low_channels = channels * (2 if architecture.learn_sigma else 1), channels if architecture.upsampler else 0
+    options = {"num_classes": classes, "null_class": False, "low_channels": low_channels}
+    return UNet(model, in_channels=channels, out_channels=outputs, **options)
 
 
 def read(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None, *, which: str | None = None) -> Imported:
@@ -108,7 +102,8 @@ def read(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None, 
         architecture = read_shapes(shapes, (given or {}).get("classifier_depth"))
         size, facts, notes = _resolve(architecture, given)
         model = model_config(architecture, facts)
-        network = _build(architecture, model, size)
+        with torch.device("meta"):
+            network = _build(architecture, model, size)
         network.load_state_dict(rename_state(network, state_dict, module_names(model)), assign=True)
         process = process_config(facts)
     return Imported(

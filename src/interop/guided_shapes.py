@@ -24,35 +24,28 @@ POOLS = {
 def module_names(config: UNetConfig | ClassifierConfig) -> dict[str, str]:
     """Our module names -> guided-diffusion's, for every module that holds parameters."""
     names = {"time_in": "time_embed.0", "time_out": "time_embed.2", "label_embedding": "label_emb"}
-    names["stem"] = "input_blocks.0.0"
-
-    def add_block(ours: str, theirs: str) -> None:
-        names.update(pair_names(f"{ours}.residual", f"{theirs}.0", RESIDUAL))
-        names.update(pair_names(f"{ours}.attention", f"{theirs}.1", ATTENTION))
-
-    def add_resampling(ours: str, theirs: str, convolution: str) -> None:
-        names.update({**pair_names(ours, theirs, RESIDUAL), f"{ours}.conv": f"{theirs}.{convolution}"})
-
-    last, k = len(config.channel_mult) - 1, 1
-    for level in range(last + 1):
-        for i in range(config.blocks):
-            add_block(f"down.{level}.blocks.{i}", f"input_blocks.{k + i}")
-        k += config.blocks
-        if level < last:
-            add_resampling(f"down.{level}.resample", f"input_blocks.{k}.0", "op")
-            k += 1
-    add_block("mid.0", "middle_block")
-    names |= pair_names("mid.1.residual", f"middle_block.{1 if config.mid_attention == 'none' else 2}", RESIDUAL)
+    names |= {"stem": "input_blocks.0.0", "head_norm": "out.0", "head": "out.2"}
+    levels, attends = range(len(config.channel_mult)), config.mid_attention != "none"
+    down = [f"down.{level}.{part}" for level in levels for part in (*_blocks(config.blocks), "resample")]
+    blocks = {"mid.0": "middle_block"} | {ours: f"input_blocks.{k}" for k, ours in enumerate(down, 1)}
+    up = [f"up.{level}.{part}" for level in levels for part in _blocks(config.blocks + 1)]
+    blocks |= {ours: f"output_blocks.{k}" for k, ours in enumerate(up)}
+    for ours, theirs in blocks.items():
+        residual = ours if ours.endswith("resample") else f"{ours}.residual"
+        names |= {**pair_names(residual, f"{theirs}.0", RESIDUAL), f"{ours}.conv": f"{theirs}.0.op"}
+        names |= pair_names(f"{ours}.attention", f"{theirs}.1", ATTENTION)
+    names |= pair_names("mid.1.residual", f"middle_block.{2 if attends else 1}", RESIDUAL)
     if isinstance(config, ClassifierConfig):
         return names | POOLS[config.pool]
-    for stage, level in enumerate(reversed(range(last + 1))):
-        first = stage * (config.blocks + 1)
-        for i in range(config.blocks + 1):
-            add_block(f"up.{stage}.blocks.{i}", f"output_blocks.{first + i}")
-        if level > 0:
-            inside = 1 if config.attention[level] == "none" else 2
-            add_resampling(f"up.{stage}.resample", f"output_blocks.{first + config.blocks}.{inside}", "conv")
-    return names | {"head_norm": "out.0", "head": "out.2"}
+    for level, kind in enumerate(reversed(config.attention)):  # the last block of a level resamples, too
+        ours, block = f"up.{level}.resample", f"output_blocks.{(level + 1) * (config.blocks + 1) - 1}"
+        theirs = f"{block}.{1 if kind == 'none' else 2}"
+        names |= {**pair_names(ours, theirs, RESIDUAL), f"{ours}.conv": f"{theirs}.conv"}
+    return names
+
+
+def _blocks(count: int) -> list[str]:
+    return [f"blocks.{i}" for i in range(count)]
 
 
 @dataclass(frozen=True)

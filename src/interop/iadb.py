@@ -107,8 +107,7 @@ def architecture(shapes: Mapping[str, Sequence[int]], yaml: YamlFacts) -> tuple[
     widths = by_shapes["block_out_channels"]
     attended = [widths[i] for i in levels] + ([widths[-1]] if by_shapes["add_attention"] else [])
     for name, divided in (("norm_num_groups", widths), ("attention_head_dim", attended)):
-        undivided = [width for width in divided if name in assumed and width % assumed[name]]
-        if undivided:
+        if undivided := [width for width in divided if name in assumed and width % assumed[name]]:
             raise UserError(
                 f"the weights do not say {name}, and diffusers' default of {assumed[name]} does not divide {undivided[0]} "
                 f"channels: write {name} into a YAML, and give it with --model-config"

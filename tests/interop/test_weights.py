@@ -199,8 +199,8 @@ def test_which_chooses(tmp_path: Path, guided: dict[str, Tensor]) -> None:
     assert torch.equal(first(which="raw"), stem + 1) and torch.equal(first(which="model"), stem + 1)
     assert "--which last: the networks in it are ema. and model.; allowed: those, ema, raw" in message(first, which="last")
     two = saved(tmp_path / "b.pt", {"ema_0.999": guided, "ema_0.9999": plus(guided), "model": plus(guided, 2)})
-    words = message(guided_diffusion.read, two, SMALL_FLAGS)
-    assert "two networks are in it, ema_0.999. and ema_0.9999.; save the one" in words and "--which ema_0.9999" in words
+    fault = message(guided_diffusion.read, two, SMALL_FLAGS)
+    assert "two networks are in it, ema_0.999. and ema_0.9999.; save the one" in fault and "--which ema_0.9999" in fault
     chosen = guided_diffusion.read(two, SMALL_FLAGS, which="ema_0.9999")
     assert torch.equal(chosen.network.state_dict()["stem.weight"], stem + 1)
     plain = saved(tmp_path / "c.pt", guided)
@@ -268,8 +268,8 @@ FOREIGN: dict[str, tuple[Any, str]] = {
 def test_what_else_is_inside_is_said(tmp_path: Path, name: str) -> None:
     content, words = FOREIGN[name]
     path = saved(tmp_path / "model.pt", content)
-    words = message(guided_diffusion.read, path)
-    assert words in words and str(path) in words
+    fault = message(guided_diffusion.read, path)
+    assert words in fault and str(path) in fault
     if name not in ("nan", "nothing", "diffusers"):
         assert words in message(iadb.read, path, image_size=8)
 
@@ -373,8 +373,8 @@ def test_a_training_checkpoint_gives_its_average(tmp_path: Path) -> None:
     (tmp_path / "ddpm" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     assert folders.read(folder).process.schedule.kind == "cosine", "the script saves it beside its checkpoints"
     shutil.copytree(folder / "unet_ema", folder / "ema_of_another_length")
-    words = message(folders.read, folder)
-    assert "several networks, ema_of_another_length, unet_ema; choose one with --which" in words
+    fault = message(folders.read, folder)
+    assert "several networks, ema_of_another_length, unet_ema; choose one with --which" in fault
     done = here("convert.py", "diffusers", folder, "--which", "unet_ema", "--out", tmp_path / "out")
     assert done.status == 0 and "an average (EMA)" in done.out, done.all
 
@@ -458,8 +458,8 @@ def test_what_save_state_of_accelerate_leaves(tmp_path: Path) -> None:
     safetensors.torch.save_file(plus(state), folder / "model.safetensors")
     saved(folder / "custom_checkpoint_0.pkl", {"decay": 0.99, "shadow_params": list(state.values())})
     saved(folder / "custom_checkpoint_1.pkl", {"epoch": 3})
-    words = message(folders.read, folder)
-    assert "an average (EMA) is in it under custom_checkpoint_0.shadow_params" in words and "--which raw" in words
+    fault = message(folders.read, folder)
+    assert "an average (EMA) is in it under custom_checkpoint_0.shadow_params" in fault and "--which raw" in fault
     assert torch.equal(stem(folders.read(folder, which="raw")), state["conv_in.weight"] + 1)
     order = list(safetensors.torch.load_file(folder / "model.safetensors"))
     saved(folder / "custom_checkpoint_0.pkl", {"decay": 0.99, "shadow_params": [state[name] for name in order]})
@@ -521,8 +521,8 @@ def test_a_folder_of_diffusers_is_no_run(tmp_path: Path) -> None:
         "ControlNetModel": "give a run",
     }.items():
         (place / "config.json").write_text(json.dumps({"_class_name": kind}))
-        words = message(open_trained, place, CPU)
-        assert f"is {kind} of diffusers and no run of this project" in words and words in words
+        fault = message(open_trained, place, CPU)
+        assert f"is {kind} of diffusers and no run of this project" in fault and words in fault
 
 
 def test_an_address_of_the_hub_is_answered_with_the_name() -> None:
@@ -541,11 +541,11 @@ def test_train_vae_does_not_start_from_theirs(tmp_path: Path) -> None:
 def test_a_file_or_a_path_where_a_folder_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unet_folder(tmp_path / "unet")
     file, out = tmp_path / "unet" / f"{WEIGHTS}.safetensors", tmp_path / "out"
-    words = refused("convert", "diffusers", file, "--out", out)
-    assert f"is a file, and convert.py diffusers takes a folder of diffusers: give {tmp_path / 'unet'};" in words
-    assert "convert.py iadb" in words and "convert.py guided-diffusion" in words
-    words = refused("convert", "diffusers", tmp_path / "unett", "--out", out)
-    assert f"it is a path, and a name there is OWNER/NAME; did you mean {tmp_path / 'unet'}?" in words
+    fault = refused("convert", "diffusers", file, "--out", out)
+    assert f"is a file, and convert.py diffusers takes a folder of diffusers: give {tmp_path / 'unet'};" in fault
+    assert "convert.py iadb" in fault and "convert.py guided-diffusion" in fault
+    fault = refused("convert", "diffusers", tmp_path / "unett", "--out", out)
+    assert f"it is a path, and a name there is OWNER/NAME; did you mean {tmp_path / 'unet'}?" in fault
     assert "it is a path" in refused("convert", "diffusers", "a/b/c", "--out", out)
     assert not out.exists()
 
@@ -559,9 +559,9 @@ def test_a_scheduler_that_is_not_read_is_named(tmp_path: Path, name: str) -> Non
 
     unet_folder(tmp_path / "unet")
     getattr(diffusers, name)().save_pretrained(tmp_path / "scheduler")
-    words = message(folders.read, tmp_path)
-    assert f"_class_name='{name}' is not supported; allowed: DDPMScheduler, DDIMScheduler, FlowMatch" in words
-    assert "DDPMScheduler.from_config(pipeline.scheduler.config)" in words and "finite" not in words
+    fault = message(folders.read, tmp_path)
+    assert f"_class_name='{name}' is not supported; allowed: DDPMScheduler, DDIMScheduler, FlowMatch" in fault
+    assert "DDPMScheduler.from_config(pipeline.scheduler.config)" in fault and "finite" not in fault
 
 
 def test_json_of_other_programs(tmp_path: Path) -> None:
@@ -696,8 +696,8 @@ def test_a_unet_on_latents_is_refused_or_made_to_work(tmp_path: Path) -> None:
     (tmp_path / "pipeline" / "scheduler").mkdir()
     (tmp_path / "pipeline" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     out, words = tmp_path / "out", ("convert", "diffusers", tmp_path / "pipeline")
-    words = refused(*words, "--out", out)
-    assert "sees 4 channels, which no image has, so they are latents: give --autoencoder NAME" in words
+    fault = refused(*words, "--out", out)
+    assert "sees 4 channels, which no image has, so they are latents: give --autoencoder NAME" in fault
     assert not out.exists(), "nothing was written"
     assert "so they are latents" in message(keep, folders.read(tmp_path / "pipeline"), out, name="a")
     vae(tmp_path / "apart")
