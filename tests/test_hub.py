@@ -16,7 +16,7 @@ from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import open_autoencoder
 from src.storage.downloads import hub_reason
 from tests.conftest import refused
-from tests.interop.test_weights import vae
+from tests.interop.test_foreign_autoencoders import vae
 
 CPU = torch.device("cpu")
 NAME = "stabilityai/sd-vae-ft-mse"
