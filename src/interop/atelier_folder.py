@@ -39,21 +39,17 @@ def write_atelier_folder(run: str, weights: Weights, out: Path, *, half: bool = 
     check_is_new(out)
     documents: dict[str, Any] = {"config": weights.config, "data": weights.data, "progress": {"step": weights.step}}
     tensors: dict[str, Mapping[str, Tensor]] = {"ema": _halve(weights.tensors) if half else dict(weights.tensors)}
-    folder = out.resolve().name
     if is_autoencoder(weights):
         documents["progress"] |= {"tanh": read_json(weights.folder / "progress.json")["tanh"]}
         autoencoder = open_autoencoder(run, CPU)
-        assert isinstance(autoencoder.network, VAE)
         reasons = obstacles(autoencoder.network.spec, tanh=autoencoder.network.tanh)
-        values = {"autoencoder": autoencoder, "weights": weights, "folder": folder, "obstacles": reasons}
-        readme = render_card("atelier_autoencoder", **values)
+        card, values = "atelier_autoencoder", {"obstacles": reasons}
     else:
-        autoencoder = kept_autoencoder(weights.folder, CPU)
+        autoencoder, opened = kept_autoencoder(weights.folder, CPU), open_trained(run, CPU)
         autoencoder_tensors, autoencoder_documents = autoencoder.files()
         tensors, documents = {**tensors, **autoencoder_tensors}, {**documents, **autoencoder_documents}
-        opened = open_trained(run, CPU)
-        values = {"autoencoder": autoencoder, "weights": weights, "folder": folder, "opened": opened}
-        readme = render_card("atelier_latent", **values, obstacles=latent_obstacles(opened, autoencoder))
+        card, values = "atelier_latent", {"opened": opened, "obstacles": latent_obstacles(opened, autoencoder)}
+    readme = render_card(card, autoencoder=autoencoder, weights=weights, folder=out.resolve().name, **values)
     write_folder(out.resolve(), tensors, documents, readme=readme)
 
 
@@ -66,9 +62,8 @@ def _halve(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
     """The reasons why diffusers cannot have this latent run; none where it can."""
-    reasons, network = [], autoencoder.network
-    if not opened.gaussian:
-        reasons.append("it does not start from Gaussian noise")
+    network = autoencoder.network
+    reasons = [] if opened.gaussian else ["it does not start from Gaussian noise"]
     try:
         assert isinstance(opened.network, UNet)
         unet2d_config(opened.network, image_size=opened.shape[1])

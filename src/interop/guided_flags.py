@@ -132,14 +132,14 @@ def process_config(flags: Mapping[str, Any]) -> ProcessConfig:
     """guided-diffusion's flags as the config of our process."""
     flags = {**DIFFUSION, "learn_sigma": False, **read_flags(flags)}
     steps, name = flags["diffusion_steps"], flags["noise_schedule"]
-    schedules = {"cosine": {"kind": "cosine"}, "linear": {"kind": "linear", "rescale_betas": True}}
+    schedules = {"cosine": {}, "linear": {"rescale_betas": True}}
     if name not in schedules:
         raise UserError(f"noise_schedule {name!r} is not known; allowed: linear, cosine")
     loss: dict[str, Any] = {"kind": "rescaled_kl" if flags["use_kl"] else "simple"}
     if flags["learn_sigma"] and not flags["use_kl"]:
         loss = {"kind": "hybrid", "variational_weight": steps / 1000 if flags["rescale_learned_sigmas"] else 1.0}
     spec = {
-        "schedule": {**schedules[name], "steps": steps},
+        "schedule": {"kind": name, "steps": steps, **schedules[name]},
         "target": "x0" if flags["predict_xstart"] else "eps",
         "variance": "learned" if flags["learn_sigma"] else "small" if flags["sigma_small"] else "large",
         "clip": True,

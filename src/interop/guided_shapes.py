@@ -182,12 +182,10 @@ def _is_possible(blocks: int, widths: list[int], attended: list[bool]) -> bool:
     """Whether each resolution may have so many blocks: the width changes, and attention begins and ends, only where a
     resolution begins, and the block that resamples changes no width and does not attend."""
     period = blocks + 1
-    if len(widths) % period:
-        return False
-    for i in range(1, len(widths)):
+
+    def is_allowed(i: int) -> bool:
         place = i % period  # 1 is the first block of a resolution, 0 the block that resamples
-        if place != 1 and widths[i] != widths[i - 1]:
-            return False
-        if attended[i] if place == 0 else place > 1 and attended[i] != attended[i - 1]:
-            return False
-    return True
+        same_width, same_attention = widths[i] == widths[i - 1], attended[i] == attended[i - 1]
+        return place == 1 or (same_width and (not attended[i] if place == 0 else same_attention))
+
+    return len(widths) % period == 0 and all(is_allowed(i) for i in range(1, len(widths)))

@@ -80,13 +80,10 @@ class YamlFacts:
             elif name in LATENT and value is not None:
                 self.latent = (key, bool(value))
             elif AUTOENCODER.fullmatch(name):
-                if value is not None and value is not False:
-                    self.autoencoder = _words(value)
+                self.autoencoder = self.autoencoder if value is None or value is False else _words(value)
             elif fact in TYPES:
-                if value is not None:
-                    self.add(fact, key, self.convert(key, value, TYPES[fact]))
-                elif fact == "attention_head_dim":  # there null is a choice: one head
-                    self.add(fact, key, None)
+                if value is not None or fact == "attention_head_dim":  # there null is a choice: one head
+                    self.add(fact, key, value if value is None else self.convert(key, value, TYPES[fact]))
             elif name in SECTIONS and isinstance(value, dict):
                 self.add_section(value, f"{key}.", visited)
             else:
