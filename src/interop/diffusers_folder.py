@@ -188,7 +188,8 @@ def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[s
     resolved, ours, index = folder.resolve(), folder / "process.json", read_if_there(folder / "model_index.json")
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", resolved.name)  # of a training script, which saves a scheduler beside it
     places = [folder, *([resolved.parent] if is_checkpoint else [])]
-    files = [place / sub / "scheduler_config.json" for place in places for sub in ("scheduler", "")]  # once it was in no sub
+    # the first versions of diffusers had no subfolder for it
+    files = [place / sub / "scheduler_config.json" for place in places for sub in ("scheduler", "")]
     path = next((file for file in files if file.is_file()), None)
     if path is None and isinstance(index.get("scheduler"), list) and not ours.is_file():
         raise UserError(

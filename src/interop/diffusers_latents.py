@@ -22,23 +22,23 @@ def read_whole(name: str | Path, autoencoder: str | None = None, *, which: str |
         )
     if (folder / "MANIFEST.json").is_file() and (folder / "ema.safetensors").is_file():
         raise UserError(f"{name} is a folder of Atelier's own, which needs no conversion: give it where a run is wanted")
-    return add_autoencoder(read(name, which=which), folder, autoencoder)
+    return add_autoencoder(read(name, which=which), folder, autoencoder, origin=name)
 
 
-def add_autoencoder(imported: Imported, folder: Path, name: str | None = None) -> Imported:
+def add_autoencoder(imported: Imported, folder: Path, name: str | None = None, *, origin: str | Path | None = None) -> Imported:
     """An imported network on latents together with the autoencoder `name`, or with the one in its `folder`. A network on
-    images is given back as it is.
+    images is given back as it is. Messages name the `origin`, which may be a name on the hub.
 
     A UserError where the network sees latents and there is no autoencoder, or the other way round; where the two do not fit;
     and where nothing says how the latents are normalised.
     """
-    side, channels = imported.image_size, imported.channels
+    side, channels, origin = imported.image_size, imported.channels, origin or folder
     inside = next((folder / sub for sub in ("vae", "vqvae", "movq") if (folder / sub).is_dir()), None)
     if name is None and inside is None:
         if channels in (1, 3):
             return imported
         raise UserError(
-            f"{folder}: the network sees {channels} channels, which no image has, so they are latents: give --autoencoder NAME,"
+            f"{origin}: the network sees {channels} channels, which no image has, so they are latents: give --autoencoder NAME,"
             " a diffusers AutoencoderKL as folder or hub name, such as stabilityai/sd-vae-ft-mse"
         )
     facts_file = folder / LATENTS
@@ -48,7 +48,7 @@ def add_autoencoder(imported: Imported, folder: Path, name: str | None = None) -
     except UserError as error:
         if name is None and channels in (1, 3) and not facts_file.is_file():
             raise UserError(
-                f"{folder} holds the autoencoder {inside}, and its network sees {channels} channels, as images have: give "
+                f"{origin} holds the autoencoder {inside}, and its network sees {channels} channels, as images have: give "
                 f"--autoencoder if these are latents, else the folder of the network alone ({error})"
             ) from None
         raise
