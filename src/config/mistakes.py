@@ -15,15 +15,6 @@ class UserError(ValueError):
     """A mistake that the user can mend: one line that says what is wrong and what to do. Ends a script with status 2."""
 
 
-@contextmanager
-def prefix_errors(prefix: str) -> Iterator[None]:
-    """Put `prefix` before the message of a UserError that is raised inside."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{prefix}: {error}") from None
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -80,3 +71,12 @@ def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # all is written: torch's threads may abort a rank that ends before another
         os._exit(status)
     sys.exit(status)
+
+
+@contextmanager
+def prefix_errors(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the message of a UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}: {error}") from None
