@@ -54,7 +54,8 @@ class Imported:
     def on_latents_of(self, autoencoder: Autoencoder, facts: dict[str, Any] | None = None) -> "Imported":
         """The same network, whose images are latents of this autoencoder. `facts` normalise them, or else its scaling does."""
         mean, deviation = autoencoder.scaling or (0.0, 1.0)
-        scaling = f"normalised by {LATENTS}" if facts else f"less {mean:g} over {deviation:g} by its own scaling"
+        scaling = f"less {mean:g} over {deviation:g} by its own scaling (the checkpoint says neither this nor their range)"
+        scaling = f"normalised by {LATENTS}" if facts else scaling
         side, size = self.image_size, self.image_size * autoencoder.factor
         latents = f"latents: {self.channels} x {side} x {side} of {autoencoder.path}, {scaling}; images of {size} px"
         changes = {"image_size": size, "channels": autoencoder.channels, "notes": (*self.notes, *autoencoder.told, latents)}
