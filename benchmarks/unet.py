@@ -21,7 +21,7 @@ import ddpm_accelerate
 from benchmarks.common import ROOT, goal, interleaved, machine, wait
 from src.config import load
 from src.diffusion import build_process
-from src.interop.diffusers import unet_from_diffusers
+from src.interop.unet_2d import unet_from_diffusers
 from src.models import UNet, UNetConfig
 from src.models.layers import channels_last
 from src.models.pretrained import import_torchvision

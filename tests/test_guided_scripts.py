@@ -22,7 +22,7 @@ from src.sampling import SamplerConfig, build_sampler
 from src.sampling.edit import load_edit, load_low
 from tests import kills
 from tests.conftest import SMOKE, Finished, here, launch, metrics, one_line, randomise, refused
-from tests.interop.test_upscaling import rrdb
+from tests.interop.upscalers import rrdb
 from tests.kills import settings
 
 CLASSIFIER = "configs/smoke/classifier.json"
@@ -292,7 +292,7 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
     assert 0 < float((after - before).abs().max()) < 1e-3
     words = ("convert", "guided-diffusion", vectors / "adm_64_classifier.pt", "--out", network)
     assert "give the MODEL_FLAGS and DIFFUSION_FLAGS" in refused(*words)
-    assert "is there already" in refused(*words, "--flags", vectors / "adm_64_classifier.json")
+    assert "exists and is not empty" in refused(*words, "--flags", vectors / "adm_64_classifier.json")
 
 
 def test_a_run_goes_to_diffusers_and_back(hybrid_run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: what is said where it was not reached, has no such name, wants a login, or fails."""
+"""Names on the Hugging Face hub: the messages where it was not reached, has no such name, wants a login, or fails."""
 
 import re
 import shutil
@@ -11,12 +11,12 @@ import torch
 
 from src.config import UserError
 from src.data.sources import DatasetsSource, open_sources
-from src.interop import diffusers as folders
+from src.interop import diffusers_folder as folders
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import open_autoencoder
 from src.storage.hub import hub_reason
 from tests.conftest import refused
-from tests.interop.test_weights import vae
+from tests.interop.test_foreign_autoencoders import vae
 
 CPU = torch.device("cpu")
 NAME = "stabilityai/sd-vae-ft-mse"
@@ -35,8 +35,8 @@ def wrapped(error: Exception, outer: Exception | None = None) -> Exception:
     """As diffusers, timm and datasets give the hub's errors on."""
     try:
         raise outer or OSError("Can't load the model: it does not appear to have a file named config.json") from error
-    except type(outer or OSError()) as found:
-        return found
+    except type(outer or OSError()) as error_of_library:
+        return error_of_library
 
 
 def local(cause: Exception | None = None) -> Exception:
@@ -95,12 +95,12 @@ ERRORS: dict[str, tuple[Callable[[], Exception], str]] = {
 @pytest.mark.parametrize("why", list(ERRORS))
 def test_why_the_hub_gives_nothing(why: str) -> None:
     error, words = ERRORS[why]
-    said = hub_reason(NAME, error())
-    assert re.search(words, said) and "\n" not in said
-    if "not reached" in said:
-        assert f"hf download {NAME} --local-dir FOLDER" in said
+    reason = hub_reason(NAME, error())
+    assert re.search(words, reason) and "\n" not in reason
+    if "not reached" in reason:
+        assert f"hf download {NAME} --local-dir FOLDER" in reason
         assert f"hf download --repo-type dataset {NAME} --local-dir" in hub_reason(NAME, error(), "dataset")
-    if "gated" in said:
+    if "gated" in reason:
         assert f"https://huggingface.co/datasets/{NAME}," in hub_reason(NAME, error(), "dataset")
 
 
@@ -130,8 +130,8 @@ def test_every_place_that_takes_a_name_says_it(tmp_path: Path, monkeypatch: pyte
         assert str(raised.value).startswith(begins) and re.search(words, str(raised.value)), str(raised.value)
         assert "config.json" not in str(raised.value) and "\n" not in str(raised.value)
     run = tmp_path / "run"
-    said = refused("train_ldm", "-cfg", "configs/smoke/ldm.json", "--set", f"autoencoder={NAME}", "--run-dir", run)
-    assert re.search(words, said) and not run.exists()
+    message = refused("train_ldm", "-cfg", "configs/smoke/ldm.json", "--set", f"autoencoder={NAME}", "--run-dir", run)
+    assert re.search(words, message) and not run.exists()
 
 
 def test_an_autoencoder_of_the_hub_is_the_one_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +141,10 @@ def test_an_autoencoder_of_the_hub_is_the_one_of_its_folder(tmp_path: Path, monk
     import_torchvision()
     vae(tmp_path / "hub" / "vae")
     (tmp_path / "hub" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    cached, asked = tmp_path / "cached", list[str]()
+    cached, requests = tmp_path / "cached", list[str]()
 
     def download(name: str, allow_patterns: list[str]) -> str:
-        asked.extend(allow_patterns)
+        requests.extend(allow_patterns)
         for pattern in allow_patterns:
             for path in (tmp_path / "hub").glob(pattern):
                 target = cached / path.relative_to(tmp_path / "hub")
@@ -153,10 +153,12 @@ def test_an_autoencoder_of_the_hub_is_the_one_of_its_folder(tmp_path: Path, monk
         return str(cached)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    found = open_autoencoder("someone/pipeline", CPU)
-    assert found.digest == open_autoencoder(str(tmp_path / "hub"), CPU).digest and found.path == "someone/pipeline"
-    assert not any(pattern.startswith(("*.", "**", "diffusion")) for pattern in asked)
+    opened = open_autoencoder("someone/pipeline", CPU)
+    assert opened.digest == open_autoencoder(str(tmp_path / "hub"), CPU).digest and opened.path == "someone/pipeline"
+    assert not any(pattern.startswith(("*.", "**", "diffusion")) for pattern in requests)
     shutil.rmtree(cached)
     weights = tmp_path / "hub" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert open_autoencoder("someone/pipeline", CPU).digest == found.digest, "other names are looked for where the usual is not"
+    assert open_autoencoder("someone/pipeline", CPU).digest == opened.digest, (
+        "other names are looked for where the usual is not"
+    )

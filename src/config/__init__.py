@@ -4,7 +4,7 @@ from .command_line import json_schema, training_arguments
 from .fields import config, config_error, renamed_field, resumable_field
 from .json_files import parse_json, quoted, read_json, read_text
 from .lengths import ENDLESS, Length, Span, kind_of, to_steps
-from .mistakes import FORBIDDEN, FULL, UserError, run_script
+from .mistakes import FORBIDDEN, FULL, UserError, prefix_errors, run_script
 from .unions import NameIn, OpenUnion
 from .validation import differences, dump, load, validate
 
@@ -25,6 +25,7 @@ __all__ = [
     "kind_of",
     "load",
     "parse_json",
+    "prefix_errors",
     "quoted",
     "read_json",
     "read_text",

@@ -7,7 +7,8 @@ import sys
 import time
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -64,3 +65,12 @@ def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's threads may abort a rank that ends before another
         os._exit(status)
     sys.exit(status)
+
+
+@contextmanager
+def prefix_errors(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the message of a UserError that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}: {error}") from None

@@ -11,39 +11,33 @@ from torch import Tensor
 
 from ..config import UserError
 from ..models import VAE, VAEConfig
-from ..runs.diffusers_autoencoder import VERSION, WEIGHTS
-from ..runs.exported_autoencoder import KEPT, OURS, _layer_names
+from ..runs import diffusers_autoencoder
+from ..runs.autoencoder import Autoencoder
+from ..runs.diffusers_autoencoder import VERSION, WEIGHTS, DiffusersAutoencoder
+from ..runs.exported_autoencoder import NETWORK_KEYS, OURS, layer_names
+from .names import state_under
 
 
 def obstacles(spec: VAEConfig, *, tanh: bool) -> list[str]:
-    """Why an AutoencoderKL cannot be this network, a reason for each; nothing where it can."""
-    found = []
-    if spec.bottleneck.kind != "kl":
-        found.append(f"model.bottleneck is {spec.bottleneck.kind} (kl is needed)")
+    """The reasons why an AutoencoderKL cannot be this network; none where it can."""
     attended = [*zip(spec.widths, spec.kinds, strict=True), (spec.widths[-1], spec.mid_attention)]
-    if any(kind == "linear" for _, kind in attended):
-        found.append("model.attention or model.mid_attention is linear (full or none is needed)")
-    if any(kind == "full" and spec.head_channels not in (None, width) for width, kind in attended):
-        found.append(f"model.head_channels {spec.head_channels} makes several heads (one is needed)")
-    if len(spec.widths) > 1 and spec.downsample != "average":
-        found.append(f"model.downsample is {spec.downsample} (average is needed)")
-    if len(spec.widths) > 1 and spec.upsample != "nearest":
-        found.append(f"model.upsample is {spec.upsample} (nearest is needed)")
-    if tanh:
-        found.append("it ends with tanh")
-    return found
-
-
-def check_expressible(network: VAE, name: str) -> None:
-    """A UserError with every reason why an AutoencoderKL cannot be this network."""
-    reasons = obstacles(network.spec, tanh=network.tanh)
-    if reasons:
-        raise UserError(f"diffusers' AutoencoderKL cannot be the autoencoder of {name}: {'; '.join(reasons)}")
+    is_linear = any(kind == "linear" for _, kind in attended)
+    several_heads = any(kind == "full" and spec.head_channels not in (None, width) for width, kind in attended)
+    is_resampled = len(spec.widths) > 1
+    reasons = {
+        f"model.bottleneck is {spec.bottleneck.kind} (kl is needed)": spec.bottleneck.kind != "kl",
+        "model.attention or model.mid_attention is linear (full or none is needed)": is_linear,
+        f"model.head_channels {spec.head_channels} makes several heads (one is needed)": several_heads,
+        f"model.downsample is {spec.downsample} (average is needed)": is_resampled and spec.downsample != "average",
+        f"model.upsample is {spec.upsample} (nearest is needed)": is_resampled and spec.upsample != "nearest",
+        "it ends with tanh": tanh,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def autoencoder_kl_config(network: VAE, *, sample_size: int) -> dict[str, Any]:
-    """Our network as the `config.json` of an AutoencoderKL. Its scaling_factor is 1: what diffusion needs is in quant_conv and
-    post_quant_conv, since one factor cannot normalise each channel by itself."""
+    """Our network as the `config.json` of an AutoencoderKL. Its scaling_factor is 1, since one factor cannot normalise each
+    channel by itself: quant_conv and post_quant_conv do that."""
     spec = network.spec
     down = ["AttnDownEncoderBlock2D" if kind == "full" else "DownEncoderBlock2D" for kind in spec.kinds]
     up = ["AttnUpDecoderBlock2D" if kind == "full" else "UpDecoderBlock2D" for kind in reversed(spec.kinds)]
@@ -69,48 +63,36 @@ def autoencoder_kl_config(network: VAE, *, sample_size: int) -> dict[str, Any]:
 def state_for_autoencoder_kl(
     network: VAE, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> dict[str, Tensor]:
-    """The weights of our network under AutoencoderKL's names, float32 on the CPU. With the latents' `mean` and `std` for each
-    channel its latents are the normalised ones that diffusion sees.
+    """The weights of our network under the names of an AutoencoderKL, float32 on the CPU. With the latents' `mean` and `std`
+    for each channel its latents are the normalised ones that diffusion sees.
 
-    Average pooling becomes a strided convolution of four weights of 1/4. Their decoder has one block a level more than ours and
-    an attention after every block: what we have not is the identity, whose last layer is zero.
+    Average pooling becomes a strided convolution of four weights of 1/4. A level of their decoder has one block more than ours,
+    and an attention after every block: the additional layers are the identity, the last layer of each being zero.
     """
-    spec, state = network.spec, {}
-    own, names = network.state_dict(), dict(_layer_names(spec))
-    for key, value in own.items():
-        module, _, kind = key.rpartition(".")
-        value, theirs = value.detach().to("cpu", torch.float32).contiguous(), names[module]
-        if theirs.endswith(".qkv"):
-            owner = theirs.removesuffix("qkv")
-            state |= {f"{owner}to_{part}.{kind}": rows.clone() for part, rows in zip("qkv", value.chunk(3), strict=True)}
-        else:
-            state[f"{theirs}.{kind}"] = value
+    spec, state_dict = network.spec, state_under(layer_names(network.spec), network)
     last = len(spec.widths) - 1
     for i, (width, kind) in enumerate(zip(spec.widths, spec.kinds, strict=True)):
         if i < last:
             pool = torch.zeros(width, width, 3, 3)
             pool[range(width), range(width), :2, :2] = 0.25
-            state |= _layer(f"encoder.down_blocks.{i}.downsamplers.0.conv", pool)
+            state_dict |= _layer(f"encoder.down_blocks.{i}.downsamplers.0.conv", pool)
         up = f"decoder.up_blocks.{last - i}"
-        for norm in ("norm1", "norm2"):
-            state |= _layer(f"{up}.resnets.{spec.blocks}.{norm}", torch.ones(width))
-        for conv in ("conv1", "conv2"):
-            state |= _layer(f"{up}.resnets.{spec.blocks}.{conv}", torch.zeros(width, width, 3, 3))
-        if kind == "full":
-            there = [f"encoder.down_blocks.{i}.attentions.{k}" for k in range(spec.blocks - 1)]
-            there += [f"{up}.attentions.{k}" for k in range(spec.blocks + 1) if k != spec.blocks - 1]
-            for place in there:
-                state |= _layer(f"{place}.group_norm", torch.ones(width))
-                for name in ("to_q", "to_k", "to_v", "to_out.0"):
-                    state |= _layer(f"{place}.{name}", torch.zeros(width, width))
+        for k in (1, 2):
+            state_dict |= _layer(f"{up}.resnets.{spec.blocks}.norm{k}", torch.ones(width))
+            state_dict |= _layer(f"{up}.resnets.{spec.blocks}.conv{k}", torch.zeros(width, width, 3, 3))
+        places = [f"encoder.down_blocks.{i}.attentions.{k}" for k in range(spec.blocks - 1)]
+        places += [f"{up}.attentions.{k}" for k in range(spec.blocks + 1) if k != spec.blocks - 1]
+        for place in places if kind == "full" else []:
+            state_dict |= _layer(f"{place}.group_norm", torch.ones(width))
+            for name in ("to_q", "to_k", "to_v", "to_out.0"):
+                state_dict |= _layer(f"{place}.{name}", torch.zeros(width, width))
     depth = spec.latent_channels
     shift = torch.zeros(depth, dtype=torch.float64) if mean is None else torch.tensor(mean, dtype=torch.float64)
     scale = torch.ones(depth, dtype=torch.float64) if std is None else torch.tensor(std, dtype=torch.float64)
     # (mean - shift) / scale, and as the log of a variance, logvar - 2 log scale
     quant = torch.cat([1 / scale, torch.ones_like(scale)])
-    state |= _layer("quant_conv", torch.diag(quant)[:, :, None, None], torch.cat([-shift / scale, -2 * scale.log()]))
-    state |= _layer("post_quant_conv", torch.diag(scale)[:, :, None, None], shift)
-    return state
+    state_dict |= _layer("quant_conv", torch.diag(quant)[:, :, None, None], torch.cat([-shift / scale, -2 * scale.log()]))
+    return state_dict | _layer("post_quant_conv", torch.diag(scale)[:, :, None, None], shift)
 
 
 def _layer(name: str, weight: Tensor, bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -118,21 +100,21 @@ def _layer(name: str, weight: Tensor, bias: Tensor | None = None) -> dict[str, T
     return {f"{name}.weight": weight.float(), f"{name}.bias": bias.float()}
 
 
-def autoencoder_kl_files(
-    network: VAE,
-    document: Mapping[str, Any],
-    digest: str,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> dict[str, bytes]:
-    """The files of an AutoencoderKL's folder by name: config, weights, and what brings our own network back to the bit.
-    `document` and `digest` are those of the Autoencoder that holds the network; it has to be expressible."""
-    assert not obstacles(network.spec, tanh=network.tanh)
+def autoencoder_files(autoencoder: Autoencoder, latents: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """The files of an AutoencoderKL's folder by name: config, weights, and for ours what brings our network back to the bit.
+
+    With the facts of a latent run in `latents` its latents are the normalised ones. A UserError says why ours cannot be one.
+    """
+    network, document = autoencoder.network, autoencoder.document
+    if isinstance(network, DiffusersAutoencoder):
+        return diffusers_autoencoder.autoencoder_files(network)
+    assert isinstance(network, VAE)
+    if reasons := obstacles(network.spec, tanh=network.tanh):
+        raise UserError(f"diffusers' AutoencoderKL cannot be the autoencoder of {autoencoder.path}: {'; '.join(reasons)}")
+    mean, std = (latents["mean"], latents["std"]) if latents is not None else (None, None)
     weights = safetensors.torch.save(state_for_autoencoder_kl(network, mean, std), metadata={"format": "pt"})
-    known = {key: document[key] for key in KEPT}
-    ours = {**known, "digest": digest, "weights": hashlib.sha256(weights).hexdigest()}
-    config = autoencoder_kl_config(network, sample_size=max(document["sizes"]))
-    files = {
-        name: (json.dumps(content, indent=2) + "\n").encode() for name, content in {"config.json": config, OURS: ours}.items()
-    }
+    ours = {key: document[key] for key in NETWORK_KEYS}
+    ours |= {"digest": autoencoder.digest, "weights": hashlib.sha256(weights).hexdigest()}
+    documents = {"config.json": autoencoder_kl_config(network, sample_size=max(document["sizes"])), OURS: ours}
+    files = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in documents.items()}
     return {**files, f"{WEIGHTS}.safetensors": weights}

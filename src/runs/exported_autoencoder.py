@@ -1,101 +1,69 @@
 """Our autoencoder, opened from the folder of an AutoencoderKL that it was written as."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import UserError, read_json, validate
 from ..models import VAEConfig
 from ..runtime.checkpoint import read_tensors
-from .diffusers_autoencoder import ATTENTION, RESIDUAL, WEIGHTS
+from .diffusers_autoencoder import ATTENTION, RESIDUAL, WEIGHTS, fuse_qkv, pair_names
 
-OURS = "atelier.json"  # beside their config.json: what brings our own network back, and the hash of the weights it belongs to
-
-
-KEPT = ("kind", "model", "channels", "tanh", "sizes")  # what, with the weights, builds our network again
+OURS = "atelier.json"  # beside the config.json of diffusers: what builds our network again, and the hash of its weights
+NETWORK_KEYS = ("kind", "model", "channels", "tanh", "sizes")  # what, with the weights, builds our network again
 
 
-def _layer_names(spec: VAEConfig) -> Iterator[tuple[str, str]]:
-    """(our module, theirs), in the order in which VAE builds its layers."""
-    last = len(spec.widths) - 1
+def layer_names(spec: VAEConfig) -> dict[str, str]:
+    """The names of our modules that hold weights -> their names in an AutoencoderKL."""
 
-    def residual(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-        yield from ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in RESIDUAL.items())
+    def level(name: str, kind: str) -> list[dict[str, str]]:
+        layers = [pair_names("", f"{name}.resnets.{i}", RESIDUAL) for i in range(spec.blocks)]
+        if kind != "none":  # we have one attention in a level, after its last block
+            layers.append(pair_names("", f"{name}.attentions.{spec.blocks - 1}", ATTENTION))
+        return layers
 
-    def attention(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-        yield from ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in ATTENTION.items())
+    def middle(name: str) -> list[dict[str, str]]:
+        attention = [pair_names("", f"{name}.attentions.0", ATTENTION)] if spec.mid_attention != "none" else []
+        first, last = (pair_names("", f"{name}.resnets.{i}", RESIDUAL) for i in (0, 1))
+        return [first, *attention, last]
 
-    def middle(ours: str, at: int, theirs: str) -> Iterator[tuple[str, str]]:
-        yield from residual(f"{ours}.{at}", f"{theirs}.resnets.0")
-        if spec.mid_attention != "none":
-            yield from attention(f"{ours}.{at + 1}", f"{theirs}.attentions.0")
-            at += 1
-        yield from residual(f"{ours}.{at + 1}", f"{theirs}.resnets.1")
-
-    def level(ours: str, at: int, theirs: str, kind: str) -> Iterator[tuple[str, str]]:
-        for i in range(spec.blocks):
-            yield from residual(f"{ours}.{at + i}", f"{theirs}.resnets.{i}")
-        if kind != "none":  # we have one attention a level, after its last block
-            yield from attention(f"{ours}.{at + spec.blocks}", f"{theirs}.attentions.{spec.blocks - 1}")
-
-    def length(kind: str) -> int:
-        return spec.blocks + (kind != "none")
-
-    side, at = "encoder.layers", 1
-    yield f"{side}.0", "encoder.conv_in"
+    last_level, no_weights = len(spec.widths) - 1, dict[str, str]()
+    encoder, up = [{"": "encoder.conv_in"}], list[dict[str, str]]()
     for i, kind in enumerate(spec.kinds):
-        yield from level(side, at, f"encoder.down_blocks.{i}", kind)
-        at += length(kind) + (i < last)  # pooling has no weights
-    yield from middle(side, at, "encoder.mid_block")
-    at += 2 + (spec.mid_attention != "none")
-    yield f"{side}.{at}", "encoder.conv_norm_out"
-    yield f"{side}.{at + 2}", "encoder.conv_out"
-    yield "middle.layers.0", "decoder.conv_in"
-    yield from middle("middle.layers", 1, "decoder.mid_block")
-    side, at = "up.layers", 0
-    for step, i in enumerate(reversed(range(last + 1))):
-        yield from level(side, at, f"decoder.up_blocks.{step}", spec.kinds[i])
-        at += length(spec.kinds[i])
-        if i > 0:
-            yield f"{side}.{at}.conv", f"decoder.up_blocks.{step}.upsamplers.0.conv"
-            at += 1
-    yield f"{side}.{at}", "decoder.conv_norm_out"
-    yield "last", "decoder.conv_out"
-
-
-def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their state dict with to_q, to_k and to_v as the one `qkv` that we have."""
-    fused = dict(state)
-    for key in [key for key in fused if ".to_q." in key]:
-        fused[key.replace(".to_q.", ".qkv.")] = torch.cat([fused.pop(key.replace(".to_q.", f".to_{part}.")) for part in "qkv"])
-    return fused
+        encoder += [*level(f"encoder.down_blocks.{i}", kind), *([no_weights] if i < last_level else [])]  # pooling
+    encoder += [*middle("encoder.mid_block"), {"": "encoder.conv_norm_out"}, no_weights, {"": "encoder.conv_out"}]
+    for i, kind in enumerate(reversed(spec.kinds)):
+        up += level(f"decoder.up_blocks.{i}", kind)
+        up += [{".conv": f"decoder.up_blocks.{i}.upsamplers.0.conv"}] if i < last_level else [{"": "decoder.conv_norm_out"}]
+    parts = {"encoder": encoder, "middle": [{"": "decoder.conv_in"}, *middle("decoder.mid_block")], "up": up}
+    names = {"last": "decoder.conv_out"}
+    for part, layers in parts.items():
+        names |= {f"{part}.layers.{i}{ours}": theirs for i, layer in enumerate(layers) for ours, theirs in layer.items()}
+    return names
 
 
 def exported_autoencoder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
-    """(document, weights by our names, digest) of an AutoencoderKL that we wrote into `folder`, or into its `vae`; None where
-    there is none, or where its weights are no longer those that we wrote: then it is an AutoencoderKL as any other."""
+    """(document, weights by our names, digest) of an AutoencoderKL that we wrote into `folder`, or into its `vae`.
+
+    None where there is none, or where somebody changed its weights: it is then an AutoencoderKL like any other.
+    """
     for place in (folder, folder / "vae"):
         weights = place / f"{WEIGHTS}.safetensors"
         if not (place / OURS).is_file() or not weights.is_file():
             continue
         document = read_json(place / OURS)
         with open(weights, "rb") as file:
-            if not isinstance(document, dict) or hashlib.file_digest(file, "sha256").hexdigest() != document.get("weights"):
+            if not isinstance(document, Mapping) or hashlib.file_digest(file, "sha256").hexdigest() != document.get("weights"):
                 return None
-        lacks = [key for key in (*KEPT, "digest") if key not in document]
-        if lacks:
-            raise UserError(f"{place / OURS} is damaged: it lacks {', '.join(lacks)}")
-        spec = validate(VAEConfig, document["model"], origin=f"{place / OURS}: model")
-        state = _fused(read_tensors(place, WEIGHTS))
-        found = {
-            f"{ours}.{kind}": state[f"{theirs}.{kind}"]
-            for ours, theirs in _layer_names(spec)
-            for kind in ("weight", "bias")
-            if f"{theirs}.{kind}" in state
-        }
-        return {key: document[key] for key in KEPT}, found, document["digest"]
+        missing = [key for key in (*NETWORK_KEYS, "digest") if key not in document]
+        if missing:
+            raise UserError(f"{place / OURS} is damaged: it lacks {', '.join(missing)}")
+        names = layer_names(validate(VAEConfig, document["model"], origin=f"{place / OURS}: model"))
+        theirs = fuse_qkv(read_tensors(place, WEIGHTS))
+        pairs = [(f"{ours}.{kind}", f"{name}.{kind}") for ours, name in names.items() for kind in ("weight", "bias")]
+        state_dict = {ours: theirs[name] for ours, name in pairs if name in theirs}
+        return {key: document[key] for key in NETWORK_KEYS}, state_dict, document["digest"]
     return None

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from src.config import UserError, validate
-from src.interop.diffusers import unet_from_diffusers
+from src.interop.unet_2d import unet_from_diffusers
 from src.models import UNet, UNetConfig
 from src.models.layers import Attention, sinusoidal_embedding
 from src.models.pretrained import import_torchvision

@@ -1,4 +1,4 @@
-"""Latent runs and autoencoders leave for diffusers, or for a folder of our own, and come back to the same pixels."""
+"""Latent runs leave for diffusers, or for a folder of our own, and come back to the same pixels."""
 
 import json
 import shutil
@@ -14,49 +14,15 @@ import torch
 import convert
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, ancestral, clip, times
-from src.interop.autoencoder_kl import autoencoder_kl_files, obstacles
+from src.interop.diffusers_latents import read_whole
 from src.interop.imported import Imported, keep
-from src.interop.latent_folders import read
-from src.models import VAE, UNet, UNetConfig, VAEConfig
+from src.models import VAE, UNet, UNetConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder, start_from
-from src.runs.exported_autoencoder import exported_autoencoder
 from src.runs.opened import open_trained
-from src.runtime.checkpoint import write_folder
 from src.sampling import SamplerConfig, build_sampler
 from tests.conftest import here, randomise, refused
-
-CPU = torch.device("cpu")
-PLAIN = {"widths": [8, 16], "blocks": 1, "mid_attention": "full"}
-ARCHITECTURES = {
-    "plain": PLAIN,
-    "one_level": {"widths": [16], "blocks": 3, "mid_attention": "none", "latent_channels": 3},
-    "attention_everywhere": {
-        "widths": [8, 16, 24],
-        "blocks": 2,
-        "mid_attention": "full",
-        "attention": ["none", "full", "full"],
-    },
-    "one_head": {"widths": [8, 8, 16], "blocks": 1, "mid_attention": "full", "head_channels": 16, "norm_groups": 4},
-}
-
-
-def vae(options: dict[str, Any], channels: int = 3, *, tanh: bool = False) -> VAE:
-    network = randomise(VAE(validate(VAEConfig, options, origin="test"), channels)).eval()
-    assert isinstance(network, VAE)
-    network.tanh = tanh
-    return network
-
-
-def keep_vae(folder: Path, options: dict[str, Any] = PLAIN, *, channels: int = 3, tanh: bool = False) -> Path:
-    """The `final` of a run of train_vae.py, whose weights are random."""
-    config = {"name": "small_vae", "image": {"size": 16, "channels": channels}, "model": options}
-    config["stages"] = [{"image_size": None}, {"image_size": 32}]
-    data = {"class_names": ["cat", "dog"], "counts": {"cat": 30, "dog": 10}, "images": 40, "held_out_images": 4}
-    tensors = {"ema": vae(options, channels, tanh=tanh).state_dict()}
-    write_folder(folder, tensors, {"config": config, "data": data, "progress": {"step": 7, "tanh": tanh}})
-    return folder
-
+from tests.interop.final_folders import CPU, images_of, keep_vae, leave, refuse, same_autoencoder
 
 FLOW_TIME = {"kind": "t", "scale": 1000.0}
 PROCESSES = {
@@ -105,7 +71,7 @@ def keep_latent(
     }
     if autoencoder.scaling is not None:
         facts |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
-    found = Imported(
+    imported = Imported(
         network=network.eval(),
         model=config,
         process=spec,
@@ -117,178 +83,12 @@ def keep_latent(
         autoencoder=autoencoder,
         latents=facts,
     )
-    keep(found, folder, name="small_ldm")
+    keep(imported, folder, name="small_ldm")
     return folder
 
 
-def images_of(folder: Path, *, labels: list[int] | None = None) -> torch.Tensor:
-    opened = open_trained(folder, CPU)
-    solver = "ancestral" if opened.process.target != "blend" else "euler"
-    steps = 20 if solver == "ancestral" else 6
-    return build_sampler(opened, SamplerConfig(solver=solver, steps=steps)).draw(0, range(3), labels, device=CPU)
-
-
-def leave(command: str, run: Path, out: Path, *, half: bool = False) -> None:
-    """What convert.py does, without its command line, which other tests go through."""
-    if command == "to-diffusers":
-        convert.to_diffusers(str(run), out)
-    else:
-        convert.to_safetensors(str(run), out, half=half)
-
-
-def refuse(command: str, run: Path, out: Path) -> str:
-    with pytest.raises(UserError) as raised:
-        leave(command, run, out)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
 def bring_back(folder: Path, out: Path) -> None:
-    convert.bring_in(Namespace(out=str(out), name="again", class_names=None), read(folder))
-
-
-# ---------------------------------------------------------------------------------------------- the autoencoder
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_autoencoder_is_their_autoencoder_kl(tmp_path: Path, name: str) -> None:
-    import_torchvision()
-    channels = 1 if name == "one_head" else 3
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    network, document = (
-        vae(ARCHITECTURES[name], channels),
-        {"kind": "atelier", "model": ARCHITECTURES[name], "channels": channels},
-    )
-    mean, std = (
-        [f(i) for i in range(network.spec.latent_channels)] for f in (lambda i: 0.3 * i - 0.4, lambda i: 0.5 + 0.7 * i)
-    )
-    files = autoencoder_kl_files(network, {**document, "tanh": False, "sizes": [16, 32]}, "abc", mean, std)
-    for file, content in files.items():
-        (tmp_path / file).write_bytes(content)
-    theirs: Any = AutoencoderKL.from_pretrained(tmp_path)
-    images, m, s = torch.rand(2, channels, 24, 32) * 2 - 1, *(torch.tensor(values)[:, None, None] for values in (mean, std))
-    with torch.no_grad():
-        ours, logvar = network.moments(images)
-        assert logvar is not None and float(ours.std()) > 0.01, "the network does something"
-        posterior = theirs.encode(images).latent_dist
-        torch.testing.assert_close(posterior.mean, (ours - m) / s, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(posterior.std, (0.5 * logvar).exp() / s, rtol=1e-5, atol=1e-5)
-        z = torch.randn_like(ours)
-        torch.testing.assert_close(theirs.decode(z).sample, network.decode(z * s + m), rtol=1e-5, atol=1e-5)
-    kept = exported_autoencoder(tmp_path)
-    assert kept is not None and kept[2] == "abc"
-    own = network.state_dict()
-    assert kept[1].keys() == own.keys() and all(torch.equal(kept[1][key], own[key]) for key in own)
-
-
-UNLIKE = [
-    ({}, True, "it ends with tanh"),
-    ({"mid_attention": "linear"}, False, "mid_attention is linear"),
-    ({"attention": ["linear", "none"]}, False, "is linear"),
-    ({"head_channels": 8}, False, "several heads"),
-    ({"downsample": "max"}, False, "model.downsample is max"),
-    ({"downsample": "conv"}, False, "model.downsample is conv"),
-    ({"upsample": "transposed"}, False, "model.upsample is transposed"),
-    ({"upsample": "bilinear"}, False, "model.upsample is bilinear"),
-    ({"bottleneck": {"kind": "vq", "codes": 8}}, False, "bottleneck is vq"),
-    ({"mid_attention": "linear", "upsample": "bilinear"}, True, "linear (full or none is needed); model.upsample is bilinear"),
-]
-
-
-def test_what_an_autoencoder_kl_cannot_be_is_refused_and_leaves_as_our_own_folder(tmp_path: Path) -> None:
-    for number, (change, tanh, said) in enumerate(UNLIKE):
-        folder = tmp_path / str(number)
-        run = keep_vae(folder / "run", PLAIN | change, tanh=tanh)
-        message = refuse("to-diffusers", run, folder / "theirs")
-        assert said in message and f"python convert.py safetensors {run} --out FOLDER" in message
-        assert not (folder / "theirs").exists()
-        leave("safetensors", run, folder / "own")
-        card = (folder / "own" / "README.md").read_text()
-        assert "AutoencoderKL cannot be this network" in card and said in card
-        same_autoencoder(run, folder / "own")
-
-
-def test_with_one_level_the_ways_to_resample_do_not_matter() -> None:
-    spec = validate(
-        VAEConfig, {"widths": [8], "downsample": "max", "upsample": "bilinear", "mid_attention": "full"}, origin="t"
-    )
-    assert obstacles(spec, tanh=False) == []
-
-
-def same_autoencoder(one: Path, other: Path, *, digest: bool = True) -> None:
-    a, b = (open_autoencoder(str(path), CPU) for path in (one, other))
-    assert (a.sizes, a.channels, a.latent_channels, a.factor, a.scaling) == (
-        b.sizes, b.channels, b.latent_channels, b.factor, b.scaling,
-    )  # fmt: skip
-    assert not digest or a.digest == b.digest, "its latent caches are found again"
-    assert a.network.tanh == b.network.tanh
-    images = torch.rand(2, a.channels, 16, 16) * 2 - 1
-    with torch.no_grad():
-        torch.testing.assert_close(a.network.moments(images)[0], b.network.moments(images)[0], rtol=0, atol=0)
-        z = torch.randn(2, a.latent_channels, 8, 8)
-        torch.testing.assert_close(a.network.decode(z), b.network.decode(z), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("command", ["to-diffusers", "safetensors"])
-def test_an_autoencoder_leaves_and_comes_back_to_the_bit(tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
-    done = here("convert.py", command, run, "--out", out)
-    assert done.status == 0 and "README.md" in done.out, done.all
-    card = (out / "README.md").read_text()
-    assert "40 images; 4 more images are held out" in card and "0 cat (30 images), 1 dog (10 images)" in card
-    same_autoencoder(run, out)
-    if command == "to-diffusers":
-        monkeypatch.chdir(tmp_path)
-        exec(card.split("```python\n")[1].split("```")[0], scope := {})
-        assert scope["images"].shape == (1, 3, 16, 16)
-        message = refused("convert", "diffusers", out, "--out", tmp_path / "again")
-        assert "needs no conversion" in message and "autoencoder=" in message
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert "--out" in refused("convert", command, run, "--out", out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_weights_that_were_trained_on_in_diffusers_are_theirs(tmp_path: Path) -> None:
-    run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
-    leave("to-diffusers", run, out)
-    path = out / "diffusion_pytorch_model.safetensors"
-    state = safetensors.torch.load_file(path)
-    state["decoder.conv_out.bias"] += 1
-    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
-    found = open_autoencoder(str(out), CPU)
-    assert found.scaling == (0.0, 1.0) and found.digest != open_autoencoder(str(run), CPU).digest
-    z = torch.randn(1, 4, 8, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(found.network.decode(z), open_autoencoder(str(run), CPU).network.decode(z) + 1)
-
-
-def test_a_damaged_note_of_ours_is_said(tmp_path: Path) -> None:
-    run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
-    leave("to-diffusers", run, out)
-    note = json.loads((out / "atelier.json").read_text())
-    del note["model"]
-    (out / "atelier.json").write_text(json.dumps(note))
-    with pytest.raises(UserError, match=r"atelier.json is damaged: it lacks model"):
-        open_autoencoder(str(out), CPU)
-
-
-def test_half_precision_spares_a_codebook(tmp_path: Path) -> None:
-    run = keep_vae(tmp_path / "run", PLAIN | {"bottleneck": {"kind": "vq", "codes": 8}})
-    leave("safetensors", run, tmp_path / "own", half=True)
-    state = safetensors.torch.load_file(tmp_path / "own" / "ema.safetensors")
-    assert {key for key, value in state.items() if value.dtype == torch.float32} == {
-        "codebook.codebook", "codebook.size", "codebook.total",
-    }  # fmt: skip
-    opened = open_autoencoder(str(tmp_path / "own"), CPU).network
-    assert next(opened.parameters()).dtype == torch.float32
-    z = torch.randn(1, 4, 8, 8)
-    with torch.no_grad():
-        close = open_autoencoder(str(run), CPU).network.decode(z)
-        torch.testing.assert_close(opened.decode(z), close, rtol=1e-2, atol=1e-2)
-
-
-# ---------------------------------------------------------------------------------------------- a latent run
+    convert.save_imported(Namespace(out=str(out), name="again", class_names=None), read_whole(folder))
 
 
 @pytest.mark.parametrize("process", ["v", "learned_clipped", "iadb", "iadb_clipped", "flow", "flow_clipped"])
@@ -373,17 +173,17 @@ def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: 
     model = {"attention": ["linear", "full"], "mid_attention": "linear"}
     run = keep_latent(tmp_path / "run", autoencoder, classes=("cat", "dog"), model=model)
     message = refuse("to-diffusers", run, tmp_path / "theirs")
-    for said in ("attention linear", "ends with tanh", "convert.py safetensors"):
-        assert said in message
+    for reason in ("attention linear", "ends with tanh", "convert.py safetensors"):
+        assert reason in message
     assert "give --out a folder" in refuse("safetensors", run, tmp_path / "own.safetensors")
     leave("safetensors", run, tmp_path / "own")
-    own, wanted = tmp_path / "own", images_of(run, labels=[0, 1, 2])
+    folder, wanted = tmp_path / "own", images_of(run, labels=[0, 1, 2])
     shutil.rmtree(tmp_path / "vae")
     run.rename(tmp_path / "gone")
-    torch.testing.assert_close(images_of(own, labels=[0, 1, 2]), wanted, rtol=0, atol=0)
-    assert {path.suffix for path in own.iterdir()} == {".safetensors", ".json", ".md"}
-    card = (own / "README.md").read_text()
-    for said in (
+    torch.testing.assert_close(images_of(folder, labels=[0, 1, 2]), wanted, rtol=0, atol=0)
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".md"}
+    card = (folder / "README.md").read_text()
+    for words in (
         "16 x 16 pixels",
         "2 classes",
         "4 x 8 x 8",
@@ -391,11 +191,13 @@ def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: 
         "0 cat, 1 dog",
         "diffusers cannot",
     ):
-        assert said in card, said
-    (own / "README.md").write_text("a person's own words")
-    assert images_of(own, labels=[0, 1, 2]).isfinite().all(), "the card is not part of what is checked"
-    assert "needs no conversion" in refused("convert", "diffusers", own, "--out", tmp_path / "again")
-    assert open_autoencoder(str(own), CPU).digest == autoencoder.digest, "train_ldm.py takes the autoencoder of such a folder"
+        assert words in card, words
+    (folder / "README.md").write_text("a person's own words")
+    assert images_of(folder, labels=[0, 1, 2]).isfinite().all(), "the card is not part of what is checked"
+    assert "needs no conversion" in refused("convert", "diffusers", folder, "--out", tmp_path / "again")
+    assert open_autoencoder(str(folder), CPU).digest == autoencoder.digest, (
+        "train_ldm.py takes the autoencoder of such a folder"
+    )
 
 
 def test_a_latent_run_in_half_precision(tmp_path: Path) -> None:
@@ -425,8 +227,8 @@ def test_a_latent_run_with_their_autoencoder(tmp_path: Path) -> None:
     bring_back(tmp_path / "out", tmp_path / "back")
     torch.testing.assert_close(images_of(tmp_path / "back"), images_of(run), rtol=0, atol=1e-5)
     (tmp_path / "out" / "latents.json").unlink()  # then its own scaling says how latents are normalised
-    found = read(tmp_path / "out")
-    assert found.latents is None and found.autoencoder is not None and found.autoencoder.scaling == autoencoder.scaling
+    imported = read_whole(tmp_path / "out")
+    assert imported.latents is None and imported.autoencoder is not None and imported.autoencoder.scaling == autoencoder.scaling
 
 
 def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:
@@ -434,7 +236,7 @@ def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:
     run, out = keep_latent(tmp_path / "run", autoencoder), tmp_path / "theirs"
     leave("to-diffusers", run, out)
     facts = json.loads((out / "latents.json").read_text())
-    for change, said in (
+    for change, words in (
         ({"std": [1.0] * 3}, "needs the shape"),
         ({"std": [1.0, 0.0, 1.0, 1.0]}, "needs the shape"),
         ({"mean": "x"}, "needs the shape"),
@@ -442,7 +244,7 @@ def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:
         ({"autoencoder": "other"}, "missing or belongs to another autoencoder"),
     ):
         (out / "latents.json").write_text(json.dumps(facts | change))
-        assert said in refused("convert", "diffusers", out, "--out", tmp_path / "back")
+        assert words in refused("convert", "diffusers", out, "--out", tmp_path / "back")
     (out / "latents.json").unlink()
     assert "missing or belongs" in refused("convert", "diffusers", out, "--out", tmp_path / "back")
     shutil.rmtree(out / "vae")
@@ -476,9 +278,9 @@ def test_training_takes_what_left(tmp_path: Path) -> None:
     assert done.status == 0 and f"starting from the weights of {tmp_path / 'own'}" in done.all, done.all
     digests = {open_autoencoder(str(tmp_path / name), CPU).digest for name in ("vae", "kl", "theirs", "own", "trained")}
     assert digests == {autoencoder.digest}, "all of them are the same autoencoder, and share a latent cache"
-    mine = VAE(autoencoder.network.spec, 3)
-    assert start_from(str(tmp_path / "kl"), mine) is False, "what train_vae.py does with init_from: no tanh"
-    assert all(torch.equal(value, autoencoder.network.state_dict()[key]) for key, value in mine.state_dict().items())
+    started = VAE(autoencoder.network.spec, 3)
+    assert start_from(str(tmp_path / "kl"), started) is False, "what train_vae.py does with init_from: no tanh"
+    assert all(torch.equal(value, autoencoder.network.state_dict()[key]) for key, value in started.state_dict().items())
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,7 +289,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("src.interop.diffusers.write_flushed", full)
+    monkeypatch.setattr("src.interop.diffusers_export.write_flushed", full)
     with pytest.raises((OSError, UserError)):
         leave("to-diffusers", run, tmp_path / "theirs")
     monkeypatch.setattr("src.runtime.checkpoint.write_flushed", full)

@@ -1,0 +1,74 @@
+"""A latent run or an autoencoder as one self-contained folder that can be given away: safetensors, JSON and a README.md."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import UserError, read_json
+from ..models import VAE, UNet
+from ..runs.autoencoder import Autoencoder, kept_autoencoder, open_autoencoder
+from ..runs.folders import Weights
+from ..runs.opened import Opened, open_trained
+from ..runtime.checkpoint import write_folder
+from ..storage.files import check_is_new
+from .autoencoder_kl import obstacles
+from .cards import render_card
+from .unet_2d import unet2d_config
+
+CPU = torch.device("cpu")
+
+
+def is_autoencoder(weights: Weights) -> bool:
+    return "stages" in weights.config
+
+
+def is_latent(weights: Weights) -> bool:
+    return "latents" in weights.data
+
+
+def write_atelier_folder(run: str, weights: Weights, out: Path, *, half: bool = False) -> None:
+    """Write the EMA weights of the latent run or autoencoder `run` into the new folder `out`, with all that opens them again.
+    The folder opens wherever a run is asked for. It is whole or absent.
+
+    With `half` the weights are in half precision, but for a codebook, and for the autoencoder of a latent run, whose hash the
+    run knows. A UserError where `out` is there already.
+    """
+    check_is_new(out)
+    documents: dict[str, Any] = {"config": weights.config, "data": weights.data, "progress": {"step": weights.step}}
+    tensors: dict[str, Mapping[str, Tensor]] = {"ema": _halve(weights.tensors) if half else dict(weights.tensors)}
+    if is_autoencoder(weights):
+        documents["progress"] |= {"tanh": read_json(weights.folder / "progress.json")["tanh"]}
+        autoencoder = open_autoencoder(run, CPU)
+        reasons = obstacles(autoencoder.network.spec, tanh=autoencoder.network.tanh)
+        card, values = "atelier_autoencoder", {"obstacles": reasons}
+    else:
+        autoencoder, opened = kept_autoencoder(weights.folder, CPU), open_trained(run, CPU)
+        autoencoder_tensors, autoencoder_documents = autoencoder.files()
+        tensors, documents = {**tensors, **autoencoder_tensors}, {**documents, **autoencoder_documents}
+        card, values = "atelier_latent", {"opened": opened, "obstacles": latent_obstacles(opened, autoencoder)}
+    readme = render_card(card, autoencoder=autoencoder, weights=weights, folder=out.resolve().name, **values)
+    write_folder(out.resolve(), tensors, documents, readme=readme)
+
+
+def _halve(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key: value.half() if value.is_floating_point() and not key.startswith("codebook.") else value
+        for key, value in state_dict.items()
+    }
+
+
+def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
+    """The reasons why diffusers cannot have this latent run; none where it can."""
+    network = autoencoder.network
+    reasons = [] if opened.gaussian else ["it does not start from Gaussian noise"]
+    try:
+        assert isinstance(opened.network, UNet)
+        unet2d_config(opened.network, image_size=opened.shape[1])
+    except UserError as error:
+        reasons.append(str(error))
+    if isinstance(network, VAE) and (faults := obstacles(network.spec, tanh=network.tanh)):
+        reasons.append(f"AutoencoderKL cannot be its autoencoder: {', '.join(faults)}")
+    return reasons

@@ -1,0 +1,191 @@
+"""guided-diffusion's U-Nets and classifiers: what the shapes of their weights say, and the names of their modules."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..config import UserError
+from ..models import ClassifierConfig, UNetConfig
+from ..runs.diffusers_autoencoder import pair_names
+from .names import another_architecture, multiple
+
+RESIDUAL = {"norm_1": "in_layers.0", "conv_1": "in_layers.2", "embed": "emb_layers.1"}
+RESIDUAL |= {"norm_2": "out_layers.0", "conv_2": "out_layers.3", "skip": "skip_connection"}
+ATTENTION = {"norm": "norm", "qkv": "qkv", "out": "proj_out"}
+POOLS = {
+    "adaptive": {"head_norm": "out.0", "head": "out.3"},
+    "attention": {"head_norm": "out.0", "head": "out.2", "head.qkv": "out.2.qkv_proj", "head.out": "out.2.c_proj"},
+    "spatial": {"head.0": "out.0", "head.2": "out.2"},
+}
+
+
+def module_names(config: UNetConfig | ClassifierConfig) -> dict[str, str]:
+    """Our module names -> guided-diffusion's, for every module that holds parameters."""
+    names = {"time_in": "time_embed.0", "time_out": "time_embed.2", "label_embedding": "label_emb"}
+    names |= {"stem": "input_blocks.0.0", "head_norm": "out.0", "head": "out.2"}
+    levels, attends = range(len(config.channel_mult)), config.mid_attention != "none"
+    down = [f"down.{level}.{part}" for level in levels for part in (*_blocks(config.blocks), "resample")]
+    blocks = {"mid.0": "middle_block"} | {ours: f"input_blocks.{k}" for k, ours in enumerate(down, 1)}
+    up = [f"up.{level}.{part}" for level in levels for part in _blocks(config.blocks + 1)]
+    blocks |= {ours: f"output_blocks.{k}" for k, ours in enumerate(up)}
+    for ours, theirs in blocks.items():
+        residual = ours if ours.endswith("resample") else f"{ours}.residual"
+        names |= {**pair_names(residual, f"{theirs}.0", RESIDUAL), f"{ours}.conv": f"{theirs}.0.op"}
+        names |= pair_names(f"{ours}.attention", f"{theirs}.1", ATTENTION)
+    names |= pair_names("mid.1.residual", f"middle_block.{2 if attends else 1}", RESIDUAL)
+    if isinstance(config, ClassifierConfig):
+        return names | POOLS[config.pool]
+    for level, kind in enumerate(reversed(config.attention)):  # the last block of a level resamples, too
+        ours, block = f"up.{level}.resample", f"output_blocks.{(level + 1) * (config.blocks + 1) - 1}"
+        theirs = f"{block}.{1 if kind == 'none' else 2}"
+        names |= {**pair_names(ours, theirs, RESIDUAL), f"{ours}.conv": f"{theirs}.conv"}
+    return names
+
+
+def _blocks(count: int) -> list[str]:
+    return [f"blocks.{i}" for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a checkpoint say. `model` holds options of our config, the largest resolution first; `image_size` is
+    None where the shapes do not say it."""
+
+    kind: Literal["U-Net", "classifier"]
+    model: dict[str, Any]
+    channels: int
+    num_classes: int | None
+    learn_sigma: bool = False
+    upsampler: bool = False
+    image_size: int | None = None
+
+    def flags(self, image_size: int) -> dict[str, Any]:
+        """The same as guided-diffusion's flags for images of this size."""
+        model, scale_shift = self.model, self.model["embedding"] == "scale_shift"
+        attended = join_sizes(image_size >> level for level, kind in enumerate(model["attention"]) if kind == "full")
+        common = {"use_scale_shift_norm": scale_shift, "attention_resolutions": attended}
+        if len(model["channel_mult"]) > 1:  # a single resolution is not resampled
+            common["resblock_updown"] = model["downsample"] == "residual"
+        if self.kind == "classifier":
+            common |= {"width": model["base_channels"], "depth": model["blocks"], "pool": model["pool"]}
+            size = {} if self.image_size is None else {"image_size": self.image_size}
+            return size | {f"classifier_{name}": value for name, value in common.items()}
+        return common | {
+            "num_channels": model["base_channels"],
+            "num_res_blocks": model["blocks"],
+            "channel_mult": join_multiples(model["channel_mult"]),
+            "class_cond": self.num_classes is not None,
+            "learn_sigma": self.learn_sigma,
+        }
+
+
+def join_sizes(sizes: Iterable[int]) -> str:
+    """Sizes in one form, the largest first."""
+    return ",".join(map(str, sorted(set(sizes), reverse=True))) or "none"
+
+
+def join_multiples(channel_mult: Iterable[float]) -> str:
+    """Multiples of the channels in one form."""
+    return ",".join(f"{mult:g}" for mult in channel_mult)
+
+
+def read_shapes(shapes: Mapping[str, Sequence[int]], depth: int | None = None) -> Architecture:
+    """The architecture that the shapes of a state dict say, by guided-diffusion's names.
+
+    For some classifiers that resample inside residual blocks, shapes leave open how many blocks a resolution has: there
+    `depth` decides. A UserError says what is missing, or that no U-Net and no classifier of theirs has such shapes.
+    """
+
+    def size(name: str, axis: int = 0) -> int:
+        shape = shapes.get(name, ())
+        if axis >= len(shape) or shape[axis] < 1:
+            raise another_architecture([name], [])
+        return shape[axis]
+
+    kind = "U-Net" if any(name.startswith("output_blocks.") for name in shapes) else "classifier"
+    modules = ("time_embed.0", "input_blocks.0.0", "input_blocks.1.0.in_layers.2", "middle_block.0.in_layers.2", "out.0")
+    needed = {f"{name}.weight" for name in (*modules, *(["out.2"] if kind == "U-Net" else []))}
+    if missing := needed - set(shapes):
+        theirs = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.", "output_blocks.", "out.")
+        raise another_architecture(missing, [name for name in shapes if not name.startswith(theirs)])
+
+    # of the stem, each block and each resampling: its width, whether it attends, and whether it is a bare convolution
+    total = 1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"input_blocks\.\d+\.", name))
+    widths, convolutions = [size("input_blocks.0.0.weight")], list[int]()
+    for i in range(1, total):
+        convolution = f"input_blocks.{i}.0.op.weight"
+        convolutions += [i] if convolution in shapes else []
+        widths.append(size(convolution if convolution in shapes else f"input_blocks.{i}.0.in_layers.2.weight"))
+    attended = [f"input_blocks.{i}.1.qkv.weight" in shapes for i in range(total)]
+
+    if convolutions:
+        choices = [convolutions[0] - 1]
+    elif kind == "U-Net":
+        upsampling = re.compile(r"output_blocks\.(\d+)\.[12]\.(in_layers\.2|conv)\.weight")
+        choices = [min((int(match[1]) for name in shapes if (match := upsampling.match(name))), default=total - 1)]
+    else:
+        choices = [blocks for blocks in range(1, total) if _is_possible(blocks, widths, attended)]
+        choices = [depth] if len(choices) > 1 and depth in choices else choices
+    if len(choices) > 1:
+        numbers = " or ".join(map(str, choices))
+        raise UserError(f"the weights leave open whether a resolution has {numbers} blocks: give classifier_depth in the flags")
+    if not choices or choices[0] < 1 or total % (choices[0] + 1):
+        raise UserError("the checkpoint is of another architecture: its input_blocks do not divide into resolutions")
+    blocks = choices[0]
+    starts, base = range(1, total, blocks + 1), size("time_embed.0.weight", 1)
+    embedded, first_width = (size(f"input_blocks.1.0.{layer}.weight") for layer in ("emb_layers.1", "in_layers.2"))
+    model: dict[str, Any] = {
+        "base_channels": base,
+        "channel_mult": [multiple(base, widths[i]) for i in starts],
+        "blocks": blocks,
+        "attention": ["full" if attended[i] else "none" for i in starts],
+        "mid_attention": "full" if "middle_block.1.qkv.weight" in shapes else "none",
+        "embedding": "scale_shift" if embedded == 2 * first_width else "add",
+        "downsample": "residual" if len(starts) > 1 and not convolutions else "conv",
+    }
+    inputs = size("input_blocks.0.0.weight", 1)
+    if kind == "classifier":
+        pool, classes, image_size = _read_pool(shapes, size, len(starts))
+        return Architecture(kind, {**model, "pool": pool}, channels=inputs, num_classes=classes, image_size=image_size)
+    outputs = size("out.2.weight")
+    channels = {1: 1, 2: 1, 3: 3, 6: 3}.get(outputs)
+    if channels is None or inputs not in (channels, 2 * channels):
+        raise UserError(
+            f"the checkpoint is of another architecture: it sees {inputs} channels and gives {outputs}; images have 3 channels "
+            "or 1, which a network gives once, or twice with learned variance, and an upsampler sees twice"
+        )
+    return Architecture(
+        kind,
+        model,
+        channels=channels,
+        num_classes=size("label_emb.weight") if "label_emb.weight" in shapes else None,
+        learn_sigma=outputs == 2 * channels,
+        upsampler=inputs == 2 * channels,
+    )
+
+
+def _read_pool(shapes: Mapping[str, Sequence[int]], size: Callable[..., int], levels: int) -> tuple[str, int, int | None]:
+    """The pool of a classifier, the number of its classes, and the image size where the shapes say it."""
+    if len(shapes["out.0.weight"]) == 2:
+        if "out.3.weight" in shapes:
+            raise UserError("classifier_pool 'spatial_v2' is not supported; allowed: attention, adaptive, spatial")
+        return "spatial", size("out.2.weight"), None
+    if "out.2.positional_embedding" not in shapes:
+        return "adaptive", size("out.3.weight"), None
+    side = math.isqrt(size("out.2.positional_embedding", 1) - 1)
+    return "attention", size("out.2.c_proj.weight"), side << (levels - 1)
+
+
+def _is_possible(blocks: int, widths: list[int], attended: list[bool]) -> bool:
+    """Whether each resolution may have so many blocks: the width changes, and attention begins and ends, only where a
+    resolution begins, and the block that resamples changes no width and does not attend."""
+    period = blocks + 1
+
+    def is_allowed(i: int) -> bool:
+        place = i % period  # 1 is the first block of a resolution, 0 the block that resamples
+        same_width, same_attention = widths[i] == widths[i - 1], attended[i] == attended[i - 1]
+        return place == 1 or (same_width and (not attended[i] if place == 0 else same_attention))
+
+    return len(widths) % period == 0 and all(is_allowed(i) for i in range(1, len(widths)))
