@@ -30,7 +30,7 @@ from src.runs.folders import read_weights
 from src.runs.opened import open_trained
 from src.runtime.checkpoint import write_folder
 from src.sampling import SamplerConfig
-from src.sampling.edit import as_seen
+from src.sampling.edit import encode_images
 from src.sampling.interpolation import Journey, class_weights, slerp, smoothstep, straight
 from src.sampling.sampler import random_labels
 from tests.conftest import ROOT, here, launch, one_line, randomise, refused
@@ -304,7 +304,7 @@ def test_pictures_come_back_through_their_inversions(
     assert float(re.findall(r"come back to ([\d.]+) of 255", said)[0]) < 0.5, said
     opened = open_trained(run, CPU)
     sampler = build_sampler(opened, SamplerConfig())
-    wanted = figures.to_uint8(sampler.decode(as_seen(opened, shapes[:2])))
+    wanted = figures.to_uint8(sampler.decode(encode_images(opened, shapes[:2])))
     frames = shown(tmp_path / "out")[:, ::4, ::4]
     assert np.abs(frames[[0, 5]] - wanted).mean() < 0.5
     assert steps_of(frames).max() < 0.6 * np.abs(frames[5] - frames[0]).mean()
@@ -320,9 +320,9 @@ def test_what_is_asked_of_pictures(smoke_run: Path, shapes: list[Path], tmp_path
     )
     assert "ddim with eta 0.5 cannot be gone back" in refused("interpolate", smoke_run, "--pictures", *shapes, "--eta", "0.5")
     assert "and here is 1" in refused("interpolate", smoke_run, "--pictures", shapes[0])
-    assert "no picture" in refused("interpolate", smoke_run, "--pictures", shapes[0], tmp_path / "none.png")
+    assert "no image" in refused("interpolate", smoke_run, "--pictures", shapes[0], tmp_path / "none.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    assert "broken.png: not a picture" in refused("interpolate", smoke_run, "--pictures", shapes[0], tmp_path / "broken.png")
+    assert "broken.png: not an image" in refused("interpolate", smoke_run, "--pictures", shapes[0], tmp_path / "broken.png")
     run = imported(tmp_path / "imported")
     assert "never learned to go without a class: give --classes" in refused("interpolate", run, "--pictures", *shapes)
     said = animate(run, tmp_path / "out", "--pictures", shapes[0].parent, "--classes", "0/1/2", "--frames-between", "2")
@@ -343,7 +343,7 @@ def test_between_two_data_sets_the_way_is_straight(iadb_run: Path, shapes: list[
         weight = smoothstep(i / 5)
         assert np.abs(frames[i] - (1 - weight) * first - weight * last).max() <= 1
     animate(tmp_path / "run", tmp_path / "source", "--source", shapes[0].parent, "--loop")
-    wanted = figures.to_uint8(as_seen(open_trained(tmp_path / "run", CPU), shapes))
+    wanted = figures.to_uint8(encode_images(open_trained(tmp_path / "run", CPU), shapes))
     assert np.abs(shown(tmp_path / "source")[::5, ::4, ::4] - wanted).max() <= 1
     assert "starts from noise" in refused("interpolate", iadb_run, "--source", shapes[0].parent)
 

@@ -1,183 +1,23 @@
-"""How good a run's pictures are against real ones: features of both, and what is computed of them."""
+"""How far samples are from the training images while a run trains, by the Fréchet distance."""
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from einops import rearrange
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import figures
 from ..config import Length, UserError, config, resumable_field
-from ..config.progress import Progress, within
+from ..config.progress import Progress
 from ..data import ImageConfig, ImageSet, PointSet
-from ..data.scan import cache_folder
 from ..metrics import distances
-from ..metrics.distances import Array, Moments
-from ..metrics.features import Asked, Features, open_features
-from ..runtime.launch import broadcast, ranks_here
+from ..metrics.distances import Moments
+from ..metrics.features import Asked, open_features
+from ..runtime.launch import broadcast
 from ..sampling.sampler import Sampler
-from ..storage.blocks import Ranks, in_blocks
 from ..storage.finite import is_finite
 from ..training.trials import Attempt
-
-FEWEST = 10  # pictures of each side, under which no number says anything
-BLOCK = 512  # pictures in a file, and what a kill costs at most
-SHOWN = 12  # samples on the sheet of nearest training pictures
-
-
-def pixels_of(images: Tensor) -> Tensor:
-    """(B, C, H, W) in [-1, 1] -> uint8, as a file holds them."""
-    return torch.from_numpy(np.ascontiguousarray(rearrange(figures.to_uint8(images), "b h w c -> b c h w")))
-
-
-@torch.no_grad()
-def see(network: Features, pixels: Tensor) -> Array:
-    """(B, C, H, W) uint8 -> (B, dim) float32."""
-    device = next(network.parameters()).device
-    return network(pixels.to(device)).cpu().numpy()
-
-
-def real_features(
-    network: Features, data: ImageSet, image: ImageConfig, *, batch_size: int = 32, workers: int = 4, read: bool = True
-) -> NDArray[np.float32]:
-    """(N, dim) of all pictures, cut from the middle: each machine makes them once, on all its ranks, and keeps them with its
-    scans under a hash of pictures (the times of their files, and what decodes them, too), size and weights. Gives them on
-    every rank that will `read` them, (0, dim) on others."""
-    plain = ImageConfig(size=image.size, channels=image.channels)
-    told = json.dumps([network.name, network.digest, data.fingerprint, data.state, image.size, image.channels])
-    folder = cache_folder() / "features" / hashlib.sha256(told.encode()).hexdigest()[:16]
-
-    def make(block: range) -> dict[str, Array]:
-        data.prepare(plain)
-
-        def load(start: int) -> Tensor:
-            indices = np.arange(start, min(start + batch_size, block.stop))
-            found = data.batch(indices, plain, np.full((len(indices), 3), 0.5))
-            return torch.from_numpy(np.ascontiguousarray(rearrange(found, "b h w c -> b c h w")))
-
-        with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
-            seen = list[Array]()
-            for pixels in pool.map(load, range(block.start, block.stop, batch_size)):
-                seen.append(see(network, pixels))
-                within(len(pixels))
-        return {"features": np.concatenate(seen)}
-
-    doing = f"{network.name} features of real pictures"
-    found = in_blocks(folder, len(data), BLOCK, make, ranks_here(), doing=doing, read=read)
-    return found["features"] if read else np.empty((0, network.dim), np.float32)
-
-
-def labels_like(data: ImageSet, count: int, num_classes: int | None) -> list[int] | None:
-    """A class for each sample, in the shares that the real pictures have; the null class for those of none."""
-    if num_classes is None:
-        return None
-    ordered = np.sort(np.where(data.labels < 0, num_classes, data.labels))
-    return ordered[np.arange(count) * len(ordered) // count].tolist()
-
-
-def drawn_features(
-    sampler: Sampler,
-    networks: Sequence[Features],
-    labels: Sequence[int] | None,
-    out: Path,
-    *,
-    count: int,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-    ranks: Ranks,
-) -> dict[str, Array]:
-    """{name of a network: (count, dim)} of samples drawn on the way, in files of `out`; on every rank."""
-
-    def make(block: range) -> dict[str, Array]:
-        found: dict[str, list[Array]] = {network.name: [] for network in networks}
-        for start in range(block.start, block.stop, batch_size):
-            part = range(start, min(start + batch_size, block.stop))
-            chosen = [labels[i] for i in part] if labels is not None else None
-            pixels = pixels_of(sampler.draw(seed, part, chosen, device=device, batch_size=batch_size))
-            for network in networks:
-                found[network.name].append(see(network, pixels))
-            within(len(part))
-        return {name: np.concatenate(parts) for name, parts in found.items()}
-
-    size = batch_size * max(1, min(BLOCK, count // 16) // batch_size)  # enough for 16 ranks, however many there are
-    return in_blocks(out, count, size, make, ranks, doing="sampling")
-
-
-def check_count(count: int, what: str) -> None:
-    if count < FEWEST:
-        raise UserError(f"{count} {what} are too few to measure anything; at least {FEWEST}")
-
-
-def flag(samples: int, real: int, dim: int) -> list[str]:
-    """What to know of a Fréchet distance where either side has so few pictures, or nothing."""
-    return [
-        f"{count} {what} for {dim} features: the distance is too large, and compares only at that number"
-        for count, what in ((samples, "samples"), (real, "real pictures"))
-        if count <= dim
-    ]
-
-
-class Compared(NamedTuple):
-    """Numbers by name, and what to know of them."""
-
-    values: dict[str, float]
-    notes: list[str]
-
-
-def compare(samples: Array, real: Array, network: Features, *, neighbours: bool = True) -> Compared:
-    """frechet, kernel (KID, and kernel_std), inception_score where there are logits; precision, recall, density, coverage."""
-    values = {"frechet": distances.frechet(samples, distances.moments(real))}
-    values["kernel"], spread = distances.kernel_distance(samples, real)
-    if spread > 1e-12:  # else every subset was the whole of both
-        values["kernel_std"] = spread
-    logits = network.logits(torch.from_numpy(samples))
-    if logits is not None:
-        values["inception_score"], values["inception_score_std"] = distances.inception_score(logits.cpu().numpy())
-    notes = flag(len(samples), len(real), network.dim)
-    most = distances.MOST
-    if neighbours and min(len(samples), len(real)) > distances.NEIGHBOURS:
-        few = [side[np.arange(min(most, len(side))) * len(side) // min(most, len(side))] for side in (samples, real)]
-        values |= distances.manifold(*few)._asdict()
-        if len(few[0]) < len(few[1]):
-            told = f"{len(few[0])} samples cannot cover {len(few[1])} real pictures"
-            notes.append(f"{told}: recall and coverage are low for that alone")
-    return Compared(values, notes)
-
-
-def draw_nearest(
-    out: Path,
-    samples: Array,
-    real: Array,
-    distance: Array,
-    draw: Callable[[Sequence[int]], NDArray[np.uint8]],
-    load: Callable[[Sequence[int]], NDArray[np.uint8]],
-    told: str,
-) -> None:
-    """The sheet: the samples nearest to a real picture (`told` says which those are), and as many of the others, each followed
-    by the three real pictures nearest to it; `draw` and `load` give (N, H, W, C) uint8."""
-    order = np.argsort(distance, kind="stable")
-    others = order[len(order) // 2 :][:SHOWN] if len(order) >= 2 * SHOWN else order[:0]
-    chosen = np.concatenate([order[:SHOWN], others])
-    _, first = distances.nearest(samples[chosen], real, most=3)
-    drawn, known = draw(chosen.tolist()), load(first.flatten().tolist())
-    rows = [np.concatenate([drawn[i : i + 1], known[3 * i : 3 * i + 3]]) for i in range(len(chosen))]
-    usual = set(others.tolist())
-    names = [word for i in chosen for word in (f"usual #{i}" if i in usual else f"#{i}", f"at {distance[i]:.3g}", "", "")]
-    title = f"the {min(SHOWN, len(order))} samples nearest to the {told}, then usual ones; beside each, its nearest three"
-    sheet = figures.grid(np.concatenate(rows), columns=8, labels=names, title=title)
-    figures.save(sheet, out)
-
-
-# ---------------------------------------------------------------------------------------------- while training
+from .features import FEWEST, check_count, labels_like, pixels_of, real_features
+from .registry import flag
 
 
 @config

@@ -19,6 +19,7 @@ from torch.nn import functional
 from src.config import UserError
 from src.models.pretrained import import_torchvision
 from src.sampling.upscaling import Upscaler, open_upscaler, upscale_folder
+from src.storage.blocks import Ranks
 
 RADIUS = 19  # of one block, in pixels of its input: 1 + 3 x 5 + 1 convolutions, then 0.5 + 3 x 0.25 behind the upsampling
 
@@ -302,7 +303,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def upscale(folder: Path, out: Path, upscaler: Upscaler, *, batch_size: int = 3, rank: int = 0, world: int = 1) -> list[Path]:
-    return upscale_folder(folder, out, upscaler, batch_size=batch_size, rank=rank, world=world, barrier=lambda: None)
+    return upscale_folder(folder, out, upscaler, batch_size=batch_size, ranks=Ranks(rank, world))
 
 
 def test_a_folder_becomes_pngs_of_the_same_names(
@@ -389,10 +390,10 @@ def test_folders_that_cannot_be_upscaled(folder: Path, tmp_path: Path, upscaler:
     assert "2.bmp" in message and "2.png" in message and "rename" in message
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"nothing")
-    assert "none of its 1 pictures" in refuse(tmp_path / "broken")
+    assert "none of its 1 images" in refuse(tmp_path / "broken")
     picture(tmp_path / "broken" / "b.png", 6, 8, 3)
     kept = upscale(tmp_path / "broken", out, upscaler)
     (tmp_path / "broken" / "b.png").unlink()
-    with pytest.raises(UserError, match="none of its 1 pictures"):
+    with pytest.raises(UserError, match="none of its 1 images"):
         upscale(tmp_path / "broken", out, upscaler)
     assert len(kept) == 1 and kept[0].exists(), "what an earlier run made is not lost"

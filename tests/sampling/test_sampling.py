@@ -17,8 +17,10 @@ from src.models import UNet, UNetConfig
 from src.runs.folders import run_name
 from src.runs.opened import open_trained
 from src.sampling import Sampler, SamplerConfig, build_sampler, noise_of
-from src.sampling.files import Frames, columns_for, write_samples
+from src.sampling.files import write_samples
+from src.sampling.frames import Frames, columns_for
 from src.sampling.sampler import Edit, _Way, describe, random_labels
+from src.storage.blocks import Ranks
 from tests.conftest import here, launch, one_line, randomise, refused, run_here
 
 CPU = torch.device("cpu")
@@ -303,7 +305,7 @@ def draw_files(run: Path, out: Path, *, count: int = 7, world: int = 1, frames: 
         labels = [i * 3 // count for i in range(count)]
         paths = write_samples(
             opened, drawn, out, count=count, batch_size=3, labels=labels, seed=seed, frames=frames,
-            device=CPU, rank=rank, world=world, barrier=lambda: out.mkdir(exist_ok=True),
+            device=CPU, ranks=Ranks(rank, world, lambda: out.mkdir(exist_ok=True)),
         )  # fmt: skip
     return paths
 
@@ -320,11 +322,11 @@ def test_a_killed_sampling_goes_on_and_gives_the_same_files(smoke_run: Path, tmp
     metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
     assert metadata["num_samples"] == 7 and metadata["seed"] == 0 and metadata["classes"][0] == "circle"
     assert metadata["guidance"] == 2.0 and metadata["config"]["name"] == "smoke_ddpm" and len(metadata["weights"]) == 64
-    with pytest.raises(UserError, match="holds other pictures"):
+    with pytest.raises(UserError, match="holds other images"):
         draw_files(smoke_run, tmp_path / "out", seed=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("keep me")
-    with pytest.raises(UserError, match="holds other pictures"):
+    with pytest.raises(UserError, match="holds other images"):
         draw_files(smoke_run, tmp_path / "other")
 
 
@@ -353,7 +355,7 @@ def test_frames_and_gif(smoke_run: Path, tmp_path: Path) -> None:
 
 def test_frames_keep_both_ends_of_a_long_way() -> None:
     frames = Frames([0], sampler(steps=50), most=10)
-    assert len(frames.keep) == 10 and {0, 49} <= frames.keep
+    assert len(frames.kept_steps) == 10 and {0, 49} <= frames.kept_steps
 
 
 def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Path) -> None:
@@ -422,7 +424,7 @@ def test_the_default_count_is_dealt_to_any_number_of_classes(
 ) -> None:
     asked = ("--classes", classes) if classes is not None else ()
     done = here("sample.py", smoke_run, "--steps", "1", *asked, "--out", tmp_path / "out")
-    assert done.status == 0 and done.out.startswith(f"{count} pictures of"), done.all
+    assert done.status == 0 and done.out.startswith(f"{count} images of"), done.all
     assert len(list((tmp_path / "out").glob("0*.png"))) == count
 
 
