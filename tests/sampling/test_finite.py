@@ -100,10 +100,10 @@ def test_the_first_tensor_is_named_and_the_others_are_counted() -> None:
     check_finite({"a": good, "step": torch.tensor(3), "note": "words"}, "here")
     with pytest.raises(UserError) as error:
         check_finite({"a": good, "b": bad, "c": bad}, "here")
-    said = (
+    message = (
         "here: these weights cannot be used: 2 of the 3 numbers of b are not finite (NaN or infinity), and 1 more tensors; get"
     )
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -112,18 +112,18 @@ def test_the_first_tensor_is_named_and_the_others_are_counted() -> None:
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_every_script_refuses_a_run_whose_weights_are_none(tmp_path: Path, value: float) -> None:
     run, out = a_run(tmp_path / "run", holes("head.bias", value)), tmp_path / "out"
-    said = f"{run / 'ema.safetensors'}: these weights cannot be used: 1 of the 3 numbers of head.bias are not finite"
-    pictures = images(tmp_path / "images")
-    assert said in refused("sample", run, "--out", out)
-    assert said in refused("interpolate", run, "--out", out)
-    assert said in refused("evaluate", run, "--features", "random", "--data", pictures, "--out", out)
-    assert said in refused("evaluate", run, "--likelihood", "--data", pictures, "--out", out)
-    assert said in refused("convert", "to-diffusers", run, "--out", out)
-    assert said in refused("convert", "safetensors", run, "--out", out)
-    finetune = ("-cfg", run / "finetune.json", "--set", f"data.path={pictures}", "--run-dir", out / "run")
+    message = f"{run / 'ema.safetensors'}: these weights cannot be used: 1 of the 3 numbers of head.bias are not finite"
+    folder = images(tmp_path / "images")
+    assert message in refused("sample", run, "--out", out)
+    assert message in refused("interpolate", run, "--out", out)
+    assert message in refused("evaluate", run, "--features", "random", "--data", folder, "--out", out)
+    assert message in refused("evaluate", run, "--likelihood", "--data", folder, "--out", out)
+    assert message in refused("convert", "to-diffusers", run, "--out", out)
+    assert message in refused("convert", "safetensors", run, "--out", out)
+    finetune = ("-cfg", run / "finetune.json", "--set", f"data.path={folder}", "--run-dir", out / "run")
     assert not (run / "finetune.json").exists(), "write_folder replaced the folder"
     (run / "finetune.json").write_text(json.dumps(finetuned(run)))
-    assert said in refused("ddpm_accelerate", *finetune)
+    assert message in refused("ddpm_accelerate", *finetune)
     export(tmp_path / "run.pt", {"stem.weight": torch.full((2,), value)}, {}, {"class_names": []}, 3)
     assert "2 of the 2 numbers of stem.weight" in refused("sample", tmp_path / "run.pt", "--out", out)
     assert not (out / "metadata.json").exists()
@@ -158,17 +158,17 @@ def test_autoencoders_whose_weights_are_none(tmp_path: Path) -> None:
 
 def test_networks_that_measure_whose_weights_are_none(tmp_path: Path) -> None:
     def spoilt(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-        found = {key: value.clone() for key, value in state.items()}
-        found[name].view(-1)[0] = float("nan")
-        return found
+        tensors = {key: value.clone() for key, value in state.items()}
+        tensors[name].view(-1)[0] = float("nan")
+        return tensors
 
     state = efficientnet_lite0(None, "test").state_dict()
     torch.save(spoilt(state, "_fc.bias"), tmp_path / "efficientnet.pth")
-    said = "1 of the 1000 numbers of _fc.bias are not finite"
+    message = "1 of the 1000 numbers of _fc.bias are not finite"
     weights = str(tmp_path / "efficientnet.pth")
-    with pytest.raises(UserError, match=f"^perceptual.network 'efficientnet_lite0': .*{said}"):
+    with pytest.raises(UserError, match=f"^perceptual.network 'efficientnet_lite0': .*{message}"):
         Perceptual(PerceptualConfig(network="efficientnet_lite0", weights=weights))
-    with pytest.raises(UserError, match=f"^--features efficientnet_lite0: .*{said}"):
+    with pytest.raises(UserError, match=f"^--features efficientnet_lite0: .*{message}"):
         open_features("efficientnet_lite0", weights)
     torch.save({"features.0.weight": torch.full((64, 3, 3, 3), float("nan"))}, tmp_path / "vgg.pth")
     with pytest.raises(UserError, match=r"^perceptual.weights: .*vgg.pth: .* of features.0.weight are not finite"):
@@ -184,10 +184,10 @@ def test_networks_that_measure_whose_weights_are_none(tmp_path: Path) -> None:
             open_upscaler(tmp_path / file, CPU)
 
 
-def smoke(run: Path, *more: str) -> Finished:
+def smoke(run: Path, *changes: str) -> Finished:
     sets = ["steps=4", "checkpoint.every=2", "preview.every=2", "log.every=1", "preview.num_samples=2", "preview.quality=null"]
-    words = [word for key in (*sets, *more) for word in ("--set", key)]
-    return here("ddpm_accelerate.py", "-cfg", "configs/smoke/ddpm.json", "--run-dir", run, *words)
+    arguments = [word for key in (*sets, *changes) for word in ("--set", key)]
+    return here("ddpm_accelerate.py", "-cfg", "configs/smoke/ddpm.json", "--run-dir", run, *arguments)
 
 
 def test_a_checkpoint_that_is_no_number_is_not_gone_on_from(tmp_path: Path) -> None:
@@ -211,23 +211,23 @@ def test_a_checkpoint_that_is_no_number_is_not_gone_on_from(tmp_path: Path) -> N
 
 
 def test_samples_that_are_no_numbers_name_the_run_and_the_step(tmp_path: Path) -> None:
-    run, out, pictures = a_run(tmp_path / "run", blown), tmp_path / "out", images(tmp_path / "images")
-    said = f"the samples of {run} (step 70) are not finite (NaN or infinity), from sampling step 1 of 4 on; draw from an"
+    run, out, folder = a_run(tmp_path / "run", blown), tmp_path / "out", images(tmp_path / "images")
+    message = f"the samples of {run} (step 70) are not finite (NaN or infinity), from sampling step 1 of 4 on; draw from an"
     for solver in ("ddim", "ancestral", "euler", "heun", "dpmpp_2m"):
-        assert said in refused("sample", run, "--steps", "4", "--solver", solver, "--num-samples", "2", "--out", out)
+        assert message in refused("sample", run, "--steps", "4", "--solver", solver, "--num-samples", "2", "--out", out)
         assert not out.exists(), "nothing is left behind"
-    assert said in refused("sample", run, "--steps", "4", "--frames", "--out", out) and not out.exists()
+    assert message in refused("sample", run, "--steps", "4", "--frames", "--out", out) and not out.exists()
     words = ("--steps", "4", "--frames-between", "2", "--num-seeds", "2", "--out", out)
-    assert said in refused("interpolate", run, *words) and not out.exists()
-    words = ("--features", "random", "--data", pictures, "--steps", "4", "--num-samples", "10", "--out", tmp_path / "e")
-    assert said in refused("evaluate", run, *words)
-    words = ("--features", "random", "--data", pictures, "--num-samples", "10", "--out", tmp_path / "sweep")
+    assert message in refused("interpolate", run, *words) and not out.exists()
+    words = ("--features", "random", "--data", folder, "--steps", "4", "--num-samples", "10", "--out", tmp_path / "e")
+    assert message in refused("evaluate", run, *words)
+    words = ("--features", "random", "--data", folder, "--num-samples", "10", "--out", tmp_path / "sweep")
     assert "from sampling step 1 of 3 on" in refused("evaluate", run, *words, "--sweep", "steps=3,4")
     assert f"the likelihood of {run} (step 70) is not finite" in refused(
-        "evaluate", run, "--likelihood", "--data", pictures, "--steps", "4", "--out", tmp_path / "bits"
+        "evaluate", run, "--likelihood", "--data", folder, "--steps", "4", "--out", tmp_path / "bits"
     )
     assert f"the samples of {run} (step 70) are not finite" in refused(
-        "sample", run, "--invert", pictures / "000.png", "--steps", "4", "--solver", "euler", "--out", out
+        "sample", run, "--invert", folder / "000.png", "--steps", "4", "--solver", "euler", "--out", out
     )
     assert not out.exists()
 
@@ -255,12 +255,12 @@ def test_an_autoencoder_that_makes_no_numbers_is_named(tmp_path: Path) -> None:
             return latents * float("inf")
 
     opened = open_trained(a_run(tmp_path / "run"), CPU)
-    spec, more = SamplerConfig(steps=2), {"clip": False, "label_dropout": 0.0, "codec": Codec()}
-    own = (spec, opened.network, opened.process, (3, 8, 8), None)
+    spec, options = SamplerConfig(steps=2), {"clip": False, "label_dropout": 0.0, "codec": Codec()}
+    arguments = (spec, opened.network, opened.process, (3, 8, 8), None)
     with pytest.raises(UserError, match=r"the autoencoder of run \(step 3\) makes images that are not finite"):
-        sampler_of(*own, origin="run (step 3)", **more).draw(0, [0], None, device=CPU)
-    drawn = sampler_of(*own, **more).draw(0, [0], None, device=CPU)
-    assert not is_finite(drawn), "of a preview nobody is refused"
+        sampler_of(*arguments, origin="run (step 3)", **options).draw(0, [0], None, device=CPU)
+    images = sampler_of(*arguments, **options).draw(0, [0], None, device=CPU)
+    assert not is_finite(images), "of a preview nobody is refused"
 
 
 def test_points_that_are_no_numbers(tmp_path: Path) -> None:
@@ -272,10 +272,10 @@ def test_points_that_are_no_numbers(tmp_path: Path) -> None:
     config |= {"model": {"kind": "mlp"}, "source": source}
     documents = {"config": config, "data": {"class_names": []}, "progress": {"step": 5}}
     write_folder(tmp_path / "points", {"ema": weights}, documents)
-    said = refused(
+    message = refused(
         "sample", tmp_path / "points", "--solver", "euler", "--steps", "3", "--num-samples", "5", "--out", tmp_path / "o"
     )
-    assert f"the samples of {tmp_path / 'points'} (step 5) are not finite" in said and not (tmp_path / "o").exists()
+    assert f"the samples of {tmp_path / 'points'} (step 5) are not finite" in message and not (tmp_path / "o").exists()
 
 
 # ---------------------------------------------------------------------------------------------- while a run trains
@@ -300,16 +300,16 @@ def test_a_preview_that_is_no_number_warns_and_the_run_goes_on(tmp_path: Path, m
 
 
 def test_paths_and_reconstructions_that_are_no_numbers_warn() -> None:
-    said: list[str] = []
+    warnings: list[str] = []
     session: Any = SimpleNamespace(
-        step=7, run=SimpleNamespace(say=said.append), accelerator=SimpleNamespace(is_main_process=True)
+        step=7, run=SimpleNamespace(say=warnings.append), accelerator=SimpleNamespace(is_main_process=True)
     )
-    drawn = torch.zeros(3, 2)
-    warn_not_finite(drawn, session)
-    assert not said
-    drawn[1, 0] = float("nan")
-    warn_not_finite(drawn, session)
-    assert said[0].startswith("warning: step 7: 1 of 3 samples of the preview are not finite")
+    outputs = torch.zeros(3, 2)
+    warn_not_finite(outputs, session)
+    assert not warnings
+    outputs[1, 0] = float("nan")
+    warn_not_finite(outputs, session)
+    assert warnings[0].startswith("warning: step 7: 1 of 3 samples of the preview are not finite")
     values = {"l1": float("nan"), "psnr": float("inf"), "latent_mean_0": 0.0, "latent_std_0": 1.0}
     assert troubled_channels(values) == ["the reconstructions are not finite (NaN or infinity): l1; look at the loss"]
     assert troubled_channels({**values, "l1": 0.0}) == []
@@ -337,23 +337,25 @@ class Spoilt(VAE):
 def test_an_autoencoder_that_gives_no_numbers_is_named_with_the_image_and_leaves_no_cache(tmp_path: Path) -> None:
     folder = images(tmp_path / "images", size=16)
     Image.new("RGB", (16, 16), "white").save(folder / "005.png")
-    pictures = open_sources(FolderSource(source="folder", path=str(folder)))
+    image_set = open_sources(FolderSource(source="folder", path=str(folder)))
     network = randomise(Spoilt(VAEConfig(widths=(8, 16), blocks=1), 3)).eval()
-    own = Autoencoder(network=network, path="runs/vae", document={}, digest="d", channels=3, latent_channels=4, factor=2)
+    opened = Autoencoder(network=network, path="runs/vae", document={}, digest="d", channels=3, latent_channels=4, factor=2)
     cache = tmp_path / "caches" / "one"
     with pytest.raises(UserError) as error:
-        latents_of(own, pictures, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
-    said = "the latents of the autoencoder runs/vae are not finite (NaN or infinity), first of the image 005.png, and no latent"
-    assert said in str(error.value)
+        latents_of(opened, image_set, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
+    words = (
+        "the latents of the autoencoder runs/vae are not finite (NaN or infinity), first of the image 005.png, and no latent"
+    )
+    assert words in str(error.value)
     assert [path.name for path in cache.parent.iterdir()] == [".one.lock"], "no cache, whole or in parts"
     network.moments = lambda images: VAE.moments(network, images)
-    latents_of(own, pictures, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
+    latents_of(opened, image_set, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
     assert (cache / "manifest.json").exists(), "the same call works with a sound autoencoder"
 
     manifest = read_json(cache / "manifest.json")  # as versions before this one left it
     (cache / "manifest.json").write_text(json.dumps({**manifest, "mean": [float("nan")] * 4}))
     with pytest.raises(UserError, match="damaged, or its latents are not finite .*; remove it, and it is made again"):
-        latents_of(own, pictures, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
+        latents_of(opened, image_set, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
 
 
 def test_reconstructions_that_are_no_numbers_are_no_measure(tmp_path: Path) -> None:
@@ -363,10 +365,10 @@ def test_reconstructions_that_are_no_numbers_are_no_measure(tmp_path: Path) -> N
     weights = {key: torch.full_like(value, 3e38) for key, value in network.state_dict().items()}
     write_folder(tmp_path / "vae" / "final", {"ema": weights}, {"config": config, "progress": {"step": 9, "tanh": False}})
     folder, out = images(tmp_path / "images", size=16), tmp_path / "out"
-    said = refused("evaluate", tmp_path / "vae", "--features", "random", "--data", folder, "--out", out)
+    message = refused("evaluate", tmp_path / "vae", "--features", "random", "--data", folder, "--out", out)
     assert (
         f"the reconstructions of {tmp_path / 'vae'} (step 9) are not finite (NaN or infinity), first of the image 000.png"
-        in said
+        in message
     )
 
 

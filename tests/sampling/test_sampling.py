@@ -248,13 +248,13 @@ def test_what_does_not_fit() -> None:
 def test_a_run_a_checkpoint_a_final_folder_and_an_export_are_the_same(smoke_run: Path, tmp_path: Path) -> None:
     shutil.copytree(smoke_run / "final", tmp_path / "moved")
     export = next((smoke_run.parent / "models").glob("ckpt_epoch4_ddpm.pt"))
-    pictures = []
+    results = []
     for path in (smoke_run, smoke_run / "checkpoints" / "step_00000030", tmp_path / "moved", export):
         opened = open_trained(path, CPU)
         assert opened.class_names == ("circle", "cross", "square", "triangle") and opened.step == 30
-        drawn = build_sampler(opened, SamplerConfig(steps=3))
-        pictures.append(drawn.draw(0, [0, 1], opened.labels("cross/0", 2), device=CPU))
-    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+        sampler = build_sampler(opened, SamplerConfig(steps=3))
+        results.append(sampler.draw(0, [0, 1], opened.labels("cross/0", 2), device=CPU))
+    assert all(torch.equal(images, results[0]) for images in results)
 
 
 def test_classes_by_name_and_number_in_equal_blocks(smoke_run: Path) -> None:
@@ -287,9 +287,9 @@ def test_what_cannot_be_opened(smoke_run: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.pt").write_bytes(export.read_bytes()[:2000])
     with pytest.raises(UserError, match="damaged or no export"):
         open_trained(tmp_path / "cut.pt", CPU)
-    found = torch.load(export, weights_only=True)
-    found["config"]["model"]["base_channels"] = 24
-    torch.save(found, tmp_path / "other.pt")
+    document = torch.load(export, weights_only=True)
+    document["config"]["model"]["base_channels"] = 24
+    torch.save(document, tmp_path / "other.pt")
     with pytest.raises(UserError, match="another architecture"):
         open_trained(tmp_path / "other.pt", CPU)
 
@@ -299,12 +299,12 @@ def test_what_cannot_be_opened(smoke_run: Path, tmp_path: Path) -> None:
 
 def draw_files(run: Path, out: Path, *, count: int = 7, world: int = 1, frames: bool = False, seed: int = 0) -> list[Path]:
     opened = open_trained(run, CPU)
-    drawn = build_sampler(opened, SamplerConfig(steps=3, guidance=2.0))
+    sampler = build_sampler(opened, SamplerConfig(steps=3, guidance=2.0))
     paths: list[Path] = []
     for rank in reversed(range(world)):  # the first rank last: it waits for the others' files
         labels = [i * 3 // count for i in range(count)]
         paths = write_samples(
-            opened, drawn, out, count=count, batch_size=3, labels=labels, seed=seed, frames=frames,
+            opened, sampler, out, count=count, batch_size=3, labels=labels, seed=seed, frames=frames,
             device=CPU, ranks=Ranks(rank, world, lambda: out.mkdir(exist_ok=True)),
         )  # fmt: skip
     return paths
@@ -313,12 +313,12 @@ def draw_files(run: Path, out: Path, *, count: int = 7, world: int = 1, frames: 
 def test_a_killed_sampling_goes_on_and_gives_the_same_files(smoke_run: Path, tmp_path: Path) -> None:
     paths = draw_files(smoke_run, tmp_path / "out")
     whole = [path.read_bytes() for path in paths]
-    kept = paths[0].stat().st_mtime_ns
+    stamp = paths[0].stat().st_mtime_ns
     for lost in (paths[1], paths[4], paths[5]):
         lost.unlink()
     draw_files(smoke_run, tmp_path / "out")
     assert [path.read_bytes() for path in paths] == whole
-    assert paths[0].stat().st_mtime_ns == kept, "what was there is not written again"
+    assert paths[0].stat().st_mtime_ns == stamp, "what was there is not written again"
     metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
     assert metadata["num_samples"] == 7 and metadata["seed"] == 0 and metadata["classes"][0] == "circle"
     assert metadata["guidance"] == 2.0 and metadata["config"]["name"] == "smoke_ddpm" and len(metadata["weights"]) == 64
@@ -333,9 +333,9 @@ def test_a_killed_sampling_goes_on_and_gives_the_same_files(smoke_run: Path, tmp
 def test_frames_have_one_size_and_their_images_one_height() -> None:
     sampler: Any = SimpleNamespace(steps=50)
     way, black = Frames([0], sampler, note="a_long_name_of_a_run-with_parts"), np.zeros((1, 16, 16, 3), np.uint8)
-    seen = [way._sheet(step, black, black) for step in (0, 7, 10, 50)]
-    assert len({sheet.size for sheet in seen}) == 1
-    pixels = np.asarray(seen[0].convert("L"))
+    sheets = [way._sheet(step, black, black) for step in (0, 7, 10, 50)]
+    assert len({sheet.size for sheet in sheets}) == 1
+    pixels = np.asarray(sheets[0].convert("L"))
     assert (pixels[-68:-4, 4:68] == 0).all() and (pixels[-68:-4, 76:140] == 0).all(), "side by side"
 
 
@@ -372,7 +372,7 @@ def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--classes", "hexagon"], "the classes are: circle"),
         (["--eta", "0.5", "--solver", "heun"], "eta belongs to the solver ddim"),
@@ -381,8 +381,8 @@ def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Pat
         (["--device", "toaster"], "--device toaster cannot be used"),
     ],
 )
-def test_mistakes_of_sample_py(smoke_run: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
-    assert said in one_line(here("sample.py", smoke_run, "--out", tmp_path / "out", *arguments))
+def test_mistakes_of_sample_py(smoke_run: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    assert message in one_line(here("sample.py", smoke_run, "--out", tmp_path / "out", *arguments))
     assert not (tmp_path / "out").exists()
 
 
@@ -422,8 +422,8 @@ def test_two_runs_of_one_config_do_not_mix(smoke_run: Path, tmp_path: Path) -> N
 def test_the_default_count_is_dealt_to_any_number_of_classes(
     classes: str | None, count: int, smoke_run: Path, tmp_path: Path
 ) -> None:
-    asked = ("--classes", classes) if classes is not None else ()
-    done = here("sample.py", smoke_run, "--steps", "1", *asked, "--out", tmp_path / "out")
+    words = ("--classes", classes) if classes is not None else ()
+    done = here("sample.py", smoke_run, "--steps", "1", *words, "--out", tmp_path / "out")
     assert done.status == 0 and done.out.startswith(f"{count} images of"), done.all
     assert len(list((tmp_path / "out").glob("0*.png"))) == count
 
