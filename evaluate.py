@@ -11,6 +11,7 @@ python evaluate.py runs/digits_ddpm --likelihood --steps 100      bits per dimen
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,9 +136,7 @@ def measure_quality(args: argparse.Namespace, defaults: argparse.Namespace, stat
     if args.resize and not is_folder:
         raise UserError("--resize is for a folder of images: a run says itself how large they are")
     opened = open_trained(args.run, device) if draws_samples else None
-    networks = [network.to(device) for network in open_networks(args)]
-    out = Path(args.out) if args.out else None
-    setup = Setup(networks, out, ranks_of(state), device, batch_size=args.batch_size, seed=args.seed)
+    setup = setup_of(args, state, device, [network.to(device) for network in open_networks(args)])
     if is_folder:
         results = evaluate_folder(setup, place, open_images(args, {}, "train").images, resize=args.resize)
     elif opened is None:
@@ -155,6 +154,12 @@ def measure_quality(args: argparse.Namespace, defaults: argparse.Namespace, stat
             results = evaluate_run(setup, opened, build_sampler(opened, spec, classifier), data, held_out, **samples)
     if state.is_main_process:
         show(results, args)
+
+
+def setup_of(args: argparse.Namespace, state: Any, device: torch.device, networks: Sequence[Features] = ()) -> Setup:
+    """The setup that the arguments describe."""
+    out = Path(args.out) if args.out else None
+    return Setup(networks, out, ranks_of(state), device, batch_size=args.batch_size, seed=args.seed)
 
 
 def given(args: argparse.Namespace, defaults: argparse.Namespace, *names: str) -> list[str]:
@@ -207,12 +212,11 @@ def measure_bits(args: argparse.Namespace, defaults: argparse.Namespace, state: 
     opened = open_trained(args.run, device)
     data, _, reference = open_images(args, opened.config, "held_out")
     steps = parse_steps(args.steps) if args.steps is not None else None
-    options = {"steps": steps, "spacing": args.spacing, "batch_size": args.batch_size, "seed": args.seed}
-    out = Path(args.out) if args.out else None
-    means, num_steps, out = measure_likelihood(opened, data, out, ranks=ranks_of(state), **options)
+    means, out = measure_likelihood(setup_of(args, state, device), opened, data, steps=steps, spacing=args.spacing)
     if not state.is_main_process:
         return
-    bits, prior, decoder = means["bits_per_dimension"], means["prior"], means["decoder"]
+    bits, prior, decoder = (means[key] for key in ("bits_per_dimension", "prior", "decoder"))
+    num_steps = len(means["steps"])
     if args.json:
         print(json.dumps(means))
     else:

@@ -11,20 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from src.config import UserError
 from src.data import open_sources
 from src.data.sources import ShapesSource
-from src.evaluation.features import extract_all, join_batches, labels_like, pixels_of, spread_indices
-from src.evaluation.registry import METRICS, FeatureSets, Metric, compare, flag
-from src.evaluation.results import Results
-from src.evaluation.run import add_class_accuracy
-from src.evaluation.sweep import parse_sweep
-from src.metrics.features import RandomFeatures
-from src.runs.starts import SourceSampler
 from src.runtime.checkpoint import spared_steps
-from src.runtime.examples import Examples
-from src.sampling.sampler import SamplerConfig
-from src.storage.blocks import Ranks
 from src.training.session import Session
 from tests.conftest import SMOKE, here, launch, metrics, one_line, refused, run_here
 from tests.kills import settings
@@ -185,94 +174,6 @@ def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "evaluation_frechet" in (ldm_run / "report.html").read_text()
         or "frechet random of 16" in (ldm_run / "report.html").read_text()
     )
-
-
-def test_what_a_sweep_says() -> None:
-    parsed = parse_sweep(SamplerConfig(eta=0.5), ["steps=5,10", "spacing=even,trailing"])
-    assert [(setting.steps, setting.spacing, setting.eta) for setting in parsed] == [
-        (5, "even", 0.5), (5, "trailing", 0.5), (10, "even", 0.5), (10, "trailing", 0.5),
-    ]  # fmt: skip
-    for words, message in (
-        (["stepz=1"], "the sampler has no 'stepz'; allowed: alphas"),
-        (["steps"], "write it as KEY=A,B"),
-        (["steps=1", "steps=2"], "stands there twice"),
-        (["solver=ddim,dimm"], "dimm"),
-    ):
-        with pytest.raises(UserError, match=message):
-            parse_sweep(SamplerConfig(), words)
-
-
-def test_samples_have_the_classes_of_the_real_images() -> None:
-    data = open_sources(ShapesSource(source="shapes", count=40, size=16))
-    data.labels = np.array([0] * 30 + [1] * 5 + [-1] * 5)
-    labels = labels_like(data, 80, 4)
-    assert labels is not None and [labels.count(k) for k in (0, 1, 2, 4)] == [60, 10, 0, 10], "no class is the null class"
-    assert labels_like(data, 80, None) is None
-
-
-def test_notes_on_too_few_images() -> None:
-    assert flag(17, 17, 16) == []
-    assert flag(16, 17, 16)[0].startswith("16 samples for 16 features: the distance is too large")
-    assert flag(2000, 12, 16)[0].startswith("12 real pictures for")
-
-
-def feature_sets(**labels: np.ndarray) -> FeatureSets:
-    """Two classes far apart, the same images as samples, real and held out."""
-    features = np.eye(2, dtype=np.float32).repeat(20, 0)
-    return FeatureSets(RandomFeatures(), features, features, features, labels, 2)
-
-
-def test_held_out_images_without_a_class_are_not_read(tmp_path: Path) -> None:
-    labels = np.array([0] * 20 + [1] * 20)
-    comparison = compare(feature_sets(real=labels, samples=labels, held_out=np.full(40, -1)))
-    results = Results(tmp_path)
-    lines = add_class_accuracy(results, comparison, ["a", "b"])
-    assert comparison.values["accuracy"] == 1.0 and "accuracy_held_out" not in comparison.values
-    assert results.values["class_b_read_by_random"] == 1 and len(lines) == 3
-    json.dumps(results.document, allow_nan=False)
-
-
-@pytest.mark.parametrize(
-    ("real", "samples", "note"), [([0, 0], [0, 1], "one class alone"), ([0, 1], [2, 2], "no sample has a class")]
-)
-def test_samples_or_real_images_without_classes(tmp_path: Path, real: list[int], samples: list[int], note: str) -> None:
-    comparison = compare(feature_sets(real=np.repeat(real, 20), samples=np.repeat(samples, 20)))
-    assert comparison.notes[-1] == f"{note}: nothing to read"
-    assert "accuracy" not in comparison.values and add_class_accuracy(Results(tmp_path), comparison, ["a", "b"]) == []
-
-
-def test_a_metric_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        METRICS, "gap", Metric(lambda sets: float(sets.real.mean() - sets.samples.mean()), "mean gap", "{:.1f}")
-    )
-    monkeypatch.setitem(METRICS, "never", Metric(lambda sets: 1.0, "never", needs="labels"))
-    monkeypatch.setitem(METRICS, "hidden", Metric(lambda sets: 2.0, needs="held_out", counted="held_out"))
-    sets = feature_sets()
-    sets.held_out = sets.real[:12]
-    results = Results(tmp_path, step=3)
-    results.add_table("title", [compare(sets)])
-    assert results.values["gap_random_of_40"] == 0 and results.values["hidden_random_of_12"] == 2
-    assert "never" not in results.document["random"]
-    assert "  mean gap                                0.0" in results.lines and "hidden" not in "".join(results.lines)
-    results.write(Ranks(rank=1))
-    assert not (tmp_path / "evaluation.json").exists(), "rank 0 writes for all"
-    results.write(Ranks())
-    assert figures(tmp_path)["step"] == 3 and figures(tmp_path)["random"]["gap"] == 0
-
-
-def test_batches_are_joined_and_indices_spread() -> None:
-    joined = join_batches({"x": np.full(len(part), part[0])} for part in ([1, 2], [3]))
-    assert joined["x"].tolist() == [1, 1, 3]
-    assert spread_indices(10, 3).tolist() == [0, 3, 6] and spread_indices(2, 5).tolist() == [0, 1]
-    pixels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    assert extract_all([RandomFeatures()], [pixels, pixels])["random"].shape == (4, 16)
-    assert pixels_of(torch.tensor([-1.0, 1.0, 2.0]).reshape(1, 3, 1, 1)).flatten().tolist() == [0, 255, 255]
-
-
-def test_starts_are_dealt_anew_when_all_were_given() -> None:
-    starts = SourceSampler(Examples(np.zeros(5, np.int64), lambda indices: torch.from_numpy(indices).float()))
-    points = starts(0, range(10))
-    assert len(starts) == 5 and sorted(points[:5].tolist()) == [0, 1, 2, 3, 4] and (points[:5] == points[5:]).all()
 
 
 def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

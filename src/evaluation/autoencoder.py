@@ -90,7 +90,7 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
     results.lines += [f"  note: {note}" for note in notes]
     results.values |= means
     results.document |= {**means, "real_pictures": len(data), "of": reference, "notes": notes}
-    results.write(setup.ranks)
+    results.write()
 
     def draw(path: Path) -> None:
         order = np.argsort(arrays["psnr"], kind="stable")

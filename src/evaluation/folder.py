@@ -13,13 +13,10 @@ from torch import Tensor
 from .. import figures
 from ..config import UserError
 from ..data import ImageConfig, ImageSet
-from ..metrics.distances import Array
-from ..sampling.batches import in_batches
 from ..sampling.edit import files_of
-from ..storage.blocks import in_blocks
-from .features import BLOCK, check_count, extract_all, pixel_loader, spread_indices
+from .features import check_count, pixel_loader, spread_indices
 from .registry import FeatureSets, compare
-from .results import GIVEN, Results, Setup, draw_nearest, on_screen
+from .results import GIVEN, Results, Setup, on_screen
 
 
 def evaluate_folder(setup: Setup, place: Path, data: ImageSet, *, resize: bool) -> Results:
@@ -32,17 +29,14 @@ def evaluate_folder(setup: Setup, place: Path, data: ImageSet, *, resize: bool) 
     if not resize:
         _check_sizes(data, image)
 
-    def pixels(part: Sequence[Path]) -> Tensor:
-        return torch.from_numpy(np.stack([_read(path, image) for path in part])).permute(0, 3, 1, 2)
-
-    def make(block: range) -> dict[str, Array]:
-        return extract_all(setup.networks, map(pixels, in_batches(files[block.start : block.stop], setup.batch_size)))
+    def pixels(indices: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.stack([_read(files[i], image) for i in indices])).permute(0, 3, 1, 2)
 
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     request = {"samples": digest, "pictures": data.fingerprint, "size": image.size}
     out = setup.claim(place.resolve().name, "pictures", request)
-    samples = in_blocks(out, len(files), BLOCK, make, setup.ranks, doing="features of the samples")
+    samples = setup.extract(out, len(files), pixels, "features of the samples")
     real = setup.real_features(data, image)
     results = Results(out)
     if not setup.computes:
@@ -50,13 +44,8 @@ def evaluate_folder(setup: Setup, place: Path, data: ImageSet, *, resize: bool) 
     comparisons = [compare(FeatureSets(n, samples[n.name], real[n.name])) for n in setup.networks]
     results.add_table(f"{place}: {len(files)} images against {len(data)} {on_screen(GIVEN)}", comparisons)
     results.document |= {"num_samples": len(files), "real_pictures": len(data)}
-    results.write(setup.ranks)
-
-    def draw(indices: Sequence[int]) -> figures.Pixels:
-        return np.stack([_read(files[i], image) for i in indices])
-
-    load, sets = pixel_loader(data, image), comparisons[0].sets
-    results.add_sheet("nearest.png", lambda path: draw_nearest(path, sets, draw, load, GIVEN))
+    results.write()
+    results.add_nearest(comparisons[0].sets, pixels, pixel_loader(data, image), GIVEN, setup.batch_size)
     return results
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,44 +16,28 @@ from ..config.packages import ask_for
 from ..data import ImageSet
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..diffusion import times as times_of
-from ..diffusion.schedules import Spacing
 from ..metrics.distances import Array
 from ..runs.opened import Opened
 from ..runtime.examples import Examples, image_examples
 from ..runtime.looks import only_looked_at
 from ..runtime.seeds import noise_of
 from ..sampling.batches import in_batches
-from ..storage.blocks import Ranks, claim_request, in_blocks
+from ..storage.blocks import claim_request, in_blocks
 from ..storage.files import write_whole
 from ..storage.finite import is_finite
 from .features import join_batches
+from .results import Setup
 
 BLOCK = 64  # images in a file; a kill loses the work on one file
 KEYS = ("prior", "terms", "eps_mse", "x0_mse")
 
 
-class Likelihood(NamedTuple):
-    """The means over all images, as likelihood.json has them, the number of steps, and the folder."""
-
-    means: dict[str, Any]
-    num_steps: int
-    out: Path
-
-
 def measure_likelihood(
-    opened: Opened,
-    data: ImageSet,
-    out: Path | None,
-    *,
-    steps: int | list[int] | None,
-    spacing: Spacing,
-    batch_size: int,
-    seed: int,
-    ranks: Ranks,
-) -> Likelihood:
-    """The variational bound of every image along so many steps (default all of the schedule), into `out` (default
-    evaluations/RUN/likelihood_...): a file for every block of images, likelihood.json (the means), likelihood.png (the terms
-    by time).
+    setup: Setup, opened: Opened, data: ImageSet, *, steps: int | list[int] | None, spacing: str
+) -> tuple[dict[str, Any], Path]:
+    """The variational bound of every image along so many steps (default all of the schedule): a file for every block of images,
+    likelihood.json (the means), likelihood.png (the terms by time). Gives the means, and the folder (default
+    evaluations/RUN/likelihood_...).
 
     Every image has its own noise, so the results are the same on any number of processes and after a kill. A UserError for a
     run that has no likelihood, and for a folder of other results.
@@ -61,9 +45,10 @@ def measure_likelihood(
     schedule = _check(opened, data)
     times = times_of(schedule, schedule.num_steps if steps is None else steps, spacing)
     ask_for("drawing likelihood.png", "matplotlib")
-    if out is None:
-        key = json.dumps([opened.digest, data.fingerprint, data.state, times.tolist(), batch_size, seed])
-        out = Path(f"evaluations/{opened.folder}/likelihood_{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+    batch_size, seed = setup.batch_size, setup.seed
+    key = json.dumps([opened.digest, data.fingerprint, data.state, times.tolist(), batch_size, seed])
+    name = f"likelihood_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    out = setup.out or Path("evaluations") / opened.folder / name
     request = {
         "weights": opened.digest,
         "pictures": data.fingerprint,
@@ -73,7 +58,7 @@ def measure_likelihood(
         "batch_size": batch_size,
         "seed": seed,
     }
-    claim_request(out, request, ranks)
+    claim_request(out, request, setup.ranks)
 
     def make(block: range) -> dict[str, Array]:
         examples = image_examples(data, opened.image)
@@ -86,7 +71,7 @@ def measure_likelihood(
             )
         return values
 
-    arrays = in_blocks(out, len(data), max(BLOCK, batch_size), make, ranks, doing="likelihood")
+    arrays = in_blocks(out, len(data), max(BLOCK, batch_size), make, setup.ranks, doing="likelihood")
     totals, mean = arrays["prior"] + arrays["terms"].sum(1), {key: arrays[key].mean(0).tolist() for key in KEYS}
     means = {
         "bits_per_dimension": float(totals.mean()),
@@ -97,14 +82,14 @@ def measure_likelihood(
         "steps": times[:-1].tolist(),
         "pictures": len(data),
     }
-    if ranks.rank == 0:
+    if setup.computes:
         write_whole(out / "likelihood.json", (json.dumps(means, indent=1) + "\n").encode())
         t = means["steps"]
         errors = {"eps": (t, means["eps_mse"]), "x_0": (t, means["x0_mse"])}
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": errors}
         with only_looked_at("likelihood.png"):
             figures.curves(out / "likelihood.png", panels, xlabel="t", log=panels.keys())
-    return Likelihood(means, len(times) - 1, out)
+    return means, out
 
 
 def _check(opened: Opened, data: ImageSet) -> TableSchedule:

@@ -26,6 +26,7 @@ from .registry import METRICS, Comparison, FeatureSets
 
 # The images that samples are compared with, as evaluation.json names them: it keeps the word that older files have.
 TRAINING, HELD_OUT, GIVEN = "training pictures", "held-out pictures", "given pictures"
+PixelsOf = Callable[[Sequence[int]], Tensor]  # indices -> (B, C, H, W) uint8
 SHOWN = 12  # samples on the sheet of nearest training images
 
 
@@ -62,18 +63,27 @@ class Setup:
         """{name of a network: (N, dim)} of all real images; (0, dim) on ranks that compute nothing."""
         return {network.name: real_features(network, data, image, read=self.computes) for network in self.networks}
 
+    def sample_pixels(self, sampler: Sampler, labels: Sequence[int] | None) -> PixelsOf:
+        """A function that draws samples by their indices, of these classes."""
+
+        def pixels(indices: Sequence[int]) -> Tensor:
+            classes = [labels[i] for i in indices] if labels is not None else None
+            return pixels_of(sampler.draw(self.seed, indices, classes, device=self.device, batch_size=self.batch_size))
+
+        return pixels
+
+    def extract(self, out: Path, count: int, pixels: PixelsOf, doing: str, *, block: int = BLOCK) -> dict[str, Array]:
+        """{name of a network: (count, dim)} of the `pixels`, in files of `block` images in `out`; on every rank."""
+
+        def make(part: range) -> dict[str, Array]:
+            return extract_all(self.networks, map(pixels, in_batches(part, self.batch_size)))
+
+        return in_blocks(out, count, block, make, self.ranks, doing=doing)
+
     def sample_features(self, sampler: Sampler, labels: Sequence[int] | None, count: int, out: Path) -> dict[str, Array]:
-        """{name of a network: (count, dim)} of samples, drawn on the way into files of `out`; on every rank."""
-
-        def draw(part: range) -> Tensor:
-            classes = [labels[i] for i in part] if labels is not None else None
-            return pixels_of(sampler.draw(self.seed, part, classes, device=self.device, batch_size=self.batch_size))
-
-        def make(block: range) -> dict[str, Array]:
-            return extract_all(self.networks, map(draw, in_batches(block, self.batch_size)))
-
-        size = self.batch_size * max(1, min(BLOCK, count // 16) // self.batch_size)  # blocks for 16 ranks, even on fewer
-        return in_blocks(out, count, size, make, self.ranks, doing="sampling")
+        """The features of samples that are drawn on the way."""
+        block = self.batch_size * max(1, min(BLOCK, count // 16) // self.batch_size)  # work for 16 ranks, even on fewer
+        return self.extract(out, count, self.sample_pixels(sampler, labels), "sampling", block=block)
 
 
 @dataclass
@@ -108,11 +118,9 @@ class Results:
                 self.values[f"{key}_{network.name}_of_{count}"] = value
             self.document[network.name] = {**values, "compares_with": network.comparable, "notes": notes}
 
-    def write(self, ranks: Ranks) -> None:
+    def write(self) -> None:
         """Write evaluation.json."""
-        if ranks.rank == 0:
-            document = {"step": self.step, **self.document}
-            write_whole(self.out / "evaluation.json", (json.dumps(document, indent=1) + "\n").encode())
+        write_whole(self.out / "evaluation.json", (json.dumps({"step": self.step, **self.document}, indent=1) + "\n").encode())
 
     def add_sheet(self, name: str, draw: Callable[[Path], None]) -> None:
         """Call `draw` with a path in the folder. Where it fails, a warning says so."""
@@ -120,23 +128,31 @@ class Results:
             draw(self.out / name)
             self.files.append(self.out / name)
 
+    def add_nearest(
+        self,
+        sets: FeatureSets,
+        pixels: PixelsOf,
+        load: Callable[[Sequence[int]], figures.Pixels],
+        reference: str,
+        batch_size: int,
+    ) -> None:
+        """nearest.png: the samples nearest to a real image (`reference` says which those are), and as many of the others, each
+        followed by the three real images nearest to it. `pixels` gives samples, `load` real images as (N, H, W, C) uint8."""
 
-def draw_nearest(
-    path: Path,
-    sets: FeatureSets,
-    draw: Callable[[Sequence[int]], figures.Pixels],
-    load: Callable[[Sequence[int]], figures.Pixels],
-    reference: str,
-) -> None:
-    """The sheet of the samples nearest to a real image (`reference` says which those are), and of as many of the others, each
-    followed by the three real images nearest to it; `draw` and `load` give (N, H, W, C) uint8."""
-    order = np.argsort(sets.nearest, kind="stable")
-    others = order[len(order) // 2 :][:SHOWN] if len(order) >= 2 * SHOWN else order[:0]
-    chosen = np.concatenate([order[:SHOWN], others])
-    _, neighbours = distances.nearest(sets.samples[chosen], sets.real, most=3)
-    samples, real = draw(chosen.tolist()), load(neighbours.flatten().tolist())
-    rows = [np.concatenate([samples[i : i + 1], real[3 * i : 3 * i + 3]]) for i in range(len(chosen))]
-    usual = set(others.tolist())
-    labels = [word for i in chosen for word in (f"usual #{i}" if i in usual else f"#{i}", f"at {sets.nearest[i]:.3g}", "", "")]
-    title = f"the {min(SHOWN, len(order))} samples nearest to the {reference}, then usual ones; beside each, its nearest three"
-    figures.save(figures.grid(np.concatenate(rows), columns=8, labels=labels, title=title), path)
+        def draw(path: Path) -> None:
+            order = np.argsort(sets.nearest, kind="stable")
+            usual = order[len(order) // 2 :][:SHOWN] if len(order) >= 2 * SHOWN else order[:0]
+            chosen = [*order[:SHOWN].tolist(), *usual.tolist()]
+            _, neighbours = distances.nearest(sets.samples[chosen], sets.real, most=3)
+            samples = torch.cat([pixels(part) for part in in_batches(chosen, batch_size)]).permute(0, 2, 3, 1).numpy()
+            real = load(neighbours.flatten().tolist()).reshape(len(chosen), -1, *samples.shape[1:])
+            rows = np.concatenate([samples[:, None], real], axis=1).reshape(-1, *samples.shape[1:])
+            names = [f"usual #{i}" if i in usual else f"#{i}" for i in chosen]
+            labels = [
+                word for i, name in zip(chosen, names, strict=True) for word in (name, f"at {sets.nearest[i]:.3g}", "", "")
+            ]
+            first = f"the {min(SHOWN, len(order))} samples nearest to the {reference}"
+            title = f"{first}, then usual ones; beside each, its nearest three"
+            figures.save(figures.grid(rows, columns=8, labels=labels, title=title), path)
+
+        self.add_sheet("nearest.png", draw)

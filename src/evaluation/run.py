@@ -4,20 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from .. import figures
 from ..config import UserError, dump
 from ..config.packages import ask_for
 from ..data import ImageSet
 from ..data.names import shown as shown_name
 from ..runs.opened import Opened
 from ..runs.starts import SourceSampler
-from ..sampling.batches import in_batches
 from ..sampling.sampler import Sampler, describe
 from .features import check_count, labels_like, pixel_loader
 from .registry import Comparison, FeatureSets, compare
-from .results import TRAINING, Results, Setup, draw_nearest, on_screen
+from .results import TRAINING, Results, Setup, on_screen
 
 
 def describe_request(setup: Setup, opened: Opened, sampler: Sampler, data: ImageSet, count: int) -> dict[str, Any]:
@@ -93,17 +90,9 @@ def evaluate_run(
     results.lines += class_lines
     results.document |= {"num_samples": count, "real_pictures": len(data), "of": reference, "network_calls": sampler.calls()}
     results.document["sampler"] = dump(sampler.spec)
-    results.write(setup.ranks)
-
-    def draw(indices: Sequence[int]) -> figures.Pixels:
-        images = []
-        for part in in_batches(indices, setup.batch_size):
-            of_part = [classes[i] for i in part] if classes else None
-            images.append(sampler.draw(setup.seed, part, of_part, device=setup.device, batch_size=setup.batch_size))
-        return figures.to_uint8(torch.cat(images))
-
-    load, sets = pixel_loader(data, opened.image), comparisons[0].sets
-    results.add_sheet("nearest.png", lambda path: draw_nearest(path, sets, draw, load, reference))
+    results.write()
+    pixels, load = setup.sample_pixels(sampler, classes), pixel_loader(data, opened.image)
+    results.add_nearest(comparisons[0].sets, pixels, load, reference, setup.batch_size)
     return results
 
 

@@ -98,7 +98,7 @@ def evaluate_sweep(
         results.lines.append("  best: " + ", ".join(f"{key} {_short(best[key])}" for key in (*swept, "network_calls")))
     results.document = {"num_samples": count, "real_pictures": len(data), "of": reference, "rows": rows, "notes": notes}
     results.document["compares_with"] = {network.name: network.comparable for network in setup.networks}
-    results.write(setup.ranks)
+    results.write()
     names = [network.name for network in setup.networks]
     results.add_sheet("sweep.png", lambda path: _draw_sweep(path, rows, swept, names))
     return results
