@@ -1,24 +1,38 @@
 """The metrics of samples: the registry and the table, classes, notes, batches of features; and the settings of a sweep."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from src import figures
 from src.config import UserError
-from src.data import open_sources
+from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
-from src.evaluation.features import extract_all, join_batches, labels_like, pixels_of, spread_indices
+from src.evaluation.features import (
+    extract_all,
+    extract_features,
+    join_batches,
+    labels_like,
+    pixel_loader,
+    pixels_of,
+    spread_indices,
+)
+from src.evaluation.reconstruct import measure_distances
 from src.evaluation.registry import METRICS, FeatureSets, Metric, compare, flag
-from src.evaluation.results import Results
+from src.evaluation.results import Results, Setup, on_screen
 from src.evaluation.run import add_class_accuracy
 from src.evaluation.sweep import parse_sweep
 from src.metrics.features import RandomFeatures
 from src.runs.starts import SourceSampler
 from src.runtime.examples import Examples
 from src.sampling.sampler import SamplerConfig
+from src.storage.blocks import Ranks
 
 
 def test_what_a_sweep_says() -> None:
@@ -47,7 +61,7 @@ def test_samples_have_the_classes_of_the_real_images() -> None:
 def test_notes_on_too_few_images() -> None:
     assert flag(17, 17, 16) == []
     assert flag(16, 17, 16)[0].startswith("16 samples for 16 features: the distance is too large")
-    assert flag(2000, 12, 16)[0].startswith("12 real pictures for")
+    assert on_screen(flag(2000, 12, 16)[0]).startswith("12 real images for")
 
 
 def feature_sets(**labels: np.ndarray) -> FeatureSets:
@@ -106,3 +120,44 @@ def test_starts_are_dealt_anew_when_all_were_given() -> None:
     starts = SourceSampler(Examples(np.zeros(5, np.int64), lambda indices: torch.from_numpy(indices).float()))
     points = starts(0, range(10))
     assert len(starts) == 5 and sorted(points[:5].tolist()) == [0, 1, 2, 3, 4] and (points[:5] == points[5:]).all()
+
+
+def test_a_folder_of_results_belongs_to_one_request(tmp_path: Path) -> None:
+    setup = Setup([RandomFeatures()], tmp_path / "out", Ranks(), torch.device("cpu"), batch_size=4, seed=0)
+    assert setup.claim("run", "quality", {"weights": "a"}) == tmp_path / "out"
+    assert json.loads((tmp_path / "out" / "request.json").read_text())["features"][0][0] == "random"
+    (tmp_path / "out" / "block_00000.npz").touch()
+    with pytest.raises(UserError, match="holds other figures"):
+        setup.claim("run", "quality", {"weights": "b"})
+    assert setup.computes and not replace(setup, ranks=Ranks(1, 2)).computes
+
+
+def test_features_are_extracted_in_blocks_and_the_nearest_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup([RandomFeatures()], tmp_path, Ranks(), torch.device("cpu"), batch_size=4, seed=0)
+    data = open_sources(ShapesSource(source="shapes", count=12, size=16))
+    load = pixel_loader(data, ImageConfig(size=16))
+
+    def pixels(indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(load(indices)).permute(0, 3, 1, 2)
+
+    samples = setup.extract(tmp_path, 12, pixels, "testing", block=5)["random"]
+    assert samples.shape == (12, 16) and len(list(tmp_path.glob("block_*.npz"))) == 3
+    assert np.allclose(samples[4:8], extract_features(setup.networks[0], pixels(range(4, 8))), atol=1e-5)
+    sets = FeatureSets(setup.networks[0], samples, samples[::-1])
+    assert np.allclose(sets.nearest, 0, atol=1e-3)
+    sheets, draw_grid = list[Any](), figures.grid
+    monkeypatch.setattr(figures, "grid", lambda rows, **options: sheets.append((rows, options)) or draw_grid(rows, **options))
+    results = Results(tmp_path)
+    results.add_nearest(sets, pixels, lambda indices: load([11 - i for i in indices]), "training pictures", 5)
+    rows, options = sheets[0]
+    assert results.files == [tmp_path / "nearest.png"] and rows.shape == (4 * 12, 16, 16, 3)
+    assert np.array_equal(rows[0::4], rows[1::4]), "beside each sample, the real image at no distance"
+    assert options["labels"][0].startswith("#") and options["title"].startswith("the 12 samples nearest to the training")
+
+
+def test_distances_of_reconstructions_are_per_image() -> None:
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    distances = measure_distances(images, images, lambda a, b: (a - b).abs().flatten(1).sum(1))
+    assert {name: values.shape for name, values in distances.items()} == dict.fromkeys(("psnr", "l1", "ssim", "lpips"), (3,))
+    assert distances["l1"].eq(0).all() and distances["ssim"].allclose(torch.ones(3))
+    assert "ssim" not in measure_distances(images[:, :, :8, :8], images[:, :, :8, :8]), "smaller than its window"

@@ -382,7 +382,7 @@ def test_folders_that_cannot_be_upscaled(folder: Path, tmp_path: Path, upscaler:
     assert "does not exist" in refuse(tmp_path / "nowhere")
     assert "not a folder" in refuse(folder / "1.png")
     (tmp_path / "empty").mkdir()
-    assert "holds no pictures" in refuse(tmp_path / "empty")
+    assert "holds no images" in refuse(tmp_path / "empty")
     assert "lies in" in refuse(folder, folder / "large")
     assert "batch_size" in refuse(folder, batch_size=0)
     picture(folder / "2.bmp", 6, 8, 3)
