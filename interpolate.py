@@ -33,12 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("run", help="a run, a checkpoint, a final folder, or an export")
     keys = parser.add_argument_group("keys: what the animation goes through")
     keys.add_argument("--seeds", metavar="A/B/C", help="the first image that sample.py draws of each of these seeds")
-    keys.add_argument(
-        "--num-seeds",
-        type=int,
-        metavar="N",
-        help="the same of N seeds from --seed on (default about 5)",
-    )
+    keys.add_argument("--num-seeds", type=int, metavar="N", help="the same of N seeds from --seed on (default about 5)")
     keys.add_argument("--seed", type=int, default=0)
     keys.add_argument("--pictures", nargs="+", metavar="FILE", help="your own, inverted; with --solver rk4 they come back best")
     keys.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what becomes of these images")

@@ -192,10 +192,7 @@ def main() -> None:
     tag = short_hash(opened.digest, args.num_samples, args.batch_size, labels, words, request)
     name = f"{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     out = Path(args.out or f"samples/{opened.folder}/{name}")
-    with (
-        remove_if_empty(out, state.process_index),
-        explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"),
-    ):
+    with remove_if_empty(out, state.process_index), explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
         write_samples(
             opened,
             sampler,

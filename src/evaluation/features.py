@@ -32,6 +32,15 @@ def check_count(count: int, what: str) -> None:
         raise UserError(f"{count} {what} are too few to measure anything; at least {FEWEST}")
 
 
+def flag(samples: int, real: int, dim: int) -> list[str]:
+    """Notes on a Fréchet distance in `dim` features where one side has too few images for it, or none."""
+    return [
+        f"{count} {what} for {dim} features: the distance is too large, and compares only at that number"
+        for count, what in ((samples, "samples"), (real, "real pictures"))
+        if count <= dim
+    ]
+
+
 def spread_indices(count: int, most: int) -> NDArray[np.int64]:
     """At most `most` of `count` indices, evenly spread."""
     return np.arange(min(count, most)) * count // min(count, most)
@@ -62,12 +71,11 @@ def extract_features(network: Features, pixels: Tensor) -> Array:
 
 def join_batches(batches: Iterable[dict[str, Array]]) -> dict[str, Array]:
     """One array for each name, of the arrays of all batches; the progress counts the images of each batch."""
-    parts: dict[str, list[Array]] = {}
+    parts: list[dict[str, Array]] = []
     for batch in batches:
-        for name, values in batch.items():
-            parts.setdefault(name, []).append(values)
+        parts.append(batch)
         within(len(next(iter(batch.values()))))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def extract_all(networks: Sequence[Features], batches: Iterable[Tensor]) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""Bits per dimension of a whole data set: all ranks share the work, a block of images at a time, which a kill cannot undo."""
+"""Bits per dimension of a whole data set: all ranks share the work in blocks of images; after a kill, whole blocks are kept."""
 
 import hashlib
 import json

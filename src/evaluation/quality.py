@@ -16,8 +16,7 @@ from ..runtime.launch import broadcast
 from ..sampling.sampler import Sampler
 from ..storage.finite import is_finite
 from ..training.trials import Attempt
-from .features import FEWEST, check_count, labels_like, pixels_of, real_features
-from .registry import flag
+from .features import FEWEST, check_count, flag, labels_like, pixels_of, real_features
 
 
 @config

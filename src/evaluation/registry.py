@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..metrics import distances
 from ..metrics.distances import Array
 from ..metrics.features import Features
-from .features import FEWEST, spread_indices
+from .features import FEWEST, flag, spread_indices
 
 Need = Literal["features", "neighbours", "held_out", "labels"]  # what a metric is computed from, beside features of both sides
 
@@ -177,12 +177,3 @@ def _notes(sets: FeatureSets) -> list[str]:
         reason = "one class alone" if sets.class_accuracy is None else "no sample has a class"
         notes.append(f"{reason}: nothing to read")
     return notes
-
-
-def flag(samples: int, real: int, dim: int) -> list[str]:
-    """Notes on a Fréchet distance in `dim` features where one side has too few images for it, or none."""
-    return [
-        f"{count} {what} for {dim} features: the distance is too large, and compares only at that number"
-        for count, what in ((samples, "samples"), (real, "real pictures"))
-        if count <= dim
-    ]

@@ -199,14 +199,7 @@ def _decode(path: Path) -> figures.Pixels | str:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def upscale_folder(
-    folder: Path,
-    out: Path,
-    upscaler: Upscaler,
-    *,
-    batch_size: int,
-    ranks: Ranks,
-) -> list[Path]:
+def upscale_folder(folder: Path, out: Path, upscaler: Upscaler, *, batch_size: int, ranks: Ranks) -> list[Path]:
     """Upscale every image below a folder; gives the PNGs that are in `out` in the end, of all ranks.
 
     sub/name.jpg becomes out/sub/name.png, grey stays grey, transparency lies over white. `batch_size` consecutive images make a

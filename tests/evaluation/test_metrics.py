@@ -17,6 +17,7 @@ from src.data.sources import ShapesSource
 from src.evaluation.features import (
     extract_all,
     extract_features,
+    flag,
     join_batches,
     labels_like,
     pixel_loader,
@@ -24,7 +25,7 @@ from src.evaluation.features import (
     spread_indices,
 )
 from src.evaluation.reconstruct import measure_distances
-from src.evaluation.registry import METRICS, FeatureSets, Metric, compare, flag
+from src.evaluation.registry import METRICS, FeatureSets, Metric, compare
 from src.evaluation.results import Results, Setup, on_screen
 from src.evaluation.run import add_class_accuracy
 from src.evaluation.sweep import parse_sweep
@@ -143,7 +144,7 @@ def test_features_are_extracted_in_blocks_and_the_nearest_are_shown(tmp_path: Pa
     samples = setup.extract(tmp_path, 12, pixels, "testing", block=5)["random"]
     assert samples.shape == (12, 16) and len(list(tmp_path.glob("block_*.npz"))) == 3
     assert np.allclose(samples[4:8], extract_features(setup.networks[0], pixels(range(4, 8))), atol=1e-5)
-    sets = FeatureSets(setup.networks[0], samples, samples[::-1])
+    sets = FeatureSets(setup.networks[0], samples, samples[::-1].copy())
     assert np.allclose(sets.nearest, 0, atol=1e-3)
     sheets, draw_grid = list[Any](), figures.grid
     monkeypatch.setattr(figures, "grid", lambda rows, **options: sheets.append((rows, options)) or draw_grid(rows, **options))
