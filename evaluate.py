@@ -20,9 +20,10 @@ import torch
 from src.config import UserError, config, parse_json, read_json, run_script, validate
 from src.data import HeldOut, ImageSet, Sources, describe_data, open_data
 from src.evaluation.autoencoder import evaluate_autoencoder
+from src.evaluation.features import on_screen
 from src.evaluation.folder import evaluate_folder
 from src.evaluation.likelihood import measure_likelihood
-from src.evaluation.results import GIVEN, HELD_OUT, TRAINING, Results, Setup, on_screen
+from src.evaluation.results import GIVEN, HELD_OUT, TRAINING, Results, Setup
 from src.evaluation.run import evaluate_run
 from src.evaluation.sweep import evaluate_sweep, parse_sweep
 from src.metrics.features import NAMES, Features, open_features

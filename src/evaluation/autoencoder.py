@@ -20,10 +20,10 @@ from ..runtime.stream import to_network
 from ..sampling.batches import in_batches
 from ..storage.blocks import in_blocks
 from ..storage.finite import is_finite
-from .features import BLOCK, check_count, extract_features, join_batches, pixel_loader, pixels_of
+from .features import BLOCK, check_count, extract_features, join_batches, on_screen, pixel_loader, pixels_of
 from .reconstruct import measure_distances, save_sheet
 from .registry import FeatureSets, compare
-from .results import Results, Setup, on_screen
+from .results import Results, Setup
 
 
 def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data: ImageSet, reference: str) -> Results:

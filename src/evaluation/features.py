@@ -41,6 +41,11 @@ def flag(samples: int, real: int, dim: int) -> list[str]:
     ]
 
 
+def on_screen(words: str) -> str:
+    """Words of evaluation.json, which keeps "pictures" from older files, as a person reads them."""
+    return words.replace("pictures", "images")
+
+
 def spread_indices(count: int, most: int) -> NDArray[np.int64]:
     """At most `most` of `count` indices, evenly spread."""
     return np.arange(min(count, most)) * count // min(count, most)

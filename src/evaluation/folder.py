@@ -14,9 +14,9 @@ from .. import figures
 from ..config import UserError
 from ..data import ImageConfig, ImageSet
 from ..sampling.edit import files_of
-from .features import check_count, pixel_loader, spread_indices
+from .features import check_count, on_screen, pixel_loader, spread_indices
 from .registry import FeatureSets, compare
-from .results import GIVEN, Results, Setup, on_screen
+from .results import GIVEN, Results, Setup
 
 
 def evaluate_folder(setup: Setup, place: Path, data: ImageSet, *, resize: bool) -> Results:

@@ -21,18 +21,13 @@ from ..sampling.batches import in_batches
 from ..sampling.sampler import Sampler
 from ..storage.blocks import Ranks, claim_request, in_blocks
 from ..storage.files import write_whole
-from .features import BLOCK, extract_all, pixels_of, real_features
+from .features import BLOCK, extract_all, on_screen, pixels_of, real_features
 from .registry import METRICS, Comparison, FeatureSets
 
 # The images that samples are compared with, as evaluation.json names them: it keeps the word that older files have.
 TRAINING, HELD_OUT, GIVEN = "training pictures", "held-out pictures", "given pictures"
 PixelsOf = Callable[[Sequence[int]], Tensor]  # indices -> (B, C, H, W) uint8
 SHOWN = 12  # samples on the sheet of nearest training images
-
-
-def on_screen(words: str) -> str:
-    """Words of evaluation.json as a person reads them."""
-    return words.replace("pictures", "images")
 
 
 @dataclass(frozen=True)

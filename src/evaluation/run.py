@@ -12,9 +12,9 @@ from ..data.names import shown as shown_name
 from ..runs.opened import Opened
 from ..runs.starts import SourceSampler
 from ..sampling.sampler import Sampler, describe
-from .features import check_count, labels_like, pixel_loader
+from .features import check_count, labels_like, on_screen, pixel_loader
 from .registry import Comparison, FeatureSets, compare
-from .results import TRAINING, Results, Setup, on_screen
+from .results import TRAINING, Results, Setup
 
 
 def describe_request(setup: Setup, opened: Opened, sampler: Sampler, data: ImageSet, count: int) -> dict[str, Any]:

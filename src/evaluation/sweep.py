@@ -17,9 +17,9 @@ from ..runs.classifier import OpenedClassifier
 from ..runs.opened import Opened
 from ..sampling.build import build_sampler
 from ..sampling.sampler import SamplerConfig
-from .features import labels_like
+from .features import labels_like, on_screen
 from .registry import FeatureSets, compare
-from .results import TRAINING, Results, Setup, on_screen
+from .results import TRAINING, Results, Setup
 from .run import check_run, describe_request
 
 COLUMNS = ("frechet", "kernel", "precision", "recall")  # of the table; evaluation.json has all metrics

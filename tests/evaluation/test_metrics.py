@@ -20,13 +20,14 @@ from src.evaluation.features import (
     flag,
     join_batches,
     labels_like,
+    on_screen,
     pixel_loader,
     pixels_of,
     spread_indices,
 )
 from src.evaluation.reconstruct import measure_distances
 from src.evaluation.registry import METRICS, FeatureSets, Metric, compare
-from src.evaluation.results import Results, Setup, on_screen
+from src.evaluation.results import Results, Setup
 from src.evaluation.run import add_class_accuracy
 from src.evaluation.sweep import parse_sweep
 from src.metrics.features import RandomFeatures
