@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Animate the way from picture to picture: through seeds along great circles, or through your own pictures; MP4 and GIF."""
+"""Animate the way from image to image: through seeds along great circles, or through your own images; MP4 and GIF."""
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
@@ -16,15 +16,16 @@ from src.runs.opened import Opened, open_trained
 from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
 from src.runtime.memory import explain_out_of_memory
+from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.arguments import parse_alphas, parse_steps
 from src.sampling.build import dealt
-from src.sampling.edit import as_seen, files_of, from_nowhere, start_from_pictures
-from src.sampling.files import claim, nothing_left
+from src.sampling.edit import encode_images, files_of, no_start, start_from_images
+from src.sampling.files import claim, remove_if_empty
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
 from src.sampling.sampler import describe, random_labels
 
-SAMPLER_KEYS = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
+HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
 
 
 def arguments() -> argparse.Namespace:
@@ -34,16 +35,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("run", help="a run, a checkpoint, a final folder, or an export")
     keys = parser.add_argument_group("keys: what the animation goes through")
-    keys.add_argument("--seeds", metavar="A/B/C", help="the first picture that sample.py draws of each of these seeds")
-    keys.add_argument(
-        "--num-seeds",
-        type=int,
-        metavar="N",
-        help="the same of N seeds from --seed on (default about 5)",
-    )
+    keys.add_argument("--seeds", metavar="A/B/C", help="the first image that sample.py draws of each of these seeds")
+    keys.add_argument("--num-seeds", type=int, metavar="N", help="the same of N seeds from --seed on (default about 5)")
     keys.add_argument("--seed", type=int, default=0)
     keys.add_argument("--pictures", nargs="+", metavar="FILE", help="your own, inverted; with --solver rk4 they come back best")
-    keys.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what becomes of these pictures")
+    keys.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what becomes of these images")
     keys.add_argument("--classes", help="names or numbers, A/B/C, dealt to the keys in equal blocks and blended between them")
     keys.add_argument("--loop", action="store_true", help="go on from the last key to the first")
     keys.add_argument("--frames-between", type=int, default=48, metavar="N", help="from one key to the next (default 48)")
@@ -64,8 +60,8 @@ def arguments() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
-    """The keys: seeds, or files; a UserError for what makes no sense, before anything is opened."""
-    if sum(asked is not None for asked in (args.seeds, args.num_seeds, args.pictures, args.source)) > 1:
+    """The keys: seeds, or files; a UserError for arguments that make no sense, before anything is opened."""
+    if sum(value is not None for value in (args.seeds, args.num_seeds, args.pictures, args.source)) > 1:
         raise UserError("--seeds, --num-seeds, --pictures and --source each name the keys; give one of them")
     if args.frames_between < 1 or args.batch_size < 1 or not 1 <= args.fps <= 100:
         raise UserError("--frames-between and --batch-size must be at least 1, --fps from 1 to 100")
@@ -80,15 +76,16 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
         raise UserError("seeds go from 0 to 2^64 - 1")
     if len(files or seeds) < 2:
         raise UserError(f"an animation goes through two keys or more, and here is {len(files or seeds)}; give more")
-    if args.pictures and (SOLVERS[args.solver].inverse is None or args.eta):
+    if args.pictures and (args.solver not in invertible_solvers() or args.eta):
         name = f"{args.solver} with eta {args.eta:g}" if args.eta else args.solver
-        allowed = ", ".join(invertible_solvers())
-        raise UserError(f"{name} cannot be gone back, as --pictures need; allowed: {allowed} (with eta 0)")
+        raise UserError(
+            f"{name} cannot be gone back, as --pictures need; allowed: {', '.join(invertible_solvers())} (with eta 0)"
+        )
     return seeds, files
 
 
 def classes_of(opened: Opened, words: str | None, seeds: list[int], files: list[Path]) -> list[int] | None:
-    """A class for each key: the ones asked for, else a seed's own as in sample.py, or no class of a file."""
+    """A class for each key: those of --classes, else of a seed the class that sample.py draws, and of a file no class."""
     if words is not None:
         return opened.labels(words, len(seeds or files))
     if opened.num_classes is None:
@@ -101,19 +98,19 @@ def classes_of(opened: Opened, words: str | None, seeds: list[int], files: list[
 def main() -> None:
     args = arguments()
     seeds, files = check(args)
-    how = validate(SamplerConfig, {key: getattr(args, key) for key in SAMPLER_KEYS}, origin="arguments")
+    spec = validate(SamplerConfig, {key: getattr(args, key) for key in HOW}, origin="arguments")
     state, device = start_sampling(args.device)
-    rank, world, barrier = state.process_index, state.num_processes, state.wait_for_everyone
+    ranks = ranks_of(state)
     opened = open_trained(args.run, device)
     if opened.low_resolution is not None:
-        raise UserError(f"{args.run} is an upsampler, which draws from other pictures; give the run that draws those")
-    given = start_from_pictures(opened, args.source) if args.source is not None else None
-    given = from_nowhere if args.pictures and not opened.gaussian else given
-    sampler = build_sampler(opened, how, source=given)
+        raise UserError(f"{args.run} is an upsampler, which draws from other images; give the run that draws those")
+    source = start_from_images(opened, args.source) if args.source is not None else None
+    source = no_start if args.pictures and not opened.gaussian else source
+    sampler = build_sampler(opened, spec, source=source)
     labels = classes_of(opened, args.classes, seeds, files)
-    x0 = as_seen(opened, files) if args.pictures else None
+    x0 = encode_images(opened, files) if args.pictures else None
 
-    # Where it goes, and whether that holds other frames
+    # Claim the folder of the frames
     names = [*opened.class_names, None]
     request = {
         "weights": opened.digest,
@@ -129,38 +126,39 @@ def main() -> None:
     }
     tag = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:6]
     out = Path(args.out or f"samples/{opened.folder}/interpolation_{tag}")
-    told = {"files": [str(file) for file in files], "path": str(opened.path), "config": opened.config}
-    claim(out, request, told, what="frames", rank=rank, barrier=barrier)
+    facts = {"files": [str(file) for file in files], "path": str(opened.path), "config": opened.config}
+    claim(out, request, facts, what="frames", ranks=ranks)
 
-    # The frames
+    # Draw the frames
     journey, batch = Journey(len(seeds or files), args.frames_between, args.loop), args.batch_size
-    ranks = {"device": device, "rank": rank, "world": world, "barrier": barrier}
-    with nothing_left(out, rank), explain_out_of_memory(batch, batch, key="--batch-size"):
+    with remove_if_empty(out, ranks.rank), explain_out_of_memory(batch, batch, key="--batch-size"):
         if x0 is not None:
             starts = inverted(sampler, x0, labels, batch_size=batch)
-        else:  # a seed's own, or the pictures of the source in their order
+        else:  # the start of each seed, or the images of the source in their order
             starts = torch.cat([sampler.start(seed, [0]) for seed in seeds] or [sampler.start(0, range(len(files)))])
-        more = {"seed": request["seed"], "batch_size": batch, **ranks}
-        paths = write_frames(opened, sampler, Keys(starts, labels), journey, out / "frames", **more)
+        options = {"seed": request["seed"], "batch_size": batch, "device": device, "ranks": ranks}
+        paths = write_frames(opened, sampler, Keys(starts, labels), journey, out / "frames", **options)
     if not state.is_main_process:
         return
 
-    # The GIF, and the MP4 where there is an ffmpeg that makes it
+    # Write the GIF, and the MP4 where ffmpeg is installed
     pattern = out / "frames" / "frame_%05d.png"
-    made = [out / "frames", out / "animation.gif"]
+    written = [out / "frames", out / "animation.gif"]
     try:
         figures.mp4(pattern, out / "animation.mp4", fps=args.fps)
-        made.append(out / "animation.mp4")
+        written.append(out / "animation.mp4")
     except (UserError, RuntimeError) as error:
         print(error)
     with explain_failure(out / "animation.gif"):
         figures.gif(paths, pattern, out / "animation.gif", fps=args.fps)
-    print(f"{len(paths)} frames through {journey.keys} keys of {opened.path} (step {opened.step}), {world} process(es)")
+    print(f"{len(paths)} frames through {journey.keys} keys of {opened.path} (step {opened.step}), {ranks.world} process(es)")
     print(f"  {sampler.calls()} network calls a frame, {len(paths) / args.fps:.1f} seconds at {args.fps} frames a second")
     if x0 is not None:
-        off = difference(sampler.decode(x0), paths[:: args.frames_between][: len(files)])
-        print(f"  the pictures come back to {off:.1f} of 255 levels on average; more --steps or --solver rk4 bring them closer")
-    print("\n".join(f"  {path}" for path in made))
+        levels = difference(sampler.decode(x0), paths[:: args.frames_between][: len(files)])
+        print(
+            f"  the images come back to {levels:.1f} of 255 levels on average; more --steps or --solver rk4 bring them closer"
+        )
+    print("\n".join(f"  {path}" for path in written))
 
 
 if __name__ == "__main__":

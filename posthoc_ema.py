@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Average the weights of a finished run over another length, and draw from that: no training is done again.
+"""Average the weights of a finished run over another length, and draw from the average: no training is done again.
 
 python posthoc_ema.py runs/wikiart256_ldm 0.03 0.06 0.12     into runs/wikiart256_ldm/ema/width_0.03 and so on
 python evaluate.py runs/wikiart256_ldm/ema/width_0.06        which is the best? (sample.py and the others take it, too)
@@ -29,12 +29,12 @@ def main() -> None:
             raise UserError(f"a width of {width:g}: give one from {LEAST} to {MOST}")
     if not args.run.is_dir():
         raise UserError(f"{args.run}: there is no such run")
-    last_step = read_weights(args.run).step  # what the run itself stands at: a run that went back may have snapshots beyond
+    last_step = read_weights(args.run).step  # of the run itself: a run that went back may have later snapshots
     out = args.run
     for width in args.widths:
         out, missed = post_hoc(args.run, last_step, width)
-        told = f"; POORLY: {missed:.0%} of it is missed, as there are few snapshots" if missed > POOR else ""
-        print(f"{out}: at step {read_json(out / 'progress.json')['step']}{told}")
+        note = f"; POORLY: {missed:.0%} of it is missed, as there are few snapshots" if missed > POOR else ""
+        print(f"{out}: at step {read_json(out / 'progress.json')['step']}{note}")
     print(f"which is the best: python evaluate.py {quoted(out)}; draw from it: python sample.py {quoted(out)}")
 
 

@@ -46,7 +46,7 @@ from src.data import ImageConfig, ImageSet, open_sources
 from src.data.packing import pack
 from src.data.scan import ScanConfig
 from src.data.sources import FolderSource
-from src.evaluation.quality import FEWEST, real_features, see
+from src.evaluation.features import FEWEST, extract_features, real_features
 from src.metrics import distances
 from src.metrics.distances import Array
 from src.metrics.features import Features, open_features
@@ -123,7 +123,7 @@ def network() -> Features:
 
 def features(pixels: Tensor) -> Array:
     """(N, 3, H, W) uint8 -> (N, 1280)."""
-    return np.concatenate([see(network(), part) for part in pixels.split(32)])
+    return np.concatenate([extract_features(network(), part) for part in pixels.split(32)])
 
 
 @cache

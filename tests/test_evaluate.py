@@ -1,4 +1,4 @@
-"""evaluate.py: runs, reconstructions and folders of pictures, on one process and on two, and what is refused."""
+"""evaluate.py: runs, reconstructions and folders of images, on one process and on two, and what is refused."""
 
 import json
 import shutil
@@ -11,15 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from src.config import UserError
 from src.data import open_sources
 from src.data.sources import ShapesSource
-from src.evaluation.evaluation import Report, parse_sweep, read_classes
-from src.evaluation.quality import Compared, flag, labels_like
-from src.runs.starts import SourceSampler
 from src.runtime.checkpoint import spared_steps
-from src.runtime.examples import Examples
-from src.sampling.config import SamplerConfig
 from src.training.session import Session
 from tests.conftest import SMOKE, here, launch, metrics, one_line, refused, run_here
 from tests.kills import settings
@@ -52,25 +46,25 @@ def test_one_process_and_two_find_the_same_and_a_kill_costs_a_block(
 ) -> None:
     words = (run, "--num-samples", "48", "--steps", "3")
     evaluate(*words, "--out", tmp_path / "one")
-    told = capsys.readouterr().out
-    assert "Fréchet distance" in told and "read as their class" in told and "nearest.png" in told
-    found = figures(tmp_path / "one")
-    assert set(found["random"]) == {
+    printed = capsys.readouterr().out
+    assert "Fréchet distance" in printed and "read as their class" in printed and "nearest.png" in printed
+    document = figures(tmp_path / "one")
+    assert set(document["random"]) == {
         "frechet", "frechet_held_out", "kernel", "kernel_std", "precision", "recall", "density", "coverage", "nearer",
         "copied", "accuracy", "accuracy_held_out", "compares_with", "notes",
     }  # fmt: skip
-    assert found["num_samples"] == 48 and found["real_pictures"] == 114 and found["network_calls"] == 3
-    by_class = found["accuracy_by_class_random"]["samples"]
+    assert document["num_samples"] == 48 and document["real_pictures"] == 114 and document["network_calls"] == 3
+    by_class = document["accuracy_by_class_random"]["samples"]
     assert set(by_class) == {"circle", "cross", "square", "triangle"}
-    assert found["random"]["compares_with"].startswith("nothing") and found["of"] == "training pictures"
-    assert found["copied_if_new"] == 1 / 15 and "`copied` 6.7% where samples are as far" in told
-    assert any("the held-out pictures are 14" in note for note in found["random"]["notes"])
+    assert document["random"]["compares_with"].startswith("nothing") and document["of"] == "training pictures"
+    assert document["copied_if_new"] == 1 / 15 and "`copied` 6.7% where samples are as far" in printed
+    assert any("the held-out pictures are 14" in note for note in document["random"]["notes"])
     last = metrics(run)[-1]
     assert last["evaluation_class_circle_read_by_random"] == by_class["circle"]
-    assert last["evaluation_frechet_held_out_random_of_14"] == found["random"]["frechet_held_out"]
+    assert last["evaluation_frechet_held_out_random_of_14"] == document["random"]["frechet_held_out"]
     assert (
         last["step"] == 30
-        and last["evaluation_frechet_random_of_48"] == found["random"]["frechet"]
+        and last["evaluation_frechet_random_of_48"] == document["random"]["frechet"]
         and last["evaluation_network_calls"] == 3
     )
     with Image.open(tmp_path / "one" / "nearest.png") as sheet:
@@ -79,34 +73,34 @@ def test_one_process_and_two_find_the_same_and_a_kill_costs_a_block(
     done = launch("evaluate.py", *words, *RANDOM, "--out", tmp_path / "two", "--json", processes=2)
     assert done.status == 0, done.all
     blocks = {folder: sorted((tmp_path / folder).glob("block_*")) for folder in ("one", "two")}
-    drawn = [np.concatenate([np.load(path)["random"] for path in paths]) for paths in blocks.values()]
-    assert len(blocks["two"]) >= 2 and (drawn[0] == drawn[1]).all()
-    assert figures(tmp_path / "two") == found
-    assert json.loads(done.out.strip().splitlines()[-1])["random"] == found["random"]
+    features = [np.concatenate([np.load(path)["random"] for path in paths]) for paths in blocks.values()]
+    assert len(blocks["two"]) >= 2 and (features[0] == features[1]).all()
+    assert figures(tmp_path / "two") == document
+    assert json.loads(done.out.strip().splitlines()[-1])["random"] == document["random"]
 
-    kept, gone = blocks["two"][0], blocks["two"][1]
-    stamp = kept.stat().st_mtime_ns
-    gone.unlink()
+    present, missing = blocks["two"][0], blocks["two"][1]
+    stamp = present.stat().st_mtime_ns
+    missing.unlink()
     evaluate(*words, "--out", tmp_path / "two")
-    assert figures(tmp_path / "two") == found and gone.exists() and kept.stat().st_mtime_ns == stamp
+    assert figures(tmp_path / "two") == document and missing.exists() and present.stat().st_mtime_ns == stamp
     assert "holds other figures" in refused("evaluate", *words, *RANDOM, "--seed", "1", "--out", tmp_path / "two")
 
 
-def test_real_pictures_against_themselves_are_at_no_distance(tmp_path: Path) -> None:
-    """Training pictures as samples: distance 0, all covered. Measured once and kept."""
+def test_real_images_against_themselves_are_at_no_distance(tmp_path: Path) -> None:
+    """Training images as samples: distance 0, all covered. Their features are computed once and kept."""
     source = open_sources(ShapesSource(source="shapes", count=64, size=16))
     (tmp_path / "copies").mkdir()
     for i in range(64):
         Image.fromarray(np.asarray(source.parts[0].load(i, channels=3))).save(tmp_path / "copies" / f"{i:05d}.png")
     evaluate(tmp_path / "copies", "--data", SHAPES, "--out", tmp_path / "same")
-    found = figures(tmp_path / "same")["random"]
-    assert found["frechet"] == pytest.approx(0, abs=1e-6) and -0.02 < found["kernel"] <= 0, "unbiased: at most 0 there"
-    assert found["precision"] == found["recall"] == found["coverage"] == 1
+    values = figures(tmp_path / "same")["random"]
+    assert values["frechet"] == pytest.approx(0, abs=1e-6) and -0.02 < values["kernel"] <= 0, "unbiased: at most 0 there"
+    assert values["precision"] == values["recall"] == values["coverage"] == 1
 
     # Twice as large, and cut to their size again where that is asked for.
     larger = '{"source": "shapes", "count": 64, "size": 32}'
     message = refused("evaluate", tmp_path / "copies", "--data", larger, *RANDOM, "--out", tmp_path / "x")
-    assert "the samples are 16x16 px and the real picture shapes/train/000000 32x32" in message and "--resize" in message
+    assert "the samples are 16x16 px and the real image shapes/train/000000 32x32" in message and "--resize" in message
     evaluate(tmp_path / "copies", "--data", larger, "--resize", "--out", tmp_path / "resized")
     assert 0 < figures(tmp_path / "resized")["random"]["frechet"] < 1
 
@@ -114,42 +108,42 @@ def test_real_pictures_against_themselves_are_at_no_distance(tmp_path: Path) -> 
     assert "is 16x16 px and" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
     (tmp_path / "copies" / "00099.png").write_bytes((tmp_path / "copies" / "00000.png").read_bytes()[:90])
     words = (tmp_path / "copies", "--data", SHAPES, *RANDOM, "--out", tmp_path / "cut")
-    assert "00099.png: not a picture that can be read" in refused("evaluate", *words)
+    assert "00099.png: not an image that can be read" in refused("evaluate", *words)
     (tmp_path / "copies" / "00099.png").unlink()
     run_here("evaluate", *words)
     for path in list((tmp_path / "copies").iterdir())[5:]:
         path.unlink()
-    assert "5 pictures in" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
+    assert "5 images in" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
     (tmp_path / "empty").mkdir()
-    assert "no picture, and no folder with pictures" in refused("evaluate", tmp_path / "empty", "--data", SHAPES, *RANDOM)
-    assert "holds no images" in refused("evaluate", tmp_path / "copies", "--data", tmp_path / "empty", *RANDOM)
+    assert "no image, and no folder with images" in refused("evaluate", tmp_path / "empty", "--data", SHAPES, *RANDOM)
+    assert "holds no pictures" in refused("evaluate", tmp_path / "copies", "--data", tmp_path / "empty", *RANDOM)
     for kind, mode, size in (("oblong", "RGB", (20, 16)), ("grey", "L", (16, 16))):
         shutil.rmtree(tmp_path / "copies")
         (tmp_path / "copies").mkdir()
         for i in range(10):
             Image.new(mode if i else "RGB", size).save(tmp_path / "copies" / f"{i}.png")
-        said = "is 20x16 px: samples are squares" if kind == "oblong" else "or the other way: samples are of one kind"
-        assert said in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
+        message = "is 20x16 px: samples are squares" if kind == "oblong" else "or the other way: samples are of one kind"
+        assert message in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
 
 
 def test_reconstructions(vae_run: Path, tmp_path: Path) -> None:
     vae_run = copied(vae_run, tmp_path)
     evaluate(vae_run, "--out", tmp_path / "held_out")
-    found = figures(tmp_path / "held_out")
+    document = figures(tmp_path / "held_out")
     measured = metrics(vae_run)[-1]
-    assert metrics(vae_run)[-1]["evaluation_psnr"] == found["psnr"], "a line of its own"
+    assert metrics(vae_run)[-1]["evaluation_psnr"] == document["psnr"], "a line of its own"
     before = next(line for line in reversed(metrics(vae_run)) if "held_out_psnr" in line)
-    assert found["psnr"] == pytest.approx(before["held_out_psnr"], abs=0.05), "8 bits a channel here, none there"
-    assert found["lpips"] == pytest.approx(before["held_out_lpips"], abs=0.02)
-    assert {"frechet", "kernel", "compares_with", "notes"} == set(found["random"]) and measured["step"] == before["step"]
+    assert document["psnr"] == pytest.approx(before["held_out_psnr"], abs=0.05), "8 bits a channel here, none there"
+    assert document["lpips"] == pytest.approx(before["held_out_lpips"], abs=0.02)
+    assert {"frechet", "kernel", "compares_with", "notes"} == set(document["random"]) and measured["step"] == before["step"]
     assert (tmp_path / "held_out" / "reconstructions.png").exists()
-    assert found["of"] == "held-out pictures"
+    assert document["of"] == "held-out pictures"
     evaluate(vae_run, "--part", "train", "--num-images", "20", "--out", tmp_path / "train")
     train = figures(tmp_path / "train")
     assert train["real_pictures"] == 20 and train["of"] == "training pictures"
     assert metrics(vae_run)[-1]["evaluation_psnr_on_train"] == train["psnr"]
     assert "draws none" in refused("evaluate", vae_run, "--sweep", "steps=1,2", *RANDOM)
-    assert "3 real pictures are too few" in refused("evaluate", vae_run, "--num-images", "3", *RANDOM)
+    assert "3 real images are too few" in refused("evaluate", vae_run, "--num-images", "3", *RANDOM)
     for name in ("checkpoints", "final"):
         shutil.rmtree(vae_run / name)
     assert "has not finished" in refused("evaluate", vae_run, *RANDOM)
@@ -168,8 +162,8 @@ def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (3, 0.5, 3),
     ]
     assert len({row["random"]["frechet"] for row in rows}) == 4
-    told = capsys.readouterr().out
-    assert "best: steps" in told and (tmp_path / "out" / "sweep.png").exists()
+    printed = capsys.readouterr().out
+    assert "best: steps" in printed and (tmp_path / "out" / "sweep.png").exists()
     line, name = metrics(ldm_run)[-1], "evaluation_sweep_steps=3,eta=0.5_frechet_random_of_16_on_train"
     assert line[name] == rows[3]["random"]["frechet"]
     assert "sweep steps" not in (ldm_run / "report.html").read_text(), "a table, and no chart of one point"
@@ -180,50 +174,6 @@ def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "evaluation_frechet" in (ldm_run / "report.html").read_text()
         or "frechet random of 16" in (ldm_run / "report.html").read_text()
     )
-
-
-def test_what_a_sweep_says() -> None:
-    found = parse_sweep(SamplerConfig(eta=0.5), ["steps=5,10", "spacing=even,trailing"])
-    assert [(how.steps, how.spacing, how.eta) for how in found] == [
-        (5, "even", 0.5), (5, "trailing", 0.5), (10, "even", 0.5), (10, "trailing", 0.5),
-    ]  # fmt: skip
-    for words, message in (
-        (["stepz=1"], "the sampler has no 'stepz'; allowed: alphas"),
-        (["steps"], "write it as KEY=A,B"),
-        (["steps=1", "steps=2"], "stands there twice"),
-        (["solver=ddim,dimm"], "dimm"),
-    ):
-        with pytest.raises(UserError, match=message):
-            parse_sweep(SamplerConfig(), words)
-
-
-def test_samples_have_the_classes_of_the_real_pictures() -> None:
-    data = open_sources(ShapesSource(source="shapes", count=40, size=16))
-    data.labels = np.array([0] * 30 + [1] * 5 + [-1] * 5)
-    found = labels_like(data, 80, 4)
-    assert found is not None and [found.count(k) for k in (0, 1, 2, 4)] == [60, 10, 0, 10], "no class is the null class"
-    assert labels_like(data, 80, None) is None
-
-
-def test_what_is_said_of_too_few_pictures() -> None:
-    assert flag(17, 17, 16) == []
-    assert flag(16, 17, 16)[0].startswith("16 samples for 16 features: the distance is too large")
-    assert flag(2000, 12, 16)[0].startswith("12 real pictures for")
-
-
-def test_held_out_pictures_without_a_class_are_not_read(tmp_path: Path) -> None:
-    features, labels = np.eye(2, dtype=np.float32).repeat(20, 0), np.array([0] * 20 + [1] * 20)
-    compared, report = Compared({}, []), Report(tmp_path)
-    sets = {"real": (features, labels), "samples": (features, labels), "held_out": (features, np.full(40, -1))}
-    read_classes(compared, report, "x", sets, ["a", "b"])
-    assert compared.values == {"accuracy": 1.0} and report.values["class_b_read_by_x"] == 1
-    json.dumps(report.figures, allow_nan=False)
-
-
-def test_starts_are_dealt_anew_when_all_were_given() -> None:
-    starts = SourceSampler(Examples(np.zeros(5, np.int64), lambda indices: torch.from_numpy(indices).float()))
-    drawn = starts(0, range(10))
-    assert len(starts) == 5 and sorted(drawn[:5].tolist()) == [0, 1, 2, 3, 4] and (drawn[:5] == drawn[5:]).all()
 
 
 def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +188,9 @@ def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "--weights is the file of one network" in refused("evaluate", run, *RANDOM, "--weights", "x")
     assert "holds the checkpoints of" in refused("evaluate", run / "checkpoints", *RANDOM)
     assert "4 samples (--num-samples) are too few" in refused("evaluate", run, "--num-samples", "4", *RANDOM, *out)
-    assert "3 real pictures are too few" in refused("evaluate", run, "--num-images", "3", *RANDOM, *out)
+    assert "3 real images are too few" in refused("evaluate", run, "--num-images", "3", *RANDOM, *out)
     swept = ("--sweep", "steps=2", "--num-images", "3")
-    assert "3 real pictures are too few" in refused("evaluate", run, *swept, *RANDOM, *out)
+    assert "3 real images are too few" in refused("evaluate", run, *swept, *RANDOM, *out)
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(10):
@@ -261,21 +211,21 @@ def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_samples_are_measured_while_a_run_trains(smoke_run: Path, smoke_run_on_two: Path, tmp_path: Path) -> None:
     """configs/smoke/ddpm.json asks for it: equal on one process and two, and the best is remembered by it."""
-    found = [
+    distances = [
         [line["frechet_distance"] for line in metrics(run) if "frechet_distance" in line]
         for run in (smoke_run, smoke_run_on_two)
     ]
-    assert len(found[0]) == 2 and found[0] == pytest.approx(found[1], rel=1e-4)
+    assert len(distances[0]) == 2 and distances[0] == pytest.approx(distances[1], rel=1e-4)
     progress = json.loads((smoke_run / "checkpoints" / "step_00000030" / "progress.json").read_text())
     best = progress["best"]
-    assert best["frechet_distance"] == min(found[0]) and best["measured"] == "16 samples in random"
+    assert best["frechet_distance"] == min(distances[0]) and best["measured"] == "16 samples in random"
     assert best["kept"] and spared_steps(progress) == {best["step"]}, "without checkpoint.keep_best"
     assert (smoke_run / "checkpoints" / f"step_{best['step']:08d}").exists()
     assert "frechet_distance: 16 samples for 16 features" in (smoke_run / "log.txt").read_text()
     levels = [value for name, value in metrics(smoke_run)[-1].items() if name.startswith("held_out_loss_")]
     assert 1 < len(levels) <= 10 and min(levels) <= metrics(smoke_run)[-1]["held_out_loss"] <= max(levels)
     evaluate(smoke_run / "checkpoints" / "step_00000030", "--num-samples", "16", "--steps", "5", "--out", tmp_path / "x")
-    assert figures(tmp_path / "x")["random"]["frechet"] == pytest.approx(found[0][-1], rel=1e-4), "as evaluate.py has it"
+    assert figures(tmp_path / "x")["random"]["frechet"] == pytest.approx(distances[0][-1], rel=1e-4), "as evaluate.py has it"
 
 
 def test_a_run_that_held_nothing_out_and_never_learned_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,9 +233,9 @@ def test_a_run_that_held_nothing_out_and_never_learned_no_class(tmp_path: Path, 
     run_here("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, *sets)
     capsys.readouterr()
     evaluate(run, "--num-samples", "10", "--steps", "2", "--out", tmp_path / "out")
-    assert "nothing was held out, so nothing says how near new pictures would be" in capsys.readouterr().out
-    found = figures(tmp_path / "out")
-    assert found["of"] == "training pictures" and not {"nearer", "copied", "frechet_held_out"} & set(found["random"])
+    assert "no images were held out, so no number says how near new images would be" in capsys.readouterr().out
+    document = figures(tmp_path / "out")
+    assert document["of"] == "training pictures" and not {"nearer", "copied", "frechet_held_out"} & set(document["random"])
     (tmp_path / "flat").mkdir()
     for i in range(10):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
@@ -293,13 +243,13 @@ def test_a_run_that_held_nothing_out_and_never_learned_no_class(tmp_path: Path, 
     assert "never learned to go without a class" in refused("evaluate", run, "--data", flat, *RANDOM, "--num-samples", "10")
 
 
-def test_a_blend_that_starts_from_few_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_blend_that_starts_from_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = {"source": "shapes", "count": 20, "size": 16}
     sets = settings(source=few, class_conditional=False, steps=2, preview__every=None, checkpoint__every=None)
     run_here("train_iadb", "-cfg", "configs/smoke/iadb.json", "--run-dir", tmp_path / "run", *sets)
     capsys.readouterr()
     evaluate(tmp_path / "run", "--num-samples", "40", "--steps", "2", "--out", tmp_path / "out")
-    assert "samples start from 2 pictures: a solver without noise draws no more" in capsys.readouterr().out
+    assert "samples start from 2 images: a solver without noise draws no more" in capsys.readouterr().out
 
 
 def test_distances_measured_otherwise_do_not_compare() -> None:
@@ -307,7 +257,7 @@ def test_distances_measured_otherwise_do_not_compare() -> None:
     session: Any = SimpleNamespace(best=None, step=10, cfg=config)
 
     def better(*words: Any) -> bool:
-        return Session.note_if_best(session, *words)
+        return Session.better(session, *words)
 
     assert better("frechet_distance", 8.0, "100 samples in a") and not better("frechet_distance", 9.0, "100 samples in a")
     assert better("frechet_distance", 300.0, "100 samples in b") and session.best["measured"] == "100 samples in b"
@@ -317,7 +267,7 @@ def test_distances_measured_otherwise_do_not_compare() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sets", "said"),
+    ("sets", "reason"),
     [
         (("preview.quality.features=inception",), "get them from https"),
         (("preview.quality.features=inceptio",), "preview.quality.features 'inceptio' is not known"),
@@ -325,12 +275,12 @@ def test_distances_measured_otherwise_do_not_compare() -> None:
     ],
 )
 def test_what_a_run_that_is_to_be_measured_refuses(
-    sets: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sets: tuple[str, ...], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     words = [word for one in sets for word in ("--set", one)]
     message = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", tmp_path / "run", *words)
-    assert said in message and "--features" not in message and not (tmp_path / "run").exists()
+    assert reason in message and "--features" not in message and not (tmp_path / "run").exists()
     assert "inception" not in sets[0][-9:] or "name the file with preview.quality.weights" in message
 
 

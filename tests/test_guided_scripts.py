@@ -154,7 +154,7 @@ def test_from_a_picture_with_a_mask_and_in_sections(hybrid_run: Path, tmp_path: 
     assert "has 16 x 16 px and" in said and "24 x 20; give one of the same size" in said
     assert "--image alone changes nothing" in refused("sample", hybrid_run, *keep[:2])
     assert "counted from 0" in refused("sample", hybrid_run, *keep[:2], "--start-at", "50")
-    assert "not a picture" in refused("sample", hybrid_run, "--image", tmp_path / "none.png", "--start-at", "5")
+    assert "not an image" in refused("sample", hybrid_run, "--image", tmp_path / "none.png", "--start-at", "5")
 
 
 def test_a_picture_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, 
     words = ("evaluate.py", run, "--likelihood", "--steps", "8", "--part", "train", "--num-images", "80")
     done = launch(*words, "--out", tmp_path / "two", processes=2)
     assert done.status == 0 and "bits per dimension = prior" in done.out, done.all
-    assert "80 training pictures, 8 steps" in done.out
+    assert "80 training images, 8 steps" in done.out
     whole = read_json(tmp_path / "two" / "likelihood.json")
     assert (tmp_path / "two" / "likelihood.png").exists() and len(whole["terms"]) == 8 and whole["pictures"] == 80
     assert whole["bits_per_dimension"] == pytest.approx(whole["prior"] + sum(whole["terms"]))
@@ -273,11 +273,11 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
     assert done.status == 0 and np.asarray(Image.open(tmp_path / "out" / "00001.png")).shape == (64, 64, 3), done.all
     assert "trained with label_dropout above 0" in refused("sample", network, "--guidance", "2")
     assert "class '1000' is not known" in refused("sample", network, "--classes", "1000")
-    assert "names no pictures to measure it on: give --data" in refused("evaluate", network, "--likelihood")
+    assert "names no images to measure it on: give --data" in refused("evaluate", network, "--likelihood")
     (tmp_path / "seven").mkdir()
     shutil.copy(tmp_path / "out" / "00000.png", tmp_path / "seven" / "0.png")
     words = ("evaluate", network, "--likelihood", "--data", tmp_path / "seven", "--steps", "2", "--out", tmp_path / "bits")
-    assert "has no null class, and some pictures have no class" in refused(*words)
+    assert "has no null class, and some images have no class" in refused(*words)
     for name in ("cats", "dogs"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         for i in range(4):
@@ -332,11 +332,11 @@ def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: P
     again = sample(hybrid_run, tmp_path / "out", "--upscale", *weights)
     assert again.status == 0 and (tmp_path / "out" / "upscaled" / "00001.png").exists(), again.all
     alone = here("sample.py", "--upscale-only", tmp_path / "out" / "upscaled", "--out", tmp_path / "huge", *weights)
-    assert alone.status == 0 and "4 pictures, 4 times as large" in alone.out, alone.all
+    assert alone.status == 0 and "4 images, 4 times as large" in alone.out, alone.all
     assert np.asarray(Image.open(tmp_path / "huge" / "00000.png")).shape == (256, 256, 3)
     assert "give a run to sample from, or --upscale-only" in refused("sample", hybrid_run, "--upscale-only", tmp_path)
     only = ("sample", "--upscale-only", tmp_path / "out" / "upscaled")
-    assert "--classes is about drawing pictures" in refused(*only, "--classes", "3")
+    assert "--classes is about drawing images" in refused(*only, "--classes", "3")
     torch.save({"params_ema": rrdb(2).state_dict()}, tmp_path / "others.pth")
     others = ("--upscaler", tmp_path / "others.pth")
     assert "holds other images" in refused(*only, "--out", tmp_path / "huge", *others)
@@ -351,7 +351,7 @@ def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path:
     process = validate(ProcessConfig, {"schedule": {"kind": "linear", "steps": 50}, "target": "eps"})
     found = Imported(network, model, process, image_size=32, channels=3, num_classes=4, low_resolution=16)
     assert keep(found, tmp_path / "up", name="up") is None
-    assert "give --low the pictures of 16 px" in refused("sample", tmp_path / "up")
+    assert "give with --low the images of 16 px" in refused("sample", tmp_path / "up")
     assert "is no upsampler" in refused("sample", hybrid_run, "--low", tmp_path)
     done = sample(hybrid_run, tmp_path / "small", "--npz", "--classes", "circle/cross")
     assert done.status == 0, done.all
@@ -359,7 +359,7 @@ def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path:
     for low in (tmp_path / "small", tmp_path / "small" / "samples_4x16x16x3.npz"):
         words = ("--batch-size", "3", "--steps", "3", "--out", tmp_path / f"large{len(pictures)}", "--low", low)
         done = here("sample.py", tmp_path / "up", *words, *(("--classes", "0/1") if low.is_dir() else ()))
-        assert done.status == 0 and "4 pictures of" in done.out, done.all
+        assert done.status == 0 and "4 images of" in done.out, done.all
         pictures.append(read(tmp_path / f"large{len(pictures)}"))
     assert pictures[0] == pictures[1] and len(pictures[0]) == 4, "the .npz brings the labels 0, 0, 1, 1"
     opened = open_trained(tmp_path / "up", CPU)
@@ -378,13 +378,13 @@ def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path:
         np.savez(wrong, *arrays)
         assert said in refused("sample", tmp_path / "up", "--low", wrong)
     np.savez(wrong, shown)
-    assert "has 2 pictures" in refused("sample", tmp_path / "up", "--low", wrong, "--num-samples", "3")
+    assert "has 2 images" in refused("sample", tmp_path / "up", "--low", wrong, "--num-samples", "3")
     for content in (wrong.read_bytes()[:300], b"text", wrong.read_bytes().replace(b"NUMPY", b"NUMPX")):
         wrong.write_bytes(content)
         assert "not an .npz of samples, or damaged" in refused("sample", tmp_path / "up", "--low", wrong)
     up = tmp_path / "up"
     assert "is an upsampler" in refused("evaluate", up, "--likelihood", "--data", tmp_path / "small", "--steps", "2")
-    assert "an upsampler draws from other pictures" in refused("ddpm_accelerate", "--ckpt", up, "--ckpt_sampling")
+    assert "an upsampler draws from other images" in refused("ddpm_accelerate", "--ckpt", up, "--ckpt_sampling")
 
 
 class Evil:

@@ -123,7 +123,7 @@ def test_from_one_set_of_pictures_to_another_in_latents(vae_run: Path, tmp_path:
     said = refused("sample", tmp_path / "elsewhere", "--num-samples", "2", "--out", tmp_path / "given", *more)
     assert "holds other images" in said, "the same but for where they come from"
     red = tmp_path / "mine" / "red.png"
-    assert "a mask keeps a picture by noising it" in refused("sample", tmp_path / "elsewhere", "--image", red, "--mask", red)
+    assert "a mask needs a run that starts from" in refused("sample", tmp_path / "elsewhere", "--image", red, "--mask", red)
     said = refused("sample", tmp_path / "elsewhere", "--solver", "ancestral", "--out", tmp_path / "no")
     assert "the solver ancestral assumes Gaussian noise" in said
     assert "has no chain of steps" in refused("evaluate", tmp_path / "elsewhere", "--likelihood")
@@ -211,7 +211,7 @@ def test_points_are_drawn_again(points_run: Path, tmp_path: Path) -> None:
     assert read_json(tmp_path / "drawn" / "metadata.json")["network_calls"] == 16
     said = refused("sample", points_run, "--num-samples", "32", "--out", tmp_path / "drawn")
     assert "holds other frames; give another --out" in said
-    assert "--npz is about pictures" in refused("sample", points_run, "--npz")
+    assert "--npz is about images" in refused("sample", points_run, "--npz")
     assert "2-D points, not of pictures" in refused("convert", "safetensors", points_run, "--out", tmp_path / "w.safetensors")
 
 
@@ -237,8 +237,8 @@ def test_points_with_classes_are_drawn_by_class(tmp_path: Path) -> None:
     run_here("sample", run, "--classes", "1", "--num-samples", "2000", "--steps", "8", "--out", tmp_path / "one")
     with np.load(tmp_path / "one" / "points.npz") as found:
         assert np.abs(found["data"].mean(0) - moons.points[moons.labels == 1].mean(0)).max() < 0.15
-    assert "--stop-at is about pictures" in refused("sample", run, "--stop-at", "3")
-    assert "--threshold is about pictures" in refused("sample", run, "--threshold", "0.9")
+    assert "--stop-at is about images" in refused("sample", run, "--stop-at", "3")
+    assert "--threshold is about images" in refused("sample", run, "--threshold", "0.9")
     pairs = settings(pairs=str(run), class_conditional=False)
     said = refused("train_iadb", "-cfg", "configs/points2d_iadb.json", "--run-dir", tmp_path / "no", *MOONS, *pairs)
     assert "never learned to go without a class" in said
@@ -335,9 +335,9 @@ def test_pictures_go_to_their_source_and_back(iadb_run: Path, ldm_run: Path, tmp
     assert "draws none" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--stop-at", "3")
     (tmp_path / "text.png").write_text("no picture")
     said = refused("sample", iadb_run, "--invert", tmp_path / "text.png", "--out", tmp_path / "fresh")
-    assert "not a picture" in said and not (tmp_path / "fresh").exists(), "nothing is claimed for a mistake"
+    assert "not an image" in said and not (tmp_path / "fresh").exists(), "nothing is claimed for a mistake"
     assert "cannot be gone back" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--solver", "dpmpp_2m")
-    assert "no picture, and no folder" in refused("sample", iadb_run, "--invert", tmp_path / "nothing")
+    assert "no image, and no folder" in refused("sample", iadb_run, "--invert", tmp_path / "nothing")
     assert "starts from noise; --source is for" in refused("sample", iadb_run, "--source", tmp_path / "mine")
 
 

@@ -23,7 +23,7 @@ from src.data.points import CheckerboardSource, draw_points
 from src.data.sources import DigitsSource
 from src.runs.opened import open_trained
 from src.runtime.checkpoint import newest
-from src.sampling.edit import as_seen, files_of
+from src.sampling.edit import encode_images, files_of
 from tests import kills
 from tests.conftest import ROOT, SMOKE, command, environment, launch, metrics
 from tests.test_iadb_scripts import sliced_wasserstein
@@ -167,7 +167,7 @@ def check_inversion(run: Path, tmp_path: Path) -> None:
     print(run.name, told)
     assert read_json(out / "metadata.json")["network_calls"] <= 64 and told["rms"] < 0.01 and 0.9 < told["std"] < 1.1
 
-    seen = as_seen(open_trained(run, torch.device("cpu")), files_of(str(tmp_path / "digits"))).flatten(1).double()
+    seen = encode_images(open_trained(run, torch.device("cpu")), files_of(str(tmp_path / "digits"))).flatten(1).double()
     spectrum = torch.linalg.eigvalsh(torch.cov(seen.T)).clamp(min=0)
     most = float(spectrum.sqrt().sum() / (len(spectrum) * spectrum.sum()).sqrt())
     assert told["correlation"] < most < 0.6

@@ -20,7 +20,7 @@ def render_card(template: str, **values: Any) -> str:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters = (quoted, shown, in_python, in_pixels, millions, colours)
+    filters = (quoted, printable, in_python, in_pixels, millions, colours)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(f"{template}.md").render(values).strip() + "\n"
 

@@ -1,4 +1,4 @@
-"""From a run to pictures: open it, seeded noise, batches dealt to ranks, files written once."""
+"""From a run to images: open it, seeded noise, batches dealt to ranks, files written once."""
 
 from ..runs.opened import Opened, open_trained
 from ..runtime.seeds import noise_of

@@ -1,4 +1,4 @@
-"""Samples of several runs, checkpoints or exports, beside each other: what `ddpm_accelerate.py --ckpt_sampling` draws."""
+"""Samples of several runs, checkpoints or exports from the same noise, as `ddpm_accelerate.py --ckpt_sampling` draws them."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,35 +9,34 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from .. import figures
 from ..config import UserError, quoted
 from ..config.progress import Progress
-from ..diffusion import Prediction
 from ..runs.classifier import open_classifier
 from ..runs.opened import Opened, open_trained
 from ..runtime.failures import explain_failure
 from ..runtime.launch import start_sampling
 from ..runtime.memory import explain_out_of_memory
 from .arguments import add_arguments, sampler_config
+from .batches import in_batches
 from .build import build_sampler, dealt
-from .files import Frames, columns_for
+from .frames import Frames, columns_for
 from .sampler import Sampler
 
 SHOWN = 16  # samples in the frames
 
 
 def parse_with_sampling(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, bool]:
-    """A training script's command line with the words of sample.py beside its own; and whether they ask for samples of each
-    --ckpt. A UserError where a word of the one is given for the other."""
+    """The arguments of a training script, with those of sample.py; and whether they ask for samples of each --ckpt instead of
+    training. A UserError where an argument of the one is given for the other."""
     training = set(vars(parser.parse_args([])))
     sampling = parser.add_argument_group("samples of checkpoints")
     sampling.add_argument("--ckpt", metavar="FILE", action="append", default=[], help="with --ckpt_sampling; repeatable")
     sampling.add_argument("--ckpt_sampling", action="store_true", help="draw from each --ckpt into --out, and train nothing")
     sampling.add_argument("--out", metavar="DIR", default="results", help="folder for grids, frames and GIFs (default results)")
     sampling.add_argument("--num-samples", type=int, help="of each (default 16, or a few more for --classes)")
-    sampling.add_argument("--batch-size", type=int, default=16, help="pictures at a time; changes them only by rounding")
+    sampling.add_argument("--batch-size", type=int, default=16, help="images at a time; changes them only by rounding")
     sampling.add_argument("--classes", help="names or numbers, A/B/C, dealt in equal blocks (default: all of them)")
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
@@ -71,7 +70,7 @@ def _word(key: str) -> str:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """One of the runs, and what is drawn from it."""
+    """One of the runs, its sampler, and the classes of the samples."""
 
     run: Opened
     sampler: Sampler
@@ -82,8 +81,8 @@ class _Drawing:
     def of(cls, file: str, args: argparse.Namespace, count: int, device: torch.device) -> "_Drawing":
         run = open_trained(file, device)
         if run.low_resolution is not None:
-            advice = f"python sample.py {quoted(file)} --low PICTURES"
-            raise UserError(f"an upsampler draws from other pictures: {advice}")
+            advice = f"python sample.py {quoted(file)} --low IMAGES"
+            raise UserError(f"an upsampler draws from other images: {advice}")
         classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
         sampler = build_sampler(run, sampler_config(args), classifier)
         known = classifier.class_names if classifier is not None else ()
@@ -95,30 +94,28 @@ class _Drawing:
         """Whole batches dealt to ranks: all samples (count, H, W, C), and the frames of SHOWN of them, on every rank."""
         few = min(SHOWN, count)
         shown = {i * count // few for i in range(few)}  # spread over all, so that every class is among them
-        batches = [range(start, min(start + args.batch_size, count)) for start in range(0, count, args.batch_size)]
-        mine = batches[state.process_index :: state.num_processes]
-        parts = list[tuple[int, figures.Pixels, list[Any]]]()
-        total, shown_here = self.sampler.steps * len(mine), state.is_main_process
-        with Progress(f"sampling {self.run.name}", total, unit="steps", shown=shown_here) as bar:
-            for batch in mine:
+        batches = in_batches(range(count), args.batch_size)[state.process_index :: state.num_processes]
+        parts, steps = list[tuple[int, figures.Pixels, list[Any]]](), self.sampler.steps * len(batches)
+        with Progress(f"sampling {self.run.name}", steps, unit="steps", shown=state.is_main_process) as bar:
+            for batch in batches:
                 frames = Frames([i - batch.start for i in batch if i in shown], self.sampler)
 
-                def watch(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
-                    frames(step, t, x_t, prediction)  # noqa: B023
+                def callback(*step: Any) -> None:
+                    frames(*step)  # noqa: B023
                     bar.update()
 
-                chosen = [self.labels[i] for i in batch] if self.labels is not None else None
-                how: dict[str, Any] = {"device": device, "callback": watch, "batch_size": args.batch_size}
-                x = self.sampler.draw(args.seed, batch, chosen, **how)
+                classes = [self.labels[i] for i in batch] if self.labels is not None else None
+                options: dict[str, Any] = {"callback": callback, "batch_size": args.batch_size}
+                x = self.sampler.draw(args.seed, batch, classes, device=device, **options)
                 frames.finish(x)
-                parts.append((batch.start, figures.to_uint8(x), frames.seen))
+                parts.append((batch.start, figures.to_uint8(x), frames.frames))
         parts = sorted(gather_object(parts), key=lambda part: part[0])
-        joined = Frames.joined(self.sampler, [seen for _, _, seen in parts if seen], self.run.name)
+        joined = Frames.joined(self.sampler, [part for _, _, part in parts if part], self.run.name)
         return np.concatenate([pixels for _, pixels, _ in parts]), joined
 
 
 def sample_checkpoints(args: argparse.Namespace) -> int:
-    """Pictures of each run, checkpoint or export of --ckpt, all from the same noise, drawn on all ranks: grid, numbered frames
+    """Draw samples of each run, checkpoint or export of --ckpt, all from the same noise, on all ranks: grid, numbered frames
     and GIF in --out. `args` are those of `parse_with_sampling`."""
     wanted = 1 if args.num_samples is None else args.num_samples
     if wanted < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**64:
@@ -127,7 +124,8 @@ def sample_checkpoints(args: argparse.Namespace) -> int:
     count, out = args.num_samples or dealt(16, args.classes), Path(args.out)
     state, device = start_sampling(args.device)
     with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
-        drawings = [_Drawing.of(file, args, count, device) for file in args.ckpt]  # a mistake in the last is told first
+        # All are opened first, so that a mistake in the last is reported at once.
+        drawings = [_Drawing.of(file, args, count, device) for file in args.ckpt]
         for number, drawing in enumerate(drawings, 1):
             x, frames = drawing.draw(args, count, state, device)
             if state.is_main_process:

@@ -1,6 +1,6 @@
-"""From one picture to the next: the great circle between what two of them start from, and the frames on the way."""
+"""From one image to the next: the great circle between what two of them start from, and the frames on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +11,10 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from .. import figures
-from ..config.progress import Progress
 from ..runs.opened import Opened
 from ..runtime.failures import explain_failure
-from .files import wait_for
+from ..storage.blocks import Ranks, wait_for
+from .batches import deal_batches, in_batches
 from .sampler import Sampler
 
 
@@ -36,7 +36,7 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def straight(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """The same on the straight line: between ends that are no Gaussian noise."""
+    """As `slerp`, on the straight line: between ends that are no Gaussian noise."""
     w = weight.double().reshape(-1, *[1] * (a.ndim - 1))
     return ((1 - w) * a.double() + w * b.double()).to(a.dtype)
 
@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Journey:
-    """Through `keys` keys, `between` frames from one to the next; a loop goes on to the first, else the last is the end."""
+    """Frames through `keys` keys, `between` of them from one key to the next. A loop goes on from the last key to the first."""
 
     keys: int
     between: int
@@ -73,7 +73,7 @@ class Journey:
 
 
 class Keys(NamedTuple):
-    """What the keys start from, (K, *shape) on the CPU, and their classes, numbers of which the last is no class."""
+    """What the keys start from, (K, *shape) on the CPU, and their classes; the highest number is no class."""
 
     starts: Tensor
     labels: Sequence[int] | None
@@ -90,17 +90,17 @@ def class_weights(labels: Sequence[int], places: Sequence[Place], rows: int) -> 
 
 @torch.no_grad()
 def inverted(sampler: Sampler, x0: Tensor, labels: Sequence[int] | None, *, batch_size: int) -> Tensor:
-    """What the sampler would have started from to draw x0 (K, *shape), as the network sees it: (K, *shape) on the CPU, its
-    solver's way back. The network runs at `batch_size`.
+    """What the sampler would have to start from to draw x0 (K, *shape), as the network sees it: (K, *shape) on the CPU, by its
+    solver in the other direction. The network runs at `batch_size`.
 
-    The estimate of x_0 is held as on the way there: where a reading amplifies errors, nothing comes back without.
+    Estimates of x_0 are clipped as in sampling: where the network's output amplifies errors, no image would come back without.
     """
-    found = []
-    for first in range(0, len(x0), batch_size):
-        padded = [min(i, len(x0) - 1) for i in range(first, first + batch_size)]
+    starts = []
+    for batch in in_batches(range(len(x0)), batch_size):
+        padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]
         classes = torch.tensor([labels[i] for i in padded], device=x0.device) if labels is not None else None
-        found.append(sampler.invert(x0[padded].to(sampler.dtype), classes).float().cpu())
-    return torch.cat(found)[: len(x0)]
+        starts.append(sampler.invert(x0[padded].to(sampler.dtype), classes).float().cpu()[: len(batch)])
+    return torch.cat(starts)
 
 
 @torch.no_grad()
@@ -114,44 +114,38 @@ def write_frames(
     seed: int,
     batch_size: int,
     device: torch.device,
-    rank: int,
-    world: int,
-    barrier: Callable[[], None],
+    ranks: Ranks,
 ) -> list[Path]:
-    """Draw the frames of a journey into `folder`, whole batches dealt to ranks; those that are there already are kept.
+    """Draw the frames of a journey into `folder`, whole batches dealt to ranks; frames that are there already stay.
 
-    Where the solver draws noise at each step, it is that of picture 0 of `seed` in all frames, so that nothing flickers.
-    Between two pictures of a source that is no noise the way is straight. Gives the frames' paths.
+    Where the solver draws noise at each step, it is that of image 0 of `seed` in all frames, so that nothing flickers. Between
+    two images of a source that is no noise, frames start from points on a straight line. Gives the frames' paths.
     """
     paths = [folder / f"frame_{i:05d}.png" for i in range(len(journey))]
-    batches = [range(first, min(first + batch_size, len(paths))) for first in range(0, len(paths), batch_size)]
-    mine, way = batches[rank::world], slerp if opened.gaussian else straight
-    shown = sum(map(len, mine)) if rank else len(paths)
-    with Progress("drawing frames", shown, unit="frames", shown=rank == 0) as bar:
-        for batch in mine:
-            if not all(paths[i].exists() for i in batch):
-                places = [journey[min(i, batch[-1])] for i in range(batch[0], batch[0] + batch_size)]
-                weight = torch.tensor([place.weight for place in places], dtype=torch.float64)
-                ends = (keys.starts[[place.before for place in places]], keys.starts[[place.after for place in places]])
-                classes = None
-                if keys.labels is not None:
-                    rows = (opened.num_classes or 0) + opened.null_class
-                    classes = class_weights(keys.labels, places, rows).to(device, sampler.dtype)
-                x = way(*ends, weight).to(device, sampler.dtype)
-                x = sampler.move(x, classes, seed=seed, indices=[0] * batch_size)
-                for i, pixels in zip(batch, figures.to_uint8(sampler.decode(x)), strict=False):
-                    if not paths[i].exists():
-                        with explain_failure(paths[i]):
-                            figures.save(_enlarged(figures.to_image(pixels)), paths[i])
-            bar.update(min(len(batch) * (world if rank == 0 else 1), shown - bar.done))
-    barrier()
-    if rank == 0:
+    for batch in deal_batches(range(len(paths)), batch_size, ranks, "drawing frames", unit="frames"):
+        if all(paths[i].exists() for i in batch):
+            continue
+        places = [journey[min(i, batch[-1])] for i in range(batch[0], batch[0] + batch_size)]
+        weight = torch.tensor([place.weight for place in places], dtype=torch.float64)
+        before, after = (keys.starts[[getattr(place, side) for place in places]] for side in ("before", "after"))
+        classes = None
+        if keys.labels is not None:
+            rows = (opened.num_classes or 0) + opened.null_class
+            classes = class_weights(keys.labels, places, rows).to(device, sampler.dtype)
+        x = (slerp if opened.gaussian else straight)(before, after, weight).to(device, sampler.dtype)
+        x = sampler.move(x, classes, seed=seed, indices=[0] * batch_size)
+        for i, pixels in zip(batch, figures.to_uint8(sampler.decode(x)), strict=False):
+            if not paths[i].exists():
+                with explain_failure(paths[i]):
+                    figures.save(_enlarged(figures.to_image(pixels)), paths[i])
+    ranks.barrier()
+    if ranks.rank == 0:
         wait_for(paths)
     return paths
 
 
 def difference(images: Tensor, paths: Sequence[Path]) -> float:
-    """How far the frames `paths` are from the pictures (K, C, H, W) that they are to show, in levels of 255 on average."""
+    """How far the frames `paths` are from the images (K, C, H, W) that they are to show, in levels of 255 on average."""
     wanted = [_enlarged(figures.to_image(pixels)) for pixels in figures.to_uint8(images)]
     each = [ImageChops.difference(image, Image.open(path)) for image, path in zip(wanted, paths, strict=True)]
     return float(np.mean([np.asarray(image) for image in each]))

@@ -1,4 +1,4 @@
-"""2-D points on their way, for a person to look at."""
+"""Plots of 2-D points: on their way from source to data, the field that moves them, and a GIF."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ def move_points(sampler: Sampler, seed: int, count: int, labels: Tensor | None, 
 
 @torch.no_grad()
 def velocity(sampler: Sampler, at: Tensor, t: float, labels: Tensor | None = None) -> Tensor:
-    """What moves points `at` (N, 2) towards the data at time t: data - source as the network sees it, (N, 2)."""
+    """What moves the points `at` (N, 2) towards the data at time t: the network's estimate of data - source, (N, 2)."""
     condition = {"labels": labels} if labels is not None else {}
-    own = at.to(next(sampler.network.parameters()))  # pyright: ignore[reportFunctionMemberAccess]
-    found = sampler.process.denoiser(sampler.network, **condition)(own, torch.tensor(t, dtype=torch.float64))
-    return (found.x0 - found.eps).float().cpu()
+    at = at.to(next(sampler.network.parameters()))  # pyright: ignore[reportFunctionMemberAccess]
+    prediction = sampler.process.denoiser(sampler.network, **condition)(at, torch.tensor(t, dtype=torch.float64))
+    return (prediction.x0 - prediction.eps).float().cpu()
 
 
 def write_points(
@@ -50,16 +50,16 @@ def write_points(
     labels: Sequence[int] | None = None,
     device: torch.device,
     frames: bool = True,
-    told: Mapping[str, Any] | None = None,
+    request: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Into the folder `out`: `x0.png`, the source (the paper's x_0), `x1.png`, the samples, `trajectories.png` of 100 points,
-    `velocity.png` at five times, `points.npz` with both ends, and `points.gif` with the points on their way between them.
+    """Write into the folder `out`: `x0.png`, the source (the paper's x_0), `x1.png`, the samples, `trajectories.png` of 100
+    points, `velocity.png` at five times, `points.npz` with both ends, and `points.gif` with the points between them.
 
-    `labels` are the classes (count,) of a conditional network, `told` what all depends on, for `metadata.json`. Gives the
-    pictures' paths; a folder that holds others is a UserError.
+    `labels` are the classes (count,) of a conditional network, `request` what all depends on, for `metadata.json`. Gives the
+    paths of the plots; a folder that holds others is a UserError.
     """
-    if told is not None:
-        claim(out, told, what="frames")
+    if request is not None:
+        claim(out, request, what="frames")
     classes = torch.tensor(labels, device=device) if labels is not None else None
     way = move_points(sampler, seed, count, classes, device=device).numpy()
     first, last = (figures.scatter(way[i], title=title) for i, title in ((0, "x_0: the source"), (-1, "x_1: the data")))
@@ -73,24 +73,24 @@ def write_points(
         out / "trajectories.png", way[:, :100], title=f"100 of {count} points, {sampler.calls()} network calls"
     )
     fields = {}
-    for t in FIELD_TIMES:  # at the points that are on their way then: elsewhere the network has seen nothing
+    for t in FIELD_TIMES:  # at points of that time: elsewhere the network was not trained
         if t == 0 and not sampler.process.schedule.network_at_clean:
             continue
         at = way[int((sampler.times - t).abs().argmin())][:300]
         some = classes[: len(at)] if classes is not None else None
         fields[f"alpha = {1 - t:g}"] = at, velocity(sampler, torch.from_numpy(at).to(device), t, some).numpy()
     figures.velocity_fields(out / "velocity.png", fields)
-    made = [out / name for name in ("x0.png", "x1.png", "trajectories.png", "velocity.png")]
+    paths = [out / name for name in ("x0.png", "x1.png", "trajectories.png", "velocity.png")]
     if not frames:
-        return made
+        return paths
     folder = out / "frames"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("frame_*.png"):
         old.unlink()
     alphas = 1 - sampler.process.schedule.level(sampler.times).sigma
-    paths = [folder / f"frame_{i:03d}.png" for i in range(len(way))]
-    for i, path in enumerate(track(paths, "drawing frames", unit="frames")):
+    frame_paths = [folder / f"frame_{i:03d}.png" for i in range(len(way))]
+    for i, path in enumerate(track(frame_paths, "drawing frames", unit="frames")):
         title = f"alpha = {float(alphas[i]):.2f}"
         figures.save(figures.in_a_row([first, figures.scatter(way[i], title=title), last]), path)
-    figures.gif(paths, folder / "frame_%03d.png", out / "points.gif", fps=24)
-    return [*made, out / "points.gif"]
+    figures.gif(frame_paths, folder / "frame_%03d.png", out / "points.gif", fps=24)
+    return [*paths, out / "points.gif"]

@@ -1,10 +1,10 @@
-"""Pictures four times as large: Real-ESRGAN's network (RRDBNet, and its compact one), as spandrel reads it, tile by tile."""
+"""Images four times as large: Real-ESRGAN's network (RRDBNet, and its compact one), as spandrel reads it, tile by tile."""
 
 import hashlib
+import json
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,27 +21,28 @@ from torch.nn import functional
 from .. import figures
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..config.progress import Progress, say
+from ..config.progress import say
 from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, examine
 from ..data.transforms import decode
 from ..models.pretrained import import_torchvision
 from ..storage.blocks import Ranks
+from ..storage.files import write_whole
 from ..storage.finite import check_finite
-from ..storage.requests import claim_folder
+from .batches import deal_batches, in_batches
 
 WEIGHTS = "models/RealESRGAN_x4plus.pth"
 WHERE = "RealESRGAN_x4plus.pth is a file of release v0.1.0 of the GitHub project xinntao/Real-ESRGAN"
 FAMILY = ("ESRGAN", "Compact")  # spandrel's names of RRDBNet and SRVGGNetCompact: all that Real-ESRGAN has released
-MAX_PIXELS = 16_000_000  # of a picture in a folder: four times a side, in float32, is 3 GB
+MAX_PIXELS = 16_000_000  # of an image in a folder: four times a side, in float32, is 3 GB
 
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A network that makes pictures `scale` times as large, (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w).
+    """A network that makes images `scale` times as large, (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w).
 
-    `tile` is the longest side that it sees at once, `overlap` the margin of a tile that is not kept, both in pixels of its
-    input. Sides that it sees are multiples of `multiple` and at least `minimum`. `digest` is the hash of its file.
+    `tile` is the longest side of its input, `overlap` the margin of a tile that is not used, both in pixels of the input. Sides
+    of the input are multiples of `multiple` and at least `minimum`. `digest` is the hash of the file.
 
     The network: RRDBNet, Wang et al. 2018 (ESRGAN, arXiv:1809.00219); its weights: Wang et al. 2021 (Real-ESRGAN,
     arXiv:2107.10833).
@@ -64,26 +65,27 @@ class Upscaler:
     def upscale(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1], C 1 or 3 -> (B, C, scale H, scale W) in [-1, 1], float32, on the device of `images`.
 
-        Grey pictures go through as three channels, whose mean comes back. A picture with a side above `tile` is cut into
+        Grey images go through as three channels, whose mean comes back. An image with a side above `tile` is cut into
         overlapping tiles of one size; where `overlap` is at least the network's receptive radius, the result is that of the
-        whole picture, and beyond it the margins hide the seams. Tiles alone are moved to the network's device. A UserError
-        for another number of channels.
+        whole image, else the margins hide the seams. Only tiles are moved to the network's device. A UserError for another
+        number of channels.
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise UserError(f"pictures to upscale are (B, 1 or 3, H, W), not {tuple(images.shape)}")
+            raise UserError(f"images to upscale are (B, 1 or 3, H, W), not {tuple(images.shape)}")
         device, s = next(self.network.parameters()).device, self.scale
         batch, channels, height, width = images.shape
-        x = ((images.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)  # outside of it the network was not trained
+        x = ((images.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)  # the network was not trained outside of it
         x = functional.pad(x, (0, self._missing(width), 0, self._missing(height)), mode="replicate")
         size = x.shape[2:]
-        made = torch.empty(batch, channels, s * size[0], s * size[1], device=images.device)
+        result = torch.empty(batch, channels, s * size[0], s * size[1], device=images.device)
         h, w = (min(side, self._tile) for side in size)
         for y, top, bottom in self._windows(size[0]):
             for x_at, left, right in self._windows(size[1]):
                 part = self.network(x[:, :, y : y + h, x_at : x_at + w].to(device)).clamp(0, 1) * 2 - 1
                 part = part[:, :, s * (top - y) : s * (bottom - y), s * (left - x_at) : s * (right - x_at)]
-                made[:, :, s * top : s * bottom, s * left : s * right] = part if channels == 3 else part.mean(1, keepdim=True)
-        return made[:, :, : s * height, : s * width]
+                part = part if channels == 3 else part.mean(1, keepdim=True)
+                result[:, :, s * top : s * bottom, s * left : s * right] = part
+        return result[:, :, : s * height, : s * width]
 
     @property
     def _tile(self) -> int:
@@ -94,10 +96,10 @@ class Upscaler:
         return -(-max(side, self.minimum) // self.multiple) * self.multiple - side
 
     def _windows(self, side: int) -> list[tuple[int, int, int]]:
-        """(start of a tile, start and end of what is kept of it) along one side.
+        """(start of a tile, start and end of the part that is used) along one side.
 
-        Neighbours share at least twice the overlap and meet in its middle. The last tile ends with the picture, so all have
-        one size; starts are multiples of `multiple`, so that a network that folds pixels folds the same ones.
+        Neighbours share at least twice the overlap and meet in its middle. The last tile ends with the image, so all have one
+        size; starts are multiples of `multiple`, so that a network that folds pixels folds the same ones.
         """
         if side <= self._tile:
             return [(0, 0, side)]
@@ -108,21 +110,21 @@ class Upscaler:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """A state dict from safetensors or a .pth, without running anything in it: spandrel's own reader runs TorchScript."""
+    """A state dict from safetensors or a .pth, without running code in it, as spandrel's reader does with TorchScript."""
     try:
         if path.suffix.lower() == ".safetensors":
             state = load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's hints on files that are refused all the same
+                warnings.simplefilter("ignore")  # torch gives hints on files that are refused here
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
-    except Exception:  # damaged bytes end in whatever they like
+    except Exception:  # damaged bytes raise errors of any kind
         raise UserError(f"{path}: not weights that can be read without running code, or damaged; {WHERE}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a state dict; {WHERE}")
-    for part in (state, *state.values()):  # Real-ESRGAN's own are in {"params_ema": ...}
+    for part in (state, *state.values()):  # Real-ESRGAN has its weights in {"params_ema": ...}
         if isinstance(part, dict):
             check_finite(part, path, "get the file again")
     return state
@@ -143,48 +145,48 @@ def open_upscaler(weights: str | Path | None, device: torch.device | str, *, til
         from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
     state = _read_state(path)
     try:
-        found = ModelLoader().load_from_state_dict(state)
+        model = ModelLoader().load_from_state_dict(state)
     except UnsupportedModelError:
         raise UserError(f"{path}: not an upscaler (spandrel knows no network with these weights); {WHERE}") from None
-    except Exception as error:  # it reads sizes off the weights, and fails in many ways where they do not fit
+    except Exception as error:  # spandrel reads sizes off the weights, and fails in many ways where they do not fit
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: not an upscaler, or damaged ({reason}); {WHERE}") from None
-    if found.architecture.id not in FAMILY:
-        raise UserError(f"{path}: a network of {found.architecture.name}, not of Real-ESRGAN; {WHERE}")
-    channels = (found.input_channels, found.output_channels)
-    if not isinstance(found, ImageModelDescriptor) or channels != (3, 3) or found.scale < 2:
-        told = f"{channels[0]} channels to {channels[1]} at scale {found.scale}"
-        raise UserError(f"{path}: not an upscaler of pictures in colour, but of {told}; {WHERE}")
-    network = found.model.eval().requires_grad_(False).to(device)
-    needs = found.size_requirements
+    if model.architecture.id not in FAMILY:
+        raise UserError(f"{path}: a network of {model.architecture.name}, not of Real-ESRGAN; {WHERE}")
+    channels = (model.input_channels, model.output_channels)
+    if not isinstance(model, ImageModelDescriptor) or channels != (3, 3) or model.scale < 2:
+        kind = f"{channels[0]} channels to {channels[1]} at scale {model.scale}"
+        raise UserError(f"{path}: not an upscaler of images in colour, but of {kind}; {WHERE}")
+    network = model.model.eval().requires_grad_(False).to(device)
+    needs = model.size_requirements
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Upscaler(network, found.scale, needs.multiple_of, max(1, needs.minimum), tile, overlap, digest)
+    return Upscaler(network, model.scale, needs.multiple_of, max(1, needs.minimum), tile, overlap, digest)
 
 
 def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
-    """Every picture below `folder` in the order of its path, hidden ones left out, and the PNG in `out` that it becomes."""
+    """Every image below `folder` in the order of its path, hidden ones left out, and the PNG in `out` that it becomes."""
     if not folder.is_dir():
         raise UserError(
-            f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}; give a folder of pictures"
+            f"{folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}; give a folder of images"
         )
     if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{out} lies in {folder}, whose pictures are read; give another folder to write to")
-    found: dict[Path, Path] = {}
+        raise UserError(f"{out} lies in {folder}, whose images are read; give another folder to write to")
+    sources: dict[Path, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.suffix.lower() not in endings() or any(part.startswith(".") for part in name.parts) or not path.is_file():
             continue
         target = out / name.with_suffix(".png")
-        if target in found:
-            raise UserError(f"{found[target]} and {path} would both become {target}; rename one of them")
-        found[target] = path
-    if not found:
-        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(endings()))})")
-    return [(path, target) for target, path in found.items()]
+        if target in sources:
+            raise UserError(f"{sources[target]} and {path} would both become {target}; rename one of them")
+        sources[target] = path
+    if not sources:
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(endings()))})")
+    return [(path, target) for target, path in sources.items()]
 
 
 def _decode(path: Path) -> figures.Pixels | str:
-    """(H, W, 1 or 3) uint8, or why the picture cannot be read."""
+    """(H, W, 1 or 3) uint8, or why the image cannot be read."""
     try:
         measured = examine(lambda: path, path.stat().st_size, ScanConfig(max_pixels=MAX_PIXELS))
         if isinstance(measured, str):
@@ -197,49 +199,39 @@ def _decode(path: Path) -> figures.Pixels | str:
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def upscale_folder(
-    folder: Path,
-    out: Path,
-    upscaler: Upscaler,
-    *,
-    batch_size: int,
-    rank: int,
-    world: int,
-    barrier: Callable[[], None],
-) -> list[Path]:
-    """Upscale every picture of a folder and of those in it; gives the PNGs that are in `out` in the end, of all ranks.
+def upscale_folder(folder: Path, out: Path, upscaler: Upscaler, *, batch_size: int, ranks: Ranks) -> list[Path]:
+    """Upscale every image below a folder; gives the PNGs that are in `out` in the end, of all ranks.
 
-    sub/name.jpg becomes out/sub/name.png, grey stays grey, transparency lies over white. `batch_size` consecutive pictures
-    make a batch, and batches are dealt to ranks; of one batch, pictures of one size go through together, those above
-    upscaler.tile one at a time. So a picture is a function of folder and batch_size, for any number of processes and after a
-    kill. Files that are there already are kept, unless what they were made of has changed since. What cannot be read, or has
-    more than MAX_PIXELS, is left out with a line that names it. A UserError for a folder that is missing, holds no readable
-    picture, or two that differ by their ending alone, before anything is written.
+    sub/name.jpg becomes out/sub/name.png, grey stays grey, transparency lies over white. `batch_size` consecutive images make a
+    batch, and batches are dealt to ranks; of one batch, images of one size go through together, larger ones than upscaler.tile
+    one at a time. So a result is a function of folder and batch_size, for any number of processes and after a kill. Files that
+    are there already stay, unless their source has changed since. An image that cannot be read, or has more than MAX_PIXELS,
+    is left out with a line that names it. A UserError for a folder that is missing, holds no readable image, or two that
+    differ by their ending alone, before anything is written.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} must be at least 1")
     todo = _targets(folder, out)
     request, claim = {"folder": str(folder.resolve()), "weights": upscaler.digest}, out / ".upscaled.json"
-    advice = "give another folder to write to, or remove it"
-    claim_folder(claim, request, Ranks(rank, world, barrier), holds="images", advice=advice)
-    batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-    mine = batches[rank::world]
-    with Progress("upscaling", sum(map(len, mine)) * (world if rank == 0 else 1), shown=rank == 0) as bar:
-        for batch in mine:
-            if not all(_is_made(path, target) for path, target in batch):
-                _upscale_batch(batch, upscaler)
-            bar.update(len(batch) * (world if rank == 0 else 1))
-    barrier()
+    if out.exists() and any(out.iterdir()) and (not claim.exists() or json.loads(claim.read_text()) != request):
+        raise UserError(f"{out} holds other images; give another folder to write to, or remove it")
+    ranks.barrier()  # all ranks have checked before one writes
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(claim, json.dumps(request).encode())
+    for batch in deal_batches(todo, batch_size, ranks, "upscaling"):
+        _upscale_batch(batch, upscaler)
+    ranks.barrier()
     written = [target for _, target in todo if target.exists()]
     if not written:
-        if rank == 0 and [path.name for path in out.iterdir()] == [claim.name]:  # nothing else was there, and nothing came
+        if ranks.rank == 0 and [path.name for path in out.iterdir()] == [claim.name]:  # the folder was new
             shutil.rmtree(out)
-        raise UserError(f"{folder}: none of its {len(todo)} pictures can be read")
+        raise UserError(f"{folder}: none of its {len(todo)} images can be read")
     return written
 
 
-def _is_made(path: Path, target: Path) -> bool:
-    """Whether `target` is there and not older than what it is made of."""
+def _is_done(path: Path, target: Path) -> bool:
+    """Whether `target` is there and not older than the image that it is made of."""
     try:
         return target.stat().st_mtime_ns >= path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -248,21 +240,21 @@ def _is_made(path: Path, target: Path) -> bool:
 
 def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
     by_shape: dict[tuple[int, ...], list[tuple[Path, figures.Pixels]]] = defaultdict(list)
-    made_before = {target for path, target in batch if _is_made(path, target)}
+    done = {target for path, target in batch if _is_done(path, target)}
+    if len(done) == len(batch):
+        return
     for path, target in batch:
         pixels = _decode(path)
         if isinstance(pixels, str):
             say(f"{path}: left out ({pixels})")
         else:
             by_shape[pixels.shape].append((target, pixels))
-    for shape, same in by_shape.items():
-        at_once = 1 if max(shape[:2]) > upscaler.tile else len(same)
-        for start in range(0, len(same), at_once):
-            part = same[start : start + at_once]
-            if all(target in made_before for target, _ in part):
+    for shape, same_shape in by_shape.items():
+        for part in in_batches(same_shape, 1 if max(shape[:2]) > upscaler.tile else len(same_shape)):
+            if all(target in done for target, _ in part):
                 continue
             images = torch.from_numpy(rearrange(np.stack([pixels for _, pixels in part]), "b h w c -> b c h w"))
-            made = figures.to_uint8(upscaler.upscale(images.float() / 127.5 - 1))
-            for (target, _), pixels in zip(part, made, strict=True):
-                if target not in made_before:
+            large = figures.to_uint8(upscaler.upscale(images.float() / 127.5 - 1))
+            for (target, _), pixels in zip(part, large, strict=True):
+                if target not in done:
                     figures.save(figures.to_image(pixels), target)

@@ -16,7 +16,7 @@ from src.data import ImageConfig, ImageSet, open_sources
 from src.data.latents import same_latents
 from src.data.packing import pack
 from src.data.sources import FolderSource, PackedSource
-from src.evaluation.quality import real_features
+from src.evaluation.features import real_features
 from src.metrics.features import open_features
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder
@@ -47,8 +47,8 @@ def opened(folder: Path) -> ImageSet:
     return open_sources(validate(FolderSource, {"source": "folder", "path": str(folder)}))
 
 
-def encoded(folder: Path, cache: Path, **more: Any) -> Latents:
-    return latents_of(autoencoder(), opened(folder), None, IMAGE, cache, Accelerator(cpu=True), batch_size=4, **more)
+def encoded(folder: Path, cache: Path, **options: Any) -> Latents:
+    return latents_of(autoencoder(), opened(folder), None, IMAGE, cache, Accelerator(cpu=True), batch_size=4, **options)
 
 
 def touch(folder: Path) -> None:
@@ -203,25 +203,25 @@ def test_a_packed_set_that_was_packed_again_is_another(tmp_path: Path) -> None:
         latents_of(autoencoder(), packed(), None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=4)
 
 
-def test_half_packed_pictures_that_were_overwritten_are_packed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_packed_images_that_were_overwritten_are_packed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = bitmaps(tmp_path / "images", 0), tmp_path / "packed"
     monkeypatch.setattr("src.data.packing.BLOCK", 4)
-    pictures, load = opened(folder), type(opened(folder).parts[0]).load
+    image_set, load = opened(folder), type(opened(folder).parts[0]).load
 
-    def fail(self: Any, index: int, **more: Any) -> Any:
+    def fail(self: Any, index: int, **options: Any) -> Any:
         if index == 6:
             raise OSError("killed")
-        return load(self, index, **more)
+        return load(self, index, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(pictures.parts[0]), "load", fail)
+        patch.setattr(type(image_set.parts[0]), "load", fail)
         with pytest.raises(UserError, match="packing into"):
-            pack(pictures, out, size=16, channels=3)
+            pack(image_set, out, size=16, channels=3)
     assert (tmp_path / "packed.partial" / "records.bin").stat().st_size == 4 * 40
     bitmaps(folder, 1)
     pack(opened(folder), out, size=16, channels=3)
-    found = open_sources(PackedSource(source="packed", path=str(out)))
-    assert np.array_equal(found.parts[0].load(0, channels=3), opened(folder).parts[0].load(0, channels=3))
+    packed = open_sources(PackedSource(source="packed", path=str(out)))
+    assert np.array_equal(packed.parts[0].load(0, channels=3), opened(folder).parts[0].load(0, channels=3))
 
 
 def test_a_folder_of_another_machine_has_the_same_fingerprint(tmp_path: Path) -> None:
@@ -242,12 +242,12 @@ def test_pairs_of_a_source_that_was_overwritten_are_refused(tmp_path: Path) -> N
     sets = [word for one in quick for word in ("--set", one)]
     run_here("train_iadb", "-cfg", "configs/smoke/iadb.json", "--run-dir", tmp_path / "base", *sets)
     pairs = json.dumps({"run": str(tmp_path / "base"), "count": 8, "sampler": {"solver": "euler", "steps": 1}})
-    again = ["train_iadb", "-cfg", "configs/smoke/iadb.json", *sets, "--set", f"pairs={pairs}", "--run-dir"]
-    run_here(*again, tmp_path / "one")
+    command = ["train_iadb", "-cfg", "configs/smoke/iadb.json", *sets, "--set", f"pairs={pairs}", "--run-dir"]
+    run_here(*command, tmp_path / "one")
     touch(source)
-    run_here(*again, tmp_path / "two")
+    run_here(*command, tmp_path / "two")
     bitmaps(source, 1, side=12)
-    assert "was made from other source images" in refused(*again, tmp_path / "three")
+    assert "was made from other source images" in refused(*command, tmp_path / "three")
     assert "pairs" in json.loads((tmp_path / "two" / "data.json").read_text())
-    told = "warning: 12 of 20 images are enlarged: their shorter side is below image.size 16 (the smallest: 12 px)"
-    assert told in (tmp_path / "one" / "log.txt").read_text(), "of the source, too"
+    warning = "warning: 12 of 20 images are enlarged: their shorter side is below image.size 16 (the smallest: 12 px)"
+    assert warning in (tmp_path / "one" / "log.txt").read_text(), "of the source, too"

@@ -26,10 +26,10 @@ CPU = torch.device("cpu")
 IMAGE = ImageConfig(size=16, flip=True)
 
 
-def autoencoder(**more: Any) -> Autoencoder:
+def autoencoder(**options: Any) -> Autoencoder:
     network = randomise(VAE(VAEConfig(widths=(8, 16), blocks=1), 3)).eval().requires_grad_(False)
     return Autoencoder(
-        network=network, path="somewhere", document={}, digest="d", channels=3, latent_channels=4, factor=2, **more
+        network=network, path="somewhere", document={}, digest="d", channels=3, latent_channels=4, factor=2, **options
     )
 
 
@@ -38,49 +38,49 @@ def shapes() -> Any:
     return open_sources(ShapesSource(source="shapes", count=40, size=16))
 
 
-def test_a_cache_holds_the_moments_of_pictures_and_their_mirror_images(tmp_path: Path, shapes: Any) -> None:
-    found = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
+def test_a_cache_holds_the_moments_of_images_and_their_mirror_images(tmp_path: Path, shapes: Any) -> None:
+    latents = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
     indices, mirrored = np.array([3, 39, 0]), np.array([False, True, True])
-    moments = found.train.moments(indices, mirrored)
+    moments = latents.train.moments(indices, mirrored)
     pixels = torch.from_numpy(shapes.batch(indices, ImageConfig(size=16), np.full((3, 3), 0.5)))
     images = to_network(pixels, CPU)
     images[1:] = images[1:].flip(3)
     mean, logvar = autoencoder().network.moments(images)
     torch.testing.assert_close(moments, torch.stack([mean, logvar], dim=1), rtol=1e-4, atol=1e-5)
-    z = found.draw(moments, torch.zeros_like(mean))
-    torch.testing.assert_close(z, found.codec.normalise(mean), rtol=1e-3, atol=1e-4)
-    low, high = (torch.tensor(found.facts[key])[:, None, None] for key in ("low", "high"))
+    z = latents.draw(moments, torch.zeros_like(mean))
+    torch.testing.assert_close(z, latents.codec.normalise(mean), rtol=1e-3, atol=1e-4)
+    low, high = (torch.tensor(latents.facts[key])[:, None, None] for key in ("low", "high"))
     assert (z >= low - 1e-3).all() and (z <= high + 1e-3).all()
 
 
 def test_in_memory_and_from_the_file_are_the_same_and_batches_follow_positions(tmp_path: Path, shapes: Any) -> None:
-    found = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=8)
-    mapped = cache.LatentSet(found.train.blocks, CPU)
-    assert found.train.resident and not mapped.resident and len(mapped) == 40 and mapped.bytes == 40 * 2 * 2 * 4 * 64 * 4
+    latents = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=8)
+    mapped = cache.LatentSet(latents.train.blocks, CPU)
+    assert latents.train.resident and not mapped.resident and len(mapped) == 40 and mapped.bytes == 40 * 2 * 2 * 4 * 64 * 4
     split = plan_batch(8, 4, rank=0, world=1)
 
     def batches(latents: Any, start: int) -> Any:
         return latent_stream(latents, shapes.labels, split, seed=2, balanced=False, flip=True, start_step=start)
 
-    one, two, late = batches(found.train, 0), batches(mapped, 0), batches(found.train, 3)
-    seen = [next(one) for _ in range(10)]
-    for micro in seen:
+    one, two, late = batches(latents.train, 0), batches(mapped, 0), batches(latents.train, 3)
+    micros = [next(one) for _ in range(10)]
+    for micro in micros:
         other = next(two)
         assert torch.equal(micro.images, other.images) and torch.equal(micro.labels, other.labels)
-    assert torch.equal(next(late).images, seen[6].images), "step 3 begins with the seventh micro-batch"
-    assert sorted(int(label) for micro in seen for label in micro.labels) == sorted(shapes.labels.tolist()), "one epoch"
+    assert torch.equal(next(late).images, micros[6].images), "step 3 begins with the seventh micro-batch"
+    assert sorted(int(label) for micro in micros for label in micro.labels) == sorted(shapes.labels.tolist()), "one epoch"
 
 
 def test_statistics_by_the_law_of_total_variance() -> None:
     rng = np.random.default_rng(0)
     blocks = [rng.standard_normal((n, 1, 2, 3, 2, 2)).astype(np.float32) for n in (5, 9)]
-    found = cache.statistics([cache.sums_of(block) for block in blocks])
+    statistics = cache.statistics([cache.sums_of(block) for block in blocks])
     everything = np.concatenate(blocks).astype(np.float64)
     mean, logvar = everything[:, :, 0], everything[:, :, 1]
-    np.testing.assert_allclose(found["mean"], mean.mean((0, 1, 3, 4)))
+    np.testing.assert_allclose(statistics["mean"], mean.mean((0, 1, 3, 4)))
     variance = mean.var((0, 1, 3, 4)) + np.exp(logvar).mean((0, 1, 3, 4))
-    np.testing.assert_allclose(found["std"], np.sqrt(variance))
-    assert found["low"] == mean.min((0, 1, 3, 4)).tolist() and found["high"] == mean.max((0, 1, 3, 4)).tolist()
+    np.testing.assert_allclose(statistics["std"], np.sqrt(variance))
+    assert statistics["low"] == mean.min((0, 1, 3, 4)).tolist() and statistics["high"] == mean.max((0, 1, 3, 4)).tolist()
 
 
 def test_differences_in_words() -> None:
@@ -95,43 +95,43 @@ def test_differences_in_words() -> None:
 
 
 def test_a_codec_goes_there_and_back() -> None:
-    own = autoencoder()
-    codec = LatentCodec(own.network, [1.0, 0.0, -2.0, 0.5], [2.0, 1.0, 0.5, 4.0])
+    opened = autoencoder()
+    codec = LatentCodec(opened.network, [1.0, 0.0, -2.0, 0.5], [2.0, 1.0, 0.5, 4.0])
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    mean = own.network.moments(images)[0]
-    torch.testing.assert_close(codec.decode(codec.normalise(mean)), own.network.decode(mean), rtol=1e-4, atol=1e-5)
+    mean = opened.network.moments(images)[0]
+    torch.testing.assert_close(codec.decode(codec.normalise(mean)), opened.network.decode(mean), rtol=1e-4, atol=1e-5)
     assert float(codec.normalise(torch.tensor([3.0, 1, -1, 0.5])[:, None, None].expand(1, 4, 1, 1))[0, 0]) == 1.0
 
 
-def test_pictures_are_encoded_as_the_draws_that_a_run_learns_from(tmp_path: Path, shapes: Any) -> None:
+def test_images_are_encoded_as_the_draws_that_a_run_learns_from(tmp_path: Path, shapes: Any) -> None:
     """What is held out has the posterior's variance, and a picture, cached or not, has the same latents each time."""
-    own, twice = autoencoder(), 6
+    opened, twice = autoencoder(), 6
     images = torch.zeros(400, 3, 16, 16)
-    mean, logvar = own.network.moments(images)
-    codec = LatentCodec(own.network, [0.0] * 4, [2.0] * 4)
-    drawn = codec.encode(images, range(400))
-    around = (2 * drawn - mean) / (0.5 * logvar).exp()
+    mean, logvar = opened.network.moments(images)
+    codec = LatentCodec(opened.network, [0.0] * 4, [2.0] * 4)
+    encoded = codec.encode(images, range(400))
+    around = (2 * encoded - mean) / (0.5 * logvar).exp()
     torch.testing.assert_close(around.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
     assert abs(float(around.mean())) < 0.01
-    torch.testing.assert_close(codec.encode(images[:1], [twice])[0], drawn[twice], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.encode(images[:1], [twice])[0], encoded[twice], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(codec.examples(mean, None, range(400)), mean / 2)
 
     held_out = open_sources(ShapesSource(source="shapes", count=8, size=16, split="test"))
-    found = latents_of(own, shapes, held_out, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
-    examples, some = found.examples(held_out.labels), np.array([5, 2])
+    latents = latents_of(opened, shapes, held_out, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
+    examples, some = latents.examples(held_out.labels), np.array([5, 2])
     pixels = torch.from_numpy(held_out.batch(some, ImageConfig(size=16), np.full((2, 3), 0.5)))
-    encoded = found.codec.encode(to_network(pixels, CPU), [5, 2])
+    encoded = latents.codec.encode(to_network(pixels, CPU), [5, 2])
     torch.testing.assert_close(examples.load(some), encoded, rtol=1e-3, atol=1e-3)
 
 
-def test_pictures_that_an_autoencoder_was_not_made_for() -> None:
+def test_images_that_an_autoencoder_was_not_made_for() -> None:
     assert autoencoder(sizes=(16, 32)).latent_shape(3, 32) == (4, 16, 16)
-    for channels, size, said in (
+    for channels, size, message in (
         (1, 16, "has 3; set image.channels"),
         (3, 17, "not divisible by 2"),
         (3, 64, "at 16 and 32 px"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             autoencoder(sizes=(16, 32)).latent_shape(channels, size)
 
 
@@ -161,21 +161,21 @@ def test_reconstruction_is_measured_and_shown(tmp_path: Path, shapes: Any) -> No
         sheet=sheet,
     )
     images = image_examples(shapes, IMAGE).load(np.arange(40))
-    drawn = images * 0.5 + 2 / 127.5
-    assert values["l1"] == pytest.approx(float((drawn - images).abs().mean()), rel=1e-5)
-    mse = (drawn - images).square().flatten(1).mean(1)
+    outputs = images * 0.5 + 2 / 127.5
+    assert values["l1"] == pytest.approx(float((outputs - images).abs().mean()), rel=1e-5)
+    mse = (outputs - images).square().flatten(1).mean(1)
     assert values["psnr"] == pytest.approx(float((10 * torch.log10(4 / mse)).mean()), rel=1e-4)
-    drift = (drawn - images).mean((0, 2, 3)) * 127.5
+    drift = (outputs - images).mean((0, 2, 3)) * 127.5
     assert values["colour_drift"] == pytest.approx(float(max(drift, key=abs)), rel=1e-4)
     assert values["latent_std_1"] == pytest.approx(float(images[:, 1].double().std(correction=0)), rel=1e-4)
-    with Image.open(sheet) as picture:
-        assert picture.width == 4 + 5 * 68, "five columns"
+    with Image.open(sheet) as image:
+        assert image.width == 4 + 5 * 68, "five columns"
 
 
 def test_channels_in_trouble_are_named() -> None:
     healthy = {"latent_mean_0": 0.1, "latent_std_0": 1.0}
     assert troubled_channels(healthy) == []
-    said = troubled_channels(
+    lines = troubled_channels(
         healthy | {"latent_mean_1": 0.0, "latent_std_1": 1e-3, "latent_mean_2": 500.0, "latent_std_2": 3.0}
     )
-    assert len(said) == 2 and "latent channel 1 is dead" in said[0] and "latent channel 2 explodes" in said[1]
+    assert len(lines) == 2 and "latent channel 1 is dead" in lines[0] and "latent channel 2 explodes" in lines[1]

@@ -31,8 +31,8 @@ def test_a_straight_path_has_straightness_0_and_a_right_angle_1_minus_root_half(
     length, time = PathLength(), torch.tensor(1.0)
     length(0, time, torch.tensor([[0.0, 0.0], [0.0, 0.0]]), nothing)
     length(1, time, torch.tensor([[1.0, 1.0], [1.0, 0.0]]), nothing)
-    found = length.straightness(torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
-    assert found.tolist() == pytest.approx([0, 1 - math.sqrt(0.5)], abs=1e-6)
+    straightness = length.straightness(torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
+    assert straightness.tolist() == pytest.approx([0, 1 - math.sqrt(0.5)], abs=1e-6)
 
 
 def test_what_a_way_back_lost() -> None:
@@ -46,24 +46,24 @@ def test_what_a_way_back_lost() -> None:
 def test_velocity_is_what_the_network_says_and_points_follow_it() -> None:
     chosen, at = sampler(), torch.randn(5, 2)
     with torch.no_grad():
-        said = NETWORK(at, torch.full((5,), 0.25))
-    torch.testing.assert_close(velocity(chosen, at, 0.75), said, rtol=1e-5, atol=1e-5)
+        output = NETWORK(at, torch.full((5,), 0.25))
+    torch.testing.assert_close(velocity(chosen, at, 0.75), output, rtol=1e-5, atol=1e-5)
     way = move_points(chosen, 0, 6, None, device=torch.device("cpu"))
     assert way.shape == (5, 6, 2) and torch.equal(way[0], chosen.start(0, range(6)))
     torch.testing.assert_close(way[1] - way[0], 0.25 * velocity(chosen, way[0], 1.0), rtol=1e-4, atol=1e-5)
 
 
 def test_redraw_draws_anew_in_each_step_and_sweep() -> None:
-    asked: list[int] = []
+    steps: list[int] = []
 
     def source(seed: int, indices: object, draw: int = 0) -> torch.Tensor:
-        asked.append(draw)
+        steps.append(draw)
         return torch.randn(3, 2)
 
     chosen = sampler(3, "redraw")
     chosen.source = source
     chosen.move(torch.randn(3, 2), indices=range(3))
-    assert asked == [1, 2], "none at the end"
+    assert steps == [1, 2], "none at the end"
     gaussian = sampler(3, "redraw")
     assert len({tuple(gaussian.start(0, [0], draw)[0].tolist()) for draw in range(4)}) == 4
 

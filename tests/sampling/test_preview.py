@@ -39,7 +39,7 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
     """For eps the target's mean square is 1, however the pictures are batched."""
     shapes = open_sources(ShapesSource(source="shapes", count=300, size=8))
     process = process_of("linear", "eps")
-    found = [
+    losses = [
         held_out_loss(
             Zero(),
             process,
@@ -51,9 +51,9 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
         )
         for size in (50, 200)
     ]
-    assert [loss["held_out_loss"] for loss in found] == pytest.approx([1, 1], abs=0.03)
+    assert [loss["held_out_loss"] for loss in losses] == pytest.approx([1, 1], abs=0.03)
     levels = [f"held_out_loss_{i}" for i in range(10)]
-    assert [found[0][level] for level in levels] == pytest.approx([found[1][level] for level in levels]) and found[
+    assert [losses[0][level] for level in levels] == pytest.approx([losses[1][level] for level in levels]) and losses[
         0
     ].keys() == {
         "held_out_loss",
@@ -71,9 +71,9 @@ def session_in(folder: Path, step: int) -> Any:
 def test_a_preview_is_a_sheet_with_labels(tmp_path: Path) -> None:
     process = process_of("cosine", "v")
     spec = validate(PreviewConfig, {"num_samples": 6, "batch_size": 4, "sampler": {"steps": 2}})
-    drawn = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=3, clip_x0=(-1.0, 1.0))
+    sampler = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=3, clip_x0=(-1.0, 1.0))
     for step in (1, 2):
-        assert preview(drawn, spec, session_in(tmp_path, step), ("a", "b", "c"), None) == {}
+        assert preview(sampler, spec, session_in(tmp_path, step), ("a", "b", "c"), None) == {}
     one, two = tmp_path / "step_00000001.png", tmp_path / "step_00000002.png"
     assert one.read_bytes() == two.read_bytes(), "always from the same noise"
     with Image.open(one) as sheet:
@@ -83,17 +83,17 @@ def test_a_preview_is_a_sheet_with_labels(tmp_path: Path) -> None:
 def test_a_preview_is_a_sheet_for_each_class(tmp_path: Path) -> None:
     process = process_of("cosine", "v")
     spec = validate(PreviewConfig, {"num_samples": 16, "sheets": "class", "sampler": {"steps": 2}})
-    drawn = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=2, clip_x0=None)
+    sampler = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=2, clip_x0=None)
     shapes = open_sources(ShapesSource(source="shapes", count=20, size=8))
     names = ("High Renaissance", "Cubism")
-    found = preview(drawn, spec, session_in(tmp_path, 7), names, image_examples(shapes, ImageConfig(size=8)))
-    assert found["held_out_loss"] > 0
+    written = preview(sampler, spec, session_in(tmp_path, 7), names, image_examples(shapes, ImageConfig(size=8)))
+    assert written["held_out_loss"] > 0
     sheets = {path.name for path in (tmp_path / "step_00000007").iterdir()}
     assert sheets == {"sample_High_Renaissance_4x4.png", "sample_Cubism_4x4.png"}
 
 
 @pytest.mark.parametrize(("kind", "target"), [("cosine", "v"), ("blend", "blend")])
-def test_pictures_before_training(tmp_path: Path, kind: str, target: str) -> None:
+def test_first_images_before_training(tmp_path: Path, kind: str, target: str) -> None:
     shapes = open_sources(ShapesSource(source="shapes", count=20, size=64))
     save_first_images(tmp_path, shapes, ImageConfig(size=64), 0, process_of(kind, target))
     files = {path.name for path in tmp_path.iterdir()}
