@@ -17,7 +17,7 @@ from src.runtime.launch import explain_out_of_memory, start_sampling
 from src.runtime.looks import asked_for
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.arguments import add_arguments, sampler_config
-from src.sampling.build import dealt
+from src.sampling.build import count_for_classes
 from src.sampling.config import SAMPLER_KEYS
 from src.sampling.edit import files_of, from_nowhere, load_edit, load_low, start_from_pictures
 from src.sampling.files import nothing_left, write_samples
@@ -91,7 +91,7 @@ def draw_points(
     idle = [key for key, value in vars(args).items() if key not in taken and value != getattr(defaults, key)]
     if idle:
         raise UserError(f"--{idle[0].replace('_', '-')} is about pictures, and {args.run} is a run of 2-D points; leave it out")
-    count = args.num_samples or dealt(20_000, args.classes, run.class_names)
+    count = args.num_samples or count_for_classes(20_000, args.classes, run.class_names)
     labels = random_labels(args.seed, range(count), run.num_classes) if run.num_classes is not None else None
     labels = run.labels(args.classes, count) if args.classes is not None else labels
     sampler = build_sampler(run, how)
@@ -167,7 +167,7 @@ def main() -> None:
     if args.source is not None:
         files = files_of(args.source)
         args.num_samples, told["source"] = args.num_samples or len(files), fingerprint(files)
-    args.num_samples = args.num_samples or dealt(16, args.classes, class_names)
+    args.num_samples = args.num_samples or count_for_classes(16, args.classes, class_names)
     if args.classes is not None:
         labels = opened.labels(args.classes, args.num_samples, class_names)
     elif labels is not None and opened.num_classes is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import UserError, dump, validate
 from ..data.names import shown
 from ..diffusion import ProcessConfig
-from ..diffusion.process import fed
+from ..diffusion.process import time_input_for
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..models import UNet, UNetConfig
 from ..models.layers import Attention
@@ -376,7 +376,7 @@ def scheduler_config(spec: ProcessConfig) -> dict[str, Any] | None:
             raise UserError(
                 f"diffusers has no process.schedule blend with process.target {spec.target}; what can be exported has blend"
             )
-        time = fed(schedule, spec.time_input)
+        time = time_input_for(schedule, spec.time_input)
         if (time.kind, time.scale) != ("t", 1000.0):
             return None
         return {"_class_name": FLOW, "_diffusers_version": VERSION, "num_train_timesteps": 1000, **FLOW_SAMPLING}
@@ -844,7 +844,7 @@ def _blend_card(
     network: UNet, spec: ProcessConfig, theirs: Mapping[str, Any], folder: str, latents: LatentPart | None
 ) -> tuple[str, list[str]]:
     """The same on the blend, where a loop draws."""
-    classes, time = network.num_classes, fed(spec.schedule, spec.time_input)
+    classes, time = network.num_classes, time_input_for(spec.schedule, spec.time_input)
     condition = ", class_labels=labels" if classes is not None else ""
     labels = [f"labels = torch.arange(4) % {classes}"] if classes is not None else []
     noise = f"x = torch.randn(4, {theirs['in_channels']}, {theirs['sample_size']}, {theirs['sample_size']})"

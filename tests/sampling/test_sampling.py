@@ -18,7 +18,8 @@ from src.runs.folders import run_name
 from src.runs.opened import open_trained
 from src.sampling import Sampler, SamplerConfig, build_sampler, noise_of
 from src.sampling.files import Frames, columns_for, write_samples
-from src.sampling.sampler import Edit, _Way, describe, random_labels
+from src.sampling.sampler import describe, random_labels
+from src.sampling.trajectory import Edit
 from tests.conftest import here, launch, one_line, randomise, refused, run_here
 
 CPU = torch.device("cpu")
@@ -200,7 +201,8 @@ def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
 
         chain = sampler("ancestral", steps=4, **guided)
         chain.network = drawn.network
-        way = _Way(chain, labels, lambda step, like, sweep: torch.zeros_like(like), None)
+        way = chain._trajectory(labels, 0, range(2), None, None)
+        way.noise = lambda step, like, sweep=0: torch.zeros_like(like)
         steps = transitions(schedule, drawn.times)
         mean = steps.mean(1, plain.x0.clamp(-1, 1), x)
         wanted = mean + float(steps.beta[1]) * gradient(x, t)
