@@ -72,7 +72,7 @@ def affine(sample: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
 def test_a_gaussian_is_recovered(name: str, schedule: TableSchedule | BlendSchedule) -> None:
     grid = times(schedule, 500)
     mean, covariance = affine(lambda x: DETERMINISTIC[name](gaussian(schedule), x, grid, schedule))
-    accuracy = 1e-2 if name == "euler" else 2e-3
+    accuracy = 2e-3 if name in ("midpoint", "heun", "rk4", "dpmpp_2m") else 1e-2  # of order 2 or more
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=accuracy)
     torch.testing.assert_close(covariance, COVARIANCE, rtol=0, atol=accuracy)
 
