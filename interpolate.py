@@ -19,7 +19,7 @@ from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.arguments import parse_alphas, parse_steps
-from src.sampling.build import dealt
+from src.sampling.build import count_for_classes
 from src.sampling.edit import encode_images, files_of, no_start, start_from_images
 from src.sampling.files import claim, remove_if_empty
 from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
@@ -70,7 +70,7 @@ def check(args: argparse.Namespace) -> tuple[list[int], list[Path]]:
         raise UserError(f"--seeds {args.seeds}: give numbers with a slash between them, such as 3/14/15")
     places = args.pictures or ([args.source] if args.source is not None else [])
     files = [file for place in places for file in files_of(place)]
-    count = 0 if files else dealt(5, args.classes) if args.num_seeds is None else args.num_seeds
+    count = 0 if files else count_for_classes(5, args.classes) if args.num_seeds is None else args.num_seeds
     seeds = [int(word) for word in words] or list(range(args.seed, args.seed + count))
     if not all(0 <= seed < 2**64 for seed in (*seeds, args.seed)):
         raise UserError("seeds go from 0 to 2^64 - 1")

@@ -19,7 +19,7 @@ from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.arguments import add_arguments, sampler_config
-from src.sampling.build import dealt
+from src.sampling.build import count_for_classes
 from src.sampling.config import SAMPLER_KEYS
 from src.sampling.edit import files_of, load_edit, load_low, no_start, start_from_images
 from src.sampling.files import remove_if_empty, write_samples
@@ -99,7 +99,7 @@ def draw_points(
     """Draw points from a run of 2-D points, and plot them."""
     used = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *SAMPLER_KEYS} - IMAGES_ONLY - {"threshold"}
     refuse_others(args, defaults, used, f"is about images, and {args.run} is a run of 2-D points")
-    count = args.num_samples or dealt(20_000, args.classes, run.class_names)
+    count = args.num_samples or count_for_classes(20_000, args.classes, run.class_names)
     labels = random_labels(args.seed, range(count), run.num_classes) if run.num_classes is not None else None
     labels = run.labels(args.classes, count) if args.classes is not None else labels
     sampler = build_sampler(run, spec)
@@ -173,7 +173,7 @@ def main() -> None:
     if args.source is not None:
         files = files_of(args.source)
         args.num_samples, request["source"] = args.num_samples or len(files), fingerprint(files)
-    args.num_samples = args.num_samples or dealt(16, args.classes, class_names)
+    args.num_samples = args.num_samples or count_for_classes(16, args.classes, class_names)
     if args.classes is not None:
         labels = opened.labels(args.classes, args.num_samples, class_names)
     elif labels is not None and opened.num_classes is not None:

@@ -95,7 +95,7 @@ def possible(hint: Any, owner: str = "", field: str = "") -> Iterator[Value]:
 
 def values_of(cfg: Any) -> set[Value]:
     """Those that a config has."""
-    found = set()
+    values = set()
     for name, below in typing.get_type_hints(type(cfg), include_extras=True).items():
         value = getattr(cfg, name)
         if _is_free(type(cfg), name):
@@ -103,12 +103,12 @@ def values_of(cfg: Any) -> set[Value]:
         known = {entry.value for entry in possible(below) if not entry.owner}
         for each in value if isinstance(value, tuple | list) else (value,):
             if "set" in known:
-                found.add(Value(name_of(type(cfg)), name, "None" if each is None else "set"))
+                values.add(Value(name_of(type(cfg)), name, "None" if each is None else "set"))
             if str(each) in known:
-                found.add(Value(name_of(type(cfg)), name, str(each)))
+                values.add(Value(name_of(type(cfg)), name, str(each)))
             if dataclasses.is_dataclass(each):
-                found |= values_of(each)
-    return found
+                values |= values_of(each)
+    return values
 
 
 def is_exempt(value: Value) -> bool:
@@ -224,9 +224,9 @@ def _small_network(network: dict[str, Any]) -> dict[str, Any]:
     if "widths" in network:
         return {"widths": [16] * (len(network["widths"]) - 1) + [32], "blocks": 1}
     mults = network.get("channel_mult", [1, 2, 2, 4])
-    found = {"base_channels": 16, "blocks": 1, "norm_groups": 8}
-    found["channel_mult"] = [1 if mult == min(mults) else 2 for mult in mults]
-    return found | ({"head_channels": 16} if network.get("head_channels") else {})
+    changes = {"base_channels": 16, "blocks": 1, "norm_groups": 8}
+    changes["channel_mult"] = [1 if mult == min(mults) else 2 for mult in mults]
+    return changes | ({"head_channels": 16} if network.get("head_channels") else {})
 
 
 def _short_schedule(schedule: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from src.config import dump
-from src.diffusion import SOLVERS
+from src.config import UserError, dump, load
+from src.diffusion import SOLVERS, BlendSchedule, times
 from src.diffusion.weightings import WEIGHTINGS
-from src.models import BACKBONES
+from src.doctor import needs
+from src.models import BACKBONES, build_model
 from src.runtime.checkpoint import read_tensors
 from tests.conftest import ROOT, SMOKE, metrics, refused, run_here
+from tests.diffusion.test_solvers import COVARIANCE, MEAN, affine, cosine, gaussian
 
 EXAMPLES = re.findall(r"```diff\n--- [^\n]*\n\+\+\+ b/(\S+)\n@@ [^\n]*\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
 
@@ -36,7 +39,7 @@ def outside(path: str, lines: str) -> str:
     has already imported."""
     code = "".join(line[1:] + "\n" for line in lines.splitlines())
     package = path.removesuffix(".py").replace("/", ".").split(".")[:-1]
-    if path == "src/models/__init__.py" or "\nregister_source" in code:  # the line that names a new file
+    if "\nregister_source" in code:  # the new file is a part of the module outside
         code = code[code.index("\n") + 1 :]
     code = re.sub(r"^from \.\.\.(\w)", rf"from {'.'.join(package[:-2])}.\1", code, flags=re.M)
     code = re.sub(r"^from \.\.(\w)", rf"from {'.'.join(package[:-1])}.\1", code, flags=re.M)
@@ -51,7 +54,9 @@ def outside(path: str, lines: str) -> str:
 def additions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A module outside of the package that registers all examples; they are gone afterwards."""
     registries: list[Any] = [SOLVERS, WEIGHTINGS.members, BACKBONES.members]
-    code = [outside(*example) for example in EXAMPLES if "source" not in example[0] and "registry" not in example[0]]
+    code = [
+        outside(*example) for example in EXAMPLES if not any(word in example[0] for word in ("source", "registry", "__init__"))
+    ]
     if HAS_SOURCES:
         from src.data.sources.registry import SOURCES  # pyright: ignore
 
@@ -81,7 +86,7 @@ def run(additions: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = json.loads((ROOT / SMOKE).read_text())
     raw |= {"steps": 6, "model": {"kind": "convnet", "width": 8}, "data": {"source": "shapes", "count": 48, "size": 16}}
     raw["process"]["loss"] = {"weighting": {"kind": "truncated_snr", "least": 0.5}}
-    raw["preview"] = {"every": 6, "num_samples": 2, "sampler": {"solver": "averaged_euler", "steps": 3}}
+    raw["preview"] = {"every": 6, "num_samples": 2, "sampler": {"solver": "adams_bashforth", "steps": 3}}
     raw["checkpoint"] = {"every": 3}
     raw["log"] = {"every": 1, "trackers": []}
     if HAS_SOURCES:
@@ -97,6 +102,14 @@ def test_every_row_of_the_table_has_its_example() -> None:
     assert {"src/data/sources/stripes.py", "src/metrics/distances.py", "src/evaluation/registry.py"} < files
 
 
+def test_the_solver_recovers_a_gaussian(additions: Any) -> None:
+    for schedule in (cosine(), BlendSchedule()):
+        grid = times(schedule, 200)
+        mean, covariance = affine(lambda x: additions.adams_bashforth(gaussian(schedule), x, grid, schedule))
+        torch.testing.assert_close(mean, MEAN, rtol=0, atol=1e-3)
+        torch.testing.assert_close(covariance, COVARIANCE, rtol=0, atol=1e-3)
+
+
 def test_it_trains_with_them(run: Path, additions: Any) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config["model"] == {"kind": "convnet", "width": 8, "blocks": 2}
@@ -110,17 +123,17 @@ def test_it_trains_with_them(run: Path, additions: Any) -> None:
 
 
 def test_it_draws_and_is_a_start(run: Path, tmp_path: Path) -> None:
-    run_here("sample", run, "--solver", "averaged_euler", "--steps", "3", "--num-samples", "4", "--out", tmp_path / "drawn")
+    run_here("sample", run, "--solver", "adams_bashforth", "--steps", "3", "--num-samples", "4", "--out", tmp_path / "drawn")
     assert len(list((tmp_path / "drawn").rglob("*.png"))) >= 4
     config = run.parent / "config.json"
     run_here("ddpm_accelerate", "-cfg", config, "--run-dir", tmp_path / "next", "--set", f"init_from={run}", "--set", "steps=1")
     assert "starting from the weights of" in (tmp_path / "next" / "log.txt").read_text()
-    message = refused("interpolate", run, "--pictures", config, config, "--solver", "averaged_euler")
-    assert message.startswith("averaged_euler cannot be gone back, as --pictures need")
+    message = refused("interpolate", run, "--pictures", config, config, "--solver", "adams_bashforth")
+    assert message.startswith("adams_bashforth cannot be gone back, as --pictures need")
 
 
 def test_it_is_measured(run: Path, tmp_path: Path) -> None:
-    words = ("--features", "random", "--batch-size", "8", "--num-samples", "12", "--steps", "2", "--solver", "averaged_euler")
+    words = ("--features", "random", "--batch-size", "8", "--num-samples", "12", "--steps", "2", "--solver", "adams_bashforth")
     run_here("evaluate", run, *words, "--out", tmp_path / "measured")
     values = json.loads((tmp_path / "measured" / "evaluation.json").read_text())["random"]
     assert values["frechet"] > 0
@@ -130,10 +143,11 @@ def test_it_is_measured(run: Path, tmp_path: Path) -> None:
 def test_the_latent_script_and_blending_take_the_backbone(additions: Any) -> None:
     import train_iadb
     import train_ldm
-    from src.config import load
 
-    for script, config in ((train_iadb, "smoke/iadb.json"), (train_ldm, "smoke/ldm.json")):
+    for script, config, shape in ((train_iadb, "smoke/iadb.json", (3, 16, 16)), (train_ldm, "smoke/ldm.json", (4, 8, 8))):
         cfg: Any = load(ROOT / "configs" / config, script.Config, ["model.kind=convnet", "model.width=4"])
         assert cfg.model == additions.ConvNetConfig(kind="convnet", width=4)
-        with pytest.raises(ValueError, match="a convnet makes no images larger"):
-            cfg.model.build((3, 8, 8), None, learned=False, null_class=True, upsampler=True)
+        network = build_model(cfg.model, shape)
+        assert needs.count_parameters(cfg) == (sum(parameter.numel() for parameter in network.parameters()), 0)
+        with pytest.raises(UserError, match="a convnet makes no images larger"):
+            build_model(cfg.model, shape, upsampler=True)

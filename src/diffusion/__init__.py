@@ -1,4 +1,4 @@
-"""The mathematics of diffusion and blending; knows no network."""
+"""The mathematics of diffusion and blending. A network is always an argument."""
 
 from .guidance import (
     classifier_free,

@@ -1,4 +1,4 @@
-"""What stands between a network and a solver: guidance, then clipping. Each takes denoisers and gives a denoiser."""
+"""Guidance and clipping: functions that take denoisers and return a denoiser for the solver."""
 
 from collections.abc import Callable
 
@@ -44,16 +44,18 @@ def classifier_gradient(logits: Callable[[Tensor, Tensor], Tensor], labels: Tens
 
 
 def on_schedule(
-    logits: Callable[[Tensor, Tensor], Tensor], own: Schedule, schedule: Schedule
+    logits: Callable[[Tensor, Tensor], Tensor], classifier_schedule: Schedule, schedule: Schedule
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A classifier of pictures noised along `own`, for pictures noised along `schedule`: asked at the same ratio of signal and
-    noise, the picture scaled to its level."""
+    """The logits of a classifier that was trained along `classifier_schedule`, for images that are noised along `schedule`.
+
+    The classifier is called at the time that has the same ratio of signal and noise, with the image scaled to that level.
+    """
 
     def converted(x_t: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = schedule.level(t)
-        there = own.time(sigma / (alpha + sigma))
-        level = own.level(there)
-        return logits(x_t * like((level.alpha + level.sigma) / (alpha + sigma), x_t), there)
+        classifier_t = classifier_schedule.time(sigma / (alpha + sigma))
+        level = classifier_schedule.level(classifier_t)
+        return logits(x_t * like((level.alpha + level.sigma) / (alpha + sigma), x_t), classifier_t)
 
     return converted
 
@@ -61,13 +63,13 @@ def on_schedule(
 def classifier_guided(denoiser: Denoiser, gradient: Gradient, schedule: Schedule) -> Denoiser:
     """eps - sigma gradient, and the x0 that belongs to it (Alg. 2, Dhariwal & Nichol 2021, arXiv:2105.05233).
 
-    For all solvers but ancestral sampling, which adds its variance times the gradient to the mean instead (Alg. 1).
+    Ancestral sampling does not use it: it adds its variance times the gradient to the mean instead (Alg. 1).
     """
 
     def guided(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoiser(x_t, t)
         alpha, sigma = schedule.level(t)
-        if not bool((alpha > 0).all()):  # in pure noise there is nothing that a classifier could see
+        if not bool((alpha > 0).all()):  # a classifier sees nothing in pure noise
             return prediction
         shift = gradient(x_t, t)
         eps = prediction.eps - like(sigma, x_t) * shift
@@ -77,7 +79,7 @@ def classifier_guided(denoiser: Denoiser, gradient: Gradient, schedule: Schedule
 
 
 def within(levels: tuple[float, float], inside: Denoiser, outside: Denoiser, schedule: Schedule) -> Denoiser:
-    """`inside` where the noise level sigma / alpha lies in `levels`, both ends among them, else `outside`.
+    """`inside` where the noise level sigma / alpha lies in `levels` (both ends included), else `outside`.
 
     Kynkaanniemi et al. 2024, arXiv:2404.07724.
     """
@@ -89,26 +91,29 @@ def within(levels: tuple[float, float], inside: Denoiser, outside: Denoiser, sch
 
 
 def is_within(levels: tuple[float, float], schedule: Schedule, t: Tensor) -> bool:
+    """Whether the noise level sigma / alpha at `t` lies in `levels`, both ends included."""
     alpha, sigma = schedule.level(t)
     return bool((sigma >= levels[0] * alpha).all() and (sigma <= levels[1] * alpha).all())
 
 
-def _hold(denoiser: Denoiser, schedule: Schedule, bound: Callable[[Tensor], Tensor]) -> Denoiser:
-    def held(x_t: Tensor, t: Tensor) -> Prediction:
+def _bound_x0(denoiser: Denoiser, schedule: Schedule, bound: Callable[[Tensor], Tensor]) -> Denoiser:
+    """`bound` applied to x0, and the eps that belongs to the result."""
+
+    def bounded(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoiser(x_t, t)
         alpha, sigma = schedule.level(t)
-        if not bool((sigma > 0).all()):  # at the clean level x_t is x0 and says nothing of eps
+        if not bool((sigma > 0).all()):  # at the clean level x_t says nothing of eps
             return prediction
         x0 = bound(prediction.x0)
         eps = (x_t - like(alpha, x_t) * x0) / like(sigma, x_t)
         return Prediction(x0, eps, prediction.variance_fraction)
 
-    return held
+    return bounded
 
 
 def clip(denoiser: Denoiser, schedule: Schedule, low: float | Tensor, high: float | Tensor) -> Denoiser:
-    """Hold x0 inside [low, high] and recompute eps, so that x_t = alpha x0 + sigma eps still holds."""
-    return _hold(
+    """Clamp x0 to [low, high] and compute eps again, so that x_t = alpha x0 + sigma eps still holds."""
+    return _bound_x0(
         denoiser,
         schedule,
         lambda x0: torch.clamp(x0, low, high),  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -116,15 +121,15 @@ def clip(denoiser: Denoiser, schedule: Schedule, low: float | Tensor, high: floa
 
 
 def dynamic_threshold(denoiser: Denoiser, schedule: Schedule, quantile: float) -> Denoiser:
-    """Hold the x0 of each sample inside [-s, s] and divide it by s, where s is that quantile of its |x0|, at least 1; eps is
-    recomputed.
+    """Clamp the x0 of each sample to [-s, s] and divide it by s, where s is that quantile of its |x0|, at least 1; eps is
+    computed again.
 
     Sec. 2.3, Saharia et al. 2022, arXiv:2205.11487.
     """
 
     def bound(x0: Tensor) -> Tensor:
-        each = [torch.quantile(sample, quantile) for sample in x0.abs().flatten(1)]  # of all at once it takes 16 M at most
-        s = torch.stack(each).clamp(min=1).reshape(-1, *[1] * (x0.ndim - 1))
+        quantiles = [torch.quantile(sample, quantile) for sample in x0.abs().flatten(1)]  # it takes 16 M numbers at most
+        s = torch.stack(quantiles).clamp(min=1).reshape(-1, *[1] * (x0.ndim - 1))
         return torch.clamp(x0, -s, s) / s
 
-    return _hold(denoiser, schedule, bound)
+    return _bound_x0(denoiser, schedule, bound)

@@ -50,7 +50,7 @@ def variational_term(
 ) -> Tensor:
     """L_t in bits per dimension, (B,), of the steps `index` (B,) of a chain.
 
-    `x0` is the picture, `estimate` the model's of it; `kind` and `fraction` give the variance of the model's step.
+    `x0` is the image, `estimate` the model's estimate of it; `kind` and `fraction` give the variance of the model's step.
     """
     log_var = log_variance(steps, index, kind, fraction)
     log_var = like(log_var, x0) if kind != "learned" else log_var
@@ -68,7 +68,7 @@ def prior_term(schedule: Schedule, t: Tensor, x0: Tensor) -> Tensor:
 
 
 class BitsPerDimension(NamedTuple):
-    """Bits per dimension of pictures: `prior` (B,), `terms` (B, N) from the noisiest step to the decoder's, and the mean
+    """Bits per dimension of images: `prior` (B,), `terms` (B, N) from the noisiest step to the decoder's, and the mean
     squared errors of the estimates of eps and x0 at each, (B, N)."""
 
     prior: Tensor
@@ -90,9 +90,9 @@ def bits_per_dimension(
     noise: Callable[[int, Tensor], Tensor],
     variance: str,
 ) -> BitsPerDimension:
-    """The variational bound of the pictures `x0` (B, ...), on the chain along `times`; its step i sees noise(i, x0).
+    """The variational bound of the images `x0` (B, ...) on the chain along `times`; its step i uses noise(i, x0).
 
-    A denoiser that clips is what published figures were made with.
+    Published figures were made with a denoiser that clips.
     """
     steps = transitions(schedule, times)
     terms, eps_mse, x0_mse = [], [], []

@@ -1,6 +1,6 @@
 """The one process behind DDPM, DDIM and IADB: add noise, make a target, read a network's output.
 
-Every target is linear in the clean picture and the noise, y = p x0 + q eps, so reading an output is one 2x2 solve of
+Every target is linear in the clean image and the noise, y = p x0 + q eps, so reading an output is one 2x2 solve of
 {x_t = alpha x0 + sigma eps, y = p x0 + q eps}.
 """
 
@@ -32,7 +32,7 @@ COEFFICIENTS: dict[str, Callable[[Level], tuple[Tensor, Tensor]]] = {
 
 
 class Prediction(NamedTuple):
-    """What a network's output says: x0 and eps (B, ...), and the learned variance's fraction in [0, 1] or None."""
+    """The estimates of x0 and eps (B, ...) in a network's output, and the learned variance's fraction in [0, 1] or None."""
 
     x0: Tensor
     eps: Tensor
@@ -40,7 +40,7 @@ class Prediction(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Per sample, (B,): `loss` is what is trained; `mse` the squared error of the output, and `vb` the variational term of the
+    """Of each sample, (B,): `loss` is trained; `mse` is the squared error of the output and `vb` the variational term of the
     step in bits per dimension, where the loss has them."""
 
     loss: Tensor
@@ -49,20 +49,20 @@ class Losses(NamedTuple):
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """What the loss is made of, where that is more than one thing: for the log."""
+        """For the log: the parts of the loss, where it has more than one."""
         return {"mse": self.mse, "vb": self.vb} if self.mse is not None and self.vb is not None else {}
 
 
 class Denoiser(Protocol):
-    """All that a solver sees of a network."""
+    """All that a solver knows of a network."""
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Prediction: ...
 
 
 @config
 class TimeInput:
-    """What the network is told of the time, times `scale`: the table's `index`, the signal coefficient `alpha`, or `t`
-    in [0, 1] (index / steps on a table)."""
+    """The network's input for the time, times `scale`: the table's `index`, the signal coefficient `alpha`, or `t` in [0, 1]
+    (index / steps on a table)."""
 
     kind: Literal["index", "alpha", "t"] = "index"
     scale: float = pydantic.Field(1.0, gt=0)
@@ -99,9 +99,9 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Schedule, target, variance, loss and what the network is fed; it holds no network.
+    """Schedule, target, variance, loss and the network's input for the time; it holds no network.
 
-    Times `t` are float64 or integer tensors on the CPU, () or (B,); pictures are (B, C, ...) on any device.
+    Times `t` are float64 or integer tensors on the CPU, () or (B,); images are (B, C, ...) on any device.
     """
 
     schedule: TableSchedule | BlendSchedule
@@ -116,7 +116,7 @@ class Process:
         return like(alpha, x0) * x0 + like(sigma, x0) * eps
 
     def make_target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """y = p x0 + q eps, what the network is asked for."""
+        """y = p x0 + q eps, which the network learns to predict."""
         p, q = COEFFICIENTS[self.target](self.schedule.level(t))
         return like(p, x0) * x0 + like(q, x0) * eps
 
@@ -137,7 +137,7 @@ class Process:
         return Prediction(x0, eps, fraction)
 
     def network_time(self, t: Tensor) -> Tensor:
-        """What the network is fed at times `t`, float64 of the same shape, on the CPU."""
+        """The network's input for times `t`, float64 of the same shape, on the CPU."""
         kind = self.time_input.kind
         if kind == "alpha":
             value = self.schedule.level(t).alpha
@@ -154,13 +154,13 @@ class Process:
 
     @cached_property
     def chain(self) -> Transitions:
-        """The steps of the whole table; that from level t is the one of index T - 1 - t."""
+        """The steps of the whole table; the step from level t has the index T - 1 - t."""
         if not isinstance(self.schedule, TableSchedule):
             raise ValueError("the variational bound and learned variances need a table; the blend has none")
         return transitions(self.schedule, torch.arange(self.schedule.num_steps - 1, -2, -1, dtype=torch.float64))
 
     def losses(self, network: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, **condition: Any) -> Losses:
-        """What `loss` says, for each sample; times (B,) are entries where the loss has a variational term.
+        """The loss of each sample; times (B,) are entries of the table where the loss has a variational term.
 
         simple: the mean over a sample's elements of (network(x_t) - y)^2 (Eq. 14, arXiv:2006.11239). hybrid: Eq. 16,
         arXiv:2102.09672, the mean of the model's step detached.
@@ -192,7 +192,7 @@ class Process:
         return torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
 
     def denoiser(self, network: Callable[..., Tensor], **condition: Any) -> Denoiser:
-        """The network as solvers see it, with its condition (labels) bound."""
+        """The network as a denoiser for solvers, with its condition (labels) bound."""
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
             return self.read(self._call(network, x_t, t, condition), x_t, t)
@@ -208,10 +208,10 @@ class Process:
 
 @config
 class ProcessConfig:
-    """Schedule, target, the variance of ancestral sampling (`learned`: the network's second output), the loss, and what the
-    network is told of the time.
+    """Schedule, target, the variance of ancestral sampling (`learned`: the network's second output), the loss, and the
+    network's input for the time.
 
-    `clip` holds the x0 estimate inside [-1, 1] while sampling; needed where reading the output amplifies its error.
+    `clip` clamps the estimate of x0 to [-1, 1] while sampling, which is needed where reading the output amplifies its error.
     """
 
     schedule: ScheduleConfig
@@ -266,17 +266,17 @@ def gain(process: Process, t: Tensor) -> Tensor:
     return 1 / (level.alpha * q - level.sigma * p).abs()
 
 
-def fed(schedule: ScheduleConfig, given: TimeInput | None) -> TimeInput:
-    """What a network is told of the time; without `given` the index of a table, 1000 t of the blend."""
-    return given or (TimeInput(kind="t", scale=1000.0) if isinstance(schedule, BlendScheduleConfig) else TimeInput())
+def time_input_for(schedule: ScheduleConfig, chosen: TimeInput | None) -> TimeInput:
+    """The network's input for the time: the one that a config has chosen, or else a table's index, and 1000 t of the blend."""
+    return chosen or (TimeInput(kind="t", scale=1000.0) if isinstance(schedule, BlendScheduleConfig) else TimeInput())
 
 
 def build_process(spec: ProcessConfig) -> Process:
-    """The process that a config names. Without `time_input` a table feeds its index, the blend 1000 t."""
+    """The process that a config names."""
     return Process(
         schedule=build_schedule(spec.schedule, network_at_clean=spec.target != "x0"),
         target=spec.target,
         variance=spec.variance,
         loss=spec.loss,
-        time_input=fed(spec.schedule, spec.time_input),
+        time_input=time_input_for(spec.schedule, spec.time_input),
     )

@@ -19,7 +19,7 @@ from .process import Denoiser, Prediction
 from .schedules import Schedule, like
 from .variance import Transitions, log_variance, standard_deviation, transitions
 
-Callback = Callable[[int, Tensor, Tensor, Prediction], None]  # (step, t, x_t, what the network said of it)
+Callback = Callable[[int, Tensor, Tensor, Prediction], None]  # (step, t, x_t, the prediction)
 Noise = Callable[[int, Tensor], Tensor]  # (step, a tensor of the wanted shape) -> standard normal
 Slope = Callable[[Tensor, float], Tensor]
 S = TypeVar("S", bound=Callable[..., Tensor])
@@ -46,6 +46,14 @@ class Solver:
     def takes(self, argument: str) -> bool:
         """Whether the function has an argument of this name."""
         return argument in inspect.signature(self.function).parameters
+
+
+def predict(denoiser: Denoiser, x: Tensor, times: Tensor, i: int, callback: Callback | None) -> Prediction:
+    """The prediction of the denoiser for x at times[i]; the callback gets it, too."""
+    prediction = denoiser(x, times[i])
+    if callback is not None:
+        callback(i, times[i], x, prediction)
+    return prediction
 
 
 SOLVERS: dict[str, Solver] = {}
@@ -112,9 +120,7 @@ def _blend_path(
         return prediction.eps - prediction.x0
 
     for i in range(len(times) - 1):
-        prediction = denoiser(x, times[i])
-        if callback is not None:
-            callback(i, times[i], x, prediction)
+        prediction = predict(denoiser, x, times, i, callback)
         reachable = schedule.network_at_clean or float(times[i + 1]) != schedule.clean
         if step is None or not reachable:
             x = like(alpha[i + 1], x) * prediction.x0 + like(sigma[i + 1], x) * prediction.eps
@@ -159,9 +165,7 @@ def dpmpp_2m(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *
     logsnr_half = alpha.log() - sigma.log()
     previous: Tensor | None = None
     for i in range(len(times) - 1):
-        prediction = denoiser(x, times[i])
-        if callback is not None:
-            callback(i, times[i], x, prediction)
+        prediction = predict(denoiser, x, times, i, callback)
         x0 = prediction.x0
         h = logsnr_half[i + 1] - logsnr_half[i]
         if previous is not None and bool(torch.isfinite(h)):
@@ -191,11 +195,9 @@ def ddim(
     alpha, sigma = schedule.level(times)
     spread = eta * transitions(schedule, times).beta_tilde.sqrt()
     for i in range(len(times) - 1):
-        prediction = denoiser(x, times[i])
-        if callback is not None:
-            callback(i, times[i], x, prediction)
-        kept = (sigma[i + 1] ** 2 - spread[i] ** 2).clamp(min=0).sqrt()
-        following = like(alpha[i + 1], x) * prediction.x0 + like(kept, x) * prediction.eps
+        prediction = predict(denoiser, x, times, i, callback)
+        sigma_rest = (sigma[i + 1] ** 2 - spread[i] ** 2).clamp(min=0).sqrt()
+        following = like(alpha[i + 1], x) * prediction.x0 + like(sigma_rest, x) * prediction.eps
         if spread[i] > 0:
             following = following + like(spread[i], x) * noise(i, x)
         x = following
@@ -218,13 +220,11 @@ def ancestral(
     """Ancestral sampling of the chain along `times` (Alg. 2, Ho et al. 2020, arXiv:2006.11239).
 
     `variance` is small, large or learned; `mean_shift(x_t, t, variance)` is added to each mean (classifier guidance). Where
-    `times` are a part of a longer chain, `steps` are its transitions.
+    `times` are a part of a longer chain, `steps` are the transitions of that part.
     """
     steps = transitions(schedule, times) if steps is None else steps
     for i in range(len(times) - 1):
-        prediction = denoiser(x, times[i])
-        if callback is not None:
-            callback(i, times[i], x, prediction)
+        prediction = predict(denoiser, x, times, i, callback)
         log_var = log_variance(steps, i, variance, prediction.variance_fraction)
         log_var = like(log_var, x) if log_var.ndim == 0 else log_var
         mean = steps.mean(i, prediction.x0, x)
@@ -248,15 +248,13 @@ def redraw(
     source: Noise,
     callback: Callback | None = None,
 ) -> Tensor:
-    """x_s = alpha_s x0 + sigma_s eps', eps' a new draw of the source at each step: source(step, x) -> (B, ...).
+    """x_s = alpha_s x0 + sigma_s eps', where eps' is drawn from the source anew at each step: source(step, x) -> (B, ...).
 
     The stochastic variant of iterative alpha-(de)blending (Heitz et al. 2023, arXiv:2305.03486); one call a step.
     """
     alpha, sigma = schedule.level(times)
     for i in range(len(times) - 1):
-        prediction = denoiser(x, times[i])
-        if callback is not None:
-            callback(i, times[i], x, prediction)
+        prediction = predict(denoiser, x, times, i, callback)
         x = like(alpha[i + 1], x) * prediction.x0
         if sigma[i + 1] > 0:
             x = x + like(sigma[i + 1], x) * source(i, x)

@@ -1,4 +1,4 @@
-"""Which times are trained: uniform, logit-normal, or where the loss has its second moment."""
+"""The distributions of the times that are trained: uniform, logit-normal, or by the second moment of the loss."""
 
 from typing import Annotated, Literal
 
@@ -28,9 +28,9 @@ class LogitNormalTimes:
 
 @config
 class SecondMomentTimes:
-    """Each entry of the table as often as the root of the mean square of its last `history` losses asks, and the loss weighted
-    so that its expectation stays that of uniform times. Uniform until each entry has its history, and for the share
-    `uniform_share` ever after.
+    """Each entry of the table is drawn in proportion to the root of the mean square of its last `history` losses, and the loss
+    is weighted so that its expectation stays that of uniform times. Times are uniform until each entry has its history, and
+    for the share `uniform_share` after that.
 
     Eq. 18, Nichol & Dhariwal 2021, arXiv:2102.09672; for loss.kind rescaled_kl.
     """

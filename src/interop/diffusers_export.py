@@ -10,7 +10,7 @@ import safetensors.torch
 
 from ..config import UserError, dump
 from ..diffusion import ProcessConfig
-from ..diffusion.process import fed
+from ..diffusion.process import time_input_for
 from ..diffusion.schedules import BlendScheduleConfig
 from ..models import UNet
 from ..runs.diffusers_autoencoder import VERSION, WEIGHTS
@@ -109,7 +109,7 @@ def export(
 
 def _time_in_python(spec: ProcessConfig) -> str:
     """The time that a network on the blend is fed, as Python that knows alpha."""
-    time = fed(spec.schedule, spec.time_input)
+    time = time_input_for(spec.schedule, spec.time_input)
     expression = "alpha" if time.kind == "alpha" else "(1 - alpha)"
     return expression if time.scale == 1 else f"{str(time.scale).removesuffix('.0')} * {expression}"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..config import UserError, validate
 from ..diffusion import ProcessConfig
-from ..diffusion.process import fed
+from ..diffusion.process import time_input_for
 from ..diffusion.schedules import BetaSchedule, BlendScheduleConfig
 from ..runs.diffusers_autoencoder import VERSION
 
@@ -101,7 +101,7 @@ def scheduler_config(spec: ProcessConfig) -> dict[str, Any] | None:
             raise UserError(
                 f"diffusers has no process.schedule blend with process.target {spec.target}; what can be exported has blend"
             )
-        time = fed(schedule, time)
+        time = time_input_for(schedule, time)
         if (time.kind, time.scale) != ("t", 1000.0):
             return None
         return {"_class_name": FLOW, "_diffusers_version": VERSION, "num_train_timesteps": 1000, **FLOW_SAMPLING}

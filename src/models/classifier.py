@@ -20,8 +20,8 @@ class ClassifierConfig(EncoderConfig):
     """The architecture: the U-Net's keys for the way down and the middle, with guided-diffusion's choices for a classifier
     (heads of 64 channels; to give `num_heads`, set `head_channels` to null), and the pool.
 
-    `adaptive` is a linear layer on the mean of the middle; `attention` lets the mean ask the middle's pixels, whose number
-    it learns; `spatial` is two linear layers on the means of all that the encoder computes.
+    `adaptive` is a linear layer on the mean of the middle; `attention` lets the mean attend to the middle's pixels, whose
+    number is fixed; `spatial` is two linear layers on the means of all that the encoder computes.
     """
 
     head_channels: int | None = pydantic.Field(64, ge=1)
@@ -41,7 +41,7 @@ class ClassifierConfig(EncoderConfig):
 
 
 class AttentionPool(nn.Module):
-    """(B, C, h, w) -> (B, out_channels): the mean of the pixels, a token of its own, attends to all of them.
+    """(B, C, h, w) -> (B, out_channels): the mean of the pixels is one more token, which attends to all of them.
 
     Each token has a learned position, so h and w are fixed. Sec. 2.3, Radford et al. 2021, arXiv:2103.00020.
     """
@@ -58,7 +58,7 @@ class AttentionPool(nn.Module):
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)  # (B, 1 + N, C)
         tokens = tokens + self.positional_embedding.T
         q, k, v = rearrange(self.qkv(tokens), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
-        pooled = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # (B, heads, 1, d): nobody reads the other tokens
+        pooled = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # (B, heads, 1, d): the other tokens are not read
         return self.out(rearrange(pooled, "b heads 1 d -> b (heads d)"))
 
 
@@ -90,12 +90,12 @@ class Classifier(Encoder[ClassifierConfig]):
 
     @property
     def last_layer(self) -> str:
-        """How the names of the parameters begin that make logits of features."""
+        """The beginning of the names of the parameters that compute logits from features."""
         return {"spatial": "head.2.", "adaptive": "head.", "attention": "head.out."}[self.pool]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         if self.pool == "attention" and x.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(f"this classifier sees pictures of {self.image_size} px, not {x.shape[2]} x {x.shape[3]}")
+            raise ValueError(f"this classifier sees images of {self.image_size} px, not {x.shape[2]} x {x.shape[3]}")
         features = self._encode(x, F.silu(self._embed_time(time)))
         if self.head_norm is None:
             return self.head(torch.cat([h.mean(dim=(2, 3)) for h in features], dim=1))

@@ -1,4 +1,4 @@
-"""The PatchGAN: a small convolutional network that judges every patch of a picture."""
+"""The PatchGAN: a small convolutional network that says of every patch of an image whether it looks real."""
 
 import pydantic
 from torch import Tensor, nn
@@ -21,15 +21,15 @@ class DiscriminatorConfig:
         return self
 
     @property
-    def smallest_picture(self) -> int:
-        """The side of the smallest picture that leaves a patch to judge."""
+    def smallest_image(self) -> int:
+        """The side of the smallest image that has a patch."""
         return 3 * 2**self.layers
 
 
 class Discriminator(nn.Module):
     """(B, C, H, W) in [-1, 1] -> (B, 1, h, w) logits, one for each patch: above 0 it looks real.
 
-    Isola et al. 2016, arXiv:1611.07004, with group norms in place of batch norms: a picture is judged by itself, so the
+    Isola et al. 2016, arXiv:1611.07004, with group norms in place of batch norms: an image is judged by itself, so the
     result does not depend on how a batch is split.
     """
 

@@ -1,4 +1,4 @@
-"""The parts that the networks are built of."""
+"""The layers that the networks are built of."""
 
 import math
 from typing import Literal, TypeVar
@@ -26,7 +26,7 @@ def embed_labels(embedding: nn.Embedding, labels: Tensor) -> Tensor:
 
 
 def channels_last(module: M) -> M:
-    """The module with its weights laid out for pictures whose channels lie side by side, which is faster."""
+    """The module with its weights laid out for images whose channels lie side by side in memory, which is faster."""
     return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
@@ -82,7 +82,7 @@ class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice, around a shortcut; the embedding is added or scales and shifts the second norm (with
     `embedding_channels` None there is none).
 
-    `resample` (down, up) halves or doubles the picture inside the block, in branch and shortcut alike.
+    `resample` (down, up) halves or doubles the image inside the block, in branch and shortcut alike.
     """
 
     def __init__(

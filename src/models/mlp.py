@@ -17,8 +17,8 @@ from .layers import embed_labels, zeroed
 @BACKBONES.add
 @config
 class MLPConfig(Backbone):
-    """`layers` hidden layers of `width`, each told the time; positions and time are seen as sines and cosines of `frequencies`
-    wavelengths, the longest 8 across, too."""
+    """`layers` hidden layers of `width`, each with the time added; the inputs are positions and time, and their sines and
+    cosines at `frequencies` wavelengths, the longest 8 across."""
 
     kind: Literal["mlp"]
     takes_points = True

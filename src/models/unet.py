@@ -27,7 +27,7 @@ from .layers import (
 
 @config
 class TimeEmbedding:
-    """Sines and cosines of `scale` times what the process feeds, in this order, then two linear layers.
+    """Sines and cosines of `scale` times the network's input for the time, in this order, then two linear layers.
 
     `frequency_shift` 1 makes the lowest frequency exactly 1/10000 (diffusers' `freq_shift`).
     """
@@ -39,7 +39,7 @@ class TimeEmbedding:
 
 @config
 class EncoderConfig:
-    """The way down, as the U-Net and the noisy classifier have it."""
+    """The way down of the U-Net and of the noisy classifier."""
 
     base_channels: int = pydantic.Field(64, ge=1)
     channel_mult: tuple[float, ...] = pydantic.Field((1, 2, 2, 4), min_length=1)
@@ -87,14 +87,14 @@ class EncoderConfig:
 
     @property
     def skips(self) -> list[int]:
-        """The channels that the stem, each block and each resampling leave on the way down."""
+        """The channels of the outputs of the stem, each block and each resampling on the way down."""
         last = len(self.widths) - 1
         levels = ([width] * (self.blocks + (level < last)) for level, width in enumerate(self.widths))
         return [self.widths[0], *(channels for level in levels for channels in level)]
 
     @property
     def factor(self) -> int:
-        """Pictures must be divisible by this."""
+        """The height and width of images must be divisible by this."""
         return 2 ** (len(self.channel_mult) - 1)
 
     def heads(self, channels: int) -> int:
@@ -106,12 +106,12 @@ class EncoderConfig:
 @BACKBONES.add
 @config
 class UNetConfig(EncoderConfig, Backbone):
-    """The architecture. `channel_mult` and `attention` have one entry for each resolution, the largest picture first.
+    """The architecture. `channel_mult` and `attention` have one entry for each resolution, the largest image first.
 
     Attention has `num_heads` heads or heads of `head_channels` channels; with neither, one head. `residual` resampling
     happens inside a residual block (guided-diffusion's `resblock_updown`); `conv_right` pads on the right and bottom alone,
     as the DDPM paper's network does. With `patch` p the network works on squares of p x p pixels as one position of p^2 times
-    the channels, which costs a p^2-th: for large pictures. At 32 px it learned less in the same time than single pixels.
+    the channels, which costs a p^2-th: for large images. At 32 px it learned less in the same time than with single pixels.
     """
 
     kind: Literal["unet"] = "unet"
@@ -170,8 +170,8 @@ C = TypeVar("C", bound=EncoderConfig)
 
 
 class Encoder(nn.Module, Generic[C]):
-    """What the U-Net and the noisy classifier share: the embedding of the time (and of `num_labels` labels), the stem, the
-    stages down and the middle."""
+    """The part that the U-Net and the noisy classifier share: the embedding of the time (and of `num_labels` labels), the
+    stem, the stages down and the middle."""
 
     def __init__(self, config: C, in_channels: int, num_labels: int | None = None) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class Encoder(nn.Module, Generic[C]):
         return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
 
     def _run(self, module: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-        """A block, or a resampling, which sees the embedding only where it is a residual block."""
+        """A block or a resampling; a resampling gets the embedding only where it is a residual block."""
         if not isinstance(module, Block | ResidualBlock):
             return module(h)
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
@@ -245,8 +245,8 @@ class Encoder(nn.Module, Generic[C]):
         return module(h, embedding)
 
     def _encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        """What the stem, each block and each resampling leave on the way down (`config.skips` channels), and at last the
-        middle (B, base mult[-1], H / factor, W / factor)."""
+        """The outputs of the stem, each block and each resampling on the way down (`config.skips` channels), and last that of
+        the middle (B, base mult[-1], H / factor, W / factor)."""
         h = self.stem(x)  # (B, widths[0], H, W)
         features = [h]
         for stage in cast(Iterable[Stage], self.down):
@@ -292,7 +292,7 @@ class UNet(Encoder[UNetConfig]):
             return Upsample(channels, config.upsample)
 
         channels, skips = config.widths[-1], config.skips
-        self.up = nn.ModuleList()  # the smallest picture first
+        self.up = nn.ModuleList()  # the smallest image first
         for level, (width, kind) in reversed(list(enumerate(zip(config.widths, config.attention, strict=True)))):
             blocks = []
             for _ in range(config.blocks + 1):
@@ -316,13 +316,13 @@ class UNet(Encoder[UNetConfig]):
         return F.silu(embedding)
 
     def _beside(self, x: Tensor, low: Tensor | None) -> Tensor:
-        """x and the small pictures, resized to it: (B, in_channels + low_channels, H, W)."""
+        """x and the small images, resized to it: (B, in_channels + low_channels, H, W)."""
         if not self.low_channels:
             if low is not None:
                 raise ValueError("this network raises no resolution: low must be None")
             return x
         if low is None:
-            raise ValueError("this network raises the resolution of small pictures: it must be given low")
+            raise ValueError("this network raises the resolution of small images: it must be given low")
         low = F.interpolate(low, x.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([x, low.to(x.dtype)], dim=1)
 

@@ -1,4 +1,4 @@
-"""The autoencoder: residual blocks and linear attention down to a small latent picture, and back."""
+"""The autoencoder: residual blocks and linear attention down to a small latent image, and back."""
 
 from typing import Annotated, Literal, NamedTuple, cast
 
@@ -37,8 +37,8 @@ class VQBottleneck:
 
 @config
 class VAEConfig:
-    """The architecture. `widths` has one entry for each resolution, the largest picture first: n of them make the latent
-    picture 2^(n-1) times smaller. `attention` has one entry for each as well; without it there is attention in the middle
+    """The architecture. `widths` has one entry for each resolution, the largest image first: n of them make the latent
+    image 2^(n-1) times smaller. `attention` has one entry for each as well; without it there is attention in the middle
     alone. `downsample` is pooling (average, max) or a strided convolution (conv). `upsample` is nearest or bilinear, followed
     by a convolution, or a transposed convolution (transposed). The pair of conv and transposed is there to compare with older
     networks: it leaves checkerboards (Odena et al. 2016, distill.pub/2016/deconv-checkerboard).
@@ -79,11 +79,11 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """The latent picture is so many times smaller, in height and in width."""
+        """How many times smaller the latent image is, in height and in width."""
         return 2 ** (len(self.widths) - 1)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
-        """(D, h, w) of the latents of square pictures of `size` px."""
+        """(D, h, w) of the latents of square images of `size` px."""
         return self.latent_channels, size // self.factor, size // self.factor
 
 
@@ -112,12 +112,12 @@ def _block(spec: VAEConfig, narrow: int, wide: int) -> nn.Module:
 
 def _attention(spec: VAEConfig, width: int, kind: AttentionKind) -> list[nn.Module]:
     heads = width // (spec.head_channels or width)
-    made = Attention(width, kind=kind, heads=heads, split_qkv_first=True, groups=spec.norm_groups, eps=1e-6)
-    return [made] if kind != "none" else []
+    attention = Attention(width, kind=kind, heads=heads, split_qkv_first=True, groups=spec.norm_groups, eps=1e-6)
+    return [attention] if kind != "none" else []
 
 
 class _Layers(nn.Module):
-    """Layers one after the other; each is computed anew in the backward pass where `recompute` saves its memory."""
+    """Layers one after the other; with `recompute` each is computed again in the backward pass, which saves memory."""
 
     def __init__(self, layers: list[nn.Module], *, recompute: bool) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ class _Layers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            again = self.recompute and torch.is_grad_enabled()
-            x = cast(Tensor, checkpoint(layer, x, use_reentrant=False) if again else layer(x))
+            recomputes = self.recompute and torch.is_grad_enabled()
+            x = cast(Tensor, checkpoint(layer, x, use_reentrant=False) if recomputes else layer(x))
         return x
 
 
@@ -158,10 +158,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def statistics(self, z: Tensor, codes: Tensor, image: Tensor, place: Tensor) -> Tensor:
-        """What a batch says to the codebook, (codes, 1 + 2 D): uses, sum of the vectors, and a candidate for a dead code.
+        """What the codebook learns from a batch, (codes, 1 + 2 D): uses, sum of the vectors, and a candidate for a dead code.
 
         Sums of these over micro-batches and devices are those of the whole batch. The candidate of code k is the vector at
-        `place` (codes,) of picture `image` (codes,), counted in this micro-batch; a picture outside it adds nothing.
+        `place` (codes,) of the image number `image` (codes,) of this micro-batch; an image outside of it adds nothing.
         """
         rows = rearrange(z.to(self.codebook.dtype), "b d h w -> b (h w) d")  # (B, N, D)
         used = F.one_hot(codes.flatten(), len(self.codebook)).to(rows.dtype)  # (B N, codes)
@@ -197,7 +197,7 @@ class Codebook(nn.Module):
 class VAE(nn.Module):
     """forward(images (B, C, H, W), noise (B, D, h, w)) -> Reconstruction; h = H / factor.
 
-    `tanh` bounds what it draws to (-1, 1): an attribute and no part of the architecture, since a later stage turns it on.
+    `tanh` bounds its images to (-1, 1). It is an attribute and no part of the architecture, since a later stage turns it on.
     """
 
     def __init__(self, spec: VAEConfig, channels: int) -> None:
@@ -229,15 +229,15 @@ class VAE(nn.Module):
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """mean and logvar (B, D, h, w) of the latents of images (B, C, H, W); no logvar with a codebook."""
-        found = self.encoder(images)
+        moments = self.encoder(images)
         if self.vq:
-            return found, None
-        mean, logvar = found.chunk(2, dim=1)
+            return moments, None
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def _draw(self, h: Tensor) -> Tensor:
-        drawn = self.last(self.up(h))
-        return drawn.tanh() if self.tanh else drawn
+        images = self.last(self.up(h))
+        return images.tanh() if self.tanh else images
 
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
         mean, logvar = self.moments(images)
@@ -253,9 +253,9 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, tile: int | None = 64) -> Tensor:
         """(B, D, h, w) -> (B, C, H, W); a codebook's vectors are looked up first.
 
-        A latent picture larger than `tile` is drawn in overlapping tiles that fade into each other, after the middle, where
-        attention looks at all of it: memory stays that of a tile and there are no seams. Group norms see a tile alone, so
-        contrast may differ a little from that of the whole drawn at once.
+        A latent image larger than `tile` is decoded in overlapping tiles that fade into each other. This begins after the
+        middle, where attention reads all of it: memory stays that of a tile and there are no seams. Group norms see one tile
+        at a time, so contrast may differ a little from that of the whole image decoded at once.
         """
         if self.codebook is not None:
             z = self.codebook.look_up(self.codebook.nearest(z)).to(z.dtype)
@@ -264,20 +264,22 @@ class VAE(nn.Module):
             return self._draw(h)
         factor, fade = self.spec.factor, max(1, tile // 4)
         rows, columns = (_starts(length, tile, max(1, tile - fade)) for length in h.shape[2:])
-        drawn = weight = None
+        images = weight = None
         for top in rows:
             for left in columns:
                 part = self._draw(h[:, :, top : top + tile, left : left + tile])
-                if drawn is None or weight is None:
-                    drawn = part.new_zeros(*part.shape[:2], h.shape[2] * factor, h.shape[3] * factor)
-                    weight = drawn.new_zeros(drawn.shape[2:])
+                if images is None or weight is None:
+                    images = part.new_zeros(*part.shape[:2], h.shape[2] * factor, h.shape[3] * factor)
+                    weight = images.new_zeros(images.shape[2:])
                 ramp = _ramp(part.shape[2], fade * factor)[:, None] * _ramp(part.shape[3], fade * factor)
-                here = (slice(top * factor, None), slice(left * factor, None))
-                there = (slice(None, part.shape[2]), slice(None, part.shape[3]))
-                drawn[:, :, here[0], here[1]][:, :, there[0], there[1]] += part * ramp.to(part)
-                weight[here][there] += ramp.to(weight)
-        assert drawn is not None and weight is not None
-        return drawn / weight
+                place = (
+                    slice(top * factor, top * factor + part.shape[2]),
+                    slice(left * factor, left * factor + part.shape[3]),
+                )
+                images[(..., *place)] += part * ramp.to(part)
+                weight[place] += ramp.to(weight)
+        assert images is not None and weight is not None
+        return images / weight
 
 
 def _starts(length: int, tile: int, stride: int) -> list[int]:

@@ -18,7 +18,7 @@ from ..config import config as settings
 from ..data import ImageConfig
 from ..data.names import same_names
 from ..diffusion import Process, Schedule, TimeInput, build_schedule
-from ..diffusion.process import fed
+from ..diffusion.process import time_input_for
 from ..diffusion.schedules import BlendScheduleConfig, ScheduleConfig
 from ..models import Classifier, ClassifierConfig
 from ..models.layers import channels_last
@@ -45,7 +45,8 @@ class NoiseConfig:
 
 def noise_process(spec: NoiseConfig) -> Process:
     """The process that noises; its target is not used."""
-    return Process(schedule=build_schedule(spec.schedule), target="v", time_input=fed(spec.schedule, spec.time_input))
+    time_input = time_input_for(spec.schedule, spec.time_input)
+    return Process(schedule=build_schedule(spec.schedule), target="v", time_input=time_input)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .config import SamplerConfig
 from .sampler import Sampler
 
 
-def dealt(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:
+def count_for_classes(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:
     """The least number of images from `count` on that can be dealt to the classes A/B/C in equal blocks. Without the
     `class_names`, which a name with a slash in it needs, each slash divides two classes."""
     if classes is None:
@@ -40,8 +40,8 @@ def sampler_of(
     source: Start | None = None,
     origin: str | None = None,
 ) -> Sampler:
-    """The sampler of a network trained with this `label_dropout`; `clip` holds estimates of x_0 inside `bounds`. `origin` is
-    whose network it is, where what it draws must be finite."""
+    """The sampler of a network that was trained with this `label_dropout`. `clip` clamps estimates of x_0 to `bounds`. `origin`
+    names the network where the samples must be finite."""
     return Sampler(
         network,
         process,
@@ -60,46 +60,36 @@ def sampler_of(
 def build_sampler(
     run: Run, spec: SamplerConfig, classifier: OpenedClassifier | None = None, *, source: Start | None = None
 ) -> Sampler:
-    """The sampler of an opened run. It starts from `source`, or else from what the run itself starts from. A UserError says why
-    the `classifier` does not fit the run."""
-    if not isinstance(run, Opened):  # 2-D points
-        return sampler_of(
-            spec,
-            run.network,
-            run.process,
-            run.shape,
-            run.num_classes,
-            clip=False,
-            label_dropout=run.config["label_dropout"],
-            source=source or run.starts(),
-            origin=run.origin,
-        )
-    if classifier is not None:
-        _check_classifier(run, classifier)
+    """The sampler of an opened run. It starts from `source`, or else where the run itself starts. A UserError says why the
+    `classifier` does not fit the run."""
+    clip, images = False, {}
+    if isinstance(run, Opened):  # not 2-D points
+        if classifier is not None:
+            _check_classifier(run, classifier)
+        clip = run.config["process"]["clip"]
+        images = {"codec": run.codec, "bounds": run.bounds, "classifier": classifier}
     return sampler_of(
         spec,
         run.network,
         run.process,
         run.shape,
         run.num_classes,
-        clip=run.config["process"]["clip"],
+        clip=clip,
         label_dropout=run.config["label_dropout"],
-        codec=run.codec,
-        bounds=run.bounds,
-        classifier=classifier,
         source=source or run.starts(),
         origin=run.origin,
+        **images,
     )
 
 
 def _check_classifier(run: Opened, classifier: OpenedClassifier) -> None:
     """Refuse a classifier of other images or classes."""
-    sees = classifier.image.channels, classifier.image.size
+    channels, size = classifier.image.channels, classifier.image.size
     if run.codec is not None:
-        raise UserError(f"{run.path} draws latents, which no classifier of pictures sees; use classifier_free guidance")
-    if run.shape[:2] != sees:
+        raise UserError(f"{run.path} draws latents, which no classifier of images sees; use classifier_free guidance")
+    if run.shape[:2] != (channels, size):
         raise UserError(
-            f"the classifier {classifier.path} sees {sees[1]} px in {sees[0]} channel(s), {run.path} draws {run.shape[1]} px "
+            f"the classifier {classifier.path} sees {size} px in {channels} channel(s), {run.path} draws {run.shape[1]} px "
             f"in {run.shape[0]}; train one with the same image"
         )
     if run.num_classes is not None and not same_names(run.class_names, classifier.class_names):

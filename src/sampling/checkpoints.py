@@ -20,7 +20,7 @@ from ..runtime.launch import start_sampling
 from ..runtime.memory import explain_out_of_memory
 from .arguments import add_arguments, sampler_config
 from .batches import in_batches
-from .build import build_sampler, dealt
+from .build import build_sampler, count_for_classes
 from .frames import Frames, columns_for
 from .sampler import Sampler
 
@@ -121,7 +121,7 @@ def sample_checkpoints(args: argparse.Namespace) -> int:
     if wanted < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--num-samples and --batch-size must be at least 1, --seed from 0 to 2^64 - 1")
     sampler_config(args)
-    count, out = args.num_samples or dealt(16, args.classes), Path(args.out)
+    count, out = args.num_samples or count_for_classes(16, args.classes), Path(args.out)
     state, device = start_sampling(args.device)
     with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
         # All are opened first, so that a mistake in the last is reported at once.

@@ -6,20 +6,20 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from ..config import NameIn, config, config_error
+from ..config import NameIn, UserError, config, config_error
 from ..diffusion import SOLVERS
 from ..diffusion.schedules import Spacing
 
 
 @config
 class SamplerConfig:
-    """How pictures are drawn: the solver, its steps (or counts for equal sections) and their spacing, DDIM's eta, and guidance.
+    """How images are drawn: the solver, its steps (or counts for equal sections) and their spacing, DDIM's eta, and guidance.
 
     `guidance` is the scale of classifier-free guidance (1 is none), or of the gradient of a classifier (0 is none);
     `guidance_interval` holds it to noise levels sigma / alpha between two. `threshold` is the quantile of dynamic
-    thresholding. `stop_at` ends after so many steps, with the estimate of x_0; `double_sampling` noises the finished picture
-    again to where so many steps are done, and denoises it once more. `alphas`, from 0 to 1, are the steps themselves, on the
-    blend: then `steps` and `spacing` say nothing.
+    thresholding. `stop_at` ends after so many steps, with the estimate of x_0; `double_sampling` noises the finished image
+    again to where so many steps are done, and denoises it once more. On the blend, `alphas` from 0 to 1 are the steps
+    themselves; `steps` and `spacing` are ignored then.
     """
 
     solver: Annotated[str, NameIn(SOLVERS)] = "ddim"
@@ -65,6 +65,21 @@ class SamplerConfig:
     @property
     def guided(self) -> bool:
         return self.guidance != (1 if self.guidance_method == "classifier_free" else 0)
+
+    def refuse_gaussian(self) -> None:
+        """A UserError for what is right only where sampling starts from Gaussian noise."""
+        assumptions = {
+            f"the solver {self.solver}": SOLVERS[self.solver].gaussian,
+            "eta": self.eta > 0,
+            "double_sampling": self.double_sampling is not None,
+            "guidance by a classifier": self.guided and self.guidance_method == "classifier",
+        }
+        others = ", ".join(name for name, solver in SOLVERS.items() if not solver.gaussian)
+        for name in (name for name, is_asked_for in assumptions.items() if is_asked_for):
+            raise UserError(
+                f"{name} assumes Gaussian noise at the start, and this run starts from other data; allowed there: the solvers "
+                f"{others} (with eta 0)"
+            )
 
     def without_guidance(self, unguided: bool = True) -> "SamplerConfig":
         return replace(self, guidance=1.0, guidance_interval=None) if unguided else self

@@ -127,9 +127,9 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
                 f"{where}: pictures of {size} px cannot be reduced {factor} times; use {-(-size // factor) * factor} px, or "
                 "fewer model.widths"
             )
-        if stage_cfg.adversarial is not None and size < cfg.discriminator.smallest_picture:
+        if stage_cfg.adversarial is not None and size < cfg.discriminator.smallest_image:
             raise UserError(
-                f"{where}: pictures of {size} px leave the discriminator no patch; use {cfg.discriminator.smallest_picture} px "
+                f"{where}: pictures of {size} px leave the discriminator no patch; use {cfg.discriminator.smallest_image} px "
                 "or more, or fewer discriminator.layers"
             )
         bottleneck, vectors = cfg.model.bottleneck, num_images * (size // factor) ** 2

@@ -53,11 +53,11 @@ def constant(x0: Tensor) -> Any:
 
 def test_the_gradient_is_that_of_log_p() -> None:
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
-    found = classifier_gradient(logits, LABELS, 2.5)(x, torch.tensor(3.0))
+    gradient = classifier_gradient(logits, LABELS, 2.5)(x, torch.tensor(3.0))
     chances = torch.softmax(logits(x, torch.tensor(3.0)), dim=1)
     by_hand = WEIGHTS[LABELS] - chances @ WEIGHTS  # of a linear classifier: w_y - sum_k p_k w_k
-    torch.testing.assert_close(found, 2.5 * by_hand.reshape(x.shape), rtol=0, atol=1e-6)
-    assert not found.requires_grad
+    torch.testing.assert_close(gradient, 2.5 * by_hand.reshape(x.shape), rtol=0, atol=1e-6)
+    assert not gradient.requires_grad
 
 
 def test_all_but_ancestral_sampling_shift_eps() -> None:
@@ -66,14 +66,14 @@ def test_all_but_ancestral_sampling_shift_eps() -> None:
     gradient = classifier_gradient(logits, LABELS, 3.0)
     guided = classifier_guided(constant(x0), gradient, process.schedule)
     t = torch.tensor(60.0)
-    plain, found = constant(x0)(x_t, t), guided(x_t, t)
+    plain, shifted = constant(x0)(x_t, t), guided(x_t, t)
     alpha, sigma = process.schedule.level(t)
-    torch.testing.assert_close(found.eps, plain.eps - sigma * gradient(x_t, t))
-    torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x_t)
+    torch.testing.assert_close(shifted.eps, plain.eps - sigma * gradient(x_t, t))
+    torch.testing.assert_close(alpha * shifted.x0 + sigma * shifted.eps, x_t)
     chain = torch.tensor([60.0, 40.0])
     next_alpha, next_sigma = process.schedule.level(chain[1])
     stepped = ddim(guided, x_t, chain, process.schedule, noise=lambda step, like: torch.zeros_like(like))
-    torch.testing.assert_close(stepped, next_alpha * found.x0 + next_sigma * found.eps)
+    torch.testing.assert_close(stepped, next_alpha * shifted.x0 + next_sigma * shifted.eps)
 
 
 def test_ancestral_sampling_adds_variance_times_gradient_to_the_mean() -> None:
@@ -96,16 +96,18 @@ def test_in_pure_noise_a_classifier_sees_nothing() -> None:
     assert guided(x, torch.tensor(49.0)) is prediction and bool((guided(x, torch.tensor(40.0)).x0 != x).any())
 
 
-@pytest.mark.parametrize("own", ["cosine", "blend", "linear"])
-def test_a_classifier_on_another_schedule_is_asked_at_the_same_ratio_of_noise(own: str) -> None:
-    mine, its = process_of(), process_of(own, "v")
+@pytest.mark.parametrize("kind", ["cosine", "blend", "linear"])
+def test_a_classifier_on_another_schedule_is_asked_at_the_same_ratio_of_noise(kind: str) -> None:
+    process, classifier_process = process_of(), process_of(kind, "v")
     x0, eps = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64)
-    t, seen = torch.tensor(37.0, dtype=torch.float64), []
-    on_schedule(lambda x, there: seen.append((x, there)) or x, its.schedule, mine.schedule)(mine.add_noise(x0, eps, t), t)
-    x, there = seen[0]
-    torch.testing.assert_close(x, its.add_noise(x0, eps, there), rtol=0, atol=1e-9)
-    if own == "linear":
-        assert float(there) == 37.0
+    t, calls = torch.tensor(37.0, dtype=torch.float64), []
+    on_schedule(lambda x, classifier_t: calls.append((x, classifier_t)) or x, classifier_process.schedule, process.schedule)(
+        process.add_noise(x0, eps, t), t
+    )
+    x, classifier_t = calls[0]
+    torch.testing.assert_close(x, classifier_process.add_noise(x0, eps, classifier_t), rtol=0, atol=1e-9)
+    if kind == "linear":
+        assert float(classifier_t) == 37.0
 
 
 def test_an_interval_of_noise_levels() -> None:
@@ -125,8 +127,8 @@ def test_classifier_free_guidance_by_its_formula() -> None:
     both = [torch.randn(2, 3, 4) for _ in range(2)]
     conditional: Any = lambda x, t: Prediction(both[0], both[0])  # noqa: E731
     null: Any = lambda x, t: Prediction(both[1], both[1])  # noqa: E731
-    found = classifier_free(conditional, null, 3.0)(both[0], torch.tensor(1.0))
-    torch.testing.assert_close(found.eps, both[1] + 3 * (both[0] - both[1]))
+    prediction = classifier_free(conditional, null, 3.0)(both[0], torch.tensor(1.0))
+    torch.testing.assert_close(prediction.eps, both[1] + 3 * (both[0] - both[1]))
 
 
 def test_dynamic_thresholding_by_its_formula() -> None:
@@ -134,12 +136,12 @@ def test_dynamic_thresholding_by_its_formula() -> None:
     process = process_of()
     x0 = torch.stack([torch.linspace(-4, 4, 101), torch.linspace(-0.5, 0.5, 101)]).double()
     x_t, t = torch.randn(2, 101).double(), torch.tensor(50.0)
-    found = dynamic_threshold(constant(x0), process.schedule, 0.9)(x_t, t)
+    prediction = dynamic_threshold(constant(x0), process.schedule, 0.9)(x_t, t)
     s = torch.quantile(x0[0].abs(), 0.9)
-    torch.testing.assert_close(found.x0[0], x0[0].clamp(-s, s) / s)
-    torch.testing.assert_close(found.x0[1], x0[1])
+    torch.testing.assert_close(prediction.x0[0], x0[0].clamp(-s, s) / s)
+    torch.testing.assert_close(prediction.x0[1], x0[1])
     alpha, sigma = process.schedule.level(t)
-    torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x_t)
+    torch.testing.assert_close(alpha * prediction.x0 + sigma * prediction.eps, x_t)
 
 
 def test_guided_sampling_of_a_mixture_finds_the_class() -> None:

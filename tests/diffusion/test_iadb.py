@@ -93,10 +93,10 @@ class Gaussians:
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Prediction:
         u = t.reshape(-1, 1)
-        own = (x_t - (1 - u) * self.data_mean - u * self.source_mean) @ self.axes
+        along_axes = (x_t - (1 - u) * self.data_mean - u * self.source_mean) @ self.axes
         total = (1 - u) ** 2 * self.data + u**2 * self.source
-        x0 = self.data_mean + (own * (1 - u) * self.data / total) @ self.axes.T
-        eps = self.source_mean + (own * u * self.source / total) @ self.axes.T
+        x0 = self.data_mean + (along_axes * (1 - u) * self.data / total) @ self.axes.T
+        eps = self.source_mean + (along_axes * u * self.source / total) @ self.axes.T
         return Prediction(x0, eps)
 
     def draw(self, count: int, end: str) -> Tensor:
@@ -110,11 +110,11 @@ class Gaussians:
 def test_a_gaussian_is_carried_to_another() -> None:
     exact = Gaussians()
     x = exact.draw(256, "source")
-    found = rk4(exact, x, times(BLEND.schedule, 64), BLEND.schedule)
-    assert float((found - exact.to_data(x)).abs().max()) < 1e-4
-    away = (found.mean(0) - exact.source_mean).norm(), (found.mean(0) - exact.data_mean).norm()
+    carried = rk4(exact, x, times(BLEND.schedule, 64), BLEND.schedule)
+    assert float((carried - exact.to_data(x)).abs().max()) < 1e-4
+    away = (carried.mean(0) - exact.source_mean).norm(), (carried.mean(0) - exact.data_mean).norm()
     assert away[1] < 0.5 < away[0], "to the data, and not back to the source"
-    back = rk4(exact, found, inversion_times(times(BLEND.schedule, 64), BLEND.schedule), BLEND.schedule)
+    back = rk4(exact, carried, inversion_times(times(BLEND.schedule, 64), BLEND.schedule), BLEND.schedule)
     torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
 
 
@@ -133,24 +133,24 @@ def test_a_trained_network_carries_it_within_two_percent() -> None:
         average.update(network, 1024 * (step + 1), 1024)
     x = exact.draw(4096, "source")
     with torch.no_grad():
-        found = rk4(BLEND.denoiser(average.network), x.float(), times(BLEND.schedule, 16), BLEND.schedule).double()
+        carried = rk4(BLEND.denoiser(average.network), x.float(), times(BLEND.schedule, 16), BLEND.schedule).double()
     wanted = exact.to_data(x)
-    assert float((found - wanted).norm() / (wanted - wanted.mean(0)).norm()) < 0.02
+    assert float((carried - wanted).norm() / (wanted - wanted.mean(0)).norm()) < 0.02
 
 
 def test_redraw_blends_the_estimate_with_a_new_source_at_each_step() -> None:
-    exact, drawn = Gaussians(), []
+    exact, sources = Gaussians(), []
 
     def source(step: int, like: Tensor) -> Tensor:
-        drawn.append(torch.full_like(like, float(step)))
-        return drawn[-1]
+        sources.append(torch.full_like(like, float(step)))
+        return sources[-1]
 
     x = exact.draw(3, "source")
     way = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
-    found = redraw(exact, x, way, BLEND.schedule, source=source)
+    x0 = redraw(exact, x, way, BLEND.schedule, source=source)
     middle = 0.5 * exact(x, way[0]).x0 + 0.5 * torch.zeros_like(x)
-    torch.testing.assert_close(found, exact(middle, way[1]).x0)
-    assert len(drawn) == 1, "at the data there is none of the source"
+    torch.testing.assert_close(x0, exact(middle, way[1]).x0)
+    assert len(sources) == 1, "at the data there is none of the source"
 
 
 def test_the_way_back_begins_where_the_network_may_be_called() -> None:
@@ -162,8 +162,8 @@ def test_the_way_back_begins_where_the_network_may_be_called() -> None:
 
 def sampler(**spec: object) -> Sampler:
     network = randomise(MLP(MLPConfig(kind="mlp", width=16, layers=2)), 0.2)
-    asked = validate(SamplerConfig, spec)
-    return Sampler(network, BLEND, asked, shape=(2,), num_classes=None, clip_x0=None)
+    config = validate(SamplerConfig, spec)
+    return Sampler(network, BLEND, config, shape=(2,), num_classes=None, clip_x0=None)
 
 
 def test_alphas_are_the_steps() -> None:
@@ -177,7 +177,7 @@ def test_alphas_are_the_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ({"alphas": [0, 1.5]}, "1.5 lies outside [0, 1]"),
         ({"alphas": [-0.1, 0.5, 1]}, "-0.1 lies outside [0, 1]"),
@@ -186,10 +186,10 @@ def test_alphas_are_the_steps() -> None:
         ({"solver": "eulers"}, "allowed: 'euler', 'midpoint', 'heun', 'rk4'"),
     ],
 )
-def test_steps_and_solvers_that_there_are_not(spec: dict, said: str) -> None:
+def test_steps_and_solvers_that_there_are_not(spec: dict, message: str) -> None:
     with pytest.raises(UserError) as raised:
         sampler(**spec)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_what_assumes_gaussian_noise_is_refused_elsewhere() -> None:
@@ -197,8 +197,8 @@ def test_what_assumes_gaussian_noise_is_refused_elsewhere() -> None:
 
     def other(**spec: object) -> Sampler:
         start = lambda seed, indices, draw=0: torch.zeros(len(indices), 2)  # noqa: E731
-        asked = validate(SamplerConfig, spec)
-        return Sampler(network, BLEND, asked, shape=(2,), num_classes=None, clip_x0=None, source=start)
+        config = validate(SamplerConfig, spec)
+        return Sampler(network, BLEND, config, shape=(2,), num_classes=None, clip_x0=None, source=start)
 
     for spec, word in (
         ({"solver": "ancestral"}, "the solver ancestral"),

@@ -16,10 +16,10 @@ from src.diffusion.schedules import like
 SCALE = 0.25  # of the Gaussian data: few of its values leave [-1, 1]
 
 
-def process_of(steps: int = 200, **more: object) -> Process:
+def process_of(steps: int = 200, **options: object) -> Process:
     schedule = {"kind": "cosine", "steps": steps}
     hybrid = {"variance": "learned", "loss": {"kind": "hybrid"}}
-    return build_process(validate(ProcessConfig, {"schedule": schedule, "target": "eps", **hybrid, **more}))
+    return build_process(validate(ProcessConfig, {"schedule": schedule, "target": "eps", **hybrid, **options}))
 
 
 def best_x0(process: Process, x_t: Tensor, t: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ def fractions(process: Process, chain: Tensor) -> Tensor:
 def test_the_divergence_is_torchs() -> None:
     mean, log_var = torch.randn(2, 50, dtype=torch.float64), torch.randn(2, 50, dtype=torch.float64)
     first, second = (Normal(m, (0.5 * v).exp()) for m, v in zip(mean, log_var, strict=True))
-    found = normal_kl(mean[0], log_var[0], mean[1], log_var[1])
-    torch.testing.assert_close(found, kl_divergence(first, second))
+    divergence = normal_kl(mean[0], log_var[0], mean[1], log_var[1])
+    torch.testing.assert_close(divergence, kl_divergence(first, second))
 
 
 @pytest.mark.parametrize("scale", [0.002, 0.05, 0.7])
@@ -74,14 +74,14 @@ def test_the_likelihood_of_a_gaussian_is_its_entropy() -> None:
             fraction = share[int((chain == t).nonzero())].expand_as(x_t)
             return Prediction(estimate, (x_t - like(alpha, x_t) * estimate) / like(sigma, x_t), fraction)
 
-        found = bits_per_dimension(
+        likelihood = bits_per_dimension(
             denoise, x0, chain, process.schedule, variance="learned",
             noise=lambda _, like: torch.randn(like.shape, generator=generator, dtype=like.dtype),
         )  # fmt: skip
         entropy = 0.5 * math.log2(2 * math.pi * math.e * SCALE**2) - math.log2(2 / 255)
-        assert found.total.shape == (64,) and found.terms.shape == (64, len(chain) - 1)
-        assert float(found.total.mean()) == pytest.approx(entropy, rel=0.005), "the bound is tight: the model is the truth"
-        assert float(found.prior.max()) < 0.01 and bool((found.terms[:, :-1].mean(0) > -1e-6).all())
+        assert likelihood.total.shape == (64,) and likelihood.terms.shape == (64, len(chain) - 1)
+        assert float(likelihood.total.mean()) == pytest.approx(entropy, rel=0.005), "the bound is tight: the model is the truth"
+        assert float(likelihood.prior.max()) < 0.01 and bool((likelihood.terms[:, :-1].mean(0) > -1e-6).all())
 
 
 def test_the_prior_term_is_that_of_the_noisiest_level() -> None:
@@ -121,10 +121,10 @@ def test_the_learned_variance_finds_the_known_one(kind: str) -> None:
         process.losses(network, x0, eps, t).loss.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = ((network.v.detach() + 1) / 2).flip(0)  # the chain begins with the noisiest
+    fraction = ((network.v.detach() + 1) / 2).flip(0)  # the chain begins with the noisiest
     wanted = fractions(process, chain)
     inside = slice(0, 11)  # into the clean level it is the decoder's bins that count, not the density
-    torch.testing.assert_close(found[inside], wanted[inside], rtol=0, atol=0.03)
+    torch.testing.assert_close(fraction[inside], wanted[inside], rtol=0, atol=0.03)
 
 
 def test_the_hybrid_loss_teaches_the_variance_alone_by_its_variational_part() -> None:
@@ -144,17 +144,17 @@ def test_kl_is_the_variational_term_and_rescaled_times_the_steps() -> None:
     x0, eps = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
     t = torch.tensor([0, 7])
     network = torch.nn.Conv2d(1, 1, 3, padding=1).double()
-    found = {}
+    losses = {}
     for kind in ("kl", "rescaled_kl"):
         process = process_of(10, variance="small", loss={"kind": kind})
-        found[kind] = process.losses(lambda x, time: network(x), x0, eps, t).loss
-    torch.testing.assert_close(found["rescaled_kl"], 10 * found["kl"])
+        losses[kind] = process.losses(lambda x, time: network(x), x0, eps, t).loss
+    torch.testing.assert_close(losses["rescaled_kl"], 10 * losses["kl"])
     process = process_of(10, variance="small", loss={"kind": "kl"})
     x_t = process.add_noise(x0, eps, t)
     estimate = process.read(network(x_t), x_t, t).x0
     steps, index = process.chain, 9 - t
     by_hand = variational_term(steps, index, x0, x_t, estimate, "small", None)
-    torch.testing.assert_close(found["kl"], by_hand)
+    torch.testing.assert_close(losses["kl"], by_hand)
     gap = float(steps.from_x0[2]) * (x0[1] - estimate[1])
     divergence = gap.square().mean() / (2 * float(steps.beta_tilde[2])) / math.log(2)
     assert float(by_hand[1]) == pytest.approx(float(divergence))
@@ -163,7 +163,7 @@ def test_kl_is_the_variational_term_and_rescaled_times_the_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"loss": {"kind": "simple"}}, "teaches no learned variance; use hybrid"),
         ({"variance": "small"}, "set variance to learned, or use simple"),
@@ -182,6 +182,6 @@ def test_kl_is_the_variational_term_and_rescaled_times_the_steps() -> None:
         ({"loss": {"kind": "hybrd"}}, "'simple', 'hybrid', 'kl' or 'rescaled_kl'"),
     ],
 )
-def test_losses_that_make_no_sense(changed: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_losses_that_make_no_sense(changed: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         process_of(**changed)

@@ -12,8 +12,8 @@ from src.diffusion.process import Process
 SCHEDULES = [{"kind": kind, "steps": 100} for kind in ("linear", "cosine", "quadratic", "sigmoid")] + [{"kind": "blend"}]
 
 
-def process_of(schedule: dict, target: str, **more: object) -> Process:
-    return build_process(validate(ProcessConfig, {"schedule": schedule, "target": target, **more}))
+def process_of(schedule: dict, target: str, **options: object) -> Process:
+    return build_process(validate(ProcessConfig, {"schedule": schedule, "target": target, **options}))
 
 
 def some_times(process: Process) -> torch.Tensor:
@@ -67,15 +67,15 @@ def test_losses_are_per_sample_means() -> None:
     process = process_of({"kind": "linear"}, "eps")
     x0, eps = torch.randn(2, 3, 1, 4, 4)
     t = torch.tensor([0, 10, 999])
-    fed = []
+    inputs = []
 
     def network(x: torch.Tensor, time: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        fed.append((x, time, labels))
+        inputs.append((x, time, labels))
         return torch.zeros_like(x)
 
     losses = process.losses(network, x0, eps, t, labels=torch.tensor([1, 2, 3]))
     torch.testing.assert_close(losses.loss, eps.square().mean((1, 2, 3)))
-    x, time, labels = fed[0]
+    x, time, labels = inputs[0]
     torch.testing.assert_close(x, process.add_noise(x0, eps, t))
     assert time.tolist() == [0, 10, 999] and time.dtype == torch.float32 and labels.tolist() == [1, 2, 3]
 

@@ -86,20 +86,20 @@ def test_a_level_is_the_tables_at_its_entries() -> None:
 
 
 def entries(schedule: TableSchedule, steps: int | list[int], spacing: str = "even") -> list[int]:
-    found = times(schedule, steps, spacing)
-    assert found[-1] == schedule.clean and bool((found.diff() < 0).all()), "descending, ended by the clean level"
-    return sorted(found[:-1].long().tolist())
+    levels = times(schedule, steps, spacing)
+    assert levels[-1] == schedule.clean and bool((levels.diff() < 0).all()), "descending, ended by the clean level"
+    return sorted(levels[:-1].long().tolist())
 
 
 def test_published_respacings(vectors: Path) -> None:
     schedule = TableSchedule(cosine_betas(1000))
-    for name, kept in json.loads((vectors / "respacing.json").read_text()).items():
+    for name, published in json.loads((vectors / "respacing.json").read_text()).items():
         if name.startswith("ddim"):
-            found = entries(schedule, int(name[4:]), "strided")
+            ours = entries(schedule, int(name[4:]), "strided")
         else:
             counts = [int(part) for part in name.split(",")]
-            found = entries(schedule, counts if len(counts) > 1 else counts[0])
-        assert found == kept, name
+            ours = entries(schedule, counts if len(counts) > 1 else counts[0])
+        assert ours == published, name
 
 
 def test_trailing_is_that_of_diffusers() -> None:
@@ -129,7 +129,7 @@ def test_spacings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "spacing", "said"),
+    ("steps", "spacing", "message"),
     [
         (0, "even", "at least 1"),
         (101, "even", "more than"),
@@ -137,8 +137,8 @@ def test_spacings() -> None:
         ([60, 10], "even", "at most 50"),
     ],
 )
-def test_steps_that_do_not_exist(steps: int | list[int], spacing: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_steps_that_do_not_exist(steps: int | list[int], spacing: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         times(linear(100), steps, spacing)
 
 
@@ -180,7 +180,7 @@ def test_solvers_start_from_a_level_without_signal(solver: Callable[..., torch.T
         alpha, sigma = process.schedule.level(t)
         return Prediction(truth, (x_t - alpha * truth) / sigma)
 
-    more = {} if solver is dpmpp_2m else {"noise": lambda step, like: torch.randn_like(like)}
-    more |= {"variance": "large"} if solver is ancestral else {}
-    found = solver(denoise, torch.randn(2, 1, 4, 4, dtype=torch.float64), times(process.schedule, 12), process.schedule, **more)
-    torch.testing.assert_close(found, truth)
+    options = {} if solver is dpmpp_2m else {"noise": lambda step, like: torch.randn_like(like)}
+    options |= {"variance": "large"} if solver is ancestral else {}
+    x0 = solver(denoise, torch.randn(2, 1, 4, 4, dtype=torch.float64), times(process.schedule, 12), process.schedule, **options)
+    torch.testing.assert_close(x0, truth)

@@ -72,7 +72,7 @@ def affine(sample: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
 def test_a_gaussian_is_recovered(name: str, schedule: TableSchedule | BlendSchedule) -> None:
     grid = times(schedule, 500)
     mean, covariance = affine(lambda x: DETERMINISTIC[name](gaussian(schedule), x, grid, schedule))
-    accuracy = 1e-2 if name == "euler" else 2e-3
+    accuracy = 2e-3 if name in ("midpoint", "heun", "rk4", "dpmpp_2m") else 1e-2  # of order 2 or more
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=accuracy)
     torch.testing.assert_close(covariance, COVARIANCE, rtol=0, atol=accuracy)
 
@@ -243,10 +243,10 @@ def test_blend_is_not_called_at_zero_where_its_target_is_singular() -> None:
 def test_no_solver_changes_what_it_is_given_and_all_call_back(name: str) -> None:
     schedule = linear_schedule()
     x, grid = torch.randn(3, 8), times(schedule, 4)
-    before, grid_before, seen = x.clone(), grid.clone(), []
+    before, grid_before, calls = x.clone(), grid.clone(), []
 
     def watch(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
-        seen.append((step, float(t)))
+        calls.append((step, float(t)))
 
     def noise(step: int, like: Tensor) -> Tensor:
         return torch.ones_like(like)
@@ -258,7 +258,7 @@ def test_no_solver_changes_what_it_is_given_and_all_call_back(name: str) -> None
     else:
         DETERMINISTIC[name](random_denoiser(schedule), x, grid, schedule, callback=watch)
     assert torch.equal(x, before) and torch.equal(grid, grid_before)
-    assert seen == [(i, float(t)) for i, t in enumerate(grid[:-1])]
+    assert calls == [(i, float(t)) for i, t in enumerate(grid[:-1])]
 
 
 def test_transitions_of_the_full_chain_are_ddpms() -> None:

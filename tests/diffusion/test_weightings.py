@@ -65,10 +65,10 @@ def test_all_targets_are_weighed_as_x0_is(weighting: dict[str, Any], target: str
 
 
 def test_the_ends_of_the_blend_have_finite_weights() -> None:
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     for weighting, wanted in zip(KINDS, ([0, 0], [0, 0], [0, 0], [1, 4]), strict=True):
         process = process_of("blend", weighting, {"kind": "blend"})
-        torch.testing.assert_close(process.loss_weight(ends), torch.tensor(wanted, dtype=torch.float64))
+        torch.testing.assert_close(process.loss_weight(t), torch.tensor(wanted, dtype=torch.float64))
 
 
 def test_a_level_without_signal_needs_a_weight() -> None:

@@ -69,26 +69,26 @@ def test_the_attention_pool_by_its_formula() -> None:
 
 
 def test_the_spatial_pool_sees_all_that_the_encoder_computes(x: Tensor, t: Tensor) -> None:
-    network, seen = classifier(pool="spatial", scale=0.3), []
+    network, features = classifier(pool="spatial", scale=0.3), []
     down = [f"down.{part}" for part in ("0.blocks.0", "0.blocks.1", "0.resample", "1.blocks.0", "1.blocks.1")]
     for name in ["stem", *down, "mid.1"]:
-        network.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
-    found = network(x, t)
-    assert [h.shape[1] for h in seen] == [16, 16, 16, 16, 32, 32, 32] == [*network.config.skips, 32]
-    features = torch.cat([h.mean(dim=(2, 3)) for h in seen], dim=1)
+        network.get_submodule(name).register_forward_hook(lambda module, inputs, output: features.append(output))
+    logits = network(x, t)
+    assert [h.shape[1] for h in features] == [16, 16, 16, 16, 32, 32, 32] == [*network.config.skips, 32]
+    features = torch.cat([h.mean(dim=(2, 3)) for h in features], dim=1)
     hidden, last = network.get_submodule("head.0"), network.get_submodule("head.2")
     assert hidden.weight.shape == (2048, 160)
-    torch.testing.assert_close(found, last(hidden(features).relu()))
+    torch.testing.assert_close(logits, last(hidden(features).relu()))
 
 
 def test_the_adaptive_pool_is_linear_in_the_mean_and_starts_at_zero(x: Tensor, t: Tensor) -> None:
     fresh = Classifier(validate(ClassifierConfig, {**SMALL, "pool": "adaptive"}), image_size=8, num_classes=5)
     assert bool((fresh(x, t) == 0).all())
-    network, seen = classifier(pool="adaptive"), []
+    network, features = classifier(pool="adaptive"), []
     assert network.head_norm is not None
-    network.head_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    found = network(x, t)
-    torch.testing.assert_close(found, network.head(F.silu(seen[0]).mean(dim=(2, 3))))
+    network.head_norm.register_forward_hook(lambda module, inputs, output: features.append(output))
+    logits = network(x, t)
+    torch.testing.assert_close(logits, network.head(F.silu(features[0]).mean(dim=(2, 3))))
 
 
 def test_it_is_the_encoder_of_the_unet(x: Tensor, t: Tensor) -> None:
@@ -124,10 +124,10 @@ def test_gradient_checkpointing_changes_nothing(x: Tensor, t: Tensor) -> None:
     gradients = []
     for on in (False, True):
         network = classifier(gradient_checkpointing=on, dropout=0.5).train()
-        picture = x.clone().requires_grad_()
+        image = x.clone().requires_grad_()
         torch.manual_seed(7)
-        network(picture, t).log_softmax(1)[:, 2].sum().backward()
-        gradients.append([picture.grad, *(p.grad for p in network.parameters())])
+        network(image, t).log_softmax(1)[:, 2].sum().backward()
+        gradients.append([image.grad, *(p.grad for p in network.parameters())])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)
 
@@ -139,7 +139,7 @@ def test_guided_diffusions_choices_are_the_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"attention": ["none"]}, "entries"),
         ({"num_heads": 2}, "not both"),
@@ -153,15 +153,15 @@ def test_guided_diffusions_choices_are_the_defaults() -> None:
         ({"upsample": "conv"}, "unknown key"),
     ],
 )
-def test_architectures_that_do_not_fit(change: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_architectures_that_do_not_fit(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         validate(ClassifierConfig, {**SMALL, **change})
 
 
-def test_pictures_that_do_not_fit(t: Tensor) -> None:
+def test_images_that_do_not_fit(t: Tensor) -> None:
     with pytest.raises(UserError, match="image_size 9 is not divisible by 2"):
         Classifier(validate(ClassifierConfig, SMALL), image_size=9, num_classes=5)
-    with pytest.raises(ValueError, match="pictures of 8 px, not 16 x 16"):
+    with pytest.raises(ValueError, match="images of 8 px, not 16 x 16"):
         classifier()(torch.randn(2, 3, 16, 16), t)
     for pool in ("adaptive", "spatial"):
         assert classifier(pool=pool)(torch.randn(2, 3, 16, 16), t).shape == (2, 5), "only attention learns positions"

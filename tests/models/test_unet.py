@@ -62,9 +62,9 @@ def test_a_diffusers_unet_gives_the_same_output(options: dict) -> None:
     labels = torch.tensor([0, 2, 4]) if "num_class_embeds" in options else None
     with torch.no_grad():
         reference = theirs.eval()(x, t, class_labels=labels).sample
-        found = ours(x, t.float(), labels)
+        output = ours(x, t.float(), labels)
     assert reference.std() > 0.1
-    torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_a_diffusers_unet_that_we_have_no_option_for_is_refused() -> None:
@@ -182,15 +182,15 @@ def test_linear_attention_by_its_formula() -> None:
 
 def test_sinusoidal_embedding_by_its_formula() -> None:
     time = torch.tensor([0.0, 1.0, 250.0])
-    found = sinusoidal_embedding(time, 6, order="cos_sin", frequency_shift=1.0)
+    embedding = sinusoidal_embedding(time, 6, order="cos_sin", frequency_shift=1.0)
     frequencies: Tensor = torch.tensor([1.0, 1e4 ** (-1 / 2), 1e-4])
-    torch.testing.assert_close(found[:, :3], torch.cos(time[:, None] * frequencies))
-    torch.testing.assert_close(found[:, 3:], torch.sin(time[:, None] * frequencies))
+    torch.testing.assert_close(embedding[:, :3], torch.cos(time[:, None] * frequencies))
+    torch.testing.assert_close(embedding[:, 3:], torch.sin(time[:, None] * frequencies))
     assert sinusoidal_embedding(time, 7, order="sin_cos", frequency_shift=0).shape == (3, 7)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"attention": ["none"]}, "entries"),
         ({"num_heads": 2, "head_channels": 8}, "not both"),
@@ -199,12 +199,12 @@ def test_sinusoidal_embedding_by_its_formula() -> None:
         ({"head_channels": 12}, "head_channels 12"),
     ],
 )
-def test_architectures_that_do_not_fit(change: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_architectures_that_do_not_fit(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         validate(UNetConfig, {**SMALL, **change})
 
 
-def test_patches_are_channels_of_a_smaller_picture() -> None:
+def test_patches_are_channels_of_a_smaller_image() -> None:
     """The same weights on the same numbers: a network of patches is a plain one of p^2 times the channels in between."""
     patched = unet(patch=2)
     plain = UNet(validate(UNetConfig, SMALL), in_channels=12)
@@ -213,13 +213,13 @@ def test_patches_are_channels_of_a_smaller_picture() -> None:
     x, time = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 700.0])
     squares = torch.stack([x[:, :, i::2, j::2] for i in range(2) for j in range(2)], dim=2).flatten(1, 2)
     wanted = plain.eval()(squares, time).unflatten(1, (3, 2, 2))
-    found = patched(x, time)
+    output = patched(x, time)
     for i in range(2):
         for j in range(2):
-            torch.testing.assert_close(found[:, :, i::2, j::2], wanted[:, :, i, j])
+            torch.testing.assert_close(output[:, :, i::2, j::2], wanted[:, :, i, j])
 
 
-def test_patches_with_a_learned_variance_and_beside_a_smaller_picture() -> None:
+def test_patches_with_a_learned_variance_and_beside_a_smaller_image() -> None:
     network = UNet(validate(UNetConfig, {**SMALL, "patch": 2}), in_channels=3, out_channels=6, low_channels=3)
     randomise(network)
     x, low = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 8, 8)

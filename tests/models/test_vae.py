@@ -53,22 +53,22 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_option_gives_pictures_of_the_size_that_came_in_and_latents_of_the_shape_that_the_config_says(
+def test_every_option_gives_images_of_the_size_that_came_in_and_latents_of_the_shape_that_the_config_says(
     options: dict,
 ) -> None:
     network = vae(**options)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     shape = latents(network, images)
-    made = network(images, torch.randn(shape))
-    assert made.images.shape == images.shape and bool(torch.isfinite(made.images).all())
-    assert made.mean.shape == shape == (2, 3, 16 // network.spec.factor, 16 // network.spec.factor)
+    reconstruction = network(images, torch.randn(shape))
+    assert reconstruction.images.shape == images.shape and bool(torch.isfinite(reconstruction.images).all())
+    assert reconstruction.mean.shape == shape == (2, 3, 16 // network.spec.factor, 16 // network.spec.factor)
     if network.vq:
-        assert made.logvar is None and made.codes is not None
-        assert made.codes.shape == (2, *shape[2:]) and made.codes.dtype == torch.int64
-        assert int(made.codes.min()) >= 0 and int(made.codes.max()) < 12
+        assert reconstruction.logvar is None and reconstruction.codes is not None
+        assert reconstruction.codes.shape == (2, *shape[2:]) and reconstruction.codes.dtype == torch.int64
+        assert int(reconstruction.codes.min()) >= 0 and int(reconstruction.codes.max()) < 12
     else:
-        assert made.codes is None and made.logvar is not None and made.logvar.shape == shape
-    assert network.decode(made.mean).shape == images.shape
+        assert reconstruction.codes is None and reconstruction.logvar is not None and reconstruction.logvar.shape == shape
+    assert network.decode(reconstruction.mean).shape == images.shape
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -80,7 +80,7 @@ def test_every_option_trains_every_parameter(options: dict) -> None:
         assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
 
 
-def test_each_option_changes_the_picture() -> None:
+def test_each_option_changes_the_image() -> None:
     base_options = {"widths": [8, 16], "attention": ["none", "linear"], "mid_attention": "linear"}
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     noise = torch.randn(1, 3, 8, 8)
@@ -95,8 +95,8 @@ def test_each_option_changes_the_picture() -> None:
         {"mid_attention": "full"},
         {"norm_groups": 2},
     ):
-        found = vae(**{**base_options, **change})(images, noise).images
-        assert not torch.allclose(found, base, atol=1e-4), change
+        images_of_option = vae(**{**base_options, **change})(images, noise).images
+        assert not torch.allclose(images_of_option, base, atol=1e-4), change
 
 
 def test_the_factor_is_a_halving_for_each_resolution_after_the_first() -> None:
@@ -114,8 +114,8 @@ def test_the_legacy_pair_halves_and_doubles_exactly_on_the_meta_device() -> None
             network = VAE(spec, 3)
             for height, width in ((1, 1), (3, 5), (7, 2)):  # of the latents: odd ones, too
                 images = torch.zeros(2, 3, height * spec.factor, width * spec.factor)
-                made = network(images, torch.zeros(2, 3, height, width))
-                assert made.images.shape == images.shape and made.mean.shape == (2, 3, height, width)
+                reconstruction = network(images, torch.zeros(2, 3, height, width))
+                assert reconstruction.images.shape == images.shape and reconstruction.mean.shape == (2, 3, height, width)
         layers = [type(module).__name__ for module in network.modules()]
         strided = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d) and module.stride == (2, 2)]
         assert layers.count("ConvTranspose2d") == len(strided) == len(widths) - 1
@@ -127,7 +127,7 @@ def test_the_defaults_are_what_they_were() -> None:
     assert not any(isinstance(module, torch.nn.ConvTranspose2d) for module in VAE(spec, 3).modules())
 
 
-def test_pictures_may_be_wide_or_grey() -> None:
+def test_images_may_be_wide_or_grey() -> None:
     network = vae(channels=1)
     images = torch.rand(2, 1, 8, 20)
     mean, _ = network.moments(images)
@@ -152,8 +152,8 @@ def test_with_zero_noise_forward_is_the_decoded_mean() -> None:
     for options in ({}, {"bottleneck": VQ}):
         network = vae(**options)
         images = torch.randn(2, 3, 16, 16)
-        made = network(images, torch.zeros(2, 3, 8, 8))
-        torch.testing.assert_close(made.images, network.decode(network.moments(images)[0]), rtol=1e-5, atol=1e-6)
+        reconstruction = network(images, torch.zeros(2, 3, 8, 8))
+        torch.testing.assert_close(reconstruction.images, network.decode(network.moments(images)[0]), rtol=1e-5, atol=1e-6)
 
 
 def test_the_noise_is_scaled_by_the_standard_deviation() -> None:
@@ -176,10 +176,10 @@ def test_tanh_bounds_what_is_drawn_and_is_no_part_of_the_weights() -> None:
     network = vae(scale=0.3)
     names = set(network.state_dict())
     z = torch.randn(1, 3, 8, 8)
-    free, tiled = network.decode(z), network.decode(z, tile=4)
+    unbounded, tiled = network.decode(z), network.decode(z, tile=4)
     network.tanh = True
-    assert float(free.abs().max()) > 1, "this network draws outside of (-1, 1)"
-    torch.testing.assert_close(network.decode(z), free.tanh())
+    assert float(unbounded.abs().max()) > 1, "this network draws outside of (-1, 1)"
+    torch.testing.assert_close(network.decode(z), unbounded.tanh())
     assert float(network.decode(z, tile=4).abs().max()) < 1 < float(tiled.abs().max())
     assert set(network.state_dict()) == names
 
@@ -199,21 +199,21 @@ def test_gradient_checkpointing_gives_the_same_gradients(bottleneck: dict) -> No
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_picture_does_not_depend_on_its_batch_mates(options: dict) -> None:
+def test_an_image_does_not_depend_on_the_others_of_its_batch(options: dict) -> None:
     network = vae(**options).double().train()
     assert not any(isinstance(part, STRAY) for part in network.modules())
     images = torch.randn(3, 3, 16, 16).double()
     noise = torch.randn(latents(network, images)).double()
     together = network(images, noise)
     for i in range(3):
-        alone = network(images[i : i + 1], noise[i : i + 1])
-        for ours, theirs in zip(alone, together, strict=True):
+        single = network(images[i : i + 1], noise[i : i + 1])
+        for ours, theirs in zip(single, together, strict=True):
             if ours is not None:
                 torch.testing.assert_close(ours, theirs[i : i + 1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"attention": ["none"]}, "attention has 1 entries and widths 2"),
         ({"norm_groups": 3}, "norm_groups 3 does not divide a width of 8"),
@@ -226,8 +226,8 @@ def test_a_picture_does_not_depend_on_its_batch_mates(options: dict) -> None:
         ({"bottleneck": {"kind": "kl", "codes": 9}}, "codes"),
     ],
 )
-def test_architectures_that_do_not_fit(change: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_architectures_that_do_not_fit(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         validate(VAEConfig, {**SMALL, **change})
 
 
@@ -247,7 +247,7 @@ def test_head_channels_matter_only_where_there_is_attention() -> None:
 
 
 @pytest.mark.parametrize("bottleneck", [{"kind": "kl"}, VQ], ids=["kl", "vq"])
-def test_a_tile_as_large_as_the_picture_is_the_whole(bottleneck: dict) -> None:
+def test_a_tile_as_large_as_the_image_is_the_whole(bottleneck: dict) -> None:
     network = vae(bottleneck=bottleneck)
     z = torch.randn(1, 3, 6, 9)
     whole = network.decode(z, tile=None)
@@ -268,11 +268,11 @@ def test_tiles_cover_every_pixel_with_weights_that_add_up_to_one(tile: int, monk
 
 def test_no_tile_is_larger_than_asked() -> None:
     network = vae()
-    seen: list[tuple[int, ...]] = []
-    network.up.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    shapes: list[tuple[int, ...]] = []
+    network.up.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[2:])))
     with torch.no_grad():
         network.decode(torch.randn(1, 3, 21, 5), tile=8)
-    assert seen == [(8, 5)] * 4, "rows start at 0, 6, 12 and 13"
+    assert shapes == [(8, 5)] * 4, "rows start at 0, 6, 12 and 13"
 
 
 def jumps(network: VAE, z: Tensor, tile: int) -> tuple[float, float, float]:
@@ -280,17 +280,17 @@ def jumps(network: VAE, z: Tensor, tile: int) -> tuple[float, float, float]:
     mean."""
     factor, stride = network.spec.factor, tile - max(1, tile // 4)
     with torch.no_grad():
-        drawn = network.decode(z, tile=tile)
+        images = network.decode(z, tile=tile)
     starts = module._starts(z.shape[3], tile, stride)
     borders = sorted({x * factor for start in starts for x in (start, start + tile)} - {0, z.shape[3] * factor})
     assert len(borders) >= 4
-    found = (drawn[..., 1:] - drawn[..., :-1]).abs().mean((0, 1, 2))  # found[x - 1] is between the columns x - 1 and x
-    at = torch.zeros(len(found), dtype=torch.bool)
+    steps = (images[..., 1:] - images[..., :-1]).abs().mean((0, 1, 2))  # steps[x - 1] is between the columns x - 1 and x
+    at = torch.zeros(len(steps), dtype=torch.bool)
     at[[x - 1 for x in borders]] = True
-    rim = torch.ones(len(found), dtype=torch.bool)
+    rim = torch.ones(len(steps), dtype=torch.bool)
     rim[2 * factor : -2 * factor] = False  # the picture's own, padded with zeros
-    others = found[~at & ~rim]
-    return float(found[at].max()), float(others.max()), float(others.mean())
+    others = steps[~at & ~rim]
+    return float(steps[at].max()), float(others.max()), float(others.mean())
 
 
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
@@ -307,7 +307,7 @@ def test_there_are_no_seams(upsample: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("length", "tile", "stride"), [(10, 4, 3), (11, 4, 3), (4, 4, 3), (3, 4, 3), (5, 4, 3), (100, 64, 48)])
-def test_tiles_overlap_and_the_last_ends_with_the_picture(length: int, tile: int, stride: int) -> None:
+def test_tiles_overlap_and_the_last_ends_with_the_image(length: int, tile: int, stride: int) -> None:
     starts = module._starts(length, tile, stride)
     assert starts[0] == 0 and starts[-1] + tile == max(length, tile)
     steps = [b - a for a, b in itertools.pairwise(starts)]
@@ -329,13 +329,13 @@ def test_the_ramp_is_one_in_the_middle_and_near_zero_at_a_tiles_border() -> None
 def test_the_nearest_code_by_brute_force() -> None:
     book = codebook(codes=20)
     z = torch.randn(2, 3, 4, 5).double()
-    found = book.nearest(z)
-    assert found.shape == (2, 4, 5)
+    codes = book.nearest(z)
+    assert codes.shape == (2, 4, 5)
     for b in range(2):
         for y in range(4):
             for x in range(5):
                 distances = [float((z[b, :, y, x] - vector).square().sum()) for vector in book.codebook]
-                assert found[b, y, x] == min(range(20), key=lambda k, all=distances: all[k])
+                assert codes[b, y, x] == min(range(20), key=lambda k, all=distances: all[k])
 
 
 def test_a_code_is_nearest_to_itself() -> None:
@@ -360,13 +360,13 @@ def test_statistics_count_uses_and_add_up_vectors() -> None:
     book = codebook(codes=6)
     z = torch.randn(2, 3, 2, 4).double()
     image, place = torch.tensor([0, 1, 0, 1, 1, 0]), torch.tensor([0, 7, 3, 4, 0, 5])
-    found, codes = spoken(book, z, image, place), book.nearest(z)
-    assert found.shape == (6, 7) and found[:, 0].sum() == 16
+    statistics, codes = spoken(book, z, image, place), book.nearest(z)
+    assert statistics.shape == (6, 7) and statistics[:, 0].sum() == 16
     for k in range(6):
-        own = [z[b, :, y, x] for b in range(2) for y in range(2) for x in range(4) if codes[b, y, x] == k]
-        assert found[k, 0] == len(own)
-        torch.testing.assert_close(found[k, 1:4], sum(own, torch.zeros(3).double()))
-        torch.testing.assert_close(found[k, 4:], z[image[k], :, place[k] // 4, place[k] % 4])
+        vectors = [z[b, :, y, x] for b in range(2) for y in range(2) for x in range(4) if codes[b, y, x] == k]
+        assert statistics[k, 0] == len(vectors)
+        torch.testing.assert_close(statistics[k, 1:4], sum(vectors, torch.zeros(3).double()))
+        torch.testing.assert_close(statistics[k, 4:], z[image[k], :, place[k] // 4, place[k] % 4])
 
 
 def test_statistics_of_the_parts_of_a_batch_add_up_to_those_of_the_whole() -> None:
@@ -440,13 +440,13 @@ def test_the_gradient_goes_straight_through_the_codebook() -> None:
     network = vae(bottleneck=VQ, mid_attention="none").double()
     assert network.codebook is not None
     images = torch.randn(2, 3, 16, 16).double()
-    made = network(images, torch.zeros(2, 3, 8, 8))
-    made.mean.retain_grad()
-    made.images.square().sum().backward()
-    z = network.codebook.look_up(network.codebook.nearest(made.mean.detach())).requires_grad_()
+    reconstruction = network(images, torch.zeros(2, 3, 8, 8))
+    reconstruction.mean.retain_grad()
+    reconstruction.images.square().sum().backward()
+    z = network.codebook.look_up(network.codebook.nearest(reconstruction.mean.detach())).requires_grad_()
     network._draw(network.middle(z)).square().sum().backward()
-    assert made.mean.grad is not None and z.grad is not None and float(z.grad.abs().max()) > 0
-    torch.testing.assert_close(made.mean.grad, z.grad)
+    assert reconstruction.mean.grad is not None and z.grad is not None and float(z.grad.abs().max()) > 0
+    torch.testing.assert_close(reconstruction.mean.grad, z.grad)
 
 
 def test_the_codebook_is_no_parameter() -> None:
@@ -470,22 +470,22 @@ def test_the_codebook_is_no_parameter() -> None:
 def test_usage_by_closed_forms(sizes: list[float], perplexity: float | None, used: float) -> None:
     book = codebook(codes=8)
     book.size.copy_(torch.tensor(sizes))
-    found = book.usage()
+    usage = book.usage()
     if perplexity is not None:
-        assert math.isclose(found["code_perplexity"], perplexity, rel_tol=1e-9)
-    assert found["codes_used"] == used
+        assert math.isclose(usage["code_perplexity"], perplexity, rel_tol=1e-9)
+    assert usage["codes_used"] == used
 
 
 # ---------------------------------------------------------------------------------------------- the discriminator
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_the_smallest_picture_is_the_smallest_that_leaves_a_patch(layers: int) -> None:
+def test_the_smallest_image_is_the_smallest_that_leaves_a_patch(layers: int) -> None:
     spec = validate(DiscriminatorConfig, {"base_channels": 4, "norm_groups": 2, "layers": layers})
     network = randomise(Discriminator(spec, 1))
-    assert network(torch.randn(1, 1, spec.smallest_picture, spec.smallest_picture)).shape == (1, 1, 1, 1)
+    assert network(torch.randn(1, 1, spec.smallest_image, spec.smallest_image)).shape == (1, 1, 1, 1)
     with pytest.raises(RuntimeError):
-        network(torch.randn(1, 1, spec.smallest_picture - 1, spec.smallest_picture - 1))
+        network(torch.randn(1, 1, spec.smallest_image - 1, spec.smallest_image - 1))
 
 
 @pytest.mark.parametrize(("layers", "shape"), [(1, (14, 22)), (2, (6, 10)), (3, (2, 4))])
@@ -510,8 +510,8 @@ def test_a_patch_of_the_default_network_sees_70_pixels() -> None:
     logits = network(images)
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     assert images.grad is not None
-    seen = images.grad[0, 0].abs().sum(0) > 0
-    assert int(seen.sum()) == 70
+    has_gradient = images.grad[0, 0].abs().sum(0) > 0
+    assert int(has_gradient.sum()) == 70
 
 
 def test_every_parameter_of_the_discriminator_gets_a_gradient() -> None:
@@ -521,7 +521,7 @@ def test_every_parameter_of_the_discriminator_gets_a_gradient() -> None:
         assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
 
 
-def test_the_discriminator_judges_each_picture_by_itself() -> None:
+def test_the_discriminator_judges_each_image_by_itself() -> None:
     network = randomise(Discriminator(validate(DiscriminatorConfig, {"base_channels": 8}), 3)).double().train()
     assert not any(isinstance(part, STRAY) for part in network.modules())
     images = torch.randn(3, 3, 32, 32).double()

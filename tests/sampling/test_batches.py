@@ -16,8 +16,8 @@ def test_batches_are_slices_of_the_items() -> None:
 
 
 def test_each_batch_is_dealt_to_one_rank() -> None:
-    dealt = [list(deal_batches(range(10), 3, Ranks(rank, 2), "drawing")) for rank in (0, 1)]
-    assert dealt == [[range(3), range(6, 9)], [range(3, 6), range(9, 10)]]
+    count_for_classes = [list(deal_batches(range(10), 3, Ranks(rank, 2), "drawing")) for rank in (0, 1)]
+    assert count_for_classes == [[range(3), range(6, 9)], [range(3, 6), range(9, 10)]]
 
 
 def test_a_folder_belongs_to_one_request(tmp_path: Path) -> None:

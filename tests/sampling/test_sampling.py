@@ -10,7 +10,7 @@ from src.diffusion import ProcessConfig, build_process, euler, transitions
 from src.models import UNet, UNetConfig
 from src.sampling import Sampler, SamplerConfig, noise_of
 from src.sampling.frames import columns_for
-from src.sampling.sampler import Edit, _Way, describe, random_labels
+from src.sampling.sampler import Edit, describe, random_labels
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")
@@ -192,7 +192,8 @@ def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
 
         chain = sampler("ancestral", steps=4, **guided)
         chain.network = drawn.network
-        way = _Way(chain, labels, lambda step, like, sweep: torch.zeros_like(like), None)
+        way = chain._trajectory(labels, 0, range(2), None, None)
+        way.noise = lambda step, like, sweep=0: torch.zeros_like(like)
         steps = transitions(schedule, drawn.times)
         mean = steps.mean(1, plain.x0.clamp(-1, 1), x)
         wanted = mean + float(steps.beta[1]) * gradient(x, t)

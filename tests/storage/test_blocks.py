@@ -17,10 +17,10 @@ def test_blocks_cover_all_items_and_only_missing_ones_are_made(tmp_path: Path) -
     blocks = cut_blocks(7, 3, lambda i: tmp_path / str(i))
     assert [list(block.items) for block in blocks] == [[0, 1, 2], [3, 4, 5], [6]]
     (tmp_path / "1").touch()
-    dealt = []
+    count_for_classes = []
     for rank in range(2):
-        make_blocks(blocks, lambda block: dealt.append(block.path.name), Ranks(rank, 2), doing="testing")
-    assert dealt == ["0", "2"]
+        make_blocks(blocks, lambda block: count_for_classes.append(block.path.name), Ranks(rank, 2), doing="testing")
+    assert count_for_classes == ["0", "2"]
 
 
 def test_arrays_come_back_in_order_and_are_computed_once(tmp_path: Path) -> None:
