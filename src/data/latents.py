@@ -27,18 +27,18 @@ WORDS = {
 }
 
 
-def differs(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[str]:
-    """What a cache was made of other than `contract` says, in words."""
+def describe_differences(manifest: Mapping[str, Any], contract: Mapping[str, Any]) -> list[str]:
+    """What a cache was made of, in words, that is not what `contract` says."""
     return [WORDS[key] for key in WORDS if manifest.get(key) != contract.get(key)]
 
 
-FILES = "files"  # key of a manifest: the state of the files and the decoder; no part of the contract
+FILES = "files"  # the key of a manifest that says which files, read by which decoder, a cache is of; no part of the contract
 STATISTICS = ("mean", "std", "low", "high")
 
 
 def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
-    """Whether a run that was trained on latents of `before` may go on with those of `now`: the contract is the same, and the
-    statistics agree to rounding, by which a cache differs that is made anew on another machine."""
+    """Whether a run that was trained on latents of `before` may go on with those of `now`: the same contract, and statistics
+    that agree to rounding, for a cache that is made again on another machine differs by that much."""
     if before is None or now is None:
         return before is now
     if any(before.get(key) != now.get(key) for key in {*before, *now} - {*STATISTICS}):
@@ -59,7 +59,7 @@ def cache_sums(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def sums_of(moments: Moments) -> dict[str, Any]:
-    """The sums of a block from which `statistics` are computed, each a list with one entry per channel."""
+    """What `statistics` needs to know of a block, each a list with one entry per channel."""
     mean, logvar = moments[:, :, 0].astype(np.float64), moments[:, :, 1].astype(np.float64)
     over = (0, 1, 3, 4)  # all but the channels
     return {
@@ -103,8 +103,8 @@ class LatentSet:
     def resident(self) -> bool:
         return self._resident is not None
 
-    def move_to_device(self, share: float = 0.3) -> None:
-        """Move all of it to the device if it takes no more than `share` of the free memory there."""
+    def load_to_device(self, share: float = 0.3) -> None:
+        """Load all blocks to the device if they take no more than `share` of the memory that is free there."""
         if self.device.type == "cuda":
             free_bytes = torch.cuda.mem_get_info(self.device)[0]
         else:
@@ -117,19 +117,19 @@ class LatentSet:
     def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
         """(B, 2, D, h, w) float32 on the device: mean and log-variance of these images, mirrored or not."""
         if self._resident is not None:
-            where = torch.from_numpy(indices).to(self.device, non_blocking=True)
-            which = torch.from_numpy(mirrored.astype(np.int64)).to(self.device, non_blocking=True)
-            return self._resident[where, which]
+            rows = torch.from_numpy(indices).to(self.device, non_blocking=True)
+            sides = torch.from_numpy(mirrored.astype(np.int64)).to(self.device, non_blocking=True)
+            return self._resident[rows, sides]
         size = len(self.blocks[0])
-        rows = [self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)]
-        values = torch.from_numpy(np.stack(rows))
-        return (values.pin_memory() if self.device.type == "cuda" else values).to(self.device, non_blocking=True)
+        rows = np.stack([self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)])
+        moments = torch.from_numpy(rows)
+        return (moments.pin_memory() if self.device.type == "cuda" else moments).to(self.device, non_blocking=True)
 
 
 def open_latents(
     folder: Path, contract: Mapping[str, Any], counts: Mapping[str, int], device: torch.device
 ) -> tuple[dict[str, Any], dict[str, LatentSet]]:
-    """The manifest and the sets of a whole cache. A UserError says where it was made of something else than `contract`."""
+    """A whole cache: its manifest and its sets. A UserError says what it was made of that is not what `contract` says."""
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder} is no latent cache (it has no manifest.json); name another, or remove it")
     try:
@@ -138,9 +138,9 @@ def open_latents(
         raise UserError(
             f"the latent cache {folder} is damaged, or its latents are not finite ({error}); remove it, and it is made again"
         ) from None
-    other = differs(manifest, contract)
-    if other:
-        raise UserError(f"the latent cache {folder} was made of {' and '.join(other)}; remove it, or give another `latents`")
+    others = describe_differences(manifest, contract)
+    if others:
+        raise UserError(f"the latent cache {folder} was made of {' and '.join(others)}; remove it, or give another `latents`")
     return manifest, {split: open_blocks(folder, split, count, device) for split, count in counts.items()}
 
 

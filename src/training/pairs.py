@@ -146,7 +146,7 @@ class PairEnds(Coupling):
                 )
         accelerator.wait_for_everyone()
         self._pairs = open_blocks(folder, "pairs", count, accelerator.device, "folder of pairs")
-        self._pairs.move_to_device()
+        self._pairs.load_to_device()
         facts = [read_json(block.path) for block in blocks_of(folder, "pairs", count)]
         self._labels = np.array([label for block in facts for label in block["labels"]], dtype=np.int64)
 

@@ -19,7 +19,7 @@ from ..config import ENDLESS, Length, UserError, config, differences, dump, prog
 from ..data import ImageSet, PointSet
 from ..data.facts import skipped_files
 from ..data.formats import READ_BEFORE
-from ..data.latents import differs, same_latents
+from ..data.latents import describe_differences, same_latents
 from ..data.names import few, normal_form, same_names
 from ..report.report import Reporter, read_lines
 from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
@@ -249,7 +249,9 @@ class RunDirectory:
                 f"{self.path} was trained on other classes ({named}); give the data its old ones, or give another --run-dir"
             )
         if not same_latents(before.get("latents"), facts.get("latents")):
-            found = differs(before.get("latents") or {}, facts.get("latents") or {}) or ["another cache, made anew"]
+            found = describe_differences(before.get("latents") or {}, facts.get("latents") or {}) or [
+                "another cache, made anew"
+            ]
             raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 
