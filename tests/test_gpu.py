@@ -56,7 +56,7 @@ def test_the_latent_pipeline_learns_and_keeps_its_cache_on_the_device(tmp_path: 
     assert done.status == 0 and "x cuda x" in done.out, done.all
     assert metrics(tmp_path / "ldm")[-1]["loss"] < 0.95 * metrics(tmp_path / "ldm")[0]["loss"]
     latents = LatentSet([torch.randn(5, 2, 2, 4, 8, 8).numpy()], torch.device("cuda"))
-    latents.settle()
+    latents.load_to_device()
     indices, mirrored = np.array([4, 0]), np.array([True, False])
     assert latents.resident and latents.moments(indices, mirrored).is_cuda
     mapped = LatentSet(latents.blocks, torch.device("cuda"))

@@ -33,13 +33,13 @@ def describe_differences(manifest: Mapping[str, Any], contract: Mapping[str, Any
     return [WORDS[key] for key in WORDS if manifest.get(key) != contract.get(key)]
 
 
-FILES = "files"  # key of a manifest: the state of the files and the decoder; no part of the contract
+FILES = "files"  # the key of a manifest that says which files, read by which decoder, a cache is of; no part of the contract
 STATISTICS = ("mean", "std", "low", "high")
 
 
 def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
-    """Whether a run that was trained on latents of `before` may go on with those of `now`: the contract is the same, and the
-    statistics agree to rounding, by which a cache differs that is made anew on another machine."""
+    """Whether a run that was trained on latents of `before` may go on with those of `now`: the same contract, and statistics
+    that agree to rounding, for a cache that is made again on another machine differs by that much."""
     if before is None or now is None:
         return before is now
     if any(before.get(key) != now.get(key) for key in {*before, *now} - {*STATISTICS}):
@@ -60,7 +60,7 @@ def cache_sums(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def sums_of(moments: Moments) -> dict[str, Any]:
-    """The sums of a block from which `statistics` are computed, each a list with one entry per channel."""
+    """What `statistics` needs to know of a block, each a list with one entry per channel."""
     mean, logvar = moments[:, :, 0].astype(np.float64), moments[:, :, 1].astype(np.float64)
     over = (0, 1, 3, 4)  # all but the channels
     return {

@@ -159,9 +159,7 @@ def encode_latents(
 
     def encode(split: str, block: Block) -> None:
         flip = image.flip and split == "train"
-        content = sets[split].contents(
-            block.items
-        )  # before they are decoded, so that a file that is overwritten meanwhile differs
+        content = sets[split].contents(block.items)  # before they are decoded: a file that is overwritten meanwhile differs
         moments = _encode(autoencoder, sets[split], image, block.items, flip, batch_size, workers)
         write_block(block, moments, {**sums_of(moments), CONTENT: content})
 

@@ -35,24 +35,21 @@ class MachineConfig:
 
 TWO_ON_A_CPU = "ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc-per-node 2 SCRIPT ..."
 _OFF = ("", "0", "no", "false", "off", "n", "f")
-_PRECISION = "the config decides with mixed_precision"
+_PRECISION, _KEYS = "the config decides with mixed_precision", ("mixed_precision", "dtype")
+_BATCH = ("batch_size", "micro_batch_size")
 # What accelerate and torch read from the environment and what would change a result (a launcher puts the file of `accelerate
 # config` there): the values that change nothing, what decides instead, and the keys of the config that say so.
 _REFUSED = {
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-        ("", "1"), "the config derives it from batch_size and micro_batch_size", ("batch_size", "micro_batch_size"),
-    ),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), f"the config derives it from {' and '.join(_BATCH)}", _BATCH),
     "ACCELERATE_DYNAMO_BACKEND": (_OFF, "the config decides with `compile`", ("compile",)),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "the config knows plain DDP and FSDP alone", ("mixed_precision", "dtype")),
-    "ACCELERATE_DOWNCAST_BF16": (_OFF, f"{_PRECISION} and dtype", ("mixed_precision", "dtype")),
-    "ONEDNN_DEFAULT_FPMATH_MODE": (("", "strict"), _PRECISION, ("mixed_precision", "dtype")),
-    "DNNL_DEFAULT_FPMATH_MODE": (("", "strict"), _PRECISION, ("mixed_precision", "dtype")),
-    "NVIDIA_TF32_OVERRIDE": (("",), _PRECISION, ("mixed_precision", "dtype")),
-    "PYTORCH_MPS_FAST_MATH": (_OFF, _PRECISION, ("mixed_precision", "dtype")),
-    "PYTORCH_TUNABLEOP_ENABLED": (
-        _OFF, "it chooses kernels by the clock, and a run must not depend on that", ("mixed_precision", "dtype"),
-    ),
-}  # fmt: skip
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "the config knows plain DDP and FSDP alone", _KEYS),
+    "ACCELERATE_DOWNCAST_BF16": (_OFF, f"{_PRECISION} and dtype", _KEYS),
+    "ONEDNN_DEFAULT_FPMATH_MODE": (("", "strict"), _PRECISION, _KEYS),
+    "DNNL_DEFAULT_FPMATH_MODE": (("", "strict"), _PRECISION, _KEYS),
+    "NVIDIA_TF32_OVERRIDE": (("",), _PRECISION, _KEYS),
+    "PYTORCH_MPS_FAST_MATH": (_OFF, _PRECISION, _KEYS),
+    "PYTORCH_TUNABLEOP_ENABLED": (_OFF, "it chooses kernels by the clock, and a run must not depend on that", _KEYS),
+}
 
 
 def check_arithmetic(machine: MachineConfig | None) -> None:

@@ -9,16 +9,8 @@ from ..config.packages import needed
 
 NOT_THERE = {"RepositoryNotFoundError", "DatasetNotFoundError"}
 UNREACHED = {
-    "ConnectError",
-    "ConnectionError",
-    "LocalEntryNotFoundError",
-    "ProxyError",
-    "SSLError",
-    "Timeout",
-    "TimeoutError",
-    "TimeoutException",
-    "TransportError",
-    "gaierror",
+    *("ConnectError", "ConnectionError", "LocalEntryNotFoundError", "ProxyError", "SSLError", "Timeout", "TimeoutError"),
+    *("TimeoutException", "TransportError", "gaierror"),
 }
 
 

@@ -1,4 +1,7 @@
-"""Locks on files. The system drops one when the process that holds it ends. POSIX's locks, or those of native Windows."""
+"""Locks on files, POSIX's or those of native Windows. The system drops one when the process that holds it ends.
+
+filelock is not used, because loader workers inherit its locks and would hold them after a kill of their run.
+"""
 
 import errno
 import os

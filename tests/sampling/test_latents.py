@@ -85,8 +85,8 @@ def test_statistics_by_the_law_of_total_variance() -> None:
 
 def test_differences_in_words() -> None:
     contract = {"autoencoder": "a", "pictures": "p", "held_out": None, "image": {"size": 16}}
-    assert cache.differs(contract, contract) == []
-    assert cache.differs({**contract, "autoencoder": "b", "image": {"size": 8}}, contract) == [
+    assert cache.describe_differences(contract, contract) == []
+    assert cache.describe_differences({**contract, "autoencoder": "b", "image": {"size": 8}}, contract) == [
         "another autoencoder", "another image (size, channels or flip)",
     ]  # fmt: skip
     blocks = blocks_of(Path("x"), "train", 1000)

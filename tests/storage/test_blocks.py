@@ -51,9 +51,12 @@ def test_a_cache_goes_on_where_it_was_and_has_a_manifest(tmp_path: Path) -> None
         write_block(block, np.full((len(block.items), 2), 1.0, np.float32), {"split": split})
 
     def build() -> None:
-        words = {"name": "cache", "doing": "testing"}
         counts = {"a": 300, "b": 1}
-        make_cache(folder, contract, counts, make, lambda staged: {"files": len(list(staged.rglob("*.npy")))}, Ranks(), **words)
+
+        def finish(staged: Path) -> dict[str, int]:
+            return {"files": len(list(staged.rglob("*.npy")))}
+
+        make_cache(folder, contract, counts, make, finish, Ranks(), name="cache", doing="testing")
 
     with pytest.raises(KeyboardInterrupt):
         build()

@@ -7,7 +7,7 @@ import google.auth
 import pytest
 from google.auth.exceptions import DefaultCredentialsError
 
-from src.storage.buckets import Bucket, open_bucket, pull, push, status
+from src.storage.buckets import Bucket, names, open_bucket, pull, push, status
 from tests.storage.bucket_files import mistake, tree, write
 from tests.storage_server import StorageServer
 
@@ -100,3 +100,11 @@ def test_without_credentials_a_bucket_is_read_as_anybody_may(monkeypatch: pytest
         assert bucket.anonymous and bucket.url == "gs://bucket/a/b"
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "nothing.json")
     assert "GOOGLE_APPLICATION_CREDENTIALS: File nothing.json was not found" in mistake(open_bucket, "gs://bucket")
+
+
+def test_names_that_move_come_last_or_stay() -> None:
+    assert names.is_manifest("a/MANIFEST.json") and names.is_manifest("x/manifest.json") and not names.is_manifest("a.json")
+    assert names.is_of_this_machine(".run.lock") and names.is_of_this_machine("a/.x.partial/b")
+    assert not names.is_of_this_machine("yard.lock") and names.is_temporary("a~") and not names.is_temporary("cars.old/a")
+    assert names.folder_of("a/b/c") == "a/b/" and names.folder_of("c") == "" and names.join("", "a", "b") == "a/b"
+    assert names.is_unsafe("a//b") and not names.is_unsafe("a/b.txt")

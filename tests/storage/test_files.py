@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from src.config import UserError
-from src.storage.files import check_is_new, explain_full_disk, new_folder, write_flushed, write_whole
+from src.storage.files import as_json, check_is_new, explain_full_disk, new_folder, write_flushed, write_whole
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,3 +62,7 @@ def test_a_full_disk_is_one_line_and_other_errors_stay() -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     with pytest.raises(PermissionError), explain_full_disk(Path("x")):
         raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_json_is_indented_and_ends_with_a_newline() -> None:
+    assert as_json({"a": [1]}) == b'{\n "a": [\n  1\n ]\n}\n'

@@ -1,7 +1,7 @@
 """One bucket: list, read, write and delete its objects, each write and deletion bound to the generation that was listed.
 
-google-cloud-storage's `transfer_manager` is not used, because its `upload_many` takes one precondition for all files, its
-`download_many` writes files in place, and both end a file at the first cut connection that their library gives up on.
+google-cloud-storage's `transfer_manager` is not used, because its `upload_many` takes one precondition for all files, and its
+`download_many` writes into the final file, which a cut connection leaves half-written.
 """
 
 import base64
