@@ -186,9 +186,10 @@ def main() -> int:
     cfg = load_config(args.config, args.set) if args.config is not None else None
     if args.set and cfg is None:
         raise UserError("--set changes a config: name one with -cfg FILE")
+    script_cfg = cfg if cfg is not None else load_config(str(ROOT / "configs" / "smoke" / "ddpm.json"), [])
     run_dir = Path(args.run_dir or f"runs/{cfg.name if cfg is not None else 'NAME'}")
     if args.worker is not None:
-        prove(cfg, Path(args.worker), partial(write_row, Path(args.worker) / "rows"), seconds=args.limit)
+        prove(cfg, script_cfg, Path(args.worker), partial(write_row, Path(args.worker) / "rows"), seconds=args.limit)
         return 0
 
     # One of several that a launcher started: rank 0 speaks.
@@ -213,7 +214,7 @@ def main() -> int:
             if rank == 0:
                 threading.Thread(target=give_up, args=(table, args.limit), daemon=True).start()
             with suppress(Broken):  # which the table says
-                prove(cfg, folder, table.add, seconds=args.limit)
+                prove(cfg, script_cfg, folder, table.add, seconds=args.limit)
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
             passed = ["-cfg", args.config, *(word for pair in args.set for word in ("--set", pair))] if args.config else []

@@ -4,7 +4,6 @@ Every process runs the stages in the same order. A stage gives each rank's Verdi
 """
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +21,15 @@ from ..config import UserError, validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import UNetConfig
 from ..runs.opened import build_unet
-from ..runtime import checkpoint
-from ..runtime.launch import MachineConfig, accumulating, broadcast, start, undetermined, warm_up_ddp
+from ..runtime.launch import MachineConfig, accumulating, broadcast, start, warm_up_ddp
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan, plan_batch
-from ..training.ema import EMA, EMAConfig
-from ..training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from ..training.state import TrainState
+from ..training.config import TrainConfig
+from . import own_script
 from .health import GB, Row, Verdict, mistake, told
+from .own_script import BROKEN, OwnScript
 
 ALONE = Verdict("skip", "one process: not tested")
-STEPS = 10
 MICRO, PARTS = 2, 2  # a process takes two micro-batches of two
 SMALL = {"base_channels": 16, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "norm_groups": 8}
 UNREACHED = (
@@ -40,7 +37,6 @@ UNREACHED = (
     "NCCL_SHM_DISABLE=1, then NCCL_IB_DISABLE=1. Between machines: open the port of MASTER_ADDR in the firewall, and name the "
     "network: NCCL_SOCKET_IFNAME=eth0 (GLOO_SOCKET_IFNAME on CPUs)"
 )
-BROKEN = "do not train on these devices together: try fewer (--processes), NCCL_P2P_DISABLE=1, another torch or driver"
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,8 @@ class Bench:
     subject: Subject
     process: Process
     split: BatchPlan
-    folder: Path
     began: float
+    script: OwnScript
     cfg: Any = None
     taken: int = 0
 
@@ -313,91 +309,6 @@ def _blank(bench: Bench) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape, device=bench.device, dtype=bench.dtype), torch.zeros(1, device=bench.device)
 
 
-class Trainee:
-    """A network in training by the config's own optimizer: as it starts, or as the checkpoint `folder` has it."""
-
-    def __init__(self, bench: Bench, folder: Path | None = None) -> None:
-        self.network = bench.network()
-        self.spec: OptimizerConfig = getattr(bench.cfg, "optimizer", OptimizerConfig(lr=1e-3, weight_decay=0.01))
-        optimizer = build_optimizer(self.network, self.spec)
-        self.ema = EMA(self.network, EMAConfig(half_life_images=100))
-        self.trained = TrainState(self.network, optimizer, self.ema)
-        if folder is not None:
-            self.trained.load(folder)
-        self.model, self.optimizer = bench.accelerator.prepare(self.network, optimizer)
-        warm_up_ddp(bench.accelerator, self.model, *_blank(bench))
-
-
-def take_step(bench: Bench, trainee: Trainee, step: int) -> float:
-    """One step as the training scripts take it; gives this rank's part of the loss."""
-    loss = backward(bench, trainee.model, step)
-    norm = clip_gradients(bench.accelerator, trainee.model, trainee.spec)
-    update(trainee.optimizer, trainee.spec.lr, norm)
-    trainee.ema.update(trainee.network, (step + 1) * bench.split.batch, bench.split.batch)
-    return float(loss)
-
-
-def digest(trainee: Trainee) -> str:
-    """A hash of weights, moments and EMA."""
-    found = hashlib.sha256()
-    for tensors in trainee.trained.tensors().values():
-        for name in sorted(tensors):
-            found.update(name.encode() + tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def after_steps(bench: Bench, trainee: Trainee) -> Verdict:
-    """Ten steps; then weights, moments and EMA are the same on all ranks, to the bit."""
-    losses = [take_step(bench, trainee, step) for step in range(STEPS)]
-    if not all(map(torch.isfinite, torch.tensor(losses))):
-        return Verdict("fail", f"the loss is not finite after {STEPS} steps", BROKEN)
-    if bench.accelerator.num_processes == 1:
-        return Verdict("skip", f"one process: not tested; {STEPS} steps are taken, the loss stays finite")
-    found = bench.everywhere(digest(trainee))
-    others = [rank for rank, value in enumerate(found) if value != found[0]]
-    if others:
-        return Verdict("fail", f"after {STEPS} steps rank {', '.join(map(str, others))} has other weights than rank 0", BROKEN)
-    return Verdict("pass", f"the same weights and moments on all {len(found)} ranks, to the bit (hash {found[0][:8]})")
-
-
-def resumed(bench: Bench, trainee: Trainee) -> Verdict:
-    """The next step, from memory and from a checkpoint that all ranks read back into new objects: the same to the bit."""
-    folder = checkpoint.step_folder(broadcast(bench.folder) or bench.folder, STEPS)
-    if bench.accelerator.is_main_process:
-        checkpoint.write_folder(folder, trainee.trained.tensors(), {"progress": {"step": STEPS}})
-    bench.accelerator.wait_for_everyone()
-    reason = checkpoint.verify_checkpoint(folder)
-    if any(bench.everywhere(reason)):
-        advice = "is --run-dir on a file system that all machines see?"
-        return Verdict("fail", f"the checkpoint {folder} cannot be read: {reason or 'on another rank'}", advice)
-    again = Trainee(bench, folder)
-    try:
-        # As training does with `deterministic`: with warn_only the backward of attention does not repeat itself on a GPU.
-        torch.use_deterministic_algorithms(True)
-        for each in (trainee, again):
-            take_step(bench, each, STEPS)
-    except RuntimeError as error:
-        missing = undetermined(error)
-        if missing is None:
-            raise
-        return Verdict("skip", f"not tested: there is no deterministic {missing} here")
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    mine, theirs = trainee.trained.tensors(), again.trained.tensors()
-    other = [
-        f"{part} {name}"
-        for part, tensors in mine.items()
-        for name, value in tensors.items()
-        if name not in theirs[part] or not torch.equal(value, theirs[part][name])
-    ]
-    if other:
-        advice = "a run that is killed does not go on as it was: is the disk sound, is this torch known to be?"
-        return Verdict("fail", f"{len(other)} tensors are others after going on from a checkpoint: {other[0]} ...", advice)
-    mover = "AdamW" if trainee.spec.muon is None else "Muon and AdamW"
-    same = f"step {STEPS + 1} from a checkpoint is the uninterrupted one, to the bit"
-    return Verdict("pass", f"{same}, {bench.subject.told}, moved by {mover}")
-
-
 def compiles(bench: Bench) -> Verdict:
     """torch.compile of a small network against the same without; last, since it may take long."""
     bad = "fail" if getattr(bench.cfg, "compile", False) else "warn"
@@ -423,8 +334,8 @@ STAGES: dict[str, Callable[..., Verdict]] = {
     "bf16": half,
     "arithmetic": arithmetic,
     "gradients": gradients,
-    "ten steps": after_steps,
-    "resume": resumed,
+    "ten steps": lambda bench: own_script.after_steps(bench.script, bench.accelerator),
+    "resume": lambda bench: own_script.resumed(bench.script, bench.accelerator),
     "compile": compiles,
 }
 ORDER = ("pass", "skip", "warn", "fail")
@@ -451,11 +362,11 @@ def _exactly() -> Iterator[None]:
         torch.use_deterministic_algorithms(exact)
 
 
-def prove(cfg: Any, folder: Path, report: Callable[[Row], None], *, seconds: float = 90.0) -> None:
+def prove(cfg: Any, script_cfg: TrainConfig, folder: Path, report: Callable[[Row], None], *, seconds: float = 90.0) -> None:
     """Run the stages on this process, and on the others that it was started with; each row is reported as it is known.
 
-    `cfg` is a training config or None. A collective that takes longer than `seconds` ends it; Broken where a rank cannot go on.
-    `folder` is where the checkpoint goes: rank 0's counts.
+    `cfg` is a training config or None; the script of `script_cfg` is what trains, in `folder` (rank 0's counts). A collective
+    that takes longer than `seconds` ends it; Broken where a rank cannot go on.
     """
     with _exactly():
         began, what = time.monotonic(), subject(cfg)
@@ -464,7 +375,8 @@ def prove(cfg: Any, folder: Path, report: Callable[[Row], None], *, seconds: flo
         rank, world = accelerator.process_index, accelerator.num_processes
         split = plan_batch(MICRO * PARTS * world, MICRO, rank=rank, world=world)
         free, total = torch.cuda.mem_get_info(accelerator.device) if accelerator.device.type == "cuda" else (0, 0)
-        run_stages(Bench(accelerator, what, build_process(what.process), split, folder, began, cfg, total - free), report)
+        script = OwnScript(script_cfg, broadcast(folder) or folder, what.machine, MICRO * PARTS * world, MICRO)
+        run_stages(Bench(accelerator, what, build_process(what.process), split, began, script, cfg, total - free), report)
 
 
 class Broken(RuntimeError):
@@ -480,19 +392,13 @@ def _advice(error: Exception, several: bool) -> str:
 
 def run_stages(bench: Bench, report: Callable[[Row], None]) -> None:
     main, several = bench.accelerator.is_main_process, bench.accelerator.num_processes > 1
-    trainee: list[Trainee] = []
     for name, stage in STAGES.items():
         began = time.monotonic()
-        if name == "resume" and not trainee:
-            report(Row(name, "skip", "not reached", "", 0.0))
-            continue
         if name == "compile" and not main:
             return  # nobody waits for that
         try:
-            if name == "ten steps":
-                trainee.append(Trainee(bench))
-            mine = stage(bench, *(trainee if name in ("ten steps", "resume") else ()))
-            found = worst_of(bench.everywhere(mine)) if name != "compile" else mine
+            verdict = stage(bench)
+            worst = worst_of(bench.everywhere(verdict)) if name != "compile" else verdict
         except Exception as error:
             rank = f"rank {bench.accelerator.process_index}: " if several else ""
             unforeseen = Verdict("fail", told(error), _advice(error, several))
@@ -502,4 +408,4 @@ def run_stages(bench: Bench, report: Callable[[Row], None]) -> None:
                 raise Broken(name) from error
             continue
         if main:
-            report(Row(name, *found, round(time.monotonic() - began, 2)))
+            report(Row(name, *worst, round(time.monotonic() - began, 2)))

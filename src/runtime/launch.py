@@ -372,7 +372,7 @@ class Heartbeats:
         print(f"warning on rank {self.rank}: {what} {beats * self.seconds:g} s", file=sys.stderr, flush=True)
 
 
-def undetermined(error: RuntimeError) -> str | None:
+def undetermined(error: BaseException | None) -> str | None:
     """What torch has no way to repeat to the bit on this device, where that is the error."""
     found = re.match(r"(.+?) does not have a deterministic implementation", str(error))
     return found[1] if found is not None else None

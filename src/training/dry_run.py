@@ -155,7 +155,8 @@ def rehearse(
     last_checkpoint, _ = newest(run / "checkpoints")
     costs = Costs(stages, clock.readings[0][1] - began + cache_seconds, images=facts["images"])
     costs.remarks = [*([f"left out: {left_out(facts)}"] if facts["skipped"] else []), *remarks_on(cfg, facts)]
-    costs.parameters = run_mode.num_parameters
+    costs.parameters = run_mode.train_state.num_parameters if run_mode.train_state is not None else 0
+    run_mode.train_state = None  # its memory is given back
     costs.preview_bytes = _bytes_in(run / "samples") // max(1, len(stages))
     if last_checkpoint is not None:
         costs.checkpoint_bytes = _bytes_in(last_checkpoint)

@@ -194,7 +194,7 @@ class Session:
         shown, tell = accelerator.is_main_process and not self.run_mode.quiet, self._tell if self.run_mode.quiet else None
         self.clock = Clock(self.step, images, None if endless else total_images, shown=shown, tell=tell)
         self.run_mode.clock, self.run_mode.facts = self.clock, facts
-        self.run_mode.num_parameters = self.train_state.num_parameters
+        self.run_mode.train_state = self.train_state
 
     def _tell(self, what: str, at_once: bool) -> None:
         self.run_mode.enter_phase(what if at_once else f"{self._stage}, {what}", at_once=at_once)
