@@ -465,7 +465,7 @@ def test_the_script_of_each_kind_of_config_is_tried(path: Path, tmp_path: Path) 
         patch.setattr(proof, "STAGES", {name: proof.STAGES[name] for name in ("ten steps", "resume")})
         proof.prove(cfg, cfg, tmp_path, rows.append)
     assert [row.status for row in rows] == ["skip", "pass"], rows
-    assert f"{type(cfg).__module__}.py, shrunk, in float64" in rows[1].found
+    assert f"{type(cfg).__module__}.py, shrunk, in {'bf16' if cfg.mixed_precision == 'bf16' else 'float64'}" in rows[1].found
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def test_with_fsdp_nothing_is_caught() -> None:
 SABOTAGE = """
 import os, sys
 sys.path.insert(0, {root!r})
-from src import pictures
+from src import figures
 from src.config import run_script
 from src.sampling.sampler import Sampler
 import ddpm_accelerate
@@ -245,7 +245,7 @@ def save(image, path):
     if path.name == "step_00000004.png":
         raise ValueError("no sheet")
     image.save(path)
-pictures.save = save
+figures.save = save
 run_script(ddpm_accelerate.main)
 """
 
