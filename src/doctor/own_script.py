@@ -75,8 +75,8 @@ class OwnScript:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:
-            said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no word why"]
-            raise UserError(f"{self.path.name} fails on one process: {said[-1][:300]}")
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no word why"]
+            raise UserError(f"{self.path.name} fails on one process: {lines[-1][:300]}")
         return read_tensors(step_folder(run / "checkpoints", self.steps), "model")
 
     def copy_checkpoint(self, source: str, target: str) -> None:
@@ -156,12 +156,12 @@ def resumed(script: OwnScript, accelerator: Accelerator) -> Verdict:
     if any(gather_object([reason]) if accelerator.num_processes > 1 else [reason]):
         advice = "is --run-dir on a file system that all machines see?"
         return Verdict("fail", f"the checkpoint cannot be read: {reason or 'on another rank'}", advice)
-    again = script.run("again") or {}
+    resumed_state = script.run("again") or {}
     other = [
         f"{part} {name}"
         for part, tensors in script.state.items()
         for name, value in tensors.items()
-        if name not in again.get(part, {}) or not torch.equal(value, again[part][name])
+        if name not in resumed_state.get(part, {}) or not torch.equal(value, resumed_state[part][name])
     ]
     if other:
         advice = "a run that is killed does not go on as it was: is the disk sound, is this torch known to be?"

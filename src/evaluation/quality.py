@@ -52,27 +52,27 @@ def real_features(
     scans under a hash of pictures (the times of their files, and what decodes them, too), size and weights. Gives them on
     every rank that will `read` them, (0, dim) on others."""
     plain = ImageConfig(size=image.size, channels=image.channels)
-    told = json.dumps([network.name, network.digest, data.fingerprint, data.state, image.size, image.channels])
-    folder = cache_folder() / "features" / hashlib.sha256(told.encode()).hexdigest()[:16]
+    contract = json.dumps([network.name, network.digest, data.fingerprint, data.state, image.size, image.channels])
+    folder = cache_folder() / "features" / hashlib.sha256(contract.encode()).hexdigest()[:16]
 
     def make(block: range) -> dict[str, Array]:
         data.prepare(plain)
 
         def load(start: int) -> Tensor:
             indices = np.arange(start, min(start + batch_size, block.stop))
-            found = data.batch(indices, plain, np.full((len(indices), 3), 0.5))
-            return torch.from_numpy(np.ascontiguousarray(rearrange(found, "b h w c -> b c h w")))
+            features = data.batch(indices, plain, np.full((len(indices), 3), 0.5))
+            return torch.from_numpy(np.ascontiguousarray(rearrange(features, "b h w c -> b c h w")))
 
         with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
-            seen = list[Array]()
+            features = list[Array]()
             for pixels in pool.map(load, range(block.start, block.stop, batch_size)):
-                seen.append(see(network, pixels))
+                features.append(see(network, pixels))
                 within(len(pixels))
-        return {"features": np.concatenate(seen)}
+        return {"features": np.concatenate(features)}
 
     doing = f"{network.name} features of real pictures"
-    found = in_blocks(folder, len(data), BLOCK, make, ranks_here(), doing=doing, read=read)
-    return found["features"] if read else np.empty((0, network.dim), np.float32)
+    parts = in_blocks(folder, len(data), BLOCK, make, ranks_here(), doing=doing, read=read)
+    return parts["features"] if read else np.empty((0, network.dim), np.float32)
 
 
 def labels_like(data: ImageSet, count: int, num_classes: int | None) -> list[int] | None:
@@ -98,15 +98,15 @@ def drawn_features(
     """{name of a network: (count, dim)} of samples drawn on the way, in files of `out`; on every rank."""
 
     def make(block: range) -> dict[str, Array]:
-        found: dict[str, list[Array]] = {network.name: [] for network in networks}
+        features: dict[str, list[Array]] = {network.name: [] for network in networks}
         for start in range(block.start, block.stop, batch_size):
             part = range(start, min(start + batch_size, block.stop))
             chosen = [labels[i] for i in part] if labels is not None else None
             pixels = pixels_of(sampler.draw(seed, part, chosen, device=device, batch_size=batch_size))
             for network in networks:
-                found[network.name].append(see(network, pixels))
+                features[network.name].append(see(network, pixels))
             within(len(part))
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+        return {name: np.concatenate(parts) for name, parts in features.items()}
 
     size = batch_size * max(1, min(BLOCK, count // 16) // batch_size)  # enough for 16 ranks, however many there are
     return in_blocks(out, count, size, make, ranks, doing="sampling")
@@ -148,8 +148,8 @@ def compare(samples: Array, real: Array, network: Features, *, neighbours: bool 
         few = [side[np.arange(min(most, len(side))) * len(side) // min(most, len(side))] for side in (samples, real)]
         values |= distances.manifold(*few)._asdict()
         if len(few[0]) < len(few[1]):
-            told = f"{len(few[0])} samples cannot cover {len(few[1])} real pictures"
-            notes.append(f"{told}: recall and coverage are low for that alone")
+            words = f"{len(few[0])} samples cannot cover {len(few[1])} real pictures"
+            notes.append(f"{words}: recall and coverage are low for that alone")
     return Compared(values, notes)
 
 
@@ -160,7 +160,7 @@ def draw_nearest(
     distance: Array,
     draw: Callable[[Sequence[int]], NDArray[np.uint8]],
     load: Callable[[Sequence[int]], NDArray[np.uint8]],
-    told: str,
+    which: str,
 ) -> None:
     """The sheet: the samples nearest to a real picture (`told` says which those are), and as many of the others, each followed
     by the three real pictures nearest to it; `draw` and `load` give (N, H, W, C) uint8."""
@@ -168,11 +168,11 @@ def draw_nearest(
     others = order[len(order) // 2 :][:SHOWN] if len(order) >= 2 * SHOWN else order[:0]
     chosen = np.concatenate([order[:SHOWN], others])
     _, first = distances.nearest(samples[chosen], real, most=3)
-    drawn, known = draw(chosen.tolist()), load(first.flatten().tolist())
-    rows = [np.concatenate([drawn[i : i + 1], known[3 * i : 3 * i + 3]]) for i in range(len(chosen))]
+    samples_shown, known = draw(chosen.tolist()), load(first.flatten().tolist())
+    rows = [np.concatenate([samples_shown[i : i + 1], known[3 * i : 3 * i + 3]]) for i in range(len(chosen))]
     usual = set(others.tolist())
     names = [word for i in chosen for word in (f"usual #{i}" if i in usual else f"#{i}", f"at {distance[i]:.3g}", "", "")]
-    title = f"the {min(SHOWN, len(order))} samples nearest to the {told}, then usual ones; beside each, its nearest three"
+    title = f"the {min(SHOWN, len(order))} samples nearest to the {which}, then usual ones; beside each, its nearest three"
     sheet = figures.grid(np.concatenate(rows), columns=8, labels=names, title=title)
     figures.save(sheet, out)
 
@@ -207,8 +207,8 @@ class Quality:
         check_count(len(train_set), "training pictures")
         self._spec, self._train_set, self._image = spec, train_set, image
         self._accelerator = accelerator
-        own = "preview.quality.weights"
-        network = open_features(spec.features, spec.weights, Asked("preview.quality.features", own, own))
+        key = "preview.quality.weights"
+        network = open_features(spec.features, spec.weights, Asked("preview.quality.features", key, key))
         self._network = network.to(accelerator.device)
         self._labels = labels_like(train_set, spec.num_samples, num_classes)
         self._real: Moments | None = None
@@ -218,20 +218,20 @@ class Quality:
         """{"frechet_distance"}, lower is better; what is to be known of it is said once."""
         accelerator, count = self._accelerator, self._spec.num_samples
         each = -(-count // accelerator.num_processes // batch_size) * batch_size  # all ranks as often: FSDP asks for that
-        mine = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
+        indices = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
         if self._real is None:
             real = real_features(self._network, self._train_set, self._image, read=accelerator.is_main_process)
             self._real = distances.moments(real)  # of none on the other ranks
             for note in flag(count, len(self._train_set), self._network.dim):
                 say(f"frechet_distance: {note}")
-        self._finite, seen = True, list[Tensor]()
+        self._finite, features = True, list[Tensor]()
         with Progress("drawing samples to measure", each, shown=accelerator.is_main_process, leave=False) as progress:
             for i in range(0, each, batch_size):
-                seen.append(self._draw(sampler, mine[i : i + batch_size]))
+                features.append(self._draw(sampler, indices[i : i + batch_size]))
                 progress.update(batch_size)
         if not self._finite:
             say("warning: frechet_distance: samples are not finite (NaN or infinity), and count as grey images")
-        gathered = accelerator.gather(torch.cat(seen))
+        gathered = accelerator.gather(torch.cat(features))
         assert isinstance(gathered, Tensor)
         first = accelerator.is_main_process
         return {"frechet_distance": broadcast(distances.frechet(gathered[:count].cpu().numpy(), self._real) if first else 0.0)}
@@ -241,9 +241,9 @@ class Quality:
         """Features of the samples `part`, those beyond the last being the first again."""
         indices = [i % self._spec.num_samples for i in part]
         labels = [self._labels[i] for i in indices] if self._labels is not None else None
-        drawn = sampler.draw(0, indices, labels, device=self._accelerator.device)
-        self._finite &= is_finite(drawn)
-        return self._network(pixels_of(drawn).to(self._accelerator.device))
+        samples = sampler.draw(0, indices, labels, device=self._accelerator.device)
+        self._finite &= is_finite(samples)
+        return self._network(pixels_of(samples).to(self._accelerator.device))
 
 
 def quality_seconds(

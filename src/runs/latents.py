@@ -98,7 +98,7 @@ def cache_folder(
 @torch.no_grad()
 def _encode(
     autoencoder: Autoencoder,
-    pictures: ImageSet,
+    images_set: ImageSet,
     image: ImageConfig,
     indices: Sequence[int],
     flip: bool,
@@ -112,9 +112,9 @@ def _encode(
 
     def load(start: int) -> Tensor:
         part = np.array(indices[start : start + batch], dtype=np.int64)
-        return torch.from_numpy(np.ascontiguousarray(pictures.batch(part, plain, np.full((len(part), 3), 0.5))))
+        return torch.from_numpy(np.ascontiguousarray(images_set.batch(part, plain, np.full((len(part), 3), 0.5))))
 
-    found = []
+    parts = []
     with ThreadPoolExecutor(max(1, workers)) as pool:  # Pillow decodes beside Python
         for start, pixels in zip(starts, pool.map(load, starts), strict=True):
             count = len(pixels)
@@ -125,18 +125,18 @@ def _encode(
                 mean, logvar = autoencoder.network.moments(side)
                 sides.append(torch.stack([mean, torch.full_like(mean, -30.0) if logvar is None else logvar], dim=1))
             moments = torch.stack(sides, dim=1)[:count].float().cpu()
-            found.append(_finite(moments, autoencoder, pictures, indices[start:]).numpy())
+            parts.append(_finite(moments, autoencoder, images_set, indices[start:]).numpy())
             within(count)
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
-def _finite(moments: Tensor, autoencoder: Autoencoder, pictures: ImageSet, indices: Sequence[int]) -> Tensor:
+def _finite(moments: Tensor, autoencoder: Autoencoder, image_set: ImageSet, indices: Sequence[int]) -> Tensor:
     """The moments (n, ...) of the images `indices`; a UserError that names the first image whose moments are not finite."""
     if is_finite(moments):
         return moments
     each = torch.isfinite(moments.flatten(1)).all(1)
     where = indices[int((~each).nonzero()[0])]
-    name = pictures.parts[pictures.which[where]].names[int(pictures.index[where])]
+    name = image_set.parts[image_set.which[where]].names[int(image_set.index[where])]
     raise UserError(
         f"the latents of the autoencoder {autoencoder.path} are not finite (NaN or infinity), first of the image {name}, and "
         "no latent cache was kept; use another autoencoder, or an earlier checkpoint of this one"
@@ -159,8 +159,8 @@ def encode_latents(
     """Make the cache `folder`, which is not there. After a kill the same call goes on."""
     sets = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
     contract = contract_of(autoencoder, image, train_set, held_out)
-    for pictures in sets.values():
-        pictures.prepare(ImageConfig(size=image.size, channels=image.channels))
+    for image_set in sets.values():
+        image_set.prepare(ImageConfig(size=image.size, channels=image.channels))
 
     def encode(staged: Path, split: str, number: int, indices: Sequence[int]) -> None:
         flip = image.flip and split == "train"
@@ -171,10 +171,10 @@ def encode_latents(
     def finish(staged: Path) -> dict[str, Any]:
         return _statistics(autoencoder, cache_sums(staged, len(train_set)))
 
-    counts = {split: len(pictures) for split, pictures in sets.items()}
+    counts = {split: len(image_set) for split, image_set in sets.items()}
     ranks = {"rank": rank, "world": world, "barrier": barrier}
-    more = {FILES: files_of(sets)}
-    make_cache(folder, contract, counts, encode, finish, name="latent cache", doing="encoding latents", more=more, **ranks)
+    files = {FILES: files_of(sets)}
+    make_cache(folder, contract, counts, encode, finish, name="latent cache", doing="encoding latents", extra=files, **ranks)
 
 
 def write_sample_cache(
@@ -226,7 +226,7 @@ def write_sample_blocks(
 
 def files_of(sets: Mapping[str, ImageSet]) -> dict[str, Any]:
     """What a cache remembers of the files that it is made of, besides its contract."""
-    return {"decoder": DECODER, "state": {split: pictures.state for split, pictures in sets.items()}}
+    return {"decoder": DECODER, "state": {split: image_set.state for split, image_set in sets.items()}}
 
 
 def check_files(
@@ -248,9 +248,9 @@ def check_files(
     """
     files = manifest.get(FILES, {})
     decoder = files.get("decoder", 1)
-    changed = {split: pictures for split, pictures in sets.items() if pictures.decoder > decoder}
+    changed = {split: image_set for split, image_set in sets.items() if image_set.decoder > decoder}
     if changed and not goes_on:
-        count = sum(int((pictures.decoders > decoder).sum()) for pictures in changed.values())
+        count = sum(int((image_set.decoders > decoder).sum()) for image_set in changed.values())
         raise UserError(
             f"the latent cache {folder} was made by an earlier version of the decoder, and {count} of its images look "
             "different now (colour profiles, deep grey); remove it, or give another `latents`"
@@ -261,17 +261,17 @@ def check_files(
     if broadcast(bool(files) and all(files["state"].get(split) == state for split, state in now["state"].items())):
         return
     rank, world = processes.process_index, processes.num_processes
-    made = (folder / "manifest.json").stat().st_mtime_ns
-    for split, pictures in sets.items():
+    written_at = (folder / "manifest.json").stat().st_mtime_ns
+    for split, image_set in sets.items():
         if files:
-            mine = list(blocks_of(len(pictures), rank, world))
-            blocks = track(mine, "comparing images with the latent cache", unit="blocks") if rank == 0 else mine
-            same = all(_content(folder, split, number) == pictures.contents(indices) for number, indices in blocks)
+            own_blocks = list(blocks_of(len(image_set), rank, world))
+            blocks = track(own_blocks, "comparing images with the latent cache", unit="blocks") if rank == 0 else own_blocks
+            same = all(_content(folder, split, number) == image_set.contents(indices) for number, indices in blocks)
         else:
-            later = np.flatnonzero((pictures.times > made) & (pictures.decoders <= decoder))
+            later = np.flatnonzero((image_set.times > written_at) & (image_set.decoders <= decoder))
             later = later[np.arange(min(len(later), DOUBTED)) * len(later) // max(1, min(len(later), DOUBTED))]
             later = later[rank::world]
-            same = len(later) == 0 or _agree(latents[split], encode(split, later.tolist()), later)
+            same = len(later) == 0 or _are_close(latents[split], encode(split, later.tolist()), later)
         if not same:
             raise UserError(
                 f"the latent cache {folder} was made of other pictures (files of the same names and sizes have another content "
@@ -288,10 +288,10 @@ def _content(folder: Path, split: str, number: int) -> Any:
     return read_json(block_path(folder, split, number).with_suffix(".json")).get(CONTENT)
 
 
-def _agree(latents: LatentSet, again: Moments, indices: NDArray[np.int64]) -> bool:
+def _are_close(latents: LatentSet, encoded: Moments, indices: NDArray[np.int64]) -> bool:
     """Whether images encoded once more have the means that are kept, to what another device or precision may change."""
-    kept = latents.moments(indices, np.zeros(len(indices), dtype=bool))[:, 0].float().cpu().numpy()
-    return bool(np.abs(kept - again[:, 0, 0]).mean((1, 2, 3)).max() <= 0.05 * max(float(kept.std()), 1e-6))
+    cached = latents.moments(indices, np.zeros(len(indices), dtype=bool))[:, 0].float().cpu().numpy()
+    return bool(np.abs(cached - encoded[:, 0, 0]).mean((1, 2, 3)).max() <= 0.05 * max(float(cached.std()), 1e-6))
 
 
 def make_cache(
@@ -306,12 +306,12 @@ def make_cache(
     rank: int,
     world: int,
     barrier: Callable[[], None],
-    more: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Make a cache of blocks on all ranks: `make(folder, split, number, indices)` writes one, whole, its .json last;
-    manifest.json has the contract, the counts, what `finish` adds and `more`. Staged in FOLDER.partial: after a kill the same
-    call goes on, where contract and `more` are the same."""
-    request = {**contract, **(more or {})}
+    manifest.json has the contract, the counts, what `finish` adds and `extra`. Staged in FOLDER.partial: after a kill the same
+    call goes on, where contract and `extra` are the same."""
+    request = {**contract, **(extra or {})}
     staged = folder.with_name(folder.name + ".partial")
     barrier()  # all have seen that it is not there before anybody writes
     claim = None
@@ -319,11 +319,11 @@ def make_cache(
         claim = _claim(folder, name)
         if folder.exists():
             raise UserError(f"the {name} {folder} was made by another process meanwhile; run the same command again")
-        told = staged / "request.json"
-        if not told.exists() or json.loads(told.read_text()) != request:
+        request_file = staged / "request.json"
+        if not request_file.exists() or json.loads(request_file.read_text()) != request:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
-            told.write_text(json.dumps(request))
+            request_file.write_text(json.dumps(request))
     barrier()
     total = sum(counts.values())
     with Progress(doing, total, shown=rank == 0, processes=world) as bar:
@@ -362,12 +362,12 @@ def _claim(folder: Path, name: str) -> IO[str]:
 def _statistics(autoencoder: Autoencoder, sums: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Those of the latents, but mean and std by the autoencoder's own scaling where it brings one; low and high as diffusion
     sees them."""
-    found = statistics(sums)
+    numbers = statistics(sums)
     if autoencoder.scaling is not None:
-        channels = len(found["mean"])
-        found |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
-    mean, std = np.array(found["mean"]), np.array(found["std"])
-    return found | {key: ((np.array(found[key]) - mean) / std).tolist() for key in ("low", "high")}
+        channels = len(numbers["mean"])
+        numbers |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
+    mean, std = np.array(numbers["mean"]), np.array(numbers["std"])
+    return numbers | {key: ((np.array(numbers[key]) - mean) / std).tolist() for key in ("low", "high")}
 
 
 def latents_of(
@@ -401,12 +401,12 @@ def latents_of(
         )
     manifest, sets = open_latents(folder, contract, counts, device)
     facts = {key: value for key, value in manifest.items() if key not in ("counts", FILES)}
-    pictures = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
+    image_sets = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
 
     def encode(split: str, indices: Sequence[int]) -> Moments:
-        return _encode(autoencoder, pictures[split], image, indices, False, batch_size, workers)
+        return _encode(autoencoder, image_sets[split], image, indices, False, batch_size, workers)
 
-    check_files(folder, manifest, pictures, sets, encode, processes=processes, goes_on=_goes_on(run_dir, facts))
+    check_files(folder, manifest, image_sets, sets, encode, processes=processes, goes_on=_goes_on(run_dir, facts))
     processes.wait_for_everyone()
     for latents in sets.values():
         latents.settle()

@@ -112,7 +112,7 @@ class PairMaker:
         self.contract |= {key: value for key, value in dump(spec).items() if key != "run"}
         self.name = hashlib.sha256(json.dumps(self.contract).encode()).hexdigest()[:8]
         self.folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / self.name
-        start = source.source_sampler(trained=True) if source is not None else None
+        start = source.source_sampler(of_train=True) if source is not None else None
         self._sampler, self._device = build_sampler(run, spec.sampler, source=start), device
         self._num_classes = len(run.class_names) if num_classes is not None else None
         self.source_images = source.train if source is not None and isinstance(source.train, ImageSet) else None
@@ -161,7 +161,7 @@ class PairCoupling(Coupling):
             ranks["barrier"] = accelerator.wait_for_everyone
             words = {"name": "folder of pairs", "doing": "making pairs"}
             counts = {"pairs": maker.count}
-            make_cache(folder, self._contract, counts, write, lambda _: {}, **words, **ranks, more=maker.files())
+            make_cache(folder, self._contract, counts, write, lambda _: {}, **words, **ranks, extra=maker.files())
         manifest = read_json(folder / "manifest.json")
         if any(manifest.get(key) != value for key, value in self._contract.items()):
             raise UserError(f"the folder of pairs {folder} is of something else; remove it, and it is made again")

@@ -357,8 +357,8 @@ def test_which_network_the_proof_trains() -> None:
     mine = proof.subject(smoke())
     assert mine.model.dropout == 0 and mine.shape == (3, 16, 16) and mine.machine.dtype == "float64"
     large = proof.subject(load(ROOT / "configs/celeba64_ddpm.json", ddpm_accelerate.Config))
-    assert "small" in large.told and "M parameters at 64 px: slow" in large.told
-    assert "none on pixels" in proof.subject(load(ROOT / "configs/points2d_iadb.json", train_iadb.Config)).told
+    assert "small" in large.words and "M parameters at 64 px: slow" in large.words
+    assert "none on pixels" in proof.subject(load(ROOT / "configs/points2d_iadb.json", train_iadb.Config)).words
 
 
 def test_a_device_that_computes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from src.training.step_noise import StepNoise
 
 from src.config import validate
 from src.data import ImageConfig
@@ -20,6 +19,7 @@ from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_wa
 from src.training.codebook import CodebookStep
 from src.training.optimizer import OptimizerConfig
 from src.training.stages import StageConfig, plan_stages, stage_warnings
+from src.training.step_noise import StepNoise
 from src.training.time_sampler import TimeSampler
 
 
