@@ -87,20 +87,22 @@ class Table:
         if self.quiet:
             print(json.dumps([row._asdict() for row in self.rows], indent=1))
         else:
-            told = ", ".join(f"{number} {status}" for status, number in count.items())
+            words = ", ".join(f"{number} {status}" for status, number in count.items())
             proven = all(known.get(name) == "pass" for name in ("gradients", "ten steps", "resume"))
             last = "several processes were not tried (--processes N)"
             last = "these processes train as one does, and go on where they were" if proven else last
             last = "mend what failed, and run it again" if count["fail"] else last
-            print(f"\n{told}, in {time.monotonic() - self.began:.0f} s: {last}")
+            print(f"\n{words}, in {time.monotonic() - self.began:.0f} s: {last}")
         return 1 if count["fail"] else 0
 
 
-def checks(args: argparse.Namespace, cfg: Any, run_dir: Path, here: int, world: int) -> dict[str, Callable[[], health.Verdict]]:
-    """What is looked at without the devices, top to bottom, `here` of `world` processes being on this machine. A config's own
-    checks stand in for the general ones."""
+def checks(
+    args: argparse.Namespace, cfg: Any, run_dir: Path, local_world: int, world: int
+) -> dict[str, Callable[[], health.Verdict]]:
+    """What is looked at without the devices, top to bottom; `local_world` of `world` processes are on this machine. A config's
+    own checks stand in for the general ones."""
     url = args.bucket or getattr(cfg, "bucket", None) or os.environ.get("ATELIER_BUCKET")
-    asked = needs.checks(cfg, run_dir, here, world, url) if cfg is not None else {}
+    of_config = needs.checks(cfg, run_dir, local_world, world, url) if cfg is not None else {}
     first = {"versions": partial(health.versions, ROOT / "pyproject.toml")}
     general = {
         "rename": partial(health.rename, run_dir),
@@ -116,8 +118,8 @@ def checks(args: argparse.Namespace, cfg: Any, run_dir: Path, here: int, world: 
         "weights Real-ESRGAN": health.upscaler_weights,
         "bucket": partial(health.bucket, url),
     }
-    own = {name: check for name, check in asked.items() if name not in general}
-    return first | own | general | asked
+    extra = {name: check for name, check in of_config.items() if name not in general}
+    return first | extra | general | of_config
 
 
 def together(command: list[str], extra: dict[str, str], folder: Path, limit: float, report: Callable[[Row], None]) -> None:
@@ -125,21 +127,21 @@ def together(command: list[str], extra: dict[str, str], folder: Path, limit: flo
 
     They are ended before this returns.
     """
-    file, seen, heard, hung = folder / "rows", 0, time.monotonic(), False
+    file, num_rows, heard, hung = folder / "rows", 0, time.monotonic(), False
     file.touch()
     known: dict[str, Row] = {}
-    with open(folder / "said", "w+", encoding="utf-8", errors="replace") as said:
-        group = subprocess.Popen(command, env={**extra, **os.environ}, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+    with open(folder / "said", "w+", encoding="utf-8", errors="replace") as output:
+        group = subprocess.Popen(command, env={**extra, **os.environ}, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         try:
             running = True
             while running and not hung:
                 running = group.poll() is None
                 lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # the last one may be half written
-                for row in (Row(**json.loads(line)) for line in lines[seen:]):
+                for row in (Row(**json.loads(line)) for line in lines[num_rows:]):
                     if known.setdefault(row.name, row) is row:
                         report(row)
                     heard = time.monotonic()
-                seen = len(lines)
+                num_rows = len(lines)
                 hung = running and time.monotonic() - heard > limit
                 time.sleep(0.1)
         finally:
@@ -149,16 +151,16 @@ def together(command: list[str], extra: dict[str, str], folder: Path, limit: flo
                     group.wait(40)
                 except subprocess.TimeoutExpired:
                     group.kill()
-        said.seek(0)
-        text = said.readlines()
+        output.seek(0)
+        text = output.readlines()
     missing = [name for name in STAGES if name not in known]
     if missing and (hung or not known or list(known.values())[-1].status != "fail"):
         last = [line.strip()[:300] for line in text if "rror" in line and "raceback" not in line] or ["no word why"]
-        found = f"nothing was heard for {limit:g} s (--limit)" if hung else f"the processes ended: {last[0]}"
+        words = f"nothing was heard for {limit:g} s (--limit)" if hung else f"the processes ended: {last[0]}"
         bad, advice = "fail", UNREACHED
         if missing[0] == "compile":
             bad, advice = "warn", "the first compilation takes long here; leave `compile` out, or wait"
-        report(Row(missing[0], bad, found, advice, round(time.monotonic() - heard, 2)))
+        report(Row(missing[0], bad, words, advice, round(time.monotonic() - heard, 2)))
 
 
 def write_row(file: Path, row: Row) -> None:
@@ -186,9 +188,10 @@ def main() -> int:
     cfg = load_config(args.config, args.set) if args.config is not None else None
     if args.set and cfg is None:
         raise UserError("--set changes a config: name one with -cfg FILE")
+    script_cfg = cfg if cfg is not None else load_config(str(ROOT / "configs" / "smoke" / "ddpm.json"), [])
     run_dir = Path(args.run_dir or f"runs/{cfg.name if cfg is not None else 'NAME'}")
     if args.worker is not None:
-        prove(cfg, Path(args.worker), partial(write_row, Path(args.worker) / "rows"), seconds=args.limit)
+        prove(cfg, script_cfg, Path(args.worker), partial(write_row, Path(args.worker) / "rows"), seconds=args.limit)
         return 0
 
     # One of several that a launcher started: rank 0 speaks.
@@ -198,12 +201,12 @@ def main() -> int:
     if gpus and (args.processes or 0) > gpus:
         raise UserError(f"--processes {args.processes}: there are {gpus} GPUs, and each takes one process")
     world = int(os.environ["WORLD_SIZE"]) if launched else args.processes or max(1, gpus)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     table = Table(quiet=args.json or rank > 0)
     if rank == 0:
         if cfg is not None:
             table.add(Row("config", "pass", f"{args.config} is one of {type(cfg).__module__}.py", "", 0.0))
-        for name, check in checks(args, cfg, run_dir, here, world).items():
+        for name, check in checks(args, cfg, run_dir, local_world, world).items():
             table.add(examine(name, check))
 
     # The devices, and the proof, with rank 0's checkpoint on the run's file system, if that can be written.
@@ -213,7 +216,7 @@ def main() -> int:
             if rank == 0:
                 threading.Thread(target=give_up, args=(table, args.limit), daemon=True).start()
             with suppress(Broken):  # which the table says
-                prove(cfg, folder, table.add, seconds=args.limit)
+                prove(cfg, script_cfg, folder, table.add, seconds=args.limit)
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
             passed = ["-cfg", args.config, *(word for pair in args.set for word in ("--set", pair))] if args.config else []

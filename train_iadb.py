@@ -214,7 +214,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     # Leave what sampling needs, and say what to do next; of 2-D points, show how they move.
     batches.close()
     session.clock.close()
-    session.write_final(more=autoencoder.files() if autoencoder is not None else ({}, {}))
+    session.write_final(files=autoencoder.files() if autoencoder is not None else ({}, {}))
     if cfg.image is None and session.run.writes:
         with session.drawing("points"):
             labels = random_labels(0, range(20_000), num_classes) if num_classes is not None else None

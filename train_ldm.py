@@ -170,7 +170,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
 
     # Leave what sampling needs, the autoencoder with it, and say what to do next.
     batches.close()
-    session.write_final(more=autoencoder.files())
+    session.write_final(files=autoencoder.files())
     message = f"finished; see {session.run.samples}, and draw more: python sample.py {quoted(run_dir)} --frames"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 

@@ -73,7 +73,7 @@ def main() -> None:
             t = times.draw(torch.from_numpy(rng.random(64)))
             losses = process.losses(network, x0, torch.from_numpy(rng.standard_normal(x0.shape, np.float32)), t, **labels)
             loss = times.weigh(losses.loss, slice(0, 64)).mean()
-            times._seen.clear()  # pyright: ignore[reportPrivateUsage] - what is measured teaches it nothing
+            times._losses.clear()  # pyright: ignore[reportPrivateUsage] - what is measured teaches it nothing
             gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(network.parameters()))])
             mean = gradient if mean is None else mean + gradient
             square = gradient.square() if square is None else square + gradient.square()

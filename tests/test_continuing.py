@@ -166,10 +166,10 @@ def test_names_and_places_that_are_refused(old: Path, tmp_path: Path) -> None:
 
 def test_other_data_is_refused_when_it_is_looked_at(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which the config says nothing: files may change behind it."""
-    import ddpm_accelerate
+    from src.runs import densities
 
-    original = ddpm_accelerate.describe_data
-    monkeypatch.setattr(ddpm_accelerate, "describe_data", lambda *sets: original(*sets) | {"fingerprint": "another"})
+    original = densities.describe_data
+    monkeypatch.setattr(densities, "describe_data", lambda *sets: original(*sets) | {"fingerprint": "another"})
     message = refused(SCRIPT, *words(old, "steps=9", *CONSTANT), "--continue-as", "new")
     assert f"{old} was trained on" in message and "other pictures" in message and "new" not in message.split("(now")[0]
     assert [path.name for path in old.parent.iterdir()] == ["old"]
@@ -222,20 +222,20 @@ def test_the_images_seen_by_stages() -> None:
 
 def test_another_batch_takes_the_next_images(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The place in the stream is counted in images, through two changes and a stop."""
-    import ddpm_accelerate
+    from src.training import inputs
 
-    asked, original = list[int](), ddpm_accelerate.stream
+    starts, original = list[int](), inputs.stream
 
     def watched(*args: Any, start_step: int, **more: Any) -> Any:
-        asked.append(args[2].positions(start_step, 0).start)
+        starts.append(args[2].positions(start_step, 0).start)
         return original(*args, start_step=start_step, **more)
 
-    monkeypatch.setattr(ddpm_accelerate, "stream", watched)
+    monkeypatch.setattr(inputs, "stream", watched)
     smaller = (*CONSTANT, "batch_size=8")
     train(old, "steps=8", *smaller, new="new")
     train(old.with_name("new"), "steps=9", *smaller)  # a plain longer run of it
     train(old.with_name("new"), "steps=10", *CONSTANT, "batch_size=32", new="third")
-    assert asked == [6 * 16, 6 * 16 + 2 * 8, 6 * 16 + 3 * 8]
+    assert starts == [6 * 16, 6 * 16 + 2 * 8, 6 * 16 + 3 * 8]
     images = metrics(old.with_name("third"))[-1]["epoch"] * json.loads((old / "data.json").read_text())["images"]
     assert round(images) == 6 * 16 + 3 * 8 + 32
     origins = json.loads((last(old.with_name("third")) / "progress.json").read_text())["continued"]
@@ -259,14 +259,14 @@ def test_what_of_two_configs_cannot_change() -> None:
 
 
 def test_a_bucket_gives_the_new_run_or_else_the_old_one(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[tuple[str, bool]]()
-    monkeypatch.setattr(uploads, "bring_back", lambda url, run, cfg=None: asked.append((run.name, cfg is not None)))
+    starts = list[tuple[str, bool]]()
+    monkeypatch.setattr(uploads, "bring_back", lambda url, run, cfg=None: starts.append((run.name, cfg is not None)))
     cfg = load(SMOKE, importlib.import_module(SCRIPT).Config, ["bucket=gs://xyz"])
     assert uploads.bring(cfg, old.with_name("new"), trial=False, old=old) == []
-    assert asked == [("new", True), ("old", False)], "the old one may have another config"
-    asked.clear()
+    assert starts == [("new", True), ("old", False)], "the old one may have another config"
+    starts.clear()
     uploads.bring(cfg, old, trial=False, old=old.with_name("before"))
-    assert asked == [("old", True)], "it has begun"
+    assert starts == [("old", True)], "it has begun"
 
 
 def test_every_script_takes_it() -> None:

@@ -347,9 +347,9 @@ def test_pictures_go_to_their_source_and_back(iadb_run: Path, ldm_run: Path, tmp
 @pytest.mark.parametrize(
     ("config", "sets", "said"),
     [
-        (SMOKE, {"source": {"source": "moons"}}, "moons is a density of 2-D points: set image to null, or name pictures"),
+        (SMOKE, {"source": {"source": "moons"}}, "moons is a density of 2-D points: set image to null, or name images"),
         (SMOKE, {"image": None}, "2-D points, which have no image, need an mlp, and images another kind"),
-        ("configs/points2d_iadb.json", {"data": {"source": "digits"}}, "pictures need image"),
+        ("configs/points2d_iadb.json", {"data": {"source": "digits"}}, "images need image"),
         (SMOKE, {"process": {"schedule": {"kind": "blend"}, "target": "eps"}}, "target 'eps' cannot be read at one end of the"),
         (SMOKE, {"process": {"schedule": {"kind": "cosine"}, "target": "v"}}, "only the blend joins two densities"),
         (SMOKE, {"steps": None}, "a run without end needs optimizer.schedule.kind constant"),

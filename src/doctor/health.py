@@ -58,14 +58,14 @@ def examine(name: str, check: Callable[[], Verdict]) -> Row:
     except UserError as error:
         verdict = mistake(error)
     except Exception as error:
-        verdict = Verdict("fail", told(error), "this is not foreseen: look up the message")
+        verdict = Verdict("fail", first_line(error), "this is not foreseen: look up the message")
     return Row(name, *verdict, round(time.monotonic() - began, 2))
 
 
 def mistake(error: UserError) -> Verdict:
     """What is wrong; what to do."""
-    found, _, advice = str(error).partition("; ")
-    return Verdict("fail", found, advice)
+    problem, _, advice = str(error).partition("; ")
+    return Verdict("fail", problem, advice)
 
 
 def size(count: float) -> str:
@@ -73,7 +73,7 @@ def size(count: float) -> str:
     return f"{count / GB:.3g} GB" if count >= GB else f"{count / 1e6:.2g} MB"
 
 
-def told(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """An exception in one line."""
     words = re.sub(r"^\[\S+:\d+\] ", "", str(error))  # a place in torch's sources
     lines = [line.strip() for line in words.splitlines() if line.strip()]
@@ -88,10 +88,10 @@ def versions(project: Path) -> Verdict:
     from packaging.requirements import Requirement
 
     wanted = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-    found = (
+    words = (
         f"Python {platform.python_version()}, torch {torch.__version__}, accelerate {importlib.metadata.version('accelerate')}"
     )
-    found += f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    words += f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
     lacking, old = [], []
     for requirement in map(Requirement, wanted["dependencies"]):
         try:
@@ -105,7 +105,7 @@ def versions(project: Path) -> Verdict:
         parts = [f"missing: {', '.join(requirement.name for requirement in lacking)}"] if lacking else []
         parts += [f"too old: {', '.join(old)}"] if old else []
         return Verdict("fail", "; ".join(parts), f"{sys.executable} -m pip install -e {project.parent}")
-    return Verdict("pass", f"{found}; all {len(wanted['dependencies'])} packages are there")
+    return Verdict("pass", f"{words}; all {len(wanted['dependencies'])} packages are there")
 
 
 # ---------------------------------------------------------------------------------------------- where a run is written
@@ -122,13 +122,13 @@ def scratch(folder: Path) -> Iterator[Path]:
     """A hidden folder in what there is of the path `folder`, removed afterwards; a UserError where none can be made."""
     place = nearest_parent(folder)
     try:
-        made = Path(tempfile.mkdtemp(prefix=".doctor-", dir=place))
+        temporary = Path(tempfile.mkdtemp(prefix=".doctor-", dir=place))
     except OSError as error:
         raise UserError(f"{place} cannot be written ({error.strerror}); give a --run-dir elsewhere") from None
     try:
-        yield made
+        yield temporary
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def rename(folder: Path) -> Verdict:
@@ -142,7 +142,7 @@ def rename(folder: Path) -> Verdict:
                 if reason is not None or checkpoint.read_tensors(place / "step", "model")["weight"][0] != value:
                     return Verdict("fail", f"a checkpoint is not what was written: {reason or 'old contents'}", elsewhere)
     except OSError as error:
-        return Verdict("fail", told(error), elsewhere)
+        return Verdict("fail", first_line(error), elsewhere)
     return Verdict("pass", f"a checkpoint is moved into place as a whole, in {nearest_parent(folder)}")
 
 
@@ -153,20 +153,22 @@ def flush(folder: Path, megabytes: int = 64) -> Verdict:
         began = time.monotonic()
         write_flushed(place / "bytes", content)
         seconds = time.monotonic() - began
-    found = f"{megabytes} MB are on the disk in {seconds:.2g} s ({megabytes / seconds:.0f} MB/s)"
+    words = f"{megabytes} MB are on the disk in {seconds:.2g} s ({megabytes / seconds:.0f} MB/s)"
     if megabytes / seconds < 20:
-        return Verdict("warn", found, "each checkpoint waits for this: raise checkpoint.every, or use a local disk")
-    return Verdict("pass", found)
+        return Verdict("warn", words, "each checkpoint waits for this: raise checkpoint.every, or use a local disk")
+    return Verdict("pass", words)
 
 
 def free_space(folder: Path, needed: float | None = None, what: str = "") -> Verdict:
     """Against `needed` bytes, of what `what` says; without, under 1 GB is too little and under 10 GB is short."""
-    free = shutil.disk_usage(nearest_parent(folder)).free
-    found = f"{size(free)} are free in {nearest_parent(folder)}"
-    found += f"; {what} need {size(needed)}" if needed is not None else ""
+    free_bytes = shutil.disk_usage(nearest_parent(folder)).free
+    words = f"{size(free_bytes)} are free in {nearest_parent(folder)}"
+    words += f"; {what} need {size(needed)}" if needed is not None else ""
     least, short = (needed, 1.5 * needed) if needed is not None else (GB, 10 * GB)
     advice = "make room, or give a --run-dir on a larger disk" + ("; or lower checkpoint.keep" if needed is not None else "")
-    return Verdict("fail" if free < least else "warn" if free < short else "pass", found, advice if free < short else "")
+    return Verdict(
+        "fail" if free_bytes < least else "warn" if free_bytes < short else "pass", words, advice if free_bytes < short else ""
+    )
 
 
 _TRY_LOCK = """
@@ -214,10 +216,10 @@ def file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> Verdict:
     """Whether what is written stays, and is near."""
     if not mounts.exists():
         return Verdict("skip", "only Linux says what a folder is on")
-    found = _mount(nearest_parent(folder), mounts)
-    if found is None:
+    mount = _mount(nearest_parent(folder), mounts)
+    if mount is None:
         return Verdict("skip", f"{mounts} does not list it")
-    point, kind = found
+    point, kind = mount
     if kind in GONE:
         advice = "keep runs on a mounted volume or in a bucket (--run-dir, bucket)"
         return Verdict("warn", f"{kind} on {point}: what is written is gone {GONE[kind]}", advice)
@@ -234,13 +236,13 @@ def shared_memory(needed: float | None = None, folder: Path = Path("/dev/shm")) 
     """Loader workers hand batches over there; against `needed` bytes, or without them 128 MB, under 1 GB being short."""
     if not folder.is_dir():
         return Verdict("skip", f"{folder} is not here: only Linux has it")
-    free = shutil.disk_usage(folder).free
-    found = f"{size(free)} are free in {folder}"
-    found += f"; the loader's workers take {size(needed)}" if needed else ""
+    free_bytes = shutil.disk_usage(folder).free
+    words = f"{size(free_bytes)} are free in {folder}"
+    words += f"; the loader's workers take {size(needed)}" if needed else ""
     advice = "start the container with --shm-size=8g or --ipc=host; or --set workers=0"
-    if free < max(128e6, needed or 0):
-        return Verdict("fail", f"{found}: a worker would die of a bus error", advice)
-    return Verdict("warn", found, advice) if free < max(GB, 2 * (needed or 0)) else Verdict("pass", found)
+    if free_bytes < max(128e6, needed or 0):
+        return Verdict("fail", f"{words}: a worker would die of a bus error", advice)
+    return Verdict("warn", words, advice) if free_bytes < max(GB, 2 * (needed or 0)) else Verdict("pass", words)
 
 
 # ---------------------------------------------------------------------------------------------- what is brought along
@@ -268,8 +270,8 @@ def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False
     whoever needs them does."""
     bad: Status = "fail" if required else "warn"
     if not path.is_file():
-        told = ", and fetches it itself where there is a network" if fetched else ""
-        return Verdict(bad, f"{path} is missing; {needed_by}{told}", how)
+        note = ", and fetches it itself where there is a network" if fetched else ""
+        return Verdict(bad, f"{path} is missing; {needed_by}{note}", how)
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     with open(path, "rb") as file:
         if path.stat().st_size == 0 or (named and not hashlib.file_digest(file, "sha256").hexdigest().startswith(named[1])):
@@ -282,14 +284,14 @@ def inception_weights() -> Verdict:
     return weights_file(path, "evaluate.py's FID, KID and IS need it", how_to_bring(INCEPTION_URL, path), fetched=True)
 
 
-def backbone_weights(network: str, own: str | None = None, *, required: bool = False) -> Verdict:
+def backbone_weights(network: str, file: str | None = None, *, required: bool = False) -> Verdict:
     """Of LPIPS on `network`, in torch's cache or the file `own`."""
     from ..losses import imagenet_weights
 
     cached, url = imagenet_weights(network)
-    path = Path(own).expanduser() if own is not None else cached
+    path = Path(file).expanduser() if file is not None else cached
     needed_by = f"LPIPS on {network} needs it" + ("" if required else " (efficientnet_lite0 does not)")
-    return weights_file(path, needed_by, how_to_bring(url, cached), required=required, fetched=own is None)
+    return weights_file(path, needed_by, how_to_bring(url, cached), required=required, fetched=file is None)
 
 
 def efficientnet_weights(*, required: bool = False) -> Verdict:

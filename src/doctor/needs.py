@@ -43,8 +43,8 @@ def data(cfg: Any) -> Verdict:
             "bring it (docs/data.md says from where), or name another: --set data.path=FOLDER",
         )
     if elsewhere:
-        told = f"{' and '.join(elsewhere)}: a data set of the hub, not tried"
-        return Verdict("skip", told, "python prepare_data.py check tries a folder that is here")
+        words = f"{' and '.join(elsewhere)}: a data set of the hub, not tried"
+        return Verdict("skip", words, "python prepare_data.py check tries a folder that is here")
     return Verdict("pass", f"{' and '.join(there)} is here" if there else "it makes or brings its own")
 
 
@@ -70,29 +70,29 @@ def starts_from(cfg: Any, bucket: str | None = None) -> Verdict:
     """The run whose weights are the start, and the one whose pairs are trained on."""
     from ..runs.folders import read_weights
 
-    told = []
+    lines = []
     for key, name in starts(cfg, fresh=True).items():
         if key == "autoencoder":
             continue
         try:
-            told.append(f"{name} (step {read_weights(Path(name).expanduser()).step}) is here")
+            lines.append(f"{name} (step {read_weights(Path(name).expanduser()).step}) is here")
         except UserError as error:
             if not _in_bucket(bucket, name):
                 return Verdict("fail", f"{key}: {error}", f"bring that run here, or --set {key}=ANOTHER")
-            told.append(f"{name} is in {bucket}: a launch with that bucket brings it")
-    return Verdict("pass", " and ".join(told) or "from nothing")
+            lines.append(f"{name} is in {bucket}: a launch with that bucket brings it")
+    return Verdict("pass", " and ".join(lines) or "from nothing")
 
 
 def _in_bucket(url: str | None, name: str) -> bool:
     """Whether a launch brings the run `name`; not where the bucket cannot be read, which has a row of its own."""
     from ..storage.buckets import open_bucket
 
-    def look() -> Verdict:
+    def look_up() -> Verdict:
         with open_bucket(str(url)) as bucket:
             return Verdict("fail" if weights_in(bucket, Path(name).as_posix()) is None else "pass", name)
 
     try:
-        return url is not None and Path(name).parts[:1] == ("runs",) and within(30, look).status == "pass"
+        return url is not None and Path(name).parts[:1] == ("runs",) and within(30, look_up).status == "pass"
     except (UserError, TimeoutError):
         return False
 
@@ -149,8 +149,8 @@ def room(cfg: Any, folder: Path) -> Verdict:
     network, adversary = count_parameters(cfg)
     averages = 0 if cfg.ema.snapshot_every is None else len(WIDTHS)
     one = ((4 + averages) * network + 3 * adversary) * (8 if cfg.dtype == "float64" else 4)
-    kept = cfg.checkpoint.keep + 1 + keeps_best(cfg)
-    return free_space(folder, float(one * kept), f"{kept} checkpoints of {size(one)}")
+    count = cfg.checkpoint.keep + 1 + keeps_best(cfg)
+    return free_space(folder, float(one * count), f"{count} checkpoints of {size(one)}")
 
 
 def loader(cfg: Any, world: int) -> Verdict:
@@ -171,18 +171,18 @@ def batches(cfg: Any, world: int) -> Verdict:
         plans = [stage.batch_plan for stage in plan_stages(cfg, 10**6, rank=0, world=world)]
     else:
         plans = [plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=world)]
-    told = dict.fromkeys(f"{plan.batch} images = {world} x {plan.accumulation} x {plan.micro}" for plan in plans)
-    return Verdict("pass", f"a step is {', then '.join(told)}")
+    words = dict.fromkeys(f"{plan.batch} images = {world} x {plan.accumulation} x {plan.micro}" for plan in plans)
+    return Verdict("pass", f"a step is {', then '.join(words)}")
 
 
-def checks(cfg: Any, folder: Path, here: int, world: int, bucket: str | None = None) -> dict[str, Check]:
+def checks(cfg: Any, folder: Path, local_world: int, world: int, bucket: str | None = None) -> dict[str, Check]:
     """Those of this config, by name; of `world` processes `here` are on this machine, the run is written into `folder`, and
     what it starts from may be in the `bucket`."""
-    found: dict[str, Check] = {"batches": partial(batches, cfg, world), "data": partial(data, cfg)}
-    found["trackers"] = partial(trackers, cfg)
-    found["starting weights"] = partial(starts_from, cfg, bucket)
+    chosen: dict[str, Check] = {"batches": partial(batches, cfg, world), "data": partial(data, cfg)}
+    chosen["trackers"] = partial(trackers, cfg)
+    chosen["starting weights"] = partial(starts_from, cfg, bucket)
     if getattr(cfg, "autoencoder", None) is not None:
-        found["autoencoder"] = partial(autoencoder, cfg, bucket)
+        chosen["autoencoder"] = partial(autoencoder, cfg, bucket)
     if hasattr(cfg, "perceptual"):
-        found["perceptual loss"] = partial(perceptual, cfg)
-    return found | {"free space": partial(room, cfg, folder), "shared memory": partial(loader, cfg, here)}
+        chosen["perceptual loss"] = partial(perceptual, cfg)
+    return chosen | {"free space": partial(room, cfg, folder), "shared memory": partial(loader, cfg, local_world)}

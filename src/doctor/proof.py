@@ -4,7 +4,6 @@ Every process runs the stages in the same order. A stage gives each rank's Verdi
 """
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,18 +20,16 @@ from torch import Tensor, nn
 from ..config import UserError, validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import Backbone, UNetConfig, build_model
-from ..runtime import checkpoint
-from ..runtime.launch import MachineConfig, accumulating, start, undetermined, warm_up_ddp
+from ..runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
 from ..runtime.processes import broadcast
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan, plan_batch
-from ..training.ema import EMA, EMAConfig
-from ..training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from ..training.state import TrainState
-from .health import GB, Row, Verdict, mistake, told
+from ..training.config import TrainConfig
+from . import own_script
+from .health import GB, Row, Verdict, first_line, mistake
+from .own_script import BROKEN, OwnScript
 
-ALONE = Verdict("skip", "one process: not tested")
-STEPS = 10
+ONE_PROCESS = Verdict("skip", "one process: not tested")
 MICRO, PARTS = 2, 2  # a process takes two micro-batches of two
 SMALL = {"base_channels": 16, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "norm_groups": 8}
 UNREACHED = (
@@ -40,18 +37,17 @@ UNREACHED = (
     "NCCL_SHM_DISABLE=1, then NCCL_IB_DISABLE=1. Between machines: open the port of MASTER_ADDR in the firewall, and name the "
     "network: NCCL_SOCKET_IFNAME=eth0 (GLOO_SOCKET_IFNAME on CPUs)"
 )
-BROKEN = "do not train on these devices together: try fewer (--processes), NCCL_P2P_DISABLE=1, another torch or driver"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The network that the proof trains, and on what: `told` says which it is."""
+    """The network that the proof trains, and on what: `words` say which it is."""
 
     model: Backbone
     process: ProcessConfig
     shape: tuple[int, int, int]
     machine: MachineConfig
-    told: str
+    words: str
 
 
 def subject(cfg: Any | None) -> Subject:
@@ -61,8 +57,8 @@ def subject(cfg: Any | None) -> Subject:
     is tried as arithmetic alone).
     """
     cuda = torch.cuda.is_available()
-    asked = getattr(cfg, "mixed_precision", "no")
-    precision = "bf16" if asked == "bf16" and (not cuda or _has_bf16()) else "no"
+    wanted = getattr(cfg, "mixed_precision", "no")
+    precision = "bf16" if wanted == "bf16" and (not cuda or _has_bf16()) else "no"
     dtype = "float32" if cuda or torch.backends.mps.is_available() or precision != "no" else "float64"
     machine = MachineConfig(mixed_precision=precision, dtype=dtype, deterministic=True)
     words = "bf16" if precision == "bf16" else dtype
@@ -71,16 +67,16 @@ def subject(cfg: Any | None) -> Subject:
     if cfg is None:
         return plain
     if image is None or not isinstance(model, Backbone) or getattr(cfg, "autoencoder", None) is not None:
-        return replace(plain, told=f"{plain.told} (the config's is none on pixels)")
+        return replace(plain, words=f"{plain.words} (the config's is none on pixels)")
     shape = (image.channels, image.size, image.size)
     with torch.device("meta"):
         network = build_model(model, shape, None, learned=cfg.process.variance == "learned")
     size = sum(parameter.numel() for parameter in network.parameters())
     if size > (150e6 if cuda else 1e6) or image.size > (128 if cuda else 32):
-        return replace(plain, told=f"{plain.told} (the config's has {size / 1e6:.0f} M parameters at {image.size} px: slow)")
-    told = f"the config's network ({size / 1e6:.2f} M parameters, {image.size} px, no dropout) in {words}"
+        return replace(plain, words=f"{plain.words} (the config's has {size / 1e6:.0f} M parameters at {image.size} px: slow)")
+    text = f"the config's network ({size / 1e6:.2f} M parameters, {image.size} px, no dropout) in {words}"
     plain_model = replace(model, dropout=0.0) if hasattr(model, "dropout") else model
-    return Subject(plain_model, cfg.process, shape, machine, told)
+    return Subject(plain_model, cfg.process, shape, machine, text)
 
 
 def _small() -> tuple[UNetConfig, ProcessConfig]:
@@ -95,8 +91,8 @@ class Bench:
     subject: Subject
     process: Process
     split: BatchPlan
-    folder: Path
     began: float
+    script: OwnScript
     cfg: Any = None
     taken: int = 0
 
@@ -113,10 +109,10 @@ class Bench:
         torch.manual_seed(0)
         wanted, learned = self.subject, self.subject.process.variance == "learned"
         network = build_model(wanted.model, wanted.shape, None, learned=learned)
-        own = torch.Generator().manual_seed(1)
+        rng = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in network.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=own), alpha=0.02)
+                parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.02)
         return network.to(self.device, self.dtype)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,9 +123,9 @@ class Bench:
         times = self.process.draw_times(uniforms(generator("doctor", step), self.split.batch))
         return x0.to(self.device, self.dtype), eps.to(self.device, self.dtype), times
 
-    def everywhere(self, mine: Any) -> list[Any]:
+    def everywhere(self, value: Any) -> list[Any]:
         """What each rank found, on all ranks."""
-        return gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
 
 
 # ---------------------------------------------------------------------------------------------- the devices
@@ -141,22 +137,22 @@ def _has_bf16() -> bool:
 
 def first_collective(bench: Bench) -> Verdict:
     if bench.accelerator.num_processes == 1:
-        return ALONE
-    mine = torch.ones(1, device=bench.device)
-    dist.all_reduce(mine)
+        return ONE_PROCESS
+    ones = torch.ones(1, device=bench.device)
+    dist.all_reduce(ones)
     seconds, world = time.monotonic() - bench.began, bench.accelerator.num_processes
-    if mine.item() != world:
-        return Verdict("fail", f"the sum of {world} ones is {mine.item():g}", BROKEN)
-    found = f"{dist.get_backend()}, {world} processes have met and summed after {seconds:.2g} s"
+    if ones.item() != world:
+        return Verdict("fail", f"the sum of {world} ones is {ones.item():g}", BROKEN)
+    words = f"{dist.get_backend()}, {world} processes have met and summed after {seconds:.2g} s"
     slow = "slow to start: NCCL_DEBUG=INFO says over which network" if seconds > 30 else ""
-    return Verdict("warn" if slow else "pass", found, slow)
+    return Verdict("warn" if slow else "pass", words, slow)
 
 
 def all_reduce(bench: Bench) -> Verdict:
     """Sums that are known, and how fast; the bus's bandwidth is 2 (N - 1) / N times the bytes in a second."""
     world, rank = bench.accelerator.num_processes, bench.accelerator.process_index
     if world == 1:
-        return ALONE
+        return ONE_PROCESS
     cuda = bench.device.type == "cuda"
     count = 2**26 if cuda else 2**22
     values = torch.empty(count, device=bench.device)
@@ -174,11 +170,11 @@ def all_reduce(bench: Bench) -> Verdict:
     size = 4 * count * 2 * (world - 1) / world
     speed = size / min(seconds[1:]) / GB
     milliseconds = 0.8 * (world - 1) / world / speed * 1000
-    found = f"{speed:.2g} GB/s on the bus: the gradients of 100 M parameters take {milliseconds:.0f} ms a step"
+    words = f"{speed:.2g} GB/s on the bus: the gradients of 100 M parameters take {milliseconds:.0f} ms a step"
     if cuda and speed < 2:
         advice = "slow: nvidia-smi topo -m says how the GPUs are joined; larger micro-batches wait less often"
-        return Verdict("warn", found, advice)
-    return Verdict("pass", found)
+        return Verdict("warn", words, advice)
+    return Verdict("pass", words)
 
 
 def devices(bench: Bench) -> Verdict:
@@ -192,48 +188,48 @@ def devices(bench: Bench) -> Verdict:
         return Verdict("pass", f"{bench.accelerator.num_processes} x {name}, {torch.get_num_threads()} threads a process")
     card = torch.cuda.get_device_properties(bench.device)
     cards = bench.everywhere(f"{card.name}, {card.total_memory / GB:.0f} GB")
-    found = ", ".join(f"{cards.count(kind)} x {kind}" for kind in sorted(set(cards)))
+    words = ", ".join(f"{cards.count(kind)} x {kind}" for kind in sorted(set(cards)))
     if len(set(cards)) > 1:
         advice = "they are not alike: a step takes as long as on the slowest, and the smallest fills first"
-        return Verdict("warn", found, advice)
+        return Verdict("warn", words, advice)
     if bench.taken > 0.1 * card.total_memory:
-        return Verdict("warn", f"{found}; {bench.taken / GB:.1f} GB of one are taken", "nvidia-smi says by whom; end that")
-    return Verdict("pass", found)
+        return Verdict("warn", f"{words}; {bench.taken / GB:.1f} GB of one are taken", "nvidia-smi says by whom; end that")
+    return Verdict("pass", words)
 
 
 def half(bench: Bench) -> Verdict:
     """A product and a convolution in bf16 (fp16 where the GPU has no bf16) against float32."""
-    cuda, asked = bench.device.type == "cuda", getattr(bench.cfg, "mixed_precision", "no")
-    if asked == "fp16" and bench.device.type == "cpu":
+    cuda, precision = bench.device.type == "cuda", getattr(bench.cfg, "mixed_precision", "no")
+    if precision == "fp16" and bench.device.type == "cpu":
         return Verdict("fail", "mixed_precision fp16 needs a GPU", "--set mixed_precision=no (or bf16)")
     kind = torch.float16 if cuda and not _has_bf16() else torch.bfloat16
-    own = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 256, generator=own).to(bench.device, kind) for _ in range(2))
-    image, weight = (torch.randn(shape, generator=own).to(bench.device, kind) for shape in ((4, 16, 32, 32), (32, 16, 3, 3)))
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=rng).to(bench.device, kind) for _ in range(2))
+    image, weight = (torch.randn(shape, generator=rng).to(bench.device, kind) for shape in ((4, 16, 32, 32), (32, 16, 3, 3)))
     pairs = [(a @ b, a.float() @ b.float())]
     pairs += [(nn.functional.conv2d(image, weight), nn.functional.conv2d(image.float(), weight.float()))]
     worst = float(torch.stack([(low.float() - high).norm() / high.norm() for low, high in pairs]).max())  # NaN stays NaN
-    found = f"a product and a convolution are within {worst:.1e} of float32 (1e-2 allowed)"
+    words = f"a product and a convolution are within {worst:.1e} of float32 (1e-2 allowed)"
     if not worst < 1e-2:
-        return Verdict("fail", found, "train with mixed_precision no; another torch or driver may mend it")
+        return Verdict("fail", words, "train with mixed_precision no; another torch or driver may mend it")
     if kind == torch.float16:
         advice = "a config with bf16 trains in fp16 here; train_vae.py needs mixed_precision no"
-        return Verdict("warn", f"this GPU has no bf16; in fp16 {found}", advice)
-    return Verdict("pass", found)
+        return Verdict("warn", f"this GPU has no bf16; in fp16 {words}", advice)
+    return Verdict("pass", words)
 
 
 def arithmetic(bench: Bench) -> Verdict:
     """Gradients of a small network in float32 on this device against the CPU's in float64."""
     spec, noising = _small()
-    process, found = build_process(noising), []
+    process, gradients_by_device = build_process(noising), []
     small = replace(bench.subject, model=spec, process=noising, shape=(3, 16, 16), machine=MachineConfig())
-    alone = replace(bench, subject=small, process=process, split=BatchPlan(4, 4, 1, 0, 1))
+    bench_alone = replace(bench, subject=small, process=process, split=BatchPlan(4, 4, 1, 0, 1))
     for device, dtype in ((bench.device, torch.float32), (torch.device("cpu"), torch.float64)):
-        network = alone.network().to(device, dtype)
-        x0, eps, t = alone.batch(0)
+        network = bench_alone.network().to(device, dtype)
+        x0, eps, t = bench_alone.batch(0)
         process.losses(network, x0.to(device, dtype), eps.to(device, dtype), t).loss.sum().backward()
-        found.append(gradients_of(network))
-    worst = _difference(found[0], found[1])
+        gradients_by_device.append(gradients_of(network))
+    worst = _difference(gradients_by_device[0], gradients_by_device[1])
     text = f"gradients in float32 are within {worst:.1e} of the CPU's in float64 (1e-3 allowed)"
     if not worst < 1e-3:
         advice = "this device computes wrong: leave it out (CUDA_VISIBLE_DEVICES), or give the machine back"
@@ -253,13 +249,16 @@ def gradients_of(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _difference(mine: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+def _difference(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     """The largest difference of any parameter's gradient, relative to the largest entry of that gradient (but to no less than
     a thousandth of the largest of all: what should be zero is rounding)."""
-    if mine.keys() != right.keys():
+    if gradients.keys() != reference.keys():
         return float("inf")
-    largest = max(float(value.abs().max()) for value in right.values())
-    each = [(mine[name] - value).abs().max() / max(float(value.abs().max()), 1e-3 * largest) for name, value in right.items()]
+    largest = max(float(value.abs().max()) for value in reference.values())
+    each = [
+        (gradients[name] - value).abs().max() / max(float(value.abs().max()), 1e-3 * largest)
+        for name, value in reference.items()
+    ]
     return float(torch.stack(each).max())  # NaN stays NaN
 
 
@@ -268,9 +267,9 @@ def backward(bench: Bench, model: Any, step: int) -> Tensor:
     x0, eps, t = bench.batch(step)
     split, total = bench.split, torch.zeros((), device=bench.device)
     for part in range(split.accumulation):
-        here = split.of_step(part)
+        local_slice = split.of_step(part)
         with accumulating(bench.accelerator, model, part, split.accumulation):
-            loss = bench.process.losses(model, x0[here], eps[here], t[here]).loss.sum()
+            loss = bench.process.losses(model, x0[local_slice], eps[local_slice], t[local_slice]).loss.sum()
             bench.accelerator.backward(loss * (split.world / split.batch))
         total += loss.detach()
     return total / split.batch
@@ -280,7 +279,7 @@ def gradients(bench: Bench) -> Verdict:
     """A batch's on all processes against those that one process finds, micro-batch by micro-batch, without the others. (Of one
     process: the micro-batches' against the whole batch's.)"""
     accelerator, split = bench.accelerator, bench.split
-    network, alone = bench.network(), bench.network()
+    network, network_alone = bench.network(), bench.network()
     model = accelerator.prepare(network)
     warm_up_ddp(accelerator, model, *_blank(bench))
     backward(bench, model, 0)
@@ -288,22 +287,25 @@ def gradients(bench: Bench) -> Verdict:
 
     def call(*inputs: Any) -> Tensor:
         with accelerator.autocast():
-            return alone(*inputs).to(bench.dtype)
+            return network_alone(*inputs).to(bench.dtype)
 
     several = accelerator.num_processes > 1
     size = split.micro if several else split.batch
     for first in range(0, split.batch, size):
-        here, scale = slice(first, first + size), split.world / split.batch  # with another scale bf16 rounds to other numbers
-        (bench.process.losses(call, x0[here], eps[here], t[here]).loss.sum() * scale).backward()
-    right = {name: value / split.world for name, value in gradients_of(alone).items()}
+        local_slice, scale = (
+            slice(first, first + size),
+            split.world / split.batch,
+        )  # with another scale bf16 rounds to other numbers
+        (bench.process.losses(call, x0[local_slice], eps[local_slice], t[local_slice]).loss.sum() * scale).backward()
+    right = {name: value / split.world for name, value in gradients_of(network_alone).items()}
     worst, allowed = _difference(gradients_of(network), right), 1e-9 if bench.dtype == torch.float64 else 1e-4
     if not several and bench.subject.machine.mixed_precision == "bf16":
         allowed = 5e-2  # other shapes, so other roundings in bf16
     if not several:
-        found = f"one process: not tested, but {split.accumulation} micro-batches add up to the batch's to {worst:.1e}"
-        return Verdict("skip", found) if worst <= allowed else Verdict("fail", found, BROKEN)
-    found = f"{split.world} processes' equal one's to {worst:.1e} ({allowed:g} allowed), {bench.subject.told}"
-    return Verdict("pass", found) if worst <= allowed else Verdict("fail", found, BROKEN)
+        words = f"one process: not tested, but {split.accumulation} micro-batches add up to the batch's to {worst:.1e}"
+        return Verdict("skip", words) if worst <= allowed else Verdict("fail", words, BROKEN)
+    words = f"{split.world} processes' equal one's to {worst:.1e} ({allowed:g} allowed), {bench.subject.words}"
+    return Verdict("pass", words) if worst <= allowed else Verdict("fail", words, BROKEN)
 
 
 # ---------------------------------------------------------------------------------------------- steps
@@ -314,105 +316,20 @@ def _blank(bench: Bench) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape, device=bench.device, dtype=bench.dtype), torch.zeros(1, device=bench.device)
 
 
-class Trainee:
-    """A network in training by the config's own optimizer: as it starts, or as the checkpoint `folder` has it."""
-
-    def __init__(self, bench: Bench, folder: Path | None = None) -> None:
-        self.network = bench.network()
-        self.spec: OptimizerConfig = getattr(bench.cfg, "optimizer", OptimizerConfig(lr=1e-3, weight_decay=0.01))
-        optimizer = build_optimizer(self.network, self.spec)
-        self.ema = EMA(self.network, EMAConfig(half_life_images=100))
-        self.trained = TrainState(self.network, optimizer, self.ema)
-        if folder is not None:
-            self.trained.load(folder)
-        self.model, self.optimizer = bench.accelerator.prepare(self.network, optimizer)
-        warm_up_ddp(bench.accelerator, self.model, *_blank(bench))
-
-
-def take_step(bench: Bench, trainee: Trainee, step: int) -> float:
-    """One step as the training scripts take it; gives this rank's part of the loss."""
-    loss = backward(bench, trainee.model, step)
-    norm = clip_gradients(bench.accelerator, trainee.model, trainee.spec)
-    update(trainee.optimizer, trainee.spec.lr, norm)
-    trainee.ema.update(trainee.network, (step + 1) * bench.split.batch, bench.split.batch)
-    return float(loss)
-
-
-def digest(trainee: Trainee) -> str:
-    """A hash of weights, moments and EMA."""
-    found = hashlib.sha256()
-    for tensors in trainee.trained.tensors().values():
-        for name in sorted(tensors):
-            found.update(name.encode() + tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def after_steps(bench: Bench, trainee: Trainee) -> Verdict:
-    """Ten steps; then weights, moments and EMA are the same on all ranks, to the bit."""
-    losses = [take_step(bench, trainee, step) for step in range(STEPS)]
-    if not all(map(torch.isfinite, torch.tensor(losses))):
-        return Verdict("fail", f"the loss is not finite after {STEPS} steps", BROKEN)
-    if bench.accelerator.num_processes == 1:
-        return Verdict("skip", f"one process: not tested; {STEPS} steps are taken, the loss stays finite")
-    found = bench.everywhere(digest(trainee))
-    others = [rank for rank, value in enumerate(found) if value != found[0]]
-    if others:
-        return Verdict("fail", f"after {STEPS} steps rank {', '.join(map(str, others))} has other weights than rank 0", BROKEN)
-    return Verdict("pass", f"the same weights and moments on all {len(found)} ranks, to the bit (hash {found[0][:8]})")
-
-
-def resumed(bench: Bench, trainee: Trainee) -> Verdict:
-    """The next step, from memory and from a checkpoint that all ranks read back into new objects: the same to the bit."""
-    folder = checkpoint.step_folder(broadcast(bench.folder) or bench.folder, STEPS)
-    if bench.accelerator.is_main_process:
-        checkpoint.write_folder(folder, trainee.trained.tensors(), {"progress": {"step": STEPS}})
-    bench.accelerator.wait_for_everyone()
-    reason = checkpoint.verify_checkpoint(folder)
-    if any(bench.everywhere(reason)):
-        advice = "is --run-dir on a file system that all machines see?"
-        return Verdict("fail", f"the checkpoint {folder} cannot be read: {reason or 'on another rank'}", advice)
-    again = Trainee(bench, folder)
-    try:
-        # As training does with `deterministic`: with warn_only the backward of attention does not repeat itself on a GPU.
-        torch.use_deterministic_algorithms(True)
-        for each in (trainee, again):
-            take_step(bench, each, STEPS)
-    except RuntimeError as error:
-        missing = undetermined(error)
-        if missing is None:
-            raise
-        return Verdict("skip", f"not tested: there is no deterministic {missing} here")
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    mine, theirs = trainee.trained.tensors(), again.trained.tensors()
-    other = [
-        f"{part} {name}"
-        for part, tensors in mine.items()
-        for name, value in tensors.items()
-        if name not in theirs[part] or not torch.equal(value, theirs[part][name])
-    ]
-    if other:
-        advice = "a run that is killed does not go on as it was: is the disk sound, is this torch known to be?"
-        return Verdict("fail", f"{len(other)} tensors are others after going on from a checkpoint: {other[0]} ...", advice)
-    mover = "AdamW" if trainee.spec.muon is None else "Muon and AdamW"
-    same = f"step {STEPS + 1} from a checkpoint is the uninterrupted one, to the bit"
-    return Verdict("pass", f"{same}, {bench.subject.told}, moved by {mover}")
-
-
 def compiles(bench: Bench) -> Verdict:
     """torch.compile of a small network against the same without; last, since it may take long."""
     bad = "fail" if getattr(bench.cfg, "compile", False) else "warn"
-    own = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1)).to(bench.device)
-    inputs = torch.randn(2, 3, 16, 16, generator=own).to(bench.device)
+    inputs = torch.randn(2, 3, 16, 16, generator=rng).to(bench.device)
     began = time.monotonic()
     try:
         worst = float((torch.compile(network)(inputs) - network(inputs)).abs().max().detach())
     except Exception as error:
         advice = "it needs a C++ compiler, on a GPU too: apt install g++; configs train without `compile`, only slower"
-        return Verdict(bad, f"torch.compile: {told(error)}", advice)
-    found = f"{time.monotonic() - began:.1f} s for a small network, within {worst:.1e} of the uncompiled"
-    return Verdict("pass", found) if worst < 1e-2 else Verdict(bad, found, "leave `compile` out of configs on this machine")
+        return Verdict(bad, f"torch.compile: {first_line(error)}", advice)
+    words = f"{time.monotonic() - began:.1f} s for a small network, within {worst:.1e} of the uncompiled"
+    return Verdict("pass", words) if worst < 1e-2 else Verdict(bad, words, "leave `compile` out of configs on this machine")
 
 
 # ---------------------------------------------------------------------------------------------- all of it
@@ -424,8 +341,8 @@ STAGES: dict[str, Callable[..., Verdict]] = {
     "bf16": half,
     "arithmetic": arithmetic,
     "gradients": gradients,
-    "ten steps": after_steps,
-    "resume": resumed,
+    "ten steps": lambda bench: own_script.after_steps(bench.script, bench.accelerator),
+    "resume": lambda bench: own_script.resumed(bench.script, bench.accelerator),
     "compile": compiles,
 }
 ORDER = ("pass", "skip", "warn", "fail")
@@ -452,11 +369,11 @@ def _exactly() -> Iterator[None]:
         torch.use_deterministic_algorithms(exact)
 
 
-def prove(cfg: Any, folder: Path, report: Callable[[Row], None], *, seconds: float = 90.0) -> None:
+def prove(cfg: Any, script_cfg: TrainConfig, folder: Path, report: Callable[[Row], None], *, seconds: float = 90.0) -> None:
     """Run the stages on this process, and on the others that it was started with; each row is reported as it is known.
 
-    `cfg` is a training config or None. A collective that takes longer than `seconds` ends it; Broken where a rank cannot go on.
-    `folder` is where the checkpoint goes: rank 0's counts.
+    `cfg` is a training config or None; the script of `script_cfg` is what trains, in `folder` (rank 0's counts). A collective
+    that takes longer than `seconds` ends it; Broken where a rank cannot go on.
     """
     with _exactly():
         began, what = time.monotonic(), subject(cfg)
@@ -464,8 +381,9 @@ def prove(cfg: Any, folder: Path, report: Callable[[Row], None], *, seconds: flo
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such way is no failure of the machine
         rank, world = accelerator.process_index, accelerator.num_processes
         split = plan_batch(MICRO * PARTS * world, MICRO, rank=rank, world=world)
-        free, total = torch.cuda.mem_get_info(accelerator.device) if accelerator.device.type == "cuda" else (0, 0)
-        run_stages(Bench(accelerator, what, build_process(what.process), split, folder, began, cfg, total - free), report)
+        unused, total = torch.cuda.mem_get_info(accelerator.device) if accelerator.device.type == "cuda" else (0, 0)
+        script = OwnScript(script_cfg, broadcast(folder) or folder, what.machine, MICRO * PARTS * world, MICRO)
+        run_stages(Bench(accelerator, what, build_process(what.process), split, began, script, cfg, total - unused), report)
 
 
 class Broken(RuntimeError):
@@ -481,26 +399,20 @@ def _advice(error: Exception, several: bool) -> str:
 
 def run_stages(bench: Bench, report: Callable[[Row], None]) -> None:
     main, several = bench.accelerator.is_main_process, bench.accelerator.num_processes > 1
-    trainee: list[Trainee] = []
     for name, stage in STAGES.items():
         began = time.monotonic()
-        if name == "resume" and not trainee:
-            report(Row(name, "skip", "not reached", "", 0.0))
-            continue
         if name == "compile" and not main:
             return  # nobody waits for that
         try:
-            if name == "ten steps":
-                trainee.append(Trainee(bench))
-            mine = stage(bench, *(trainee if name in ("ten steps", "resume") else ()))
-            found = worst_of(bench.everywhere(mine)) if name != "compile" else mine
+            verdict = stage(bench)
+            worst = worst_of(bench.everywhere(verdict)) if name != "compile" else verdict
         except Exception as error:
             rank = f"rank {bench.accelerator.process_index}: " if several else ""
-            unforeseen = Verdict("fail", told(error), _advice(error, several))
+            unforeseen = Verdict("fail", first_line(error), _advice(error, several))
             failed = mistake(error) if isinstance(error, UserError) else unforeseen
             report(Row(name, *failed._replace(found=f"{rank}{failed.found}"), round(time.monotonic() - began, 2)))
             if several:
                 raise Broken(name) from error
             continue
         if main:
-            report(Row(name, *found, round(time.monotonic() - began, 2)))
+            report(Row(name, *worst, round(time.monotonic() - began, 2)))

@@ -30,13 +30,13 @@ class Density(ABC):
     @abstractmethod
     def _examples(self, data_set: Any) -> Examples: ...
 
-    def examples(self, *, trained: bool = False) -> Examples:
-        """What is held out or, where nothing is (or with `trained`), what is learned from; always the same for one index."""
-        return self._examples(self.train if trained or self.held_out is None else self.held_out)
+    def examples(self, *, of_train: bool = False) -> Examples:
+        """What is held out or, where nothing is (or with `of_train`), what is learned from; always the same for one index."""
+        return self._examples(self.train if of_train or self.held_out is None else self.held_out)
 
-    def source_sampler(self, *, trained: bool = False) -> SourceSampler:
+    def source_sampler(self, *, of_train: bool = False) -> SourceSampler:
         """What sampling starts from: these examples."""
-        return SourceSampler(self.examples(trained=trained))
+        return SourceSampler(self.examples(of_train=of_train))
 
 
 class ImageDensity(Density):

@@ -151,7 +151,7 @@ def warm_up_ddp(accelerator: Accelerator, network: torch.nn.Module, *inputs: tor
     network.zero_grad(set_to_none=True)
 
 
-def undetermined(error: RuntimeError) -> str | None:
+def undetermined(error: BaseException | None) -> str | None:
     """The operation that torch cannot repeat to the bit on this device, where that is the error."""
     matched = re.match(r"(.+?) does not have a deterministic implementation", str(error))
     return matched[1] if matched is not None else None

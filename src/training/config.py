@@ -97,10 +97,10 @@ class TrainConfig(MachineConfig):
     @property
     def cadences(self) -> dict[str, Length | None]:
         """How often is done what a run does now and then; None: at the end alone, or never."""
-        found = {"log": self.log.every, "preview": self.preview.every, "save": self.checkpoint.every}
-        found["export"] = getattr(self, "export_every", None)
-        found["quality"] = self.quality.every if self.quality is not None else None
-        return found | {"snapshot": self.ema.snapshot_every}
+        lengths = {"log": self.log.every, "preview": self.preview.every, "save": self.checkpoint.every}
+        lengths["export"] = getattr(self, "export_every", None)
+        lengths["quality"] = self.quality.every if self.quality is not None else None
+        return lengths | {"snapshot": self.ema.snapshot_every}
 
     @property
     def uses_classes(self) -> bool:

@@ -53,10 +53,10 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
     progress = read_json(start / "progress.json")
     harmless, other = changes(cfg, before)
     before = dump(validate(type(cfg), before))  # as today's version reads it
-    if found := cannot_change(before, after, other):
+    if refused := cannot_change(before, after, other):
         raise UserError(
-            f"--continue-as keeps network, data and their order, and {old} has another {', '.join(found)}; change it back, or "
-            "start a new run from its weights alone, with init_from"
+            f"--continue-as keeps network, data and their order, and {old} has another {', '.join(refused)}; change it back, "
+            "or start a new run from its weights alone, with init_from"
         )
     step, count, origins = progress["step"], facts["images"], progress.get("continued", [])
     ahead = images_seen(before, step, count) - images_seen(after, step, count)
@@ -68,10 +68,10 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
     }
     request = json.dumps([after, *origins, entry])
     with folder_lock(new):
-        made = (new / MARK).exists() and (new / MARK).read_text(
+        is_made = (new / MARK).exists() and (new / MARK).read_text(
             encoding="utf-8"
         ) == request  # by another process, or just before
-        if not made and not _is_there(old, new):
+        if not is_made and not _is_there(old, new):
             _make(old, new, start, {"config": after}, [*origins, entry])
             (new / MARK).write_text(request, encoding="utf-8")
         new.with_name(f".{new.name}.bring.lock").unlink(missing_ok=True)
@@ -81,10 +81,10 @@ def _is_there(old: Path, new: Path) -> bool:
     """Whether the run `new`, gone on from `old`, has begun; a UserError where it is another one."""
     if not new.exists() or (new / MARK).exists() or not any(new.iterdir()):
         return False
-    found, passed = newest(new / "checkpoints")
-    if found is None and passed:
+    checkpoint, passed = newest(new / "checkpoints")
+    if checkpoint is None and passed:
         return True  # it is said, when it is opened, which are damaged
-    entries = read_json(found / "progress.json").get("continued", []) if found is not None else []
+    entries = read_json(checkpoint / "progress.json").get("continued", []) if checkpoint is not None else []
     if not any(Path(entry["run"]).name == old.name for entry in entries):
         raise UserError(
             f"--continue-as: {new} is there already, and does not go on from {old}; give another name, or remove it"
@@ -100,9 +100,9 @@ def _make(old: Path, new: Path, start: Path, documents: dict[str, Any], entries:
         (staged / "checkpoints").mkdir(parents=True)
         needed = {step_folder(old / "checkpoints", spared) for spared in spared_steps(read_json(start / "progress.json"))}
         for folder in sorted({start, *(folder for folder in needed if folder < start and verify_checkpoint(folder) is None)}):
-            tensors, own = contents(folder)
-            own["progress"] |= {"continued": entries}
-            write_folder(staged / "checkpoints" / folder.name, tensors, {**own, **documents})
+            tensors, old_documents = contents(folder)
+            old_documents["progress"] |= {"continued": entries}
+            write_folder(staged / "checkpoints" / folder.name, tensors, {**old_documents, **documents})
         for name in BESIDE:
             if (old / name).is_dir():
                 shutil.copytree(
@@ -122,8 +122,8 @@ def _make(old: Path, new: Path, start: Path, documents: dict[str, Any], entries:
 
 def describe(entry: Mapping[str, Any]) -> str:
     """from runs/old at step 1200, with another optimizer.lr (0.001 -> 0.0005)"""
-    told = []
+    words = []
     for key, (was, now) in entry["changed"].items():
         plain = all(not isinstance(value, dict | list) for value in (was, now))
-        told.append(f"{key} ({json.dumps(was)} -> {json.dumps(now)})" if plain else key)
-    return f"from {entry['run']} at step {entry['step']}" + (f", with another {', '.join(told)}" if told else "")
+        words.append(f"{key} ({json.dumps(was)} -> {json.dumps(now)})" if plain else key)
+    return f"from {entry['run']} at step {entry['step']}" + (f", with another {', '.join(words)}" if words else "")

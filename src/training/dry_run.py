@@ -135,28 +135,29 @@ def rehearse(
     if old is not None and (start := newest(old / "checkpoints")[0]) is not None:
         begun, num_images = read_json(start / "progress.json")["step"], read_json(start / "data.json")["images"]
     if isinstance(cfg, StagedConfig):
-        changes["stages"], ends = _shorten(cfg, steps, begun, num_images)
+        changes["stages"], last_steps = _shorten(cfg, steps, begun, num_images)
     else:
-        ends = [LOG_EVERY * -(-(begun + steps) // LOG_EVERY)]
-        changes["preview"] = replace(rehearsal_config(cfg).preview, every=ends[0])
-        changes["checkpoint"] = replace(cfg.checkpoint, every=ends[0], every_minutes=None)
+        last_steps = [LOG_EVERY * -(-(begun + steps) // LOG_EVERY)]
+        changes["preview"] = replace(rehearsal_config(cfg).preview, every=last_steps[0])
+        changes["checkpoint"] = replace(cfg.checkpoint, every=last_steps[0], every_minutes=None)
     short = rehearsal_config(cfg, **changes)
     if old is not None:
         continue_as(short, old, run)
     of_caches, cache_seconds = rehearse_caches(short, run_dir, folder, run, run_mode)
-    status = call(train, replace(short, **of_caches), enter_run(folder, run), run_mode, ends[-1])
+    status = call(train, replace(short, **of_caches), enter_run(folder, run), run_mode, last_steps[-1])
     clock = run_mode.clock
     if status or clock is None or not PartialState().is_main_process:
         return status, None
     stages, facts = list[Measured](), run_mode.facts
     planned = planned_stages(cfg, facts["images"], PartialState().num_processes, begun)
-    for stage, first, last in zip(planned, [begun, *ends], ends, strict=False):
+    for stage, first, last in zip(planned, [begun, *last_steps], last_steps, strict=False):
         stages.append(count_of(stage))
         read_clock(stages[-1], clock, first, last)
     last_checkpoint, _ = newest(run / "checkpoints")
     costs = Costs(stages, clock.readings[0][1] - began + cache_seconds, images=facts["images"])
     costs.remarks = [*([f"left out: {left_out(facts)}"] if facts["skipped"] else []), *remarks_on(cfg, facts)]
-    costs.parameters = run_mode.num_parameters
+    costs.parameters = run_mode.train_state.num_parameters if run_mode.train_state is not None else 0
+    run_mode.train_state = None  # its memory is given back
     costs.preview_bytes = _bytes_in(run / "samples") // max(1, len(stages))
     if last_checkpoint is not None:
         costs.checkpoint_bytes = _bytes_in(last_checkpoint)
@@ -172,13 +173,13 @@ def _shorten(cfg: StagedConfig, steps: int, begun: int, num_images: int) -> tupl
     those that are over. A run that is over stays as it is."""
     if not begun:
         return short_stages(cfg, steps), [steps * (i + 1) for i in range(len(cfg.stages))]
-    stages, ends = list(cfg.stages), list[int]()
+    stages, last_steps = list(cfg.stages), list[int]()
     for i, stage in enumerate(plan_stages(cfg, num_images, rank=0, world=1)):
         if stage.end > begun:
             before = begun - stage.first if begun > stage.first else 0
             stages[i] = replace(short_stages(cfg, before + steps)[i])
-            ends.append((ends[-1] if ends else stage.first + before) + steps)
-    return tuple(stages), ends or [begun + 1]
+            last_steps.append((last_steps[-1] if last_steps else stage.first + before) + steps)
+    return tuple(stages), last_steps or [begun + 1]
 
 
 def dry_run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = None) -> int:
@@ -189,9 +190,9 @@ def dry_run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = No
         costs = None
         try:
             status, costs = rehearse(train, cfg, run_dir, folder, STEPS, _quiet(remove), old)
-            if status == 0 and (more := broadcast(_more_steps(costs))):
+            if status == 0 and (more_steps := broadcast(_more_steps(costs))):
                 shutil.rmtree(folder, ignore_errors=True)
-                status, better = rehearse(train, cfg, run_dir, folder, more, _quiet(remove, says=False), old)
+                status, better = rehearse(train, cfg, run_dir, folder, more_steps, _quiet(remove, says=False), old)
                 costs = _with_steps_of(costs, better)
         except OutOfMemory as error:
             if not searches:
@@ -226,16 +227,16 @@ def _more_steps(costs: Costs | None) -> int:
 
 def _with_steps_of(costs: Costs | None, better: Costs | None) -> Costs | None:
     if costs is not None and better is not None:
-        for stage, again in zip(costs.stages, better.stages, strict=True):
-            stage.step_seconds = again.step_seconds
+        for stage, measured in zip(costs.stages, better.stages, strict=True):
+            stage.step_seconds = measured.step_seconds
     return costs
 
 
 def _warnings(log: Path) -> list[str]:
     """What the rehearsed run has warned of in its log.txt."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    said = (line.partition("warning: ")[2] for line in lines if " warning: " in line[:30])
-    return list(dict.fromkeys(said))
+    texts = (line.partition("warning: ")[2] for line in lines if " warning: " in line[:30])
+    return list(dict.fromkeys(texts))
 
 
 def fitting(train: Train, cfg: TrainConfig, folder: Path, remove: Callable[[], None]) -> list[str]:
@@ -271,9 +272,9 @@ def what_fits(train: Train, cfg: TrainConfig, folder: Path, remove: Callable[[],
     lines, tanh = list[str](), False
     for i, stage in enumerate(short_stages(cfg, FIT_STEPS + 1)):
         tanh |= stage.tanh
-        alone = replace(stage, batch_size=None, micro_batch_size=None, tanh=tanh)  # so that no earlier one takes its time
+        one_stage = replace(stage, batch_size=None, micro_batch_size=None, tanh=tanh)  # so that no earlier one takes its time
         batch = stage.batch_size or cfg.batch_size
-        lines.append(_search(f"stages.{i}.micro_batch_size", batch, partial(is_possible, stages=(alone,))))
+        lines.append(_search(f"stages.{i}.micro_batch_size", batch, partial(is_possible, stages=(one_stage,))))
     return lines
 
 

@@ -47,7 +47,9 @@ class EMA:
         self.networks: dict[str, Any] = {
             name: copy.deepcopy(network).eval().requires_grad_(False) for name in ("ema", *self._exponents)
         }
-        self._own: dict[str, list[Tensor]] = {name: list(own.parameters()) for name, own in self.networks.items()}
+        self._parameters: dict[str, list[Tensor]] = {
+            name: list(follower.parameters()) for name, follower in self.networks.items()
+        }
 
     @property
     def network(self) -> Any:
@@ -60,9 +62,9 @@ class EMA:
 
     def shard_as(self, network: nn.Module) -> None:
         """Cut them as FSDP has cut `network`: the same values, each process with its part."""
-        for own in self.networks.values():
-            shard_as(own, network)
-        self._own = {name: list(own.parameters()) for name, own in self.networks.items()}
+        for follower in self.networks.values():
+            shard_as(follower, network)
+        self._parameters = {name: list(follower.parameters()) for name, follower in self.networks.items()}
 
     def decay(self, images_seen: int, batch_size: int, name: str = "ema") -> float:
         """How much of an old average is kept by the update after `images_seen` images, the last `batch_size` of them new."""
@@ -84,9 +86,9 @@ class EMA:
         theirs: list[Tensor] = list(network.parameters())
         for name, follower in self.networks.items():
             weight = 1 - self.decay(images_seen, batch_size, name)
-            torch._foreach_lerp_(self._own[name], theirs, weight)  # pyright: ignore[reportPrivateImportUsage]
-            for mine, buffer in zip(follower.buffers(), network.buffers(), strict=True):
-                mine.copy_(buffer)
+            torch._foreach_lerp_(self._parameters[name], theirs, weight)  # pyright: ignore[reportPrivateImportUsage]
+            for follower_buffer, buffer in zip(follower.buffers(), network.buffers(), strict=True):
+                follower_buffer.copy_(buffer)
 
 
 # ---------------------------------------------------------------------------------------------- of any length, afterwards
@@ -106,22 +108,22 @@ def exponent(width: float) -> float:
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
 
 
-class Kept(NamedTuple):
+class Snapshot(NamedTuple):
     """A snapshot: an average's width, after so many images."""
 
     width: float
     images: int
 
 
-def post_hoc_weights(kept: Sequence[Kept], width: float) -> tuple[NDArray[np.float64], float]:
+def post_hoc_weights(snapshots: Sequence[Snapshot], width: float) -> tuple[NDArray[np.float64], float]:
     """What each snapshot counts in the average of `width` at the end of the latest, by least squares of the weight over time;
     and the root of the squares that are left, as a part of those of the average itself.
 
     Karras et al. 2023, arXiv:2312.02696: A x = b of the products of p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).
     """
-    end = max(one.images for one in kept)
-    times = np.array([one.images / end for one in kept])
-    gammas = np.array([exponent(one.width) for one in kept])
+    end = max(one.images for one in snapshots)
+    times = np.array([one.images / end for one in snapshots])
+    gammas = np.array([exponent(one.width) for one in snapshots])
 
     def product(gamma_a: Any, t_a: Any, gamma_b: Any, t_b: Any) -> NDArray[np.float64]:
         total = gamma_a + gamma_b + 1
@@ -130,10 +132,10 @@ def post_hoc_weights(kept: Sequence[Kept], width: float) -> tuple[NDArray[np.flo
 
     gamma = exponent(width)
     products = product(gammas[:, None], times[:, None], gammas, times)
-    wanted, own = product(gammas, times, gamma, 1.0), float(product(gamma, 1.0, gamma, 1.0))
+    wanted, norm = product(gammas, times, gamma, 1.0), float(product(gamma, 1.0, gamma, 1.0))
     weights = np.asarray(np.linalg.lstsq(products, wanted, rcond=1e-12)[0], np.float64)
-    left = own - 2 * weights @ wanted + weights @ products @ weights
-    return weights, float(np.sqrt(max(left, 0.0) / own))
+    left = norm - 2 * weights @ wanted + weights @ products @ weights
+    return weights, float(np.sqrt(max(left, 0.0) / norm))
 
 
 def post_hoc(run: Path, last_step: int, width: float) -> tuple[Path, float]:
@@ -150,13 +152,13 @@ def post_hoc(run: Path, last_step: int, width: float) -> tuple[Path, float]:
             )
     images = [read_json(folder / "progress.json")["images"] for folder in folders]
     places = [(folder, each) for folder in folders for each in WIDTHS]
-    weights, missed = post_hoc_weights([Kept(each, seen) for seen in images for each in WIDTHS], width)
-    found: dict[str, Tensor] = {}
+    weights, missed = post_hoc_weights([Snapshot(each, count) for count in images for each in WIDTHS], width)
+    average: dict[str, Tensor] = {}
     for (folder, each), weight in zip(places, weights, strict=True):
         for name, tensor in read_tensors(folder, average_name(each)).items():
             part = tensor.to(torch.float64) * float(weight)
-            found[name] = found[name] + part if name in found else part
+            average[name] = average[name] + part if name in average else part
     out = run / "ema" / f"width_{width:g}"
     documents = {name: read_json(folders[-1] / f"{name}.json") for name in ("config", "data", "progress")}
-    write_folder(out, {"ema": {name: tensor.to(torch.float32) for name, tensor in found.items()}}, documents)
+    write_folder(out, {"ema": {name: tensor.to(torch.float32) for name, tensor in average.items()}}, documents)
     return out, missed

@@ -31,14 +31,14 @@ class Given:
     dataset: Any = None
 
     @property
-    def own(self) -> bool:
+    def has_network(self) -> bool:
         """Whether the network is the caller's."""
         return self.network is not None
 
     @property
     def facts(self) -> dict[str, str]:
         """What travels with the weights: no config builds the caller's network."""
-        return {"network": "python"} if self.own else {}
+        return {"network": "python"} if self.has_network else {}
 
     def open_data(self, data: Any, held_out: Any, image: ImageConfig) -> tuple[ImageSet, ImageSet | None]:
         """The images to train on and those held out: of the config's data, or of the caller's."""
@@ -54,14 +54,16 @@ class Given:
         """The network of the config, or the caller's, checked; on its device, before it is prepared. `sets` are the data."""
         place, dtype = build_device(accelerator), getattr(torch, cfg.dtype)
         learned = cfg.process.variance == "learned"
-        if self.own:
-            told = {"null_class": needs_null_class(cfg.label_dropout, *sets), "learned": learned}
-            return given_network(self.network, accelerator, place, dtype, shape, num_classes, **told)
+        if self.has_network:
+            checks = {"null_class": needs_null_class(cfg.label_dropout, *sets), "learned": learned}
+            return given_network(self.network, accelerator, place, dtype, shape, num_classes, **checks)
         return build_model(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
 
-    def how_to_draw(self, run_dir: Path, more: str = "") -> str:
+    def how_to_draw(self, run_dir: Path, options: str = "") -> str:
         """What a finished run says."""
-        return "open_trained from Python, as docs/python.md says" if self.own else f"python sample.py {quoted(run_dir)}{more}"
+        if self.has_network:
+            return "open_trained from Python, as docs/python.md says"
+        return f"python sample.py {quoted(run_dir)}{options}"
 
 
 class Train(Protocol):

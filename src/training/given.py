@@ -24,7 +24,7 @@ def needs_null_class(label_dropout: float, *sets: ImageSet | PointSet | None) ->
 def given_network(
     network: Any,
     accelerator: Accelerator,
-    home: torch.device,
+    place: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, ...],
     num_classes: int | None,
@@ -65,18 +65,18 @@ def given_network(
         raise UserError(
             f"the network has one weight under several names ({', '.join(tied[:3])}), which cannot be saved; untie it"
         )
-    network = network.to(home, dtype)
+    network = network.to(place, dtype)
     if accelerator.num_processes > 1:
         for value in [*network.parameters(), *network.buffers()]:
             value.data.copy_(broadcast(value.data))
-    _try(network, home, dtype, shape, num_classes, null_class=null_class, learned=learned)
+    _try(network, place, dtype, shape, num_classes, null_class=null_class, learned=learned)
     return network
 
 
 @torch.enable_grad()
 def _try(
     network: nn.Module,
-    home: torch.device,
+    place: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, ...],
     num_classes: int | None,
@@ -86,17 +86,17 @@ def _try(
 ) -> None:
     """Call it once: a UserError where that fails, or gives something of another shape."""
     size = 2 * math.prod(shape)
-    x, time = torch.linspace(-1, 1, size, device=home, dtype=dtype).reshape(2, *shape), torch.full((2,), 0.5, device=home)
+    x, time = torch.linspace(-1, 1, size, device=place, dtype=dtype).reshape(2, *shape), torch.full((2,), 0.5, device=place)
     before = x.clone()
     condition: dict[str, torch.Tensor] = {}
     if num_classes is not None:
         last = num_classes if null_class else num_classes - 1
-        condition = {"labels": torch.tensor([0, last], device=home)}
+        condition = {"labels": torch.tensor([0, last], device=place)}
     words = f"network(x {tuple(x.shape)}, time (2,){', labels=' + str(condition['labels'].tolist()) if condition else ''})"
     training = network.training
     try:
-        with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
-            found = network.eval()(x, time, **condition)
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+            output = network.eval()(x, time, **condition)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         hint = "; without classes: class_conditional false" if condition else ""
@@ -104,12 +104,12 @@ def _try(
     finally:
         network.train(training)
     wanted = (2, shape[0] * (2 if learned else 1), *shape[1:])
-    if not isinstance(found, torch.Tensor) or tuple(found.shape) != wanted:
-        gives = f"a tensor {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+    if not isinstance(output, torch.Tensor) or tuple(output.shape) != wanted:
+        gives = f"a tensor {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         raise UserError(f"{words} gives {gives}; it should give a tensor {wanted}")
     if not torch.equal(x, before):
         raise UserError(f"{words} changes x in place, and x is needed afterwards; have it change a copy")
-    if not is_finite(found.detach()):
+    if not is_finite(output.detach()):
         raise UserError(f"{words} gives NaN or infinity, where x is between -1 and 1 and time 0.5")
-    if not found.requires_grad:
+    if not output.requires_grad:
         raise UserError(f"{words} gives a tensor without a gradient; take torch.no_grad, detach or inference_mode out of it")

@@ -41,16 +41,16 @@ def cannot_change(before: Mapping[str, Any], after: Mapping[str, Any], keys: Seq
     """Those of the `keys` in which two plain configs differ that would change what a checkpoint's tensors are, or which images
     come next. Moments of Muon and AdamW are different ones, as are what times learn from losses and how many averages there
     are."""
-    found = [key for key in keys if not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)]
+    refused = [key for key in keys if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)]
     for key in keys:
         was, now = at(before, key), at(after, key)
         one_is_none = (was is None) != (now is None)
         if key.endswith("optimizer.muon") or (key == "ema.snapshot_every" and one_is_none):
-            found.append(key)
+            refused.append(key)
     learned = [at(settings, "times.kind") == "second_moment" for settings in (before, after)]
     if any(learned):
-        found += [key for key in keys if key in ("times", "times.kind", "times.history")]
-    return found
+        refused += [key for key in keys if key in ("times", "times.kind", "times.history")]
+    return refused
 
 
 def ways_on(run: Path, before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence[str]) -> str:
@@ -66,11 +66,11 @@ def images_seen(settings: Mapping[str, Any], step: int, num_images: int) -> int:
     stages = settings.get("stages")
     if not stages:
         return step * settings["batch_size"]
-    seen = 0
+    count = 0
     for i, stage in enumerate(stages):
         batch, length = stage.get("batch_size") or settings["batch_size"], stage["steps"]
         span = length if isinstance(length, int) else Span(**length)
         steps = to_steps(span, batch_size=batch, num_images=num_images)
         taken = step if i == len(stages) - 1 else min(step, steps)
-        seen, step = seen + taken * batch, step - taken
-    return seen
+        count, step = count + taken * batch, step - taken
+    return count

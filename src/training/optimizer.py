@@ -130,15 +130,15 @@ class Muon(torch.optim.AdamW):
                 self._move([weight for weight in group["params"] if weight.grad is not None], group)
 
     def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        found = getattr(self, "found_inf", None)
+        found_inf = getattr(self, "found_inf", None)
         for weight in matrices:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         gradients = [weight.grad for weight in matrices if weight.grad is not None]
         momenta = [self.state[weight]["momentum_buffer"] for weight in matrices]
         rate: Any = group["lr"]
-        if found is not None:
-            gone = found > 0  # then each momentum moves towards itself, and nothing else moves
+        if found_inf is not None:
+            gone = found_inf > 0  # then each momentum moves towards itself, and nothing else moves
             gradients = [torch.where(gone, old, new) for old, new in zip(momenta, gradients, strict=True)]
             rate = rate * ~gone
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])  # pyright: ignore[reportPrivateImportUsage]

@@ -116,7 +116,7 @@ class PairMaker:
         self.contract |= {key: value for key, value in dump(spec).items() if key != "run"}
         self.name = hashlib.sha256(json.dumps(self.contract).encode()).hexdigest()[:8]
         self.folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / self.name
-        start = source.source_sampler(trained=True) if source is not None else None
+        start = source.source_sampler(of_train=True) if source is not None else None
         self._sampler, self._device = build_sampler(run, spec.sampler, source=start), device
         self._num_classes = len(run.class_names) if num_classes is not None else None
         self.source_images = source.train if source is not None and isinstance(source.train, ImageSet) else None

@@ -58,15 +58,15 @@ def preview_paths(
     session.clock.enter("a preview")
     accelerator, count, n = session.accelerator, spec.num_samples, len(class_names)
     each = math.ceil(count / accelerator.num_processes)
-    mine = [i % count for i in range(accelerator.process_index * each, (accelerator.process_index + 1) * each)]
+    indices = [i % count for i in range(accelerator.process_index * each, (accelerator.process_index + 1) * each)]
     values: dict[str, float] = {}
     columns: list[Tensor] = []
     for calls in sorted(spec.calls):
         sampler = sampler_for(SamplerConfig(solver="euler", steps=calls, guidance=spec.guidance))
         starts, reached, measured = [], [], []
-        with looked_at(session) as look:
+        with looked_at(session) as outcome:
             for first in range(0, each, spec.batch_size):
-                part = mine[first : first + spec.batch_size]
+                part = indices[first : first + spec.batch_size]
                 x = sampler.start(0, part).to(accelerator.device, sampler.dtype)
                 labels = None
                 if sampler.num_classes is not None:
@@ -76,7 +76,7 @@ def preview_paths(
                 measured.append(length.straightness(end))
                 starts.append(sampler.decode(x))
                 reached.append(sampler.decode(end))
-        if preview_failed(look, session):
+        if preview_failed(outcome, session):
             columns, values = [], {}  # straightness is along the most calls, or not known
             break
         columns = columns or [_gathered(session, starts)[:count]]
@@ -114,9 +114,9 @@ def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, coupling: Coup
 
 
 def _gathered(session: Session, parts: list[Tensor]) -> Tensor:
-    found = session.accelerator.gather(torch.cat(parts))
-    assert isinstance(found, Tensor)
-    return found
+    gathered = session.accelerator.gather(torch.cat(parts))
+    assert isinstance(gathered, Tensor)
+    return gathered
 
 
 def _some(examples: Examples, count: int) -> NDArray[np.float32]:

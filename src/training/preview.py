@@ -51,15 +51,15 @@ def preview(
         size = f"{columns}x{-(-count // columns)}"
         sheets = [(stem / f"sample_{name}_{size}.png", [i] * count) for i, name in enumerate(file_stems(class_names))]
     for path, labels in sheets:
-        drawn = _draw(sampler, count, spec.batch_size, labels, session)
-        if drawn is None:
+        samples = _draw(sampler, count, spec.batch_size, labels, session)
+        if samples is None:
             break
-        warn_not_finite(drawn, session)
+        warn_not_finite(samples, session)
         with looked_at(session):
             if session.accelerator.is_main_process:
                 names = [class_names[label] for label in labels] if labels is not None else None
                 captions = names if spec.sheets == "one" else None
-                figures.save(figures.grid(figures.to_uint8(drawn), columns=columns, labels=captions), path)
+                figures.save(figures.grid(figures.to_uint8(samples), columns=columns, labels=captions), path)
     if held_out is None:
         return {}
     batch = session.batch_plan.micro
@@ -82,17 +82,17 @@ def looked_at(session: Session) -> AbstractContextManager[Outcome]:
     return warn_on_failure(PREVIEW, lambda what, reason: session.run.warn(what, reason))
 
 
-def preview_failed(look: Outcome, session: Session) -> bool:
+def preview_failed(outcome: Outcome, session: Session) -> bool:
     """Whether drawing failed on any rank, the same answer on all: what was drawn is gathered by all of them or by none."""
-    return failed_on_any(look, PREVIEW, session.accelerator, lambda what, reason: session.run.warn(what, reason))
+    return failed_on_any(outcome, PREVIEW, session.accelerator, lambda what, reason: session.run.warn(what, reason))
 
 
-def warn_not_finite(drawn: Tensor, session: Session) -> None:
+def warn_not_finite(samples: Tensor, session: Session) -> None:
     """Say how many of a preview's images (N, ...) are not finite: a preview is only to be looked at, so the run goes on."""
-    if session.accelerator.is_main_process and not is_finite(drawn):
-        count = int((~torch.isfinite(drawn.flatten(1)).all(1)).sum())
+    if session.accelerator.is_main_process and not is_finite(samples):
+        count = int((~torch.isfinite(samples.flatten(1)).all(1)).sum())
         session.run.say(
-            f"warning: step {session.step}: {count} of {len(drawn)} samples of the preview are not finite (NaN or infinity); "
+            f"warning: step {session.step}: {count} of {len(samples)} samples of the preview are not finite (NaN or infinity); "
             "look at the loss: where it does not come back, start again from an earlier checkpoint or with a lower optimizer.lr"
         )
 
@@ -103,15 +103,15 @@ def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | Non
     rank, world = accelerator.process_index, accelerator.num_processes
     each = math.ceil(count / world)
     indices = range(rank * each, (rank + 1) * each)
-    drawn: list[Tensor] = []
-    with looked_at(session) as look:
+    samples: list[Tensor] = []
+    with looked_at(session) as outcome:
         for start in range(0, each, batch_size):
             part = indices[start : start + batch_size]
             chosen = [labels[i % count] for i in part] if labels is not None else None
-            drawn.append(sampler.draw(0, part, chosen, device=accelerator.device))
-    if preview_failed(look, session):
+            samples.append(sampler.draw(0, part, chosen, device=accelerator.device))
+    if preview_failed(outcome, session):
         return None
-    x = accelerator.gather(torch.cat(drawn))
+    x = accelerator.gather(torch.cat(samples))
     assert isinstance(x, Tensor)
     return x[:count]
 
@@ -140,8 +140,8 @@ def held_out_loss(
         real = start < count  # with FSDP no rank can run alone: one that has no batch left runs along
         indices = chosen[start : start + batch_size] if real else chosen[:1]
         x0 = held_out.load(indices).to(device, dtype)
-        own = indices.tolist()
-        eps = (source(0, own, 0) if source is not None else noise_of(0, own, x0.shape[1:])).to(x0)
+        numbers = indices.tolist()
+        eps = (source(0, numbers, 0) if source is not None else noise_of(0, numbers, x0.shape[1:])).to(x0)
         u = torch.from_numpy(position_uniforms(0, indices)[:, 0])
         condition = {}
         if num_classes is not None:
@@ -173,24 +173,24 @@ def save_first_images(
     which lives on `device`, its latents are noised, and decoded to be looked at."""
     count = min(64, len(train_set))
     chosen = generator(seed, "contact sheet").choice(len(train_set), count, replace=False)
-    seen = train_set.batch(chosen, spec, np.full((count, 3), 0.5))
+    pixels = train_set.batch(chosen, spec, np.full((count, 3), 0.5))
     names = [train_set.class_names[label] if label >= 0 else "" for label in train_set.labels[chosen]]
-    sheet = figures.grid(seen, columns=8, labels=names if train_set.class_names else None)
+    sheet = figures.grid(pixels, columns=8, labels=names if train_set.class_names else None)
     figures.save(sheet, folder / "contact_sheet.png")
     if process is None:
         return
 
-    images = to_network(torch.from_numpy(seen[:12]), device or torch.device("cpu"))
+    images = to_network(torch.from_numpy(pixels[:12]), device or torch.device("cpu"))
     x0 = codec.encode(images, range(len(images))) if codec is not None else images
     schedule = process.schedule
     t = process.draw_times(torch.linspace(0, 1 - 1e-9, len(x0), dtype=torch.float64))
     eps = normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype)
     noised = process.add_noise(x0, eps, t)
     noised = figures.to_uint8(codec.decode(noised) if codec is not None else noised)
-    told = [f"{value:g}" if isinstance(schedule, TableSchedule) else f"{value:.2f}" for value in t.tolist()]
+    labels = [f"{value:g}" if isinstance(schedule, TableSchedule) else f"{value:.2f}" for value in t.tolist()]
     decoded = "" if codec is None else ", decoded"
-    figures.save(figures.grid(seen[:12], columns=12, title="x_0"), folder / "original.png")
-    figures.save(figures.grid(noised, columns=12, title=f"x_t at t = {', '.join(told)}{decoded}"), folder / "noised.png")
+    figures.save(figures.grid(pixels[:12], columns=12, title="x_0"), folder / "original.png")
+    figures.save(figures.grid(noised, columns=12, title=f"x_t at t = {', '.join(labels)}{decoded}"), folder / "noised.png")
 
     if isinstance(schedule, TableSchedule):
         index = list(range(schedule.num_steps))
@@ -218,5 +218,5 @@ def preview_sampler(
 ) -> Sampler:
     """The sampler of a training config's previews, guided where there are classes."""
     spec, clipped = preview.sampler.without_guidance(num_classes is None), cfg.process.clip
-    more = {"clip": clipped, "label_dropout": cfg.label_dropout, "codec": codec, "bounds": bounds}
-    return sampler_of(spec, network, process, shape, num_classes, **more)
+    options = {"clip": clipped, "label_dropout": cfg.label_dropout, "codec": codec, "bounds": bounds}
+    return sampler_of(spec, network, process, shape, num_classes, **options)

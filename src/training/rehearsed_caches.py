@@ -44,9 +44,9 @@ def rehearse_caches(
         autoencoder = autoencoder_for(cfg.autoencoder, run, accelerator.device)
         changes["latents"] = str(caches / "latents")
         places = coupling.cache_folders(autoencoder, changes["latents"], run)
-        kept = zip(*(coupling.cache_folders(autoencoder, cfg.latents, place) for place in (run, run_dir)), strict=True)
+        known_folders = zip(*(coupling.cache_folders(autoencoder, cfg.latents, place) for place in (run, run_dir)), strict=True)
         densities = [density for density in (coupling.data, coupling.source) if density is not None]
-        for density, place, known in zip(densities, places, kept, strict=True):
+        for density, place, known in zip(densities, places, known_folders, strict=True):
             whole = next((path for path in known if path.exists()), None)
             if whole is not None and writes:
                 link_cache(whole, place)

@@ -32,18 +32,18 @@ from .kept import ways_on
 def check_ranks(facts: dict[str, Any]) -> None:
     """A UserError on every rank where one of them sees other images or classes than the first: another copy of the data, or
     another file system."""
-    mine = [
+    facts_here = [
         facts["fingerprint"],
         facts["class_names"],
         facts["counts"],
         (facts.get("source") or {}).get("fingerprint"),
     ]
-    everyone = gather_object([(mine, facts["images"])])
+    everyone = gather_object([(facts_here, facts["images"])])
     (first, count), *others = everyone
-    for rank, (seen, images) in enumerate(others, 1):
-        if seen != first:
-            what = "classes" if seen[1] != first[1] else "images"
-            how = classes_differ(first[1], seen[1]) if what == "classes" else f"{count} images on rank 0, {images} there"
+    for rank, (facts_there, images) in enumerate(others, 1):
+        if facts_there != first:
+            what = "classes" if facts_there[1] != first[1] else "images"
+            how = classes_differ(first[1], facts_there[1]) if what == "classes" else f"{count} images on rank 0, {images} there"
             raise UserError(
                 f"rank {rank} sees other {what} of the data than rank 0 ({how}); put the data where all machines see the same, "
                 "or copy it anew"
@@ -56,18 +56,18 @@ def classes_differ(before: Sequence[str], now: Sequence[str]) -> str:
         return ""
     gone = [name for name in before if normal_form(name) not in map(normal_form, now)]
     new = [name for name in now if normal_form(name) not in map(normal_form, before)]
-    told = [f"{join_names(names)} {word}" for names, word in ((gone, "missing"), (new, "new")) if names]
-    return ", ".join(told) or f"the same ones in another order: {join_names(now, 10)}, where it was {join_names(before, 10)}"
+    parts = [f"{join_names(names)} {word}" for names, word in ((gone, "missing"), (new, "new")) if names]
+    return ", ".join(parts) or f"the same ones in another order: {join_names(now, 10)}, where it was {join_names(before, 10)}"
 
 
 def _other_endings(before: dict[str, Any], now: dict[str, Any]) -> str:
     """A hint for a run whose folder holds other images than it was started with: which files were not read before."""
     old = before.get("endings") or {}
-    more = {ending: count - old.get(ending, 0) for ending, count in now["endings"].items() if ending not in READ_BEFORE}
-    told = ", ".join(f"{count} {ending}" for ending, count in more.items() if count > 0)
-    if not told:
+    counts = {ending: count - old.get(ending, 0) for ending, count in now["endings"].items() if ending not in READ_BEFORE}
+    words = ", ".join(f"{count} {ending}" for ending, count in counts.items() if count > 0)
+    if not words:
         return ""
-    return f"; {told} files are among them, which were not read when the run was started: move them out of the folder to go on"
+    return f"; {words} files are among them, which were not read when the run was started: move them out of the folder to go on"
 
 
 def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
@@ -141,14 +141,14 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"the run directory {self.path} cannot be written: {error}") from None
         try:
-            alone = take_lock(self._lock)
+            has_lock = take_lock(self._lock)
         except OSError as error:
             self.close()
             raise UserError(
                 f"the run directory {self.path} cannot be locked ({error.strerror}), so two launches could write it; give a "
                 "--run-dir on another disk"
             ) from None
-        if not alone:
+        if not has_lock:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self.close()
@@ -224,10 +224,9 @@ class RunDirectory:
                 f"{self.path} was trained on other classes ({named}); give the data its old ones, or give another --run-dir"
             )
         if not same_latents(before.get("latents"), facts.get("latents")):
-            found = describe_differences(before.get("latents") or {}, facts.get("latents") or {}) or [
-                "another cache, made anew"
-            ]
-            raise UserError(f"{self.path} was trained on latents of {' and '.join(found)}; give another --run-dir")
+            reasons = describe_differences(before.get("latents") or {}, facts.get("latents") or {})
+            reasons = reasons or ["another cache, made anew"]
+            raise UserError(f"{self.path} was trained on latents of {' and '.join(reasons)}; give another --run-dir")
         return read_json(resumed / "progress.json")
 
     def hold_config(self, settings: TrainConfig, resumed: Path) -> None:
@@ -247,14 +246,14 @@ class RunDirectory:
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint whose bytes are whole; says which it passed over. Reads only."""
-        found, passed = newest(self.checkpoints)
+        checkpoint, passed = newest(self.checkpoints)
         for line in passed:
             self.say(line)
-        if found is None and passed:
+        if checkpoint is None and passed:
             raise UserError(
                 f"no checkpoint of {self.path} is whole ({'; '.join(passed)}); remove them, in a bucket too, to start anew"
             )
-        return found
+        return checkpoint
 
     def begin(
         self,
@@ -273,9 +272,9 @@ class RunDirectory:
         self.write_json("data.json", facts)
         skipped = [{"name": name, "reason": why} for name, why in skipped_files(train_set, held_out)]
         self.write_json("skipped.json", skipped)
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
         staged = self.path / ".metrics.jsonl.part"
-        staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        staged.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         staged.replace(self.path / "metrics.jsonl")
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
@@ -335,11 +334,11 @@ class RunDirectory:
         """loss.png: values of metrics.jsonl over the steps, panel by panel; what was never logged is left out."""
         with warn_on_failure("loss.png", self.warn):
             lines = self.read_metrics()
-            found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+            curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
             for panel, names in panels.items():
                 for name in names:
                     known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
                     if known:
-                        found.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
-            if found:
-                figures.curves(self.path / "loss.png", found, xlabel="step", title=self.path.resolve().name, log={"loss"})
+                        curves.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
+            if curves:
+                figures.curves(self.path / "loss.png", curves, xlabel="step", title=self.path.resolve().name, log={"loss"})

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config.progress import Phases
 from .clock import Clock
+from .state import TrainState
 from .uploads import Uploads
 
 RESTART = -1  # what `train` returns, instead of an exit status, to be called again: it goes on from the newest checkpoint
@@ -19,7 +20,8 @@ class RunMode:
 
     A `quiet` run says nothing but what it does at the moment, in lines that begin with `job`, and makes no report. `closing`
     is closed however the training ends; `on_kill` is called where a second signal ends the process at once; `set_batch` is told
-    the batch, the micro-batch and its key of each stage. `uploads`, `clock`, `facts` and `num_parameters` are the run's.
+    the batch, the micro-batch and its key of each stage. `uploads`, `clock`, `facts` and
+    `train_state` are the run's.
     """
 
     quiet: bool = False
@@ -31,7 +33,7 @@ class RunMode:
     uploads: Uploads | None = None
     clock: Clock | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    num_parameters: int = 0
+    train_state: TrainState | None = None
     _phases: Phases | None = None
 
     def enter_phase(self, what: str, *, at_once: bool = True) -> None:

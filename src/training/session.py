@@ -94,9 +94,9 @@ class Session:
         resumed = broadcast(self.run.newest_checkpoint() if self.run.writes else None)
         if resumed is not None:
             if not resumed.is_dir():
-                more = ", or set bucket" if self.cfg.bucket is None else "; the bucket does not have it yet"
+                advice = ", or set bucket" if self.cfg.bucket is None else "; the bucket does not have it yet"
                 raise UserError(
-                    f"{resumed} is on the first machine and not on this one: put the run on a file system that all see{more}"
+                    f"{resumed} is on the first machine and not on this one: put the run on a file system that all see{advice}"
                 )
             self.run.hold_config(self.cfg, resumed)  # first: it names the key, where weights that do not fit name tensors
             self.progress = self.run.adopt_progress(resumed, self.facts, classes=self.cfg.uses_classes)
@@ -196,7 +196,7 @@ class Session:
         shown, tell = accelerator.is_main_process and not self.run_mode.quiet, self._tell if self.run_mode.quiet else None
         self.clock = Clock(self.step, images, None if endless else total_images, shown=shown, tell=tell)
         self.run_mode.clock, self.run_mode.facts = self.clock, facts
-        self.run_mode.num_parameters = self.train_state.num_parameters
+        self.run_mode.train_state = self.train_state
 
     def _tell(self, what: str, at_once: bool) -> None:
         self.run_mode.enter_phase(what if at_once else f"{self._stage}, {what}", at_once=at_once)
@@ -372,12 +372,12 @@ class Session:
             message = f"stopped at step {self.step}, whose gradients were not finite, so it was not saved; {there}{further}"
         return self._end_run("stopped", message, 1 if self.gate.stop else 0)
 
-    def write_final(self, *, progress: dict[str, Any] | None = None, more: tuple[Tensors, Documents] = ({}, {})) -> None:
-        """Leave `final/` (`progress` beside the step, and `more` files): before anything that is only to be looked at."""
+    def write_final(self, *, progress: dict[str, Any] | None = None, files: tuple[Tensors, Documents] = ({}, {})) -> None:
+        """Leave `final/` (`progress` beside the step, and more `files`): before anything that is only to be looked at."""
         weights = self.train_state.weights(keep=self.run.writes)
         if self.run.writes:
-            documents = {**self.documents({"step": self.step, **(progress or {})}), **more[1]}
-            checkpoint.write_folder(self.run.final, {"ema": weights, **more[0]}, documents)
+            documents = {**self.documents({"step": self.step, **(progress or {})}), **files[1]}
+            checkpoint.write_folder(self.run.final, {"ema": weights, **files[0]}, documents)
 
     def end_finished(self, message: str, curves: dict[str, list[str]]) -> int:
         """Leave loss.png with panels of `curves`, and a last word; `final/` is there."""

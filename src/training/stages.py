@@ -172,14 +172,14 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
 
 def stage_warnings(stages: Sequence[StageConfig], *, from_scratch: bool, model: VAEConfig | None = None) -> list[str]:
     """What is allowed and seldom wanted, in the stages and in the autoencoder."""
-    found, tanh = _resampling(model) if model is not None else [], False
+    lines, tanh = _resampling(model) if model is not None else [], False
     for i, stage in enumerate(stages):
         tanh |= stage.tanh
         if stage.perceptual is not None and not tanh:
-            found.append(f"stages.{i}: perceptual without tanh lets colours run out of their range; set tanh")
+            lines.append(f"stages.{i}: perceptual without tanh lets colours run out of their range; set tanh")
     if stages[0].tanh and from_scratch:
-        found.append("stages.0: tanh in a first stage from scratch leaves blobs; turn it on in a later one")
-    return found
+        lines.append("stages.0: tanh in a first stage from scratch leaves blobs; turn it on in a later one")
+    return lines
 
 
 def _resampling(model: VAEConfig) -> list[str]:
@@ -191,8 +191,8 @@ def _resampling(model: VAEConfig) -> list[str]:
     ]
     if not legacy:
         return []
-    leaves = "leaves" if len(legacy) == 1 else "leave"
+    verb = "leaves" if len(legacy) == 1 else "leave"
     return [
-        f"{' and '.join(legacy)} {leaves} checkerboards in images or gradients (Odena et al. 2016, "
+        f"{' and '.join(legacy)} {verb} checkerboards in images or gradients (Odena et al. 2016, "
         "distill.pub/2016/deconv-checkerboard); average and nearest do not"
     ]

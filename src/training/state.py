@@ -41,17 +41,17 @@ class TrainState:
 
     def tensors(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint holds, likewise."""
-        found = {name: on_cpu(network.state_dict(), keep=keep) for name, network in self.ema.networks.items()}
+        state = {name: on_cpu(network.state_dict(), keep=keep) for name, network in self.ema.networks.items()}
         for (name, moments), (network, optimizer) in self._pairs.items():
-            found[name] = on_cpu(network.state_dict(), keep=keep)
-            found[moments] = optimizer_state(optimizer, names_of(network), keep=keep)
+            state[name] = on_cpu(network.state_dict(), keep=keep)
+            state[moments] = optimizer_state(optimizer, names_of(network), keep=keep)
         learned = self._times.tensors() if self._times is not None else {}
-        return found | ({"times": learned} if learned else {})
+        return state | ({"times": learned} if learned else {})
 
     def averages(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """What a snapshot holds for post-hoc averages, in half precision, likewise."""
-        found = {name: on_cpu(network.state_dict(), keep=keep) for name, network in self.ema.averages.items()}
-        return {name: {key: value.half() for key, value in tensors.items()} for name, tensors in found.items()}
+        states = {name: on_cpu(network.state_dict(), keep=keep) for name, network in self.ema.averages.items()}
+        return {name: {key: value.half() for key, value in tensors.items()} for name, tensors in states.items()}
 
     def load(self, folder: Path) -> None:
         """Put a checkpoint's tensors back; one of another architecture is a UserError."""
@@ -72,8 +72,8 @@ class Meter:
         self._accelerator = accelerator
         self._sums: dict[str, Tensor] = {}
         for name, sums in (saved or {}).items():
-            mine = [sums["sum"], sums["count"]] if accelerator.is_main_process else [0.0, 0.0]
-            self._sums[name] = torch.tensor(mine, device=accelerator.device)
+            start = [sums["sum"], sums["count"]] if accelerator.is_main_process else [0.0, 0.0]
+            self._sums[name] = torch.tensor(start, device=accelerator.device)
 
     def add(self, images: int, **losses: Tensor) -> None:
         """Each loss () is a sum over `images`."""

@@ -28,7 +28,7 @@ class TimeSampler:
             self._history = np.zeros((process.schedule.num_steps, spec.history))
             self._counts = np.zeros(process.schedule.num_steps, dtype=np.int64)
         self._t = self._weights = torch.empty(0, dtype=torch.float64)
-        self._seen: list[Tensor] = []
+        self._losses: list[Tensor] = []
         self._pending: deque[tuple[Tensor, Tensor, Any]] = deque()
 
     def probabilities(self) -> np.ndarray | None:
@@ -63,16 +63,16 @@ class TimeSampler:
         """The losses (b,) of the samples that are this slice of the batch, weighted for how often their times are drawn."""
         if self._history is None:
             return losses
-        self._seen.append(losses.detach())
+        self._losses.append(losses.detach())
         return losses * self._weights[local_slice].to(losses.device, losses.dtype, non_blocking=True)
 
     def observe(self, accelerator: Accelerator) -> None:
         """After the last micro-batch of a step, on all ranks: keep what its losses were. They count `LAG` steps later."""
         if self._history is None:
             return
-        losses = accelerator.gather(torch.cat(self._seen))  # ranks hold slices of the batch, in their order
+        losses = accelerator.gather(torch.cat(self._losses))  # ranks hold slices of the batch, in their order
         assert isinstance(losses, Tensor)
-        self._seen, event = [], None
+        self._losses, event = [], None
         if losses.is_cuda:
             host = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
             host.copy_(losses, non_blocking=True)

@@ -41,16 +41,18 @@ def verify_resume(train: Train, cfg: TrainConfig, run_dir: Path) -> int:
             return 1
         state = PartialState()
         for step in sorted({1, last - 1}):
-            again = enter_run(folder, folder / f"from_{step}")
+            resumed_run = enter_run(folder, folder / f"from_{step}")
             if not step_folder(folder / "whole" / "checkpoints", step + 1).exists():
                 raise UserError(f"no step {step + 1} was saved: the run is shorter, or its loss is not finite")
             if state.is_main_process:
-                shutil.copytree(step_folder(folder / "whole" / "checkpoints", step), step_folder(again / "checkpoints", step))
+                shutil.copytree(
+                    step_folder(folder / "whole" / "checkpoints", step), step_folder(resumed_run / "checkpoints", step)
+                )
             state.wait_for_everyone()
-            if call(train, short, again, run_mode(), step + 1):
+            if call(train, short, resumed_run, run_mode(), step + 1):
                 return 1
             if state.is_main_process:
-                pair = [step_folder(run / "checkpoints", step + 1) for run in (folder / "whole", again)]
+                pair = [step_folder(run / "checkpoints", step + 1) for run in (folder / "whole", resumed_run)]
                 lines, count = compare_checkpoints(*pair)
                 differences += [f"step {step + 1}: {line}" for line in lines]
                 saved_steps += f"saved and loaded after step {step}: step {step + 1} both ways, {count} tensors; "

@@ -14,7 +14,7 @@ from src.runtime.examples import Examples
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.inversion import measure
 from src.sampling.points import move_points, velocity
-from src.training.paths import PathLength, first_ends
+from src.training.paths import PathLength, save_first_blends
 from tests.conftest import randomise
 
 BLEND = Process(schedule=BlendSchedule(), target="blend", time_input=TimeInput(kind="alpha"))
@@ -70,7 +70,7 @@ def test_redraw_draws_anew_in_each_step_and_sweep() -> None:
 
 def test_the_blend_before_training_goes_from_source_to_data(tmp_path: Path) -> None:
     data = Examples(np.full(50, -1), lambda indices: torch.full((len(indices), 2), 2.0))
-    first_ends(sampler(), data, tmp_path)
+    save_first_blends(sampler(), data, tmp_path)
     with Image.open(tmp_path / "blend.png") as image:
         shown = np.asarray(image.convert("L"))[27:-5]  # below the titles, inside the frames
     width = shown.shape[1] // 9

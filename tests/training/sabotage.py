@@ -20,11 +20,14 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
+import ddpm_accelerate  # noqa: E402
+from src.config import load as load_config  # noqa: E402
 from src.doctor import proof  # noqa: E402
 from src.training.state import TrainState  # noqa: E402
 
 RANK = int(os.environ["RANK"])
-network, take_step, load, all_reduce = proof.Bench.network, proof.take_step, TrainState.load, dist.all_reduce
+SMOKE = load_config(ROOT / "configs/smoke/ddpm.json", ddpm_accelerate.Config)
+network, load, all_reduce, update = proof.Bench.network, TrainState.load, dist.all_reduce, ddpm_accelerate.update
 
 
 def other_gradients(bench: proof.Bench) -> torch.nn.Module:
@@ -35,13 +38,12 @@ def other_gradients(bench: proof.Bench) -> torch.nn.Module:
     return made
 
 
-def other_parameter(bench: proof.Bench, trainee: proof.Trainee, step: int) -> float:
-    """On rank 1 a weight is changed a little, once."""
-    loss = take_step(bench, trainee, step)
-    if RANK == 1 and step == 3:
+def other_parameter(optimizer: Any, *rest: Any) -> None:
+    """On rank 1 a weight is changed a little in each step."""
+    update(optimizer, *rest)
+    if RANK == 1:
         with torch.no_grad():
-            next(trainee.network.parameters()).flatten()[0] += 1e-9
-    return loss
+            optimizer.param_groups[0]["params"][0].flatten()[0] += 1e-9
 
 
 def without_a_moment(trained: TrainState, folder: Path) -> None:
@@ -75,12 +77,22 @@ def hanging(bench: proof.Bench) -> proof.Verdict:
     return proof.first_collective(bench)
 
 
+def shared_folder(folder: Path) -> Path:
+    """A new one for each scenario, with the same name on both ranks."""
+    global number
+    number += 1
+    return folder / f"scenario_{number}"
+
+
+number = 0
+
+
 def run(folder: Path, stages: str, cfg: Any = None) -> list[dict]:
     rows: list[proof.Row] = []
     chosen = {name: stage for name, stage in proof.STAGES.items() if name in stages.split(", ")}
     with patch.object(proof, "STAGES", chosen):
         try:
-            proof.prove(cfg, folder, rows.append)
+            proof.prove(cfg, SMOKE, shared_folder(folder), rows.append)
         except proof.Broken as error:
             print(f"broken: {error}", file=sys.stderr)
     return [row._asdict() for row in rows]
@@ -96,9 +108,13 @@ def main() -> None:
     found["sound"] = run(folder, ", ".join(name for name in proof.STAGES if name != "compile"))
     with patch.object(proof.Bench, "network", other_gradients):
         found["gradients"] = run(folder, "gradients")
-    with patch.object(proof, "accumulating", lambda accelerator, model, *_: accelerator.no_sync(model)):
+
+    def never_averaged(accelerator: Any, model: Any, *_: object) -> Any:
+        return accelerator.no_sync(model)
+
+    with patch.object(proof, "accumulating", never_averaged), patch.object(ddpm_accelerate, "accumulating", never_averaged):
         found["not averaged"] = run(folder, "gradients, ten steps")
-    with patch.object(proof, "take_step", other_parameter):
+    with patch.object(ddpm_accelerate, "update", other_parameter):
         found["parameter"] = run(folder, "ten steps")
     with patch.object(TrainState, "load", without_a_moment):
         found["moment"] = run(folder, steps)

@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 import src.training.state
 from src import figures, losses
 from src.config import UserError, load
-from src.doctor import health, needs, proof
+from src.doctor import health, needs, own_script, proof
 from src.doctor.health import Row, Verdict, examine
 from src.runtime import checkpoint
 from tests.conftest import ROOT, SMOKE, command, environment
@@ -34,6 +34,7 @@ from tests.storage_server import StorageServer
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
+import doctor
 import train_iadb
 import train_ldm
 import train_vae
@@ -327,7 +328,7 @@ def prove(folder: Path, *stages: str, cfg: ddpm_accelerate.Config | None = None)
         patch.setattr(proof, "STAGES", {name: proof.STAGES[name] for name in chosen})
         AcceleratorState._reset_state(True)
         try:
-            proof.prove(cfg, folder, rows.append)
+            proof.prove(cfg, cfg or smoke(), Path(tempfile.mkdtemp(dir=folder)), rows.append)
         finally:
             AcceleratorState._reset_state(True)
     return {row.name: row for row in rows}
@@ -346,18 +347,18 @@ def test_one_process_is_sound_and_says_what_it_did_not_try(tmp_path: Path) -> No
         "resume": "pass",
     }
     assert all("one process: not tested" in row.found for row in found.values() if row.status == "skip")
-    assert "small U-Net in float64" in found["resume"].found
+    assert "ddpm_accelerate.py, shrunk, in float64" in found["resume"].found
     assert not torch.are_deterministic_algorithms_enabled()
-    own = prove(tmp_path, "gradients", "ten steps", "resume", cfg=smoke("mixed_precision=bf16"))
-    assert "the config's U-Net" in own["resume"].found and "bf16" in own["resume"].found and own["gradients"].status == "skip"
+    found = prove(tmp_path, "gradients", "ten steps", "resume", cfg=smoke("mixed_precision=bf16"))
+    assert "shrunk, in bf16" in found["resume"].found and found["gradients"].status == "skip"
 
 
 def test_which_network_the_proof_trains() -> None:
     mine = proof.subject(smoke())
     assert mine.model.dropout == 0 and mine.shape == (3, 16, 16) and mine.machine.dtype == "float64"
     large = proof.subject(load(ROOT / "configs/celeba64_ddpm.json", ddpm_accelerate.Config))
-    assert "small" in large.told and "M parameters at 64 px: slow" in large.told
-    assert "none on pixels" in proof.subject(load(ROOT / "configs/points2d_iadb.json", train_iadb.Config)).told
+    assert "small" in large.words and "M parameters at 64 px: slow" in large.words
+    assert "none on pixels" in proof.subject(load(ROOT / "configs/points2d_iadb.json", train_iadb.Config)).words
 
 
 def test_a_device_that_computes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,51 +409,63 @@ def test_a_gpu_is_full_of_what_others_keep_there(monkeypatch: pytest.MonkeyPatch
 
 def test_steps_and_resuming_that_go_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        real = proof.backward
-        patch.setattr(proof, "backward", lambda *args: real(*args) * float("nan"))
-        assert prove(tmp_path, "ten steps")["ten steps"].status == "fail"
+        patch.setattr(ddpm_accelerate, "clip_gradients", lambda *_: torch.tensor(float("nan")))
+        row = prove(tmp_path, "ten steps")["ten steps"]
+        assert row.status == "fail" and "not finite" in row.found
     with monkeypatch.context() as patch:  # micro-batches that overwrite each other
         patch.setattr(proof, "accumulating", lambda _, model, *__: model.zero_grad() or contextlib.nullcontext())
         assert prove(tmp_path, "gradients")["gradients"].status == "fail"
     with monkeypatch.context() as patch:
-        real_state = src.training.state.load_optimizer_state
+        load_state = src.training.state.load_optimizer_state
 
-        def drop(optimizer: object, names: object, state: dict) -> None:
-            real_state(optimizer, names, {key: value for key, value in state.items() if not key.endswith("exp_avg_sq")})  # pyright: ignore[reportArgumentType]
+        def zero(optimizer: Any, *rest: Any) -> None:
+            load_state(optimizer, *rest)
+            next(iter(optimizer.state.values()))["exp_avg_sq"].zero_()
 
-        patch.setattr(src.training.state, "load_optimizer_state", drop)
-        assert prove(tmp_path, "ten steps", "resume")["resume"].status == "fail"
+        patch.setattr(src.training.state, "load_optimizer_state", zero)
+        row = prove(tmp_path, "ten steps", "resume")["resume"]
+        assert row.status == "fail" and "tensors are others after going on from a checkpoint" in row.found
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "damage", lambda folder: "model.safetensors is damaged")
+        patch.setattr(own_script.OwnScript, "read_problem", lambda *_: "model.safetensors is damaged")
         row = prove(tmp_path, "ten steps", "resume")["resume"]
         assert row.status == "fail" and "is damaged" in row.found and "all machines see" in row.advice
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
-        row = prove(tmp_path, "ten steps", "resume")["resume"]
+        row = prove(tmp_path, "ten steps")["ten steps"]
         assert row.found.startswith("the disk is full: ") and row.advice == "make room and run the same command again"
 
 
 def test_a_step_that_cannot_be_repeated_is_no_failure_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has no deterministic way is allowed but in the steps that are compared to the bit: there nothing may be left so."""
-    warns, real = list[bool](), proof.take_step
+    """What has no deterministic way is left so, and then nothing is compared to the bit."""
+    update = ddpm_accelerate.update
 
-    def step(*args: Any) -> float:
-        warns.append(torch.is_deterministic_algorithms_warn_only_enabled())
-        return real(*args)
+    def put(*args: Any) -> None:
+        torch.zeros(2).put_(torch.tensor([1]), torch.ones(1))
+        update(*args)
 
-    monkeypatch.setattr(proof, "take_step", step)
-    assert prove(tmp_path, "ten steps", "resume")["resume"].status == "pass"
-    assert warns == [True] * 10 + [False] * 2 and not torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(ddpm_accelerate, "update", put)
+    rows = prove(tmp_path, "ten steps", "resume")
+    assert "10 steps are taken" in rows["ten steps"].found and not torch.are_deterministic_algorithms_enabled()
+    assert rows["resume"].status == "skip" and "no deterministic put_ here" in rows["resume"].found
 
-    def put(*args: Any) -> float:
-        warned = pytest.warns(UserWarning, match="put_ does not have a deterministic")
-        with warned if torch.is_deterministic_algorithms_warn_only_enabled() else contextlib.nullcontext():
-            torch.zeros(2).put_(torch.tensor([1]), torch.ones(1))
-        return real(*args)
 
-    monkeypatch.setattr(proof, "take_step", put)
-    row = prove(tmp_path, "ten steps", "resume")["resume"]
-    assert row.status == "skip" and "no deterministic put_ here" in row.found, row
+SHRUNK = [
+    *(ROOT / "configs" / "smoke").glob("*.json"),
+    ROOT / "configs/points2d_iadb.json",
+    ROOT / "configs/cats512_latent_iadb.json",
+]
+
+
+@pytest.mark.parametrize("path", SHRUNK, ids=lambda path: path.stem)
+def test_the_script_of_each_kind_of_config_is_tried(path: Path, tmp_path: Path) -> None:
+    cfg = doctor.load_config(str(path), [])
+    AcceleratorState._reset_state(True)
+    rows: list[Row] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "STAGES", {name: proof.STAGES[name] for name in ("ten steps", "resume")})
+        proof.prove(cfg, cfg, tmp_path, rows.append)
+    assert [row.status for row in rows] == ["skip", "pass"], rows
+    assert f"{type(cfg).__module__}.py, shrunk, in {'bf16' if cfg.mixed_precision == 'bf16' else 'float64'}" in rows[1].found
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,11 @@ from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.runtime.checkpoint import spared_steps
 from src.runtime.stream import MicroBatch, plan_batch
-from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, won
+from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_warnings
 from src.training.codebook import CodebookStep
-from src.training.draws import StepNoise
 from src.training.optimizer import OptimizerConfig
-from src.training.stages import StageConfig, plan_stages, warnings
+from src.training.stages import StageConfig, plan_stages, stage_warnings
+from src.training.step_noise import StepNoise
 from src.training.time_sampler import TimeSampler
 
 
@@ -44,12 +44,12 @@ def test_stages_follow_each_other_in_steps_and_images() -> None:
         {"steps": {"epochs": 1}, "adversarial": late}, {"steps": 5, "image_size": 64, "batch_size": 2}, {"steps": 3}
     )
     first, second, third = plan_stages(cfg, 100, rank=0, world=1)
-    assert (first.first, first.end, first.judged_from) == (0, 13, 7), "13 steps of 8 are an epoch of 100"
-    assert (second.first, second.end, second.split.images_before, second.split.micro) == (13, 18, 104, 2)
-    assert (third.split.images_before, third.split.images_at(19), third.image.size) == (114, 122, 32)
-    assert second.split.positions(14, 0) == range(106, 108) and second.split.of_step(0) == slice(0, 2)
+    assert (first.first, first.end, first.adversary_from) == (0, 13, 7), "13 steps of 8 are an epoch of 100"
+    assert (second.first, second.end, second.batch_plan.images_before, second.batch_plan.micro) == (13, 18, 104, 2)
+    assert (third.batch_plan.images_before, third.batch_plan.images_at(19), third.image.size) == (114, 122, 32)
+    assert second.batch_plan.positions(14, 0) == range(106, 108) and second.batch_plan.of_step(0) == slice(0, 2)
     assert first.adversary_at(6) is None and first.adversary_at(7) is first.config.adversarial
-    assert first.adversary_at(0, always=True) is not None and second.adversary_at(13, always=True) is None
+    assert first.adversary_at(6) is None and first.adversary_at(7) is not None and second.adversary_at(13) is None
     assert "stage 2 of 3: steps 13 to 18, 64 px, l1 + 0.0001 KL" in second.describe(3)
 
 
@@ -65,10 +65,10 @@ def test_rates_start_anew_in_each_stage() -> None:
 
 
 def test_what_is_seldom_wanted_is_said() -> None:
-    said = warnings(stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), from_scratch=True)
+    said = stage_warnings(stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), from_scratch=True)
     assert len(said) == 1 and "leaves blobs" in said[0], "tanh stays on, so the second stage is in order"
-    assert warnings(stages({"steps": 1, "tanh": True}), from_scratch=False) == []
-    assert "perceptual without tanh" in warnings(stages({"steps": 1, "perceptual": {}}), from_scratch=True)[0]
+    assert stage_warnings(stages({"steps": 1, "tanh": True}), from_scratch=False) == []
+    assert "perceptual without tanh" in stage_warnings(stages({"steps": 1, "perceptual": {}}), from_scratch=True)[0]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_is_seldom_wanted_is_said() -> None:
     ],
 )
 def test_checkerboards_are_warned_of(options: dict, said: str | None) -> None:
-    found = warnings(stages({"steps": 1}), from_scratch=True, model=validate(VAEConfig, options))
+    found = stage_warnings(stages({"steps": 1}), from_scratch=True, model=validate(VAEConfig, options))
     assert len(found) == (said is not None)
     assert said is None or (said in found[0] and "Odena et al. 2016" in found[0])
 
@@ -108,7 +108,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_of_the_whole_batch() -> N
 
 def test_the_guard_holds_reconstruction_against_the_stages_best() -> None:
     spec, guard = GuardConfig(worse_factor=1.5, rollback=True, max_rollbacks=1), Guard()
-    assert guard.enter(1) and not guard.enter(1)
+    assert guard.enter_stage(1) and not guard.enter_stage(1)
     assert guard.watch(spec, 0, 0.4) and guard.healthy_step is None
     assert guard.watch(spec, 10, 0.2) and guard.watch(spec, 20, 0.29) and not guard.watch(spec, 30, 0.31)
     assert (guard.best, guard.healthy_step) == (0.2, 20) and guard.rolls_back(spec)
@@ -120,13 +120,13 @@ def test_the_guard_holds_reconstruction_against_the_stages_best() -> None:
     assert again == guard and Guard.load(None) == Guard() == Guard.load(Guard().saved())
     again.rollbacks = 1
     assert not again.rolls_back(spec) and "rolled back 1 times already" in again.explain(spec, 30, 0.31, {})
-    assert guard.enter(2) and guard.best == float("inf") and not guard.rolls_back(spec)
+    assert guard.enter_stage(2) and guard.best == float("inf") and not guard.rolls_back(spec)
     assert "no checkpoint of this stage" in guard.explain(spec, 1, 0.5, {})
 
 
 def test_a_dip_at_the_start_of_a_stage_leaves_a_checkpoint_to_go_back_to() -> None:
     spec, guard = GuardConfig(worse_factor=1.5, rollback=True), Guard()
-    guard.enter(2)
+    guard.enter_stage(2)
     guard.saved_before(20)
     assert guard.watch(spec, 20, 0.1)
     assert guard.watch(spec, 24, 0.3, adversary=False), "no fault of an adversary that has not begun"
@@ -135,7 +135,7 @@ def test_a_dip_at_the_start_of_a_stage_leaves_a_checkpoint_to_go_back_to() -> No
     assert not guard.watch(spec, 36, float("nan"), adversary=False) and guard.best == 0.3
 
     guard = Guard()
-    guard.enter(1)
+    guard.enter_stage(1)
     assert guard.watch(spec, 0, 0.05) and guard.back_to is None and not guard.rolls_back(spec), "nothing is saved at step 0"
     guard.saved_before(0)
     assert guard.back_to is None
@@ -144,7 +144,7 @@ def test_a_dip_at_the_start_of_a_stage_leaves_a_checkpoint_to_go_back_to() -> No
     assert "going back to step 6, with 0.25 times" in guard.explain(spec, 10, 0.2, {})
     assert spared_steps({"guard": guard.saved()}) == {6}, "however many are saved after it"
     again = Guard.load(guard.saved())
-    assert again == guard and again.enter(2) and again.back_to is None
+    assert again == guard and again.enter_stage(2) and again.back_to is None
     guard.watch(spec, 12, 0.04)
     assert guard.back_to == 12 and spared_steps({"guard": guard.saved()}) == {12}
     before = {key: value for key, value in guard.saved().items() if key != "before_step"}
@@ -152,9 +152,9 @@ def test_a_dip_at_the_start_of_a_stage_leaves_a_checkpoint_to_go_back_to() -> No
 
 
 def test_an_adversary_that_has_won_is_named() -> None:
-    assert won({"discriminator_accuracy": 0.7, "adaptive_weight": 3.0}) == [] == won({})
-    assert "has won (accuracy 0.990)" in won({"discriminator_accuracy": 0.99})[0]
-    assert "at its limit" in won({"adaptive_weight": 1e4})[0]
+    assert winner_warnings({"discriminator_accuracy": 0.7, "adaptive_weight": 3.0}) == [] == winner_warnings({})
+    assert "has won (accuracy 0.990)" in winner_warnings({"discriminator_accuracy": 0.99})[0]
+    assert "at its limit" in winner_warnings({"adaptive_weight": 1e4})[0]
 
 
 def test_a_codebooks_step_is_the_same_however_the_batch_is_split() -> None:
@@ -165,9 +165,9 @@ def test_a_codebooks_step_is_the_same_however_the_batch_is_split() -> None:
         book = Codebook(VQBottleneck(kind="vq", codes=6), 3).double()
         step = CodebookStep(book, mean.shape, 5, 0)
         for i in range(parts):
-            here = slice(i * 8 // parts, (i + 1) * 8 // parts)
-            codes = book.nearest(mean[here].double())
-            vectors = step.watch(Reconstruction(mean[here], mean[here].double(), None, codes), here)
+            local_slice = slice(i * 8 // parts, (i + 1) * 8 // parts)
+            codes = book.nearest(mean[local_slice].double())
+            vectors = step.add(Reconstruction(mean[local_slice], mean[local_slice].double(), None, codes), local_slice)
             assert torch.equal(vectors, book.look_up(codes))
         step.update(Accelerator(cpu=True), torch.tensor(True))
         ends.append(book.codebook)
@@ -188,9 +188,9 @@ def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
     assert torch.equal(one.eps, again.eps) and torch.equal(one.t, again.t) and torch.equal(one.dropped, again.dropped)
     assert not torch.equal(one.eps, other.eps) and one.eps.shape == (64, 1, 2, 2) and 0 < int(one.dropped.sum()) < 40
     micro = MicroBatch(torch.zeros(16, 2, 2, 1), torch.tensor([0, 1, -1, 2] * 4), 0)
-    here = split.of_step(1)
-    assert one.condition(micro, here, None) == {}
-    labels = one.condition(micro, here, 5)["labels"]
-    null = one.dropped[here] | (micro.labels < 0)
+    local_slice = split.of_step(1)
+    assert one.condition(micro.labels, local_slice, None) == {}
+    labels = one.condition(micro.labels, local_slice, 5)["labels"]
+    null = one.dropped[local_slice] | (micro.labels < 0)
     assert torch.equal(labels == 5, null) and torch.equal(labels[~null], micro.labels[~null])
     assert not draw(7, dropout=0.0).dropped.any() and draw(7, dropout=1.0).dropped.all()

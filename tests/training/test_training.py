@@ -31,7 +31,7 @@ from src.runtime.seeds import generator, normal, torch_seed, uniforms
 from src.runtime.stopping import StepGate, StopRequest
 from src.runtime.stream import Order, plan_batch, stream, to_network
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
-from src.training.ema import EMA, WIDTHS, EMAConfig, Kept, exponent, post_hoc_weights
+from src.training.ema import EMA, WIDTHS, EMAConfig, Snapshot, exponent, post_hoc_weights
 from src.training.optimizer import (
     OptimizerConfig,
     adamw,
@@ -286,13 +286,13 @@ def test_post_hoc_averages_are_those_of_the_whole_path(tmp_path: Path) -> None:
             for width, name in zip(WIDTHS, ema.averages, strict=True):
                 found = float(ema.averages[name].weight)
                 assert found == pytest.approx(average_of(path[:step], width), abs=0.02)
-                kept.append((Kept(width, 8 * step), found))
+                kept.append((Snapshot(width, 8 * step), found))
     shots, values = [shot for shot, _ in kept], np.array([value for _, value in kept])
     for width in (0.04, 0.05, 0.08, 0.1, 0.15):
         weights, missed = post_hoc_weights(shots, width)
         assert missed < 0.06 and weights @ values == pytest.approx(average_of(path, width), abs=0.02)
     weights, missed = post_hoc_weights(shots, 0.05)  # one that was kept
-    assert missed < 1e-3 and weights[shots.index(Kept(0.05, 16_000))] == pytest.approx(1, abs=1e-3)
+    assert missed < 1e-3 and weights[shots.index(Snapshot(0.05, 16_000))] == pytest.approx(1, abs=1e-3)
     assert abs(average_of(path, 0.04) - average_of(path, 0.15)) > 0.1  # so that they can be told apart
     assert post_hoc_weights(shots[:2], 0.2)[1] > 0.1  # a single snapshot cannot make a long one
 
