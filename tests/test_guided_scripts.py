@@ -369,8 +369,8 @@ def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path:
     assert drawn.shape == (4, 3, 32, 32) and not torch.allclose(drawn, other, atol=1e-3)
     wrong, shown = tmp_path / "wrong.npz", np.zeros((2, 16, 16, 3), np.uint8)
     for arrays, said in (
-        ((np.zeros((2, 8, 8, 3), np.uint8),), "holds no (N, 16, 16, 3) uint8 pictures"),
-        ((shown[:0],), "holds no (N, 16, 16, 3) uint8 pictures"),
+        ((np.zeros((2, 8, 8, 3), np.uint8),), "holds no (N, 16, 16, 3) uint8 images"),
+        ((shown[:0],), "holds no (N, 16, 16, 3) uint8 images"),
         ((shown, np.array([0, 4])), "arr_1 is no list of 2 labels from 0 to 3"),
         ((shown, np.array([0])), "arr_1 is no list of 2 labels"),
         ((shown, np.array([0.0, 1.0])), "arr_1 is no list of 2 labels"),
