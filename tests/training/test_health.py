@@ -349,7 +349,7 @@ def test_one_process_is_sound_and_says_what_it_did_not_try(tmp_path: Path) -> No
     assert "small U-Net in float64" in found["resume"].found
     assert not torch.are_deterministic_algorithms_enabled()
     own = prove(tmp_path, "gradients", "ten steps", "resume", cfg=smoke("mixed_precision=bf16"))
-    assert "the config's U-Net" in own["resume"].found and "bf16" in own["resume"].found and own["gradients"].status == "skip"
+    assert "the config's network" in own["resume"].found and "bf16" in own["resume"].found and own["gradients"].status == "skip"
 
 
 def test_which_network_the_proof_trains() -> None:
