@@ -13,7 +13,7 @@ import pytest
 from src.config import read_json
 from tests import kills
 from tests.conftest import ROOT, environment, launch
-from tests.test_setup import checkout, pictures_in
+from tests.test_setup import checkout, write_images
 
 # `srun` starts a process for each task, passes SIGUSR1 on, and ends with the worst of their statuses.
 SRUN = """#!{python}
@@ -94,7 +94,7 @@ def test_what_an_earlier_start_said_does_not_count_and_any_warning_is_passed_on(
 def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
     folder, extra = cluster(tmp_path)
     extra["STAGE"] = "packed"
-    packed = launch("prepare_data.py", "pack", pictures_in(tmp_path / "mine"), "--size", "16", "--out", folder / "packed")
+    packed = launch("prepare_data.py", "pack", write_images(tmp_path / "mine"), "--size", "16", "--out", folder / "packed")
     assert packed.status == 0, packed.all
 
     job = kills.Job(

@@ -23,6 +23,7 @@ COLOURS = {"red": 1, "blue": 2}
 SHAPES = OpenUnion("kind", default="circle")
 
 
+@config
 class Shape:
     kind: str
 
