@@ -1,4 +1,4 @@
-"""Encode a data set once: all ranks, a block of pictures at a time, going on where a kill left it."""
+"""Encode a data set once: all ranks, a block of images at a time, going on where a kill left it."""
 
 import hashlib
 import json
@@ -48,8 +48,8 @@ DOUBTED = 512  # images at most that are encoded once more to look whether a cac
 
 
 class Latents:
-    """A data set as its latents: `train` and, where pictures are held out, `held_out`; `facts` is the contract and the
-    statistics, which travel with the weights; `codec` makes pictures of them."""
+    """A data set as its latents: `train` and, where images are held out, `held_out`; `facts` is the contract and the
+    statistics, which travel with the weights; `codec` makes images of them."""
 
     def __init__(self, autoencoder: Autoencoder, facts: dict[str, Any], sets: dict[str, LatentSet]) -> None:
         self.autoencoder, self.facts = autoencoder, facts
@@ -105,7 +105,7 @@ def _encode(
     batch: int,
     workers: int,
 ) -> Moments:
-    """(n, 1 or 2, 2, D, h, w) float32 of the pictures `indices`, in batches of always the same size."""
+    """(n, 1 or 2, 2, D, h, w) float32 of the images `indices`, in batches of always the same size."""
     device = next(autoencoder.network.parameters()).device
     plain = ImageConfig(size=image.size, channels=image.channels)
     starts = range(0, len(indices), batch)
