@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a classifier of noised pictures, for classifier guidance: sample.py RUN --guidance-method classifier --classifier THIS.
+"""Train a classifier of noised images, for classifier guidance: sample.py RUN --guidance-method classifier --classifier THIS.
 
 accelerate launch train_classifier.py -cfg configs/imagenet64_classifier.json
 python train_classifier.py -cfg configs/digits_classifier.json --dry-run

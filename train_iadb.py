@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train iterative alpha-(de)blending between two densities: noise, pictures, latents, 2-D points.
+"""Train iterative alpha-(de)blending between two densities: noise, images, latents, 2-D points.
 
 accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=PICTURES
 python train_iadb.py -cfg configs/points2d_iadb.json

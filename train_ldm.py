@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train diffusion on the latents of a frozen autoencoder, by class where the pictures have classes.
+"""Train diffusion on the latents of a frozen autoencoder, by class where the images have classes.
 
 accelerate launch train_ldm.py -cfg configs/wikiart256_ldm.json
 python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=PICTURES --dry-run

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train an autoencoder in stages: L1 with a PatchGAN that starts late, tanh, a perceptual loss, larger pictures.
+"""Train an autoencoder in stages: L1 with a PatchGAN that starts late, tanh, a perceptual loss, larger images.
 
 accelerate launch train_vae.py -cfg configs/wikiart256_vae.json
 python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES --dry-run

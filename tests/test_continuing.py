@@ -171,7 +171,7 @@ def test_other_data_is_refused_when_it_is_looked_at(old: Path, monkeypatch: pyte
     original = densities.describe_data
     monkeypatch.setattr(densities, "describe_data", lambda *sets: original(*sets) | {"fingerprint": "another"})
     message = refused(SCRIPT, *words(old, "steps=9", *CONSTANT), "--continue-as", "new")
-    assert f"{old} was trained on" in message and "other pictures" in message and "new" not in message.split("(now")[0]
+    assert f"{old} was trained on" in message and "other images" in message and "new" not in message.split("(now")[0]
     assert [path.name for path in old.parent.iterdir()] == ["old"]
 
 

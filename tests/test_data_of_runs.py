@@ -49,7 +49,7 @@ def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(
     said = train(tmp_path / "run", spec)
     assert said.status == 0, said.all
     first = said.out[: said.out.index("a step is")]
-    assert "8 pictures in no classes (0 held out; left out: 3 .cr3 (to read them: pip install rawpy))" in first
+    assert "8 images in no classes (0 held out; left out: 3 .cr3 (to read them: pip install rawpy))" in first
     assert first.count("the folders labels beside the images are left aside") == 1
     dry = train(tmp_path / "dry", spec, dry=True)
     assert "left out: 3 .cr3" in dry.out and "folders labels beside" in dry.out and not (tmp_path / "dry").exists()
@@ -59,7 +59,7 @@ def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(
     images(data, "images/new.avif")
     said = train(tmp_path / "run", spec)
     message = one_line(said)
-    assert "was trained on 8 other pictures (now 9); bring them back" in message
+    assert "was trained on 8 other images (now 9); bring them back" in message
     assert "1 .avif files are among them, which were not read when the run was started: move them out of the folder" in message
     (data / "images" / "new.avif").rename(tmp_path / "new.avif")
     images(data, "images/new.png")
@@ -112,7 +112,7 @@ def test_classes_are_compared_on_resume(tmp_path: Path) -> None:
     assert adopt(tmp_path, facts("caf\u00e9"), facts("cafe\u0301")) == "", "macOS wrote the name"
     assert adopt(tmp_path, before, facts("001", "1", "b"), classes=False) == "", "an autoencoder has no classes"
     said = adopt(tmp_path, before, facts("1", "001", "c", fingerprint="g"))
-    assert "15 other pictures (now 15)" in said and "its classes differ, too: b missing, c new" in said
+    assert "15 other images (now 15)" in said and "its classes differ, too: b missing, c new" in said
     said = adopt(tmp_path, facts("caf\u00e9"), facts("cafe\u0301", fingerprint="g"))
     assert "in another Unicode form" in said
     assert "as many as before, so names or sizes" in adopt(tmp_path, before, facts("1", "001", "b", fingerprint="g"))

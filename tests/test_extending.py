@@ -12,26 +12,17 @@ import pytest
 import torch
 
 from src.config import UserError, dump, load
+from src.data.sources.registry import SOURCES
 from src.diffusion import SOLVERS, BlendSchedule, times
 from src.diffusion.weightings import WEIGHTINGS
 from src.doctor import needs
+from src.evaluation.registry import METRICS
 from src.models import BACKBONES, build_model
 from src.runtime.checkpoint import read_tensors
 from tests.conftest import ROOT, SMOKE, metrics, refused, run_here
 from tests.diffusion.test_solvers import COVARIANCE, MEAN, affine, cosine, gaussian
 
 EXAMPLES = re.findall(r"```diff\n--- [^\n]*\n\+\+\+ b/(\S+)\n@@ [^\n]*\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-
-
-def is_there(module: str) -> bool:
-    try:
-        return importlib.import_module(module) is not None
-    except ImportError:
-        return False
-
-
-# The lead removes these two conditions when src/data/sources/ and src/evaluation/registry.py are merged.
-HAS_SOURCES, HAS_METRICS = is_there("src.data.sources.registry"), is_there("src.evaluation.registry")
 
 
 def outside(path: str, lines: str) -> str:
@@ -57,16 +48,8 @@ def additions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     code = [
         outside(*example) for example in EXAMPLES if not any(word in example[0] for word in ("source", "registry", "__init__"))
     ]
-    if HAS_SOURCES:
-        from src.data.sources.registry import SOURCES  # pyright: ignore
-
-        registries.append(SOURCES.members)
-        code += [outside(*example) for example in EXAMPLES if "source" in example[0]]
-    if HAS_METRICS:
-        from src.evaluation.registry import METRICS  # pyright: ignore
-
-        registries.append(METRICS)
-        code += [outside(*example) for example in EXAMPLES if "evaluation" in example[0]]
+    registries += [SOURCES.members, METRICS]
+    code += [outside(*example) for example in EXAMPLES if "source" in example[0] or "evaluation" in example[0]]
     before = [registry.copy() for registry in registries]
     folder = tmp_path_factory.mktemp("outside")
     (folder / "my_additions.py").write_text("\n\n".join(code))
@@ -89,8 +72,7 @@ def run(additions: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw["preview"] = {"every": 6, "num_samples": 2, "sampler": {"solver": "adams_bashforth", "steps": 3}}
     raw["checkpoint"] = {"every": 3}
     raw["log"] = {"every": 1, "trackers": []}
-    if HAS_SOURCES:
-        raw["data"], raw["image"] = {"source": "stripes", "count": 48}, {"size": 16, "channels": 1}
+    raw["data"], raw["image"] = {"source": "stripes", "count": 48}, {"size": 16, "channels": 1}
     (folder / "config.json").write_text(json.dumps(raw))
     run_here("ddpm_accelerate", "-cfg", folder / "config.json", "--run-dir", folder / "run")
     return folder / "run"
@@ -137,7 +119,7 @@ def test_it_is_measured(run: Path, tmp_path: Path) -> None:
     run_here("evaluate", run, *words, "--out", tmp_path / "measured")
     values = json.loads((tmp_path / "measured" / "evaluation.json").read_text())["random"]
     assert values["frechet"] > 0
-    assert not HAS_METRICS or values["mean_gap"] > 0
+    assert values["mean_gap"] > 0
 
 
 def test_the_latent_script_and_blending_take_the_backbone(additions: Any) -> None:

@@ -232,8 +232,8 @@ def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
-        ({"image__size": 15}, "stages.0: pictures of 15 px cannot be reduced 2 times; use 16 px"),
-        ({"discriminator__layers": 4}, "stages.0: pictures of 16 px leave the discriminator no patch; use 48 px"),
+        ({"image__size": 15}, "stages.0: images of 15 px cannot be reduced 2 times; use 16 px"),
+        ({"discriminator__layers": 4}, "stages.0: images of 16 px leave the discriminator no patch; use 48 px"),
         (
             {"stages": [{"steps": 10, "adversarial": {"start_step": 10}}]},
             "stages.0.adversarial.start_step is 10 and the stage has 10 steps",
@@ -241,7 +241,7 @@ def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
         ({"stages": []}, "stages: "),
         (
             {"model__bottleneck": {"kind": "vq", "codes": 9000}},
-            "9000 codes are more than the 7296 latent vectors of 114 pictures",
+            "9000 codes are more than the 7296 latent vectors of 114 images",
         ),
         ({"perceptual__network": "vgg"}, "perceptual.network 'vgg' needs ImageNet weights that are not at"),
         ({"name": "mine"}, "perceptual.network: 'random' is for smoke tests"),
@@ -412,7 +412,7 @@ def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None
 def test_a_dry_run_of_latent_diffusion_writes_no_cache(vae_run: Path, tmp_path: Path) -> None:
     shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("latents"))
     done = train_ldm(tmp_path / "run", tmp_path / "vae", "--dry-run")
-    assert done.status == 0 and "114 pictures" in done.out and "images/s" in done.out, done.all
+    assert done.status == 0 and "114 images" in done.out and "images/s" in done.out, done.all
     assert not (tmp_path / "run").exists() and not (tmp_path / "vae" / "latents").exists()
 
 

@@ -205,7 +205,7 @@ def test_a_second_launch_is_refused(tmp_path: Path) -> None:
 def test_a_dry_run_measures_and_writes_nothing(tmp_path: Path) -> None:
     done = train(tmp_path / "run", "--dry-run")
     assert done.status == 0, done.all
-    for word in ("114 pictures", "parameters   0.1", "disk  ", "30 of 16 images", "images/s", "memory", "time"):
+    for word in ("114 images", "parameters   0.1", "disk  ", "30 of 16 images", "images/s", "memory", "time"):
         assert word in done.out, done.out
     assert not (tmp_path / "run").exists()
 
@@ -523,7 +523,7 @@ def test_prepare_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "packed 6 images" in capsys.readouterr().out
     packed = ["--set", "data.source=packed", "--set", f"data.path={tmp_path / 'packed'}", "--set", "held_out=0.0"]
     packed += ["--set", "preview.quality=null"]
-    assert "6 pictures in 2 classes" in train(tmp_path / "run", *packed, "--set", "steps=2").out
+    assert "6 images in 2 classes" in train(tmp_path / "run", *packed, "--set", "steps=2").out
     assert "exists" in refused("prepare_data", "pack", tmp_path / "data", "--size", "16", "--out", tmp_path / "packed")
     assert "no such archive" in refused("prepare_data", "unpack", tmp_path / "none.zip")
     assert "1 of 7" in refused("prepare_data", "check", tmp_path / "data", "--max-broken-fraction", "0")

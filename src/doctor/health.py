@@ -227,7 +227,7 @@ def file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> Verdict:
         return Verdict(
             "warn",
             f"{kind} on {point}, a network file system",
-            "good for checkpoints where rename, flush and lock pass; pictures are read faster from a local disk, or packed",
+            "good for checkpoints where rename, flush and lock pass; images are read faster from a local disk, or packed",
         )
     return Verdict("pass", f"{kind} on {point}, a local disk")
 

@@ -1,4 +1,4 @@
-"""What a training config asks of the machine: pictures, trackers, what it starts from, weights, room."""
+"""What a training config asks of the machine: images, trackers, what it starts from, weights, room."""
 
 import netrc
 import os
@@ -28,7 +28,7 @@ def _sources(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def data(cfg: Any) -> Verdict:
-    """The folders and files that its pictures come from; a run counts what is in them."""
+    """The folders and files that its images come from; a run counts what is in them."""
     there, missing, elsewhere = [], [], []
     for source in _sources(dump(cfg)):
         path = source.get("path") or source.get("data_dir")
@@ -164,7 +164,7 @@ def loader(cfg: Any, world: int) -> Verdict:
 
 
 def batches(cfg: Any, world: int) -> Verdict:
-    """Whether a step's pictures can be dealt to so many processes; of how many pictures there are it does not depend."""
+    """Whether a step's images can be dealt to so many processes; of how many images there are it does not depend."""
     from ..training.stages import plan_stages
 
     if hasattr(cfg, "stages"):

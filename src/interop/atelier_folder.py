@@ -65,7 +65,8 @@ def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
     network = autoencoder.network
     reasons = [] if opened.gaussian else ["it does not start from Gaussian noise"]
     try:
-        assert isinstance(opened.network, UNet)
+        if not isinstance(opened.network, UNet):
+            raise UserError("its network is no U-Net")
         unet2d_config(opened.network, image_size=opened.shape[1])
     except UserError as error:
         reasons.append(str(error))

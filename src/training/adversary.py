@@ -25,7 +25,7 @@ class AdaptiveWeight:
         self._sums: Tensor | None = None
 
     def measure(self, reconstruction: Tensor, verdict: Tensor) -> None:
-        """Add a micro-batch: two losses (), sums over its pictures, whose graphs are kept."""
+        """Add a micro-batch: two losses (), sums over its images, whose graphs are kept."""
         pair = [torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0] for loss in (reconstruction, verdict)]
         self._sums = torch.stack(pair) if self._sums is None else self._sums + torch.stack(pair)
 

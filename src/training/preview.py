@@ -1,4 +1,4 @@
-"""Pictures on fixed noise while a run trains, the loss on held-out pictures, and what a person looks at before."""
+"""Images on fixed noise while a run trains, the loss on held-out images, and what a person looks at before."""
 
 import math
 from collections.abc import Sequence
@@ -169,7 +169,7 @@ def save_first_images(
     device: torch.device | None = None,
 ) -> None:
     """What a person looks at before training: `contact_sheet.png` of what the network will see; with a process `original.png`
-    beside `noised.png` (12 pictures at growing times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec,
+    beside `noised.png` (12 images at growing times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec,
     which lives on `device`, its latents are noised, and decoded to be looked at."""
     count = min(64, len(train_set))
     chosen = generator(seed, "contact sheet").choice(len(train_set), count, replace=False)

@@ -200,7 +200,7 @@ class RunDirectory:
         )
 
     def adopt_progress(self, resumed: Path, facts: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
-        """progress.json of the checkpoint that the run goes on from. A UserError for other pictures than it was trained on and,
+        """progress.json of the checkpoint that the run goes on from. A UserError for other images than it was trained on and,
         where `classes` matter, for other classes."""
         before = read_json(resumed / "data.json")
         source = facts.get("source") or {}
@@ -216,7 +216,7 @@ class RunDirectory:
             elif not named and before["images"] == facts["images"] and not _other_endings(before, facts):
                 also = "; there are as many as before, so names or sizes in bytes have changed"
             raise UserError(
-                f"{self.path} was trained on {before['images']} other pictures (now {facts['images']}); bring them back, or "
+                f"{self.path} was trained on {before['images']} other images (now {facts['images']}); bring them back, or "
                 f"give another --run-dir{_other_endings(before, facts)}{also}"
             )
         if named and classes:

@@ -113,7 +113,7 @@ class Stage:
 def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) -> list[Stage]:
     """The `stages` of the autoencoder's config `cfg`, one after the other.
 
-    A UserError says which does not fit: a picture that the autoencoder cannot reduce or the discriminator not judge, an
+    A UserError says which does not fit: an image that the autoencoder cannot reduce or the discriminator not judge, an
     adversary that would start after its stage's end, a codebook larger than the data.
     """
     factor = cfg.model.factor
@@ -124,12 +124,12 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
         size = stage_cfg.image_size or cfg.image.size
         if size % factor:
             raise UserError(
-                f"{where}: pictures of {size} px cannot be reduced {factor} times; use {-(-size // factor) * factor} px, or "
+                f"{where}: images of {size} px cannot be reduced {factor} times; use {-(-size // factor) * factor} px, or "
                 "fewer model.widths"
             )
         if stage_cfg.adversarial is not None and size < cfg.discriminator.smallest_image:
             raise UserError(
-                f"{where}: pictures of {size} px leave the discriminator no patch; use {cfg.discriminator.smallest_image} px "
+                f"{where}: images of {size} px leave the discriminator no patch; use {cfg.discriminator.smallest_image} px "
                 "or more, or fewer discriminator.layers"
             )
         bottleneck, vectors = cfg.model.bottleneck, num_images * (size // factor) ** 2
