@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..config import UserError
-
 try:
     import fcntl
 except ImportError:  # native Windows
@@ -75,6 +73,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
             try:
                 take_lock(lock, wait=True)
             except OSError as error:
+                from ..config import UserError  # here, since the doctor runs `take_lock` of this file outside the package
+
                 raise UserError(f"{folder.parent} cannot be locked ({error.strerror}); put it on another disk") from None
             if not _is_at(path, lock):
                 continue  # the process before removed the file meanwhile, and others lock a new one
