@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, machine
-from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, pictures_in, prepare_pictures, train_ours
+from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, open_image_set, prepare_images, train_ours
 from src.config import UserError, read_json, run_script
 from src.data.packing import pack
 from src.training.ema import post_hoc
@@ -61,7 +61,7 @@ def small_first(first: Row, out: Path, folder: Path, seconds: float, sets: list[
     size, spent = first["size"], first["share"] * seconds
     small = folder / f"packed_{size}"
     if not small.exists():
-        pack(pictures_in(folder / "train"), small, size=size, channels=3)
+        pack(open_image_set(folder / "train"), small, size=size, channels=3)
     (out / "first").mkdir()
     training = train_ours(out / "first", folder, spent, [*sets, f"data.path={small}", f"image.size={size}"])
     print(f"first {training['fractions']['1.0']['images']} pictures of {size} px", flush=True)
@@ -139,7 +139,7 @@ def main() -> None:
     unknown = set(args.only or ()) - {row["name"] for row in rows}
     if unknown:
         raise UserError(f"--only {', '.join(sorted(unknown))}: no such row; there are {', '.join(row['name'] for row in rows)}")
-    folder = prepare_pictures(ROOT / "datasets")
+    folder = prepare_images(ROOT / "datasets")
     results = read_json(RESULTS) if RESULTS.exists() else []
     for row in rows:
         wanted = identified(row, seed=args.seed, minutes=args.minutes, samples=args.samples)
