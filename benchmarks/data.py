@@ -164,10 +164,8 @@ def measure(args: argparse.Namespace, folder: Path, work: Path) -> None:
             rates.append(images_per_second(ways[name][0](workers), device, args.seconds, args.warmup))
     libraries = ", ".join(f"{name} {installed(name) or 'missing'}" for name in ("pillow", "datasets", "lmdb"))
     print(f"{machine()}, {libraries}")
-    memory_note = ", memory kept" if args.keep_memory else ""
-    print(
-        f"{count} pictures, {args.size} px, random crop and flip, batch {args.batch}, {args.rounds} rounds, {device}{memory_note}"
-    )
+    memory = ", memory kept" if args.keep_memory else ""
+    print(f"{count} pictures, {args.size} px, random crop and flip, batch {args.batch}, {args.rounds} rounds, {device}{memory}")
     print("| source | on disk |" + "".join(f" {w} workers: images/s | against the folder |" for w in args.workers))
     print("| --- | --- |" + " --- | --- |" * len(args.workers))
     for name in (FOLDER, PACKED, DATASETS, LMDB, NOTHING):

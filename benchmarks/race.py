@@ -373,7 +373,7 @@ def goals(results: Sequence[Result], held_out: float) -> list[str]:
 
 
 def row(result: Result, held_out: float, title: str) -> str:
-    at_limit = result["fractions"]["1.0"]
+    full = result["fractions"]["1.0"]
     cells = [title, f"{result['parameters'] / 1e6:.1f} M", f"{full['images']:,}", f"{full['images'] / full['seconds']:.1f}"]
     cells += [result["weights"], f"{at_the_end(result):.1f}", f"{at_the_end(result) - held_out:.1f}"]
     return f"| {' | '.join(cells)} |"
