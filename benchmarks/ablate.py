@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, machine
-from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, pictures_in, prepare_pictures, train_ours
+from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, open_image_set, prepare_images, train_ours
 from src.config import UserError, read_json, run_script
 from src.data.packing import pack
 from src.training.ema import post_hoc
@@ -36,12 +36,14 @@ Row = dict[str, Any]
 
 def check(rows: Sequence[Row]) -> None:
     """A UserError for a row that cannot be run."""
-    trained = [row["name"] for row in rows if "set" in row]
+    trained_names = [row["name"] for row in rows if "set" in row]
     for row in rows:
         if ("set" in row) == ("of" in row) or ("of" in row and not {"sampler", "ema"} & set(row)):
             raise UserError(f"the row {row.get('name')!r} needs a `set`, or `of` with `sampler` or `ema`")
-        if row.get("of", trained[0]) not in trained:
-            raise UserError(f"the row {row['name']!r} is of {row['of']!r}, which is no row that trains: {', '.join(trained)}")
+        if row.get("of", trained_names[0]) not in trained_names:
+            raise UserError(
+                f"the row {row['name']!r} is of {row['of']!r}, which is no row that trains: {', '.join(trained_names)}"
+            )
 
 
 def identified(row: Row, *, seed: int, minutes: float, samples: int, config: Path = CONFIG) -> Row:
@@ -51,7 +53,7 @@ def identified(row: Row, *, seed: int, minutes: float, samples: int, config: Pat
 
 
 def is_done(row: Row, results: Sequence[Row]) -> bool:
-    return any(all(row.get(key) == found.get(key) for key in KEYS) for found in results)
+    return any(all(row.get(key) == result.get(key) for key in KEYS) for result in results)
 
 
 def small_first(first: Row, out: Path, folder: Path, seconds: float, sets: list[str]) -> tuple[list[str], float]:
@@ -59,18 +61,18 @@ def small_first(first: Row, out: Path, folder: Path, seconds: float, sets: list[
     size, spent = first["size"], first["share"] * seconds
     small = folder / f"packed_{size}"
     if not small.exists():
-        pack(pictures_in(folder / "train"), small, size=size, channels=3)
+        pack(open_image_set(folder / "train"), small, size=size, channels=3)
     (out / "first").mkdir()
-    trained = train_ours(out / "first", folder, spent, [*sets, f"data.path={small}", f"image.size={size}"])
-    print(f"first {trained['fractions']['1.0']['images']} pictures of {size} px", flush=True)
+    training = train_ours(out / "first", folder, spent, [*sets, f"data.path={small}", f"image.size={size}"])
+    print(f"first {training['fractions']['1.0']['images']} pictures of {size} px", flush=True)
     return [*sets, f"init_from={out / 'first' / 'weights' / '1.0'}"], seconds - spent
 
 
 def run_row(row: Row, work: Path, folder: Path) -> Row:
     """Train where there is something to train, draw and measure."""
     out = work / f"{row['recipe']}_{row['minutes']:g}_{row['seed']}" / (row.get("of") or row["name"])
-    weights, kept = out / "weights" / "1.0", out / "trained.json"
-    if not kept.exists():
+    weights, summary_file = out / "weights" / "1.0", out / "trained.json"
+    if not summary_file.exists():
         if "of" in row:
             raise UserError(f"the row {row['name']!r} draws from {row['of']!r}, whose weights are gone: run that one first")
         shutil.rmtree(out, ignore_errors=True)
@@ -78,19 +80,23 @@ def run_row(row: Row, work: Path, folder: Path) -> Row:
         seconds, sets = 60 * row["minutes"], [f"seed={row['seed']}", *row["set"]]
         if "first" in row:
             sets, seconds = small_first(row["first"], out, folder, seconds, sets)
-        trained = train_ours(out, folder, seconds, sets)
+        training = train_ours(out, folder, seconds, sets)
         for part in (out / "weights").iterdir():
             if part != weights:
                 shutil.rmtree(part)
-        kept.write_text(json.dumps(trained))
-    trained = read_json(kept)
+        summary_file.write_text(json.dumps(training))
+    training = read_json(summary_file)
     if "ema" in row:
         weights, _ = post_hoc(out, read_json(weights / "progress.json")["step"], row["ema"])
     began = time.perf_counter()
-    drawn = draw_ours(weights, row["samples"], row.get("sampler"))
+    samples = draw_ours(weights, row["samples"], row.get("sampler"))
     seconds = time.perf_counter() - began
-    found = {"distance": distance_of(drawn, folder), "seconds_of_sampling": round(seconds, 1), "machine": machine("accelerate")}
-    return {**row, **found, "parameters": trained["parameters"], **trained["fractions"]["1.0"], "used": trained["used"]}
+    measured = {
+        "distance": distance_of(samples, folder),
+        "seconds_of_sampling": round(seconds, 1),
+        "machine": machine("accelerate"),
+    }
+    return {**row, **measured, "parameters": training["parameters"], **training["fractions"]["1.0"], "used": training["used"]}
 
 
 def table(results: Sequence[Row], held_out: float | None = None, recipe: str | None = None) -> str:
@@ -133,7 +139,7 @@ def main() -> None:
     unknown = set(args.only or ()) - {row["name"] for row in rows}
     if unknown:
         raise UserError(f"--only {', '.join(sorted(unknown))}: no such row; there are {', '.join(row['name'] for row in rows)}")
-    folder = prepare_pictures(ROOT / "datasets")
+    folder = prepare_images(ROOT / "datasets")
     results = read_json(RESULTS) if RESULTS.exists() else []
     for row in rows:
         wanted = identified(row, seed=args.seed, minutes=args.minutes, samples=args.samples)
@@ -146,9 +152,9 @@ def main() -> None:
         staged.rename(RESULTS)
         print(f"{row['name']}: {results[-1]['distance']:.1f}", flush=True)
     now = identified({}, seed=args.seed, minutes=args.minutes, samples=args.samples)["recipe"]
-    told = f"{machine('accelerate')}\n\n{table(results, held_out_distance(folder, args.samples), now)}\n"
-    RESULTS.with_suffix(".md").write_text(f"`python benchmarks/ablate.py`, {time.strftime('%Y-%m-%d')}\n\n{told}")
-    print(told)
+    text = f"{machine('accelerate')}\n\n{table(results, held_out_distance(folder, args.samples), now)}\n"
+    RESULTS.with_suffix(".md").write_text(f"`python benchmarks/ablate.py`, {time.strftime('%Y-%m-%d')}\n\n{text}")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ Batches = Generator[tuple[Tensor, Tensor], None, None]
 Way = tuple[Callable[[int], Batches], int]  # batches with so many workers, bytes on the disk
 
 
-def make_pictures(folder: Path, count: int, side: int) -> None:
+def make_images(folder: Path, count: int, side: int) -> None:
     """JPEGs of ten classes about as hard to decode as photos, the shorter side at `side`, of several aspect ratios."""
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -60,8 +60,8 @@ def make_pictures(folder: Path, count: int, side: int) -> None:
         width, height = (long, side) if rng.random() < 0.5 else (side, long)
         coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(coarse) + rng.normal(0, 8, (height, width, 1))
-        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        picture.save(folder / f"class_{i % 10}" / f"{i:06d}.jpg", quality=90)
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(folder / f"class_{i % 10}" / f"{i:06d}.jpg", quality=90)
 
 
 def on_disk(folder: Path) -> int:
@@ -93,8 +93,8 @@ class EncodedInLMDB(Dataset[tuple[np.ndarray, int]]):
             self.begun = lmdb.open(str(self.path), readonly=True, lock=False, readahead=False, meminit=False).begin()
         encoded = self.begun.get(f"{i:08d}".encode())
         assert isinstance(encoded, bytes)
-        picture = decode(encoded, channels=self.spec.channels, at_least=self.spec.size)
-        return square(picture, self.spec, torch.rand(3).numpy()).copy(), int(self.labels[i])
+        image = decode(encoded, channels=self.spec.channels, at_least=self.spec.size)
+        return square(image, self.spec, torch.rand(3).numpy()).copy(), int(self.labels[i])
 
 
 def peer(data: EncodedInLMDB, batch: int, workers: int, device: torch.device) -> Batches:
@@ -110,9 +110,9 @@ def peer(data: EncodedInLMDB, batch: int, workers: int, device: torch.device) ->
             batches._shutdown_workers()
 
 
-def ours(pictures: ImageSet, spec: ImageConfig, batch: int, workers: int, device: torch.device) -> Batches:
+def ours(images: ImageSet, spec: ImageConfig, batch: int, workers: int, device: torch.device) -> Batches:
     split = plan_batch(batch, None, rank=0, world=1)
-    with contextlib.closing(stream(pictures, spec, split, seed=0, workers=workers, device=device)) as batches:
+    with contextlib.closing(stream(images, spec, split, seed=0, workers=workers, device=device)) as batches:
         for micro in batches:
             yield micro.images, micro.labels
 
@@ -133,39 +133,39 @@ def images_per_second(batches: Batches, device: torch.device, seconds: float, wa
 
 def open_ways(folder: Path, work: Path, spec: ImageConfig, batch: int, device: torch.device) -> tuple[dict[str, Way], int]:
     """Every way there is (LMDB only where it is installed), and the number of pictures."""
-    pictures = open_sources(FolderSource(source="folder", path=str(folder)))
-    pack(pictures, work / "packed", size=spec.size, channels=spec.channels)
+    images = open_sources(FolderSource(source="folder", path=str(folder)))
+    pack(images, work / "packed", size=spec.size, channels=spec.channels)
     imagefolder = DatasetsSource(source="datasets", name="imagefolder", data_dir=str(folder), label_column="label")
     sets = {
-        FOLDER: (pictures, on_disk(folder)),
+        FOLDER: (images, on_disk(folder)),
         PACKED: (open_sources(PackedSource(source="packed", path=str(work / "packed"))), on_disk(work / "packed")),
         DATASETS: (open_sources(imagefolder), on_disk(folder) + on_disk(work / "datasets")),  # rows point at the files
     }
-    if any(len(found) != len(pictures) for found, _ in sets.values()):
+    if any(len(opened) != len(images) for opened, _ in sets.values()):
         raise UserError(f"{folder}: the sources disagree on the pictures in it; give a folder of class subfolders, whole files")
     ways: dict[str, Way] = {name: (lambda w, p=p: ours(p, spec, batch, w, device), size) for name, (p, size) in sets.items()}
     if installed("lmdb"):
-        part = pictures.parts[0]
+        part = images.parts[0]
         assert isinstance(part, FolderImages)
         EncodedInLMDB.write(work / "lmdb", part.paths)
-        encoded = EncodedInLMDB(work / "lmdb", pictures.labels, spec)
+        encoded = EncodedInLMDB(work / "lmdb", images.labels, spec)
         ways[LMDB] = (lambda w: peer(encoded, batch, w, device), on_disk(work / "lmdb"))
     first = next(ways[PACKED][0](0))
     ways[NOTHING] = (lambda _: (first for _ in itertools.count()), 0)
-    return ways, len(pictures)
+    return ways, len(images)
 
 
 def measure(args: argparse.Namespace, folder: Path, work: Path) -> None:
     spec, device = ImageConfig(size=args.size, crop="random", flip=True), torch.device(args.device)
     ways, count = open_ways(folder, work, spec, args.batch, device)
-    found: dict[tuple[str, int], list[float]] = {(name, workers): [] for workers in args.workers for name in ways}
+    rates_of: dict[tuple[str, int], list[float]] = {(name, workers): [] for workers in args.workers for name in ways}
     for _ in range(args.rounds):
-        for (name, workers), rates in found.items():
+        for (name, workers), rates in rates_of.items():
             rates.append(images_per_second(ways[name][0](workers), device, args.seconds, args.warmup))
     libraries = ", ".join(f"{name} {installed(name) or 'missing'}" for name in ("pillow", "datasets", "lmdb"))
     print(f"{machine()}, {libraries}")
-    kept = ", memory kept" if args.keep_memory else ""
-    print(f"{count} pictures, {args.size} px, random crop and flip, batch {args.batch}, {args.rounds} rounds, {device}{kept}")
+    memory = ", memory kept" if args.keep_memory else ""
+    print(f"{count} pictures, {args.size} px, random crop and flip, batch {args.batch}, {args.rounds} rounds, {device}{memory}")
     print("| source | on disk |" + "".join(f" {w} workers: images/s | against the folder |" for w in args.workers))
     print("| --- | --- |" + " --- | --- |" * len(args.workers))
     for name in (FOLDER, PACKED, DATASETS, LMDB, NOTHING):
@@ -174,13 +174,13 @@ def measure(args: argparse.Namespace, folder: Path, work: Path) -> None:
             continue
         cells = [f"{ways[name][1] / 1e6:.1f} MB" if name != NOTHING else ""]
         for w in args.workers:
-            ratio = statistics.median(a / b for a, b in zip(found[name, w], found[FOLDER, w], strict=True))
-            cells += [f"{statistics.median(found[name, w]):,.0f}", f"{ratio:.2f}"]
+            ratio = statistics.median(a / b for a, b in zip(rates_of[name, w], rates_of[FOLDER, w], strict=True))
+            cells += [f"{statistics.median(rates_of[name, w]):,.0f}", f"{ratio:.2f}"]
         print(f"| {name} | {' | '.join(cells)} |")
     print()
     for w in args.workers:
-        rivals = [rates for (name, workers), rates in found.items() if workers == w and name not in (PACKED, NOTHING)]
-        ratio = statistics.median(a / max(others) for a, *others in zip(found[PACKED, w], *rivals, strict=True))
+        rivals = [rates for (name, workers), rates in rates_of.items() if workers == w and name not in (PACKED, NOTHING)]
+        ratio = statistics.median(a / max(others) for a, *others in zip(rates_of[PACKED, w], *rivals, strict=True))
         print(goal(f"{w} workers: the packed file over the fastest other", ratio, 3))
 
 
@@ -209,7 +209,7 @@ def main() -> None:
         os.environ |= {"ATELIER_CACHE": f"{work}/scans", "HF_DATASETS_CACHE": f"{work}/datasets"}
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         if args.pictures is None:
-            make_pictures(work / "pictures", args.count, args.side)
+            make_images(work / "pictures", args.count, args.side)
         measure(args, args.pictures or work / "pictures", work)
 
 

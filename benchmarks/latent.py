@@ -54,17 +54,17 @@ class CacheInTurns:
     def train(self, cfg: train_ldm.Config) -> None:
         """The script's training, with the batches and the clock of this object in place of its own."""
         from_cache, own_draw, open_data = inputs.latent_stream, Latents.draw, train_ldm.open_data
-        pictures = open_data(cfg.data, cfg.held_out)[0]
+        image_set = open_data(cfg.data, cfg.held_out)[0]
 
         def batches(latents: Any, labels: Any, split: Any, **options: Any) -> Iterator[MicroBatch]:
-            on_the_fly = stream(pictures, cfg.image, split, seed=cfg.seed, device=self.device)
+            on_the_fly = stream(image_set, cfg.image, split, seed=cfg.seed, device=self.device)
             return self._in_turns(from_cache(latents, labels, split, **options), map(self._encode, on_the_fly))
 
         def draw(latents: Latents, moments: Tensor, noise: Tensor) -> Tensor:
             began = time.perf_counter()
-            drawn = own_draw(latents, moments, noise)
+            latents_drawn = own_draw(latents, moments, noise)
             self._drawing = time.perf_counter() - began
-            return drawn
+            return latents_drawn
 
         with (
             patch.object(train_ldm, "autoencoder_for", lambda *_: self.autoencoder),
@@ -76,8 +76,8 @@ class CacheInTurns:
     @torch.no_grad()
     def _encode(self, micro: MicroBatch) -> MicroBatch:
         """A batch of pictures as one of moments."""
-        pictures = to_network(micro.images, self.device)
-        return micro._replace(images=torch.stack(self.autoencoder.network.moments(pictures), dim=1))
+        images = to_network(micro.images, self.device)
+        return micro._replace(images=torch.stack(self.autoencoder.network.moments(images), dim=1))
 
     def _in_turns(self, *streams: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         while True:
@@ -94,10 +94,10 @@ def measure_cache(size: Size, rounds: int) -> tuple[int, float, float, float]:
     turns = rounds * size.turns + WARMUP
     quiet = [*QUIET, f"steps={2 * turns + 1}", "preview.sheets=one", "preview.sampler.steps=1"]
     cfg = load(CONFIGS / f"{size.name}_ldm.json", train_ldm.Config, [*size.overrides, *quiet])
-    found = CacheInTurns(random_autoencoder(load(CONFIGS / f"{size.name}_vae.json", train_vae.Config, size.overrides)))
-    found.train(cfg)
-    cached, encoded = (median_milliseconds([step.whole for step in steps]) for steps in (found.cached, found.encoded))
-    return cfg.batch_size, cached, encoded, median_milliseconds([step.loading for step in found.cached]) / cached
+    comparison = CacheInTurns(random_autoencoder(load(CONFIGS / f"{size.name}_vae.json", train_vae.Config, size.overrides)))
+    comparison.train(cfg)
+    cached, encoded = (median_milliseconds([step.whole for step in steps]) for steps in (comparison.cached, comparison.encoded))
+    return cfg.batch_size, cached, encoded, median_milliseconds([step.loading for step in comparison.cached]) / cached
 
 
 def main() -> None:

@@ -49,8 +49,8 @@ class Nothing(nn.Module):
 def loop_milliseconds(script: Any, config: Path, steps: int) -> float:
     """Milliseconds of a step of a script's `train` at its size around `Nothing`; previews and saves left out."""
     cadence = ["preview.every=null", "checkpoint.every=null", f"log.every={steps // 3}", f"steps={steps}", "held_out=0.0"]
-    more = ["preview.calls=[1]"] if script is train_iadb else ["preview.sampler.steps=1"]
-    cfg = load(config, script.Config, [*cadence, *more, "log.trackers=[]", "preview.num_samples=1"])
+    fast_preview = ["preview.calls=[1]"] if script is train_iadb else ["preview.sampler.steps=1"]
+    cfg = load(config, script.Config, [*cadence, *fast_preview, "log.trackers=[]", "preview.num_samples=1"])
     from_python.build_model = lambda *_, **__: Nothing()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         script.train(cfg, Path(folder) / "run", RunMode())
@@ -72,8 +72,8 @@ def network_milliseconds(cfg: Any, network: nn.Module, x: Tensor, labels: Tensor
         optimizer.zero_grad()
         ema.update(network, 1000, cfg.batch_size)
         spent.append((between - began, time.perf_counter() - between))
-    alone, update = zip(*spent[2:], strict=True)
-    return 1e3 * statistics.median(alone), 1e3 * statistics.median(update)
+    network_seconds, update = zip(*spent[2:], strict=True)
+    return 1e3 * statistics.median(network_seconds), 1e3 * statistics.median(update)
 
 
 def table(title: str, network: float, update: float, loop: float) -> None:
@@ -113,10 +113,12 @@ def main() -> None:
     whole = parts[0] + parts[1] + loop
     if args.points:
         share, most = (parts[1] + loop) / whole, 0.25
-        told = "what is not the network"
+        subject = "what is not the network"
     else:
-        share, most, told = loop / whole, 0.03, "the loop around it"
-    print(f"\n{'met' if share < most else 'MISSED'}: {told} is {100 * share:.1f} % of a step (goal: under {100 * most:.0f} %)")
+        share, most, subject = loop / whole, 0.03, "the loop around it"
+    print(
+        f"\n{'met' if share < most else 'MISSED'}: {subject} is {100 * share:.1f} % of a step (goal: under {100 * most:.0f} %)"
+    )
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ class Snapshots:
 
     def __init__(self, out: Path, began: float, seconds: float) -> None:
         self.out, self.began, self.seconds, self.left = out, began, seconds, list(FRACTIONS)
-        self.seen: dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}
 
-    def look(self, images: int, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> None:
+    def save_if_due(self, images: int, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> None:
         """After a step: `images` are seen by now. TimeIsUp at the end."""
         spent = time.time() - self.began
         while self.left and spent >= self.left[0] * self.seconds:
@@ -55,7 +55,7 @@ class Snapshots:
                     {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
                     folder / f"{kind}.safetensors",
                 )
-            self.seen[str(fraction)] = {"images": images, "seconds": round(spent, 1)}
+            self.saved[str(fraction)] = {"images": images, "seconds": round(spent, 1)}
             self.began += time.time() - writing
         if not self.left:
             raise TimeIsUp
@@ -79,7 +79,7 @@ def build(name: str) -> Any:
     )
 
 
-def train_diffusers(network: Any, pictures: Path, lr: float, snapshots: Snapshots, batch: int = 16) -> None:
+def train_diffusers(network: Any, images_folder: Path, lr: float, snapshots: Snapshots, batch: int = 16) -> None:
     from accelerate import Accelerator
     from diffusers.optimization import get_scheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -87,9 +87,9 @@ def train_diffusers(network: Any, pictures: Path, lr: float, snapshots: Snapshot
     from torchvision import datasets, transforms
 
     accelerator = Accelerator()
-    seen = [transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.RandomHorizontalFlip()]
-    seen += [transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
-    data = datasets.ImageFolder(str(pictures), transforms.Compose(seen))
+    preparation = [transforms.Resize(SIZE), transforms.CenterCrop(SIZE), transforms.RandomHorizontalFlip()]
+    preparation += [transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    data = datasets.ImageFolder(str(images_folder), transforms.Compose(preparation))
     loader: Any = torch.utils.data.DataLoader(data, batch, shuffle=True)
     optimizer: Any = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     rates: Any = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100 * len(loader))
@@ -112,7 +112,7 @@ def train_diffusers(network: Any, pictures: Path, lr: float, snapshots: Snapshot
             optimizer.zero_grad()
             ema.step(network.parameters())
             images += len(x0)
-            snapshots.look(images, weights)
+            snapshots.save_if_due(images, weights)
 
 
 def diffusion_of(network: Any) -> Any:
@@ -122,13 +122,13 @@ def diffusion_of(network: Any) -> Any:
     return GaussianDiffusion(network, image_size=SIZE, sampling_timesteps=CALLS)
 
 
-def train_ddp(network: Any, pictures: Path, lr: float, snapshots: Snapshots, batch: int = 16) -> None:
+def train_ddp(network: Any, images_folder: Path, lr: float, snapshots: Snapshots, batch: int = 16) -> None:
     from denoising_diffusion_pytorch import Trainer  # pyright: ignore[reportMissingImports]
 
     diffusion, never = diffusion_of(network), 10**9
     trainer: Any = Trainer(
         diffusion,
-        str(pictures),
+        str(images_folder),
         train_batch_size=batch,
         train_lr=lr,
         train_num_steps=never,
@@ -142,7 +142,7 @@ def train_ddp(network: Any, pictures: Path, lr: float, snapshots: Snapshots, bat
         nonlocal images
         own_update()
         images += batch
-        snapshots.look(images, lambda: {"ema": trainer.ema.ema_model.model.state_dict(), "raw": network.state_dict()})
+        snapshots.save_if_due(images, lambda: {"ema": trainer.ema.ema_model.model.state_dict(), "raw": network.state_dict()})
 
     trainer.ema.update = update  # what the trainer does last in a step
     trainer.train()
@@ -157,14 +157,14 @@ def draw(name: str, weights: Path, count: int, batch: int = 50) -> Tensor:
     network: nn.Module = build(name).eval()
     network.load_state_dict(load_file(weights))
     torch.manual_seed(0)
-    drawn = []
+    samples = []
     for start in range(0, count, batch):
         shape = (min(batch, count - start), 3, SIZE, SIZE)
-        drawn.append(_ddp_pictures(network, shape) if name == "ddp" else _diffusers_pictures(network, shape))
-    return (torch.cat(drawn).clamp(0, 1) * 255).round().to(torch.uint8)
+        samples.append(_ddp_samples(network, shape) if name == "ddp" else _diffusers_samples(network, shape))
+    return (torch.cat(samples).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _diffusers_pictures(network: Any, shape: tuple[int, ...]) -> Tensor:
+def _diffusers_samples(network: Any, shape: tuple[int, ...]) -> Tensor:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     solver: Any = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
@@ -175,7 +175,7 @@ def _diffusers_pictures(network: Any, shape: tuple[int, ...]) -> Tensor:
     return x / 2 + 0.5
 
 
-def _ddp_pictures(network: Any, shape: tuple[int, ...]) -> Tensor:
+def _ddp_samples(network: Any, shape: tuple[int, ...]) -> Tensor:
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         return diffusion_of(network).sample(batch_size=shape[0])
 
@@ -196,12 +196,12 @@ def main() -> None:
         TRAINERS[args.peer](network, args.pictures, args.lr, snapshots)
     except TimeIsUp:
         count = sum(parameter.numel() for parameter in network.parameters())
-        trained = {
+        summary = {
             "parameters": count,
-            "fractions": snapshots.seen,
+            "fractions": snapshots.saved,
             "used": "the weights after the first step that ended past the limit",
         }
-        (args.out / "trained.json").write_text(json.dumps(trained, indent=1) + "\n")
+        (args.out / "trained.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,15 +67,15 @@ Result = dict[str, Any]
 
 def split_classes(folder: Path, held_out: int) -> tuple[list[Path], list[Path]]:
     """The files of class subfolders, and the last `held_out` of each class, sorted by name."""
-    train, kept = [], []
+    train, held_out_files = [], []
     for one in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = sorted(one.iterdir())
         train += files[:-held_out]
-        kept += files[-held_out:]
-    return train, kept
+        held_out_files += files[-held_out:]
+    return train, held_out_files
 
 
-def prepare_pictures(datasets: Path, archive: Path = ARCHIVE) -> Path:
+def prepare_images(datasets: Path, archive: Path = ARCHIVE) -> Path:
     """A folder with train/CLASS, held_out/CLASS and the training pictures packed; made once."""
     name, held_out = ("cifar10_race", 500) if archive.exists() else ("digits_race", 30)
     folder, staged = datasets / name, datasets / f"{name}.partial"
@@ -85,22 +85,22 @@ def prepare_pictures(datasets: Path, archive: Path = ARCHIVE) -> Path:
     if archive.exists():
         with tarfile.open(archive) as tar:
             tar.extractall(staged / "all", filter="data")
-        found = min((staged / "all").rglob("train"))
+        source_folder = min((staged / "all").rglob("train"))
     else:
-        found = staged / "all"
-        write_digits(found)
-    for part, files in zip(("train", "held_out"), split_classes(found, held_out), strict=True):
+        source_folder = staged / "all"
+        write_digits(source_folder)
+    for part, files in zip(("train", "held_out"), split_classes(source_folder, held_out), strict=True):
         for file in files:
             place = staged / part / file.parent.name / file.name
             place.parent.mkdir(parents=True, exist_ok=True)
             file.rename(place)
     shutil.rmtree(staged / "all")
-    pack(pictures_in(staged / "train"), staged / "packed", size=SIZE, channels=3)
+    pack(open_image_set(staged / "train"), staged / "packed", size=SIZE, channels=3)
     staged.rename(folder)
     return folder
 
 
-def pictures_in(folder: Path) -> ImageSet:
+def open_image_set(folder: Path) -> ImageSet:
     """All of a folder, however few bytes a file has."""
     return open_sources(FolderSource(source="folder", path=str(folder), scan=ScanConfig(min_file_bytes=0)))
 
@@ -109,11 +109,11 @@ def write_digits(folder: Path) -> None:
     """scikit-learn's digits at 32 px, in classes."""
     from sklearn.datasets import load_digits
 
-    found: Any = load_digits()
-    for i, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
+    digits: Any = load_digits()
+    for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         (folder / str(label)).mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray((image * (255 / 16)).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        picture.convert("RGB").save(folder / str(label) / f"{i:04d}.png")
+        resized = Image.fromarray((image * (255 / 16)).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        resized.convert("RGB").save(folder / str(label) / f"{i:04d}.png")
 
 
 @cache
@@ -129,7 +129,7 @@ def features(pixels: Tensor) -> Array:
 @cache
 def known_features(folder: Path, part: str) -> Array:
     """Those of all pictures of a part, worked out once and kept: minutes for 45,000."""
-    return real_features(network(), pictures_in(folder / part), ImageConfig(size=SIZE))
+    return real_features(network(), open_image_set(folder / part), ImageConfig(size=SIZE))
 
 
 @cache
@@ -139,9 +139,9 @@ def known_moments(folder: Path) -> distances.Moments:
 
 def held_out_distance(folder: Path, samples: int) -> float:
     """What a perfect model would get: the mean over as many disjoint sets of `samples` held-out pictures as there are."""
-    kept = known_features(folder, "held_out")
-    order, count = np.random.default_rng(0).permutation(len(kept)), max(1, len(kept) // samples)
-    parts = [kept[order[i * samples : (i + 1) * samples]] for i in range(count)]
+    real = known_features(folder, "held_out")
+    order, count = np.random.default_rng(0).permutation(len(real)), max(1, len(real) // samples)
+    parts = [real[order[i * samples : (i + 1) * samples]] for i in range(count)]
     return float(np.mean([distances.frechet(part, known_moments(folder)) for part in parts]))
 
 
@@ -169,18 +169,18 @@ def end(process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
             process.wait()
 
 
-def our_command(run: Path, pictures_folder: Path, overrides: Sequence[str], config: Path = CONFIG) -> list[str]:
+def our_command(run: Path, images_folder: Path, overrides: Sequence[str], config: Path = CONFIG) -> list[str]:
     """What a user types, in the repository's folder."""
-    sets = [f"data.path={os.path.relpath(pictures_folder / 'packed', ROOT)}", *overrides]
+    sets = [f"data.path={os.path.relpath(images_folder / 'packed', ROOT)}", *overrides]
     words = [word for one in sets for word in ("--set", one)]
     return [sys.executable, "ddpm_accelerate.py", "-cfg", str(config), "--run-dir", str(run), *words]
 
 
-def probe(out: Path, pictures_folder: Path, overrides: Sequence[str], config: Path, seconds: float) -> tuple[float, float]:
+def probe(out: Path, images_folder: Path, overrides: Sequence[str], config: Path, seconds: float) -> tuple[float, float]:
     """Of our recipe: seconds from the launch to the first step, and images/s, watched for so many seconds."""
     run = out / "probe"
     shutil.rmtree(run, ignore_errors=True)
-    command = our_command(run, pictures_folder, [*overrides, "steps=1000000", "log.every=2", "preview.every=null"], config)
+    command = our_command(run, images_folder, [*overrides, "steps=1000000", "log.every=2", "preview.every=null"], config)
     began, first, process = time.time(), None, launch(command, out / "probe.txt")
     metrics, rates = run / "metrics.jsonl", list[float]()
     try:
@@ -200,18 +200,18 @@ def probe(out: Path, pictures_folder: Path, overrides: Sequence[str], config: Pa
 
 
 def train_ours(
-    out: Path, pictures_folder: Path, seconds: float, overrides: Sequence[str] = (), config: Path = CONFIG
+    out: Path, images_folder: Path, seconds: float, overrides: Sequence[str] = (), config: Path = CONFIG
 ) -> dict[str, Any]:
     """Train, keep the newest checkpoint there was at each fraction of the time, and end what is still running at the limit."""
-    start, rate = probe(out, pictures_folder, overrides, config, min(30.0, seconds / 8))
+    start, rate = probe(out, images_folder, overrides, config, min(30.0, seconds / 8))
     batch = read_json(config)["batch_size"]
     batch = next((int(one.partition("=")[2]) for one in overrides if one.startswith("batch_size=")), batch)
     steps = max(10, int((0.97 * seconds - start) * rate / batch))
     timed = [f"steps={steps}", f"checkpoint.every_minutes={seconds / 60 / 40:.4g}", "preview.every=null"]
     run = out / "run"
     shutil.rmtree(run, ignore_errors=True)
-    command = our_command(run, pictures_folder, [*overrides, *timed], config)
-    began, process, seen, used = time.time(), launch(command, out / "log.txt"), {}, ""
+    command = our_command(run, images_folder, [*overrides, *timed], config)
+    began, process, fractions, used = time.time(), launch(command, out / "log.txt"), {}, ""
     ended: float | None = None
     try:
         for fraction in FRACTIONS:
@@ -221,28 +221,28 @@ def train_ours(
                 if process.returncode:
                     raise UserError(f"our training failed: {(out / 'log.txt').read_text()[-2000:]}")
                 ended = ended or time.time() - began
-            kept = run / "final" if ended else max((run / "checkpoints").glob("step_*"), default=None)
-            if kept is None:
+            checkpoint = run / "final" if ended else max((run / "checkpoints").glob("step_*"), default=None)
+            if checkpoint is None:
                 continue
-            shutil.copytree(kept, out / "weights" / str(fraction), copy_function=os.link, dirs_exist_ok=True)
-            images = read_json(kept / "progress.json")["step"] * batch
-            seen[str(fraction)] = {"images": images, "seconds": round(ended or fraction * seconds, 1)}
-            used = "the finished run" if ended else f"{kept.name} of {steps}, the last checkpoint before the limit"
+            shutil.copytree(checkpoint, out / "weights" / str(fraction), copy_function=os.link, dirs_exist_ok=True)
+            images = read_json(checkpoint / "progress.json")["step"] * batch
+            fractions[str(fraction)] = {"images": images, "seconds": round(ended or fraction * seconds, 1)}
+            used = "the finished run" if ended else f"{checkpoint.name} of {steps}, the last checkpoint before the limit"
     finally:
         end(process)
-    if "1.0" not in seen:
+    if "1.0" not in fractions:
         raise UserError("our training had no checkpoint at the limit; give it more minutes")
     network = open_trained(out / "weights" / "1.0", torch.device("cpu")).network
     count = sum(parameter.numel() for parameter in network.parameters())
     if (run / "ema").exists():  # of ablations
         (run / "ema").rename(out / "ema")
     shutil.rmtree(run)
-    return {"parameters": count, "fractions": seen, "used": used, "command": shown(command)}
+    return {"parameters": count, "fractions": fractions, "used": used, "command": shown(command)}
 
 
-def train_peer(name: str, out: Path, pictures_folder: Path, lr: str, seconds: float) -> dict[str, Any]:
+def train_peer(name: str, out: Path, images_folder: Path, lr: str, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "benchmarks/peers.py", name, "--lr", lr, "--seconds", f"{seconds:g}"]
-    command += ["--pictures", str(pictures_folder / "train"), "--out", str(out)]
+    command += ["--pictures", str(images_folder / "train"), "--out", str(out)]
     process = launch([*command, "--began", str(time.time())], out / "log.txt")
     try:
         process.wait()
@@ -263,8 +263,8 @@ def draw_ours(weights: Path, count: int, sampler: dict[str, Any] | None = None, 
     if solver.calls() > CALLS:
         raise UserError(f"the sampler makes {solver.calls()} network calls, more than {CALLS}; give it fewer steps")
     parts = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
-    drawn = torch.cat([solver.draw(0, part, None, device=torch.device("cpu")) for part in parts])
-    return ((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    samples = torch.cat([solver.draw(0, part, None, device=torch.device("cpu")) for part in parts])
+    return ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def distance_of(samples: Tensor, folder: Path) -> float:
@@ -295,11 +295,11 @@ class Contestant:
         self.out.mkdir(parents=True)
         print(f"{self.name}: training for {seconds / 60:g} minutes", flush=True)
         if self.kind == "ours":
-            found = train_ours(self.out, self.folder, seconds)
+            training = train_ours(self.out, self.folder, seconds)
         else:
-            found = train_peer(self.kind, self.out, self.folder, self.name.partition("_")[2], seconds)
+            training = train_peer(self.kind, self.out, self.folder, self.name.partition("_")[2], seconds)
         hardware = machine("accelerate", *(["denoising-diffusion-pytorch"] if self.kind == "ddp" else []))
-        self.result = {"name": self.name, "minutes": round(seconds / 60, 3), "machine": hardware, **found, "distances": {}}
+        self.result = {"name": self.name, "minutes": round(seconds / 60, 3), "machine": hardware, **training, "distances": {}}
         self.save()
 
     def draw(self, fraction: str, weights: str, count: int) -> Tensor:
@@ -313,8 +313,8 @@ class Contestant:
         if "weights" not in self.result:
             self.result["weights"] = "ema"
             if self.kind != "ours":
-                found = {kind: distance_of(self.draw("1.0", kind, PAIR), self.folder) for kind in ("ema", "raw")}
-                self.result |= {"weights": min(found, key=lambda kind: found[kind]), "pair": found}
+                pair = {kind: distance_of(self.draw("1.0", kind, PAIR), self.folder) for kind in ("ema", "raw")}
+                self.result |= {"weights": min(pair, key=lambda kind: pair[kind]), "pair": pair}
             self.save()
         return self.result["weights"]
 
@@ -325,9 +325,9 @@ class Contestant:
         if key not in self.result["fractions"] or (known is not None and known["samples"] == samples):
             return
         print(f"{self.name}: {samples} pictures after {fraction:g} of the time", flush=True)
-        drawn = self.draw(key, self.weights(), samples)
-        np.save(self.out / f"samples_{key}.npy", drawn.numpy())
-        self.result["distances"][key] = {"distance": distance_of(drawn, self.folder), "samples": samples}
+        images = self.draw(key, self.weights(), samples)
+        np.save(self.out / f"samples_{key}.npy", images.numpy())
+        self.result["distances"][key] = {"distance": distance_of(images, self.folder), "samples": samples}
         self.save()
 
 
@@ -340,8 +340,8 @@ def at_the_end(result: Result) -> float:
 
 def best_of(results: Sequence[Result], peer: str) -> Result | None:
     """A peer's training with the best of its learning rates, judged by few pictures."""
-    found = [result for result in results if result["name"].startswith(f"{peer}_") and "pair" in result]
-    return min(found, key=lambda result: result["pair"][result["weights"]], default=None)
+    candidates = [result for result in results if result["name"].startswith(f"{peer}_") and "pair" in result]
+    return min(candidates, key=lambda result: result["pair"][result["weights"]], default=None)
 
 
 def better_peer(results: Sequence[Result]) -> Result | None:
@@ -358,7 +358,7 @@ def goals(results: Sequence[Result], held_out: float) -> list[str]:
     if ours is None or peer is None:
         return ["some contestants are missing: nothing can be said of the goals yet"]
     share = (at_the_end(ours) - held_out) / (at_the_end(peer) - held_out)
-    told = [
+    lines = [
         f"{'met' if share <= 0.5 else 'MISSED'}: our distance above that of the held-out pictures is {share:.2f} of that of "
         f"the better peer, {peer['name']} (goal: at most 0.5)"
     ]
@@ -368,13 +368,13 @@ def goals(results: Sequence[Result], held_out: float) -> list[str]:
         reached = (
             f"after a quarter of the time ours is {quarter['distance']:.1f}, {peer['name']} at the end {at_the_end(peer):.1f}"
         )
-        told.append(f"{'met' if met else 'MISSED'}: {reached} (goal: no more than that)")
-    return told
+        lines.append(f"{'met' if met else 'MISSED'}: {reached} (goal: no more than that)")
+    return lines
 
 
 def row(result: Result, held_out: float, title: str) -> str:
-    seen = result["fractions"]["1.0"]
-    cells = [title, f"{result['parameters'] / 1e6:.1f} M", f"{seen['images']:,}", f"{seen['images'] / seen['seconds']:.1f}"]
+    full = result["fractions"]["1.0"]
+    cells = [title, f"{result['parameters'] / 1e6:.1f} M", f"{full['images']:,}", f"{full['images'] / full['seconds']:.1f}"]
     cells += [result["weights"], f"{at_the_end(result):.1f}", f"{at_the_end(result) - held_out:.1f}"]
     return f"| {' | '.join(cells)} |"
 
@@ -386,8 +386,8 @@ def table(results: Sequence[Result], held_out: float, samples: int) -> str:
     for peer, rates in RATES.items():
         for result in results:
             if result["name"].startswith(f"{peer}_") and "pair" in result:
-                own, few = " (its own)" if result["lr"] == rates[0] else "", result["pair"][result["weights"]]
-                lines.append(f"| {TITLES[peer]} | {result['lr']}{own} | {result['weights']} | {few:.1f} |")
+                note, few = " (its own)" if result["lr"] == rates[0] else "", result["pair"][result["weights"]]
+                lines.append(f"| {TITLES[peer]} | {result['lr']}{note} | {result['weights']} | {few:.1f} |")
     head = "| | parameters | images seen | images/s | weights | Fréchet distance | above the held-out |"
     lines += ["", head, "|" + " --- |" * 7]
     shown: list[tuple[Result, str]] = [(result, "ours") for result in done if result["name"] == "ours"]
@@ -412,8 +412,8 @@ def draw_sheet(contestants: Sequence[tuple[str, Path]], path: Path, most_bytes: 
     """8 x 8 samples of each side by side, under `most_bytes`."""
     sheets = []
     for title, file in contestants:
-        drawn = np.load(file)[:64].transpose(0, 2, 3, 1)
-        sheets.append(figures.grid(np.ascontiguousarray(drawn), columns=8, title=title, zoom=1))
+        samples = np.load(file)[:64].transpose(0, 2, 3, 1)
+        sheets.append(figures.grid(np.ascontiguousarray(samples), columns=8, title=title, zoom=1))
     whole = figures.in_a_row(sheets)
     for colours in (256, 128, 64, 32, 16):
         figures.save(whole.quantize(colours), path)
@@ -426,11 +426,13 @@ def draw_curve(results: Sequence[tuple[str, Result]], held_out: float, path: Pat
     lines: dict[str, tuple[list[float], list[float]]] = {}
     last = max(result["minutes"] for _, result in results)
     for title, result in results:
-        found = {part: result["distances"][str(part)]["distance"] for part in FRACTIONS if str(part) in result["distances"]}
-        if len(found) > 1:
-            lines[title] = ([part * result["minutes"] for part in found], list(found.values()))
+        distance_at = {
+            part: result["distances"][str(part)]["distance"] for part in FRACTIONS if str(part) in result["distances"]
+        }
+        if len(distance_at) > 1:
+            lines[title] = ([part * result["minutes"] for part in distance_at], list(distance_at.values()))
         else:  # of the peer that is not the better one, the end alone
-            lines[f"{title}, at the end"] = ([0, last], 2 * list(found.values()))
+            lines[f"{title}, at the end"] = ([0, last], 2 * list(distance_at.values()))
     lines["held-out pictures"] = ([0, last], [held_out, held_out])
     figures.curves(
         path, {"Fréchet distance, EfficientNet-Lite0": lines}, xlabel="minutes", log=["Fréchet distance, EfficientNet-Lite0"]
@@ -446,32 +448,32 @@ def race(out: Path, folder: Path, minutes: float, samples: int, only: str = "", 
     field = [Contestant(name, out, folder) for name in chosen()]
     for contestant in field:  # what was measured with other numbers of samples does not compare
         known = contestant.result.get("distances", {})
-        for key in [key for key, found in known.items() if found["samples"] != samples]:
+        for key in [key for key, distance in known.items() if distance["samples"] != samples]:
             del known[key]
-    here = [contestant for contestant in field if contestant.name.startswith(only)]
-    for contestant in here:
+    selected = [contestant for contestant in field if contestant.name.startswith(only)]
+    for contestant in selected:
         contestant.train(60 * minutes)
         contestant.weights()
     results = [contestant.result for contestant in field if contestant.result]
     best = [best_of(results, peer) for peer in RATES]
-    own = [f"{peer}_{rates[0]}" for peer, rates in RATES.items()]
-    for contestant in here:
-        if contestant.name in ("ours", *own) or contestant.result in best:
+    default_names = [f"{peer}_{rates[0]}" for peer, rates in RATES.items()]
+    for contestant in selected:
+        if contestant.name in ("ours", *default_names) or contestant.result in best:
             contestant.measure(1.0, samples)
-    for contestant in here:
+    for contestant in selected:
         if contestant.name == "ours" or contestant.result == better_peer(results):
             for fraction in FRACTIONS:
                 contestant.measure(fraction, samples)
     shown = [one for one in field if one.name == "ours" or one.result in best]
     held_out = held_out_distance(folder, samples)
-    told = table(results, held_out, samples)
+    text = table(results, held_out, samples)
     missing = [contestant.name for contestant in field if "weights" not in contestant.result]
-    told += f"\n- so far without {', '.join(missing)}" if missing else ""
+    text += f"\n- so far without {', '.join(missing)}" if missing else ""
     ready = [(TITLES[one.kind], one) for one in shown if "1.0" in one.result.get("distances", {})]
     if ready:
         draw_sheet([(title, one.out / "samples_1.0.npy") for title, one in ready], out / "samples.png")
         draw_curve([(title, one.result) for title, one in ready], held_out, out / "distance.png")
-    return told
+    return text
 
 
 def main() -> None:
@@ -488,19 +490,19 @@ def main() -> None:
         and installed("denoising-diffusion-pytorch") is None
     ):
         raise UserError("denoising-diffusion-pytorch is missing: pip install -e '.[bench]', or --only ours")
-    folder = prepare_pictures(ROOT / "datasets")
+    folder = prepare_images(ROOT / "datasets")
     held_out = sum(path.is_file() for path in (folder / "held_out").rglob("*"))
     if not FEWEST <= args.samples <= held_out:
         raise UserError(f"--samples {args.samples}: from {FEWEST} to {held_out}, of which there are held-out pictures")
     print(machine("denoising-diffusion-pytorch"), flush=True)
     out = (args.out or ROOT / "runs" / "race").resolve()
-    told = race(out, folder, args.minutes, args.samples, args.only)
-    print(told)
+    text = race(out, folder, args.minutes, args.samples, args.only)
+    print(text)
     if args.out is None:
         command = (
             f"`python benchmarks/race.py --minutes {args.minutes:g} --samples {args.samples}`, {time.strftime('%Y-%m-%d')}"
         )
-        (RESULTS / "race.md").write_text(f"{command}\n\n{machine('accelerate', 'denoising-diffusion-pytorch')}\n\n{told}\n")
+        (RESULTS / "race.md").write_text(f"{command}\n\n{machine('accelerate', 'denoising-diffusion-pytorch')}\n\n{text}\n")
         for name in ("samples", "distance"):
             if (out / f"{name}.png").exists():
                 shutil.copy(out / f"{name}.png", RESULTS / f"race_{name}.png")

@@ -128,11 +128,11 @@ class BareStage:
     """The same of train_vae.py in stage `number` (from 0)."""
 
     def __init__(self, cfg: train_vae.Config, number: int) -> None:
-        self.cfg, self.own, device = cfg, cfg.stages[number], script_device()
+        self.cfg, self.stage, device = cfg, cfg.stages[number], script_device()
         self.network = channels_last(VAE(cfg.model, cfg.image.channels)).to(device)
         self.network.tanh = tanh_in(cfg.stages, number)
         self.discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels)).to(device)
-        self.perceptual = losses.Perceptual(cfg.perceptual).to(device) if self.own.perceptual is not None else None
+        self.perceptual = losses.Perceptual(cfg.perceptual).to(device) if self.stage.perceptual is not None else None
         self.optimizer = build_optimizer(self.network, cfg.optimizer)
         self.judge_optimizer = build_optimizer(self.discriminator, cfg.discriminator_optimizer)
         self.ema = EMA(self.network, cfg.ema)
@@ -141,24 +141,24 @@ class BareStage:
         self.images = to_network(torch.randint(0, 256, shape).byte(), device)
 
     def step(self) -> None:
-        own, term, images = self.own, self.own.adversarial, self.images
+        stage, term, images = self.stage, self.stage.adversarial, self.images
         assert term is not None and term.adaptive
-        made = self.network(images, self.noise)
-        loss = losses.reconstruction_loss(own.reconstruction, made.images, images).mean()
-        if own.perceptual is not None and self.perceptual is not None:
-            loss = loss + own.perceptual.weight * self.perceptual(made.images, images).mean()
+        output = self.network(images, self.noise)
+        loss = losses.reconstruction_loss(stage.reconstruction, output.images, images).mean()
+        if stage.perceptual is not None and self.perceptual is not None:
+            loss = loss + stage.perceptual.weight * self.perceptual(output.images, images).mean()
         self.discriminator.requires_grad_(False)
-        verdict = losses.generator_loss(term.loss, self.discriminator(made.images)).mean()
+        verdict = losses.generator_loss(term.loss, self.discriminator(output.images)).mean()
         ours, theirs = (
             torch.autograd.grad(part, self.network.last.weight, retain_graph=True)[0].norm() for part in (loss, verdict)
         )
         loss = loss + term.weight * (ours / theirs.clamp(min=1e-12)).clamp(max=1e4) * verdict
-        loss = loss + own.kl_weight * losses.kl_divergence(made.mean, made.logvar).mean()
+        loss = loss + stage.kl_weight * losses.kl_divergence(output.mean, output.logvar).mean()
         loss.backward()
 
         self.discriminator.requires_grad_(True)
-        real, drawn = self.discriminator(torch.cat([images, made.images.detach()])).chunk(2)
-        losses.discriminator_loss(term.loss, real, drawn).mean().backward()
+        real, fake = self.discriminator(torch.cat([images, output.images.detach()])).chunk(2)
+        losses.discriminator_loss(term.loss, real, fake).mean().backward()
 
         for network, optimizer, spec in (
             (self.network, self.optimizer, self.cfg.optimizer),
@@ -186,8 +186,8 @@ def judged_stages(size: Size, steps: int) -> str:
 
 def terms(stages: tuple[StageConfig, ...], number: int) -> str:
     """A stage in words."""
-    own = stages[number]
-    names = [own.reconstruction, "KL", "adaptive adversary", *(["perceptual"] if own.perceptual is not None else [])]
+    stage = stages[number]
+    names = [stage.reconstruction, "KL", "adaptive adversary", *(["perceptual"] if stage.perceptual is not None else [])]
     return " + ".join(names) + (", tanh" if tanh_in(stages, number) else "")
 
 
@@ -197,19 +197,19 @@ Turn = tuple[float, float]  # seconds of a step of the script, and of the bare l
 def with_a_bare_loop(script: Any, module: Any, stream: str, cfg: Any, bare: Callable[[int], Any]) -> list[list[Turn]]:
     """The turns of each stage of a script's training: before each of its batches (from the `stream` of a module) comes a step
     of `bare(stage)`."""
-    own, spent = getattr(module, stream), list[list[Turn]]()
+    open_stream, spent = getattr(module, stream), list[list[Turn]]()
 
     def batches(*args: Any, **options: Any) -> Generator[MicroBatch, None, None]:
         loop, turns = bare(len(spent)), list[Turn]()
         spent.append(turns)
         device = script_device()
-        with contextlib.closing(own(*args, **options)) as found:
+        with contextlib.closing(open_stream(*args, **options)) as images_stream:
             while True:
                 began = time.perf_counter()
                 loop.step()
                 wait(device)
                 between = time.perf_counter()
-                yield next(found)  # and the script makes its step
+                yield next(images_stream)  # and the script makes its step
                 wait(device)
                 turns.append((time.perf_counter() - between, between - began))
 
@@ -228,19 +228,19 @@ class Compared(NamedTuple):
 
 
 def compared(title: str, turns: Sequence[Turn], batch: int) -> Compared:
-    kept = turns[WARMUP:]
-    script, bare = (batch / statistics.median(seconds) for seconds in zip(*kept, strict=True))
-    return Compared(title, script, bare, statistics.median(bare / script for script, bare in kept))
+    measured = turns[WARMUP:]
+    script, bare = (batch / statistics.median(seconds) for seconds in zip(*measured, strict=True))
+    return Compared(title, script, bare, statistics.median(bare / script for script, bare in measured))
 
 
 def measure_loops(rounds: int) -> list[Compared]:
     """A pixel run, a latent run and the stages of an autoencoder: the demo's."""
     steps = 4 * rounds + WARMUP + 1
-    timed, found = [*QUIET, "preview.sampler.steps=1", f"steps={steps}"], list[Compared]()
+    timed, comparisons = [*QUIET, "preview.sampler.steps=1", f"steps={steps}"], list[Compared]()
     pixels = load(CONFIGS / "digits_ddpm.json", ddpm_accelerate.Config, timed)
     shape = (pixels.image.channels, pixels.image.size, pixels.image.size)
     (turns,) = with_a_bare_loop(ddpm_accelerate, inputs, "stream", pixels, lambda _: BareDiffusion(pixels, shape, 10))
-    found.append(compared("pixels (digits_ddpm)", turns, pixels.batch_size))
+    comparisons.append(compared("pixels (digits_ddpm)", turns, pixels.batch_size))
 
     stages = judged_stages(SIZES["16 px (the demo's)"], steps)
     vae = load(CONFIGS / "digits_vae.json", train_vae.Config, [*QUIET, "preview.num_measured=1", stages])
@@ -248,11 +248,11 @@ def measure_loops(rounds: int) -> list[Compared]:
     with patch.object(train_ldm, "autoencoder_for", lambda *_: random_autoencoder(vae)):
         inside = vae.model.latent_shape(vae.image.size)
         (turns,) = with_a_bare_loop(train_ldm, inputs, "latent_stream", latents, lambda _: BareDiffusion(latents, inside, 10))
-    found.append(compared("latents (digits_ldm)", turns, latents.batch_size))
+    comparisons.append(compared("latents (digits_ldm)", turns, latents.batch_size))
 
     for i, turns in enumerate(with_a_bare_loop(train_vae, train_vae, "stream", vae, lambda number: BareStage(vae, number))):
-        found.append(compared(f"autoencoder (digits_vae), {i + 1}: {terms(vae.stages, i)}", turns, vae.batch_size))
-    return found
+        comparisons.append(compared(f"autoencoder (digits_vae), {i + 1}: {terms(vae.stages, i)}", turns, vae.batch_size))
+    return comparisons
 
 
 # ---------------------------------------------------------------------------------------------- against the peers
@@ -391,7 +391,7 @@ def drawing(racer: Racer, count: int, calls: int, device: torch.device) -> Calla
 
 def measure_peers(rounds: int, batch: int, device: torch.device) -> list[str]:
     """The rows of the table and, after them, the lines about the goals."""
-    at_least, rows, told = 1.5 if device.type == "cuda" else 2.0, list[str](), list[str]()
+    at_least, rows, goal_lines = 1.5 if device.type == "cuda" else 2.0, list[str](), list[str]()
     calls = 5  # of a picture: fifty would cost ten times as much
     for peer, build in PEERS.items():
         if installed(PACKAGES[peer]) is None:
@@ -407,14 +407,14 @@ def measure_peers(rounds: int, batch: int, device: torch.device) -> list[str]:
         too = {"its in bf16": replace(theirs, bf16=True)} if device.type == "cpu" else {}
         steps = {"its": theirs, **too, "ours": ours}
         training = in_turns({name: training_step(racer, batch, device) for name, racer in steps.items()}, rounds)
-        draws = {"its": drawing(theirs, batch, calls, device), "ours": drawing(ours, batch, calls, device)}
-        sampling = in_turns(draws, max(2, rounds // 2), warmup=1)
-        for what, spent, pictures in (("training", training, batch), ("sampling", sampling, batch * calls / 50)):
-            ratio = statistics.median(its / own for its, own in zip(spent["its"], spent["ours"], strict=True))
-            cells += [f"{pictures / statistics.median(times):.3g}" for times in spent.values()] + [f"{ratio:.2f}"]
-            told.append(goal(f"{what}, our images/s over those of {peer} at equal parameters", ratio, at_least))
+        samplers = {"its": drawing(theirs, batch, calls, device), "ours": drawing(ours, batch, calls, device)}
+        sampling = in_turns(samplers, max(2, rounds // 2), warmup=1)
+        for what, spent, images in (("training", training, batch), ("sampling", sampling, batch * calls / 50)):
+            ratio = statistics.median(theirs_s / ours_s for theirs_s, ours_s in zip(spent["its"], spent["ours"], strict=True))
+            cells += [f"{images / statistics.median(times):.3g}" for times in spent.values()] + [f"{ratio:.2f}"]
+            goal_lines.append(goal(f"{what}, our images/s over those of {peer} at equal parameters", ratio, at_least))
         rows.append(f"| {' | '.join(cells)} |")
-    return [*rows, "", *told]
+    return [*rows, "", *goal_lines]
 
 
 # ---------------------------------------------------------------------------------------------- start and memory
@@ -441,7 +441,7 @@ def measure_starts() -> list[str]:
     rows, stages = [], judged_stages(SIZES["16 px (the demo's)"], 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for title, script, config, more in (
+        for title, script, config, options in (
             ("pixels", "ddpm_accelerate", "digits_ddpm", ["steps=3", "preview.sampler.steps=1"]),
             ("autoencoder", "train_vae", "digits_vae", [stages, "preview.num_measured=1"]),
             (
@@ -452,7 +452,7 @@ def measure_starts() -> list[str]:
             ),
         ):
             out = folder / title
-            sets = [*QUIET[:-1], "log.every=1", *(one.replace("=vae", f"={folder / 'autoencoder'}") for one in more)]
+            sets = [*QUIET[:-1], "log.every=1", *(one.replace("=vae", f"={folder / 'autoencoder'}") for one in options)]
             words = [word for one in sets for word in ("--set", one)]
             command = [sys.executable, f"{script}.py", "-cfg", f"configs/{config}.json", "--run-dir", str(out), *words]
             seconds, megabytes = launched(command, out / "metrics.jsonl")

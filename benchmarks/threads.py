@@ -93,14 +93,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    found: dict[tuple[str, str, int], list[float]] = {}
+    speeds: dict[tuple[str, str, int], list[float]] = {}
     for _ in range(args.rounds):
         for config in args.configs:
             for count in args.neighbours:
                 for name in args.settings:
                     with neighbours(count):
                         speed = images_per_second(config, SETTINGS[name], args.seconds)
-                    found.setdefault((config, name, count), []).append(speed)
+                    speeds.setdefault((config, name, count), []).append(speed)
                     print(f"{config}, {name}, {count} neighbours: {speed:.1f} images/s", file=sys.stderr, flush=True)
     print(f"Images a second of training, the median of {args.rounds} rounds of {args.seconds:g} s; {machine()}\n")
     print(f"| | {' | '.join(f'{config}, {count} beside' for config in args.configs for count in args.neighbours)} |")
@@ -108,9 +108,9 @@ def main() -> None:
     for name in args.settings:
         cells = []
         for config in args.configs:
-            quiet = statistics.median(found[config, name, args.neighbours[0]])
+            quiet = statistics.median(speeds[config, name, args.neighbours[0]])
             for count in args.neighbours:
-                speed = statistics.median(found[config, name, count])
+                speed = statistics.median(speeds[config, name, count])
                 cells.append(f"{speed:.1f}" + (f" ({speed / quiet:.2f})" if count and quiet else ""))
         print(f"| {name} | {' | '.join(cells)} |")
 

@@ -149,9 +149,9 @@ def main() -> None:
         with torch.no_grad():
             difference = float((networks["ours"]() - networks["diffusers"]()).abs().max())
         cells = []
-        for found in (training, sampling):
-            cells += [f"{found['diffusers'] * 1e3:.1f} ms", f"{found['ours'] * 1e3:.1f} ms"]
-            cells.append(f"{found['diffusers'] / found['ours']:.2f}")
+        for seconds in (training, sampling):
+            cells += [f"{seconds['diffusers'] * 1e3:.1f} ms", f"{seconds['ours'] * 1e3:.1f} ms"]
+            cells.append(f"{seconds['diffusers'] / seconds['ours']:.2f}")
         ratios.append((title, training["diffusers"] / training["ours"]))
         print(f"| {title} | {batch} | {' | '.join(cells)} | {difference:.1e} |", flush=True)
     print()

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=90)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[bool, list[float]] = {False: [], True: []}
+    step_means: dict[bool, list[float]] = {False: [], True: []}
     ratios, megabytes = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "tests.storage_server", "0", f"{folder}/objects"]
@@ -63,8 +63,8 @@ def main() -> None:
             for i in range(args.pairs):
                 for uploads in (False, True) if i % 2 == 0 else (True, False):
                     times, megabytes = step_seconds(Path(folder) / f"run_{i}_{uploads}", args.steps, url if uploads else None)
-                    found[uploads].append(statistics.mean(times))
-                ratios.append(found[True][-1] / found[False][-1])
+                    step_means[uploads].append(statistics.mean(times))
+                ratios.append(step_means[True][-1] / step_means[False][-1])
         finally:
             server.terminate()
             server.wait()
@@ -72,10 +72,10 @@ def main() -> None:
     print(f"{machine()}\n\n{args.pairs} pairs in turns; {megabytes:.1f} MB go up every {EVERY} steps\n")
     print("| | ms a step (mean, of each run) |\n| --- | --- |")
     for uploads, name in ((False, "no bucket"), (True, "`bucket`")):
-        print(f"| {name} | {', '.join(f'{1e3 * value:.1f}' for value in found[uploads])} |")
+        print(f"| {name} | {', '.join(f'{1e3 * value:.1f}' for value in step_means[uploads])} |")
     print(f"| ratio | {', '.join(f'{ratio:.3f}' for ratio in ratios)}: median {statistics.median(ratios):.3f} |")
-    told = f"a step beside uploads takes {statistics.median(ratios):.3f} times one without"
-    print(f"\n{'met' if statistics.median(ratios) <= 1.01 else 'MISSED'}: {told} (goal: at most 1.01)")
+    outcome = f"a step beside uploads takes {statistics.median(ratios):.3f} times one without"
+    print(f"\n{'met' if statistics.median(ratios) <= 1.01 else 'MISSED'}: {outcome} (goal: at most 1.01)")
 
 
 if __name__ == "__main__":

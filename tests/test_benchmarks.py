@@ -48,14 +48,14 @@ def test_an_archive_becomes_a_folder_with_what_is_trained_on_packed(tmp_path: Pa
     draw_pictures(tmp_path / "cifar10" / "train", 502, size=8)
     with tarfile.open(tmp_path / "cifar10.tar", "w") as tar:
         tar.add(tmp_path / "cifar10", "cifar10")
-    folder = race.prepare_pictures(tmp_path / "datasets", tmp_path / "cifar10.tar")
+    folder = race.prepare_images(tmp_path / "datasets", tmp_path / "cifar10.tar")
     assert [len(list((folder / part).rglob("*.png"))) for part in ("train", "held_out")] == [4, 1000]
     assert read_json(folder / "packed" / "manifest.json")
-    assert race.prepare_pictures(tmp_path / "datasets", tmp_path / "cifar10.tar") == folder
+    assert race.prepare_images(tmp_path / "datasets", tmp_path / "cifar10.tar") == folder
 
 
 def test_without_the_archive_there_are_digits(tmp_path: Path) -> None:
-    folder = race.prepare_pictures(tmp_path, tmp_path / "missing")
+    folder = race.prepare_images(tmp_path, tmp_path / "missing")
     assert folder.name == "digits_race" and len(list((folder / "held_out").rglob("*.png"))) == 300
 
 
@@ -91,8 +91,8 @@ def test_a_peer_trains_and_draws(peer: str, tmp_path: Path, monkeypatch: pytest.
     snapshots = peers.Snapshots(tmp_path, time.time(), 0.5)
     with pytest.raises(peers.TimeIsUp):
         peers.TRAINERS[peer](network, tmp_path / "pictures", 1e-3, snapshots)
-    assert list(snapshots.seen) == [str(fraction) for fraction in peers.FRACTIONS]
-    assert snapshots.seen["1.0"]["images"] >= 16 and snapshots.seen["1.0"]["seconds"] >= 0.5
+    assert list(snapshots.saved) == [str(fraction) for fraction in peers.FRACTIONS]
+    assert snapshots.saved["1.0"]["images"] >= 16 and snapshots.saved["1.0"]["seconds"] >= 0.5
     monkeypatch.setattr(peers, "build", lambda _: tiny(peer))
     monkeypatch.setattr(peers, "CALLS", 3)
     for kind in ("ema", "raw"):
@@ -108,8 +108,8 @@ def test_the_clock_stands_while_weights_are_written(tmp_path: Path) -> None:
         return {"ema": nn.Linear(1, 1).state_dict()}
 
     began = snapshots.began
-    snapshots.look(16, weights)
-    assert snapshots.began >= began + 0.2 and list(snapshots.seen) == ["0.125"]
+    snapshots.save_if_due(16, weights)
+    assert snapshots.began >= began + 0.2 and list(snapshots.saved) == ["0.125"]
 
 
 def test_ours_is_a_command_that_a_user_types() -> None:
@@ -120,7 +120,7 @@ def test_ours_is_a_command_that_a_user_types() -> None:
 
 @pytest.mark.soak
 def test_ours_trains_by_the_clock(tmp_path: Path) -> None:
-    folder = race.prepare_pictures(tmp_path, tmp_path / "missing")
+    folder = race.prepare_images(tmp_path, tmp_path / "missing")
     (tmp_path / "ours").mkdir()
     small = ["model.base_channels=16", "model.head_channels=16", "batch_size=16"]
     found = race.train_ours(tmp_path / "ours", folder, 40, small)

@@ -324,12 +324,12 @@ def latents_of(
         )
     manifest, sets = open_latents(folder, contract, counts, device)
     facts = {key: value for key, value in manifest.items() if key not in ("counts", FILES)}
-    pictures = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
+    image_sets = {"train": train_set} | ({"held_out": held_out} if held_out is not None else {})
 
     def encode(split: str, indices: Sequence[int]) -> Moments:
-        return _encode(autoencoder, pictures[split], image, indices, False, batch_size, workers)
+        return _encode(autoencoder, image_sets[split], image, indices, False, batch_size, workers)
 
-    check_files(folder, manifest, pictures, sets, encode, processes=processes, goes_on=_goes_on(run_dir, facts))
+    check_files(folder, manifest, image_sets, sets, encode, processes=processes, goes_on=_goes_on(run_dir, facts))
     processes.wait_for_everyone()
     for latents in sets.values():
         latents.load_to_device()

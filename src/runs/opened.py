@@ -106,8 +106,8 @@ class Run:
 
     def _density(self, spec: Any, held_out: float) -> Density:
         """The source, of 2-D points."""
-        kept = (self.facts.get("source") or {}).get("density")
-        return open_density(spec, held_out, None, base64.b64decode(kept) if kept is not None else None)
+        saved = (self.facts.get("source") or {}).get("density")
+        return open_density(spec, held_out, None, base64.b64decode(saved) if saved is not None else None)
 
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
         """`A/B/C`, names or numbers, dealt to `count` pictures in equal blocks; an unconditional network guided by a classifier
@@ -163,29 +163,29 @@ def count_classes(class_conditional: bool | None, class_names: Sequence[str]) ->
 def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     """Put the EMA weights of the diffusion run `name` into networks of the same architecture; where its classes are others,
     all but the embedding of the labels. Gives what was done, in words."""
-    found = open_run(name, torch.device("cpu"))
-    weights, key = found.network.state_dict(), "label_embedding.weight"
-    own = networks[0].state_dict()
-    told = f"starting from the weights of {name} (step {found.step})"
-    number = {normal_form(name): i for i, name in enumerate(found.class_names)}
-    as_they_stand = same_names(found.class_names, class_names)
+    opened = open_run(name, torch.device("cpu"))
+    weights, key = opened.network.state_dict(), "label_embedding.weight"
+    fresh = networks[0].state_dict()
+    notice = f"starting from the weights of {name} (step {opened.step})"
+    number = {normal_form(name): i for i, name in enumerate(opened.class_names)}
+    as_they_stand = same_names(opened.class_names, class_names)
     same = key in weights and (as_they_stand or sorted(number) == sorted(map(normal_form, class_names)))
     if same and not as_they_stand:  # in another order, as names in another spelling may be
         order = [number[normal_form(name)] for name in class_names]
         weights[key] = torch.cat([weights[key][order], weights[key][len(order) :]])
-    if same and key in own and len(weights[key]) < len(own[key]):  # it never learned to go without a label
+    if same and key in fresh and len(weights[key]) < len(fresh[key]):  # it never learned to go without a label
         weights[key] = torch.cat([weights[key], weights[key].mean(0, keepdim=True)])
-        told += "; its null class is new, the mean of the others"
-    elif key in own and not same:
-        told += "; its classes are others, so the label embedding is new"
-    elif key in weights and key not in own:
-        told += "; without its label embedding, since this run learns no classes"
-    if key not in own or not same:
+        notice += "; its null class is new, the mean of the others"
+    elif key in fresh and not same:
+        notice += "; its classes are others, so the label embedding is new"
+    elif key in weights and key not in fresh:
+        notice += "; without its label embedding, since this run learns no classes"
+    if key not in fresh or not same:
         weights = {name: value for name, value in weights.items() if name != key}
     for network in networks:
-        mine = network.state_dict()
-        load_weights(network, weights if same or key not in mine else {**weights, key: mine[key]}, Path(name))
-    return told
+        initial = network.state_dict()
+        load_weights(network, weights if same or key not in initial else {**weights, key: initial[key]}, Path(name))
+    return notice
 
 
 def open_trained(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Opened:
@@ -194,10 +194,10 @@ def open_trained(path: str | Path, device: torch.device, network: nn.Module | No
     Those of a run of the caller's own network are put into `network`, built as it was for training. A UserError says what is
     missing, damaged, of another architecture or of 2-D points.
     """
-    found = open_run(path, device, network)
-    if not isinstance(found, Opened):
+    opened = open_run(path, device, network)
+    if not isinstance(opened, Opened):
         raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {quoted(path)} draws them")
-    return found
+    return opened
 
 
 def open_run(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Run:
@@ -220,21 +220,21 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
     class_names = tuple(data["class_names"])
     spec = validate(ProcessConfig, config["process"], origin=f"{path}: process")
     num_classes, key = count_classes(config["class_conditional"], class_names), "label_embedding.weight"
-    found = {"path": path, "process": build_process(spec), "class_names": class_names, "config": config}
-    found |= {"facts": data, "step": step}
+    fields = {"path": path, "process": build_process(spec), "class_names": class_names, "config": config}
+    fields |= {"facts": data, "step": step}
     shape: tuple[int, ...] = (2,)
     if config["image"] is not None:
         image = validate(ImageConfig, config["image"], origin=f"{path}: image")
         shape = (image.channels, image.size, image.size)
-        found["image"] = image
+        fields["image"] = image
         if "latents" in data:
             facts = data["latents"]
             autoencoder = kept_autoencoder(folder, device)
             if autoencoder.digest != facts["autoencoder"]:
                 raise UserError(f"{path}: the autoencoder beside it is another than the one it was trained on")
             shape = tuple(facts["shape"])
-            found["codec"] = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
-            found["bounds"] = latent_bounds(facts, device)
+            fields["codec"] = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
+            fields["bounds"] = latent_bounds(facts, device)
     network = given or build_model(
         validate(_Model, {"model": config["model"]}, origin=str(path)).model,
         shape,
@@ -246,5 +246,5 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:
         torch.set_num_threads(config["cpu_threads"])  # so that processes agree to the bit, as in training
-    found |= {"network": network.to(device).eval().requires_grad_(False), "shape": shape, "digest": digest}
-    return Opened(**found) if "image" in found else Run(**found)
+    fields |= {"network": network.to(device).eval().requires_grad_(False), "shape": shape, "digest": digest}
+    return Opened(**fields) if "image" in fields else Run(**fields)

@@ -30,7 +30,7 @@ def build(name: str, **options: Any) -> Any:
     return getattr(importlib.import_module(f"spandrel.architectures.{name}"), name)(**options)
 
 
-def drawn(network: nn.Module) -> Any:
+def randomized(network: nn.Module) -> Any:
     """Every parameter from a normal; pictures come out in the middle of [0, 1], where nothing is cut, and far from flat."""
     generator = torch.Generator().manual_seed(1)
     parameters = list(network.parameters())
@@ -43,20 +43,20 @@ def drawn(network: nn.Module) -> Any:
 
 
 def rrdb(num_blocks: int = 1, **options: Any) -> Any:
-    return drawn(build("ESRGAN", num_filters=8, num_blocks=num_blocks, **options))
+    return randomized(build("ESRGAN", num_filters=8, num_blocks=num_blocks, **options))
 
 
 def real_esrgan_names(network: Any, num_blocks: int) -> dict[str, Tensor]:
     """spandrel's names of a x4 RRDBNet as in Real-ESRGAN's files."""
-    ends = {"0": "conv_first", f"1.sub.{num_blocks}": "conv_body", "3": "conv_up1", "6": "conv_up2"}
-    ends |= {"8": "conv_hr", "10": "conv_last"}
+    renamed = {"0": "conv_first", f"1.sub.{num_blocks}": "conv_body", "3": "conv_up1", "6": "conv_up2"}
+    renamed |= {"8": "conv_hr", "10": "conv_last"}
     names = {}
     for key in network.state_dict():
         module, _, kind = key.removeprefix("model.").rpartition(".")
-        if module not in ends:
+        if module not in renamed:
             _, _, block, dense, conv, _ = module.split(".")
-            ends[module] = f"body.{block}.{dense.lower()}.{conv}"
-        names[key] = f"{ends[module]}.{kind}"
+            renamed[module] = f"body.{block}.{dense.lower()}.{conv}"
+        names[key] = f"{renamed[module]}.{kind}"
     return {names[key]: value for key, value in network.state_dict().items()}
 
 
@@ -94,13 +94,13 @@ def test_a_file_opens_as_the_network_that_was_saved(layout: str, num_blocks: int
         save_file(network.state_dict(), path)
     opened = open_upscaler(str(path), torch.device("cpu"))
     x = images()
-    found = opened.upscale(x)
-    assert opened.scale == 4 and found.shape == (2, 3, 80, 68) and found.dtype == torch.float32
+    enlarged = opened.upscale(x)
+    assert opened.scale == 4 and enlarged.shape == (2, 3, 80, 68) and enlarged.dtype == torch.float32
     assert sum(key.endswith("RDB1.conv1.0.weight") for key in opened.network.state_dict()) == num_blocks
     assert not opened.network.training and not any(p.requires_grad for p in opened.network.parameters())
     wanted = directly(network, x)
     assert wanted.std() > 0.05 and wanted.abs().max() < 1, "the test's network says something"
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(enlarged, wanted, rtol=0, atol=1e-6)
 
 
 def test_the_default_is_the_published_file_below_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,11 +113,11 @@ def test_the_default_is_the_published_file_below_the_working_directory(tmp_path:
 
 
 def test_the_compact_network(tmp_path: Path) -> None:
-    network = drawn(build("Compact", num_feat=8, num_conv=2))
+    network = randomized(build("Compact", num_feat=8, num_conv=2))
     torch.save({"params": network.state_dict()}, tmp_path / "compact.pth")
     x = images()
-    found = open_upscaler(tmp_path / "compact.pth", "cpu").upscale(x)
-    torch.testing.assert_close(found, directly(network, x), rtol=0, atol=1e-6)
+    enlarged = open_upscaler(tmp_path / "compact.pth", "cpu").upscale(x)
+    torch.testing.assert_close(enlarged, directly(network, x), rtol=0, atol=1e-6)
 
 
 def refused(weights: Path | str | None) -> str:
@@ -157,7 +157,7 @@ def test_what_is_no_upscaler_is_refused(tmp_path: Path) -> None:
     assert "not a state dict" in refuse([torch.zeros(3)])
     assert "knows no network" in refuse({"weight": torch.zeros(3)})
     assert "not an upscaler" in refuse({1: torch.zeros(3)}) and "not an upscaler" in refuse({})
-    assert "DnCNN" in refuse(drawn(build("DnCNN", in_nc=3, out_nc=3, nc=8, nb=4)).state_dict())
+    assert "DnCNN" in refuse(randomized(build("DnCNN", in_nc=3, out_nc=3, nc=8, nb=4)).state_dict())
     assert "1 channels to 1 at scale 4" in refuse(rrdb(in_nc=1, out_nc=1).state_dict())
     assert "scale 1" in refuse(rrdb(scale=1).state_dict())
     state = rrdb().state_dict()
@@ -183,19 +183,19 @@ def test_a_network_of_zeros_gives_the_constant_that_is_its_last_bias() -> None:
         for p in network.parameters():
             p.zero_()
         list(network.parameters())[-1].copy_(torch.tensor([0.75, 0.5, 2.0]))
-    made = Upscaler(network, 4, tile=16, overlap=4).upscale(images(1, 3, 40, 15))
+    enlarged = Upscaler(network, 4, tile=16, overlap=4).upscale(images(1, 3, 40, 15))
     wanted = torch.tensor([0.5, 0.0, 1.0]).reshape(1, 3, 1, 1).expand(1, 3, 160, 60)
-    torch.testing.assert_close(made, wanted, rtol=0, atol=0)
-    made = Upscaler(network, 4).upscale(images(1, 1))
-    torch.testing.assert_close(made, torch.full((1, 1, 80, 68), 0.5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(enlarged, wanted, rtol=0, atol=0)
+    enlarged = Upscaler(network, 4).upscale(images(1, 1))
+    torch.testing.assert_close(enlarged, torch.full((1, 1, 80, 68), 0.5), rtol=0, atol=1e-6)
 
 
 def test_grey_goes_through_as_three_channels_whose_mean_comes_back(upscaler: Upscaler) -> None:
     x = images(channels=1)
     wanted = upscaler.upscale(x.expand(-1, 3, -1, -1)).mean(1, keepdim=True)
-    found = upscaler.upscale(x)
-    assert found.shape == (2, 1, 80, 68)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    enlarged = upscaler.upscale(x)
+    assert enlarged.shape == (2, 1, 80, 68)
+    torch.testing.assert_close(enlarged, wanted, rtol=0, atol=1e-6)
     with pytest.raises(UserError, match="1 or 3"):
         upscaler.upscale(images(channels=4))
 
@@ -230,20 +230,20 @@ def test_the_overlap_is_what_hides_the_seams(upscaler: Upscaler) -> None:
     assert rows[: 4 * 16].max() < 1e-4 < 1e-2 < rows[4 * 38 : 4 * 42].max(), "without overlap the error sits at the seam"
 
 
-def test_all_tiles_of_a_picture_have_one_size_and_cover_it_with_their_margins(upscaler: Upscaler) -> None:
-    seen = []
-    upscaler.network.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
+def test_all_tiles_of_an_image_have_one_size_and_cover_it_with_their_margins(upscaler: Upscaler) -> None:
+    shapes = []
+    upscaler.network.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
     replace(upscaler, tile=32, overlap=8).upscale(images(2, 3, 75, 33))
-    assert len(seen) == 4 * 2 and set(seen) == {(2, 3, 32, 32)}
-    seen.clear()
+    assert len(shapes) == 4 * 2 and set(shapes) == {(2, 3, 32, 32)}
+    shapes.clear()
     replace(upscaler, tile=32, overlap=8).upscale(images(1, 3, 20, 75))
-    assert len(seen) == 4 and set(seen) == {(1, 3, 20, 32)}
+    assert len(shapes) == 4 and set(shapes) == {(1, 3, 20, 32)}
     for multiple in (1, 4):
         windows = Upscaler(upscaler.network, 4, multiple, tile=40, overlap=7)._windows
         for side in range(multiple, 200, multiple):
-            kept = windows(side)
-            assert [0, *(end for _, _, end in kept)] == [*(start for _, start, _ in kept), side]
-            for at, start, end in kept:
+            parts = windows(side)
+            assert [0, *(end for _, _, end in parts)] == [*(start for _, start, _ in parts), side]
+            for at, start, end in parts:
                 last = min(side, at + 40)
                 assert at % multiple == 0 and start < end
                 assert (start == 0 == at or start - at >= 7) and (end == side == last or last - end >= 7)
@@ -278,7 +278,7 @@ def test_one_pixel(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ folders
 
 
-def picture(path: Path, *size: int, seed: int = 0) -> Path:
+def save_random_image(path: Path, *size: int, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)).save(path)
     return path
@@ -293,11 +293,11 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "small"
     for i in range(5):
-        picture(folder / f"{i}.png", 6, 8, 3, seed=i)
-    picture(folder / "sub" / "grey.png", 6, 8)
-    picture(folder / "sub" / "wide.jpg", 5, 44, 3)
+        save_random_image(folder / f"{i}.png", 6, 8, 3, seed=i)
+    save_random_image(folder / "sub" / "grey.png", 6, 8)
+    save_random_image(folder / "sub" / "wide.jpg", 5, 44, 3)
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
-    picture(folder / ".hidden" / "x.png", 6, 8, 3)
+    save_random_image(folder / ".hidden" / "x.png", 6, 8, 3)
     (folder / "notes.txt").write_text("not a picture")
     return folder
 
@@ -314,23 +314,23 @@ def test_a_folder_becomes_pngs_of_the_same_names(
     names = [*(f"{i}.png" for i in range(5)), "sub/grey.png", "sub/wide.png"]
     assert written == [out / name for name in names]
     assert {path for path in out.rglob("[!.]*") if path.is_file()} == set(written)
-    told = capsys.readouterr().out.strip().splitlines()
-    assert len(told) == 1 and str(folder / "broken.jpg") in told[0]
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 1 and str(folder / "broken.jpg") in lines[0]
     assert pixels(out / "sub" / "grey.png").shape == (24, 32), "grey stays grey"
     assert pixels(out / "sub" / "wide.png").shape == (20, 176, 3)
 
     x = torch.from_numpy(pixels(folder / "2.png")).permute(2, 0, 1)[None] / 127.5 - 1
-    found = pixels(out / "2.png").astype(float)
+    enlarged = pixels(out / "2.png").astype(float)
     wanted = (directly(upscaler.network, x)[0].permute(1, 2, 0).numpy() + 1) * 127.5
-    assert np.abs(found - wanted).max() <= 0.51
+    assert np.abs(enlarged - wanted).max() <= 0.51
 
 
 def test_what_was_overwritten_is_made_again(folder: Path, tmp_path: Path, upscaler: Upscaler) -> None:
     first = {path: path.read_bytes() for path in upscale(folder, tmp_path / "a", upscaler)}
-    kept = (folder / "1.png").stat()
+    times = (folder / "1.png").stat()
     (folder / "2.png").write_bytes((folder / "1.png").read_bytes())
     later = (tmp_path / "a" / "2.png").stat().st_mtime_ns + 1
-    os.utime(folder / "2.png", ns=(kept.st_atime_ns, later))
+    os.utime(folder / "2.png", ns=(times.st_atime_ns, later))
     upscale(folder, tmp_path / "a", upscaler)
     changed = [path.name for path, content in first.items() if path.read_bytes() != content]
     assert changed == ["2.png"], changed
@@ -342,17 +342,17 @@ def test_what_is_there_is_kept_and_the_rest_comes_out_the_same(folder: Path, tmp
     for path in written[1::2]:
         path.unlink()
     Image.new("RGB", (3, 3)).save(written[0])
-    own = written[0].read_bytes()
+    rewritten = written[0].read_bytes()
     calls = []
     upscaler.network.register_forward_hook(lambda *_: calls.append(1))
     assert upscale(folder, tmp_path / "a", upscaler) == written
-    assert calls and {path: path.read_bytes() for path in written} == {**first, written[0]: own}
+    assert calls and {path: path.read_bytes() for path in written} == {**first, written[0]: rewritten}
     calls.clear()
     upscale(folder, tmp_path / "a", upscaler)
     assert not calls, "nothing is drawn twice, the batch with the broken file neither"
 
 
-def test_ranks_share_the_pictures_and_give_the_same_bytes(folder: Path, tmp_path: Path, upscaler: Upscaler) -> None:
+def test_ranks_share_the_images_and_give_the_same_bytes(folder: Path, tmp_path: Path, upscaler: Upscaler) -> None:
     whole = upscale(folder, tmp_path / "one", upscaler)
     first = upscale(folder, tmp_path / "two", upscaler, rank=0, world=2)
     assert tmp_path / "two" / "3.png" not in first, "the second batch of three is the other's, with the broken file"
@@ -361,13 +361,13 @@ def test_ranks_share_the_pictures_and_give_the_same_bytes(folder: Path, tmp_path
     assert [path.read_bytes() for path in both] == [path.read_bytes() for path in whole]
 
 
-def test_large_pictures_go_one_at_a_time(tmp_path: Path, upscaler: Upscaler) -> None:
-    seen = []
-    upscaler.network.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
+def test_large_images_go_one_at_a_time(tmp_path: Path, upscaler: Upscaler) -> None:
+    shapes = []
+    upscaler.network.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
     for i in range(4):
-        picture(tmp_path / "in" / f"{i}.png", 6, 30 if i < 2 else 8, 3)
+        save_random_image(tmp_path / "in" / f"{i}.png", 6, 30 if i < 2 else 8, 3)
     upscale(tmp_path / "in", tmp_path / "out", replace(upscaler, tile=20, overlap=4), batch_size=4)
-    assert seen == [(1, 3, 6, 20)] * 4 + [(2, 3, 6, 8)]
+    assert shapes == [(1, 3, 6, 20)] * 4 + [(2, 3, 6, 8)]
 
 
 def test_folders_that_cannot_be_upscaled(folder: Path, tmp_path: Path, upscaler: Upscaler) -> None:
@@ -385,15 +385,15 @@ def test_folders_that_cannot_be_upscaled(folder: Path, tmp_path: Path, upscaler:
     assert "holds no images" in refuse(tmp_path / "empty")
     assert "lies in" in refuse(folder, folder / "large")
     assert "batch_size" in refuse(folder, batch_size=0)
-    picture(folder / "2.bmp", 6, 8, 3)
+    save_random_image(folder / "2.bmp", 6, 8, 3)
     message = refuse(folder)
     assert "2.bmp" in message and "2.png" in message and "rename" in message
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"nothing")
     assert "none of its 1 images" in refuse(tmp_path / "broken")
-    picture(tmp_path / "broken" / "b.png", 6, 8, 3)
-    kept = upscale(tmp_path / "broken", out, upscaler)
+    save_random_image(tmp_path / "broken" / "b.png", 6, 8, 3)
+    written = upscale(tmp_path / "broken", out, upscaler)
     (tmp_path / "broken" / "b.png").unlink()
     with pytest.raises(UserError, match="none of its 1 images"):
         upscale(tmp_path / "broken", out, upscaler)
-    assert len(kept) == 1 and kept[0].exists(), "what an earlier run made is not lost"
+    assert len(written) == 1 and written[0].exists(), "what an earlier run made is not lost"

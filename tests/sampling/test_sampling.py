@@ -27,7 +27,7 @@ def sampler(
     return Sampler(network, process, spec, shape=SHAPE, num_classes=num_classes, clip_x0=(-1.0, 1.0), classifier=classifier)
 
 
-def test_noise_is_a_function_of_seed_and_picture_alone() -> None:
+def test_noise_is_a_function_of_seed_and_image_alone() -> None:
     many = noise_of(7, range(100), SHAPE)
     assert torch.equal(noise_of(7, [42, 3], SHAPE), many[[42, 3]])
     assert not torch.equal(noise_of(8, [42], SHAPE), many[[42]])
@@ -37,7 +37,7 @@ def test_noise_is_a_function_of_seed_and_picture_alone() -> None:
 
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4", "dpmpp_2m", "ddim", "ancestral"])
-def test_every_solver_draws_the_same_picture_whoever_else_is_drawn(solver: str) -> None:
+def test_every_solver_draws_the_same_image_whichever_others_are_drawn(solver: str) -> None:
     options = {"eta": 0.5} if solver == "ddim" else {}
     draw = sampler(solver, **options).draw
     many = draw(0, range(5), [0, 1, 2, 0, 1], device=CPU, batch_size=5)
@@ -50,11 +50,11 @@ def test_every_solver_draws_the_same_picture_whoever_else_is_drawn(solver: str) 
 def test_calls_are_counted() -> None:
     for solver in ("euler", "midpoint", "heun", "rk4", "ddim"):
         for guidance in (1.0, 2.0):
-            drawn = sampler(solver, guidance=guidance)
-            real, calls = drawn.network, []
-            drawn.network = lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1]
-            drawn.draw(0, [0], [1], device=CPU)
-            assert len(calls) == drawn.calls(), (solver, guidance)
+            tested = sampler(solver, guidance=guidance)
+            real, calls = tested.network, []
+            tested.network = lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1]
+            tested.draw(0, [0], [1], device=CPU)
+            assert len(calls) == tested.calls(), (solver, guidance)
     assert describe(sampler(), 3)["seed"] == 3
 
 
@@ -63,63 +63,63 @@ def test_calls_of_shortened_repeated_and_partly_guided_ways() -> None:
         {"stop_at": 3}, {"double_sampling": 2}, {"guidance": 2.0, "guidance_interval": [0.1, 2.0]},
         {"solver": "heun", "double_sampling": 3}, {"guidance": 2.0, "guidance_interval": [0.0, 0.5], "stop_at": 5},
     ):  # fmt: skip
-        drawn = sampler(steps=6, **options)
-        real, calls = drawn.network, []
-        drawn.network = lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1]
-        drawn.draw(0, [0], [1], device=CPU)
-        assert len(calls) == drawn.calls(), options
-    drawn, calls = sampler(steps=6), []
-    real = drawn.network
-    drawn.network = lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+        tested = sampler(steps=6, **options)
+        real, calls = tested.network, []
+        tested.network = lambda *a, real=real, calls=calls, **k: (calls.append(1), real(*a, **k))[1]
+        tested.draw(0, [0], [1], device=CPU)
+        assert len(calls) == tested.calls(), options
+    tested, calls = sampler(steps=6), []
+    real = tested.network
+    tested.network = lambda *a, **k: (calls.append(1), real(*a, **k))[1]
     edit = Edit(torch.zeros(SHAPE), start_at=2, mask=torch.ones(1, 8, 8), resamplings=3)
-    drawn.draw(0, [0], [1], device=CPU, edit=edit)
-    assert len(calls) == drawn.calls(edit) == 12
+    tested.draw(0, [0], [1], device=CPU, edit=edit)
+    assert len(calls) == tested.calls(edit) == 12
 
 
 def test_stopping_early_gives_the_estimate_of_x0_there() -> None:
-    seen, watched = {}, sampler("ancestral", steps=6)
-    watched.draw(0, [0], [1], device=CPU, callback=lambda step, t, x_t, prediction: seen.update({step: prediction.x0}))
+    estimates, watched = {}, sampler("ancestral", steps=6)
+    watched.draw(0, [0], [1], device=CPU, callback=lambda step, t, x_t, prediction: estimates.update({step: prediction.x0}))
     for step in (1, 4):
-        assert torch.equal(sampler("ancestral", steps=6, stop_at=step).draw(0, [0], [1], device=CPU), seen[step])
+        assert torch.equal(sampler("ancestral", steps=6, stop_at=step).draw(0, [0], [1], device=CPU), estimates[step])
 
 
-def test_double_sampling_noises_the_finished_picture_and_goes_on() -> None:
+def test_double_sampling_noises_the_finished_image_and_goes_on() -> None:
     once, twice = sampler(steps=6), sampler(steps=6, double_sampling=4)
-    seen = []
-    drawn = twice.draw(0, [0], [1], device=CPU, callback=lambda step, t, x_t, prediction: seen.append((step, t, x_t)))
-    assert [step for step, *_ in seen] == [0, 1, 2, 3, 4, 5, 4, 5]
+    visited = []
+    result = twice.draw(0, [0], [1], device=CPU, callback=lambda step, t, x_t, prediction: visited.append((step, t, x_t)))
+    assert [step for step, *_ in visited] == [0, 1, 2, 3, 4, 5, 4, 5]
     finished = once.draw(0, [0], [1], device=CPU)
-    _, t, x_t = seen[6]
+    _, t, x_t = visited[6]
     alpha, sigma = twice.process.schedule.level(t)
     noise = (x_t - alpha.float() * finished) / sigma.float()
-    assert abs(float(noise.std()) - 1) < 0.3 and not torch.equal(drawn, finished)
+    assert abs(float(noise.std()) - 1) < 0.3 and not torch.equal(result, finished)
     assert not torch.allclose(noise, noise_of(0, [0], SHAPE), atol=1e-3), "new noise"
 
 
-def test_a_given_picture_is_started_from_and_kept_where_the_mask_is_black() -> None:
-    picture, drawn = torch.linspace(-0.9, 0.9, 64).reshape(SHAPE), sampler("ddim", steps=10, eta=1.0)
-    near = drawn.draw(0, [0], [1], device=CPU, edit=Edit(picture, start_at=9))
-    far = drawn.draw(0, [0], [1], device=CPU, edit=Edit(picture, start_at=2))
-    assert (near[0] - picture).norm() < (far[0] - picture).norm()
+def test_a_given_image_is_started_from_and_kept_where_the_mask_is_black() -> None:
+    image, tested = torch.linspace(-0.9, 0.9, 64).reshape(SHAPE), sampler("ddim", steps=10, eta=1.0)
+    near = tested.draw(0, [0], [1], device=CPU, edit=Edit(image, start_at=9))
+    far = tested.draw(0, [0], [1], device=CPU, edit=Edit(image, start_at=2))
+    assert (near[0] - image).norm() < (far[0] - image).norm()
     mask = torch.zeros(1, 8, 8)
     mask[:, :, 5:] = 1
     for resamplings in (1, 3):
-        filled = drawn.draw(0, [0, 1], [1, 2], device=CPU, edit=Edit(picture, mask=mask, resamplings=resamplings))
-        torch.testing.assert_close(filled[:, :, :, :5], picture[:, :, :5].expand(2, -1, -1, -1))
-        assert (filled[:, :, :, 5:] - picture[:, :, 5:]).abs().max() > 0.1 and not torch.equal(filled[0], filled[1])
-        again = drawn.draw(0, [1], [2], device=CPU, batch_size=2, edit=Edit(picture, mask=mask, resamplings=resamplings))
-        torch.testing.assert_close(again[0], filled[1], rtol=1e-4, atol=1e-4)
+        filled = tested.draw(0, [0, 1], [1, 2], device=CPU, edit=Edit(image, mask=mask, resamplings=resamplings))
+        torch.testing.assert_close(filled[:, :, :, :5], image[:, :, :5].expand(2, -1, -1, -1))
+        assert (filled[:, :, :, 5:] - image[:, :, 5:]).abs().max() > 0.1 and not torch.equal(filled[0], filled[1])
+        single = tested.draw(0, [1], [2], device=CPU, batch_size=2, edit=Edit(image, mask=mask, resamplings=resamplings))
+        torch.testing.assert_close(single[0], filled[1], rtol=1e-4, atol=1e-4)
 
 
 def test_stopping_early_keeps_what_the_mask_keeps() -> None:
-    picture, mask = torch.full(SHAPE, 0.3), torch.zeros(1, 8, 8)
+    image, mask = torch.full(SHAPE, 0.3), torch.zeros(1, 8, 8)
     mask[:, :4] = 1
-    drawn = sampler(steps=6, stop_at=3).draw(0, [0], [1], device=CPU, edit=Edit(picture, mask=mask))
-    assert bool((drawn[0, :, 4:] == picture[:, 4:]).all()) and not torch.allclose(drawn[0, :, :4], picture[:, :4], atol=0.01)
+    result = sampler(steps=6, stop_at=3).draw(0, [0], [1], device=CPU, edit=Edit(image, mask=mask))
+    assert bool((result[0, :, 4:] == image[:, 4:]).all()) and not torch.allclose(result[0, :, :4], image[:, :4], atol=0.01)
     with pytest.raises(UserError, match="start_at 3 is not before stop_at 3"):
-        sampler(steps=6, stop_at=3).draw(0, [0], [1], device=CPU, edit=Edit(picture, start_at=3))
+        sampler(steps=6, stop_at=3).draw(0, [0], [1], device=CPU, edit=Edit(image, start_at=3))
     with pytest.raises(UserError, match="dpmpp_2m remembers the step before"):
-        sampler("dpmpp_2m").draw(0, [0], [1], device=CPU, edit=Edit(picture, mask=mask))
+        sampler("dpmpp_2m").draw(0, [0], [1], device=CPU, edit=Edit(image, mask=mask))
 
 
 def test_resampling_makes_what_is_drawn_agree_with_what_is_kept() -> None:
@@ -136,11 +136,11 @@ def test_resampling_makes_what_is_drawn_agree_with_what_is_kept() -> None:
     means = []
     for resamplings in (1, 10):
         spec = SamplerConfig(solver="ancestral", steps=40)
-        drawn = Sampler(best, process, spec, shape=(1, 1, 2), num_classes=None, clip_x0=None)
+        tested = Sampler(best, process, spec, shape=(1, 1, 2), num_classes=None, clip_x0=None)
         edit = Edit(torch.tensor([[[0.4, 0.0]]]), mask=torch.tensor([[[0.0, 1.0]]]), resamplings=resamplings)
-        found = drawn.draw(0, range(600), None, device=CPU, edit=edit)
-        assert bool((found[:, 0, 0, 0] == 0.4).all())
-        means.append(float(found[:, 0, 0, 1].mean()))
+        samples = tested.draw(0, range(600), None, device=CPU, edit=edit)
+        assert bool((samples[:, 0, 0, 0] == 0.4).all())
+        means.append(float(samples[:, 0, 0, 1].mean()))
     assert means[0] < 0.3 and means[1] == pytest.approx(0.36, abs=0.05)
 
 
@@ -159,11 +159,11 @@ class Brightness:
 def test_a_classifier_guides_networks_with_classes_and_without(solver: str, num_classes: int | None) -> None:
     means = {}
     for scale, levels in ((0.0, None), (200.0, None), (200.0, [1e6, 2e6])):
-        drawn = sampler(
+        tested = sampler(
             solver, num_classes=num_classes, steps=8, guidance=scale, guidance_method="classifier", classifier=Brightness(),
             **({"guidance_interval": levels} if levels else {}),
         )  # fmt: skip
-        means[scale, levels is None] = drawn.draw(0, range(4), [0, 0, 1, 1], device=CPU).mean((1, 2, 3))
+        means[scale, levels is None] = tested.draw(0, range(4), [0, 0, 1, 1], device=CPU).mean((1, 2, 3))
     shift = means[200.0, True] - means[0.0, True]
     assert bool((shift[:2] < -0.01).all()) and bool((shift[2:] > 0.01).all())
     torch.testing.assert_close(means[200.0, False], means[0.0, True])
@@ -174,27 +174,27 @@ def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
     x0 of that. Ancestral sampling moves the mean by variance times gradient instead."""
     guided = {"guidance": 300.0, "guidance_method": "classifier", "classifier": Brightness(), "num_classes": None}
     x, labels = noise_of(5, range(2), SHAPE), torch.tensor([0, 1])
-    drawn = sampler("ddim", steps=4, **guided)
-    schedule, (t, s) = drawn.process.schedule, drawn.times[1:3]
+    tested = sampler("ddim", steps=4, **guided)
+    schedule, (t, s) = tested.process.schedule, tested.times[1:3]
     (alpha, sigma), (alpha_s, sigma_s) = (map(float, schedule.level(at)) for at in (t, s))
-    gradient = drawn._gradient(labels)
+    gradient = tested._gradient(labels)
     assert gradient is not None
     with torch.no_grad():
-        plain = drawn.process.denoiser(drawn.network)(x, t)
+        plain = tested.process.denoiser(tested.network)(x, t)
         assert plain.x0.abs().max() > 1, "there is something to clip"
         eps = (x - alpha * plain.x0.clamp(-1, 1)) / sigma - sigma * gradient(x, t)
         shifted = (x - sigma * eps) / alpha
         assert shifted.abs().max() > 1, "and again"
         x0 = shifted.clamp(-1, 1)
         wanted = alpha_s * x0 + sigma_s * (x - alpha * x0) / sigma
-        denoiser = drawn._denoiser(labels, gradient, None)
-        torch.testing.assert_close(euler(denoiser, x, drawn.times[1:3], schedule), wanted, rtol=1e-4, atol=1e-4)
+        denoiser = tested._denoiser(labels, gradient, None)
+        torch.testing.assert_close(euler(denoiser, x, tested.times[1:3], schedule), wanted, rtol=1e-4, atol=1e-4)
 
         chain = sampler("ancestral", steps=4, **guided)
-        chain.network = drawn.network
+        chain.network = tested.network
         way = chain._trajectory(labels, 0, range(2), None, None)
         way.noise = lambda step, like, sweep=0: torch.zeros_like(like)
-        steps = transitions(schedule, drawn.times)
+        steps = transitions(schedule, tested.times)
         mean = steps.mean(1, plain.x0.clamp(-1, 1), x)
         wanted = mean + float(steps.beta[1]) * gradient(x, t)
         torch.testing.assert_close(way._solve(x, 1, 2), wanted, rtol=1e-4, atol=1e-4)
@@ -221,13 +221,13 @@ def test_what_does_not_fit() -> None:
         sampler("euler", eta=0.5)
     with pytest.raises(UserError, match="more than the schedule's 50"):
         sampler(steps=51)
-    for options, said in (
+    for options, message in (
         ({"stop_at": 4}, "leaves none out"), ({"double_sampling": 4}, "none to do again"),
         ({"stop_at": 2, "double_sampling": 2}, "do not go together"), ({"guidance_interval": [0, 1]}, "no guidance to hold"),
         ({"guidance": 2, "guidance_interval": [2, 1]}, "the lower one first"),
         ({"guidance": 2, "guidance_method": "classifier"}, "guidance by a classifier needs one"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             sampler(**options)
     assert random_labels(0, range(1000), 4).count(2) > 180
     assert (columns_for(16), columns_for(100, 10), columns_for(1)) == (4, 10, 1)

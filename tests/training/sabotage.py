@@ -32,10 +32,10 @@ network, load, all_reduce, update = proof.Bench.network, TrainState.load, dist.a
 
 def other_gradients(bench: proof.Bench) -> torch.nn.Module:
     """On rank 1 one parameter's are a thousandth larger."""
-    made = network(bench)
+    built = network(bench)
     if RANK == 1:
-        next(made.parameters()).register_hook(lambda gradient: gradient * 1.001)
-    return made
+        next(built.parameters()).register_hook(lambda gradient: gradient * 1.001)
+    return built
 
 
 def other_parameter(optimizer: Any, *rest: Any) -> None:
@@ -46,25 +46,25 @@ def other_parameter(optimizer: Any, *rest: Any) -> None:
             optimizer.param_groups[0]["params"][0].flatten()[0] += 1e-9
 
 
-def without_a_moment(trained: TrainState, folder: Path) -> None:
+def without_a_moment(state: TrainState, folder: Path) -> None:
     """On rank 1 one of the moments is lost."""
-    load(trained, folder)
+    load(state, folder)
     if RANK == 1:
-        optimizer = trained._pairs["model", "optimizer"][1]
+        optimizer = state._pairs["model", "optimizer"][1]
         next(iter(optimizer.state.values()))["exp_avg"].zero_()
 
 
-def wrong_sum(values: torch.Tensor, *args: object, **more: object) -> object:
+def wrong_sum(values: torch.Tensor, *args: object, **options: object) -> object:
     """Of many numbers one is too large."""
-    done = all_reduce(values, *args, **more)  # pyright: ignore[reportArgumentType]
+    done = all_reduce(values, *args, **options)  # pyright: ignore[reportArgumentType]
     if values.numel() > 1000:
         values[7] += 1
     return done
 
 
-def wrong_ones(values: torch.Tensor, *args: object, **more: object) -> object:
+def wrong_ones(values: torch.Tensor, *args: object, **options: object) -> object:
     """So is the sum of a single one."""
-    done = all_reduce(values, *args, **more)  # pyright: ignore[reportArgumentType]
+    done = all_reduce(values, *args, **options)  # pyright: ignore[reportArgumentType]
     return values.add_(1) if values.numel() == 1 else done
 
 
@@ -99,32 +99,32 @@ def run(folder: Path, stages: str, cfg: Any = None) -> list[dict]:
 
 
 def main() -> None:
-    folder, found, steps = Path(sys.argv[1]), {}, "ten steps, resume"
+    folder, verdicts, steps = Path(sys.argv[1]), {}, "ten steps, resume"
     if len(sys.argv) > 2:
-        found[sys.argv[2]] = run(folder, "gradients", SimpleNamespace(mixed_precision=sys.argv[2]))
+        verdicts[sys.argv[2]] = run(folder, "gradients", SimpleNamespace(mixed_precision=sys.argv[2]))
         if RANK == 0:
-            print(json.dumps(found), flush=True)
+            print(json.dumps(verdicts), flush=True)
         return
-    found["sound"] = run(folder, ", ".join(name for name in proof.STAGES if name != "compile"))
+    verdicts["sound"] = run(folder, ", ".join(name for name in proof.STAGES if name != "compile"))
     with patch.object(proof.Bench, "network", other_gradients):
-        found["gradients"] = run(folder, "gradients")
+        verdicts["gradients"] = run(folder, "gradients")
 
     def never_averaged(accelerator: Any, model: Any, *_: object) -> Any:
         return accelerator.no_sync(model)
 
     with patch.object(proof, "accumulating", never_averaged), patch.object(ddpm_accelerate, "accumulating", never_averaged):
-        found["not averaged"] = run(folder, "gradients, ten steps")
+        verdicts["not averaged"] = run(folder, "gradients, ten steps")
     with patch.object(ddpm_accelerate, "update", other_parameter):
-        found["parameter"] = run(folder, "ten steps")
+        verdicts["parameter"] = run(folder, "ten steps")
     with patch.object(TrainState, "load", without_a_moment):
-        found["moment"] = run(folder, steps)
+        verdicts["moment"] = run(folder, steps)
     with patch.object(dist, "all_reduce", wrong_sum):
-        found["sum"] = run(folder, "all-reduce")
+        verdicts["sum"] = run(folder, "all-reduce")
     with patch.object(dist, "all_reduce", wrong_ones):
-        found["ones"] = run(folder, "first collective")
+        verdicts["ones"] = run(folder, "first collective")
     proof.STAGES = {"first collective": hanging}
-    found["hang"] = run(folder, "first collective")
-    print(json.dumps(found), flush=True)
+    verdicts["hang"] = run(folder, "first collective")
+    print(json.dumps(verdicts), flush=True)
     os._exit(0)
 
 

@@ -54,9 +54,9 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fails
 
 
-def run_short(name: str, run: Path, *more: str) -> str:
+def run_short(name: str, run: Path, *settings: str) -> str:
     script, config, keys = RUNS[name]
-    done = here(script, "-cfg", config, "--run-dir", run, *(word for key in (*keys, *more) for word in ("--set", key)))
+    done = here(script, "-cfg", config, "--run-dir", run, *(word for key in (*keys, *settings) for word in ("--set", key)))
     assert done.status == 0, done.all
     return done.out
 
@@ -70,7 +70,7 @@ def all_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(TensorBoardTracker, "finish", raising(error))
 
 
-SAID = {
+WARNED_OF = {
     "ddpm": ("the preview", "the first images", "loss.png", "tensorboard"),
     "classes": ("the preview", "the first images", "loss.png", "tensorboard"),
     "vae": ("the preview", "the first images", "loss.png", "tensorboard"),
@@ -85,13 +85,13 @@ def test_a_run_whose_looks_all_fail_is_the_run(
     name: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     all_fails(monkeypatch, error)
-    said = run_short(name, tmp_path / "run")
-    for what in SAID[name]:
-        lines = [line for line in said.splitlines() if line.startswith(f"warning: {what} failed (")]
-        assert len(lines) == 1 and lines[0].endswith("the run goes on, and says this once"), said
+    log = run_short(name, tmp_path / "run")
+    for what in WARNED_OF[name]:
+        lines = [line for line in log.splitlines() if line.startswith(f"warning: {what} failed (")]
+        assert len(lines) == 1 and lines[0].endswith("the run goes on, and says this once"), log
         reason = "the disk is full: No space left on device" if error is FULL else "RuntimeError: no font"
         assert reason in lines[0]
-    assert said.count("warning: report.html is not written") == 1
+    assert log.count("warning: report.html is not written") == 1
     assert verify_checkpoint(tmp_path / "run" / "final") is None
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
@@ -103,8 +103,8 @@ def test_failed_looks_change_no_weight_and_no_value_that_decides(tmp_path: Path,
     with monkeypatch.context() as patch:
         all_fails(patch, RuntimeError("no font"))
         patch.setattr(Sampler, "draw", raising(RuntimeError("no samples")))
-        said = run_short("ddpm", tmp_path / "failed", "log.trackers=[]")
-    assert "the preview failed (RuntimeError: no samples)" in said
+        log = run_short("ddpm", tmp_path / "failed", "log.trackers=[]")
+    assert "the preview failed (RuntimeError: no samples)" in log
     one, other = (tmp_path / name / "final" / "ema.safetensors" for name in ("whole", "failed"))
     assert one.read_bytes() == other.read_bytes()
     losses = [[line.get("held_out_loss") for line in metrics(tmp_path / name)] for name in ("whole", "failed")]
@@ -144,9 +144,9 @@ def test_stops_mistakes_and_memory_go_on_up(tmp_path: Path) -> None:
             raise error
     warned = list[tuple[str, str]]()
     for error in (FULL, KeyError("a"), ZeroDivisionError(), OSError(errno.EACCES, "Permission denied", "x.png")):
-        with warn_on_failure("x", lambda *words: warned.append(words)) as look:
+        with warn_on_failure("x", lambda *words: warned.append(words)) as guard:
             raise error
-        assert look.failed
+        assert guard.failed
     reasons = ["the disk is full: No space left on device", "KeyError: 'a'", "ZeroDivisionError"]
     assert [reason for _, reason in warned[:3]] == reasons and "Permission denied: 'x.png'" in warned[3][1]
     assert not is_out_of_memory(RuntimeError("shape")) and "\n" not in reason_of(ValueError("a\nb"))
@@ -190,8 +190,8 @@ def test_one_tracker_that_fails_leaves_the_other(tmp_path: Path) -> None:
 
 def test_a_tracker_that_does_not_open_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TensorBoardTracker, "start", raising(OSError(errno.EACCES, "Permission denied")))
-    said = run_short("ddpm", tmp_path / "run")
-    assert said.count("warning: tensorboard failed ([Errno 13] Permission denied)") == 1
+    log = run_short("ddpm", tmp_path / "run")
+    assert log.count("warning: tensorboard failed ([Errno 13] Permission denied)") == 1
     assert verify_checkpoint(tmp_path / "run" / "final") is None and (tmp_path / "run" / "loss.png").exists()
 
 
@@ -211,14 +211,14 @@ def test_a_warning_on_a_full_disk_ends_nothing(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_ranks_agree_on_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [*mine, "ValueError: no samples"])
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda message: [*message, "ValueError: no samples"])
     warned = list[tuple[str, str]]()
     two = SimpleNamespace(num_processes=2)
-    with warn_on_failure("it") as look:
+    with warn_on_failure("it") as guard:
         pass
-    assert not look.failed and failed_on_any(look, "it", two, lambda *words: warned.append(words))
+    assert not guard.failed and failed_on_any(guard, "it", two, lambda *words: warned.append(words))
     assert warned == [("it", "rank 1: ValueError: no samples")]
-    assert not failed_on_any(look, "it", SimpleNamespace(num_processes=1), raising(AssertionError()))
+    assert not failed_on_any(guard, "it", SimpleNamespace(num_processes=1), raising(AssertionError()))
 
 
 def test_with_fsdp_nothing_is_caught() -> None:
@@ -282,19 +282,19 @@ def test_names_that_mean_something_to_a_program_in_between(tmp_path: Path, monke
     assert (run / "loss.png").exists() and (run / "contact_sheet.png").exists()
     page = (run / "report.html").read_text()
     assert '<b>&"a"' not in page and "&lt;b&gt;&amp;&quot;a&quot;" in page and "#1 <i>" not in page
-    said = (run / "log.txt").read_text().splitlines()[-1]
-    words = shlex.split(said.split("draw more: ")[1])
+    last_line = (run / "log.txt").read_text().splitlines()[-1]
+    words = shlex.split(last_line.split("draw more: ")[1])
     assert words == ["python", "sample.py", str(run), "--frames"]
-    drawn = here(*words[1:], "--steps", "2", "--classes", "0/1/2", "--batch-size", "6", cwd=tmp_path)
-    assert drawn.status == 0, drawn.all
+    sampling = here(*words[1:], "--steps", "2", "--classes", "0/1/2", "--batch-size", "6", cwd=tmp_path)
+    assert sampling.status == 0, sampling.all
     assert len(list((tmp_path / "samples" / run.name).rglob("denoising.gif"))) == 1
-    again = run_short("ddpm", run, *data, "optimizer.schedule.kind=constant")
-    assert shlex.split(again.split("sample from it: ")[1])[:3] == words[:3]
+    second_log = run_short("ddpm", run, *data, "optimizer.schedule.kind=constant")
+    assert shlex.split(second_log.split("sample from it: ")[1])[:3] == words[:3]
 
 
 def test_a_sample_that_cannot_be_saved_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_short("ddpm", tmp_path / "run", "log.trackers=[]")
     monkeypatch.setattr(figures, "save", raising(ValueError("no encoder")))
-    for script, more in (("sample", ["--num-samples", "2"]), ("interpolate", ["--frames", "3"])):
-        said = refused(script, tmp_path / "run", "--steps", "2", "--out", tmp_path / "out" / script, *more)
-        assert re.search(r"\.png was not made \(ValueError: no encoder\)", said), said
+    for script, arguments in (("sample", ["--num-samples", "2"]), ("interpolate", ["--frames", "3"])):
+        message = refused(script, tmp_path / "run", "--steps", "2", "--out", tmp_path / "out" / script, *arguments)
+        assert re.search(r"\.png was not made \(ValueError: no encoder\)", message), message

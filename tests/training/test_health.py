@@ -110,8 +110,8 @@ def test_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     general = ((5e11, None, "pass"), (5e9, None, "warn"), (5e8, None, "fail"))
-    for free, needed, wanted in (*general, (5e8, 1e8, "pass"), (5e8, 6e8, "fail")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(1e12, 0, free))
+    for free_bytes, needed, wanted in (*general, (5e8, 1e8, "pass"), (5e8, 6e8, "fail")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free_bytes=free_bytes: Usage(1e12, 0, free_bytes))
         status(health.free_space(tmp_path / "run", needed, "3 checkpoints"), wanted, str(tmp_path))
 
 
@@ -147,8 +147,8 @@ def test_file_system(tmp_path: Path, kind: str, wanted: str, words: str) -> None
 
 def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     general = ((8e9, None, "pass"), (5e8, None, "warn"), (6.4e7, None, "fail"))
-    for free, needed, wanted in (*general, (8e9, 9e9, "fail"), (8e9, 5e9, "warn")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(1e12, 0, free))
+    for free_bytes, needed, wanted in (*general, (8e9, 9e9, "fail"), (8e9, 5e9, "warn")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free_bytes=free_bytes: Usage(1e12, 0, free_bytes))
         status(health.shared_memory(needed, tmp_path), wanted, "--shm-size" if wanted != "pass" else "free")
     status(health.shared_memory(None, tmp_path / "none"), "skip")
 
@@ -297,8 +297,8 @@ def test_a_configs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     spent = sum(path.stat().st_size for path in saved)
     network, adversary = needs.count_parameters(smoke())
     assert adversary == 0 and 16 * network == pytest.approx(spent, rel=0.05), "weights, EMA and two moments"
-    for free, wanted in ((5 * spent, "fail"), (7 * spent, "warn"), (30 * spent, "pass")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(1e12, 0, free))
+    for free_bytes, wanted in ((5 * spent, "fail"), (7 * spent, "warn"), (30 * spent, "pass")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free_bytes=free_bytes: Usage(1e12, 0, free_bytes))
         status(needs.room(smoke(), tmp_path), wanted, "6 checkpoints")
 
 
@@ -336,8 +336,8 @@ def prove(folder: Path, *stages: str, cfg: ddpm_accelerate.Config | None = None)
 
 
 def test_one_process_is_sound_and_says_what_it_did_not_try(tmp_path: Path) -> None:
-    found = prove(tmp_path)
-    assert {name: row.status for name, row in found.items()} == {
+    rows = prove(tmp_path)
+    assert {name: row.status for name, row in rows.items()} == {
         "first collective": "skip",
         "all-reduce": "skip",
         "devices": "pass",
@@ -347,16 +347,16 @@ def test_one_process_is_sound_and_says_what_it_did_not_try(tmp_path: Path) -> No
         "ten steps": "skip",
         "resume": "pass",
     }
-    assert all("one process: not tested" in row.found for row in found.values() if row.status == "skip")
-    assert "ddpm_accelerate.py, shrunk, in float64" in found["resume"].found
+    assert all("one process: not tested" in row.found for row in rows.values() if row.status == "skip")
+    assert "ddpm_accelerate.py, shrunk, in float64" in rows["resume"].found
     assert not torch.are_deterministic_algorithms_enabled()
-    found = prove(tmp_path, "gradients", "ten steps", "resume", cfg=smoke("mixed_precision=bf16"))
-    assert "shrunk, in bf16" in found["resume"].found and found["gradients"].status == "skip"
+    rows = prove(tmp_path, "gradients", "ten steps", "resume", cfg=smoke("mixed_precision=bf16"))
+    assert "shrunk, in bf16" in rows["resume"].found and rows["gradients"].status == "skip"
 
 
 def test_which_network_the_proof_trains() -> None:
-    mine = proof.subject(smoke())
-    assert mine.model.dropout == 0 and mine.shape == (3, 16, 16) and mine.machine.dtype == "float64"
+    pixels = proof.subject(smoke())
+    assert pixels.model.dropout == 0 and pixels.shape == (3, 16, 16) and pixels.machine.dtype == "float64"
     large = proof.subject(load(ROOT / "configs/celeba64_ddpm.json", ddpm_accelerate.Config))
     assert "small" in large.words and "M parameters at 64 px: slow" in large.words
     assert "none on pixels" in proof.subject(load(ROOT / "configs/points2d_iadb.json", train_iadb.Config)).words
@@ -397,14 +397,14 @@ def test_a_device_that_computes_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_gpu_is_full_of_what_others_keep_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the stages before this one keep for themselves does not count: it is looked at before them."""
-    one = SimpleNamespace(device=torch.device("cuda"), everywhere=lambda mine: [mine], taken=int(0.4e9))
+    one = SimpleNamespace(device=torch.device("cuda"), everywhere=lambda value: [value], taken=int(0.4e9))
     card = SimpleNamespace(name="T4", total_memory=int(16e9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(13.8e9), card.total_memory))  # after an all-reduce
     status(proof.devices(one), "pass", "1 x T4, 16 GB")  # pyright: ignore[reportArgumentType]
     one.taken = int(3e9)
     status(proof.devices(one), "warn", "3.0 GB of one are taken", "nvidia-smi")  # pyright: ignore[reportArgumentType]
-    one.everywhere = lambda mine: [mine, "A100, 80 GB"]
+    one.everywhere = lambda value: [value, "A100, 80 GB"]
     status(proof.devices(one), "warn", "1 x A100, 80 GB, 1 x T4, 16 GB", "not alike")  # pyright: ignore[reportArgumentType]
 
 

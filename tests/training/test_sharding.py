@@ -53,12 +53,12 @@ def train(network: UNet, sharded: bool) -> tuple[TrainState, Prepared]:
 X, TIME, LABELS = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4.0).double(), torch.tensor([0, 1, 2, 3])
 
 
-def step(trained: TrainState, prepared: Prepared, here: slice, ranks: int, *, finite: bool = True) -> torch.Tensor:
-    """Gives the norm of all gradients. `here` is the share of one of `ranks`."""
-    (trained.network(X[here], TIME[here], LABELS[here]).square().sum() * ranks / 4).backward()
-    norm = full(torch.nn.utils.clip_grad_norm_(trained.network.parameters(), 1.0))
+def step(state: TrainState, prepared: Prepared, share: slice, ranks: int, *, finite: bool = True) -> torch.Tensor:
+    """Gives the norm of all gradients. `share` is that of one of `ranks`."""
+    (state.network(X[share], TIME[share], LABELS[share]).square().sum() * ranks / 4).backward()
+    norm = full(torch.nn.utils.clip_grad_norm_(state.network.parameters(), 1.0))
     update(prepared, 1e-2, norm if finite else norm * float("nan"))
-    trained.ema.update(trained.network, 100, 50)
+    state.ema.update(state.network, 100, 50)
     return norm
 
 
@@ -66,12 +66,12 @@ def round_trip(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     X.copy_(torch.randn(X.shape, dtype=X.dtype, generator=torch.Generator().manual_seed(0)))
-    everything, mine = slice(0, 4), slice(2 * rank, 2 * rank + 2)
+    everything, half = slice(0, 4), slice(2 * rank, 2 * rank + 2)
 
-    alone = train(build(), sharded=False)
-    step(*alone, everything, ranks=1)
+    single = train(build(), sharded=False)
+    step(*single, everything, ranks=1)
     if rank == 0:
-        checkpoint.write_folder(folder / "saved", alone[0].tensors(), {})
+        checkpoint.write_folder(folder / "saved", single[0].tensors(), {})
     dist.barrier()
 
     # A whole checkpoint goes into parts, and comes back as it was; only who asks for it gets it.
@@ -80,24 +80,24 @@ def round_trip(rank: int, folder: Path) -> None:
     parts = train(network, sharded=True)
     parts[0].load(folder / "saved")
     for named in (parts[0].network, parts[0].ema.network):
-        here = sum(parameter.to_local().numel() for parameter in named.parameters())  # pyright: ignore[reportCallIssue]
-        assert here < 0.55 * parts[0].num_parameters, "half of it, and what does not divide by two"
+        local_count = sum(parameter.to_local().numel() for parameter in named.parameters())  # pyright: ignore[reportCallIssue]
+        assert local_count < 0.55 * parts[0].num_parameters, "half of it, and what does not divide by two"
     back = parts[0].tensors(keep=rank == 0)
-    for name, tensors in alone[0].tensors().items():
+    for name, tensors in single[0].tensors().items():
         assert back[name].keys() == (tensors.keys() if rank == 0 else set())
         assert all(torch.equal(back[name][key], tensors[key]) for key in back[name])
 
     # Steps, one of which is not finite and changes nothing but the EMA: on two halves what they are on the whole.
     for finite in (True, False, True):
-        norms = step(*parts, mine, ranks=2, finite=finite), step(*alone, everything, ranks=1, finite=finite)
+        norms = step(*parts, half, ranks=2, finite=finite), step(*single, everything, ranks=1, finite=finite)
         torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
         with torch.no_grad():  # previews see the EMA of now: none before has left anything whole behind
-            seen = [trained.ema.network(X[mine], TIME[mine]) for trained in (parts[0], alone[0])]
-        torch.testing.assert_close(*seen, rtol=0, atol=1e-12)
-    found = parts[0].tensors()
-    for name, tensors in alone[0].tensors().items():
+            outputs = [state.ema.network(X[half], TIME[half]) for state in (parts[0], single[0])]
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+    gathered = parts[0].tensors()
+    for name, tensors in single[0].tensors().items():
         for key, value in tensors.items():
-            torch.testing.assert_close(found[name][key], value, rtol=0, atol=1e-12)
+            torch.testing.assert_close(gathered[name][key], value, rtol=0, atol=1e-12)
 
     with pytest.raises(UserError, match="of another architecture"):
         train(build(16), sharded=True)[0].load(folder / "saved")

@@ -65,14 +65,14 @@ def test_rates_start_anew_in_each_stage() -> None:
 
 
 def test_what_is_seldom_wanted_is_said() -> None:
-    said = stage_warnings(stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), from_scratch=True)
-    assert len(said) == 1 and "leaves blobs" in said[0], "tanh stays on, so the second stage is in order"
+    warnings = stage_warnings(stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), from_scratch=True)
+    assert len(warnings) == 1 and "leaves blobs" in warnings[0], "tanh stays on, so the second stage is in order"
     assert stage_warnings(stages({"steps": 1, "tanh": True}), from_scratch=False) == []
     assert "perceptual without tanh" in stage_warnings(stages({"steps": 1, "perceptual": {}}), from_scratch=True)[0]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "warning"),
     [
         ({"downsample": "conv", "upsample": "transposed"}, "model.downsample conv and model.upsample transposed leave"),
         ({"upsample": "transposed"}, "model.upsample transposed leaves checkerboards"),
@@ -81,10 +81,10 @@ def test_what_is_seldom_wanted_is_said() -> None:
         ({"widths": [8], "upsample": "transposed"}, None),
     ],
 )
-def test_checkerboards_are_warned_of(options: dict, said: str | None) -> None:
-    found = stage_warnings(stages({"steps": 1}), from_scratch=True, model=validate(VAEConfig, options))
-    assert len(found) == (said is not None)
-    assert said is None or (said in found[0] and "Odena et al. 2016" in found[0])
+def test_checkerboards_are_warned_of(options: dict, warning: str | None) -> None:
+    warnings = stage_warnings(stages({"steps": 1}), from_scratch=True, model=validate(VAEConfig, options))
+    assert len(warnings) == (warning is not None)
+    assert warning is None or (warning in warnings[0] and "Odena et al. 2016" in warnings[0])
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_of_the_whole_batch() -> None:
@@ -116,10 +116,10 @@ def test_the_guard_holds_reconstruction_against_the_stages_best() -> None:
     assert "1.55 times" in guard.explain(spec, 30, 0.31, {}) and "going back to step 20, with 0.25 times" in guard.explain(
         spec, 30, 0.31, {}
     )
-    again = Guard.load(guard.saved())
-    assert again == guard and Guard.load(None) == Guard() == Guard.load(Guard().saved())
-    again.rollbacks = 1
-    assert not again.rolls_back(spec) and "rolled back 1 times already" in again.explain(spec, 30, 0.31, {})
+    reloaded = Guard.load(guard.saved())
+    assert reloaded == guard and Guard.load(None) == Guard() == Guard.load(Guard().saved())
+    reloaded.rollbacks = 1
+    assert not reloaded.rolls_back(spec) and "rolled back 1 times already" in reloaded.explain(spec, 30, 0.31, {})
     assert guard.enter_stage(2) and guard.best == float("inf") and not guard.rolls_back(spec)
     assert "no checkpoint of this stage" in guard.explain(spec, 1, 0.5, {})
 
@@ -143,8 +143,8 @@ def test_a_dip_at_the_start_of_a_stage_leaves_a_checkpoint_to_go_back_to() -> No
     assert not guard.watch(spec, 10, 0.2) and guard.rolls_back(spec) and guard.back_to == 6
     assert "going back to step 6, with 0.25 times" in guard.explain(spec, 10, 0.2, {})
     assert spared_steps({"guard": guard.saved()}) == {6}, "however many are saved after it"
-    again = Guard.load(guard.saved())
-    assert again == guard and again.enter_stage(2) and again.back_to is None
+    reloaded = Guard.load(guard.saved())
+    assert reloaded == guard and reloaded.enter_stage(2) and reloaded.back_to is None
     guard.watch(spec, 12, 0.04)
     assert guard.back_to == 12 and spared_steps({"guard": guard.saved()}) == {12}
     before = {key: value for key, value in guard.saved().items() if key != "before_step"}
@@ -159,7 +159,7 @@ def test_an_adversary_that_has_won_is_named() -> None:
 
 def test_a_codebooks_step_is_the_same_however_the_batch_is_split() -> None:
     torch.manual_seed(0)
-    mean, ends = torch.randn(8, 3, 2, 2), []
+    mean, codebooks = torch.randn(8, 3, 2, 2), []
     for parts in (1, 2, 4):
         torch.manual_seed(1)
         book = Codebook(VQBottleneck(kind="vq", codes=6), 3).double()
@@ -170,9 +170,9 @@ def test_a_codebooks_step_is_the_same_however_the_batch_is_split() -> None:
             vectors = step.add(Reconstruction(mean[local_slice], mean[local_slice].double(), None, codes), local_slice)
             assert torch.equal(vectors, book.look_up(codes))
         step.update(Accelerator(cpu=True), torch.tensor(True))
-        ends.append(book.codebook)
-    for other in ends[1:]:
-        torch.testing.assert_close(other, ends[0], rtol=0, atol=1e-12)
+        codebooks.append(book.codebook)
+    for other in codebooks[1:]:
+        torch.testing.assert_close(other, codebooks[0], rtol=0, atol=1e-12)
 
 
 def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
@@ -184,8 +184,8 @@ def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
             times, split, (1, 2, 2), seed=3, step=step, label_dropout=dropout, device=torch.device("cpu"), dtype=torch.float32
         )
 
-    one, again, other = draw(7), draw(7), draw(8)
-    assert torch.equal(one.eps, again.eps) and torch.equal(one.t, again.t) and torch.equal(one.dropped, again.dropped)
+    one, same, other = draw(7), draw(7), draw(8)
+    assert torch.equal(one.eps, same.eps) and torch.equal(one.t, same.t) and torch.equal(one.dropped, same.dropped)
     assert not torch.equal(one.eps, other.eps) and one.eps.shape == (64, 1, 2, 2) and 0 < int(one.dropped.sum()) < 40
     micro = MicroBatch(torch.zeros(16, 2, 2, 1), torch.tensor([0, 1, -1, 2] * 4), 0)
     local_slice = split.of_step(1)

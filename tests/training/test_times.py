@@ -31,8 +31,8 @@ def test_uniform_times_and_no_weights() -> None:
 
 def test_logit_normal_times_have_the_densitys_quantiles() -> None:
     times = TimeSampler(LogitNormalTimes(kind="logit_normal", mean=0.5, std=0.8), process_of("blend"))
-    drawn = times.draw(U[1:])
-    logit = torch.log(drawn / (1 - drawn))
+    sampled = times.draw(U[1:])
+    logit = torch.log(sampled / (1 - sampled))
     assert float(logit.mean()) == pytest.approx(0.5, abs=0.01) and float(logit.std()) == pytest.approx(0.8, abs=0.01)
     table = TimeSampler(LogitNormalTimes(kind="logit_normal"), process_of()).draw(U)
     assert set(table.tolist()) <= set(range(20)) and float((table == 10).double().mean()) > 2 * float(
@@ -61,9 +61,9 @@ def test_the_second_moment_decides_how_often_and_weighs_back() -> None:
     chances = times.probabilities()
     assert chances is not None
     np.testing.assert_allclose(chances, 0.9 * value.numpy() / 16 + 0.1 / 4)
-    drawn = times.draw(U)
-    assert float((drawn == 3).double().mean()) == pytest.approx(float(chances[3]), abs=0.001)
-    weighted = times.weigh(value[drawn.long()], slice(0, len(U)))
+    sampled = times.draw(U)
+    assert float((sampled == 3).double().mean()) == pytest.approx(float(chances[3]), abs=0.001)
+    weighted = times.weigh(value[sampled.long()], slice(0, len(U)))
     assert float(weighted.mean()) == pytest.approx(4.0, rel=0.002), "the mean over uniform times"
     assert float(weighted.std()) < 0.4 * float(value.std()), "which now varies less"
 

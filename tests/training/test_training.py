@@ -61,13 +61,13 @@ def rates(schedule: dict, total: int, lr: float = 0.1) -> list[float]:
 def torch_rates(make: object, total: int, lr: float = 0.1) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     scheduler = make(optimizer)  # pyright: ignore[reportCallIssue]
-    found = []
+    lrs = []
     for step in range(total):
-        found.append(optimizer.param_groups[0]["lr"])
+        lrs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         if step < total - 1:
             scheduler.step()
-    return found
+    return lrs
 
 
 @pytest.mark.parametrize("total", [14, 97])
@@ -135,15 +135,15 @@ def take_step(network: nn.Module, optimizer: torch.optim.Optimizer, spoil: float
 def test_a_step_that_is_not_finite_changes_nothing(spoil: float) -> None:
     network, optimizer = network_and_optimizer()
     take_step(network, optimizer)
-    trained = TrainState(network, optimizer, EMA(network, EMAConfig()))
-    before = {part: {k: v.clone() for k, v in state.items()} for part, state in trained.tensors().items()}
+    run_state = TrainState(network, optimizer, EMA(network, EMAConfig()))
+    before = {part: {k: v.clone() for k, v in state.items()} for part, state in run_state.tensors().items()}
     norm = take_step(network, optimizer, spoil)
     assert not torch.isfinite(norm)
-    for part, state in trained.tensors().items():
+    for part, state in run_state.tensors().items():
         for name, value in state.items():
             assert torch.equal(value, before[part][name]), (part, name)
     take_step(network, optimizer)
-    assert not torch.equal(trained.tensors()["model"]["0.weight"], before["model"]["0.weight"])
+    assert not torch.equal(run_state.tensors()["model"]["0.weight"], before["model"]["0.weight"])
 
 
 def test_update_is_adamw() -> None:
@@ -176,14 +176,14 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
     muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     adam, ours = adamw(others, spec), Prepared(build_optimizer(network, spec))
     for _ in range(4):
-        for one, own in zip([*theirs, *others], [*(network[i].weight for i in (0, 2, 3)), *rest], strict=True):
-            own.grad = torch.randn_like(own)  # of full rank: where a singular value is nearly 0, rounding decides
-            one.grad = own.grad.detach().reshape(one.shape).clone()
+        for one, parameter in zip([*theirs, *others], [*(network[i].weight for i in (0, 2, 3)), *rest], strict=True):
+            parameter.grad = torch.randn_like(parameter)  # of full rank: where a singular value is nearly 0, rounding decides
+            one.grad = parameter.grad.detach().reshape(one.shape).clone()
         muon.step()
         adam.step()
         update(ours, 0.02, torch.tensor(1.0))
-        for one, own in zip(others, rest, strict=True):
-            torch.testing.assert_close(own, one)
+        for one, parameter in zip(others, rest, strict=True):
+            torch.testing.assert_close(parameter, one)
         for one, i in zip(theirs, (0, 2, 3), strict=True):
             apart = (network[i].weight.flatten(1) - one).norm() / (one - starts[i]).norm()
             assert apart < 0.1, apart  # both iterate in bfloat16, and round in another order
@@ -214,17 +214,17 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
 def test_orthogonal_has_the_singular_vectors_and_values_near_one(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    made = u.mT @ orthogonal(matrices, 5) @ vh.mT  # diagonal where the vectors are the same
-    values = torch.diagonal(made, dim1=1, dim2=2)
+    rotated = u.mT @ orthogonal(matrices, 5) @ vh.mT  # diagonal where the vectors are the same
+    values = torch.diagonal(rotated, dim1=1, dim2=2)
     assert values.min() > 0.3 and values.max() < 1.3 and values.median() > 0.6
-    torch.testing.assert_close(made, torch.diag_embed(values), rtol=0, atol=1e-9)
+    torch.testing.assert_close(rotated, torch.diag_embed(values), rtol=0, atol=1e-9)
     near = orthogonal(matrices.float(), 5).double()
     assert (near - orthogonal(matrices, 5)).abs().max() < 0.05
 
 
 def test_moments_come_back_in_the_memory_format_of_their_parameter() -> None:
     """A fused kernel walks parameter and moments side by side in memory."""
-    ends = []
+    weights = []
     for resumed in (False, True):
         torch.manual_seed(0)
         network = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
@@ -238,8 +238,8 @@ def test_moments_come_back_in_the_memory_format_of_their_parameter() -> None:
             x = torch.arange(3 * 25, dtype=torch.float32).reshape(1, 3, 5, 5).sin() * (step + 1)
             network(x).square().sum().backward()
             update(Prepared(optimizer), 0.1, torch.tensor(1.0))
-        ends.append(network.weight.detach().contiguous())
-    assert torch.equal(ends[0], ends[1])
+        weights.append(network.weight.detach().contiguous())
+    assert torch.equal(weights[0], weights[1])
 
 
 def test_ema_by_its_formula() -> None:
@@ -269,25 +269,25 @@ def test_the_width_of_an_average_is_that_of_its_times(width: float) -> None:
 
 def average_of(path: np.ndarray, width: float) -> float:
     """Of a weight (steps,), each step's counted as tau^gamma where it stood."""
-    gamma, ends = exponent(width), np.arange(len(path) + 1) / len(path)
-    return float(path @ (ends[1:] ** (gamma + 1) - ends[:-1] ** (gamma + 1)))
+    gamma, times = exponent(width), np.arange(len(path) + 1) / len(path)
+    return float(path @ (times[1:] ** (gamma + 1) - times[:-1] ** (gamma + 1)))
 
 
 def test_post_hoc_averages_are_those_of_the_whole_path(tmp_path: Path) -> None:
     """A weight that wanders for 2,000 steps of 8 images, with a snapshot of its two averages at every tenth of them."""
     path = np.cumsum(np.random.default_rng(0).normal(size=2000)) / 50
     network = nn.Linear(1, 1, bias=False)
-    ema, kept = EMA(network, EMAConfig(snapshot_every=200)), []
+    ema, snapshots = EMA(network, EMAConfig(snapshot_every=200)), []
     for step, value in enumerate(path, 1):
         with torch.no_grad():
             network.weight.fill_(float(value))
         ema.update(network, 8 * step, 8)
         if step % 200 == 0:
             for width, name in zip(WIDTHS, ema.averages, strict=True):
-                found = float(ema.averages[name].weight)
-                assert found == pytest.approx(average_of(path[:step], width), abs=0.02)
-                kept.append((Snapshot(width, 8 * step), found))
-    shots, values = [shot for shot, _ in kept], np.array([value for _, value in kept])
+                average = float(ema.averages[name].weight)
+                assert average == pytest.approx(average_of(path[:step], width), abs=0.02)
+                snapshots.append((Snapshot(width, 8 * step), average))
+    shots, values = [shot for shot, _ in snapshots], np.array([value for _, value in snapshots])
     for width in (0.04, 0.05, 0.08, 0.1, 0.15):
         weights, missed = post_hoc_weights(shots, width)
         assert missed < 0.06 and weights @ values == pytest.approx(average_of(path, width), abs=0.02)
@@ -302,9 +302,9 @@ def wide_network() -> nn.Sequential:
 
 
 def train_wide(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    own = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        network(torch.randn(4, 3, 5, 5, generator=own)).square().sum().backward()
+        network(torch.randn(4, 3, 5, 5, generator=generator)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -352,8 +352,8 @@ def test_moments_that_do_not_fit_are_refused(muon: dict | None) -> None:
     state = optimizer_state(optimizer, names_of(network))
     other = validate(OptimizerConfig, {"lr": 0.01, "muon": {} if muon is None else None})
 
-    def refused(changed: dict, said: str, spec: OptimizerConfig = spec) -> None:
-        with pytest.raises(UserError, match=said):
+    def refused(changed: dict, message: str, spec: OptimizerConfig = spec) -> None:
+        with pytest.raises(UserError, match=message):
             load_optimizer_state(build_optimizer(network, spec), names_of(network), changed)
 
     refused({key: value for key, value in state.items() if not key.startswith("3.weight/")}, "it lacks 3.weight/")
@@ -403,7 +403,7 @@ def test_a_devices_share_smaller_than_the_micro_batch_is_taken_whole() -> None:
     assert plan_batch(8, 64, rank=0, world=1).micro == 8
 
 
-def test_each_epoch_has_every_picture_once() -> None:
+def test_each_epoch_has_every_image_once() -> None:
     order = Order(np.zeros(10, dtype=np.int64), seed=0, balanced=False)
     first, second = order(range(10)), order(range(10, 20))
     assert sorted(first) == sorted(second) == list(range(10)) and list(first) != list(second)
@@ -413,8 +413,8 @@ def test_each_epoch_has_every_picture_once() -> None:
 
 def test_balanced_order_has_as_many_of_each_class() -> None:
     labels = np.array([0] * 90 + [1] * 10, dtype=np.int64)
-    drawn = labels[Order(labels, seed=0, balanced=True)(range(100))]
-    assert (drawn == 0).sum() == (drawn == 1).sum() == 50
+    sampled = labels[Order(labels, seed=0, balanced=True)(range(100))]
+    assert (sampled == 0).sum() == (sampled == 1).sum() == 50
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -426,11 +426,11 @@ def test_the_stream_starts_anywhere(workers: int, tmp_path: Path) -> None:
         from PIL import Image
 
         Image.fromarray(np.asarray(shapes.parts[0].load(i, channels=3))).save(tmp_path / f"{i}.png")
-    pictures = open_sources(validate(FolderSource, {"source": "folder", "path": str(tmp_path)}))
+    images = open_sources(validate(FolderSource, {"source": "folder", "path": str(tmp_path)}))
     spec, split = ImageConfig(size=12, crop="random", flip=True), plan_batch(4, 2, rank=0, world=1)
 
     def take(start_step: int, count: int) -> list:
-        batches = stream(pictures, spec, split, seed=3, start_step=start_step, workers=workers, device=CPU)
+        batches = stream(images, spec, split, seed=3, start_step=start_step, workers=workers, device=CPU)
         return [next(batches) for _ in range(count)]
 
     whole, later = take(0, 12), take(4, 4)
@@ -467,7 +467,7 @@ def test_a_checkpoint_is_whole_and_knows_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         (
@@ -479,12 +479,12 @@ def test_a_checkpoint_is_whole_and_knows_it(tmp_path: Path) -> None:
         (lambda f: (f / "MANIFEST.json").write_text("[]"), "cannot be read"),
     ],
 )
-def test_damage_is_found_and_passed_over(tmp_path: Path, spoil: object, said: str) -> None:
+def test_damage_is_found_and_passed_over(tmp_path: Path, spoil: object, message: str) -> None:
     write(tmp_path, 5)
     latest = write(tmp_path, 10)
     spoil(latest)  # pyright: ignore[reportCallIssue]
-    found, passed = newest(tmp_path)
-    assert found == step_folder(tmp_path, 5) and len(passed) == 1 and said in passed[0]
+    folder, passed = newest(tmp_path)
+    assert folder == step_folder(tmp_path, 5) and len(passed) == 1 and message in passed[0]
 
 
 def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -534,8 +534,8 @@ def test_weights_of_another_architecture() -> None:
 
 def test_an_export_is_read_without_running_anything(tmp_path: Path) -> None:
     checkpoint.export(tmp_path / "models" / "a.pt", {"w": torch.ones(2)}, {"name": "a"}, {"class_names": []}, 7)
-    found = torch.load(tmp_path / "models" / "a.pt", weights_only=True)
-    assert found["step"] == 7 and found["config"] == {"name": "a"} and found["weights"]["w"].tolist() == [1, 1]
+    export = torch.load(tmp_path / "models" / "a.pt", weights_only=True)
+    assert export["step"] == 7 and export["config"] == {"name": "a"} and export["weights"]["w"].tolist() == [1, 1]
 
 
 # ---------------------------------------------------------------------------------------------- the gate
@@ -605,7 +605,7 @@ def test_meter(accelerator: Accelerator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"MASTER_ADDR": "127.0.0.1"}, "no WORLD_SIZE"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
@@ -626,13 +626,13 @@ def test_meter(accelerator: Accelerator) -> None:
         ({"CUBLAS_WORKSPACE_CONFIG": ":0:0"}, "CUBLAS_WORKSPACE_CONFIG is :0:0, and deterministic true needs"),
     ],
 )
-def test_an_environment_that_contradicts(variables: dict, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_contradicts(variables: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would change a result is refused, with the value of the environment and that of the config."""
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         start(load(ROOT / SMOKE, ddpm_accelerate.Config, ["deterministic=true"]))
 
 
@@ -683,12 +683,12 @@ def test_a_processor_without_units_for_bf16_is_named(
     assert has_bf16_units() == units
     quick = ["--set", "steps=1", "--set", "mixed_precision=bf16", "--set", "log.trackers=[]", "--set", "preview.num_measured=2"]
     run_here("train_classifier", "-cfg", ROOT / "configs/smoke/classifier.json", "--run-dir", tmp_path / "run", *quick)
-    said = "no units for bf16, so float32 is faster here: start a run with --set mixed_precision=no"
-    assert (said in (tmp_path / "run" / "log.txt").read_text()) == (not units)
+    advice = "no units for bf16, so float32 is faster here: start a run with --set mixed_precision=no"
+    assert (advice in (tmp_path / "run" / "log.txt").read_text()) == (not units)
 
 
-@pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
-def test_glibc_keeps_what_is_freed_unless_the_environment_says_how(variables: dict[str, str], kept: bool) -> None:
+@pytest.mark.parametrize(("variables", "keeps_memory"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_glibc_keeps_what_is_freed_unless_the_environment_says_how(variables: dict[str, str], keeps_memory: bool) -> None:
     """64 MB are freed: how many of them go back to the system?"""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("not glibc")
@@ -699,7 +699,7 @@ def test_glibc_keeps_what_is_freed_unless_the_environment_says_how(variables: di
     )
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain | variables, capture_output=True, text=True)
-    assert done.stdout.split() == [str(kept), str(not kept)], done.stderr
+    assert done.stdout.split() == [str(keeps_memory), str(not keeps_memory)], done.stderr
 
 
 def test_precision_without_a_gpu() -> None:
@@ -745,11 +745,11 @@ def test_a_rank_that_gives_no_sign_of_life_is_named(
         assert capsys.readouterr().err == "", "all live, or have said that they are done"
         began[0].kill()
         began[0].communicate()
-        deadline, said = time.monotonic() + 30, ""
-        while not said and time.monotonic() < deadline:
-            said = capsys.readouterr().err
+        deadline, warning = time.monotonic() + 30, ""
+        while not warning and time.monotonic() < deadline:
+            warning = capsys.readouterr().err
             time.sleep(0.1)
-        assert said == "warning on rank 0: rank 1 of 3 gave no sign of life for 4 s\n"
+        assert warning == "warning on rank 0: rank 1 of 3 gave no sign of life for 4 s\n"
     finally:
         heart.close()
         for one in began:
@@ -775,8 +775,8 @@ def test_out_of_memory_says_what_to_try(error: Exception) -> None:
         raise error
     with pytest.raises(UserError, match="try --batch-size 7"), explain_out_of_memory(15, 15, key="--batch-size"):
         raise error
-    said = pytest.raises(UserError, match="try --set stages.3.micro_batch_size=2 ")
-    with said, explain_out_of_memory(15) as trying:
+    refusal = pytest.raises(UserError, match="try --set stages.3.micro_batch_size=2 ")
+    with refusal, explain_out_of_memory(15) as trying:
         trying(4, 4, "stages.3.micro_batch_size")
         raise error
     with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(8):
@@ -804,13 +804,13 @@ def test_a_live_run_directory_is_refused_and_a_dead_ones_is_not(tmp_path: Path) 
 
 
 def test_metrics_are_cut_to_the_step(tmp_path: Path) -> None:
-    pictures = open_sources(ShapesSource(source="shapes", count=4, size=8))
-    facts = describe_data(pictures, None)
+    images = open_sources(ShapesSource(source="shapes", count=4, size=8))
+    facts = describe_data(images, None)
     assert facts["counts"] == {"circle": 1, "cross": 1, "square": 1, "triangle": 1}
     lines = [{"step": step, "loss": 1.0 / step} for step in (5, 10, 15)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 20, "lo')
     run = RunDirectory(tmp_path, writes=True)
-    run.begin(10, validate(OptimizerConfig, {"lr": 0.1}), facts, pictures, None)
+    run.begin(10, validate(OptimizerConfig, {"lr": 0.1}), facts, images, None)
     run.log(15, {"loss": 0.5})
     assert [(line["step"], line["loss"]) for line in run.read_metrics()] == [(5, 0.2), (10, 0.1), (15, 0.5)]
     run.draw_curves({"loss": ["loss", "absent"], "none": ["absent"]})
@@ -820,13 +820,13 @@ def test_metrics_are_cut_to_the_step(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_not_kept_instead_of_whole_ones(tmp_path: Path) -> None:
-    pictures = open_sources(ShapesSource(source="shapes", count=4, size=8))
+    images = open_sources(ShapesSource(source="shapes", count=4, size=8))
     for step in (5, 9):
         write(tmp_path / "checkpoints", step)
     (step_folder(tmp_path / "checkpoints", 9) / "model.safetensors").write_bytes(b"cut")
     with closing(RunDirectory(tmp_path, writes=True)) as run:
         assert run.newest_checkpoint() == step_folder(run.checkpoints, 5)
-        run.begin(5, validate(OptimizerConfig, {"lr": 0.1}), {}, pictures, None)
+        run.begin(5, validate(OptimizerConfig, {"lr": 0.1}), {}, images, None)
         assert (run.checkpoints / ".step_00000009.damaged").is_dir(), "until there is a newer one"
         run.save({}, {"progress": {"step": 6}}, CheckpointConfig(keep=1))
         assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000006"]
@@ -836,9 +836,9 @@ def test_a_damaged_checkpoint_is_not_kept_instead_of_whole_ones(tmp_path: Path) 
 
 
 def test_a_rank_that_does_not_write_leaves_nothing(tmp_path: Path) -> None:
-    pictures = open_sources(ShapesSource(source="shapes", count=4, size=8))
+    images = open_sources(ShapesSource(source="shapes", count=4, size=8))
     run = RunDirectory(tmp_path / "run", writes=False)
-    run.begin(0, validate(OptimizerConfig, {"lr": 0.1}), {}, pictures, None)
+    run.begin(0, validate(OptimizerConfig, {"lr": 0.1}), {}, images, None)
     run.say("unsaid")
     run.log(1, {"loss": 1.0})
     run.write_status("running", 1, 2)
