@@ -15,7 +15,7 @@ from src.runtime.checkpoint import newest, read_tensors, verify_checkpoint
 from src.training import dry_run, uploads
 from src.training.kept import cannot_change, images_seen
 from src.training.verify_resume import compare_checkpoints
-from tests.conftest import ROOT, here, launch, metrics, one_line, refused
+from tests.conftest import ROOT, launch, metrics, one_line, refused, run_in_process
 
 CONSTANT = ("optimizer.schedule.kind=constant", "checkpoint.every=1000", "preview.quality=null", "preview.num_samples=1")
 SCRIPT, SMOKE = "ddpm_accelerate", ROOT / "configs/smoke/ddpm.json"
@@ -27,7 +27,7 @@ def words(run: Path, *changes: str, config: Path = SMOKE) -> list[str]:
 
 def train(run: Path, *changes: str, script: str = SCRIPT, config: Path = SMOKE, new: str | None = None) -> str:
     more = ["--continue-as", new] if new is not None else []
-    done = here(f"{script}.py", *words(run, *changes, config=config), *more)
+    done = run_in_process(f"{script}.py", *words(run, *changes, config=config), *more)
     assert done.status == 0, done.all
     return done.out
 
@@ -187,7 +187,7 @@ def test_a_plain_resume_names_the_ways_on(old: Path) -> None:
 
 def test_a_dry_run_says_what_is_left(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "ENOUGH_SECONDS", 0.0)
-    done = here(f"{SCRIPT}.py", *words(old, "steps=26", *CONSTANT), "--continue-as", "new", "--dry-run")
+    done = run_in_process(f"{SCRIPT}.py", *words(old, "steps=26", *CONSTANT), "--continue-as", "new", "--dry-run")
     assert done.status == 0 and "steps        20 of 16 images" in done.out, done.all
     assert [path.name for path in old.parent.iterdir()] == ["old"]
     assert "has another seed" in refused(SCRIPT, *words(old, "seed=2", *CONSTANT), "--continue-as", "new", "--dry-run")
@@ -271,7 +271,7 @@ def test_a_bucket_gives_the_new_run_or_else_the_old_one(old: Path, monkeypatch: 
 
 def test_every_script_takes_it() -> None:
     for script in ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier"):
-        assert "--continue-as" in here(f"{script}.py", "--help").out
+        assert "--continue-as" in run_in_process(f"{script}.py", "--help").out
 
 
 def test_latents_pairs_and_snapshots_come_along_without_being_copied(old: Path) -> None:
@@ -305,5 +305,5 @@ def test_it_goes_on_with_two_processes(old: Path, runs: Path) -> None:
 
 
 def test_the_message_is_one_line(old: Path) -> None:
-    done = here(f"{SCRIPT}.py", *words(old, "seed=9", *CONSTANT), "--continue-as", "new")
+    done = run_in_process(f"{SCRIPT}.py", *words(old, "seed=9", *CONSTANT), "--continue-as", "new")
     assert one_line(done).startswith("error: --continue-as keeps network, data and their order")

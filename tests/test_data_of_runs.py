@@ -21,7 +21,7 @@ from src.runs import opened
 from src.runs.opened import Run, open_trained
 from src.training import run as run_module
 from src.training.run import RunDirectory, check_ranks, classes_differ
-from tests.conftest import ROOT, SMOKE, Finished, here, launch, one_line, randomise
+from tests.conftest import ROOT, SMOKE, Finished, launch, one_line, randomise, run_in_process
 
 SHORT = ("steps=1", "preview.every=1", "preview.num_samples=1", "preview.quality=null", "preview.sampler.steps=1", "held_out=0")
 
@@ -36,7 +36,7 @@ def images(root: Path, *names: str) -> Path:
 def train(run: Path, data: object, *more: str, dry: bool = False) -> Finished:
     changes = [*SHORT, f"data={json.dumps(data)}", "log.trackers=[]", "micro_batch_size=16", "preview.sheets=class", *more]
     words = [word for change in changes for word in ("--set", change)]
-    return here("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *words, *(["--dry-run"] if dry else []))
+    return run_in_process("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *words, *(["--dry-run"] if dry else []))
 
 
 def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(tmp_path: Path) -> None:

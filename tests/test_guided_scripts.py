@@ -21,7 +21,7 @@ from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.edit import load_edit, load_low
 from tests import kills
-from tests.conftest import SMOKE, Finished, here, launch, metrics, one_line, randomise, refused
+from tests.conftest import SMOKE, Finished, launch, metrics, one_line, randomise, refused, run_in_process
 from tests.interop.upscalers import rrdb
 from tests.kills import settings
 
@@ -71,14 +71,14 @@ def test_a_classifier_on_one_process_and_two_is_equal_to_the_bit(classifier_run:
     last = metrics(classifier_run)[-1]
     assert [key for key in last if key.startswith("held_out_accuracy")] == [f"held_out_accuracy_{i}" for i in range(4)]
     assert (classifier_run / "samples" / "step_00000030.png").stat().st_size > 5000
-    again = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", classifier_run)
+    again = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", classifier_run)
     assert again.status == 0 and "is finished (30 steps); guide with it: python sample.py" in again.out
 
 
 def test_a_classifier_learns_and_is_better_where_there_is_less_noise(tmp_path: Path) -> None:
     sets = settings(steps=300, preview__every=300, preview__num_measured=80, checkpoint__every=None, log__every=100)
     more = settings(optimizer__lr=2e-3, data__count=400, held_out=0.2)
-    done = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *sets, *more)
+    done = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *sets, *more)
     assert done.status == 0, done.all
     last = metrics(tmp_path / "run")[-1]
     assert last["held_out_accuracy_0"] > 0.55 and last["held_out_accuracy_0"] > last["held_out_accuracy_3"] + 0.2
@@ -88,14 +88,14 @@ def test_a_classifier_learns_and_is_better_where_there_is_less_noise(tmp_path: P
 
 def test_a_classifier_of_another_run(classifier_run: Path, tmp_path: Path) -> None:
     shapes = settings(steps=2, init_from=str(classifier_run), log__trackers=[])
-    same = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "same", *shapes)
+    same = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "same", *shapes)
     assert same.status == 0 and f"starting from the weights of {classifier_run} (step 30)\n" in same.out, same.all
     for name in ("cats", "dogs"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         for i in range(12):
             Image.new("RGB", (20, 20), (20 * i, 90, 200)).save(tmp_path / "mine" / name / f"{i}.png")
     mine = settings(data={"source": "folder", "path": str(tmp_path / "mine")}, held_out=0.0, batch_size=8, micro_batch_size=4)
-    done = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *shapes, *mine)
+    done = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *shapes, *mine)
     assert done.status == 0 and "its classes are others, so its last layer is new" in done.out, done.all
     before = load_file(classifier_run / "final" / "ema.safetensors")
     after = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors")
@@ -104,7 +104,7 @@ def test_a_classifier_of_another_run(classifier_run: Path, tmp_path: Path) -> No
 
 def test_a_classifier_is_killed_and_resumed(classifier_run: Path, tmp_path: Path) -> None:
     kills.go_back(classifier_run, tmp_path / "run")
-    done = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run")
+    done = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run")
     assert done.status == 0 and "going on at step 10 of 30" in done.out, done.all
     kills.same_end(classifier_run, tmp_path / "run")
 
@@ -114,7 +114,7 @@ def test_a_classifier_is_killed_and_resumed(classifier_run: Path, tmp_path: Path
 
 def sample(run: Path, out: Path, *more: str | Path, processes: int = 1) -> Finished:
     words = ("sample.py", run, "--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", out, *more)
-    return here(*words) if processes == 1 else launch(*words, processes=processes)
+    return run_in_process(*words) if processes == 1 else launch(*words, processes=processes)
 
 
 def read(folder: Path) -> list[bytes]:
@@ -234,9 +234,9 @@ def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, 
     assert metrics(run)[-1]["evaluation_bits_per_dimension_of_80_in_8_steps_on_train"] == whole["bits_per_dimension"]
     (tmp_path / "two" / "block_00001.npz").unlink()
     (tmp_path / "two" / "likelihood.json").unlink()
-    again = here(*words, "--out", tmp_path / "two", "--json")
+    again = run_in_process(*words, "--out", tmp_path / "two", "--json")
     assert again.status == 0 and json.loads(again.out) == whole, again.all
-    said = one_line(here(*words[:-1], "70", "--out", tmp_path / "two"))
+    said = one_line(run_in_process(*words[:-1], "70", "--out", tmp_path / "two"))
     assert "holds other figures" in said
 
 
@@ -263,11 +263,11 @@ def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path)
 def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, tmp_path: Path) -> None:
     for name, flags in (("adm_64_class_conditional", True), ("adm_64_classifier", True)):
         words = ("--flags", vectors / f"{name}.json") if flags else ()
-        done = here("convert.py", "guided-diffusion", vectors / f"{name}.pt", "--out", tmp_path / name, *words)
+        done = run_in_process("convert.py", "guided-diffusion", vectors / f"{name}.pt", "--out", tmp_path / name, *words)
         assert done.status == 0 and "python sample.py" in done.out, done.all
     network, classifier = tmp_path / "adm_64_class_conditional", tmp_path / "adm_64_classifier"
     guided = ("--guidance-method", "classifier", "--classifier", classifier, "--classes", "7/900", "--solver", "ancestral")
-    done = here(
+    done = run_in_process(
         "sample.py", network, *guided, "--num-samples", "2", "--batch-size", "2", "--steps", "2", "--out", tmp_path / "out"
     )
     assert done.status == 0 and np.asarray(Image.open(tmp_path / "out" / "00001.png")).shape == (64, 64, 3), done.all
@@ -285,7 +285,7 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
     config = network / "finetune.json"
     quick = settings(data__path=str(tmp_path / "mine"), steps=2, batch_size=2, preview__every=None, checkpoint__every=None)
     few = settings(preview__num_samples=2, preview__sampler={"steps": 2}, log__trackers=[])
-    done = here("ddpm_accelerate.py", "-cfg", config, "--run-dir", tmp_path / "run", *quick, *few)
+    done = run_in_process("ddpm_accelerate.py", "-cfg", config, "--run-dir", tmp_path / "run", *quick, *few)
     assert done.status == 0 and "its classes are others, so the label embedding is new" in done.out, done.all
     before = load_file(network / "ema.safetensors")["stem.weight"]
     after = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors")["stem.weight"]
@@ -296,10 +296,10 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
 
 
 def test_a_run_goes_to_diffusers_and_back(hybrid_run: Path, tmp_path: Path) -> None:
-    there = here("convert.py", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
+    there = run_in_process("convert.py", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
     assert there.status == 0 and (tmp_path / "theirs" / "model_index.json").exists(), there.all
     assert "README.md says how" in there.out and "library_name: diffusers" in (tmp_path / "theirs" / "README.md").read_text()
-    back = here("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "back", "--name", "again")
+    back = run_in_process("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "back", "--name", "again")
     assert back.status == 0, back.all
     pictures = []
     for run in (hybrid_run, tmp_path / "back"):
@@ -312,13 +312,13 @@ def test_a_run_goes_to_diffusers_and_back(hybrid_run: Path, tmp_path: Path) -> N
 
 
 def test_half_precision_in_one_file(hybrid_run: Path, tmp_path: Path) -> None:
-    done = here("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors", "--fp16")
+    done = run_in_process("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors", "--fp16")
     assert done.status == 0, done.all
     found, kept = load_file(tmp_path / "half.safetensors"), load_file(hybrid_run / "final" / "ema.safetensors")
     assert found.keys() == kept.keys() and all(value.dtype == torch.float16 for value in found.values())
     torch.testing.assert_close(found["stem.weight"].float(), kept["stem.weight"], rtol=1e-3, atol=1e-4)
     assert "is there already" in refused("convert", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors")
-    assert here("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "new" / "whole.safetensors").status == 0
+    assert run_in_process("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "new" / "whole.safetensors").status == 0
 
 
 def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: P
     (tmp_path / "out" / "upscaled" / "00001.png").unlink()
     again = sample(hybrid_run, tmp_path / "out", "--upscale", *weights)
     assert again.status == 0 and (tmp_path / "out" / "upscaled" / "00001.png").exists(), again.all
-    alone = here("sample.py", "--upscale-only", tmp_path / "out" / "upscaled", "--out", tmp_path / "huge", *weights)
+    alone = run_in_process("sample.py", "--upscale-only", tmp_path / "out" / "upscaled", "--out", tmp_path / "huge", *weights)
     assert alone.status == 0 and "4 images, 4 times as large" in alone.out, alone.all
     assert np.asarray(Image.open(tmp_path / "huge" / "00000.png")).shape == (256, 256, 3)
     assert "give a run to sample from, or --upscale-only" in refused("sample", hybrid_run, "--upscale-only", tmp_path)
@@ -358,7 +358,7 @@ def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path:
     pictures = []
     for low in (tmp_path / "small", tmp_path / "small" / "samples_4x16x16x3.npz"):
         words = ("--batch-size", "3", "--steps", "3", "--out", tmp_path / f"large{len(pictures)}", "--low", low)
-        done = here("sample.py", tmp_path / "up", *words, *(("--classes", "0/1") if low.is_dir() else ()))
+        done = run_in_process("sample.py", tmp_path / "up", *words, *(("--classes", "0/1") if low.is_dir() else ()))
         assert done.status == 0 and "4 images of" in done.out, done.all
         pictures.append(read(tmp_path / f"large{len(pictures)}"))
     assert pictures[0] == pictures[1] and len(pictures[0]) == 4, "the .npz brings the labels 0, 0, 1, 1"

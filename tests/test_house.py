@@ -23,7 +23,7 @@ from src.models import VAE, Discriminator, build_model
 from src.runs.classifier import build_classifier, noise_process
 from src.training.stages import plan_stages
 from tests import house
-from tests.conftest import ROOT, environment, here
+from tests.conftest import ROOT, environment, run_in_process
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
@@ -253,7 +253,7 @@ def one_stage_after_the_other(cfg: Any) -> None:
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_the_schema_is_the_scripts(script: str) -> None:
-    done = here(f"{script}.py", "--schema")
+    done = run_in_process(f"{script}.py", "--schema")
     assert done.status == 0 and done.out == (ROOT / "configs" / "schemas" / f"{script}.json").read_text()
 
 

@@ -19,7 +19,7 @@ from src.data.points import MoonsSource, draw_points
 from src.runs.opened import open_run, open_trained
 from src.sampling import SamplerConfig, build_sampler
 from tests import kills
-from tests.conftest import ROOT, command, environment, here, launch, metrics, one_line, refused, run_here
+from tests.conftest import ROOT, command, environment, launch, metrics, one_line, refused, run_here, run_in_process
 from tests.kills import settings
 
 SMOKE = "configs/smoke/iadb.json"
@@ -127,7 +127,7 @@ def test_from_one_set_of_pictures_to_another_in_latents(vae_run: Path, tmp_path:
     said = refused("sample", tmp_path / "elsewhere", "--solver", "ancestral", "--out", tmp_path / "no")
     assert "the solver ancestral assumes Gaussian noise" in said
     assert "has no chain of steps" in refused("evaluate", tmp_path / "elsewhere", "--likelihood")
-    dry = here("train_iadb.py", "-cfg", SMOKE, "--dry-run", *ends, *settings(autoencoder=str(vae_run)))
+    dry = run_in_process("train_iadb.py", "-cfg", SMOKE, "--dry-run", *ends, *settings(autoencoder=str(vae_run)))
     assert dry.status == 0 and "images/s" in dry.out and "nothing was written" in dry.out, dry.all
 
 
@@ -376,7 +376,9 @@ def test_ends_that_cannot_be_blended(tmp_path: Path, config: str, sets: dict, sa
 
 
 def test_one_line_and_status_two(tmp_path: Path, iadb_run: Path, points_run: Path) -> None:
-    said = one_line(here("train_iadb.py", "-cfg", SMOKE, "--set", 'source={"source": "spiral"}', "--run-dir", tmp_path / "a"))
+    said = one_line(
+        run_in_process("train_iadb.py", "-cfg", SMOKE, "--set", 'source={"source": "spiral"}', "--run-dir", tmp_path / "a")
+    )
     assert "spiral is a density of 2-D points" in said
     pairs = settings(pairs=str(points_run))
     said = refused("train_iadb", "-cfg", SMOKE, "--run-dir", tmp_path / "b", *pairs)

@@ -20,14 +20,14 @@ from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
 from src.training.entry import train_here
 from tests import kills
-from tests.conftest import ROOT, Finished, here, launch, metrics, one_line, refused
+from tests.conftest import ROOT, Finished, launch, metrics, one_line, refused, run_in_process
 from tests.kills import settings
 
 VAE, LDM = "configs/smoke/vae.json", "configs/smoke/ldm.json"
 
 
 def train(*words: str | Path, processes: int) -> Finished:
-    return here(*words) if processes == 1 else launch(*words, processes=processes)
+    return run_in_process(*words) if processes == 1 else launch(*words, processes=processes)
 
 
 def train_vae(run: Path, *more: str, processes: int = 1, **sets: object) -> Finished:
@@ -208,7 +208,7 @@ def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> 
 def test_the_legacy_pair_trains_goes_on_and_says_what_it_leaves(tmp_path: Path) -> None:
     model = {"widths": [8, 16], "downsample": "conv", "upsample": "transposed", "attention": ["none", "none"]}
     sets = settings(model=model, stages=[{"steps": 3}], init_from=None)
-    done = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
+    done = run_in_process("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
     assert done.status == 0, done.all
     assert done.out.count("warning: ") == 1 and "checkerboards in images or gradients (Odena et al. 2016" in done.out
     network = open_autoencoder(str(tmp_path / "run"), torch.device("cpu")).network
@@ -329,13 +329,17 @@ def test_latent_diffusion_goes_on_to_the_bit(vae_run: Path, ldm_run: Path, tmp_p
 
 def test_final_moves_without_the_autoencoders_run(ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
     arguments = ["--num-samples", "6", "--batch-size", "4", "--steps", "4", "--guidance", "2", "--eta", "0.8", "--frames"]
-    stays = here("sample.py", ldm_run, *arguments, "--classes", "cross/circle", "--out", tmp_path / "here")
+    stays = run_in_process("sample.py", ldm_run, *arguments, "--classes", "cross/circle", "--out", tmp_path / "here")
     assert stays.status == 0, stays.all
     shutil.copytree(ldm_run / "final", tmp_path / "elsewhere")
     moved = vae_run.rename(vae_run.with_name("gone"))
     try:
-        done = here("sample.py", tmp_path / "elsewhere", *arguments, "--classes", "cross/circle", "--out", tmp_path / "there")
-        early = here("sample.py", ldm_run / "checkpoints" / "step_00000010", "--num-samples", "1", "--out", tmp_path / "early")
+        done = run_in_process(
+            "sample.py", tmp_path / "elsewhere", *arguments, "--classes", "cross/circle", "--out", tmp_path / "there"
+        )
+        early = run_in_process(
+            "sample.py", ldm_run / "checkpoints" / "step_00000010", "--num-samples", "1", "--out", tmp_path / "early"
+        )
     finally:
         moved.rename(vae_run)
     assert done.status == early.status == 0, done.all + early.all
@@ -348,7 +352,7 @@ def test_final_moves_without_the_autoencoders_run(ldm_run: Path, vae_run: Path, 
 def test_latents_of_the_size_of_a_later_stage(vae_run: Path, tmp_path: Path) -> None:
     """As wikiart512_ldm on wikiart256_vae: the autoencoder's first stage is smaller than the diffusion's images."""
     sets = settings(autoencoder=str(vae_run), latents=str(tmp_path / "latents"), steps=2, image__size=24)
-    done = here("train_ldm.py", "-cfg", LDM, "--run-dir", tmp_path / "run", *sets)
+    done = run_in_process("train_ldm.py", "-cfg", LDM, "--run-dir", tmp_path / "run", *sets)
     assert done.status == 0, done.all
     assert read_json(tmp_path / "run" / "final" / "data.json")["latents"]["shape"] == [4, 12, 12]
     opened = open_trained(tmp_path / "run", torch.device("cpu"))
@@ -369,7 +373,7 @@ def test_the_main_job_leaves_as_one_folder(vae_run: Path, ldm_run: Path, tmp_pat
         )
 
     for name, run in (("run", ldm_run), ("checkpoint", ldm_run / "checkpoints" / "step_00000020")):
-        done = here("convert.py", "safetensors", run, "--out", tmp_path / name)
+        done = run_in_process("convert.py", "safetensors", run, "--out", tmp_path / name)
         assert done.status == 0 and "README.md" in done.out, done.all
         assert torch.equal(drawn(tmp_path / name), drawn(run))
     card = (tmp_path / "run" / "README.md").read_text()
@@ -384,7 +388,7 @@ def test_the_main_job_leaves_as_one_folder(vae_run: Path, ldm_run: Path, tmp_pat
     message = refused("convert", "to-diffusers", ldm_run, "--out", tmp_path / "no")
     assert "model.attention linear" in message and "it ends with tanh" in message and "convert.py safetensors" in message
     for name, run in (("vae", vae_run), ("vae_checkpoint", vae_run / "checkpoints" / "step_00000025")):
-        assert here("convert.py", "safetensors", run, "--out", tmp_path / name).status == 0
+        assert run_in_process("convert.py", "safetensors", run, "--out", tmp_path / name).status == 0
         one, other = (open_autoencoder(str(path), torch.device("cpu")) for path in (run, tmp_path / name))
         assert (one.digest, one.sizes, one.network.tanh) == (other.digest, other.sizes, other.network.tanh)
         z = torch.randn(2, 4, 8, 8)
@@ -404,7 +408,7 @@ def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None
     large = ("prepare_data.py", "latents", tmp_path / "vae", "--size", "24", "--out", tmp_path / "large")
     full = one_line(launch(*large, limit=(resource.RLIMIT_FSIZE, 60_000)))
     assert full.startswith("error: the disk is full (") and full.endswith("make room and run it again")
-    done = here(*large)
+    done = run_in_process(*large)
     assert "4x12x12" in done.out, done.all
     assert "is neither a run" in refused("prepare_data", "latents", ROOT / "configs" / "smoke" / "ddpm.json")
 
@@ -467,7 +471,7 @@ def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "latents").is_dir(), "beside the run, not in a folder that is somebody else's"
     shutil.copytree(tmp_path / "run" / "final", tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "vae")
-    done = here("sample.py", tmp_path / "elsewhere", "--num-samples", "2", "--steps", "2", "--out", tmp_path / "s")
+    done = run_in_process("sample.py", tmp_path / "elsewhere", "--num-samples", "2", "--steps", "2", "--out", tmp_path / "s")
     assert done.status == 0 and (tmp_path / "s" / "00001.png").exists(), done.all
     assert "does not exist; train one" in refuse_ldm(tmp_path / "other", autoencoder=str(tmp_path / "vae"))
 

@@ -25,14 +25,26 @@ from src.runtime.checkpoint import newest
 from src.runtime.stopping import StepGate
 from src.sampling import checkpoints
 from tests import kills
-from tests.conftest import ROOT, SMOKE, Finished, command, environment, here, launch, metrics, one_line, refused, run_here
+from tests.conftest import (
+    ROOT,
+    SMOKE,
+    Finished,
+    command,
+    environment,
+    launch,
+    metrics,
+    one_line,
+    refused,
+    run_here,
+    run_in_process,
+)
 
 SCRIPT = "ddpm_accelerate.py"
 
 
 def train(run: Path, *more: str, processes: int = 1, **extra: Any) -> Finished:
     words = (SCRIPT, "-cfg", SMOKE, "--run-dir", run, *more)
-    return here(*words) if processes == 1 and not extra else launch(*words, processes=processes, **extra)
+    return run_in_process(*words) if processes == 1 and not extra else launch(*words, processes=processes, **extra)
 
 
 # ---------------------------------------------------------------------------------------------- what a run leaves
@@ -125,7 +137,7 @@ def test_averages_of_any_length_are_made_afterwards(long_run: Path, tmp_path: Pa
     shutil.copytree(long_run, run)
     kept = sorted(path.name for path in (run / "ema").iterdir())
     assert kept == [f"step_{step:08d}" for step in range(10, 81, 10)]
-    done = here("posthoc_ema.py", run, "0.05", "0.15")
+    done = run_in_process("posthoc_ema.py", run, "0.05", "0.15")
     assert done.status == 0 and "sample.py" in done.out and "POORLY" not in done.out, done.all
     short = load_file(run / "ema" / "width_0.05" / "ema.safetensors")
     own = load_file(run / "checkpoints" / "step_00000080" / "ema_0.05.safetensors")  # followed from step to step
@@ -237,12 +249,12 @@ def test_sampling_from_checkpoints_takes_the_words_of_sample(
 ) -> None:
     words = ("--ckpt", smoke_run, "--ckpt_sampling", "--num-samples", "6", "--steps", "3", "--classes", "square/0/triangle")
     words = (*words, "--guidance", "2", "--solver", "heun", "--seed", "7", "--batch-size", "2", "--device", "cpu")
-    done = here(SCRIPT, *words, "--out", tmp_path / "here")
+    done = run_in_process(SCRIPT, *words, "--out", tmp_path / "here")
     assert done.status == 0 and f"{tmp_path}/here/grid.png" in done.out, done.all
     with Image.open(tmp_path / "here" / "grid.png") as sheet:
         drawn = np.asarray(sheet)[4:, 4:]
     assert len(list((tmp_path / "here" / "denoised").iterdir())) == 4
-    sampled = here("sample.py", smoke_run, *words[3:], "--out", tmp_path / "samples")
+    sampled = run_in_process("sample.py", smoke_run, *words[3:], "--out", tmp_path / "samples")
     assert sampled.status == 0, sampled.all
     for i in range(6):
         with Image.open(tmp_path / "samples" / f"{i:05d}.png") as image:
@@ -256,7 +268,7 @@ def test_sampling_from_checkpoints_takes_the_words_of_sample(
             state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
             patch.setattr(checkpoints, "start_sampling", lambda _: (state, torch.device("cpu")))
             patch.setattr(checkpoints, "gather_object", lambda mine: parts.extend(mine) or list(parts))
-            done = here(SCRIPT, *words, "--out", tmp_path / "two")
+            done = run_in_process(SCRIPT, *words, "--out", tmp_path / "two")
             assert done.status == 0 and done.out.count("the GIF again") == (rank == 0), done.all
             assert (tmp_path / "two").exists() == (rank == 0)
     assert len(parts) == 3 and results(tmp_path / "two") == results(tmp_path / "here"), "on two processes the same files"
@@ -264,7 +276,7 @@ def test_sampling_from_checkpoints_takes_the_words_of_sample(
 
 def test_checkpoints_are_sampled_by_default_as_many_as_classes_ask_for(smoke_run: Path, tmp_path: Path) -> None:
     words = ("--ckpt", smoke_run, "--ckpt_sampling", "--steps", "1", "--out", tmp_path / "out")
-    assert here(SCRIPT, *words, "--classes", "0/1/2").status == 0
+    assert run_in_process(SCRIPT, *words, "--classes", "0/1/2").status == 0
     with Image.open(tmp_path / "out" / "grid.png") as sheet:
         assert sheet.width == 4 + 5 * 68 and sheet.height > 4 * 68, "18 of them"
     assert "16 pictures cannot be dealt to 3" in refused("ddpm_accelerate", *words, "--classes", "0/1/2", "--num-samples", "16")
@@ -345,7 +357,7 @@ def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> N
     ],
 )
 def test_a_config_that_cannot_be_trained(write_config: Callable, tmp_path: Path, change: object, said: str) -> None:
-    assert said in one_line(here(SCRIPT, "-cfg", write_config(change), "--run-dir", tmp_path / "run"))
+    assert said in one_line(run_in_process(SCRIPT, "-cfg", write_config(change), "--run-dir", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -412,7 +424,7 @@ def test_a_stop_in_a_step_that_is_not_saved_says_so(tmp_path: Path, monkeypatch:
     ):
         words = (SCRIPT, "-cfg", SMOKE, "--run-dir", tmp_path / saves, "--set", f"checkpoint.every={saves}", *EXPLODES)
         with pytest.raises(AssertionError):  # status 1: it was stopped
-            here(*words)
+            run_in_process(*words)
         said = (tmp_path / saves / "log.txt").read_text().splitlines()[-1]
         assert ", whose gradients were not finite, so it was not saved" in said and told in said
         assert json.loads((tmp_path / saves / "status.json").read_text())["state"] == "stopped"
@@ -512,7 +524,7 @@ def test_prepare_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(tmp_path / "pictures" / name / f"{i}.png")
     (tmp_path / "pictures" / "a" / "broken.jpg").write_bytes(b"no")
     archive = shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "pictures")
-    done = here("prepare_data.py", "unpack", archive, "--out", tmp_path / "data")
+    done = run_in_process("prepare_data.py", "unpack", archive, "--out", tmp_path / "data")
     assert done.status == 0 and "unpacked 7 files" in done.out, done.all
     run_here("prepare_data", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
     told = capsys.readouterr().out
