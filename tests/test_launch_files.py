@@ -61,25 +61,18 @@ def ends_near(one: Path, other: Path, tolerance: float) -> None:
     ],
 )
 def test_launch_files_are_accelerates(name: str, kind: DistributedType, machines: int, processes: int) -> None:
-    launch_config = ClusterConfig.from_yaml_file(str(FILES / f"{name}.yaml"))  # which refuses keys that it does not know
-    assert (launch_config.distributed_type, launch_config.num_machines, launch_config.num_processes) == (
-        kind,
-        machines,
-        processes,
-    )
-    assert launch_config.mixed_precision is None and not launch_config.use_cpu, "the run's config decides"
+    loaded = ClusterConfig.from_yaml_file(str(FILES / f"{name}.yaml"))  # which refuses keys that it does not know
+    assert (loaded.distributed_type, loaded.num_machines, loaded.num_processes) == (kind, machines, processes)
+    assert loaded.mixed_precision is None and not loaded.use_cpu, "the run's config decides"
     text = (FILES / f"{name}.yaml").read_text()
     assert "gradient_accumulation" not in text and f"--config_file configs/accelerate/{name}.yaml" in text
     if name == "nodes2":
-        assert launch_config.main_process_ip is None and "--machine_rank 0 --main_process_ip HOST" in text
+        assert loaded.main_process_ip is None and "--machine_rank 0 --main_process_ip HOST" in text
     if name == "fsdp":
         wanted = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
         wanted |= {"transformer_layer_cls_to_wrap": "Block,ResidualBlock", "state_dict_type": "FULL_STATE_DICT"}
-        assert wanted.items() <= {key.removeprefix("fsdp_"): value for key, value in launch_config.fsdp_config.items()}.items()
-        assert (
-            not launch_config.fsdp_config["fsdp_offload_params"]
-            and not launch_config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
-        )
+        assert wanted.items() <= {key.removeprefix("fsdp_"): value for key, value in loaded.fsdp_config.items()}.items()
+        assert not loaded.fsdp_config["fsdp_offload_params"] and not loaded.fsdp_config["fsdp_cpu_ram_efficient_loading"]
     assert {path.stem for path in FILES.iterdir()} == {"gpu1", "gpu8", "nodes2", "cpu2", "fsdp"}
 
 

@@ -184,10 +184,10 @@ def test_a_dry_run_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = run_in_process(
         "train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--dry-run", "--set", STAGES
     )
-    said = [line.removeprefix("dry run: ") for line in done.out.splitlines() if line.startswith("dry run: ")]
+    phases = [line.removeprefix("dry run: ") for line in done.out.splitlines() if line.startswith("dry run: ")]
     begins = [f"stage {number} of 2, 12 steps" for number in (1, 2)]
     stages = [line for begin in begins for line in (begin, "a preview", "saving a checkpoint")]
-    assert done.status == 0 and said == ["looking at the data", "building the networks", *stages]
+    assert done.status == 0 and phases == ["looking at the data", "building the networks", *stages]
     assert not list(tmp_path.iterdir())
 
 

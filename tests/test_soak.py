@@ -57,8 +57,9 @@ def kill_often(
     done = launch(*job.arguments(run), processes=processes)
     assert done.status == 0, done.all
     kills.same_end(whole, run)
+    inside_saves = hits.count("inside")
     print(
-        f"{job.script}, {processes} process(es): {len(hits)} kills, {hits.count('inside')} inside a save, stages {sorted(stages_seen)}"
+        f"{job.script}, {processes} process(es): {len(hits)} kills, {inside_saves} inside a save, stages {sorted(stages_seen)}"
     )
 
 
