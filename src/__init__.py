@@ -1,1 +1,1 @@
-"""Atelier: train image generators from scratch on your own pictures, and sample from them."""
+"""Atelier: train image generators from scratch on your own images, and sample from them."""

@@ -159,7 +159,7 @@ def run_here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> None:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> Finished:
+def run_in_process(script: str, *arguments: str | Path, cwd: Path = ROOT) -> Finished:
     """`launch` of one process without its start: what the script says, and 2 where that is a mistake in one line."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):

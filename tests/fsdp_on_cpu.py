@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 _init = AcceleratorState.__init__
 
 
-def _with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **more: Any) -> None:
-    _init(self, *args, fsdp_plugin=fsdp_plugin, **more)
+def _with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+    _init(self, *args, fsdp_plugin=fsdp_plugin, **options)
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin

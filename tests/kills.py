@@ -24,10 +24,10 @@ class Job:
 
     script: str
     config: str
-    more: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
 
-    def arguments(self, run: Path, *more: str) -> list[str]:
-        return [self.script, "-cfg", self.config, "--run-dir", str(run), *self.more, *more]
+    def arguments(self, run: Path, *extra: str) -> list[str]:
+        return [self.script, "-cfg", self.config, "--run-dir", str(run), *self.extra, *extra]
 
 
 def settings(**values: object) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ GUIDED = Job(
     PIXELS.script,
     PIXELS.config,
     (
-        *PIXELS.more,
+        *PIXELS.extra,
         *settings(process__variance="learned", process__loss={"kind": "hybrid"}, times={"kind": "second_moment", "history": 2}),
     ),
 )
@@ -87,7 +87,7 @@ CLASSIFIER = Job(
 CODEBOOK = Job(
     AUTOENCODER.script,
     AUTOENCODER.config,
-    (*AUTOENCODER.more, *settings(model__bottleneck={"kind": "vq", "codes": 32})),
+    (*AUTOENCODER.extra, *settings(model__bottleneck={"kind": "vq", "codes": 32})),
 )
 
 
@@ -119,8 +119,8 @@ def go_back(run: Path, out: Path, step: int = 10) -> None:
             shutil.rmtree(path)
 
 
-def arguments(run: Path, *more: str) -> list[str]:
-    return PIXELS.arguments(run, *more)
+def arguments(run: Path, *extra: str) -> list[str]:
+    return PIXELS.arguments(run, *extra)
 
 
 def kill_all(process: subprocess.Popen) -> None:
@@ -177,16 +177,16 @@ def start_and_kill(run: Path, processes: int, rng: random.Random, *, inside_save
 
 def same_end(one: Path, other: Path) -> None:
     """Weights, moments and EMA of the last checkpoint to the bit, and the losses of every logged step."""
-    ends = [newest(run / "checkpoints")[0] for run in (one, other)]
-    assert ends[0] is not None and ends[1] is not None and ends[0].name == ends[1].name
-    files = sorted(path.name for path in ends[0].glob("*.safetensors"))
-    assert files == sorted(path.name for path in ends[1].glob("*.safetensors")) and len(files) >= 3
+    checkpoints = [newest(run / "checkpoints")[0] for run in (one, other)]
+    assert checkpoints[0] is not None and checkpoints[1] is not None and checkpoints[0].name == checkpoints[1].name
+    files = sorted(path.name for path in checkpoints[0].glob("*.safetensors"))
+    assert files == sorted(path.name for path in checkpoints[1].glob("*.safetensors")) and len(files) >= 3
     for name in files:
-        left, right = (load_file(end / name) for end in ends)
+        left, right = (load_file(end / name) for end in checkpoints)
         assert left.keys() == right.keys()
         for key in left:
             assert torch.equal(left[key], right[key]), f"{name} {key}"
-    left, right = (json.loads((end / "progress.json").read_text()) for end in ends)
+    left, right = (json.loads((end / "progress.json").read_text()) for end in checkpoints)
     assert left.get("adaptive_weight") == right.get("adaptive_weight") and left.get("tanh") == right.get("tanh")
     assert {**left.get("guard", {}), "best": 0} == {**right.get("guard", {}), "best": 0}  # its best is a sum over ranks
     for left, right in zip(metrics(one), metrics(other), strict=True):

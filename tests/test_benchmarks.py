@@ -26,7 +26,7 @@ def needs(peer: str) -> None:
         pytest.skip(f"{PEER_PACKAGE[peer]} is not installed: pip install -e '.[bench]'")
 
 
-def draw_pictures(folder: Path, per_class: int, size: int = 32) -> None:
+def draw_images(folder: Path, per_class: int, size: int = 32) -> None:
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)
@@ -37,15 +37,15 @@ def draw_pictures(folder: Path, per_class: int, size: int = 32) -> None:
 # ---------------------------------------------------------------------------------------------- pictures and distances
 
 
-def test_the_last_pictures_of_each_class_are_held_out(tmp_path: Path) -> None:
-    draw_pictures(tmp_path, 12)
+def test_the_last_images_of_each_class_are_held_out(tmp_path: Path) -> None:
+    draw_images(tmp_path, 12)
     train, held_out = race.split_classes(tmp_path, 5)
     assert [file.name for file in held_out] == [f"{i:04d}.png" for i in range(7, 12)] * 2
     assert len(train) == 14 and not set(train) & set(held_out)
 
 
 def test_an_archive_becomes_a_folder_with_what_is_trained_on_packed(tmp_path: Path) -> None:
-    draw_pictures(tmp_path / "cifar10" / "train", 502, size=8)
+    draw_images(tmp_path / "cifar10" / "train", 502, size=8)
     with tarfile.open(tmp_path / "cifar10.tar", "w") as tar:
         tar.add(tmp_path / "cifar10", "cifar10")
     folder = race.prepare_images(tmp_path / "datasets", tmp_path / "cifar10.tar")
@@ -86,7 +86,7 @@ def tiny(peer: str) -> Any:
 @pytest.mark.parametrize("peer", ["diffusers", "ddp"])
 def test_a_peer_trains_and_draws(peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs(peer)
-    draw_pictures(tmp_path / "pictures", 60)
+    draw_images(tmp_path / "pictures", 60)
     network = tiny(peer)
     snapshots = peers.Snapshots(tmp_path, time.time(), 0.5)
     with pytest.raises(peers.TimeIsUp):
@@ -96,8 +96,8 @@ def test_a_peer_trains_and_draws(peer: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(peers, "build", lambda _: tiny(peer))
     monkeypatch.setattr(peers, "CALLS", 3)
     for kind in ("ema", "raw"):
-        drawn = peers.draw(peer, tmp_path / "weights" / "1.0" / f"{kind}.safetensors", 3, batch=2)
-        assert drawn.shape == (3, 3, 32, 32) and drawn.dtype == torch.uint8 and drawn.float().std() > 0
+        images = peers.draw(peer, tmp_path / "weights" / "1.0" / f"{kind}.safetensors", 3, batch=2)
+        assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8 and images.float().std() > 0
 
 
 def test_the_clock_stands_while_weights_are_written(tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_ours_trains_by_the_clock(tmp_path: Path) -> None:
     folder = race.prepare_images(tmp_path, tmp_path / "missing")
     (tmp_path / "ours").mkdir()
     small = ["model.base_channels=16", "model.head_channels=16", "batch_size=16"]
-    found = race.train_ours(tmp_path / "ours", folder, 40, small)
-    assert found["fractions"]["1.0"]["seconds"] <= 40 and found["fractions"]["1.0"]["images"] > 0
+    result = race.train_ours(tmp_path / "ours", folder, 40, small)
+    assert result["fractions"]["1.0"]["seconds"] <= 40 and result["fractions"]["1.0"]["images"] > 0
     assert race.draw_ours(tmp_path / "ours" / "weights" / "1.0", 4).shape == (4, 3, 32, 32)
 
 
@@ -132,12 +132,18 @@ def test_ours_trains_by_the_clock(tmp_path: Path) -> None:
 
 
 def made_up(name: str, end: float, quarter: float) -> dict[str, Any]:
-    kept = {"images": 1000, "seconds": 1200.0}
-    found = {"name": name, "minutes": 20.0, "parameters": 4_000_000, "weights": "ema", "fractions": {"0.25": kept, "1.0": kept}}
+    measurement = {"images": 1000, "seconds": 1200.0}
+    result = {
+        "name": name,
+        "minutes": 20.0,
+        "parameters": 4_000_000,
+        "weights": "ema",
+        "fractions": {"0.25": measurement, "1.0": measurement},
+    }
     lr = {"lr": name.partition("_")[2]} if "_" in name else {}
     lr |= {"pair": {"ema": end + 10, "raw": 999}}
     measured = {"samples": 500}
-    return {**found, **lr, "distances": {"0.25": {"distance": quarter, **measured}, "1.0": {"distance": end, **measured}}}
+    return {**result, **lr, "distances": {"0.25": {"distance": quarter, **measured}, "1.0": {"distance": end, **measured}}}
 
 
 @pytest.mark.parametrize(
@@ -147,9 +153,9 @@ def made_up(name: str, end: float, quarter: float) -> dict[str, Any]:
 def test_the_goals_are_held_to_the_better_peer(end: float, quarter: float, verdicts: tuple[str, str]) -> None:
     results = [made_up("ours", end, quarter), made_up("diffusers_1e-4", 300, 310), made_up("diffusers_1e-3", 150, 200)]
     results += [made_up("ddp_1e-4", 200, 250), made_up("ddp_3e-4", 120, 260)]
-    told = race.goals(results, 20.0)
-    assert tuple(line.partition(":")[0] for line in told) == verdicts
-    assert "ddp_3e-4" in told[0]
+    lines = race.goals(results, 20.0)
+    assert tuple(line.partition(":")[0] for line in lines) == verdicts
+    assert "ddp_3e-4" in lines[0]
     shown = race.table(results, 20.0, 500)
     assert (
         "| diffusers | 1e-4 (its own) | ema | 310.0 |" in shown and "denoising-diffusion-pytorch, learning rate 3e-4" in shown
@@ -168,39 +174,41 @@ def test_a_goal_says_whether_it_is_met() -> None:
 
 
 def test_a_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, folder = list[str](), tmp_path / "pictures"
+    trained_titles, folder = list[str](), tmp_path / "pictures"
     rng = np.random.default_rng(0)
     known = {"train": rng.standard_normal((200, 8)), "held_out": rng.standard_normal((40, 8))}
     monkeypatch.setattr(race, "known_features", lambda folder, part: known[part])
 
     def train(out: Path, title: str) -> dict[str, Any]:
-        trained.append(title)
-        kept = {str(fraction): {"images": 100, "seconds": 60 * fraction} for fraction in race.FRACTIONS}
-        return {"parameters": 10, "fractions": kept, "used": "", "command": "python", "lr": title.partition("_")[2]}
+        trained_titles.append(title)
+        fractions = {str(fraction): {"images": 100, "seconds": 60 * fraction} for fraction in race.FRACTIONS}
+        return {"parameters": 10, "fractions": fractions, "used": "", "command": "python", "lr": title.partition("_")[2]}
 
-    def drawn(count: int, level: int) -> torch.Tensor:
+    def constant_images(count: int, level: int) -> torch.Tensor:
         return torch.full((count, 3, 32, 32), level, dtype=torch.uint8)
 
     monkeypatch.setattr(race, "train_ours", lambda out, *_: train(out, "ours"))
     monkeypatch.setattr(race, "train_peer", lambda name, out, folder, lr, seconds: train(out, f"{name}_{lr}"))
-    monkeypatch.setattr(race, "draw_ours", lambda weights, count: drawn(count, 0))
-    monkeypatch.setattr(peers, "draw", lambda name, weights, count: drawn(count, 100 if weights.stem == "raw" else 200))
+    monkeypatch.setattr(race, "draw_ours", lambda weights, count: constant_images(count, 0))
+    monkeypatch.setattr(
+        peers, "draw", lambda name, weights, count: constant_images(count, 100 if weights.stem == "raw" else 200)
+    )
     monkeypatch.setattr(
         race, "features", lambda x: x[:, 0, 0, :8].numpy() + np.random.default_rng(1).standard_normal((len(x), 8))
     )
 
     out = tmp_path / "out"
     race.race(out, folder, 1.0, 20, "ours")
-    assert trained == ["ours"]
+    assert trained_titles == ["ours"]
     race.race(out, folder, 1.0, 20, "diffusers")
     (out / "ddp_1e-4").mkdir()  # it was killed while it trained
     (out / "ddp_1e-4" / "half").touch()
     assert "- so far without ddp_1e-4, ddp_3e-4, ddp_1e-3" in race.race(out, folder, 1.0, 20, "diffusers")
-    told = race.race(out, folder, 1.0, 20)
-    assert "so far without" not in told
-    assert sorted(trained) == sorted(race.names())  # each once
+    summary = race.race(out, folder, 1.0, 20)
+    assert "so far without" not in summary
+    assert sorted(trained_titles) == sorted(race.names())  # each once
     assert not (out / "ddp_1e-4" / "half").exists()
-    assert told.count("met:") == 2 and (out / "distance.png").exists()
+    assert summary.count("met:") == 2 and (out / "distance.png").exists()
     assert (out / "samples.png").stat().st_size <= 300_000
     result = json.loads((out / "diffusers_1e-4" / "result.json").read_text())
     assert result["weights"] == "raw" and set(result["distances"]) == {str(fraction) for fraction in race.FRACTIONS}

@@ -82,12 +82,12 @@ def test_what_an_earlier_start_said_does_not_count_and_any_warning_is_passed_on(
         assert batch.poll() is None, batch.communicate()
         time.sleep(0.02)
     batch.send_signal(signal.SIGUSR2)
-    said, _ = batch.communicate(timeout=30)
-    assert batch.returncode == 1 and "stopped at step 3" in logs[0].read_text(), said
+    output, _ = batch.communicate(timeout=30)
+    assert batch.returncode == 1 and "stopped at step 3" in logs[0].read_text(), output
     assert "requeue 7" in (tmp_path / "asked").read_text()
     batch = submit(folder, extra | {"GRACE": "100"}, "dies.py")
-    said, _ = batch.communicate(timeout=30)  # and not a hundred seconds
-    assert batch.returncode == 1, said
+    output, _ = batch.communicate(timeout=30)  # and not a hundred seconds
+    assert batch.returncode == 1, output
 
 
 @pytest.mark.soak
@@ -116,9 +116,9 @@ def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
         assert batch.poll() is None, batch.communicate()
         time.sleep(0.02)
     batch.send_signal(signal.SIGUSR1)
-    said, _ = batch.communicate(timeout=120)
+    output, _ = batch.communicate(timeout=120)
     logs = [folder / "logs" / f"atelier_7_rank{rank}.txt" for rank in (0, 1)]
-    assert batch.returncode == 1, said + logs[0].read_text()
+    assert batch.returncode == 1, output + logs[0].read_text()
     assert read_json(status)["state"] == "stopped" and "requeue 7" in (tmp_path / "asked").read_text()
     assert "a step is 16 images = 2 x cpu" in logs[0].read_text() and "stopped at step" in logs[0].read_text()
     assert "stopping after this step" in logs[1].read_text() and "a step is" not in logs[1].read_text()
@@ -128,8 +128,8 @@ def test_a_job_that_is_warned_saves_and_is_queued_again(tmp_path: Path) -> None:
 
     (tmp_path / "asked").unlink()
     batch = submit(folder, extra, *job.arguments(Path("runs/x")))
-    said, _ = batch.communicate(timeout=240)
-    assert batch.returncode == 0 and "requeue" not in (tmp_path / "asked").read_text(), said + logs[0].read_text()
+    output, _ = batch.communicate(timeout=240)
+    assert batch.returncode == 0 and "requeue" not in (tmp_path / "asked").read_text(), output + logs[0].read_text()
     assert "going on at step" in logs[0].read_text() and read_json(status)["state"] == "finished"
     done = launch(*job.arguments(folder / "runs" / "never"), cwd=folder)
     assert done.status == 0, done.all

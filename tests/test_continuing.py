@@ -15,7 +15,7 @@ from src.runtime.checkpoint import newest, read_tensors, verify_checkpoint
 from src.training import dry_run, uploads
 from src.training.kept import cannot_change, images_seen
 from src.training.verify_resume import compare_checkpoints
-from tests.conftest import ROOT, here, launch, metrics, one_line, refused
+from tests.conftest import ROOT, launch, metrics, one_line, refused, run_in_process
 
 CONSTANT = ("optimizer.schedule.kind=constant", "checkpoint.every=1000", "preview.quality=null", "preview.num_samples=1")
 SCRIPT, SMOKE = "ddpm_accelerate", ROOT / "configs/smoke/ddpm.json"
@@ -26,8 +26,8 @@ def words(run: Path, *changes: str, config: Path = SMOKE) -> list[str]:
 
 
 def train(run: Path, *changes: str, script: str = SCRIPT, config: Path = SMOKE, new: str | None = None) -> str:
-    more = ["--continue-as", new] if new is not None else []
-    done = here(f"{script}.py", *words(run, *changes, config=config), *more)
+    arguments = ["--continue-as", new] if new is not None else []
+    done = run_in_process(f"{script}.py", *words(run, *changes, config=config), *arguments)
     assert done.status == 0, done.all
     return done.out
 
@@ -41,9 +41,9 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def last(run: Path) -> Path:
-    found, passed = newest(run / "checkpoints")
-    assert found is not None and not passed
-    return found
+    checkpoint, passed = newest(run / "checkpoints")
+    assert checkpoint is not None and not passed
+    return checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def test_a_longer_run_is_to_the_bit_what_the_plain_one_is(runs: Path, old: Path)
     new = old.with_name("new")
     assert f"{new} goes on from {old} at step 6, with another steps (6 -> 9)" in out and "going on at step 6 of 9" in out
     assert content(old) == before and verify_checkpoint(new / "final") is None
-    found, count = compare_checkpoints(last(new), last(runs / "long"))
-    assert count > 100 and [line for line in found if "best" not in line] == ["progress.json: continued differs"]
+    differences, count = compare_checkpoints(last(new), last(runs / "long"))
+    assert count > 100 and [line for line in differences if "best" not in line] == ["progress.json: continued differs"]
     assert {"step": 6, "run": str(old), "images_ahead": 0, "changed": {"steps": [6, 9]}} == json.loads(
         (new / "data.json").read_text()
     )["continued"][0]
@@ -96,8 +96,8 @@ def test_another_rate_schedule_and_average_hold_from_there_on(old: Path) -> None
     states = [read_tensors(last(run), "optimizer") for run in (old, new)]
     key = next(key for key in states[0] if key.endswith("/step"))
     assert (float(states[0][key]), float(states[1][key])) == (6, 8), "moments went on"
-    told = json.loads((new / "data.json").read_text())["continued"][0]["changed"]
-    assert told["optimizer.lr"] == [1e-3, 5e-4] and told["optimizer.betas"] == [[0.9, 0.999], [0.8, 0.99]]
+    changed_keys = json.loads((new / "data.json").read_text())["continued"][0]["changed"]
+    assert changed_keys["optimizer.lr"] == [1e-3, 5e-4] and changed_keys["optimizer.betas"] == [[0.9, 0.999], [0.8, 0.99]]
     assert json.loads((last(new) / "config.json").read_text())["optimizer"]["lr"] == 5e-4
 
 
@@ -124,7 +124,7 @@ def test_interrupted_before_its_first_checkpoint_the_same_command_works(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         (["steps=9", "model.base_channels=32"], "has another model.base_channels"),
         (["steps=9", "process.target=v"], "has another process.target"),
@@ -138,10 +138,10 @@ def test_interrupted_before_its_first_checkpoint_the_same_command_works(
         (["steps=4"], "has 6 steps, and this config asks for 4"),
     ],
 )
-def test_what_is_refused(changes: list[str], told: str, old: Path) -> None:
+def test_what_is_refused(changes: list[str], expected: str, old: Path) -> None:
     before = content(old)
     message = refused(SCRIPT, *words(old, *CONSTANT, *changes), "--continue-as", "new")
-    assert told in message and str(old) in message
+    assert expected in message and str(old) in message
     assert content(old) == before and [path.name for path in old.parent.iterdir()] == ["old"], "nothing is left"
 
 
@@ -187,15 +187,15 @@ def test_a_plain_resume_names_the_ways_on(old: Path) -> None:
 
 def test_a_dry_run_says_what_is_left(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "ENOUGH_SECONDS", 0.0)
-    done = here(f"{SCRIPT}.py", *words(old, "steps=26", *CONSTANT), "--continue-as", "new", "--dry-run")
+    done = run_in_process(f"{SCRIPT}.py", *words(old, "steps=26", *CONSTANT), "--continue-as", "new", "--dry-run")
     assert done.status == 0 and "steps        20 of 16 images" in done.out, done.all
     assert [path.name for path in old.parent.iterdir()] == ["old"]
     assert "has another seed" in refused(SCRIPT, *words(old, "seed=2", *CONSTANT), "--continue-as", "new", "--dry-run")
 
 
-def stages(*lengths: int, weight: float = 0.1, **more: Any) -> str:
-    found = [{"steps": steps, "adversarial": {"weight": weight}, **more} for steps in lengths]
-    return f"stages={json.dumps(found)}"
+def stages(*lengths: int, weight: float = 0.1, **options: Any) -> str:
+    stage_list = [{"steps": steps, "adversarial": {"weight": weight}, **options} for steps in lengths]
+    return f"stages={json.dumps(stage_list)}"
 
 
 def test_stages_go_on(tmp_path: Path) -> None:
@@ -210,8 +210,10 @@ def test_stages_go_on(tmp_path: Path) -> None:
     other = (stages(4, 2, 1, batch_size=4, weight=0.2), *same, "micro_batch_size=null", "discriminator_optimizer.lr=1e-5")
     out = train(tmp_path / "old", *other, **vae, new="smaller")
     assert "stages" in out and "stage 2 of 3: steps 4 to 6" in out and "a step is 4 images" in out
-    seen = metrics(tmp_path / "smaller")[-1]
-    assert (seen["step"], round(seen["epoch"] * 114)) == (7, 5 * 16 + 2 * 4), "five steps of 16 images, and two of 4"
+    last_metrics = metrics(tmp_path / "smaller")[-1]
+    assert (last_metrics["step"], round(last_metrics["epoch"] * 114)) == (7, 5 * 16 + 2 * 4), (
+        "five steps of 16 images, and two of 4"
+    )
 
 
 def test_the_images_seen_by_stages() -> None:
@@ -226,9 +228,9 @@ def test_another_batch_takes_the_next_images(old: Path, monkeypatch: pytest.Monk
 
     starts, original = list[int](), inputs.stream
 
-    def watched(*args: Any, start_step: int, **more: Any) -> Any:
+    def watched(*args: Any, start_step: int, **options: Any) -> Any:
         starts.append(args[2].positions(start_step, 0).start)
-        return original(*args, start_step=start_step, **more)
+        return original(*args, start_step=start_step, **options)
 
     monkeypatch.setattr(inputs, "stream", watched)
     smaller = (*CONSTANT, "batch_size=8")
@@ -271,7 +273,7 @@ def test_a_bucket_gives_the_new_run_or_else_the_old_one(old: Path, monkeypatch: 
 
 def test_every_script_takes_it() -> None:
     for script in ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier"):
-        assert "--continue-as" in here(f"{script}.py", "--help").out
+        assert "--continue-as" in run_in_process(f"{script}.py", "--help").out
 
 
 def test_latents_pairs_and_snapshots_come_along_without_being_copied(old: Path) -> None:
@@ -298,12 +300,12 @@ def test_latents_pairs_and_snapshots_come_along_without_being_copied(old: Path) 
 def test_it_goes_on_with_two_processes(old: Path, runs: Path) -> None:
     done = launch("ddpm_accelerate.py", *words(old, "steps=9", *CONSTANT), "--continue-as", "new", processes=2)
     assert done.status == 0 and "= 2 x cpu" in done.out, done.all
-    found = compare_checkpoints(last(old.with_name("new")), last(runs / "long"))[0]
-    assert [line for line in found if not line.startswith("progress.json")] == []
+    differences = compare_checkpoints(last(old.with_name("new")), last(runs / "long"))[0]
+    assert [line for line in differences if not line.startswith("progress.json")] == []
     done = launch("ddpm_accelerate.py", *words(old, "seed=9", *CONSTANT), "--continue-as", "more", processes=2)
     assert done.status != 0 and done.err.count("has another seed") == 1 and not old.with_name("more").exists()
 
 
 def test_the_message_is_one_line(old: Path) -> None:
-    done = here(f"{SCRIPT}.py", *words(old, "seed=9", *CONSTANT), "--continue-as", "new")
+    done = run_in_process(f"{SCRIPT}.py", *words(old, "seed=9", *CONSTANT), "--continue-as", "new")
     assert one_line(done).startswith("error: --continue-as keeps network, data and their order")

@@ -21,7 +21,7 @@ from src.runs import opened
 from src.runs.opened import Run, open_trained
 from src.training import run as run_module
 from src.training.run import RunDirectory, check_ranks, classes_differ
-from tests.conftest import ROOT, SMOKE, Finished, here, launch, one_line, randomise
+from tests.conftest import ROOT, SMOKE, Finished, launch, one_line, randomise, run_in_process
 
 SHORT = ("steps=1", "preview.every=1", "preview.num_samples=1", "preview.quality=null", "preview.sampler.steps=1", "held_out=0")
 
@@ -33,10 +33,10 @@ def images(root: Path, *names: str) -> Path:
     return root
 
 
-def train(run: Path, data: object, *more: str, dry: bool = False) -> Finished:
-    changes = [*SHORT, f"data={json.dumps(data)}", "log.trackers=[]", "micro_batch_size=16", "preview.sheets=class", *more]
+def train(run: Path, data: object, *arguments: str, dry: bool = False) -> Finished:
+    changes = [*SHORT, f"data={json.dumps(data)}", "log.trackers=[]", "micro_batch_size=16", "preview.sheets=class", *arguments]
     words = [word for change in changes for word in ("--set", change)]
-    return here("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *words, *(["--dry-run"] if dry else []))
+    return run_in_process("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *words, *(["--dry-run"] if dry else []))
 
 
 def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(tmp_path: Path) -> None:
@@ -46,9 +46,9 @@ def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(
     (data / "labels").mkdir()
     (data / "labels" / "0.txt").write_text("0 1 1")
     spec = {"source": "folder", "path": str(data)}
-    said = train(tmp_path / "run", spec)
-    assert said.status == 0, said.all
-    first = said.out[: said.out.index("a step is")]
+    done = train(tmp_path / "run", spec)
+    assert done.status == 0, done.all
+    first = done.out[: done.out.index("a step is")]
     assert "8 images in no classes (0 held out; left out: 3 .cr3 (to read them: pip install rawpy))" in first
     assert first.count("the folders labels beside the images are left aside") == 1
     dry = train(tmp_path / "dry", spec, dry=True)
@@ -57,8 +57,8 @@ def test_a_run_says_what_it_leaves_aside_and_goes_on_with_the_same_images_alone(
     assert skipped == [{"name": f"images/IMG_{i}.CR3", "reason": ".cr3 (to read them: pip install rawpy)"} for i in range(3)]
 
     images(data, "images/new.avif")
-    said = train(tmp_path / "run", spec)
-    message = one_line(said)
+    done = train(tmp_path / "run", spec)
+    message = one_line(done)
     assert "was trained on 8 other images (now 9); bring them back" in message
     assert "1 .avif files are among them, which were not read when the run was started: move them out of the folder" in message
     (data / "images" / "new.avif").rename(tmp_path / "new.avif")
@@ -72,32 +72,32 @@ def test_one_class_and_captions_as_classes_are_remarked_on(tmp_path: Path) -> No
     data = images(tmp_path / "data", *(f"{i}.png" for i in range(6)))
     (tmp_path / "captions.tsv").write_text(f"file\tcaption\n{rows}")
     table = {"file": str(tmp_path / "captions.tsv"), "label_column": "caption"}
-    said = train(tmp_path / "run", {"source": "folder", "path": str(data), "labels": table})
-    assert said.status == 0, said.all
-    assert "there are 6 classes for 6 images" in said.out
+    done = train(tmp_path / "run", {"source": "folder", "path": str(data), "labels": table})
+    assert done.status == 0, done.all
+    assert "there are 6 classes for 6 images" in done.out
     sheets = sorted((tmp_path / "run" / "samples").rglob("*.png"))
     assert len(sheets) == 6 and all(len(os.fsencode(sheet.name)) < 150 for sheet in sheets)
     assert open_trained(tmp_path / "run", "cpu").labels(names[2], 1) == [2]  # pyright: ignore[reportArgumentType]
     (tmp_path / "captions.tsv").write_text("file\tcaption\n" + "".join(f"{i}.png\tcat\n" for i in range(6)))
-    said = train(tmp_path / "one", {"source": "folder", "path": str(data), "labels": table})
-    assert "all images with a class have the same one, 'cat'" in said.out
+    done = train(tmp_path / "one", {"source": "folder", "path": str(data), "labels": table})
+    assert "all images with a class have the same one, 'cat'" in done.out
 
 
 # ---------------------------------------------------------------------------------------------- classes on resume
 
 
-def facts(*names: str, fingerprint: str = "f", **more: object) -> dict[str, Any]:
+def facts(*names: str, fingerprint: str = "f", **changes: object) -> dict[str, Any]:
     counts = dict.fromkeys(names, 5)
     known = {"class_names": list(names), "counts": counts, "images": 5 * len(names), "fingerprint": fingerprint, "endings": {}}
-    return known | more
+    return known | changes
 
 
-def adopt(tmp_path: Path, before: dict[str, Any], now: dict[str, Any], **more: bool) -> str:
+def adopt(tmp_path: Path, before: dict[str, Any], now: dict[str, Any], **options: bool) -> str:
     for name, document in (("data", before), ("progress", {"step": 7})):
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
     run = RunDirectory(tmp_path / "run", writes=False)
     try:
-        assert run.adopt_progress(tmp_path, now, **more) == {"step": 7}
+        assert run.adopt_progress(tmp_path, now, **options) == {"step": 7}
     except UserError as error:
         return str(error)
     return ""
@@ -105,16 +105,16 @@ def adopt(tmp_path: Path, before: dict[str, Any], now: dict[str, Any], **more: b
 
 def test_classes_are_compared_on_resume(tmp_path: Path) -> None:
     before = facts("1", "001", "b")
-    said = adopt(tmp_path, before, facts("001", "1", "b"))
-    assert "was trained on other classes (the same ones in another order: 001, 1, b, where it was 1, 001, b)" in said
+    message = adopt(tmp_path, before, facts("001", "1", "b"))
+    assert "was trained on other classes (the same ones in another order: 001, 1, b, where it was 1, 001, b)" in message
     assert "(b missing, c new)" in adopt(tmp_path, before, facts("1", "001", "c"))
     assert adopt(tmp_path, before, facts("1", "001", "b")) == ""
     assert adopt(tmp_path, facts("caf\u00e9"), facts("cafe\u0301")) == "", "macOS wrote the name"
     assert adopt(tmp_path, before, facts("001", "1", "b"), classes=False) == "", "an autoencoder has no classes"
-    said = adopt(tmp_path, before, facts("1", "001", "c", fingerprint="g"))
-    assert "15 other images (now 15)" in said and "its classes differ, too: b missing, c new" in said
-    said = adopt(tmp_path, facts("caf\u00e9"), facts("cafe\u0301", fingerprint="g"))
-    assert "in another Unicode form" in said
+    message = adopt(tmp_path, before, facts("1", "001", "c", fingerprint="g"))
+    assert "15 other images (now 15)" in message and "its classes differ, too: b missing, c new" in message
+    message = adopt(tmp_path, facts("caf\u00e9"), facts("cafe\u0301", fingerprint="g"))
+    assert "in another Unicode form" in message
     assert "as many as before, so names or sizes" in adopt(tmp_path, before, facts("1", "001", "b", fingerprint="g"))
     del before["endings"]  # of a run that an earlier version started
     assert adopt(tmp_path, before, facts("1", "001", "b")) == ""
@@ -168,26 +168,26 @@ def test_a_run_starts_from_the_classes_of_another_spelling(monkeypatch: pytest.M
 
 def test_ranks_that_see_other_data_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     others: list[Any] = []
-    monkeypatch.setattr(run_module, "gather_object", lambda mine: [*mine, *others])
-    mine = facts("1", "001")
-    check_ranks(mine)
+    monkeypatch.setattr(run_module, "gather_object", lambda gathered: [*gathered, *others])
+    own_facts = facts("1", "001")
+    check_ranks(own_facts)
 
-    def seen(other: dict[str, Any]) -> tuple[Any, int]:
+    def gathered_part(other: dict[str, Any]) -> tuple[Any, int]:
         caught = list[Any]()
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "gather_object", lambda one: caught.append(one[0]) or one)
             check_ranks(other)
         return caught[0]
 
-    others[:] = [seen(mine), seen(facts("001", "1"))]
+    others[:] = [gathered_part(own_facts), gathered_part(facts("001", "1"))]
     with pytest.raises(UserError, match=r"rank 2 sees other classes .* than rank 0 \(the same ones in another order"):
-        check_ranks(mine)
-    others[:] = [seen(facts("1", "001", fingerprint="g", images=9))]
+        check_ranks(own_facts)
+    others[:] = [gathered_part(facts("1", "001", fingerprint="g", images=9))]
     with pytest.raises(UserError, match=r"rank 1 sees other images .* \(10 images on rank 0, 9 there\)"):
-        check_ranks(mine)
-    others[:] = [seen(mine | {"source": {"fingerprint": "s"}})]
+        check_ranks(own_facts)
+    others[:] = [gathered_part(own_facts | {"source": {"fingerprint": "s"}})]
     with pytest.raises(UserError, match="rank 1 sees other images"):
-        check_ranks(mine)
+        check_ranks(own_facts)
     assert classes_differ(["a"], ["a"]) == ""
 
 

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from src.config import load
-from tests.conftest import ROOT, environment, here, launch, run_here
+from tests.conftest import ROOT, environment, launch, run_here, run_in_process
 from tests.test_house import SCRIPTS, script_of
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -91,7 +91,7 @@ def shell_lines(text: str, *languages: str) -> list[str]:
 
 @cache
 def help_of(*words: str) -> str:
-    return here(*words, "--help").out
+    return run_in_process(*words, "--help").out
 
 
 @pytest.mark.parametrize("page", NAMES)

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, SMOKE, launch, one_line, refused
 sys.path.insert(0, str(ROOT))
 import doctor
 
-ASKED = ["batches", "data", "trackers", "starting weights"]
+CONFIG_ROWS = ["batches", "data", "trackers", "starting weights"]
 DISK = ["rename", "flush", "free space", "lock", "file system", "shared memory"]
 WEIGHTS = ["weights Inception", "weights VGG16", "weights EfficientNet", "weights Real-ESRGAN"]
 
@@ -26,7 +26,7 @@ def test_two_processes_on_this_machine_train_correctly(tmp_path: Path) -> None:
     done = launch("doctor.py", "-cfg", SMOKE, "--run-dir", tmp_path / "run", "--processes", "2", "--json")
     assert done.status == 0 and done.err == "", done.all
     rows = {row["name"]: row for row in json.loads(done.out)}
-    assert list(rows) == ["config", "versions", *ASKED, *DISK, "ffmpeg", *WEIGHTS, "bucket", *STAGES]
+    assert list(rows) == ["config", "versions", *CONFIG_ROWS, *DISK, "ffmpeg", *WEIGHTS, "bucket", *STAGES]
     assert all(row.keys() == {"name", "status", "found", "advice", "seconds"} for row in rows.values())
     tried = [name for name in STAGES if name != "compile"]  # for which a machine may lack a compiler
     assert {rows[name]["status"] for name in tried} == {"pass"}, done.out

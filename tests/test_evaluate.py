@@ -15,7 +15,7 @@ from src.data import open_sources
 from src.data.sources import ShapesSource
 from src.runtime.checkpoint import spared_steps
 from src.training.session import Session
-from tests.conftest import SMOKE, here, launch, metrics, one_line, refused, run_here
+from tests.conftest import SMOKE, launch, metrics, one_line, refused, run_here, run_in_process
 from tests.kills import settings
 
 SHAPES = '{"source": "shapes", "count": 64, "size": 16}'
@@ -294,12 +294,12 @@ def test_figures_are_kept_where_their_sheets_cannot_be_drawn(
         monkeypatch.setattr("src.figures." + name, no_font)
     monkeypatch.setattr("src.report.report.make_report", no_font)
     words = (run, "--num-samples", "12", "--num-images", "12", "--steps", "2", *RANDOM)
-    done = here("evaluate.py", *words, "--out", tmp_path / "quality", "--json")
+    done = run_in_process("evaluate.py", *words, "--out", tmp_path / "quality", "--json")
     assert done.status == 0 and json.loads(done.out)["num_samples"] == 12, done.all
     assert "warning: nearest.png failed (ValueError: no font)" in done.err and "warning: report.html failed" in done.err
     assert figures(tmp_path / "quality")["num_samples"] == 12 and metrics(run)[-1]["evaluation_network_calls"] == 2
-    done = here("evaluate.py", *words, "--out", tmp_path / "swept", "--sweep", "steps=1,2")
+    done = run_in_process("evaluate.py", *words, "--out", tmp_path / "swept", "--sweep", "steps=1,2")
     assert done.status == 0 and "best: " in done.out and "sweep.png" not in done.out and "sweep.png failed" in done.err
     bits = (run, "--likelihood", "--num-images", "4", "--steps", "2", "--out", tmp_path / "bits")
-    done = here("evaluate.py", *bits)
+    done = run_in_process("evaluate.py", *bits)
     assert done.status == 0 and "bits per dimension" in done.out and "likelihood.png failed" in done.err, done.all

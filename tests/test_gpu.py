@@ -26,15 +26,15 @@ def test_the_smoke_run_learns_in_each_precision(tmp_path: Path, precision: str) 
 
 
 def test_a_deterministic_run_goes_on_to_the_bit(tmp_path: Path) -> None:
-    more = ["--set", "deterministic=true", "--set", 'optimizer.schedule={"kind": "constant"}']
-    ends = []
+    arguments = ["--set", "deterministic=true", "--set", 'optimizer.schedule={"kind": "constant"}']
+    weights = []
     for stops in ([20], [10, 20]):
         run = tmp_path / str(len(stops))
         for steps in stops:
-            done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *more, "--set", f"steps={steps}")
+            done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *arguments, "--set", f"steps={steps}")
             assert done.status == 0, done.all
-        ends.append(load_file(run / "checkpoints" / "step_00000020" / "model.safetensors"))
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+        weights.append(load_file(run / "checkpoints" / "step_00000020" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_noise_on_the_device_is_a_function_of_its_words() -> None:
@@ -46,13 +46,13 @@ def test_noise_on_the_device_is_a_function_of_its_words() -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_latent_pipeline_learns_and_keeps_its_cache_on_the_device(tmp_path: Path, precision: str) -> None:
-    more = ["--set", f"mixed_precision={precision}"]
-    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "vae", *more)
+    arguments = ["--set", f"mixed_precision={precision}"]
+    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "vae", *arguments)
     assert done.status == 0 and "x cuda x" in done.out, done.all
     lines = [line for line in metrics(tmp_path / "vae") if "held_out_l1" in line]
     assert lines[-1]["held_out_l1"] < 0.8 * lines[0]["held_out_l1"]
     named = ["--set", f"autoencoder={tmp_path / 'vae'}"]
-    done = launch("train_ldm.py", "-cfg", "configs/smoke/ldm.json", "--run-dir", tmp_path / "ldm", *named, *more)
+    done = launch("train_ldm.py", "-cfg", "configs/smoke/ldm.json", "--run-dir", tmp_path / "ldm", *named, *arguments)
     assert done.status == 0 and "x cuda x" in done.out, done.all
     assert metrics(tmp_path / "ldm")[-1]["loss"] < 0.95 * metrics(tmp_path / "ldm")[0]["loss"]
     latents = LatentSet([torch.randn(5, 2, 2, 4, 8, 8).numpy()], torch.device("cuda"))
@@ -65,8 +65,8 @@ def test_the_latent_pipeline_learns_and_keeps_its_cache_on_the_device(tmp_path: 
 
 def test_learned_variance_times_by_the_second_moment_and_a_classifier_that_guides(tmp_path: Path) -> None:
     for job in (kills.GUIDED, kills.CLASSIFIER):
-        more = settings(mixed_precision="bf16", compile=True, checkpoint__every=40)
-        done = launch(*job.arguments(tmp_path / job.script), *more, timeout=900)
+        arguments = settings(mixed_precision="bf16", compile=True, checkpoint__every=40)
+        done = launch(*job.arguments(tmp_path / job.script), *arguments, timeout=900)
         assert done.status == 0 and "x cuda x" in done.out, done.all
         lines = metrics(tmp_path / job.script)
         assert lines[-1]["loss"] < lines[0]["loss"]
@@ -81,9 +81,9 @@ def test_learned_variance_times_by_the_second_moment_and_a_classifier_that_guide
     assert done.status == 0 and "Fréchet distance" in done.out, done.all
 
 
-def test_blending_pictures_points_and_pairs_on_a_gpu(tmp_path: Path) -> None:
-    for job, more in ((kills.BLEND, settings(mixed_precision="bf16", checkpoint__every=40)), (kills.POINTS, ())):
-        done = launch(*job.arguments(tmp_path / job.config), *more, timeout=900)
+def test_blending_images_points_and_pairs_on_a_gpu(tmp_path: Path) -> None:
+    for job, arguments in ((kills.BLEND, settings(mixed_precision="bf16", checkpoint__every=40)), (kills.POINTS, ())):
+        done = launch(*job.arguments(tmp_path / job.config), *arguments, timeout=900)
         assert done.status == 0 and "x cuda x" in done.out, done.all
         lines = metrics(tmp_path / job.config)
         assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["straightness"] >= 0

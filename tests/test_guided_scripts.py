@@ -21,7 +21,7 @@ from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.edit import load_edit, load_low
 from tests import kills
-from tests.conftest import SMOKE, Finished, here, launch, metrics, one_line, randomise, refused
+from tests.conftest import SMOKE, Finished, launch, metrics, one_line, randomise, refused, run_in_process
 from tests.interop.upscalers import rrdb
 from tests.kills import settings
 
@@ -71,14 +71,14 @@ def test_a_classifier_on_one_process_and_two_is_equal_to_the_bit(classifier_run:
     last = metrics(classifier_run)[-1]
     assert [key for key in last if key.startswith("held_out_accuracy")] == [f"held_out_accuracy_{i}" for i in range(4)]
     assert (classifier_run / "samples" / "step_00000030.png").stat().st_size > 5000
-    again = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", classifier_run)
-    assert again.status == 0 and "is finished (30 steps); guide with it: python sample.py" in again.out
+    repeated = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", classifier_run)
+    assert repeated.status == 0 and "is finished (30 steps); guide with it: python sample.py" in repeated.out
 
 
 def test_a_classifier_learns_and_is_better_where_there_is_less_noise(tmp_path: Path) -> None:
     sets = settings(steps=300, preview__every=300, preview__num_measured=80, checkpoint__every=None, log__every=100)
-    more = settings(optimizer__lr=2e-3, data__count=400, held_out=0.2)
-    done = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *sets, *more)
+    arguments = settings(optimizer__lr=2e-3, data__count=400, held_out=0.2)
+    done = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *sets, *arguments)
     assert done.status == 0, done.all
     last = metrics(tmp_path / "run")[-1]
     assert last["held_out_accuracy_0"] > 0.55 and last["held_out_accuracy_0"] > last["held_out_accuracy_3"] + 0.2
@@ -88,14 +88,16 @@ def test_a_classifier_learns_and_is_better_where_there_is_less_noise(tmp_path: P
 
 def test_a_classifier_of_another_run(classifier_run: Path, tmp_path: Path) -> None:
     shapes = settings(steps=2, init_from=str(classifier_run), log__trackers=[])
-    same = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "same", *shapes)
+    same = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "same", *shapes)
     assert same.status == 0 and f"starting from the weights of {classifier_run} (step 30)\n" in same.out, same.all
     for name in ("cats", "dogs"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         for i in range(12):
             Image.new("RGB", (20, 20), (20 * i, 90, 200)).save(tmp_path / "mine" / name / f"{i}.png")
-    mine = settings(data={"source": "folder", "path": str(tmp_path / "mine")}, held_out=0.0, batch_size=8, micro_batch_size=4)
-    done = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *shapes, *mine)
+    own_data = settings(
+        data={"source": "folder", "path": str(tmp_path / "mine")}, held_out=0.0, batch_size=8, micro_batch_size=4
+    )
+    done = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run", *shapes, *own_data)
     assert done.status == 0 and "its classes are others, so its last layer is new" in done.out, done.all
     before = load_file(classifier_run / "final" / "ema.safetensors")
     after = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors")
@@ -104,7 +106,7 @@ def test_a_classifier_of_another_run(classifier_run: Path, tmp_path: Path) -> No
 
 def test_a_classifier_is_killed_and_resumed(classifier_run: Path, tmp_path: Path) -> None:
     kills.go_back(classifier_run, tmp_path / "run")
-    done = here("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run")
+    done = run_in_process("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "run")
     assert done.status == 0 and "going on at step 10 of 30" in done.out, done.all
     kills.same_end(classifier_run, tmp_path / "run")
 
@@ -112,9 +114,9 @@ def test_a_classifier_is_killed_and_resumed(classifier_run: Path, tmp_path: Path
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def sample(run: Path, out: Path, *more: str | Path, processes: int = 1) -> Finished:
-    words = ("sample.py", run, "--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", out, *more)
-    return here(*words) if processes == 1 else launch(*words, processes=processes)
+def sample(run: Path, out: Path, *arguments: str | Path, processes: int = 1) -> Finished:
+    words = ("sample.py", run, "--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", out, *arguments)
+    return run_in_process(*words) if processes == 1 else launch(*words, processes=processes)
 
 
 def read(folder: Path) -> list[bytes]:
@@ -129,16 +131,16 @@ def test_classifier_guidance_from_the_command_line(hybrid_run: Path, classifier_
     assert one.status == 0 and read(tmp_path / "one") == read(tmp_path / "two") and len(read(tmp_path / "one")) == 4
     plain = sample(hybrid_run, tmp_path / "plain", *guided, "--guidance", "0", "--solver", "ancestral")
     assert plain.status == 0 and read(tmp_path / "plain") != read(tmp_path / "one")
-    with np.load(tmp_path / "two" / "samples_4x16x16x3.npz") as found:
-        assert found["arr_0"].dtype == np.uint8 and found["arr_1"].tolist() == [0, 0, 2, 2]
-        assert np.array_equal(found["arr_0"][2], np.asarray(Image.open(tmp_path / "two" / "00002.png")))
-    told = read_json(tmp_path / "two" / "metadata.json")
-    assert told["guidance_method"] == "classifier" and len(told["classifier"]) == 64
+    with np.load(tmp_path / "two" / "samples_4x16x16x3.npz") as archive:
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_1"].tolist() == [0, 0, 2, 2]
+        assert np.array_equal(archive["arr_0"][2], np.asarray(Image.open(tmp_path / "two" / "00002.png")))
+    metadata = read_json(tmp_path / "two" / "metadata.json")
+    assert metadata["guidance_method"] == "classifier" and len(metadata["classifier"]) == 64
 
 
-def test_from_a_picture_with_a_mask_and_in_sections(hybrid_run: Path, tmp_path: Path) -> None:
-    picture, mask = Image.new("RGB", (24, 20), (200, 60, 30)), Image.new("L", (24, 20), 0)
-    picture.save(tmp_path / "picture.png")
+def test_from_an_image_with_a_mask_and_in_sections(hybrid_run: Path, tmp_path: Path) -> None:
+    image, mask = Image.new("RGB", (24, 20), (200, 60, 30)), Image.new("L", (24, 20), 0)
+    image.save(tmp_path / "picture.png")
     mask.paste(255, (12, 0, 24, 20))
     mask.save(tmp_path / "mask.png")
     keep = ("--image", tmp_path / "picture.png", "--mask", tmp_path / "mask.png", "--resamplings", "2", "--frames")
@@ -150,36 +152,36 @@ def test_from_a_picture_with_a_mask_and_in_sections(hybrid_run: Path, tmp_path: 
     done = sample(hybrid_run, tmp_path / "sections", "--steps", "3,2", "--solver", "ancestral", "--stop-at", "4")
     assert done.status == 0 and "5 network calls" in done.out, done.all
     Image.new("L", (16, 16), 255).save(tmp_path / "small.png")
-    said = refused("sample", hybrid_run, *keep[:2], "--mask", tmp_path / "small.png", "--out", tmp_path / "x")
-    assert "has 16 x 16 px and" in said and "24 x 20; give one of the same size" in said
+    message = refused("sample", hybrid_run, *keep[:2], "--mask", tmp_path / "small.png", "--out", tmp_path / "x")
+    assert "has 16 x 16 px and" in message and "24 x 20; give one of the same size" in message
     assert "--image alone changes nothing" in refused("sample", hybrid_run, *keep[:2])
     assert "counted from 0" in refused("sample", hybrid_run, *keep[:2], "--start-at", "50")
     assert "not an image" in refused("sample", hybrid_run, "--image", tmp_path / "none.png", "--start-at", "5")
 
 
-def test_a_picture_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Path) -> None:
-    """What a mask touches is drawn anew, latent by latent; the rest is the picture as its autoencoder has it."""
+def test_an_image_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Path) -> None:
+    """What a mask touches is drawn anew, latent by latent; the rest is the image as its autoencoder has it."""
     opened = open_trained(ldm_run, CPU)
     assert opened.codec is not None
     size, latent = opened.image.size, opened.shape[1]
-    picture, mask = Image.new("RGB", (size, size), (180, 90, 40)), Image.new("L", (size, size), 0)
+    image, mask = Image.new("RGB", (size, size), (180, 90, 40)), Image.new("L", (size, size), 0)
     mask.putpixel((size - 1, 0), 255)
-    picture.save(tmp_path / "picture.png")
+    image.save(tmp_path / "picture.png")
     mask.save(tmp_path / "mask.png")
     paths = str(tmp_path / "picture.png"), str(tmp_path / "mask.png")
     edit = load_edit(opened, *paths, start_at=0, resamplings=1, steps=4)
     assert edit.mask is not None and edit.mask.shape == (1, latent, latent) and float(edit.mask.sum()) == 1
     assert float(edit.mask[0, 0, -1]) == 1 and edit.x0.shape == opened.shape
-    drawn = build_sampler(opened, SamplerConfig(steps=4))
-    seen = []
-    drawn.draw(0, [0], [0], device=CPU, edit=edit, callback=lambda step, t, x_t, prediction: seen.append(x_t))
-    whole = drawn.draw(0, [0], [0], device=CPU, edit=edit._replace(mask=torch.zeros(1, latent, latent)))
+    sampler = build_sampler(opened, SamplerConfig(steps=4))
+    noisy_latents = []
+    sampler.draw(0, [0], [0], device=CPU, edit=edit, callback=lambda step, t, x_t, prediction: noisy_latents.append(x_t))
+    whole = sampler.draw(0, [0], [0], device=CPU, edit=edit._replace(mask=torch.zeros(1, latent, latent)))
     torch.testing.assert_close(whole[0], opened.codec.decode(edit.x0[None])[0])
-    assert len(seen) == 4
+    assert len(noisy_latents) == 4
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--guidance-method", "classifier"), "guidance by a classifier needs one: sample.py takes --classifier RUN"),
         (("--mask", "m.png"), "--mask and --start-at are about a picture"),
@@ -187,7 +189,7 @@ def test_a_picture_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Pat
         (("--classifier", "x"), "guides only with --guidance-method classifier"),
         (("--upscaler", "x.pth"), "--upscaler is for --upscale"),
         (("--upscale",), "models/RealESRGAN_x4plus.pth: there are no such weights"),
-        (("--classes", "0/1/2", "--num-samples", "16"), "16 pictures cannot be dealt to 3 classes in equal blocks"),
+        (("--classes", "0/1/2", "--num-samples", "16"), "16 images cannot be dealt to 3 classes in equal blocks"),
         (("--classes", "9"), "class '9' is not known; the classes are: circle"),
         (("--steps", "99,2"), "more than the schedule's 100"),
         (("--steps", "20", "--spacing", "strided", "--stop-at", "20"), "stop_at: 20 of 20 steps leaves none out"),
@@ -196,8 +198,8 @@ def test_a_picture_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Pat
         (("--classes", "\u00b2"), "is not known; the classes are: circle"),
     ],
 )
-def test_what_sampling_refuses(hybrid_run: Path, words: tuple[str, ...], said: str) -> None:
-    assert said in refused("sample", hybrid_run, *words)
+def test_what_sampling_refuses(hybrid_run: Path, words: tuple[str, ...], message: str) -> None:
+    assert message in refused("sample", hybrid_run, *words)
 
 
 def test_a_classifier_of_other_classes_or_size_is_refused(hybrid_run: Path, classifier_run: Path, tmp_path: Path) -> None:
@@ -234,10 +236,10 @@ def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, 
     assert metrics(run)[-1]["evaluation_bits_per_dimension_of_80_in_8_steps_on_train"] == whole["bits_per_dimension"]
     (tmp_path / "two" / "block_00001.npz").unlink()
     (tmp_path / "two" / "likelihood.json").unlink()
-    again = here(*words, "--out", tmp_path / "two", "--json")
-    assert again.status == 0 and json.loads(again.out) == whole, again.all
-    said = one_line(here(*words[:-1], "70", "--out", tmp_path / "two"))
-    assert "holds other figures" in said
+    repeated = run_in_process(*words, "--out", tmp_path / "two", "--json")
+    assert repeated.status == 0 and json.loads(repeated.out) == whole, repeated.all
+    message = one_line(run_in_process(*words[:-1], "70", "--out", tmp_path / "two"))
+    assert "holds other figures" in message
 
 
 def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path) -> None:
@@ -263,11 +265,11 @@ def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path)
 def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, tmp_path: Path) -> None:
     for name, flags in (("adm_64_class_conditional", True), ("adm_64_classifier", True)):
         words = ("--flags", vectors / f"{name}.json") if flags else ()
-        done = here("convert.py", "guided-diffusion", vectors / f"{name}.pt", "--out", tmp_path / name, *words)
+        done = run_in_process("convert.py", "guided-diffusion", vectors / f"{name}.pt", "--out", tmp_path / name, *words)
         assert done.status == 0 and "python sample.py" in done.out, done.all
     network, classifier = tmp_path / "adm_64_class_conditional", tmp_path / "adm_64_classifier"
     guided = ("--guidance-method", "classifier", "--classifier", classifier, "--classes", "7/900", "--solver", "ancestral")
-    done = here(
+    done = run_in_process(
         "sample.py", network, *guided, "--num-samples", "2", "--batch-size", "2", "--steps", "2", "--out", tmp_path / "out"
     )
     assert done.status == 0 and np.asarray(Image.open(tmp_path / "out" / "00001.png")).shape == (64, 64, 3), done.all
@@ -285,7 +287,7 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
     config = network / "finetune.json"
     quick = settings(data__path=str(tmp_path / "mine"), steps=2, batch_size=2, preview__every=None, checkpoint__every=None)
     few = settings(preview__num_samples=2, preview__sampler={"steps": 2}, log__trackers=[])
-    done = here("ddpm_accelerate.py", "-cfg", config, "--run-dir", tmp_path / "run", *quick, *few)
+    done = run_in_process("ddpm_accelerate.py", "-cfg", config, "--run-dir", tmp_path / "run", *quick, *few)
     assert done.status == 0 and "its classes are others, so the label embedding is new" in done.out, done.all
     before = load_file(network / "ema.safetensors")["stem.weight"]
     after = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors")["stem.weight"]
@@ -296,29 +298,29 @@ def test_published_networks_are_brought_in_guided_and_trained_on(vectors: Path, 
 
 
 def test_a_run_goes_to_diffusers_and_back(hybrid_run: Path, tmp_path: Path) -> None:
-    there = here("convert.py", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
+    there = run_in_process("convert.py", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
     assert there.status == 0 and (tmp_path / "theirs" / "model_index.json").exists(), there.all
     assert "README.md says how" in there.out and "library_name: diffusers" in (tmp_path / "theirs" / "README.md").read_text()
-    back = here("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "back", "--name", "again")
+    back = run_in_process("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "back", "--name", "again")
     assert back.status == 0, back.all
-    pictures = []
+    images = []
     for run in (hybrid_run, tmp_path / "back"):
         opened = open_trained(run, CPU)
         assert opened.class_names == ("circle", "cross", "square", "triangle")
         sampler = build_sampler(opened, SamplerConfig(solver="ancestral", steps=5))
-        pictures.append(sampler.draw(0, range(3), [0, 1, 4], device=CPU))
-    torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=1e-4)
+        images.append(sampler.draw(0, range(3), [0, 1, 4], device=CPU))
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
     assert "exists and is not empty" in refused("convert", "to-diffusers", hybrid_run, "--out", tmp_path / "theirs")
 
 
 def test_half_precision_in_one_file(hybrid_run: Path, tmp_path: Path) -> None:
-    done = here("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors", "--fp16")
+    done = run_in_process("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors", "--fp16")
     assert done.status == 0, done.all
-    found, kept = load_file(tmp_path / "half.safetensors"), load_file(hybrid_run / "final" / "ema.safetensors")
-    assert found.keys() == kept.keys() and all(value.dtype == torch.float16 for value in found.values())
-    torch.testing.assert_close(found["stem.weight"].float(), kept["stem.weight"], rtol=1e-3, atol=1e-4)
+    half, original = load_file(tmp_path / "half.safetensors"), load_file(hybrid_run / "final" / "ema.safetensors")
+    assert half.keys() == original.keys() and all(value.dtype == torch.float16 for value in half.values())
+    torch.testing.assert_close(half["stem.weight"].float(), original["stem.weight"], rtol=1e-3, atol=1e-4)
     assert "is there already" in refused("convert", "safetensors", hybrid_run, "--out", tmp_path / "half.safetensors")
-    assert here("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "new" / "whole.safetensors").status == 0
+    assert run_in_process("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "new" / "whole.safetensors").status == 0
 
 
 def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: Path) -> None:
@@ -329,10 +331,12 @@ def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: P
     assert [path.name for path in sorted((tmp_path / "out" / "upscaled").iterdir())] == [f"0000{i}.png" for i in range(4)]
     assert np.asarray(Image.open(tmp_path / "out" / "upscaled" / "00003.png")).shape == (64, 64, 3)
     (tmp_path / "out" / "upscaled" / "00001.png").unlink()
-    again = sample(hybrid_run, tmp_path / "out", "--upscale", *weights)
-    assert again.status == 0 and (tmp_path / "out" / "upscaled" / "00001.png").exists(), again.all
-    alone = here("sample.py", "--upscale-only", tmp_path / "out" / "upscaled", "--out", tmp_path / "huge", *weights)
-    assert alone.status == 0 and "4 images, 4 times as large" in alone.out, alone.all
+    repeated = sample(hybrid_run, tmp_path / "out", "--upscale", *weights)
+    assert repeated.status == 0 and (tmp_path / "out" / "upscaled" / "00001.png").exists(), repeated.all
+    upscaled = run_in_process(
+        "sample.py", "--upscale-only", tmp_path / "out" / "upscaled", "--out", tmp_path / "huge", *weights
+    )
+    assert upscaled.status == 0 and "4 images, 4 times as large" in upscaled.out, upscaled.all
     assert np.asarray(Image.open(tmp_path / "huge" / "00000.png")).shape == (256, 256, 3)
     assert "give a run to sample from, or --upscale-only" in refused("sample", hybrid_run, "--upscale-only", tmp_path)
     only = ("sample", "--upscale-only", tmp_path / "out" / "upscaled")
@@ -344,44 +348,44 @@ def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: P
     assert "holds other images" in refused("sample", *words, *others)
 
 
-def test_an_imported_upsampler_makes_pictures_larger(hybrid_run: Path, tmp_path: Path) -> None:
+def test_an_imported_upsampler_makes_images_larger(hybrid_run: Path, tmp_path: Path) -> None:
     config = {"base_channels": 8, "channel_mult": [1, 2], "attention": ["none", "none"], "blocks": 1, "norm_groups": 4}
     model = validate(UNetConfig, config)
     network = randomise(UNet(model, in_channels=3, num_classes=4, null_class=False, low_channels=3))
     process = validate(ProcessConfig, {"schedule": {"kind": "linear", "steps": 50}, "target": "eps"})
-    found = Imported(network, model, process, image_size=32, channels=3, num_classes=4, low_resolution=16)
-    assert keep(found, tmp_path / "up", name="up") is None
+    imported = Imported(network, model, process, image_size=32, channels=3, num_classes=4, low_resolution=16)
+    assert keep(imported, tmp_path / "up", name="up") is None
     assert "give with --low the images of 16 px" in refused("sample", tmp_path / "up")
     assert "is no upsampler" in refused("sample", hybrid_run, "--low", tmp_path)
     done = sample(hybrid_run, tmp_path / "small", "--npz", "--classes", "circle/cross")
     assert done.status == 0, done.all
-    pictures = []
+    file_contents = []
     for low in (tmp_path / "small", tmp_path / "small" / "samples_4x16x16x3.npz"):
-        words = ("--batch-size", "3", "--steps", "3", "--out", tmp_path / f"large{len(pictures)}", "--low", low)
-        done = here("sample.py", tmp_path / "up", *words, *(("--classes", "0/1") if low.is_dir() else ()))
+        words = ("--batch-size", "3", "--steps", "3", "--out", tmp_path / f"large{len(file_contents)}", "--low", low)
+        done = run_in_process("sample.py", tmp_path / "up", *words, *(("--classes", "0/1") if low.is_dir() else ()))
         assert done.status == 0 and "4 images of" in done.out, done.all
-        pictures.append(read(tmp_path / f"large{len(pictures)}"))
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 4, "the .npz brings the labels 0, 0, 1, 1"
+        file_contents.append(read(tmp_path / f"large{len(file_contents)}"))
+    assert file_contents[0] == file_contents[1] and len(file_contents[0]) == 4, "the .npz brings the labels 0, 0, 1, 1"
     opened = open_trained(tmp_path / "up", CPU)
     low, _ = load_low(opened, str(tmp_path / "small"))
-    drawn = build_sampler(opened, SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=low)
+    images = build_sampler(opened, SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=low)
     other = build_sampler(opened, SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=-low)
-    assert drawn.shape == (4, 3, 32, 32) and not torch.allclose(drawn, other, atol=1e-3)
-    wrong, shown = tmp_path / "wrong.npz", np.zeros((2, 16, 16, 3), np.uint8)
-    for arrays, said in (
+    assert images.shape == (4, 3, 32, 32) and not torch.allclose(images, other, atol=1e-3)
+    low_file, shown = tmp_path / "wrong.npz", np.zeros((2, 16, 16, 3), np.uint8)
+    for arrays, message in (
         ((np.zeros((2, 8, 8, 3), np.uint8),), "holds no (N, 16, 16, 3) uint8 images"),
         ((shown[:0],), "holds no (N, 16, 16, 3) uint8 images"),
         ((shown, np.array([0, 4])), "arr_1 is no list of 2 labels from 0 to 3"),
         ((shown, np.array([0])), "arr_1 is no list of 2 labels"),
         ((shown, np.array([0.0, 1.0])), "arr_1 is no list of 2 labels"),
     ):
-        np.savez(wrong, *arrays)
-        assert said in refused("sample", tmp_path / "up", "--low", wrong)
-    np.savez(wrong, shown)
-    assert "has 2 images" in refused("sample", tmp_path / "up", "--low", wrong, "--num-samples", "3")
-    for content in (wrong.read_bytes()[:300], b"text", wrong.read_bytes().replace(b"NUMPY", b"NUMPX")):
-        wrong.write_bytes(content)
-        assert "not an .npz of samples, or damaged" in refused("sample", tmp_path / "up", "--low", wrong)
+        np.savez(low_file, *arrays)
+        assert message in refused("sample", tmp_path / "up", "--low", low_file)
+    np.savez(low_file, shown)
+    assert "has 2 images" in refused("sample", tmp_path / "up", "--low", low_file, "--num-samples", "3")
+    for content in (low_file.read_bytes()[:300], b"text", low_file.read_bytes().replace(b"NUMPY", b"NUMPX")):
+        low_file.write_bytes(content)
+        assert "not an .npz of samples, or damaged" in refused("sample", tmp_path / "up", "--low", low_file)
     up = tmp_path / "up"
     assert "is an upsampler" in refused("evaluate", up, "--likelihood", "--data", tmp_path / "small", "--steps", "2")
     assert "an upsampler draws from other images" in refused("ddpm_accelerate", "--ckpt", up, "--ckpt_sampling")
@@ -399,8 +403,8 @@ class Evil:
 
 def test_a_checkpoint_that_wants_to_run_code(hybrid_run: Path, tmp_path: Path) -> None:
     torch.save({"input_blocks.0.0.weight": Evil(tmp_path / "touched")}, tmp_path / "evil.pt")
-    said = refused("convert", "guided-diffusion", tmp_path / "evil.pt", "--out", tmp_path / "out")
-    assert "run code" in said or "safely" in said
+    message = refused("convert", "guided-diffusion", tmp_path / "evil.pt", "--out", tmp_path / "out")
+    assert "run code" in message or "safely" in message
     weights = ("--upscaler", tmp_path / "evil.pt")
     assert "without running code" in refused("sample", hybrid_run, "--upscale", *weights, "--out", tmp_path / "samples")
     assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from src.models import VAE, Discriminator, build_model
 from src.runs.classifier import build_classifier, noise_process
 from src.training.stages import plan_stages
 from tests import house
-from tests.conftest import ROOT, environment, here
+from tests.conftest import ROOT, environment, run_in_process
 
 sys.path.insert(0, str(ROOT))
 import ddpm_accelerate
@@ -55,18 +55,18 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     """(dotted module, whether imported by the module itself and not by a function) of a source file, made absolute."""
     tree = ast.parse(path.read_text())
     top = {id(node) for node in tree.body}
-    found = []
+    imported = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in top) for alias in node.names]
+            imported += [(alias.name, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 base = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
                 names = [node.module] if node.module else [alias.name for alias in node.names]
-                found += [(".".join([*base, name]), id(node) in top) for name in names]
+                imported += [(".".join([*base, name]), id(node) in top) for name in names]
             else:
-                found.append((node.module or "", id(node) in top))
-    return found
+                imported.append((node.module or "", id(node) in top))
+    return imported
 
 
 def test_no_import_goes_up_between_folders_or_in_a_circle() -> None:
@@ -116,8 +116,8 @@ def test_imports_inside_the_package_are_relative_and_accelerate_stays_above() ->
             first = module.split(".")[0]
             assert first != "atelier", f"{path}: inside src/ only relative imports"
             assert first not in SCRIPTS, f"{path} imports a script"
-            own = house.module_of(path).split(".")[0]
-            assert first != "accelerate" or own in WITH_ACCELERATE, f"{path} imports accelerate"
+            folder = house.module_of(path).split(".")[0]
+            assert first != "accelerate" or folder in WITH_ACCELERATE, f"{path} imports accelerate"
 
 
 def test_scripts_do_not_import_each_other_and_heavy_libraries_wait() -> None:
@@ -241,19 +241,23 @@ def one_stage_after_the_other(cfg: Any) -> None:
     stages = plan_stages(cfg, 1000, rank=0, world=1)
     assert [stage.config for stage in stages] == list(cfg.stages)
     with torch.device("meta"):
-        network, judge = VAE(cfg.model, cfg.image.channels), Discriminator(cfg.discriminator, cfg.image.channels)
+        network, discriminator = VAE(cfg.model, cfg.image.channels), Discriminator(cfg.discriminator, cfg.image.channels)
         for stage in stages:
             images = torch.zeros(1, cfg.image.channels, stage.image.size, stage.image.size)
-            made = network(images, torch.zeros(1, *cfg.model.latent_shape(stage.image.size)))
-            loss = losses.reconstruction_loss(stage.config.reconstruction, made.images, images)
-            loss = loss + losses.kl_divergence(made.mean, made.logvar) + losses.generator_loss("hinge", judge(made.images))
+            output = network(images, torch.zeros(1, *cfg.model.latent_shape(stage.image.size)))
+            loss = losses.reconstruction_loss(stage.config.reconstruction, output.images, images)
+            loss = (
+                loss
+                + losses.kl_divergence(output.mean, output.logvar)
+                + losses.generator_loss("hinge", discriminator(output.images))
+            )
             loss.sum().backward()
-            assert made.images.shape == images.shape and judge(images).shape[2] >= 1
+            assert output.images.shape == images.shape and discriminator(images).shape[2] >= 1
 
 
 @pytest.mark.parametrize("script", TRAINING)
 def test_the_schema_is_the_scripts(script: str) -> None:
-    done = here(f"{script}.py", "--schema")
+    done = run_in_process(f"{script}.py", "--schema")
     assert done.status == 0 and done.out == (ROOT / "configs" / "schemas" / f"{script}.json").read_text()
 
 

@@ -20,23 +20,23 @@ from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
 from src.training.entry import train_here
 from tests import kills
-from tests.conftest import ROOT, Finished, here, launch, metrics, one_line, refused
+from tests.conftest import ROOT, Finished, launch, metrics, one_line, refused, run_in_process
 from tests.kills import settings
 
 VAE, LDM = "configs/smoke/vae.json", "configs/smoke/ldm.json"
 
 
 def train(*words: str | Path, processes: int) -> Finished:
-    return here(*words) if processes == 1 else launch(*words, processes=processes)
+    return run_in_process(*words) if processes == 1 else launch(*words, processes=processes)
 
 
-def train_vae(run: Path, *more: str, processes: int = 1, **sets: object) -> Finished:
-    return train("train_vae.py", "-cfg", VAE, "--run-dir", run, *more, *settings(**sets), processes=processes)
+def train_vae(run: Path, *arguments: str, processes: int = 1, **sets: object) -> Finished:
+    return train("train_vae.py", "-cfg", VAE, "--run-dir", run, *arguments, *settings(**sets), processes=processes)
 
 
-def train_ldm(run: Path, autoencoder: Path | str, *more: str, processes: int = 1, **sets: object) -> Finished:
+def train_ldm(run: Path, autoencoder: Path | str, *arguments: str, processes: int = 1, **sets: object) -> Finished:
     named = settings(autoencoder=str(autoencoder), **sets)
-    return train("train_ldm.py", "-cfg", LDM, "--run-dir", run, *named, *more, processes=processes)
+    return train("train_ldm.py", "-cfg", LDM, "--run-dir", run, *named, *arguments, processes=processes)
 
 
 def refuse_ldm(run: Path, **sets: object) -> str:
@@ -140,8 +140,11 @@ def test_the_guard_goes_back_and_recovers_from_a_destroying_discriminator(tmp_pa
     stages = [{"steps": 20}, {"steps": 32, "adversarial": late, "tanh": True, "lr": 5e-3}]
     guard = {"worse_factor": 1.3, "rollback": True, "shrink": 1e-6, "max_rollbacks": 2}
     sets = {"stages": stages, "preview__every": 4, "checkpoint__every": 50, "optimizer__schedule": {"kind": "constant"}}
-    alone = train_vae(tmp_path / "alone", guard={**guard, "rollback": False}, **sets)
-    assert alone.status == 0 and "the adversary is too strong; lower its weight, or set guard.rollback" in alone.out, alone.all
+    without_rollback = train_vae(tmp_path / "alone", guard={**guard, "rollback": False}, **sets)
+    assert (
+        without_rollback.status == 0
+        and "the adversary is too strong; lower its weight, or set guard.rollback" in without_rollback.out
+    ), without_rollback.all
     done = train_vae(tmp_path / "run", guard=guard, **sets)
     assert done.status == 0 and "going back to step 28, with 1e-06 times the adversary's weight" in done.out, done.all
     assert "going on at step 28 of 52" in done.out
@@ -191,24 +194,24 @@ def test_a_rollback_after_a_dip_at_the_start_of_a_stage(
 
 
 def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> None:
-    said = train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 2, "perceptual": {"weight": 0.1}}])
-    assert said.status == 0 and "perceptual without tanh" in said.out, said.all
+    done = train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 2, "perceptual": {"weight": 0.1}}])
+    assert done.status == 0 and "perceptual without tanh" in done.out, done.all
     assert read_json(tmp_path / "run" / "final" / "progress.json")["tanh"] is True, "it stays on"
     assert metrics(tmp_path / "run")[-1]["held_out_l1"] < 1.2 * metrics(vae_run)[-1]["held_out_l1"]
-    more = [{"steps": 2, "micro_batch_size": 4, "perceptual": {"weight": 0.1}}, {"steps": 3}]
-    done = train_vae(tmp_path / "run", init_from=str(vae_run), stages=more)
+    stages = [{"steps": 2, "micro_batch_size": 4, "perceptual": {"weight": 0.1}}, {"steps": 3}]
+    done = train_vae(tmp_path / "run", init_from=str(vae_run), stages=stages)
     assert done.status == 0 and "going on at step 2 of 5" in done.out
     assert "changed since the checkpoint: stages.0.micro_batch_size, stages\n" in done.out
     words = ("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "new", *settings(init_from="/nowhere"))
     assert "/nowhere does not exist" in one_line(launch(*words))
-    said = one_line(train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 4}]))
-    assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in said
+    message = one_line(train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 4}]))
+    assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in message
 
 
 def test_the_legacy_pair_trains_goes_on_and_says_what_it_leaves(tmp_path: Path) -> None:
     model = {"widths": [8, 16], "downsample": "conv", "upsample": "transposed", "attention": ["none", "none"]}
     sets = settings(model=model, stages=[{"steps": 3}], init_from=None)
-    done = here("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
+    done = run_in_process("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *sets)
     assert done.status == 0, done.all
     assert done.out.count("warning: ") == 1 and "checkerboards in images or gradients (Odena et al. 2016" in done.out
     network = open_autoencoder(str(tmp_path / "run"), torch.device("cpu")).network
@@ -230,7 +233,7 @@ def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sets", "said"),
+    ("sets", "message"),
     [
         ({"image__size": 15}, "stages.0: images of 15 px cannot be reduced 2 times; use 16 px"),
         ({"discriminator__layers": 4}, "stages.0: images of 16 px leave the discriminator no patch; use 48 px"),
@@ -251,10 +254,12 @@ def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_an_autoencoder_that_cannot_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: dict, said: str) -> None:
+def test_an_autoencoder_that_cannot_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: dict, message: str
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is fetched
-    assert said in refused("train_vae", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(**sets))
+    assert message in refused("train_vae", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(**sets))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -262,16 +267,16 @@ def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path)
     from src.models.pretrained import import_torchvision
 
     arguments = ["train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(perceptual__network="alex")]
-    said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path), HF_HUB_OFFLINE="1"))
+    message = one_line(launch(*arguments, TORCH_HOME=str(tmp_path), HF_HUB_OFFLINE="1"))
     assert (
-        f"needs ImageNet weights that are not at {tmp_path}/hub/checkpoints/alexnet" in said
-        and "or use efficientnet_lite0" in said
+        f"needs ImageNet weights that are not at {tmp_path}/hub/checkpoints/alexnet" in message
+        and "or use efficientnet_lite0" in message
     )
     weights = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
     weights.parent.mkdir(parents=True)
     torch.save(import_torchvision().models.alexnet(weights=None).state_dict(), weights)
-    said = one_line(launch(*arguments, TORCH_HOME=str(tmp_path)))
-    assert "perceptual.network 'alex' cannot take images of 16 px" in said and not (tmp_path / "run").exists()
+    message = one_line(launch(*arguments, TORCH_HOME=str(tmp_path)))
+    assert "perceptual.network 'alex' cannot take images of 16 px" in message and not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------- diffusion on its latents
@@ -279,8 +284,8 @@ def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path)
 
 def test_a_latent_run_leaves_all_that_sampling_needs(vae_run: Path, ldm_run: Path) -> None:
     final = {path.name for path in (ldm_run / "final").iterdir()}
-    own = {"ema.safetensors", "config.json", "data.json", "progress.json", "MANIFEST.json"}
-    assert final == own | {"autoencoder.safetensors", "autoencoder_config.json"}
+    files_of_the_run = {"ema.safetensors", "config.json", "data.json", "progress.json", "MANIFEST.json"}
+    assert final == files_of_the_run | {"autoencoder.safetensors", "autoencoder_config.json"}
     names = {path.name for path in (ldm_run / "samples" / "step_00000030").iterdir()}
     assert names == {f"sample_{name}_2x2.png" for name in ("circle", "cross", "square", "triangle")}
     assert {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png", "loss.png"} <= {
@@ -329,62 +334,66 @@ def test_latent_diffusion_goes_on_to_the_bit(vae_run: Path, ldm_run: Path, tmp_p
 
 def test_final_moves_without_the_autoencoders_run(ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
     arguments = ["--num-samples", "6", "--batch-size", "4", "--steps", "4", "--guidance", "2", "--eta", "0.8", "--frames"]
-    stays = here("sample.py", ldm_run, *arguments, "--classes", "cross/circle", "--out", tmp_path / "here")
+    stays = run_in_process("sample.py", ldm_run, *arguments, "--classes", "cross/circle", "--out", tmp_path / "here")
     assert stays.status == 0, stays.all
     shutil.copytree(ldm_run / "final", tmp_path / "elsewhere")
     moved = vae_run.rename(vae_run.with_name("gone"))
     try:
-        done = here("sample.py", tmp_path / "elsewhere", *arguments, "--classes", "cross/circle", "--out", tmp_path / "there")
-        early = here("sample.py", ldm_run / "checkpoints" / "step_00000010", "--num-samples", "1", "--out", tmp_path / "early")
+        done = run_in_process(
+            "sample.py", tmp_path / "elsewhere", *arguments, "--classes", "cross/circle", "--out", tmp_path / "there"
+        )
+        early = run_in_process(
+            "sample.py", ldm_run / "checkpoints" / "step_00000010", "--num-samples", "1", "--out", tmp_path / "early"
+        )
     finally:
         moved.rename(vae_run)
     assert done.status == early.status == 0, done.all + early.all
     for i in range(6):
         assert (tmp_path / "here" / f"{i:05d}.png").read_bytes() == (tmp_path / "there" / f"{i:05d}.png").read_bytes()
-    with Image.open(tmp_path / "there" / "denoising.gif") as gif, Image.open(tmp_path / "there" / "00000.png") as picture:
-        assert getattr(gif, "n_frames", 1) == 5 and picture.size == (16, 16)
+    with Image.open(tmp_path / "there" / "denoising.gif") as gif, Image.open(tmp_path / "there" / "00000.png") as image:
+        assert getattr(gif, "n_frames", 1) == 5 and image.size == (16, 16)
 
 
 def test_latents_of_the_size_of_a_later_stage(vae_run: Path, tmp_path: Path) -> None:
     """As wikiart512_ldm on wikiart256_vae: the autoencoder's first stage is smaller than the diffusion's images."""
     sets = settings(autoencoder=str(vae_run), latents=str(tmp_path / "latents"), steps=2, image__size=24)
-    done = here("train_ldm.py", "-cfg", LDM, "--run-dir", tmp_path / "run", *sets)
+    done = run_in_process("train_ldm.py", "-cfg", LDM, "--run-dir", tmp_path / "run", *sets)
     assert done.status == 0, done.all
     assert read_json(tmp_path / "run" / "final" / "data.json")["latents"]["shape"] == [4, 12, 12]
     opened = open_trained(tmp_path / "run", torch.device("cpu"))
-    drawn = build_sampler(opened, SamplerConfig(solver="ddim", steps=2)).draw(0, range(2), [0, 1], device=torch.device("cpu"))
-    assert opened.image.size == 24 and drawn.shape == (2, 3, 24, 24)
-    said = refused("train_ldm", "-cfg", LDM, "--run-dir", tmp_path / "no", *sets, "--set", "image.size=32")
-    assert "was trained at 16 and 24 px; set image.size" in said
+    images = build_sampler(opened, SamplerConfig(solver="ddim", steps=2)).draw(0, range(2), [0, 1], device=torch.device("cpu"))
+    assert opened.image.size == 24 and images.shape == (2, 3, 24, 24)
+    message = refused("train_ldm", "-cfg", LDM, "--run-dir", tmp_path / "no", *sets, "--set", "image.size=32")
+    assert "was trained at 16 and 24 px; set image.size" in message
 
 
 def test_the_main_job_leaves_as_one_folder(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
     """A run of train_ldm.py and of train_vae.py, and checkpoints of theirs; what has linear attention and tanh is no run that
     diffusers can have, and says where to go instead."""
 
-    def drawn(run: Path) -> torch.Tensor:
+    def draw_images(run: Path) -> torch.Tensor:
         opened = open_trained(run, torch.device("cpu"))
         return build_sampler(opened, SamplerConfig(solver="ddim", steps=4)).draw(
             1, range(3), [0, 1, 2], device=torch.device("cpu")
         )
 
     for name, run in (("run", ldm_run), ("checkpoint", ldm_run / "checkpoints" / "step_00000020")):
-        done = here("convert.py", "safetensors", run, "--out", tmp_path / name)
+        done = run_in_process("convert.py", "safetensors", run, "--out", tmp_path / name)
         assert done.status == 0 and "README.md" in done.out, done.all
-        assert torch.equal(drawn(tmp_path / name), drawn(run))
+        assert torch.equal(draw_images(tmp_path / name), draw_images(run))
     card = (tmp_path / "run" / "README.md").read_text()
-    for said in (
+    for line in (
         "0 circle (",
         "| 3 |",
         "v on the cosine schedule",
         "python sample.py run --num-samples 16",
         "it ends with tanh",
     ):
-        assert said in card, said
+        assert line in card, line
     message = refused("convert", "to-diffusers", ldm_run, "--out", tmp_path / "no")
     assert "model.attention linear" in message and "it ends with tanh" in message and "convert.py safetensors" in message
     for name, run in (("vae", vae_run), ("vae_checkpoint", vae_run / "checkpoints" / "step_00000025")):
-        assert here("convert.py", "safetensors", run, "--out", tmp_path / name).status == 0
+        assert run_in_process("convert.py", "safetensors", run, "--out", tmp_path / name).status == 0
         one, other = (open_autoencoder(str(path), torch.device("cpu")) for path in (run, tmp_path / name))
         assert (one.digest, one.sizes, one.network.tanh) == (other.digest, other.sizes, other.network.tanh)
         z = torch.randn(2, 4, 8, 8)
@@ -397,14 +406,14 @@ def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None
     shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("latents"))
     done = launch("prepare_data.py", "latents", tmp_path / "vae", processes=2)
     assert done.status == 0 and "latents of 114 images, 4x8x8" in done.out, done.all
-    (made,) = (path for path in (tmp_path / "vae" / "latents").iterdir() if path.is_dir())
-    stamp = (made / "manifest.json").stat().st_mtime_ns
+    (cache_folder,) = (path for path in (tmp_path / "vae" / "latents").iterdir() if path.is_dir())
+    stamp = (cache_folder / "manifest.json").stat().st_mtime_ns
     done = train_ldm(tmp_path / "run", tmp_path / "vae", steps=2)
-    assert done.status == 0 and (made / "manifest.json").stat().st_mtime_ns == stamp, done.all
+    assert done.status == 0 and (cache_folder / "manifest.json").stat().st_mtime_ns == stamp, done.all
     large = ("prepare_data.py", "latents", tmp_path / "vae", "--size", "24", "--out", tmp_path / "large")
     full = one_line(launch(*large, limit=(resource.RLIMIT_FSIZE, 60_000)))
     assert full.startswith("error: the disk is full (") and full.endswith("make room and run it again")
-    done = here(*large)
+    done = run_in_process(*large)
     assert "4x12x12" in done.out, done.all
     assert "is neither a run" in refused("prepare_data", "latents", ROOT / "configs" / "smoke" / "ddpm.json")
 
@@ -441,14 +450,14 @@ def test_without_classes_and_eps_clipped_to_the_latents_range(vae_run: Path, tmp
     for bound, key in zip(sampler.clip_x0, ("low", "high"), strict=True):
         assert isinstance(bound, torch.Tensor)
         torch.testing.assert_close(bound.flatten(), torch.tensor(facts[key]))
-    seen = []
+    predictions = []
     sampler.draw(
-        0, range(2), None, device=torch.device("cpu"), callback=lambda _, __, ___, prediction: seen.append(prediction.x0)
+        0, range(2), None, device=torch.device("cpu"), callback=lambda _, __, ___, prediction: predictions.append(prediction.x0)
     )
     low, high = sampler.clip_x0
-    for x0 in seen[:-1]:
+    for x0 in predictions[:-1]:
         assert (x0 >= low - 1e-5).all() and (x0 <= high + 1e-5).all(), "each channel by its own bounds"
-    assert any((x0 == high).any() or (x0 == low).any() for x0 in seen[:-1]), "and something was held"
+    assert any((x0 == high).any() or (x0 == low).any() for x0 in predictions[:-1]), "and something was held"
     assert "trained without classes" in refused("sample", tmp_path / "run", "--classes", "cross", "--out", tmp_path / "s")
     assert "guidance needs" in refused("sample", tmp_path / "run", "--guidance", "2", "--out", tmp_path / "s")
 
@@ -467,18 +476,18 @@ def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "latents").is_dir(), "beside the run, not in a folder that is somebody else's"
     shutil.copytree(tmp_path / "run" / "final", tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "vae")
-    done = here("sample.py", tmp_path / "elsewhere", "--num-samples", "2", "--steps", "2", "--out", tmp_path / "s")
+    done = run_in_process("sample.py", tmp_path / "elsewhere", "--num-samples", "2", "--steps", "2", "--out", tmp_path / "s")
     assert done.status == 0 and (tmp_path / "s" / "00001.png").exists(), done.all
     assert "does not exist; train one" in refuse_ldm(tmp_path / "other", autoencoder=str(tmp_path / "vae"))
 
 
 @pytest.mark.parametrize(
-    ("sets", "said"),
+    ("sets", "message"),
     [
         ({"image__channels": 1}, "image.channels is 1 and the autoencoder"),
         ({"image__size": 32}, "was trained at 16 and 24 px; set image.size"),
         ({"image__size": 17}, "image.size 17 is not divisible by 2"),
-        ({"image__crop": "random"}, "image.crop 'random' gives a picture other latents each time; use center"),
+        ({"image__crop": "random"}, "image.crop 'random' gives an image other latents each time; use center"),
         ({"autoencoder": "runs/nothing"}, "autoencoder runs/nothing does not exist; train one"),
         (
             {"model__channel_mult": [1, 1, 1, 1, 1], "model__attention": ["none"] * 5},
@@ -489,8 +498,8 @@ def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_latent_diffusion_that_cannot_be_trained(vae_run: Path, tmp_path: Path, sets: dict, said: str) -> None:
-    assert said in refuse_ldm(tmp_path / "run", **{"autoencoder": str(vae_run), **sets})
+def test_latent_diffusion_that_cannot_be_trained(vae_run: Path, tmp_path: Path, sets: dict, message: str) -> None:
+    assert message in refuse_ldm(tmp_path / "run", **{"autoencoder": str(vae_run), **sets})
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -498,12 +507,12 @@ def test_a_latent_cache_of_something_else(vae_run: Path, tmp_path: Path) -> None
     cache, early = tmp_path / "cache", vae_run / "checkpoints" / "step_00000025"
     assert train_ldm(tmp_path / "run", vae_run, latents=str(cache), steps=2).status == 0
     named = {"autoencoder": str(vae_run), "latents": str(cache)}
-    said = one_line(train_ldm(tmp_path / "other", vae_run, latents=str(cache), data__count=100))
-    assert "was made of other images and other held-out images; remove it" in said
+    message = one_line(train_ldm(tmp_path / "other", vae_run, latents=str(cache), data__count=100))
+    assert "was made of other images and other held-out images; remove it" in message
     assert "was made of another image (size" in refuse_ldm(tmp_path / "other", image__flip=False, **named)
     assert "was made of another autoencoder" in refuse_ldm(tmp_path / "other", **named | {"autoencoder": str(early)})
-    said = refuse_ldm(tmp_path / "run", autoencoder=str(early), latents=str(tmp_path / "new"), steps=2)
-    assert "was trained on latents of another autoencoder" in said
+    message = refuse_ldm(tmp_path / "run", autoencoder=str(early), latents=str(tmp_path / "new"), steps=2)
+    assert "was trained on latents of another autoencoder" in message
     (cache / "train" / "block_00000.npy").write_bytes(b"")
     assert "is damaged" in refuse_ldm(tmp_path / "run", **named, steps=2)
     (tmp_path / "empty").mkdir()
@@ -514,8 +523,8 @@ def test_an_autoencoder_that_never_finished(vae_run: Path, smoke_run: Path, tmp_
     shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("final", "latents"))
     status = json.loads((tmp_path / "vae" / "status.json").read_text()) | {"step": 25, "state": "stopped"}
     (tmp_path / "vae" / "status.json").write_text(json.dumps(status))
-    said = one_line(train_ldm(tmp_path / "run", tmp_path / "vae"))
-    assert "has not finished (step 25 of 30); run its command again, or name one of its checkpoints" in said
+    message = one_line(train_ldm(tmp_path / "run", tmp_path / "vae"))
+    assert "has not finished (step 25 of 30); run its command again, or name one of its checkpoints" in message
     assert "is no autoencoder but a diffusion run" in refuse_ldm(tmp_path / "run", autoencoder=str(smoke_run))
     weights = tmp_path / "vae" / "checkpoints" / "step_00000025" / "ema.safetensors"
     content = bytearray(weights.read_bytes())
@@ -526,8 +535,8 @@ def test_an_autoencoder_that_never_finished(vae_run: Path, smoke_run: Path, tmp_
 
 
 def test_an_unknown_class(ldm_run: Path, tmp_path: Path) -> None:
-    said = refused("sample", ldm_run, "--classes", "hexagon", "--out", tmp_path / "s")
-    assert "class 'hexagon' is not known; the classes are: circle, cross, square, triangle" in said
+    message = refused("sample", ldm_run, "--classes", "hexagon", "--out", tmp_path / "s")
+    assert "class 'hexagon' is not known; the classes are: circle, cross, square, triangle" in message
 
 
 def test_a_latent_run_whose_looks_all_fail_is_the_run(vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,14 +50,14 @@ def run(notebook: dict[str, Any], folder: Path, **extra: str) -> dict[str, list[
     done = launch("-c", "from nbclient.cli import main; main()", *arguments, cwd=folder, **extra)
     assert done.status == 0, done.all
     executed = read(folder / "done.ipynb")
-    found = {cell["id"]: cell["outputs"] for cell in executed["cells"] if cell["cell_type"] == "code"}
+    cell_outputs = {cell["id"]: cell["outputs"] for cell in executed["cells"] if cell["cell_type"] == "code"}
     widgets = executed["metadata"].get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {"state": {}})["state"]
-    found["widgets"] = [output for widget in widgets.values() for output in widget["state"].get("outputs", [])]
-    assert all(output["output_type"] != "error" for outputs in found.values() for output in outputs)
-    return found
+    cell_outputs["widgets"] = [output for widget in widgets.values() for output in widget["state"].get("outputs", [])]
+    assert all(output["output_type"] != "error" for outputs in cell_outputs.values() for output in outputs)
+    return cell_outputs
 
 
-def pictures(outputs: list[dict[str, Any]], kind: str = "image/png") -> int:
+def count_images(outputs: list[dict[str, Any]], kind: str = "image/png") -> int:
     return sum(kind in output.get("data", {}) for output in outputs)
 
 
@@ -111,16 +111,16 @@ def repository(notebook: dict[str, Any]) -> str:
 
 
 def test_nothing_of_the_library_is_defined_again() -> None:
-    own = set[str]().union(*(definitions(path.read_text()) for path in (ROOT / "src").rglob("*.py")))
+    library_definitions = set[str]().union(*(definitions(path.read_text()) for path in (ROOT / "src").rglob("*.py")))
     for path in NOTEBOOKS:
         for cell in read(path)["cells"]:
             if cell["cell_type"] == "code":
                 python = TransformerManager().transform_cell("".join(cell["source"]))
-                assert not definitions(python) & own, path
+                assert not definitions(python) & library_definitions, path
                 assert all(len(line) <= 128 for line in python.splitlines())
 
 
-MORE = """
+DRAW_CALLS = """
 for solver in SOLVERS:
     draw("runs/smoke", solver=solver, steps=3, pictures=2)
 draw("runs/smoke", guidance=2.0, label="cross", pictures=3)
@@ -139,25 +139,25 @@ def test_sampling_shows_what_the_knobs_ask_for(smoke_run: Path, checkout: Path, 
     (tmp_path / "empty").mkdir()
     notebook = read(ROOT / "notebooks" / "sampling.ipynb")
     compare = source(notebook, "compare")
-    notebook["cells"] += [code("turned", TURNED), code("asked", MORE), code("compared", compare)]
+    notebook["cells"] += [code("turned", TURNED), code("asked", DRAW_CALLS), code("compared", compare)]
     notebook["cells"] += [code("away", f"os.chdir({str(tmp_path / 'empty')!r})")]
     notebook["cells"] += [code(f"{ident}-away", source(notebook, ident)) for ident in ("runs", "knobs", "compare")]
-    found = run(notebook, checkout / "notebooks")
+    outputs = run(notebook, checkout / "notebooks")
 
-    assert str(checkout) in printed(found["setup"])
-    assert printed(found["runs"]).split() == ["runs/begun", "runs/smoke"], "pictures only"
-    assert pictures(found["knobs"], "application/vnd.jupyter.widget-view+json") == 1
-    assert printed(found["compare"]).count("runs/begun holds no checkpoint") == 4 and pictures(found["compare"]) == 0
-    assert pictures(found["compared"]) == 4 and "heun, 10 steps: 19 network calls" in printed(found["compared"])
-    assert pictures(found["widgets"]) == 1 and "euler, 7 steps: 7 network calls" in printed(found["widgets"])
-    lines = printed(found["asked"]).splitlines()
+    assert str(checkout) in printed(outputs["setup"])
+    assert printed(outputs["runs"]).split() == ["runs/begun", "runs/smoke"], "pictures only"
+    assert count_images(outputs["knobs"], "application/vnd.jupyter.widget-view+json") == 1
+    assert printed(outputs["compare"]).count("runs/begun holds no checkpoint") == 4 and count_images(outputs["compare"]) == 0
+    assert count_images(outputs["compared"]) == 4 and "heun, 10 steps: 19 network calls" in printed(outputs["compared"])
+    assert count_images(outputs["widgets"]) == 1 and "euler, 7 steps: 7 network calls" in printed(outputs["widgets"])
+    lines = printed(outputs["asked"]).splitlines()
     counts = [int(line.split()[3]) for line in lines if line.endswith("network calls")]
-    assert len(counts) == 9 == pictures(found["asked"]), "eight solvers, and guidance"
+    assert len(counts) == 9 == count_images(outputs["asked"]), "eight solvers, and guidance"
     assert counts[:4] == [3, 5, 5, 9] and counts[-1] == 40, "guidance asks twice"
     assert "class 'no such class' is not known; the classes are: circle, cross" in lines[-2]
     assert "100000 sampling steps are more than" in lines[-1] and len(lines) == 11
-    assert printed(found["runs-away"]).startswith("no run yet: make demo") and printed(found["runs-away"]).count("\n") == 1
-    assert not found["knobs-away"] and not found["compare-away"]
+    assert printed(outputs["runs-away"]).startswith("no run yet: make demo") and printed(outputs["runs-away"]).count("\n") == 1
+    assert not outputs["knobs-away"] and not outputs["compare-away"]
 
 
 COLAB = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')"
@@ -179,16 +179,16 @@ def test_points_move_from_drawing_to_drawing_in_colab(checkout: Path, tmp_path: 
     notebook["cells"].insert(0, code("colab", COLAB))
     setup = next(i for i, cell in enumerate(notebook["cells"]) if cell["id"] == "setup")
     notebook["cells"].insert(setup + 1, code("no-colab", "del sys.modules['google.colab']"))  # others ask for it, too
-    found = run(notebook, tmp_path / "content", PATH=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    outputs = run(notebook, tmp_path / "content", PATH=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
     assert (tmp_path / "git.txt").read_text() == f"clone --depth 1 https://github.com/{repository(notebook)}\n"
     assert (tmp_path / "pip.txt").read_text() == "install --quiet .[notebook]\n"
-    assert printed(found["setup"]).strip() == f"working in {checkout}"
-    trained = printed(found["train"])
-    assert "step 60/60 loss" in trained and "finished; see runs/star_to_heart/points" in trained
+    assert printed(outputs["setup"]).strip() == f"working in {checkout}"
+    train_output = printed(outputs["train"])
+    assert "step 60/60 loss" in train_output and "finished; see runs/star_to_heart/points" in train_output
     shown = {"drawings": 1, "blend": 1, "preview": 1, "moving": 1, "ways": 2, "steps": 1}
-    assert {ident: pictures(found[ident]) for ident in shown} == shown
-    assert pictures(found["moving"], "image/gif") == 1
+    assert {ident: count_images(outputs[ident]) for ident in shown} == shown
+    assert count_images(outputs["moving"], "image/gif") == 1
     run_dir = checkout / "runs" / "star_to_heart"
     with Image.open(run_dir / "points" / "points.gif") as gif:
         assert gif.n_frames == 129  # pyright: ignore[reportAttributeAccessIssue]
@@ -213,13 +213,13 @@ def test_flowers_are_learned_drawn_walked_between_and_inverted(checkout: Path, t
     )
     assert changed != source(notebook, "config")
     config["source"] = changed
-    found = run(notebook, checkout / "notebooks")
+    outputs = run(notebook, checkout / "notebooks")
 
-    assert printed(found["flowers"]).splitlines() == ["lotus: 8 photos", "petunia: 8 photos", "rose: 8 photos"]
-    trained = printed(found["train"])
-    assert "step 4/4 loss" in trained and "finished; see runs/flowers32/samples" in trained
+    assert printed(outputs["flowers"]).splitlines() == ["lotus: 8 photos", "petunia: 8 photos", "rose: 8 photos"]
+    train_output = printed(outputs["train"])
+    assert "step 4/4 loss" in train_output and "finished; see runs/flowers32/samples" in train_output
     shown = {"preview": 2, "draw": 1, "invert": 1}
-    assert {ident: pictures(found[ident]) for ident in shown} == shown
-    assert pictures(found["walk"], "image/gif") == 1
+    assert {ident: count_images(outputs[ident]) for ident in shown} == shown
+    assert count_images(outputs["walk"], "image/gif") == 1
     assert (checkout / "samples" / "flowers32_inverted").is_dir() and (checkout / "samples" / "flowers32_walk").is_dir()
-    assert not re.search("(?i)error|Traceback", "".join(printed(found[ident]) for ident in ("walk", "invert", "train")))
+    assert not re.search("(?i)error|Traceback", "".join(printed(outputs[ident]) for ident in ("walk", "invert", "train")))

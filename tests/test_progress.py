@@ -22,7 +22,7 @@ from src.storage.blocks import Ranks, in_blocks
 from src.training import dry_run
 from src.training.clock import Cadence, Clock
 from src.training.verify_resume import compare_checkpoints
-from tests.conftest import ROOT, here, metrics, run_here
+from tests.conftest import ROOT, metrics, run_here, run_in_process
 
 
 @pytest.fixture
@@ -181,11 +181,13 @@ STAGES = 'stages=[{"steps": 4, "adversarial": {"weight": 0.1}}, {"steps": 3, "ad
 
 def test_a_dry_run_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "ENOUGH_SECONDS", 0.0)
-    done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--dry-run", "--set", STAGES)
-    said = [line.removeprefix("dry run: ") for line in done.out.splitlines() if line.startswith("dry run: ")]
+    done = run_in_process(
+        "train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--dry-run", "--set", STAGES
+    )
+    phases = [line.removeprefix("dry run: ") for line in done.out.splitlines() if line.startswith("dry run: ")]
     begins = [f"stage {number} of 2, 12 steps" for number in (1, 2)]
     stages = [line for begin in begins for line in (begin, "a preview", "saving a checkpoint")]
-    assert done.status == 0 and said == ["looking at the data", "building the networks", *stages]
+    assert done.status == 0 and phases == ["looking at the data", "building the networks", *stages]
     assert not list(tmp_path.iterdir())
 
 

@@ -66,9 +66,9 @@ IMAGE = ImageConfig(size=16)
 
 
 def pixels_of(dataset: Any, image: ImageConfig = IMAGE) -> np.ndarray:
-    found, _ = open_given(dataset, 0.0, image)
-    found.prepare(image)
-    return found.batch(np.arange(len(found)), image, np.full((len(found), 3), 0.5))
+    opened, _ = open_given(dataset, 0.0, image)
+    opened.prepare(image)
+    return opened.batch(np.arange(len(opened)), image, np.full((len(opened), 3), 0.5))
 
 
 def config(script: Any, **sets: Any) -> Any:
@@ -107,10 +107,10 @@ def test_a_run_is_stopped_and_goes_on_to_the_bit(tmp_path: Path, script: Any) ->
     data = TensorDataset(images(), torch.arange(48) % 2)
     cfg = config(script, label_dropout=0.1)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    mine = network(0)
-    before = mine.first.weight.detach().clone()
-    assert script.train(cfg, whole, network=mine, dataset=data) == 0
-    assert not torch.equal(mine.first.weight, before), "the caller's network is what was trained"
+    own_network = network(0)
+    before = own_network.first.weight.detach().clone()
+    assert script.train(cfg, whole, network=own_network, dataset=data) == 0
+    assert not torch.equal(own_network.first.weight, before), "the caller's network is what was trained"
 
     assert script.train(cfg, cut, stop_at=3, network=network(0), dataset=data) == 0
     assert not (cut / "final").exists()
@@ -127,13 +127,13 @@ def test_a_run_is_stopped_and_goes_on_to_the_bit(tmp_path: Path, script: Any) ->
     opened = open_trained(whole, CPU, network=network(7))
     ema = load_file(whole / "final" / "ema.safetensors")
     assert torch.equal(opened.network.state_dict()["first.weight"], ema["first.weight"])
-    drawn = build_sampler(opened, SamplerConfig(solver="euler", steps=3)).draw(0, range(2), [0, 1], device=CPU)
-    assert drawn.shape == (2, 3, 16, 16) and drawn.isfinite().all()
-    for other, said in (
+    samples = build_sampler(opened, SamplerConfig(solver="euler", steps=3)).draw(0, range(2), [0, 1], device=CPU)
+    assert samples.shape == (2, 3, 16, 16) and samples.isfinite().all()
+    for other, message in (
         (TensorDataset(images(seed=1), torch.arange(48) % 2), "was trained on"),
         (TensorDataset(images(), torch.arange(48) % 3), "was trained on"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             script.train(cfg, whole, network=network(0, 3), dataset=other)
     with pytest.raises(UserError, match="of another architecture"):
         script.train(cfg, whole, network=Wider(), dataset=data)
@@ -142,7 +142,7 @@ def test_a_run_is_stopped_and_goes_on_to_the_bit(tmp_path: Path, script: Any) ->
 class Wider(Small):
     def __init__(self) -> None:
         super().__init__(2)
-        self.more = nn.Conv2d(3, 3, 1)
+        self.extra = nn.Conv2d(3, 3, 1)
 
 
 SCRIPT = """
@@ -154,10 +154,10 @@ sys.exit(on_two({run!r}, Small(2)))
 """
 
 
-def on_two(run: str | Path, own: Small) -> int:
+def on_two(run: str | Path, own_network: Small) -> int:
     labels = [None if i % 7 == 0 else i % 2 for i in range(48)]
     cfg = config(train_iadb, **{"preview.calls": [1], "steps": 3})
-    return train_iadb.train(cfg, run, network=own, dataset=Listed(list(zip(images(), labels, strict=True))))
+    return train_iadb.train(cfg, run, network=own_network, dataset=Listed(list(zip(images(), labels, strict=True))))
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_points_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     facts = read_json(tmp_path / "run" / "data.json")
     assert facts["images"] + facts["held_out_images"] == 200 and 5 < facts["held_out_images"] < 40
     run = open_run(tmp_path / "run", CPU, network=Points())
-    drawn = build_sampler(run, SamplerConfig(solver="euler", steps=2)).draw(0, range(5), None, device=CPU)
-    assert drawn.shape == (5, 2)
+    samples = build_sampler(run, SamplerConfig(solver="euler", steps=2)).draw(0, range(5), None, device=CPU)
+    assert samples.shape == (5, 2)
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -235,7 +235,7 @@ class Tied(Small):
 
 def test_networks_that_cannot_be_trained(tmp_path: Path) -> None:
     data = TensorDataset(images(), torch.arange(48) % 2)
-    for net, said in (
+    for net, message in (
         (lambda x, t: x, "is no torch.nn.Module with parameters"),
         (nn.Identity(), "is no torch.nn.Module with parameters"),
         (Fails(2), r"the network fails at network\(x .*labels=\[0, 2\]\): TypeError"),
@@ -244,7 +244,7 @@ def test_networks_that_cannot_be_trained(tmp_path: Path) -> None:
         (Small(2, out=4), r"gives a tensor \(2, 4, 16, 16\); it should give a tensor \(2, 3, 16, 16\)"),
         (Tied(), "one weight under several names"),
     ):
-        with pytest.raises(UserError, match=said) as raised:
+        with pytest.raises(UserError, match=message) as raised:
             train_iadb.train(config(train_iadb, label_dropout=0.1), tmp_path / "run", network=net, dataset=data)
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "run").exists()
@@ -264,7 +264,7 @@ GOOD = images(4)
 
 
 @pytest.mark.parametrize(
-    ("dataset", "said"),
+    ("dataset", "message"),
     [
         (Listed([]), "the data set is empty"),
         (Endless(), "no length or no items by number"),
@@ -288,8 +288,8 @@ GOOD = images(4)
         (Listed([(GOOD[0], 2)], classes=["a", "b"]), "labels up to 2 and 2 different names"),
     ],
 )
-def test_data_sets_that_cannot_be_trained_on(dataset: Any, said: str) -> None:
-    with pytest.raises(UserError, match=said) as raised:
+def test_data_sets_that_cannot_be_trained_on(dataset: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
         open_given(dataset, 0.0, IMAGE)
     assert "\n" not in str(raised.value)
 
@@ -304,12 +304,12 @@ def test_a_data_set_that_breaks_says_where() -> None:
 
 
 def test_points_that_are_none() -> None:
-    for dataset, said in (
+    for dataset, message in (
         (torch.zeros(3, 3), "item 0 of the data set is no 2-D point"),
         (torch.zeros(3, 2).long(), "is no 2-D point"),
         (Listed([torch.zeros(2), torch.tensor([0.0, float("inf")])]), "item 1 of the data set is not finite"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             open_given_points(dataset, 0.0)
     with pytest.raises(UserError, match="leaves one side empty"):
         open_given_points(torch.zeros(3, 2), 1e-9)
@@ -345,11 +345,11 @@ def test_every_way_to_hand_in_the_same_images_gives_the_same_pixels() -> None:
 def test_images_of_many_sizes_and_of_more_than_fits_are_read_when_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Listed([images(1, size=size)[0] for size in (16, 20, 33)])
     assert pixels_of(sizes).shape == (3, 16, 16, 3)
-    kept, _ = open_given(images(6), 0.0, IMAGE)
+    in_memory, _ = open_given(images(6), 0.0, IMAGE)
     monkeypatch.setattr("src.data.sources.python.IN_MEMORY_BYTES", 2000)
     read, _ = open_given(images(6), 0.0, IMAGE)
-    assert type(kept.parts[0]).__name__ == "ArrayImages" and type(read.parts[0]).__name__ == "GivenImages"
-    assert kept.fingerprint == read.fingerprint
+    assert type(in_memory.parts[0]).__name__ == "ArrayImages" and type(read.parts[0]).__name__ == "GivenImages"
+    assert in_memory.fingerprint == read.fingerprint
     assert np.array_equal(pixels_of(images(6) / 127.5 - 1), images(6).permute(0, 2, 3, 1).numpy()), "signed all the same"
 
 
@@ -381,8 +381,8 @@ def test_names_of_classes_and_who_is_held_out() -> None:
         None if i == 5 else ["dog", "cat", "ape"][i % 3] for i in numbers
     ]
     assert 4 < len(held) < 20 and not set(train.names) & set(held.names)
-    again, _ = open_given(data, 0.25, IMAGE)
-    assert again.names == train.names
+    reopened, _ = open_given(data, 0.25, IMAGE)
+    assert reopened.names == train.names
     named = Subset(data, range(10))
     assert open_given(named, 0.0, IMAGE)[0].class_names == ("ape", "cat", "dog", "never")
 

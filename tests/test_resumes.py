@@ -23,14 +23,14 @@ from tests.conftest import ROOT, launch, metrics, refused, run_here
 
 def chosen() -> list[resumes.Job]:
     """Jobs that together have every value: in turn that which adds most for its cost."""
-    left, found = resumes.to_cover(), list[resumes.Job]()
+    left, jobs = resumes.to_cover(), list[resumes.Job]()
     while left:
         best = max(resumes.jobs(), key=lambda job: len(left & job.values) / job.cost)
         if not left & best.values:
             break  # test_every_value_is_covered says what is left
-        found.append(best)
+        jobs.append(best)
         left -= best.values
-    return [job for job in found if resumes.to_cover() - set().union(*(other.values for other in found if other is not job))]
+    return [job for job in jobs if resumes.to_cover() - set().union(*(other.values for other in jobs if other is not job))]
 
 
 JOBS = {job.name: job for job in resumes.jobs()}
@@ -76,7 +76,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[resumes.Job], Path]:
     """A small autoencoder with the number of channels that a job's images have, as a run or as a folder of diffusers."""
-    folder, made = tmp_path_factory.mktemp("autoencoders"), dict[str, Path]()
+    folder, weight_folders = tmp_path_factory.mktemp("autoencoders"), dict[str, Path]()
 
     def of_run(channels: int) -> Path:
         run, config = folder / f"run_{channels}", folder / f"run_{channels}.json"
@@ -99,9 +99,9 @@ def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[resumes.
     def find(job: resumes.Job) -> Path:
         hub = job.name == "cats512_latent_iadb"
         name = "diffusers" if hub else f"run_{job.cfg.image.channels}"
-        if name not in made:
-            made[name] = of_diffusers() if hub else of_run(job.cfg.image.channels)
-        return made[name]
+        if name not in weight_folders:
+            weight_folders[name] = of_diffusers() if hub else of_run(job.cfg.image.channels)
+        return weight_folders[name]
 
     return find
 
@@ -134,19 +134,21 @@ def test_a_kill_changes_no_bit(
     """What is left after a kill between two checkpoints is the first of them and lines of the log that are too new."""
     job = JOBS[name]
     monkeypatch.setattr(train_iadb, "write_points", lambda *_, **__: None)  # seconds of drawing after the last step
-    config, whole, again = write_job(job), tmp_path / "whole", tmp_path / "again"
+    config, whole, resumed = write_job(job), tmp_path / "whole", tmp_path / "again"
     run_here(job.script, "-cfg", config, "--run-dir", whole)
     last = metrics(whole)[-1]["step"]
     step = max(1, last // 2 - 1)
-    kills.go_back(whole, again, step)
-    run_here(job.script, "-cfg", config, "--run-dir", again)
-    assert f"going on at step {step} of {last} " in (again / "log.txt").read_text()
-    assert [line["step"] for line in metrics(again)] == [line["step"] for line in metrics(whole)]
-    kills.same_end(whole, again)
-    ends = [run / "checkpoints" / f"step_{last:08d}" for run in (whole, again)]
-    assert compare_checkpoints(*ends)[0] == []
+    kills.go_back(whole, resumed, step)
+    run_here(job.script, "-cfg", config, "--run-dir", resumed)
+    assert f"going on at step {step} of {last} " in (resumed / "log.txt").read_text()
+    assert [line["step"] for line in metrics(resumed)] == [line["step"] for line in metrics(whole)]
+    kills.same_end(whole, resumed)
+    checkpoints = [run / "checkpoints" / f"step_{last:08d}" for run in (whole, resumed)]
+    assert compare_checkpoints(*checkpoints)[0] == []
     first = read_json(whole / "checkpoints" / f"step_{step:08d}" / "progress.json")["step"]
-    assert first == step and compare_checkpoints(ends[0].with_name(f"step_{step:08d}"), ends[1])[0], "the weights moved"
+    assert first == step and compare_checkpoints(checkpoints[0].with_name(f"step_{step:08d}"), checkpoints[1])[0], (
+        "the weights moved"
+    )
 
 
 @pytest.mark.soak

@@ -25,14 +25,26 @@ from src.runtime.checkpoint import newest
 from src.runtime.stopping import StepGate
 from src.sampling import checkpoints
 from tests import kills
-from tests.conftest import ROOT, SMOKE, Finished, command, environment, here, launch, metrics, one_line, refused, run_here
+from tests.conftest import (
+    ROOT,
+    SMOKE,
+    Finished,
+    command,
+    environment,
+    launch,
+    metrics,
+    one_line,
+    refused,
+    run_here,
+    run_in_process,
+)
 
 SCRIPT = "ddpm_accelerate.py"
 
 
-def train(run: Path, *more: str, processes: int = 1, **extra: Any) -> Finished:
-    words = (SCRIPT, "-cfg", SMOKE, "--run-dir", run, *more)
-    return here(*words) if processes == 1 and not extra else launch(*words, processes=processes, **extra)
+def train(run: Path, *arguments: str, processes: int = 1, **extra: Any) -> Finished:
+    words = (SCRIPT, "-cfg", SMOKE, "--run-dir", run, *arguments)
+    return run_in_process(*words) if processes == 1 and not extra else launch(*words, processes=processes, **extra)
 
 
 # ---------------------------------------------------------------------------------------------- what a run leaves
@@ -40,9 +52,9 @@ def train(run: Path, *more: str, processes: int = 1, **extra: Any) -> Finished:
 
 def test_a_run_leaves_what_the_design_says(smoke_run: Path) -> None:
     names = {path.name for path in smoke_run.iterdir() if not path.name.startswith(".")}
-    pictures = {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png", "loss.png"}
+    image_files = {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png", "loss.png"}
     files = {"config.json", "data.json", "metrics.jsonl", "log.txt", "status.json", "skipped.json", "report.html"}
-    assert names == pictures | files | {"checkpoints", "final", "samples", "tensorboard"}
+    assert names == image_files | files | {"checkpoints", "final", "samples", "tensorboard"}
     best = json.loads((smoke_run / "checkpoints" / "step_00000030" / "progress.json").read_text())["best"]["step"]
     assert {path.name for path in (smoke_run / "checkpoints").iterdir()} == {f"step_000000{n}" for n in (10, 20, 30, best)}
     inside = {path.name for path in (smoke_run / "checkpoints" / "step_00000030").iterdir()}
@@ -62,11 +74,11 @@ def test_the_config_of_a_run_is_whole(smoke_run: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from ddpm_accelerate import Config
 
-    again = load(smoke_run / "config.json", Config)
-    assert again.batch_size == 16 and again.optimizer.betas == (0.9, 0.999)
+    config = load(smoke_run / "config.json", Config)
+    assert config.batch_size == 16 and config.optimizer.betas == (0.9, 0.999)
 
 
-def test_pictures_before_training(smoke_run: Path) -> None:
+def test_images_before_training(smoke_run: Path) -> None:
     with Image.open(smoke_run / "original.png") as original, Image.open(smoke_run / "noised.png") as noised:
         assert original.width == noised.width == 4 + 12 * (64 + 4)
 
@@ -112,8 +124,8 @@ def test_sigterm_saves_and_says_how_to_go_on(long_run: Path, tmp_path: Path) -> 
     last = lines[-1]
     step = int(last.split("stopped at step ")[1].split()[0])
     assert "run the same command again" in last and 6 <= step < 80
-    found, _ = newest(run / "checkpoints")
-    assert found is not None and found.name == f"step_{step:08d}"
+    checkpoint, _ = newest(run / "checkpoints")
+    assert checkpoint is not None and checkpoint.name == f"step_{step:08d}"
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     done = launch(*kills.arguments(run))
     assert done.status == 0 and f"going on at step {step} of 80" in done.out
@@ -123,14 +135,14 @@ def test_sigterm_saves_and_says_how_to_go_on(long_run: Path, tmp_path: Path) -> 
 def test_averages_of_any_length_are_made_afterwards(long_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(long_run, run)
-    kept = sorted(path.name for path in (run / "ema").iterdir())
-    assert kept == [f"step_{step:08d}" for step in range(10, 81, 10)]
-    done = here("posthoc_ema.py", run, "0.05", "0.15")
+    snapshots = sorted(path.name for path in (run / "ema").iterdir())
+    assert snapshots == [f"step_{step:08d}" for step in range(10, 81, 10)]
+    done = run_in_process("posthoc_ema.py", run, "0.05", "0.15")
     assert done.status == 0 and "sample.py" in done.out and "POORLY" not in done.out, done.all
     short = load_file(run / "ema" / "width_0.05" / "ema.safetensors")
-    own = load_file(run / "checkpoints" / "step_00000080" / "ema_0.05.safetensors")  # followed from step to step
+    stored_average = load_file(run / "checkpoints" / "step_00000080" / "ema_0.05.safetensors")  # followed from step to step
     for name, value in short.items():
-        torch.testing.assert_close(value, own[name], rtol=2e-3, atol=2e-5)
+        torch.testing.assert_close(value, stored_average[name], rtol=2e-3, atol=2e-5)
     assert any((value != short[name]).any() for name, value in load_file(run / "ema/width_0.15/ema.safetensors").items())
     run_here("sample", run / "ema" / "width_0.15", "--num", "2", "--steps", "2", "--out", tmp_path / "samples")
     assert "step 80" in capsys.readouterr().out and len(list((tmp_path / "samples").rglob("*.png"))) >= 2
@@ -155,15 +167,15 @@ def test_a_finished_run_says_so_and_a_damaged_checkpoint_is_passed_over(smoke_ru
     assert done.status == 0 and "passed over step_00000030: model.safetensors is damaged" in done.out
     assert "going on at step 20 of 30" in done.out
     for name in ("model.safetensors", "ema.safetensors"):
-        again, before = (load_file(root / "checkpoints" / "step_00000030" / name) for root in (run, smoke_run))
-        assert all(torch.equal(again[key], before[key]) for key in before)
+        resumed, before = (load_file(root / "checkpoints" / "step_00000030" / name) for root in (run, smoke_run))
+        assert all(torch.equal(resumed[key], before[key]) for key in before)
 
 
 def test_a_changed_config_is_sorted(smoke_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(smoke_run, run)
-    said = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, "--set", "optimizer.lr=0.5", "--set", "batch_size=32")
-    assert "was started with another batch_size, optimizer.lr" in said
+    message = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, "--set", "optimizer.lr=0.5", "--set", "batch_size=32")
+    assert "was started with another batch_size, optimizer.lr" in message
     assert "another steps" in refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, "--set", "steps=60"), (
         "the cosine would have been another"
     )
@@ -171,8 +183,8 @@ def test_a_changed_config_is_sorted(smoke_run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step_00000030")
     done = train(run, "--set", "log.every=1", "--set", "checkpoint.keep=1")
     assert done.status == 0 and "changed since the checkpoint: checkpoint.keep," in done.out and "log.every" in done.out
-    said = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, "--set", "data.count=64")
-    assert "other pictures" in said or "another data" in said
+    message = refused("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", run, "--set", "data.count=64")
+    assert "other pictures" in message or "another data" in message
 
 
 def test_more_steps_under_a_constant_rate(tmp_path: Path) -> None:
@@ -194,9 +206,9 @@ def test_a_second_launch_is_refused(tmp_path: Path) -> None:
         limit = time.monotonic() + 60
         while not (run / "metrics.jsonl").exists() and time.monotonic() < limit:
             time.sleep(0.05)
-        said = one_line(launch(*kills.arguments(run)))
+        message = one_line(launch(*kills.arguments(run)))
         process.kill()
-    assert f"in use by process {process.pid}" in said
+    assert f"in use by process {process.pid}" in message
 
 
 # ---------------------------------------------------------------------------------------------- other ways to start
@@ -217,8 +229,8 @@ def test_sampling_from_several_checkpoints(smoke_run: Path, tmp_path: Path, caps
     assert frames == [f"denoised_{i:03d}.jpg" for i in range(51)]
     with Image.open(tmp_path / "results" / "denoised.gif") as gif:
         assert gif.info["duration"] == 200, "5 frames/s"
-    told = capsys.readouterr().out
-    assert "ffmpeg" in told and "-framerate 5" in told
+    output = capsys.readouterr().out
+    assert "ffmpeg" in output and "-framerate 5" in output
     early = smoke_run / "checkpoints" / "step_00000010"
     run_here("ddpm_accelerate", "--ckpt", smoke_run, "--ckpt", early, "--ckpt_sampling", cwd=tmp_path)
     for name in ("1_smoke_ddpm_30", "2_smoke_ddpm_10"):
@@ -237,26 +249,26 @@ def test_sampling_from_checkpoints_takes_the_words_of_sample(
 ) -> None:
     words = ("--ckpt", smoke_run, "--ckpt_sampling", "--num-samples", "6", "--steps", "3", "--classes", "square/0/triangle")
     words = (*words, "--guidance", "2", "--solver", "heun", "--seed", "7", "--batch-size", "2", "--device", "cpu")
-    done = here(SCRIPT, *words, "--out", tmp_path / "here")
+    done = run_in_process(SCRIPT, *words, "--out", tmp_path / "here")
     assert done.status == 0 and f"{tmp_path}/here/grid.png" in done.out, done.all
     with Image.open(tmp_path / "here" / "grid.png") as sheet:
-        drawn = np.asarray(sheet)[4:, 4:]
+        sheet_images = np.asarray(sheet)[4:, 4:]
     assert len(list((tmp_path / "here" / "denoised").iterdir())) == 4
-    sampled = here("sample.py", smoke_run, *words[3:], "--out", tmp_path / "samples")
+    sampled = run_in_process("sample.py", smoke_run, *words[3:], "--out", tmp_path / "samples")
     assert sampled.status == 0, sampled.all
     for i in range(6):
         with Image.open(tmp_path / "samples" / f"{i:05d}.png") as image:
             large = np.asarray(image).repeat(4, 0).repeat(4, 1)
         x, y = 68 * (i % 3), (64 + 16 + 4) * (i // 3)
-        assert (drawn[y : y + 64, x : x + 64] == large).all(), "what sample.py draws with the same words"
+        assert (sheet_images[y : y + 64, x : x + 64] == large).all(), "what sample.py draws with the same words"
 
     parts = list[Any]()  # what each of two ranks has drawn, one after the other
     for rank in (1, 0):
         with monkeypatch.context() as patch:
             state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
             patch.setattr(checkpoints, "start_sampling", lambda _: (state, torch.device("cpu")))
-            patch.setattr(checkpoints, "gather_object", lambda mine: parts.extend(mine) or list(parts))
-            done = here(SCRIPT, *words, "--out", tmp_path / "two")
+            patch.setattr(checkpoints, "gather_object", lambda local_parts: parts.extend(local_parts) or list(parts))
+            done = run_in_process(SCRIPT, *words, "--out", tmp_path / "two")
             assert done.status == 0 and done.out.count("the GIF again") == (rank == 0), done.all
             assert (tmp_path / "two").exists() == (rank == 0)
     assert len(parts) == 3 and results(tmp_path / "two") == results(tmp_path / "here"), "on two processes the same files"
@@ -264,14 +276,14 @@ def test_sampling_from_checkpoints_takes_the_words_of_sample(
 
 def test_checkpoints_are_sampled_by_default_as_many_as_classes_ask_for(smoke_run: Path, tmp_path: Path) -> None:
     words = ("--ckpt", smoke_run, "--ckpt_sampling", "--steps", "1", "--out", tmp_path / "out")
-    assert here(SCRIPT, *words, "--classes", "0/1/2").status == 0
+    assert run_in_process(SCRIPT, *words, "--classes", "0/1/2").status == 0
     with Image.open(tmp_path / "out" / "grid.png") as sheet:
         assert sheet.width == 4 + 5 * 68 and sheet.height > 4 * 68, "18 of them"
-    assert "16 pictures cannot be dealt to 3" in refused("ddpm_accelerate", *words, "--classes", "0/1/2", "--num-samples", "16")
+    assert "16 images cannot be dealt to 3" in refused("ddpm_accelerate", *words, "--classes", "0/1/2", "--num-samples", "16")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("-cfg", "missing.json"), "-cfg is about training"),
         (("-cfg", "configs/landscape64_ddpm.json"), "-cfg is about training"),  # its default, and yet it says nothing here
@@ -290,9 +302,11 @@ def test_checkpoints_are_sampled_by_default_as_many_as_classes_ask_for(smoke_run
         (("--ckpt", "missing"), "there is no such run or checkpoint"),
     ],
 )
-def test_what_sampling_from_checkpoints_cannot_use(smoke_run: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+def test_what_sampling_from_checkpoints_cannot_use(
+    smoke_run: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
     out = tmp_path / "out"
-    assert said in refused("ddpm_accelerate", "--ckpt", smoke_run, "--ckpt_sampling", "--out", out, *words)
+    assert message in refused("ddpm_accelerate", "--ckpt", smoke_run, "--ckpt_sampling", "--out", out, *words)
     assert not out.exists()
 
 
@@ -327,7 +341,7 @@ def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda raw: raw["model"]["attention"].append("full"), "model: attention has 3 entries and channel_mult 2"),
         (
@@ -344,8 +358,8 @@ def test_unconditional_blend_in_bf16_with_workers_and_wandb(tmp_path: Path) -> N
         (lambda raw: raw.update(label_dropout=0.0, preview={"sampler": {"guidance": 2.0}}), "label_dropout above 0"),
     ],
 )
-def test_a_config_that_cannot_be_trained(write_config: Callable, tmp_path: Path, change: object, said: str) -> None:
-    assert said in one_line(here(SCRIPT, "-cfg", write_config(change), "--run-dir", tmp_path / "run"))
+def test_a_config_that_cannot_be_trained(write_config: Callable, tmp_path: Path, change: object, message: str) -> None:
+    assert message in one_line(run_in_process(SCRIPT, "-cfg", write_config(change), "--run-dir", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -356,9 +370,9 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     assert "not a finite number" in refused("ddpm_accelerate", "-cfg", SMOKE, "--set", "optimizer.lr=1e999")
 
 
-def test_the_default_config_without_its_pictures(tmp_path: Path) -> None:
-    said = one_line(launch(ROOT / SCRIPT, "-cfg", ROOT / "configs" / "landscape64_ddpm.json", cwd=tmp_path))
-    assert "data folder datasets/landscape does not exist; set data.path" in said and not list(tmp_path.iterdir())
+def test_the_default_config_without_its_images(tmp_path: Path) -> None:
+    message = one_line(launch(ROOT / SCRIPT, "-cfg", ROOT / "configs" / "landscape64_ddpm.json", cwd=tmp_path))
+    assert "data folder datasets/landscape does not exist; set data.path" in message and not list(tmp_path.iterdir())
 
 
 def test_data_without_classes_or_with_one_broken_file_too_many(tmp_path: Path) -> None:
@@ -366,21 +380,21 @@ def test_data_without_classes_or_with_one_broken_file_too_many(tmp_path: Path) -
         Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
     folder = ["--set", "data.source=folder", "--set", f"data.path={tmp_path}"]
     words = ("ddpm_accelerate", "-cfg", SMOKE, "--run-dir", tmp_path / "run", *folder, "--set")
-    said = refused(*words, "class_conditional=true")
-    assert "the data has no classes" in said
-    assert "class_conditional=null" in said
+    message = refused(*words, "class_conditional=true")
+    assert "the data has no classes" in message
+    assert "class_conditional=null" in message
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    said = refused(*words, "data.scan.max_broken_fraction=0.1")
-    assert "1 of 9 images cannot be read" in said and "'broken.png'" in said and not (tmp_path / "run").exists()
+    message = refused(*words, "data.scan.max_broken_fraction=0.1")
+    assert "1 of 9 images cannot be read" in message and "'broken.png'" in message and not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     explodes = ["--set", 'optimizer.schedule={"kind": "multistep", "milestones": [12], "gamma": 1e36}']
-    said = one_line(train(tmp_path / "run", *explodes, "--set", "max_nonfinite_steps=4"))
-    assert "step 17: the loss or its gradient is not finite, the 4th time in a row" in said
-    assert "the last checkpoint is of step 10, from before" in said
-    found, passed = newest(tmp_path / "run" / "checkpoints")
-    assert found is not None and found.name == "step_00000010" and not passed
+    message = one_line(train(tmp_path / "run", *explodes, "--set", "max_nonfinite_steps=4"))
+    assert "step 17: the loss or its gradient is not finite, the 4th time in a row" in message
+    assert "the last checkpoint is of step 10, from before" in message
+    checkpoint, passed = newest(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.name == "step_00000010" and not passed
 
 
 EXPLODES = (
@@ -392,8 +406,8 @@ EXPLODES = (
 
 
 def test_a_loss_that_is_not_finite_before_there_is_a_checkpoint(tmp_path: Path) -> None:
-    said = one_line(train(tmp_path / "run", *EXPLODES, "--set", "max_nonfinite_steps=2"))
-    assert "there is no checkpoint yet: lower optimizer.lr or set optimizer.clip, and run it again" in said
+    message = one_line(train(tmp_path / "run", *EXPLODES, "--set", "max_nonfinite_steps=2"))
+    assert "there is no checkpoint yet: lower optimizer.lr or set optimizer.clip, and run it again" in message
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
@@ -406,22 +420,22 @@ def test_a_stop_in_a_step_that_is_not_saved_says_so(tmp_path: Path, monkeypatch:
         send(gate, step, finite)
 
     monkeypatch.setattr(StepGate, "send", asks)
-    for saves, told in (
+    for saves, expected in (
         ("null", "there is no checkpoint yet: the same command starts anew"),
         ("1", "the last checkpoint is of step"),
     ):
         words = (SCRIPT, "-cfg", SMOKE, "--run-dir", tmp_path / saves, "--set", f"checkpoint.every={saves}", *EXPLODES)
         with pytest.raises(AssertionError):  # status 1: it was stopped
-            here(*words)
-        said = (tmp_path / saves / "log.txt").read_text().splitlines()[-1]
-        assert ", whose gradients were not finite, so it was not saved" in said and told in said
+            run_in_process(*words)
+        last_line = (tmp_path / saves / "log.txt").read_text().splitlines()[-1]
+        assert ", whose gradients were not finite, so it was not saved" in last_line and expected in last_line
         assert json.loads((tmp_path / saves / "status.json").read_text())["state"] == "stopped"
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"MASTER_ADDR": "127.0.0.1"}], ids=str)
 def test_processes_that_accelerate_did_not_see(tmp_path: Path, variables: dict) -> None:
-    said = one_line(train(tmp_path / "run", **variables))
-    assert "WORLD_SIZE" in said and not (tmp_path / "run").exists()
+    message = one_line(train(tmp_path / "run", **variables))
+    assert "WORLD_SIZE" in message and not (tmp_path / "run").exists()
 
 
 def test_accelerate_launch_on_a_cpu_is_refused_when_it_starts_one_of_two(tmp_path: Path) -> None:
@@ -439,8 +453,8 @@ def test_a_disk_that_is_full_while_saving(tmp_path: Path) -> None:
     assert train(tmp_path / "run", *constant, "--set", "steps=10").status == 0
     done = train(tmp_path / "run", *constant, "--set", "steps=20", limit=(resource.RLIMIT_FSIZE, 300_000))
     assert one_line(done).startswith("error: the disk is full")
-    found, passed = newest(tmp_path / "run" / "checkpoints")
-    assert found is not None and found.name == "step_00000010" and not passed
+    checkpoint, passed = newest(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.name == "step_00000010" and not passed
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000010"]
 
 
@@ -471,20 +485,20 @@ def test_stopped_as_launchers_do_with_loader_workers(tmp_path: Path) -> None:
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        said = ""
+        output = ""
         for line in process.stdout:
-            said += line
+            output += line
             if line.startswith("step 6/"):
                 os.killpg(process.pid, signal.SIGTERM)
-    assert process.returncode == 1 and "stopped at step" in said and "Traceback" not in said, said
+    assert process.returncode == 1 and "stopped at step" in output and "Traceback" not in output, output
     assert newest(tmp_path / "run" / "checkpoints")[0] is not None
 
 
 def test_a_run_that_goes_bad_keeps_the_checkpoints_from_before(tmp_path: Path) -> None:
     explodes = ["--set", 'optimizer.schedule={"kind": "multistep", "milestones": [9], "gamma": 1e36}']
     one_line(train(tmp_path / "run", *explodes, "--set", "checkpoint.every=2", "--set", "preview.every=null"))
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == [f"step_{n:08d}" for n in (4, 6, 8, 10)], "step 10 was the last that counted"
+    checkpoint_names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoint_names == [f"step_{n:08d}" for n in (4, 6, 8, 10)], "step 10 was the last that counted"
     assert all(line["loss"] is None or line["loss"] < 1e30 for line in metrics(tmp_path / "run"))
 
 
@@ -512,11 +526,11 @@ def test_prepare_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(tmp_path / "pictures" / name / f"{i}.png")
     (tmp_path / "pictures" / "a" / "broken.jpg").write_bytes(b"no")
     archive = shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "pictures")
-    done = here("prepare_data.py", "unpack", archive, "--out", tmp_path / "data")
+    done = run_in_process("prepare_data.py", "unpack", archive, "--out", tmp_path / "data")
     assert done.status == 0 and "unpacked 7 files" in done.out, done.all
     run_here("prepare_data", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
-    told = capsys.readouterr().out
-    assert "6 images" in told and "not an image" in told and (tmp_path / "sheet.png").exists()
+    output = capsys.readouterr().out
+    assert "6 images" in output and "not an image" in output and (tmp_path / "sheet.png").exists()
     run_here("prepare_data", "check", tmp_path / "data", "--json")
     assert json.loads(capsys.readouterr().out)["classes"] == {"a": 3, "b": 3}
     run_here("prepare_data", "pack", tmp_path / "data", "--size", "16", "--out", tmp_path / "packed")

@@ -43,12 +43,12 @@ def kill_often(
     job: kills.Job, whole: Path, run: Path, processes: int, *, kills_wanted: int, inside: int, stages: int = 0
 ) -> None:
     """Kill a run until it was hit so often, so often inside a save and in so many stages; every end is that of `whole`."""
-    rng, hits, seen = random.Random(processes), list[str](), set[int]()
-    while len(hits) < kills_wanted or hits.count("inside") < inside or len(seen) < stages:
+    rng, hits, stages_seen = random.Random(processes), list[str](), set[int]()
+    while len(hits) < kills_wanted or hits.count("inside") < inside or len(stages_seen) < stages:
         hit = kills.start_and_kill(run, processes, rng, inside_save=len(hits) % 3 == 0, job=job)
-        found, _ = newest(run / "checkpoints")
-        if found is not None:
-            seen.add(read_json(found / "progress.json").get("guard", {}).get("stage", 0))
+        checkpoint, _ = newest(run / "checkpoints")
+        if checkpoint is not None:
+            stages_seen.add(read_json(checkpoint / "progress.json").get("guard", {}).get("stage", 0))
         if hit != "ended":
             hits.append(hit)
         else:  # it came to its end before it was hit: that end counts too, then anew
@@ -57,8 +57,9 @@ def kill_often(
     done = launch(*job.arguments(run), processes=processes)
     assert done.status == 0, done.all
     kills.same_end(whole, run)
+    inside_saves = hits.count("inside")
     print(
-        f"{job.script}, {processes} process(es): {len(hits)} kills, {hits.count('inside')} inside a save, stages {sorted(seen)}"
+        f"{job.script}, {processes} process(es): {len(hits)} kills, {inside_saves} inside a save, stages {sorted(stages_seen)}"
     )
 
 
@@ -84,7 +85,7 @@ def test_kills_across_the_stages_of_an_autoencoder(tmp_path: Path, job: kills.Jo
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_while_latents_are_encoded(vae_run: Path, tmp_path: Path, processes: int) -> None:
-    rng, ends = random.Random(processes), []
+    rng, runs = random.Random(processes), []
     for name in ("whole", "killed"):
         cache, run = tmp_path / name / "cache", tmp_path / name / "run"
         sets = kills.settings(autoencoder=str(vae_run), latents=str(cache), data__count=6000, steps=10, preview__every=10)
@@ -95,8 +96,8 @@ def test_kills_while_latents_are_encoded(vae_run: Path, tmp_path: Path, processe
                 command(processes, *job.arguments(run)), cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )  # fmt: skip
-            made = len(list(cache.with_name("cache.partial").rglob("*.json")))
-            while process.poll() is None and len(list(cache.with_name("cache.partial").rglob("*.json"))) <= made:
+            block_count = len(list(cache.with_name("cache.partial").rglob("*.json")))
+            while process.poll() is None and len(list(cache.with_name("cache.partial").rglob("*.json"))) <= block_count:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.3))
             hits += process.poll() is None
@@ -104,8 +105,8 @@ def test_kills_while_latents_are_encoded(vae_run: Path, tmp_path: Path, processe
         assert name == "whole" or hits >= 3
         done = launch(*job.arguments(run), processes=processes)
         assert done.status == 0, done.all
-        ends.append(run)
-    kills.same_end(*ends)
+        runs.append(run)
+    kills.same_end(*runs)
     blocks = sorted((tmp_path / "whole" / "cache").rglob("*.npy"))
     assert len(blocks) > 20
     for path in blocks:
@@ -129,7 +130,7 @@ def test_one_two_and_three_processes_agree_in_float64(tmp_path: Path) -> None:
 
 def test_three_processes_go_on_to_the_bit(tmp_path: Path) -> None:
     """From three on, DDP would order its sums anew after its first backward."""
-    ends = []
+    weights = []
     for stops in ([24], [12, 24]):
         run = tmp_path / str(len(stops))
         for steps in stops:
@@ -138,14 +139,14 @@ def test_three_processes_go_on_to_the_bit(tmp_path: Path) -> None:
                 "--set", f"steps={steps}", "--set", 'optimizer.schedule={"kind": "constant"}', processes=3,
             )  # fmt: skip
             assert done.status == 0 and "= 3 x cpu x 1 x 4" in done.out, done.all
-        ends.append(load_file(run / "checkpoints" / "step_00000024" / "model.safetensors"))
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+        weights.append(load_file(run / "checkpoints" / "step_00000024" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_of_latent_diffusion(vae_run: Path, tmp_path: Path, processes: int) -> None:
     named = kills.settings(autoencoder=str(vae_run), latents=str(tmp_path / "cache"))
-    job = kills.Job(kills.LATENTS.script, kills.LATENTS.config, (*kills.LATENTS.more, *named))
+    job = kills.Job(kills.LATENTS.script, kills.LATENTS.config, (*kills.LATENTS.extra, *named))
     assert launch(*job.arguments(tmp_path / "whole")).status == 0
     kill_often(job, tmp_path / "whole", tmp_path / "run", processes, kills_wanted=8, inside=2)
 
@@ -163,14 +164,14 @@ def check_inversion(run: Path, tmp_path: Path) -> None:
     out = tmp_path / f"{run.name}_inverted"
     words = ("--invert", tmp_path / "digits", "--solver", "rk4", "--steps", "16", "--out", out)
     assert launch("sample.py", run, *words, timeout=600).status == 0
-    told = read_json(out / "inversion.json")["mean"]
-    print(run.name, told)
-    assert read_json(out / "metadata.json")["network_calls"] <= 64 and told["rms"] < 0.01 and 0.9 < told["std"] < 1.1
+    averages = read_json(out / "inversion.json")["mean"]
+    print(run.name, averages)
+    assert read_json(out / "metadata.json")["network_calls"] <= 64 and averages["rms"] < 0.01 and 0.9 < averages["std"] < 1.1
 
-    seen = encode_images(open_trained(run, torch.device("cpu")), files_of(str(tmp_path / "digits"))).flatten(1).double()
-    spectrum = torch.linalg.eigvalsh(torch.cov(seen.T)).clamp(min=0)
+    encoded = encode_images(open_trained(run, torch.device("cpu")), files_of(str(tmp_path / "digits"))).flatten(1).double()
+    spectrum = torch.linalg.eigvalsh(torch.cov(encoded.T)).clamp(min=0)
     most = float(spectrum.sqrt().sum() / (len(spectrum) * spectrum.sum()).sqrt())
-    assert told["correlation"] < most < 0.6
+    assert averages["correlation"] < most < 0.6
 
 
 def test_digits_of_the_pixel_demo_go_to_their_noise_and_back(tmp_path: Path) -> None:
@@ -182,11 +183,11 @@ def test_digits_of_the_pixel_demo_go_to_their_noise_and_back(tmp_path: Path) -> 
 def test_the_demos_digits_are_read_by_a_classifier_and_go_to_their_noise_and_back(tmp_path: Path) -> None:
     """An SVC fitted on scikit-learn's digits reads at least 90 % of what the demo draws as its label."""
     quick = ["--set", "log.trackers=[]"]
-    for script, config, run, more in (
+    for script, config, run, arguments in (
         ("train_vae.py", "digits_vae", "vae", quick),
         ("train_ldm.py", "digits_ldm", "ldm", [*quick, "--set", f"autoencoder={tmp_path / 'vae'}"]),
     ):
-        done = launch(script, "-cfg", f"configs/{config}.json", "--run-dir", tmp_path / run, *more, timeout=1200)
+        done = launch(script, "-cfg", f"configs/{config}.json", "--run-dir", tmp_path / run, *arguments, timeout=1200)
         assert done.status == 0, done.all
     assert metrics(tmp_path / "vae")[-1]["held_out_psnr"] > 26
     done = launch(
@@ -196,8 +197,8 @@ def test_the_demos_digits_are_read_by_a_classifier_and_go_to_their_noise_and_bac
     assert done.status == 0, done.all
     digits = load_digits()
     reader = SVC(gamma=0.001).fit(digits.data, digits.target)
-    drawn = [Image.open(tmp_path / "out" / f"{i:05d}.png").resize((8, 8), Image.Resampling.BOX) for i in range(100)]
-    read = reader.predict(np.stack([np.asarray(image).flatten() / 255 * 16 for image in drawn]))
+    images = [Image.open(tmp_path / "out" / f"{i:05d}.png").resize((8, 8), Image.Resampling.BOX) for i in range(100)]
+    read = reader.predict(np.stack([np.asarray(image).flatten() / 255 * 16 for image in images]))
     assert (read == np.repeat(np.arange(10), 10)).mean() >= 0.9
     check_inversion(tmp_path / "ldm", tmp_path)
 
@@ -227,12 +228,12 @@ def test_kills_of_blending(tmp_path: Path, job: kills.Job, processes: int) -> No
 def test_kills_while_pairs_are_made_and_learned(tmp_path: Path, processes: int) -> None:
     """Blocks of pairs are whole or absent, and those that are there are kept."""
     assert launch(*kills.POINTS.arguments(tmp_path / "first")).status == 0
-    rng, ends, made = random.Random(processes), [], []
+    rng, runs, pair_files = random.Random(processes), [], []
     for name in ("whole", "killed"):
         first = tmp_path / name / "first"
         shutil.copytree(tmp_path / "first", first)
         pairs = {"run": str(first), "count": 8000, "batch_size": 32, "sampler": {"solver": "rk4", "steps": 64}}
-        job = kills.Job(kills.POINTS.script, kills.POINTS.config, (*kills.POINTS.more, *kills.settings(pairs=pairs)))
+        job = kills.Job(kills.POINTS.script, kills.POINTS.config, (*kills.POINTS.extra, *kills.settings(pairs=pairs)))
         run, hits = tmp_path / name / "run", 0
         while name == "killed" and hits < 5 and not any(first.glob("pairs/*/manifest.json")):
             before = len(list(first.glob("pairs/*.partial/pairs/*.json")))
@@ -251,10 +252,10 @@ def test_kills_while_pairs_are_made_and_learned(tmp_path: Path, processes: int) 
             assert hit.count("ended") < 3
         done = launch(*job.arguments(run), processes=processes)
         assert done.status == 0, done.all
-        ends.append(run)
-        made.append({path.name: path.read_bytes() for path in first.glob("pairs/*/pairs/*")})
-    assert len(made[0]) == 2 * 32 and made[0] == made[1]
-    kills.same_end(*ends)
+        runs.append(run)
+        pair_files.append({path.name: path.read_bytes() for path in first.glob("pairs/*/pairs/*")})
+    assert len(pair_files[0]) == 2 * 32 and pair_files[0] == pair_files[1]
+    kills.same_end(*runs)
 
 
 def test_points_of_the_demo_are_as_near_as_draws_of_the_density(tmp_path: Path) -> None:
@@ -262,12 +263,14 @@ def test_points_of_the_demo_are_as_near_as_draws_of_the_density(tmp_path: Path) 
     assert done.status == 0, done.all
     board, rng, count = draw_points(CheckerboardSource(source="checkerboard")).points, np.random.default_rng(0), 4000
 
-    def drawn() -> np.ndarray:
+    def density_sample() -> np.ndarray:
         return rng.choice(board, count, replace=False)
 
-    with np.load(tmp_path / "run" / "points" / "points.npz") as found:
-        data = found["data"][:count]
-    assert sliced_wasserstein(data, drawn()) <= max(sliced_wasserstein(drawn(), drawn()) for _ in range(20))
+    with np.load(tmp_path / "run" / "points" / "points.npz") as archive:
+        data = archive["data"][:count]
+    assert sliced_wasserstein(data, density_sample()) <= max(
+        sliced_wasserstein(density_sample(), density_sample()) for _ in range(20)
+    )
 
 
 def test_one_of_two_nodes_is_killed(tmp_path: Path) -> None:
@@ -280,16 +283,16 @@ def test_one_of_two_nodes_is_killed(tmp_path: Path) -> None:
     def node(rank: int, port: int, run: Path) -> subprocess.Popen:
         words = ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "2"]
         words += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        more = ("--set", "micro_batch_size=4", "--set", "timeout_minutes=0.5")
+        arguments = ("--set", "micro_batch_size=4", "--set", "timeout_minutes=0.5")
         return subprocess.Popen(
-            [sys.executable, *words, *job.arguments(run, *more)], cwd=ROOT, env=environment(2), stdout=subprocess.DEVNULL,
+            [sys.executable, *words, *job.arguments(run, *arguments)], cwd=ROOT, env=environment(2), stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def port() -> int:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            return found.getsockname()[1]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return listener.getsockname()[1]
 
     at, run = port(), tmp_path / "run"
     nodes = [node(rank, at, run) for rank in (0, 1)]
@@ -299,14 +302,14 @@ def test_one_of_two_nodes_is_killed(tmp_path: Path) -> None:
     kills.kill_all(nodes[1])
     nodes[1].communicate()
     began = time.monotonic()
-    _, said = nodes[0].communicate(timeout=120)
+    _, output = nodes[0].communicate(timeout=120)
     assert nodes[0].returncode != 0 and time.monotonic() - began < 60
-    assert re.search("error on rank [01]: ranks 2 and 3 of 4 no longer answer", said), said
+    assert re.search("error on rank [01]: ranks 2 and 3 of 4 no longer answer", output), output
     at = port()
     nodes = [node(rank, at, run) for rank in (0, 1)]
     for one in nodes:
-        _, said = one.communicate(timeout=300)
-        assert one.returncode == 0, said
+        _, output = one.communicate(timeout=300)
+        assert one.returncode == 0, output
     assert "going on at step" in (run / "log.txt").read_text()
     kills.same_end(tmp_path / "whole", run)
 
@@ -324,10 +327,10 @@ def test_one_of_two_nodes_is_killed(tmp_path: Path) -> None:
 def test_every_script_verifies_that_it_resumes_and_says_what_it_costs(
     script: str, words: list[str], vae_run: Path, tmp_path: Path
 ) -> None:
-    more = ["--set", f"autoencoder={vae_run}"] if script == "train_ldm.py" else []
+    arguments = ["--set", f"autoencoder={vae_run}"] if script == "train_ldm.py" else []
     for processes in (1, 2):
-        done = launch(script, *words, *more, "--run-dir", tmp_path / "x", "--verify-resume", processes=processes)
+        done = launch(script, *words, *arguments, "--run-dir", tmp_path / "x", "--verify-resume", processes=processes)
         assert done.status == 0 and "step 2 both ways" in done.out and "bit-equal" in done.out, done.all
-    done = launch(script, *words, *more, "--run-dir", tmp_path / "x", "--dry-run")
+    done = launch(script, *words, *arguments, "--run-dir", tmp_path / "x", "--dry-run")
     assert done.status == 0 and "images/s" in done.out and "disk" in done.out, done.all
     assert not list(tmp_path.iterdir())

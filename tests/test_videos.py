@@ -15,7 +15,7 @@ from PIL import Image
 from src import figures
 from src.config import UserError
 from tests.animations import animate, decoded, frames_of, seconds_of
-from tests.conftest import here, one_line
+from tests.conftest import one_line, run_in_process
 
 
 def test_without_ffmpeg_there_is_still_a_gif(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_an_ffmpeg_that_does_not_start(smoke_run: Path, tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     printed = animate(smoke_run, out / "b", "--num-seeds", "2")
     assert printed.startswith("there is no ffmpeg, so no MP4 is made") and (out / "b" / "animation.gif").exists()
-    sampled = here("sample.py", smoke_run, "--steps", "2", "--num-samples", "2", "--frames", "--out", out / "c")
+    sampled = run_in_process("sample.py", smoke_run, "--steps", "2", "--num-samples", "2", "--frames", "--out", out / "c")
     assert sampled.status == 0 and (out / "c" / "denoising.gif").exists(), sampled.all
 
 
@@ -103,7 +103,7 @@ def test_a_gif_that_was_asked_for_and_fails_leaves_the_rest(
     words = ("sample.py", smoke_run, "--steps", "2", "--num-samples", "3", "--frames", "--npz", "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(figures, "gif", full)
-        message = one_line(here(*words))
+        message = one_line(run_in_process(*words))
         assert "denoising.gif was not made (the disk is full: No space left" in message and message.endswith("before it stays")
         names = {path.name for path in (tmp_path / "out").iterdir()}
         assert {"00000.png", "00002.png", "grid.png", "samples_3x16x16x3.npz", "metadata.json"} <= names
@@ -111,7 +111,9 @@ def test_a_gif_that_was_asked_for_and_fails_leaves_the_rest(
             animate(smoke_run, tmp_path / "a", "--num-seeds", "2")
         assert len(frames_of(tmp_path / "a")) == 6 and (tmp_path / "a" / "animation.mp4").exists()
     written = (tmp_path / "out" / "00002.png").stat().st_mtime_ns
-    assert here(*words).status == 0 and (tmp_path / "out" / "denoising.gif").exists(), "the same command again makes it"
+    assert run_in_process(*words).status == 0 and (tmp_path / "out" / "denoising.gif").exists(), (
+        "the same command again makes it"
+    )
     assert (tmp_path / "out" / "00002.png").stat().st_mtime_ns == written
 
 
@@ -120,6 +122,6 @@ def test_a_grid_that_fails_leaves_the_samples(smoke_run: Path, tmp_path: Path, m
         raise ValueError("no font")
 
     monkeypatch.setattr(figures, "grid", no_font)
-    done = here("sample.py", smoke_run, "--steps", "2", "--num-samples", "3", "--out", tmp_path / "out")
+    done = run_in_process("sample.py", smoke_run, "--steps", "2", "--num-samples", "3", "--out", tmp_path / "out")
     assert done.status == 0 and done.err.count("warning: grid.png failed (ValueError: no font)") == 1
     assert "grid.png" not in done.out and len(list((tmp_path / "out").glob("0*.png"))) == 3

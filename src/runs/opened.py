@@ -35,7 +35,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class Run:
-    """EMA weights with all that belongs to them, of pictures or of 2-D points. `facts` is its data.json, `digest` the hash of
+    """EMA weights with all that belongs to them, of images or of 2-D points. `facts` is its data.json, `digest` the hash of
     the weights, `shape` what the network sees: (C, H, W), or (2,) of a point."""
 
     path: Path
@@ -110,7 +110,7 @@ class Run:
         return open_density(spec, held_out, None, base64.b64decode(saved) if saved is not None else None)
 
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
-        """`A/B/C`, names or numbers, dealt to `count` pictures in equal blocks; an unconditional network guided by a classifier
+        """`A/B/C`, names or numbers, dealt to `count` images in equal blocks; an unconditional network guided by a classifier
         takes those of the classifier."""
         names = self.class_names if self.num_classes is not None else tuple(class_names)
         if not names:
@@ -119,7 +119,7 @@ class Run:
         if count % len(chosen):
             near = sorted({count // len(chosen) * len(chosen), -(-count // len(chosen)) * len(chosen)} - {0})
             raise UserError(
-                f"{count} pictures cannot be dealt to {len(chosen)} classes in equal blocks; ask for "
+                f"{count} images cannot be dealt to {len(chosen)} classes in equal blocks; ask for "
                 f"{' or '.join(map(str, near))}"
             )
         return [chosen[i * len(chosen) // count] for i in range(count)]
@@ -127,7 +127,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Opened(Run):
-    """A run of pictures: `codec` makes them of what a latent run draws."""
+    """A run of images: `codec` makes them of what a latent run draws."""
 
     image: ImageConfig
     codec: LatentCodec | None = None
@@ -142,7 +142,7 @@ class Opened(Run):
 
     @property
     def low_resolution(self) -> int | None:
-        """Of an upsampler: the size of the pictures that it starts from."""
+        """Of an upsampler: the size of the images that it starts from."""
         return self.config.get("low_resolution")
 
     def _density(self, spec: Any, held_out: float) -> Density:
@@ -189,19 +189,19 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
 
 
 def open_trained(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Opened:
-    """Open a run of pictures, a checkpoint, a final folder or a `.pt` export with its EMA weights on the device.
+    """Open a run of images, a checkpoint, a final folder or a `.pt` export with its EMA weights on the device.
 
     Those of a run of the caller's own network are put into `network`, built as it was for training. A UserError says what is
     missing, damaged, of another architecture or of 2-D points.
     """
     opened = open_run(path, device, network)
     if not isinstance(opened, Opened):
-        raise UserError(f"{path} is a run of 2-D points, not of pictures: python sample.py {quoted(path)} draws them")
+        raise UserError(f"{path} is a run of 2-D points, not of images: python sample.py {quoted(path)} draws them")
     return opened
 
 
 def open_run(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Run:
-    """The same of a run of pictures or of 2-D points."""
+    """The same of a run of images or of 2-D points."""
     path, given = Path(path), network
     folder, weights, config, data, step, digest = read_weights(path)
     if given is None and data.get("network") == "python":

@@ -136,7 +136,7 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
         if bottleneck.kind == "vq" and bottleneck.codes > vectors:
             raise UserError(
                 f"model.bottleneck.codes: {bottleneck.codes} codes are more than the {vectors} latent vectors of {num_images} "
-                f"pictures at {size} px; use fewer"
+                f"images at {size} px; use fewer"
             )
         batch = stage_cfg.batch_size or cfg.batch_size
         resolve = partial(to_steps, batch_size=batch, num_images=num_images)

@@ -13,7 +13,7 @@ from src.data.checks import count_small, describe_small, refuse_small_packs
 from src.data.packing import pack
 from src.data.scan import cache_folder
 from src.data.sources import DatasetsSource, DigitsSource, FolderSource, PackedSource, ShapesSource
-from tests.conftest import ROOT, here, refused
+from tests.conftest import ROOT, refused, run_in_process
 
 SIDES = [(40, 30), (64, 200), (90, 64), (20, 300), (100, 100)]  # shorter: 30, 64, 64, 20, 100
 
@@ -130,19 +130,19 @@ def test_a_run_refuses_before_it_writes(photos: Path, tmp_path: Path) -> None:
 
 
 def test_check_and_pack_say_it(photos: Path, tmp_path: Path) -> None:
-    out = here("prepare_data.py", "check", photos, "--size", "64").out
+    out = run_in_process("prepare_data.py", "check", photos, "--size", "64").out
     assert "shorter sides of 20 to 100 px, half of them below 64" in out
     assert "warning: 2 of 5 images are enlarged" in out and "below --size 64" in out
-    findings = json.loads(here("prepare_data.py", "check", photos, "--size", "64", "--json").out)
+    findings = json.loads(run_in_process("prepare_data.py", "check", photos, "--size", "64", "--json").out)
     assert findings["shorter_side"] == {"smallest": 20, "median": 64, "largest": 100} and findings["smaller"] == {"64": 2}
-    assert json.loads(here("prepare_data.py", "check", photos, "--min-side", "64", "--json").out)["pictures"] == 3
+    assert json.loads(run_in_process("prepare_data.py", "check", photos, "--min-side", "64", "--json").out)["pictures"] == 3
     config = tmp_path / "config.json"
     raw = {"data": {"source": "folder", "path": str(photos)}, "image": {"size": 32}, "stages": [{}, {"image_size": 70}]}
     config.write_text(json.dumps(raw))
-    out = here("prepare_data.py", "check", config).out
+    out = run_in_process("prepare_data.py", "check", config).out
     assert "2 of 5 images are enlarged: their shorter side is below image.size 32" in out
     assert "4 of 5 images are enlarged: their shorter side is below stages.1.image_size 70" in out
-    out = here("prepare_data.py", "pack", photos, "--size", "64", "--out", tmp_path / "packed").out
+    out = run_in_process("prepare_data.py", "pack", photos, "--size", "64", "--out", tmp_path / "packed").out
     assert "warning: 2 of 5 images are enlarged" in out and "--min-side 64" in out
-    out = here("prepare_data.py", "pack", photos, "--size", "64", "--min-side", "64", "--out", tmp_path / "good").out
+    out = run_in_process("prepare_data.py", "pack", photos, "--size", "64", "--min-side", "64", "--out", tmp_path / "good").out
     assert "warning" not in out and "packed 3" in out

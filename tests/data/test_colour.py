@@ -16,7 +16,7 @@ from src.config import validate
 from src.data import ImageSet, check_images, colour, open_sources
 from src.data.sources import FolderSource
 from src.data.transforms import decode
-from tests.conftest import here
+from tests.conftest import run_in_process
 from tests.data import profiles
 
 
@@ -126,7 +126,7 @@ def test_a_profile_that_cannot_be_used_leaves_the_image_as_it_is_and_is_counted(
     assert np.array_equal(np.asarray(decode(path)), np.asarray(image.convert("RGB")))
     image_set = opened(tmp_path / "images")
     assert len(image_set) == 2 and image_set.parts[0].report.notes == {note: 1} and image_set.decoder == 1
-    assert f"1  {note}" in here("prepare_data.py", "check", tmp_path / "images").out
+    assert f"1  {note}" in run_in_process("prepare_data.py", "check", tmp_path / "images").out
 
 
 def test_a_profile_that_cannot_be_unpacked_is_counted_too(tmp_path: Path) -> None:
@@ -229,7 +229,9 @@ def test_deep_grey_that_states_nothing_is_told_of(tmp_path: Path) -> None:
     assert opened(tmp_path / "images").parts[0].report.notes == {colour.DARK: 1}
     run = SimpleNamespace(image=SimpleNamespace(size=1))
     assert check_images(run, tmp_path / "run", opened(tmp_path / "images")) == [f"of 1 images: {colour.DARK}"]
-    assert "16-bit grey whose values use 12 bits or fewer" in here("prepare_data.py", "check", tmp_path / "images").out
+    assert (
+        "16-bit grey whose values use 12 bits or fewer" in run_in_process("prepare_data.py", "check", tmp_path / "images").out
+    )
 
 
 def test_what_is_read_of_a_jpeg_without_a_profile_is_what_pillow_reads(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from src.data.scan import ScanConfig, examine
 from src.data.sources import FolderSource
 from src.data.transforms import decode
 from src.sampling.edit import files_of
-from tests.conftest import here
+from tests.conftest import run_in_process
 
 SIDE = (12, 8)
 
@@ -129,16 +129,16 @@ def test_what_cannot_be_read_is_counted_and_named(
         Image.new("RGB", SIDE, (i, 0, 0)).save(tmp_path / f"{i}.png")
     for i in range(40):
         (tmp_path / f"IMG_{i}{ending}").write_bytes(b"x")
-    output = here("prepare_data.py", "check", tmp_path)
+    output = run_in_process("prepare_data.py", "check", tmp_path)
     assert "4 images can be trained on, 40 files are left out" in output.out
     assert f"40  {ending.lower()} (" in output.out and advice in output.out
-    findings = json.loads(here("prepare_data.py", "check", tmp_path, "--json").out)
+    findings = json.loads(run_in_process("prepare_data.py", "check", tmp_path, "--json").out)
     assert len(findings["skipped"]) == 40 and findings["skipped"][0][0] == f"IMG_0{ending}"
     with pytest.raises(UnidentifiedImageError, match=re.escape(advice)):
         decode(tmp_path / f"IMG_0{ending}")  # as `sample.py --image` does
     for file in tmp_path.glob("*.png"):
         file.unlink()
-    output = here("prepare_data.py", "check", tmp_path)
+    output = run_in_process("prepare_data.py", "check", tmp_path)
     assert output.status == 2 and output.err.count("\n") == 1
     assert f"holds no images that can be read here: 40 {ending.lower()} (" in output.err and advice in output.err
 
@@ -249,7 +249,7 @@ def test_check_says_where_the_first_of_several_images_is_used(tmp_path: Path) ->
         "animated files (WEBP), of which the first image is used": 1,
         "animated files (PNG), of which the first image is used": 1,
     }
-    output = here("prepare_data.py", "check", tmp_path).out
+    output = run_in_process("prepare_data.py", "check", tmp_path).out
     assert "2 animated files (GIF), of which the first image is used" in output
 
 

@@ -23,7 +23,7 @@ from src.data.names import (
     sorted_classes,
 )
 from src.data.sources import FolderSource
-from tests.conftest import ROOT, here
+from tests.conftest import ROOT, run_in_process
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 # All that a file system allows: other digits, emoji, line breaks, quotes, marks, what is right to left, and bytes of no text.
@@ -214,9 +214,9 @@ def test_one_class_and_too_many_are_remarked_on() -> None:
 
 def test_check_prints_odd_names_and_what_to_know(tmp_path: Path) -> None:
     odd_folder(tmp_path / "data", ["new\nline", os.fsdecode(b"\xff"), "שלום\u202e"])
-    output = here("prepare_data.py", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
+    output = run_in_process("prepare_data.py", "check", tmp_path / "data", "--sheet", tmp_path / "sheet.png")
     assert output.status == 0 and "2  new\\nline\n" in output.out and "2  \\udcff\n" in output.out
     assert "3 classes for 6 images, too few of each to learn" in output.out
     (tmp_path / os.fsdecode(b"\xff")).mkdir()
-    refused = here("prepare_data.py", "check", tmp_path / os.fsdecode(b"\xff"))
+    refused = run_in_process("prepare_data.py", "check", tmp_path / os.fsdecode(b"\xff"))
     assert refused.status == 2 and "has bytes that are no text; rename it" in refused.err and refused.err.count("\n") == 1

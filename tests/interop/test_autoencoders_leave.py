@@ -14,7 +14,7 @@ from src.models import VAEConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder
 from src.runs.exported_autoencoder import exported_autoencoder
-from tests.conftest import here, refused
+from tests.conftest import refused, run_in_process
 from tests.interop.final_folders import CPU, PLAIN, keep_vae, leave, refuse, same_autoencoder, vae
 
 ARCHITECTURES = {
@@ -100,7 +100,7 @@ def test_with_one_level_the_ways_to_resample_do_not_matter() -> None:
 @pytest.mark.parametrize("command", ["to-diffusers", "safetensors"])
 def test_an_autoencoder_leaves_and_comes_back_to_the_bit(tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = keep_vae(tmp_path / "run"), tmp_path / "out"
-    done = here("convert.py", command, run, "--out", out)
+    done = run_in_process("convert.py", command, run, "--out", out)
     assert done.status == 0 and "README.md" in done.out, done.all
     card = (out / "README.md").read_text()
     assert "40 images; 4 more images are held out" in card and "0 cat (30 images), 1 dog (10 images)" in card

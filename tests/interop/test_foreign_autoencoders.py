@@ -16,7 +16,7 @@ from src.interop.imported import keep
 from src.runs.autoencoder import open_autoencoder
 from src.runs.diffusers_autoencoder import DiffusersAutoencoder, autoencoder_from_config
 from src.storage.networks import KL, UNET_2D, find_network
-from tests.conftest import here, randomise, refused
+from tests.conftest import randomise, refused, run_in_process
 from tests.interop.foreign_weights import CPU, OPTIMIZER, THEIRS, VAE, WEIGHTS, message, plus, saved, under, unet_folder
 
 
@@ -147,14 +147,14 @@ def test_a_unet_on_latents_is_refused_or_made_to_work(tmp_path: Path) -> None:
     )
     assert not out.exists()
 
-    done = here("convert.py", "diffusers", tmp_path / "pipeline", "--autoencoder", tmp_path / "apart", "--out", out)
+    done = run_in_process("convert.py", "diffusers", tmp_path / "pipeline", "--autoencoder", tmp_path / "apart", "--out", out)
     assert done.status == 0 and "latents: 4 x 8 x 8 of" in done.out and "python train_ldm.py -cfg" in done.out, done.all
     shutil.copytree(tmp_path / "apart", tmp_path / "pipeline" / "vae")
-    done = here("convert.py", "diffusers", tmp_path / "pipeline", "--out", tmp_path / "whole")
+    done = run_in_process("convert.py", "diffusers", tmp_path / "pipeline", "--out", tmp_path / "whole")
     assert done.status == 0, done.all
     one, two = (safetensors.torch.load_file(place / "autoencoder.safetensors") for place in (out, tmp_path / "whole"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    done = here("sample.py", out, "--num-samples", "2", "--steps", "3", "--out", tmp_path / "drawn")
+    done = run_in_process("sample.py", out, "--num-samples", "2", "--steps", "3", "--out", tmp_path / "drawn")
     assert done.status == 0 and (tmp_path / "drawn" / "00001.png").exists(), done.all
     cfg = load(out / "finetune.json", train_ldm.Config)
     assert cfg.autoencoder == str(tmp_path / "apart") and cfg.init_from == str(out) and cfg.image.size == 16

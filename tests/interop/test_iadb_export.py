@@ -18,7 +18,7 @@ from src.interop.diffusers_export import export
 from src.interop.iadb import PROCESS
 from src.models import UNet, UNetConfig
 from src.runtime.checkpoint import read_tensors, write_folder
-from tests.conftest import ROOT, here, randomise, refused
+from tests.conftest import ROOT, randomise, refused, run_in_process
 
 sys.path.insert(0, str(ROOT))
 from tests.interop.iadb_checkpoints import FULL, lightning, saved, under, unet2d, written
@@ -28,13 +28,13 @@ def test_the_command(tmp_path: Path) -> None:
     theirs = unet2d()
     path = saved(tmp_path / "a.ckpt", lightning(under("model.", theirs.state_dict())))
     config = written(tmp_path / "a.yaml", FULL)
-    done = here("convert.py", "iadb", path, "--model-config", config, "--out", tmp_path / "cats")
+    done = run_in_process("convert.py", "iadb", path, "--model-config", config, "--out", tmp_path / "cats")
     assert done.status == 0 and f"python train_iadb.py -cfg {tmp_path / 'cats' / 'finetune.json'}" in done.out, done.all
-    done = here("sample.py", tmp_path / "cats", "--num-samples", "2", "--steps", "4", "--out", tmp_path / "s")
+    done = run_in_process("sample.py", tmp_path / "cats", "--num-samples", "2", "--steps", "4", "--out", tmp_path / "s")
     assert done.status == 0 and (tmp_path / "s" / "00001.png").exists(), done.all
-    done = here("convert.py", "to-diffusers", tmp_path / "cats", "--out", tmp_path / "theirs")
+    done = run_in_process("convert.py", "to-diffusers", tmp_path / "cats", "--out", tmp_path / "theirs")
     assert done.status == 0 and not (tmp_path / "theirs" / "model_index.json").exists(), done.all
-    done = here("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "again")
+    done = run_in_process("convert.py", "diffusers", tmp_path / "theirs", "--out", tmp_path / "again")
     assert done.status == 0 and "python train_iadb.py" in done.out, done.all
     before, after = (safetensors.torch.load_file(tmp_path / name / "ema.safetensors") for name in ("cats", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

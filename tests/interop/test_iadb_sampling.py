@@ -17,7 +17,7 @@ from src.runs.diffusers_autoencoder import autoencoder_from_config
 from src.runs.opened import open_trained
 from src.runtime.seeds import noise_of
 from src.sampling import SamplerConfig
-from tests.conftest import ROOT, here, randomise
+from tests.conftest import ROOT, randomise, run_in_process
 
 sys.path.insert(0, str(ROOT))
 import train_iadb
@@ -148,7 +148,7 @@ def test_a_network_on_latents_draws_images(tmp_path: Path) -> None:
         reference = AutoencoderKL.from_pretrained(vae).eval().decode(latents / 0.5 + 0.25).sample
     assert samples.shape == (2, 3, 16, 16)
     torch.testing.assert_close(samples, reference, rtol=0, atol=1e-4)
-    done = here("convert.py", "to-diffusers", moved, "--out", tmp_path / "theirs")
+    done = run_in_process("convert.py", "to-diffusers", moved, "--out", tmp_path / "theirs")
     assert done.status == 0 and (tmp_path / "theirs" / "vae" / "config.json").is_file(), done.all
 
 

@@ -21,7 +21,7 @@ from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder, start_from
 from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
-from tests.conftest import here, randomise, refused
+from tests.conftest import randomise, refused, run_in_process
 from tests.interop.final_folders import CPU, images_of, keep_vae, leave, refuse, same_autoencoder
 
 FLOW_TIME = {"kind": "t", "scale": 1000.0}
@@ -274,7 +274,7 @@ def test_training_takes_what_left(tmp_path: Path) -> None:
     sets = {"model": raw["model"], "process": raw["process"], "steps": 1, "preview": {"sampler": {"steps": 2}}, "held_out": 0.0}
     words = [f"--set={key}={json.dumps(value)}" for key, value in sets.items()]
     words += [f"--set=autoencoder={tmp_path / 'theirs'}", f"--set=init_from={tmp_path / 'own'}"]
-    done = here("train_ldm.py", "-cfg", "configs/smoke/ldm.json", *words, "--run-dir", tmp_path / "trained")
+    done = run_in_process("train_ldm.py", "-cfg", "configs/smoke/ldm.json", *words, "--run-dir", tmp_path / "trained")
     assert done.status == 0 and f"starting from the weights of {tmp_path / 'own'}" in done.all, done.all
     digests = {open_autoencoder(str(tmp_path / name), CPU).digest for name in ("vae", "kl", "theirs", "own", "trained")}
     assert digests == {autoencoder.digest}, "all of them are the same autoencoder, and share a latent cache"

@@ -15,7 +15,7 @@ from src.interop import diffusers_folder as folders
 from src.runs.autoencoder import open_autoencoder, start_from
 from src.runs.opened import open_trained
 from src.storage.weight_files import find_files, read_foreign_json
-from tests.conftest import here, randomise, refused
+from tests.conftest import randomise, refused, run_in_process
 from tests.interop.foreign_weights import CPU, OPTIMIZER, VAE, WEIGHTS, message, plus, saved, stem, under, unet_folder
 
 
@@ -54,7 +54,7 @@ def test_a_training_checkpoint_gives_its_average(tmp_path: Path) -> None:
     shutil.copytree(folder / "unet_ema", folder / "ema_of_another_length")
     fault = message(folders.read, folder)
     assert "several networks, ema_of_another_length, unet_ema; choose one with --which" in fault
-    done = here("convert.py", "diffusers", folder, "--which", "unet_ema", "--out", tmp_path / "out")
+    done = run_in_process("convert.py", "diffusers", folder, "--which", "unet_ema", "--out", tmp_path / "out")
     assert done.status == 0 and "an average (EMA)" in done.out, done.all
 
 

@@ -14,7 +14,7 @@ from src.diffusion import ProcessConfig
 from src.interop.imported import Imported, keep
 from src.models import UNet, UNetConfig
 from src.runtime.checkpoint import read_tensors, write_folder
-from tests.conftest import Finished, here, randomise
+from tests.conftest import Finished, randomise, run_in_process
 
 CPU = torch.device("cpu")
 MODEL = {"base_channels": 8, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "none"], "norm_groups": 4}
@@ -58,4 +58,4 @@ def images(folder: Path, count: int = 12, size: int = 8) -> Path:
 def smoke(run: Path, *changes: str) -> Finished:
     sets = ["steps=4", "checkpoint.every=2", "preview.every=2", "log.every=1", "preview.num_samples=2", "preview.quality=null"]
     arguments = [word for key in (*sets, *changes) for word in ("--set", key)]
-    return here("ddpm_accelerate.py", "-cfg", "configs/smoke/ddpm.json", "--run-dir", run, *arguments)
+    return run_in_process("ddpm_accelerate.py", "-cfg", "configs/smoke/ddpm.json", "--run-dir", run, *arguments)

@@ -18,7 +18,7 @@ from src.sampling import SamplerConfig, build_sampler
 from src.sampling.files import write_samples
 from src.sampling.frames import Frames
 from src.storage.blocks import Ranks
-from tests.conftest import here, launch, one_line, refused, run_here
+from tests.conftest import launch, one_line, refused, run_here, run_in_process
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_classes_by_name_and_number_in_equal_blocks(smoke_run: Path) -> None:
         opened.labels("hexagon", 4)
     with pytest.raises(UserError, match="'4' is not known"):
         opened.labels("4", 4)
-    with pytest.raises(UserError, match="16 pictures cannot be dealt to 3 classes in equal blocks; ask for 15 or 18"):
+    with pytest.raises(UserError, match="16 images cannot be dealt to 3 classes in equal blocks; ask for 15 or 18"):
         opened.labels("0/1/2", 16)
 
 
@@ -164,7 +164,7 @@ def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Pat
     ],
 )
 def test_mistakes_of_sample_py(smoke_run: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    assert message in one_line(here("sample.py", smoke_run, "--out", tmp_path / "out", *arguments))
+    assert message in one_line(run_in_process("sample.py", smoke_run, "--out", tmp_path / "out", *arguments))
     assert not (tmp_path / "out").exists()
 
 
@@ -191,9 +191,9 @@ def test_two_runs_of_one_config_do_not_mix(smoke_run: Path, tmp_path: Path) -> N
         shutil.copytree(smoke_run / "final", tmp_path / "runs" / name / "final")
     words = ("--steps", "1", "--num-samples", "2")
     for place in ("runs/a_b", "runs/c d/final"):
-        assert here("sample.py", place, *words, cwd=tmp_path).status == 0
+        assert run_in_process("sample.py", place, *words, cwd=tmp_path).status == 0
         few = ("--num-samples", "12", "--num-images", "12", "--steps", "1", "--features", "random")
-        assert here("evaluate.py", place, *few, cwd=tmp_path).status == 0
+        assert run_in_process("evaluate.py", place, *few, cwd=tmp_path).status == 0
     for folder in ("samples", "evaluations"):
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["a_b", "c d"]
     run_here("interpolate", "runs/a_b", "--steps", "1", "--num-seeds", "2", "--frames-between", "1", cwd=tmp_path)
@@ -205,13 +205,13 @@ def test_the_default_count_is_dealt_to_any_number_of_classes(
     classes: str | None, count: int, smoke_run: Path, tmp_path: Path
 ) -> None:
     words = ("--classes", classes) if classes is not None else ()
-    done = here("sample.py", smoke_run, "--steps", "1", *words, "--out", tmp_path / "out")
+    done = run_in_process("sample.py", smoke_run, "--steps", "1", *words, "--out", tmp_path / "out")
     assert done.status == 0 and done.out.startswith(f"{count} images of"), done.all
     assert len(list((tmp_path / "out").glob("0*.png"))) == count
 
 
 def test_keys_by_default_are_dealt_too(smoke_run: Path, tmp_path: Path) -> None:
     words = ("--steps", "1", "--frames-between", "1", "--out", tmp_path / "out", "--classes", "0/1/2")
-    done = here("interpolate.py", smoke_run, *words)
+    done = run_in_process("interpolate.py", smoke_run, *words)
     assert done.status == 0 and "through 6 keys" in done.out, done.all
-    assert "4 pictures cannot be dealt to 3 classes" in refused("interpolate", smoke_run, *words, "--num-seeds", "4")
+    assert "4 images cannot be dealt to 3 classes" in refused("interpolate", smoke_run, *words, "--num-seeds", "4")

@@ -13,7 +13,7 @@ import pytest
 
 from src.config import UserError
 from src.storage.archives import stem, unpack
-from tests.conftest import here, refused
+from tests.conftest import refused, run_in_process
 
 
 def make(path: Path, *members: tuple[str, bytes], backslashes: bool = False) -> Path:
@@ -131,7 +131,7 @@ def test_a_disk_that_takes_two_names_for_one(tmp_path: Path, monkeypatch: pytest
 def test_the_folder_of_an_archive(tmp_path: Path) -> None:
     assert [stem(name) for name in ("a.b.zip", "A.ZIP", "x.tar.gz", ".zip", "a.rar")] == ["a.b", "A", "x", None, None]
     archive = make(tmp_path / "my cats#1.v2.zip", ("a.png", b"1"))
-    out = here("prepare_data.py", "unpack", archive).out
+    out = run_in_process("prepare_data.py", "unpack", archive).out
     assert names(tmp_path / "my cats#1.v2") == ["a.png"] and f"check '{tmp_path}/my cats#1.v2'" in out
     archive.rename(tmp_path / "archive")
     assert "give the folder with --out" in refused("prepare_data", "unpack", tmp_path / "archive")

@@ -25,7 +25,7 @@ from src.runtime.memory import OutOfMemory
 from src.sampling.sampler import Sampler
 from src.training import preview
 from src.training.run import RunDirectory
-from tests.conftest import ROOT, command, environment, here, metrics, refused
+from tests.conftest import ROOT, command, environment, metrics, refused, run_in_process
 
 SHORT = ("steps=4", "log.every=1", "preview.every=2", "checkpoint.every=2", "held_out=0.1")
 RUNS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # script, config, what makes it short
@@ -56,7 +56,9 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 def run_short(name: str, run: Path, *settings: str) -> str:
     script, config, keys = RUNS[name]
-    done = here(script, "-cfg", config, "--run-dir", run, *(word for key in (*keys, *settings) for word in ("--set", key)))
+    done = run_in_process(
+        script, "-cfg", config, "--run-dir", run, *(word for key in (*keys, *settings) for word in ("--set", key))
+    )
     assert done.status == 0, done.all
     return done.out
 
@@ -155,7 +157,9 @@ def test_stops_mistakes_and_memory_go_on_up(tmp_path: Path) -> None:
 def test_memory_that_runs_out_in_a_preview_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "draw", raising(torch.OutOfMemoryError("CUDA out of memory")))
     script, config, keys = RUNS["ddpm"]
-    done = here(script, "-cfg", config, "--run-dir", tmp_path / "run", *(word for key in keys for word in ("--set", key)))
+    done = run_in_process(
+        script, "-cfg", config, "--run-dir", tmp_path / "run", *(word for key in keys for word in ("--set", key))
+    )
     assert done.status == 2 and "error: out of memory at micro_batch_size 8" in done.err
 
 
@@ -285,7 +289,7 @@ def test_names_that_mean_something_to_a_program_in_between(tmp_path: Path, monke
     last_line = (run / "log.txt").read_text().splitlines()[-1]
     words = shlex.split(last_line.split("draw more: ")[1])
     assert words == ["python", "sample.py", str(run), "--frames"]
-    sampling = here(*words[1:], "--steps", "2", "--classes", "0/1/2", "--batch-size", "6", cwd=tmp_path)
+    sampling = run_in_process(*words[1:], "--steps", "2", "--classes", "0/1/2", "--batch-size", "6", cwd=tmp_path)
     assert sampling.status == 0, sampling.all
     assert len(list((tmp_path / "samples" / run.name).rglob("denoising.gif"))) == 1
     second_log = run_short("ddpm", run, *data, "optimizer.schedule.kind=constant")

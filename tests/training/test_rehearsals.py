@@ -32,7 +32,7 @@ from src.training.rehearsal import rehearsal_config
 from src.training.run_mode import RunMode
 from src.training.stages import plan_stages
 from src.training.verify_resume import compare_checkpoints
-from tests.conftest import ROOT, here, launch
+from tests.conftest import ROOT, launch, run_in_process
 
 EVERY = {"preview": 100, "save": 100, "export": 300, "quality": None, "snapshot": 500}
 PLAN = plan_batch(16, 8, rank=0, world=1)
@@ -212,10 +212,10 @@ def test_a_run_that_resumes_and_one_that_draws_what_no_checkpoint_holds(tmp_path
 
 
 def test_every_stage_of_an_autoencoder_is_resumed(tmp_path: Path) -> None:
-    done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--verify-resume")
+    done = run_in_process("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", tmp_path / "x", "--verify-resume")
     assert done.status == 0 and "step 2 both ways" in done.out and "step 8 both ways" in done.out, done.all
     assert "bit-equal" in done.out and not list(tmp_path.iterdir())
-    done = here("train_vae.py", "-cfg", "configs/smoke/vae.json", "--verify-resume", "--dry-run")
+    done = run_in_process("train_vae.py", "-cfg", "configs/smoke/vae.json", "--verify-resume", "--dry-run")
     assert done.status == 2 and "give one of them" in done.err
 
 
