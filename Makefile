@@ -63,4 +63,5 @@ bench: .venv/bench
 lint: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) tests/house.py
 	$(RUN) -m pyright

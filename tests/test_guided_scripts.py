@@ -184,7 +184,7 @@ def test_an_image_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Path
     ("words", "message"),
     [
         (("--guidance-method", "classifier"), "guidance by a classifier needs one: sample.py takes --classifier RUN"),
-        (("--mask", "m.png"), "--mask and --start-at are about a picture"),
+        (("--mask", "m.png"), "--mask and --start-at are about an image"),
         (("--resamplings", "3"), "--resamplings belongs to --mask"),
         (("--classifier", "x"), "guides only with --guidance-method classifier"),
         (("--upscaler", "x.pth"), "--upscaler is for --upscale"),

@@ -126,7 +126,7 @@ def test_from_one_set_of_images_to_another_in_latents(vae_run: Path, tmp_path: P
     assert "a mask needs a run that starts from" in refused("sample", tmp_path / "elsewhere", "--image", red, "--mask", red)
     message = refused("sample", tmp_path / "elsewhere", "--solver", "ancestral", "--out", tmp_path / "no")
     assert "the solver ancestral assumes Gaussian noise" in message
-    assert "has no chain of steps" in refused("evaluate", tmp_path / "elsewhere", "--likelihood")
+    assert "no bits per dimension" in refused("evaluate", tmp_path / "elsewhere", "--likelihood")
     dry = run_in_process("train_iadb.py", "-cfg", SMOKE, "--dry-run", *source_words, *settings(autoencoder=str(vae_run)))
     assert dry.status == 0 and "images/s" in dry.out and "nothing was written" in dry.out, dry.all
 
