@@ -116,7 +116,7 @@ def test_real_images_against_themselves_are_at_no_distance(tmp_path: Path) -> No
     assert "5 images in" in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
     (tmp_path / "empty").mkdir()
     assert "no image, and no folder with images" in refused("evaluate", tmp_path / "empty", "--data", SHAPES, *RANDOM)
-    assert "holds no pictures" in refused("evaluate", tmp_path / "copies", "--data", tmp_path / "empty", *RANDOM)
+    assert "holds no images" in refused("evaluate", tmp_path / "copies", "--data", tmp_path / "empty", *RANDOM)
     for kind, mode, size in (("oblong", "RGB", (20, 16)), ("grey", "L", (16, 16))):
         shutil.rmtree(tmp_path / "copies")
         (tmp_path / "copies").mkdir()
@@ -257,7 +257,7 @@ def test_distances_measured_otherwise_do_not_compare() -> None:
     session: Any = SimpleNamespace(best=None, step=10, cfg=config)
 
     def better(*words: Any) -> bool:
-        return Session.better(session, *words)
+        return Session.note_if_best(session, *words)
 
     assert better("frechet_distance", 8.0, "100 samples in a") and not better("frechet_distance", 9.0, "100 samples in a")
     assert better("frechet_distance", 300.0, "100 samples in b") and session.best["measured"] == "100 samples in b"
@@ -271,7 +271,7 @@ def test_distances_measured_otherwise_do_not_compare() -> None:
     [
         (("preview.quality.features=inception",), "get them from https"),
         (("preview.quality.features=inceptio",), "preview.quality.features 'inceptio' is not known"),
-        (("data.count=10",), "8 training pictures are too few to measure anything"),
+        (("data.count=10",), "8 training images are too few to measure anything"),
     ],
 )
 def test_what_a_run_that_is_to_be_measured_refuses(

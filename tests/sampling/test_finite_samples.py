@@ -138,8 +138,8 @@ def test_paths_and_reconstructions_that_are_no_numbers_warn() -> None:
 
 def test_a_value_that_is_no_number_is_never_the_best() -> None:
     session: Any = SimpleNamespace(best=None, step=3, cfg=SimpleNamespace(checkpoint=SimpleNamespace(keep_best=True)))
-    assert not Session.better(session, "l1", float("nan")) and session.best is None
-    assert Session.better(session, "l1", 0.5) and not Session.better(session, "l1", float("nan"))
+    assert not Session.note_if_best(session, "l1", float("nan")) and session.best is None
+    assert Session.note_if_best(session, "l1", 0.5) and not Session.note_if_best(session, "l1", float("nan"))
     assert session.best["l1"] == 0.5
 
 
