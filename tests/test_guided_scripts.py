@@ -22,7 +22,7 @@ from src.sampling import SamplerConfig, build_sampler
 from src.sampling.edit import load_edit, load_low
 from tests import kills
 from tests.conftest import SMOKE, Finished, launch, metrics, one_line, randomise, refused, run_in_process
-from tests.interop.upscalers import rrdb
+from tests.interop.test_upscaling import rrdb
 from tests.kills import settings
 
 CLASSIFIER = "configs/smoke/classifier.json"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -106,8 +105,12 @@ class LatentSet:
 
     def load_to_device(self, share: float = 0.3) -> None:
         """Load all blocks to the device if they take no more than `share` of the memory that is free there."""
-        on_gpu = self.device.type == "cuda"
-        free_bytes = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
+        if self.device.type == "cuda":
+            free_bytes = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            import psutil
+
+            free_bytes = psutil.virtual_memory().available
         if self.bytes <= share * free_bytes:
             self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 

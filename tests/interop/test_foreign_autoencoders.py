@@ -40,7 +40,7 @@ def test_an_autoencoder_is_opened_as_before_whatever_its_files_are_called(tmp_pa
     plain = open_autoencoder(str(tmp_path / "vae"), CPU)
     assert plain.digest == digest and plain.document == {"kind": "diffusers", "config": theirs.config}
     assert (plain.scaling, plain.factor, plain.channels, plain.latent_channels) == ((0.25, 2.0), 2, 3, 4)
-    assert any(f"{len(state)} tensors" in line for line in plain.told)
+    assert any(f"{len(state)} tensors" in line for line in plain.notes)
 
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     formerly = dict(state)
@@ -61,7 +61,7 @@ def test_an_autoencoder_is_opened_as_before_whatever_its_files_are_called(tmp_pa
     (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     opened = open_autoencoder(str(tmp_path / "pipeline"), CPU)
     assert opened.digest == digest
-    assert f"the autoencoder is {tmp_path / 'pipeline' / 'vae'}, a part of the pipeline" in opened.told[0]
+    assert f"the autoencoder is {tmp_path / 'pipeline' / 'vae'}, a part of the pipeline" in opened.notes[0]
 
 
 def test_what_is_no_whole_autoencoder_says_what_it_is(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_a_folder_is_read_as_it_was_written_and_refused_when_it_is_damaged(tmp_p
     tensors, documents = contents(folder)
     assert torch.equal(tensors["ema"]["w"], weights["w"]) and documents == {"progress": {"step": 3}}
     (folder / "progress.json").write_text("{}")
-    assert verify_checkpoint(folder) == "progress.json has 2 bytes instead of 14"
+    assert verify_checkpoint(folder) == "progress.json has 2 bytes instead of 15"
     with pytest.raises(UserError, match="final is damaged: progress.json has 2 bytes"):
         check_whole(folder)
 

@@ -104,15 +104,15 @@ def test_points_that_are_no_numbers(tmp_path: Path) -> None:
 
 def test_a_preview_that_is_no_number_warns_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The EMA's head is blown up before the first preview; the run itself trains to its end."""
-    run, before = tmp_path / "run", Session.now
+    run, before = tmp_path / "run", Session.is_due
 
     def blow(self: Session, word: str) -> bool:
         if word == "preview":
             with torch.no_grad():
-                self.trained.ema.network.head.weight.fill_(3e38)  # pyright: ignore[reportAttributeAccessIssue]
+                self.train_state.ema.network.head.weight.fill_(3e38)  # pyright: ignore[reportAttributeAccessIssue]
         return before(self, word)
 
-    monkeypatch.setattr(Session, "now", blow)
+    monkeypatch.setattr(Session, "is_due", blow)
     done = smoke(run, "process.clip=false", 'preview.quality={"every":2,"num_samples":10,"features":"random"}')
     assert done.status == 0 and read_json(run / "status.json")["state"] == "finished", done.all
     assert "warning: step 2: 2 of 2 samples of the preview are not finite (NaN or infinity); look at the loss" in done.out
