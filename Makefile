@@ -27,7 +27,7 @@ dev: .venv/dev
 	$(PIP) -e '.[bench]'
 	@touch $@
 
-# The whole pipeline on real handwritten digits: the autoencoder in stages, diffusion on its latents, pictures.
+# The whole pipeline on real handwritten digits: the autoencoder in stages, diffusion on its latents, images.
 demo: .venv/core
 	$(RUN) train_vae.py -cfg configs/digits_vae.json
 	$(RUN) train_ldm.py -cfg configs/digits_ldm.json
