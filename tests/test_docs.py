@@ -192,8 +192,15 @@ def runnable(page: str) -> list[str]:
     return [line for line in lines if not line.startswith(NOT_HERE)]
 
 
+SLOW = {"docs/pixels.md", "docs/blending.md"}  # of these `make soak` runs the commands
+
+
 @pytest.mark.timeout(900)  # up to some twenty scripts, one after the other
-@pytest.mark.parametrize("pages", TOGETHER, ids=lambda pages: "+".join(Path(page).stem for page in pages))
+@pytest.mark.parametrize(
+    "pages",
+    [pytest.param(group, marks=[pytest.mark.soak] if SLOW & set(group) else []) for group in TOGETHER],
+    ids=lambda pages: "+".join(Path(page).stem for page in pages),
+)
 def test_commands_run(pages: tuple[str, ...], smoke_run: Path, ldm_run: Path, vae_run: Path, tmp_path: Path) -> None:
     """Each command of the pages' ```sh blocks, but those of make, accelerate, benchmarks, buckets and clusters
     (tests/test_setup.py and tests/test_cluster.py have those)."""
