@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..config import UserError, quoted
-from ..data import GIVEN, ImageConfig, ImageSet, PointSet, open_data, open_given
+from ..data import GIVEN, ImageConfig, ImageSet, open_data, open_given
 from ..models import build_model
 from ..runtime.processes import same_on_all
 from ..runtime.sharding import build_device
@@ -19,8 +19,6 @@ from .config import DiffusionConfig, TrainConfig
 from .entry import train_here
 from .given import given_network, needs_null_class
 from .run_mode import RunMode
-
-Sets = tuple[ImageSet | PointSet | None, ...]
 
 
 @dataclass(frozen=True)
