@@ -63,7 +63,7 @@ def test_a_name_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyP
 
 def test_a_kind_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SHAPES, "members", list(SHAPES.members))
-    with pytest.raises(UserError, match=r"shape: 'star' is not known.*Allowed: 'circle', 'polygon'"):
+    with pytest.raises(UserError, match=r"shape.kind: 'star' is not known.*Allowed: 'circle', 'polygon'"):
         validate(Drawing, {"shape": {"kind": "star"}})
 
     @SHAPES.add

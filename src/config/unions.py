@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, Union, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, Union
 
-from pydantic import Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag, TypeAdapter
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 C = TypeVar("C", bound=type)
@@ -55,19 +55,16 @@ class OpenUnion:
         """pydantic's union of the classes that are registered now."""
         if self._built is None or self._built[0] != self.classes:
             union: Any = Annotated[Union[tuple(self.classes)], Field(discriminator=self.key)]  # noqa: UP007
-            if self.default is not None:
-                words = [(cls, word) for cls in self.classes for word in get_args(get_type_hints(cls)[self.key])]
-                tagged = tuple(Annotated[cls, Tag(word)] for cls, word in words)
-                union = Annotated[Union[tagged], Discriminator(self._word)]  # noqa: UP007
             self._built = (self.classes, TypeAdapter(union))
         return self._built[1]
 
-    def _word(self, value: Any) -> str | None:
-        return value.get(self.key, self.default) if isinstance(value, dict) else self.default
-
     def _read(self, value: Any) -> Any:
         """One of the classes as it is, for configs made in Python; else what the JSON says."""
-        return value if isinstance(value, tuple(self.classes)) else self.adapter.validate_json(json.dumps(value))
+        if isinstance(value, tuple(self.classes)):
+            return value
+        if isinstance(value, dict) and self.default is not None:
+            value = {self.key: self.default, **value}
+        return self.adapter.validate_json(json.dumps(value))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._read)

@@ -32,7 +32,7 @@ def test_a_unet_needs_no_kind() -> None:
     assert model_of(SMALL) == model_of({"kind": "unet", **SMALL})
     assert dump(Root(model=model_of(SMALL)))["model"]["kind"] == "unet"
     assert (model_of({"kind": "mlp"}).kind, model_of({"kind": "mlp"}).takes_points) == ("mlp", True)
-    with pytest.raises(UserError, match=r"model: 'unett' is not known; did you mean 'unet'\? Allowed: 'unet', 'mlp'"):
+    with pytest.raises(UserError, match=r"model.kind: 'unett' is not known; did you mean 'unet'\? Allowed: 'unet', 'mlp'"):
         model_of({"kind": "unett"})
     with pytest.raises(UserError, match=r"model\.base_chanels: unknown key; did you mean 'base_channels'"):
         model_of({"base_chanels": 8})
