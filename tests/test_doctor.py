@@ -34,6 +34,7 @@ def test_two_processes_on_this_machine_train_correctly(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "it leaves nothing"
 
 
+@pytest.mark.soak  # the whole proof once more; test_two_processes_on_this_machine_train_correctly has it in `make test`
 def test_a_launchers_processes_are_examined_and_rank_0_speaks(tmp_path: Path) -> None:
     lacking = ["--set", "data.source=folder", "--set", f"data.path={tmp_path / 'none'}"]
     done = launch("doctor.py", "-cfg", SMOKE, *lacking, "--run-dir", tmp_path, processes=2)
