@@ -171,7 +171,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
 
 def test_processes_with_different_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     same_on_all("a")
-    monkeypatch.setattr("src.runtime.processes.gather_object", lambda _: ["a", "b"])
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda _: ["a", "b"])
     with pytest.raises(UserError, match="different data sets"):
         same_on_all("a")
 

@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from ..config import UserError, dump
 from ..config.packages import is_installed
 from .environment import MachineConfig, check_arithmetic, check_launcher, check_world, explain_environment, multiply_exactly
 from .failures import Warn, warn_on_failure
 from .memory import keep_freed_memory
+from .processes import process_state
 from .sharding import plugin_for
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 
 def has_bf16_units() -> bool:
@@ -37,9 +39,12 @@ def precision_for(wanted: str) -> str:
 
 def start(
     machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path("."), fp16: bool = True, fsdp: bool = False
-) -> Accelerator:
+) -> "Accelerator":
     """The Accelerator, after holding the launcher against the config: each contradiction is a UserError. `fp16` False refuses
     that precision, whose loss scale two optimisers cannot share; `fsdp` False refuses FSDP."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+
     check_launcher(fsdp=fsdp)
     check_arithmetic(machine)
     trackers = tuple(tracker for tracker in trackers if is_installed(tracker))  # the session says which are not
@@ -90,7 +95,7 @@ def start(
     return accelerator
 
 
-def start_sampling(device: str | None = None) -> tuple[PartialState, torch.device]:
+def start_sampling(device: str | None = None) -> tuple["PartialState", torch.device]:
     """The processes, and the device of this one (`device` where it is given), without a training setup."""
     check_launcher()
     check_arithmetic(None)
@@ -99,7 +104,7 @@ def start_sampling(device: str | None = None) -> tuple[PartialState, torch.devic
     on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     try:
         with explain_environment():
-            state = PartialState(cpu=on_cpu)
+            state = process_state(cpu=on_cpu)
         check_world(state.num_processes)
         default = torch.device(state.device or "cpu")
         chosen = torch.device(device) if device is not None else default
@@ -111,7 +116,7 @@ def start_sampling(device: str | None = None) -> tuple[PartialState, torch.devic
     return state, chosen
 
 
-def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
+def start_trackers(accelerator: "Accelerator", project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
     """Open the trackers under the run's name, to go on at `step`; a tracker that fails to open is left out."""
     if not accelerator.log_with:
         return
@@ -141,7 +146,7 @@ def start_trackers(accelerator: Accelerator, project: str, run_dir: Path, settin
     accelerator.log_with, accelerator.trackers = wanted, opened
 
 
-def warm_up_ddp(accelerator: Accelerator, network: torch.nn.Module, *inputs: torch.Tensor) -> None:
+def warm_up_ddp(accelerator: "Accelerator", network: torch.nn.Module, *inputs: torch.Tensor) -> None:
     """Run one forward and backward whose gradients are thrown away. DDP orders its sums anew after its first backward, which
     changes their rounding from three ranks on; so this happens before the first step that counts."""
     if accelerator.num_processes < 3 or accelerator.is_fsdp2:
@@ -157,7 +162,7 @@ def undetermined(error: BaseException | None) -> str | None:
     return matched[1] if matched is not None else None
 
 
-def accumulating(accelerator: Accelerator, model: torch.nn.Module, part: int, parts: int) -> AbstractContextManager[Any]:
+def accumulating(accelerator: "Accelerator", model: torch.nn.Module, part: int, parts: int) -> AbstractContextManager[Any]:
     """Around the backward of micro-batch `part`: only the last one of a step averages gradients over the ranks. With FSDP each
     does, for until then every card would hold the gradients whole."""
     return accelerator.no_sync(model) if part < parts - 1 and not accelerator.is_fsdp2 else nullcontext()

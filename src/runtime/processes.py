@@ -6,20 +6,30 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 
 from ..config import UserError
 from ..storage.blocks import Ranks
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 T = TypeVar("T")
+
+
+def process_state(*, cpu: bool = False) -> "PartialState":
+    """The processes as accelerate knows them. Its import takes a second, so nothing of ours imports it before it is needed."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=cpu)
 
 
 def broadcast(chosen: T) -> T:
     """What the first rank chose or found, on all ranks."""
+    from accelerate.utils import broadcast_object_list
+
     box = [chosen]
     broadcast_object_list(box)
     return box[0]
@@ -93,6 +103,8 @@ class Heartbeats:
 
 def same_on_all(fingerprint: str) -> None:
     """A UserError where the processes were handed different data sets."""
+    from accelerate.utils import gather_object
+
     if len(set(gather_object([fingerprint]))) > 1:
         raise UserError("the processes were handed different data sets: make it the same on each, with a fixed seed")
 
@@ -105,6 +117,6 @@ def ranks_of(state: Any) -> Ranks:
 def ranks_of_machine() -> Ranks:
     """The processes of this machine, to share work on files that each machine keeps for itself; the barrier is that of all
     machines."""
-    state = PartialState()
+    state = process_state()
     world = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)) if state.num_processes > 1 else 1
     return Ranks(state.local_process_index, world, state.wait_for_everyone)

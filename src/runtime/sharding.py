@@ -4,12 +4,15 @@ accelerate and torch's `fully_shard` do it. What is saved is whole, keyed by par
 """
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
 
 from ..config import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
 
 # What accelerate takes from its fsdp_config: (what it takes without one, what is supported, why).
 _SUPPORTED = {
@@ -21,7 +24,7 @@ _SUPPORTED = {
 }
 
 
-def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
+def plugin_for(precision: str) -> "FullyShardedDataParallelPlugin | None":
     """The plugin for the Accelerator where the launcher asks for FSDP, else None; an unsupported setting is a UserError.
 
     accelerate's own bf16 would round all inputs, the time among them (999 becomes 1000), and sum gradients in bf16. Here the
@@ -37,6 +40,7 @@ def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
                 f"the launcher's {key} is {value or 'not set'}; set {key}: {supported} ({why}), as "
                 "configs/accelerate/fsdp.yaml does"
             )
+    from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy()
@@ -46,6 +50,6 @@ def plugin_for(precision: str) -> FullyShardedDataParallelPlugin | None:
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
 
 
-def build_device(accelerator: Accelerator) -> torch.device:
+def build_device(accelerator: "Accelerator") -> torch.device:
     """Where networks are built and loaded: the device; with FSDP the CPU, since a network may be too big for one card."""
     return torch.device("cpu") if accelerator.is_fsdp2 else accelerator.device

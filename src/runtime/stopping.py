@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from ..config import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class StopRequest:
@@ -76,7 +78,7 @@ class StepGate:
     `send` starts it, `read` ends it, usually one step later, so that no step waits for the device.
     """
 
-    def __init__(self, accelerator: Accelerator, stop: StopRequest, *, every_minutes: float | None, patience: int) -> None:
+    def __init__(self, accelerator: "Accelerator", stop: StopRequest, *, every_minutes: float | None, patience: int) -> None:
         self.device, self.distributed = accelerator.device, accelerator.num_processes > 1
         self.main = accelerator.is_main_process
         self.request, self.every_minutes = stop, every_minutes
