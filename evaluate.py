@@ -30,9 +30,8 @@ from src.metrics.features import NAMES, Features, open_features
 from src.report.report import write_report
 from src.runs.classifier import open_classifier
 from src.runs.opened import open_trained
-from src.runtime.failures import warn_on_failure
+from src.runtime.failures import explain_out_of_memory, warn_on_failure
 from src.runtime.launch import start_sampling
-from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
 from src.sampling.arguments import add_arguments, parse_steps, sampler_config

@@ -13,9 +13,8 @@ from src import figures
 from src.config import UserError, run_script, validate
 from src.diffusion import SOLVERS, SPACINGS, invertible_solvers
 from src.runs.opened import Opened, open_trained
-from src.runtime.failures import explain_failure
+from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
-from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.arguments import parse_alphas, parse_steps

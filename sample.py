@@ -13,9 +13,8 @@ import torch
 from src.config import UserError, run_script
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
-from src.runtime.failures import explain_failure
+from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
-from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.arguments import add_arguments, sampler_config

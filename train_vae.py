@@ -21,10 +21,9 @@ from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_
 from src.models import VAE, Discriminator
 from src.models.layers import channels_last
 from src.runs.autoencoder import start_from
-from src.runtime.examples import image_examples
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
-from src.runtime.stream import stream, to_network
+from src.runtime.stream import image_examples, stream, to_network
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_warnings
 from src.training.autoencoder_losses import bottleneck_terms, discriminator_terms, generator_terms
 from src.training.codebook import CodebookStep

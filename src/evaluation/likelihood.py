@@ -18,9 +18,9 @@ from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..diffusion import times as times_of
 from ..metrics.distances import Array
 from ..runs.opened import Opened
-from ..runtime.examples import Examples, image_examples
 from ..runtime.failures import warn_on_failure
 from ..runtime.seeds import noise_of
+from ..runtime.stream import Examples, image_examples
 from ..sampling.batches import in_batches
 from ..storage.blocks import in_blocks
 from ..storage.files import write_whole

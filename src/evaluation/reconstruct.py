@@ -16,8 +16,8 @@ from .. import figures, metrics
 from ..config import Length, config, resumable_field
 from ..losses import reconstruction_loss
 from ..metrics.reconstruction import SMALLEST_FOR_SSIM
-from ..runtime.examples import Examples
 from ..runtime.failures import Warn, warn_on_failure, warn_on_stderr
+from ..runtime.stream import Examples
 from ..sampling.batches import in_batches
 
 if TYPE_CHECKING:

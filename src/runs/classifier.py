@@ -23,8 +23,8 @@ from ..diffusion.schedules import BlendScheduleConfig, ScheduleConfig
 from ..models import Classifier, ClassifierConfig
 from ..models.layers import channels_last
 from ..runtime.checkpoint import load_weights
-from ..runtime.examples import Examples
 from ..runtime.seeds import noise_of
+from ..runtime.stream import Examples
 from .folders import read_weights
 
 

@@ -8,8 +8,8 @@ import torch
 from ..config import UserError
 from ..data import ImageConfig, ImageSet, PointSet, describe_data, open_data, open_given, open_given_points, open_points
 from ..data.points import DensitySource, density_image, is_point_source
-from ..runtime.examples import Examples, image_examples
 from ..runtime.processes import same_on_all
+from ..runtime.stream import Examples, image_examples
 from .autoencoder import LatentCodec
 from .latents import Latents
 from .starts import SourceSampler

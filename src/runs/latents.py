@@ -30,9 +30,8 @@ from ..data.latents import (
     sums_of,
 )
 from ..data.transforms import DECODER
-from ..runtime.examples import Examples
 from ..runtime.processes import broadcast
-from ..runtime.stream import to_network
+from ..runtime.stream import Examples, to_network
 from ..storage.blocks import Block, Ranks
 from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
 from ..storage.files import link_file, write_whole

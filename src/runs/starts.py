@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.examples import Examples
 from ..runtime.seeds import generator
+from ..runtime.stream import Examples
 
 Bound = float | Tensor
 Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, indices of images, draw) -> (B, *shape) on the CPU

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import Length, UserError, config, resumable_field
 from ..storage.files import as_json, explain_full_disk, new_folder, write_flushed, write_whole
 from ..storage.finite import check_finite
-from .parts import part_of
+from .sharding import part_of
 
 MANIFEST = "MANIFEST.json"
 Tensors = Mapping[str, Mapping[str, Tensor]]

@@ -1,6 +1,7 @@
 """Images, curves and reports that a run makes beside its work: where one fails, the run warns in one line and goes on."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,3 +118,43 @@ def explain_failure(what: str | Path) -> Iterator[None]:
         if is_out_of_memory(error) or is_lost_rank(error):
             raise
         raise UserError(f"{what} was not made ({reason_of(error)}); what was drawn before it stays") from error
+
+
+@contextmanager
+def explain_out_of_memory(
+    batch: int, micro: int | None = None, *, key: str = "micro_batch_size"
+) -> Iterator[Callable[[int, int, str], None]]:
+    """Around steps: an out-of-memory error becomes OutOfMemory, which says which micro-batch to try.
+
+    Yields a function to call with another batch, micro-batch and key where these change on the way.
+    """
+    current = (batch, micro, key)
+
+    def change(batch: int, micro: int, key: str) -> None:
+        nonlocal current
+        current = (batch, micro, key)
+
+    try:
+        yield change
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(*current) from error
+        raise
+
+
+class OutOfMemory(UserError):
+    """Too large a micro-batch, and which one to try: the largest of at most half of it that divides `batch` on the processes
+    that there are."""
+
+    def __init__(self, batch: int, micro: int | None, key: str) -> None:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.key, self.micro = key, micro or batch // world
+        on_command_line = key.startswith("--")
+        smaller = [size for size in range(1, self.micro // 2 + 1) if on_command_line or batch % (size * world) == 0]
+        if not smaller:
+            advice = "a smaller image.size or model.base_channels"
+        elif on_command_line:
+            advice = f"{key} {smaller[-1]}"
+        else:
+            advice = f"--set {key}={smaller[-1]} and, if previews are large, a smaller preview.batch_size"
+        super().__init__(f"out of memory at {key} {self.micro}; try {advice}")

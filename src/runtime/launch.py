@@ -1,8 +1,10 @@
 """Start on the devices of this machine, after holding the launcher against the config; trackers, DDP and accumulation."""
 
+import ctypes
 import hashlib
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +18,6 @@ from ..config import UserError, dump
 from ..config.packages import is_installed
 from .environment import MachineConfig, check_arithmetic, check_launcher, check_world, explain_environment, multiply_exactly
 from .failures import Warn, warn_on_failure
-from .memory import keep_freed_memory
 from .processes import process_state
 from .sharding import plugin_for
 
@@ -166,3 +167,15 @@ def accumulating(accelerator: "Accelerator", model: torch.nn.Module, part: int, 
     """Around the backward of micro-batch `part`: only the last one of a step averages gradients over the ranks. With FSDP each
     does, for until then every card would hold the gradients whole."""
     return accelerator.no_sync(model) if part < parts - 1 and not accelerator.is_fsdp2 else nullcontext()
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep what one step frees for the next; gives whether it does, which is False without glibc and where
+    MALLOC_TRIM_THRESHOLD_ is set. By default glibc gives large blocks back to the system and asks for them anew, which costs a
+    CPU a tenth of a step."""
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return False
+    # the largest that this version of glibc takes
+    return bool(mallopt(trim, 1 << 30)) and any(mallopt(mmap, 1 << size) for size in (30, 25))

@@ -3,7 +3,7 @@
 import itertools
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,3 +196,23 @@ def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.
     """(B, H, W, C) uint8 -> (B, C, H, W) in [-1, 1] on the device."""
     moved = images.to(device, non_blocking=True)
     return rearrange(moved, "b h w c -> b c h w").to(dtype) / 127.5 - 1
+
+
+class Examples(NamedTuple):
+    """Labels (N,), -1 for none, and `load(indices)`, which gives x0 (B, C, H, W) on the CPU or the device, always the same for
+    an index."""
+
+    labels: NDArray[np.int64]
+    load: Callable[[NDArray[np.int64]], Tensor]
+
+
+def image_examples(held_out: ImageSet, spec: ImageConfig) -> Examples:
+    """Images cut from the middle, in [-1, 1]."""
+    plain = ImageConfig(size=spec.size, channels=spec.channels)
+    held_out.prepare(plain)
+
+    def load(indices: NDArray[np.int64]) -> Tensor:
+        pixels = held_out.batch(indices, plain, np.full((len(indices), 3), 0.5))
+        return to_network(torch.from_numpy(pixels), torch.device("cpu"))
+
+    return Examples(held_out.labels, load)

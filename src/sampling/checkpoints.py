@@ -15,9 +15,8 @@ from ..config import UserError, quoted
 from ..config.progress import Progress
 from ..runs.classifier import open_classifier
 from ..runs.opened import Opened, open_trained
-from ..runtime.failures import explain_failure
+from ..runtime.failures import explain_failure, explain_out_of_memory
 from ..runtime.launch import start_sampling
-from ..runtime.memory import explain_out_of_memory
 from .arguments import add_arguments, sampler_config
 from .batches import in_batches
 from .build import build_sampler, count_for_classes

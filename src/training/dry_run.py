@@ -17,7 +17,7 @@ from ..config import ENDLESS, read_json, to_steps
 from ..config.progress import say
 from ..report.report import SAMPLE_BYTES
 from ..runtime.checkpoint import keeps_best, newest
-from ..runtime.memory import OutOfMemory
+from ..runtime.failures import OutOfMemory
 from ..runtime.processes import broadcast
 from ..runtime.stream import BatchPlan, plan_batch
 from .clock import Cadence, Clock, peak_memory_gigabytes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import Length, UserError, config, quoted, read_json
 from ..runtime.checkpoint import read_tensors, verify_checkpoint, write_folder
-from ..runtime.parts import shard_as
+from ..runtime.sharding import shard_as
 from ..runtime.stream import BatchPlan
 
 WIDTHS = (0.05, 0.1)  # of the averages that snapshots are taken of

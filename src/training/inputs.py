@@ -17,9 +17,8 @@ from ..runs.autoencoder import Autoencoder
 from ..runs.densities import Density, ImageDensity, LatentDensity, PointDensity, given_density, open_density
 from ..runs.latents import cache_folder, latents_of
 from ..runs.starts import Start, latent_bounds
-from ..runtime.examples import Examples
 from ..runtime.seeds import normal, torch_seed
-from ..runtime.stream import BatchPlan, MicroBatch, Order, latent_stream, positions_of, stream, to_network
+from ..runtime.stream import BatchPlan, Examples, MicroBatch, Order, latent_stream, positions_of, stream, to_network
 
 Batches = Generator[tuple[MicroBatch, Tensor | None], None, None]
 

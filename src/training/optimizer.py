@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config import Length, Span, UserError, config
-from ..runtime.parts import full, on_cpu, part_of
+from ..runtime.sharding import full, on_cpu, part_of
 
 
 @config

@@ -23,9 +23,8 @@ from ..data.transforms import DECODER
 from ..diffusion import SOLVERS
 from ..runs.latents import CONTENT, write_sample_blocks
 from ..runs.opened import open_run
-from ..runtime.examples import Examples
 from ..runtime.processes import ranks_of
-from ..runtime.stream import BatchPlan, MicroBatch, Order, positions_of
+from ..runtime.stream import BatchPlan, Examples, MicroBatch, Order, positions_of
 from ..sampling.build import build_sampler
 from ..sampling.config import SamplerConfig
 from ..sampling.sampler import random_labels

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import figures
 from ..diffusion import Prediction
-from ..runtime.examples import Examples
 from ..runtime.seeds import generator
+from ..runtime.stream import Examples
 from ..sampling.config import SamplerConfig
 from ..sampling.sampler import Sampler
 from .config import PathPreviewConfig

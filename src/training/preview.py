@@ -19,10 +19,9 @@ from ..diffusion import Process, TableSchedule
 from ..evaluation.quality import Quality
 from ..runs.autoencoder import LatentCodec
 from ..runs.starts import Bound, Start
-from ..runtime.examples import Examples
 from ..runtime.failures import Outcome, failed_on_any, warn_on_failure
 from ..runtime.seeds import generator, noise_of, normal
-from ..runtime.stream import to_network
+from ..runtime.stream import Examples, to_network
 from ..sampling.build import sampler_of
 from ..sampling.sampler import Codec, Sampler
 from ..storage.finite import is_finite

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
-from ..runtime.failures import is_lost_rank
+from ..runtime.failures import explain_out_of_memory, is_lost_rank
 from ..runtime.launch import undetermined
-from ..runtime.memory import explain_out_of_memory
 from ..runtime.processes import silent_ranks
 from ..storage.files import link_file
 from .config import TrainConfig

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..runtime import checkpoint
-from ..runtime.parts import on_cpu
+from ..runtime.sharding import on_cpu
 from .ema import EMA
 from .optimizer import load_optimizer_state, names_of, optimizer_state
 from .time_sampler import TimeSampler

@@ -17,8 +17,7 @@ from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder, LatentCodec
 from src.runs.latents import latents_of
-from src.runtime.examples import image_examples
-from src.runtime.stream import latent_stream, plan_batch, to_network
+from src.runtime.stream import image_examples, latent_stream, plan_batch, to_network
 from src.storage.caches import blocks_of
 from tests.conftest import randomise
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from src.diffusion import BlendSchedule, Prediction, Process, TimeInput
 from src.models import MLP, MLPConfig
-from src.runtime.examples import Examples
+from src.runtime.stream import Examples
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.inversion import measure
 from src.sampling.points import move_points, velocity

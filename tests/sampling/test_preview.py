@@ -15,8 +15,7 @@ from src.config import validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.diffusion import ProcessConfig, build_process
-from src.runtime.examples import image_examples
-from src.runtime.stream import plan_batch
+from src.runtime.stream import image_examples, plan_batch
 from src.sampling import Sampler, SamplerConfig
 from src.training.config import PreviewConfig
 from src.training.preview import held_out_loss, preview, save_first_images

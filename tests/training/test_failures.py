@@ -20,8 +20,15 @@ from src import figures
 from src.config import UserError
 from src.report import report
 from src.runtime.checkpoint import verify_checkpoint
-from src.runtime.failures import failed_on_any, finish_trackers, for_each_tracker, is_out_of_memory, reason_of, warn_on_failure
-from src.runtime.memory import OutOfMemory
+from src.runtime.failures import (
+    OutOfMemory,
+    failed_on_any,
+    finish_trackers,
+    for_each_tracker,
+    is_out_of_memory,
+    reason_of,
+    warn_on_failure,
+)
 from src.sampling.sampler import Sampler
 from src.training import preview
 from src.training.run import RunDirectory

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from src.config import UserError, validate
 from src.models import UNet, UNetConfig
 from src.runtime import checkpoint
-from src.runtime.parts import full
+from src.runtime.sharding import full
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, adamw, build_optimizer, update
 from src.training.sharding import prepare

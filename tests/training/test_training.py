@@ -24,8 +24,8 @@ from src.data.facts import describe_data
 from src.data.sources import ShapesSource
 from src.runtime import checkpoint
 from src.runtime.checkpoint import CheckpointConfig, load_weights, newest, retain, step_folder, verify_checkpoint, write_folder
+from src.runtime.failures import explain_out_of_memory
 from src.runtime.launch import MachineConfig, has_bf16_units, precision_for, start, start_sampling
-from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import Heartbeats
 from src.runtime.seeds import generator, normal, torch_seed, uniforms
 from src.runtime.stopping import StepGate, StopRequest
@@ -693,7 +693,7 @@ def test_glibc_keeps_what_is_freed_unless_the_environment_says_how(variables: di
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("not glibc")
     code = (
-        "import psutil, torch; from src.runtime.memory import keep_freed_memory; print(keep_freed_memory());"
+        "import psutil, torch; from src.runtime.launch import keep_freed_memory; print(keep_freed_memory());"
         "x = torch.ones(16 << 20); me = psutil.Process(); before = me.memory_info().rss; del x;"
         "print(before - me.memory_info().rss > 32 << 20)"
     )
