@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import UserError, config
 from .config.packages import ask_for, needed
 from .models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
-from .storage.downloads import put_weights, read_weights
+from .storage.weight_files import put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}

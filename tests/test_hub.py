@@ -14,7 +14,7 @@ from src.data.sources import DatasetsSource, open_sources
 from src.interop import diffusers_folder as folders
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import open_autoencoder
-from src.storage.hub import hub_reason
+from src.storage.downloads import hub_reason
 from tests.conftest import refused
 from tests.interop.test_foreign_autoencoders import vae
 

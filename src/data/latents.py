@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import UserError, read_json
-from ..storage.caches import blocks_of
+from ..storage.blocks import blocks_of
 
 Moments = NDArray[np.float32]
 WORDS = {

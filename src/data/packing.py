@@ -17,8 +17,8 @@ from PIL import Image
 
 from ..config import UserError
 from ..config.progress import Progress
+from ..storage.blocks import stage_folder
 from ..storage.files import write_flushed
-from ..storage.requests import stage_folder
 from .sources import ImageSet
 from .sources.images import name_fraction
 from .sources.packed import PACK_VERSION

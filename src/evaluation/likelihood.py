@@ -22,10 +22,9 @@ from ..runtime.failures import warn_on_failure
 from ..runtime.seeds import noise_of
 from ..runtime.stream import Examples, image_examples
 from ..sampling.batches import in_batches
-from ..storage.blocks import in_blocks
+from ..storage.blocks import claim_folder, in_blocks
 from ..storage.files import write_whole
 from ..storage.finite import is_finite
-from ..storage.requests import claim_folder
 from .features import join_batches
 from .results import Setup
 

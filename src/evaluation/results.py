@@ -19,9 +19,8 @@ from ..metrics.features import Features
 from ..runtime.failures import warn_on_failure
 from ..sampling.batches import in_batches
 from ..sampling.sampler import Sampler
-from ..storage.blocks import Ranks, in_blocks
+from ..storage.blocks import Ranks, claim_folder, in_blocks
 from ..storage.files import write_whole
-from ..storage.requests import claim_folder
 from .features import BLOCK, extract_all, on_screen, pixels_of, real_features
 from .registry import METRICS, Comparison, FeatureSets
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import UserError, prefix_errors, validate
 from ..diffusion import ProcessConfig
 from ..runs.diffusers_autoencoder import WEIGHTS
-from ..storage.hub import from_hub, hub_name_of_url, is_hub_name
+from ..storage.downloads import from_hub, hub_name_of_url, is_hub_name
 from ..storage.networks import UNET_2D, few, find_network, preference
 from ..storage.weight_files import find_files, read_files, read_foreign_json
 from .imported import LATENTS, Imported

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..config import UserError
 from ..config.packages import ask_for, needed
 from ..models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
-from ..storage.downloads import put_weights, read_weights
+from ..storage.downloads import hub_reason
 from ..storage.finite import check_finite
-from ..storage.hub import hub_reason
+from ..storage.weight_files import put_weights, read_weights
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..storage.downloads import fetch_weights, how_to_bring, put_weights, read_weights
+from ..storage.downloads import fetch_weights, how_to_bring
+from ..storage.weight_files import put_weights, read_weights
 
 
 def import_torchvision() -> ModuleType:

@@ -24,7 +24,7 @@ from ..runtime.checkpoint import (
     write_folder,
 )
 from ..runtime.seeds import normal
-from ..storage.hub import hub_name_of_url, is_hub_name
+from ..storage.downloads import hub_name_of_url, is_hub_name
 from ..storage.networks import few
 from ..storage.weight_files import read_foreign_json
 from .diffusers_autoencoder import autoencoder_from_config, load_autoencoder

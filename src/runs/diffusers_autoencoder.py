@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import UserError, prefix_errors, quoted
 from ..config.packages import ask_for, needed
 from ..models.pretrained import import_torchvision
-from ..storage.hub import from_hub
+from ..storage.downloads import from_hub
 from ..storage.networks import KL, few, find_network, present_names
 from ..storage.weight_files import find_files, read_files, read_foreign_json
 

@@ -32,8 +32,7 @@ from ..data.latents import (
 from ..data.transforms import DECODER
 from ..runtime.processes import broadcast
 from ..runtime.stream import Examples, to_network
-from ..storage.blocks import Block, Ranks
-from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
+from ..storage.blocks import BLOCK, Block, Ranks, blocks_of, make_cache, write_block
 from ..storage.files import link_file, write_whole
 from ..storage.finite import is_finite
 from .autoencoder import Autoencoder, LatentCodec

@@ -1,8 +1,11 @@
 """Arrays over many items, made in blocks that are files: dealt to ranks, each whole or absent, so that a kill costs one."""
 
 import io
+import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 from ..config import UserError
 from ..config.progress import Progress
 from .files import write_whole
+from .locks import take_lock
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -87,3 +91,113 @@ def wait_for(paths: Sequence[Path], seconds: float = 60) -> None:
         if time.monotonic() > limit:
             raise UserError(f"{missing[0]} was not written; run the same command again to go on")
         time.sleep(0.2)
+
+
+def is_of_request(file: Path, request: Mapping[str, Any], *, without: Collection[str] = ()) -> bool:
+    """Whether `file` holds this request, its keys `without` left aside; False for a file that is missing or cannot be read."""
+    try:
+        known = json.loads(file.read_text())
+        return {key: value for key, value in known.items() if key not in without} == json.loads(json.dumps(request))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def claim_folder(
+    file: Path,
+    request: Mapping[str, Any],
+    ranks: Ranks,
+    *,
+    holds: str,
+    advice: str = "give another --out or remove it",
+    notes: Mapping[str, Any] | None = None,
+    newer_keys: Collection[str] = (),
+    indent: int | None = None,
+) -> None:
+    """Write `request` and `notes`, which decide nothing, to `file` in the folder of results: on one rank, while all wait.
+
+    A UserError where the folder holds something of another request, in words `holds`. Hidden files count for nothing. A request
+    that was written before its `newer_keys` came up counts as the same.
+    """
+    out, notes = file.parent, notes or {}
+    older = {key: value for key, value in request.items() if key not in newer_keys}
+    others = out.exists() and any(path.name[0] != "." and path != file for path in out.iterdir())
+    if others and not any(is_of_request(file, known, without=notes) for known in (request, older)):
+        raise UserError(f"{out} holds other {holds}; {advice}")
+    ranks.barrier()  # all have looked before one writes
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(file, (json.dumps({**request, **notes}, indent=indent) + ("\n" if indent else "")).encode())
+    ranks.barrier()
+
+
+def stage_folder(staged: Path, request: Mapping[str, Any]) -> bool:
+    """Make a folder ready for what goes on after a kill; gives whether it holds parts of this request already. What it holds of
+    another request is removed."""
+    file = staged / "request.json"
+    if is_of_request(file, request):
+        return True
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    file.write_text(json.dumps(request))
+    return False
+
+
+BLOCK = 256  # items in a file, and what a kill costs at most
+
+
+def blocks_of(folder: Path, split: str, count: int) -> list[Block]:
+    """The blocks of so many items; the path of each is that of its .json, which is written last."""
+    return cut_blocks(count, BLOCK, lambda i: folder / split / f"block_{i:05d}.json")
+
+
+def write_block(block: Block, values: NDArray[np.float32], facts: Mapping[str, Any]) -> None:
+    """Write the array of a block and what is known of it; both are there, whole, once the .json is."""
+    block.path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.save(content, values)  # into memory: given a file, NumPy goes past Python and loses why it could not write
+    write_whole(block.path.with_suffix(".npy"), content.getbuffer())
+    write_whole(block.path, json.dumps(facts).encode())
+
+
+def make_cache(
+    folder: Path,
+    contract: dict[str, Any],
+    counts: dict[str, int],
+    make: Callable[[str, Block], None],
+    finish: Callable[[Path], dict[str, Any]],
+    ranks: Ranks,
+    *,
+    name: str,
+    doing: str,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Make a cache of `counts` items per split on all ranks: `make(split, block)` writes one block by `write_block`.
+
+    manifest.json has the contract, the counts, what `finish(folder)` adds, and `notes`. Staged in FOLDER.partial: after a kill
+    the same call goes on, where contract and notes are the same. A UserError where another process makes it.
+    """
+    request = {**contract, **(notes or {})}
+    staged = folder.with_name(folder.name + ".partial")
+    ranks.barrier()  # all have seen that it is not there before one writes
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(folder.with_name(f".{folder.name}.lock"), "w"))
+            if not take_lock(lock):
+                raise UserError(f"the {name} {folder} is being made by another process; wait for it")
+            if folder.exists():
+                raise UserError(f"the {name} {folder} was made by another process meanwhile; run the same command again")
+            stage_folder(staged, request)
+        ranks.barrier()
+        blocks = [block for split, count in counts.items() for block in blocks_of(staged, split, count)]
+        try:
+            make_blocks(blocks, lambda block: make(block.path.parent.name, block), ranks, doing=doing)
+        except UserError:  # no later call can go on from here
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        if ranks.rank == 0:
+            document = {**request, "counts": counts, **finish(staged)}
+            write_whole(staged / "manifest.json", json.dumps(document, indent=1).encode())
+            (staged / "request.json").unlink()
+            staged.replace(folder)
+        ranks.barrier()

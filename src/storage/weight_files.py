@@ -14,8 +14,10 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ..config import UserError, quoted
+from .finite import check_finite
 from .networks import few, flatten, preference
 
 LFS_POINTER = b"version https://git-lfs"
@@ -242,3 +244,29 @@ def read_files(files: FileSet) -> Any:
             if isinstance(registered, Mapping) and any(preference(name) == 2 or "." in name for name in flatten(registered)):
                 averages[path.stem] = registered
     return {**content, **averages} if averages and isinstance(content, Mapping) else content
+
+
+def read_weights(path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a `.pth` or `.safetensors` file; a UserError begins with `key`, the part of the config that wants them."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{key}: there is no file {path}") from None
+    except Exception:  # the libraries raise anything for bytes that are no weights
+        raise UserError(f"{key}: {path} is damaged, or holds no weights; get it again") from None
+    if isinstance(weights, dict):
+        check_finite(weights, f"{key}: {path}", "get the file again")
+    return weights
+
+
+def put_weights(network: torch.nn.Module, weights: dict[str, Tensor], path: Path, key: str) -> None:
+    """Load all of a network's weights, or a UserError."""
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError):
+        raise UserError(f"{key}: {path} holds the weights of another network") from None

@@ -28,8 +28,7 @@ from ..runtime.stream import BatchPlan, Examples, MicroBatch, Order, positions_o
 from ..sampling.build import build_sampler
 from ..sampling.config import SamplerConfig
 from ..sampling.sampler import random_labels
-from ..storage.blocks import Block
-from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
+from ..storage.blocks import BLOCK, Block, blocks_of, make_cache, write_block
 from ..storage.files import write_whole
 from .config import LatentConfig
 from .inputs import Batches, Coupling

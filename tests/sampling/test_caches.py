@@ -122,7 +122,7 @@ def test_a_dry_run_does_not_write_to_a_cache(tmp_path: Path) -> None:
 
 def test_a_cache_for_a_rehearsal_is_one_block_under_many_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.runs.latents.BLOCK", 4)
-    monkeypatch.setattr("src.storage.caches.BLOCK", 4)
+    monkeypatch.setattr("src.storage.blocks.BLOCK", 4)
     folder, cache = bitmaps(tmp_path / "images", 0), tmp_path / "cache"
     images = opened(folder)
     seconds = write_sample_cache(autoencoder(), images, None, IMAGE, cache, batch_size=4, workers=0)

@@ -18,7 +18,7 @@ from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder, LatentCodec
 from src.runs.latents import latents_of
 from src.runtime.stream import image_examples, latent_stream, plan_batch, to_network
-from src.storage.caches import blocks_of
+from src.storage.blocks import blocks_of
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")

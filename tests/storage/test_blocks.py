@@ -7,10 +7,21 @@ import numpy as np
 import pytest
 
 from src.config import UserError
-from src.storage.blocks import Block, Ranks, cut_blocks, in_blocks, make_blocks, wait_for
-from src.storage.caches import blocks_of, make_cache, write_block
+from src.storage.blocks import (
+    Block,
+    Ranks,
+    blocks_of,
+    claim_folder,
+    cut_blocks,
+    in_blocks,
+    is_of_request,
+    make_blocks,
+    make_cache,
+    stage_folder,
+    wait_for,
+    write_block,
+)
 from src.storage.locks import take_lock
-from src.storage.requests import claim_folder, is_of_request, stage_folder
 
 
 def test_blocks_cover_all_items_and_only_missing_ones_are_made(tmp_path: Path) -> None:
@@ -74,7 +85,7 @@ def test_a_cache_goes_on_where_it_was_and_has_a_manifest(tmp_path: Path) -> None
 
 
 def test_a_cache_that_another_process_makes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.storage.caches.take_lock", lambda file: take_lock(file) and False)
+    monkeypatch.setattr("src.storage.blocks.take_lock", lambda file: take_lock(file) and False)
     with pytest.raises(UserError, match="the cache .*x is being made by another process; wait for it"):
         make_cache(tmp_path / "x", {}, {"a": 1}, lambda *_: None, lambda _: {}, Ranks(), name="cache", doing="testing")
 

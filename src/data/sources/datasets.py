@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ...config import UserError, config
 from ...config.packages import needed
-from ...storage.hub import hub_reason
+from ...storage.downloads import hub_reason
 from .. import formats
 from ..names import class_of, find_spelling
 from ..scan import Absent, ScanConfig, scan
