@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import stat
 import struct
 import sys
@@ -15,30 +14,19 @@ from pathlib import Path, PurePosixPath
 
 from ..config import FULL, UserError
 from ..config.progress import Progress, track
-from .files import check_is_new, new_folder
+from .files import check_is_new, check_room, new_folder, size
+
+ENDINGS = (".tar.gz", ".tar.xz", ".tar.bz2", ".zip", ".tar", ".tgz", ".txz", ".tbz2")
 
 
 class Damaged(UserError):
     """The archive itself is at fault, and has to be made or brought anew."""
 
 
-def size(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
-
-
-ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-
-
 def stem(archive: str) -> str | None:
     """`x` of `x.tar.gz`; None of what is no archive."""
-    ending = next((ending for ending in sorted(ENDINGS, key=len, reverse=True) if archive.lower().endswith(ending)), None)
-    return archive[: -len(ending)] or None if ending else None
-
-
-def _inside(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not name.startswith("/") and ".." not in parts and not re.match("[A-Za-z]:", name)
+    ending = next((ending for ending in ENDINGS if archive.lower().endswith(ending)), archive)
+    return archive[: -len(ending)] or None
 
 
 def _zip_name(member: zipfile.ZipInfo) -> tuple[str, bool]:
@@ -67,51 +55,63 @@ def _unicode_field(extra: bytes, raw: bytes) -> bytes:
     return raw
 
 
-def _of_macos(name: str) -> bool:
-    """Whether macOS put the file beside the others, to show folders or to keep what other systems cannot."""
-    parts = PurePosixPath(name).parts
-    return "__MACOSX" in parts or (bool(parts) and (parts[-1].startswith("._") or parts[-1] == ".DS_Store"))
-
-
 class _Names:
-    """The names that were unpacked, and the notes about them."""
+    """The names that were unpacked to the folder `staged`, and the notes about them."""
 
-    def __init__(self, archive: Path) -> None:
-        self._archive, self._known = archive, dict[str, str]()
-        self._twice, self._alike = list[str](), list[str]()
-        self.garbled, self.of_macos = list[str](), 0
+    def __init__(self, archive: Path, staged: Path) -> None:
+        self._archive, self._staged = archive, staged
+        self._known, self._contents = dict[str, str](), dict[str, object]()
+        self._twice, self._alike, self.garbled, self._of_macos = list[str](), list[str](), list[str](), 0
 
-    def add(self, name: str, place: Path, *, same: bool = False) -> None:
-        """Note that a file is unpacked to `place`; `same` says that its content is there already under this name. A UserError
-        where the disk takes two names for one."""
-        key = unicodedata.normalize("NFC", PurePosixPath(name).as_posix()).casefold()
-        known = self._known.setdefault(key, "")
-        if not known:
-            self._known[key] = name
-        elif known == name:
-            self._twice += [] if same else [repr(name)]
-        elif place.exists() and not place.is_dir():
-            raise Damaged(f"{self._archive}: {known!r} and {name!r} are one file on this disk; unpack it on another one")
-        else:
-            self._alike.append(f"{known!r} and {name!r}")
+    def refuse(self, name: str) -> Damaged:
+        return Damaged(f"{self._archive}: the name {name!r} would leave the folder; the archive is refused")
 
-    def print_notes(self) -> None:
-        notes = []
-        for names, what in (
-            (self._twice, "in it more than once, with different contents: the last one was taken"),
-            (self._alike, "names that look alike: they are kept apart, and folders of them are different classes"),
-        ):
-            if names:
-                notes.append(f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {what}")
+    def check(self, name: str, written: str) -> None:
+        """A UserError where `name`, `written` in another way, leaves the folder."""
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or re.match("[A-Za-z]:", name):
+            raise self.refuse(written)
+
+    def add(self, name: str, *, is_file: bool, content: object = None) -> bool:
+        """Note a name, and say whether it is to be unpacked: files are not that macOS put beside the others, to show folders or
+        to keep what other systems cannot. Equal `content` under one name is the same. A UserError where the disk takes two
+        names for one."""
+        path = PurePosixPath(name)
+        if "__MACOSX" in path.parts or path.name.startswith("._") or path.name == ".DS_Store":
+            self._of_macos += is_file
+            return False
+        if is_file:
+            known = self._known.setdefault(unicodedata.normalize("NFC", path.as_posix()).casefold(), name)
+            place = self._staged / name
+            if known != name and place.exists() and not place.is_dir():
+                raise Damaged(f"{self._archive}: {known!r} and {name!r} are one file on this disk; unpack it on another one")
+            if known != name:
+                self._alike.append(f"{known!r} and {name!r}")
+            elif name in self._contents and (content is None or self._contents[name] != content):
+                self._twice.append(repr(name))
+            self._contents[name] = content
+        return True
+
+    def print_notes(self) -> int:
+        """Print what a person should know; gives the number of files."""
+        notes = [
+            f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {what}"
+            for names, what in (
+                (self._twice, "in it more than once, with different contents: the last one was taken"),
+                (self._alike, "names that look alike: they are kept apart, and folders of them are different classes"),
+            )
+            if names
+        ]
         if self.garbled:
             notes.append(
                 f"{len(self.garbled)} names, such as {self.garbled[0]!r}, do not say in which code page their letters are; if "
                 "they read wrongly, unpack with unzip -O CODEPAGE (such as gbk, shift_jis, cp866)"
             )
-        if self.of_macos:
-            notes.append(f"{self.of_macos} files of macOS (__MACOSX, ._names) are left out")
+        if self._of_macos:
+            notes.append(f"{self._of_macos} files of macOS (__MACOSX, ._names) are left out")
         for note in notes:
             print(f"note: {self._archive}: {note}", file=sys.stderr)
+        return len(self._contents)
 
 
 def unpack(archive: Path, out: Path) -> int:
@@ -132,74 +132,47 @@ def unpack(archive: Path, out: Path) -> int:
             raise Damaged(f"{archive}: neither a zip nor a tar archive (or its beginning is damaged)")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
-            bytes_in_words = size(archive.stat().st_size)
-            raise UserError(
-                f"{archive} ({bytes_in_words}) was not unpacked: the disk is full; make room and try again"
-            ) from None
+            amount = size(archive.stat().st_size)
+            raise UserError(f"{archive} ({amount}) was not unpacked: the disk is full; make room and try again") from None
         raise Damaged(f"{archive}: cannot be unpacked: {' '.join(str(error).split())}") from None
 
 
-def _refuse(archive: Path, name: str) -> Damaged:
-    return Damaged(f"{archive}: the name {name!r} would leave the folder; the archive is refused")
-
-
-def _check_room(staged: Path, needed: int, what: str) -> None:
-    free_bytes = shutil.disk_usage(staged).free
-    if needed > free_bytes:
-        raise UserError(f"{what} {size(needed)} and {size(free_bytes)} are free; make room")
-
-
 def _unpack_zip(archive: Path, staged: Path) -> int:
-    names, contents = _Names(archive), dict[str, tuple[int, int]]()  # of each name its checksum and size
+    names = _Names(archive, staged)
     with zipfile.ZipFile(archive) as file:
         members = file.infolist()
         for member in members:
-            name, guessed = _zip_name(member)
-            if not _inside(name):
-                raise _refuse(archive, member.orig_filename)
+            member.filename, guessed = _zip_name(member)
+            names.check(member.filename, member.orig_filename)
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise Damaged(f"{archive}: {member.orig_filename!r} is a link, not a file; the archive is refused")
-            names.garbled += [name] if guessed else []
-            member.filename = name
-        _check_room(staged, sum(member.file_size for member in members), f"{archive} unpacks to")
+            names.garbled += [member.filename] if guessed else []
+        check_room(staged, sum(member.file_size for member in members), f"{archive} unpacks to")
         for member in track(members, "unpacking", unit="files"):
-            if _of_macos(member.filename):
-                names.of_macos += not member.is_dir()
-                continue
-            if not member.is_dir():
-                content = (member.CRC, member.file_size)
-                names.add(member.filename, staged / member.filename, same=contents.get(member.filename) == content)
-                contents[member.filename] = content
-            file.extract(member, staged)
-    names.print_notes()
-    return len(contents)
+            if names.add(member.filename, is_file=not member.is_dir(), content=(member.CRC, member.file_size)):
+                file.extract(member, staged)
+    return names.print_notes()
 
 
 def _unpack_tar(archive: Path, staged: Path) -> int:
-    names, files = _Names(archive), set[str]()
+    names = _Names(archive, staged)
     # A tar has no index, but images do not get smaller: what comes out is no less than what the archive takes.
-    _check_room(staged, archive.stat().st_size, f"{archive} unpacks to at least")
+    check_room(staged, archive.stat().st_size, f"{archive} unpacks to at least")
     with tarfile.open(archive) as file, Progress("unpacking", unit="files") as bar:
         for member in file:  # one pass: a compressed tar has no index
-            written_name, member.name = member.name, member.name.replace("\\", "/")
-            if not _inside(member.name) and os.path.normpath(member.name) != ".":
-                raise _refuse(archive, written_name)
-            if _of_macos(member.name):
-                names.of_macos += member.isfile()
+            written, member.name = member.name, member.name.replace("\\", "/")
+            if os.path.normpath(member.name) != ".":
+                names.check(member.name, written)
+            if not names.add(member.name, is_file=member.isfile()):
                 continue
-            _check_room(staged, member.size, f"{archive}: {member.name} alone is")
-            if member.isfile():
-                names.add(member.name, staged / member.name)
-                files.add(member.name)
+            check_room(staged, member.size, f"{archive}: {member.name} alone is")
             if member.islnk():
                 member.linkname = member.linkname.replace("\\", "/")
             try:
                 file.extract(member, staged, filter="data")
             except tarfile.SpecialFileError:
-                message = f"{archive}: {written_name!r} is a pipe or a device, not a file; the archive is refused"
-                raise Damaged(message) from None
+                raise Damaged(f"{archive}: {written!r} is a pipe or a device, not a file; the archive is refused") from None
             except tarfile.FilterError:
-                raise _refuse(archive, written_name) from None
+                raise names.refuse(written) from None
             bar.update()
-    names.print_notes()
-    return len(files)
+    return names.print_notes()

@@ -70,6 +70,19 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """A UserError where the disk of `folder`, or of the first folder above it that exists, has no room for `needed` bytes."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if needed > free_bytes:
+        raise UserError(f"{what} {size(needed)} and {size(free_bytes)} are free; make room")
+
+
 def check_is_new(folder: Path) -> None:
     """A UserError where there is something already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -91,7 +91,7 @@ def test_a_disk_that_is_too_small_or_fills(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=9000))
         server.forget()
-        assert "9.0 kB are to come and 9.0 kB are free" in mistake(pull, bucket, "x", back)
+        assert "back: what is to come takes 9.0 kB and 9.0 kB are free; make room" in mistake(pull, bucket, "x", back)
         assert server.count("download") == 0 and not back.exists()
 
     def full(handle: int) -> None:

@@ -3,7 +3,6 @@
 Manifests come last, after all that they promise, and go first where something is deleted.
 """
 
-import shutil
 import socket
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 from ...config import UserError
 from ...config.progress import Progress
-from ..archives import size
+from ..files import check_room
 from . import folders
 from .client import Bucket
 from .errors import Empty, Overwritten
@@ -178,9 +177,7 @@ def pull(
     if dry_run:
         return plan
     _sweep(folder)
-    free_bytes = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-    if plan.bytes > free_bytes:
-        raise UserError(f"{folder}: {size(plan.bytes)} are to come and {size(free_bytes)} are free; make room")
+    check_room(folder, plan.bytes, f"{folder}: what is to come takes")
 
     def fetch(name: str) -> None:
         path, whole = folder / name, join(under, name)
