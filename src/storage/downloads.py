@@ -1,5 +1,9 @@
-"""Weights that are fetched into the cache of torch, once for each machine; and weights read from files."""
+"""What comes from the network, once for each machine: weights in torch's cache, models and data sets of the Hugging Face hub.
 
+Where something does not come, a line says why.
+"""
+
+import glob
 import http.client
 import os
 import re
@@ -10,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.request import getproxies
 
@@ -18,9 +22,16 @@ import torch
 
 from ..config import FORBIDDEN, FULL, UserError
 from ..config.packages import needed
+from .files import remove_leftovers
+from .locks import fcntl
 
 PATIENCE = 15.0  # seconds without an answer, after which there is no network
 HEAD_START = 2.0  # seconds that the first rank of a machine has, so that it is the one that fetches and shows its progress
+NOT_THERE = {"RepositoryNotFoundError", "DatasetNotFoundError"}
+UNREACHED = {
+    *("ConnectError", "ConnectionError", "LocalEntryNotFoundError", "ProxyError", "SSLError", "Timeout", "TimeoutError"),
+    *("TimeoutException", "TransportError", "gaierror"),
+}
 
 
 def how_to_bring(url: str, path: Path) -> str:
@@ -37,7 +48,8 @@ def fetch_weights(url: str, path: Path) -> str | None:
     """
     if path.is_file():
         return None
-    host = urllib.parse.urlsplit(url).hostname or ""
+    address = urllib.parse.urlsplit(url)
+    host = address.hostname or ""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and host not in ("127.0.0.1", "localhost"):
         return "HF_HUB_OFFLINE is set"
     first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
@@ -45,16 +57,15 @@ def fetch_weights(url: str, path: Path) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not first:
             time.sleep(HEAD_START)
-        with _one_process_at_a_time(path.parent):
+        with _only_download(path.parent):
             if path.is_file():
                 return None
-            _sweep(path)
+            remove_leftovers(path.parent.glob(f"{glob.escape(path.name)}.*.partial"))
             shown = first and sys.stderr.isatty()  # elsewhere a mistake is to be the only line
             if shown:
                 print(f"fetching {url} to {path}, once", file=sys.stderr, flush=True)
             named = re.search(r"-([0-9a-f]{8,})\.", path.name)
-            with _limited_wait():
-                torch.hub.download_url_to_file(url, str(path), named[1] if named else None, progress=first)
+            torch.hub.download_url_to_file(url, str(path), named[1] if named else None, progress=first)
             if first and not shown:
                 print(f"fetched {url} to {path}", file=sys.stderr, flush=True)
         return None
@@ -65,63 +76,35 @@ def fetch_weights(url: str, path: Path) -> str | None:
         if "hash" not in str(error):
             raise
         return f"what {host} sends is another file than its name promises, or a part of it"
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        if isinstance(reason, OSError) and reason.errno in FULL:
+    except (http.client.HTTPException, OSError) as error:  # a URLError is an OSError around its reason
+        reason = getattr(error, "reason", error)
+        number, cause = (
+            getattr(reason, "errno", None),
+            getattr(reason, "strerror", None) or str(reason) or type(reason).__name__,
+        )
+        if number in FULL:
             raise UserError(f"the disk is full: {path} was not written; make room and run the same command again") from None
-        if isinstance(reason, OSError) and reason.errno in FORBIDDEN:
-            return f"{path.parent} cannot be written: {reason.strerror}"
+        if number in FORBIDDEN:
+            return f"{path.parent} cannot be written: {cause}"
         if isinstance(reason, TimeoutError):
             return f"no answer from {host} in {PATIENCE:g} s"
-        cause = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        proxy = " (a proxy is set in the environment)" if urllib.parse.urlsplit(url).scheme in getproxies() else ""
+        proxy = " (a proxy is set in the environment)" if address.scheme in getproxies() else ""
         return " ".join(f"{host}: {cause}{proxy}".split())
 
 
 @contextmanager
-def _one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other process fetches into this folder. The system drops the lock of a process that dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there is one process
+def _only_download(folder: Path) -> Iterator[None]:
+    """Wait until no other process fetches into this folder; the system drops the lock of a process that dies. Then torch's
+    download waits for an answer for a limited time, and not for ever."""
+    with ExitStack() as stack:
+        if fcntl is not None:  # on Windows there is one process
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with suppress(OSError):  # a file system without such locks: then several may fetch it, each whole
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(PATIENCE)
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without such locks: then several may fetch it, each whole
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _sweep(path: Path) -> None:
-    """Remove what downloads that were killed left behind, an hour ago or more."""
-    for part in path.parent.iterdir():
-        if part.name.startswith(f"{path.name}.") and part.name.endswith(".partial"):
-            with suppress(OSError):
-                if time.time() - part.stat().st_mtime > 3600:
-                    part.unlink()
-
-
-@contextmanager
-def _limited_wait() -> Iterator[None]:
-    """Around torch's download, which would wait for ever for a network that gives no answer."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-NOT_THERE = {"RepositoryNotFoundError", "DatasetNotFoundError"}
-
-
-UNREACHED = {
-    *("ConnectError", "ConnectionError", "LocalEntryNotFoundError", "ProxyError", "SSLError", "Timeout", "TimeoutError"),
-    *("TimeoutException", "TransportError", "gaierror"),
-}
 
 
 def is_hub_name(name: str) -> bool:
@@ -150,45 +133,45 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
         raise UserError(hub_reason(name, error)) from None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what caused it, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def hub_reason(name: str, error: BaseException, kind: str = "model") -> str:
     """Why the Hugging Face hub did not give the `kind` (model or dataset) `name`, and how to go on, in one line.
 
     Libraries wrap the hub's errors in their own, so whatever caused the error counts. It tells apart: the hub was not reached;
     it has no such repository; it wants a login; it answered with another error. Anything else is given in its own words.
     """
-    chain = list(_causes(error))
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
     words = {base.__name__ for cause in chain for base in type(cause).__mro__}
     text = " ".join(str(cause) for cause in chain)
     codes = [getattr(getattr(cause, "response", None), "status_code", None) for cause in chain]
     status = next((code for code in codes if isinstance(code, int) and code >= 400), None)
-    option = " --repo-type dataset" if kind == "dataset" else ""
+    option, folder = (" --repo-type dataset", "datasets/") if kind == "dataset" else ("", "")
+    hub, missing = "the Hugging Face hub", f"the cache of this machine does not have {name}"
     fetch = f"where there is a network: hf download{option} {name} --local-dir FOLDER, then give the path of that FOLDER here"
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    if "GatedRepoError" in words or "is a gated" in text:
-        return f"on the Hugging Face hub {name} is gated: accept its conditions at {page}, then log in with: hf auth login"
-    if "HFValidationError" in words or (words & NOT_THERE and (name[:1] in ("/", ".", "~") or name.count("/") > 1)):
-        return f"{name} is no folder that is here, and no name on the Hugging Face hub, which is OWNER/NAME; check it"
-    if words & NOT_THERE or status == 404:
-        return (
-            f"the Hugging Face hub has no {kind} {name}, or it is private: check the name, or, where it is private, log in "
-            "with: hf auth login"
-        )
-    if status in (401, 403):
-        return f"the Hugging Face hub does not let you read {name} (status {status}): log in with a valid token: hf auth login"
-    if status is not None:
-        return f"the Hugging Face hub answered with an error (status {status}) for {name}; try again later, or, {fetch}"
-    if "OfflineModeIsEnabled" in words or "offline mode" in text.lower():
-        return (
-            "the Hugging Face hub was not reached, since HF_HUB_OFFLINE (or a variable like it) is set, and the cache of this "
-            f"machine does not have {name}; unset the variable, or, {fetch}"
-        )
-    if words & UNREACHED:
-        return f"the Hugging Face hub was not reached, and the cache of this machine does not have {name}; {fetch}"
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+    no_name = "HFValidationError" in words or (words & NOT_THERE and (name[:1] in ("/", ".", "~") or name.count("/") > 1))
+    login = "log in with: hf auth login"
+    reasons = (  # the first that holds is the reason
+        (
+            "GatedRepoError" in words or "is a gated" in text,
+            f"on {hub} {name} is gated: accept its conditions at https://huggingface.co/{folder}{name}, then {login}",
+        ),
+        (no_name, f"{name} is no folder that is here, and no name on {hub}, which is OWNER/NAME; check it"),
+        (
+            words & NOT_THERE or status == 404,
+            f"{hub} has no {kind} {name}, or it is private: check the name, or, where it is private, {login}",
+        ),
+        (
+            status in (401, 403),
+            f"{hub} does not let you read {name} (status {status}): log in with a valid token: hf auth login",
+        ),
+        (status, f"{hub} answered with an error (status {status}) for {name}; try again later, or, {fetch}"),
+        (
+            "OfflineModeIsEnabled" in words or "offline mode" in text.lower(),
+            f"{hub} was not reached, since HF_HUB_OFFLINE (or a variable like it) is set, and {missing}; unset the variable, "
+            f"or, {fetch}",
+        ),
+        (words & UNREACHED, f"{hub} was not reached, and {missing}; {fetch}"),
+    )
+    in_its_words = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+    return next((reason for holds, reason in reasons if holds), in_its_words)

@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def check_room(folder: Path, needed: int, what: str) -> None:
     free_bytes = shutil.disk_usage(existing).free
     if needed > free_bytes:
         raise UserError(f"{what} {size(needed)} and {size(free_bytes)} are free; make room")
+
+
+def remove_leftovers(parts: Iterable[Path], is_dead: Callable[[Path], bool] = lambda part: False) -> None:
+    """Remove files that writers which were killed left behind: an hour ago or more, or as `is_dead` knows."""
+    for part in parts:
+        with suppress(OSError):  # another process removes it, too
+            if time.time() - part.stat().st_mtime > 3600 or is_dead(part):
+                part.unlink()
 
 
 def check_is_new(folder: Path) -> None:

@@ -30,25 +30,19 @@ def take_lock(file: IO[Any], *, wait: bool = False) -> bool:
     Loader workers do not inherit it. Where the system has neither kind of lock nobody is kept out. An OSError where the file
     system takes no locks.
     """
-    if fcntl is not None:
+    while True:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno in _HELD:
-                return False
-            raise
-        return True
-    while msvcrt is not None:
-        try:
-            _lock_far_byte(file)
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            elif msvcrt is not None:
+                _lock_far_byte(file)
             return True
         except OSError as error:
             if error.errno not in _HELD:
                 raise
-            if not wait:
+            if not wait or fcntl is not None:
                 return False
             time.sleep(0.1)
-    return True
 
 
 def _lock_far_byte(file: IO[Any]) -> None:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import UserError, quoted
@@ -21,8 +20,17 @@ from .finite import check_finite
 from .networks import few, flatten, preference
 
 LFS_POINTER = b"version https://git-lfs"
-OTHER_FILES = {b"\x89HDF": "an HDF5 file, of Keras perhaps", b"GGUF": "a GGUF file", b"\x93NUMPY": "an array"}
+OTHER_FILES = (  # how they begin, and what to do
+    (LFS_POINTER, "it is a Git LFS pointer, which stands for the file: git lfs pull fetches it"),
+    (b"\x89HDF", "it is an HDF5 file, of Keras perhaps; save the state dict with torch or safetensors"),
+    (b"GGUF", "it is a GGUF file; save the state dict with torch or safetensors"),
+    (b"\x93NUMPY", "it is an array; save the state dict with torch or safetensors"),
+)
 PACKED = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!")
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of accelerate, of transformers
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+NO_WEIGHTS = re.compile(r"optimizer|scheduler|random_states|rng_state|scaler|training_args|lora|sampler|dl_state")
+ELSEWHERE = (".distcp", ".msgpack", ".onnx", ".h5", ".xml", ".ckpt.index", ".gguf", ".npz")
 
 
 def read_foreign_json(path: Path) -> dict[str, Any]:
@@ -52,53 +60,56 @@ def _unreadable(path: Path, reason: str) -> UserError:
 
 def _missing(path: Path) -> UserError:
     """The mistake of a path where nothing is: it names what beside it has a name like it."""
-    beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
     if path.is_symlink():
         return UserError(f"{path}: it is a link that leads nowhere (to {path.readlink()}); bring the file that it names")
-    near = difflib.get_close_matches(path.name, beside, 1)
-    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-    if not path.parent.is_dir() and str(path).count("/") == 1 and str(path)[0] not in "./~" and not path.suffix:
-        hint = "; a name on the Hugging Face hub is not taken here: download the file, and give its path"
-    where = f"{path.parent} has no {path.name}" if path.parent.is_dir() else str(path)
+    where, hint = f"{path.parent} has no {path.name}", ""
+    if path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, sorted(other.name for other in path.parent.iterdir()), 1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+    else:
+        where = str(path)
+        if where.count("/") == 1 and where[0] not in "./~" and not path.suffix:
+            hint = "; a name on the Hugging Face hub is not taken here: download the file, and give its path"
     return UserError(f"{where}: there is no such checkpoint{hint}")
 
 
 def _is_a_folder(path: Path) -> UserError:
-    files = sorted(file.name for file in path.iterdir() if file.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"))
+    files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
     hint = f"give one of its files, such as {path / files[0]}" if files else "give the file of the weights"
     if any((path / name).is_file() for name in ("model_index.json", "config.json", "unet/config.json", "unet_ema/config.json")):
         hint = f"a folder of diffusers is read by: python convert.py diffusers {quoted(path)}"
     return _unreadable(path, f"it is a folder; {hint}")
 
 
-def _kind_of_file(path: Path) -> str:
-    """`safetensors` or `torch`, by the first bytes, whatever the file is called; a UserError for what is neither."""
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is of safetensors, else it is of torch, by the first bytes, whatever it is called; a UserError for what is
+    neither."""
     head = _head(path)
-    safe = path.suffix == ".safetensors"
-    if not head:
-        raise _unreadable(path, "it is empty")
-    if head.startswith(LFS_POINTER):
-        raise _unreadable(path, "it is a Git LFS pointer, which stands for the file: git lfs pull fetches it")
-    if head.lstrip()[:1] == b"<":
-        raise _unreadable(path, "it is a web page, as a download that failed leaves; get the file again")
-    for magic, name in OTHER_FILES.items():
-        if head.startswith(magic):
-            raise _unreadable(path, f"it is {name}; save the state dict with torch or safetensors")
-    if head.startswith(PACKED) or head[257:262] == b"ustar":
-        raise _unreadable(path, "it is a packed archive; unpack it first, and give the file of weights in it")
-    if not any(head):
-        raise _unreadable(path, "it begins with nothing but zeros, as a copy that failed leaves; get the file again")
-    # Pickles and zip archives have bytes at their beginning that no text has.
-    if not safe and head[8:9] != b"{" and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head[:256]):
-        raise _unreadable(path, "it is a text file, as a download that failed leaves; get the file again")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [name.partition("/")[2] or name for name in archive.namelist()]
-        if "constants.pkl" in names or "data.pkl" not in names:
-            kind = "a TorchScript program" if "constants.pkl" in names else f"a zip archive of {few(names)}"
-            raise _unreadable(path, f"it is {kind}; save the state dict with torch or safetensors")
-        return "torch"
-    return "safetensors" if safe or head[8:9] == b"{" else "torch"
+    safe = path.suffix == ".safetensors" or head[8:9] == b"{"
+    reasons = (
+        (not head, "it is empty"),
+        (head.lstrip()[:1] == b"<", "it is a web page, as a download that failed leaves; get the file again"),
+        *((head.startswith(magic), reason) for magic, reason in OTHER_FILES),
+        (
+            head.startswith(PACKED) or head[257:262] == b"ustar",
+            "it is a packed archive; unpack it first, and give the file of weights in it",
+        ),
+        (not any(head), "it begins with nothing but zeros, as a copy that failed leaves; get the file again"),
+        (  # pickles and zip archives have bytes at their beginning that no text has
+            not safe and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head[:256]),
+            "it is a text file, as a download that failed leaves; get the file again",
+        ),
+    )
+    if (reason := next((reason for holds, reason in reasons if holds), None)) is not None:
+        raise _unreadable(path, reason)
+    if not zipfile.is_zipfile(path):
+        return safe
+    with zipfile.ZipFile(path) as archive:
+        names = [name.partition("/")[2] or name for name in archive.namelist()]
+    if "constants.pkl" in names or "data.pkl" not in names:
+        kind = "a TorchScript program" if "constants.pkl" in names else f"a zip archive of {few(names)}"
+        raise _unreadable(path, f"it is {kind}; save the state dict with torch or safetensors")
+    return False
 
 
 def _harmless() -> list[Any]:
@@ -116,19 +127,18 @@ def read_file(path: str | Path) -> Any:
     try:
         if not path.exists():
             raise _missing(path)
-        kind = _kind_of_file(path)
+        is_safetensors = _is_safetensors(path)
     except OSError as error:
         raise _unreadable(path, error.strerror or type(error).__name__) from None
-    if kind == "safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}); get it again") from None
     try:
+        if is_safetensors:
+            return safetensors.torch.load_file(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
             warnings.simplefilter("ignore")  # of what is odd in a pickle, the error says enough
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes may make the unpickler raise anything
+        if is_safetensors:
+            raise UserError(f"{path} is damaged ({error}); get it again") from None
         if (named := re.search(r"GLOBAL (\S+)", str(error))) is not None:
             raise UserError(
                 f"{path}: refused, because to load it is to run code ({named[1]}); a checkpoint must hold tensors alone: "
@@ -138,15 +148,6 @@ def read_file(path: str | Path) -> Any:
         if len(reason) < 10 or "weights_only" in reason or reason.startswith("Weights only"):  # torch's words say nothing
             reason = "it is no file that torch.save or safetensors wrote, or it is damaged"
         raise _unreadable(path, reason) from None
-
-
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of accelerate, of transformers
-
-
-NO_WEIGHTS = re.compile(r"optimizer|scheduler|random_states|rng_state|scaler|training_args|lora|sampler|dl_state")
-
-
-ELSEWHERE = (".distcp", ".msgpack", ".onnx", ".h5", ".xml", ".ckpt.index", ".gguf", ".npz")
 
 
 class FileSet(NamedTuple):
@@ -178,7 +179,7 @@ def _file_sets(folder: Path) -> list[FileSet]:
         groups[wholes.pop() if len(wholes) == 1 else file.name.partition(".index")[0]] = named
     indexed = set[str]().union(*groups.values())
     for name in sorted(file.name for file in folder.iterdir() if file.is_file()):
-        if Path(name).suffix not in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") or NO_WEIGHTS.search(name):
+        if Path(name).suffix not in WEIGHTS or NO_WEIGHTS.search(name):
             continue
         whole, count = _set_name(name)
         if name not in indexed:
@@ -249,16 +250,10 @@ def read_files(files: FileSet) -> Any:
 def read_weights(path: Path, key: str) -> dict[str, Tensor]:
     """The tensors of a `.pth` or `.safetensors` file; a UserError begins with `key`, the part of the config that wants them."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{key}: there is no file {path}") from None
-    except Exception:  # the libraries raise anything for bytes that are no weights
-        raise UserError(f"{key}: {path} is damaged, or holds no weights; get it again") from None
+        weights = read_file(path)
+    except UserError:
+        reason = "is damaged, or holds no weights; get it again" if path.exists() else "is not there"
+        raise UserError(f"{key}: {path} {reason}") from None
     if isinstance(weights, dict):
         check_finite(weights, f"{key}: {path}", "get the file again")
     return weights

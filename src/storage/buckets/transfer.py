@@ -6,7 +6,6 @@ Manifests come last, after all that they promise, and go first where something i
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 from ...config import UserError
 from ...config.progress import Progress
-from ..files import check_room
+from ..files import check_room, remove_leftovers
 from . import folders
 from .client import Bucket
 from .errors import Empty, Overwritten
@@ -176,7 +175,7 @@ def pull(
     plan = Moved(len(moving), sum(objects[name].size for name in moving), len(same), len(gone))
     if dry_run:
         return plan
-    _sweep(folder)
+    remove_leftovers(folder.rglob(".bring-*-*-*.part"), _is_dead)
     check_room(folder, plan.bytes, f"{folder}: what is to come takes")
 
     def fetch(name: str) -> None:
@@ -202,15 +201,12 @@ def pull(
     return plan
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the parts of pulls that were killed: on this machine, or an hour ago."""
+def _is_dead(part: Path) -> bool:
+    """Whether the pull that wrote this part was on this machine, and has ended."""
     import psutil
 
-    for part in folder.rglob(".bring-*-*-*.part"):
-        host, pid, _ = part.stem.removeprefix(".bring-").rsplit("-", 2)
-        with suppress(FileNotFoundError):
-            if time.time() - part.stat().st_mtime > 3600 or (host == socket.gethostname() and not psutil.pid_exists(int(pid))):
-                part.unlink()
+    host, pid, _ = part.stem.removeprefix(".bring-").rsplit("-", 2)
+    return host == socket.gethostname() and not psutil.pid_exists(int(pid))
 
 
 def status(bucket: Bucket, under: str, folder: Path, *, skip: Filter = is_temporary) -> Status:
