@@ -7,7 +7,7 @@ import google.auth
 import pytest
 from google.auth.exceptions import DefaultCredentialsError
 
-from src.storage.buckets import Bucket, names, open_bucket, pull, push, status
+from src.storage.buckets import Bucket, folders, open_bucket, pull, push, status
 from tests.storage.bucket_files import mistake, tree, write
 from tests.storage_server import StorageServer
 
@@ -103,8 +103,9 @@ def test_without_credentials_a_bucket_is_read_as_anybody_may(monkeypatch: pytest
 
 
 def test_names_that_move_come_last_or_stay() -> None:
-    assert names.is_manifest("a/MANIFEST.json") and names.is_manifest("x/manifest.json") and not names.is_manifest("a.json")
-    assert names.is_of_this_machine(".run.lock") and names.is_of_this_machine("a/.x.partial/b")
-    assert not names.is_of_this_machine("yard.lock") and names.is_temporary("a~") and not names.is_temporary("cars.old/a")
-    assert names.folder_of("a/b/c") == "a/b/" and names.folder_of("c") == "" and names.join("", "a", "b") == "a/b"
-    assert names.is_unsafe("a//b") and not names.is_unsafe("a/b.txt")
+    assert folders.is_manifest("a/MANIFEST.json") and folders.is_manifest("x/manifest.json")
+    assert not folders.is_manifest("a.json")
+    assert folders.is_of_this_machine(".run.lock") and folders.is_of_this_machine("a/.x.partial/b")
+    assert not folders.is_of_this_machine("yard.lock") and folders.is_temporary("a~") and not folders.is_temporary("cars.old/a")
+    assert folders.folder_of("a/b/c") == "a/b/" and folders.folder_of("c") == "" and folders.join("", "a", "b") == "a/b"
+    assert folders.is_unsafe("a//b") and not folders.is_unsafe("a/b.txt")

@@ -71,7 +71,9 @@ def test_what_is_only_of_a_live_process_stays(server: StorageServer, bucket: Buc
     write(run, dict.fromkeys((*names, "__pycache__/c.pyc"), b"?"))
     assert push(bucket, run, "x").files == 5
     server.put("mine/x/.log.txt.part", b"of another")
-    assert pull(bucket, "x", run, delete=True) == Moved(0, 0, 5, 0) == push(bucket, run, "x", delete=True)
+    assert pull(bucket, "x", run, delete=True) == Moved(0, 0, 5, 0)
+    moved = push(bucket, run, "x", delete=True)
+    assert moved[:4] == (0, 0, 5, 0) and sorted(moved.left_out) == ["__pycache__/", "a.swp", "b~", "x.partial/"]
     assert (run / ".lock").exists() and "mine/x/.log.txt.part" in server.objects()
 
 

@@ -4,7 +4,6 @@ google-cloud-storage's `transfer_manager` is not used, because its `upload_many`
 `download_many` writes into the final file, which a cut connection leaves half-written.
 """
 
-import base64
 import os
 import re
 import socket
@@ -12,52 +11,18 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from ...config import UserError
 from ...config.packages import needed
 from ..files import explain_full_disk
-from .errors import TRIES, Overwritten, explain, in_one_line, retry
-from .names import check_name, is_unsafe, join
+from .errors import TRIES, Overwritten, explain, in_one_line, patience
+from .folders import Remote, check_name, crc32c_of, is_unsafe, join
 
-TIMEOUT = 60.0  # seconds without an answer
 CHUNK = 1 << 24  # bytes of an upload in memory, for each job
-BLOCK = 1 << 20
 
 Advance = Callable[[int], None]  # is called with the bytes that have moved; with a negative number where they move once more
-
-
-class Remote(NamedTuple):
-    """An object: bytes, crc32c (base64, big-endian), and the generation, which changes with each write."""
-
-    size: int
-    crc32c: str
-    generation: int
-
-
-def crc32c_of(file: BinaryIO, size: int) -> str:
-    """The crc32c of the first `size` bytes, or of all where there are fewer."""
-    import google_crc32c
-
-    checksum = google_crc32c.Checksum()
-    while size > 0 and (block := file.read(min(BLOCK, size))):
-        checksum.update(block)
-        size -= len(block)
-    return base64.b64encode(checksum.digest()).decode()
-
-
-def file_crc32c(path: Path) -> str:
-    """The crc32c of a file. While a file does not change, a process reads it once, however often a run is pushed."""
-    facts = path.stat()
-    return _known_crc32c(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
-@lru_cache(maxsize=100_000)
-def _known_crc32c(path: Path, _inode: int, size: int, _time: int) -> str:
-    with open(path, "rb") as file:
-        return crc32c_of(file, size)
 
 
 class _Counted:
@@ -76,15 +41,12 @@ class _Counted:
         return self._file.write(content)
 
 
-class Bucket:
+class Bucket(AbstractContextManager["Bucket"]):
     """Objects below `gs://NAME/PREFIX`, whose names are relative to that. Every failure is a UserError."""
 
     def __init__(self, url: str, client: Any, name: str, prefix: str, anonymous: bool) -> None:
         self.url, self.anonymous = url, anonymous
         self._client, self._bucket, self._prefix = client, client.bucket(name), prefix
-
-    def __enter__(self) -> "Bucket":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
@@ -101,7 +63,7 @@ class Bucket:
         prefix += "/" if prefix else ""
         fields = "items(name,size,crc32c,generation),nextPageToken"
         with self._explain(under):
-            pages = self._client.list_blobs(self._bucket, prefix=prefix or None, fields=fields, timeout=TIMEOUT, retry=retry())
+            pages = self._client.list_blobs(self._bucket, prefix=prefix or None, fields=fields, **patience())
             blobs = [blob for blob in pages if not blob.name.endswith("/")]  # the console makes those to stand for folders
         objects = {blob.name[len(prefix) :]: Remote(blob.size, blob.crc32c, blob.generation) for blob in blobs}
         for name in objects:
@@ -111,7 +73,7 @@ class Bucket:
     def about(self, name: str) -> Remote | None:
         """One object, or None where there is none."""
         with self._explain(name):
-            blob = self._bucket.get_blob(join(self._prefix, name), timeout=TIMEOUT, retry=retry())
+            blob = self._bucket.get_blob(join(self._prefix, name), **patience())
         return None if blob is None else Remote(blob.size, blob.crc32c, blob.generation)
 
     def put(self, path: Path, name: str, known: Remote | None, advance: Advance = lambda count: None) -> None:
@@ -119,17 +81,25 @@ class Bucket:
 
         Somebody else's write in between is a UserError, except where it wrote the same bytes.
         """
-        from google.api_core.exceptions import BadRequest
+        from google.api_core.exceptions import BadRequest, PreconditionFailed
         from google.auth.exceptions import GoogleAuthError
 
         reason = ""
         for _ in range(TRIES):
             with open(path, "rb") as file, self._explain(name):
                 size = os.fstat(file.fileno()).st_size
-                crc32c = crc32c_of(file, size)
+                blob = self._blob(name, chunk_size=CHUNK)
+                blob.crc32c = crc32c = crc32c_of(file, size)  # the service refuses other bytes
                 file.seek(0)
+                options = {"checksum": None, "if_generation_match": known.generation if known else 0, **patience(file.tell)}
                 try:
-                    return self._send(file, Remote(size, crc32c, known.generation if known else 0), name, advance)
+                    return blob.upload_from_file(_Counted(file, advance), size=size, **options)
+                except PreconditionFailed:
+                    current = self.about(name)
+                    if current is not None and current[:2] == (size, crc32c):
+                        return None  # an earlier try had arrived, and its answer had not
+                    message = "somebody else has written it since it was listed; look at `status` and push again"
+                    raise UserError(f"{join(self.url, name)}: {message}") from None
                 except (BadRequest, ValueError) as error:  # other bytes, or fewer, than those whose crc32c was promised
                     if isinstance(error, UserError | GoogleAuthError):
                         raise
@@ -137,31 +107,22 @@ class Bucket:
                     advance(-file.tell())
         raise UserError(f"{path}: the bucket refused it {TRIES} times; is it rewritten all the time? ({reason})")
 
-    def _send(self, file: BinaryIO, wanted: Remote, name: str, advance: Advance) -> None:
-        """Upload `wanted`, whose generation is that of the object it replaces, 0 for none."""
-        from google.api_core.exceptions import PreconditionFailed
-
-        blob = self._blob(name, chunk_size=CHUNK)
-        blob.crc32c = wanted.crc32c  # the service refuses other bytes
-        try:
-            blob.upload_from_file(
-                _Counted(file, advance), size=wanted.size, checksum=None, if_generation_match=wanted.generation,
-                timeout=TIMEOUT, retry=retry(file.tell),
-            )  # fmt: skip
-        except PreconditionFailed:
-            current = self.about(name)
-            if current is None or current[:2] != wanted[:2]:  # else an earlier try had arrived, and its answer had not
-                message = "somebody else has written it since it was listed; look at `status` and push again"
-                raise UserError(f"{join(self.url, name)}: {message}") from None
-
     def get(self, name: str, remote: Remote, path: Path, advance: Advance = lambda count: None) -> None:
         """Read an object into a file that is whole (size and crc32c) or absent."""
+        from google.api_core.exceptions import NotFound
+
         part = path.with_name(f".bring-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.part")
+        blob = self._blob(name, generation=remote.generation)
         try:
             with explain_full_disk(path):
                 for _ in range(TRIES):
-                    with open(part, "w+b") as file:
-                        self._receive(name, remote, file, advance)
+                    with open(part, "w+b") as file, self._explain(name):
+                        try:
+                            options = {"checksum": None, "raw_download": True, **patience(file.tell)}
+                            blob.download_to_file(_Counted(file, advance), **options)
+                        except NotFound:
+                            message = "was overwritten or deleted since it was listed; run it again"
+                            raise Overwritten(f"{join(self.url, name)} {message}") from None
                         file.flush()
                         os.fsync(file.fileno())
                         size = file.seek(0, os.SEEK_END)
@@ -175,24 +136,13 @@ class Bucket:
         finally:
             part.unlink(missing_ok=True)
 
-    def _receive(self, name: str, remote: Remote, file: BinaryIO, advance: Advance) -> None:
-        from google.api_core.exceptions import NotFound
-
-        options = {"checksum": None, "raw_download": True, "timeout": TIMEOUT, "retry": retry(file.tell)}
-        with self._explain(name):
-            try:
-                self._blob(name, generation=remote.generation).download_to_file(_Counted(file, advance), **options)
-            except NotFound:
-                message = "was overwritten or deleted since it was listed; run it again"
-                raise Overwritten(f"{join(self.url, name)} {message}") from None
-
     def delete(self, name: str, remote: Remote) -> None:
         """Delete the object that was listed. One that is gone already is no error, one that was overwritten is a UserError."""
         from google.api_core.exceptions import NotFound, PreconditionFailed
 
         with self._explain(name):
             try:
-                self._blob(name).delete(if_generation_match=remote.generation, timeout=TIMEOUT, retry=retry())
+                self._blob(name).delete(if_generation_match=remote.generation, **patience())
             except NotFound:
                 pass
             except PreconditionFailed:

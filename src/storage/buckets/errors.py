@@ -1,5 +1,6 @@
 """What Google's libraries raise: which errors are tried again, and what each of them means, in one line."""
 
+import http.client
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -7,6 +8,7 @@ from typing import Any
 
 from ...config import UserError
 
+TIMEOUT = 60.0  # seconds without an answer
 TRIES = 6  # in a row that bring no byte
 FIRST_DELAY = 1.0  # seconds at most before the second try; doubled up to LAST_DELAY
 LAST_DELAY = 16.0
@@ -44,8 +46,6 @@ def in_one_line(error: BaseException) -> str:
 
 def _is_lost_answer(error: BaseException) -> bool:
     """Whether no answer came, or one that was cut."""
-    import http.client
-
     import google.auth.exceptions
     import requests
     import urllib3
@@ -60,8 +60,9 @@ def _is_transient(error: BaseException) -> bool:
     return code in (408, 429) or code >= 500 if code else _is_lost_answer(error)
 
 
-def retry(position: Callable[[], int] = lambda: 0) -> Any:
-    """Google's Retry: it repeats what failed for a while, up to TRIES times in which `position` has not moved on."""
+def patience(position: Callable[[], int] = lambda: 0) -> dict[str, Any]:
+    """Options of a request: its time limit, and Google's Retry, which repeats what failed for a while, up to TRIES times in
+    which `position` has not moved on."""
     from google.api_core.retry import Retry
 
     furthest, failures = -1, 0
@@ -78,7 +79,8 @@ def retry(position: Callable[[], int] = lambda: 0) -> Any:
         furthest = max(reached, furthest)
         return failures < TRIES
 
-    return Retry(predicate=is_worth_a_try, initial=FIRST_DELAY, maximum=LAST_DELAY, multiplier=2, timeout=None)
+    repeated = Retry(predicate=is_worth_a_try, initial=FIRST_DELAY, maximum=LAST_DELAY, multiplier=2, timeout=None)
+    return {"timeout": TIMEOUT, "retry": repeated}
 
 
 @contextmanager
@@ -90,22 +92,24 @@ def explain(bucket_url: str, where: str, *, anonymous: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        code = _status_code(error)
+        code, reason = _status_code(error), in_one_line(error)
         refused_key = isinstance(error, google.auth.exceptions.GoogleAuthError) and not _is_lost_answer(error)
-        if anonymous and (refused_key or code in (401, 403)):
-            message = f"{where} is not public, and there are no credentials; give them: {HOW_TO_LOG_IN}"
-        elif refused_key:
-            message = f"{where}: the credentials are not valid ({in_one_line(error)}); renew them: {HOW_TO_LOG_IN}"
-        elif code in (401, 403):
-            message = f"{where}: these credentials may not use it; they need the role roles/storage.objectUser"
-            message += f" ({in_one_line(error)})"
-        elif code == 404:
-            message = f"{bucket_url}: there is no such bucket; is the name right?"
-        elif _is_transient(error):
-            message = f"{where}: no answer after {TRIES} tries ({in_one_line(error)}); "
-            raise Unreached(message + "run it again later, what has moved is not moved again") from None
-        elif isinstance(error, google.api_core.exceptions.GoogleAPICallError):
-            message = f"{where}: refused ({in_one_line(error)})"
-        else:
+        refused, later = code in (401, 403), "run it again later, what has moved is not moved again"
+        explanations = (  # the first that holds is the reason
+            (
+                anonymous and (refused_key or refused),
+                UserError(f"{where} is not public, and there are no credentials; give them: {HOW_TO_LOG_IN}"),
+            ),
+            (refused_key, UserError(f"{where}: the credentials are not valid ({reason}); renew them: {HOW_TO_LOG_IN}")),
+            (
+                refused,
+                UserError(f"{where}: these credentials may not use it; they need the role roles/storage.objectUser ({reason})"),
+            ),
+            (code == 404, UserError(f"{bucket_url}: there is no such bucket; is the name right?")),
+            (_is_transient(error), Unreached(f"{where}: no answer after {TRIES} tries ({reason}); {later}")),
+            (isinstance(error, google.api_core.exceptions.GoogleAPICallError), UserError(f"{where}: refused ({reason})")),
+        )
+        explanation = next((explanation for holds, explanation in explanations if holds), None)
+        if explanation is None:
             raise
-        raise UserError(message) from None
+        raise explanation from None

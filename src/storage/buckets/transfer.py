@@ -3,12 +3,13 @@
 Manifests come last, after all that they promise, and go first where something is deleted.
 """
 
+import itertools
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -18,17 +19,28 @@ from ..files import check_room, remove_leftovers
 from . import folders
 from .client import Bucket
 from .errors import Empty, Overwritten
-from .folders import Filter, is_untouched, list_files, same_files
-from .names import folder_of, is_manifest, is_of_this_machine, is_temporary, join
+from .folders import (
+    Filter,
+    folder_of,
+    is_manifest,
+    is_of_this_machine,
+    is_temporary,
+    is_untouched,
+    join,
+    list_files,
+    same_files,
+)
 
 
 class Moved(NamedTuple):
-    """Files and bytes that moved, files that were the same, and files that were deleted (or would, of a dry run)."""
+    """Files and bytes that moved, files that were the same, and files that were deleted (or would, of a dry run); and names of
+    what stays behind and a person may miss."""
 
     files: int
     bytes: int
     same: int
     deleted: int
+    left_out: tuple[str, ...] = ()
 
 
 class Status(NamedTuple):
@@ -44,15 +56,12 @@ class _Stopped(Exception):
     """Another file failed, so this one need not go on."""
 
 
-class _Crew:
+class _Crew(AbstractContextManager["_Crew"]):
     """Does a thing for each of many names, JOBS at a time, below one bar of bytes; the first failure ends the rest."""
 
     def __init__(self, label: str, total: int, shown: bool) -> None:
         self.bar = Progress(label, total, unit="B", shown=shown)
         self._pool, self._lock, self._stop = ThreadPoolExecutor(folders.JOBS), threading.Lock(), threading.Event()
-
-    def __enter__(self) -> "_Crew":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -70,6 +79,12 @@ class _Crew:
             done.result()
 
 
+def _split(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The names of manifests, and the others."""
+    listed = list(names)
+    return [name for name in listed if is_manifest(name)], [name for name in listed if not is_manifest(name)]
+
+
 def push(
     bucket: Bucket,
     folder: Path,
@@ -80,34 +95,28 @@ def push(
     skip: Filter = is_temporary,
     keep: Filter = lambda name: False,
     shown: bool = True,
-    left_out: list[str] | None = None,
 ) -> Moved:
     """Make the bucket's `under/` what the folder is; `delete` removes what is only in the bucket, but for what is to `keep`.
 
     Manifests follow when all others have arrived, and not where a file of their folder was replaced or removed meanwhile; an
     old one is deleted before what it promises is replaced. `skip` is asked for folders too. Without `shown`
-    there is no bar and no line. What is not pushed is added to `left_out`.
+    there is no bar and no line.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder to push")
-    local = list_files(folder, skip)
-    if local.links_out:
-        path = folder / local.links_out[0]
-        raise UserError(f"{path} is a link that leads out of {folder}; put the files there, or push and pull it by itself")
-    files = local.files
+    files, left_out, links_out = list_files(folder, skip)
+    if links_out:
+        link = folder / links_out[0]
+        raise UserError(f"{link} is a link that leads out of {folder}; put the files there, or push and pull it by itself")
     if not files:
         raise UserError(f"{folder} has no files to push")
-    if left_out is not None:
-        left_out += local.left_out
     objects = {name: remote for name, remote in bucket.list(under).items() if not skip(name)}
     same = same_files(folder, files, objects, shown=shown)
-    replaced = [name for name in files if name in objects and name not in same and not is_manifest(name)]
-    listed = [name for name in files if name in objects and is_manifest(name)]
-    void = [name for name in listed if any(other.startswith(folder_of(name)) for other in replaced)]
-    same -= set(void)
-    moving = [name for name in files if name not in same]
-    gone = sorted(name for name in objects.keys() - files.keys() if not keep(name)) if delete else []
-    plan = Moved(len(moving), sum(files[name].st_size for name in moving), len(same), len(gone))
+    listed, others = _split(name for name in files if name in objects)
+    void = [name for name in listed if any(other.startswith(folder_of(name)) for other in {*others} - same)]
+    sizes = {name: facts.st_size for name, facts in files.items() if name not in same or name in void}
+    gone = sorted(name for name in objects.keys() - files.keys() if delete and not keep(name))
+    plan = Moved(len(sizes), sum(sizes.values()), len(files) - len(sizes), len(gone), tuple(left_out))
     if dry_run:
         return plan
     sent = list[str]()
@@ -118,23 +127,23 @@ def push(
             sent.append(name)
 
     def remove(name: str) -> None:
-        bucket.delete(join(under, name), objects[name])
+        bucket.delete(join(under, name), objects.pop(name))
 
     def is_kept_promise(name: str) -> bool:
         return all(is_untouched(folder / other, files[other]) for other in files if other.startswith(folder_of(name)))
 
+    manifests, others = _split(sizes)
     with _Crew(f"push {under}", plan.bytes, shown) as crew:
         crew.do(remove, void)
-        for name in void:
-            del objects[name]
-        crew.do(send, [name for name in moving if not is_manifest(name)])
-        held_back = [name for name in moving if is_manifest(name) and not is_kept_promise(name)]
-        crew.do(send, [name for name in moving if is_manifest(name) and name not in held_back])
-        crew.do(remove, filter(is_manifest, gone))
-        crew.do(remove, [name for name in gone if not is_manifest(name)])
-    for name in held_back if shown else ():
-        print(f"{folder / name}: its folder changed meanwhile, so it goes with the next push", file=sys.stderr)
-    return Moved(len(sent), sum(files[name].st_size for name in sent), len(same), len(gone))
+        crew.do(send, others)
+        kept_manifests = [name for name in manifests if is_kept_promise(name)]
+        crew.do(send, kept_manifests)
+        for names in _split(gone):
+            crew.do(remove, names)
+    for name in manifests if shown else ():
+        if name not in kept_manifests:
+            print(f"{folder / name}: its folder changed meanwhile, so it goes with the next push", file=sys.stderr)
+    return plan._replace(files=len(sent), bytes=sum(sizes[name] for name in sent))
 
 
 def pull(
@@ -146,33 +155,33 @@ def pull(
     dry_run: bool = False,
     skip: Filter = is_temporary,
     keep: Filter = lambda name: False,
-    left_out: list[str] | None = None,
 ) -> Moved:
     """Make the folder what the bucket's `under/` is, in the same order as `push`; `delete` removes what is only in the folder,
-    but for what is to `keep`. What stays in the bucket is added to `left_out`.
+    but for what is to `keep`.
 
     Where another process may pull into the folder, the caller holds its `folder_lock`. A disk without room for all that is to
     come is a UserError before the first byte.
     """
     listed = bucket.list(under)
     objects = {name: remote for name, remote in listed.items() if not skip(name)}
-    if left_out is not None:
-        left_out += sorted(name for name in listed if skip(name) and not is_of_this_machine(name))
+    left_out = sorted(name for name in listed if skip(name) and not is_of_this_machine(name))
     if not objects:
         raise Empty(f"{join(bucket.url, under)}/ has no files to pull; is the name right?")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; move it away")
-    local = list_files(folder, skip)
-    for link in sorted({*local.links_out} & {parent.as_posix() for name in objects for parent in PurePosixPath(name).parents}):
-        print(f"{folder / link} is a link that leads out of {folder}: left as it is", file=sys.stderr)
-        objects = {name: remote for name, remote in objects.items() if not name.startswith(f"{link}/")}
+    files, _, links_out = list_files(folder, skip)
+    for link in sorted(links_out):
+        below = [name for name in objects if name.startswith(f"{link}/")]
+        if below:
+            print(f"{folder / link} is a link that leads out of {folder}: left as it is", file=sys.stderr)
+        objects = {name: remote for name, remote in objects.items() if name not in below}
     for name in objects:
         if (folder / name).is_dir() or any(parent.as_posix() in objects for parent in PurePosixPath(name).parents):
             raise UserError(f"{folder / name} would be a file and a folder; delete or rename one of them")
-    same = same_files(folder, local.files, objects)
-    moving = [name for name in objects if name not in same]
-    gone = sorted(name for name in local.files.keys() - objects.keys() if not keep(name)) if delete else []
-    plan = Moved(len(moving), sum(objects[name].size for name in moving), len(same), len(gone))
+    same = same_files(folder, files, objects)
+    sizes = {name: remote.size for name, remote in objects.items() if name not in same}
+    gone = sorted(name for name in files.keys() - objects.keys() if delete and not keep(name))
+    plan = Moved(len(sizes), sum(sizes.values()), len(same), len(gone), tuple(left_out))
     if dry_run:
         return plan
     remove_leftovers(folder.rglob(".bring-*-*-*.part"), _is_dead)
@@ -190,9 +199,9 @@ def pull(
             bucket.get(whole, now, path, crew.advance)
 
     with _Crew(f"pull {under}", plan.bytes, shown=True) as crew:
-        crew.do(fetch, [name for name in moving if not is_manifest(name)])
-        crew.do(fetch, filter(is_manifest, moving))
-    for name in sorted(gone, key=lambda name: not is_manifest(name)):
+        for names in reversed(_split(sizes)):
+            crew.do(fetch, names)
+    for name in itertools.chain(*_split(gone)):
         (folder / name).unlink(missing_ok=True)
         for parent in PurePosixPath(name).parents[:-1]:
             if any((folder / parent).iterdir()):
