@@ -35,9 +35,10 @@ class Block(NamedTuple):
     items: range
 
 
-def cut_blocks(count: int, size: int, path: Callable[[int], Path]) -> list[Block]:
-    """`count` items in blocks of `size`, at the `path` of each number."""
-    return [Block(path(i), range(start, min(start + size, count))) for i, start in enumerate(range(0, count, size))]
+def cut_blocks(folder: Path, count: int, size: int, ending: str) -> list[Block]:
+    """`count` items in blocks of `size`, whose files in `folder` have the `ending`."""
+    starts = enumerate(range(0, count, size))
+    return [Block(folder / f"block_{i:05d}{ending}", range(start, min(start + size, count))) for i, start in starts]
 
 
 def make_blocks(blocks: Sequence[Block], make: Callable[[Block], None], ranks: Ranks, *, doing: str) -> None:
@@ -63,7 +64,7 @@ def in_blocks(
 ) -> Arrays:
     """The arrays over `count` items that `make(range)` gives, in order, in files of `size` items in `folder`; `make` is called
     for missing files. Only ranks with `read` read them, the others get nothing."""
-    blocks = cut_blocks(count, size, lambda i: folder / f"block_{i:05d}.npz")
+    blocks = cut_blocks(folder, count, size, ".npz")
 
     def write(block: Block) -> None:
         content = io.BytesIO()
@@ -79,7 +80,7 @@ def in_blocks(
         return {}
     parts: list[Arrays] = []
     for block in blocks:
-        with open(block.path, "rb") as file, np.load(file) as part:
+        with np.load(block.path) as part:
             parts.append(dict(part))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -109,24 +110,21 @@ def claim_folder(
     *,
     holds: str,
     advice: str = "give another --out or remove it",
-    notes: Mapping[str, Any] | None = None,
     newer_keys: Collection[str] = (),
-    indent: int | None = None,
 ) -> None:
-    """Write `request` and `notes`, which decide nothing, to `file` in the folder of results: on one rank, while all wait.
+    """Write `request` to `file` in the folder of results: on one rank, while all wait.
 
     A UserError where the folder holds something of another request, in words `holds`. Hidden files count for nothing. A request
     that was written before its `newer_keys` came up counts as the same.
     """
-    out, notes = file.parent, notes or {}
-    older = {key: value for key, value in request.items() if key not in newer_keys}
+    out, older = file.parent, {key: value for key, value in request.items() if key not in newer_keys}
     others = out.exists() and any(path.name[0] != "." and path != file for path in out.iterdir())
-    if others and not any(is_of_request(file, known, without=notes) for known in (request, older)):
+    if others and not is_of_request(file, request) and not is_of_request(file, older):
         raise UserError(f"{out} holds other {holds}; {advice}")
     ranks.barrier()  # all have looked before one writes
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(file, (json.dumps({**request, **notes}, indent=indent) + ("\n" if indent else "")).encode())
+        write_whole(file, json.dumps(request).encode())
     ranks.barrier()
 
 
@@ -147,7 +145,7 @@ BLOCK = 256  # items in a file, and what a kill costs at most
 
 def blocks_of(folder: Path, split: str, count: int) -> list[Block]:
     """The blocks of so many items; the path of each is that of its .json, which is written last."""
-    return cut_blocks(count, BLOCK, lambda i: folder / split / f"block_{i:05d}.json")
+    return cut_blocks(folder / split, count, BLOCK, ".json")
 
 
 def write_block(block: Block, values: NDArray[np.float32], facts: Mapping[str, Any]) -> None:
