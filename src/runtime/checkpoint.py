@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,21 @@ class CheckpointConfig:
     keep_best: bool = resumable_field(False)
 
 
-def _write(path: Path, content: bytes) -> dict[str, Any]:
-    write_flushed(path, content)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def write_folder(folder: Path, tensors: Tensors, documents: Documents, *, readme: str | None = None) -> None:
     """Write `NAME.safetensors` and `NAME.json` files and their manifest to `folder`, which is whole or as it was before. A
     `readme` becomes its README.md, which is not in the manifest, so that people may change it. A full disk is a UserError."""
+    weights = (  # one after the other: each is in memory as tensors and as bytes
+        (f"{name}.safetensors", safetensors.torch.save({key: value.contiguous() for key, value in state.items()}))
+        for name, state in tensors.items()
+    )
     with explain_full_disk(folder, ", and nothing that was saved before is changed"), new_folder(folder) as staged:
         files = {}
-        for name, state in tensors.items():
-            content = safetensors.torch.save({key: value.contiguous() for key, value in state.items()})
-            files[f"{name}.safetensors"] = _write(staged / f"{name}.safetensors", content)
-        for name, document in documents.items():
-            files[f"{name}.json"] = _write(staged / f"{name}.json", as_json(document))
+        for name, content in chain(weights, ((f"{name}.json", as_json(document)) for name, document in documents.items())):
+            write_flushed(staged / name, content)
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         if readme is not None:
-            _write(staged / "README.md", readme.encode())
-        _write(staged / MANIFEST, as_json({"version": 1, "files": files}))
+            write_flushed(staged / "README.md", readme.encode())
+        write_flushed(staged / MANIFEST, as_json({"version": 1, "files": files}))
 
 
 def check_whole(folder: Path) -> None:
@@ -65,9 +63,7 @@ def check_whole(folder: Path) -> None:
 def verify_checkpoint(folder: Path) -> str | None:
     """Why a checkpoint's bytes are not what was written, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-        for name, facts in files.items():
+        for name, facts in json.loads((folder / MANIFEST).read_text())["files"].items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -100,8 +96,7 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose bytes match, and a line for each newer one that was passed over."""
     passed = []
     for folder in _steps(checkpoints):
-        reason = verify_checkpoint(folder)
-        if reason is None:
+        if (reason := verify_checkpoint(folder)) is None:
             return folder, passed
         passed.append(f"passed over {folder.name}: {reason}")
     return None, passed
@@ -112,15 +107,17 @@ def set_aside(checkpoints: Path, step: int) -> None:
     instead of whole ones. The next `retain` removes them."""
     for folder in _steps(checkpoints):
         if folder > step_folder(checkpoints, step):
-            hidden = folder.with_name(f".{folder.name}.damaged")
-            shutil.rmtree(hidden, ignore_errors=True)
-            folder.rename(hidden)
+            _hide(folder, "damaged")
+
+
+def _hide(folder: Path, why: str) -> Path:
+    hidden = folder.with_name(f".{folder.name}.{why}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return folder.rename(hidden)
 
 
 def _remove(folder: Path) -> None:
-    hidden = folder.with_name(f".{folder.name}.old")
-    folder.rename(hidden)  # so that a kill leaves no checkpoint with files missing
-    shutil.rmtree(hidden)
+    shutil.rmtree(_hide(folder, "old"))  # hidden first, so that a kill leaves no checkpoint with files missing
 
 
 def contents(folder: Path, *, finite: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -138,12 +135,14 @@ def contents(folder: Path, *, finite: bool = True) -> tuple[dict[str, dict[str, 
 def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
     """Make the checkpoint of `step`, or the last one before it, the newest, its progress changed by `progress`; gives its
     step."""
-    folders = _steps(checkpoints)
-    earlier = (folder for folder in folders if folder <= step_folder(checkpoints, step))
-    target = next((folder for folder in earlier if verify_checkpoint(folder) is None), None)
-    if target is None:
+    newer = list[Path]()
+    for target in _steps(checkpoints):
+        if target <= step_folder(checkpoints, step) and verify_checkpoint(target) is None:
+            break
+        newer.append(target)
+    else:
         raise UserError(f"there is no checkpoint of step {step} or before to go back to; start anew with a smaller weight")
-    for folder in folders[: folders.index(target)]:
+    for folder in newer:
         _remove(folder)
     tensors, documents = contents(target, finite=False)  # the run checks that when it goes on
     documents["progress"] |= progress
@@ -154,9 +153,8 @@ def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
 def retain(checkpoints: Path, keep: int, spared_steps: Collection[int] = ()) -> None:
     """Remove all checkpoints but the last `keep` and those of `spared_steps`; and half-written ones that a kill left."""
     spared = {step_folder(checkpoints, step) for step in spared_steps}
-    for folder in _steps(checkpoints)[keep:]:
-        if folder not in spared:
-            _remove(folder)
+    for folder in {*_steps(checkpoints)[keep:]} - spared:
+        _remove(folder)
     for leftover in checkpoints.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -168,12 +166,10 @@ def keeps_best(cfg: Any) -> bool:
 
 def spared_steps(progress: Mapping[str, Any]) -> set[int]:
     """The steps whose checkpoints a run needs beside its last ones: its best one, and the one that a rollback would take."""
-    known = progress.get("best") or {}
-    best = known["step"] if known.get("kept") else None
-    guard = progress.get("guard", {})
-    healthy = guard.get("healthy_step")
-    back_to = healthy if healthy is not None else guard.get("before_step")
-    return {step for step in (best, back_to) if step is not None}
+    best, guard = progress.get("best") or {}, progress.get("guard", {})
+    back_to = guard.get("healthy_step")
+    steps = (best["step"] if best.get("kept") else None, guard.get("before_step") if back_to is None else back_to)
+    return {step for step in steps if step is not None}
 
 
 def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:
@@ -186,9 +182,8 @@ def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, T
     except SafetensorError as error:
         raise UserError(f"{folder}/{name}.safetensors is damaged ({error})") from None
     if finite:
-        advice = "take other ones"
-        if folder.name.startswith("step_"):
-            advice = f"take an earlier checkpoint; a run goes on from the one before where {folder} is removed"
+        earlier = f"take an earlier checkpoint; a run goes on from the one before where {folder} is removed"
+        advice = earlier if folder.name.startswith("step_") else "take other ones"
         check_finite(tensors, folder / f"{name}.safetensors", advice)
     return tensors
 
@@ -196,17 +191,21 @@ def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, T
 def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None:
     """Load weights; a checkpoint of another architecture is a UserError that names the first keys that differ."""
     expected = network.state_dict()
-    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    common = [key for key in expected if key in state]
     shapes = [
-        f"{key} is {tuple(state[key].shape)} and not {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and value.shape != state[key].shape
+        f"{key} is {tuple(state[key].shape)} and not {tuple(expected[key].shape)}"
+        for key in common
+        if state[key].shape != expected[key].shape
     ]
+    differences = (
+        (f"it lacks {', '.join(missing[:5])}", missing),
+        (f"it has in excess {', '.join(extra[:5])}", extra),
+        ("; ".join(shapes[:5]), shapes),
+    )
     if missing or extra or shapes:
-        parts = [f"it lacks {', '.join(missing[:5])}"] if missing else []
-        parts += [f"it has in excess {', '.join(extra[:5])}"] if extra else []
-        parts += ["; ".join(shapes[:5])] if shapes else []
-        raise UserError(f"{where} is of another architecture: {'; '.join(parts)}")
+        mistakes = "; ".join(line for line, keys in differences if keys)
+        raise UserError(f"{where} is of another architecture: {mistakes}")
     network.load_state_dict({key: part_of(expected[key], value) for key, value in state.items()})
 
 

@@ -1,6 +1,7 @@
 """Images, curves and reports that a run makes beside its work: where one fails, the run warns in one line and goes on."""
 
 import errno
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import FULL, UserError
+from ..config import FULL, UserError, dump
 from ..config.packages import MissingPackage
 
 Warn = Callable[[str, str], None]  # (what was to be made, why it failed)
@@ -158,3 +159,33 @@ class OutOfMemory(UserError):
         else:
             advice = f"--set {key}={smaller[-1]} and, if previews are large, a smaller preview.batch_size"
         super().__init__(f"out of memory at {key} {self.micro}; try {advice}")
+
+
+def start_trackers(accelerator: Any, project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
+    """Open the trackers under the run's name, to go on at `step`; a tracker that fails to open is left out."""
+    if not accelerator.log_with:
+        return
+
+    def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                yield from flatten(below, f"{path}.{key}" if path else key)
+        else:
+            yield path, value if isinstance(value, bool | int | float | str) else str(value)
+
+    config = dict(flatten(dump(settings)))
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {
+            "name": run_dir.name,
+            "id": hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16],  # the same run when it goes on
+            "resume": "allow",
+        },
+    }
+    wanted, opened = accelerator.log_with, []
+    for tracker in wanted:
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        with warn_on_failure(str(getattr(tracker, "value", tracker)), warn):
+            accelerator.init_trackers(project, config=config, init_kwargs=options)
+            opened += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = wanted, opened

@@ -1,28 +1,144 @@
-"""Start on the devices of this machine, after holding the launcher against the config; trackers, DDP and accumulation."""
+"""Start on the devices of this machine, after holding the environment and the launcher against the config: each contradiction
+is one line; trackers, DDP and accumulation."""
 
 import ctypes
-import hashlib
+import json
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 
-from ..config import UserError, dump
+from ..config import UserError, config, resumable_field
 from ..config.packages import is_installed
-from .environment import MachineConfig, check_arithmetic, check_launcher, check_world, explain_environment, multiply_exactly
-from .failures import Warn, warn_on_failure
 from .processes import process_state
 from .sharding import plugin_for
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
+
+
+@config
+class MachineConfig:
+    """How a run uses its machine.
+
+    `dtype` float64 is for proofs. `deterministic` makes a GPU repeat itself to the bit. `cpu_threads` fixes the threads of
+    a process on a CPU, so that one process and two agree there to the bit. `workers` processes decode images ahead.
+    A collective that waits longer than `timeout_minutes` ends the run. Each checkpoint goes into the `bucket` (gs://NAME[/PREFIX])
+    beside the training, and a run that has none here is brought back from there. `stop_signal` (a scheduler's warning;
+    torchrun passes it on with `--signals_to_handle SIGTERM,SIGINT,SIGUSR1`) is handled as SIGTERM, and so is USR1 in any case.
+    """
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    dtype: Literal["float32", "float64"] = "float32"
+    deterministic: bool = False
+    cpu_threads: int | None = Field(None, gt=0)
+    workers: int = resumable_field(4, ge=0)
+    timeout_minutes: float = resumable_field(10.0, gt=0)
+    bucket: str | None = resumable_field(None, pattern="^gs://")
+    stop_signal: Literal["USR1", "USR2", "HUP"] = resumable_field("USR1")
+
+
+TWO_ON_A_CPU = "ACCELERATE_USE_CPU=true python -m torch.distributed.run --standalone --nproc-per-node 2 SCRIPT ..."
+_OFF = ("", "0", "no", "false", "off", "n", "f")
+_PRECISION, _KEYS = "the config decides with mixed_precision", ("mixed_precision", "dtype")
+_BATCH = ("batch_size", "micro_batch_size")
+# What accelerate and torch read from the environment and what would change a result (a launcher puts the file of `accelerate
+# config` there): the values that change nothing, what decides instead, and the keys of the config that say so.
+_REFUSED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), f"the config derives it from {' and '.join(_BATCH)}", _BATCH),
+    "ACCELERATE_DYNAMO_BACKEND": (_OFF, "the config decides with `compile`", ("compile",)),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "the config knows plain DDP and FSDP alone", _KEYS),
+    "ACCELERATE_DOWNCAST_BF16": (_OFF, f"{_PRECISION} and dtype", _KEYS),
+    "ONEDNN_DEFAULT_FPMATH_MODE": (("", "strict"), _PRECISION, _KEYS),
+    "DNNL_DEFAULT_FPMATH_MODE": (("", "strict"), _PRECISION, _KEYS),
+    "NVIDIA_TF32_OVERRIDE": (("",), _PRECISION, _KEYS),
+    "PYTORCH_MPS_FAST_MATH": (_OFF, _PRECISION, _KEYS),
+    "PYTORCH_TUNABLEOP_ENABLED": (_OFF, "it chooses kernels by the clock, and a run must not depend on that", _KEYS),
+}
+
+
+def _refuse(*mistakes: tuple[object, str]) -> None:
+    """A UserError for the first mistake that is true."""
+    for is_made, message in mistakes:
+        if is_made:
+            raise UserError(message)
+
+
+def check_arithmetic(machine: MachineConfig | None) -> None:
+    """A UserError where the environment would change what a run computes; it names the variable, its value and what the config
+    says."""
+    for name, (neutral, why, keys) in _REFUSED.items():
+        value = os.environ.get(name, "")
+        if value.strip().lower() in neutral or (machine is None and name.startswith("ACCELERATE_")):
+            continue  # accelerate's own variables are about training
+        known = [f"{key} {json.dumps(getattr(machine, key))}" for key in keys if hasattr(machine, key)]
+        config_says = f" (here {', '.join(known)})" if known else ""
+        raise UserError(
+            f"the environment or the launcher sets {name} to {value}, and {why}{config_says}; unset it, and leave it out of "
+            "the launch and of `accelerate config`'s file"
+        )
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if machine is not None and machine.deterministic and workspace not in (":4096:8", ":16:8"):
+        raise UserError(f"CUBLAS_WORKSPACE_CONFIG is {workspace}, and deterministic true needs :4096:8 or :16:8; unset it")
+
+
+def check_launcher(*, fsdp: bool = False) -> None:
+    """A UserError for variables of a launcher that contradict each other, or ask for what a script has not: FSDP only with
+    `fsdp`."""
+    world = os.environ.get("WORLD_SIZE")
+    names = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+    engines = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").strip().lower() for name in names}
+    engine = next((name for name, value in engines.items() if value not in _OFF and not (fsdp and name == "FSDP")), None)
+    _refuse(
+        (world is not None and not world.isdecimal(), f"WORLD_SIZE is {world!r}, not a number; a launcher sets it: unset it"),
+        (
+            os.environ.get("MASTER_ADDR") and world is None,
+            "the launcher set MASTER_ADDR but no WORLD_SIZE, so only one process runs (`accelerate launch --cpu "
+            f"--num_processes 2` does this); start two on a CPU with: {TWO_ON_A_CPU}",
+        ),
+        (
+            world not in (None, "0", "1") and "RANK" not in os.environ,
+            f"WORLD_SIZE is {world} but RANK is not set; use a launcher (accelerate launch, torchrun), or unset it",
+        ),
+        (
+            engines["FSDP"] not in ("true", *_OFF),
+            f"ACCELERATE_USE_FSDP is {engines['FSDP']!r}, which accelerate does not take; write true, or unset it",
+        ),
+        (engine, f"the launcher asks for {engine}, which this script does not support; launch with plain DDP"),
+    )
+
+
+@contextmanager
+def explain_environment() -> Iterator[None]:
+    """Around the start of accelerate: where it cannot use the environment's variables, a UserError names them."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        words = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+        launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        names = sorted(name for name in os.environ if name.startswith(words) or name in launched)
+        if isinstance(error, UserError) or not names:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"accelerate cannot start with what the environment or the launcher sets ({reason}); unset what is wrong of "
+            f"{', '.join(names)}"
+        ) from None
+
+
+def check_world(count: int) -> None:
+    """A UserError where accelerate runs with another number of processes than the launcher started."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != count:
+        raise UserError(f"WORLD_SIZE is {world} but accelerate sees {count} process(es); on a CPU start with: {TWO_ON_A_CPU}")
 
 
 def has_bf16_units() -> bool:
@@ -38,6 +154,18 @@ def precision_for(wanted: str) -> str:
     return wanted
 
 
+def keep_freed_memory() -> bool:
+    """Make glibc keep what one step frees for the next; gives whether it does, which is False without glibc and where
+    MALLOC_TRIM_THRESHOLD_ is set. By default glibc gives large blocks back to the system and asks for them anew, which costs a
+    CPU a tenth of a step."""
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return False
+    # the largest that this version of glibc takes
+    return bool(mallopt(trim, 1 << 30)) and any(mallopt(mmap, 1 << size) for size in (30, 25))
+
+
 def start(
     machine: MachineConfig, *, trackers: tuple[str, ...] = (), folder: Path = Path("."), fp16: bool = True, fsdp: bool = False
 ) -> "Accelerator":
@@ -50,24 +178,29 @@ def start(
     check_arithmetic(machine)
     trackers = tuple(tracker for tracker in trackers if is_installed(tracker))  # the session says which are not
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() or "no"
-    if launched not in ("no", machine.mixed_precision):
-        raise UserError(
-            f"the launcher asks for mixed_precision {launched} and the config for {machine.mixed_precision}; "
-            "leave it out of the launch, the config decides"
-        )
-    keep_freed_memory()
-    multiply_exactly()
-    if machine.cpu_threads is not None:
-        torch.set_num_threads(machine.cpu_threads)
     precision = precision_for(machine.mixed_precision)
     plugin = plugin_for(precision)
-    if precision == "fp16" and (plugin is not None or not fp16):
-        what = "FSDP" if plugin is not None else "two optimisers"
-        raise UserError(f"mixed_precision fp16 (or bf16 on a GPU that has none) is not for {what}; use bf16 or no")
-    if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise UserError("mixed_precision fp16 needs a GPU; use no or bf16 on a CPU")
-    if machine.dtype == "float64" and precision != "no":
-        raise UserError("dtype float64 goes with mixed_precision no")
+    _refuse(
+        (
+            launched not in ("no", machine.mixed_precision),
+            f"the launcher asks for mixed_precision {launched} and the config for {machine.mixed_precision}; leave it out of "
+            "the launch, the config decides",
+        ),
+        (
+            precision == "fp16" and (plugin is not None or not fp16),
+            "mixed_precision fp16 (or bf16 on a GPU that has none) is not for "
+            f"{'two optimisers' if plugin is None else 'FSDP'}; use bf16 or no",
+        ),
+        (
+            precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+            "mixed_precision fp16 needs a GPU; use no or bf16 on a CPU",
+        ),
+        (machine.dtype == "float64" and precision != "no", "dtype float64 goes with mixed_precision no"),
+    )
+    keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = False  # products are exact, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
+    if machine.cpu_threads is not None:
+        torch.set_num_threads(machine.cpu_threads)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # torch has nothing in its place yet
     with explain_environment():
         accelerator = Accelerator(
@@ -90,9 +223,8 @@ def start(
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    elif accelerator.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = not machine.deterministic
     return accelerator
 
 
@@ -101,7 +233,7 @@ def start_sampling(device: str | None = None) -> tuple["PartialState", torch.dev
     check_launcher()
     check_arithmetic(None)
     keep_freed_memory()
-    multiply_exactly()
+    torch.backends.cuda.matmul.allow_tf32 = False  # products are exact, whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
     on_cpu = device == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     try:
         with explain_environment():
@@ -115,36 +247,6 @@ def start_sampling(device: str | None = None) -> tuple["PartialState", torch.dev
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     return state, chosen
-
-
-def start_trackers(accelerator: "Accelerator", project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
-    """Open the trackers under the run's name, to go on at `step`; a tracker that fails to open is left out."""
-    if not accelerator.log_with:
-        return
-
-    def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, below in value.items():
-                yield from flatten(below, f"{path}.{key}" if path else key)
-        else:
-            yield path, value if isinstance(value, bool | int | float | str) else str(value)
-
-    config = dict(flatten(dump(settings)))
-    options = {
-        "tensorboard": {"purge_step": step + 1},
-        "wandb": {
-            "name": run_dir.name,
-            "id": hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16],  # the same run when it goes on
-            "resume": "allow",
-        },
-    }
-    wanted, opened = accelerator.log_with, []
-    for tracker in wanted:
-        accelerator.log_with, accelerator.trackers = [tracker], []
-        with warn_on_failure(str(getattr(tracker, "value", tracker)), warn):
-            accelerator.init_trackers(project, config=config, init_kwargs=options)
-            opened += accelerator.trackers
-    accelerator.log_with, accelerator.trackers = wanted, opened
 
 
 def warm_up_ddp(accelerator: "Accelerator", network: torch.nn.Module, *inputs: torch.Tensor) -> None:
@@ -167,15 +269,3 @@ def accumulating(accelerator: "Accelerator", model: torch.nn.Module, part: int, 
     """Around the backward of micro-batch `part`: only the last one of a step averages gradients over the ranks. With FSDP each
     does, for until then every card would hold the gradients whole."""
     return accelerator.no_sync(model) if part < parts - 1 and not accelerator.is_fsdp2 else nullcontext()
-
-
-def keep_freed_memory() -> bool:
-    """Make glibc keep what one step frees for the next; gives whether it does, which is False without glibc and where
-    MALLOC_TRIM_THRESHOLD_ is set. By default glibc gives large blocks back to the system and asks for them anew, which costs a
-    CPU a tenth of a step."""
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or "MALLOC_TRIM_THRESHOLD_" in os.environ:
-        return False
-    # the largest that this version of glibc takes
-    return bool(mallopt(trim, 1 << 30)) and any(mallopt(mmap, 1 << size) for size in (30, 25))

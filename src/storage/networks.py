@@ -136,57 +136,61 @@ def _unnamed_average(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> 
 def _describe(content: Any, tensors: Mapping[str, Tensor]) -> str:
     """What a file without the wanted network holds, in words."""
     keys = set(content) if isinstance(content, Mapping) else set[str]()
-    if {"weights", "config", "data", "step"} <= keys:
-        return "it is an export of this project, which sample.py and the other scripts open as it is"
-    if {"state", "param_groups"} <= keys or (tensors and all(OPTIMIZER.search(name) for name in tensors)):
-        return "it holds the state of an optimizer, and no weights; give the file with the weights, which is often beside it"
-    if any(LORA.search(name) for name in tensors):
-        return (
-            "it holds a LoRA, which only adds to the weights of a network of its own kind; merge it into that network, and "
-            "give what was saved then"
-        )
     kinds = [kind.words for kind in (GUIDED, UNET_2D, KL, *OTHERS) if _prefixes(tensors, kind)]
-    if kinds:
-        hint = f", which is read by: python convert.py {READERS[kinds[0]]}" if kinds[0] in READERS else ""
-        return f"it holds a network of {' and one of '.join(kinds)}{hint}"
-    return f"{UNKNOWN} {few(tensors)}"
+    hint = f", which is read by: python convert.py {READERS[kinds[0]]}" if kinds and kinds[0] in READERS else ""
+    descriptions = (  # the first that is true
+        (
+            {"weights", "config", "data", "step"} <= keys,
+            "it is an export of this project, which sample.py and the other scripts open as it is",
+        ),
+        (
+            {"state", "param_groups"} <= keys or (tensors and all(OPTIMIZER.search(name) for name in tensors)),
+            "it holds the state of an optimizer, and no weights; give the file with the weights, which is often beside it",
+        ),
+        (
+            any(LORA.search(name) for name in tensors),
+            "it holds a LoRA, which only adds to the weights of a network of its own kind; merge it into that network, and "
+            "give what was saved then",
+        ),
+        (kinds, f"it holds a network of {' and one of '.join(kinds)}{hint}"),
+        (True, f"{UNKNOWN} {few(tensors)}"),
+    )
+    return next(words for is_true, words in descriptions if is_true)
 
 
 def _choose(prefixes: list[str], tensors: Mapping[str, Tensor], which: str | None, path: str | Path) -> str:
     """The prefix of the network to take: an average before raw weights, or the one that `which` names."""
-    ranked = prefixes
+    names = {prefix: prefix or "bare" for prefix in prefixes}
+    ranked, listed = prefixes, " and ".join(names.values())
     if which in ("ema", "raw"):
         ranked = [prefix for prefix in prefixes if (preference(prefix) == 2) == (which == "ema")]
-        if not ranked:
-            there = "no average (EMA) of weights" if which == "ema" else "nothing but averages (EMA) of weights"
-            raise UserError(f"{path}: --which {which}: in it there is {there}; it holds {_listed(prefixes)}")
-    elif which is not None:
-        ranked = [prefix for prefix in prefixes if which.rstrip(".") in (prefix.rstrip("."), "" if prefix else "bare")]
-        if not ranked:
-            raise UserError(f"{path}: --which {which}: the networks in it are {_listed(prefixes)}; allowed: those, ema, raw")
-    best = [prefix for prefix in ranked if preference(prefix) == preference(ranked[0])]
-    different = [best[0], *(prefix for prefix in best[1:] if not _is_same(tensors, best[0], prefix))]
+        there = "no average (EMA) of weights" if which == "ema" else "nothing but averages (EMA) of weights"
+        mistake = f"in it there is {there}; it holds {listed}"
+    else:
+        mistake = f"the networks in it are {listed}; allowed: those, ema, raw"
+        if which is not None:
+            ranked = [prefix for prefix, name in names.items() if which.rstrip(".") == name.rstrip(".")]
+    if not ranked:
+        raise UserError(f"{path}: --which {which}: {mistake}")
+    best, *others = [prefix for prefix in ranked if preference(prefix) == preference(ranked[0])]
+    network = _below(tensors, best)
+    different = [best]
+    for other in others:
+        same = _below(tensors, other)
+        if network.keys() != same.keys() or not all(torch.equal(network[name], same[name]) for name in same):
+            different.append(other)
     if len(different) > 1:
         count = {2: "two", 3: "three"}.get(len(different), str(len(different)))
+        listed = " and ".join(names[prefix] for prefix in different)
         raise UserError(
-            f"{path}: {count} networks are in it, {_listed(different)}; save the one to import by itself, or choose it: "
-            f"--which {different[-1].rstrip('.') or 'bare'}"
+            f"{path}: {count} networks are in it, {listed}; save the one to import by itself, or choose it: "
+            f"--which {names[different[-1]].rstrip('.')}"
         )
-    return best[0]
-
-
-def _listed(prefixes: Sequence[str]) -> str:
-    return " and ".join(prefix or "bare" for prefix in prefixes)
+    return best
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _is_same(tensors: Mapping[str, Tensor], prefix: str, other: str) -> bool:
-    """Whether the networks under two prefixes are one."""
-    first, second = _below(tensors, prefix), _below(tensors, other)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def find_network(
@@ -229,10 +233,10 @@ def find_network(
     weights = {name: tensor for name, tensor in network.items() if not parts or name.split(".")[0] in parts}
     _check_numbers(weights, path)
     check_finite(weights, path)
-    others = [other or "no prefix" for other in prefixes if other != prefix]
+    others = " and ".join(other or "no prefix" for other in prefixes if other != prefix)
     line = f"network: {Path(path).name}, {len(weights)} tensors {f'under {prefix}' if prefix else 'bare'}"
     line += ", an average (EMA)" if preference(prefix) == 2 else ""
-    lines = [line + (f", and not those under {' and '.join(others)}" if others else "")]
+    lines = [line + (f", and not those under {others}" if others else "")]
     left_out = Counter(
         next((known for known in prefixes if known and name.startswith(known)), name.split(".")[0]).rstrip(".")
         for name in tensors

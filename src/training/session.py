@@ -14,8 +14,8 @@ from ..data import ImageSet, PointSet
 from ..data.names import class_remarks
 from ..runtime import checkpoint
 from ..runtime.checkpoint import Documents, Tensors, keeps_best, step_folder
-from ..runtime.failures import Outcome, finish_trackers, for_each_tracker, warn_on_failure
-from ..runtime.launch import has_bf16_units, start_trackers
+from ..runtime.failures import Outcome, finish_trackers, for_each_tracker, start_trackers, warn_on_failure
+from ..runtime.launch import has_bf16_units
 from ..runtime.processes import Heartbeats, broadcast
 from ..runtime.stopping import StepGate, StopRequest
 from ..runtime.stream import BatchPlan
