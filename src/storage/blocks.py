@@ -53,14 +53,7 @@ def make_blocks(blocks: Sequence[Block], make: Callable[[Block], None], ranks: R
 
 
 def in_blocks(
-    folder: Path,
-    count: int,
-    size: int,
-    make: Callable[[range], Arrays],
-    ranks: Ranks,
-    *,
-    doing: str,
-    read: bool = True,
+    folder: Path, count: int, size: int, make: Callable[[range], Arrays], ranks: Ranks, *, doing: str, read: bool = True
 ) -> Arrays:
     """The arrays over `count` items that `make(range)` gives, in order, in files of `size` items in `folder`; `make` is called
     for missing files. Only ranks with `read` read them, the others get nothing."""
