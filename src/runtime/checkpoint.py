@@ -121,20 +121,14 @@ def _remove(folder: Path) -> None:
 
 
 def contents(folder: Path, *, finite: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors and the documents of a checkpoint, as `write_folder` takes them. With `finite` NaN in a tensor is a
-    UserError."""
-    tensors, documents = {}, {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            tensors[path.stem] = read_tensors(folder, path.stem, finite=finite)
-        elif path.name != MANIFEST:
-            documents[path.stem] = json.loads(path.read_text())
-    return tensors, documents
+    """The tensors and the documents of a checkpoint, as `write_folder` takes them; with `finite` NaN is a UserError."""
+    weights, documents = folder.glob("*.safetensors"), (path for path in folder.glob("*.json") if path.name != MANIFEST)
+    tensors = {path.stem: read_tensors(folder, path.stem, finite=finite) for path in sorted(weights)}
+    return tensors, {path.stem: json.loads(path.read_text()) for path in sorted(documents)}
 
 
 def roll_back(checkpoints: Path, step: int, progress: Mapping[str, Any]) -> int:
-    """Make the checkpoint of `step`, or the last one before it, the newest, its progress changed by `progress`; gives its
-    step."""
+    """Make the checkpoint of `step`, or the last before it, the newest, with `progress` put into its own; gives its step."""
     newer = list[Path]()
     for target in _steps(checkpoints):
         if target <= step_folder(checkpoints, step) and verify_checkpoint(target) is None:
@@ -173,8 +167,7 @@ def spared_steps(progress: Mapping[str, Any]) -> set[int]:
 
 
 def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, Tensor]:
-    """The tensors of `NAME.safetensors`, on the CPU. A UserError where they cannot be read, or with `finite` hold NaN or
-    infinity."""
+    """The tensors of `NAME.safetensors`, on the CPU; a UserError where they are damaged, or not finite (with `finite`)."""
     try:
         tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
     except FileNotFoundError:

@@ -18,13 +18,9 @@ Warn = Callable[[str, str], None]  # (what was to be made, why it failed)
 
 @dataclass
 class Outcome:
-    """Whether optional work failed on this rank, and why."""
+    """Why optional work failed on this rank; empty where it did not."""
 
     reason: str = ""
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.reason)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -69,9 +65,8 @@ def warn_on_failure(what: str, warn: Warn = warn_on_stderr) -> Iterator[Outcome]
     try:
         yield outcome
     except Exception as error:
-        if isinstance(error, UserError) and not isinstance(error, MissingPackage):
-            raise
-        if is_out_of_memory(error) or is_lost_rank(error):
+        mistake = isinstance(error, UserError) and not isinstance(error, MissingPackage)
+        if mistake or is_out_of_memory(error) or is_lost_rank(error):
             raise
         outcome.reason = reason_of(error)
         warn(what, outcome.reason)
@@ -80,14 +75,45 @@ def warn_on_failure(what: str, warn: Warn = warn_on_stderr) -> Iterator[Outcome]
 def failed_on_any(outcome: Outcome, what: str, accelerator: Any, warn: Warn) -> bool:
     """Whether `what` failed on any rank, the same answer on all of them; the first rank warns of it. A collective."""
     if accelerator.num_processes == 1:
-        return outcome.failed
+        return bool(outcome.reason)
     from accelerate.utils import gather_object
 
     reasons = gather_object([outcome.reason])
     failures = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
-    if failures and not outcome.failed:  # a rank that failed has warned already; ranks behind the first print nothing here
+    if failures and not outcome.reason:  # a rank that failed has warned already; ranks behind the first print nothing here
         warn(what, failures[0])
     return bool(failures)
+
+
+def _flatten(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def start_trackers(accelerator: Any, project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
+    """Open the trackers under the run's name, to go on at `step`; a tracker that fails to open is left out."""
+    if not accelerator.log_with:
+        return
+
+    config = dict(_flatten(dump(settings)))
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {
+            "name": run_dir.name,
+            "id": hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16],  # the same run when it goes on
+            "resume": "allow",
+        },
+    }
+    wanted, opened = accelerator.log_with, []
+    for tracker in wanted:
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        with warn_on_failure(str(getattr(tracker, "value", tracker)), warn):
+            accelerator.init_trackers(project, config=config, init_kwargs=options)
+            opened += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = wanted, opened
 
 
 def for_each_tracker(accelerator: Any, warn: Warn, do: Callable[[], Any]) -> None:
@@ -113,10 +139,8 @@ def explain_failure(what: str | Path) -> Iterator[None]:
     """Around the making of `what`, which the user wants: an error there becomes a UserError in one line."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        if is_out_of_memory(error) or is_lost_rank(error):
+        if isinstance(error, UserError) or is_out_of_memory(error) or is_lost_rank(error):
             raise
         raise UserError(f"{what} was not made ({reason_of(error)}); what was drawn before it stays") from error
 
@@ -129,11 +153,10 @@ def explain_out_of_memory(
 
     Yields a function to call with another batch, micro-batch and key where these change on the way.
     """
-    current = (batch, micro, key)
+    current: list[Any] = [batch, micro, key]
 
-    def change(batch: int, micro: int, key: str) -> None:
-        nonlocal current
-        current = (batch, micro, key)
+    def change(*changed: int | str) -> None:
+        current[:] = changed
 
     try:
         yield change
@@ -144,8 +167,7 @@ def explain_out_of_memory(
 
 
 class OutOfMemory(UserError):
-    """Too large a micro-batch, and which one to try: the largest of at most half of it that divides `batch` on the processes
-    that there are."""
+    """Too large a micro-batch, and which to try: the largest of at most half of it that divides `batch` on all processes."""
 
     def __init__(self, batch: int, micro: int | None, key: str) -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -159,33 +181,3 @@ class OutOfMemory(UserError):
         else:
             advice = f"--set {key}={smaller[-1]} and, if previews are large, a smaller preview.batch_size"
         super().__init__(f"out of memory at {key} {self.micro}; try {advice}")
-
-
-def start_trackers(accelerator: Any, project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
-    """Open the trackers under the run's name, to go on at `step`; a tracker that fails to open is left out."""
-    if not accelerator.log_with:
-        return
-
-    def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, below in value.items():
-                yield from flatten(below, f"{path}.{key}" if path else key)
-        else:
-            yield path, value if isinstance(value, bool | int | float | str) else str(value)
-
-    config = dict(flatten(dump(settings)))
-    options = {
-        "tensorboard": {"purge_step": step + 1},
-        "wandb": {
-            "name": run_dir.name,
-            "id": hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16],  # the same run when it goes on
-            "resume": "allow",
-        },
-    }
-    wanted, opened = accelerator.log_with, []
-    for tracker in wanted:
-        accelerator.log_with, accelerator.trackers = [tracker], []
-        with warn_on_failure(str(getattr(tracker, "value", tracker)), warn):
-            accelerator.init_trackers(project, config=config, init_kwargs=options)
-            opened += accelerator.trackers
-    accelerator.log_with, accelerator.trackers = wanted, opened

@@ -1,5 +1,4 @@
-"""Start on the devices of this machine, after holding the environment and the launcher against the config: each contradiction
-is one line; trackers, DDP and accumulation."""
+"""Start on this machine's devices, after holding environment and launcher against the config; DDP and accumulation."""
 
 import ctypes
 import json
@@ -66,15 +65,13 @@ _REFUSED = {
 
 
 def _refuse(*mistakes: tuple[object, str]) -> None:
-    """A UserError for the first mistake that is true."""
     for is_made, message in mistakes:
         if is_made:
             raise UserError(message)
 
 
 def check_arithmetic(machine: MachineConfig | None) -> None:
-    """A UserError where the environment would change what a run computes; it names the variable, its value and what the config
-    says."""
+    """A UserError where the environment would change what a run computes: the variable, its value, what the config says."""
     for name, (neutral, why, keys) in _REFUSED.items():
         value = os.environ.get(name, "")
         if value.strip().lower() in neutral or (machine is None and name.startswith("ACCELERATE_")):
@@ -91,8 +88,7 @@ def check_arithmetic(machine: MachineConfig | None) -> None:
 
 
 def check_launcher(*, fsdp: bool = False) -> None:
-    """A UserError for variables of a launcher that contradict each other, or ask for what a script has not: FSDP only with
-    `fsdp`."""
+    """A UserError where variables of a launcher contradict each other, or ask for an engine: FSDP is for `fsdp` alone."""
     world = os.environ.get("WORLD_SIZE")
     names = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
     engines = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").strip().lower() for name in names}

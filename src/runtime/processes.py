@@ -75,19 +75,17 @@ class Heartbeats:
         self._over.set()
         self._thread.join(5)
 
-    def _key(self, rank: int) -> str:
-        return f"atelier/beat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
-
     def _watch(self) -> None:
         last, missed = dict[int, bytes](), dict.fromkeys(range(self.world), 0)
+        keys = [f"atelier/beat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}" for rank in missed]
         try:
             for beat in itertools.count():
                 ended = self._over.wait(self.seconds)
-                self._store.set(self._key(self.rank), "over" if ended else str(beat))
+                self._store.set(keys[self.rank], "over" if ended else str(beat))
                 if ended:
                     return
                 for rank in missed:
-                    sign = self._store.get(self._key(rank)) if self._store.check([self._key(rank)]) else b""
+                    sign = self._store.get(keys[rank]) if self._store.check([keys[rank]]) else b""
                     missed[rank] = missed[rank] + 1 if sign == last.get(rank) and sign not in (b"", b"over") else 0
                     last[rank] = sign
                 silent = [str(rank) for rank in missed if missed[rank] == self.patience]
@@ -115,8 +113,7 @@ def ranks_of(state: Any) -> Ranks:
 
 
 def ranks_of_machine() -> Ranks:
-    """The processes of this machine, to share work on files that each machine keeps for itself; the barrier is that of all
-    machines."""
+    """The processes of this machine, which share the work on files of its own; the barrier is that of all machines."""
     state = process_state()
     world = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)) if state.num_processes > 1 else 1
     return Ranks(state.local_process_index, world, state.wait_for_everyone)

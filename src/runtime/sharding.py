@@ -75,12 +75,8 @@ def full(tensor: Tensor) -> Tensor:
 
 def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
     """The whole tensors on the CPU; without `keep` nothing, for a process that only takes part in gathering them."""
-    whole = {}
-    for name, tensor in tensors.items():
-        gathered = full(tensor.detach())
-        if keep:
-            whole[name] = gathered.cpu()
-    return whole
+    whole = ((name, full(tensor.detach())) for name, tensor in tensors.items())  # one at a time
+    return {name: tensor.cpu() for name, tensor in whole if keep}
 
 
 def part_of(like: Tensor, value: Tensor) -> Tensor:

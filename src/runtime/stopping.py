@@ -124,10 +124,7 @@ class StepGate:
         bad, stop, save = (value > 0 for value in flags.tolist())
         self.stop |= stop
         self.save |= save
-        if not bad:
-            self.skipped_in_a_row = 0
-            return step
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         if self.skipped_in_a_row >= self.patience:
             advice = "there is no checkpoint yet: lower optimizer.lr or set optimizer.clip, and run it again"
             if self.saved_step is not None:
@@ -136,7 +133,7 @@ class StepGate:
             raise UserError(
                 f"step {step}: the loss or its gradient is not finite, the {self.patience}th time in a row; {advice}"
             )
-        return None
+        return None if bad else step
 
     @property
     def stop_is_local(self) -> bool:

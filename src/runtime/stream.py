@@ -21,8 +21,7 @@ from .seeds import generator
 
 
 class MicroBatch(NamedTuple):
-    """What one device takes at a time: images (B, H, W, C) uint8, labels (B,) with -1 for none, and the stream's
-    position of the first."""
+    """What a device takes at a time: images (B, H, W, C) uint8, labels (B,), -1 for none, and the position of the first."""
 
     images: Tensor
     labels: Tensor
@@ -109,10 +108,8 @@ class Order:
         return rng.permutation(np.concatenate(shuffles))[: self.count]
 
     def __call__(self, positions: range) -> NDArray[np.int64]:
-        parts = []
-        for epoch in range(positions.start // self.count, (positions.stop - 1) // self.count + 1):
-            first = epoch * self.count
-            parts.append(self._epoch(epoch)[max(0, positions.start - first) : positions.stop - first])
+        firsts = range(positions.start // self.count * self.count, positions.stop, self.count)  # positions of the epochs
+        parts = [self._epoch(i // self.count)[max(0, positions.start - i) : positions.stop - i] for i in firsts]
         return np.concatenate(parts).astype(np.int64)
 
 
@@ -154,8 +151,7 @@ def stream(
     workers: int = 0,
     device: torch.device,
 ) -> Generator[MicroBatch, None, None]:
-    """This rank's micro-batches from `start_step` on, without end; `split.accumulation` of them make a step. `close()` ends its
-    workers.
+    """This rank's micro-batches from `start_step` on, without end; `close()` ends its workers.
 
     `workers` processes decode ahead, at most one for each core; none where the images are decoded already.
     """
@@ -199,8 +195,7 @@ def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.
 
 
 class Examples(NamedTuple):
-    """Labels (N,), -1 for none, and `load(indices)`, which gives x0 (B, C, H, W) on the CPU or the device, always the same for
-    an index."""
+    """Labels (N,), -1 for none, and `load(indices)`: x0 (B, C, H, W) on any device, always the same for an index."""
 
     labels: NDArray[np.int64]
     load: Callable[[NDArray[np.int64]], Tensor]

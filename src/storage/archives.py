@@ -73,9 +73,8 @@ class _Names:
             raise self.refuse(written)
 
     def add(self, name: str, *, is_file: bool, content: object = None) -> bool:
-        """Note a name, and say whether it is to be unpacked: files are not that macOS put beside the others, to show folders or
-        to keep what other systems cannot. Equal `content` under one name is the same. A UserError where the disk takes two
-        names for one."""
+        """Note a name, and say whether it is to be unpacked, as files that macOS put beside the others are not. Equal `content`
+        under one name is the same. A UserError where the disk takes two names for one."""
         path = PurePosixPath(name)
         if "__MACOSX" in path.parts or path.name.startswith("._") or path.name == ".DS_Store":
             self._of_macos += is_file
@@ -117,8 +116,7 @@ class _Names:
 def unpack(archive: Path, out: Path) -> int:
     """Unpack a zip or tar (gz, xz, bz2) archive into the new folder `out`; gives the number of files.
 
-    A name or a link that would leave the folder, a damaged archive, and a disk too small for it are UserErrors, and nothing
-    is left behind.
+    A name or a link that would leave the folder, a damaged archive and a full disk are UserErrors, and nothing is left behind.
     """
     if not archive.is_file():
         raise UserError(f"{archive}: there is no such archive")

@@ -122,8 +122,7 @@ def claim_folder(
 
 
 def stage_folder(staged: Path, request: Mapping[str, Any]) -> bool:
-    """Make a folder ready for what goes on after a kill; gives whether it holds parts of this request already. What it holds of
-    another request is removed."""
+    """Make a folder ready for work that a kill may cut; gives whether it holds parts of this request, and removes others."""
     file = staged / "request.json"
     if is_of_request(file, request):
         return True
@@ -187,8 +186,8 @@ def make_cache(
             shutil.rmtree(staged, ignore_errors=True)
             raise
         if ranks.rank == 0:
-            document = {**request, "counts": counts, **finish(staged)}
-            write_whole(staged / "manifest.json", json.dumps(document, indent=1).encode())
+            manifest = json.dumps({**request, "counts": counts, **finish(staged)}, indent=1)
+            write_whole(staged / "manifest.json", manifest.encode())
             (staged / "request.json").unlink()
             staged.replace(folder)
         ranks.barrier()

@@ -1,7 +1,4 @@
-"""What comes from the network, once for each machine: weights in torch's cache, models and data sets of the Hugging Face hub.
-
-Where something does not come, a line says why.
-"""
+"""What comes from the network, once for each machine: weights in torch's cache, and what the Hugging Face hub has."""
 
 import glob
 import http.client
@@ -43,8 +40,8 @@ def how_to_bring(url: str, path: Path) -> str:
 def fetch_weights(url: str, path: Path) -> str | None:
     """Bring `url` to `path` in torch's cache, as torchvision does: whole, and with the hash in its name, or not at all.
 
-    One process of a machine fetches it and the others wait for it. Gives None when the file is there, else why it is not, in
-    words; a full disk is a UserError.
+    One process of a machine fetches it, and the others wait. Gives why the file is not there, or None where it is; a full disk
+    is a UserError.
     """
     if path.is_file():
         return None

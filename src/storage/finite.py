@@ -25,12 +25,11 @@ def _wide(value: Tensor) -> Tensor:
 def check_finite(weights: Mapping[str, Any], where: str | Path, advice: str = "get them again, or take earlier ones") -> None:
     """A UserError where tensors of `weights`, read from `where`, hold NaN or infinity; it names the first of them."""
     bad = [name for name, value in weights.items() if isinstance(value, Tensor) and not is_finite(value)]
-    if not bad:
-        return
-    value = weights[bad[0]]
-    count = int((~torch.isfinite(_wide(value))).sum())
-    others = f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-    raise UserError(
-        f"{where}: these weights cannot be used: {count} of the {value.numel()} numbers of {bad[0]} are not finite (NaN or "
-        f"infinity){others}; {advice}"
-    )
+    if bad:
+        value = weights[bad[0]]
+        count = int((~torch.isfinite(_wide(value))).sum())
+        others = f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise UserError(
+            f"{where}: these weights cannot be used: {count} of the {value.numel()} numbers of {bad[0]} are not finite (NaN or "
+            f"infinity){others}; {advice}"
+        )

@@ -27,8 +27,7 @@ _FAR = 1 << 30  # Windows keeps others from reading what is locked, so a byte be
 def take_lock(file: IO[Any], *, wait: bool = False) -> bool:
     """Lock an open file that can be written, and say whether this process has the lock now; with `wait`, wait for it.
 
-    Loader workers do not inherit it. Where the system has neither kind of lock nobody is kept out. An OSError where the file
-    system takes no locks.
+    Loader workers do not inherit it. Without either kind of lock nobody is kept out. An OSError where the disk takes no locks.
     """
     while True:
         try:

@@ -134,7 +134,6 @@ def _unnamed_average(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> 
 
 
 def _describe(content: Any, tensors: Mapping[str, Tensor]) -> str:
-    """What a file without the wanted network holds, in words."""
     keys = set(content) if isinstance(content, Mapping) else set[str]()
     kinds = [kind.words for kind in (GUIDED, UNET_2D, KL, *OTHERS) if _prefixes(tensors, kind)]
     hint = f", which is read by: python convert.py {READERS[kinds[0]]}" if kinds and kinds[0] in READERS else ""
@@ -249,8 +248,7 @@ def find_network(
 
 
 def _check_numbers(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """A UserError for tensors that are no plain floating-point numbers: whole numbers, which are quantised weights, complex or
-    sparse ones, and those without values."""
+    """A UserError for tensors without values, and for quantised, complex and sparse ones, which are no plain numbers."""
     for name, tensor in weights.items():
         what = str(tensor.dtype).removeprefix("torch.")
         if tensor.is_meta:

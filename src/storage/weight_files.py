@@ -82,8 +82,7 @@ def _is_a_folder(path: Path) -> UserError:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file is of safetensors, else it is of torch, by the first bytes, whatever it is called; a UserError for what is
-    neither."""
+    """Whether a file is of safetensors, else it is of torch, by its first bytes; a UserError for what is neither."""
     head = _head(path)
     safe = path.suffix == ".safetensors" or head[8:9] == b"{"
     reasons = (
@@ -159,8 +158,7 @@ class FileSet(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, int, str]:
-        """The best first: names that the libraries give, an average (EMA), full precision before half, raw weights last;
-        safetensors before pickles."""
+        """The best first: names of the libraries, an average (EMA), full precision, half, raw weights; pickles last."""
         stem, _, rest = self.name.partition(".")
         variant = rest.rpartition(".")[0]
         half = -1 if preference(variant) == 2 else 1 if variant in ("fp16", "bf16") else 2 if variant else 0
@@ -178,11 +176,9 @@ def _file_sets(folder: Path) -> list[FileSet]:
         wholes = {_set_name(shard)[0] for shard in named}
         groups[wholes.pop() if len(wholes) == 1 else file.name.partition(".index")[0]] = named
     indexed = set[str]().union(*groups.values())
-    for name in sorted(file.name for file in folder.iterdir() if file.is_file()):
-        if Path(name).suffix not in WEIGHTS or NO_WEIGHTS.search(name):
-            continue
-        whole, count = _set_name(name)
-        if name not in indexed:
+    for name in sorted(file.name for file in folder.iterdir() if file.is_file() and file.suffix in WEIGHTS):
+        if name not in indexed and not NO_WEIGHTS.search(name):
+            whole, count = _set_name(name)
             names = {re.sub(r"-\d{5}-of-", f"-{i:05d}-of-", name) for i in range(1, count + 1)} if count else {name}
             groups.setdefault(whole, set()).update(names)
     sets = []
@@ -199,11 +195,9 @@ def _set_name(name: str) -> tuple[str, int]:
 
 
 def find_files(folder: Path, which: str | None = None) -> tuple[FileSet, list[str]]:
-    """The weights in a folder of diffusers, whatever the file is called, whole or in shards; and lines that say what was left
-    out.
+    """The weights in a folder of diffusers, by any name, whole or in shards; and lines that say what was left out.
 
-    `which` is the name of a file, or a variant such as fp16. A UserError says what there is instead of weights, and which
-    shards are missing.
+    `which` is the name of a file, or a variant such as fp16. A UserError says what there is instead, or what is missing.
     """
     sets = _file_sets(folder)
     if which is not None:

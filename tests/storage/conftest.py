@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from src.storage.buckets import Bucket, errors, open_bucket
+from src.storage.buckets import Bucket, client, open_bucket
 from tests.storage.bucket_files import small, write
 from tests.storage_server import StorageServer
 
@@ -14,8 +14,8 @@ from tests.storage_server import StorageServer
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
     with StorageServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        monkeypatch.setattr(errors, "FIRST_DELAY", 0.01)
-        monkeypatch.setattr(errors, "LAST_DELAY", 0.05)
+        monkeypatch.setattr(client, "FIRST_DELAY", 0.01)
+        monkeypatch.setattr(client, "LAST_DELAY", 0.05)
         yield server
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from src.storage.buckets import Bucket, errors, open_bucket, pull, push
+from src.storage.buckets import Bucket, client, open_bucket, pull, push
 from tests.storage.bucket_files import LARGE, mistake, random_bytes, tree, write
 from tests.storage_server import StorageServer
 
@@ -59,7 +59,7 @@ def test_tries_end(server: StorageServer, bucket: Bucket, tmp_path: Path, kind: 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr(errors, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(client, "FIRST_DELAY", 0.01)
     with open_bucket("gs://bucket") as bucket:
         message = mistake(pull, bucket, "a_folder_with_a_name_that_is_as_long_as_that_of_some_runs", tmp_path)
         assert "no answer after 6 tries" in message and "Connection refused" in message and "Max retries" not in message

@@ -155,7 +155,7 @@ def test_stops_mistakes_and_memory_go_on_up(tmp_path: Path) -> None:
     for error in (FULL, KeyError("a"), ZeroDivisionError(), OSError(errno.EACCES, "Permission denied", "x.png")):
         with warn_on_failure("x", lambda *words: warned.append(words)) as guard:
             raise error
-        assert guard.failed
+        assert guard.reason
     reasons = ["the disk is full: No space left on device", "KeyError: 'a'", "ZeroDivisionError"]
     assert [reason for _, reason in warned[:3]] == reasons and "Permission denied: 'x.png'" in warned[3][1]
     assert not is_out_of_memory(RuntimeError("shape")) and "\n" not in reason_of(ValueError("a\nb"))
@@ -227,7 +227,7 @@ def test_ranks_agree_on_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     two = SimpleNamespace(num_processes=2)
     with warn_on_failure("it") as guard:
         pass
-    assert not guard.failed and failed_on_any(guard, "it", two, lambda *words: warned.append(words))
+    assert not guard.reason and failed_on_any(guard, "it", two, lambda *words: warned.append(words))
     assert warned == [("it", "rank 1: ValueError: no samples")]
     assert not failed_on_any(guard, "it", SimpleNamespace(num_processes=1), raising(AssertionError()))
 

@@ -216,7 +216,7 @@ def test_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         server.forbidden.add("bucket")
         status(health.bucket("gs://bucket"), "fail", "gcloud auth")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr("src.storage.buckets.errors.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("src.storage.buckets.client.FIRST_DELAY", 0.01)
     status(health.bucket("gs://bucket"), "fail", "no answer after 6 tries", "Connection refused", "internet")
 
 

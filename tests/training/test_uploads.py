@@ -35,8 +35,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageS
     monkeypatch.chdir(tmp_path)
     with StorageServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        monkeypatch.setattr("src.storage.buckets.errors.FIRST_DELAY", 0.01)
-        monkeypatch.setattr("src.storage.buckets.errors.LAST_DELAY", 0.02)
+        monkeypatch.setattr("src.storage.buckets.client.FIRST_DELAY", 0.01)
+        monkeypatch.setattr("src.storage.buckets.client.LAST_DELAY", 0.02)
         yield server
 
 

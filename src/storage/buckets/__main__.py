@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from ...config import UserError, run_script
 from ..archives import Damaged, stem, unpack
@@ -24,22 +23,13 @@ from . import CACHES, Bucket, Empty, file_crc32c, is_temporary, open_bucket, pul
 from .folders import Filter, check_name, list_files
 
 
-class Unpacked(NamedTuple):
-    """An archive that was unpacked here, whether it is still here or not, and its folder, which is here.
-
-    Where both are here, the archive travels and the folder stays. `.NAME.unpacked` beside the archive says what both were.
-    """
-
-    archive: Path
-    folder: Path
-
-
-def _find_unpacked(place: str) -> list[Unpacked]:
-    """Those in datasets/; none for another place."""
-    markers = sorted(Path(place).glob(".*.unpacked")) if place == "datasets" else []
+def _find_unpacked(place: str) -> list[tuple[Path, Path]]:
+    """The archives in datasets/ that were unpacked here, whether they are still here or not, each with its folder, which is
+    here. Where both are here, the archive travels and the folder stays. None are in another place."""
+    markers = sorted(Path(place).glob(".*.unpacked")) if place == "datasets" else []  # they say what both were
     archives = [marker.with_name(marker.name.removeprefix(".").removesuffix(".unpacked")) for marker in markers]
-    pairs = [Unpacked(archive, archive.with_name(stem(archive.name) or archive.name)) for archive in archives]
-    return [pair for pair in pairs if pair.folder.is_dir()]
+    pairs = [(archive, archive.with_name(stem(archive.name) or archive.name)) for archive in archives]
+    return [pair for pair in pairs if pair[1].is_dir()]
 
 
 def _folders_that_stay(place: str) -> set[str]:
@@ -57,7 +47,7 @@ def _skipped_in(place: str) -> Filter:
 def _kept_in(place: str, *, pulls: bool) -> Filter:
     """What `--delete` keeps of datasets: a pull keeps the unpacked folders; a push keeps the archives in the bucket that were
     unpacked here, which may be the only copies of archives that are not here any more."""
-    kept_names = {(pair.folder if pulls else pair.archive).name for pair in _find_unpacked(place)}
+    kept_names = {(folder if pulls else archive).name for archive, folder in _find_unpacked(place)}
     return lambda name: name.split("/")[0] in kept_names
 
 
@@ -108,8 +98,7 @@ def _unpack_beside(archive: Path, name: str) -> str | None:
 
 
 def _unpack_all(place: Path) -> int:
-    """Unpack the archives of a place, with a line for each; gives 2 where one could not be unpacked, which does not keep the
-    others back, else 0."""
+    """Unpack the archives of a place, with a line for each; gives 2 where one could not be unpacked, else 0."""
     exit_status = 0
     for archive in sorted(path for path in place.iterdir() if path.is_file()):
         try:
@@ -134,7 +123,6 @@ def _place(word: str) -> str:
 
 
 def _print_left_out(place: str, left_out: Sequence[str]) -> None:
-    """A line about what a person may miss, where there is any."""
     staying = _folders_that_stay(place)
     names = [name if name.isprintable() else repr(name) for name in left_out if name.split("/")[0] not in staying]
     if names:
@@ -148,7 +136,6 @@ def _lock(place: str, dry_run: bool) -> AbstractContextManager[None]:
 
 
 def _move(bucket: Bucket, command: str, place: str, *, delete: bool = False, dry_run: bool) -> None:
-    """Push or pull a place, and say what moved."""
     pulls = command == "pull"
     options = {"delete": delete, "dry_run": dry_run, "skip": _skipped_in(place), "keep": _kept_in(place, pulls=pulls)}
     if not pulls:

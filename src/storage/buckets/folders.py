@@ -93,8 +93,7 @@ def _known_crc32c(path: Path, _inode: int, size: int, _time: int) -> str:
 
 
 class LocalFiles(NamedTuple):
-    """The files below a folder by name, in order; names that a person may miss among them, with the reason; and the linked
-    folders that lead out of it."""
+    """The files below a folder by name; names that a person may miss, with the reason; linked folders that lead out of it."""
 
     files: LocalFacts
     left_out: list[str]

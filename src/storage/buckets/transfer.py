@@ -17,8 +17,7 @@ from ...config import UserError
 from ...config.progress import Progress
 from ..files import check_room, remove_leftovers
 from . import folders
-from .client import Bucket
-from .errors import Empty, Overwritten
+from .client import Bucket, Empty, Overwritten
 from .folders import (
     Filter,
     folder_of,
@@ -99,8 +98,7 @@ def push(
     """Make the bucket's `under/` what the folder is; `delete` removes what is only in the bucket, but for what is to `keep`.
 
     Manifests follow when all others have arrived, and not where a file of their folder was replaced or removed meanwhile; an
-    old one is deleted before what it promises is replaced. `skip` is asked for folders too. Without `shown`
-    there is no bar and no line.
+    old one is deleted before what it promises is replaced. `skip` is asked for folders too. Only with `shown` a bar is shown.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder to push")
