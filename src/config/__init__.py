@@ -7,32 +7,3 @@ from .lengths import ENDLESS, Length, Span, kind_of, to_steps
 from .mistakes import FORBIDDEN, FULL, UserError, prefix_errors, run_script
 from .unions import NameIn, OpenUnion
 from .validation import differences, dump, load, validate
-
-__all__ = [
-    "ENDLESS",
-    "FORBIDDEN",
-    "FULL",
-    "Length",
-    "NameIn",
-    "OpenUnion",
-    "Span",
-    "UserError",
-    "config",
-    "config_error",
-    "differences",
-    "dump",
-    "json_schema",
-    "kind_of",
-    "load",
-    "parse_json",
-    "prefix_errors",
-    "quoted",
-    "read_json",
-    "read_text",
-    "renamed_field",
-    "resumable_field",
-    "run_script",
-    "to_steps",
-    "training_arguments",
-    "validate",
-]
