@@ -82,13 +82,7 @@ class BitsPerDimension(NamedTuple):
 
 
 def bits_per_dimension(
-    denoiser: Callable,
-    x0: Tensor,
-    times: Tensor,
-    schedule: Schedule,
-    *,
-    noise: Callable[[int, Tensor], Tensor],
-    variance: str,
+    denoiser: Callable, x0: Tensor, times: Tensor, schedule: Schedule, *, noise: Callable[[int, Tensor], Tensor], variance: str
 ) -> BitsPerDimension:
     """The variational bound of the images `x0` (B, ...) on the chain along `times`; its step i uses noise(i, x0).
 

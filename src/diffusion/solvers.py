@@ -240,13 +240,7 @@ def ancestral(
 
 @register_solver(stochastic=True)
 def redraw(
-    denoiser: Denoiser,
-    x: Tensor,
-    times: Tensor,
-    schedule: Schedule,
-    *,
-    source: Noise,
-    callback: Callback | None = None,
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, source: Noise, callback: Callback | None = None
 ) -> Tensor:
     """x_s = alpha_s x0 + sigma_s eps', where eps' is drawn from the source anew at each step: source(step, x) -> (B, ...).
 

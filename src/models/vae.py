@@ -272,10 +272,7 @@ class VAE(nn.Module):
                     images = part.new_zeros(*part.shape[:2], h.shape[2] * factor, h.shape[3] * factor)
                     weight = images.new_zeros(images.shape[2:])
                 ramp = _ramp(part.shape[2], fade * factor)[:, None] * _ramp(part.shape[3], fade * factor)
-                place = (
-                    slice(top * factor, top * factor + part.shape[2]),
-                    slice(left * factor, left * factor + part.shape[3]),
-                )
+                place = (slice(top * factor, top * factor + part.shape[2]), slice(left * factor, left * factor + part.shape[3]))
                 images[(..., *place)] += part * ramp.to(part)
                 weight[place] += ramp.to(weight)
         assert images is not None and weight is not None
