@@ -95,27 +95,27 @@ def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[li
 
 def _mistake(root: Any, raw: Any, item: Any) -> str:
     """The line for one of the errors that pydantic lists."""
-    kind, context, (*above, last) = item["type"], item.get("ctx", {}), (None, *item["loc"])
+    kind, context, loc = item["type"], item.get("ctx", {}), item["loc"]
     missing = kind in ("missing", "missing_argument")
     path, value = [], raw
-    for element in item["loc"]:  # elements that are not in the JSON are tags of unions: not shown
+    for element in loc:  # elements that are not in the JSON are tags of unions: not shown
         try:
             value = value[element]
         except (KeyError, IndexError, TypeError):
-            if not (missing and element == last):
+            if not (missing and element == loc[-1]):
                 continue
         path.append(str(element))
     message = item["msg"].removeprefix("Value error, ")
     if missing:
         message = "this key is missing"
     elif kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        allowed = sorted({key for owner in _owners_at(root, above[1:]) for key in _fields(owner)})
-        message = f"unknown key{_guess(last, allowed) or ';'} allowed here: {', '.join(allowed)}"
+        allowed = sorted({key for owner in _owners_at(root, loc[:-1]) for key in _fields(owner)})
+        message = f"unknown key{_guess(loc[-1], allowed) or ';'} allowed here: {', '.join(allowed)}"
     elif kind in ("union_tag_invalid", "union_tag_not_found") and (key := context["discriminator"].strip("'")).isidentifier():
         path.append(key)
         allowed = context.get("expected_tags")
         if allowed is None:
-            words = sorted({word for owner in _owners_at(root, item["loc"]) for word in _words(owner, key)})
+            words = sorted({word for owner in _owners_at(root, loc) for word in _words(owner, key)})
             message = f"missing; allowed: {', '.join(words)}"
         else:
             message = f"{context['tag']!r} is not known{_guess(context['tag'], _listed(allowed)) or '.'} Allowed: {allowed}"
@@ -176,8 +176,8 @@ def validate(root: type[T], raw: Any, *, origin: str = "config") -> T:
         return pydantic.TypeAdapter(root).validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
         lines = [_mistake(root, raw, item) for item in error.errors(include_url=False)]
-        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-        raise UserError(f"{origin}: {'; '.join(lines[:3])}{more}") from None
+        others = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        raise UserError(f"{origin}: {'; '.join(lines[:3])}{others}") from None
 
 
 def dump(value: Any) -> dict[str, Any]:
@@ -197,7 +197,9 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
         if "not valid JSON" not in str(error) or text[:1] in '{["':
             raise UserError(f"--set {key}: {error}") from None
         value = text  # a bare word is a string
-    owners, parent, path = _choices(root), typing.cast(Any, raw), key.split(".")
+    owners, path = _choices(root), key.split(".")
+    name: Any
+    parent: Any = raw
     for i, part in enumerate(path):
         name, new_value = _old_names(owners).get(part, (part, None))
         if isinstance(parent, list):
@@ -211,7 +213,7 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
                 below = parent[name] = {}
             parent = below
         else:
-            if i and name in TAG_KEYS:
+            if i and part in TAG_KEYS:
                 parent.clear()  # another kind has other keys: those of the old one do not belong to it
             parent[name] = value if new_value is None else new_value(value)
 

@@ -1,5 +1,6 @@
 """The mathematics of diffusion and blending. A network is always an argument."""
 
+from .chain import BitsPerDimension, bits_per_dimension, log_variance, transitions
 from .guidance import (
     classifier_free,
     classifier_gradient,
@@ -10,8 +11,7 @@ from .guidance import (
     on_schedule,
     within,
 )
-from .likelihood import BitsPerDimension, bits_per_dimension
-from .process import Denoiser, LossConfig, Losses, Prediction, Process, ProcessConfig, TimeInput, build_process, gain
+from .process import Denoiser, LossConfig, Losses, Prediction, Process, ProcessConfig, TimeInput, build_process
 from .schedules import SPACINGS, BlendSchedule, Level, Schedule, TableSchedule, build_schedule, inversion_times, times
 from .solvers import (
     SOLVERS,
@@ -27,4 +27,3 @@ from .solvers import (
     register_solver,
     rk4,
 )
-from .variance import log_variance, transitions
