@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
+from ..models.pretrained import efficientnet_lite0, find_weights, random_convolutions
 from ..storage.downloads import put_weights, read_weights
 from ..storage.finite import check_finite
 from ..storage.hub import hub_reason
@@ -27,6 +27,10 @@ class FeatureOptions(NamedTuple):
     features: str = "--features"
     weights: str = "--weights"
     inception: str = "--inception-weights"
+
+    @property
+    def otherwise(self) -> str:
+        return f"{self.features} efficientnet_lite0 works without"
 
 
 OPTIONS = FeatureOptions()
@@ -85,19 +89,18 @@ class Inception(Features):
     comparable = "FID, KID and IS of papers, at the same number of samples and of the same reference images"
 
     def __init__(self, weights: str | None, options: FeatureOptions) -> None:
-        ask_for(f"{options.features} inception", "torch_fidelity", "torchvision")
-        otherwise = f"{options.features} efficientnet_lite0 works without"
-        needs, option = f"{options.features} inception needs weights", options.inception
-        path = find_weights(needs, weights, inception_file(), INCEPTION_URL, option=option, otherwise=otherwise)
-        import_torchvision()
-        with needed(f"{options.features} inception", "torch_fidelity"):
+        why, option = f"{options.features} inception", options.inception
+        ask_for(why, "torch_fidelity", "torchvision")
+        sought = f"{why} needs weights", weights, inception_file(), INCEPTION_URL
+        path = find_weights(*sought, option=option, otherwise=options.otherwise)
+        with needed(why, "torch_fidelity"):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        read_weights(path, options.inception)  # checks that the file is whole and holds no code
+        read_weights(path, option)  # checks that the file is whole and holds no code
         try:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
         except (RuntimeError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{options.inception}: {path} holds the weights of another network") from None
+            raise UserError(f"{option}: {path} holds the weights of another network") from None
         super().__init__(network)
 
     def extract(self, pixels: Tensor) -> Tensor:
@@ -133,9 +136,8 @@ class Timm(Features):
     """The pooled features of a network of timm, at its own size, mean and standard deviation."""
 
     def __init__(self, network_name: str, weights: str | None, name: str, comparable: str, options: FeatureOptions) -> None:
-        ask_for(f"{options.features} {name}", "timm", "torchvision")
-        import_torchvision()
-        with needed(f"{options.features} {name}", "timm"):
+        why = f"{options.features} {name}"
+        with needed(why, "timm", "torchvision"):
             import timm
             from timm.data.config import resolve_model_data_config
 
@@ -143,10 +145,11 @@ class Timm(Features):
             alike = timm.list_models(f"*{network_name.partition('.')[0].partition('_')[0]}*")[:8]
             near = ", ".join(dict.fromkeys(model.partition(".")[0] for model in alike))
             hint = f"; is it one of {near}?" if near else ""
-            raise UserError(f"{options.features} {name}: timm has no network {network_name!r}{hint}")
+            raise UserError(f"{why}: timm has no network {network_name!r}{hint}")
         settings: dict[str, Any] = {"num_classes": 0}
-        if "dinov2" in network_name:
-            settings["dynamic_img_size"] = True  # the weights are for 518 px, and the paper's distance uses 224
+        dinov2 = "dinov2" in network_name  # the weights are for 518 px, and the paper's distance uses 224
+        if dinov2:
+            settings["dynamic_img_size"] = True
         if weights is not None:
             network = timm.create_model(network_name, **settings)
             path = Path(weights).expanduser()
@@ -158,15 +161,15 @@ class Timm(Features):
             except Exception as error:  # of hub, network, cache, or a network that has none
                 reason = hub_reason(f"timm/{network_name}", error).partition(";")[0][:160]
                 raise UserError(
-                    f"{options.features} {name} needs weights that cannot be brought here ({reason}); name a "
-                    f"safetensors file of them with {options.weights}; {options.features} efficientnet_lite0 works without"
+                    f"{why} needs weights that cannot be brought here ({reason}); name a safetensors file of them with "
+                    f"{options.weights}; {options.otherwise}"
                 ) from None
-            check_finite(network.state_dict(), f"{options.features} {name}")
+            check_finite(network.state_dict(), why)
         super().__init__(network)
         self.name, self.comparable = name, comparable
         self.dim = int(getattr(network, "num_features"))  # noqa: B009
         data = resolve_model_data_config(network)
-        self._size = 224 if "dinov2" in network_name else int(data["input_size"][-1])
+        self._size = 224 if dinov2 else int(data["input_size"][-1])
         self._mean, self._std = (torch.tensor(data[key])[:, None, None] * 255 for key in ("mean", "std"))
 
     def extract(self, pixels: Tensor) -> Tensor:
@@ -197,14 +200,14 @@ def open_features(name: str, weights: str | None = None, options: FeatureOptions
         return Inception(weights, options)
     if name == "efficientnet_lite0":
         return EfficientNetLite0(weights, options)
+    if name == "random":
+        return RandomFeatures()
     if name == "dinov2":
         comparable = "FD-DINOv2 of papers (Stein et al. 2023, arXiv:2306.04675), at the same number of samples"
         return Timm(DINOV2, weights, name, comparable, options)
     if name.startswith("timm:"):
         comparable = f"numbers in the features of {name}, at the same number of samples"
         return Timm(name.removeprefix("timm:"), weights, name, comparable, options)
-    if name == "random":
-        return RandomFeatures()
     near = get_close_matches(name, NAMES, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"{options.features} {name!r} is not known; allowed: {', '.join(NAMES)}{hint}")
