@@ -4,7 +4,6 @@ far reconstructions are from their images: (B, C, H, W) in [-1, 1] each, one num
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,16 +46,6 @@ class _Identity(nn.Identity):
         self.num_features = dim
 
 
-@contextmanager
-def _same_subsets() -> Iterator[None]:
-    """torchmetrics draws subsets from torch's generator: here always the same ones, and without its warnings."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(0)
-        warnings.filterwarnings("ignore", message="Metric `.*` will save all extracted features")
-        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split
-        yield
-
-
 def frechet(samples: Array, real: Moments) -> float:
     """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), by torchmetrics: the squared Fréchet distance between Gaussians of the means
     and covariances of the samples (N, D) and of the real images (Eq. 6, Heusel et al. 2017, arXiv:1706.08500); 0 for equal
@@ -71,19 +60,28 @@ def frechet(samples: Array, real: Moments) -> float:
     return max(0.0, float(metric.compute()))
 
 
+def _over_subsets(metric: Any, *sets: tuple[Array, dict[str, bool]]) -> tuple[float, float]:
+    """The mean and the deviation that a metric of torchmetrics gives. It draws subsets from torch's generator: here always the
+    same ones, and without its warnings."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(0)
+        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split
+        for values, side in sets:
+            metric.update(_double(values), **side)
+        mean, std = metric.compute()
+    return float(mean), float(std.nan_to_num())
+
+
 def kernel_distance(samples: Array, real: Array, *, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
     """KID (Binkowski et al. 2018, arXiv:1801.01401), by torchmetrics: the squared maximum mean discrepancy under the kernel
     (x'y / D + 1)^3, unbiased: the mean over `subsets` of `size` images and its deviation. About 0 for equal sets."""
     with needed("the kernel distance", "torchmetrics", "torchvision"):
         from torchmetrics.image.kid import KernelInceptionDistance
 
-    with _same_subsets():
-        size = min(size, len(samples), len(real))
+    size = min(size, len(samples), len(real))
+    with warnings.catch_warnings(action="ignore"):  # of the memory that features take
         metric = KernelInceptionDistance(feature=_Identity(0), subsets=subsets, subset_size=size, **ON_ONE_RANK)
-        metric.update(_double(samples), real=False)
-        metric.update(_double(real), real=True)
-        mean, std = metric.compute()
-    return float(mean), float(std)
+    return _over_subsets(metric, (samples, {"real": False}), (real, {"real": True}))
 
 
 def inception_score(logits: Array, *, splits: int = 10) -> tuple[float, float]:
@@ -92,11 +90,9 @@ def inception_score(logits: Array, *, splits: int = 10) -> tuple[float, float]:
     with needed("the Inception Score", "torchmetrics", "torchvision"):
         from torchmetrics.image.inception import InceptionScore
 
-    with _same_subsets():
+    with warnings.catch_warnings(action="ignore"):
         metric = InceptionScore(feature=_Identity(0), splits=min(splits, len(logits)), **ON_ONE_RANK)
-        metric.update(_double(logits))
-        mean, std = metric.compute()
-    return float(mean), float(std.nan_to_num())
+    return _over_subsets(metric, (logits, {}))
 
 
 def _rows(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
