@@ -20,7 +20,7 @@ from src import figures
 from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
 from src.diffusion import LossConfig
-from src.diffusion.training_times import SecondMomentTimes, UniformTimes
+from src.diffusion.weightings import SecondMomentTimes, UniformTimes
 from src.runs.opened import open_trained
 from src.runtime.stream import image_examples
 from src.training.time_sampler import TimeSampler

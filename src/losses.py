@@ -5,6 +5,7 @@ Every function gives one number per image, (B,), so that a batch may be split in
 
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UserError, config
-from .config.packages import ask_for, needed
+from .config.packages import needed
 from .models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
 from .storage.weight_files import put_weights, read_weights
 
@@ -111,10 +112,8 @@ class Perceptual(nn.Module):
         except RuntimeError:
             finite = False
         if not finite:
-            raise UserError(
-                f"perceptual.network {self.spec.network!r} cannot take images of {size} px; use larger ones, or "
-                "efficientnet_lite0"
-            )
+            why = f"perceptual.network {self.spec.network!r} cannot take images of {size} px"
+            raise UserError(f"{why}; use larger ones, or efficientnet_lite0")
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -132,21 +131,21 @@ def imagenet_weights(network: str) -> tuple[Path, str]:
 
 def _lpips(spec: PerceptualConfig) -> nn.Module:
     """LPIPS with its backbone's weights, which are fetched once into torch's cache where no file is named."""
-    ask_for(f"perceptual.network {spec.network!r}", "lpips", "torchvision")
-    cached, url = imagenet_weights(spec.network)
-    with needed(f"perceptual.network {spec.network!r}", "lpips"):
+    why, option = f"perceptual.network {spec.network!r}", "perceptual.weights"
+    with needed(why, "lpips", "torchvision"):
         import lpips
 
-    needs, otherwise = f"perceptual.network {spec.network!r} needs ImageNet weights", "or use efficientnet_lite0"
-    path = find_weights(needs, spec.weights, cached, url, option="perceptual.weights", otherwise=otherwise)
-    in_file = read_weights(path, "perceptual.weights")
+    cached, url = imagenet_weights(spec.network)
+    otherwise = "or use efficientnet_lite0"
+    path = find_weights(f"{why} needs ImageNet weights", spec.weights, cached, url, option=option, otherwise=otherwise)
+    in_file = read_weights(path, option)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's own, about the way lpips calls it
         network = lpips.LPIPS(net=spec.network, pnet_rand=True, verbose=False)
     # slice2.5.weight of lpips is features.5.weight of torchvision
     names = {name: f"features.{name.partition('.')[2]}" for name in network.net.state_dict()}
     weights = {name: in_file[other] for name, other in names.items() if other in in_file}
-    put_weights(network.net, weights, path, "perceptual.weights")
+    put_weights(network.net, weights, path, option)
     return network
 
 
@@ -181,8 +180,5 @@ class _RandomFeatures(nn.Module):
         self.layers = random_convolutions()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        features, x = [], images
-        for layer in self.layers:
-            x = layer(x)
-            features += [x] if isinstance(layer, nn.Tanh) else []
-        return features
+        outputs = list(accumulate(self.layers, lambda x, layer: layer(x), initial=images))
+        return outputs[2::2]  # behind each tanh

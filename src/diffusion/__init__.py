@@ -1,5 +1,6 @@
 """The mathematics of diffusion and blending. A network is always an argument."""
 
+from .chain import bits_per_dimension, log_variance, transitions
 from .guidance import (
     classifier_free,
     classifier_gradient,
@@ -10,65 +11,6 @@ from .guidance import (
     on_schedule,
     within,
 )
-from .likelihood import BitsPerDimension, bits_per_dimension
-from .process import Denoiser, LossConfig, Losses, Prediction, Process, ProcessConfig, TimeInput, build_process, gain
-from .schedules import SPACINGS, BlendSchedule, Level, Schedule, TableSchedule, build_schedule, inversion_times, times
-from .solvers import (
-    SOLVERS,
-    Solver,
-    ancestral,
-    ddim,
-    dpmpp_2m,
-    euler,
-    heun,
-    invertible_solvers,
-    midpoint,
-    redraw,
-    register_solver,
-    rk4,
-)
-from .variance import log_variance, transitions
-
-__all__ = [
-    "SOLVERS",
-    "SPACINGS",
-    "BitsPerDimension",
-    "BlendSchedule",
-    "Denoiser",
-    "Level",
-    "LossConfig",
-    "Losses",
-    "Prediction",
-    "Process",
-    "ProcessConfig",
-    "Schedule",
-    "Solver",
-    "TableSchedule",
-    "TimeInput",
-    "ancestral",
-    "bits_per_dimension",
-    "build_process",
-    "build_schedule",
-    "classifier_free",
-    "classifier_gradient",
-    "classifier_guided",
-    "clip",
-    "ddim",
-    "dpmpp_2m",
-    "dynamic_threshold",
-    "euler",
-    "gain",
-    "heun",
-    "inversion_times",
-    "invertible_solvers",
-    "is_within",
-    "log_variance",
-    "midpoint",
-    "on_schedule",
-    "redraw",
-    "register_solver",
-    "rk4",
-    "times",
-    "transitions",
-    "within",
-]
+from .process import Denoiser, LossConfig, Prediction, Process, ProcessConfig, TimeInput, build_process
+from .schedules import SPACINGS, BlendSchedule, Schedule, TableSchedule, build_schedule, inversion_times, times
+from .solvers import SOLVERS, Solver, ancestral, ddim, dpmpp_2m, euler, invertible_solvers, redraw, register_solver, rk4

@@ -14,21 +14,12 @@ import torch
 from torch import Tensor
 
 from ..config import config, config_error, renamed_field
-from .likelihood import variational_term
-from .schedules import BlendSchedule, BlendScheduleConfig, Level, ScheduleConfig, TableSchedule, build_schedule, like
-from .variance import Transitions, transitions
+from .chain import Transitions, transitions, variational_term
+from .schedules import BlendSchedule, BlendScheduleConfig, Level, Schedule, ScheduleConfig, TableSchedule, build_schedule, like
 from .weightings import ConstantWeighting, Gains, LossWeighting
 
 Target = Literal["eps", "x0", "v", "blend"]
 Variance = Literal["small", "large", "learned"]
-
-# p and q of each target at a level. v: Eq. (App. D), Salimans & Ho 2022, arXiv:2202.00512; blend: x0 - eps.
-COEFFICIENTS: dict[str, Callable[[Level], tuple[Tensor, Tensor]]] = {
-    "eps": lambda level: (torch.zeros_like(level.alpha), torch.ones_like(level.alpha)),
-    "x0": lambda level: (torch.ones_like(level.alpha), torch.zeros_like(level.alpha)),
-    "v": lambda level: (-level.sigma, level.alpha),
-    "blend": lambda level: (torch.ones_like(level.alpha), -torch.ones_like(level.alpha)),
-}
 
 
 class Prediction(NamedTuple):
@@ -104,7 +95,7 @@ class Process:
     Times `t` are float64 or integer tensors on the CPU, () or (B,); images are (B, C, ...) on any device.
     """
 
-    schedule: TableSchedule | BlendSchedule
+    schedule: Schedule
     target: Target
     variance: Variance = "large"
     time_input: TimeInput = TimeInput()
@@ -115,9 +106,19 @@ class Process:
         alpha, sigma = self.schedule.level(t)
         return like(alpha, x0) * x0 + like(sigma, x0) * eps
 
+    def _coefficients(self, t: Tensor) -> tuple[Level, Tensor, Tensor, Tensor]:
+        """The level at times `t`, p and q of the target there, and d = alpha q - sigma p.
+
+        v: App. D, Salimans & Ho 2022, arXiv:2202.00512; blend: x0 - eps.
+        """
+        level = alpha, sigma = self.schedule.level(t)
+        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+        p, q = {"eps": (zero, one), "x0": (one, zero), "v": (-sigma, alpha), "blend": (one, -one)}[self.target]
+        return level, p, q, alpha * q - sigma * p
+
     def make_target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """y = p x0 + q eps, which the network learns to predict."""
-        p, q = COEFFICIENTS[self.target](self.schedule.level(t))
+        _, p, q, _ = self._coefficients(t)
         return like(p, x0) * x0 + like(q, x0) * eps
 
     def read(self, y: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
@@ -127,9 +128,7 @@ class Process:
         if self.variance == "learned":
             y, v = y.chunk(2, dim=1)
             fraction = (v.to(torch.promote_types(v.dtype, torch.float32)) + 1) / 2
-        level = self.schedule.level(t)
-        p, q = COEFFICIENTS[self.target](level)
-        d = level.alpha * q - level.sigma * p
+        level, p, q, d = self._coefficients(t)
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
         y = y.to(x_t.dtype)
         x0 = like(q / d, x_t) * x_t - like(level.sigma / d, x_t) * y
@@ -185,11 +184,13 @@ class Process:
     def loss_weight(self, t: Tensor) -> Tensor:
         """The weight of the output's squared error at times `t`, float64 of their shape: 0 at a level of which the output says
         nothing."""
-        level = self.schedule.level(t)
-        p, q = COEFFICIENTS[self.target](level)
-        d = level.alpha * q - level.sigma * p
+        level, _, _, d = self._coefficients(t)
         weight = self.loss.weighting.weight(level, Gains(level.sigma / d, level.alpha / d))
         return torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
+
+    def gain(self, t: Tensor) -> Tensor:
+        """1 / |alpha q - sigma p|: by how much reading an output at times `t` amplifies its error."""
+        return 1 / self._coefficients(t)[-1].abs()
 
     def denoiser(self, network: Callable[..., Tensor], **condition: Any) -> Denoiser:
         """The network as a denoiser for solvers, with its condition (labels) bound."""
@@ -222,48 +223,40 @@ class ProcessConfig:
     loss: LossConfig = LossConfig()
 
     @pydantic.model_validator(mode="after")
-    def _gain(self) -> "ProcessConfig":
+    def _fits(self) -> "ProcessConfig":
         process = build_process(self)
-        if process.time_input.kind == "index" and isinstance(process.schedule, BlendSchedule):
-            raise config_error("time_input.kind: the blend has no table to index; use t or alpha")
-        schedule = process.schedule
-        learned, loss = self.variance == "learned", self.loss.kind
-        if isinstance(schedule, BlendSchedule) and (learned or loss != "simple"):
-            raise config_error("the blend has no chain of steps: loss.kind is simple there, and variance small or large")
+        schedule, learned = process.schedule, self.variance == "learned"
+        loss, weighting = self.loss.kind, self.loss.weighting.kind
+        if isinstance(schedule, BlendSchedule):
+            if process.time_input.kind == "index":
+                raise config_error("time_input.kind: the blend has no table to index; use t or alpha")
+            if learned or loss != "simple":
+                raise config_error("the blend has no chain of steps: loss.kind is simple there, and variance small or large")
+            used = torch.linspace(0 if schedule.network_at_clean else 1e-3, 1, 1001, dtype=torch.float64)
+        else:
+            used = torch.arange(schedule.num_steps)
         if learned and loss == "simple":
             raise config_error("loss.kind: the simple loss teaches no learned variance; use hybrid, kl or rescaled_kl")
         if not learned and loss == "hybrid":
             raise config_error("loss.kind: the hybrid loss teaches a learned variance; set variance to learned, or use simple")
-        weighting = self.loss.weighting.kind
         if weighting != "constant" and loss not in ("simple", "hybrid"):
             raise config_error("loss.weighting weighs a squared error, which kl and rescaled_kl have not; leave it out")
-        if isinstance(schedule, TableSchedule) and float(process.loss_weight(torch.tensor(schedule.num_steps - 1))) == 0:
+        if isinstance(schedule, TableSchedule) and float(process.loss_weight(used[-1])) == 0:
             raise config_error(
                 f"loss.weighting: {weighting} gives a level without signal no weight, and zero_terminal_snr starts there; "
                 "leave one out"
             )
-        if isinstance(schedule, TableSchedule):
-            used = torch.arange(schedule.num_steps)
-        else:
-            used = torch.linspace(0 if schedule.network_at_clean else 1e-3, 1, 1001, dtype=torch.float64)
-        largest = float(gain(process, used).max())
+        largest = float(process.gain(used).max())
         if largest == float("inf"):
+            other = "x0" if isinstance(schedule, TableSchedule) else "blend"
             raise config_error(
-                f"target {self.target!r} cannot be read at one end of the {self.schedule.kind!r} schedule; use v or "
-                f"{'x0' if isinstance(schedule, TableSchedule) else 'blend'}"
+                f"target {self.target!r} cannot be read at one end of the {self.schedule.kind!r} schedule; use v or {other}"
             )
         if largest > 1000 and not self.clip:
             raise config_error(
                 f"reading {self.target!r} on this schedule amplifies errors {largest:.0f} times; set clip to true, or use v"
             )
         return self
-
-
-def gain(process: Process, t: Tensor) -> Tensor:
-    """1 / |alpha q - sigma p|: by how much reading an output at times `t` amplifies its error."""
-    level = process.schedule.level(t)
-    p, q = COEFFICIENTS[process.target](level)
-    return 1 / (level.alpha * q - level.sigma * p).abs()
 
 
 def time_input_for(schedule: ScheduleConfig, chosen: TimeInput | None) -> TimeInput:

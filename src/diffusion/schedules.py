@@ -6,7 +6,8 @@ Levels live in float64 on the CPU; whoever uses them casts last.
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal, NamedTuple, Protocol
+from itertools import pairwise
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import Field
@@ -32,33 +33,13 @@ def like(values: Tensor, x: Tensor) -> Tensor:
     )
 
 
-class Schedule(Protocol):
-    """What solvers and the process ask of a schedule."""
-
-    @property
-    def clean(self) -> float:
-        """The time of the clean level, alpha = 1 and sigma = 0."""
-        ...
-
-    @property
-    def network_at_clean(self) -> bool:
-        """Whether a network may be called at the clean level."""
-        ...
-
-    def level(self, t: Tensor) -> Level:
-        """alpha and sigma at times `t`."""
-        ...
-
-    def time(self, u: Tensor) -> Tensor:
-        """The times at which sigma / (alpha + sigma) is `u`; the inverse of `level`."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class TableSchedule:
-    """A discrete schedule: levels 0 .. T-1 from `betas` (T,), float64, and the clean level at t = -1.
+    """A discrete schedule: levels 0 .. T-1 from `betas` (T,), float64, and the clean level (alpha 1, sigma 0) at t = -1, which
+    no network sees.
 
-    Between entries u = sigma / (alpha + sigma) is linear in t and alpha^2 + sigma^2 = 1.
+    `level(t)` gives alpha and sigma at times, `time(u)` the times at which sigma / (alpha + sigma) is u. Between entries u is
+    linear in t and alpha^2 + sigma^2 = 1.
     alpha_t^2 = prod_{s <= t} (1 - beta_s) (Eq. 4, Ho et al. 2020, arXiv:2006.11239).
     """
 
@@ -115,7 +96,7 @@ class TableSchedule:
 
 @dataclass(frozen=True)
 class BlendSchedule:
-    """The straight blend, continuous: alpha = 1 - t, sigma = t.
+    """The straight blend, continuous: alpha = 1 - t, sigma = t. `network_at_clean` says whether a network may see t = 0.
 
     Eq. 1, Heitz et al. 2023, arXiv:2305.03486 (their alpha is our 1 - t); Eq. 1, Liu et al. 2022, arXiv:2209.03003.
     """
@@ -132,6 +113,8 @@ class BlendSchedule:
     def time(self, u: Tensor) -> Tensor:
         return u.detach().to("cpu", torch.float64)
 
+
+Schedule = TableSchedule | BlendSchedule
 
 # ---------------------------------------------------------------------------------------------- configs
 
@@ -151,6 +134,16 @@ class BetaSchedule:
     rescale_betas: bool = False
     zero_terminal_snr: bool = False
 
+    def betas(self) -> Tensor:
+        """Float64 (steps,), without `zero_terminal_snr`."""
+        scale = 1000 / self.steps if self.rescale_betas else 1.0
+        start, end = scale * self.beta_start, scale * self.beta_end
+        if self.kind == "quadratic":
+            return torch.linspace(math.sqrt(start), math.sqrt(end), self.steps, dtype=torch.float64) ** 2
+        if self.kind == "linear":
+            return torch.linspace(start, end, self.steps, dtype=torch.float64)
+        return torch.sigmoid(torch.linspace(-6, 6, self.steps, dtype=torch.float64)) * (end - start) + start
+
 
 @config
 class CosineSchedule:
@@ -163,6 +156,11 @@ class CosineSchedule:
     steps: int = Field(1000, ge=2)
     zero_terminal_snr: bool = False
 
+    def betas(self) -> Tensor:
+        """Float64 (steps,), without `zero_terminal_snr`: beta_t = min(1 - alpha_bar(t + 1) / alpha_bar(t), 0.999)."""
+        alphas_bar = [math.cos((i / self.steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(self.steps + 1)]
+        return torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(alphas_bar)], dtype=torch.float64)
+
 
 @config
 class BlendScheduleConfig:
@@ -174,54 +172,26 @@ class BlendScheduleConfig:
 ScheduleConfig = Annotated[BetaSchedule | CosineSchedule | BlendScheduleConfig, Field(discriminator="kind")]
 
 
-def beta_schedule(spec: BetaSchedule) -> Tensor:
-    """The betas of `linear`, `quadratic` and `sigmoid` schedules, float64 (steps,)."""
-    scale = 1000 / spec.steps if spec.rescale_betas else 1.0
-    start, end = scale * spec.beta_start, scale * spec.beta_end
+def build_schedule(spec: ScheduleConfig, *, network_at_clean: bool = True) -> Schedule:
+    """The schedule that a config names. `network_at_clean` says whether the target can be read at t = 0 of the blend.
 
-    def line(low: float, high: float) -> Tensor:
-        return torch.linspace(low, high, spec.steps, dtype=torch.float64)
-
-    curves = {
-        "linear": lambda: line(start, end),
-        "quadratic": lambda: line(math.sqrt(start), math.sqrt(end)) ** 2,
-        "sigmoid": lambda: torch.sigmoid(line(-6, 6)) * (end - start) + start,
-    }
-    return curves[spec.kind]()
-
-
-def cosine_betas(steps: int) -> Tensor:
-    """beta_t = min(1 - alpha_bar(t + 1) / alpha_bar(t), 0.999), float64 (steps,). Eq. 17, arXiv:2102.09672."""
-
-    def alpha_bar(t: float) -> float:
-        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    ratios = [alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
-    return torch.tensor([min(1 - ratio, 0.999) for ratio in ratios], dtype=torch.float64)
-
-
-def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas (T,) whose alpha is shifted and scaled so that the first level stays and the last has no signal, beta 1
-    (Alg. 1, Lin et al. 2023, arXiv:2305.08891)."""
-    alpha = torch.cumprod(1 - betas, dim=0).sqrt()
-    squares = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
-    return 1 - torch.cat([squares[:1], squares[1:] / squares[:-1]])
-
-
-def build_schedule(
-    spec: BetaSchedule | CosineSchedule | BlendScheduleConfig, *, network_at_clean: bool = True
-) -> TableSchedule | BlendSchedule:
-    """The schedule that a config names. `network_at_clean` says whether the target can be read at t = 0 of the blend."""
+    With `zero_terminal_snr` alpha is shifted and scaled so that the first level stays and the last has no signal, beta 1
+    (Alg. 1, Lin et al. 2023, arXiv:2305.08891).
+    """
     if isinstance(spec, BlendScheduleConfig):
         return BlendSchedule(network_at_clean)
-    betas = cosine_betas(spec.steps) if isinstance(spec, CosineSchedule) else beta_schedule(spec)
-    return TableSchedule(rescale_zero_terminal_snr(betas) if spec.zero_terminal_snr else betas)
+    betas = spec.betas()
+    if spec.zero_terminal_snr:
+        alpha = torch.cumprod(1 - betas, dim=0).sqrt()
+        squares = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+        betas = 1 - torch.cat([squares[:1], squares[1:] / squares[:-1]])
+    return TableSchedule(betas)
 
 
 # ---------------------------------------------------------------------------------------------- sampling times
 
 Spacing = Literal["even", "strided", "trailing", "dense_clean", "dense_noise"]
-SPACINGS: tuple[str, ...] = ("even", "strided", "trailing", "dense_clean", "dense_noise")
+SPACINGS: tuple[str, ...] = get_args(Spacing)
 
 
 def _even_section(start: int, size: int, count: int) -> list[int]:
@@ -239,39 +209,32 @@ def _even_section(start: int, size: int, count: int) -> list[int]:
 def _sections(total: int, counts: list[int]) -> list[int]:
     """Split `total` entries into len(counts) parts, the longer ones first, and take counts[i] evenly from each."""
     size, longer = divmod(total, len(counts))
-    taken: list[int] = []
-    start = 0
-    for i, count in enumerate(counts):
-        length = size + (i < longer)
-        taken += _even_section(start, length, count)
-        start += length
-    return taken
+    starts = [i * size + min(i, longer) for i in range(len(counts))]
+    return [entry for i, count in enumerate(counts) for entry in _even_section(starts[i], size + (i < longer), count)]
 
 
 def _table_times(total: int, steps: int, spacing: str) -> list[int]:
-    if spacing == "even":
-        return [total - 1] if steps == 1 else _even_section(0, total, steps)
     if spacing == "strided":
-        for stride in range(1, total + 1):
-            taken = list(range(0, total, stride))
-            if len(taken) == steps:
-                return taken
-        fit = sorted({len(range(0, total, stride)) for stride in range(1, total + 1)}, key=lambda n: abs(n - steps))
-        near = ", ".join(map(str, sorted(fit[:2])))
+        strided = {len(range(0, total, stride)): stride for stride in range(total, 0, -1)}  # the smallest stride for a number
+        if steps in strided:
+            return list(range(0, total, strided[steps]))
+        near = ", ".join(map(str, sorted(sorted(strided, key=lambda n: (abs(n - steps), n))[:2])))
         raise UserError(f"no whole stride through {total} entries gives {steps} steps; the nearest are {near}")
+    if spacing == "even" and steps > 1:
+        return _even_section(0, total, steps)
     if spacing == "trailing":
         return sorted(round(total - i * total / steps) - 1 for i in range(steps))
-    # A square: DDIM's "quad" (App. D.2, Song et al. 2020, arXiv:2010.02502) over all levels; entries that would fall
-    # together are pushed apart.
-    square = [int(i * i * (total - 1) / max(1, steps - 1) ** 2) for i in range(steps)]
-    for i in range(1, steps):
-        square[i] = max(square[i], square[i - 1] + 1)
     if steps == 1:
         return [total - 1]
+    # A square: DDIM's "quad" (App. D.2, Song et al. 2020, arXiv:2010.02502) over all levels; entries that would fall
+    # together are pushed apart.
+    square = [int(i * i * (total - 1) / (steps - 1) ** 2) for i in range(steps)]
+    for i in range(1, steps):
+        square[i] = max(square[i], square[i - 1] + 1)
     return square if spacing == "dense_clean" else sorted(total - 1 - entry for entry in square)
 
 
-def times(schedule: TableSchedule | BlendSchedule, steps: int | list[int], spacing: str = "even") -> Tensor:
+def times(schedule: Schedule, steps: int | list[int], spacing: str = "even") -> Tensor:
     """The sampling times: float64 (steps + 1,), descending, ended by the clean level.
 
     `even` has both ends of the schedule; `strided` is DDIM's whole stride from 0; `trailing` counts down from the last
@@ -302,7 +265,7 @@ def times(schedule: TableSchedule | BlendSchedule, steps: int | list[int], spaci
     return curves.get(spacing, grid)
 
 
-def inversion_times(times: Tensor, schedule: TableSchedule | BlendSchedule) -> Tensor:
+def inversion_times(times: Tensor, schedule: Schedule) -> Tensor:
     """Sampling times (N + 1,) the other way, from the data to the noise.
 
     Where the network may not be called at the clean level they begin at the first trained one, (N,): what is inverted counts as

@@ -9,19 +9,20 @@ interval is one Euler step. No solver changes its arguments.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..config import UserError
+from .chain import Transitions, log_variance, transitions
 from .process import Denoiser, Prediction
 from .schedules import Schedule, like
-from .variance import Transitions, log_variance, standard_deviation, transitions
 
 Callback = Callable[[int, Tensor, Tensor, Prediction], None]  # (step, t, x_t, the prediction)
 Noise = Callable[[int, Tensor], Tensor]  # (step, a tensor of the wanted shape) -> standard normal
 Slope = Callable[[Tensor, float], Tensor]
+Step = Callable[[Slope, Tensor, float, float, Tensor], Tensor]  # (slope, x', u, h, the slope there) -> x' at u + h
 S = TypeVar("S", bound=Callable[..., Tensor])
 
 
@@ -37,11 +38,11 @@ class Solver:
     """
 
     function: Callable[..., Tensor]
-    calls_per_step: int
-    stochastic: bool
-    gaussian: bool
-    multistep: bool
-    inverse: Callable[..., Tensor] | None
+    calls_per_step: int = 1
+    stochastic: bool = False
+    gaussian: bool = False
+    multistep: bool = False
+    inverse: Callable[..., Tensor] | None = None
 
     def takes(self, argument: str) -> bool:
         """Whether the function has an argument of this name."""
@@ -59,24 +60,15 @@ def predict(denoiser: Denoiser, x: Tensor, times: Tensor, i: int, callback: Call
 SOLVERS: dict[str, Solver] = {}
 
 
-def register_solver(
-    *,
-    calls_per_step: int = 1,
-    stochastic: bool = False,
-    gaussian: bool = False,
-    multistep: bool = False,
-    invertible: bool = False,
-    inverse: Callable[..., Tensor] | None = None,
-) -> Callable[[S], S]:
+def register_solver(*, invertible: bool = False, **facts: Any) -> Callable[[S], S]:
     """Decorator: the function becomes the solver of its name, for configs, command lines and the sampler.
 
-    An `invertible` solver goes its way back when it is called with the times in the other order; where another function does
-    that, give it as `inverse`.
+    `facts` are fields of Solver. An `invertible` solver goes its way back when it is called with the times in the other order;
+    where another function does that, give it as `inverse`.
     """
 
     def register(function: S) -> S:
-        way_back = inverse or (function if invertible else None)
-        SOLVERS[function.__name__] = Solver(function, calls_per_step, stochastic, gaussian, multistep, way_back)
+        SOLVERS[function.__name__] = Solver(function, **{"inverse": function if invertible else None, **facts})
         return function
 
     return register
@@ -87,28 +79,10 @@ def invertible_solvers() -> list[str]:
     return [name for name, solver in SOLVERS.items() if solver.inverse is not None]
 
 
-class _Step(Protocol):
-    def __call__(self, slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor: ...
-
-
-def _midpoint_step(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
-    return x + h * slope(x + h / 2 * first, u + h / 2)
-
-
-def _heun_step(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
-    return x + h / 2 * (first + slope(x + h * first, u + h))
-
-
-def _rk4_step(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
-    second = slope(x + h / 2 * first, u + h / 2)
-    third = slope(x + h / 2 * second, u + h / 2)
-    fourth = slope(x + h * third, u + h)
-    return x + h / 6 * (first + 2 * second + 2 * third + fourth)
-
-
 def _blend_path(
-    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, callback: Callback | None, step: _Step | None
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, callback: Callback | None, step: Step | None
 ) -> Tensor:
+    """An Euler step where there is no `step`, and into a level at which the network must not be called."""
     alpha, sigma = schedule.level(times)
     scale = alpha + sigma
     u = sigma / scale
@@ -137,22 +111,40 @@ def euler(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, c
     return _blend_path(denoiser, x, times, schedule, callback, None)
 
 
-@register_solver(calls_per_step=2, invertible=True)
-def midpoint(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
+def _runge_kutta(calls_per_step: int) -> Callable[[Step], Callable[..., Tensor]]:
+    """Decorator: a rule for one step of h in u, whose first slope is known, becomes the solver of its name."""
+
+    def make(step: Step) -> Callable[..., Tensor]:
+        def solve(
+            denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None
+        ) -> Tensor:
+            return _blend_path(denoiser, x, times, schedule, callback, step)
+
+        solve.__name__, solve.__doc__ = step.__name__, step.__doc__
+        return register_solver(calls_per_step=calls_per_step, invertible=True)(solve)
+
+    return make
+
+
+@_runge_kutta(calls_per_step=2)
+def midpoint(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
     """The explicit midpoint rule in u, two network calls a step. Order 2."""
-    return _blend_path(denoiser, x, times, schedule, callback, _midpoint_step)
+    return x + h * slope(x + h / 2 * first, u + h / 2)
 
 
-@register_solver(calls_per_step=2, invertible=True)
-def heun(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
+@_runge_kutta(calls_per_step=2)
+def heun(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
     """Heun's rule in u, two network calls a step. Order 2."""
-    return _blend_path(denoiser, x, times, schedule, callback, _heun_step)
+    return x + h / 2 * (first + slope(x + h * first, u + h))
 
 
-@register_solver(calls_per_step=4, invertible=True)
-def rk4(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, callback: Callback | None = None) -> Tensor:
+@_runge_kutta(calls_per_step=4)
+def rk4(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
     """The classical Runge-Kutta rule in u, four network calls a step. Order 4."""
-    return _blend_path(denoiser, x, times, schedule, callback, _rk4_step)
+    second = slope(x + h / 2 * first, u + h / 2)
+    third = slope(x + h / 2 * second, u + h / 2)
+    fourth = slope(x + h * third, u + h)
+    return x + h / 6 * (first + 2 * second + 2 * third + fourth)
 
 
 @register_solver(multistep=True)
@@ -228,25 +220,16 @@ def ancestral(
         log_var = log_variance(steps, i, variance, prediction.variance_fraction)
         log_var = like(log_var, x) if log_var.ndim == 0 else log_var
         mean = steps.mean(i, prediction.x0, x)
-        if mean_shift is not None:
-            used = (
-                like(steps.beta_tilde[i], x) if variance == "small" else log_var.exp()
-            )  # into the clean level 0, as published
-            mean = mean + mean_shift(x, times[i], used)
+        if mean_shift is not None:  # of the small variance, which is 0 into the clean level, as published
+            mean = mean + mean_shift(x, times[i], like(steps.beta_tilde[i], x) if variance == "small" else log_var.exp())
         into_clean = float(times[i + 1]) == schedule.clean
-        x = mean if into_clean else mean + standard_deviation(log_var) * noise(i, x)
+        x = mean if into_clean else mean + torch.exp(0.5 * log_var) * noise(i, x)
     return x
 
 
 @register_solver(stochastic=True)
 def redraw(
-    denoiser: Denoiser,
-    x: Tensor,
-    times: Tensor,
-    schedule: Schedule,
-    *,
-    source: Noise,
-    callback: Callback | None = None,
+    denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, source: Noise, callback: Callback | None = None
 ) -> Tensor:
     """x_s = alpha_s x0 + sigma_s eps', where eps' is drawn from the source anew at each step: source(step, x) -> (B, ...).
 

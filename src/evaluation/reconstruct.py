@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import figures, metrics
 from ..config import Length, config, resumable_field
 from ..losses import reconstruction_loss
-from ..metrics.reconstruction import SMALLEST_FOR_SSIM
+from ..metrics.distances import SMALLEST_FOR_SSIM
 from ..runtime.failures import Warn, warn_on_failure, warn_on_stderr
 from ..runtime.stream import Examples
 from ..sampling.batches import in_batches

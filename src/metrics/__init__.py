@@ -1,5 +1,3 @@
 """Numbers that say how good images are: logged while training, and printed."""
 
-from .reconstruction import colour_drift, psnr, ssim
-
-__all__ = ["colour_drift", "psnr", "ssim"]
+from .distances import colour_drift, psnr, ssim

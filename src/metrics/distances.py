@@ -1,8 +1,9 @@
-"""How alike two sets of images are, by their features: (N, D) of samples and (M, D) of real images, float32 or float64."""
+"""How alike two sets of images are, by their features: (N, D) of samples and (M, D) of real images, float32 or float64. And how
+far reconstructions are from their images: (B, C, H, W) in [-1, 1] each, one number per image.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..config.packages import needed
-from ..models.pretrained import import_torchvision
 
 Array = NDArray[Any]
 NEIGHBOURS = 5  # of precision, recall, density and coverage, as Naeem et al. have it
 MAX_IMAGES = 10_000  # of each side for them: their cost grows with the square
 ON_ONE_RANK: dict[str, Any] = {"sync_on_compute": False}  # one rank has all features, and the others do not compute
 DISTANCES_AT_A_TIME = 20_000_000
+SMALLEST_FOR_SSIM = 11  # its window
+
+
+def _double(features: Array) -> Tensor:
+    return torch.from_numpy(features).double()  # so that the fast way to distances is exact to 1e-7
 
 
 class Moments(NamedTuple):
@@ -29,79 +34,65 @@ class Moments(NamedTuple):
 
 
 def moments(features: Array) -> Moments:
-    x = torch.from_numpy(np.asarray(features)).double()
+    x = _double(np.asarray(features))
     return Moments(len(x), x.sum(0), x.T @ x)
 
 
-class _Identity(nn.Module):
+class _Identity(nn.Identity):
     """In place of torchmetrics' own network: its input are features already."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.num_features = dim
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-@contextmanager
-def _same_subsets() -> Iterator[None]:
-    """torchmetrics draws subsets from torch's generator: here always the same ones, and without its warnings."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(0)
-        warnings.filterwarnings("ignore", message="Metric `.*` will save all extracted features")
-        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split
-        yield
-
 
 def frechet(samples: Array, real: Moments) -> float:
     """|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), by torchmetrics: the squared Fréchet distance between Gaussians of the means
     and covariances of the samples (N, D) and of the real images (Eq. 6, Heusel et al. 2017, arXiv:1706.08500); 0 for equal
     sets."""
-    import_torchvision()
-    with needed("the Fréchet distance", "torchmetrics"):
+    with needed("the Fréchet distance", "torchmetrics", "torchvision"):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=_Identity(len(real.sum)), **ON_ONE_RANK)
-    metric.update(torch.from_numpy(samples).double(), real=False)
+    metric.update(_double(samples), real=False)
     metric.real_features_sum, metric.real_features_cov_sum = real.sum, real.outer
     metric.real_features_num_samples = torch.tensor(real.number)
     return max(0.0, float(metric.compute()))
 
 
+def _over_subsets(metric: Any, *sets: tuple[Array, dict[str, bool]]) -> tuple[float, float]:
+    """The mean and the deviation that a metric of torchmetrics gives. It draws subsets from torch's generator: here always the
+    same ones, and without its warnings."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(0)
+        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split
+        for values, side in sets:
+            metric.update(_double(values), **side)
+        mean, std = metric.compute()
+    return float(mean), float(std.nan_to_num())
+
+
 def kernel_distance(samples: Array, real: Array, *, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
     """KID (Binkowski et al. 2018, arXiv:1801.01401), by torchmetrics: the squared maximum mean discrepancy under the kernel
     (x'y / D + 1)^3, unbiased: the mean over `subsets` of `size` images and its deviation. About 0 for equal sets."""
-    import_torchvision()
-    with needed("the kernel distance", "torchmetrics"):
+    with needed("the kernel distance", "torchmetrics", "torchvision"):
         from torchmetrics.image.kid import KernelInceptionDistance
 
-    with _same_subsets():
-        metric = KernelInceptionDistance(
-            feature=_Identity(0), subsets=subsets, subset_size=min(size, len(samples), len(real)), **ON_ONE_RANK
-        )
-        metric.update(torch.from_numpy(samples).double(), real=False)
-        metric.update(torch.from_numpy(real).double(), real=True)
-        mean, std = metric.compute()
-    return float(mean), float(std)
+    size = min(size, len(samples), len(real))
+    with warnings.catch_warnings(action="ignore"):  # of the memory that features take
+        metric = KernelInceptionDistance(feature=_Identity(0), subsets=subsets, subset_size=size, **ON_ONE_RANK)
+    return _over_subsets(metric, (samples, {"real": False}), (real, {"real": True}))
 
 
 def inception_score(logits: Array, *, splits: int = 10) -> tuple[float, float]:
     """exp E KL(p(y | x) || p(y)) of class logits (N, K), the mean over `splits` and its standard deviation, by torchmetrics
     (Salimans et al. 2016, arXiv:1606.03498). Higher is better; K at most."""
-    import_torchvision()
-    with needed("the Inception Score", "torchmetrics"):
+    with needed("the Inception Score", "torchmetrics", "torchvision"):
         from torchmetrics.image.inception import InceptionScore
 
-    with _same_subsets():
+    with warnings.catch_warnings(action="ignore"):
         metric = InceptionScore(feature=_Identity(0), splits=min(splits, len(logits)), **ON_ONE_RANK)
-        metric.update(torch.from_numpy(logits).double())
-        mean, std = metric.compute()
-    return float(mean), float(std.nan_to_num())
-
-
-def _points(features: Array) -> Tensor:
-    return torch.from_numpy(features).double()  # so that the fast way to distances is exact to 1e-7
+    return _over_subsets(metric, (logits, {}))
 
 
 def _rows(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -131,27 +122,23 @@ def manifold(samples: Array, real: Array, *, neighbours: int = NEIGHBOURS) -> Ma
     set's balls, recall that of real points in the samples' (Kynkäänniemi et al. 2019, arXiv:1904.06991). Density is the mean
     number of real balls that a sample is in, over k; coverage the share of real balls that hold a sample (Naeem et al. 2020,
     arXiv:2002.09797). At least k + 1 points of each."""
-    x, y = _points(samples), _points(real)
+    x, y = _double(samples), _double(real)
     of_samples, of_real = _radii(x, neighbours), _radii(y, neighbours)
     inside, counted = 0, 0
-    covered, recalled = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), dtype=torch.bool)
+    covered, recalled = torch.zeros(2, len(y), dtype=torch.bool)
     for start, rows in _rows(x, y):
         in_real = rows <= of_real
         inside += int(in_real.any(1).sum())
         counted += int(in_real.sum())
         covered |= in_real.any(0)
         recalled |= (rows <= of_samples[start : start + len(rows), None]).any(0)
-    return Manifold(
-        precision=inside / len(x),
-        recall=float(recalled.float().mean()),
-        density=counted / (neighbours * len(x)),
-        coverage=float(covered.float().mean()),
-    )
+    recall, coverage = float(recalled.float().mean()), float(covered.float().mean())
+    return Manifold(inside / len(x), recall, counted / (neighbours * len(x)), coverage)
 
 
 def nearest(samples: Array, real: Array, *, most: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(N, most) twice: each sample's distances to its nearest real images, the nearest first, and the indices of those."""
-    parts = [rows.topk(min(most, len(real)), dim=1, largest=False) for _, rows in _rows(_points(samples), _points(real))]
+    parts = [rows.topk(min(most, len(real)), dim=1, largest=False) for _, rows in _rows(_double(samples), _double(real))]
     return torch.cat([part.values for part in parts]).float().numpy(), torch.cat([part.indices for part in parts]).numpy()
 
 
@@ -195,3 +182,33 @@ def accuracy_by_class(read: NDArray[np.int64], wanted: NDArray[np.int64], num_cl
     """(num_classes,): the share of the images of each class that were read as this class; NaN where there are none."""
     right = read == wanted
     return np.array([right[wanted == k].mean() if (wanted == k).any() else np.nan for k in range(num_classes)])
+
+
+# ---------------------------------------------------------------------------------------------- pairs of images
+
+
+def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """(B,) decibels: 10 log10(2^2 / mean squared error), by torchmetrics."""
+    with needed("PSNR", "torchmetrics", "torchvision"):
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    pairs = zip(reconstruction.float(), images.float(), strict=True)
+    return images.new_tensor([float(peak_signal_noise_ratio(a[None], b[None], data_range=2.0)) for a, b in pairs])
+
+
+def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """(B,) structural similarity, 1 for equal images, by torchmetrics (Wang et al. 2004): the mean over the windows that lie
+    inside the image, as that paper and scikit-image have it; images of at least 11 px."""
+    with needed("SSIM", "torchmetrics", "torchvision"):
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _, windows = structural_similarity_index_measure(
+        reconstruction.float(), images.float(), data_range=2.0, reduction="none", return_full_image=True
+    )
+    edge = SMALLEST_FOR_SSIM // 2
+    return windows[..., edge:-edge, edge:-edge].flatten(1).mean(1)
+
+
+def colour_drift(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """(B, C): the mean of each channel in the reconstruction less that in the image, in steps of 1/255."""
+    return (reconstruction - images).float().mean((2, 3)) * 127.5

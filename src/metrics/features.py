@@ -1,6 +1,7 @@
 """Networks whose features say how alike two sets of images are: Inception, DINOv2, EfficientNet-Lite0, any of timm."""
 
 import hashlib
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
+from ..models.pretrained import efficientnet_lite0, find_weights, random_convolutions
 from ..storage.downloads import hub_reason
 from ..storage.finite import check_finite
 from ..storage.weight_files import put_weights, read_weights
@@ -30,21 +31,20 @@ class FeatureOptions(NamedTuple):
 
 
 OPTIONS = FeatureOptions()
+OTHERWISE = "efficientnet_lite0 works without"
 
 
 class Features(nn.Module):
     """forward(pixels (B, C, H, W) uint8, C 1 or 3) -> (B, dim) float32. Frozen.
 
     `name` is that of the option, `digest` the hash of its weights, `comparable` what its numbers may be compared with.
+    `extract` gives the features of pixels with three channels.
     """
 
-    name: str
-    dim: int
-    comparable: str
-
-    def __init__(self, network: Any) -> None:
+    def __init__(self, name: str, dim: int, comparable: str, network: Any, extract: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.network = network
+        self.name, self.dim, self.comparable = name, dim, comparable
+        self.network, self._extract = network, extract
         self.eval().requires_grad_(False)
         hashed = hashlib.sha256()
         for key, value in sorted(network.state_dict().items()):
@@ -56,16 +56,16 @@ class Features(nn.Module):
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[1] == 1:
-            pixels = pixels.expand(-1, 3, -1, -1)
-        return self.extract(pixels).float()
-
-    def extract(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self._extract(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels).float()
 
     def logits(self, features: Tensor) -> Tensor | None:
-        """(B, dim) -> the logits of the ImageNet classes for the Inception Score, or None."""
-        return None
+        """(B, dim) -> the logits of the ImageNet classes for the Inception Score, or None of other networks than Inception.
+
+        Without the bias, as the Inception Score is computed (Salimans et al. 2016, arXiv:1606.03498).
+        """
+        if self.name != "inception":
+            return None
+        return features.to(self.network.fc.weight) @ self.network.fc.weight.t()
 
 
 def _resized(pixels: Tensor, size: int) -> Tensor:
@@ -76,116 +76,88 @@ def _resized(pixels: Tensor, size: int) -> Tensor:
     return scaled.round().clamp(0, 255)
 
 
-class Inception(Features):
-    """The 2048 pooled features of Inception v3 as it was in 2015, resized as TensorFlow 1 did, by torch-fidelity: FID as papers
-    give it (Heusel et al. 2017, arXiv:1706.08500)."""
-
-    name = "inception"
-    dim = 2048
-    comparable = "FID, KID and IS of papers, at the same number of samples and of the same reference images"
-
-    def __init__(self, weights: str | None, options: FeatureOptions) -> None:
-        ask_for(f"{options.features} inception", "torch_fidelity", "torchvision")
-        otherwise = f"{options.features} efficientnet_lite0 works without"
-        needs, option = f"{options.features} inception needs weights", options.inception
-        path = find_weights(needs, weights, inception_file(), INCEPTION_URL, option=option, otherwise=otherwise)
-        import_torchvision()
-        with needed(f"{options.features} inception", "torch_fidelity"):
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        read_weights(path, options.inception)  # checks that the file is whole and holds no code
-        try:
-            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
-        except (RuntimeError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{options.inception}: {path} holds the weights of another network") from None
-        super().__init__(network)
-
-    def extract(self, pixels: Tensor) -> Tensor:
-        return self.network(pixels)[0]
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Without the bias, as the Inception Score is computed (Salimans et al. 2016, arXiv:1606.03498)."""
-        return features.to(self.network.fc.weight) @ self.network.fc.weight.t()
-
-
 def inception_file() -> Path:
     """Where torch's cache keeps the weights that torch-fidelity and torchmetrics take."""
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
 
 
-class EfficientNetLite0(Features):
+def _inception(weights: str | None, options: FeatureOptions) -> Features:
+    """The 2048 pooled features of Inception v3 as it was in 2015, resized as TensorFlow 1 did, by torch-fidelity: FID as papers
+    give it (Heusel et al. 2017, arXiv:1706.08500)."""
+    why, option = f"{options.features} inception", options.inception
+    ask_for(why, "torch_fidelity", "torchvision")
+    sought = f"{why} needs weights", weights, inception_file(), INCEPTION_URL
+    path = find_weights(*sought, option=option, otherwise=f"{options.features} {OTHERWISE}")
+    with needed(why, "torch_fidelity"):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    read_weights(path, option)  # checks that the file is whole and holds no code
+    try:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    except (RuntimeError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{option}: {path} holds the weights of another network") from None
+    comparable = "FID, KID and IS of papers, at the same number of samples and of the same reference images"
+    return Features("inception", 2048, comparable, network, lambda pixels: network(pixels)[0])
+
+
+def _efficientnet_lite0(weights: str | None, options: FeatureOptions) -> Features:
     """The 1280 pooled features of EfficientNet-Lite0 at 224 px; the weights come with a package."""
+    network = efficientnet_lite0(weights, f"{options.features} efficientnet_lite0")
+    network = network.to(memory_format=torch.channels_last)  # a third faster on a CPU
 
-    name = "efficientnet_lite0"
-    dim = 1280
-    comparable = "numbers of this project in the same features, at the same number of samples; not with FID of papers"
-
-    def __init__(self, weights: str | None, options: FeatureOptions) -> None:
-        network = efficientnet_lite0(weights, f"{options.features} efficientnet_lite0")
-        super().__init__(network.to(memory_format=torch.channels_last))  # a third faster on a CPU
-
-    def extract(self, pixels: Tensor) -> Tensor:
+    def extract(pixels: Tensor) -> Tensor:
         scaled = (_resized(pixels, 224) - 127) / 128
-        return self.network.extract_features(scaled.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        return network.extract_features(scaled.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+
+    comparable = "numbers of this project in the same features, at the same number of samples; not with FID of papers"
+    return Features("efficientnet_lite0", 1280, comparable, network, extract)
 
 
-class Timm(Features):
+def _timm(network_name: str, weights: str | None, name: str, comparable: str, options: FeatureOptions) -> Features:
     """The pooled features of a network of timm, at its own size, mean and standard deviation."""
+    why = f"{options.features} {name}"
+    with needed(why, "timm", "torchvision"):
+        import timm
+        from timm.data.config import resolve_model_data_config
 
-    def __init__(self, network_name: str, weights: str | None, name: str, comparable: str, options: FeatureOptions) -> None:
-        ask_for(f"{options.features} {name}", "timm", "torchvision")
-        import_torchvision()
-        with needed(f"{options.features} {name}", "timm"):
-            import timm
-            from timm.data.config import resolve_model_data_config
+    if not timm.is_model(network_name):
+        alike = timm.list_models(f"*{network_name.partition('.')[0].partition('_')[0]}*")[:8]
+        near = ", ".join(dict.fromkeys(model.partition(".")[0] for model in alike))
+        hint = f"; is it one of {near}?" if near else ""
+        raise UserError(f"{why}: timm has no network {network_name!r}{hint}")
+    dinov2 = "dinov2" in network_name  # the weights are for 518 px, and the paper's distance uses 224
+    settings: dict[str, Any] = {"num_classes": 0, **({"dynamic_img_size": True} if dinov2 else {})}
+    if weights is not None:
+        network = timm.create_model(network_name, **settings)
+        path = Path(weights).expanduser()
+        in_file = read_weights(path, options.weights)
+        put_weights(network, {key: in_file[key] for key in in_file if key in network.state_dict()}, path, options.weights)
+    else:
+        try:
+            network = timm.create_model(network_name, pretrained=True, **settings)
+        except Exception as error:  # of hub, network, cache, or a network that has none
+            reason = hub_reason(f"timm/{network_name}", error).partition(";")[0][:160]
+            raise UserError(
+                f"{why} needs weights that cannot be brought here ({reason}); name a safetensors file of them with "
+                f"{options.weights}; {options.features} {OTHERWISE}"
+            ) from None
+        check_finite(network.state_dict(), why)
+    data = resolve_model_data_config(network)
+    size = 224 if dinov2 else int(data["input_size"][-1])
+    mean, std = (torch.tensor(data[key])[:, None, None] * 255 for key in ("mean", "std"))
 
-        if not timm.is_model(network_name):
-            alike = timm.list_models(f"*{network_name.partition('.')[0].partition('_')[0]}*")[:8]
-            near = ", ".join(dict.fromkeys(model.partition(".")[0] for model in alike))
-            hint = f"; is it one of {near}?" if near else ""
-            raise UserError(f"{options.features} {name}: timm has no network {network_name!r}{hint}")
-        settings: dict[str, Any] = {"num_classes": 0}
-        if "dinov2" in network_name:
-            settings["dynamic_img_size"] = True  # the weights are for 518 px, and the paper's distance uses 224
-        if weights is not None:
-            network = timm.create_model(network_name, **settings)
-            path = Path(weights).expanduser()
-            in_file = read_weights(path, options.weights)
-            put_weights(network, {key: in_file[key] for key in in_file if key in network.state_dict()}, path, options.weights)
-        else:
-            try:
-                network = timm.create_model(network_name, pretrained=True, **settings)
-            except Exception as error:  # of hub, network, cache, or a network that has none
-                reason = hub_reason(f"timm/{network_name}", error).partition(";")[0][:160]
-                raise UserError(
-                    f"{options.features} {name} needs weights that cannot be brought here ({reason}); name a "
-                    f"safetensors file of them with {options.weights}; {options.features} efficientnet_lite0 works without"
-                ) from None
-            check_finite(network.state_dict(), f"{options.features} {name}")
-        super().__init__(network)
-        self.name, self.comparable = name, comparable
-        self.dim = int(getattr(network, "num_features"))  # noqa: B009
-        data = resolve_model_data_config(network)
-        self._size = 224 if "dinov2" in network_name else int(data["input_size"][-1])
-        self._mean, self._std = (torch.tensor(data[key])[:, None, None] * 255 for key in ("mean", "std"))
+    def extract(pixels: Tensor) -> Tensor:
+        scaled = _resized(pixels, size)
+        return network((scaled - mean.to(scaled)) / std.to(scaled))
 
-    def extract(self, pixels: Tensor) -> Tensor:
-        scaled = _resized(pixels, self._size)
-        return self.network((scaled - self._mean.to(scaled)) / self._std.to(scaled))
+    return Features(name, int(getattr(network, "num_features")), comparable, network, extract)  # noqa: B009
 
 
-class RandomFeatures(Features):
+def _random() -> Features:
     """16 features of three random convolutions, always the same: for smoke tests, whose numbers mean nothing."""
-
-    name = "random"
-    dim = 16
+    network = random_convolutions()
     comparable = "nothing: these features are random, for tests"
-
-    def __init__(self) -> None:
-        super().__init__(random_convolutions())
-
-    def extract(self, pixels: Tensor) -> Tensor:
-        return self.network(pixels.float() / 127.5 - 1).mean((2, 3))
+    return Features("random", 16, comparable, network, lambda pixels: network(pixels.float() / 127.5 - 1).mean((2, 3)))
 
 
 def open_features(name: str, weights: str | None = None, options: FeatureOptions = OPTIONS) -> Features:
@@ -194,17 +166,17 @@ def open_features(name: str, weights: str | None = None, options: FeatureOptions
     if name in (*NAMES, "random") or name.startswith("timm:"):  # the distances need them
         ask_for(f"{options.features} {name}", "torchmetrics", "torchvision")
     if name == "inception":
-        return Inception(weights, options)
+        return _inception(weights, options)
     if name == "efficientnet_lite0":
-        return EfficientNetLite0(weights, options)
+        return _efficientnet_lite0(weights, options)
+    if name == "random":
+        return _random()
     if name == "dinov2":
         comparable = "FD-DINOv2 of papers (Stein et al. 2023, arXiv:2306.04675), at the same number of samples"
-        return Timm(DINOV2, weights, name, comparable, options)
+        return _timm(DINOV2, weights, name, comparable, options)
     if name.startswith("timm:"):
         comparable = f"numbers in the features of {name}, at the same number of samples"
-        return Timm(name.removeprefix("timm:"), weights, name, comparable, options)
-    if name == "random":
-        return RandomFeatures()
+        return _timm(name.removeprefix("timm:"), weights, name, comparable, options)
     near = get_close_matches(name, NAMES, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"{options.features} {name!r} is not known; allowed: {', '.join(NAMES)}{hint}")

@@ -6,21 +6,3 @@ from .discriminator import Discriminator, DiscriminatorConfig
 from .mlp import MLP, MLPConfig
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
-
-__all__ = [
-    "BACKBONES",
-    "MLP",
-    "VAE",
-    "Backbone",
-    "Classifier",
-    "ClassifierConfig",
-    "Discriminator",
-    "DiscriminatorConfig",
-    "ImageModelConfig",
-    "MLPConfig",
-    "ModelConfig",
-    "UNet",
-    "UNetConfig",
-    "VAEConfig",
-    "build_model",
-]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import UserError, config, config_error
+from ..config import UserError, config
 from .layers import zeroed
 from .unet import Encoder, EncoderConfig
 
@@ -31,12 +31,8 @@ class ClassifierConfig(EncoderConfig):
 
     @pydantic.model_validator(mode="after")
     def _pool_fits(self) -> Self:
-        last = self.widths[-1]
-        if self.pool == "attention" and last % (self.num_heads or self.head_channels or 1):
-            key = "num_heads" if self.num_heads else "head_channels"
-            raise config_error(
-                f"{key} {self.num_heads or self.head_channels} does not divide the {last} channels that are pooled"
-            )
+        if self.pool == "attention":
+            self._check_heads(self.widths[-1], "channels that are pooled")
         return self
 
 
@@ -74,11 +70,9 @@ class Classifier(Encoder[ClassifierConfig]):
         super().__init__(config, in_channels)
         if image_size < 1 or image_size % config.factor:
             raise UserError(f"image_size {image_size} is not divisible by {config.factor}, the classifier's down-sampling")
-        self.pool = config.pool
-        self.image_size = image_size
-        self.num_classes = num_classes
+        self.pool, self.image_size, self.num_classes = config.pool, image_size, num_classes
         channels = config.widths[-1]
-        self.head_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps) if config.pool != "spatial" else None
+        self.head_norm = self._norm(channels) if config.pool != "spatial" else None
         if config.pool == "spatial":
             features = sum(config.skips) + channels
             self.head = nn.Sequential(nn.Linear(features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, num_classes))

@@ -1,6 +1,7 @@
 """The layers that the networks are built of."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 AttentionKind = Literal["none", "full", "linear"]
-Resampling = Literal["conv", "conv_right", "average", "max", "nearest", "residual"]
+Norm = Callable[[int], nn.Module]  # the normalisation of a number of channels
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -53,10 +54,8 @@ class Downsample(nn.Module):
             self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if kind == "conv" else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "conv":
-            return self.conv(x)
-        if self.kind == "conv_right":
-            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        if self.kind in ("conv", "conv_right"):
+            return self.conv(x if self.kind == "conv" else F.pad(x, (0, 1, 0, 1)))
         return F.max_pool2d(x, 2) if self.kind == "max" else F.avg_pool2d(x, 2)
 
 
@@ -91,19 +90,18 @@ class ResidualBlock(nn.Module):
         out_channels: int,
         embedding_channels: int | None,
         *,
+        norm: Norm,
         scale_shift: bool = False,
         dropout: float = 0.0,
-        groups: int,
-        eps: float,
         resample: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm_1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm_1 = norm(in_channels)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         embedded = out_channels * (2 if scale_shift else 1)
         self.embed = nn.Linear(embedding_channels, embedded) if embedding_channels is not None else None
-        self.norm_2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm_2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -129,21 +127,19 @@ class Attention(nn.Module):
     laid out (3, heads, d) or (heads, 3, d).
     """
 
-    def __init__(self, channels: int, *, kind: str, heads: int, split_qkv_first: bool, groups: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, *, kind: str, heads: int, split_qkv_first: bool, norm: Norm) -> None:
         super().__init__()
-        self.kind = kind
-        self.heads = heads
+        self.kind, self.heads = kind, heads
         self.layout = "(three heads d)" if split_qkv_first else "(heads three d)"
-        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")  # (B, N, C)
-        q, k, v = rearrange(
-            self.qkv(tokens), f"b n {self.layout} -> three b heads n d", three=3, heads=self.heads
-        )  # each (B, heads, N, d)
+        layout = f"b n {self.layout} -> three b heads n d"
+        q, k, v = rearrange(self.qkv(tokens), layout, three=3, heads=self.heads)  # each (B, heads, N, d)
         if self.kind == "full":
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:

@@ -1,7 +1,8 @@
 """The U-Net: one network whose options span guided-diffusion's, diffusers' UNet2DModel and the light one for latents."""
 
 from collections.abc import Iterable, Sequence
-from typing import Generic, Literal, Self, TypeVar, cast
+from functools import partial
+from typing import Any, Generic, Literal, Self, TypeVar, cast
 
 import pydantic
 import torch
@@ -60,20 +61,21 @@ class EncoderConfig:
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
         if len(self.attention) != len(self.channel_mult):
-            raise config_error(
-                f"attention has {len(self.attention)} entries and channel_mult {len(self.channel_mult)}; "
-                "give one of each for every resolution"
-            )
+            counts = f"attention has {len(self.attention)} entries and channel_mult {len(self.channel_mult)}"
+            raise config_error(f"{counts}; give one of each for every resolution")
         if self.num_heads is not None and self.head_channels is not None:
             raise config_error("give num_heads or head_channels, not both")
         for channels in self.widths:
             if channels < 1 or channels % self.norm_groups:
                 raise config_error(f"norm_groups {self.norm_groups} does not divide a width of {channels} channels")
         for channels in self.attended:
-            if channels % (self.num_heads or self.head_channels or 1):
-                key = "num_heads" if self.num_heads else "head_channels"
-                raise config_error(f"{key} {self.num_heads or self.head_channels} does not divide {channels} channels")
+            self._check_heads(channels, "channels")
         return self
+
+    def _check_heads(self, channels: int, what: str) -> None:
+        if channels % (self.num_heads or self.head_channels or 1):
+            key = "num_heads" if self.num_heads else "head_channels"
+            raise config_error(f"{key} {self.num_heads or self.head_channels} does not divide {channels} {what}")
 
     @property
     def widths(self) -> list[int]:
@@ -98,9 +100,7 @@ class EncoderConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
     def heads(self, channels: int) -> int:
-        if self.num_heads is not None:
-            return self.num_heads
-        return channels // self.head_channels if self.head_channels is not None else 1
+        return self.num_heads or channels // (self.head_channels or channels)
 
 
 @BACKBONES.add
@@ -134,15 +134,9 @@ class UNetConfig(EncoderConfig, Backbone):
                 f"the network sees {size} px, not divisible by {self.factor}, what {len(self.channel_mult)} entries of "
                 f"model.channel_mult{patches} ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
             )
-        network = UNet(
-            self,
-            in_channels=channels,
-            out_channels=2 * channels if learned else channels,
-            num_classes=num_classes,
-            null_class=null_class,
-            low_channels=channels if upsampler else 0,
-        )
-        return channels_last(network)
+        options: dict[str, Any] = {"num_classes": num_classes, "null_class": null_class}
+        options |= {"out_channels": 2 * channels if learned else channels, "low_channels": channels if upsampler else 0}
+        return channels_last(UNet(self, in_channels=channels, **options))
 
 
 class Block(nn.Module):
@@ -150,8 +144,7 @@ class Block(nn.Module):
 
     def __init__(self, residual: ResidualBlock, attention: Attention | None = None) -> None:
         super().__init__()
-        self.residual = residual
-        self.attention = attention if attention is not None else nn.Identity()
+        self.residual, self.attention = residual, attention or nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.attention(self.residual(x, embedding))
@@ -162,8 +155,7 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: list[Block], resample: nn.Module | None) -> None:
         super().__init__()
-        self.blocks: nn.ModuleList = nn.ModuleList(blocks)
-        self.resample: nn.Module | None = resample
+        self.blocks, self.resample = nn.ModuleList(blocks), resample
 
 
 C = TypeVar("C", bound=EncoderConfig)
@@ -176,6 +168,7 @@ class Encoder(nn.Module, Generic[C]):
     def __init__(self, config: C, in_channels: int, num_labels: int | None = None) -> None:
         super().__init__()
         self.config: C = config
+        self._norm = partial(nn.GroupNorm, config.norm_groups, eps=config.norm_eps)
         base, embedding = config.base_channels, 4 * config.base_channels
         self.time_in = nn.Linear(base, embedding)
         self.time_out = nn.Linear(embedding, embedding)
@@ -192,36 +185,18 @@ class Encoder(nn.Module, Generic[C]):
                 channels = width
             self.down.append(Stage(blocks, self._downsample(channels) if level < len(widths) - 1 else None))
 
-        self.mid = nn.ModuleList(
-            [
-                Block(self._residual(channels, channels), self._attention(channels, config.mid_attention)),
-                Block(self._residual(channels, channels)),
-            ]
-        )
+        first = Block(self._residual(channels, channels), self._attention(channels, config.mid_attention))
+        self.mid = nn.ModuleList([first, Block(self._residual(channels, channels))])
 
     def _residual(self, narrow: int, wide: int, resample: nn.Module | None = None) -> ResidualBlock:
-        return ResidualBlock(
-            narrow,
-            wide,
-            4 * self.config.base_channels,
-            scale_shift=self.config.embedding == "scale_shift",
-            dropout=self.config.dropout,
-            groups=self.config.norm_groups,
-            eps=self.config.norm_eps,
-            resample=resample,
-        )
+        options: dict[str, Any] = {"scale_shift": self.config.embedding == "scale_shift", "dropout": self.config.dropout}
+        return ResidualBlock(narrow, wide, 4 * self.config.base_channels, norm=self._norm, resample=resample, **options)
 
     def _attention(self, channels: int, kind: str) -> Attention | None:
         if kind == "none":
             return None
-        return Attention(
-            channels,
-            kind=kind,
-            heads=self.config.heads(channels),
-            split_qkv_first=self.config.split_qkv_first,
-            groups=self.config.norm_groups,
-            eps=self.config.norm_eps,
-        )
+        heads, split_qkv_first = self.config.heads(channels), self.config.split_qkv_first
+        return Attention(channels, kind=kind, heads=heads, split_qkv_first=split_qkv_first, norm=self._norm)
 
     def _downsample(self, channels: int) -> nn.Module:
         if self.config.downsample == "residual":
@@ -230,10 +205,9 @@ class Encoder(nn.Module, Generic[C]):
 
     def _embed_time(self, time: Tensor) -> Tensor:
         """(B,) -> (B, 4 base), before the SiLU."""
-        spec = self.config.time_embedding
-        features = sinusoidal_embedding(
-            time * spec.scale, self.config.base_channels, order=spec.order, frequency_shift=spec.frequency_shift
-        )
+        spec, channels = self.config.time_embedding, self.config.base_channels
+        time = time * spec.scale
+        features = sinusoidal_embedding(time, channels, order=spec.order, frequency_shift=spec.frequency_shift)
         return self.time_out(F.silu(self.time_in(features.to(self.time_in.weight.dtype))))
 
     def _run(self, module: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
@@ -282,9 +256,7 @@ class UNet(Encoder[UNetConfig]):
     ) -> None:
         area, num_labels = config.patch**2, num_classes + null_class if num_classes is not None else None
         super().__init__(config, area * (in_channels + low_channels), num_labels)
-        self.num_classes = num_classes
-        self.null_class = null_class
-        self.low_channels = low_channels
+        self.num_classes, self.null_class, self.low_channels = num_classes, null_class, low_channels
 
         def upsample(channels: int) -> nn.Module:
             if config.upsample == "residual":
@@ -300,7 +272,7 @@ class UNet(Encoder[UNetConfig]):
                 channels = width
             self.up.append(Stage(blocks, upsample(channels) if level > 0 else None))
 
-        self.head_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
+        self.head_norm = self._norm(channels)
         self.head = zeroed(nn.Conv2d(channels, area * (out_channels or in_channels), 3, padding=1))
 
     def _embed(self, time: Tensor, labels: Tensor | None) -> Tensor:
@@ -326,22 +298,15 @@ class UNet(Encoder[UNetConfig]):
         low = F.interpolate(low, x.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([x, low.to(x.dtype)], dim=1)
 
-    def _to_patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C p p, H / p, W / p)."""
-        p = self.config.patch
-        return x if p == 1 else rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
-
-    def _from_patches(self, x: Tensor) -> Tensor:
-        """The way back."""
-        p = self.config.patch
-        return x if p == 1 else rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
-
     def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None, low: Tensor | None = None) -> Tensor:
         embedding = self._embed(time, labels)  # (B, 4 base)
-        *skips, h = self._encode(self._to_patches(self._beside(x, low)), embedding)
+        p, x = self.config.patch, self._beside(x, low)
+        x = x if p == 1 else rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+        *skips, h = self._encode(x, embedding)
         for stage in cast(Iterable[Stage], self.up):
             for block in stage.blocks:
                 h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding)
             if stage.resample is not None:
                 h = self._run(stage.resample, h, embedding)
-        return self._from_patches(self.head(F.silu(self.head_norm(h))))  # (B, out_channels, H, W)
+        out = self.head(F.silu(self.head_norm(h)))
+        return out if p == 1 else rearrange(out, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)  # (B, out_channels, H, W)

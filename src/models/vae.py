@@ -61,9 +61,8 @@ class VAEConfig:
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "VAEConfig":
         if len(self.kinds) != len(self.widths):
-            raise config_error(
-                f"attention has {len(self.kinds)} entries and widths {len(self.widths)}; give one for each resolution"
-            )
+            counts = f"attention has {len(self.kinds)} entries and widths {len(self.widths)}"
+            raise config_error(f"{counts}; give one for each resolution")
         for width in self.widths:
             if width % self.norm_groups:
                 raise config_error(f"norm_groups {self.norm_groups} does not divide a width of {width} channels")
@@ -81,6 +80,9 @@ class VAEConfig:
     def factor(self) -> int:
         """How many times smaller the latent image is, in height and in width."""
         return 2 ** (len(self.widths) - 1)
+
+    def norm(self, channels: int) -> nn.Module:
+        return nn.GroupNorm(self.norm_groups, channels, eps=1e-6)
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         """(D, h, w) of the latents of square images of `size` px."""
@@ -107,13 +109,13 @@ def _middle(spec: VAEConfig, width: int) -> list[nn.Module]:
 
 
 def _block(spec: VAEConfig, narrow: int, wide: int) -> nn.Module:
-    return ResidualBlock(narrow, wide, None, groups=spec.norm_groups, eps=1e-6)
+    return ResidualBlock(narrow, wide, None, norm=spec.norm)
 
 
 def _attention(spec: VAEConfig, width: int, kind: AttentionKind) -> list[nn.Module]:
     heads = width // (spec.head_channels or width)
-    attention = Attention(width, kind=kind, heads=heads, split_qkv_first=True, groups=spec.norm_groups, eps=1e-6)
-    return [attention] if kind != "none" else []
+    attention = Attention(width, kind=kind, heads=heads, split_qkv_first=True, norm=spec.norm)
+    return [attention] if kind != "none" else []  # always built: a seed's weights depend on the random numbers it draws
 
 
 class _Layers(nn.Module):
@@ -212,7 +214,7 @@ class VAE(nn.Module):
             down += _level(spec, widths[max(0, i - 1)], width, kind)
             down += [Downsample(width, spec.downsample)] if i < last else []
         moments = spec.latent_channels * (1 if self.vq else 2)
-        out = [nn.GroupNorm(spec.norm_groups, widths[-1], eps=1e-6), nn.SiLU(), nn.Conv2d(widths[-1], moments, 3, padding=1)]
+        out = [spec.norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], moments, 3, padding=1)]
         self.encoder = _Layers([*down, *_middle(spec, widths[-1]), *out], recompute=recompute)
 
         self.codebook = Codebook(spec.bottleneck, spec.latent_channels) if isinstance(spec.bottleneck, VQBottleneck) else None
@@ -223,7 +225,7 @@ class VAE(nn.Module):
             up += _level(spec, widths[min(last, i + 1)], widths[i], spec.kinds[i])
             kind = "transposed" if spec.upsample == "transposed" else "conv"
             up += [Upsample(widths[i], kind, spec.upsample)] if i > 0 else []
-        up += [nn.GroupNorm(spec.norm_groups, widths[0], eps=1e-6), nn.SiLU()]
+        up += [spec.norm(widths[0]), nn.SiLU()]
         self.up = _Layers(up, recompute=recompute)
         self.last = nn.Conv2d(widths[0], channels, 3, padding=1)
 
@@ -264,27 +266,22 @@ class VAE(nn.Module):
             return self._draw(h)
         factor, fade = self.spec.factor, max(1, tile // 4)
         rows, columns = (_starts(length, tile, max(1, tile - fade)) for length in h.shape[2:])
-        images = weight = None
+        images = h.new_zeros(h.shape[0], self.last.out_channels, h.shape[2] * factor, h.shape[3] * factor)
+        weight = images.new_zeros(images.shape[2:])
         for top in rows:
             for left in columns:
                 part = self._draw(h[:, :, top : top + tile, left : left + tile])
-                if images is None or weight is None:
-                    images = part.new_zeros(*part.shape[:2], h.shape[2] * factor, h.shape[3] * factor)
-                    weight = images.new_zeros(images.shape[2:])
-                ramp = _ramp(part.shape[2], fade * factor)[:, None] * _ramp(part.shape[3], fade * factor)
-                place = (
-                    slice(top * factor, top * factor + part.shape[2]),
-                    slice(left * factor, left * factor + part.shape[3]),
-                )
-                images[(..., *place)] += part * ramp.to(part)
-                weight[place] += ramp.to(weight)
-        assert images is not None and weight is not None
+                images, weight = images.to(part), weight.to(part)  # autocast may have another dtype than h
+                ramp = (_ramp(part.shape[2], fade * factor)[:, None] * _ramp(part.shape[3], fade * factor)).to(part)
+                place = (slice(top * factor, top * factor + part.shape[2]), slice(left * factor, left * factor + part.shape[3]))
+                images[(..., *place)] += part * ramp
+                weight[place] += ramp
         return images / weight
 
 
 def _starts(length: int, tile: int, stride: int) -> list[int]:
     """Where tiles begin that cover `length`; the last ends with it."""
-    return [*range(0, max(0, length - tile), stride), max(0, length - tile)]
+    return [*range(0, length - tile, stride), max(0, length - tile)]
 
 
 def _ramp(length: int, fade: int) -> Tensor:

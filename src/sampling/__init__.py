@@ -5,5 +5,3 @@ from ..runtime.seeds import noise_of
 from .build import build_sampler
 from .config import SamplerConfig
 from .sampler import Sampler
-
-__all__ = ["Opened", "Sampler", "SamplerConfig", "build_sampler", "noise_of", "open_trained"]

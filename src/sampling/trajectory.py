@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion import Denoiser, Prediction, Process, Solver, transitions
+from ..diffusion.chain import Transitions
 from ..diffusion.schedules import like
 from ..diffusion.solvers import Callback
-from ..diffusion.variance import Transitions
 
 
 class Edit(NamedTuple):

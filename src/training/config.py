@@ -7,7 +7,7 @@ import pydantic
 from ..config import Length, config, resumable_field
 from ..data import DataEnd, HeldOut, ImageConfig
 from ..diffusion import ProcessConfig
-from ..diffusion.training_times import TimesConfig, UniformTimes
+from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.quality import QualityConfig
 from ..evaluation.reconstruct import ReconstructConfig
 from ..models import ModelConfig

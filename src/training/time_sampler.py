@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..diffusion import Process, TableSchedule
-from ..diffusion.training_times import LogitNormalTimes, SecondMomentTimes, UniformTimes
+from ..diffusion.weightings import LogitNormalTimes, SecondMomentTimes, UniformTimes
 
 LAG = 2  # steps until a loss enters the history, so that no step waits for the device
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.config import UserError, validate
-from src.diffusion import ProcessConfig, TimeInput, build_process, gain
+from src.diffusion import ProcessConfig, TimeInput, build_process
 from src.diffusion.process import Process
 
 SCHEDULES = [{"kind": kind, "steps": 100} for kind in ("linear", "cosine", "quadratic", "sigmoid")] + [{"kind": "blend"}]
@@ -114,8 +114,8 @@ def test_singular_pairs_are_refused() -> None:
 def test_gain_by_its_formula() -> None:
     process = process_of({"kind": "linear"}, "eps")
     t = torch.tensor([0, 500, 999])
-    torch.testing.assert_close(gain(process, t), 1 / process.schedule.level(t).alpha)
-    torch.testing.assert_close(gain(process_of({"kind": "linear"}, "v"), t), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(process.gain(t), 1 / process.schedule.level(t).alpha)
+    torch.testing.assert_close(process_of({"kind": "linear"}, "v").gain(t), torch.ones(3, dtype=torch.float64))
 
 
 def test_a_network_must_not_be_called_where_x0_says_nothing() -> None:

@@ -21,18 +21,22 @@ from src.diffusion import (
     dpmpp_2m,
     times,
 )
-from src.diffusion.schedules import BetaSchedule, BlendScheduleConfig, beta_schedule, cosine_betas
+from src.diffusion.schedules import BetaSchedule, BlendScheduleConfig, CosineSchedule
+
+
+def cosine_betas(steps: int) -> torch.Tensor:
+    return CosineSchedule(kind="cosine", steps=steps).betas()
 
 
 def linear(steps: int = 1000) -> TableSchedule:
-    return TableSchedule(beta_schedule(BetaSchedule(kind="linear", steps=steps)))
+    return TableSchedule(BetaSchedule(kind="linear", steps=steps).betas())
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("quadratic", "scaled_linear"), ("sigmoid", "sigmoid")])
 def test_betas_are_those_of_diffusers(ours: str, theirs: str) -> None:
     from diffusers import DDPMScheduler
 
-    betas = beta_schedule(BetaSchedule(kind=ours, steps=500, beta_start=1e-4, beta_end=0.02))  # pyright: ignore[reportArgumentType]
+    betas = BetaSchedule(kind=ours, steps=500, beta_start=1e-4, beta_end=0.02).betas()  # pyright: ignore[reportArgumentType]
     reference = DDPMScheduler(num_train_timesteps=500, beta_start=1e-4, beta_end=0.02, beta_schedule=theirs).betas
     torch.testing.assert_close(betas.float(), reference, rtol=1e-4, atol=1e-8)
 
@@ -48,7 +52,7 @@ def test_cosine_is_that_of_diffusers() -> None:
 def test_schedules_of_the_reference(vectors: Path) -> None:
     reference = load_file(vectors / "schedules.safetensors")
     torch.testing.assert_close(cosine_betas(1000), reference["betas_cosine_1000"], rtol=0, atol=1e-15)
-    betas = beta_schedule(BetaSchedule(kind="linear"))
+    betas = BetaSchedule(kind="linear").betas()
     torch.testing.assert_close(betas, reference["betas_linear_1000"], rtol=0, atol=1e-15)
 
 
@@ -164,7 +168,7 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_leaves_no_signal(kind: str) 
     torch.testing.assert_close(schedule.alphas_bar[:-1].float(), reference.alphas_cumprod[:-1], rtol=2e-4, atol=1e-6)
     alpha, sigma = schedule.level(torch.tensor([0.0, 199.0]))
     assert float(alpha[1]) == 0 and float(sigma[1]) == 1 and float(schedule.betas[-1]) == 1
-    plain = beta_schedule(BetaSchedule(kind="linear", steps=200)) if kind == "linear" else cosine_betas(200)
+    plain = BetaSchedule(kind="linear", steps=200).betas() if kind == "linear" else cosine_betas(200)
     assert float(alpha[0] ** 2) == pytest.approx(1 - float(plain[0])), "the first level stays"
     with pytest.raises(UserError, match="'eps' cannot be read at one end of the"):
         validate(ProcessConfig, {"schedule": {"kind": kind, "steps": 200, "zero_terminal_snr": True}, "target": "eps"})

@@ -30,7 +30,7 @@ from src.diffusion import (
     transitions,
 )
 from src.diffusion.process import Denoiser
-from src.diffusion.schedules import BetaSchedule, Schedule, beta_schedule, cosine_betas, like
+from src.diffusion.schedules import BetaSchedule, CosineSchedule, Schedule, like
 from src.diffusion.solvers import Noise
 from src.runtime.seeds import noise_of
 from src.sampling import Sampler, SamplerConfig
@@ -57,7 +57,7 @@ def gaussian(schedule: Schedule) -> Denoiser:
 
 
 def cosine(steps: int = 1000) -> TableSchedule:
-    return TableSchedule(cosine_betas(steps))
+    return TableSchedule(CosineSchedule(kind="cosine", steps=steps).betas())
 
 
 def affine(sample: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def random_denoiser(schedule: Schedule, calls: list[float] | None = None) -> Den
 
 
 def linear_schedule() -> TableSchedule:
-    return TableSchedule(beta_schedule(BetaSchedule(kind="linear")))
+    return TableSchedule(BetaSchedule(kind="linear").betas())
 
 
 def walk(scheduler: object, x: Tensor, ours: Denoiser, **step: object) -> Tensor:

@@ -30,7 +30,7 @@ from src.evaluation.registry import METRICS, FeatureSets, Metric, compare
 from src.evaluation.results import Results, Setup
 from src.evaluation.run import add_class_accuracy
 from src.evaluation.sweep import parse_sweep
-from src.metrics.features import RandomFeatures
+from src.metrics.features import open_features
 from src.runs.starts import SourceSampler
 from src.runtime.stream import Examples
 from src.sampling.config import SamplerConfig
@@ -69,7 +69,7 @@ def test_notes_on_too_few_images() -> None:
 def feature_sets(**labels: np.ndarray) -> FeatureSets:
     """Two classes far apart, the same images as samples, real and held out."""
     features = np.eye(2, dtype=np.float32).repeat(20, 0)
-    return FeatureSets(RandomFeatures(), features, features, features, labels, 2)
+    return FeatureSets(open_features("random"), features, features, features, labels, 2)
 
 
 def test_held_out_images_without_a_class_are_not_read(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_batches_are_joined_and_indices_spread() -> None:
     assert joined["x"].tolist() == [1, 1, 3]
     assert spread_indices(10, 3).tolist() == [0, 3, 6] and spread_indices(2, 5).tolist() == [0, 1]
     pixels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    assert extract_all([RandomFeatures()], [pixels, pixels])["random"].shape == (4, 16)
+    assert extract_all([open_features("random")], [pixels, pixels])["random"].shape == (4, 16)
     assert pixels_of(torch.tensor([-1.0, 1.0, 2.0]).reshape(1, 3, 1, 1)).flatten().tolist() == [0, 255, 255]
 
 
@@ -125,7 +125,7 @@ def test_starts_are_dealt_anew_when_all_were_given() -> None:
 
 
 def test_a_folder_of_results_belongs_to_one_request(tmp_path: Path) -> None:
-    setup = Setup([RandomFeatures()], tmp_path / "out", Ranks(), torch.device("cpu"), batch_size=4, seed=0)
+    setup = Setup([open_features("random")], tmp_path / "out", Ranks(), torch.device("cpu"), batch_size=4, seed=0)
     assert setup.claim("run", "quality", {"weights": "a"}) == tmp_path / "out"
     assert json.loads((tmp_path / "out" / "request.json").read_text())["features"][0][0] == "random"
     (tmp_path / "out" / "block_00000.npz").touch()
@@ -135,7 +135,7 @@ def test_a_folder_of_results_belongs_to_one_request(tmp_path: Path) -> None:
 
 
 def test_features_are_extracted_in_blocks_and_the_nearest_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = Setup([RandomFeatures()], tmp_path, Ranks(), torch.device("cpu"), batch_size=4, seed=0)
+    setup = Setup([open_features("random")], tmp_path, Ranks(), torch.device("cpu"), batch_size=4, seed=0)
     data = open_sources(ShapesSource(source="shapes", count=12, size=16))
     load = pixel_loader(data, ImageConfig(size=16))
 

@@ -1,6 +1,7 @@
 """The parts of README cards, names of modules, and errors with a prefix."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ from src.config import UserError, prefix_errors
 from src.interop.cards import colours, in_pixels, in_python, millions, render_card
 from src.interop.names import multiple, state_under
 from src.models.layers import Attention
+
+NORM = partial(nn.GroupNorm, 2)
 
 
 def test_words_of_the_cards() -> None:
@@ -49,7 +52,7 @@ def test_a_multiple_gives_the_width_when_it_is_rounded_down() -> None:
 
 @pytest.mark.parametrize("split_qkv_first", [True, False])
 def test_the_parts_of_an_attention_have_one_layout(split_qkv_first: bool) -> None:
-    network = nn.ModuleDict({"a": Attention(8, kind="full", heads=2, split_qkv_first=split_qkv_first, groups=2)})
+    network = nn.ModuleDict({"a": Attention(8, kind="full", heads=2, split_qkv_first=split_qkv_first, norm=NORM)})
     weight = torch.arange(24.0)[:, None].expand(24, 8)
     with torch.no_grad():
         network["a"].qkv.weight.copy_(weight)

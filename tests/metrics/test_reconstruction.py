@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from src.metrics import colour_drift, psnr, ssim
-from src.metrics.reconstruction import SMALLEST_FOR_SSIM
+from src.metrics.distances import SMALLEST_FOR_SSIM
 from src.models.pretrained import import_torchvision
 
 

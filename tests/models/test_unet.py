@@ -1,8 +1,10 @@
 """The U-Net against diffusers, and each of its options."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.config import UserError, validate
 from src.interop.unet_2d import unet_from_diffusers
@@ -12,6 +14,8 @@ from src.models.pretrained import import_torchvision
 from tests.conftest import randomise
 
 SMALL = {"base_channels": 16, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "full"], "norm_groups": 8}
+
+NORM = partial(nn.GroupNorm, 4)
 
 
 def unet(num_classes: int | None = None, scale: float = 0.1, **options: object) -> UNet:
@@ -155,7 +159,7 @@ def test_dropout_acts_while_training_alone() -> None:
 @pytest.mark.parametrize("split_qkv_first", [True, False])
 def test_attention_by_its_formula(split_qkv_first: bool) -> None:
     heads, channels = 2, 8
-    layer = randomise(Attention(channels, kind="full", heads=heads, split_qkv_first=split_qkv_first, groups=4), scale=0.5)
+    layer = randomise(Attention(channels, kind="full", heads=heads, split_qkv_first=split_qkv_first, norm=NORM), scale=0.5)
     x = torch.randn(1, channels, 3, 3)
     tokens = layer.norm(x).flatten(2).transpose(1, 2)[0]  # (9, 8)
     projected = layer.qkv(tokens)
@@ -172,7 +176,7 @@ def test_attention_by_its_formula(split_qkv_first: bool) -> None:
 
 
 def test_linear_attention_by_its_formula() -> None:
-    layer = randomise(Attention(8, kind="linear", heads=1, split_qkv_first=True, groups=4), scale=0.5)
+    layer = randomise(Attention(8, kind="linear", heads=1, split_qkv_first=True, norm=NORM), scale=0.5)
     x = torch.randn(1, 8, 3, 3)
     tokens = layer.norm(x).flatten(2).transpose(1, 2)[0]
     q, k, v = layer.qkv(tokens).chunk(3, dim=1)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from src.config import validate
 from src.data import ImageConfig
 from src.diffusion import ProcessConfig, build_process
-from src.diffusion.training_times import UniformTimes
+from src.diffusion.weightings import UniformTimes
 from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.runtime.checkpoint import spared_steps

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.process import Process
-from src.diffusion.training_times import LogitNormalTimes, SecondMomentTimes, UniformTimes
+from src.diffusion.weightings import LogitNormalTimes, SecondMomentTimes, UniformTimes
 from src.training.time_sampler import LAG, TimeSampler
 
 U = torch.linspace(0, 1 - 1e-9, 4000, dtype=torch.float64)

@@ -11,31 +11,3 @@ from .packed import PackedImages, PackedSource
 from .python import GIVEN, PythonSource
 from .registry import SOURCES, HeldOut, OneSource, Sources, register_source
 from .shapes import SHAPES, ShapesSource, draw_shape
-
-__all__ = [
-    "EMNIST_CLASSES",
-    "GIVEN",
-    "SHAPES",
-    "SOURCES",
-    "ArrayImages",
-    "DatasetsSource",
-    "DigitsSource",
-    "EmnistSource",
-    "FolderImages",
-    "FolderSource",
-    "HeldOut",
-    "ImageSet",
-    "Images",
-    "OneSource",
-    "PackedImages",
-    "PackedSource",
-    "PythonSource",
-    "ShapesSource",
-    "Source",
-    "Sources",
-    "draw_shape",
-    "open_data",
-    "open_given",
-    "open_sources",
-    "register_source",
-]
