@@ -21,20 +21,20 @@ from src.runs.opened import count_classes, start_from
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
+from src.sampling.build import sampler_of
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
+from src.training.first_images import save_first_images
 from src.training.from_python import Given, from_python
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview, preview_sampler, save_first_images
+from src.training.preview import measure_quality, preview
 from src.training.run_mode import RunMode
 from src.training.session import Session
-from src.training.sharding import prepare
-from src.training.state import TrainState
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.state import TrainState, prepare
+from src.training.step_noise import StepNoise, TimeSampler
 
 
 @config
@@ -87,7 +87,9 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
-    sampler = preview_sampler(cfg, cfg.preview, ema.network, process, shape, num_classes)
+    spec = cfg.preview.sampler.without_guidance(num_classes is None)
+    options = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout}
+    sampler = sampler_of(spec, ema.network, process, shape, num_classes, **options)
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
@@ -111,15 +113,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         with session.drawing("the first images"):
             save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
     examples = coupling.held_out_examples()
-    batches = coupling.stream(
-        batch_plan,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
-        device=device,
-        dtype=dtype,
-    )
+    batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()

@@ -31,14 +31,13 @@ from src.runtime.stream import plan_batch
 from src.training.config import StepsConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
+from src.training.first_images import save_first_images
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.step_noise import StepNoise, TimeSampler
 
 
 @config
@@ -112,15 +111,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
             save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
     where, examples = "train" if held_out is None else "held_out", coupling.data.examples()
     measure = partial(accuracy_by_level, ema.network, process, examples, cfg.preview, batch_plan.micro)
-    batches = coupling.stream(
-        batch_plan,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
-        device=device,
-        dtype=dtype,
-    )
+    batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()

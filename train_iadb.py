@@ -32,18 +32,17 @@ from src.sampling.sampler import random_labels
 from src.training.config import PathPreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
+from src.training.first_images import save_first_blends
 from src.training.from_python import Given, from_python
 from src.training.inputs import open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.pairs import BlendConfig, PairCoupling
-from src.training.paths import preview_paths, save_first_blends
-from src.training.preview import measure_quality
+from src.training.preview import measure_quality, preview_paths
 from src.training.run import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.step_noise import StepNoise, TimeSampler
 
 IADB = ProcessConfig(schedule=BlendScheduleConfig(kind="blend"), target="blend", clip=False, time_input=TimeInput(kind="alpha"))
 
@@ -107,8 +106,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     if autoencoder is not None:
-        encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}
-        coupling = coupling.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
+        coupling = coupling.encoded(cfg, autoencoder, accelerator, run_dir)
     if cfg.pairs is not None:
         coupling = PairCoupling(cfg.pairs, coupling, num_classes, run_dir, accelerator)
     shape, facts = coupling.shape, coupling.facts | given.facts
@@ -125,11 +123,11 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
-    codec = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, **coupling.codec(device)}
-    codec["source"] = coupling.source_sampler()
+    options = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, **coupling.codec(device)}
+    options["source"] = coupling.source_sampler()
 
     def sampler_for(spec: SamplerConfig) -> Sampler:
-        return sampler_of(spec.without_guidance(num_classes is None), ema.network, process, shape, num_classes, **codec)
+        return sampler_of(spec.without_guidance(num_classes is None), ema.network, process, shape, num_classes, **options)
 
     sampler = sampler_for(cfg.preview.most_calls)
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
@@ -158,15 +156,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
             with session.drawing("blend.png"):
                 save_first_blends(sampler_for(SamplerConfig()), coupling.data.examples(), run_dir)
     loss_scale = math.prod(shape) * batch_plan.batch if cfg.loss_reduction == "sum" else 1
-    batches = coupling.stream(
-        batch_plan,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
-        device=device,
-        dtype=dtype,
-    )
+    batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()

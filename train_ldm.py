@@ -23,19 +23,19 @@ from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.sharding import build_device
 from src.runtime.stream import plan_batch
+from src.sampling.build import sampler_of
 from src.training.config import LatentConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
+from src.training.first_images import save_first_images
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview, preview_sampler, save_first_images
+from src.training.preview import measure_quality, preview
 from src.training.run import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
-from src.training.sharding import prepare
-from src.training.state import TrainState
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.state import TrainState, prepare
+from src.training.step_noise import StepNoise, TimeSampler
 
 
 @config
@@ -73,9 +73,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_model(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
     network = network.to(build_device(accelerator), dtype)
-    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}
     images = Coupling(ImageDensity(train_set, held_out, cfg.image))
-    coupling = images.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
+    coupling = images.encoded(cfg, autoencoder, accelerator, run_dir)
     facts = coupling.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
@@ -89,7 +88,9 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     codec = coupling.codec(device)
-    sampler = preview_sampler(cfg, cfg.preview, ema.network, process, shape, num_classes, **codec)
+    spec = cfg.preview.sampler.without_guidance(num_classes is None)
+    options = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, **codec}
+    sampler = sampler_of(spec, ema.network, process, shape, num_classes, **options)
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
@@ -115,15 +116,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
             with session.drawing("the first images"):
                 save_first_images(run_dir, train_set, cfg.image, cfg.seed, process, codec["codec"], device)
     examples = coupling.held_out_examples()
-    batches = coupling.stream(
-        batch_plan,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
-        device=device,
-        dtype=dtype,
-    )
+    batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()

@@ -26,12 +26,11 @@ from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_warnings
-from src.training.autoencoder_losses import bottleneck_terms, discriminator_terms, generator_terms
-from src.training.codebook import CodebookStep
+from src.training.autoencoder_losses import CodebookStep, bottleneck_terms, discriminator_terms, generator_terms
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
+from src.training.first_images import save_first_images
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.stages import StagedConfig, plan_stages, stage_warnings

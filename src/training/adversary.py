@@ -1,14 +1,18 @@
 """The adversary's weight: as the gradients say, and smaller after a rollback; and the guard that asks for one."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..config import config
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MOST = 1e4  # the largest adaptive weight
 
 
 class AdaptiveWeight:
@@ -19,25 +23,25 @@ class AdaptiveWeight:
     0 until then.
     """
 
-    def __init__(self, last_layer: Tensor, accelerator: Accelerator, saved: float = 0.0, *, most: float = 1e4) -> None:
-        self.last_layer, self.accelerator, self.most = last_layer, accelerator, most
+    def __init__(self, last_layer: Tensor, accelerator: "Accelerator", saved: float = 0.0) -> None:
+        self.last_layer, self.accelerator = last_layer, accelerator
         self.value = torch.tensor(saved, device=accelerator.device, dtype=last_layer.dtype)
         self._sums: Tensor | None = None
 
     def measure(self, reconstruction: Tensor, verdict: Tensor) -> None:
         """Add a micro-batch: two losses (), sums over its images, whose graphs are kept."""
-        pair = [torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0] for loss in (reconstruction, verdict)]
-        self._sums = torch.stack(pair) if self._sums is None else self._sums + torch.stack(pair)
+        losses = reconstruction, verdict
+        pair = torch.stack([torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0] for loss in losses])
+        self._sums = pair if self._sums is None else self._sums + pair
 
     def update(self, finite: Tensor) -> None:
         """All micro-batches are measured: set the next step's value, unless this step was not `finite`, () bool."""
         if self._sums is None:  # nothing was measured: what was known is of another stage
             self.value = torch.zeros_like(self.value)
             return
-        sums = self.accelerator.reduce(self._sums)
-        assert isinstance(sums, Tensor)
+        sums: Any = self.accelerator.reduce(self._sums)
         ours, theirs = sums.flatten(1).norm(dim=1)
-        ratio = (ours / theirs.clamp(min=1e-12)).clamp(max=self.most)
+        ratio = (ours / theirs.clamp(min=1e-12)).clamp(max=MOST)
         self.value = torch.where(finite & torch.isfinite(ratio), ratio, self.value)
         self._sums = None
 
@@ -50,7 +54,7 @@ def winner_warnings(values: dict[str, float]) -> list[str]:
             f"the discriminator has won (accuracy {values['discriminator_accuracy']:.3f}), so its verdict says nothing; lower "
             "discriminator_optimizer.lr, or start it later"
         )
-    if values.get("adaptive_weight", 0.0) >= 1e4:
+    if values.get("adaptive_weight", 0.0) >= MOST:
         lines.append("the adaptive weight is at its limit: the discriminator's gradient is as good as 0")
     return lines
 
@@ -85,16 +89,14 @@ class Guard:
 
     @classmethod
     def load(cls, saved: dict[str, Any] | None) -> "Guard":
-        if saved is None:
-            return cls()
-        return cls(**{**saved, "best": saved["best"] if saved["best"] is not None else float("inf")})
+        return cls(**{key: value for key, value in (saved or {}).items() if key != "best" or value is not None})
 
     def enter_stage(self, stage: int) -> bool:
         """Begin a stage; gives whether it is new, so that its start must be measured."""
-        if stage == self.stage:
-            return False
-        self.stage, self.best, self.healthy_step, self.before_step = stage, float("inf"), None, None
-        return True
+        is_new = stage != self.stage
+        if is_new:
+            self.stage, self.best, self.healthy_step, self.before_step = stage, float("inf"), None, None
+        return is_new
 
     def saved_before(self, step: int) -> None:
         """There is a checkpoint of `step`, and the stage's adversary has not begun there."""
@@ -109,10 +111,9 @@ class Guard:
         """Whether the held-out reconstruction loss `value` is one to go on from; remembers the best and the step. A stage may
         begin with a dip (a higher learning rate, fresh moments): before its `adversary` has begun this is no fault of it, and
         the best is counted from there."""
-        healthy = value <= spec.worse_factor * self.best  # False for NaN
         if not adversary and value > spec.worse_factor * self.best:
             self.best = value
-            healthy = True
+        healthy = value <= spec.worse_factor * self.best  # False for NaN
         if healthy:
             self.best, self.healthy_step = min(self.best, value), step or None  # nothing is saved at step 0
         return healthy

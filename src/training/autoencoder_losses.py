@@ -1,14 +1,19 @@
-"""The loss terms of the autoencoder and of its discriminator, for a micro-batch."""
+"""The loss terms of the autoencoder and of its discriminator, for a micro-batch; and one step of a codebook."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .. import losses
-from ..models.vae import Reconstruction
+from ..models.vae import Codebook, Reconstruction
+from ..runtime.seeds import generator
 from .adversary import AdaptiveWeight
-from .codebook import CodebookStep
 from .stages import AdversarialTerm, StageConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LossTerms = dict[str, Tensor]  # (b,) each, by the name that the log has
 
@@ -23,7 +28,7 @@ def generator_terms(
     discriminator: nn.Module,
     adaptive: AdaptiveWeight,
     shrink: float,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
 ) -> tuple[Tensor, LossTerms]:
     """The autoencoder's loss (b,) but for its bottleneck's term, and what it is made of. The discriminator is frozen here, and
     its term is `shrink` times as heavy as the config says. Gradients of an `adaptive` weight are measured."""
@@ -48,7 +53,7 @@ def generator_terms(
 
 
 def bottleneck_terms(
-    outputs: Reconstruction, stage_cfg: StageConfig, codes: CodebookStep | None, local_slice: slice
+    outputs: Reconstruction, stage_cfg: StageConfig, codes: "CodebookStep | None", local_slice: slice
 ) -> tuple[Tensor, LossTerms]:
     """The weighted loss (b,) of the bottleneck, and the same without its weight: KL, or of a codebook its commitment. The codes
     of the micro-batch, which is this slice of the batch, are counted."""
@@ -67,3 +72,28 @@ def discriminator_terms(
     real, fake = discriminator_ddp(torch.cat([images, reconstruction.detach().to(images.dtype)])).chunk(2)
     accuracy = losses.discriminator_accuracy(real, fake)
     return {"discriminator": losses.discriminator_loss(adversarial.loss, real, fake), "discriminator_accuracy": accuracy}
+
+
+class CodebookStep:
+    """`latents` is the shape (B, D, h, w) of the whole batch's. Which vectors of it would take the place of dead codes is a
+    function of (seed, step), whoever holds them."""
+
+    def __init__(self, codebook: Codebook, latents: Sequence[int], seed: int, step: int) -> None:
+        self.codebook = codebook
+        rng, codes, device = generator(seed, "codes", step), codebook.spec.codes, codebook.codebook.device
+        self._image = torch.from_numpy(rng.integers(latents[0], size=codes)).to(device)
+        self._place = torch.from_numpy(rng.integers(latents[2] * latents[3], size=codes)).to(device)
+        self._sums: Tensor | None = None
+
+    def add(self, outputs: Reconstruction, local_slice: slice) -> Tensor:
+        """Count the codes of the micro-batch that is this slice of the batch; gives the vectors of its codes, (b, D, h, w)."""
+        assert outputs.codes is not None
+        sums = self.codebook.statistics(outputs.mean.detach(), outputs.codes, self._image - local_slice.start, self._place)
+        self._sums = sums if self._sums is None else self._sums + sums
+        return self.codebook.look_up(outputs.codes)
+
+    def update(self, accelerator: "Accelerator", finite: Tensor) -> None:
+        """The codebook follows, unless `finite` () bool says that this step's gradients were not finite."""
+        assert self._sums is not None
+        sums: Any = accelerator.reduce(self._sums)
+        self.codebook.update(sums, finite)

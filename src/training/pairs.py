@@ -5,12 +5,11 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pydantic
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from pydantic import Discriminator, Tag
 
@@ -32,8 +31,12 @@ from ..sampling.sampler import random_labels
 from ..storage.blocks import Block
 from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
 from ..storage.files import write_whole
-from .config import LatentConfig
+from .config import LatentConfig, StepsConfig
 from .inputs import Batches, Coupling
+from .kept import at
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @config
@@ -59,10 +62,7 @@ class PairsConfig:
         return self
 
 
-Pairs = Annotated[
-    Annotated[str | None, Tag("plain")] | Annotated[PairsConfig, Tag("object")],
-    Discriminator(kind_of),
-]
+Pairs = Annotated[Annotated[str | None, Tag("plain")] | Annotated[PairsConfig, Tag("object")], Discriminator(kind_of)]
 
 
 @config
@@ -73,13 +73,14 @@ class BlendConfig(LatentConfig):
     pairs: Pairs = None
 
 
-LATENTS = {"autoencoder": "autoencoder", "mean": "mean", "std": "scale"}
-
-
-def _at(facts: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        facts = (facts or {}).get(key)
-    return facts
+# What both runs were trained on, by its key in the facts of a run.
+SHARED = {
+    "fingerprint": "other data",
+    "source.fingerprint": "another source",
+    "latents.autoencoder": "latents of another autoencoder",
+    "latents.mean": "latents of another mean",
+    "latents.std": "latents of another scale",
+}
 
 
 class PairMaker:
@@ -102,18 +103,15 @@ class PairMaker:
             raise UserError(f"pairs.run {spec.run} has other classes; name another run, or set class_conditional to false")
         if run.gaussian != (source is None):
             raise UserError(f"pairs.run {spec.run} starts from another source; give both runs the same")
-        shared = {"other data": ("fingerprint",), "another source": ("source", "fingerprint")}
-        shared |= {f"latents of another {word}": ("latents", key) for key, word in LATENTS.items()}
         facts = coupling.facts
-        for what, keys in shared.items():
-            # an imported run does not say what it was trained on
-            if "fingerprint" in run.facts and _at(facts, keys) != _at(run.facts, keys):
+        for key, what in SHARED.items() if "fingerprint" in run.facts else ():  # an imported run does not say what it saw
+            if at(facts, key) != at(run.facts, key):
                 raise UserError(f"pairs.run {spec.run} was trained on {what}; give both runs the same")
         self.count = spec.count if source is None else min(spec.count, len(source.train))
         if num_classes is None:
             run.no_class()
-        self.contract = {"weights": run.digest, "shape": list(coupling.shape)}
-        self.contract |= {key: value for key, value in dump(spec).items() if key != "run"}
+        settings = {key: value for key, value in dump(spec).items() if key != "run"}
+        self.contract = {"weights": run.digest, "shape": list(coupling.shape), **settings}
         self.name = hashlib.sha256(json.dumps(self.contract).encode()).hexdigest()[:8]
         self.folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / self.name
         start = source.source_sampler(of_train=True) if source is not None else None
@@ -124,16 +122,18 @@ class PairMaker:
     def make(self, indices: Sequence[int]) -> tuple[NDArray[np.float32], list[int]]:
         """(n, 1, 2, *shape): source and sample as the network sees them, with labels, -1 for none; in batches of always one
         size."""
-        spec, sampler, classes = self.spec, self._sampler, self._num_classes
-        labels = random_labels(spec.seed, indices, classes) if classes is not None else [-1] * len(indices)
-        pairs, size = list[NDArray[np.float32]](), spec.batch_size
+        sampler, classes, seed, size = self._sampler, self._num_classes, self.spec.seed, self.spec.batch_size
+        labels = random_labels(seed, indices, classes) if classes is not None else [-1] * len(indices)
+        pairs = list[NDArray[np.float32]]()
         for first in range(0, len(indices), size):
             part = list(indices[first : first + size])
-            padded = [*part, *[part[-1]] * (size - len(part))]
-            padded_labels = [*labels[first : first + len(part)], *[0] * (size - len(part))]
-            x = sampler.start(spec.seed, padded).to(self._device, sampler.dtype)
-            condition = torch.tensor(padded_labels, device=self._device) if classes is not None else None
-            end = sampler.move(x, condition, seed=spec.seed, indices=padded)
+            rest = size - len(part)
+            padded = [*part, *[part[-1]] * rest]
+            x = sampler.start(seed, padded).to(self._device, sampler.dtype)
+            condition = None
+            if classes is not None:
+                condition = torch.tensor([*labels[first : first + size], *[0] * rest], device=self._device)
+            end = sampler.move(x, condition, seed=seed, indices=padded)
             pairs.append(torch.stack([x, end], dim=1)[: len(part)].float().cpu().numpy())
             within(len(part))
         return np.concatenate(pairs)[:, None], labels
@@ -150,7 +150,7 @@ class PairCoupling(Coupling):
     """A coupling whose pairs an earlier run has made: its sources, each with the sample at the end of its path."""
 
     def __init__(
-        self, spec: str | PairsConfig, coupling: Coupling, num_classes: int | None, run_dir: Path, accelerator: Accelerator
+        self, spec: str | PairsConfig, coupling: Coupling, num_classes: int | None, run_dir: Path, accelerator: "Accelerator"
     ) -> None:
         super().__init__(coupling.data, coupling.source)
         maker = PairMaker(spec, coupling, num_classes, run_dir, accelerator.device)
@@ -166,13 +166,12 @@ class PairCoupling(Coupling):
         manifest = read_json(folder / "manifest.json")
         if any(manifest.get(key) != value for key, value in self._contract.items()):
             raise UserError(f"the folder of pairs {folder} is of something else; remove it, and it is made again")
-        if maker.source_images is not None and accelerator.is_main_process and (known := manifest.get(FILES)):
-            files = maker.source_images
-            if known["state"] != files.state and known[CONTENT] != files.contents(range(len(files))):
-                raise UserError(
-                    f"the folder of pairs {folder} was made from other source images (files of the same names and sizes have "
-                    "another content now); remove it, and it is made again"
-                )
+        files, known = maker.source_images, manifest.get(FILES) if accelerator.is_main_process else None
+        if files and known and known["state"] != files.state and known[CONTENT] != files.contents(range(len(files))):
+            raise UserError(
+                f"the folder of pairs {folder} was made from other source images (files of the same names and sizes have "
+                "another content now); remove it, and it is made again"
+            )
         accelerator.wait_for_everyone()
         self._pairs = open_blocks(folder, "pairs", maker.count, accelerator.device, "folder of pairs")
         self._pairs.load_to_device()
@@ -191,10 +190,8 @@ class PairCoupling(Coupling):
         """Nothing: what is held out is not paired."""
         return None
 
-    def stream(
-        self, batch_plan: BatchPlan, *, seed: int, balanced: bool, start_step: int, dtype: torch.dtype, **_: Any
-    ) -> Batches:
-        order = Order(self._labels, seed, balanced=balanced)
+    def stream(self, cfg: StepsConfig, batch_plan: BatchPlan, start_step: int, device: torch.device) -> Batches:
+        order, dtype = Order(self._labels, cfg.seed, balanced=cfg.balance_classes), getattr(torch, cfg.dtype)
         for positions in positions_of(batch_plan, start_step):
             indices = order(positions)
             source, data = self._pairs.moments(indices, np.zeros(len(indices), dtype=bool)).to(dtype).unbind(1)

@@ -55,8 +55,7 @@ def rehearse_caches(
                 seconds += _encode_sample(cfg, autoencoder, density, place, writes)
         accelerator.wait_for_everyone()
         if getattr(cfg, "pairs", None) is not None:
-            options = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}
-            coupling = coupling.encoded(autoencoder, accelerator, changes["latents"], run, **options)
+            coupling = coupling.encoded(replace(cfg, **changes), autoencoder, accelerator, run)
     if isinstance(cfg, BlendConfig) and cfg.pairs is not None:
         num_classes = count_classes(cfg.class_conditional, coupling.data.train.class_names)
         maker = PairMaker(cfg.pairs, coupling, num_classes, run_dir, accelerator.device)

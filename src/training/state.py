@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..config import UserError
 from ..runtime import checkpoint
 from ..runtime.parts import on_cpu
 from .ema import EMA
-from .optimizer import load_optimizer_state, names_of, optimizer_state
-from .time_sampler import TimeSampler
+from .optimizer import Muon, load_optimizer_state, names_of, optimizer_state
+from .step_noise import TimeSampler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class TrainState:
@@ -55,20 +59,53 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Put a checkpoint's tensors back; one of another architecture is a UserError."""
-        for name, network in self.ema.networks.items():
+        networks = self.ema.networks | {name: network for (name, _), (network, _) in self._pairs.items()}
+        for name, network in networks.items():
             checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
-        for (name, moments), (network, optimizer) in self._pairs.items():
-            checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
+        for (_, moments), (network, optimizer) in self._pairs.items():
             load_optimizer_state(optimizer, names_of(network), checkpoint.read_tensors(folder, moments))
         if self._times is not None and self._times.tensors():
             self._times.load(checkpoint.read_tensors(folder, "times", finite=False))  # it passes over losses that are not
+
+
+def prepare(
+    accelerator: "Accelerator", network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA
+) -> tuple[nn.Module, Any]:
+    """accelerate's `prepare` of a network and its optimiser. With FSDP these and the EMA, whole until now, are cut in place,
+    and each process goes on with its part; from then on all of them call what runs the networks or gathers tensors."""
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(network, optimizer)
+    if isinstance(optimizer, Muon):
+        raise UserError(
+            "optimizer.muon needs whole matrices, and FSDP cuts them: set optimizer.muon to null, or launch without"
+        )
+    blocks = getattr(network, "fsdp_blocks", ())
+    if not blocks:
+        raise UserError(
+            f"FSDP cuts a network block by block, and {type(network).__name__} names none in fsdp_blocks; launch without FSDP"
+        )
+    assert accelerator.state.fsdp_plugin is not None
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
+    moments = optimizer_state(optimizer, names_of(network))
+    optimizer.state.clear()  # accelerate moves the optimiser's parameters to the parts, and leaves the moments behind
+    for module in (network, *ema.networks.values()):  # FSDP cuts rows, and takes no channels_last
+        module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    if accelerator.native_amp:
+        from accelerate.utils import convert_outputs_to_fp32
+
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        network.forward = convert_outputs_to_fp32(autocast(network.forward))
+    model, prepared = accelerator.prepare(network, optimizer)
+    load_optimizer_state(optimizer, names_of(network), moments)
+    ema.shard_as(network)
+    return model, prepared
 
 
 class Meter:
     """The means of named losses over a stretch of steps. They stay on the device until they are read; what is not finite is
     not counted."""
 
-    def __init__(self, accelerator: Accelerator, saved: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    def __init__(self, accelerator: "Accelerator", saved: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, Tensor] = {}
         for name, sums in (saved or {}).items():
@@ -86,8 +123,7 @@ class Meter:
         """What a checkpoint keeps of it, all ranks together."""
         if not self._sums:
             return {}
-        summed = self._accelerator.reduce(torch.stack(list(self._sums.values())))
-        assert isinstance(summed, Tensor)
+        summed: Any = self._accelerator.reduce(torch.stack(list(self._sums.values())))
         return {name: {"sum": total, "count": count} for name, (total, count) in zip(self._sums, summed.tolist(), strict=True)}
 
     def read(self) -> dict[str, float]:

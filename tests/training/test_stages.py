@@ -16,11 +16,10 @@ from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.runtime.checkpoint import spared_steps
 from src.runtime.stream import MicroBatch, plan_batch
 from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_warnings
-from src.training.codebook import CodebookStep
+from src.training.autoencoder_losses import CodebookStep
 from src.training.optimizer import OptimizerConfig
 from src.training.stages import StageConfig, plan_stages, stage_warnings
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.step_noise import StepNoise, TimeSampler
 
 
 def stages(*raw: dict[str, Any]) -> tuple[StageConfig, ...]:

@@ -11,7 +11,7 @@ from src.config import UserError, validate
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.process import Process
 from src.diffusion.training_times import LogitNormalTimes, SecondMomentTimes, UniformTimes
-from src.training.time_sampler import LAG, TimeSampler
+from src.training.step_noise import LAG, TimeSampler
 
 U = torch.linspace(0, 1 - 1e-9, 4000, dtype=torch.float64)
 

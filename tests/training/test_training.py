@@ -31,10 +31,9 @@ from src.runtime.seeds import generator, normal, torch_seed, uniforms
 from src.runtime.stopping import StepGate, StopRequest
 from src.runtime.stream import Order, plan_batch, stream, to_network
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
-from src.training.ema import EMA, WIDTHS, EMAConfig, Snapshot, exponent, post_hoc_weights
+from src.training.ema import EMA, WIDTHS, EMAConfig, exponent, post_hoc_weights
 from src.training.optimizer import (
     OptimizerConfig,
-    adamw,
     build_optimizer,
     learning_rate,
     load_optimizer_state,
@@ -121,7 +120,7 @@ class Prepared:
 
 def network_and_optimizer() -> tuple[nn.Module, torch.optim.AdamW]:
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-    return network, adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1, "weight_decay": 0.1}))
+    return network, build_optimizer(network, validate(OptimizerConfig, {"lr": 0.1, "weight_decay": 0.1}))
 
 
 def take_step(network: nn.Module, optimizer: torch.optim.Optimizer, spoil: float = 1.0) -> torch.Tensor:
@@ -174,7 +173,7 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
     others = [nn.Parameter(value.detach().clone()) for value in rest]
     starts = {i: network[i].weight.detach().flatten(1).clone() for i in (0, 2, 3)}  # pyright: ignore
     muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    adam, ours = adamw(others, spec), Prepared(build_optimizer(network, spec))
+    adam, ours = torch.optim.AdamW(others, lr=0.02, weight_decay=0.1, fused=True), Prepared(build_optimizer(network, spec))
     for _ in range(4):
         for one, parameter in zip([*theirs, *others], [*(network[i].weight for i in (0, 2, 3)), *rest], strict=True):
             parameter.grad = torch.randn_like(parameter)  # of full rank: where a singular value is nearly 0, rounding decides
@@ -229,11 +228,11 @@ def test_moments_come_back_in_the_memory_format_of_their_parameter() -> None:
         torch.manual_seed(0)
         network = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
         names = {parameter: name for name, parameter in network.named_parameters()}
-        optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1}))
+        optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 0.1}))
         for step in range(4):
             if resumed and step == 2:
                 state = {name: value.contiguous() for name, value in optimizer_state(optimizer, names).items()}
-                optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1}))
+                optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 0.1}))
                 load_optimizer_state(optimizer, names, state)
             x = torch.arange(3 * 25, dtype=torch.float32).reshape(1, 3, 5, 5).sin() * (step + 1)
             network(x).square().sum().backward()
@@ -286,13 +285,13 @@ def test_post_hoc_averages_are_those_of_the_whole_path(tmp_path: Path) -> None:
             for width, name in zip(WIDTHS, ema.averages, strict=True):
                 average = float(ema.averages[name].weight)
                 assert average == pytest.approx(average_of(path[:step], width), abs=0.02)
-                snapshots.append((Snapshot(width, 8 * step), average))
+                snapshots.append(((width, 8 * step), average))
     shots, values = [shot for shot, _ in snapshots], np.array([value for _, value in snapshots])
     for width in (0.04, 0.05, 0.08, 0.1, 0.15):
         weights, missed = post_hoc_weights(shots, width)
         assert missed < 0.06 and weights @ values == pytest.approx(average_of(path, width), abs=0.02)
     weights, missed = post_hoc_weights(shots, 0.05)  # one that was kept
-    assert missed < 1e-3 and weights[shots.index(Snapshot(0.05, 16_000))] == pytest.approx(1, abs=1e-3)
+    assert missed < 1e-3 and weights[shots.index((0.05, 16_000))] == pytest.approx(1, abs=1e-3)
     assert abs(average_of(path, 0.04) - average_of(path, 0.15)) > 0.1  # so that they can be told apart
     assert post_hoc_weights(shots[:2], 0.2)[1] > 0.1  # a single snapshot cannot make a long one
 
