@@ -1,4 +1,4 @@
-"""What is drawn and measured while a run trains: images or paths from fixed noise, the loss on held-out images, the quality."""
+"""What is outputs and measured while a run trains: images or paths from fixed noise, the loss on held-out images, the quality."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def preview(
     """Draw the preview of the session's step on all ranks, and measure the loss on what is held out.
 
     The first rank writes the sheets: `step_STEP.png`, or in the folder `step_STEP` one `sample_CLASS_4x4.png` for each class.
-    A sheet that cannot be drawn does not end the run; the loss may decide which checkpoint is kept, and an error in it does.
+    A sheet that cannot be outputs does not end the run; the loss may decide which checkpoint is kept, and an error in it does.
     """
     session.clock.enter("a preview")
     stem = session.run.samples / f"step_{session.step:08d}"
@@ -51,14 +51,14 @@ def preview(
         size = f"{columns}x{-(-count // columns)}"
         sheets = [(stem / f"sample_{name}_{size}.png", [i] * count) for i, name in enumerate(file_stems(class_names))]
     for path, labels in sheets:
-        drawn = _draw_on_all(session, count, spec.batch_size, partial(_samples, sampler, labels, device))
-        if drawn is None:
+        outputs = _draw_on_all(session, count, spec.batch_size, partial(_samples, sampler, labels, device))
+        if outputs is None:
             break
-        warn_not_finite(drawn[0], session)
+        warn_not_finite(outputs[0], session)
         with looked_at(session):
             if session.accelerator.is_main_process:
                 captions = [class_names[label] for label in labels] if labels is not None and spec.sheets == "one" else None
-                figures.save(figures.grid(figures.to_uint8(drawn[0]), columns=columns, labels=captions), path)
+                figures.save(figures.grid(figures.to_uint8(outputs[0]), columns=columns, labels=captions), path)
     if held_out is None:
         return {}
     return held_out_loss(sampler, held_out, session.batch_plan.micro, session.accelerator)
@@ -72,7 +72,7 @@ def preview_paths(
     coupling: Coupling,
 ) -> dict[str, float]:
     """Draw the preview of the session's step on all ranks as `step_STEP.png`, the same sources after few network calls and
-    many, and measure: `straightness` along the most calls, and the loss on what is held out. 2-D points are drawn beside those
+    many, and measure: `straightness` along the most calls, and the loss on what is held out. 2-D points are outputs beside those
     of the data."""
     session.clock.enter("a preview")
     count, device = spec.num_samples, session.accelerator.device
@@ -80,13 +80,13 @@ def preview_paths(
     for calls in sorted(spec.calls):
         sampler = sampler_for(SamplerConfig(solver="euler", steps=calls, guidance=spec.guidance))
         labels = _labels(sampler, count, len(class_names))
-        drawn = _draw_on_all(session, count, spec.batch_size, partial(_paths, sampler, labels, device))
-        if drawn is None:
+        outputs = _draw_on_all(session, count, spec.batch_size, partial(_paths, sampler, labels, device))
+        if outputs is None:
             columns, values = [], {}  # straightness is along the most calls, or not known
             break
-        starts, ends, straightness = drawn
-        columns = [*(columns or [starts]), ends]
-        warn_not_finite(ends, session)
+        sources, samples, straightness = outputs
+        columns = [*(columns or [sources]), samples]
+        warn_not_finite(samples, session)
         values["straightness"] = float(straightness.mean())
     if columns and session.accelerator.is_main_process:
         with looked_at(session):
