@@ -1,4 +1,4 @@
-"""What is outputs and measured while a run trains: images or paths from fixed noise, the loss on held-out images, the quality."""
+"""What is drawn and measured while a run trains: images or paths from fixed noise, the loss on held-out images, the quality."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def preview(
     """Draw the preview of the session's step on all ranks, and measure the loss on what is held out.
 
     The first rank writes the sheets: `step_STEP.png`, or in the folder `step_STEP` one `sample_CLASS_4x4.png` for each class.
-    A sheet that cannot be outputs does not end the run; the loss may decide which checkpoint is kept, and an error in it does.
+    A sheet that cannot be drawn does not end the run; the loss may decide which checkpoint is kept, and an error in it does.
     """
     session.clock.enter("a preview")
     stem = session.run.samples / f"step_{session.step:08d}"
@@ -72,7 +72,7 @@ def preview_paths(
     coupling: Coupling,
 ) -> dict[str, float]:
     """Draw the preview of the session's step on all ranks as `step_STEP.png`, the same sources after few network calls and
-    many, and measure: `straightness` along the most calls, and the loss on what is held out. 2-D points are outputs beside those
+    many, and measure: `straightness` along the most calls, and the loss on what is held out. 2-D points are drawn beside those
     of the data."""
     session.clock.enter("a preview")
     count, device = spec.num_samples, session.accelerator.device
