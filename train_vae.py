@@ -69,7 +69,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     run_mode.enter_phase("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     warnings = check_images(cfg, run_dir, train_set, held_out)
-    warnings += stage_warnings(cfg.stages, from_scratch=cfg.init_from is None, model=cfg.model)
+    warnings += stage_warnings(cfg.stages, cfg.model, from_scratch=cfg.init_from is None)
     facts = describe_data(train_set, held_out)
     where = "held_out" if held_out is not None else "train"
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)

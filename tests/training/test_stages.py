@@ -64,10 +64,14 @@ def test_rates_start_anew_in_each_stage() -> None:
 
 
 def test_what_is_seldom_wanted_is_said() -> None:
-    warnings = stage_warnings(stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), from_scratch=True)
+    warnings = stage_warnings(
+        stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), VAEConfig(), from_scratch=True
+    )
     assert len(warnings) == 1 and "leaves blobs" in warnings[0], "tanh stays on, so the second stage is in order"
-    assert stage_warnings(stages({"steps": 1, "tanh": True}), from_scratch=False) == []
-    assert "perceptual without tanh" in stage_warnings(stages({"steps": 1, "perceptual": {}}), from_scratch=True)[0]
+    assert stage_warnings(stages({"steps": 1, "tanh": True}), model, from_scratch=False) == []
+    assert (
+        "perceptual without tanh" in stage_warnings(stages(perceptual), model, from_scratch=True)[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,7 @@ def test_what_is_seldom_wanted_is_said() -> None:
     ],
 )
 def test_checkerboards_are_warned_of(options: dict, warning: str | None) -> None:
-    warnings = stage_warnings(stages({"steps": 1}), from_scratch=True, model=validate(VAEConfig, options))
+    warnings = stage_warnings(stages({"steps": 1}), validate(VAEConfig, options), from_scratch=True)
     assert len(warnings) == (warning is not None)
     assert warning is None or (warning in warnings[0] and "Odena et al. 2016" in warnings[0])
 

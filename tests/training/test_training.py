@@ -22,6 +22,7 @@ from src.config import UserError, load, validate
 from src.data import ImageConfig, open_sources
 from src.data.facts import describe_data
 from src.data.sources import ShapesSource
+from src.report.report import read_lines
 from src.runtime import checkpoint
 from src.runtime.checkpoint import CheckpointConfig, load_weights, newest, retain, step_folder, verify_checkpoint, write_folder
 from src.runtime.launch import MachineConfig, has_bf16_units, precision_for, start, start_sampling
@@ -811,7 +812,7 @@ def test_metrics_are_cut_to_the_step(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, writes=True)
     run.begin(10, validate(OptimizerConfig, {"lr": 0.1}), facts, images, None)
     run.log(15, {"loss": 0.5})
-    assert [(line["step"], line["loss"]) for line in run.read_metrics()] == [(5, 0.2), (10, 0.1), (15, 0.5)]
+    assert [(line["step"], line["loss"]) for line in read_lines(tmp_path / "metrics.jsonl")] == [(5, 0.2), (10, 0.1), (15, 0.5)]
     run.draw_curves({"loss": ["loss", "absent"], "none": ["absent"]})
     run.close()
     assert (tmp_path / "loss.png").stat().st_size > 1000
