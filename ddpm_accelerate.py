@@ -26,11 +26,10 @@ from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
-from src.training.first_images import save_first_images
 from src.training.from_python import Given, from_python
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview
+from src.training.preview import measure_quality, preview, save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState, prepare
@@ -88,14 +87,11 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     spec = cfg.preview.sampler.without_guidance(num_classes is None)
-    options = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout}
-    sampler = sampler_of(spec, ema.network, process, shape, num_classes, **options)
+    sampler = sampler_of(spec, ema.network, process, shape, num_classes, **coupling.sampler_options(cfg, device))
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
@@ -106,8 +102,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         network.compile()
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):

@@ -31,9 +31,9 @@ from src.runtime.stream import plan_batch
 from src.training.config import StepsConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
-from src.training.first_images import save_first_images
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
+from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState
@@ -90,9 +90,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {quoted(run_dir)}"
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
         return 0
@@ -103,8 +101,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):

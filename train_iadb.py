@@ -29,15 +29,13 @@ from src.sampling import Sampler, SamplerConfig
 from src.sampling.build import sampler_of
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
-from src.training.config import PathPreviewConfig
+from src.training.config import BlendConfig, PathPreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
-from src.training.first_images import save_first_blends
 from src.training.from_python import Given, from_python
-from src.training.inputs import open_coupling
+from src.training.inputs import PairCoupling, open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.pairs import BlendConfig, PairCoupling
-from src.training.preview import measure_quality, preview_paths
+from src.training.preview import measure_quality, preview_paths, save_first_blends
 from src.training.run import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
@@ -123,8 +121,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
-    options = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, **coupling.codec(device)}
-    options["source"] = coupling.source_sampler()
+    options = coupling.sampler_options(cfg, device)
 
     def sampler_for(spec: SamplerConfig) -> Sampler:
         return sampler_of(spec.without_guidance(num_classes is None), ema.network, process, shape, num_classes, **options)
@@ -133,9 +130,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
@@ -146,8 +141,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes:
         if autoencoder is not None:

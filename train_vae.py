@@ -29,8 +29,8 @@ from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_wa
 from src.training.autoencoder_losses import CodebookStep, bottleneck_terms, discriminator_terms, generator_terms
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
-from src.training.first_images import save_first_images
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
+from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.stages import StagedConfig, plan_stages, stage_warnings
@@ -88,9 +88,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     train_state = TrainState(network, bare[0], ema, adversary=(discriminator, bare[1]))
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=stages[-1].end, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, stages[-1].end, run_mode, stop_at)
     use = f"python train_ldm.py -cfg CONFIG --set autoencoder={quoted(run_dir)}"
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); diffusion on its latents: {use}")
@@ -103,18 +101,17 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     seed = torch_seed(cfg.seed, "rollback", guard.rollbacks) if guard.rollbacks else cfg.seed
     adaptive = AdaptiveWeight(network.last.weight, accelerator, session.progress.get("adaptive_weight", 0.0))
     model, discriminator_ddp, optimizer, discriminator_optimizer = accelerator.prepare(network, discriminator, *bare)
-    first_stage = next((stage for stage in stages if session.step < stage.end), stages[-1])
-    size = first_stage.image.size
+    stages_left = [stage for stage in stages if session.step < stage.end] or stages[-1:]
+    size = stages_left[0].image.size
     blank = torch.zeros(1, cfg.image.channels, size, size, device=device, dtype=dtype)
     warm_up_ddp(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(size)))
     warm_up_ddp(accelerator, discriminator_ddp, blank)
-    total_images, images_seen = stages[-1].batch_plan.images_at(stages[-1].end), first_stage.batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images_seen, warnings=warnings)
+    session.begin(train_set, held_out, [stage.batch_plan for stage in stages_left], warnings)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
-            save_first_images(run_dir, train_set, first_stage.image, cfg.seed)
+            save_first_images(run_dir, train_set, stages_left[0].image, cfg.seed)
 
-    for stage in stages[first_stage.number - 1 :]:
+    for stage in stages_left:
         # Enter the stage: image size, tanh, learning rates, and how well it reconstructs at the start.
         stage_cfg, batch_plan = stage.config, stage.batch_plan
         network.tanh = ema.network.tanh = tanh = tanh or stage_cfg.tanh

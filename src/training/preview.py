@@ -1,4 +1,4 @@
-"""What is drawn and measured while a run trains: images or paths from fixed noise, the loss on held-out images, the quality."""
+"""What is drawn and measured before and while a run trains: first images, previews, the held-out loss, the quality."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from .. import figures
+from ..data import ImageConfig, ImageSet
 from ..data.names import file_stems
 from ..data.transforms import position_uniforms
-from ..diffusion import Prediction
+from ..diffusion import Prediction, Process, TableSchedule
 from ..evaluation.quality import Quality
 from ..runtime.examples import Examples
 from ..runtime.failures import Outcome, failed_on_any
+from ..runtime.seeds import generator, normal
+from ..runtime.stream import to_network
 from ..sampling.config import SamplerConfig
-from ..sampling.sampler import Sampler
+from ..sampling.sampler import Codec, Sampler
 from ..storage.finite import is_finite
 from .config import PathPreviewConfig, PreviewConfig
 from .inputs import Coupling
@@ -148,24 +151,18 @@ class PathLength:
     """A callback that adds up how far each sample of a batch goes."""
 
     def __init__(self) -> None:
-        self._first = self._last = None
-        self._length = torch.zeros(())
+        self._first_and_last, self._length = list[Tensor](), torch.zeros(())
 
     def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
-        self._go_to(x_t)
-
-    def _go_to(self, x: Tensor) -> None:
-        if self._last is None:
-            self._first = x
-        else:
-            self._length = self._length + (x - self._last).flatten(1).norm(dim=1)
-        self._last = x
+        if self._first_and_last:
+            self._length = self._length + (x_t - self._first_and_last[-1]).flatten(1).norm(dim=1)
+        self._first_and_last = [*self._first_and_last[:1], x_t]
 
     def straightness(self, end: Tensor) -> Tensor:
         """(B,): one minus the ratio of chord to path length, for paths that end at `end` (B, ...): 0 is a straight line."""
-        self._go_to(end)
-        assert self._first is not None
-        return 1 - (end - self._first).flatten(1).norm(dim=1) / self._length.clamp(min=1e-12)
+        first, last = self._first_and_last[0], self._first_and_last[-1]
+        length = self._length + (end - last).flatten(1).norm(dim=1)
+        return 1 - (end - first).flatten(1).norm(dim=1) / length.clamp(min=1e-12)
 
 
 def _paths(sampler: Sampler, labels: list[int] | None, device: torch.device, part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,3 +214,70 @@ def held_out_loss(sampler: Sampler, held_out: Examples, batch_size: int, acceler
     losses, counts = summed.tolist()
     levels = {f"held_out_loss_{i}": losses[i] / counts[i] for i in range(LEVELS) if counts[i]}
     return {"held_out_loss": sum(losses) / len(chosen), **levels}
+
+
+@torch.no_grad()
+def save_first_images(
+    folder: Path,
+    train_set: ImageSet,
+    spec: ImageConfig,
+    seed: int,
+    process: Process | None = None,
+    codec: Codec | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """`contact_sheet.png` of what the network will see; with a process `original.png` beside `noised.png` (12 images at growing
+    times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec, which lives on `device`, its latents are
+    noised, and decoded to be looked at."""
+    count = min(64, len(train_set))
+    chosen = generator(seed, "contact sheet").choice(len(train_set), count, replace=False)
+    pixels = train_set.batch(chosen, spec, np.full((count, 3), 0.5))
+    names = [train_set.class_names[label] if label >= 0 else "" for label in train_set.labels[chosen]]
+    sheet = figures.grid(pixels, columns=8, labels=names if train_set.class_names else None)
+    figures.save(sheet, folder / "contact_sheet.png")
+    if process is None:
+        return
+
+    images = to_network(torch.from_numpy(pixels[:12]), device or torch.device("cpu"))
+    x0 = codec.encode(images, range(len(images))) if codec is not None else images
+    t = process.draw_times(torch.linspace(0, 1 - 1e-9, len(x0), dtype=torch.float64))
+    noised = process.add_noise(x0, normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype), t)
+    noised = figures.to_uint8(codec.decode(noised) if codec is not None else noised)
+    schedule = process.schedule
+    labels = [f"{value:g}" if isinstance(schedule, TableSchedule) else f"{value:.2f}" for value in t.tolist()]
+    decoded = "" if codec is None else ", decoded"
+    figures.save(figures.grid(pixels[:12], columns=12, title="x_0"), folder / "original.png")
+    figures.save(figures.grid(noised, columns=12, title=f"x_t at t = {', '.join(labels)}{decoded}"), folder / "noised.png")
+
+    if isinstance(schedule, TableSchedule):
+        index = list(range(schedule.num_steps))
+        curves = {"beta_t": schedule.betas, "alpha-bar_t": schedule.alphas_bar}
+        panels = {name: {name: (index, values.tolist())} for name, values in curves.items()}
+    else:
+        times = torch.linspace(0, 1, 101, dtype=torch.float64)
+        level = schedule.level(times)
+        curves = {"alpha": level.alpha, "sigma": level.sigma}
+        panels = {"level": {name: (times.tolist(), values.tolist()) for name, values in curves.items()}}
+    figures.curves(folder / "beta_alpha_hat.png", panels, xlabel="t")
+
+
+@torch.no_grad()
+def save_first_blends(sampler: Sampler, data: Examples, folder: Path) -> None:
+    """`blend.png`, rows of one source and one example each, blended from alpha 0 to 1; of 2-D points, the densities of the
+    blend."""
+    device = next(sampler.network.parameters()).device  # pyright: ignore[reportFunctionMemberAccess]
+    points = len(sampler.shape) == 1
+    count = min(20_000 if points else 4, len(data.labels))
+    chosen = generator(0, "blend").choice(len(data.labels), count, replace=False)
+    x0 = data.load(chosen).to(device, sampler.dtype)
+    eps = sampler.start(0, range(count)).to(x0)
+    levels = torch.linspace(0, 1, 9, dtype=torch.float64)
+    blends = [sampler.process.add_noise(x0, eps, 1 - alpha) for alpha in levels]
+    if points:
+        titled = zip(blends, levels.tolist(), strict=True)
+        sheet = figures.in_a_row([figures.scatter(x.cpu().numpy(), size=160, title=f"alpha {a:g}") for x, a in titled])
+    else:
+        shown = torch.stack([sampler.decode(x) for x in blends], dim=1).flatten(0, 1)
+        title = "x_alpha, alpha from 0 (source) to 1 (data) in 8 steps"
+        sheet = figures.grid(figures.to_uint8(shown), columns=9, title=title)
+    figures.save(sheet, folder / "blend.png")

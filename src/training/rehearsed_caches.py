@@ -18,9 +18,8 @@ from ..runs.latents import write_sample_cache
 from ..runs.opened import count_classes, open_run
 from ..runtime.launch import start
 from ..sampling.build import build_sampler
-from .config import LatentConfig, PathPreviewConfig, PreviewConfig, TrainConfig
-from .inputs import open_coupling
-from .pairs import BlendConfig, PairMaker, PairsConfig, write_sample_pairs
+from .config import BlendConfig, LatentConfig, PairsConfig, PathPreviewConfig, PreviewConfig, TrainConfig
+from .inputs import PairMaker, open_coupling, write_sample_pairs
 from .rehearsal import caches_in, link_tree
 from .run_mode import RunMode
 

@@ -57,10 +57,6 @@ class Session:
     `stop_at`, as a kill would end it: only what is due is saved.
     """
 
-    batch_plan: BatchPlan
-    meter: Meter
-    gate: StepGate
-    clock: Clock
     heart: Heartbeats | None = None
 
     def __init__(
@@ -70,10 +66,9 @@ class Session:
         run_dir: Path,
         train_state: TrainState,
         facts: dict[str, Any],
-        *,
         total_steps: int,
         run_mode: RunMode,
-        stop_at: int | None = None,
+        stop_at: int | None,
     ) -> None:
         self.cfg, self.accelerator, self.train_state, self.facts = cfg, accelerator, train_state, facts
         self.total_steps, self.run_mode, self.stop_at = total_steps, run_mode, ENDLESS if stop_at is None else stop_at
@@ -83,8 +78,6 @@ class Session:
         self.step, self.progress = 0, {}
         self._resume()
         self.best: dict[str, Any] | None = self.progress.get("best")
-        self._cadences: dict[str, Cadence] = {}
-        self._began, self._end = self.step, total_steps
 
     def _resume(self) -> None:
         resumed = broadcast(self.run.newest_checkpoint() if self.run.writes else None)
@@ -137,13 +130,12 @@ class Session:
         self,
         train_set: ImageSet | PointSet,
         held_out: ImageSet | PointSet | None,
-        *,
-        total_images: int,
-        images: int,
-        warnings: Sequence[str] = (),
+        plans: Sequence[BatchPlan],
+        warnings: Sequence[str],
     ) -> None:
         """Once the networks are prepared: open all that is written during the training, and say what will happen, with the
-        `warnings`. The run has seen `images` of `total_images`."""
+        `warnings`. `plans` are those of the stages from the one on in which the run is."""
+        total_images = plans[-1].images_at(self.total_steps)
         accelerator, cfg, facts, run_mode = self.accelerator, self.cfg, self.facts, self.run_mode
         if accelerator.scaler is not None and "scaler" in self.progress:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
@@ -180,7 +172,7 @@ class Session:
         for remark in remarks_on(cfg, facts):
             self.run.say(remark)
         shown, tell = accelerator.is_main_process and not run_mode.quiet, self._tell if run_mode.quiet else None
-        self.clock = Clock(self.step, images, None if endless else total_images, shown=shown, tell=tell)
+        self.clock = Clock(self.step, plans[0].images_at(self.step), None if endless else total_images, shown=shown, tell=tell)
         run_mode.clock, run_mode.facts, run_mode.train_state = self.clock, facts, self.train_state
 
     def _warnings(self) -> list[str]:
@@ -231,7 +223,7 @@ class Session:
         self.step += 1
         self.gate.send(self.step, finite)
         self.clock.tick(self.batch_plan.batch)
-        if self.step == self._began + 1:  # by now all that a person looks at first is there
+        if self.step == self.progress.get("step", 0) + 1:  # by now all that a person looks at first is there
             self.run.write_status("running", self.step, self.total_steps)
             self.run.report(now=True)
 

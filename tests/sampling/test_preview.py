@@ -20,8 +20,7 @@ from src.runtime.failures import warn_on_failure, warn_on_stderr
 from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
 from src.training.config import PreviewConfig
-from src.training.first_images import save_first_images
-from src.training.preview import held_out_loss, preview
+from src.training.preview import held_out_loss, preview, save_first_images
 
 
 def process_of(kind: str, target: str):

@@ -64,14 +64,11 @@ def test_rates_start_anew_in_each_stage() -> None:
 
 
 def test_what_is_seldom_wanted_is_said() -> None:
-    warnings = stage_warnings(
-        stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), VAEConfig(), from_scratch=True
-    )
+    model, perceptual = VAEConfig(), {"steps": 1, "perceptual": {}}
+    warnings = stage_warnings(stages({"steps": 1, "tanh": True}, perceptual), model, from_scratch=True)
     assert len(warnings) == 1 and "leaves blobs" in warnings[0], "tanh stays on, so the second stage is in order"
     assert stage_warnings(stages({"steps": 1, "tanh": True}), model, from_scratch=False) == []
-    assert (
-        "perceptual without tanh" in stage_warnings(stages(perceptual), model, from_scratch=True)[0]
-    )
+    assert "perceptual without tanh" in stage_warnings(stages(perceptual), model, from_scratch=True)[0]
 
 
 @pytest.mark.parametrize(
