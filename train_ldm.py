@@ -117,9 +117,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(
-            times, batch_plan, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
-        )
+        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
         for part in range(batch_plan.accumulation):

@@ -25,15 +25,21 @@ from src.runtime.examples import image_examples
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
-from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_warnings
-from src.training.autoencoder_losses import CodebookStep, bottleneck_terms, discriminator_terms, generator_terms
+from src.training.autoencoder_losses import (
+    AdaptiveWeight,
+    CodebookStep,
+    bottleneck_terms,
+    discriminator_terms,
+    generator_terms,
+    winner_warnings,
+)
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
 from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
-from src.training.stages import StagedConfig, plan_stages, stage_warnings
+from src.training.stages import Guard, GuardConfig, StagedConfig, plan_stages, stage_warnings
 from src.training.state import TrainState
 
 

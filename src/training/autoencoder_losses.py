@@ -1,4 +1,4 @@
-"""The loss terms of the autoencoder and of its discriminator, for a micro-batch; and one step of a codebook."""
+"""The loss terms of the autoencoder and of its discriminator, for a micro-batch; the adversary's weight; a codebook's step."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,13 +9,44 @@ from torch import Tensor, nn
 from .. import losses
 from ..models.vae import Codebook, Reconstruction
 from ..runtime.seeds import generator
-from .adversary import AdaptiveWeight
 from .stages import AdversarialTerm, StageConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+MOST = 1e4  # the largest adaptive weight
 LossTerms = dict[str, Tensor]  # (b,) each, by the name that the log has
+
+
+class AdaptiveWeight:
+    """The ratio |gradient of the reconstruction| / |gradient of the verdict| at the decoder's last layer (Eq. 7, Esser et al.
+    2020, arXiv:2012.09841), over the global batch.
+
+    `value` () is used by the step after the one that measured it, so that no step needs a collective in its middle; it is
+    0 until then.
+    """
+
+    def __init__(self, last_layer: Tensor, accelerator: "Accelerator", saved: float = 0.0) -> None:
+        self.last_layer, self.accelerator = last_layer, accelerator
+        self.value = torch.tensor(saved, device=accelerator.device, dtype=last_layer.dtype)
+        self._sums: Tensor | None = None
+
+    def measure(self, reconstruction: Tensor, verdict: Tensor) -> None:
+        """Add a micro-batch: two losses (), sums over its images, whose graphs are kept."""
+        losses = reconstruction, verdict
+        pair = torch.stack([torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0] for loss in losses])
+        self._sums = pair if self._sums is None else self._sums + pair
+
+    def update(self, finite: Tensor) -> None:
+        """All micro-batches are measured: set the next step's value, unless this step was not `finite`, () bool."""
+        if self._sums is None:  # nothing was measured: what was known is of another stage
+            self.value = torch.zeros_like(self.value)
+            return
+        sums: Any = self.accelerator.reduce(self._sums)
+        ours, theirs = sums.flatten(1).norm(dim=1)
+        ratio = (ours / theirs.clamp(min=1e-12)).clamp(max=MOST)
+        self.value = torch.where(finite & torch.isfinite(ratio), ratio, self.value)
+        self._sums = None
 
 
 def generator_terms(
@@ -97,3 +128,16 @@ class CodebookStep:
         assert self._sums is not None
         sums: Any = accelerator.reduce(self._sums)
         self.codebook.update(sums, finite)
+
+
+def winner_warnings(values: dict[str, float]) -> list[str]:
+    """A warning where, by what was logged, one of the two networks has won."""
+    lines = []
+    if values.get("discriminator_accuracy", 0.5) > 0.98:
+        lines.append(
+            f"the discriminator has won (accuracy {values['discriminator_accuracy']:.3f}), so its verdict says nothing; lower "
+            "discriminator_optimizer.lr, or start it later"
+        )
+    if values.get("adaptive_weight", 0.0) >= MOST:
+        lines.append("the adaptive weight is at its limit: the discriminator's gradient is as good as 0")
+    return lines

@@ -45,9 +45,11 @@ class EMA:
     def __init__(self, network: nn.Module, spec: EMAConfig) -> None:
         self.spec = spec
         self._exponents = {average_name(width): exponent(width) for width in WIDTHS} if spec.snapshot_every is not None else {}
-        self.averages: dict[str, Any] = {name: _follower(network) for name in self._exponents}  # that snapshots are taken of
-        self.network: Any = _follower(network)
-        self.networks = {"ema": self.network, **self.averages}
+        self.networks: dict[str, Any] = {
+            name: copy.deepcopy(network).eval().requires_grad_(False) for name in ("ema", *self._exponents)
+        }
+        self.network = self.networks["ema"]
+        self.averages = {name: self.networks[name] for name in self._exponents}  # that snapshots are taken of
 
     def shard_as(self, network: nn.Module) -> None:
         """Cut them as FSDP has cut `network`, before the first update: the same values, each process with its part."""
@@ -81,10 +83,6 @@ class EMA:
             torch._foreach_lerp_(self._parameters[name], theirs, weight)  # pyright: ignore[reportPrivateImportUsage]
             for follower_buffer, buffer in zip(follower.buffers(), network.buffers(), strict=True):
                 follower_buffer.copy_(buffer)
-
-
-def _follower(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------- of any length, afterwards

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import UserError, dump, prefix_errors, read_json
 from ..config.progress import within
-from ..data import GaussianSource, ImageConfig, ImageSet, PointSet
+from ..data import GaussianSource, ImageConfig, ImageSet
 from ..data.latents import FILES, open_blocks
 from ..data.names import same_names
 from ..data.transforms import DECODER
@@ -49,8 +49,9 @@ def stream_of(
     density: Density, cfg: StepsConfig, batch_plan: BatchPlan, start_step: int, device: torch.device
 ) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches from `start_step` on, as the network sees them (B, *shape), without end."""
-    train, dtype = density.train, getattr(torch, cfg.dtype)
-    options: dict[str, Any] = {"seed": cfg.seed, "balanced": cfg.balance_classes, "start_step": start_step}
+    train: Any = density.train
+    dtype, balanced = getattr(torch, cfg.dtype), cfg.balance_classes
+    options: dict[str, Any] = {"seed": cfg.seed, "balanced": balanced, "start_step": start_step}
     if isinstance(density, LatentDensity):
         latents = density.latents
         batches = latent_stream(latents.train, train.labels, batch_plan, flip=density.image.flip, **options)
@@ -61,14 +62,11 @@ def stream_of(
                 micro_batch = next(batches)
                 yield micro_batch._replace(images=latents.draw(micro_batch.images, noise[batch_plan.of_step(part)]))
     elif isinstance(density, ImageDensity):
-        assert isinstance(train, ImageSet)
         with closing(stream(train, density.image, batch_plan, workers=cfg.workers, device=device, **options)) as batches:
             for micro_batch in batches:
                 yield micro_batch._replace(images=to_network(micro_batch.images, device, dtype))
     else:
-        assert isinstance(train, PointSet)
-        points = torch.from_numpy(train.points).to(device, dtype)
-        order = Order(train.labels, cfg.seed, balanced=cfg.balance_classes)
+        points, order = torch.from_numpy(train.points).to(device, dtype), Order(train.labels, cfg.seed, balanced=balanced)
         for positions in positions_of(batch_plan, start_step):
             indices = torch.from_numpy(order(positions))
             yield MicroBatch(points[indices.to(device)], torch.from_numpy(train.labels)[indices], positions.start)

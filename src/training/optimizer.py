@@ -247,17 +247,13 @@ def learning_rate(spec: OptimizerConfig, total: int, resolve: Callable[[int | Sp
 _MOMENTS = {False: ("step", "exp_avg", "exp_avg_sq"), True: ("momentum_buffer",)}  # by whether Muon moves the parameter
 
 
-def names_of(network: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in network.named_parameters()}
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], *, keep: bool = True) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """An optimiser's moments on the CPU, keyed `PARAMETER/MOMENT`; nothing where they need not be kept."""
-    states = ((names[parameter], moments) for parameter, moments in optimizer.state.items())
+    states = [(name, optimizer.state.get(parameter, {})) for name, parameter in network.named_parameters()]
     return on_cpu({f"{name}/{moment}": value for name, moments in states for moment, value in moments.items()}, keep=keep)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], state: Mapping[str, Tensor]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put moments saved by `optimizer_state` back, on each parameter's device (the step counter as the optimiser keeps it).
 
     An optimizer that has taken no step yet keeps no moments, so an empty `state` changes nothing. A UserError where a parameter
@@ -265,6 +261,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, s
     """
     if not state:
         return
+    names = {parameter: name for name, parameter in network.named_parameters()}
     expected = {
         f"{names[parameter]}/{moment}": parameter
         for group in optimizer.param_groups

@@ -175,7 +175,6 @@ def _paths(sampler: Sampler, labels: list[int] | None, device: torch.device, par
 
 
 def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, coupling: Coupling, path: Path) -> None:
-    """The sheet of the sources and of what became of them after each number of calls."""
     if columns[0].ndim == 2:
         titles = ["source", *(f"{calls} network call{'s' * (calls > 1)}" for calls in sorted(spec.calls)), "data"]
         data = coupling.data.examples()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import figures
-from ..config import ENDLESS, UserError, differences, dump, progress, read_json, validate
+from ..config import ENDLESS, UserError, differences, dump, prefix_errors, progress, read_json, validate
 from ..data import ImageSet, PointSet
 from ..data.facts import skipped_files
 from ..data.formats import READ_BEFORE
@@ -76,10 +76,8 @@ def changes(settings: TrainConfig, before: dict[str, Any]) -> tuple[list[str], l
 
     A UserError where today's version cannot read it.
     """
-    try:
+    with prefix_errors("this version cannot read the config that the run was started with"):
         before = dump(validate(type(settings), before, origin="its config"))
-    except UserError as error:
-        raise UserError(f"this version cannot read the config that the run was started with: {error}") from None
     new, lengths = dump(settings), list[str]()
     harmless, other = differences(type(settings), before, new)
     if settings.optimizer.schedule.kind == "constant":  # then where a run ends changes no step before
@@ -161,8 +159,8 @@ class RunDirectory:
         place = {"step": step, "steps": steps if steps < ENDLESS else None}
         self._write_json("status.json", {"state": state, **place, "pid": os.getpid(), "time": round(time.time(), 1)})
 
-    def _other_run(self, reason: str, advice: str, more: str = "") -> UserError:
-        return UserError(f"{self.path} was {reason}; {advice}, or give another --run-dir{more}")
+    def _other_run(self, reason: str, advice: str, hint: str = "") -> UserError:
+        return UserError(f"{self.path} was {reason}; {advice}, or give another --run-dir{hint}")
 
     def adopt_progress(self, resumed: Path, facts: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
         """progress.json of the checkpoint that the run goes on from. A UserError for other images than it was trained on and,
@@ -197,8 +195,8 @@ class RunDirectory:
         before = read_json(resumed / "config.json")
         harmless, other = changes(settings, before)
         if other:
-            more = ways_on(self.path, before, dump(settings), other)
-            raise self._other_run(f"started with another {', '.join(other)}", "change it back", more)
+            ways = ways_on(self.path, before, dump(settings), other)
+            raise self._other_run(f"started with another {', '.join(other)}", "change it back", ways)
         if harmless:
             self.say(f"changed since the checkpoint: {', '.join(harmless)}")
 

@@ -1,9 +1,9 @@
-"""The stages of the autoencoder: what each trains on, and where in the run it lies."""
+"""The stages of the autoencoder: what each trains on, where in the run it lies, and the guard that watches its adversary."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -140,7 +140,6 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
 
 
 def _check_size(cfg: StagedConfig, stage_cfg: StageConfig, where: str, size: int, num_images: int) -> None:
-    """A UserError where images of `size` px do not fit the networks, or are too few for the codebook."""
     factor, smallest, bottleneck = cfg.model.factor, cfg.discriminator.smallest_image, cfg.model.bottleneck
     if size % factor:
         raise UserError(
@@ -176,3 +175,80 @@ def stage_warnings(stages: Sequence[StageConfig], model: VAEConfig, *, from_scra
     if stages[0].tanh and from_scratch:
         lines.append("stages.0: tanh in a first stage from scratch leaves blobs; turn it on in a later one")
     return lines
+
+
+@config
+class GuardConfig:
+    """In adversarial stages: when held-out reconstruction is worse than the stage's best by `worse_factor`, say so; with
+    `rollback` go back to the checkpoint before, with the adversary's weight times `shrink`, at most `max_rollbacks` times."""
+
+    worse_factor: float = pydantic.Field(1.5, gt=1)
+    rollback: bool = False
+    shrink: float = pydantic.Field(0.25, gt=0, lt=1)
+    max_rollbacks: int = pydantic.Field(3, ge=1)
+
+
+@dataclass
+class Guard:
+    """Watches one run: the stage's best reconstruction so far, its start included, the last healthy step, the rollbacks; and
+    the step of the last checkpoint before the stage's adversary began, where a rollback goes when no step was healthy.
+
+    All of it is in the checkpoint; `rollbacks` enters every seed and the adversary's weight.
+    """
+
+    stage: int = 0
+    best: float = float("inf")
+    healthy_step: int | None = None
+    rollbacks: int = 0
+    before_step: int | None = None
+
+    def saved(self) -> dict[str, Any]:
+        return {**asdict(self), "best": self.best if self.best < float("inf") else None}
+
+    @classmethod
+    def load(cls, saved: dict[str, Any] | None) -> "Guard":
+        return cls(**{key: value for key, value in (saved or {}).items() if key != "best" or value is not None})
+
+    def enter_stage(self, stage: int) -> bool:
+        """Begin a stage; gives whether it is new, so that its start must be measured."""
+        is_new = stage != self.stage
+        if is_new:
+            self.stage, self.best, self.healthy_step, self.before_step = stage, float("inf"), None, None
+        return is_new
+
+    def saved_before(self, step: int) -> None:
+        """There is a checkpoint of `step`, and the stage's adversary has not begun there."""
+        self.before_step = step or None  # nothing is saved at step 0
+
+    @property
+    def back_to(self) -> int | None:
+        """The step that a rollback goes to, or None where there is none."""
+        return self.healthy_step if self.healthy_step is not None else self.before_step
+
+    def watch(self, spec: GuardConfig, step: int, value: float, *, adversary: bool = True) -> bool:
+        """Whether the held-out reconstruction loss `value` is one to go on from; remembers the best and the step. A stage may
+        begin with a dip (a higher learning rate, fresh moments): before its `adversary` has begun this is no fault of it, and
+        the best is counted from there."""
+        if not adversary and value > spec.worse_factor * self.best:
+            self.best = value
+        healthy = value <= spec.worse_factor * self.best  # False for NaN
+        if healthy:
+            self.best, self.healthy_step = min(self.best, value), step or None  # nothing is saved at step 0
+        return healthy
+
+    def explain(self, spec: GuardConfig, step: int, value: float, values: dict[str, float]) -> str:
+        state = f"step {step}: held-out reconstruction is {value:.4g}, {value / self.best:.2f} times the stage's best"
+        for name in ("discriminator_accuracy", "adaptive_weight"):
+            if name in values:
+                state += f", {name.replace('_', ' ')} {values[name]:.3g}"
+        if not spec.rollback:
+            return f"{state}: the adversary is too strong; lower its weight, or set guard.rollback"
+        if self.rollbacks >= spec.max_rollbacks:
+            return f"{state}: rolled back {self.rollbacks} times already (guard.max_rollbacks), so the run goes on as it is"
+        if self.back_to is None:
+            return f"{state}: there is no checkpoint of this stage from before it, so the run goes on as it is"
+        weight = spec.shrink ** (self.rollbacks + 1)
+        return f"{state}: going back to step {self.back_to}, with {weight:g} times the adversary's weight"
+
+    def rolls_back(self, spec: GuardConfig) -> bool:
+        return spec.rollback and self.rollbacks < spec.max_rollbacks and self.back_to is not None

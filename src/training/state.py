@@ -11,7 +11,7 @@ from ..config import UserError
 from ..runtime import checkpoint
 from ..runtime.parts import on_cpu
 from .ema import EMA
-from .optimizer import Muon, load_optimizer_state, names_of, optimizer_state
+from .optimizer import Muon, load_optimizer_state, optimizer_state
 from .step_noise import TimeSampler
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class TrainState:
         adversary: tuple[nn.Module, torch.optim.Optimizer] | None = None,
         times: TimeSampler | None = None,
     ) -> None:
-        self.network, self.ema, self._times = network, ema, times
+        self.network, self.ema, self._times = network, ema, times if times is not None and times.learns else None
         self._pairs = {("model", "optimizer"): (network, optimizer)}
         if adversary is not None:
             self._pairs["discriminator", "discriminator_optimizer"] = adversary
@@ -48,9 +48,8 @@ class TrainState:
         state = {name: on_cpu(network.state_dict(), keep=keep) for name, network in self.ema.networks.items()}
         for (name, moments), (network, optimizer) in self._pairs.items():
             state[name] = on_cpu(network.state_dict(), keep=keep)
-            state[moments] = optimizer_state(optimizer, names_of(network), keep=keep)
-        learned = self._times.tensors() if self._times is not None else {}
-        return state | ({"times": learned} if learned else {})
+            state[moments] = optimizer_state(optimizer, network, keep=keep)
+        return state if self._times is None else {**state, "times": self._times.tensors()}
 
     def averages(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """What a snapshot holds for post-hoc averages, in half precision, likewise."""
@@ -63,8 +62,8 @@ class TrainState:
         for name, network in networks.items():
             checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
         for (_, moments), (network, optimizer) in self._pairs.items():
-            load_optimizer_state(optimizer, names_of(network), checkpoint.read_tensors(folder, moments))
-        if self._times is not None and self._times.tensors():
+            load_optimizer_state(optimizer, network, checkpoint.read_tensors(folder, moments))
+        if self._times is not None:
             self._times.load(checkpoint.read_tensors(folder, "times", finite=False))  # it passes over losses that are not
 
 
@@ -86,7 +85,7 @@ def prepare(
         )
     assert accelerator.state.fsdp_plugin is not None
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
-    moments = optimizer_state(optimizer, names_of(network))
+    moments = optimizer_state(optimizer, network)
     optimizer.state.clear()  # accelerate moves the optimiser's parameters to the parts, and leaves the moments behind
     for module in (network, *ema.networks.values()):  # FSDP cuts rows, and takes no channels_last
         module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
@@ -96,7 +95,7 @@ def prepare(
         autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
         network.forward = convert_outputs_to_fp32(autocast(network.forward))
     model, prepared = accelerator.prepare(network, optimizer)
-    load_optimizer_state(optimizer, names_of(network), moments)
+    load_optimizer_state(optimizer, network, moments)
     ema.shard_as(network)
     return model, prepared
 

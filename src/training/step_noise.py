@@ -14,6 +14,7 @@ from ..diffusion import Process, TableSchedule
 from ..diffusion.training_times import LogitNormalTimes, SecondMomentTimes, UniformTimes
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan
+from .config import StepsConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,11 +24,11 @@ LAG = 2  # steps until a loss enters the history, so that no step waits for the 
 
 class TimeSampler:
     """Draws the times of a step, and weighs its losses for how often their times are drawn. What it has learned from them is
-    the same on all ranks, and belongs into the checkpoint."""
+    the same on all ranks, and belongs into the checkpoint; `learns` says whether there is anything."""
 
     def __init__(self, spec: UniformTimes | LogitNormalTimes | SecondMomentTimes, process: Process) -> None:
         self.spec, self.process = spec, process
-        self._learns = isinstance(spec, SecondMomentTimes)
+        self.learns = isinstance(spec, SecondMomentTimes)
         if isinstance(spec, SecondMomentTimes):
             if not isinstance(process.schedule, TableSchedule):
                 raise UserError("times.kind 'second_moment' keeps a history for each entry of a table; the blend has none")
@@ -65,14 +66,14 @@ class TimeSampler:
 
     def weigh(self, losses: Tensor, local_slice: slice) -> Tensor:
         """The losses (b,) of the samples that are this slice of the batch, weighted for how often their times are drawn."""
-        if not self._learns:
+        if not self.learns:
             return losses
         self._losses.append(losses.detach())
         return losses * self._weights[local_slice].to(losses.device, losses.dtype, non_blocking=True)
 
     def observe(self, accelerator: "Accelerator") -> None:
         """After the last micro-batch of a step, on all ranks: keep what its losses were. They count `LAG` steps later."""
-        if not self._learns:
+        if not self.learns:
             return
         losses = accelerator.gather(torch.cat(self._losses))  # ranks hold slices of the batch, in their order
         assert isinstance(losses, Tensor)
@@ -97,9 +98,7 @@ class TimeSampler:
             self._history[entry, self._counts[entry] - 1] = loss
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: nothing where nothing is learned."""
-        if not self._learns:
-            return {}
+        """What a checkpoint keeps of what is learned."""
         learned = {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
         for i, (t, losses, event) in enumerate(self._pending):
             if event is not None:
@@ -119,26 +118,17 @@ class StepNoise:
     `times` has learned."""
 
     def __init__(
-        self,
-        times: TimeSampler,
-        batch_plan: BatchPlan,
-        shape: Sequence[int],
-        *,
-        seed: int,
-        step: int,
-        label_dropout: float,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, cfg: StepsConfig, times: TimeSampler, batch_plan: BatchPlan, shape: Sequence[int], step: int, device: torch.device
     ) -> None:
-        rng = generator(seed, "step", step)
+        rng = generator(cfg.seed, "step", step)
         self.t = times.draw(uniforms(rng, batch_plan.batch))
-        self.dropped = uniforms(rng, batch_plan.batch) < label_dropout
-        self._shape, self._words = (batch_plan.batch, *shape), (seed, "noise", step)
-        self._device, self._dtype = device, dtype
+        self.dropped = uniforms(rng, batch_plan.batch) < getattr(cfg, "label_dropout", 0.0)  # a classifier needs its labels
+        self._cfg, self._shape, self._step, self._device = cfg, (batch_plan.batch, *shape), step, device
 
     @cached_property
     def eps(self) -> Tensor:
-        return normal(self._shape, *self._words, device=self._device, dtype=self._dtype)
+        dtype = getattr(torch, self._cfg.dtype)
+        return normal(self._shape, self._cfg.seed, "noise", self._step, device=self._device, dtype=dtype)
 
     def condition(self, labels: Tensor, local_slice: slice, num_classes: int | None) -> dict[str, Tensor]:
         """The labels (b,) of the micro-batch that is this slice of the batch; the null class where they are dropped or where

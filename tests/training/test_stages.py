@@ -15,10 +15,9 @@ from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.runtime.checkpoint import spared_steps
 from src.runtime.stream import MicroBatch, plan_batch
-from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_warnings
-from src.training.autoencoder_losses import CodebookStep
+from src.training.autoencoder_losses import AdaptiveWeight, CodebookStep, winner_warnings
 from src.training.optimizer import OptimizerConfig
-from src.training.stages import StageConfig, plan_stages, stage_warnings
+from src.training.stages import Guard, GuardConfig, StageConfig, plan_stages, stage_warnings
 from src.training.step_noise import StepNoise, TimeSampler
 
 
@@ -180,9 +179,8 @@ def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
     split, times = plan_batch(64, 16, rank=0, world=2), TimeSampler(UniformTimes(), process)
 
     def draw(step: int, dropout: float = 0.25) -> StepNoise:
-        return StepNoise(
-            times, split, (1, 2, 2), seed=3, step=step, label_dropout=dropout, device=torch.device("cpu"), dtype=torch.float32
-        )
+        cfg: Any = SimpleNamespace(seed=3, label_dropout=dropout, dtype="float32")
+        return StepNoise(cfg, times, split, (1, 2, 2), step, torch.device("cpu"))
 
     one, same, other = draw(7), draw(7), draw(8)
     assert torch.equal(one.eps, same.eps) and torch.equal(one.t, same.t) and torch.equal(one.dropped, same.dropped)

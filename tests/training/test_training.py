@@ -38,7 +38,6 @@ from src.training.optimizer import (
     build_optimizer,
     learning_rate,
     load_optimizer_state,
-    names_of,
     optimizer_state,
     orthogonal,
     update,
@@ -188,14 +187,14 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
             apart = (network[i].weight.flatten(1) - one).norm() / (one - starts[i]).norm()
             assert apart < 0.1, apart  # both iterate in bfloat16, and round in another order
     before = [value.detach().clone() for value in network.parameters()]
-    momentum = {name: value.clone() for name, value in optimizer_state(ours.optimizer, names_of(network)).items()}
+    momentum = {name: value.clone() for name, value in optimizer_state(ours.optimizer, network).items()}
     network(torch.full((2, 16, 9, 9), float("nan"))).sum().backward()
     ours.optimizer.found_inf = torch.tensor(1.0)  # as on a GPU, which decides itself
     ours.optimizer.step()
     del ours.optimizer.found_inf
     update(ours, 0.02, torch.tensor(float("nan")))
     assert all(torch.equal(value, old) for value, old in zip(network.parameters(), before, strict=True))
-    after = optimizer_state(ours.optimizer, names_of(network))
+    after = optimizer_state(ours.optimizer, network)
     assert after.keys() == momentum.keys() and all(torch.equal(after[name], momentum[name]) for name in after)
     twin = copy.deepcopy(network)
     other = Prepared(build_optimizer(twin, spec))
@@ -228,13 +227,12 @@ def test_moments_come_back_in_the_memory_format_of_their_parameter() -> None:
     for resumed in (False, True):
         torch.manual_seed(0)
         network = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
-        names = {parameter: name for name, parameter in network.named_parameters()}
         optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 0.1}))
         for step in range(4):
             if resumed and step == 2:
-                state = {name: value.contiguous() for name, value in optimizer_state(optimizer, names).items()}
+                state = {name: value.contiguous() for name, value in optimizer_state(optimizer, network).items()}
                 optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 0.1}))
-                load_optimizer_state(optimizer, names, state)
+                load_optimizer_state(optimizer, network, state)
             x = torch.arange(3 * 25, dtype=torch.float32).reshape(1, 3, 5, 5).sin() * (step + 1)
             network(x).square().sum().backward()
             update(Prepared(optimizer), 0.1, torch.tensor(1.0))
@@ -317,13 +315,15 @@ def test_optimizer_state_goes_out_and_in(muon: dict | None) -> None:
     network = wide_network()
     optimizer = build_optimizer(network, spec)
     train_wide(network, optimizer, 3)
-    state, start_weights = optimizer_state(optimizer, names_of(network)), copy.deepcopy(network.state_dict())
-    assert {key.rpartition("/")[0] for key in state} == set(names_of(network).values()), "each parameter has moments"
+    state, start_weights = optimizer_state(optimizer, network), copy.deepcopy(network.state_dict())
+    assert {key.rpartition("/")[0] for key in state} == {name for name, _ in network.named_parameters()}, (
+        "each parameter has moments"
+    )
 
     def by_checkpoint(twin: nn.Module) -> torch.optim.Optimizer:
         fresh = build_optimizer(twin, spec)
-        load_optimizer_state(fresh, names_of(twin), state)
-        assert all(torch.equal(value, state[name]) for name, value in optimizer_state(fresh, names_of(twin)).items())
+        load_optimizer_state(fresh, twin, state)
+        assert all(torch.equal(value, state[name]) for name, value in optimizer_state(fresh, twin).items())
         return fresh
 
     def by_torch(twin: nn.Module) -> torch.optim.Optimizer:
@@ -349,19 +349,19 @@ def test_moments_that_do_not_fit_are_refused(muon: dict | None) -> None:
     spec, network = validate(OptimizerConfig, {"lr": 0.01, "muon": muon}), wide_network()
     optimizer = build_optimizer(network, spec)
     train_wide(network, optimizer, 1)
-    state = optimizer_state(optimizer, names_of(network))
+    state = optimizer_state(optimizer, network)
     other = validate(OptimizerConfig, {"lr": 0.01, "muon": {} if muon is None else None})
 
     def refused(changed: dict, message: str, spec: OptimizerConfig = spec) -> None:
         with pytest.raises(UserError, match=message):
-            load_optimizer_state(build_optimizer(network, spec), names_of(network), changed)
+            load_optimizer_state(build_optimizer(network, spec), network, changed)
 
     refused({key: value for key, value in state.items() if not key.startswith("3.weight/")}, "it lacks 3.weight/")
     refused({key: value for key, value in state.items() if not key.endswith("bias/exp_avg_sq")}, "it lacks 0.bias/exp_avg_sq")
     refused(state | {"5.weight/exp_avg": torch.zeros(2)}, "it has 5.weight/exp_avg in excess")
     refused(state | {"4.bias/exp_avg": torch.zeros(3)}, r"4.bias/exp_avg has the shape \(3,\) and not \(2,\)")
     refused(state, "it lacks 0.weight/.* in excess", other)
-    load_optimizer_state(build_optimizer(network, spec), names_of(network), {})  # before the first step there are none
+    load_optimizer_state(build_optimizer(network, spec), network, {})  # before the first step there are none
 
 
 # ---------------------------------------------------------------------------------------------- randomness and the stream
