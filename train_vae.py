@@ -25,14 +25,7 @@ from src.runtime.examples import image_examples
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import stream, to_network
-from src.training.autoencoder_losses import (
-    AdaptiveWeight,
-    CodebookStep,
-    bottleneck_terms,
-    discriminator_terms,
-    generator_terms,
-    winner_warnings,
-)
+from src.training.autoencoder_losses import AdaptiveWeight, CodebookStep, discriminator_terms, generator_terms, winner_warnings
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
@@ -105,7 +98,9 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         tanh = start_from(cfg.init_from, network, ema.network)
     guard = Guard.load(session.progress.get("guard"))
     seed = torch_seed(cfg.seed, "rollback", guard.rollbacks) if guard.rollbacks else cfg.seed
-    adaptive = AdaptiveWeight(network.last.weight, accelerator, session.progress.get("adaptive_weight", 0.0))
+    shrink, adaptive_value = cfg.guard.shrink**guard.rollbacks, session.progress.get("adaptive_weight", 0.0)
+    adaptive = AdaptiveWeight(network.last.weight, accelerator, adaptive_value, shrink)
+    critics = {"perceptual": perceptual, "discriminator": discriminator, "adaptive": adaptive}
     model, discriminator_ddp, optimizer, discriminator_optimizer = accelerator.prepare(network, discriminator, *bare)
     stages_left = [stage for stage in stages if session.step < stage.end] or stages[-1:]
     size = stages_left[0].image.size
@@ -150,13 +145,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
                 images = to_network(micro_batch.images, device, dtype)
                 with accumulating(accelerator, model, part, batch_plan.accumulation):
                     outputs = model(images, noise[local_slice])
-                    options = {"discriminator": discriminator, "adaptive": adaptive, "accelerator": accelerator}
-                    options |= {"perceptual": perceptual, "shrink": cfg.guard.shrink**guard.rollbacks}
-                    loss, loss_terms = generator_terms(outputs, images, stage_cfg, adversarial=adversarial, **options)
-                    bottleneck_loss, bottleneck = bottleneck_terms(outputs, stage_cfg, codes, local_slice)
-                    loss = loss + bottleneck_loss
+                    loss, loss_terms = generator_terms(outputs, images, stage_cfg, adversarial, codes, local_slice, **critics)
                     accelerator.backward(loss.sum() * (batch_plan.world / batch_plan.batch))
-                loss_terms |= bottleneck
                 if adversarial is not None:
                     with accumulating(accelerator, discriminator_ddp, part, batch_plan.accumulation):
                         loss_terms |= discriminator_terms(discriminator_ddp, adversarial, images, outputs.images)

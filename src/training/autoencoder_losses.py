@@ -23,11 +23,11 @@ class AdaptiveWeight:
     2020, arXiv:2012.09841), over the global batch.
 
     `value` () is used by the step after the one that measured it, so that no step needs a collective in its middle; it is
-    0 until then.
+    0 until then. `shrink` times as heavy is the adversary than the config says, adaptive or not, after rollbacks.
     """
 
-    def __init__(self, last_layer: Tensor, accelerator: "Accelerator", saved: float = 0.0) -> None:
-        self.last_layer, self.accelerator = last_layer, accelerator
+    def __init__(self, last_layer: Tensor, accelerator: "Accelerator", saved: float = 0.0, shrink: float = 1.0) -> None:
+        self.last_layer, self.accelerator, self.shrink = last_layer, accelerator, shrink
         self.value = torch.tensor(saved, device=accelerator.device, dtype=last_layer.dtype)
         self._sums: Tensor | None = None
 
@@ -53,47 +53,40 @@ def generator_terms(
     outputs: Reconstruction,
     images: Tensor,
     stage_cfg: StageConfig,
+    adversarial: AdversarialTerm | None,
+    codes: "CodebookStep | None",
+    local_slice: slice,
     *,
     perceptual: nn.Module | None,
-    adversarial: AdversarialTerm | None,
     discriminator: nn.Module,
     adaptive: AdaptiveWeight,
-    shrink: float,
-    accelerator: "Accelerator",
 ) -> tuple[Tensor, LossTerms]:
-    """The autoencoder's loss (b,) but for its bottleneck's term, and what it is made of. The discriminator is frozen here, and
-    its term is `shrink` times as heavy as the config says. Gradients of an `adaptive` weight are measured."""
-    kind = stage_cfg.reconstruction
+    """The autoencoder's loss (b,) of a micro-batch, which is this slice of the batch, and what it is made of, without the
+    weights: last the bottleneck's term, KL or of a codebook its commitment. The discriminator is frozen here. Gradients of an
+    adaptive weight are measured, and the micro-batch's codes are counted."""
+    kind, autocast = stage_cfg.reconstruction, adaptive.accelerator.autocast
     loss_terms = {kind: losses.reconstruction_loss(kind, outputs.images, images)}
     loss = loss_terms[kind]
     if stage_cfg.perceptual is not None and perceptual is not None:
-        with accelerator.autocast():
+        with autocast():
             loss_terms["perceptual"] = perceptual(outputs.images, images)
         loss = loss + stage_cfg.perceptual.weight * loss_terms["perceptual"]
     if adversarial is not None:
         discriminator.requires_grad_(False)
-        with accelerator.autocast():
+        with autocast():
             loss_terms["adversarial"] = losses.generator_loss(adversarial.loss, discriminator(outputs.images))
         discriminator.requires_grad_(True)
-        weight: float | Tensor = adversarial.weight * shrink
+        weight: float | Tensor = adversarial.weight * adaptive.shrink
         if adversarial.adaptive:
             adaptive.measure(loss.sum(), loss_terms["adversarial"].sum())
             weight = weight * adaptive.value
         loss = loss + weight * loss_terms["adversarial"]
-    return loss, loss_terms
-
-
-def bottleneck_terms(
-    outputs: Reconstruction, stage_cfg: StageConfig, codes: "CodebookStep | None", local_slice: slice
-) -> tuple[Tensor, LossTerms]:
-    """The weighted loss (b,) of the bottleneck, and the same without its weight: KL, or of a codebook its commitment. The codes
-    of the micro-batch, which is this slice of the batch, are counted."""
-    if codes is None:
-        assert outputs.logvar is not None
-        kl = losses.kl_divergence(outputs.mean, outputs.logvar)
-        return stage_cfg.kl_weight * kl, {"kl": kl}
-    commitment = losses.commitment_loss(outputs.mean, codes.add(outputs, local_slice))
-    return codes.codebook.spec.commitment * commitment, {"commitment": commitment}
+    if codes is not None:
+        loss_terms["commitment"] = losses.commitment_loss(outputs.mean, codes.add(outputs, local_slice))
+        return loss + codes.codebook.spec.commitment * loss_terms["commitment"], loss_terms
+    assert outputs.logvar is not None
+    loss_terms["kl"] = losses.kl_divergence(outputs.mean, outputs.logvar)
+    return loss + stage_cfg.kl_weight * loss_terms["kl"], loss_terms
 
 
 def discriminator_terms(
