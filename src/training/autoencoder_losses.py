@@ -23,7 +23,7 @@ class AdaptiveWeight:
     2020, arXiv:2012.09841), over the global batch.
 
     `value` () is used by the step after the one that measured it, so that no step needs a collective in its middle; it is
-    0 until then. `shrink` times as heavy is the adversary than the config says, adaptive or not, after rollbacks.
+    0 until then. After rollbacks the adversary's weight is `shrink` times what the config says, adaptive or not.
     """
 
     def __init__(self, last_layer: Tensor, accelerator: "Accelerator", saved: float = 0.0, shrink: float = 1.0) -> None:
@@ -33,8 +33,8 @@ class AdaptiveWeight:
 
     def measure(self, reconstruction: Tensor, verdict: Tensor) -> None:
         """Add a micro-batch: two losses (), sums over its images, whose graphs are kept."""
-        losses = reconstruction, verdict
-        pair = torch.stack([torch.autograd.grad(loss, self.last_layer, retain_graph=True)[0] for loss in losses])
+        terms = (reconstruction, verdict)
+        pair = torch.stack([torch.autograd.grad(term, self.last_layer, retain_graph=True)[0] for term in terms])
         self._sums = pair if self._sums is None else self._sums + pair
 
     def update(self, finite: Tensor) -> None:
