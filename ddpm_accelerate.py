@@ -21,6 +21,7 @@ from src.runs.opened import count_classes, start_from
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
+from src.sampling.build import sampler_of
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.ema import EMA
@@ -28,13 +29,11 @@ from src.training.entry import run_training
 from src.training.from_python import Given, from_python
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview, preview_sampler, save_first_images
+from src.training.preview import measure_quality, preview, save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
-from src.training.sharding import prepare
-from src.training.state import TrainState
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.state import TrainState, prepare
+from src.training.step_noise import StepNoise, TimeSampler
 
 
 @config
@@ -87,13 +86,12 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
-    sampler = preview_sampler(cfg, cfg.preview, ema.network, process, shape, num_classes)
+    spec = cfg.preview.sampler.without_guidance(num_classes is None)
+    sampler = sampler_of(spec, ema.network, process, shape, num_classes, **coupling.sampler_options(cfg, device))
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
@@ -104,31 +102,20 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         network.compile()
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
             save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
     examples = coupling.held_out_examples()
-    batches = coupling.stream(
-        batch_plan,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
-        device=device,
-        dtype=dtype,
-    )
+    batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(
-            times, batch_plan, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
-        )
+        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
         for part in range(batch_plan.accumulation):

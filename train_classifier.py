@@ -37,8 +37,7 @@ from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.step_noise import StepNoise, TimeSampler
 
 
 @config
@@ -91,9 +90,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {quoted(run_dir)}"
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
         return 0
@@ -104,32 +101,21 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
             save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
     where, examples = "train" if held_out is None else "held_out", coupling.data.examples()
     measure = partial(accuracy_by_level, ema.network, process, examples, cfg.preview, batch_plan.micro)
-    batches = coupling.stream(
-        batch_plan,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
-        device=device,
-        dtype=dtype,
-    )
+    batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()
     while session.step < total_steps:
         # Draw times and noise for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(
-            times, batch_plan, shape, seed=cfg.seed, step=step, label_dropout=0.0, device=device, dtype=dtype
-        )
+        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch; no label, no loss.
         for part in range(batch_plan.accumulation):

@@ -29,21 +29,18 @@ from src.sampling import Sampler, SamplerConfig
 from src.sampling.build import sampler_of
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
-from src.training.config import PathPreviewConfig
+from src.training.config import BlendConfig, PathPreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
 from src.training.from_python import Given, from_python
-from src.training.inputs import open_coupling
+from src.training.inputs import PairCoupling, open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.pairs import BlendConfig, PairCoupling
-from src.training.paths import preview_paths, save_first_blends
-from src.training.preview import measure_quality
+from src.training.preview import measure_quality, preview_paths, save_first_blends
 from src.training.run import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.step_noise import StepNoise, TimeSampler
 
 IADB = ProcessConfig(schedule=BlendScheduleConfig(kind="blend"), target="blend", clip=False, time_input=TimeInput(kind="alpha"))
 
@@ -107,8 +104,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     if autoencoder is not None:
-        encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}
-        coupling = coupling.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
+        coupling = coupling.encoded(cfg, autoencoder, accelerator, run_dir)
     if cfg.pairs is not None:
         coupling = PairCoupling(cfg.pairs, coupling, num_classes, run_dir, accelerator)
     shape, facts = coupling.shape, coupling.facts | given.facts
@@ -125,19 +121,16 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
-    codec = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, **coupling.codec(device)}
-    codec["source"] = coupling.source_sampler()
+    options = coupling.sampler_options(cfg, device)
 
     def sampler_for(spec: SamplerConfig) -> Sampler:
-        return sampler_of(spec.without_guidance(num_classes is None), ema.network, process, shape, num_classes, **codec)
+        return sampler_of(spec.without_guidance(num_classes is None), ema.network, process, shape, num_classes, **options)
 
     sampler = sampler_for(cfg.preview.most_calls)
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
@@ -148,8 +141,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         network.compile()
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes:
         if autoencoder is not None:
@@ -158,24 +150,14 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
             with session.drawing("blend.png"):
                 save_first_blends(sampler_for(SamplerConfig()), coupling.data.examples(), run_dir)
     loss_scale = math.prod(shape) * batch_plan.batch if cfg.loss_reduction == "sum" else 1
-    batches = coupling.stream(
-        batch_plan,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
-        device=device,
-        dtype=dtype,
-    )
+    batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(
-            times, batch_plan, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
-        )
+        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
         for part in range(batch_plan.accumulation):

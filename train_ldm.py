@@ -23,19 +23,18 @@ from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.sharding import build_device
 from src.runtime.stream import plan_batch
+from src.sampling.build import sampler_of
 from src.training.config import LatentConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview, preview_sampler, save_first_images
+from src.training.preview import measure_quality, preview, save_first_images
 from src.training.run import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
-from src.training.sharding import prepare
-from src.training.state import TrainState
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.state import TrainState, prepare
+from src.training.step_noise import StepNoise, TimeSampler
 
 
 @config
@@ -73,9 +72,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_model(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
     network = network.to(build_device(accelerator), dtype)
-    encoding = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}
     images = Coupling(ImageDensity(train_set, held_out, cfg.image))
-    coupling = images.encoded(autoencoder, accelerator, cfg.latents, run_dir, **encoding)
+    coupling = images.encoded(cfg, autoencoder, accelerator, run_dir)
     facts = coupling.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
@@ -88,14 +86,12 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
-    codec = coupling.codec(device)
-    sampler = preview_sampler(cfg, cfg.preview, ema.network, process, shape, num_classes, **codec)
+    spec = cfg.preview.sampler.without_guidance(num_classes is None)
+    sampler = sampler_of(spec, ema.network, process, shape, num_classes, **coupling.sampler_options(cfg, device))
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=total_steps, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {quoted(run_dir)}")
         return 0
@@ -106,33 +102,22 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         network.compile()
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
-    total_images, images = batch_plan.images_at(total_steps), batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images, warnings=warnings)
+    session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes:
         autoencoder.keep(run_dir / "autoencoder")
         if session.is_fresh:
             with session.drawing("the first images"):
-                save_first_images(run_dir, train_set, cfg.image, cfg.seed, process, codec["codec"], device)
+                save_first_images(run_dir, train_set, cfg.image, cfg.seed, process, sampler.codec, device)
     examples = coupling.held_out_examples()
-    batches = coupling.stream(
-        batch_plan,
-        seed=cfg.seed,
-        balanced=cfg.balance_classes,
-        start_step=session.step,
-        workers=cfg.workers,
-        device=device,
-        dtype=dtype,
-    )
+    batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(
-            times, batch_plan, shape, seed=cfg.seed, step=step, label_dropout=cfg.label_dropout, device=device, dtype=dtype
-        )
+        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
         for part in range(batch_plan.accumulation):

@@ -24,16 +24,20 @@ from src.runs.autoencoder import start_from
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import image_examples, stream, to_network
-from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_warnings
-from src.training.autoencoder_losses import bottleneck_terms, discriminator_terms, generator_terms
-from src.training.codebook import CodebookStep
+from src.training.autoencoder_losses import (
+    AdaptiveWeight,
+    CodebookStep,
+    discriminator_terms,
+    generator_terms,
+    winner_warnings,
+)
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
 from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
-from src.training.stages import StagedConfig, plan_stages, stage_warnings
+from src.training.stages import Guard, GuardConfig, StagedConfig, plan_stages, stage_warnings
 from src.training.state import TrainState
 
 
@@ -69,7 +73,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     run_mode.enter_phase("looking at the data")
     train_set, held_out = open_data(cfg.data, cfg.held_out)
     warnings = check_images(cfg, run_dir, train_set, held_out)
-    warnings += stage_warnings(cfg.stages, from_scratch=cfg.init_from is None, model=cfg.model)
+    warnings += stage_warnings(cfg.stages, cfg.model, from_scratch=cfg.init_from is None)
     facts = describe_data(train_set, held_out)
     where = "held_out" if held_out is not None else "train"
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)
@@ -88,9 +92,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     train_state = TrainState(network, bare[0], ema, adversary=(discriminator, bare[1]))
 
     # Go on where the run was.
-    session = Session(
-        cfg, accelerator, run_dir, train_state, facts, total_steps=stages[-1].end, run_mode=run_mode, stop_at=stop_at
-    )
+    session = Session(cfg, accelerator, run_dir, train_state, facts, stages[-1].end, run_mode, stop_at)
     use = f"python train_ldm.py -cfg CONFIG --set autoencoder={quoted(run_dir)}"
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); diffusion on its latents: {use}")
@@ -101,20 +103,21 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         tanh = start_from(cfg.init_from, network, ema.network)
     guard = Guard.load(session.progress.get("guard"))
     seed = torch_seed(cfg.seed, "rollback", guard.rollbacks) if guard.rollbacks else cfg.seed
-    adaptive = AdaptiveWeight(network.last.weight, accelerator, session.progress.get("adaptive_weight", 0.0))
+    shrink, adaptive_value = cfg.guard.shrink**guard.rollbacks, session.progress.get("adaptive_weight", 0.0)
+    adaptive = AdaptiveWeight(network.last.weight, accelerator, adaptive_value, shrink)
+    critics = {"perceptual": perceptual, "discriminator": discriminator, "adaptive": adaptive}
     model, discriminator_ddp, optimizer, discriminator_optimizer = accelerator.prepare(network, discriminator, *bare)
-    first_stage = next((stage for stage in stages if session.step < stage.end), stages[-1])
-    size = first_stage.image.size
+    stages_left = [stage for stage in stages if session.step < stage.end] or stages[-1:]
+    size = stages_left[0].image.size
     blank = torch.zeros(1, cfg.image.channels, size, size, device=device, dtype=dtype)
     warm_up_ddp(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(size)))
     warm_up_ddp(accelerator, discriminator_ddp, blank)
-    total_images, images_seen = stages[-1].batch_plan.images_at(stages[-1].end), first_stage.batch_plan.images_at(session.step)
-    session.begin(train_set, held_out, total_images=total_images, images=images_seen, warnings=warnings)
+    session.begin(train_set, held_out, [stage.batch_plan for stage in stages_left], warnings)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
-            save_first_images(run_dir, train_set, first_stage.image, cfg.seed)
+            save_first_images(run_dir, train_set, stages_left[0].image, cfg.seed)
 
-    for stage in stages[first_stage.number - 1 :]:
+    for stage in stages_left:
         # Enter the stage: image size, tanh, learning rates, and how well it reconstructs at the start.
         stage_cfg, batch_plan = stage.config, stage.batch_plan
         network.tanh = ema.network.tanh = tanh = tanh or stage_cfg.tanh
@@ -147,13 +150,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
                 images = to_network(micro_batch.images, device, dtype)
                 with accumulating(accelerator, model, part, batch_plan.accumulation):
                     outputs = model(images, noise[local_slice])
-                    options = {"discriminator": discriminator, "adaptive": adaptive, "accelerator": accelerator}
-                    options |= {"perceptual": perceptual, "shrink": cfg.guard.shrink**guard.rollbacks}
-                    loss, loss_terms = generator_terms(outputs, images, stage_cfg, adversarial=adversarial, **options)
-                    bottleneck_loss, bottleneck = bottleneck_terms(outputs, stage_cfg, codes, local_slice)
-                    loss = loss + bottleneck_loss
+                    loss, loss_terms = generator_terms(outputs, images, stage_cfg, adversarial, codes, local_slice, **critics)
                     accelerator.backward(loss.sum() * (batch_plan.world / batch_plan.batch))
-                loss_terms |= bottleneck
                 if adversarial is not None:
                     with accumulating(accelerator, discriminator_ddp, part, batch_plan.accumulation):
                         loss_terms |= discriminator_terms(discriminator_ddp, adversarial, images, outputs.images)

@@ -23,7 +23,7 @@ from src.diffusion import LossConfig
 from src.diffusion.weightings import SecondMomentTimes, UniformTimes
 from src.runs.opened import open_trained
 from src.runtime.stream import image_examples
-from src.training.time_sampler import TimeSampler
+from src.training.step_noise import TimeSampler
 
 
 @config

@@ -19,7 +19,6 @@ from src.data.sources import FolderSource
 from src.models import build_model
 from src.runs import opened
 from src.runs.opened import Run, open_trained
-from src.training import run as run_module
 from src.training.run import RunDirectory, check_ranks, classes_differ
 from tests.conftest import ROOT, SMOKE, Finished, launch, one_line, randomise, run_in_process
 
@@ -168,14 +167,14 @@ def test_a_run_starts_from_the_classes_of_another_spelling(monkeypatch: pytest.M
 
 def test_ranks_that_see_other_data_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     others: list[Any] = []
-    monkeypatch.setattr(run_module, "gather_object", lambda gathered: [*gathered, *others])
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda gathered: [*gathered, *others])
     own_facts = facts("1", "001")
     check_ranks(own_facts)
 
     def gathered_part(other: dict[str, Any]) -> tuple[Any, int]:
         caught = list[Any]()
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "gather_object", lambda one: caught.append(one[0]) or one)
+            patch.setattr("accelerate.utils.gather_object", lambda one: caught.append(one[0]) or one)
             check_ranks(other)
         return caught[0]
 

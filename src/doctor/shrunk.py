@@ -13,8 +13,7 @@ from ..models import VAE, MLPConfig, VAEConfig
 from ..models.unet import EncoderConfig
 from ..runtime.checkpoint import write_folder
 from ..runtime.launch import MachineConfig
-from ..training.config import LatentConfig, TrainConfig
-from ..training.pairs import BlendConfig
+from ..training.config import BlendConfig, LatentConfig, TrainConfig
 from ..training.rehearsal import rehearsal_config, short_stages
 from ..training.stages import StagedConfig
 

@@ -3,10 +3,11 @@
 from typing import Annotated, Literal
 
 import pydantic
+from pydantic import Discriminator, Tag
 
-from ..config import Length, config, resumable_field
-from ..data import DataEnd, HeldOut, ImageConfig
-from ..diffusion import ProcessConfig
+from ..config import Length, config, config_error, kind_of, resumable_field
+from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
+from ..diffusion import SOLVERS, ProcessConfig
 from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.quality import QualityConfig
 from ..evaluation.reconstruct import ReconstructConfig
@@ -15,6 +16,7 @@ from ..runs.classifier import MeasureConfig
 from ..runtime.checkpoint import CheckpointConfig
 from ..runtime.launch import MachineConfig
 from ..sampling.config import SamplerConfig
+from ..storage.blocks import BLOCK
 from .ema import EMAConfig
 from .optimizer import OptimizerConfig
 
@@ -24,16 +26,8 @@ class LogConfig:
     """A line in metrics.jsonl, and in the trackers (tensorboard, wandb) of `project`, every `every` steps."""
 
     every: Length = resumable_field(50)
-    trackers: tuple[str, ...] = resumable_field(("tensorboard",))
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = resumable_field(("tensorboard",))
     project: str = resumable_field("atelier")
-
-    @pydantic.field_validator("trackers")
-    @classmethod
-    def _known(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
-        for tracker in trackers:
-            if tracker not in ("tensorboard", "wandb"):
-                raise ValueError(f"{tracker!r} is not known; allowed: tensorboard, wandb")
-        return trackers
 
 
 @config
@@ -143,3 +137,37 @@ class LatentConfig(DiffusionConfig):
     autoencoder: str | None = resumable_field(None)
     latents: str | None = resumable_field(None)
     encode_batch_size: int = pydantic.Field(16, gt=0)
+
+
+@config
+class PairsConfig:
+    """`count` pairs (source, sample) of the finished run `run` (at most one for each source that is learned from), made once,
+    on all ranks, by `sampler`: its calls cost their time once, and what it draws is what is learned.
+
+    Sec. 2.2, Liu et al. 2022, arXiv:2209.03003.
+    """
+
+    run: str
+    count: int = pydantic.Field(20_000, ge=2)
+    seed: int = pydantic.Field(1, ge=0, lt=2**32)
+    sampler: SamplerConfig = SamplerConfig(solver="heun", steps=32)
+    batch_size: int = pydantic.Field(64, ge=1, le=BLOCK)
+
+    @pydantic.model_validator(mode="after")
+    def _paired(self) -> "PairsConfig":
+        if SOLVERS[self.sampler.solver].stochastic or self.sampler.eta:
+            raise config_error("sampler: noise on the way parts a source from its sample; use euler, midpoint, heun or rk4")
+        if self.sampler.stop_at is not None or self.sampler.double_sampling is not None:
+            raise config_error("sampler: pairs are of a source and the end of its way; leave stop_at and double_sampling out")
+        return self
+
+
+Pairs = Annotated[Annotated[str | None, Tag("plain")] | Annotated[PairsConfig, Tag("object")], Discriminator(kind_of)]
+
+
+@config
+class BlendConfig(LatentConfig):
+    """The keys of a run that blends a `source` with its data, or trains on the `pairs` of an earlier run."""
+
+    source: SourceEnd = GaussianSource(source="gaussian")
+    pairs: Pairs = None

@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -47,24 +48,17 @@ class EMA:
         self.networks: dict[str, Any] = {
             name: copy.deepcopy(network).eval().requires_grad_(False) for name in ("ema", *self._exponents)
         }
-        self._parameters: dict[str, list[Tensor]] = {
-            name: list(follower.parameters()) for name, follower in self.networks.items()
-        }
-
-    @property
-    def network(self) -> Any:
-        return self.networks["ema"]
-
-    @property
-    def averages(self) -> dict[str, Any]:
-        """Those that snapshots are taken of."""
-        return {name: self.networks[name] for name in self._exponents}
+        self.network = self.networks["ema"]
+        self.averages = {name: self.networks[name] for name in self._exponents}  # that snapshots are taken of
 
     def shard_as(self, network: nn.Module) -> None:
-        """Cut them as FSDP has cut `network`: the same values, each process with its part."""
+        """Cut them as FSDP has cut `network`, before the first update: the same values, each process with its part."""
         for follower in self.networks.values():
             shard_as(follower, network)
-        self._parameters = {name: list(follower.parameters()) for name, follower in self.networks.items()}
+
+    @cached_property
+    def _parameters(self) -> dict[str, list[Tensor]]:
+        return {name: list(follower.parameters()) for name, follower in self.networks.items()}
 
     def decay(self, images_seen: int, batch_size: int, name: str = "ema") -> float:
         """How much of an old average is kept by the update after `images_seen` images, the last `batch_size` of them new."""
@@ -108,22 +102,16 @@ def exponent(width: float) -> float:
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
 
 
-class Snapshot(NamedTuple):
-    """A snapshot: an average's width, after so many images."""
-
-    width: float
-    images: int
-
-
-def post_hoc_weights(snapshots: Sequence[Snapshot], width: float) -> tuple[NDArray[np.float64], float]:
-    """What each snapshot counts in the average of `width` at the end of the latest, by least squares of the weight over time;
-    and the root of the squares that are left, as a part of those of the average itself.
+def post_hoc_weights(snapshots: Sequence[tuple[float, int]], width: float) -> tuple[NDArray[np.float64], float]:
+    """What each snapshot (an average's width, after so many images) counts in the average of `width` at the end of the latest,
+    by least squares of the weight over time; and the root of the squares that are left, as a part of those of the average
+    itself.
 
     Karras et al. 2023, arXiv:2312.02696: A x = b of the products of p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).
     """
-    end = max(one.images for one in snapshots)
-    times = np.array([one.images / end for one in snapshots])
-    gammas = np.array([exponent(one.width) for one in snapshots])
+    end = max(images for _, images in snapshots)
+    times = np.array([images / end for _, images in snapshots])
+    gammas = np.array([exponent(snapshot_width) for snapshot_width, _ in snapshots])
 
     def product(gamma_a: Any, t_a: Any, gamma_b: Any, t_b: Any) -> NDArray[np.float64]:
         total = gamma_a + gamma_b + 1
@@ -150,9 +138,9 @@ def post_hoc(run: Path, last_step: int, width: float) -> tuple[Path, float]:
             raise UserError(
                 f"{folder} is damaged: {reason}; without it there are fewer to make averages of: rm -r {quoted(folder)}"
             )
-    images = [read_json(folder / "progress.json")["images"] for folder in folders]
     places = [(folder, each) for folder in folders for each in WIDTHS]
-    weights, missed = post_hoc_weights([Snapshot(each, count) for count in images for each in WIDTHS], width)
+    snapshots = [(each, read_json(folder / "progress.json")["images"]) for folder, each in places]
+    weights, missed = post_hoc_weights(snapshots, width)
     average: dict[str, Tensor] = {}
     for (folder, each), weight in zip(places, weights, strict=True):
         for name, tensor in read_tensors(folder, average_name(each)).items():

@@ -1,59 +1,70 @@
 """What a diffusion loop trains on: data (images, latents or 2-D points), coupled with noise or with a source."""
 
 import base64
+import hashlib
 import itertools
-from collections.abc import Generator
+import json
+import time
+from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import UserError
-from ..data import GaussianSource, ImageConfig, ImageSet, PointSet
+from ..config import UserError, dump, prefix_errors, read_json
+from ..config.progress import within
+from ..data import GaussianSource, ImageConfig, ImageSet
+from ..data.latents import FILES, open_blocks
+from ..data.names import same_names
+from ..data.transforms import DECODER
 from ..runs.autoencoder import Autoencoder
 from ..runs.densities import Density, ImageDensity, LatentDensity, PointDensity, given_density, open_density
-from ..runs.latents import cache_folder, latents_of
-from ..runs.starts import Start, latent_bounds
+from ..runs.latents import CONTENT, cache_folder, latents_of, write_sample_blocks
+from ..runs.opened import open_run
+from ..runs.starts import latent_bounds
+from ..runtime.processes import ranks_of
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, Examples, MicroBatch, Order, latent_stream, positions_of, stream, to_network
+from ..sampling.build import build_sampler
+from ..sampling.sampler import random_labels
+from ..storage.blocks import Block, blocks_of, make_cache, write_block
+from ..storage.files import write_whole
+from .config import DiffusionConfig, LatentConfig, PairsConfig, StepsConfig
+from .kept import at
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 Batches = Generator[tuple[MicroBatch, Tensor | None], None, None]
 
 
 def stream_of(
-    density: Density,
-    batch_plan: BatchPlan,
-    *,
-    seed: int,
-    balanced: bool,
-    start_step: int,
-    workers: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    density: Density, cfg: StepsConfig, batch_plan: BatchPlan, start_step: int, device: torch.device
 ) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches from `start_step` on, as the network sees them (B, *shape), without end."""
-    train = density.train
+    train: Any = density.train
+    dtype, balanced = getattr(torch, cfg.dtype), cfg.balance_classes
+    options: dict[str, Any] = {"seed": cfg.seed, "balanced": balanced, "start_step": start_step}
     if isinstance(density, LatentDensity):
-        latents, shape = density.latents, (batch_plan.batch, *density.shape)
-        common = {"balanced": balanced, "flip": density.image.flip, "start_step": start_step}
-        batches = latent_stream(latents.train, train.labels, batch_plan, seed=seed, **common)
+        latents = density.latents
+        batches = latent_stream(latents.train, train.labels, batch_plan, flip=density.image.flip, **options)
         for step in itertools.count(start_step):
-            noise = normal(shape, seed, "posterior", step, device=device, dtype=dtype)  # of the whole batch
+            shape = batch_plan.batch, *density.shape
+            noise = normal(shape, cfg.seed, "posterior", step, device=device, dtype=dtype)  # of the whole batch
             for part in range(batch_plan.accumulation):
                 micro_batch = next(batches)
                 yield micro_batch._replace(images=latents.draw(micro_batch.images, noise[batch_plan.of_step(part)]))
     elif isinstance(density, ImageDensity):
-        assert isinstance(train, ImageSet)
-        options = {"balanced": balanced, "start_step": start_step, "workers": workers}
-        with closing(stream(train, density.image, batch_plan, seed=seed, device=device, **options)) as batches:
+        with closing(stream(train, density.image, batch_plan, workers=cfg.workers, device=device, **options)) as batches:
             for micro_batch in batches:
                 yield micro_batch._replace(images=to_network(micro_batch.images, device, dtype))
     else:
-        assert isinstance(train, PointSet)
-        points, order = torch.from_numpy(train.points).to(device, dtype), Order(train.labels, seed, balanced=balanced)
+        points, order = torch.from_numpy(train.points).to(device, dtype), Order(train.labels, cfg.seed, balanced=balanced)
         for positions in positions_of(batch_plan, start_step):
             indices = torch.from_numpy(order(positions))
             yield MicroBatch(points[indices.to(device)], torch.from_numpy(train.labels)[indices], positions.start)
@@ -84,63 +95,56 @@ class Coupling:
         """How many there are in an epoch."""
         return len(self.data.train)
 
-    def source_sampler(self) -> Start | None:
-        """What sampling starts from, where that is not Gaussian noise."""
-        return self.source.source_sampler() if self.source is not None else None
+    @property
+    def densities(self) -> list[Any]:
+        """The data and, where it is no noise, the source."""
+        return [self.data] if self.source is None else [self.data, self.source]
 
     def held_out_examples(self) -> Examples | None:
         """What the loss can be measured on."""
         return self.data.examples() if self.data.held_out is not None else None
 
-    def codec(self, device: torch.device) -> dict[str, Any]:
-        """The codec and the bounds of latents, as a sampler takes them; nothing where there are none."""
-        if not isinstance(self.data, LatentDensity):
-            return {}
-        return {"codec": self.data.latents.codec, "bounds": latent_bounds(self.data.latents.facts, device)}
+    def sampler_options(self, cfg: DiffusionConfig, device: torch.device) -> dict[str, Any]:
+        """What `sampler_of` takes of the data: of latents their codec and bounds, and what sampling starts from, where that is
+        not Gaussian noise."""
+        options: dict[str, Any] = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout}
+        if self.source is not None:
+            options["source"] = self.source.source_sampler()
+        if isinstance(self.data, LatentDensity):
+            latents = self.data.latents
+            options |= {"codec": latents.codec, "bounds": latent_bounds(latents.facts, device)}
+        return options
 
     def encoded(
-        self,
-        autoencoder: Autoencoder,
-        processes: Accelerator | PartialState,
-        folder: str | None,
-        run_dir: Path,
-        *,
-        batch_size: int,
-        workers: int,
+        self, cfg: LatentConfig, autoencoder: Autoencoder, processes: "Accelerator | PartialState", run_dir: Path
     ) -> "Coupling":
-        """Both as latents, from their caches, which are made where they are missing: in `folder` (the source's beside it), or
-        where the autoencoder's run keeps them, else in `run_dir`. The source's are normalised as the data's."""
+        """Both as latents, from their caches, which are made where they are missing. The source's are normalised as the
+        data's."""
         encoded: list[LatentDensity] = []
-        for images, place in zip((self.data, self.source), self.cache_folders(autoencoder, folder, run_dir), strict=False):
-            assert isinstance(images, ImageDensity) and isinstance(images.train, ImageSet)
-            assert not isinstance(images.held_out, PointSet)
-            options = {"batch_size": batch_size, "workers": workers, "run_dir": run_dir}
-            latents = latents_of(autoencoder, images.train, images.held_out, images.image, place, processes, **options)
+        options = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "run_dir": run_dir}
+        for images, folder in zip(self.densities, self.cache_folders(autoencoder, cfg.latents, run_dir), strict=True):
+            latents = latents_of(autoencoder, images.train, images.held_out, images.image, folder, processes, **options)
             if encoded:
                 latents.codec = encoded[0].latents.codec
             encoded.append(LatentDensity(images.train, images.held_out, latents, images.image))
         return Coupling(*encoded)
 
     def cache_folders(self, autoencoder: Autoencoder, folder: str | None, run_dir: Path) -> list[Path]:
-        """Where the caches of the data's latents and of the source's are kept."""
-        folders = []
-        for images, suffix in ((self.data, ""), (self.source, "_source")):
-            if images is not None:
-                assert isinstance(images, ImageDensity) and isinstance(images.train, ImageSet)
-                assert not isinstance(images.held_out, PointSet)
-                sets = images.train, images.held_out
-                folders.append(Path(folder + suffix) if folder else cache_folder(autoencoder, images.image, *sets, run_dir))
-        return folders
+        """Where the caches of the data's latents and of the source's are kept: in `folder` and beside it, or where the
+        autoencoder's run keeps them, else in `run_dir`."""
+        if folder:
+            return [Path(folder + suffix) for suffix in ("", "_source")[: len(self.densities)]]
+        return [cache_folder(autoencoder, each.image, each.train, each.held_out, run_dir) for each in self.densities]
 
-    def stream(self, batch_plan: BatchPlan, *, seed: int, balanced: bool, **options: Any) -> Batches:
+    def stream(self, cfg: StepsConfig, batch_plan: BatchPlan, start_step: int, device: torch.device) -> Batches:
         """(data with its labels, source or None) of this process, without end, paired at random and anew in each epoch."""
-        with closing(stream_of(self.data, batch_plan, seed=seed, balanced=balanced, **options)) as data:
+        with closing(stream_of(self.data, cfg, batch_plan, start_step, device)) as data:
             if self.source is None:
                 for micro_batch in data:
                     yield micro_batch, None
                 return
-            source_seed = torch_seed(seed, "source") % 2**32
-            with closing(stream_of(self.source, batch_plan, seed=source_seed, balanced=False, **options)) as sources:
+            source_cfg = replace(cfg, seed=torch_seed(cfg.seed, "source") % 2**32, balance_classes=False)
+            with closing(stream_of(self.source, source_cfg, batch_plan, start_step, device)) as sources:
                 for micro_batch, source in zip(data, sources, strict=True):
                     yield micro_batch, source.images
 
@@ -148,11 +152,145 @@ class Coupling:
 def open_coupling(data: Any, source: Any, held_out: Any, image: ImageConfig | None, dataset: Any = None) -> Coupling:
     """What a config names: images or points at both ends, or Gaussian noise as the source. A held-out share is held out
     of both. A `dataset` that was handed in from Python takes the place of `data`."""
-    share = held_out if isinstance(held_out, float | int) else 0.0
     density = open_density(data, held_out, image) if dataset is None else given_density(dataset, held_out, image)
     if isinstance(source, GaussianSource):
         return Coupling(density)
-    try:
-        return Coupling(density, open_density(source, share, image))
-    except UserError as error:
-        raise UserError(f"source: {error}") from None
+    with prefix_errors("source"):
+        return Coupling(density, open_density(source, held_out if isinstance(held_out, float | int) else 0.0, image))
+
+
+# What both runs were trained on, by its key in the facts of a run.
+SHARED = {
+    "fingerprint": "other data",
+    "source.fingerprint": "another source",
+    "latents.autoencoder": "latents of another autoencoder",
+    "latents.mean": "latents of another mean",
+    "latents.std": "latents of another scale",
+}
+
+
+class PairMaker:
+    """Makes pairs for a coupling by the run that a config names, once it is seen to be a run of the same data and source.
+
+    `contract` says what the pairs are of, `count` how many there are, and `folder` where they are kept: in that run's folder,
+    else in `run_dir`.
+    """
+
+    def __init__(
+        self, spec: str | PairsConfig, coupling: Coupling, num_classes: int | None, run_dir: Path, device: torch.device
+    ) -> None:
+        self.spec = spec = PairsConfig(run=spec) if isinstance(spec, str) else spec
+        run, data, source = open_run(spec.run, device), coupling.data, coupling.source
+        if run.shape != coupling.shape:
+            sizes = [" x ".join(map(str, shape)) for shape in (run.shape, coupling.shape)]
+            raise UserError(f"pairs.run {spec.run} makes {sizes[0]}, and this run sees {sizes[1]}; name a run of the same data")
+        same = same_names(run.class_names, data.train.class_names)
+        if num_classes is not None and (run.num_classes is None or not same):
+            raise UserError(f"pairs.run {spec.run} has other classes; name another run, or set class_conditional to false")
+        if run.gaussian != (source is None):
+            raise UserError(f"pairs.run {spec.run} starts from another source; give both runs the same")
+        facts = coupling.facts
+        for key, what in SHARED.items() if "fingerprint" in run.facts else ():  # an imported run does not say what it saw
+            if at(facts, key) != at(run.facts, key):
+                raise UserError(f"pairs.run {spec.run} was trained on {what}; give both runs the same")
+        self.count = spec.count if source is None else min(spec.count, len(source.train))
+        if num_classes is None:
+            run.no_class()
+        settings = {key: value for key, value in dump(spec).items() if key != "run"}
+        self.contract = {"weights": run.digest, "shape": list(coupling.shape), **settings}
+        self.name = hashlib.sha256(json.dumps(self.contract).encode()).hexdigest()[:8]
+        self.folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / self.name
+        start = source.source_sampler(of_train=True) if source is not None else None
+        self._sampler, self._device = build_sampler(run, spec.sampler, source=start), device
+        self._num_classes = len(run.class_names) if num_classes is not None else None
+        self.source_images = source.train if source is not None and isinstance(source.train, ImageSet) else None
+
+    def make(self, indices: Sequence[int]) -> tuple[NDArray[np.float32], list[int]]:
+        """(n, 1, 2, *shape): source and sample as the network sees them, with labels, -1 for none; in batches of always one
+        size."""
+        sampler, classes, seed, size = self._sampler, self._num_classes, self.spec.seed, self.spec.batch_size
+        labels = random_labels(seed, indices, classes) if classes is not None else [-1] * len(indices)
+        pairs = list[NDArray[np.float32]]()
+        for first in range(0, len(indices), size):
+            part = list(indices[first : first + size])
+            rest = size - len(part)
+            padded = [*part, *[part[-1]] * rest]
+            x = sampler.start(seed, padded).to(self._device, sampler.dtype)
+            condition = None
+            if classes is not None:
+                condition = torch.tensor([*labels[first : first + size], *[0] * rest], device=self._device)
+            end = sampler.move(x, condition, seed=seed, indices=padded)
+            pairs.append(torch.stack([x, end], dim=1)[: len(part)].float().cpu().numpy())
+            within(len(part))
+        return np.concatenate(pairs)[:, None], labels
+
+    def files(self) -> dict[str, Any]:
+        """What the folder remembers of the files that the source's images come from."""
+        images = self.source_images
+        if images is None:
+            return {}
+        return {FILES: {"decoder": DECODER, "state": images.state, CONTENT: images.contents(range(len(images)))}}
+
+
+class PairCoupling(Coupling):
+    """A coupling whose pairs an earlier run has made: its sources, each with the sample at the end of its path."""
+
+    def __init__(
+        self, spec: str | PairsConfig, coupling: Coupling, num_classes: int | None, run_dir: Path, accelerator: "Accelerator"
+    ) -> None:
+        super().__init__(coupling.data, coupling.source)
+        maker = PairMaker(spec, coupling, num_classes, run_dir, accelerator.device)
+        folder, self._contract = maker.folder, maker.contract
+
+        def write(_: str, block: Block) -> None:
+            values, labels = maker.make(block.items)
+            write_block(block, values, {"labels": labels})
+
+        if not folder.exists():
+            words, ranks = {"name": "folder of pairs", "doing": "making pairs"}, ranks_of(accelerator)
+            make_cache(folder, self._contract, {"pairs": maker.count}, write, lambda _: {}, ranks, **words, notes=maker.files())
+        manifest = read_json(folder / "manifest.json")
+        if any(manifest.get(key) != value for key, value in self._contract.items()):
+            raise UserError(f"the folder of pairs {folder} is of something else; remove it, and it is made again")
+        files, known = maker.source_images, manifest.get(FILES) if accelerator.is_main_process else None
+        if files and known and known["state"] != files.state and known[CONTENT] != files.contents(range(len(files))):
+            raise UserError(
+                f"the folder of pairs {folder} was made from other source images (files of the same names and sizes have "
+                "another content now); remove it, and it is made again"
+            )
+        accelerator.wait_for_everyone()
+        self._pairs = open_blocks(folder, "pairs", maker.count, accelerator.device, "folder of pairs")
+        self._pairs.load_to_device()
+        facts = [read_json(block.path) for block in blocks_of(folder, "pairs", maker.count)]
+        self._labels = np.array([label for block in facts for label in block["labels"]], dtype=np.int64)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return super().facts | {"images": self.num_images, "pairs": self._contract}
+
+    @property
+    def num_images(self) -> int:
+        return len(self._labels)
+
+    def held_out_examples(self) -> Examples | None:
+        """Nothing: what is held out is not paired."""
+        return None
+
+    def stream(self, cfg: StepsConfig, batch_plan: BatchPlan, start_step: int, device: torch.device) -> Batches:
+        order, dtype = Order(self._labels, cfg.seed, balanced=cfg.balance_classes), getattr(torch, cfg.dtype)
+        for positions in positions_of(batch_plan, start_step):
+            indices = order(positions)
+            source, data = self._pairs.moments(indices, np.zeros(len(indices), dtype=bool)).to(dtype).unbind(1)
+            yield MicroBatch(data, torch.from_numpy(self._labels[indices]), positions.start), source
+
+
+def write_sample_pairs(maker: PairMaker, folder: Path) -> float:
+    """Make a folder of pairs for a rehearsal: a few of them stand for all. Gives the seconds that one process would need for
+    the rest."""
+    began = time.monotonic()
+    values, labels = maker.make(range(min(maker.count, 64)))
+    seconds = time.monotonic() - began
+    write_sample_blocks(folder, "pairs", maker.count, values, {"labels": labels})
+    manifest = {**maker.contract, **maker.files(), "counts": {"pairs": maker.count}}
+    write_whole(folder / "manifest.json", json.dumps(manifest).encode())
+    return seconds * (maker.count / len(labels) - 1)

@@ -1,16 +1,19 @@
 """AdamW and Muon, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config import Length, Span, UserError, config
 from ..runtime.sharding import full, on_cpu, part_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @config
@@ -79,20 +82,17 @@ class OptimizerConfig:
     schedule: Schedule = pydantic.Field(default_factory=lambda: Constant(kind="constant"))
 
 
-def adamw(parameters: Iterable[Tensor], spec: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW: one kernel for all parameters, and a step that can be left out without waiting for the device."""
-    return torch.optim.AdamW(parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
-
-
 def build_optimizer(network: nn.Module, spec: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW, or Muon for the weights of convolutions and linear layers that have at least 16 inputs and outputs, and AdamW for
-    the rest."""
+    the rest. torch's fused AdamW: one kernel for all parameters, and a step that can be left out without waiting for the
+    device."""
+    options = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "weight_decay": spec.weight_decay, "fused": True}
     if spec.muon is None:
-        return adamw(network.parameters(), spec)
+        return torch.optim.AdamW(network.parameters(), **options)
     layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)]
     matrices = [layer.weight for layer in layers if min(len(layer.weight), layer.weight[0].numel()) >= 16]
     chosen = {id(weight) for weight in matrices}
-    return Muon(matrices, [weight for weight in network.parameters() if id(weight) not in chosen], spec, spec.muon)
+    return Muon(matrices, [weight for weight in network.parameters() if id(weight) not in chosen], spec.muon, **options)
 
 
 class Muon(torch.optim.AdamW):
@@ -102,11 +102,10 @@ class Muon(torch.optim.AdamW):
     Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale: Liu et al. 2025, arXiv:2502.16982.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], spec: OptimizerConfig, muon: MuonConfig) -> None:
-        super().__init__(others, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True)
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], muon: MuonConfig, **options: Any) -> None:
+        super().__init__(others, **options)
         if matrices:  # the group holds the settings, since torch copies and loads an optimizer by its groups alone
-            settings = {"momentum": muon.momentum, "iterations": muon.iterations}
-            self.add_param_group({"params": list(matrices), "muon": True, **settings})
+            self.add_param_group({"params": list(matrices), "muon": True, **asdict(muon)})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state that `load_state_dict` and `deepcopy` give. torch's AdamW reads a step count of each of its
@@ -130,14 +129,13 @@ class Muon(torch.optim.AdamW):
                 self._move([weight for weight in group["params"] if weight.grad is not None], group)
 
     def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        found_inf = getattr(self, "found_inf", None)
         for weight in matrices:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         gradients = [weight.grad for weight in matrices if weight.grad is not None]
         momenta = [self.state[weight]["momentum_buffer"] for weight in matrices]
         rate: Any = group["lr"]
-        if found_inf is not None:
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
             gone = found_inf > 0  # then each momentum moves towards itself, and nothing else moves
             gradients = [torch.where(gone, old, new) for old, new in zip(momenta, gradients, strict=True)]
             rate = rate * ~gone
@@ -190,10 +188,9 @@ def orthogonal(matrices: Tensor, iterations: int) -> Tensor:
     return (x.transpose(1, 2) if tall else x).to(matrices.dtype)
 
 
-def clip_gradients(accelerator: Accelerator, model: nn.Module, spec: OptimizerConfig) -> Tensor:
+def clip_gradients(accelerator: "Accelerator", model: nn.Module, spec: OptimizerConfig) -> Tensor:
     """Bound the norm of all gradients together to `clip`, where it is set; gives the norm before, () on the device."""
-    norm = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
-    assert isinstance(norm, Tensor)
+    norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
     return full(norm)
 
 
@@ -216,19 +213,14 @@ def update(optimizer: Any, rate: float, norm: Tensor) -> None:
 def _one_cycle(spec: OneCycle, lr: float, step: int, total: int) -> float:
     low, end = lr / spec.div_factor, lr / spec.div_factor / spec.final_div_factor
     up = spec.pct_start * total - 1
+    phases = [(0.0, up, low, lr), (up, total - 1, lr, end)]
     if spec.three_phase:
-        phases = [(up, low, lr), (2 * up, lr, low), (total - 1, low, end)]
-    else:
-        phases = [(up, low, lr), (total - 1, lr, end)]
-    begin = 0.0
-    for i, (finish, first, last) in enumerate(phases):
-        if step <= finish or i == len(phases) - 1:
-            part = (step - begin) / (finish - begin) if finish > begin else 1.0
-            if spec.anneal_strategy == "linear":
-                return first + (last - first) * part
-            return last + (first - last) / 2 * (1 + math.cos(math.pi * part))
-        begin = finish
-    raise AssertionError
+        phases = [(0.0, up, low, lr), (up, 2 * up, lr, low), (2 * up, total - 1, low, end)]
+    begin, finish, first, last = next((phase for phase in phases if step <= phase[1]), phases[-1])
+    part = (step - begin) / (finish - begin) if finish > begin else 1.0
+    if spec.anneal_strategy == "linear":
+        return first + (last - first) * part
+    return last + (first - last) / 2 * (1 + math.cos(math.pi * part))
 
 
 def learning_rate(spec: OptimizerConfig, total: int, resolve: Callable[[int | Span], int]) -> Callable[[int], float]:
@@ -240,14 +232,14 @@ def learning_rate(spec: OptimizerConfig, total: int, resolve: Callable[[int | Sp
     milestones = [resolve(milestone) for milestone in schedule.milestones] if isinstance(schedule, MultiStep) else []
 
     def rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / (warmup + 1))
+        warm = spec.lr * min(1.0, (step + 1) / (warmup + 1))
         if isinstance(schedule, MultiStep):
-            return spec.lr * warm * schedule.gamma ** sum(step >= milestone for milestone in milestones)
+            return warm * schedule.gamma ** sum(step >= milestone for milestone in milestones)
         if isinstance(schedule, Annealed):
             part = min(1.0, max(0, step - warmup) / max(1, total - warmup))
             curve = (1 + math.cos(math.pi * part)) / 2 if schedule.kind == "cosine" else 1 - part
-            return spec.lr * warm * (schedule.floor + (1 - schedule.floor) * curve)
-        return spec.lr * warm
+            return warm * (schedule.floor + (1 - schedule.floor) * curve)
+        return warm
 
     return rate
 
@@ -255,21 +247,13 @@ def learning_rate(spec: OptimizerConfig, total: int, resolve: Callable[[int | Sp
 _MOMENTS = {False: ("step", "exp_avg", "exp_avg_sq"), True: ("momentum_buffer",)}  # by whether Muon moves the parameter
 
 
-def names_of(network: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in network.named_parameters()}
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], *, keep: bool = True) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """An optimiser's moments on the CPU, keyed `PARAMETER/MOMENT`; nothing where they need not be kept."""
-    moments = {
-        f"{names[parameter]}/{moment}": value
-        for parameter, moments in optimizer.state.items()
-        for moment, value in moments.items()
-    }
-    return on_cpu(moments, keep=keep)
+    states = [(name, optimizer.state.get(parameter, {})) for name, parameter in network.named_parameters()]
+    return on_cpu({f"{name}/{moment}": value for name, moments in states for moment, value in moments.items()}, keep=keep)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], state: Mapping[str, Tensor]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put moments saved by `optimizer_state` back, on each parameter's device (the step counter as the optimiser keeps it).
 
     An optimizer that has taken no step yet keeps no moments, so an empty `state` changes nothing. A UserError where a parameter
@@ -277,6 +261,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Any, s
     """
     if not state:
         return
+    names = {parameter: name for name, parameter in network.named_parameters()}
     expected = {
         f"{names[parameter]}/{moment}": parameter
         for group in optimizer.param_groups

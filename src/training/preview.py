@@ -1,34 +1,38 @@
-"""Images on fixed noise while a run trains, the loss on held-out images, and what a person looks at before."""
+"""What is drawn and measured before and while a run trains: first images, previews, the held-out loss, the quality."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import figures
 from ..data import ImageConfig, ImageSet
 from ..data.names import file_stems
 from ..data.transforms import position_uniforms
-from ..diffusion import Process, TableSchedule
+from ..diffusion import Prediction, Process, TableSchedule
 from ..evaluation.quality import Quality
-from ..runs.autoencoder import LatentCodec
-from ..runs.starts import Bound, Start
-from ..runtime.failures import Outcome, failed_on_any, warn_on_failure
-from ..runtime.seeds import generator, noise_of, normal
+from ..runtime.failures import Outcome, failed_on_any
+from ..runtime.seeds import generator, normal
 from ..runtime.stream import Examples, to_network
-from ..sampling.build import sampler_of
+from ..sampling.config import SamplerConfig
 from ..sampling.sampler import Codec, Sampler
 from ..storage.finite import is_finite
-from .config import DiffusionConfig, PreviewConfig
+from .config import PathPreviewConfig, PreviewConfig
+from .inputs import Coupling
 from .session import Session
 
-LEVELS = 10  # of noise, for which the held-out loss is told
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LEVELS = 10  # of noise, for each of which the held-out loss is logged
+MOST = 1024  # held-out examples that the loss is measured on
+PREVIEW = "the preview"
 
 
 def preview(
@@ -41,28 +45,57 @@ def preview(
     """
     session.clock.enter("a preview")
     stem = session.run.samples / f"step_{session.step:08d}"
-    n, count = len(class_names), spec.num_samples
+    count, device = spec.num_samples, session.accelerator.device
     columns = max(1, min(16, round(math.sqrt(count))))
     if sampler.num_classes is None or spec.sheets == "one":
-        labels = [i * n // count % n for i in range(count)] if sampler.num_classes is not None else None
-        sheets = [(stem.with_name(f"{stem.name}.png"), labels)]
+        sheets = [(stem.with_name(f"{stem.name}.png"), _labels(sampler, count, len(class_names)))]
     else:
         size = f"{columns}x{-(-count // columns)}"
         sheets = [(stem / f"sample_{name}_{size}.png", [i] * count) for i, name in enumerate(file_stems(class_names))]
     for path, labels in sheets:
-        samples = _draw(sampler, count, spec.batch_size, labels, session)
-        if samples is None:
+        outputs = _draw_on_all(session, count, spec.batch_size, partial(_samples, sampler, labels, device))
+        if outputs is None:
             break
-        warn_not_finite(samples, session)
+        warn_not_finite(outputs[0], session)
         with looked_at(session):
             if session.accelerator.is_main_process:
-                names = [class_names[label] for label in labels] if labels is not None else None
-                captions = names if spec.sheets == "one" else None
-                figures.save(figures.grid(figures.to_uint8(samples), columns=columns, labels=captions), path)
+                captions = [class_names[label] for label in labels] if labels is not None and spec.sheets == "one" else None
+                figures.save(figures.grid(figures.to_uint8(outputs[0]), columns=columns, labels=captions), path)
     if held_out is None:
         return {}
-    batch = session.batch_plan.micro
-    return held_out_loss(sampler.network, sampler.process, held_out, batch, sampler.num_classes, session.accelerator)
+    return held_out_loss(sampler, held_out, session.batch_plan.micro, session.accelerator)
+
+
+def preview_paths(
+    sampler_for: Callable[[SamplerConfig], Sampler],
+    spec: PathPreviewConfig,
+    session: Session,
+    class_names: Sequence[str],
+    coupling: Coupling,
+) -> dict[str, float]:
+    """Draw the preview of the session's step on all ranks as `step_STEP.png`, the same sources after few network calls and
+    many, and measure: `straightness` along the most calls, and the loss on what is held out. 2-D points are drawn beside those
+    of the data."""
+    session.clock.enter("a preview")
+    count, device = spec.num_samples, session.accelerator.device
+    columns, values = list[Tensor](), dict[str, float]()
+    for calls in sorted(spec.calls):
+        sampler = sampler_for(SamplerConfig(solver="euler", steps=calls, guidance=spec.guidance))
+        labels = _labels(sampler, count, len(class_names))
+        outputs = _draw_on_all(session, count, spec.batch_size, partial(_paths, sampler, labels, device))
+        if outputs is None:
+            columns, values = [], {}  # straightness is along the most calls, or not known
+            break
+        sources, samples, straightness = outputs
+        columns = [*(columns or [sources]), samples]
+        warn_not_finite(samples, session)
+        values["straightness"] = float(straightness.mean())
+    if columns and session.accelerator.is_main_process:
+        with looked_at(session):
+            _save_columns(columns, spec, coupling, session.run.samples / f"step_{session.step:08d}.png")
+    if (held_out := coupling.held_out_examples()) is not None:
+        values |= held_out_loss(sampler_for(SamplerConfig()), held_out, session.batch_plan.micro, session.accelerator)
+    return values
 
 
 def measure_quality(quality: Quality, sampler: Sampler, batch_size: int, session: Session) -> dict[str, float]:
@@ -71,19 +104,9 @@ def measure_quality(quality: Quality, sampler: Sampler, batch_size: int, session
     return quality.measure(sampler, batch_size, session.run.say)
 
 
-PREVIEW = "the preview"
-
-
 def looked_at(session: Session) -> AbstractContextManager[Outcome]:
     """Around a part of a preview that may fail. With FSDP nothing is caught: the other ranks wait inside the network."""
-    if session.accelerator.is_fsdp2:
-        return nullcontext(Outcome())
-    return warn_on_failure(PREVIEW, lambda what, reason: session.run.warn(what, reason))
-
-
-def preview_failed(outcome: Outcome, session: Session) -> bool:
-    """Whether drawing failed on any rank, the same answer on all: what was drawn is gathered by all of them or by none."""
-    return failed_on_any(outcome, PREVIEW, session.accelerator, lambda what, reason: session.run.warn(what, reason))
+    return nullcontext(Outcome()) if session.accelerator.is_fsdp2 else session.drawing(PREVIEW)
 
 
 def warn_not_finite(samples: Tensor, session: Session) -> None:
@@ -96,65 +119,99 @@ def warn_not_finite(samples: Tensor, session: Session) -> None:
         )
 
 
-def _draw(sampler: Sampler, count: int, batch_size: int, labels: list[int] | None, session: Session) -> Tensor | None:
-    """(count, C, H, W), each rank drawing its share; None where that failed on one of them."""
-    accelerator = session.accelerator
-    rank, world = accelerator.process_index, accelerator.num_processes
-    each = math.ceil(count / world)
-    indices = range(rank * each, (rank + 1) * each)
-    samples: list[Tensor] = []
+def _labels(sampler: Sampler, count: int, num_classes: int) -> list[int] | None:
+    """`count` labels, as many of each class; None where the network has no classes."""
+    return [i * num_classes // count % num_classes for i in range(count)] if sampler.num_classes is not None else None
+
+
+def _draw_on_all(
+    session: Session, count: int, batch_size: int, draw: Callable[[list[int]], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...] | None:
+    """What `draw(indices)` gives, tensors (b, ...), for the indices up to `count`, each rank drawing its share; None on all
+    where that failed on one of them."""
+    accelerator, parts = session.accelerator, list[tuple[Tensor, ...]]()
+    each = -(-count // accelerator.num_processes)
+    first = accelerator.process_index * each
+    indices = [i % count for i in range(first, first + each)]
     with looked_at(session) as outcome:
-        for start in range(0, each, batch_size):
-            part = indices[start : start + batch_size]
-            chosen = [labels[i % count] for i in part] if labels is not None else None
-            samples.append(sampler.draw(0, part, chosen, device=accelerator.device))
-    if preview_failed(outcome, session):
+        parts += [draw(indices[start : start + batch_size]) for start in range(0, each, batch_size)]
+    if failed_on_any(outcome, PREVIEW, accelerator, session.run.warn):
         return None
-    x = accelerator.gather(torch.cat(samples))
-    assert isinstance(x, Tensor)
-    return x[:count]
+    gathered: Any = accelerator.gather(tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return tuple(tensor[:count] for tensor in gathered)
+
+
+def _samples(sampler: Sampler, labels: list[int] | None, device: torch.device, part: list[int]) -> tuple[Tensor]:
+    chosen = [labels[i] for i in part] if labels is not None else None
+    return (sampler.draw(0, part, chosen, device=device),)
+
+
+class PathLength:
+    """A callback that adds up how far each sample of a batch goes."""
+
+    def __init__(self) -> None:
+        self._first_and_last, self._length = list[Tensor](), torch.zeros(())
+
+    def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+        if self._first_and_last:
+            self._length = self._length + (x_t - self._first_and_last[-1]).flatten(1).norm(dim=1)
+        self._first_and_last = [*self._first_and_last[:1], x_t]
+
+    def straightness(self, end: Tensor) -> Tensor:
+        """(B,): one minus the ratio of chord to path length, for paths that end at `end` (B, ...): 0 is a straight line."""
+        first, last = self._first_and_last[0], self._first_and_last[-1]
+        length = self._length + (end - last).flatten(1).norm(dim=1)
+        return 1 - (end - first).flatten(1).norm(dim=1) / length.clamp(min=1e-12)
+
+
+def _paths(sampler: Sampler, labels: list[int] | None, device: torch.device, part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sources and what becomes of them, as images or points, and how straight the way there is (b,)."""
+    x = sampler.start(0, part).to(device, sampler.dtype)
+    condition = torch.tensor([labels[i] for i in part], device=device) if labels is not None else None
+    length = PathLength()
+    end = sampler.move(x, condition, indices=part, callback=length)
+    return sampler.decode(x), sampler.decode(end), length.straightness(end)
+
+
+def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, coupling: Coupling, path: Path) -> None:
+    if columns[0].ndim == 2:
+        titles = ["source", *(f"{calls} network call{'s' * (calls > 1)}" for calls in sorted(spec.calls)), "data"]
+        data = coupling.data.examples()
+        examples = data.load(np.arange(min(len(columns[0]), len(data.labels))))
+        panels = zip([*columns, examples], titles, strict=True)
+        figures.save(figures.in_a_row([figures.scatter(x.cpu().numpy(), title=title) for x, title in panels]), path)
+        return
+    rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
+    title = f"source, then after {', '.join(map(str, sorted(spec.calls)))} network calls"
+    figures.save(figures.grid(figures.to_uint8(rows), columns=len(columns), title=title), path)
 
 
 @torch.no_grad()
-def held_out_loss(
-    network: Any,
-    process: Process,
-    held_out: Examples,
-    batch_size: int,
-    num_classes: int | None,
-    accelerator: Accelerator,
-    most: int = 1024,
-    source: Start | None = None,
-) -> dict[str, float]:
-    """The mean loss on up to `most` held-out examples, spread over all, each always with the same noise (what `source` gives)
-    and time: held_out_loss, and held_out_loss_0 to _9 of those whose times are in each tenth, the cleanest first."""
+def held_out_loss(sampler: Sampler, held_out: Examples, batch_size: int, accelerator: "Accelerator") -> dict[str, float]:
+    """The mean loss of the sampler's network on up to `MOST` held-out examples, spread over all, each always with the same
+    start and time: held_out_loss, and held_out_loss_0 to _9 of those whose times are in each tenth, the cleanest first."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    total_count = len(held_out.labels)
-    count = min(most, total_count)
-    dtype = next(network.parameters()).dtype
+    process, num_classes, dtype = sampler.process, sampler.num_classes, sampler.dtype
+    chosen = np.linspace(0, len(held_out.labels) - 1, min(MOST, len(held_out.labels))).astype(np.int64)
     totals = torch.zeros(2, LEVELS, device=device, dtype=dtype)  # of losses, and how many
-    chosen = np.linspace(0, total_count - 1, count).astype(np.int64)
-    for first in range(0, count, batch_size * world):
+    for first in range(0, len(chosen), batch_size * world):
         start = first + rank * batch_size
-        real = start < count  # with FSDP no rank can run alone: one that has no batch left runs along
+        real = start < len(chosen)  # with FSDP no rank can run alone: one that has no batch left runs along
         indices = chosen[start : start + batch_size] if real else chosen[:1]
         x0 = held_out.load(indices).to(device, dtype)
-        numbers = indices.tolist()
-        eps = (source(0, numbers, 0) if source is not None else noise_of(0, numbers, x0.shape[1:])).to(x0)
+        eps = sampler.start(0, indices.tolist()).to(x0)
         u = torch.from_numpy(position_uniforms(0, indices)[:, 0])
         condition = {}
         if num_classes is not None:
             labels = torch.from_numpy(held_out.labels[indices])
             condition = {"labels": torch.where(labels < 0, num_classes, labels).to(device)}
-        loss = process.losses(network, x0, eps, process.draw_times(u), **condition).loss.to(dtype)
+        loss = process.losses(sampler.network, x0, eps, process.draw_times(u), **condition).loss.to(dtype)
         if real:
-            level = (u * LEVELS).long().to(device)
-            totals.index_add_(1, level, torch.stack([loss, torch.ones_like(loss)]))
-    summed = accelerator.reduce(totals)
-    assert isinstance(summed, Tensor)
+            totals.index_add_(1, (u * LEVELS).long().to(device), torch.stack([loss, torch.ones_like(loss)]))
+    summed: Any = accelerator.reduce(totals)
     losses, counts = summed.tolist()
     levels = {f"held_out_loss_{i}": losses[i] / counts[i] for i in range(LEVELS) if counts[i]}
-    return {"held_out_loss": sum(losses) / count, **levels}
+    return {"held_out_loss": sum(losses) / len(chosen), **levels}
 
 
 @torch.no_grad()
@@ -167,9 +224,9 @@ def save_first_images(
     codec: Codec | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """What a person looks at before training: `contact_sheet.png` of what the network will see; with a process `original.png`
-    beside `noised.png` (12 images at growing times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec,
-    which lives on `device`, its latents are noised, and decoded to be looked at."""
+    """`contact_sheet.png` of what the network will see; with a process `original.png` beside `noised.png` (12 images at growing
+    times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec, which lives on `device`, its latents are
+    noised, and decoded to be looked at."""
     count = min(64, len(train_set))
     chosen = generator(seed, "contact sheet").choice(len(train_set), count, replace=False)
     pixels = train_set.batch(chosen, spec, np.full((count, 3), 0.5))
@@ -181,11 +238,10 @@ def save_first_images(
 
     images = to_network(torch.from_numpy(pixels[:12]), device or torch.device("cpu"))
     x0 = codec.encode(images, range(len(images))) if codec is not None else images
-    schedule = process.schedule
     t = process.draw_times(torch.linspace(0, 1 - 1e-9, len(x0), dtype=torch.float64))
-    eps = normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype)
-    noised = process.add_noise(x0, eps, t)
+    noised = process.add_noise(x0, normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype), t)
     noised = figures.to_uint8(codec.decode(noised) if codec is not None else noised)
+    schedule = process.schedule
     labels = [f"{value:g}" if isinstance(schedule, TableSchedule) else f"{value:.2f}" for value in t.tolist()]
     decoded = "" if codec is None else ", decoded"
     figures.save(figures.grid(pixels[:12], columns=12, title="x_0"), folder / "original.png")
@@ -193,29 +249,33 @@ def save_first_images(
 
     if isinstance(schedule, TableSchedule):
         index = list(range(schedule.num_steps))
-        panels = {
-            "beta_t": {"beta_t": (index, schedule.betas.tolist())},
-            "alpha-bar_t": {"alpha-bar_t": (index, schedule.alphas_bar.tolist())},
-        }
+        curves = {"beta_t": schedule.betas, "alpha-bar_t": schedule.alphas_bar}
+        panels = {name: {name: (index, values.tolist())} for name, values in curves.items()}
     else:
-        grid = torch.linspace(0, 1, 101, dtype=torch.float64)
-        level = schedule.level(grid)
-        panels = {"level": {"alpha": (grid.tolist(), level.alpha.tolist()), "sigma": (grid.tolist(), level.sigma.tolist())}}
+        times = torch.linspace(0, 1, 101, dtype=torch.float64)
+        level = schedule.level(times)
+        curves = {"alpha": level.alpha, "sigma": level.sigma}
+        panels = {"level": {name: (times.tolist(), values.tolist()) for name, values in curves.items()}}
     figures.curves(folder / "beta_alpha_hat.png", panels, xlabel="t")
 
 
-def preview_sampler(
-    cfg: DiffusionConfig,
-    preview: PreviewConfig,
-    network: nn.Module,
-    process: Process,
-    shape: Sequence[int],
-    num_classes: int | None,
-    *,
-    codec: LatentCodec | None = None,
-    bounds: tuple[Bound, Bound] = (-1.0, 1.0),
-) -> Sampler:
-    """The sampler of a training config's previews, guided where there are classes."""
-    spec, clipped = preview.sampler.without_guidance(num_classes is None), cfg.process.clip
-    options = {"clip": clipped, "label_dropout": cfg.label_dropout, "codec": codec, "bounds": bounds}
-    return sampler_of(spec, network, process, shape, num_classes, **options)
+@torch.no_grad()
+def save_first_blends(sampler: Sampler, data: Examples, folder: Path) -> None:
+    """`blend.png`, rows of one source and one example each, blended from alpha 0 to 1; of 2-D points, the densities of the
+    blend."""
+    device = next(sampler.network.parameters()).device  # pyright: ignore[reportFunctionMemberAccess]
+    points = len(sampler.shape) == 1
+    count = min(20_000 if points else 4, len(data.labels))
+    chosen = generator(0, "blend").choice(len(data.labels), count, replace=False)
+    x0 = data.load(chosen).to(device, sampler.dtype)
+    eps = sampler.start(0, range(count)).to(x0)
+    levels = torch.linspace(0, 1, 9, dtype=torch.float64)
+    blends = [sampler.process.add_noise(x0, eps, 1 - alpha) for alpha in levels]
+    if points:
+        titled = zip(blends, levels.tolist(), strict=True)
+        sheet = figures.in_a_row([figures.scatter(x.cpu().numpy(), size=160, title=f"alpha {a:g}") for x, a in titled])
+    else:
+        shown = torch.stack([sampler.decode(x) for x in blends], dim=1).flatten(0, 1)
+        title = "x_alpha, alpha from 0 (source) to 1 (data) in 8 steps"
+        sheet = figures.grid(figures.to_uint8(shown), columns=9, title=title)
+    figures.save(sheet, folder / "blend.png")

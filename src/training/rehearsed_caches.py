@@ -18,9 +18,8 @@ from ..runs.latents import write_sample_cache
 from ..runs.opened import count_classes, open_run
 from ..runtime.launch import start
 from ..sampling.build import build_sampler
-from .config import LatentConfig, PathPreviewConfig, PreviewConfig, TrainConfig
-from .inputs import open_coupling
-from .pairs import BlendConfig, PairMaker, PairsConfig, write_sample_pairs
+from .config import BlendConfig, LatentConfig, PairsConfig, PathPreviewConfig, PreviewConfig, TrainConfig
+from .inputs import PairMaker, open_coupling, write_sample_pairs
 from .rehearsal import caches_in, link_tree
 from .run_mode import RunMode
 
@@ -55,8 +54,7 @@ def rehearse_caches(
                 seconds += _encode_sample(cfg, autoencoder, density, place, writes)
         accelerator.wait_for_everyone()
         if getattr(cfg, "pairs", None) is not None:
-            options = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}
-            coupling = coupling.encoded(autoencoder, accelerator, changes["latents"], run, **options)
+            coupling = coupling.encoded(replace(cfg, **changes), autoencoder, accelerator, run)
     if isinstance(cfg, BlendConfig) and cfg.pairs is not None:
         num_classes = count_classes(cfg.class_conditional, coupling.data.train.class_names)
         maker = PairMaker(cfg.pairs, coupling, num_classes, run_dir, accelerator.device)

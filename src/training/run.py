@@ -11,10 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from accelerate.utils import gather_object
-
 from .. import figures
-from ..config import ENDLESS, UserError, differences, dump, progress, read_json, validate
+from ..config import ENDLESS, UserError, differences, dump, prefix_errors, progress, read_json, validate
 from ..data import ImageSet, PointSet
 from ..data.facts import skipped_files
 from ..data.formats import READ_BEFORE
@@ -26,24 +24,20 @@ from ..runtime.failures import warn_on_failure
 from ..storage.locks import take_lock
 from .clock import Clock
 from .config import TrainConfig
-from .kept import ways_on
+from .kept import at, ways_on
 
 
 def check_ranks(facts: dict[str, Any]) -> None:
     """A UserError on every rank where one of them sees other images or classes than the first: another copy of the data, or
     another file system."""
-    facts_here = [
-        facts["fingerprint"],
-        facts["class_names"],
-        facts["counts"],
-        (facts.get("source") or {}).get("fingerprint"),
-    ]
-    everyone = gather_object([(facts_here, facts["images"])])
-    (first, count), *others = everyone
-    for rank, (facts_there, images) in enumerate(others, 1):
-        if facts_there != first:
-            what = "classes" if facts_there[1] != first[1] else "images"
-            how = classes_differ(first[1], facts_there[1]) if what == "classes" else f"{count} images on rank 0, {images} there"
+    from accelerate.utils import gather_object
+
+    compared = [facts["fingerprint"], facts["class_names"], facts["counts"], at(facts, "source.fingerprint")]
+    (first, count), *others = gather_object([(compared, facts["images"])])
+    for rank, (compared, images) in enumerate(others, 1):
+        if compared != first:
+            what = "classes" if compared[1] != first[1] else "images"
+            how = classes_differ(first[1], compared[1]) if what == "classes" else f"{count} images on rank 0, {images} there"
             raise UserError(
                 f"rank {rank} sees other {what} of the data than rank 0 ({how}); put the data where all machines see the same, "
                 "or copy it anew"
@@ -65,20 +59,15 @@ def _other_endings(before: dict[str, Any], now: dict[str, Any]) -> str:
     old = before.get("endings") or {}
     counts = {ending: count - old.get(ending, 0) for ending, count in now["endings"].items() if ending not in READ_BEFORE}
     words = ", ".join(f"{count} {ending}" for ending, count in counts.items() if count > 0)
-    if not words:
-        return ""
-    return f"; {words} files are among them, which were not read when the run was started: move them out of the folder to go on"
+    advice = "files are among them, which were not read when the run was started: move them out of the folder to go on"
+    return f"; {words} {advice}" if words else ""
 
 
 def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
     """One line more for metrics.jsonl in `folder`; what is not finite is null there."""
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(_line(step, values))
-
-
-def _line(step: int, values: dict[str, float]) -> str:
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return json.dumps({"step": step, **finite}) + "\n"
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **finite}) + "\n")
 
 
 def changes(settings: TrainConfig, before: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -87,51 +76,31 @@ def changes(settings: TrainConfig, before: dict[str, Any]) -> tuple[list[str], l
 
     A UserError where today's version cannot read it.
     """
-    try:
+    with prefix_errors("this version cannot read the config that the run was started with"):
         before = dump(validate(type(settings), before, origin="its config"))
-    except UserError as error:
-        raise UserError(f"this version cannot read the config that the run was started with: {error}") from None
-    new = dump(settings)
+    new, lengths = dump(settings), list[str]()
     harmless, other = differences(type(settings), before, new)
-    lengths = []
     if settings.optimizer.schedule.kind == "constant":  # then where a run ends changes no step before
         lengths = [key for key in other if key.split(".")[0] == "steps"]
     if len(new.get("stages", ())) > len(before.get("stages", ())):
         lengths = ["stages"]  # more of them, after those that there were
-    harmless += [key for key in other if key in lengths]
-    return harmless, [key for key in other if key not in lengths]
+    return [*harmless, *(key for key in other if key in lengths)], [key for key in other if key not in lengths]
 
 
 class RunDirectory:
-    """runs/NAME. `writes` is False on all ranks but the first: then it says and writes nothing. `quiet`, it says nothing."""
+    """runs/NAME. `writes` is False on all ranks but the first: then it says and writes nothing. `quiet`, it says nothing.
+    `has_begun` is set by `begin` where it writes, until `close`."""
 
     def __init__(self, path: Path, *, writes: bool, quiet: bool = False) -> None:
-        self.path, self.writes, self._quiet = path, writes, quiet
+        self.path, self.writes, self._quiet, self._warned = path, writes, quiet, set[str]()
+        self.checkpoints, self.samples, self.final = path / "checkpoints", path / "samples", path / "final"
         self._lock: IO[str] | None = None
         self._log: IO[str] | None = None
-        self._metrics: IO[str] | None = None
-        self._warned = set[str]()
+        self.has_begun = False
         self._reporter = Reporter(path, self.say) if writes and not quiet else None
         if writes:
             self._claim()
             self._log = open(path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
-
-    @property
-    def is_open(self) -> bool:
-        """Whether this process still has the directory and writes into it."""
-        return self._log is not None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def final(self) -> Path:
-        return self.path / "final"
 
     def _claim(self) -> None:
         """Refuse a directory that a live process is writing. The kernel drops the claim when the process dies."""
@@ -140,21 +109,17 @@ class RunDirectory:
             self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"the run directory {self.path} cannot be written: {error}") from None
+        reason = ""
         try:
-            has_lock = take_lock(self._lock)
+            if not take_lock(self._lock):
+                self._lock.seek(0)
+                owner = self._lock.read().strip() or "another process"
+                reason = f"is in use by {owner}; wait for it, stop it, or give another --run-dir"
         except OSError as error:
+            reason = f"cannot be locked ({error.strerror}), so two launches could write it; give a --run-dir on another disk"
+        if reason:
             self.close()
-            raise UserError(
-                f"the run directory {self.path} cannot be locked ({error.strerror}), so two launches could write it; give a "
-                "--run-dir on another disk"
-            ) from None
-        if not has_lock:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another process"
-            self.close()
-            raise UserError(
-                f"the run directory {self.path} is in use by {owner}; wait for it, stop it, or give another --run-dir"
-            )
+            raise UserError(f"the run directory {self.path} {reason}")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -180,67 +145,58 @@ class RunDirectory:
             progress.say(message)
             self._note(message)
 
-    def write_json(self, name: str, document: Any) -> None:
+    def _write(self, name: str, text: str) -> None:
         if self.writes:
             staged = self.path / f".{name}.part"
-            staged.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            staged.write_text(text, encoding="utf-8")
             staged.replace(self.path / name)
+
+    def _write_json(self, name: str, document: Any) -> None:
+        self._write(name, json.dumps(document, indent=1) + "\n")
 
     def write_status(self, state: str, step: int, steps: int) -> None:
         """status.json: running, stopped, failed or finished, and how far."""
-        self.write_json(
-            "status.json",
-            {
-                "state": state,
-                "step": step,
-                "steps": steps if steps < ENDLESS else None,
-                "pid": os.getpid(),
-                "time": round(time.time(), 1),
-            },
-        )
+        place = {"step": step, "steps": steps if steps < ENDLESS else None}
+        self._write_json("status.json", {"state": state, **place, "pid": os.getpid(), "time": round(time.time(), 1)})
+
+    def _other_run(self, reason: str, advice: str, hint: str = "") -> UserError:
+        return UserError(f"{self.path} was {reason}; {advice}, or give another --run-dir{hint}")
 
     def adopt_progress(self, resumed: Path, facts: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
         """progress.json of the checkpoint that the run goes on from. A UserError for other images than it was trained on and,
         where `classes` matter, for other classes."""
         before = read_json(resumed / "data.json")
-        source = facts.get("source") or {}
-        if (before.get("source") or {}).get("fingerprint") != source.get("fingerprint"):
-            raise UserError(f"{self.path} was started from another source; bring it back, or give another --run-dir")
+        if at(before, "source.fingerprint") != at(facts, "source.fingerprint"):
+            raise self._other_run("started from another source", "bring it back")
         if before.get("pairs") != facts.get("pairs"):
-            raise UserError(f"{self.path} was trained on other pairs; give the same `pairs`, or another --run-dir")
+            raise self._other_run("trained on other pairs", "give the same `pairs`")
         named = classes_differ(before["class_names"], facts["class_names"])
         if before["fingerprint"] != facts["fingerprint"]:
-            also = f"; its classes differ, too: {named}" if named else ""
-            if not named and list(before["class_names"]) != list(facts["class_names"]):
+            endings, also = _other_endings(before, facts), ""
+            if named:
+                also = f"; its classes differ, too: {named}"
+            elif list(before["class_names"]) != list(facts["class_names"]):
                 also = "; some names of classes are in another Unicode form, as a Mac writes them: give them their old names"
-            elif not named and before["images"] == facts["images"] and not _other_endings(before, facts):
+            elif before["images"] == facts["images"] and not endings:
                 also = "; there are as many as before, so names or sizes in bytes have changed"
-            raise UserError(
-                f"{self.path} was trained on {before['images']} other images (now {facts['images']}); bring them back, or "
-                f"give another --run-dir{_other_endings(before, facts)}{also}"
-            )
+            counts = f"{before['images']} other images (now {facts['images']})"
+            raise self._other_run(f"trained on {counts}", "bring them back", endings + also)
         if named and classes:
-            raise UserError(
-                f"{self.path} was trained on other classes ({named}); give the data its old ones, or give another --run-dir"
-            )
+            raise self._other_run(f"trained on other classes ({named})", "give the data its old ones")
         if not same_latents(before.get("latents"), facts.get("latents")):
             reasons = describe_differences(before.get("latents") or {}, facts.get("latents") or {})
-            reasons = reasons or ["another cache, made anew"]
-            raise UserError(f"{self.path} was trained on latents of {' and '.join(reasons)}; give another --run-dir")
+            reason = " and ".join(reasons) or "another cache, made anew"
+            raise self._other_run(f"trained on latents of {reason}", "give it those")
         return read_json(resumed / "progress.json")
 
     def hold_config(self, settings: TrainConfig, resumed: Path) -> None:
-        """Compare the config of a run that goes on with the one that it was started with.
-
-        Harmless changes are said; any other is a UserError that names the keys.
-        """
+        """Compare the config of a run that goes on with the one that it was started with. Harmless changes are said; any other
+        is a UserError that names the keys."""
         before = read_json(resumed / "config.json")
         harmless, other = changes(settings, before)
         if other:
-            raise UserError(
-                f"{self.path} was started with another {', '.join(other)}; change it back, or give another --run-dir"
-                f"{ways_on(self.path, before, dump(settings), other)}"
-            )
+            ways = ways_on(self.path, before, dump(settings), other)
+            raise self._other_run(f"started with another {', '.join(other)}", "change it back", ways)
         if harmless:
             self.say(f"changed since the checkpoint: {', '.join(harmless)}")
 
@@ -268,25 +224,18 @@ class RunDirectory:
         if not self.writes:
             return
         set_aside(self.checkpoints, step)
-        self.write_json("config.json", dump(settings))
-        self.write_json("data.json", facts)
+        self._write_json("config.json", dump(settings))
+        self._write_json("data.json", facts)
         skipped = [{"name": name, "reason": why} for name, why in skipped_files(train_set, held_out)]
-        self.write_json("skipped.json", skipped)
-        lines = [line for line in self.read_metrics() if line["step"] <= step]
-        staged = self.path / ".metrics.jsonl.part"
-        staged.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        staged.replace(self.path / "metrics.jsonl")
-        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are whole."""
-        return read_lines(self.path / "metrics.jsonl")
+        self._write_json("skipped.json", skipped)
+        lines = [line for line in read_lines(self.path / "metrics.jsonl") if line["step"] <= step]
+        self._write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        self.has_begun = True
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl; what is not finite is null there."""
-        if self._metrics is not None:
-            self._metrics.write(_line(step, values))
-            self._metrics.flush()
+        if self.has_begun:
+            append_metrics(self.path, step, values)
 
     def say_progress(self, clock: Clock, step: int, steps: int, values: dict[str, float]) -> None:
         """The values on the progress bar, or, where there is none (no terminal), as a line."""
@@ -306,39 +255,29 @@ class RunDirectory:
 
     def save(self, tensors: Tensors, documents: dict[str, Any], spec: CheckpointConfig, pinned: Collection[int] = ()) -> None:
         """Write the checkpoint of documents["progress"]["step"], and remove those that need not be kept; `pinned` are."""
-        progress = documents["progress"]
-        write_folder(step_folder(self.checkpoints, progress["step"]), tensors, documents)
-        spared = spared_steps(progress) | {progress["step"], *pinned}
-        retain(self.checkpoints, spec.keep, spared)
-
-    def finish(self, state: str, step: int, steps: int, message: str) -> None:
-        """The last word of a run that ends in order."""
-        self.write_status(state, step, steps)
-        self.say(message)
-        self.report(now=True)
-        self.close()
+        step = documents["progress"]["step"]
+        write_folder(step_folder(self.checkpoints, step), tensors, documents)
+        retain(self.checkpoints, spec.keep, spared_steps(documents["progress"]) | {step, *pinned})
 
     def close(self, message: str | None = None) -> None:
         """Give the directory up, after a last word: another launch may have it."""
         if message is not None:
             self.say(message)
-        if self._log is not None:
-            with suppress(OSError):
-                self._log.close()
-        for file in (self._metrics, self._lock):
+        for file in (self._log, self._lock):
             if file is not None:
-                file.close()
-        self._metrics = self._log = self._lock = None
+                with suppress(OSError):  # of a full disk
+                    file.close()
+        self._log, self._lock, self.has_begun = None, None, False
 
     def draw_curves(self, panels: dict[str, list[str]]) -> None:
         """loss.png: values of metrics.jsonl over the steps, panel by panel; what was never logged is left out."""
         with warn_on_failure("loss.png", self.warn):
-            lines = self.read_metrics()
+            lines = read_lines(self.path / "metrics.jsonl")
             curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
             for panel, names in panels.items():
                 for name in names:
-                    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-                    if known:
-                        curves.setdefault(panel, {})[name] = ([step for step, _ in known], [value for _, value in known])
+                    if known := [line for line in lines if line.get(name) is not None]:
+                        points = [line["step"] for line in known], [line[name] for line in known]
+                        curves.setdefault(panel, {})[name] = points
             if curves:
                 figures.curves(self.path / "loss.png", curves, xlabel="step", title=self.path.resolve().name, log={"loss"})

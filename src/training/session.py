@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..config import ENDLESS, Span, UserError, dump
@@ -27,17 +26,15 @@ from .run_mode import RESTART, RunMode
 from .state import Meter, TrainState
 from .uploads import Uploads
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 def cadences_of(cfg: TrainConfig, resolve: Callable[[int | Span], int], first_step: int, end: int) -> dict[str, Cadence]:
     """When log, preview, save, export, quality and snapshot are due in a stage from `first_step` to `end`."""
-    return {
-        word: Cadence(
-            word,
-            resolve(length) if length is not None else None,
-            early=range(first_step, end if word == "preview" else first_step),
-        )
-        for word, length in cfg.cadences.items()
-    }
+    steps = {word: resolve(length) if length is not None else None for word, length in cfg.cadences.items()}
+    early = {"preview": range(first_step, end)}
+    return {word: Cadence(word, every, early=early.get(word, range(0))) for word, every in steps.items()}
 
 
 def remarks_on(cfg: TrainConfig, facts: dict[str, Any]) -> list[str]:
@@ -60,35 +57,27 @@ class Session:
     `stop_at`, as a kill would end it: only what is due is saved.
     """
 
-    batch_plan: BatchPlan
-    meter: Meter
-    gate: StepGate
-    clock: Clock
     heart: Heartbeats | None = None
 
     def __init__(
         self,
         cfg: TrainConfig,
-        accelerator: Accelerator,
+        accelerator: "Accelerator",
         run_dir: Path,
         train_state: TrainState,
         facts: dict[str, Any],
-        *,
         total_steps: int,
         run_mode: RunMode,
-        stop_at: int | None = None,
+        stop_at: int | None,
     ) -> None:
         self.cfg, self.accelerator, self.train_state, self.facts = cfg, accelerator, train_state, facts
-        self.total_steps, self.run_mode, self.stop_at = total_steps, run_mode, stop_at
+        self.total_steps, self.run_mode, self.stop_at = total_steps, run_mode, ENDLESS if stop_at is None else stop_at
         check_ranks(facts)
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=run_mode.quiet)
-        self._begun = False
         run_mode.closing.push(self._give_up)
         self.step, self.progress = 0, {}
         self._resume()
         self.best: dict[str, Any] | None = self.progress.get("best")
-        self._cadences: dict[str, Cadence] = {}
-        self._began, self._end = self.step, total_steps
 
     def _resume(self) -> None:
         resumed = broadcast(self.run.newest_checkpoint() if self.run.writes else None)
@@ -114,7 +103,7 @@ class Session:
 
     def _give_up(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Give the directory up, however the training ends; where it ends on an error, status.json says so."""
-        if error is not None and self._begun and self.run.is_open:
+        if error is not None and self.run.has_begun:
             with suppress(OSError):  # of a disk that is full: the error itself says it
                 self.run.write_status("failed", self.step, self.total_steps)
         if hasattr(self, "clock"):  # or it would go on to say how far the run is
@@ -141,62 +130,62 @@ class Session:
         self,
         train_set: ImageSet | PointSet,
         held_out: ImageSet | PointSet | None,
-        *,
-        total_images: int,
-        images: int,
-        warnings: Sequence[str] = (),
+        plans: Sequence[BatchPlan],
+        warnings: Sequence[str],
     ) -> None:
         """Once the networks are prepared: open all that is written during the training, and say what will happen, with the
-        `warnings`. The run has seen `images` of `total_images`."""
-        accelerator, cfg, facts = self.accelerator, self.cfg, self.facts
+        `warnings`. `plans` are those of the stages from the one on in which the run is."""
+        total_images = plans[-1].images_at(self.total_steps)
+        accelerator, cfg, facts, run_mode = self.accelerator, self.cfg, self.facts, self.run_mode
         if accelerator.scaler is not None and "scaler" in self.progress:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
         self.meter = Meter(accelerator, self.progress.get("meter"))
-        stop = StopRequest(cfg.stop_signal, self.run_mode.on_kill)
-        self.run_mode.closing.callback(stop.close)
+        stop = StopRequest(cfg.stop_signal, run_mode.on_kill)
+        run_mode.closing.callback(stop.close)
         minutes = cfg.checkpoint.every_minutes
         self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
-        self.gate.skipped_in_a_row = self.progress.get("skipped_in_a_row", 0)
         self.gate.saved_step = self.step if self.progress else None
         self.run.begin(self.step, cfg, facts, train_set, held_out)
-        self._begun = True
         if self.run.writes:
             (self.run.path / MARK).unlink(missing_ok=True)
-        if self.continued:
-            self.run.say(f"{self.run.path} goes on {describe(self._origins[-1])}")
         if cfg.bucket is not None and self.run.writes:
-            uploads = self.run_mode.uploads = self.run_mode.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
+            uploads = run_mode.uploads = run_mode.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
             uploads.say = self.run.say
             if self.step:  # this checkpoint may be here and not in the bucket
                 uploads.wake(self.step)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # over gloo the error itself says who is lost
             self.heart = Heartbeats(accelerator.process_index, accelerator.num_processes)
-        if missing := [tracker for tracker in cfg.log.trackers if not is_installed(tracker)]:
-            names, are = " and ".join(missing), "is" if len(missing) == 1 else "are"
-            how = f"pip install {' '.join(missing)}"
-            self.run.say(f"warning: log.trackers asks for {names}, which {are} not installed: {how}; the run goes on without")
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step, self.run.warn)
-        endless, epochs = self.total_steps == ENDLESS, total_images / facts["images"]
+        run_mode.leave_phases()
+        endless = self.total_steps == ENDLESS
+        length = "without end" if endless else f"of {self.total_steps} = {total_images / facts['images']:.1f} epochs"
         self.run.say(
-            f"{cfg.name}: {facts['images']} images in {len(facts['class_names']) or 'no'} classes "
+            (f"{self.run.path} goes on {describe(self._origins[-1])}\n" if self.continued else "")
+            + f"{cfg.name}: {facts['images']} images in {len(facts['class_names']) or 'no'} classes "
             f"({facts['held_out_images']} held out; left out: {left_out(facts)}), "
             f"{self.train_state.num_parameters / 1e6:.2f} M parameters\n"
-            f"{f'going on at step {self.step}' if self.step else 'starting at step 0'} "
-            f"{'without end' if endless else f'of {self.total_steps} = {epochs:.1f} epochs'}. "
+            f"{'going on' if self.step else 'starting'} at step {self.step} {length}. "
             "Interrupt at will: the same command goes on"
         )
-        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16_units():
-            line = "this processor has no units for bf16, so float32 is faster here: start a run with --set mixed_precision=no"
-            warnings = [*warnings, line]
-        for line in warnings:
+        for line in [*self._warnings(), *warnings]:
             self.run.say(f"warning: {line}")
-        self.run_mode.leave_phases()
         for remark in remarks_on(cfg, facts):
             self.run.say(remark)
-        shown, tell = accelerator.is_main_process and not self.run_mode.quiet, self._tell if self.run_mode.quiet else None
-        self.clock = Clock(self.step, images, None if endless else total_images, shown=shown, tell=tell)
-        self.run_mode.clock, self.run_mode.facts = self.clock, facts
-        self.run_mode.train_state = self.train_state
+        shown, tell = accelerator.is_main_process and not run_mode.quiet, self._tell if run_mode.quiet else None
+        self.clock = Clock(self.step, plans[0].images_at(self.step), None if endless else total_images, shown=shown, tell=tell)
+        run_mode.clock, run_mode.facts, run_mode.train_state = self.clock, facts, self.train_state
+
+    def _warnings(self) -> list[str]:
+        """What of this machine a person may want to change: trackers that are not installed, bf16 without units for it."""
+        accelerator, lines = self.accelerator, list[str]()
+        if missing := [tracker for tracker in self.cfg.log.trackers if not is_installed(tracker)]:
+            names, are = " and ".join(missing), "is" if len(missing) == 1 else "are"
+            how = f"pip install {' '.join(missing)}"
+            lines += [f"log.trackers asks for {names}, which {are} not installed: {how}; the run goes on without"]
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16_units():
+            slow = "this processor has no units for bf16, so float32 is faster here"
+            lines += [f"{slow}: start a run with --set mixed_precision=no"]
+        return lines
 
     def _tell(self, what: str, at_once: bool) -> None:
         self.run_mode.enter_phase(what if at_once else f"{self._stage}, {what}", at_once=at_once)
@@ -219,8 +208,7 @@ class Session:
         self.run.say(f"{name}a step is {batch_plan.batch} images = {plan}\n{due} steps")
         self.run_mode.set_batch(batch_plan.batch, batch_plan.micro, key)
         if self.run_mode.quiet:
-            last = end if self.stop_at is None else min(end, self.stop_at)
-            count = last - self.step
+            count = min(end, self.stop_at) - self.step
             self._tell(f"{self._stage}, {count} step{'s' * (count != 1)}", True)
 
     # ------------------------------------------------------------------------------------------ in a step
@@ -235,7 +223,7 @@ class Session:
         self.step += 1
         self.gate.send(self.step, finite)
         self.clock.tick(self.batch_plan.batch)
-        if self.step == self._began + 1:  # by now all that a person looks at first is there
+        if self.step == self.progress.get("step", 0) + 1:  # by now all that a person looks at first is there
             self.run.write_status("running", self.step, self.total_steps)
             self.run.report(now=True)
 
@@ -243,16 +231,13 @@ class Session:
 
     def is_anything_due(self) -> bool:
         """Whether there is more to do after this step than to take the next one."""
-        cadences = any(cadence(self.step) for cadence in self._cadences.values())
-        return cadences or self._at_end or self._at_stop or self.gate.save or self.gate.stop or self.gate.stop_is_local
+        if self.step >= min(self._end, self.stop_at) or any(cadence(self.step) for cadence in self._cadences.values()):
+            return True
+        return self.gate.save or self.gate.stop or self.gate.stop_is_local
 
     @property
     def _at_end(self) -> bool:
         return self.step >= self._end
-
-    @property
-    def _at_stop(self) -> bool:
-        return self.stop_at is not None and self.step >= self.stop_at
 
     def is_due(self, word: str) -> bool:
         """Whether log, preview, quality, snapshot, save or export is due: all but the last at the end of a stage, too."""
@@ -270,7 +255,7 @@ class Session:
     @property
     def should_stop(self) -> bool:
         """Whether the loop is to be left before its end."""
-        return self._at_stop or (self.gate.stop and self.step < self.total_steps)
+        return self.step >= self.stop_at or (self.gate.stop and self.step < self.total_steps)
 
     def collect_log(self, **values: Any) -> dict[str, float]:
         """The losses' means since the last line of the log, these values and the speed, where a line is due."""
@@ -291,11 +276,10 @@ class Session:
     def note_best(self, values: dict[str, float]) -> bool:
         """Remember this step if it is the best so far: by the distance of samples where that is measured, else by the loss on
         held-out images. Gives whether its checkpoint is to be kept."""
-        quality = self.cfg.quality
-        name, measured = "held_out_loss", ""
+        name, measured, quality = "held_out_loss", "", self.cfg.quality
         if quality is not None:
             name, measured = "frechet_distance", f"{quality.num_samples} samples in {quality.features}"
-        if quality is None and not self.decides:
+        elif not self.decides:
             return False
         return name in values and self.note_if_best(name, values[name], measured) and keeps_best(self.cfg)
 
@@ -316,17 +300,13 @@ class Session:
         """Write a checkpoint where one is due or to `keep`, or where a stop or the clock asks for it; gives whether it did.
         `more_progress` goes into its progress.json. Before it, write the snapshot for post-hoc averages, where that is due."""
         if self.is_due("snapshot"):
-            self._save_snapshot()
-        if not (keep or self.is_due("save") or self.gate.save or self.gate.stop):
+            averages, progress = self.train_state.averages(keep=self.run.writes), {"step": self.step}
+            progress["images"] = self.batch_plan.images_at(self.step)
+            self._write(step_folder(self.run.path / "ema", self.step), averages, self._documents(progress))
+        is_wanted = keep or self.is_due("save") or self.gate.save or self.gate.stop
+        if not is_wanted or self.gate.skipped_in_a_row:  # a run gone bad must not rotate out good ones
             return False
         self.clock.enter("saving a checkpoint")
-        saved = self._save(more_progress)
-        self.clock.leave()
-        return saved
-
-    def _save(self, more_progress: dict[str, Any]) -> bool:
-        if self.gate.skipped_in_a_row:  # a run gone bad must not rotate out good ones
-            return False
         state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more_progress}
         if self._origins:
             state["continued"] = self._origins
@@ -335,21 +315,20 @@ class Session:
         tensors = self.train_state.tensors(keep=self.run.writes)
         if self.run.writes:
             uploads = self.run_mode.uploads
-            pinned = uploads.pinned if uploads is not None else set[int]()
-            self.run.save(tensors, self.documents(state), self.cfg.checkpoint, pinned)
+            pinned = uploads.pinned if uploads is not None else ()
+            self.run.save(tensors, self._documents(state), self.cfg.checkpoint, pinned)
             if uploads is not None:
                 uploads.wake(self.step)
         self.gate.saved(self.step)
+        self.clock.leave()
         return True
 
-    def _save_snapshot(self) -> None:
-        averages = self.train_state.averages(keep=self.run.writes)
-        if self.run.writes:
-            progress = {"step": self.step, "images": self.batch_plan.images_at(self.step)}
-            checkpoint.write_folder(step_folder(self.run.path / "ema", self.step), averages, self.documents(progress))
-
-    def documents(self, progress: dict[str, Any]) -> dict[str, Any]:
+    def _documents(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {"progress": progress, "config": dump(self.cfg), "data": self.facts}
+
+    def _write(self, folder: Path, tensors: Tensors, documents: Documents) -> None:
+        if self.run.writes:
+            checkpoint.write_folder(folder, tensors, documents)
 
     def export(self, folder: Path, name: str) -> None:
         """The EMA weights of now, with their config, as one `.pt` file."""
@@ -361,29 +340,28 @@ class Session:
 
     def end_stopped(self) -> int:
         """The last words of a run that is left before its end: 1 where a stop was asked for, 0 where `stop_at` is reached."""
-        saved = self.gate.saved_step
-        there = f"the last checkpoint is of step {saved}" if saved is not None else "there is no checkpoint yet"
-        further = ", from which the same command goes on" if saved is not None else ": the same command starts anew"
+        place, saved = f"stopped at step {self.step}", self.gate.saved_step
+        why = "whose gradients were not finite, so it was not saved" if self.gate.stop else "as it was asked to"
+        message = f"{place}, {why}; there is no checkpoint yet: the same command starts anew"
         if saved == self.step:
-            message = f"stopped at step {self.step} and saved; to go on, run the same command again"
-        elif not self.gate.stop:
-            message = f"stopped at step {self.step}, as it was asked to; {there}{further}"
-        else:  # a step whose gradients are not finite is not saved
-            message = f"stopped at step {self.step}, whose gradients were not finite, so it was not saved; {there}{further}"
-        return self._end_run("stopped", message, 1 if self.gate.stop else 0)
+            message = f"{place} and saved; to go on, run the same command again"
+        elif saved is not None:
+            message = f"{place}, {why}; the last checkpoint is of step {saved}, from which the same command goes on"
+        self._close("stopped", message)
+        return 1 if self.gate.stop else 0
 
     def write_final(self, *, progress: dict[str, Any] | None = None, files: tuple[Tensors, Documents] = ({}, {})) -> None:
         """Leave `final/` (`progress` beside the step, and more `files`): before anything that is only to be looked at."""
         weights = self.train_state.weights(keep=self.run.writes)
-        if self.run.writes:
-            documents = {**self.documents({"step": self.step, **(progress or {})}), **files[1]}
-            checkpoint.write_folder(self.run.final, {"ema": weights, **files[0]}, documents)
+        documents = self._documents({"step": self.step, **(progress or {})})
+        self._write(self.run.final, {"ema": weights, **files[0]}, {**documents, **files[1]})
 
     def end_finished(self, message: str, curves: dict[str, list[str]]) -> int:
         """Leave loss.png with panels of `curves`, and a last word; `final/` is there."""
         if self.run.writes:
             self.run.draw_curves(curves)
-        return self._end_run("finished", message, 0)
+        self._close("finished", message)
+        return 0
 
     def roll_back(self, step: int | None, **progress: Any) -> int:
         """Make the checkpoint of `step`, with this in its progress, the newest, and give everything up; gives RESTART, or 1
@@ -395,19 +373,19 @@ class Session:
                 self.run_mode.uploads.say = print  # until the run is open again
         if self.gate.stop:
             self.run.say("stopped after going back; to go on, run the same command again")
-        self._close(self.run.close)
+        self._close()
         return 1 if self.gate.stop else RESTART
 
-    def _end_run(self, state: str, message: str, status: int) -> int:
-        self._close(lambda: self.run.finish(state, self.step, self.total_steps, message))
-        return status
-
-    def _close(self, close_run: Callable[[], None]) -> None:
-        """Give everything up, in processes that may train again."""
+    def _close(self, state: str | None = None, message: str = "") -> None:
+        """Give everything up, in processes that may train again; of a run that ends, in this `state` and with this message."""
         self.clock.close()
         if self.heart is not None:
             self.heart.close()
-        close_run()
+        if state is not None:
+            self.run.write_status(state, self.step, self.total_steps)
+            self.run.say(message)
+            self.run.report(now=True)
+        self.run.close()
         finish_trackers(self.accelerator, self.run.warn)
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()

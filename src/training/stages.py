@@ -1,13 +1,13 @@
-"""The stages of the autoencoder: what each trains on, and where in the run it lies."""
+"""The stages of the autoencoder: what each trains on, where in the run it lies, and the guard that watches its adversary."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
-from ..config import Length, Span, UserError, config, resumable_field, to_steps
+from ..config import Length, Span, UserError, config, prefix_errors, resumable_field, to_steps
 from ..data import ImageConfig
 from ..models import DiscriminatorConfig, VAEConfig
 from ..runtime.stream import BatchPlan, plan_batch
@@ -81,13 +81,13 @@ class Stage:
 
     def rate(self, spec: OptimizerConfig) -> Callable[[int], float]:
         """step of the run -> the autoencoder's learning rate: the schedule starts anew in each stage."""
-        stage_spec = replace(spec, lr=self.config.lr or spec.lr, schedule=self.config.schedule or spec.schedule)
-        at = learning_rate(stage_spec, self.end - self.first, self.resolve)
-        return lambda step: at(step - self.first)
+        return self._rate_from(self.first, replace(spec, lr=self.config.lr or spec.lr))
 
     def adversary_rate(self, spec: OptimizerConfig) -> Callable[[int], float]:
         """The same of the discriminator, whose schedule starts where it does."""
-        first = self.adversary_from if self.adversary_from is not None else self.first
+        return self._rate_from(self.first if self.adversary_from is None else self.adversary_from, spec)
+
+    def _rate_from(self, first: int, spec: OptimizerConfig) -> Callable[[int], float]:
         at = learning_rate(replace(spec, schedule=self.config.schedule or spec.schedule), self.end - first, self.resolve)
         return lambda step: at(step - first)
 
@@ -98,16 +98,15 @@ class Stage:
 
     def describe(self, stages: int) -> str:
         """stage 2 of 4: steps 100 to 200, 256 px, l1 + 0.0001 KL + ..."""
-        stage_cfg = self.config
-        terms = [stage_cfg.reconstruction, f"{stage_cfg.kl_weight:g} KL"]
-        if stage_cfg.perceptual is not None:
-            terms.append(f"{stage_cfg.perceptual.weight:g} perceptual")
-        if stage_cfg.adversarial is not None:
-            adaptive = " adaptive" if stage_cfg.adversarial.adaptive else ""
-            terms.append(f"{stage_cfg.adversarial.weight:g}{adaptive} adversarial from step {self.adversary_from}")
-        bounded = ", tanh" if stage_cfg.tanh else ""
-        where = f"stage {self.number} of {stages}: steps {self.first} to {self.end}, {self.image.size} px"
-        return f"{where}, {' + '.join(terms)}{bounded}; "
+        perceptual, adversarial = self.config.perceptual, self.config.adversarial
+        terms = f"{self.config.reconstruction} + {self.config.kl_weight:g} KL"
+        if perceptual is not None:
+            terms += f" + {perceptual.weight:g} perceptual"
+        if adversarial is not None:
+            adaptive = " adaptive" if adversarial.adaptive else ""
+            terms += f" + {adversarial.weight:g}{adaptive} adversarial from step {self.adversary_from}"
+        place = f"stage {self.number} of {stages}: steps {self.first} to {self.end}, {self.image.size} px"
+        return f"{place}, {terms}{', tanh' if self.config.tanh else ''}; "
 
 
 def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) -> list[Stage]:
@@ -116,63 +115,59 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
     A UserError says which does not fit: an image that the autoencoder cannot reduce or the discriminator not judge, an
     adversary that would start after its stage's end, a codebook larger than the data.
     """
-    factor = cfg.model.factor
     planned: list[Stage] = []
     step = images = 0
     for i, stage_cfg in enumerate(cfg.stages):
-        where = f"stages.{i}"
-        size = stage_cfg.image_size or cfg.image.size
-        if size % factor:
-            raise UserError(
-                f"{where}: images of {size} px cannot be reduced {factor} times; use {-(-size // factor) * factor} px, or "
-                "fewer model.widths"
-            )
-        if stage_cfg.adversarial is not None and size < cfg.discriminator.smallest_image:
-            raise UserError(
-                f"{where}: images of {size} px leave the discriminator no patch; use {cfg.discriminator.smallest_image} px "
-                "or more, or fewer discriminator.layers"
-            )
-        bottleneck, vectors = cfg.model.bottleneck, num_images * (size // factor) ** 2
-        if bottleneck.kind == "vq" and bottleneck.codes > vectors:
-            raise UserError(
-                f"model.bottleneck.codes: {bottleneck.codes} codes are more than the {vectors} latent vectors of {num_images} "
-                f"images at {size} px; use fewer"
-            )
-        batch = stage_cfg.batch_size or cfg.batch_size
+        batch, size = stage_cfg.batch_size or cfg.batch_size, stage_cfg.image_size or cfg.image.size
+        _check_size(cfg, stage_cfg, f"stages.{i}", size, num_images)
         resolve = partial(to_steps, batch_size=batch, num_images=num_images)
-        steps = resolve(stage_cfg.steps)
-        start = None
+        steps, adversary_from = resolve(stage_cfg.steps), None
         if stage_cfg.adversarial is not None:
             start = resolve(stage_cfg.adversarial.start_step) if stage_cfg.adversarial.start_step is not None else 0
             if start >= steps:
                 raise UserError(
-                    f"{where}.adversarial.start_step is {start} and the stage has {steps} steps; start it earlier, or leave "
+                    f"stages.{i}.adversarial.start_step is {start} and the stage has {steps} steps; start it earlier, or leave "
                     "adversarial out"
                 )
+            adversary_from = step + start
         micro = stage_cfg.micro_batch_size or (cfg.micro_batch_size if stage_cfg.batch_size is None else None)
-        try:
-            batch_plan = plan_batch(batch, micro, rank=rank, world=world)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        planned.append(
-            Stage(
-                config=stage_cfg,
-                number=i + 1,
-                first=step,
-                end=step + steps,
-                adversary_from=step + start if start is not None else None,
-                image=replace(cfg.image, size=size),
-                batch_plan=batch_plan._replace(first_step=step, images_before=images),
-                resolve=resolve,
-            )
-        )
-        step, images = step + steps, images + steps * batch
+        with prefix_errors(f"stages.{i}"):
+            batch_plan = plan_batch(batch, micro, rank=rank, world=world)._replace(first_step=step, images_before=images)
+        image, end = replace(cfg.image, size=size), step + steps
+        planned.append(Stage(stage_cfg, i + 1, step, end, adversary_from, image, batch_plan, resolve))
+        step, images = end, images + steps * batch
     return planned
 
 
-def stage_warnings(stages: Sequence[StageConfig], *, from_scratch: bool, model: VAEConfig | None = None) -> list[str]:
+def _check_size(cfg: StagedConfig, stage_cfg: StageConfig, where: str, size: int, num_images: int) -> None:
+    factor, smallest, bottleneck = cfg.model.factor, cfg.discriminator.smallest_image, cfg.model.bottleneck
+    if size % factor:
+        raise UserError(
+            f"{where}: images of {size} px cannot be reduced {factor} times; use {-(-size // factor) * factor} px, or fewer "
+            "model.widths"
+        )
+    if stage_cfg.adversarial is not None and size < smallest:
+        raise UserError(
+            f"{where}: images of {size} px leave the discriminator no patch; use {smallest} px or more, or fewer "
+            "discriminator.layers"
+        )
+    vectors = num_images * (size // factor) ** 2
+    if bottleneck.kind == "vq" and bottleneck.codes > vectors:
+        raise UserError(
+            f"model.bottleneck.codes: {bottleneck.codes} codes are more than the {vectors} latent vectors of {num_images} "
+            f"images at {size} px; use fewer"
+        )
+
+
+def stage_warnings(stages: Sequence[StageConfig], model: VAEConfig, *, from_scratch: bool) -> list[str]:
     """What is allowed and seldom wanted, in the stages and in the autoencoder."""
-    lines, tanh = _resampling(model) if model is not None else [], False
+    lines, tanh, ways = list[str](), False, {"downsample": model.downsample, "upsample": model.upsample}
+    legacy = [f"model.{key} {value}" for key, value in ways.items() if value in ("conv", "transposed")]
+    if legacy and len(model.widths) > 1:
+        lines.append(
+            f"{' and '.join(legacy)} leave{'s' * (len(legacy) == 1)} checkerboards in images or gradients (Odena et al. 2016, "
+            "distill.pub/2016/deconv-checkerboard); average and nearest do not"
+        )
     for i, stage in enumerate(stages):
         tanh |= stage.tanh
         if stage.perceptual is not None and not tanh:
@@ -182,17 +177,78 @@ def stage_warnings(stages: Sequence[StageConfig], *, from_scratch: bool, model: 
     return lines
 
 
-def _resampling(model: VAEConfig) -> list[str]:
-    """What is to be said of how the autoencoder resamples."""
-    legacy = [
-        f"model.{key} {value}"
-        for key, value in (("downsample", model.downsample), ("upsample", model.upsample))
-        if value in ("conv", "transposed") and len(model.widths) > 1
-    ]
-    if not legacy:
-        return []
-    verb = "leaves" if len(legacy) == 1 else "leave"
-    return [
-        f"{' and '.join(legacy)} {verb} checkerboards in images or gradients (Odena et al. 2016, "
-        "distill.pub/2016/deconv-checkerboard); average and nearest do not"
-    ]
+@config
+class GuardConfig:
+    """In adversarial stages: when held-out reconstruction is worse than the stage's best by `worse_factor`, say so; with
+    `rollback` go back to the checkpoint before, with the adversary's weight times `shrink`, at most `max_rollbacks` times."""
+
+    worse_factor: float = pydantic.Field(1.5, gt=1)
+    rollback: bool = False
+    shrink: float = pydantic.Field(0.25, gt=0, lt=1)
+    max_rollbacks: int = pydantic.Field(3, ge=1)
+
+
+@dataclass
+class Guard:
+    """Watches one run: the stage's best reconstruction so far, its start included, the last healthy step, the rollbacks; and
+    the step of the last checkpoint before the stage's adversary began, where a rollback goes when no step was healthy.
+
+    All of it is in the checkpoint; `rollbacks` enters every seed and the adversary's weight.
+    """
+
+    stage: int = 0
+    best: float = float("inf")
+    healthy_step: int | None = None
+    rollbacks: int = 0
+    before_step: int | None = None
+
+    def saved(self) -> dict[str, Any]:
+        return {**asdict(self), "best": self.best if self.best < float("inf") else None}
+
+    @classmethod
+    def load(cls, saved: dict[str, Any] | None) -> "Guard":
+        return cls(**{key: value for key, value in (saved or {}).items() if key != "best" or value is not None})
+
+    def enter_stage(self, stage: int) -> bool:
+        """Begin a stage; gives whether it is new, so that its start must be measured."""
+        is_new = stage != self.stage
+        if is_new:
+            self.stage, self.best, self.healthy_step, self.before_step = stage, float("inf"), None, None
+        return is_new
+
+    def saved_before(self, step: int) -> None:
+        """There is a checkpoint of `step`, and the stage's adversary has not begun there."""
+        self.before_step = step or None  # nothing is saved at step 0
+
+    @property
+    def back_to(self) -> int | None:
+        """The step that a rollback goes to, or None where there is none."""
+        return self.healthy_step if self.healthy_step is not None else self.before_step
+
+    def watch(self, spec: GuardConfig, step: int, value: float, *, adversary: bool = True) -> bool:
+        """Whether the held-out reconstruction loss `value` is one to go on from; remembers the best and the step. A stage may
+        begin with a dip (a higher learning rate, fresh moments): before its `adversary` has begun this is no fault of it, and
+        the best is counted from there."""
+        if not adversary and value > spec.worse_factor * self.best:
+            self.best = value
+        healthy = value <= spec.worse_factor * self.best  # False for NaN
+        if healthy:
+            self.best, self.healthy_step = min(self.best, value), step or None  # nothing is saved at step 0
+        return healthy
+
+    def explain(self, spec: GuardConfig, step: int, value: float, values: dict[str, float]) -> str:
+        state = f"step {step}: held-out reconstruction is {value:.4g}, {value / self.best:.2f} times the stage's best"
+        for name in ("discriminator_accuracy", "adaptive_weight"):
+            if name in values:
+                state += f", {name.replace('_', ' ')} {values[name]:.3g}"
+        if not spec.rollback:
+            return f"{state}: the adversary is too strong; lower its weight, or set guard.rollback"
+        if self.rollbacks >= spec.max_rollbacks:
+            return f"{state}: rolled back {self.rollbacks} times already (guard.max_rollbacks), so the run goes on as it is"
+        if self.back_to is None:
+            return f"{state}: there is no checkpoint of this stage from before it, so the run goes on as it is"
+        weight = spec.shrink ** (self.rollbacks + 1)
+        return f"{state}: going back to step {self.back_to}, with {weight:g} times the adversary's weight"
+
+    def rolls_back(self, spec: GuardConfig) -> bool:
+        return spec.rollback and self.rollbacks < spec.max_rollbacks and self.back_to is not None

@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..config import UserError
 from ..runtime import checkpoint
 from ..runtime.sharding import on_cpu
 from .ema import EMA
-from .optimizer import load_optimizer_state, names_of, optimizer_state
-from .time_sampler import TimeSampler
+from .optimizer import Muon, load_optimizer_state, optimizer_state
+from .step_noise import TimeSampler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class TrainState:
@@ -26,7 +30,7 @@ class TrainState:
         adversary: tuple[nn.Module, torch.optim.Optimizer] | None = None,
         times: TimeSampler | None = None,
     ) -> None:
-        self.network, self.ema, self._times = network, ema, times
+        self.network, self.ema, self._times = network, ema, times if times is not None and times.learns else None
         self._pairs = {("model", "optimizer"): (network, optimizer)}
         if adversary is not None:
             self._pairs["discriminator", "discriminator_optimizer"] = adversary
@@ -44,9 +48,8 @@ class TrainState:
         state = {name: on_cpu(network.state_dict(), keep=keep) for name, network in self.ema.networks.items()}
         for (name, moments), (network, optimizer) in self._pairs.items():
             state[name] = on_cpu(network.state_dict(), keep=keep)
-            state[moments] = optimizer_state(optimizer, names_of(network), keep=keep)
-        learned = self._times.tensors() if self._times is not None else {}
-        return state | ({"times": learned} if learned else {})
+            state[moments] = optimizer_state(optimizer, network, keep=keep)
+        return state if self._times is None else {**state, "times": self._times.tensors()}
 
     def averages(self, *, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """What a snapshot holds for post-hoc averages, in half precision, likewise."""
@@ -55,20 +58,53 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Put a checkpoint's tensors back; one of another architecture is a UserError."""
-        for name, network in self.ema.networks.items():
+        networks = self.ema.networks | {name: network for (name, _), (network, _) in self._pairs.items()}
+        for name, network in networks.items():
             checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
-        for (name, moments), (network, optimizer) in self._pairs.items():
-            checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
-            load_optimizer_state(optimizer, names_of(network), checkpoint.read_tensors(folder, moments))
-        if self._times is not None and self._times.tensors():
+        for (_, moments), (network, optimizer) in self._pairs.items():
+            load_optimizer_state(optimizer, network, checkpoint.read_tensors(folder, moments))
+        if self._times is not None:
             self._times.load(checkpoint.read_tensors(folder, "times", finite=False))  # it passes over losses that are not
+
+
+def prepare(
+    accelerator: "Accelerator", network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA
+) -> tuple[nn.Module, Any]:
+    """accelerate's `prepare` of a network and its optimiser. With FSDP these and the EMA, whole until now, are cut in place,
+    and each process goes on with its part; from then on all of them call what runs the networks or gathers tensors."""
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(network, optimizer)
+    if isinstance(optimizer, Muon):
+        raise UserError(
+            "optimizer.muon needs whole matrices, and FSDP cuts them: set optimizer.muon to null, or launch without"
+        )
+    blocks = getattr(network, "fsdp_blocks", ())
+    if not blocks:
+        raise UserError(
+            f"FSDP cuts a network block by block, and {type(network).__name__} names none in fsdp_blocks; launch without FSDP"
+        )
+    assert accelerator.state.fsdp_plugin is not None
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
+    moments = optimizer_state(optimizer, network)
+    optimizer.state.clear()  # accelerate moves the optimiser's parameters to the parts, and leaves the moments behind
+    for module in (network, *ema.networks.values()):  # FSDP cuts rows, and takes no channels_last
+        module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    if accelerator.native_amp:
+        from accelerate.utils import convert_outputs_to_fp32
+
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        network.forward = convert_outputs_to_fp32(autocast(network.forward))
+    model, prepared = accelerator.prepare(network, optimizer)
+    load_optimizer_state(optimizer, network, moments)
+    ema.shard_as(network)
+    return model, prepared
 
 
 class Meter:
     """The means of named losses over a stretch of steps. They stay on the device until they are read; what is not finite is
     not counted."""
 
-    def __init__(self, accelerator: Accelerator, saved: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    def __init__(self, accelerator: "Accelerator", saved: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self._accelerator = accelerator
         self._sums: dict[str, Tensor] = {}
         for name, sums in (saved or {}).items():
@@ -86,8 +122,7 @@ class Meter:
         """What a checkpoint keeps of it, all ranks together."""
         if not self._sums:
             return {}
-        summed = self._accelerator.reduce(torch.stack(list(self._sums.values())))
-        assert isinstance(summed, Tensor)
+        summed: Any = self._accelerator.reduce(torch.stack(list(self._sums.values())))
         return {name: {"sum": total, "count": count} for name, (total, count) in zip(self._sums, summed.tolist(), strict=True)}
 
     def read(self) -> dict[str, float]:

@@ -1,14 +1,116 @@
-"""All random tensors of a diffusion step, drawn for the whole batch: each process takes its slice."""
+"""What a diffusion step draws for its whole batch: times, noise, and whose labels are dropped. Each process takes its slice."""
 
+from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import UserError
+from ..diffusion import Process, TableSchedule
+from ..diffusion.weightings import LogitNormalTimes, SecondMomentTimes, UniformTimes
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan
-from .time_sampler import TimeSampler
+from .config import StepsConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LAG = 2  # steps until a loss enters the history, so that no step waits for the device
+
+
+class TimeSampler:
+    """Draws the times of a step, and weighs its losses for how often their times are drawn. What it has learned from them is
+    the same on all ranks, and belongs into the checkpoint; `learns` says whether there is anything."""
+
+    def __init__(self, spec: UniformTimes | LogitNormalTimes | SecondMomentTimes, process: Process) -> None:
+        self.spec, self.process = spec, process
+        self.learns = isinstance(spec, SecondMomentTimes)
+        if isinstance(spec, SecondMomentTimes):
+            if not isinstance(process.schedule, TableSchedule):
+                raise UserError("times.kind 'second_moment' keeps a history for each entry of a table; the blend has none")
+            self._history = np.zeros((process.schedule.num_steps, spec.history))
+            self._counts = np.zeros(process.schedule.num_steps, dtype=np.int64)
+        self._t = self._weights = torch.empty(0, dtype=torch.float64)
+        self._losses: list[Tensor] = []
+        self._pending: deque[tuple[Tensor, Tensor, Any]] = deque()  # times, losses, and the event when these have arrived
+
+    def probabilities(self) -> np.ndarray | None:
+        """(T,): how likely each entry is drawn; None while all are alike."""
+        if not isinstance(self.spec, SecondMomentTimes) or (self._counts < self.spec.history).any():
+            return None
+        roots = np.sqrt(np.mean(self._history**2, axis=1))
+        share, total = self.spec.uniform_share, roots.sum()
+        return (1 - share) * roots / total + share / len(roots) if total > 0 else None
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """The times (B,) of the next step, from numbers in [0, 1)."""
+        while len(self._pending) >= LAG:
+            self._learn(*self._pending.popleft())
+        chances = self.probabilities()
+        self._weights = torch.ones_like(uniform)
+        if chances is not None:
+            above = np.cumsum(chances)
+            entries = np.minimum(np.searchsorted(above / above[-1], uniform.numpy(), side="right"), len(chances) - 1)
+            self._t = torch.from_numpy(entries).double()
+            self._weights = torch.from_numpy(1 / (len(chances) * chances[entries]))
+            return self._t
+        if isinstance(self.spec, LogitNormalTimes):
+            standard_normal = torch.special.ndtri(uniform.clamp(min=1e-12))
+            uniform = torch.sigmoid(self.spec.mean + self.spec.std * standard_normal).clamp(max=1 - 1e-12)
+        self._t = self.process.draw_times(uniform)
+        return self._t
+
+    def weigh(self, losses: Tensor, local_slice: slice) -> Tensor:
+        """The losses (b,) of the samples that are this slice of the batch, weighted for how often their times are drawn."""
+        if not self.learns:
+            return losses
+        self._losses.append(losses.detach())
+        return losses * self._weights[local_slice].to(losses.device, losses.dtype, non_blocking=True)
+
+    def observe(self, accelerator: "Accelerator") -> None:
+        """After the last micro-batch of a step, on all ranks: keep what its losses were. They count `LAG` steps later."""
+        if not self.learns:
+            return
+        losses = accelerator.gather(torch.cat(self._losses))  # ranks hold slices of the batch, in their order
+        assert isinstance(losses, Tensor)
+        self._losses, event = [], None
+        if losses.is_cuda:
+            host = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
+            host.copy_(losses, non_blocking=True)
+            losses, event = host, torch.cuda.Event()
+            event.record()
+        self._pending.append((self._t, losses, event))
+
+    def _learn(self, t: Tensor, losses: Tensor, event: Any) -> None:
+        if event is not None:
+            event.synchronize()
+        size = self._history.shape[1]
+        for entry, loss in zip(t.long().tolist(), losses.double().tolist(), strict=True):
+            if not np.isfinite(loss):
+                continue
+            if self._counts[entry] == size:
+                self._history[entry] = np.roll(self._history[entry], -1)
+            self._counts[entry] = min(self._counts[entry] + 1, size)
+            self._history[entry, self._counts[entry] - 1] = loss
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of what is learned."""
+        learned = {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
+        for i, (t, losses, event) in enumerate(self._pending):
+            if event is not None:
+                event.synchronize()
+            learned |= {f"pending.{i}.t": t.clone(), f"pending.{i}.losses": losses.cpu().clone()}
+        return learned
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what a checkpoint kept."""
+        self._history, self._counts = tensors["history"].numpy().copy(), tensors["counts"].numpy().copy()
+        count = sum(name.endswith(".t") for name in tensors)
+        self._pending = deque((tensors[f"pending.{i}.t"], tensors[f"pending.{i}.losses"], None) for i in range(count))
 
 
 class StepNoise:
@@ -16,27 +118,17 @@ class StepNoise:
     `times` has learned."""
 
     def __init__(
-        self,
-        times: TimeSampler,
-        batch_plan: BatchPlan,
-        shape: Sequence[int],
-        *,
-        seed: int,
-        step: int,
-        label_dropout: float,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, cfg: StepsConfig, times: TimeSampler, batch_plan: BatchPlan, shape: Sequence[int], step: int, device: torch.device
     ) -> None:
-        rng = generator(seed, "step", step)
+        rng = generator(cfg.seed, "step", step)
         self.t = times.draw(uniforms(rng, batch_plan.batch))
-        self.dropped = uniforms(rng, batch_plan.batch) < label_dropout
-        self._noise = ((batch_plan.batch, *shape), seed, "noise", step)
-        self._on = {"device": device, "dtype": dtype}
+        self.dropped = uniforms(rng, batch_plan.batch) < getattr(cfg, "label_dropout", 0.0)  # a classifier needs its labels
+        self._cfg, self._shape, self._step, self._device = cfg, (batch_plan.batch, *shape), step, device
 
     @cached_property
     def eps(self) -> Tensor:
-        shape, *words = self._noise
-        return normal(shape, *words, **self._on)
+        dtype = getattr(torch, self._cfg.dtype)
+        return normal(self._shape, self._cfg.seed, "noise", self._step, device=self._device, dtype=dtype)
 
     def condition(self, labels: Tensor, local_slice: slice, num_classes: int | None) -> dict[str, Tensor]:
         """The labels (b,) of the micro-batch that is this slice of the batch; the null class where they are dropped or where
@@ -44,5 +136,4 @@ class StepNoise:
         if num_classes is None:
             return {}
         null = self.dropped[local_slice] | (labels < 0)
-        labels = torch.where(null, num_classes, labels)
-        return {"labels": labels.to(self._on["device"], non_blocking=True)}
+        return {"labels": torch.where(null, num_classes, labels).to(self._device, non_blocking=True)}

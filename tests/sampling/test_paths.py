@@ -14,7 +14,7 @@ from src.runtime.stream import Examples
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.inversion import measure
 from src.sampling.points import move_points, velocity
-from src.training.paths import PathLength, save_first_blends
+from src.training.preview import PathLength, save_first_blends
 from tests.conftest import randomise
 
 BLEND = Process(schedule=BlendSchedule(), target="blend", time_input=TimeInput(kind="alpha"))

@@ -15,6 +15,7 @@ from src.config import validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
 from src.diffusion import ProcessConfig, build_process
+from src.runtime.failures import warn_on_failure, warn_on_stderr
 from src.runtime.stream import image_examples, plan_batch
 from src.sampling import Sampler, SamplerConfig
 from src.training.config import PreviewConfig
@@ -38,18 +39,9 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
     """For eps the target's mean square is 1, however the pictures are batched."""
     shapes = open_sources(ShapesSource(source="shapes", count=300, size=8))
     process = process_of("linear", "eps")
-    losses = [
-        held_out_loss(
-            Zero(),
-            process,
-            image_examples(shapes, ImageConfig(size=8)),
-            size,
-            4,
-            Accelerator(cpu=True),
-            most=200,
-        )
-        for size in (50, 200)
-    ]
+    sampler = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=4, clip_x0=None)
+    examples = image_examples(shapes, ImageConfig(size=8))
+    losses = [held_out_loss(sampler, examples, size, Accelerator(cpu=True)) for size in (50, 200)]
     assert [loss["held_out_loss"] for loss in losses] == pytest.approx([1, 1], abs=0.03)
     levels = [f"held_out_loss_{i}" for i in range(10)]
     assert [losses[0][level] for level in levels] == pytest.approx([losses[1][level] for level in levels]) and losses[
@@ -63,8 +55,9 @@ def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
 def session_in(folder: Path, step: int) -> Any:
     """What a preview sees of a session."""
     batch_plan = plan_batch(4, None, rank=0, world=1)
-    run, clock = SimpleNamespace(samples=folder), SimpleNamespace(enter=lambda _: None)
-    return SimpleNamespace(run=run, step=step, accelerator=Accelerator(cpu=True), batch_plan=batch_plan, clock=clock)
+    run, clock = SimpleNamespace(samples=folder, warn=warn_on_stderr), SimpleNamespace(enter=lambda _: None)
+    around = {"accelerator": Accelerator(cpu=True), "drawing": warn_on_failure}
+    return SimpleNamespace(run=run, step=step, batch_plan=batch_plan, clock=clock, **around)
 
 
 def test_a_preview_is_a_sheet_with_labels(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from src.models import UNet, UNetConfig
 from src.runtime import checkpoint
 from src.runtime.sharding import full
 from src.training.ema import EMA, EMAConfig
-from src.training.optimizer import OptimizerConfig, adamw, build_optimizer, update
-from src.training.sharding import prepare
-from src.training.state import TrainState
+from src.training.optimizer import OptimizerConfig, build_optimizer, update
+from src.training.state import TrainState, prepare
 from tests.conftest import randomise
 from tests.training.test_training import Prepared
 
@@ -46,7 +45,7 @@ def train(network: UNet, sharded: bool) -> tuple[TrainState, Prepared]:
     ema = EMA(network, EMAConfig(snapshot_every=1))
     if sharded:
         shard(network, ema)
-    optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 1e-2}))
+    optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 1e-2}))
     return TrainState(network, optimizer, ema), Prepared(optimizer)
 
 

@@ -15,12 +15,10 @@ from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.runtime.checkpoint import spared_steps
 from src.runtime.stream import MicroBatch, plan_batch
-from src.training.adversary import AdaptiveWeight, Guard, GuardConfig, winner_warnings
-from src.training.codebook import CodebookStep
+from src.training.autoencoder_losses import AdaptiveWeight, CodebookStep, winner_warnings
 from src.training.optimizer import OptimizerConfig
-from src.training.stages import StageConfig, plan_stages, stage_warnings
-from src.training.step_noise import StepNoise
-from src.training.time_sampler import TimeSampler
+from src.training.stages import Guard, GuardConfig, StageConfig, plan_stages, stage_warnings
+from src.training.step_noise import StepNoise, TimeSampler
 
 
 def stages(*raw: dict[str, Any]) -> tuple[StageConfig, ...]:
@@ -65,10 +63,11 @@ def test_rates_start_anew_in_each_stage() -> None:
 
 
 def test_what_is_seldom_wanted_is_said() -> None:
-    warnings = stage_warnings(stages({"steps": 1, "tanh": True}, {"steps": 1, "perceptual": {}}), from_scratch=True)
+    model, perceptual = VAEConfig(), {"steps": 1, "perceptual": {}}
+    warnings = stage_warnings(stages({"steps": 1, "tanh": True}, perceptual), model, from_scratch=True)
     assert len(warnings) == 1 and "leaves blobs" in warnings[0], "tanh stays on, so the second stage is in order"
-    assert stage_warnings(stages({"steps": 1, "tanh": True}), from_scratch=False) == []
-    assert "perceptual without tanh" in stage_warnings(stages({"steps": 1, "perceptual": {}}), from_scratch=True)[0]
+    assert stage_warnings(stages({"steps": 1, "tanh": True}), model, from_scratch=False) == []
+    assert "perceptual without tanh" in stage_warnings(stages(perceptual), model, from_scratch=True)[0]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,7 @@ def test_what_is_seldom_wanted_is_said() -> None:
     ],
 )
 def test_checkerboards_are_warned_of(options: dict, warning: str | None) -> None:
-    warnings = stage_warnings(stages({"steps": 1}), from_scratch=True, model=validate(VAEConfig, options))
+    warnings = stage_warnings(stages({"steps": 1}), validate(VAEConfig, options), from_scratch=True)
     assert len(warnings) == (warning is not None)
     assert warning is None or (warning in warnings[0] and "Odena et al. 2016" in warnings[0])
 
@@ -180,9 +179,8 @@ def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
     split, times = plan_batch(64, 16, rank=0, world=2), TimeSampler(UniformTimes(), process)
 
     def draw(step: int, dropout: float = 0.25) -> StepNoise:
-        return StepNoise(
-            times, split, (1, 2, 2), seed=3, step=step, label_dropout=dropout, device=torch.device("cpu"), dtype=torch.float32
-        )
+        cfg: Any = SimpleNamespace(seed=3, label_dropout=dropout, dtype="float32")
+        return StepNoise(cfg, times, split, (1, 2, 2), step, torch.device("cpu"))
 
     one, same, other = draw(7), draw(7), draw(8)
     assert torch.equal(one.eps, same.eps) and torch.equal(one.t, same.t) and torch.equal(one.dropped, same.dropped)

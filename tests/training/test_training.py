@@ -22,6 +22,7 @@ from src.config import UserError, load, validate
 from src.data import ImageConfig, open_sources
 from src.data.facts import describe_data
 from src.data.sources import ShapesSource
+from src.report.report import read_lines
 from src.runtime import checkpoint
 from src.runtime.checkpoint import CheckpointConfig, load_weights, newest, retain, step_folder, verify_checkpoint, write_folder
 from src.runtime.failures import explain_out_of_memory
@@ -31,14 +32,12 @@ from src.runtime.seeds import generator, normal, torch_seed, uniforms
 from src.runtime.stopping import StepGate, StopRequest
 from src.runtime.stream import Order, plan_batch, stream, to_network
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
-from src.training.ema import EMA, WIDTHS, EMAConfig, Snapshot, exponent, post_hoc_weights
+from src.training.ema import EMA, WIDTHS, EMAConfig, exponent, post_hoc_weights
 from src.training.optimizer import (
     OptimizerConfig,
-    adamw,
     build_optimizer,
     learning_rate,
     load_optimizer_state,
-    names_of,
     optimizer_state,
     orthogonal,
     update,
@@ -121,7 +120,7 @@ class Prepared:
 
 def network_and_optimizer() -> tuple[nn.Module, torch.optim.AdamW]:
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-    return network, adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1, "weight_decay": 0.1}))
+    return network, build_optimizer(network, validate(OptimizerConfig, {"lr": 0.1, "weight_decay": 0.1}))
 
 
 def take_step(network: nn.Module, optimizer: torch.optim.Optimizer, spoil: float = 1.0) -> torch.Tensor:
@@ -174,7 +173,7 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
     others = [nn.Parameter(value.detach().clone()) for value in rest]
     starts = {i: network[i].weight.detach().flatten(1).clone() for i in (0, 2, 3)}  # pyright: ignore
     muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    adam, ours = adamw(others, spec), Prepared(build_optimizer(network, spec))
+    adam, ours = torch.optim.AdamW(others, lr=0.02, weight_decay=0.1, fused=True), Prepared(build_optimizer(network, spec))
     for _ in range(4):
         for one, parameter in zip([*theirs, *others], [*(network[i].weight for i in (0, 2, 3)), *rest], strict=True):
             parameter.grad = torch.randn_like(parameter)  # of full rank: where a singular value is nearly 0, rounding decides
@@ -188,14 +187,14 @@ def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest() -> None:
             apart = (network[i].weight.flatten(1) - one).norm() / (one - starts[i]).norm()
             assert apart < 0.1, apart  # both iterate in bfloat16, and round in another order
     before = [value.detach().clone() for value in network.parameters()]
-    momentum = {name: value.clone() for name, value in optimizer_state(ours.optimizer, names_of(network)).items()}
+    momentum = {name: value.clone() for name, value in optimizer_state(ours.optimizer, network).items()}
     network(torch.full((2, 16, 9, 9), float("nan"))).sum().backward()
     ours.optimizer.found_inf = torch.tensor(1.0)  # as on a GPU, which decides itself
     ours.optimizer.step()
     del ours.optimizer.found_inf
     update(ours, 0.02, torch.tensor(float("nan")))
     assert all(torch.equal(value, old) for value, old in zip(network.parameters(), before, strict=True))
-    after = optimizer_state(ours.optimizer, names_of(network))
+    after = optimizer_state(ours.optimizer, network)
     assert after.keys() == momentum.keys() and all(torch.equal(after[name], momentum[name]) for name in after)
     twin = copy.deepcopy(network)
     other = Prepared(build_optimizer(twin, spec))
@@ -228,13 +227,12 @@ def test_moments_come_back_in_the_memory_format_of_their_parameter() -> None:
     for resumed in (False, True):
         torch.manual_seed(0)
         network = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
-        names = {parameter: name for name, parameter in network.named_parameters()}
-        optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1}))
+        optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 0.1}))
         for step in range(4):
             if resumed and step == 2:
-                state = {name: value.contiguous() for name, value in optimizer_state(optimizer, names).items()}
-                optimizer = adamw(network.parameters(), validate(OptimizerConfig, {"lr": 0.1}))
-                load_optimizer_state(optimizer, names, state)
+                state = {name: value.contiguous() for name, value in optimizer_state(optimizer, network).items()}
+                optimizer = build_optimizer(network, validate(OptimizerConfig, {"lr": 0.1}))
+                load_optimizer_state(optimizer, network, state)
             x = torch.arange(3 * 25, dtype=torch.float32).reshape(1, 3, 5, 5).sin() * (step + 1)
             network(x).square().sum().backward()
             update(Prepared(optimizer), 0.1, torch.tensor(1.0))
@@ -286,13 +284,13 @@ def test_post_hoc_averages_are_those_of_the_whole_path(tmp_path: Path) -> None:
             for width, name in zip(WIDTHS, ema.averages, strict=True):
                 average = float(ema.averages[name].weight)
                 assert average == pytest.approx(average_of(path[:step], width), abs=0.02)
-                snapshots.append((Snapshot(width, 8 * step), average))
+                snapshots.append(((width, 8 * step), average))
     shots, values = [shot for shot, _ in snapshots], np.array([value for _, value in snapshots])
     for width in (0.04, 0.05, 0.08, 0.1, 0.15):
         weights, missed = post_hoc_weights(shots, width)
         assert missed < 0.06 and weights @ values == pytest.approx(average_of(path, width), abs=0.02)
     weights, missed = post_hoc_weights(shots, 0.05)  # one that was kept
-    assert missed < 1e-3 and weights[shots.index(Snapshot(0.05, 16_000))] == pytest.approx(1, abs=1e-3)
+    assert missed < 1e-3 and weights[shots.index((0.05, 16_000))] == pytest.approx(1, abs=1e-3)
     assert abs(average_of(path, 0.04) - average_of(path, 0.15)) > 0.1  # so that they can be told apart
     assert post_hoc_weights(shots[:2], 0.2)[1] > 0.1  # a single snapshot cannot make a long one
 
@@ -317,13 +315,15 @@ def test_optimizer_state_goes_out_and_in(muon: dict | None) -> None:
     network = wide_network()
     optimizer = build_optimizer(network, spec)
     train_wide(network, optimizer, 3)
-    state, start_weights = optimizer_state(optimizer, names_of(network)), copy.deepcopy(network.state_dict())
-    assert {key.rpartition("/")[0] for key in state} == set(names_of(network).values()), "each parameter has moments"
+    state, start_weights = optimizer_state(optimizer, network), copy.deepcopy(network.state_dict())
+    assert {key.rpartition("/")[0] for key in state} == {name for name, _ in network.named_parameters()}, (
+        "each parameter has moments"
+    )
 
     def by_checkpoint(twin: nn.Module) -> torch.optim.Optimizer:
         fresh = build_optimizer(twin, spec)
-        load_optimizer_state(fresh, names_of(twin), state)
-        assert all(torch.equal(value, state[name]) for name, value in optimizer_state(fresh, names_of(twin)).items())
+        load_optimizer_state(fresh, twin, state)
+        assert all(torch.equal(value, state[name]) for name, value in optimizer_state(fresh, twin).items())
         return fresh
 
     def by_torch(twin: nn.Module) -> torch.optim.Optimizer:
@@ -349,19 +349,19 @@ def test_moments_that_do_not_fit_are_refused(muon: dict | None) -> None:
     spec, network = validate(OptimizerConfig, {"lr": 0.01, "muon": muon}), wide_network()
     optimizer = build_optimizer(network, spec)
     train_wide(network, optimizer, 1)
-    state = optimizer_state(optimizer, names_of(network))
+    state = optimizer_state(optimizer, network)
     other = validate(OptimizerConfig, {"lr": 0.01, "muon": {} if muon is None else None})
 
     def refused(changed: dict, message: str, spec: OptimizerConfig = spec) -> None:
         with pytest.raises(UserError, match=message):
-            load_optimizer_state(build_optimizer(network, spec), names_of(network), changed)
+            load_optimizer_state(build_optimizer(network, spec), network, changed)
 
     refused({key: value for key, value in state.items() if not key.startswith("3.weight/")}, "it lacks 3.weight/")
     refused({key: value for key, value in state.items() if not key.endswith("bias/exp_avg_sq")}, "it lacks 0.bias/exp_avg_sq")
     refused(state | {"5.weight/exp_avg": torch.zeros(2)}, "it has 5.weight/exp_avg in excess")
     refused(state | {"4.bias/exp_avg": torch.zeros(3)}, r"4.bias/exp_avg has the shape \(3,\) and not \(2,\)")
     refused(state, "it lacks 0.weight/.* in excess", other)
-    load_optimizer_state(build_optimizer(network, spec), names_of(network), {})  # before the first step there are none
+    load_optimizer_state(build_optimizer(network, spec), network, {})  # before the first step there are none
 
 
 # ---------------------------------------------------------------------------------------------- randomness and the stream
@@ -812,7 +812,7 @@ def test_metrics_are_cut_to_the_step(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, writes=True)
     run.begin(10, validate(OptimizerConfig, {"lr": 0.1}), facts, images, None)
     run.log(15, {"loss": 0.5})
-    assert [(line["step"], line["loss"]) for line in run.read_metrics()] == [(5, 0.2), (10, 0.1), (15, 0.5)]
+    assert [(line["step"], line["loss"]) for line in read_lines(tmp_path / "metrics.jsonl")] == [(5, 0.2), (10, 0.1), (15, 0.5)]
     run.draw_curves({"loss": ["loss", "absent"], "none": ["absent"]})
     run.close()
     assert (tmp_path / "loss.png").stat().st_size > 1000
