@@ -264,10 +264,10 @@ def test_a_bucket_gives_the_new_run_or_else_the_old_one(old: Path, monkeypatch: 
     starts = list[tuple[str, bool]]()
     monkeypatch.setattr(uploads, "bring_back", lambda url, run, cfg=None: starts.append((run.name, cfg is not None)))
     cfg = load(SMOKE, importlib.import_module(SCRIPT).Config, ["bucket=gs://xyz"])
-    assert uploads.bring(cfg, old.with_name("new"), trial=False, old=old) == []
+    uploads.bring(cfg, old.with_name("new"), old=old)
     assert starts == [("new", True), ("old", False)], "the old one may have another config"
     starts.clear()
-    uploads.bring(cfg, old, trial=False, old=old.with_name("before"))
+    uploads.bring(cfg, old, old=old.with_name("before"))
     assert starts == [("old", True)], "it has begun"
 
 

@@ -24,8 +24,7 @@ from ..runtime.checkpoint import newest, read_tensors, step_folder, verify_check
 from ..runtime.launch import MachineConfig, undetermined
 from ..runtime.processes import broadcast
 from ..training.config import TrainConfig
-from ..training.rehearsal import Train, call
-from ..training.run_mode import RunMode
+from ..training.run_mode import RunMode, Train, call
 from .health import Verdict
 from .shrunk import shrink, steps_of
 

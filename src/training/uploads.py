@@ -86,8 +86,7 @@ def bring_back(url: str, run_dir: Path, settings: Any = None) -> str | None:
             if newest_here is not None and newest_here.name >= step:
                 break
             pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
-            reason = verify_checkpoint(checkpoints / step)
-            if reason is not None:
+            if (reason := verify_checkpoint(checkpoints / step)) is not None:
                 damaged.append(step)
                 lines.append(f"passed over {step} of {bucket.url}/{place}: {reason}")
                 continue
@@ -133,20 +132,27 @@ def starts(cfg: Any, *, fresh: bool) -> dict[str, str]:
     return {key: name for key, name in named.items() if name is not None}
 
 
-def bring(cfg: Any, run_dir: Path, *, trial: bool, old: Path | None = None) -> list[str]:
-    """Pull what a launch needs from the bucket: the run itself (not for a trial), the `old` run that it goes on from where it
-    has not begun itself, and the runs below runs/ that it starts from. Gives lines about it."""
+def bring(cfg: Any, run_dir: Path, *, trial: bool = False, old: Path | None = None) -> None:
+    """Pull what a launch needs from its bucket, if it has one: the run itself (not for a trial), the `old` run that it goes on
+    from where it has not begun itself, and the runs below runs/ that it starts from. Prints lines about it."""
+    if cfg.bucket is None:
+        return
+    lines = list[str | None]()
     try:
-        lines = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
-        if old is not None and not any((run_dir / "checkpoints").glob("step_*")):
+        if not trial:
+            lines.append(bring_back(cfg.bucket, run_dir, cfg))
+        has_begun = any((run_dir / "checkpoints").glob("step_*"))
+        if old is not None and not has_begun:
             lines.append(bring_back(cfg.bucket, old))
     except Unreached as error:
         folder, _ = newest(run_dir / "checkpoints")
         otherwise = f"goes on from {folder}" if folder is not None else "starts anew, for no checkpoint of it is here"
         raise UserError(f"{error}; with --set bucket=null it does without the bucket, and {otherwise}") from None
-    fresh = trial or not any((run_dir / "checkpoints").glob("step_*"))
-    names = [name for name in starts(cfg, fresh=fresh).values() if Path(name).parts[:1] == ("runs",)]
-    return [line for line in [*lines, *(bring_run(cfg.bucket, name) for name in names)] if line is not None]
+    for name in starts(cfg, fresh=trial or not has_begun).values():
+        if Path(name).parts[:1] == ("runs",):
+            lines.append(bring_run(cfg.bucket, name))
+    for line in filter(None, lines):
+        print(line, flush=True)
 
 
 def weights_in(bucket: Bucket, name: str) -> Path | None:
