@@ -217,9 +217,11 @@ def test_stages_go_on(tmp_path: Path) -> None:
 
 
 def test_the_images_seen_by_stages() -> None:
-    settings = {"batch_size": 4, "stages": [{"steps": {"epochs": 1}, "batch_size": None}, {"steps": 3, "batch_size": 2}]}
-    assert [images_seen(settings, step, 10) for step in (0, 2, 3, 4, 6, 9)] == [0, 8, 12, 14, 18, 24]
-    assert images_seen({"batch_size": 4}, 5, 10) == 20
+    two = 'stages=[{"steps": {"epochs": 1}, "batch_size": null}, {"steps": 3, "batch_size": 2}]'
+    vae, small = importlib.import_module("train_vae").Config, ["batch_size=4", "micro_batch_size=null"]
+    cfg = load(ROOT / "configs/smoke/vae.json", vae, [two, *small])
+    assert [images_seen(cfg, step, 10) for step in (0, 2, 3, 4, 6, 9)] == [0, 8, 12, 14, 18, 24]
+    assert images_seen(load(SMOKE, importlib.import_module(SCRIPT).Config, small), 5, 10) == 20
 
 
 def test_another_batch_takes_the_next_images(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:

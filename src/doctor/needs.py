@@ -18,7 +18,7 @@ from ..storage.archives import size
 from ..training.dry_run import planned_stages
 from ..training.ema import WIDTHS
 from ..training.uploads import starts, weights_in
-from .health import Verdict, backbone_weights, efficientnet_weights, free_space, judge, shared_memory, within
+from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, verdict_on, within
 
 Check = Callable[[], Verdict]
 
@@ -26,8 +26,8 @@ Check = Callable[[], Verdict]
 def data(cfg: Any) -> Verdict:
     """The folders and files that its images come from; a run counts what is in them."""
     there, missing, elsewhere, settings = [], [], [], dump(cfg)
-    ends = [settings.get(key) or [] for key in ("data", "source")]
-    for source in [source for end in ends for source in (end if isinstance(end, list) else [end])]:
+    named = [settings.get(key) or [] for key in ("data", "source")]
+    for source in [source for value in named for source in (value if isinstance(value, list) else [value])]:
         path = source.get("path") or source.get("data_dir")
         if source["source"] == "datasets" and path is None:
             (there if Path(source["name"]).expanduser().is_dir() else elsewhere).append(source["name"])
@@ -79,7 +79,7 @@ def _in_bucket(url: str | None, name: str) -> bool:
 
     def look_up() -> Verdict:
         with open_bucket(str(url)) as bucket:
-            return judge(weights_in(bucket, Path(name).as_posix()) is not None, name, "")
+            return verdict_on(weights_in(bucket, Path(name).as_posix()) is not None, name, "")
 
     try:
         return url is not None and Path(name).parts[:1] == ("runs",) and within(30, look_up).status == "pass"

@@ -31,7 +31,7 @@ from ..training.rehearsal import rehearsal_config, short_stages
 from ..training.run_mode import RunMode, Train, call
 from ..training.stages import StagedConfig
 from ..training.verify_resume import compare_tensors
-from .health import Verdict, judge
+from .health import Verdict, verdict_on
 
 STEPS = 10
 BROKEN = "do not train on these devices together: try fewer (--processes), NCCL_P2P_DISABLE=1, another torch or driver"
@@ -111,7 +111,7 @@ class OwnScript:
         """Train to the last step in the run directory `name` on all processes: weights, moments and EMA as this process has
         them in the end, or None where the last step is not saved, since a loss is not finite."""
         run_mode, folder = RunMode(quiet=True, says_at_once=False), self.folder / name
-        with _as_before():
+        with as_before(), contextlib.redirect_stdout(io.StringIO()):
             try:
                 status = call(self.train, self.cfg, folder, run_mode, self.steps)
             except UserError as error:
@@ -146,14 +146,16 @@ class OwnScript:
 
 
 @contextlib.contextmanager
-def _as_before() -> Iterator[None]:
-    """Nothing is printed; in the end signals, threads and the choice of algorithms are as they were."""
-    threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+def as_before() -> Iterator[None]:
+    """In the end signals, threads, TF32 and the choice of algorithms are as they were."""
+    cuda, threads, exact = torch.backends.cuda, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    tf32, warn_only = cuda.matmul.allow_tf32, torch.is_deterministic_algorithms_warn_only_enabled()
+    tf32_cudnn = torch.backends.cudnn.allow_tf32
     try:
-        with keep_signals(), contextlib.redirect_stdout(io.StringIO()):
+        with keep_signals():
             yield
     finally:
+        cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32, tf32_cudnn
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(exact, warn_only=warn_only)
 
@@ -169,8 +171,8 @@ def relative_difference(weights: dict[str, Tensor], reference: dict[str, Tensor]
     """The norm of the difference of all weights, relative to the norm of the reference's."""
     if weights.keys() != reference.keys():
         return float("inf")
-    difference = sum(float((weights[key].double() - value.double()).square().sum()) for key, value in reference.items())
-    return (difference / sum(float(value.double().square().sum()) for value in reference.values())) ** 0.5
+    one, other = (torch.cat([state[key].double().flatten() for key in reference]) for state in (weights, reference))
+    return float((one - other).norm() / other.norm())
 
 
 def after_steps(script: OwnScript) -> Verdict:
@@ -183,12 +185,12 @@ def after_steps(script: OwnScript) -> Verdict:
         return Verdict("skip", f"one process: not tested; {script.steps} steps are taken, the loss stays finite")
     others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        found = f"after {script.steps} steps rank {', '.join(others)} has other weights than rank 0"
-        return Verdict("fail", found, BROKEN)
+        words = f"after {script.steps} steps rank {', '.join(others)} has other weights than rank 0"
+        return Verdict("fail", words, BROKEN)
     worst = relative_difference(state["model"], script.run_alone()) if os.environ["RANK"] == "0" else 0.0
     allowed = 1e-9 if script.cfg.dtype == "float64" else 1e-2
-    found = f"the same weights and moments on all {len(digests)} ranks, to the bit (hash {digests[0][:8]}); they are one "
-    return judge(worst <= allowed, f"{found}process's to {worst:.1e} ({allowed:g} allowed), {script.name}", BROKEN)
+    words = f"the same weights and moments on all {len(digests)} ranks, to the bit (hash {digests[0][:8]}); they are one "
+    return verdict_on(worst <= allowed, f"{words}process's to {worst:.1e} ({allowed:g} allowed), {script.name}", BROKEN)
 
 
 def resumed(script: OwnScript) -> Verdict:
@@ -198,8 +200,8 @@ def resumed(script: OwnScript) -> Verdict:
     if script.undetermined is not None:
         return Verdict("skip", f"not tested: there is no deterministic {script.undetermined} here")
     if os.environ.get("RANK", "0") == "0":  # the checkpoint before the last step is the only one there
-        before, again = (script.folder / name / "checkpoints" for name in ("several", "again"))
-        shutil.copytree(step_folder(before, script.steps - 1), step_folder(again, script.steps - 1))
+        source, target = (script.folder / name / "checkpoints" for name in ("several", "again"))
+        shutil.copytree(step_folder(source, script.steps - 1), step_folder(target, script.steps - 1))
     gather(None)  # wait for it
     reason = script.read_problem("again")
     if any(gather(reason)):

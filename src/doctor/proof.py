@@ -3,10 +3,9 @@
 Every process runs the stages in the same order. A stage gives each rank's Verdict; the worst of them is the row.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan, plan_batch
 from ..training.config import TrainConfig
 from . import own_script
-from .health import GB, Row, Verdict, failure, judge
+from .health import GB, Row, Verdict, failure, verdict_on
 from .own_script import BROKEN, OwnScript, gather
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def first_collective(bench: Bench) -> Verdict:
     if ones.item() != world:
         return Verdict("fail", f"the sum of {world} ones is {ones.item():g}", BROKEN)
     words = f"{dist.get_backend()}, {world} processes have met and summed after {seconds:.2g} s"
-    return judge(seconds <= 30, words, "slow to start: NCCL_DEBUG=INFO says over which network", "warn")
+    return verdict_on(seconds <= 30, words, "slow to start: NCCL_DEBUG=INFO says over which network", "warn")
 
 
 def all_reduce(bench: Bench) -> Verdict:
@@ -169,7 +168,7 @@ def all_reduce(bench: Bench) -> Verdict:
     milliseconds = 0.8 * (world - 1) / world / speed * 1000
     words = f"{speed:.2g} GB/s on the bus: the gradients of 100 M parameters take {milliseconds:.0f} ms a step"
     advice = "slow: nvidia-smi topo -m says how the GPUs are joined; larger micro-batches wait less often"
-    return judge(speed >= 2 or not cuda, words, advice, "warn")
+    return verdict_on(speed >= 2 or not cuda, words, advice, "warn")
 
 
 def devices(bench: Bench) -> Verdict:
@@ -188,7 +187,7 @@ def devices(bench: Bench) -> Verdict:
         advice = "they are not alike: a step takes as long as on the slowest, and the smallest fills first"
         return Verdict("warn", words, advice)
     taken = f"; {bench.taken / GB:.1f} GB of one are taken" if bench.taken > 0.1 * card.total_memory else ""
-    return judge(not taken, f"{words}{taken}", "nvidia-smi says by whom; end that", "warn")
+    return verdict_on(not taken, f"{words}{taken}", "nvidia-smi says by whom; end that", "warn")
 
 
 def half(bench: Bench) -> Verdict:
@@ -215,16 +214,16 @@ def half(bench: Bench) -> Verdict:
 def arithmetic(bench: Bench) -> Verdict:
     """Gradients of a small network in float32 on this device against the CPU's in float64."""
     gradients_by_device = []
-    alone = replace(bench, subject=replace(subject(None), machine=MachineConfig()), split=BatchPlan(4, 4, 1, 0, 1))
+    small_bench = replace(bench, subject=replace(subject(None), machine=MachineConfig()), split=BatchPlan(4, 4, 1, 0, 1))
     for device, dtype in ((bench.device, torch.float32), (torch.device("cpu"), torch.float64)):
-        network = alone.network().to(device, dtype)
-        x0, eps, t = alone.batch(0)
-        alone.loss(network, (x0.to(device, dtype), eps.to(device, dtype), t)).backward()
+        network = small_bench.network().to(device, dtype)
+        x0, eps, t = small_bench.batch(0)
+        small_bench.loss(network, (x0.to(device, dtype), eps.to(device, dtype), t)).backward()
         gradients_by_device.append(gradients_of(network))
     worst = _difference(*gradients_by_device)
     words = f"gradients in float32 are within {worst:.1e} of the CPU's in float64 (1e-3 allowed)"
     advice = "this device computes wrong: leave it out (CUDA_VISIBLE_DEVICES), or give the machine back"
-    return judge(worst < 1e-3, words, advice)
+    return verdict_on(worst < 1e-3, words, advice)
 
 
 # ---------------------------------------------------------------------------------------------- together as alone
@@ -284,7 +283,7 @@ def gradients(bench: Bench) -> Verdict:
     worst, allowed = _difference(gradients_of(network), right), 1e-9 if bench.dtype == torch.float64 else 1e-4
     if several:
         words = f"{split.world} processes' equal one's to {worst:.1e} ({allowed:g} allowed), {bench.subject.words}"
-        return judge(worst <= allowed, words, BROKEN)
+        return verdict_on(worst <= allowed, words, BROKEN)
     if bench.subject.machine.mixed_precision == "bf16":
         allowed = 5e-2  # other shapes, so other roundings in bf16
     words = f"one process: not tested, but {split.accumulation} micro-batches add up to the batch's to {worst:.1e}"
@@ -304,7 +303,7 @@ def compiles(bench: Bench) -> Verdict:
         advice = "it needs a C++ compiler, on a GPU too: apt install g++; configs train without `compile`, only slower"
         return Verdict(bad, f"torch.compile: {failure(error).found}", advice)
     words = f"{time.monotonic() - began:.1f} s for a small network, within {worst:.1e} of the uncompiled"
-    return judge(worst < 1e-2, words, "leave `compile` out of configs on this machine", bad)
+    return verdict_on(worst < 1e-2, words, "leave `compile` out of configs on this machine", bad)
 
 
 # ---------------------------------------------------------------------------------------------- all of it
@@ -331,19 +330,6 @@ def worst_of(verdicts: list[Verdict]) -> Verdict:
     return verdicts[worst]._replace(found=f"rank {worst}: {verdicts[worst].found}")
 
 
-@contextlib.contextmanager
-def _exactly() -> Iterator[None]:
-    """Without TF32, and in the end as it was."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    exact = torch.are_deterministic_algorithms_enabled()
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-        torch.use_deterministic_algorithms(exact)
-
-
 class Broken(RuntimeError):
     """A rank cannot go on, which a row says; the others wait for it in vain."""
 
@@ -354,7 +340,8 @@ def prove(cfg: Any, script_cfg: TrainConfig, folder: Path, report: Callable[[Row
     `cfg` is a training config or None; the script of `script_cfg` is what trains, in `folder` (rank 0's counts). A collective
     that takes longer than `seconds` ends it; Broken where a rank cannot go on.
     """
-    with _exactly():
+    with own_script.as_before():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         began, what = time.monotonic(), subject(cfg)
         accelerator = start(replace(what.machine, timeout_minutes=seconds / 60))
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such way is no failure of the machine
@@ -381,8 +368,8 @@ def _run_stage(bench: Bench, name: str, stage: Callable[[Bench], Verdict], repor
         if "out of memory" in str(error).lower():
             advice = "end what else runs on these devices (nvidia-smi)"
         failed = failure(error, advice)
-        found = f"rank {rank}: {failed.found}" if several else failed.found
-        report(Row(name, "fail", found, failed.advice, round(time.monotonic() - began, 2)))
+        words = f"rank {rank}: {failed.found}" if several else failed.found
+        report(Row(name, "fail", words, failed.advice, round(time.monotonic() - began, 2)))
         if several:
             raise Broken(name) from error
         return

@@ -43,7 +43,7 @@ import train_vae
 Usage = namedtuple("Usage", "total used free")
 
 
-def status(verdict: Verdict, wanted: str, *words: str) -> None:
+def status(verdict: Verdict | Row, wanted: str, *words: str) -> None:
     """The verdict's, its words, and advice wherever it is no pass."""
     assert verdict.status == wanted, verdict
     assert all(word in verdict.found + verdict.advice for word in words), verdict
@@ -204,23 +204,26 @@ def test_the_weights_are_looked_for_where_the_losses_do(tmp_path: Path, monkeypa
 
 @pytest.mark.filterwarnings("ignore::ImportWarning")  # of google's libraries, about one that is optional
 def test_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    status(health.bucket(None), "skip", "--bucket")
-    status(health.bucket("s3://nope"), "fail", "gs://NAME")
+    def bucket(url: str | None, seconds: float = 30.0) -> Row:
+        return examine("bucket", partial(health.bucket, url, seconds))
+
+    status(bucket(None), "skip", "--bucket")
+    status(bucket("s3://nope"), "fail", "gs://NAME")
     with StorageServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        status(health.bucket("gs://bucket/runs"), "pass", "gs://bucket/runs")
+        status(bucket("gs://bucket/runs"), "pass", "gs://bucket/runs")
         assert server.objects() == {}, "it leaves nothing there"
-        status(health.bucket("gs://other"), "fail", "no such bucket")
-        assert health.bucket("gs://other").advice == "is the name right?"
+        status(bucket("gs://other"), "fail", "no such bucket")
+        assert bucket("gs://other").advice == "is the name right?"
         server.faults.add(403, "delete", times=1)
-        status(health.bucket("gs://bucket"), "fail", "gcloud auth")
+        status(bucket("gs://bucket"), "fail", "gcloud auth")
         server.faults.add("slow", "upload", times=9, seconds=1.0)
-        status(health.bucket("gs://bucket", 0.5), "fail", "no answer", "internet")
+        status(bucket("gs://bucket", 0.5), "fail", "no answer", "internet")
         server.forbidden.add("bucket")
-        status(health.bucket("gs://bucket"), "fail", "gcloud auth")
+        status(bucket("gs://bucket"), "fail", "gcloud auth")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setattr("src.storage.buckets.errors.FIRST_DELAY", 0.01)
-    status(health.bucket("gs://bucket"), "fail", "no answer after 6 tries", "Connection refused", "internet")
+    status(bucket("gs://bucket"), "fail", "no answer after 6 tries", "Connection refused", "internet")
 
 
 # ---------------------------------------------------------------------------------------------- what a config asks for
