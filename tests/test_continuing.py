@@ -14,7 +14,7 @@ from src.config import load
 from src.runtime.checkpoint import newest, read_tensors, verify_checkpoint
 from src.training import dry_run, uploads
 from src.training.kept import cannot_change, images_seen
-from src.training.verify_resume import compare_checkpoints
+from src.training.rehearsal import compare_checkpoints
 from tests.conftest import ROOT, launch, metrics, one_line, refused, run_in_process
 
 CONSTANT = ("optimizer.schedule.kind=constant", "checkpoint.every=1000", "preview.quality=null", "preview.num_samples=1")

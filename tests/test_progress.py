@@ -21,7 +21,7 @@ from src.runtime.stream import plan_batch
 from src.storage.blocks import Ranks, in_blocks
 from src.training import dry_run
 from src.training.clock import Cadence, Clock
-from src.training.verify_resume import compare_checkpoints
+from src.training.rehearsal import compare_checkpoints
 from tests.conftest import ROOT, metrics, run_here, run_in_process
 
 

@@ -117,13 +117,11 @@ def scratch(folder: Path) -> Iterator[Path]:
     """A hidden folder in what there is of the path `folder`, removed afterwards; a UserError where none can be made."""
     place = nearest_parent(folder)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=".doctor-", dir=place))
+        temporary = tempfile.TemporaryDirectory(prefix=".doctor-", dir=place, ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(f"{place} cannot be written ({error.strerror}); give a --run-dir elsewhere") from None
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with temporary as name:
+        yield Path(name)
 
 
 def rename(folder: Path) -> Verdict:
@@ -153,7 +151,6 @@ def flush(folder: Path, megabytes: int = 64) -> Verdict:
 
 
 def _verdict_on_room(folder: Path, needs: str, least: float, short: float, advice: str) -> Verdict:
-    """Whether at least so many bytes are free in a folder, and not so few that they are `short`."""
     free_bytes = shutil.disk_usage(folder).free
     found = f"{size(free_bytes)} are free in {folder}{needs}"
     return verdict_on(free_bytes >= short, found, advice, "fail" if free_bytes < least else "warn")

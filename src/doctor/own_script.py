@@ -27,10 +27,9 @@ from ..runtime.processes import broadcast
 from ..training.config import LatentConfig, TrainConfig
 from ..training.entry import keep_signals
 from ..training.pairs import BlendConfig
-from ..training.rehearsal import rehearsal_config, short_stages
+from ..training.rehearsal import compare_tensors, rehearsal_config, short_stages
 from ..training.run_mode import RunMode, Train, call
 from ..training.stages import StagedConfig
-from ..training.verify_resume import compare_tensors
 from .health import Verdict, verdict_on
 
 STEPS = 10
@@ -68,7 +67,6 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
 
 
 def _small_network(network: Any) -> Any:
-    """The same kind of network with few channels."""
     if isinstance(network, MLPConfig):
         return replace(network, width=24, layers=2)
     if isinstance(network, VAEConfig):

@@ -82,10 +82,11 @@ class MeasuredStage:
 
 @dataclass
 class Costs:
-    """What a rehearsal has measured: its stages, seconds before the first step and for the quality of samples, sizes in bytes,
-    facts of the data."""
+    """What a rehearsal on a `device` has measured: its stages, seconds before the first step and for the quality of samples,
+    sizes in bytes, facts of the data."""
 
     stages: list[MeasuredStage]
+    device: torch.device = torch.device("cpu")
     ahead_seconds: float = 0.0
     checkpoint_bytes: int = 0
     weights_bytes: int = 0
@@ -142,26 +143,25 @@ def rehearse(
     if old is not None:
         continue_as(short, old, run)
     status, run_mode = rehearsal.train(short, "run", last_steps[-1], says=says)
-    clock, facts = run_mode.clock, run_mode.facts
-    if status or clock is None or os.environ.get("RANK", "0") != "0":
+    clock, facts, state = run_mode.clock, run_mode.facts, run_mode.train_state
+    if status or clock is None or state is None or os.environ.get("RANK", "0") != "0":
         return status, None
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    costs = Costs([], clock.readings[0][1] - began + rehearsal.cache_seconds, images=facts["images"])
-    for stage, first, last in zip(
-        planned_stages(cfg, costs.images, world, begun), [begun, *last_steps], last_steps, strict=False
-    ):
+    world, ahead_seconds = int(os.environ.get("WORLD_SIZE", "1")), clock.readings[0][1] - began + rehearsal.cache_seconds
+    costs = Costs([], next(state.network.parameters()).device, ahead_seconds, images=facts["images"])
+    planned = planned_stages(cfg, costs.images, world, begun)
+    for stage, first, last in zip(planned, [begun, *last_steps], last_steps, strict=False):
         stage.measure(clock, first, last)
         costs.stages.append(stage)
     costs.remarks = [*([f"left out: {left_out(facts)}"] if facts["skipped"] else []), *remarks_on(cfg, facts)]
-    costs.parameters = run_mode.train_state.num_parameters if run_mode.train_state is not None else 0
-    run_mode.train_state = None  # its memory is given back
+    costs.parameters = state.num_parameters
+    state = run_mode.train_state = None  # its memory is given back
     costs.preview_bytes = _bytes_in(run / "samples") // max(1, len(costs.stages))
     if (last_checkpoint := newest(run / "checkpoints")[0]) is not None:
         costs.checkpoint_bytes = _bytes_in(last_checkpoint)
         costs.weights_bytes = (last_checkpoint / "ema.safetensors").stat().st_size
         if cfg.quality is not None:
             run_mode.enter_phase("measuring samples")
-            costs.quality_seconds = _estimate_quality(cfg, run, world)
+            costs.quality_seconds = _estimate_quality(cfg, run, costs.device, world)
     return status, costs
 
 
@@ -169,22 +169,15 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _estimate_quality(cfg: TrainConfig, run: Path, world: int) -> float:
+def _estimate_quality(cfg: TrainConfig, run: Path, device: torch.device, world: int) -> float:
     """The seconds that measuring the quality of samples takes once, judged by one batch of the rehearsed run. The first process
     alone calls it."""
     assert cfg.quality is not None and isinstance(cfg.preview, PreviewConfig | PathPreviewConfig)
-    device = _device()
     opened = open_run(run, device)
     spec = cfg.preview.sampler if isinstance(cfg.preview, PreviewConfig) else cfg.preview.most_calls
     sampler = build_sampler(opened, spec.without_guidance(opened.num_classes is None))
     options = {"device": device, "processes": world}
     return quality_seconds(cfg.quality, sampler, cfg.preview.batch_size, opened.num_classes, **options)
-
-
-def _device() -> torch.device:
-    from accelerate import PartialState
-
-    return torch.device(PartialState().device or "cpu")
 
 
 def dry_run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = None) -> int:
@@ -209,7 +202,7 @@ def dry_run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = No
             print(f"{cfg.name}, a dry run: nothing was written")
             lines = (run / "log.txt").read_text(encoding="utf-8").splitlines() if (run / "log.txt").exists() else []
             warnings = [line.partition("warning: ")[2] for line in lines if " warning: " in line[:30]]
-            rows = rows_of(cfg, costs, run_dir, peak_memory_gigabytes(_device()), _device().type)
+            rows = rows_of(cfg, costs, run_dir, peak_memory_gigabytes(costs.device))
             for name, value in [*rows, *(("warning", text) for text in dict.fromkeys(warnings))]:
                 print(f"  {name:<12} {value}")
         if status != 1:  # nobody asked for a stop
@@ -276,7 +269,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[count - 1] if count else None
 
 
-def rows_of(cfg: TrainConfig, costs: Costs, run_dir: Path, memory: float, device: str) -> list[tuple[str, str]]:
+def rows_of(cfg: TrainConfig, costs: Costs, run_dir: Path, memory: float) -> list[tuple[str, str]]:
     """What a dry run says, in rows: data, parameters, each stage, memory (GB), disk under the rules by which checkpoints are
     kept, time to the end."""
     rows = [("data", line) for line in (f"{costs.images} images", *costs.remarks)]
@@ -292,7 +285,7 @@ def rows_of(cfg: TrainConfig, costs: Costs, run_dir: Path, memory: float, device
         times = f"{stage.preview_seconds:.1f} s, a checkpoint {stage.save_seconds:.1f} s"
         rows += [
             (stage.name or "steps", f"without end, of {plan.batch} images" if endless else length),
-            ("one step", f"{plan.world} x {device} x {plan.accumulation} x {plan.micro} images"),
+            ("one step", f"{plan.world} x {costs.device.type} x {plan.accumulation} x {plan.micro} images"),
             ("images/s", f"{plan.batch / max(stage.step_seconds, 1e-9):.1f}"),
             ("preview", times if endless else f"{times}: {count['preview']} and {count['save']} of them"),
         ]

@@ -20,9 +20,9 @@ from .config import TrainConfig
 from .continuing import MARK, continue_as, directory_of
 from .dry_run import dry_run
 from .given import Given
+from .rehearsal import verify_resume
 from .run_mode import RunMode, Train, call
 from .uploads import Uploads, bring
-from .verify_resume import verify_resume
 
 
 def run_training(train: Train, cfg: TrainConfig, args: argparse.Namespace) -> int:

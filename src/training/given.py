@@ -91,17 +91,20 @@ def given_network(
 
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
         raise UserError("the network that was handed in is no torch.nn.Module with parameters")
-    if accelerator.is_fsdp2:
-        raise UserError("FSDP cuts the networks of this project alone; launch without it to train one of your own")
-    if accelerator.num_processes > 1 and any(isinstance(module, _BatchNorm) for module in network.modules()):
-        raise UserError("the network has BatchNorm, whose averages differ between processes; use GroupNorm, or one process")
     values = [*network.parameters(), *network.buffers()]
-    if any(isinstance(value, UninitializedParameter | UninitializedBuffer) for value in values):
-        raise UserError("the network has parameters without a shape (it is lazy): call it on a batch before you hand it in")
-    if any(value.is_meta for value in values):
-        raise UserError("the network is on the meta device, so its weights have no values; build it on the CPU")
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise UserError("no parameter of the network has requires_grad: there is nothing to train; unfreeze what is to learn")
+    is_lazy = any(isinstance(value, UninitializedParameter | UninitializedBuffer) for value in values)
+    averages = accelerator.num_processes > 1 and any(isinstance(module, _BatchNorm) for module in network.modules())
+    learns, is_meta = any(value.requires_grad for value in values), any(value.is_meta for value in values)
+    problems = {
+        "FSDP cuts the networks of this project alone; launch without it to train one of your own": accelerator.is_fsdp2,
+        "the network has BatchNorm, whose averages differ between processes; use GroupNorm, or one process": averages,
+        "the network has parameters without a shape (it is lazy): call it once on a batch before you hand it in": is_lazy,
+        "the network is on the meta device, so its weights have no values; build it on the CPU": is_meta,
+        "no parameter of the network has requires_grad, so there is nothing to train; unfreeze what is to learn": not learns,
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise UserError(problem)
     check_finite(network.state_dict(), "the network that was handed in", "start it anew, or from other weights")
     shared = defaultdict(list)
     for name, value in network.state_dict().items():
@@ -112,9 +115,8 @@ def given_network(
         names = ", ".join(tied[:3])
         raise UserError(f"the network has one weight under several names ({names}), which cannot be saved; untie it")
     network = network.to(place, dtype)
-    if accelerator.num_processes > 1:
-        for value in [*network.parameters(), *network.buffers()]:
-            value.data.copy_(broadcast(value.data))
+    for value in [*network.parameters(), *network.buffers()] if accelerator.num_processes > 1 else []:
+        value.data.copy_(broadcast(value.data))
     x = torch.linspace(-1, 1, 2 * math.prod(shape), device=place, dtype=dtype).reshape(2, *shape)
     condition: dict[str, torch.Tensor] = {}
     if num_classes is not None:

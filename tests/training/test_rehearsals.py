@@ -17,10 +17,9 @@ from src.runtime.stream import plan_batch
 from src.training.clock import Activity, Cadence, Clock
 from src.training.dry_run import Costs, MeasuredStage, fitting, largest, planned_stages, rows_of, what_fits
 from src.training.entry import run_training
-from src.training.rehearsal import Rehearsal, rehearsal_config
+from src.training.rehearsal import Rehearsal, compare_checkpoints, rehearsal_config
 from src.training.run_mode import RunMode
 from src.training.stages import plan_stages
-from src.training.verify_resume import compare_checkpoints
 from tests.conftest import ROOT, launch, run_in_process
 
 EVERY = {"preview": 100, "save": 100, "export": 300, "quality": None, "snapshot": 500}
@@ -39,13 +38,15 @@ def stage_of(name: str, steps: int, every: dict[str, int | None], *seconds: floa
 
 
 def rows(cfg: Any, costs: Costs, tmp_path: Path) -> dict[str, str]:
-    return dict(rows_of(cfg, costs, tmp_path / "run", 1.5, "cpu"))
+    return dict(rows_of(cfg, costs, tmp_path / "run", 1.5))
 
 
 def test_costs_are_steps_previews_checkpoints_and_what_comes_before(tmp_path: Path) -> None:
     first = stage_of("stage 1", 1000, {"preview": 100, "save": 200}, 0.02, 0.6, 0.4)
     second = stage_of("stage 2", 100, {}, 0.1, 0.2, 0.2)
-    costs = Costs([first, second], 5.6, checkpoint_bytes=10**6, weights_bytes=2 * 10**5, preview_bytes=10**5, images=100)
+    costs = Costs(
+        [first, second], ahead_seconds=5.6, checkpoint_bytes=10**6, weights_bytes=2 * 10**5, preview_bytes=10**5, images=100
+    )
     values = rows(config_of(), costs, tmp_path)
     assert values["time"] == "44 s", "5.6 s + 20 + 6 + 2, and 10 + 0.2 + 0.2"
     assert values["disk"].startswith("5.8 MB: 3 checkpoints of 1.0 MB (one more"), "and 1.1 MB of previews, 1.5 on the page"
