@@ -25,8 +25,8 @@ from src.sampling.build import sampler_of
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.ema import EMA
-from src.training.entry import run_training
-from src.training.from_python import Given, from_python
+from src.training.entry import from_python, run_training
+from src.training.given import Given
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import measure_quality, preview, save_first_images

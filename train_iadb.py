@@ -31,8 +31,8 @@ from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
 from src.training.config import BlendConfig, PathPreviewConfig
 from src.training.ema import EMA
-from src.training.entry import run_training
-from src.training.from_python import Given, from_python
+from src.training.entry import from_python, run_training
+from src.training.given import Given
 from src.training.inputs import PairCoupling, open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import measure_quality, preview_paths, save_first_blends

@@ -27,7 +27,7 @@ import train_iadb
 from benchmarks.common import machine
 from src.config import load
 from src.models import build_model
-from src.training import from_python
+from src.training import given
 from src.training.ema import EMA
 from src.training.optimizer import build_optimizer
 from src.training.run_mode import RunMode
@@ -51,7 +51,7 @@ def loop_milliseconds(script: Any, config: Path, steps: int) -> float:
     cadence = ["preview.every=null", "checkpoint.every=null", f"log.every={steps // 3}", f"steps={steps}", "held_out=0.0"]
     fast_preview = ["preview.calls=[1]"] if script is train_iadb else ["preview.sampler.steps=1"]
     cfg = load(config, script.Config, [*cadence, *fast_preview, "log.trackers=[]", "preview.num_samples=1"])
-    from_python.build_model = lambda *_, **__: Nothing()
+    given.build_model = lambda *_, **__: Nothing()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         script.train(cfg, Path(folder) / "run", RunMode())
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]

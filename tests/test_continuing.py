@@ -14,7 +14,7 @@ from src.config import load
 from src.runtime.checkpoint import newest, read_tensors, verify_checkpoint
 from src.training import dry_run, uploads
 from src.training.kept import cannot_change, images_seen
-from src.training.verify_resume import compare_checkpoints
+from src.training.rehearsal import compare_checkpoints
 from tests.conftest import ROOT, launch, metrics, one_line, refused, run_in_process
 
 CONSTANT = ("optimizer.schedule.kind=constant", "checkpoint.every=1000", "preview.quality=null", "preview.num_samples=1")
@@ -217,9 +217,11 @@ def test_stages_go_on(tmp_path: Path) -> None:
 
 
 def test_the_images_seen_by_stages() -> None:
-    settings = {"batch_size": 4, "stages": [{"steps": {"epochs": 1}, "batch_size": None}, {"steps": 3, "batch_size": 2}]}
-    assert [images_seen(settings, step, 10) for step in (0, 2, 3, 4, 6, 9)] == [0, 8, 12, 14, 18, 24]
-    assert images_seen({"batch_size": 4}, 5, 10) == 20
+    two = 'stages=[{"steps": {"epochs": 1}, "batch_size": null}, {"steps": 3, "batch_size": 2}]'
+    vae, small = importlib.import_module("train_vae").Config, ["batch_size=4", "micro_batch_size=null"]
+    cfg = load(ROOT / "configs/smoke/vae.json", vae, [two, *small])
+    assert [images_seen(cfg, step, 10) for step in (0, 2, 3, 4, 6, 9)] == [0, 8, 12, 14, 18, 24]
+    assert images_seen(load(SMOKE, importlib.import_module(SCRIPT).Config, small), 5, 10) == 20
 
 
 def test_another_batch_takes_the_next_images(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,10 +266,10 @@ def test_a_bucket_gives_the_new_run_or_else_the_old_one(old: Path, monkeypatch: 
     starts = list[tuple[str, bool]]()
     monkeypatch.setattr(uploads, "bring_back", lambda url, run, cfg=None: starts.append((run.name, cfg is not None)))
     cfg = load(SMOKE, importlib.import_module(SCRIPT).Config, ["bucket=gs://xyz"])
-    assert uploads.bring(cfg, old.with_name("new"), trial=False, old=old) == []
+    uploads.bring(cfg, old.with_name("new"), old=old)
     assert starts == [("new", True), ("old", False)], "the old one may have another config"
     starts.clear()
-    uploads.bring(cfg, old, trial=False, old=old.with_name("before"))
+    uploads.bring(cfg, old, old=old.with_name("before"))
     assert starts == [("old", True)], "it has begun"
 
 

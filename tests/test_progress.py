@@ -21,7 +21,7 @@ from src.runtime.stream import plan_batch
 from src.storage.blocks import Ranks, in_blocks
 from src.training import dry_run
 from src.training.clock import Cadence, Clock
-from src.training.verify_resume import compare_checkpoints
+from src.training.rehearsal import compare_checkpoints
 from tests.conftest import ROOT, metrics, run_here, run_in_process
 
 
@@ -289,7 +289,7 @@ def test_the_costs_of_a_dry_run_have_the_early_previews() -> None:
     for first in (0, 5000):
         plan = plan_batch(16, 8, rank=0, world=1)._replace(first_step=first)
         cadences["preview"] = Cadence("preview", 2000, early=range(first, first + 5000))
-        assert dry_run.count_of(dry_run.Planned("", plan, first, first + 5000, cadences)).previews == 3 + 5
+        assert dry_run.MeasuredStage("", plan, first, first + 5000, cadences).count("preview") == 3 + 5
     assert str(cadences["preview"]) == "preview every 2000 (the first ones after 100, 200, 400, 800, 1600)"
     assert str(Cadence("preview", 50, early=range(5000))) == "preview every 50"
     assert str(Cadence("preview", 2000, early=range(7000, 7500))) == "preview every 2000 (the first ones after 100, 200, 400)"

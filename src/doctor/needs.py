@@ -2,7 +2,8 @@
 
 import netrc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,35 +14,28 @@ from torch import nn
 from ..config import UserError, dump
 from ..config.packages import is_installed
 from ..runtime.checkpoint import keeps_best
-from ..runtime.stream import plan_batch
+from ..storage.archives import size
+from ..training.dry_run import planned_stages
 from ..training.ema import WIDTHS
 from ..training.uploads import starts, weights_in
-from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, size, within
+from .health import Verdict, backbone_weights, efficientnet_weights, free_space, shared_memory, verdict_on, within
 
 Check = Callable[[], Verdict]
 
 
-def _sources(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for key in ("data", "source"):
-        named = settings.get(key) or []
-        yield from named if isinstance(named, list) else [named]
-
-
 def data(cfg: Any) -> Verdict:
     """The folders and files that its images come from; a run counts what is in them."""
-    there, missing, elsewhere = [], [], []
-    for source in _sources(dump(cfg)):
+    there, missing, elsewhere, settings = [], [], [], dump(cfg)
+    named = [settings.get(key) or [] for key in ("data", "source")]
+    for source in [source for value in named for source in (value if isinstance(value, list) else [value])]:
         path = source.get("path") or source.get("data_dir")
         if source["source"] == "datasets" and path is None:
             (there if Path(source["name"]).expanduser().is_dir() else elsewhere).append(source["name"])
         elif path is not None:
             (there if Path(path).expanduser().exists() else missing).append(path)
     if missing:
-        return Verdict(
-            "fail",
-            f"{' and '.join(missing)}: not here",
-            "bring it (docs/data.md says from where), or name another: --set data.path=FOLDER",
-        )
+        advice = "bring it (docs/data.md says from where), or name another: --set data.path=FOLDER"
+        return Verdict("fail", f"{' and '.join(missing)}: not here", advice)
     if elsewhere:
         words = f"{' and '.join(elsewhere)}: a data set of the hub, not tried"
         return Verdict("skip", words, "python prepare_data.py check tries a folder that is here")
@@ -53,17 +47,13 @@ def trackers(cfg: Any) -> Verdict:
     if missing:
         how = f"pip install {' '.join(missing)}; or --set log.trackers=[]"
         return Verdict("warn", f"{' and '.join(missing)} is not installed: the run goes on without", how)
-    if "wandb" in cfg.log.trackers and not _logged_in() and os.environ.get("WANDB_MODE", "online") == "online":
-        return Verdict("warn", "nobody is logged in to wandb here", "wandb login, or export WANDB_MODE=offline")
+    if "wandb" in cfg.log.trackers and os.environ.get("WANDB_MODE", "online") == "online":
+        logged_in = bool(os.environ.get("WANDB_API_KEY"))
+        with suppress(OSError, netrc.NetrcParseError):
+            logged_in = logged_in or netrc.netrc().authenticators("api.wandb.ai") is not None
+        if not logged_in:
+            return Verdict("warn", "nobody is logged in to wandb here", "wandb login, or export WANDB_MODE=offline")
     return Verdict("pass", f"{' and '.join(cfg.log.trackers) or 'none'} asked for")
-
-
-def _logged_in() -> bool:
-    try:
-        known = netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        known = False
-    return known or bool(os.environ.get("WANDB_API_KEY"))
 
 
 def starts_from(cfg: Any, bucket: str | None = None) -> Verdict:
@@ -89,7 +79,7 @@ def _in_bucket(url: str | None, name: str) -> bool:
 
     def look_up() -> Verdict:
         with open_bucket(str(url)) as bucket:
-            return Verdict("fail" if weights_in(bucket, Path(name).as_posix()) is None else "pass", name)
+            return verdict_on(weights_in(bucket, Path(name).as_posix()) is not None, name, "")
 
     try:
         return url is not None and Path(name).parts[:1] == ("runs",) and within(30, look_up).status == "pass"
@@ -125,23 +115,19 @@ def count_parameters(cfg: Any) -> tuple[int, int]:
     from ..models import VAE, Discriminator, build_model
     from ..runs.classifier import build_classifier
 
-    adversary = 0
+    networks = list[nn.Module]()
     with torch.device("meta"):
         if hasattr(cfg, "stages"):
-            network: nn.Module = VAE(cfg.model, cfg.image.channels)
-            adversary = _count(Discriminator(cfg.discriminator, cfg.image.channels))
+            networks = [VAE(cfg.model, cfg.image.channels), Discriminator(cfg.discriminator, cfg.image.channels)]
         elif hasattr(cfg, "classifier"):
-            network = build_classifier(cfg.classifier, cfg.image, 10)
+            networks = [build_classifier(cfg.classifier, cfg.image, 10)]
         else:
-            shape = (2,) if cfg.image is None else (cfg.image.channels, *2 * (cfg.image.size,))
+            shape = (2,) if cfg.image is None else (cfg.image.channels, cfg.image.size, cfg.image.size)
             if getattr(cfg, "autoencoder", None) is not None:
-                shape = (4, *2 * (cfg.model.factor,))
-            network = build_model(cfg.model, shape, None, learned=cfg.process.variance == "learned")
-    return _count(network), adversary
-
-
-def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+                shape = (4, cfg.model.factor, cfg.model.factor)
+            networks = [build_model(cfg.model, shape, None, learned=cfg.process.variance == "learned")]
+    network, *adversary = (sum(parameter.numel() for parameter in network.parameters()) for network in networks)
+    return network, sum(adversary)
 
 
 def room(cfg: Any, folder: Path) -> Verdict:
@@ -157,30 +143,27 @@ def loader(cfg: Any, world: int) -> Verdict:
     """Shared memory for the batches that a machine's workers have ready: four each, and the one they fill."""
     if cfg.workers == 0 or getattr(cfg, "image", None) is None:
         return Verdict("pass", "the loader has no workers")
-    workers = min(cfg.workers, os.cpu_count() or 1) * world
-    share = -(-cfg.batch_size // world)
+    workers, share = min(cfg.workers, os.cpu_count() or 1) * world, -(-cfg.batch_size // world)
     micro = min(cfg.micro_batch_size or share, share)
     return shared_memory(float(workers * 5 * micro * cfg.image.channels * cfg.image.size**2))
 
 
 def batches(cfg: Any, world: int) -> Verdict:
     """Whether a step's images can be dealt to so many processes; of how many images there are it does not depend."""
-    from ..training.stages import plan_stages
-
-    if hasattr(cfg, "stages"):
-        plans = [stage.batch_plan for stage in plan_stages(cfg, 10**6, rank=0, world=world)]
-    else:
-        plans = [plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=world)]
+    plans = [stage.batch_plan for stage in planned_stages(cfg, 10**6, world, 0)]
     words = dict.fromkeys(f"{plan.batch} images = {world} x {plan.accumulation} x {plan.micro}" for plan in plans)
     return Verdict("pass", f"a step is {', then '.join(words)}")
 
 
 def checks(cfg: Any, folder: Path, local_world: int, world: int, bucket: str | None = None) -> dict[str, Check]:
-    """Those of this config, by name; of `world` processes `here` are on this machine, the run is written into `folder`, and
-    what it starts from may be in the `bucket`."""
-    chosen: dict[str, Check] = {"batches": partial(batches, cfg, world), "data": partial(data, cfg)}
-    chosen["trackers"] = partial(trackers, cfg)
-    chosen["starting weights"] = partial(starts_from, cfg, bucket)
+    """Those of this config, by name; of `world` processes `local_world` are on this machine, the run is written into `folder`,
+    and what it starts from may be in the `bucket`."""
+    chosen: dict[str, Check] = {
+        "batches": partial(batches, cfg, world),
+        "data": partial(data, cfg),
+        "trackers": partial(trackers, cfg),
+        "starting weights": partial(starts_from, cfg, bucket),
+    }
     if getattr(cfg, "autoencoder", None) is not None:
         chosen["autoencoder"] = partial(autoencoder, cfg, bucket)
     if hasattr(cfg, "perceptual"):

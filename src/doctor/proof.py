@@ -3,21 +3,18 @@
 Every process runs the stages in the same order. A stage gives each rank's Verdict; the worst of them is the row.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..config import UserError, validate
+from ..config import validate
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import Backbone, UNetConfig, build_model
 from ..runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
@@ -26,8 +23,11 @@ from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan, plan_batch
 from ..training.config import TrainConfig
 from . import own_script
-from .health import GB, Row, Verdict, first_line, mistake
-from .own_script import BROKEN, OwnScript
+from .health import GB, Row, Verdict, failure, verdict_on
+from .own_script import BROKEN, OwnScript, gather
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ONE_PROCESS = Verdict("skip", "one process: not tested")
 MICRO, PARTS = 2, 2  # a process takes two micro-batches of two
@@ -44,10 +44,13 @@ class Subject:
     """The network that the proof trains, and on what: `words` say which it is."""
 
     model: Backbone
-    process: ProcessConfig
+    process: Process
     shape: tuple[int, int, int]
     machine: MachineConfig
     words: str
+
+    def build(self) -> nn.Module:
+        return build_model(self.model, self.shape, None, learned=self.process.variance == "learned")
 
 
 def subject(cfg: Any | None) -> Subject:
@@ -57,39 +60,34 @@ def subject(cfg: Any | None) -> Subject:
     is tried as arithmetic alone).
     """
     cuda = torch.cuda.is_available()
-    wanted = getattr(cfg, "mixed_precision", "no")
-    precision = "bf16" if wanted == "bf16" and (not cuda or _has_bf16()) else "no"
+    precision = "bf16" if getattr(cfg, "mixed_precision", "no") == "bf16" and (not cuda or _has_bf16()) else "no"
     dtype = "float32" if cuda or torch.backends.mps.is_available() or precision != "no" else "float64"
     machine = MachineConfig(mixed_precision=precision, dtype=dtype, deterministic=True)
     words = "bf16" if precision == "bf16" else dtype
-    plain = Subject(*_small(), (3, 16, 16), machine, f"a small U-Net in {words}")
+    process = build_process(validate(ProcessConfig, {"schedule": {"kind": "cosine", "steps": 100}, "target": "v"}))
+    plain = Subject(validate(UNetConfig, SMALL), process, (3, 16, 16), machine, f"a small U-Net in {words}")
     image, model = getattr(cfg, "image", None), getattr(cfg, "model", None)
     if cfg is None:
         return plain
     if image is None or not isinstance(model, Backbone) or getattr(cfg, "autoencoder", None) is not None:
         return replace(plain, words=f"{plain.words} (the config's is none on pixels)")
-    shape = (image.channels, image.size, image.size)
+    model = replace(model, dropout=0.0) if hasattr(model, "dropout") else model
+    chosen = Subject(model, build_process(cfg.process), (image.channels, image.size, image.size), machine, "")
     with torch.device("meta"):
-        network = build_model(model, shape, None, learned=cfg.process.variance == "learned")
-    size = sum(parameter.numel() for parameter in network.parameters())
+        size = sum(parameter.numel() for parameter in chosen.build().parameters())
     if size > (150e6 if cuda else 1e6) or image.size > (128 if cuda else 32):
         return replace(plain, words=f"{plain.words} (the config's has {size / 1e6:.0f} M parameters at {image.size} px: slow)")
-    text = f"the config's network ({size / 1e6:.2f} M parameters, {image.size} px, no dropout) in {words}"
-    plain_model = replace(model, dropout=0.0) if hasattr(model, "dropout") else model
-    return Subject(plain_model, cfg.process, shape, machine, text)
-
-
-def _small() -> tuple[UNetConfig, ProcessConfig]:
-    return validate(UNetConfig, SMALL), validate(ProcessConfig, {"schedule": {"kind": "cosine", "steps": 100}, "target": "v"})
+    return replace(
+        chosen, words=f"the config's network ({size / 1e6:.2f} M parameters, {image.size} px, no dropout) in {words}"
+    )
 
 
 @dataclass
 class Bench:
     """A subject on the devices: what the stages share. `taken` bytes of the GPU were so before any stage filled its caches."""
 
-    accelerator: Accelerator
+    accelerator: "Accelerator"
     subject: Subject
-    process: Process
     split: BatchPlan
     began: float
     script: OwnScript
@@ -107,9 +105,7 @@ class Bench:
     def network(self) -> nn.Module:
         """Always the same; no parameter is zero, or its part of the network would not be seen."""
         torch.manual_seed(0)
-        wanted, learned = self.subject, self.subject.process.variance == "learned"
-        network = build_model(wanted.model, wanted.shape, None, learned=learned)
-        rng = torch.Generator().manual_seed(1)
+        network, rng = self.subject.build(), torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.02)
@@ -120,12 +116,13 @@ class Bench:
         shape, cpu = (self.split.batch, *self.subject.shape), torch.device("cpu")
         x0 = normal(shape, "doctor", "x0", step, device=cpu, dtype=torch.float64).tanh()
         eps = normal(shape, "doctor", "noise", step, device=cpu, dtype=torch.float64)
-        times = self.process.draw_times(uniforms(generator("doctor", step), self.split.batch))
+        times = self.subject.process.draw_times(uniforms(generator("doctor", step), self.split.batch))
         return x0.to(self.device, self.dtype), eps.to(self.device, self.dtype), times
 
-    def everywhere(self, value: Any) -> list[Any]:
-        """What each rank found, on all ranks."""
-        return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
+    def loss(self, network: Any, batch: tuple[Tensor, Tensor, Tensor], part: slice = slice(None)) -> Tensor:
+        """The sum of the losses of a `part` of a batch."""
+        x0, eps, t = batch
+        return self.subject.process.losses(network, x0[part], eps[part], t[part]).loss.sum()
 
 
 # ---------------------------------------------------------------------------------------------- the devices
@@ -136,29 +133,28 @@ def _has_bf16() -> bool:
 
 
 def first_collective(bench: Bench) -> Verdict:
-    if bench.accelerator.num_processes == 1:
+    world = bench.split.world
+    if world == 1:
         return ONE_PROCESS
     ones = torch.ones(1, device=bench.device)
     dist.all_reduce(ones)
-    seconds, world = time.monotonic() - bench.began, bench.accelerator.num_processes
+    seconds = time.monotonic() - bench.began
     if ones.item() != world:
         return Verdict("fail", f"the sum of {world} ones is {ones.item():g}", BROKEN)
     words = f"{dist.get_backend()}, {world} processes have met and summed after {seconds:.2g} s"
-    slow = "slow to start: NCCL_DEBUG=INFO says over which network" if seconds > 30 else ""
-    return Verdict("warn" if slow else "pass", words, slow)
+    return verdict_on(seconds <= 30, words, "slow to start: NCCL_DEBUG=INFO says over which network", "warn")
 
 
 def all_reduce(bench: Bench) -> Verdict:
     """Sums that are known, and how fast; the bus's bandwidth is 2 (N - 1) / N times the bytes in a second."""
-    world, rank = bench.accelerator.num_processes, bench.accelerator.process_index
+    world, cuda = bench.split.world, bench.device.type == "cuda"
     if world == 1:
         return ONE_PROCESS
-    cuda = bench.device.type == "cuda"
     count = 2**26 if cuda else 2**22
     values = torch.empty(count, device=bench.device)
     pattern, seconds = torch.arange(count, device=bench.device) % 64, []  # sums that float32 holds
     for _ in range(4):
-        values.copy_(pattern * (rank + 1))
+        values.copy_(pattern * (bench.split.rank + 1))
         bench.accelerator.wait_for_everyone()
         began = time.monotonic()
         dist.all_reduce(values)
@@ -171,10 +167,8 @@ def all_reduce(bench: Bench) -> Verdict:
     speed = size / min(seconds[1:]) / GB
     milliseconds = 0.8 * (world - 1) / world / speed * 1000
     words = f"{speed:.2g} GB/s on the bus: the gradients of 100 M parameters take {milliseconds:.0f} ms a step"
-    if cuda and speed < 2:
-        advice = "slow: nvidia-smi topo -m says how the GPUs are joined; larger micro-batches wait less often"
-        return Verdict("warn", words, advice)
-    return Verdict("pass", words)
+    advice = "slow: nvidia-smi topo -m says how the GPUs are joined; larger micro-batches wait less often"
+    return verdict_on(speed >= 2 or not cuda, words, advice, "warn")
 
 
 def devices(bench: Bench) -> Verdict:
@@ -185,16 +179,15 @@ def devices(bench: Bench) -> Verdict:
             advice = "install torch for CUDA (pytorch.org), or a driver that fits: nvidia-smi; is CUDA_VISIBLE_DEVICES empty?"
             return Verdict("fail", f"there are {len(cards)} GPUs, but {why}", advice)
         name = bench.device.type if bench.device.type != "cpu" else f"CPU with {os.cpu_count()} cores"
-        return Verdict("pass", f"{bench.accelerator.num_processes} x {name}, {torch.get_num_threads()} threads a process")
+        return Verdict("pass", f"{bench.split.world} x {name}, {torch.get_num_threads()} threads a process")
     card = torch.cuda.get_device_properties(bench.device)
-    cards = bench.everywhere(f"{card.name}, {card.total_memory / GB:.0f} GB")
+    cards = gather(f"{card.name}, {card.total_memory / GB:.0f} GB")
     words = ", ".join(f"{cards.count(kind)} x {kind}" for kind in sorted(set(cards)))
     if len(set(cards)) > 1:
         advice = "they are not alike: a step takes as long as on the slowest, and the smallest fills first"
         return Verdict("warn", words, advice)
-    if bench.taken > 0.1 * card.total_memory:
-        return Verdict("warn", f"{words}; {bench.taken / GB:.1f} GB of one are taken", "nvidia-smi says by whom; end that")
-    return Verdict("pass", words)
+    taken = f"; {bench.taken / GB:.1f} GB of one are taken" if bench.taken > 0.1 * card.total_memory else ""
+    return verdict_on(not taken, f"{words}{taken}", "nvidia-smi says by whom; end that", "warn")
 
 
 def half(bench: Bench) -> Verdict:
@@ -220,21 +213,17 @@ def half(bench: Bench) -> Verdict:
 
 def arithmetic(bench: Bench) -> Verdict:
     """Gradients of a small network in float32 on this device against the CPU's in float64."""
-    spec, noising = _small()
-    process, gradients_by_device = build_process(noising), []
-    small = replace(bench.subject, model=spec, process=noising, shape=(3, 16, 16), machine=MachineConfig())
-    bench_alone = replace(bench, subject=small, process=process, split=BatchPlan(4, 4, 1, 0, 1))
+    gradients_by_device = []
+    small_bench = replace(bench, subject=replace(subject(None), machine=MachineConfig()), split=BatchPlan(4, 4, 1, 0, 1))
     for device, dtype in ((bench.device, torch.float32), (torch.device("cpu"), torch.float64)):
-        network = bench_alone.network().to(device, dtype)
-        x0, eps, t = bench_alone.batch(0)
-        process.losses(network, x0.to(device, dtype), eps.to(device, dtype), t).loss.sum().backward()
+        network = small_bench.network().to(device, dtype)
+        x0, eps, t = small_bench.batch(0)
+        small_bench.loss(network, (x0.to(device, dtype), eps.to(device, dtype), t)).backward()
         gradients_by_device.append(gradients_of(network))
-    worst = _difference(gradients_by_device[0], gradients_by_device[1])
-    text = f"gradients in float32 are within {worst:.1e} of the CPU's in float64 (1e-3 allowed)"
-    if not worst < 1e-3:
-        advice = "this device computes wrong: leave it out (CUDA_VISIBLE_DEVICES), or give the machine back"
-        return Verdict("fail", text, advice)
-    return Verdict("pass", text)
+    worst = _difference(*gradients_by_device)
+    words = f"gradients in float32 are within {worst:.1e} of the CPU's in float64 (1e-3 allowed)"
+    advice = "this device computes wrong: leave it out (CUDA_VISIBLE_DEVICES), or give the machine back"
+    return verdict_on(worst < 1e-3, words, advice)
 
 
 # ---------------------------------------------------------------------------------------------- together as alone
@@ -262,58 +251,43 @@ def _difference(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> f
     return float(torch.stack(each).max())  # NaN stays NaN
 
 
-def backward(bench: Bench, model: Any, step: int) -> Tensor:
-    """The gradients of a step's whole batch, as the training scripts have them; gives this rank's part of the loss."""
-    x0, eps, t = bench.batch(step)
-    split, total = bench.split, torch.zeros((), device=bench.device)
+def backward(bench: Bench, model: Any) -> None:
+    """The gradients of a step's whole batch, as the training scripts have them."""
+    batch, split = bench.batch(0), bench.split
     for part in range(split.accumulation):
-        local_slice = split.of_step(part)
         with accumulating(bench.accelerator, model, part, split.accumulation):
-            loss = bench.process.losses(model, x0[local_slice], eps[local_slice], t[local_slice]).loss.sum()
+            loss = bench.loss(model, batch, split.of_step(part))
             bench.accelerator.backward(loss * (split.world / split.batch))
-        total += loss.detach()
-    return total / split.batch
 
 
 def gradients(bench: Bench) -> Verdict:
     """A batch's on all processes against those that one process finds, micro-batch by micro-batch, without the others. (Of one
     process: the micro-batches' against the whole batch's.)"""
-    accelerator, split = bench.accelerator, bench.split
+    accelerator, split, batch = bench.accelerator, bench.split, bench.batch(0)
     network, network_alone = bench.network(), bench.network()
     model = accelerator.prepare(network)
-    warm_up_ddp(accelerator, model, *_blank(bench))
-    backward(bench, model, 0)
-    x0, eps, t = bench.batch(0)
+    blank = torch.zeros((1, *bench.subject.shape), device=bench.device, dtype=bench.dtype)
+    warm_up_ddp(accelerator, model, blank, torch.zeros(1, device=bench.device))
+    backward(bench, model)
 
     def call(*inputs: Any) -> Tensor:
         with accelerator.autocast():
             return network_alone(*inputs).to(bench.dtype)
 
-    several = accelerator.num_processes > 1
+    several = split.world > 1
     size = split.micro if several else split.batch
     for first in range(0, split.batch, size):
-        local_slice, scale = (
-            slice(first, first + size),
-            split.world / split.batch,
-        )  # with another scale bf16 rounds to other numbers
-        (bench.process.losses(call, x0[local_slice], eps[local_slice], t[local_slice]).loss.sum() * scale).backward()
+        loss = bench.loss(call, batch, slice(first, first + size))
+        (loss * (split.world / split.batch)).backward()  # with another scale bf16 rounds to other numbers
     right = {name: value / split.world for name, value in gradients_of(network_alone).items()}
     worst, allowed = _difference(gradients_of(network), right), 1e-9 if bench.dtype == torch.float64 else 1e-4
-    if not several and bench.subject.machine.mixed_precision == "bf16":
+    if several:
+        words = f"{split.world} processes' equal one's to {worst:.1e} ({allowed:g} allowed), {bench.subject.words}"
+        return verdict_on(worst <= allowed, words, BROKEN)
+    if bench.subject.machine.mixed_precision == "bf16":
         allowed = 5e-2  # other shapes, so other roundings in bf16
-    if not several:
-        words = f"one process: not tested, but {split.accumulation} micro-batches add up to the batch's to {worst:.1e}"
-        return Verdict("skip", words) if worst <= allowed else Verdict("fail", words, BROKEN)
-    words = f"{split.world} processes' equal one's to {worst:.1e} ({allowed:g} allowed), {bench.subject.words}"
-    return Verdict("pass", words) if worst <= allowed else Verdict("fail", words, BROKEN)
-
-
-# ---------------------------------------------------------------------------------------------- steps
-
-
-def _blank(bench: Bench) -> tuple[Tensor, Tensor]:
-    shape = (1, *bench.subject.shape)
-    return torch.zeros(shape, device=bench.device, dtype=bench.dtype), torch.zeros(1, device=bench.device)
+    words = f"one process: not tested, but {split.accumulation} micro-batches add up to the batch's to {worst:.1e}"
+    return Verdict("skip", words) if worst <= allowed else Verdict("fail", words, BROKEN)
 
 
 def compiles(bench: Bench) -> Verdict:
@@ -327,22 +301,22 @@ def compiles(bench: Bench) -> Verdict:
         worst = float((torch.compile(network)(inputs) - network(inputs)).abs().max().detach())
     except Exception as error:
         advice = "it needs a C++ compiler, on a GPU too: apt install g++; configs train without `compile`, only slower"
-        return Verdict(bad, f"torch.compile: {first_line(error)}", advice)
+        return Verdict(bad, f"torch.compile: {failure(error).found}", advice)
     words = f"{time.monotonic() - began:.1f} s for a small network, within {worst:.1e} of the uncompiled"
-    return Verdict("pass", words) if worst < 1e-2 else Verdict(bad, words, "leave `compile` out of configs on this machine")
+    return verdict_on(worst < 1e-2, words, "leave `compile` out of configs on this machine", bad)
 
 
 # ---------------------------------------------------------------------------------------------- all of it
 
-STAGES: dict[str, Callable[..., Verdict]] = {
+STAGES: dict[str, Callable[[Bench], Verdict]] = {
     "first collective": first_collective,
     "all-reduce": all_reduce,
     "devices": devices,
     "bf16": half,
     "arithmetic": arithmetic,
     "gradients": gradients,
-    "ten steps": lambda bench: own_script.after_steps(bench.script, bench.accelerator),
-    "resume": lambda bench: own_script.resumed(bench.script, bench.accelerator),
+    "ten steps": lambda bench: own_script.after_steps(bench.script),
+    "resume": lambda bench: own_script.resumed(bench.script),
     "compile": compiles,
 }
 ORDER = ("pass", "skip", "warn", "fail")
@@ -356,17 +330,8 @@ def worst_of(verdicts: list[Verdict]) -> Verdict:
     return verdicts[worst]._replace(found=f"rank {worst}: {verdicts[worst].found}")
 
 
-@contextlib.contextmanager
-def _exactly() -> Iterator[None]:
-    """Without TF32, and in the end as it was."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    exact = torch.are_deterministic_algorithms_enabled()
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-        torch.use_deterministic_algorithms(exact)
+class Broken(RuntimeError):
+    """A rank cannot go on, which a row says; the others wait for it in vain."""
 
 
 def prove(cfg: Any, script_cfg: TrainConfig, folder: Path, report: Callable[[Row], None], *, seconds: float = 90.0) -> None:
@@ -375,44 +340,38 @@ def prove(cfg: Any, script_cfg: TrainConfig, folder: Path, report: Callable[[Row
     `cfg` is a training config or None; the script of `script_cfg` is what trains, in `folder` (rank 0's counts). A collective
     that takes longer than `seconds` ends it; Broken where a rank cannot go on.
     """
-    with _exactly():
+    with own_script.as_before():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         began, what = time.monotonic(), subject(cfg)
         accelerator = start(replace(what.machine, timeout_minutes=seconds / 60))
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such way is no failure of the machine
         rank, world = accelerator.process_index, accelerator.num_processes
         split = plan_batch(MICRO * PARTS * world, MICRO, rank=rank, world=world)
         unused, total = torch.cuda.mem_get_info(accelerator.device) if accelerator.device.type == "cuda" else (0, 0)
-        script = OwnScript(script_cfg, broadcast(folder) or folder, what.machine, MICRO * PARTS * world, MICRO)
-        run_stages(Bench(accelerator, what, build_process(what.process), split, began, script, cfg, total - unused), report)
+        script = OwnScript(script_cfg, broadcast(folder) or folder, what.machine, split.batch, MICRO)
+        bench = Bench(accelerator, what, split, began, script, cfg, total - unused)
+        for name, stage in STAGES.items():
+            if name != "compile" or rank == 0:  # nobody waits for that
+                _run_stage(bench, name, stage, report)
 
 
-class Broken(RuntimeError):
-    """A rank cannot go on, which a row says; the others wait for it in vain."""
-
-
-def _advice(error: Exception, several: bool) -> str:
-    if "out of memory" in str(error).lower():
-        return "end what else runs on these devices (nvidia-smi)"
-    lost = several and any(word in str(error) for word in ("imed out", "onnection", "NCCL", "gloo"))
-    return UNREACHED if lost else "this is not foreseen: look up the message"
-
-
-def run_stages(bench: Bench, report: Callable[[Row], None]) -> None:
-    main, several = bench.accelerator.is_main_process, bench.accelerator.num_processes > 1
-    for name, stage in STAGES.items():
-        began = time.monotonic()
-        if name == "compile" and not main:
-            return  # nobody waits for that
-        try:
-            verdict = stage(bench)
-            worst = worst_of(bench.everywhere(verdict)) if name != "compile" else verdict
-        except Exception as error:
-            rank = f"rank {bench.accelerator.process_index}: " if several else ""
-            unforeseen = Verdict("fail", first_line(error), _advice(error, several))
-            failed = mistake(error) if isinstance(error, UserError) else unforeseen
-            report(Row(name, *failed._replace(found=f"{rank}{failed.found}"), round(time.monotonic() - began, 2)))
-            if several:
-                raise Broken(name) from error
-            continue
-        if main:
-            report(Row(name, *worst, round(time.monotonic() - began, 2)))
+def _run_stage(bench: Bench, name: str, stage: Callable[[Bench], Verdict], report: Callable[[Row], None]) -> None:
+    began, rank, several = time.monotonic(), bench.split.rank, bench.split.world > 1
+    try:
+        verdict = stage(bench)
+        if name != "compile":
+            verdict = worst_of(gather(verdict))
+    except Exception as error:
+        advice = "this is not foreseen: look up the message"
+        if several and any(word in str(error) for word in ("imed out", "onnection", "NCCL", "gloo")):
+            advice = UNREACHED
+        if "out of memory" in str(error).lower():
+            advice = "end what else runs on these devices (nvidia-smi)"
+        failed = failure(error, advice)
+        words = f"rank {rank}: {failed.found}" if several else failed.found
+        report(Row(name, "fail", words, failed.advice, round(time.monotonic() - began, 2)))
+        if several:
+            raise Broken(name) from error
+        return
+    if rank == 0:
+        report(Row(name, *verdict, round(time.monotonic() - began, 2)))

@@ -4,7 +4,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -22,12 +21,9 @@ class Cadence:
     FIRST = 100
 
     def __init__(self, word: str, every: int | None, *, early: range = range(0)) -> None:
-        self.word, self.every = word, every
-        self.early = frozenset[int]()
-        self._first = early.start
-        if every is not None:
-            after = (self.FIRST << i for i in range(every.bit_length()))
-            self.early = frozenset(early.start + steps for steps in after if steps < min(every, len(early)))
+        self.word, self.every, self._first = word, every, early.start
+        after = [self.FIRST << i for i in range(every.bit_length())] if every is not None else []
+        self.early = frozenset(early.start + steps for steps in after if steps < min(every or 0, len(early)))
 
     def regular(self, step: int) -> bool:
         """Whether it would be due without the early ones."""
@@ -68,22 +64,24 @@ class Clock:
         total_images: int | None,
         *,
         shown: bool,
-        tell: Callable[[str, bool], None] | None = None,
+        tell: Callable[[str, bool], object] | None = None,
     ) -> None:
-        self._read_at = time.monotonic()
         self._images = self._read_images = images
         self._step, self._tell = step, tell or (lambda *_: None)
         self._activity: tuple[str, float] | None = None
         self.activities = deque[Activity](maxlen=1000)
-        self.readings = deque([(step, self._read_at)], maxlen=1000)  # (step, when the device had done it)
+        self.readings = deque([(step, time.monotonic())], maxlen=1000)  # (step, when the device had done it)
         self._counted = "" if total_images is None else " images"
-        self._progress = Progress(f"step {step},{self._counted}", total_images, done=images, shown=shown)
-        if self._progress.bar_shown:
-            self._progress.describe(f"step {step}")
+        self._progress = Progress(f"step {step}", total_images, done=images, shown=shown)
+        self._describe()
 
     @property
     def bar_shown(self) -> bool:
         return self._progress.bar_shown
+
+    def _describe(self, doing: str = "") -> None:
+        if not self.bar_shown:
+            self._progress.describe(f"step {self._step},{doing}{self._counted}")
 
     def tick(self, images: int) -> None:
         """Count one more step of so many images."""
@@ -91,16 +89,14 @@ class Clock:
         self._images += images
         self._step += 1
         self._progress.update(images)
-        if not self._progress.bar_shown:
-            self._progress.describe(f"step {self._step},{self._counted}")
+        self._describe()
         self._tell(f"step {self._step + 1}", False)
 
     def enter(self, what: str) -> None:
         """Say that this is being done between two steps, and measure how long it takes."""
         self.leave()
         self._activity = (what, time.monotonic())
-        if not self._progress.bar_shown:
-            self._progress.describe(f"step {self._step}, {what},{self._counted}")
+        self._describe(f" {what},")
         self._tell(what, True)
 
     def leave(self) -> None:
@@ -113,14 +109,14 @@ class Clock:
     def read(self, images_per_epoch: int) -> dict[str, float]:
         """The epoch, and the images per second since the last reading."""
         now = time.monotonic()
-        speed = (self._images - self._read_images) / max(1e-9, now - self._read_at)
-        self._read_at, self._read_images = now, self._images
+        speed = (self._images - self._read_images) / max(1e-9, now - self.readings[-1][1])
+        self._read_images = self._images
         self.readings.append((self._step, now))
         return {"epoch": self._images / images_per_epoch, "images_per_second": round(speed, 1)}
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Put epoch, step and loss on the bar."""
-        if "loss" in values and self._progress.bar_shown:
+        if "loss" in values and self.bar_shown:
             self._progress.describe(f"epoch {values['epoch']:.1f} step {step} loss {values['loss']:.4f}")
 
     def close(self) -> None:
@@ -132,14 +128,11 @@ def peak_memory_gigabytes(device: torch.device) -> float:
     """The most memory that this process has held: of the GPU, or, without one, in all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # native Windows, which counts it elsewhere
-        with suppress(ImportError):
-            import psutil
+    if sys.platform == "win32":
+        import psutil
 
-            memory = psutil.Process().memory_info()
-            return getattr(memory, "peak_wset", memory.rss) / 1e9
-        return float("nan")
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
+
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9

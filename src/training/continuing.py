@@ -11,7 +11,7 @@ from typing import Any
 from ..config import UserError, dump, read_json, validate
 from ..report.report import read_lines
 from ..runtime.checkpoint import contents, newest, spared_steps, step_folder, verify_checkpoint, write_folder
-from ..storage.files import link_file
+from ..storage.files import link_file, new_folder
 from ..storage.locks import folder_lock
 from .kept import at, cannot_change, images_seen
 from .run import changes
@@ -49,31 +49,29 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
         raise UserError(
             f"--continue-as: {old} has no checkpoint to go on from{why}; the old run is runs/NAME of the config, or --run-dir"
         )
-    before, after, facts = read_json(start / "config.json"), dump(cfg), read_json(start / "data.json")
-    progress = read_json(start / "progress.json")
-    harmless, other = changes(cfg, before)
-    before = dump(validate(type(cfg), before))  # as today's version reads it
+    raw, facts, progress = (read_json(start / f"{name}.json") for name in ("config", "data", "progress"))
+    harmless, other = changes(cfg, raw)
+    old_cfg = validate(type(cfg), raw)  # as today's version reads it
+    before, after = dump(old_cfg), dump(cfg)
     if refused := cannot_change(before, after, other):
         raise UserError(
             f"--continue-as keeps network, data and their order, and {old} has another {', '.join(refused)}; change it back, "
             "or start a new run from its weights alone, with init_from"
         )
-    step, count, origins = progress["step"], facts["images"], progress.get("continued", [])
-    ahead = images_seen(before, step, count) - images_seen(after, step, count)
+    step, origins = progress["step"], progress.get("continued", [])
+    images_before, images_now = (images_seen(each, step, facts["images"]) for each in (old_cfg, cfg))
     entry = {
         "run": str(old),
         "step": step,
-        "images_ahead": ahead + (origins[-1]["images_ahead"] if origins else 0),
+        "images_ahead": images_before - images_now + (origins[-1]["images_ahead"] if origins else 0),
         "changed": {key: [at(before, key), at(after, key)] for key in [*other, *harmless]},
     }
-    request = json.dumps([after, *origins, entry])
+    request, mark = json.dumps([after, *origins, entry]), new / MARK
     with folder_lock(new):
-        is_made = (new / MARK).exists() and (new / MARK).read_text(
-            encoding="utf-8"
-        ) == request  # by another process, or just before
-        if not is_made and not _is_there(old, new):
-            _make(old, new, start, {"config": after}, [*origins, entry])
-            (new / MARK).write_text(request, encoding="utf-8")
+        # another process may have made it, or this one just before
+        if not (mark.exists() and mark.read_text(encoding="utf-8") == request) and not _is_there(old, new):
+            _make(old, new, start, after, [*origins, entry])
+            mark.write_text(request, encoding="utf-8")
         new.with_name(f".{new.name}.bring.lock").unlink(missing_ok=True)
 
 
@@ -92,32 +90,25 @@ def _is_there(old: Path, new: Path) -> bool:
     return True
 
 
-def _make(old: Path, new: Path, start: Path, documents: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    staged = new.with_name(f".{new.name}.continuing")
-    shutil.rmtree(staged, ignore_errors=True)
-    step = entries[-1]["step"]
-    try:
-        (staged / "checkpoints").mkdir(parents=True)
-        needed = {step_folder(old / "checkpoints", spared) for spared in spared_steps(read_json(start / "progress.json"))}
-        for folder in sorted({start, *(folder for folder in needed if folder < start and verify_checkpoint(folder) is None)}):
-            tensors, old_documents = contents(folder)
-            old_documents["progress"] |= {"continued": entries}
-            write_folder(staged / "checkpoints" / folder.name, tensors, {**old_documents, **documents})
+def _make(old: Path, new: Path, start: Path, settings: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    spared = {step_folder(old / "checkpoints", step) for step in spared_steps(read_json(start / "progress.json"))}
+    with new_folder(new) as staged:
+        (staged / "checkpoints").mkdir()
+        for folder in [start, *(folder for folder in spared if folder < start and verify_checkpoint(folder) is None)]:
+            tensors, documents = contents(folder)
+            documents["progress"] |= {"continued": entries}
+            write_folder(staged / "checkpoints" / folder.name, tensors, {**documents, "config": settings})
         for name in BESIDE:
             if (old / name).is_dir():
-                shutil.copytree(
-                    old / name, staged / name, copy_function=link_file, ignore=shutil.ignore_patterns(".*", "*.partial")
-                )
+                hidden = shutil.ignore_patterns(".*", "*.partial")
+                shutil.copytree(old / name, staged / name, copy_function=link_file, ignore=hidden)
         for folder in (staged / "ema").glob("step_*"):
             if folder.name > start.name:
                 shutil.rmtree(folder)
-        lines = [json.dumps(line) + "\n" for line in read_lines(old / "metrics.jsonl") if line["step"] <= step]
-        (staged / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        lines = [line for line in read_lines(old / "metrics.jsonl") if line["step"] <= entries[-1]["step"]]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (staged / "metrics.jsonl").write_text(text, encoding="utf-8")
         (staged / MARK).touch()
-        shutil.rmtree(new, ignore_errors=True)
-        staged.replace(new)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def describe(entry: Mapping[str, Any]) -> str:

@@ -1,29 +1,78 @@
-"""A network and a data set that the caller hands in from Python, checked before anything is trained."""
+"""A network and a data set that the caller hands in from Python: checked before anything is trained, and used in place of the
+config's."""
 
 import math
 from collections import defaultdict
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..config import UserError
-from ..data import ImageSet, PointSet
+from ..config import UserError, quoted
+from ..data import ImageConfig, ImageSet, PointSet, open_data, open_given
+from ..models import build_model
+from ..runtime.processes import same_on_all
+from ..runtime.sharding import build_device
 from ..storage.finite import check_finite, is_finite
+from .config import DiffusionConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from accelerate import Accelerator
 
 
-def needs_null_class(label_dropout: float, *sets: ImageSet | PointSet | None) -> bool:
-    """Whether a run tells its network that there is no class: where labels are dropped, or data has none."""
-    return label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
+@dataclass(frozen=True)
+class Given:
+    """The caller's `network` and `dataset`; None where the config's are used."""
+
+    network: Any = None
+    dataset: Any = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What travels with the weights: no config builds the caller's network."""
+        return {"network": "python"} if self.network is not None else {}
+
+    def open_data(self, data: Any, held_out: Any, image: ImageConfig) -> tuple[ImageSet, ImageSet | None]:
+        """The images to train on and those held out: of the config's data, or of the caller's."""
+        if self.dataset is None:
+            return open_data(data, held_out)
+        train_set, held_out_set = open_given(self.dataset, held_out, image)
+        same_on_all(train_set.fingerprint)
+        return train_set, held_out_set
+
+    def build(
+        self,
+        cfg: DiffusionConfig,
+        accelerator: "Accelerator",
+        shape: tuple[int, ...],
+        num_classes: int | None,
+        *sets: ImageSet | PointSet | None,
+    ) -> nn.Module:
+        """The network of the config, or the caller's, checked; on its device, before it is prepared. `sets` are the data: the
+        network is told that there is no class where labels are dropped, or one of them has none."""
+        place, dtype = build_device(accelerator), getattr(torch, cfg.dtype)
+        learned = cfg.process.variance == "learned"
+        if self.network is None:
+            return build_model(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
+        null_class = cfg.label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
+        options = {"null_class": null_class, "learned": learned}
+        return given_network(self.network, accelerator, place, dtype, shape, num_classes, **options)
+
+    def how_to_draw(self, run_dir: "Path", options: str = "") -> str:
+        """What a finished run says."""
+        if self.network is not None:
+            return "open_trained from Python, as docs/python.md says"
+        return f"python sample.py {quoted(run_dir)}{options}"
 
 
 def given_network(
     network: Any,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     place: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -38,23 +87,24 @@ def given_network(
     no class, where a `null_class` is needed; x is (B, *shape), and what it gives is as large, with twice the channels where a
     variance is `learned`. A UserError says what is not like that.
     """
+    from accelerate.utils import broadcast
+
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
         raise UserError("the network that was handed in is no torch.nn.Module with parameters")
-    if accelerator.is_fsdp2:
-        raise UserError("FSDP cuts the networks of this project alone; launch without it to train one of your own")
-    if accelerator.num_processes > 1 and any(isinstance(module, _BatchNorm) for module in network.modules()):
-        raise UserError("the network has BatchNorm, whose averages differ between processes; use GroupNorm, or one process")
     values = [*network.parameters(), *network.buffers()]
-    if any(isinstance(value, UninitializedParameter | UninitializedBuffer) for value in values):
-        raise UserError(
-            "the network has parameters without a shape (it is lazy): call it once on a batch before you hand it in"
-        )
-    if any(value.is_meta for value in values):
-        raise UserError("the network is on the meta device, so its weights have no values; build it on the CPU")
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise UserError(
-            "no parameter of the network has requires_grad, so there is nothing to train; unfreeze what is to learn"
-        )
+    is_lazy = any(isinstance(value, UninitializedParameter | UninitializedBuffer) for value in values)
+    averages = accelerator.num_processes > 1 and any(isinstance(module, _BatchNorm) for module in network.modules())
+    learns, is_meta = any(value.requires_grad for value in values), any(value.is_meta for value in values)
+    problems = {
+        "FSDP cuts the networks of this project alone; launch without it to train one of your own": accelerator.is_fsdp2,
+        "the network has BatchNorm, whose averages differ between processes; use GroupNorm, or one process": averages,
+        "the network has parameters without a shape (it is lazy): call it once on a batch before you hand it in": is_lazy,
+        "the network is on the meta device, so its weights have no values; build it on the CPU": is_meta,
+        "no parameter of the network has requires_grad, so there is nothing to train; unfreeze what is to learn": not learns,
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise UserError(problem)
     check_finite(network.state_dict(), "the network that was handed in", "start it anew, or from other weights")
     shared = defaultdict(list)
     for name, value in network.state_dict().items():
@@ -62,40 +112,27 @@ def given_network(
             shared[value.untyped_storage().data_ptr(), value.storage_offset()].append(name)
     tied = next((names for names in shared.values() if len(names) > 1), None)
     if tied is not None:
-        raise UserError(
-            f"the network has one weight under several names ({', '.join(tied[:3])}), which cannot be saved; untie it"
-        )
+        names = ", ".join(tied[:3])
+        raise UserError(f"the network has one weight under several names ({names}), which cannot be saved; untie it")
     network = network.to(place, dtype)
-    if accelerator.num_processes > 1:
-        for value in [*network.parameters(), *network.buffers()]:
-            value.data.copy_(broadcast(value.data))
-    _try(network, place, dtype, shape, num_classes, null_class=null_class, learned=learned)
+    for value in [*network.parameters(), *network.buffers()] if accelerator.num_processes > 1 else []:
+        value.data.copy_(broadcast(value.data))
+    x = torch.linspace(-1, 1, 2 * math.prod(shape), device=place, dtype=dtype).reshape(2, *shape)
+    condition: dict[str, torch.Tensor] = {}
+    if num_classes is not None:
+        condition["labels"] = torch.tensor([0, num_classes if null_class else num_classes - 1], device=place)
+    _try(network, x, condition, (2, shape[0] * (2 if learned else 1), *shape[1:]))
     return network
 
 
 @torch.enable_grad()
-def _try(
-    network: nn.Module,
-    place: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    num_classes: int | None,
-    *,
-    null_class: bool,
-    learned: bool,
-) -> None:
-    """Call it once: a UserError where that fails, or gives something of another shape."""
-    size = 2 * math.prod(shape)
-    x, time = torch.linspace(-1, 1, size, device=place, dtype=dtype).reshape(2, *shape), torch.full((2,), 0.5, device=place)
-    before = x.clone()
-    condition: dict[str, torch.Tensor] = {}
-    if num_classes is not None:
-        last = num_classes if null_class else num_classes - 1
-        condition = {"labels": torch.tensor([0, last], device=place)}
+def _try(network: nn.Module, x: torch.Tensor, condition: dict[str, torch.Tensor], wanted: tuple[int, ...]) -> None:
+    """Call it once: a UserError where that fails, or gives something that is not of the `wanted` shape."""
+    before, time = x.clone(), torch.full((2,), 0.5, device=x.device)
     words = f"network(x {tuple(x.shape)}, time (2,){', labels=' + str(condition['labels'].tolist()) if condition else ''})"
     training = network.training
     try:
-        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             output = network.eval()(x, time, **condition)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -103,7 +140,6 @@ def _try(
         raise UserError(f"the network fails at {words}: {type(error).__name__}: {reason}{hint}") from None
     finally:
         network.train(training)
-    wanted = (2, shape[0] * (2 if learned else 1), *shape[1:])
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != wanted:
         gives = f"a tensor {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         raise UserError(f"{words} gives {gives}; it should give a tensor {wanted}")

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Span, to_steps
+from ..config import to_steps
+from .config import TrainConfig
+from .stages import StagedConfig
 
 MAY_CHANGE = (
     "name",
@@ -43,12 +45,10 @@ def cannot_change(before: Mapping[str, Any], after: Mapping[str, Any], keys: Seq
     are."""
     refused = [key for key in keys if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)]
     for key in keys:
-        was, now = at(before, key), at(after, key)
-        one_is_none = (was is None) != (now is None)
+        one_is_none = (at(before, key) is None) != (at(after, key) is None)
         if key.endswith("optimizer.muon") or (key == "ema.snapshot_every" and one_is_none):
             refused.append(key)
-    learned = [at(settings, "times.kind") == "second_moment" for settings in (before, after)]
-    if any(learned):
+    if any(at(settings, "times.kind") == "second_moment" for settings in (before, after)):
         refused += [key for key in keys if key in ("times", "times.kind", "times.history")]
     return refused
 
@@ -61,16 +61,13 @@ def ways_on(run: Path, before: Mapping[str, Any], after: Mapping[str, Any], keys
     return f"; to go on with it from here in a new run, add --continue-as NAME ({weights})"
 
 
-def images_seen(settings: Mapping[str, Any], step: int, num_images: int) -> int:
-    """How many images a run of this plain config sees in its first `step` steps; an epoch has `num_images`."""
-    stages = settings.get("stages")
-    if not stages:
-        return step * settings["batch_size"]
+def images_seen(cfg: TrainConfig, step: int, num_images: int) -> int:
+    """How many images a run sees in its first `step` steps; an epoch has `num_images`. The last of the stages has no end."""
+    if not isinstance(cfg, StagedConfig):
+        return step * cfg.batch_size
     count = 0
-    for i, stage in enumerate(stages):
-        batch, length = stage.get("batch_size") or settings["batch_size"], stage["steps"]
-        span = length if isinstance(length, int) else Span(**length)
-        steps = to_steps(span, batch_size=batch, num_images=num_images)
-        taken = step if i == len(stages) - 1 else min(step, steps)
+    for stage in cfg.stages:
+        batch = stage.batch_size or cfg.batch_size
+        taken = step if stage is cfg.stages[-1] else min(step, to_steps(stage.steps, batch_size=batch, num_images=num_images))
         count, step = count + taken * batch, step - taken
     return count

@@ -1,12 +1,18 @@
 """How one call of a script's `train` runs: for a person who watches it, or as a quiet rehearsal in a temporary folder."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..config import UserError
 from ..config.progress import Phases
+from ..runtime.failures import explain_out_of_memory, is_lost_rank
+from ..runtime.launch import undetermined
+from ..runtime.processes import silent_ranks
 from .clock import Clock
 from .state import TrainState
 from .uploads import Uploads
@@ -20,8 +26,7 @@ class RunMode:
 
     A `quiet` run says nothing but what it does at the moment, in lines that begin with `job`, and makes no report. `closing`
     is closed however the training ends; `on_kill` is called where a second signal ends the process at once; `set_batch` is told
-    the batch, the micro-batch and its key of each stage. `uploads`, `clock`, `facts` and
-    `train_state` are the run's.
+    the batch, the micro-batch and its key of each stage. `uploads`, `clock`, `facts` and `train_state` are the run's.
     """
 
     quiet: bool = False
@@ -50,3 +55,25 @@ class RunMode:
         if self._phases is not None:
             self._phases.close()
         self._phases = None
+
+
+Train = Callable[[Any, Path, RunMode, int | None], int]  # (config, run directory, how to run, stop_at) -> exit status
+
+
+def call(train: Train, cfg: Any, run_dir: Path, run_mode: RunMode, stop_at: int | None = None) -> int:
+    """Train, again after each rollback, and close all that was opened; errors that a person can mend are said in words."""
+    try:
+        with run_mode.closing, explain_out_of_memory(cfg.batch_size, cfg.micro_batch_size) as run_mode.set_batch:
+            while (status := train(cfg, run_dir, run_mode, stop_at)) == RESTART:
+                pass
+        return status
+    except RuntimeError as error:
+        if (missing := undetermined(error)) is not None:
+            reason = f"deterministic: torch has no {missing} that repeats itself to the bit on this device"
+            raise UserError(f"{reason}; --set deterministic=false, or train without what asks for it") from error
+        if not is_lost_rank(error):
+            raise
+        lost = f"error on rank {os.environ.get('RANK', '0')}: {silent_ranks()}, so this one cannot go on"
+        reason = str(error).splitlines()[0][:200]
+        print(f"{lost} ({reason}); what was saved is whole: run the same command again", file=sys.stderr, flush=True)
+        return 1

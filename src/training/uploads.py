@@ -56,10 +56,9 @@ def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_d
             return
     _, other = changes(settings, before)
     if other:
-        anew = f"rm -r {quoted(run_dir)} and gcloud storage rm -r {quoted(f'{bucket.url}/{place}')}"
         raise UserError(
             f"{bucket.url} holds another run as {place}: it was started with another {', '.join(other)}; change it back, give "
-            f"another --run-dir, or, to start anew, {anew}"
+            f"another --run-dir, or, to start anew, {_how_to_start_anew(bucket, place, run_dir)}"
             f"{ways_on(run_dir, before, dump(settings), other)}"
         )
 
@@ -81,31 +80,31 @@ def bring_back(url: str, run_dir: Path, settings: Any = None) -> str | None:
             newest_here, _ = newest(checkpoints)
         else:  # the first process has verified it
             newest_here = max((path.parent for path in checkpoints.glob(f"step_*/{MANIFEST}")), default=None)
-        lines, damaged = list[str](), list[str]()
-        for step in reversed(steps):
-            if newest_here is not None and newest_here.name >= step:
-                break
+        lines, damaged, brought = list[str](), list[str](), None
+        for step in reversed([step for step in steps if newest_here is None or step > newest_here.name]):
             pull(bucket, f"{place}/checkpoints/{step}", checkpoints / step)
-            reason = verify_checkpoint(checkpoints / step)
-            if reason is not None:
-                damaged.append(step)
-                lines.append(f"passed over {step} of {bucket.url}/{place}: {reason}")
-                continue
-            spared = sorted(_spared(checkpoints / step) & set(steps))
+            if (reason := verify_checkpoint(checkpoints / step)) is None:
+                brought = step
+                break
+            damaged.append(step)
+            lines.append(f"passed over {step} of {bucket.url}/{place}: {reason}")
+        if brought is not None:
+            spared = sorted(_spared(checkpoints / brought) & set(steps))
             for other in spared:
                 pull(bucket, f"{place}/checkpoints/{other}", checkpoints / other)
             with suppress(Empty):  # where only checkpoints were pushed
                 pull(bucket, place, run_dir, skip=_is_apart)
-            lines.append(f"brought {' and '.join([*spared, step])} of {run_dir} from {bucket.url}")
-            newest_here = checkpoints / step
-            break
-        if damaged and newest_here is None:
-            anew = f"to start anew, rm -r {quoted(run_dir)} and gcloud storage rm -r {quoted(f'{bucket.url}/{place}')}"
-            raise UserError(f"{'; '.join(lines)}; none is whole: {anew}")
+            lines.append(f"brought {' and '.join([*spared, brought])} of {run_dir} from {bucket.url}")
+        elif damaged and newest_here is None:
+            raise UserError(f"{'; '.join(lines)}; none is whole: to start anew, {_how_to_start_anew(bucket, place, run_dir)}")
         for step in damaged:  # without a manifest it does not count, until it is pushed anew
             with suppress(UserError):
                 bucket.delete(f"{place}/checkpoints/{step}/{MANIFEST}", objects[f"checkpoints/{step}/{MANIFEST}"])
         return "; ".join(lines) or None
+
+
+def _how_to_start_anew(bucket: Bucket, place: str, run_dir: Path) -> str:
+    return f"rm -r {quoted(run_dir)} and gcloud storage rm -r {quoted(f'{bucket.url}/{place}')}"
 
 
 def bring_run(url: str, name: str) -> str | None:
@@ -129,24 +128,31 @@ def starts(cfg: Any, *, fresh: bool) -> dict[str, str]:
     """The runs from which a run reads weights, by the key of the config that names them; with `fresh` init_from, too."""
     pairs = getattr(cfg, "pairs", None)
     named = {"autoencoder": getattr(cfg, "autoencoder", None), "pairs": getattr(pairs, "run", pairs)}
-    named |= {"init_from": cfg.init_from} if fresh else {}
+    named["init_from"] = cfg.init_from if fresh else None
     return {key: name for key, name in named.items() if name is not None}
 
 
-def bring(cfg: Any, run_dir: Path, *, trial: bool, old: Path | None = None) -> list[str]:
-    """Pull what a launch needs from the bucket: the run itself (not for a trial), the `old` run that it goes on from where it
-    has not begun itself, and the runs below runs/ that it starts from. Gives lines about it."""
+def bring(cfg: Any, run_dir: Path, *, trial: bool = False, old: Path | None = None) -> None:
+    """Pull what a launch needs from its bucket, if it has one: the run itself (not for a trial), the `old` run that it goes on
+    from where it has not begun itself, and the runs below runs/ that it starts from. Prints lines about it."""
+    if cfg.bucket is None:
+        return
+    lines = list[str | None]()
     try:
-        lines = [None if trial else bring_back(cfg.bucket, run_dir, cfg)]
-        if old is not None and not any((run_dir / "checkpoints").glob("step_*")):
+        if not trial:
+            lines.append(bring_back(cfg.bucket, run_dir, cfg))
+        has_begun = any((run_dir / "checkpoints").glob("step_*"))
+        if old is not None and not has_begun:
             lines.append(bring_back(cfg.bucket, old))
     except Unreached as error:
         folder, _ = newest(run_dir / "checkpoints")
         otherwise = f"goes on from {folder}" if folder is not None else "starts anew, for no checkpoint of it is here"
         raise UserError(f"{error}; with --set bucket=null it does without the bucket, and {otherwise}") from None
-    fresh = trial or not any((run_dir / "checkpoints").glob("step_*"))
-    names = [name for name in starts(cfg, fresh=fresh).values() if Path(name).parts[:1] == ("runs",)]
-    return [line for line in [*lines, *(bring_run(cfg.bucket, name) for name in names)] if line is not None]
+    for name in starts(cfg, fresh=trial or not has_begun).values():
+        if Path(name).parts[:1] == ("runs",):
+            lines.append(bring_run(cfg.bucket, name))
+    for line in filter(None, lines):
+        print(line, flush=True)
 
 
 def weights_in(bucket: Bucket, name: str) -> Path | None:
@@ -175,9 +181,8 @@ class Uploads:
         self._next: str | None = None  # the checkpoint to push next
         self._now: str | None = None  # the one that is being pushed
         self._back = False  # the run went back to the next one: newer ones in the bucket are void
-        self._woken, self._closing = False, False
+        self._closing = self._warned_of_others = False
         self._failed: str | None = None
-        self._warned_of_others = False
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
@@ -190,7 +195,7 @@ class Uploads:
     def wake(self, step: int, *, went_back: bool = False) -> None:
         """The checkpoint of this step is the newest now."""
         with self._condition:
-            self._next, self._woken = step_folder(Path(), step).name, True
+            self._next = step_folder(Path(), step).name
             self._back |= went_back
             self._condition.notify()
 
@@ -214,12 +219,11 @@ class Uploads:
         closing = False
         while not closing:
             with self._condition:
-                wait = RETRY_SECONDS if self._failed is not None else None
-                self._condition.wait_for(lambda: self._woken or self._closing, timeout=wait)
-                self._woken, closing = False, self._closing
-                self._now = self._next
+                if not self._closing and (self._next is None or self._failed is not None):
+                    self._condition.wait(RETRY_SECONDS if self._failed is not None else None)
+                closing, self._now, before = self._closing, self._next, self._failed
                 back, self._back = self._back, False
-            failed, before = None, self._failed
+            failed = None
             try:
                 self._put(self._bucket, self._now, back)
             except Exception as error:  # whatever it is, training goes on
@@ -227,13 +231,11 @@ class Uploads:
             with self._condition:
                 self._failed = failed
                 self._back |= back and failed is not None
-                if self._next == self._now and failed is None:
-                    self._next = None
+                self._next = self._next if failed is not None or self._next != self._now else None
                 self._now = None
-            if failed is not None and before is None:
-                self.say(f"warning: not uploaded ({failed}); it is tried again, and training goes on")
-            if failed is None and before is not None:
-                self.say("uploads to the bucket work again")
+            if (failed is None) != (before is None):
+                warning = f"warning: not uploaded ({failed}); it is tried again, and training goes on"
+                self.say(warning if failed is not None else "uploads to the bucket work again")
 
     def _put(self, bucket: Bucket, step: str | None, back: bool) -> None:
         """Push the rest of the run first: where the push ends in between, the log is longer than the checkpoint, and is cut."""
@@ -241,8 +243,7 @@ class Uploads:
         if step is None:
             return
         checkpoints = self._run_dir / "checkpoints"
-        reason = verify_checkpoint(checkpoints / step)
-        if reason is not None:
+        if (reason := verify_checkpoint(checkpoints / step)) is not None:
             if not (checkpoints / step).exists():  # the run went back behind it meanwhile
                 return
             raise UserError(f"{step}: {reason}")

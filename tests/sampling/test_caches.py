@@ -21,7 +21,7 @@ from src.metrics.features import open_features
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder
 from src.runs.latents import Latents, latents_of, write_sample_cache
-from src.training.rehearsed_caches import link_cache
+from src.training.rehearsal import link_cache
 from tests.conftest import randomise, refused, run_here
 from tests.data.profiles import display_p3
 

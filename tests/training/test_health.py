@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -42,7 +43,7 @@ import train_vae
 Usage = namedtuple("Usage", "total used free")
 
 
-def status(verdict: Verdict, wanted: str, *words: str) -> None:
+def status(verdict: Verdict | Row, wanted: str, *words: str) -> None:
     """The verdict's, its words, and advice wherever it is no pass."""
     assert verdict.status == wanted, verdict
     assert all(word in verdict.found + verdict.advice for word in words), verdict
@@ -134,23 +135,25 @@ def test_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("tmpfs", "warn", "gone when the machine stops"),
     ],
 )
-def test_file_system(tmp_path: Path, kind: str, wanted: str, words: str) -> None:
-    mounts = tmp_path / "mounts"
+def test_file_system(tmp_path: Path, kind: str, wanted: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a b").mkdir()
-    point = str(tmp_path / "a b").replace(" ", "\\040")
-    mounts.write_text(f"/dev/x / xfs rw 0 0\nhost:/x {point} {kind} rw 0 0\nhost:/y {point}c ext2 rw 0 0\n")
-    status(health.file_system(tmp_path / "a b" / "run", mounts), wanted, words, kind)
-    status(health.file_system(tmp_path, mounts), "pass", "xfs")
-    status(health.file_system(tmp_path, tmp_path / "none"), "skip")
     assert health.file_system(tmp_path).status in ("pass", "warn")
+    part = namedtuple("part", "mountpoint fstype")
+    listed = [part("/", "xfs"), part(str(tmp_path / "a b"), "ext2"), part(str(tmp_path / "a b"), kind)]
+    listed.append(part(f"{tmp_path / 'a b'}c", "ext2"))
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: listed)
+    status(health.file_system(tmp_path / "a b" / "run"), wanted, words, kind)
+    status(health.file_system(tmp_path), "pass", "xfs")
+    listed.clear()
+    status(health.file_system(tmp_path), "skip")
 
 
 def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    general = ((8e9, None, "pass"), (5e8, None, "warn"), (6.4e7, None, "fail"))
+    general = ((8e9, 0.0, "pass"), (5e8, 0.0, "warn"), (6.4e7, 0.0, "fail"))
     for free_bytes, needed, wanted in (*general, (8e9, 9e9, "fail"), (8e9, 5e9, "warn")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free_bytes=free_bytes: Usage(1e12, 0, free_bytes))
         status(health.shared_memory(needed, tmp_path), wanted, "--shm-size" if wanted != "pass" else "free")
-    status(health.shared_memory(None, tmp_path / "none"), "skip")
+    status(health.shared_memory(0.0, tmp_path / "none"), "skip")
 
 
 def test_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,23 +204,26 @@ def test_the_weights_are_looked_for_where_the_losses_do(tmp_path: Path, monkeypa
 
 @pytest.mark.filterwarnings("ignore::ImportWarning")  # of google's libraries, about one that is optional
 def test_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    status(health.bucket(None), "skip", "--bucket")
-    status(health.bucket("s3://nope"), "fail", "gs://NAME")
+    def bucket(url: str | None, seconds: float = 30.0) -> Row:
+        return examine("bucket", partial(health.bucket, url, seconds))
+
+    status(bucket(None), "skip", "--bucket")
+    status(bucket("s3://nope"), "fail", "gs://NAME")
     with StorageServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        status(health.bucket("gs://bucket/runs"), "pass", "gs://bucket/runs")
+        status(bucket("gs://bucket/runs"), "pass", "gs://bucket/runs")
         assert server.objects() == {}, "it leaves nothing there"
-        status(health.bucket("gs://other"), "fail", "no such bucket")
-        assert health.bucket("gs://other").advice == "is the name right?"
+        status(bucket("gs://other"), "fail", "no such bucket")
+        assert bucket("gs://other").advice == "is the name right?"
         server.faults.add(403, "delete", times=1)
-        status(health.bucket("gs://bucket"), "fail", "gcloud auth")
+        status(bucket("gs://bucket"), "fail", "gcloud auth")
         server.faults.add("slow", "upload", times=9, seconds=1.0)
-        status(health.bucket("gs://bucket", 0.5), "fail", "no answer", "internet")
+        status(bucket("gs://bucket", 0.5), "fail", "no answer", "internet")
         server.forbidden.add("bucket")
-        status(health.bucket("gs://bucket"), "fail", "gcloud auth")
+        status(bucket("gs://bucket"), "fail", "gcloud auth")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setattr("src.storage.buckets.client.FIRST_DELAY", 0.01)
-    status(health.bucket("gs://bucket"), "fail", "no answer after 6 tries", "Connection refused", "internet")
+    status(bucket("gs://bucket"), "fail", "no answer after 6 tries", "Connection refused", "internet")
 
 
 # ---------------------------------------------------------------------------------------------- what a config asks for
@@ -397,14 +403,15 @@ def test_a_device_that_computes_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_gpu_is_full_of_what_others_keep_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the stages before this one keep for themselves does not count: it is looked at before them."""
-    one = SimpleNamespace(device=torch.device("cuda"), everywhere=lambda value: [value], taken=int(0.4e9))
+    one, cards = SimpleNamespace(device=torch.device("cuda"), taken=int(0.4e9)), list[str]()
     card = SimpleNamespace(name="T4", total_memory=int(16e9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(13.8e9), card.total_memory))  # after an all-reduce
+    monkeypatch.setattr(proof, "gather", lambda value: [value, *cards])
     status(proof.devices(one), "pass", "1 x T4, 16 GB")  # pyright: ignore[reportArgumentType]
     one.taken = int(3e9)
     status(proof.devices(one), "warn", "3.0 GB of one are taken", "nvidia-smi")  # pyright: ignore[reportArgumentType]
-    one.everywhere = lambda value: [value, "A100, 80 GB"]
+    cards.append("A100, 80 GB")
     status(proof.devices(one), "warn", "1 x A100, 80 GB, 1 x T4, 16 GB", "not alike")  # pyright: ignore[reportArgumentType]
 
 

@@ -15,23 +15,11 @@ from src.config import UserError, load
 from src.runtime.checkpoint import write_folder
 from src.runtime.stream import plan_batch
 from src.training.clock import Activity, Cadence, Clock
-from src.training.dry_run import (
-    Costs,
-    Measured,
-    Planned,
-    count_of,
-    fitting,
-    largest,
-    planned_stages,
-    read_clock,
-    rows_of,
-    what_fits,
-)
+from src.training.dry_run import Costs, MeasuredStage, fitting, largest, planned_stages, rows_of, what_fits
 from src.training.entry import run_training
-from src.training.rehearsal import rehearsal_config
+from src.training.rehearsal import Rehearsal, compare_checkpoints, rehearsal_config
 from src.training.run_mode import RunMode
 from src.training.stages import plan_stages
-from src.training.verify_resume import compare_checkpoints
 from tests.conftest import ROOT, launch, run_in_process
 
 EVERY = {"preview": 100, "save": 100, "export": 300, "quality": None, "snapshot": 500}
@@ -43,27 +31,34 @@ def config_of(**checkpoint: Any) -> Any:
     return SimpleNamespace(checkpoint=SimpleNamespace(**{"keep": 3, "keep_best": False, "every_minutes": None, **checkpoint}))
 
 
+def stage_of(name: str, steps: int, every: dict[str, int | None], *seconds: float) -> MeasuredStage:
+    """A stage whose step, preview and checkpoint take so many `seconds`."""
+    cadences = {word: Cadence(word, every.get(word)) for word in EVERY}
+    return MeasuredStage(name, PLAN, 0, steps, cadences, *seconds)
+
+
 def rows(cfg: Any, costs: Costs, tmp_path: Path) -> dict[str, str]:
-    return dict(rows_of(cfg, costs, tmp_path / "run", 1.5, "cpu"))
+    return dict(rows_of(cfg, costs, tmp_path / "run", 1.5))
 
 
 def test_costs_are_steps_previews_checkpoints_and_what_comes_before(tmp_path: Path) -> None:
-    first = Measured("stage 1", PLAN, steps=1000, previews=10, saves=5, step_seconds=0.1, preview_seconds=3, save_seconds=2)
-    second = Measured("stage 2", PLAN, steps=100, previews=1, saves=1, step_seconds=0.5, preview_seconds=1, save_seconds=1)
-    costs = Costs([first, second], 28, checkpoint_bytes=10**6, weights_bytes=2 * 10**5, preview_bytes=10**5, images=100)
+    first = stage_of("stage 1", 1000, {"preview": 100, "save": 200}, 0.02, 0.6, 0.4)
+    second = stage_of("stage 2", 100, {}, 0.1, 0.2, 0.2)
+    costs = Costs(
+        [first, second], ahead_seconds=5.6, checkpoint_bytes=10**6, weights_bytes=2 * 10**5, preview_bytes=10**5, images=100
+    )
     values = rows(config_of(), costs, tmp_path)
-    assert values["time"] == "3.7 min", "28 s + 100 + 30 + 10, and 50 + 1 + 1"
+    assert values["time"] == "44 s", "5.6 s + 20 + 6 + 2, and 10 + 0.2 + 0.2"
     assert values["disk"].startswith("5.8 MB: 3 checkpoints of 1.0 MB (one more"), "and 1.1 MB of previews, 1.5 on the page"
     assert values["memory"] == "1.50 GB"
-    assert values["images/s"] == "32.0" and values["stage 2"] == "100 of 16 images = 16.0 epochs"
-    assert rows(config_of(every_minutes=0.08), costs, tmp_path)["time"] == "4.3 min", "20 by the clock, and 10, not 5 and 1"
+    assert values["images/s"] == "160.0" and values["stage 2"] == "100 of 16 images = 16.0 epochs"
+    assert rows(config_of(every_minutes=0.016), costs, tmp_path)["time"] == "52 s", "20 by the clock, and 10, not 5 and 1"
     assert rows(config_of(keep=1, keep_best=True), costs, tmp_path)["disk"].startswith("4.8 MB: 2 checkpoints")
 
 
 def test_costs_have_the_exports_which_a_rehearsal_does_not_write(tmp_path: Path) -> None:
-    cadences = {word: Cadence(word, every) for word, every in EVERY.items()}
-    stage = count_of(Planned("", PLAN, 0, 1000, cadences))
-    assert stage.exports == 3 and stage.snapshots == 2 and stage.qualities == 0
+    stage = stage_of("", 1000, EVERY)
+    assert [stage.count(word) for word in ("export", "snapshot", "quality", "preview")] == [3, 2, 0, 10]
     disk = rows(config_of(), Costs([stage], checkpoint_bytes=10**6, weights_bytes=2 * 10**5, images=100), tmp_path)["disk"]
     assert disk.startswith("4.2 MB: 3 checkpoints")
     assert disk.endswith("previews, report, 3 exports of 0.2 MB, 2 snapshots for post-hoc averages of 0.2 MB")
@@ -81,8 +76,8 @@ def test_the_clock_of_a_rehearsal_says_what_a_step_takes_without_previews() -> N
     clock.activities.extend(
         [Activity(8, "a preview", 4.0), Activity(12, "a preview", 3.0), Activity(12, "saving a checkpoint", 2.0)]
     )
-    stage = Measured("", PLAN, steps=12, previews=1, saves=1)
-    read_clock(stage, clock, 0, 12)
+    stage = stage_of("", 12, {})
+    stage.measure(clock, 0, 12)
     assert (stage.step_seconds, stage.preview_seconds, stage.save_seconds) == (1.5, 4.0, 2.0)
     clock.close()
 
@@ -98,7 +93,7 @@ def test_what_is_left_of_a_run_with_stages() -> None:
 
 
 def test_costs_warn_of_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = Costs([Measured("", PLAN, steps=10, previews=1, saves=1, step_seconds=1)], checkpoint_bytes=10**9, images=100)
+    costs = Costs([stage_of("", 10, {}, 1)], checkpoint_bytes=10**9, images=100)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=15 * 10**8))
     assert "1.0 GB: 1 checkpoints of 1.0 GB" in rows(config_of(), costs, tmp_path)["disk"]
@@ -131,11 +126,13 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
         return 0
 
     limit = 6
-    assert what_fits(train, cfg, tmp_path / "x") == ["micro_batch_size up to 6"] and len(sizes) <= 4
+    assert what_fits(Rehearsal(train, tmp_path / "x", ""), cfg) == ["micro_batch_size up to 6"] and len(sizes) <= 4
     limit = 24
-    assert what_fits(train, cfg, tmp_path / "x") == ["micro_batch_size up to 24 = batch_size"]
+    assert what_fits(Rehearsal(train, tmp_path / "x", ""), cfg) == ["micro_batch_size up to 24 = batch_size"]
     limit = 0
-    assert what_fits(train, cfg, tmp_path / "x")[0].startswith("no micro_batch_size: out of memory with one image")
+    assert what_fits(Rehearsal(train, tmp_path / "x", ""), cfg)[0].startswith(
+        "no micro_batch_size: out of memory with one image"
+    )
 
 
 def test_micro_batches_of_each_stage_are_tried(tmp_path: Path) -> None:
@@ -151,11 +148,11 @@ def test_micro_batches_of_each_stage_are_tried(tmp_path: Path) -> None:
         return 0
 
     limit = 9 * 16**2
-    lines = what_fits(train, cfg, tmp_path / "x")
+    lines = what_fits(Rehearsal(train, tmp_path / "x", ""), cfg)
     assert lines == [*(f"stages.{i}.micro_batch_size up to 8" for i in range(3)), "stages.3.micro_batch_size up to 4"]
     assert sizes[0] == 16 and 0 < sizes.count(24) <= 3
     limit = 24**2 - 1
-    assert [line[:28] for line in what_fits(train, cfg, tmp_path / "x")[2:]] == [
+    assert [line[:28] for line in what_fits(Rehearsal(train, tmp_path / "x", ""), cfg)[2:]] == [
         "stages.2.micro_batch_size up",
         "no stages.3.micro_batch_size",
     ]
@@ -163,7 +160,7 @@ def test_micro_batches_of_each_stage_are_tried(tmp_path: Path) -> None:
 
 def test_several_processes_say_where_the_micro_batch_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load("configs/smoke/ddpm.json", ddpm_accelerate.Config)
-    lines = partial(fitting, lambda *_: 0, cfg, tmp_path / "x", lambda: None)
+    lines = partial(fitting, Rehearsal(lambda *_: 0, tmp_path / "x", ""), cfg)
     assert lines() == [], "no GPU, no search"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert lines() == ["micro_batch_size up to 16 = batch_size"]

@@ -18,7 +18,7 @@ import train_iadb
 from src.config import UserError, dump, load
 from src.runtime.checkpoint import newest, retain, roll_back, spared_steps, step_folder, verify_checkpoint, write_folder
 from src.storage.buckets import open_bucket, push
-from src.training import dry_run, session, uploads, verify_resume
+from src.training import rehearsal, session, uploads
 from src.training.entry import run_training
 from src.training.run import RunDirectory
 from src.training.run_mode import RunMode
@@ -301,8 +301,7 @@ def test_every_launch_brings_what_it_starts_from(
     args = argparse.Namespace(run_dir="runs/x", dry_run=trial == "dry_run", verify_resume=trial == "verify_resume")
     whole_runs = list[list[str]]()
 
-    for module in (dry_run, verify_resume):  # whose caches would be made of what is brought
-        monkeypatch.setattr(module, "rehearse_caches", lambda *_: ({}, 0.0))
+    monkeypatch.setattr(rehearsal.Rehearsal, "_make_caches", lambda *_: {})  # they would be made of what is brought
 
     def train(*_: Any) -> int:
         whole_runs.append(sorted(path.parent.name for path in Path("runs").glob("*/final") if verify_checkpoint(path) is None))
