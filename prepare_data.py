@@ -10,7 +10,6 @@ python prepare_data.py latents runs/landscape256_vae
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 from src import figures
 from src.config import UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
-from src.data.checks import count_small, describe_small, refuse_small_packs
+from src.data.checks import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
 from src.data.names import class_remarks, printable
 from src.data.packing import pack
 from src.data.sources import FolderSource, Sources
@@ -126,8 +125,7 @@ def check(args: argparse.Namespace) -> None:
     images, sizes = open_images(args), wanted_sizes(args)
     sides = images.sides.min(1)
     sides = sides[sides > 0] if (sides > 0).any() else np.zeros(1, np.int64)
-    skipped = [(name, reason) for part in images.parts for name, reason in part.report.skipped]
-    notes = sum((Counter(part.report.notes) for part in images.parts), Counter[str]())
+    skipped, notes = skipped_files(images), count_notes(images)
     remarks = [remark for part in images.parts for remark in part.report.remarks]
     remarks += [f"{count} {kind}" for kind, count in images.sequences().items()]
     remarks += class_remarks(images.class_names, len(images))

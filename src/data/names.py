@@ -2,9 +2,7 @@
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import PurePath
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..config import UserError
 
@@ -75,10 +73,9 @@ def file_stems(names: Sequence[str], *, most_bytes: int = 100) -> list[str]:
     return cut if len(set(cut)) == len(cut) else [f"{i}_{name}" for i, name in enumerate(cut)]
 
 
-def count_endings(names: Iterable[str]) -> dict[str, int]:
-    """How many files have which ending, in small letters: the most frequent first."""
-    counts = Counter(PurePath(name).suffix.lower() for name in names)
-    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
+def sorted_by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(name, count) of each, the most frequent first."""
+    return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
 
 
 def class_remarks(class_names: Sequence[str], images: int) -> list[str]:

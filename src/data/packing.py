@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..config import UserError
 from ..config.progress import Progress
@@ -41,7 +40,7 @@ def pack(images: ImageSet, out: Path, *, size: int, channels: int, held_out: flo
 
     def load(i: int) -> Pixels:
         image = images.parts[images.which[i]].load(int(images.index[i]), channels=channels, at_least=size)
-        image = image if isinstance(image, Image.Image) else to_image(image)
+        image = to_image(image) if isinstance(image, np.ndarray) else image
         return resize_shorter_side(image.convert("RGB" if channels == 3 else "L"), size)
 
     try:

@@ -40,8 +40,8 @@ def test_hidden_entries_and_links_to_nowhere_are_left_out(root: Path) -> None:
 
 def test_a_walk_has_all_images_in_the_order_of_their_names(root: Path) -> None:
     tree = walk(root)
-    assert tree.parts == [("a", "3.png"), ("b", "1.png"), ("b", "deep", "2.JPG")]
-    assert [entry.name for entry in tree.files] == ["3.png", "1.png", "2.JPG"]
+    assert [parts for parts, _ in tree.images] == [("a", "3.png"), ("b", "1.png"), ("b", "deep", "2.JPG")]
+    assert [entry.name for _, entry in tree.images] == ["3.png", "1.png", "2.JPG"]
     assert sorted(tree.subfolders) == ["a", "b", "empty"] and tree.unreadable == [("a", "raw.psb")]
     assert tree.others == {".txt": 1, ".json": 1} and tree.links == []
 
@@ -50,11 +50,12 @@ def test_a_folder_is_visited_under_its_own_name_alone(root: Path) -> None:
     os.symlink(root / "b", root / "a" / "link")
     os.symlink(root, root / "loop")
     tree = walk(root)
-    assert len(tree.parts) == 3 and tree.links == ["a/link", "loop"]
+    assert len(tree.images) == 3 and tree.links == ["a/link", "loop"]
     assert identity(root / "b") == identity(root / "a" / "link") != identity(root)
     (root.parent / "other").mkdir()
     os.symlink(root / "b", root.parent / "other" / "b")
-    assert walk(root.parent / "other").parts == [("b", "1.png"), ("b", "deep", "2.JPG")], "a link to elsewhere is followed"
+    images = walk(root.parent / "other").images
+    assert [parts for parts, _ in images] == [("b", "1.png"), ("b", "deep", "2.JPG")], "a link to elsewhere is followed"
 
 
 def test_folders_that_hold_images_at_any_depth(root: Path) -> None:

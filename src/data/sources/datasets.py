@@ -8,16 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
 from ...config import UserError, config
 from ...config.packages import needed
 from ...storage.hub import hub_reason
-from .. import formats
 from ..names import class_of, find_spelling
 from ..scan import Absent, ScanConfig, scan
-from ..transforms import decode
 from .images import Images, digest, number_classes, odd_label_remarks
 
 
@@ -47,8 +44,10 @@ class DatasetsImages(Images):
     column: str = "image"
     transpose: bool = False
 
-    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
-        image = decode(self.encoded(index), channels=channels, at_least=at_least)
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Any:
+        from PIL import Image
+
+        image: Any = super().load(index, channels=channels, at_least=at_least)
         return image.transpose(Image.Transpose.TRANSPOSE) if self.transpose else image
 
     def encoded(self, index: int) -> Path | bytes:
@@ -56,26 +55,13 @@ class DatasetsImages(Images):
 
 
 def _encoded(cell: Any) -> bytes | Path:
-    """The bytes of an image, or where they are; an Absent says why there are none."""
-    content, path = (cell.get("bytes"), cell.get("path")) if cell is not None else (None, None)
-    if content is not None:
-        if not len(content):
-            raise Absent("empty file")
-        return content
-    if not path:
+    """The bytes of an image, or where they are; an Absent says that there is neither."""
+    cell = cell or {}
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
+    if not cell.get("path"):
         raise Absent("no image in this row")
-    return Path(path)
-
-
-def _size_in_bytes(cell: Any) -> int | None:
-    """How large an image is, or None where that cannot be known: then the scan says why."""
-    try:
-        encoded = _encoded(cell)
-        return len(encoded) if isinstance(encoded, bytes) else encoded.stat().st_size
-    except Absent:
-        return 0 if cell is not None and cell.get("bytes") is not None else None
-    except OSError:
-        return None
+    return Path(cell["path"])
 
 
 def open_datasets(spec: DatasetsSource) -> DatasetsImages:
@@ -95,22 +81,28 @@ def open_datasets(spec: DatasetsSource) -> DatasetsImages:
 
     def open_row(i: int) -> Any:
         encoded = _encoded(rows[i][image_column])
+        if encoded == b"":
+            raise Absent("empty file")
         return io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
 
-    sizes = [1] * len(rows)
-    if spec.scan.min_file_bytes:
-        known = (_size_in_bytes(row[image_column]) for row in rows)
-        sizes = [spec.scan.min_file_bytes if size is None else size for size in known]
+    def size_in_bytes(cell: Any) -> int:
+        try:
+            encoded = _encoded(cell)
+            return len(encoded) if isinstance(encoded, bytes) else encoded.stat().st_size
+        except (Absent, OSError):  # the scan says why
+            return spec.scan.min_file_bytes
+
+    sizes = [size_in_bytes(row[image_column]) for row in rows] if spec.scan.min_file_bytes else [1] * len(rows)
     files = [Path(entry["filename"]) for entry in rows.cache_files]
     changed = max((path.stat().st_mtime_ns for path in files if path.exists()), default=0)
     names = [f"{spec.split}/{i:08d}" for i in range(len(rows))]
-    key = formats.with_plugins(f"datasets|{rows._fingerprint}|{spec.split}")
+    key = f"datasets|{rows._fingerprint}|{spec.split}"
     good, report = scan(names, [(size, changed) for size in sizes], open_row, spec.scan, key=key, where=where)
     without = int((labels[good] < 0).sum())
     if class_names and without:
         remarks.append(f"{without} images have no label in {spec.label_column!r} and are left without a class")
     report.remarks = [f"{where}: {remark}" for remark in remarks]
-    transposed = ["transposed"] if spec.transpose else []
+    transposed = ["transposed"] * spec.transpose
     return DatasetsImages(
         names=[names[i] for i in good],
         labels=labels[good],

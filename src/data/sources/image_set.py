@@ -1,4 +1,4 @@
-"""The images of one or several sources, selected and in a fixed order: what training reads."""
+"""The images of one or several sources, selected and in a fixed order, which training reads; and how they are opened."""
 
 import hashlib
 import io
@@ -6,27 +6,31 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...config import UserError
 from .. import formats
-from ..names import count_endings, normal_form, sorted_classes
+from ..names import find_spelling, join_names, normal_form, sorted_by_count, sorted_classes
 from ..transforms import ImageConfig, Pixels, square
-from .images import ArrayImages, Images, digest, name_fraction
+from .images import ArrayImages, Images, Source, digest, hold_out, name_fraction
+from .python import read_dataset
+from .registry import open_source
 
 
 class ImageSet:
-    """The images `chosen[i]` (indices) of each source `parts[i]`.
+    """The images `chosen[i]` (indices) of each source `parts[i]`, in a fixed order.
 
-    `labels` (N,) are indices into `class_names`, -1 for none; `names` are relative paths. Image k of the set is image
-    `index[k]` of the source `parts[which[k]]`.
+    `labels` (N,) are indices into `class_names`, -1 for none. Image k of the set is image `index[k]` of the source
+    `parts[which[k]]`.
     """
 
     def __init__(self, parts: Sequence[Images], chosen: Sequence[NDArray[np.int64]]) -> None:
         self.parts = list(parts)
-        self.which = np.concatenate([np.full(len(c), i, dtype=np.int32) for i, c in enumerate(chosen)])
+        self.which = np.repeat(np.arange(len(parts), dtype=np.int32), [len(c) for c in chosen])
         self.index = np.concatenate([np.asarray(c, dtype=np.int64) for c in chosen])
         self.class_names = sorted_classes(name for part in parts for name in part.class_names)
         pairs = zip(parts, chosen, strict=True)
@@ -44,6 +48,7 @@ class ImageSet:
 
     @property
     def names(self) -> list[str]:
+        """The paths of the images in their sources."""
         return [part.names[i] for part, i in self._locations()]
 
     @property
@@ -51,29 +56,26 @@ class ImageSet:
         """The hash of what is in the set and in which order."""
         return digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
 
-    def _gather(self, measure: str) -> NDArray[np.int64]:
-        """(N, ...): a measure of the scan reports of the sources, for the images of this set."""
-        values = [getattr(part.report, measure) for part in self.parts]
-        gathered = np.zeros((len(self), *values[0].shape[1:]), np.int64)
-        for number, value in enumerate(values):
-            in_part = self.which == number
-            gathered[in_part] = value[self.index[in_part]]
-        return gathered
+    @property
+    def _measures(self) -> NDArray[np.int64]:
+        """(N, 4): the measures in the scan reports of the sources, for the images of this set."""
+        firsts = np.cumsum([0, *map(len, self.parts)])
+        return np.concatenate([part.report.measures for part in self.parts])[firsts[self.which] + self.index]
 
     @property
     def sides(self) -> NDArray[np.int64]:
         """(N, 2): the width and the height of each image, as its file has it; -1 where that is not known."""
-        return self._gather("sides")
+        return self._measures[:, :2]
 
     @property
     def times(self) -> NDArray[np.int64]:
         """(N,): when the file of each image was modified, in nanoseconds; 0 where the fingerprint changes with the content."""
-        return self._gather("times")
+        return self._measures[:, 2]
 
     @property
     def decoders(self) -> NDArray[np.int64]:
         """(N,): the first version of the decoder that reads each image as today's does."""
-        return self._gather("decoders")
+        return self._measures[:, 3]
 
     @property
     def decoder(self) -> int:
@@ -114,7 +116,8 @@ class ImageSet:
     @property
     def endings(self) -> dict[str, int]:
         """How many images of folders have which ending: another version of the project may read other ones."""
-        return count_endings(part.names[i] for part, i in self._locations() if part.named_by_files)
+        names = (part.names[i] for part, i in self._locations() if part.named_by_files)
+        return dict(sorted_by_count(Counter(Path(name).suffix.lower() for name in names)))
 
     def sequences(self) -> dict[str, int]:
         """{what they are: how many} of files that hold more than the one image that is taken. Opens every file."""
@@ -139,14 +142,14 @@ class ImageSet:
 
     def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """(B, size, size, channels) uint8 of the images `indices` (B,), cut and flipped by the random numbers `u` (B, 3)."""
-        if self._in_memory is not None:
-            images, position = self._in_memory
-            pixels = images[position[self.index[indices]]]
-            if spec.flip:
-                mirrored = u[:, 2] < 0.5
-                pixels[mirrored] = pixels[mirrored, :, ::-1]
-            return pixels
-        return np.stack([self._load_square(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
+        if self._in_memory is None:
+            return np.stack([self._load_square(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
+        images, position = self._in_memory
+        pixels = images[position[self.index[indices]]]
+        if spec.flip:
+            mirrored = u[:, 2] < 0.5
+            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        return pixels
 
     def _load_square(self, i: int, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """One image. In the place of one that broke after the scan comes the next of its class, with a warning."""
@@ -156,18 +159,15 @@ class ImageSet:
             try:
                 return square(part.load(index, channels=spec.channels, at_least=spec.size), spec, u)
             except Exception as error:
-                print(
-                    f"warning: {part.names[index]!r} can no longer be read ({error}); the next one takes its place", flush=True
-                )
+                line = f"warning: {part.names[index]!r} can no longer be read ({error}); the next one takes its place"
+                print(line, flush=True)
                 same_class = np.flatnonzero(self.labels == self.labels[i])
                 j = int(same_class[(int(np.searchsorted(same_class, i)) + tries) % len(same_class)])
         raise UserError(f"twenty images in a row, from {self.names[i]!r} on, can no longer be read; is the disk gone?")
 
     def lowest(self, count: int) -> "ImageSet":
         """The `count` images whose names hash lowest, or all where there are no more. The classes keep their numbers."""
-        keep = np.zeros(len(self), dtype=np.bool_)
-        keep[lowest_names(self.names, count)] = True
-        subset = self.only(keep)
+        subset = self.only(np.isin(np.arange(len(self)), lowest_names(self.names, count)))
         subset.rename_classes(self.class_names)
         return subset
 
@@ -189,3 +189,46 @@ def _renumbered(labels: NDArray[np.int64], class_names: Sequence[str], new_names
 def lowest_names(names: Sequence[str], count: int) -> NDArray[np.int64]:
     """The indices, in order, of the `count` names that hash lowest. The hash is not the one that decides who is held out."""
     return np.array(sorted(sorted(range(len(names)), key=lambda i: (name_fraction(f"subset of {names[i]}"), i))[:count]))
+
+
+def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = ()) -> ImageSet:
+    """Open one or several sources as one set; `subset` keeps the images whose names hash lowest.
+
+    Where one folder of a source alone holds images and has the name of one of the classes `among`, they are of that class.
+    """
+    parts, chosen = [], []
+    specs: Sequence[Any] = sources if isinstance(sources, Sequence) else [sources]
+    for spec in specs:
+        part = open_source(spec)
+        name = find_spelling(among, part.only_folder) if part.only_folder is not None and not part.class_names else None
+        if name is not None:
+            part.class_names, part.labels = (name,), np.zeros_like(part.labels)
+        subset = getattr(spec, "subset", None)
+        parts.append(part)
+        chosen.append(np.arange(len(part)) if subset is None or subset >= len(part) else lowest_names(part.names, subset))
+    images = ImageSet(parts, chosen)
+    if len(images) == 0:
+        raise UserError("the data has no images")
+    return images
+
+
+def open_data(
+    data: Source | Sequence[Source] | ImageSet, held_out: float | Source | Sequence[Source]
+) -> tuple[ImageSet, ImageSet | None]:
+    """The training images, and those held out: a fraction by hash of the relative path, or sources of their own."""
+    images = data if isinstance(data, ImageSet) else open_sources(data)
+    if not isinstance(held_out, float | int):
+        held_out_set = open_sources(held_out, among=images.class_names)
+        known = {normal_form(name) for name in images.class_names}
+        unknown = [name for name in held_out_set.class_names if normal_form(name) not in known]
+        if unknown:
+            raise UserError(f"held_out has classes that data lacks: {join_names(unknown)}")
+        held_out_set.rename_classes(images.class_names)
+        return images, held_out_set
+    return hold_out(images, images.names, held_out, "images")
+
+
+def open_given(dataset: Any, held_out: Any, image: ImageConfig) -> tuple[ImageSet, ImageSet | None]:
+    """What `open_data` gives, of a data set that was handed in from Python; `read_dataset` says what its items are."""
+    part = read_dataset(dataset, image.channels)
+    return open_data(ImageSet([part], [np.arange(len(part))]), held_out)

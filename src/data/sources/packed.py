@@ -65,7 +65,8 @@ def open_packed(spec: PackedSource) -> PackedImages:
         raise UserError(f"{path}/pixels.bin is missing or cut; pack it again")
     table = np.load(path / "records.npy")
     keep = np.ones(len(table), dtype=bool) if spec.split == "all" else (table[:, 4] == (spec.split == "held_out"))
-    written = np.full(int(keep.sum()), (path / "pixels.bin").stat().st_mtime_ns, np.int64)
+    measures = np.ones((int(keep.sum()), 4), np.int64)
+    measures[:, :2], measures[:, 2] = table[keep, 2:0:-1], (path / "pixels.bin").stat().st_mtime_ns
     return PackedImages(
         names=[name for name, is_in_split in zip(manifest["names"], keep, strict=True) if is_in_split],
         labels=table[keep, 3],
@@ -74,6 +75,6 @@ def open_packed(spec: PackedSource) -> PackedImages:
         pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
         records=table[keep, :3],
         channels=manifest["channels"],
-        report=ScanReport(sides=table[keep, 2:0:-1], times=written),
+        report=ScanReport(measures=measures),
         folder=str(path),
     )
