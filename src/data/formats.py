@@ -13,30 +13,19 @@ from ..config.packages import is_installed
 if TYPE_CHECKING:
     from PIL import Image
 
+_NAMED_BY_ENDING = ("WEBP", "GIF", "ICO", "CUR", "ICNS", "DDS", "PCX", "PSD", "QOI", "SGI", "XBM", "XPM", "TGA")
 # Formats of Pillow that run no other program (EPS would start Ghostscript), with the endings of their files.
 BUILT_IN = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
-    "WEBP": (".webp",),
     "BMP": (".bmp", ".dib"),
-    "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
     "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-    "ICO": (".ico",),
-    "CUR": (".cur",),
-    "ICNS": (".icns",),
-    "DDS": (".dds",),
-    "PCX": (".pcx",),
-    "PSD": (".psd",),
-    "QOI": (".qoi",),
-    "SGI": (".sgi",),
     "SUN": (".ras",),
-    "XBM": (".xbm",),
-    "XPM": (".xpm",),
     "FITS": (".fits", ".fit"),
-    "TGA": (".tga",),
+    **{name: (f".{name.lower()}",) for name in _NAMED_BY_ENDING},
 }
 LIBRARIES = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # what Pillow must have been built with for them
 READ_BEFORE = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -57,9 +46,7 @@ _ADVICE = {
     ".svg .svgz": "draw them first, such as with cairosvg",
     ".eps .ps .ai": "draw them first, such as with Ghostscript",
     ".psb .xcf .kra .clip .sketch .afphoto .procreate .cdr": "save them as PNG first",
-    ".exr .hdr": "convert them to PNG first",
-    ".jxr .wdp .hdp .bpg .flif": "convert them to PNG first",
-    ".djvu .wmf .emf": "convert them to PNG first",
+    ".exr .hdr .jxr .wdp .hdp .bpg .flif .djvu .wmf .emf": "convert them to PNG first",
     ".dcm .dicom .nii": "convert them to PNG first, such as with pydicom or nibabel",
     _VIDEO: "take images out of them first, such as with ffmpeg",
     _ARCHIVES: "unpack them first: python prepare_data.py unpack FILE",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from ...config import UserError, config
@@ -71,12 +70,17 @@ def open_datasets(spec: DatasetsSource) -> DatasetsImages:
 
     rows = _load_rows(spec, where)
     image_columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    image_column = _find_column(spec.image_column, image_columns, "image", where)
+    image_column = _find_name(spec.image_column, image_columns, "image column", where)
     labels, class_names, remarks = np.full(len(rows), -1, dtype=np.int64), (), list[str]()
     if spec.label_column is not None:
         other_columns = [name for name in rows.features if name not in image_columns]
-        label_column = _find_column(spec.label_column, other_columns, "label", where)
-        labels, class_names, remarks = _read_labels(rows[label_column][:], rows.features[label_column])
+        label_column = _find_name(spec.label_column, other_columns, "label column", where)
+        values, feature = rows[label_column][:], rows.features[label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            labels, class_names = np.array([-1 if value is None else value for value in values], np.int64), tuple(feature.names)
+        else:
+            labels, class_names, remarks = number_classes([class_of(value) for value in values])
+            remarks += odd_label_remarks(values, class_names)
     rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     def open_row(i: int) -> Any:
@@ -122,41 +126,22 @@ def _load_rows(spec: DatasetsSource, where: str) -> Any:
 
     folder = Path(spec.name).expanduser()
     try:
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-            return _choose_split(datasets.load_from_disk(str(folder)), spec.split, where)
-        return datasets.load_dataset(spec.name, spec.configuration, data_dir=spec.data_dir, split=spec.split)
-    except UserError:
-        raise
+        if not (folder / "state.json").exists() and not (folder / "dataset_dict.json").exists():
+            return datasets.load_dataset(spec.name, spec.configuration, data_dir=spec.data_dir, split=spec.split)
+        saved = datasets.load_from_disk(str(folder))
     except Exception as error:
         reason = "it has no rows" if isinstance(error, IndexError) else hub_reason(spec.name, error, "dataset")
         raise UserError(f"{where} cannot be loaded: {reason}; for a folder: --set data.source=folder") from None
-
-
-def _choose_split(saved: Any, split: str, where: str) -> Any:
-    """The rows of a split in what save_to_disk wrote: several splits, or one."""
     if isinstance(saved, Mapping):
-        name = find_spelling(map(str, saved), split)
-        if name is None:
-            raise UserError(f"{where} has no split {split!r}; it has: {', '.join(map(str, saved))}")
-        return saved[name]
-    if saved.split is not None and find_spelling([str(saved.split)], split) is None:
-        raise UserError(f"{where} is the split {str(saved.split)!r} alone, and {split!r} is asked for")
+        return saved[_find_name(spec.split, list(map(str, saved)), "split", where)]
+    if saved.split is not None and find_spelling([str(saved.split)], spec.split) is None:
+        raise UserError(f"{where} is the split {str(saved.split)!r} alone, and {spec.split!r} is asked for")
     return saved
 
 
-def _find_column(wanted: str, names: Sequence[str], kind: str, where: str) -> str:
-    """The column `wanted` among those that may hold images (or labels), as it is spelled there."""
-    column = find_spelling(names, wanted)
-    if column is None:
-        raise UserError(f"{where} has no {kind} column {wanted!r}; it has: {', '.join(names) or 'none'}")
-    return column
-
-
-def _read_labels(values: Sequence[Any], feature: Any) -> tuple[NDArray[np.int64], tuple[str, ...], list[str]]:
-    """Labels (N,), the names of the classes, and remarks, of a column of class numbers or of anything else."""
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        return np.array([-1 if value is None else value for value in values], dtype=np.int64), tuple(feature.names), []
-    labels, class_names, remarks = number_classes([class_of(value) for value in values])
-    return labels, class_names, remarks + odd_label_remarks(values, class_names)
+def _find_name(wanted: str, names: Sequence[str], kind: str, where: str) -> str:
+    """The one of these splits or columns that is wanted, as it is spelled there."""
+    name = find_spelling(names, wanted)
+    if name is None:
+        raise UserError(f"{where} has no {kind} {wanted!r}; it has: {', '.join(names) or 'none'}")
+    return name

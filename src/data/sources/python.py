@@ -43,19 +43,9 @@ class GivenImages(Images):
     dataset: Any = None
     signed: bool = False
 
-    def content(self, index: int) -> bytes:
-        value, where, _ = _read_item(self.dataset, index)
-        return (np.asarray(value) if _is_pil(value) else item_array(value, where)).tobytes()
-
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         value, where, _ = _read_item(self.dataset, index)
         return _to_uint8(_item_pixels(value, where, channels), signed=self.signed)
-
-
-def _is_pil(value: Any) -> bool:
-    from PIL import Image
-
-    return isinstance(value, Image.Image)
 
 
 def read_dataset(dataset: Any, channels: int) -> Images:
@@ -186,7 +176,9 @@ def item_array(value: Any, where: str) -> NDArray[Any]:
 
 def _item_pixels(value: Any, where: str, channels: int) -> NDArray[Any]:
     """(H, W, C) uint8 or float32 of an image as it was handed in."""
-    if _is_pil(value):
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
         return to_array(normalise(value, channels))
     pixels = item_array(value, where)
     if pixels.dtype != np.uint8 and pixels.dtype.kind != "f":
