@@ -93,12 +93,12 @@ def open_images(args: argparse.Namespace) -> ImageSet:
         if not isinstance(raw, dict) or "data" not in raw:
             raise UserError(f"{args.data}: has no `data`")
         return open_sources(validate(DataOnly, {"data": raw["data"]}, origin=args.data).data)
-    scan = {"min_file_bytes": args.min_file_bytes, "max_broken_fraction": args.max_broken_fraction, "min_side": args.min_side}
+    scan = {key: getattr(args, key) for key in ("min_file_bytes", "max_broken_fraction", "min_side")}
     spec = {"source": "folder", "path": args.data, "split": args.split, "scan": scan}
-    columns = {"label_column": args.label_column, "image_column": args.image_column}
     if (args.labels is None) != (args.label_column is None) or (args.labels is None and args.image_column is not None):
         raise UserError("--labels FILE and --label-column COLUMN belong together; --image-column goes with them")
     if args.labels is not None:
+        columns = {key: getattr(args, key) for key in ("label_column", "image_column")}
         given = {key: int(column) if column.isdecimal() else column for key, column in columns.items() if column is not None}
         spec["labels"] = {"file": args.labels, **given}
     return open_sources(validate(FolderSource, spec, origin="arguments"))

@@ -1,6 +1,7 @@
 """What is in a folder: which entries are folders and images, and all files below it, each once whatever links there are."""
 
 import errno
+import heapq
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -49,7 +50,6 @@ def entries(folder: Path | str) -> Iterator[tuple[os.DirEntry[str], bool]]:
 
 
 def _is_new(folder: str, visited: set[tuple[int, int]]) -> bool:
-    """Whether a folder is visited for the first time; it counts as visited then."""
     count = len(visited)
     visited.add(identity(folder))
     return len(visited) > count
@@ -85,29 +85,22 @@ class FolderTree:
 
 def walk(root: Path) -> FolderTree:
     """All files below `root`. A folder is visited once, under its own name before that of a link to it."""
-    tree, visited = FolderTree(), {identity(root)}
+    tree, visited = FolderTree(), set[tuple[int, int]]()
     above_root = {identity(folder) for folder in root.resolve().parents}
-    folders: list[tuple[tuple[str, ...], str]] = [((), str(root))]
-    links: list[tuple[tuple[str, ...], str]] = []
-    while folders or links:
-        if not folders:  # every folder was visited under its own name
-            links.sort()
-            parts, path = links.pop(0)
-            leads_back = tree.images and identity(path) in above_root
-            if leads_back or not _is_new(path, visited):
-                tree.links.append("/".join(parts))
-                continue
-            folders.append((parts, path))
-        above, place = folders.pop()
+    waiting: list[tuple[bool, tuple[str, ...], str]] = [(False, (), str(root))]  # (whether it is a link, its names, its path)
+    while waiting:
+        is_link, above, place = heapq.heappop(waiting)  # a link when every folder was visited under its own name
+        leads_back = is_link and tree.images and identity(place) in above_root
+        if leads_back or not _is_new(place, visited):
+            if is_link:
+                tree.links.append("/".join(above))
+            continue
         for entry, is_folder in entries(place):
             parts = (*above, entry.name)
-            if is_folder and entry.is_symlink():
-                links.append((parts, entry.path))
-            elif is_folder:
-                if not above:
+            if is_folder:
+                heapq.heappush(waiting, (entry.is_symlink(), parts, entry.path))
+                if not above and not entry.is_symlink():
                     tree.subfolders.append(entry.name)
-                if _is_new(entry.path, visited):
-                    folders.append((parts, entry.path))
             elif is_image(entry.name):
                 tree.images.append((parts, entry))
             elif is_unreadable_image(entry.name):

@@ -34,27 +34,7 @@ def _is_annotation(name: str) -> bool:
     return _has_word(name, _ANNOTATIONS)
 
 
-@dataclass
-class Layout:
-    """Where the images are: below `root`, whose subfolders are the classes. The images' names are their paths from
-    `named_from`, so that who is held out does not depend on what else the folder holds.
-
-    `inner` is {class: its subfolder} where each class holds the splits. `masks` are (class, its subfolder) that are left
-    aside. `passed` are the folders beside the way to `root`, `unreadable` the images there that cannot be read here, `others`
-    the number of other files by their endings, and `notes` remarks for the person.
-    """
-
-    root: Path
-    named_from: Path
-    inner: dict[str, str] = field(default_factory=dict)
-    masks: set[tuple[str, str]] = field(default_factory=set)
-    passed: list[str] = field(default_factory=list)
-    unreadable: list[Path] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
-
-
-class _Folder:
+class Folder:
     """A folder on the way to the images. What is in it is read once."""
 
     def __init__(self, path: Path) -> None:
@@ -65,8 +45,8 @@ class _Folder:
         return sorted((entry.name, is_folder) for entry, is_folder in entries(self.path))
 
     @cached_property
-    def subfolders(self) -> dict[str, "_Folder"]:
-        return {name: _Folder(self.path / name) for name, is_folder in self._names if is_folder}
+    def subfolders(self) -> dict[str, "Folder"]:
+        return {name: Folder(self.path / name) for name, is_folder in self._names if is_folder}
 
     @property
     def files(self) -> list[str]:
@@ -78,7 +58,7 @@ class _Folder:
         return any(map(is_image, self.files))
 
     @cached_property
-    def image_folders(self) -> dict[str, "_Folder"]:
+    def image_folders(self) -> dict[str, "Folder"]:
         """The subfolders with images that can be read here, or, where there are none, with other ones. Links to others of them
         do not count."""
         links = {name for name, folder in self.subfolders.items() if folder.path.is_symlink()}
@@ -151,18 +131,50 @@ class _Folder:
         return folder.path
 
 
+@dataclass
+class Layout:
+    """Where the images are: below `folder`, whose subfolders are the classes. The images' names are their paths from
+    `named_from`, so that who is held out does not depend on what else the folder holds.
+
+    `inner` is {class: its subfolder} where each class holds the splits. `masks` are (class, its subfolder) that are left
+    aside. `passed` are the folders beside the way to `folder`, `unreadable` the images there that cannot be read here, `others`
+    the number of other files by their endings, and `notes` remarks for the person.
+    """
+
+    folder: Folder
+    named_from: Path
+    inner: dict[str, str] = field(default_factory=dict)
+    masks: set[tuple[str, str]] = field(default_factory=set)
+    passed: list[str] = field(default_factory=list)
+    unreadable: list[Path] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def enter(self, name: str) -> None:
+        """Go into a subfolder, and note what stands beside it."""
+        for file in self.folder.files:
+            if is_unreadable_image(file):
+                self.unreadable.append(self.folder.path / file)
+            else:
+                self.others[ending_of(file)] += 1
+        for other, beside in self.folder.subfolders.items():
+            if other != name:
+                self.passed.append(other)
+                self.unreadable += [beside.path.joinpath(*parts) for parts in walk(beside.path).unreadable]
+        self.folder = self.folder.subfolders[name]
+
+
 def find_layout(path: Path, split: str | None, where: str) -> Layout:
     """Where the images of the folder `path` are. A subfolder that alone holds images is entered. UserErrors name the splits of
     which one has to be chosen, or say that there is none of the name `split`; with the split "." none is looked for."""
-    layout, folder = Layout(root=path, named_from=path), _Folder(path)
-    no_splits = split == "."
+    layout, no_splits = Layout(folder=Folder(path), named_from=path), split == "."
     if split is not None and not no_splits:
         parts = PurePath(split).parts  # `images/train` says both
         if not parts or PurePath(split).is_absolute() or ".." in parts:
             raise UserError(f"{where}: data.split {split!r} is not the name of one of its subfolders")
-        folder = _enter_split(folder, layout, parts, where)
+        _enter_split(layout, parts, where)
     while not layout.inner:
-        names = folder.image_folders
+        folder, names = layout.folder, layout.folder.image_folders
         splits = folder.splits(is_inside_split=split is not None) if not no_splits else []
         if splits and not (split is not None and len(names) == 1):
             raise UserError(f"{where} holds the splits {_split_advice(splits, split)}")
@@ -171,13 +183,14 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
             all_splits = list(dict.fromkeys(name for class_splits in inner.values() for name in class_splits))
             raise UserError(f"{where} holds classes, and each of them the splits {_split_advice(all_splits, split)}")
         subfolder = folder.next_folder()
-        if subfolder is None:
-            maybe_splits = [] if splits or no_splits else splits_among(names)
-            printed = map(printable, maybe_splits)
+        if subfolder is not None:
+            layout.enter(subfolder)
+            continue
+        if not no_splits:
+            printed = map(printable, () if splits else splits_among(names))
             layout.notes += [f"{name!r} is read as a class; if it is a split, set data.split" for name in printed]
-            layout.masks = set() if no_splits else folder.masks_of_classes()
-            break
-        folder = _enter(folder, layout, subfolder)
+            layout.masks = folder.masks_of_classes()
+        break
     return layout
 
 
@@ -191,44 +204,38 @@ def _split_advice(splits: Sequence[str], folder: str | None) -> str:
     )
 
 
-def _enter_split(folder: _Folder, layout: Layout, parts: Sequence[str], where: str) -> _Folder:
+def _enter_split(layout: Layout, parts: Sequence[str], where: str) -> None:
     """Go to the split with the names `parts`, further in where its folder is not at the top."""
-    top, is_exact, split = folder, True, "/".join(parts)
-    while _find_name(folder.subfolders, parts[0], where) is None:
+    top, split = layout.folder, "/".join(parts)
+    while _find_name(layout.folder.subfolders, parts[0], where) is None:
+        folder = layout.folder
         subfolder = folder.next_folder()
         if subfolder is not None and subfolder not in splits_among(folder.image_folders):
-            folder = _enter(folder, layout, subfolder)
+            layout.enter(subfolder)
             continue
         if len(parts) == 1 and _find_name([top.path.name], split, where) is not None:  # data.path is that split already
-            layout.root, layout.named_from = top.path, top.innermost()
-            return top
+            layout.folder, layout.named_from = top, top.innermost()
+            return
         inner = {name: _find_name(names, parts[0], where) for name, names in folder.splits_of_classes().items()}
         if not any(inner.values()):
-            raise _no_split_error(folder, split, where)
+            break
         layout.inner = {name: chosen for name, chosen in inner.items() if chosen is not None}
-        if without := [name for name in folder.image_folders if name not in layout.inner]:
-            layout.notes.append(
-                f"the classes {join_names(without, 10)} hold no split {printable(parts[0])!r} and are left aside"
-            )
-        return folder
+        if without := join_names([name for name in folder.image_folders if name not in layout.inner], 10):
+            layout.notes.append(f"the classes {without} hold no split {printable(parts[0])!r} and are left aside")
+        return
+    names = []
     for part in parts:
-        name = _find_name(folder.subfolders, part, where)
+        subfolders = layout.folder.subfolders
+        name = _find_name(subfolders, part, where)
         if name is None:
-            raise _no_split_error(folder, split, where)
-        is_exact &= name == part
-        folder = folder.subfolders[name]
-    same_name = top.path.joinpath(*parts)
-    layout.root = folder.path
-    if is_exact:
-        layout.named_from = same_name if same_name.is_dir() else folder.innermost()
-    else:
-        layout.named_from = folder.path
-    return folder
-
-
-def _no_split_error(folder: _Folder, split: str, where: str) -> UserError:
-    names = join_names(list(folder.subfolders), 10) or "none"
-    return UserError(f"{where} has no split {split!r}; its subfolders: {names}")
+            choices = join_names(list(subfolders), 10) or "none"
+            raise UserError(f"{where} has no split {split!r}; its subfolders: {choices}")
+        names.append(name)
+        layout.folder = subfolders[name]
+    layout.named_from = layout.folder.path
+    if names == list(parts):
+        same_name = top.path.joinpath(*parts)
+        layout.named_from = same_name if same_name.is_dir() else layout.folder.innermost()
 
 
 def _find_name(names: Iterable[str], wanted: str, where: str) -> str | None:
@@ -255,18 +262,3 @@ def _folder_beside_annotations(names: Iterable[str]) -> str | None:
         return images[0]
     classes = [name for name in names if words_joined(name) not in _NEVER_A_CLASS]
     return classes[0] if len(classes) == 1 and len(others) > 1 and not images else None
-
-
-def _enter(folder: _Folder, layout: Layout, subfolder: str) -> _Folder:
-    """Go into a subfolder, and note what stands beside it."""
-    for name in folder.files:
-        if is_unreadable_image(name):
-            layout.unreadable.append(folder.path / name)
-        else:
-            layout.others[ending_of(name)] += 1
-    for name, beside in folder.subfolders.items():
-        if name != subfolder:
-            layout.passed.append(name)
-            layout.unreadable += [beside.path.joinpath(*parts) for parts in walk(beside.path).unreadable]
-    layout.root = folder.path / subfolder
-    return folder.subfolders[subfolder]

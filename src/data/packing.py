@@ -66,19 +66,12 @@ def pack(images: ImageSet, out: Path, *, size: int, channels: int, held_out: flo
         table, content = _read_records(staged), io.BytesIO()
         np.save(content, table)
         write_flushed(staged / "records.npy", content.getbuffer())
-        manifest = {
-            **request,
-            "version": PACK_VERSION,
-            "decoder": DECODER,
-            "count": len(table),
-            "bytes": int(offset),
-            "class_names": list(images.class_names),
-            "names": names,
-        }
+        manifest = {**request, "version": PACK_VERSION, "decoder": DECODER, "count": len(table), "bytes": int(offset)}
+        manifest |= {"class_names": list(images.class_names), "names": names}
         write_flushed(staged / "manifest.json", json.dumps(manifest).encode())
         staged.replace(out)
-        for name in ("records.bin", "request.json"):
-            (out / name).unlink()
+        (out / "records.bin").unlink()
+        (out / "request.json").unlink()
     except OSError as error:
         raise UserError(f"packing into {out} stopped: {error}; mend it and run the same command again to go on") from None
     return len(table)
@@ -95,15 +88,12 @@ def _read_records(staged: Path) -> NDArray[np.int64]:
 
 def _resume(staged: Path, request: dict[str, Any]) -> int:
     """Make the staging folder ready and give the number of images that are already whole in it."""
-    if not stage_folder(staged, request):
-        return 0
+    stage_folder(staged, request)
     records, pixels = staged / "records.bin", staged / "pixels.bin"
-    if not records.exists():
-        pixels.unlink(missing_ok=True)
-        return 0
+    for path in (records, pixels):
+        path.touch()
     os.truncate(records, records.stat().st_size // 40 * 40)
     table = _read_records(staged)
     offset, height, width = table[-1, :3].tolist() if len(table) else (0, 0, 0)
-    if pixels.exists():
-        os.truncate(pixels, offset + height * width * request["channels"])
+    os.truncate(pixels, offset + height * width * request["channels"])
     return len(table)

@@ -76,25 +76,16 @@ def read_profile(content: bytes, mode: str) -> Profile:
         if not space:
             return Profile(None, UNFIT)
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), space, "RGB")
-        if space in ("RGB", "L"):
-            probe = _test_colours(space)
+        if space in ("RGB", "L"):  # compare colours from all over the cube, or all greys
+            steps = np.linspace(0, 255, 256 if space == "L" else 9).astype(np.uint8)
+            axes = (steps,) * (1 if space == "L" else 3)
+            probe = to_image(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 1, len(axes)))
             moved = np.asarray(transform.apply(probe), np.int16) - np.asarray(probe.convert("RGB"), np.int16)
             if np.abs(moved).max() <= _MAX_DIFFERENCE:
                 return Profile(None)
         return Profile(transform, CONVERTED) if space == mode else Profile(None, UNFIT)
     except Exception:  # the library raises whatever it likes on damaged bytes
         return Profile(None, DAMAGED)
-
-
-def _test_colours(mode: str) -> "Image.Image":
-    """Colours from all over the cube, or all greys."""
-    from PIL import Image
-
-    if mode == "L":
-        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    steps = np.linspace(0, 255, 9).astype(np.uint8)
-    cube = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1)
-    return Image.fromarray(np.ascontiguousarray(cube.reshape(27, 27, 3)))
 
 
 def profile_of(image: "Image.Image") -> Profile:

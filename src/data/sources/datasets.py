@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +36,12 @@ class DatasetsSource:
     scan: ScanConfig = ScanConfig()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DatasetsImages(Images):
-    rows: Any = None
-    indices: list[int] = field(default_factory=list)
-    column: str = "image"
-    transpose: bool = False
+    rows: Any
+    indices: list[int]
+    column: str
+    transpose: bool
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Any:
         from PIL import Image
@@ -106,7 +106,7 @@ def open_datasets(spec: DatasetsSource) -> DatasetsImages:
     if class_names and without:
         remarks.append(f"{without} images have no label in {spec.label_column!r} and are left without a class")
     report.remarks = [f"{where}: {remark}" for remark in remarks]
-    transposed = ["transposed"] * spec.transpose
+    transposed = ["transposed"] if spec.transpose else []
     return DatasetsImages(
         names=[names[i] for i in good],
         labels=labels[good],
@@ -121,7 +121,6 @@ def open_datasets(spec: DatasetsSource) -> DatasetsImages:
 
 
 def _load_rows(spec: DatasetsSource, where: str) -> Any:
-    """The rows of the split; a UserError says why there are none."""
     import datasets
 
     folder = Path(spec.name).expanduser()
@@ -140,7 +139,6 @@ def _load_rows(spec: DatasetsSource, where: str) -> Any:
 
 
 def _find_name(wanted: str, names: Sequence[str], kind: str, where: str) -> str:
-    """The one of these splits or columns that is wanted, as it is spelled there."""
     name = find_spelling(names, wanted)
     if name is None:
         raise UserError(f"{where} has no {kind} {wanted!r}; it has: {', '.join(names) or 'none'}")

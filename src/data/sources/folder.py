@@ -4,7 +4,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,15 @@ from ..names import join_names, printable
 from ..scan import ScanConfig, scan
 from ..tables import LabelTable, read_labels
 from .images import Images, digest, number_classes, odd_label_remarks
+
+_OTHER_SOURCES = {  # what a folder is in which there are files of these names
+    (
+        "state.json",
+        "dataset_dict.json",
+    ): "was written by datasets' save_to_disk: set data.source=datasets and data.name to it",
+    ("*.parquet", "data/*.parquet"): "holds parquet files: set data.source=datasets and data.name to it",
+    ("emnist-*-ubyte*", "gzip/emnist-*-ubyte*"): "holds EMNIST's files: set data.source=emnist",
+}
 
 
 @config
@@ -37,9 +46,9 @@ class FolderSource:
     scan: ScanConfig = ScanConfig()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FolderImages(Images):
-    paths: list[str] = field(default_factory=list)
+    paths: list[str]
     named_by_files = True
 
     def encoded(self, index: int) -> Path:
@@ -52,19 +61,19 @@ def open_folder(spec: FolderSource) -> FolderImages:
         raise UserError(f"{where} {_why_no_folder(path, spec.path)}")
     try:
         layout = find_layout(path, spec.split, where)
-        tree = walk(layout.root)
+        root = layout.folder.path
+        tree = walk(root)
         images = [(parts, entry) for parts, entry in tree.images if _is_taken(layout, parts)]
         stamps = [(entry.stat().st_size, entry.stat().st_mtime_ns) for _, entry in images]
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error}") from None
-    unreadable = [*layout.unreadable, *(layout.root.joinpath(*parts) for parts in tree.unreadable)]
+    unreadable = [*layout.unreadable, *(root.joinpath(*parts) for parts in tree.unreadable)]
     unread = [(os.path.relpath(file, layout.named_from), formats.reason_for(file.suffix.lower())) for file in unreadable]
     others = list_endings(layout.others + tree.others)
     if not images:
         raise UserError(f"{where} {_why_no_images(path, unread, others)}")
     names = [os.path.relpath(entry.path, layout.named_from) for _, entry in images]
-    key = str(layout.root.resolve())
-    good, report = scan(names, stamps, lambda i: images[i][1].path, spec.scan, key=key, where=where)
+    good, report = scan(names, stamps, lambda i: images[i][1].path, spec.scan, key=str(root.resolve()), where=where)
     report.skipped += unread
     names, images = [names[i] for i in good], [images[i] for i in good]
     classes = [parts[0] if len(parts) > 1 else None for parts, _ in images]
@@ -82,7 +91,7 @@ def open_folder(spec: FolderSource) -> FolderImages:
         fingerprint=digest(*hashed),
         report=report,
         paths=[entry.path for _, entry in images],
-        only_folder=layout.root.name if layout.root != path and spec.labels is None else None,
+        only_folder=root.name if root != path and spec.labels is None else None,
     )
 
 
@@ -94,7 +103,6 @@ def _is_taken(layout: Layout, parts: Sequence[str]) -> bool:
 
 
 def _why_no_folder(path: Path, given: str) -> str:
-    """What a path is that is no folder, and what to do."""
     if path.is_file() and stem(path.name) is not None:
         file = printable(shlex.quote(given))
         return f"is an archive: unpack it first, with python prepare_data.py unpack {file}"
@@ -103,15 +111,11 @@ def _why_no_folder(path: Path, given: str) -> str:
 
 
 def _why_no_images(path: Path, unread: Sequence[tuple[str, str]], others: str) -> str:
-    """What a folder holds that has no image file that can be read: another kind of source, or other files."""
     if (path / "pixels.bin").exists() and (path / "manifest.json").exists():
         return "is a packed set: set data.source=packed"
-    if any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-        return "was written by save_to_disk of datasets: set data.source=datasets and data.name to it"
-    if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
-        return "holds parquet files: set data.source=datasets and data.name to it"
-    if any(path.glob("emnist-*-ubyte*")) or any(path.glob("gzip/emnist-*-ubyte*")):
-        return "holds EMNIST's files: set data.source=emnist"
+    for patterns, words in _OTHER_SOURCES.items():
+        if any(any(path.glob(pattern)) for pattern in patterns):
+            return words
     if unread:
         reasons = Counter(reason for _, reason in unread).most_common()
         return f"holds no images that can be read here: {', '.join(f'{count} {reason}' for reason, count in reasons)}"
@@ -119,7 +123,6 @@ def _why_no_images(path: Path, unread: Sequence[tuple[str, str]], others: str) -
 
 
 def _left_aside(layout: Layout, tree: FolderTree, others: str) -> list[str]:
-    """Remarks on what a folder holds besides the images that are taken."""
     with_images = {parts[0] for parts, _ in tree.images}
     lists = {
         "the folders {} beside the images are left aside": sorted(layout.passed),

@@ -18,7 +18,7 @@ from ..names import find_spelling, join_names, normal_form, sorted_by_count, sor
 from ..transforms import ImageConfig, Pixels, square
 from .images import ArrayImages, Images, Source, digest, hold_out, name_fraction
 from .python import read_dataset
-from .registry import open_source
+from .registry import OPEN_FUNCTIONS
 
 
 class ImageSet:
@@ -42,7 +42,6 @@ class ImageSet:
         return len(self.index)
 
     def _locations(self) -> Iterator[tuple[Images, int]]:
-        """(source, index in it) of each image."""
         for which, index in zip(self.which.tolist(), self.index.tolist(), strict=True):
             yield self.parts[which], index
 
@@ -199,7 +198,7 @@ def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = (
     parts, chosen = [], []
     specs: Sequence[Any] = sources if isinstance(sources, Sequence) else [sources]
     for spec in specs:
-        part = open_source(spec)
+        part = OPEN_FUNCTIONS[type(spec)](spec)
         name = find_spelling(among, part.only_folder) if part.only_folder is not None and not part.class_names else None
         if name is not None:
             part.class_names, part.labels = (name,), np.zeros_like(part.labels)

@@ -78,11 +78,11 @@ class Images:
         return False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ArrayImages(Images):
     """Images of one size in memory, (N, H, W, C)."""
 
-    pixels: Pixels = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
+    pixels: Pixels
 
     def __post_init__(self) -> None:
         super().__post_init__()

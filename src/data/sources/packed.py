@@ -1,6 +1,6 @@
 """The source `packed`: one memory-mapped file of pixels, which `prepare_data.py pack` writes (data/packing.py)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,14 +26,14 @@ class PackedSource:
     subset: int | None = Field(None, gt=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedImages(Images):
     """Images of any size in one mapped file; `records` (N, 3) are byte offset, height and width."""
 
-    pixels: Pixels = field(default_factory=lambda: np.zeros(0, np.uint8))
-    records: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-    channels: int = 3
-    folder: str = ""
+    pixels: Pixels
+    records: NDArray[np.int64]
+    channels: int
+    folder: str
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         offset, height, width = self.records[index].tolist()

@@ -36,12 +36,12 @@ def open_python(spec: PythonSource) -> Images:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GivenImages(Images):
     """Images that the data set gives when they are asked for. `signed` says whether its floats are in [-1, 1]."""
 
-    dataset: Any = None
-    signed: bool = False
+    dataset: Any
+    signed: bool
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         value, where, _ = _read_item(self.dataset, index)
