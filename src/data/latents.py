@@ -95,15 +95,15 @@ class LatentSet:
     def __len__(self) -> int:
         return sum(map(len, self.blocks))
 
-    def load_to_device(self, share: float = 0.3) -> None:
-        """Load all blocks to the device if they take no more than `share` of the memory that is free there."""
+    def load_to_device(self) -> None:
+        """Load all blocks to the device if they take no more than 0.3 of the memory that is free there."""
         if self.device.type == "cuda":
             free_bytes = torch.cuda.mem_get_info(self.device)[0]
         else:
             import psutil
 
             free_bytes = psutil.virtual_memory().available
-        if sum(block.nbytes for block in self.blocks) <= share * free_bytes:
+        if sum(block.nbytes for block in self.blocks) <= 0.3 * free_bytes:
             self.resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 
     def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:

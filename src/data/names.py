@@ -44,16 +44,12 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
 
 def class_of(label: object) -> str | None:
     """The class that a cell of a table means, or None where it means none: None, NaN of any library, nothing but spaces."""
-    if label is None:
-        return None
-    text = str(label)
+    text = "" if label is None else str(label)
     return None if text.strip().casefold() in NO_LABEL else text
 
 
 def printable(name: str) -> str:
     """A name as it can be printed on one line: line breaks, bytes that are no text and the like are escaped."""
-    if name.isprintable():
-        return name
     return "".join(
         c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in name
     )
@@ -65,10 +61,10 @@ def join_names(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(map(printable, names[:most])) + rest
 
 
-def file_stems(names: Sequence[str], *, most_bytes: int = 100) -> list[str]:
+def file_stems(names: Sequence[str]) -> list[str]:
     """A part of a file name for each class: its letters and digits, cut where it is long; no two are the same."""
     safe = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in names]
-    cut = [name.encode()[:most_bytes].decode(errors="ignore") for name in safe]
+    cut = [name.encode()[:100].decode(errors="ignore") for name in safe]
     cut = [short if short == name else f"{short}_{i}" for i, (name, short) in enumerate(zip(safe, cut, strict=True))]
     return cut if len(set(cut)) == len(cut) else [f"{i}_{name}" for i, name in enumerate(cut)]
 

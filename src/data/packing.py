@@ -39,7 +39,8 @@ def pack(images: ImageSet, out: Path, *, size: int, channels: int, held_out: flo
     names = images.names
 
     def load(i: int) -> Pixels:
-        image = images.parts[images.which[i]].load(int(images.index[i]), channels=channels, at_least=size)
+        part, index = images.locate(i)
+        image = part.load(index, channels=channels, at_least=size)
         image = to_image(image) if isinstance(image, np.ndarray) else image
         return resize_shorter_side(image.convert("RGB" if channels == 3 else "L"), size)
 

@@ -104,28 +104,25 @@ def examine(source: Callable[[], Any], size: int, spec: ScanConfig) -> Measured 
         return "empty file"
     file = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            file = source()
-            with open_image(file) as image:
-                width, height = image.size
-                if width * height > spec.max_pixels:
-                    return "more pixels than max_pixels"
-                if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
-                    return "absurd shape"
-                note = profile_of(image).note
-                read_stated_bits(image)
-                if image.format in ("JPEG", "MPO"):
-                    image.draft(None, (64, 64))  # reads the whole file, keeps little of it
-                with _one_at_a_time if width * height > _LARGE_PIXELS else nullcontext():
-                    image.load()
-                    if image.mode.startswith("I"):
-                        values = np.asarray(image)
-                        if stated_white(image, values) is not None:
-                            note = SCALED
-                        elif image.mode.startswith("I;16") and not note and 0 < values.max() < 4096:
-                            note = DARK
-                return Measured(width, height, DECODER if note in (CONVERTED, SCALED) else 1, note)
+        with warnings.catch_warnings(action="ignore"), open_image(file := source()) as image:
+            width, height = image.size
+            if width * height > spec.max_pixels:
+                return "more pixels than max_pixels"
+            if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
+                return "absurd shape"
+            note = profile_of(image).note
+            read_stated_bits(image)
+            if image.format in ("JPEG", "MPO"):
+                image.draft(None, (64, 64))  # reads the whole file, keeps little of it
+            with _one_at_a_time if width * height > _LARGE_PIXELS else nullcontext():
+                image.load()
+                if image.mode.startswith("I"):
+                    values = np.asarray(image)
+                    if stated_white(image, values) is not None:
+                        note = SCALED
+                    elif image.mode.startswith("I;16") and not note and 0 < values.max() < 4096:
+                        note = DARK
+            return Measured(width, height, DECODER if note in (CONVERTED, SCALED) else 1, note)
     except UnidentifiedImageError:
         return describe_content(file) or "not an image"
     except Absent as error:

@@ -164,8 +164,6 @@ def stated_white(image: "Image.Image", values: np.ndarray) -> float | None:
 def _to_8_bits(image: "Image.Image", white: float | None) -> "Image.Image":
     """16-bit and wider greyscale by its range: 0..`white` where the file states it, 0..65535 where the values fit, else
     smallest..largest."""
-    from PIL import Image
-
     values = np.asarray(image, dtype=np.float64)
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -173,7 +171,7 @@ def _to_8_bits(image: "Image.Image", white: float | None) -> "Image.Image":
         low, high = 0.0, white or 65535.0
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     scaled = (values - low) / max(high - low, 1e-12) * 255
-    return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
+    return to_image(np.rint(scaled).clip(0, 255).astype(np.uint8)[:, :, None])
 
 
 def normalise(image: "Image.Image", channels: int) -> "Image.Image":

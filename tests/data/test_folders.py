@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from src.data.folders import ending_of, entries, holds_images, identity, is_image, is_unreadable_image, list_endings, walk
+from src.data.layout import Folder, find_layout
+from tests.data.folders_of_images import tree
 
 
 @pytest.fixture
@@ -67,3 +69,12 @@ def test_folders_that_hold_images_at_any_depth(root: Path) -> None:
 def test_endings_in_words() -> None:
     assert list_endings(Counter({".json": 3, "": 1})) == "3 .json, 1 without an ending"
     assert list_endings(Counter({f".{i}": 1 for i in range(10)})).endswith("1 .7, 2 others")
+
+
+def test_a_folder_knows_what_is_in_it(tmp_path: Path) -> None:
+    tree(tmp_path, "data/cat/0.png", "data/dog/1.png", "annotations/2.png", "notes.txt")
+    top = Folder(tmp_path)
+    assert list(top.subfolders) == ["annotations", "data"] and top.files == ["notes.txt"] and not top.has_images
+    assert list(top.image_folders["data"].image_folders) == ["cat", "dog"] and top.next_folder() == "data"
+    layout = find_layout(tmp_path, None, "here")
+    assert layout.folder.path == tmp_path / "data" and layout.passed == ["annotations"] and layout.others == {".txt": 1}

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,57 +24,35 @@ from .registry import OPEN_FUNCTIONS
 class ImageSet:
     """The images `chosen[i]` (indices) of each source `parts[i]`, in a fixed order.
 
-    `labels` (N,) are indices into `class_names`, -1 for none. Image k of the set is image `index[k]` of the source
-    `parts[which[k]]`.
+    Image k of the set is image `index[k]` of the source `parts[which[k]]`; `names` are their paths there. `labels` (N,) are
+    indices into `class_names`, -1 for none. `sides` (N, 2) are width and height as the file has them, -1 where they are not
+    known; `times` (N,) when the file was modified, in nanoseconds, 0 where the fingerprint changes with the content; `decoders`
+    (N,) the first version of the decoder that reads each image as today's does.
     """
 
     def __init__(self, parts: Sequence[Images], chosen: Sequence[NDArray[np.int64]]) -> None:
-        self.parts = list(parts)
+        self.parts, pairs = list(parts), list(zip(parts, chosen, strict=True))
         self.which = np.repeat(np.arange(len(parts), dtype=np.int32), [len(c) for c in chosen])
         self.index = np.concatenate([np.asarray(c, dtype=np.int64) for c in chosen])
+        self.names = [part.names[i] for part, c in pairs for i in c.tolist()]
         self.class_names = sorted_classes(name for part in parts for name in part.class_names)
-        pairs = zip(parts, chosen, strict=True)
         self.labels = np.concatenate([_renumbered(part.labels[c], part.class_names, self.class_names) for part, c in pairs])
+        measures = np.concatenate([part.report.measures[c] for part, c in pairs])
+        self.sides, self.times, self.decoders = measures[:, :2], measures[:, 2], measures[:, 3]
         self._in_memory: tuple[Pixels, NDArray[np.int64]] | None = None
         self.ready = False  # whether, once prepared, a batch is nothing but copies, so that loader workers would only cost time
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def _locations(self) -> Iterator[tuple[Images, int]]:
-        for which, index in zip(self.which.tolist(), self.index.tolist(), strict=True):
-            yield self.parts[which], index
-
-    @property
-    def names(self) -> list[str]:
-        """The paths of the images in their sources."""
-        return [part.names[i] for part, i in self._locations()]
+    def locate(self, i: int) -> tuple[Images, int]:
+        """The source of an image of this set, and its index there."""
+        return self.parts[self.which[i]], int(self.index[i])
 
     @property
     def fingerprint(self) -> str:
         """The hash of what is in the set and in which order."""
         return digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
-
-    @property
-    def _measures(self) -> NDArray[np.int64]:
-        """(N, 4): the measures in the scan reports of the sources, for the images of this set."""
-        firsts = np.cumsum([0, *map(len, self.parts)])
-        return np.concatenate([part.report.measures for part in self.parts])[firsts[self.which] + self.index]
-
-    @property
-    def sides(self) -> NDArray[np.int64]:
-        """(N, 2): the width and the height of each image, as its file has it; -1 where that is not known."""
-        return self._measures[:, :2]
-
-    @property
-    def times(self) -> NDArray[np.int64]:
-        """(N,): when the file of each image was modified, in nanoseconds; 0 where the fingerprint changes with the content."""
-        return self._measures[:, 2]
-
-    @property
-    def decoders(self) -> NDArray[np.int64]:
-        """(N,): the first version of the decoder that reads each image as today's does."""
-        return self._measures[:, 3]
 
     @property
     def decoder(self) -> int:
@@ -94,8 +72,9 @@ class ImageSet:
         """The hash of what these images are decoded from. One that cannot be read any more counts as empty."""
 
         def content_digest(i: int) -> bytes:
+            part, index = self.locate(i)
             try:
-                content = self.parts[self.which[i]].content(int(self.index[i]))
+                content = part.content(index)
             except (OSError, ValueError):
                 content = b""
             return hashlib.sha256(content).digest()
@@ -115,18 +94,19 @@ class ImageSet:
     @property
     def endings(self) -> dict[str, int]:
         """How many images of folders have which ending: another version of the project may read other ones."""
-        names = (part.names[i] for part, i in self._locations() if part.named_by_files)
-        return dict(sorted_by_count(Counter(Path(name).suffix.lower() for name in names)))
+        of_files = (name for name, which in zip(self.names, self.which, strict=True) if self.parts[which].named_by_files)
+        return dict(sorted_by_count(Counter(Path(name).suffix.lower() for name in of_files)))
 
     def sequences(self) -> dict[str, int]:
         """{what they are: how many} of files that hold more than the one image that is taken. Opens every file."""
 
-        def kind_of_sequence(location: tuple[Images, int]) -> str | None:
-            file = location[0].encoded(location[1])
+        def kind_of_sequence(i: int) -> str | None:
+            part, index = self.locate(i)
+            file = part.encoded(index)
             return formats.sequence_of(io.BytesIO(file) if isinstance(file, bytes) else file) if file is not None else None
 
         with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
-            kinds = Counter(kind for kind in pool.map(kind_of_sequence, self._locations()) if kind is not None)
+            kinds = Counter(kind for kind in pool.map(kind_of_sequence, range(len(self))) if kind is not None)
         return dict(kinds.most_common())
 
     def prepare(self, spec: ImageConfig) -> None:
@@ -154,7 +134,7 @@ class ImageSet:
         """One image. In the place of one that broke after the scan comes the next of its class, with a warning."""
         j = i
         for tries in range(1, 21):
-            part, index = self.parts[self.which[j]], int(self.index[j])
+            part, index = self.locate(j)
             try:
                 return square(part.load(index, channels=spec.channels, at_least=spec.size), spec, u)
             except Exception as error:
