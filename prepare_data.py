@@ -10,6 +10,7 @@ python prepare_data.py latents runs/landscape256_vae
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def check(args: argparse.Namespace) -> None:
         print(json.dumps(findings, indent=1))
     else:
         print(f"{len(images)} images can be trained on, {len(skipped)} files are left out")
-        for reason, count in {reason: n for part in images.parts for reason, n in part.report.reasons.items()}.items():
+        for reason, count in Counter(reason for _, reason in skipped).most_common():
             first = next(name for name, why in skipped if why == reason)
             print(f"  {count:>8}  {reason}, for one {first!r}")
         for note, count in notes.items():

@@ -71,8 +71,10 @@ class Folder:
 
     @property
     def is_deep(self) -> bool:
-        """Whether one of the first folders has folders of its own: for that, not all of a thousand flat classes are read."""
-        return any(folder.subfolders for folder in list(self.image_folders.values())[:16])
+        """Whether there are several folders with images, and one of the first has folders of its own: for that, not all of a
+        thousand flat classes are read."""
+        folders = list(self.image_folders.values())
+        return len(folders) > 1 and any(folder.subfolders for folder in folders[:16])
 
     def splits(self, *, is_inside_split: bool) -> list[str]:
         """Which of the subfolders with images are splits, and not a class that has the name of one: a bus, a car, a train.
@@ -92,9 +94,7 @@ class Folder:
     def splits_of_classes(self) -> dict[str, list[str]]:
         """{class: its splits} where the classes are the outer folders, and each holds nothing but splits of its own."""
         splits_of_class: dict[str, list[str]] = {}
-        if len(self.image_folders) < 2 or not self.is_deep:
-            return splits_of_class
-        for name, folder in self.image_folders.items():
+        for name, folder in self.image_folders.items() if self.is_deep else ():
             below = folder.image_folders
             splits = list(splits_among(below))
             if not splits and not below:
@@ -117,10 +117,9 @@ class Folder:
     def masks_of_classes(self) -> set[tuple[str, str]]:
         """(class, subfolder) of the masks where a class holds its images in one folder and masks of them in another."""
         masks = set[tuple[str, str]]()
-        if len(self.image_folders) > 1 and self.is_deep:
-            for name, folder in self.image_folders.items():
-                images = None if folder.has_images else _folder_beside_annotations(folder.image_folders)
-                masks |= {(name, other) for other in folder.image_folders if images not in (None, other)}
+        for name, folder in self.image_folders.items() if self.is_deep else ():
+            images = None if folder.has_images else _folder_beside_annotations(folder.image_folders)
+            masks |= {(name, other) for other in folder.image_folders if images not in (None, other)}
         return masks
 
     def innermost(self) -> Path:

@@ -56,23 +56,24 @@ class PackedImages(Images):
 
 def open_packed(spec: PackedSource) -> PackedImages:
     path = Path(spec.path).expanduser()
+    pixels = path / "pixels.bin"
     if not (path / "manifest.json").exists():
         raise UserError(f"{path} is not a packed data set (no manifest.json); make one with prepare_data.py pack")
     manifest = read_json(path / "manifest.json")
     if manifest.get("version") != PACK_VERSION:
         raise UserError(f"{path} was packed by another version; pack it again")
-    if not (path / "pixels.bin").exists() or (path / "pixels.bin").stat().st_size != manifest["bytes"]:
-        raise UserError(f"{path}/pixels.bin is missing or cut; pack it again")
+    if not pixels.exists() or pixels.stat().st_size != manifest["bytes"]:
+        raise UserError(f"{pixels} is missing or cut; pack it again")
     table = np.load(path / "records.npy")
     keep = np.ones(len(table), dtype=bool) if spec.split == "all" else (table[:, 4] == (spec.split == "held_out"))
     measures = np.ones((int(keep.sum()), 4), np.int64)
-    measures[:, :2], measures[:, 2] = table[keep, 2:0:-1], (path / "pixels.bin").stat().st_mtime_ns
+    measures[:, :2], measures[:, 2] = table[keep, 2:0:-1], pixels.stat().st_mtime_ns
     return PackedImages(
         names=[name for name, is_in_split in zip(manifest["names"], keep, strict=True) if is_in_split],
         labels=table[keep, 3],
         class_names=tuple(manifest["class_names"]),
         fingerprint=digest("packed", manifest["fingerprint"], str(manifest["size"]), table[keep].tobytes()),
-        pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
+        pixels=np.memmap(pixels, dtype=np.uint8, mode="r"),
         records=table[keep, :3],
         channels=manifest["channels"],
         report=ScanReport(measures=measures),
