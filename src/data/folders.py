@@ -72,13 +72,13 @@ def holds_images(folder: Path, *, also_unreadable: bool = False) -> bool:
 class FolderTree:
     """The `images` below a folder, in the order of their names: (the names from there down to the file, the file) of each.
 
-    `subfolders` are those of the first level. `unreadable` are the names down to images that cannot be read here, `others` the
-    number of other files by their endings, and `links` the links to folders that are in the tree already.
+    `subfolders` are those of the first level. `unreadable` are images that cannot be read here, `others` the number of other
+    files by their endings, and `links` the links to folders that are in the tree already.
     """
 
     images: list[tuple[tuple[str, ...], os.DirEntry[str]]] = field(default_factory=list)
     subfolders: list[str] = field(default_factory=list)
-    unreadable: list[tuple[str, ...]] = field(default_factory=list)
+    unreadable: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     links: list[str] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ def walk(root: Path) -> FolderTree:
             elif is_image(entry.name):
                 tree.images.append((parts, entry))
             elif is_unreadable_image(entry.name):
-                tree.unreadable.append(parts)
+                tree.unreadable.append(Path(entry.path))
             else:
                 tree.others[ending_of(entry.name)] += 1
     tree.images.sort(key=lambda image: image[0])

@@ -159,7 +159,7 @@ class Layout:
         for other, beside in self.folder.subfolders.items():
             if other != name:
                 self.passed.append(other)
-                self.unreadable += [beside.path.joinpath(*parts) for parts in walk(beside.path).unreadable]
+                self.unreadable += walk(beside.path).unreadable
         self.folder = self.folder.subfolders[name]
 
 

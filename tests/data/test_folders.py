@@ -44,7 +44,7 @@ def test_a_walk_has_all_images_in_the_order_of_their_names(root: Path) -> None:
     tree = walk(root)
     assert [parts for parts, _ in tree.images] == [("a", "3.png"), ("b", "1.png"), ("b", "deep", "2.JPG")]
     assert [entry.name for _, entry in tree.images] == ["3.png", "1.png", "2.JPG"]
-    assert sorted(tree.subfolders) == ["a", "b", "empty"] and tree.unreadable == [("a", "raw.psb")]
+    assert sorted(tree.subfolders) == ["a", "b", "empty"] and tree.unreadable == [root / "a" / "raw.psb"]
     assert tree.others == {".txt": 1, ".json": 1} and tree.links == []
 
 

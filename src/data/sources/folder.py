@@ -20,15 +20,6 @@ from ..scan import ScanConfig, scan
 from ..tables import LabelTable, read_labels
 from .images import Images, digest, number_classes, odd_label_remarks
 
-_OTHER_SOURCES = {  # what a folder is in which there are files of these names
-    (
-        "state.json",
-        "dataset_dict.json",
-    ): "was written by datasets' save_to_disk: set data.source=datasets and data.name to it",
-    ("*.parquet", "data/*.parquet"): "holds parquet files: set data.source=datasets and data.name to it",
-    ("emnist-*-ubyte*", "gzip/emnist-*-ubyte*"): "holds EMNIST's files: set data.source=emnist",
-}
-
 
 @config
 class FolderSource:
@@ -67,7 +58,7 @@ def open_folder(spec: FolderSource) -> FolderImages:
         stamps = [(entry.stat().st_size, entry.stat().st_mtime_ns) for _, entry in images]
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error}") from None
-    unreadable = [*layout.unreadable, *(root.joinpath(*parts) for parts in tree.unreadable)]
+    unreadable = layout.unreadable + tree.unreadable
     unread = [(os.path.relpath(file, layout.named_from), formats.reason_for(file.suffix.lower())) for file in unreadable]
     others = list_endings(layout.others + tree.others)
     if not images:
@@ -113,7 +104,16 @@ def _why_no_folder(path: Path, given: str) -> str:
 def _why_no_images(path: Path, unread: Sequence[tuple[str, str]], others: str) -> str:
     if (path / "pixels.bin").exists() and (path / "manifest.json").exists():
         return "is a packed set: set data.source=packed"
-    for patterns, words in _OTHER_SOURCES.items():
+    advice = "set data.source=datasets and data.name to it"
+    sources = {
+        f"was written by save_to_disk of datasets: {advice}": (
+            "state.json",
+            "dataset_dict.json",
+        ),
+        f"holds parquet files: {advice}": ("*.parquet", "data/*.parquet"),
+        "holds EMNIST's files: set data.source=emnist": ("emnist-*-ubyte*", "gzip/emnist-*-ubyte*"),
+    }
+    for words, patterns in sources.items():
         if any(any(path.glob(pattern)) for pattern in patterns):
             return words
     if unread:
