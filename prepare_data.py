@@ -19,7 +19,7 @@ import numpy as np
 from src import figures
 from src.config import UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
-from src.data.checks import count_small, describe_small, refuse_small_packs
+from src.data.checks import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
 from src.data.names import class_remarks, printable
 from src.data.packing import pack
 from src.data.sources import FolderSource, Sources
@@ -94,12 +94,12 @@ def open_images(args: argparse.Namespace) -> ImageSet:
         if not isinstance(raw, dict) or "data" not in raw:
             raise UserError(f"{args.data}: has no `data`")
         return open_sources(validate(DataOnly, {"data": raw["data"]}, origin=args.data).data)
-    scan = {"min_file_bytes": args.min_file_bytes, "max_broken_fraction": args.max_broken_fraction, "min_side": args.min_side}
+    scan = {key: getattr(args, key) for key in ("min_file_bytes", "max_broken_fraction", "min_side")}
     spec = {"source": "folder", "path": args.data, "split": args.split, "scan": scan}
-    columns = {"label_column": args.label_column, "image_column": args.image_column}
     if (args.labels is None) != (args.label_column is None) or (args.labels is None and args.image_column is not None):
         raise UserError("--labels FILE and --label-column COLUMN belong together; --image-column goes with them")
     if args.labels is not None:
+        columns = {key: getattr(args, key) for key in ("label_column", "image_column")}
         given = {key: int(column) if column.isdecimal() else column for key, column in columns.items() if column is not None}
         spec["labels"] = {"file": args.labels, **given}
     return open_sources(validate(FolderSource, spec, origin="arguments"))
@@ -126,8 +126,7 @@ def check(args: argparse.Namespace) -> None:
     images, sizes = open_images(args), wanted_sizes(args)
     sides = images.sides.min(1)
     sides = sides[sides > 0] if (sides > 0).any() else np.zeros(1, np.int64)
-    skipped = [(name, reason) for part in images.parts for name, reason in part.report.skipped]
-    notes = sum((Counter(part.report.notes) for part in images.parts), Counter[str]())
+    skipped, notes = skipped_files(images), count_notes(images)
     remarks = [remark for part in images.parts for remark in part.report.remarks]
     remarks += [f"{count} {kind}" for kind, count in images.sequences().items()]
     remarks += class_remarks(images.class_names, len(images))
@@ -145,7 +144,7 @@ def check(args: argparse.Namespace) -> None:
         print(json.dumps(findings, indent=1))
     else:
         print(f"{len(images)} images can be trained on, {len(skipped)} files are left out")
-        for reason, count in {reason: n for part in images.parts for reason, n in part.report.reasons.items()}.items():
+        for reason, count in Counter(reason for _, reason in skipped).most_common():
             first = next(name for name, why in skipped if why == reason)
             print(f"  {count:>8}  {reason}, for one {first!r}")
         for note, count in notes.items():

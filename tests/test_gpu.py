@@ -58,7 +58,7 @@ def test_the_latent_pipeline_learns_and_keeps_its_cache_on_the_device(tmp_path: 
     latents = LatentSet([torch.randn(5, 2, 2, 4, 8, 8).numpy()], torch.device("cuda"))
     latents.load_to_device()
     indices, mirrored = np.array([4, 0]), np.array([True, False])
-    assert latents.resident and latents.moments(indices, mirrored).is_cuda
+    assert latents.resident is not None and latents.moments(indices, mirrored).is_cuda
     mapped = LatentSet(latents.blocks, torch.device("cuda"))
     assert torch.equal(latents.moments(indices, mirrored), mapped.moments(indices, mirrored))
 

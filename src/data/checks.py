@@ -1,4 +1,4 @@
-"""Checks of images that can be read, before a run: images smaller than it trains at, colour profiles that do not help."""
+"""The facts of a run's data that travel with its weights, and checks before a run: images that are small or odd in colour."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,34 +8,54 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError
-from .colour import DAMAGED, DARK, UNFIT
-from .facts import sources_of
-from .sources import ArrayImages, ImageSet, PackedImages
+from .points import PointSet
+from .sources import ArrayImages, Images, ImageSet, PackedImages
+from .transforms import DAMAGED, DARK, UNFIT
 
 
-def trained_sizes(cfg: Any) -> dict[str, int]:
-    """{config key: side in pixels} of all sizes at which a training config trains."""
-    if cfg.image is None:
-        return {}
-    stages = getattr(cfg, "stages", ())
-    named = {f"stages.{i}.image_size": stage.image_size for i, stage in enumerate(stages) if stage.image_size is not None}
-    plain = not stages or any(stage.image_size is None for stage in stages)
-    return ({"image.size": cfg.image.size} if plain else {}) | named
+def sources_of(*sets: ImageSet | PointSet | None) -> list[Images]:
+    """The sources of all these sets, each once."""
+    parts = [part for data in sets if data is not None for part in data.parts]
+    return list({id(part): part for part in parts}.values())
 
 
-def refuse_small_packs(sizes: Mapping[str, int], *sets: Any) -> None:
+def skipped_files(*sets: ImageSet | PointSet | None) -> list[tuple[str, str]]:
+    """(name, reason) of every file left out of the sources of these sets."""
+    return [entry for part in sources_of(*sets) for entry in part.report.skipped]
+
+
+def count_notes(*sets: ImageSet | PointSet | None) -> dict[str, int]:
+    """{what is odd: how many} of the images of the sources of these sets."""
+    return sum((Counter(part.report.notes) for part in sources_of(*sets)), Counter[str]())
+
+
+def describe_data(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet | None) -> dict[str, Any]:
+    """What travels with the weights: classes, counts, the hash of the file list, and the remarks on the data."""
+    return {
+        "class_names": list(train_set.class_names),
+        "counts": train_set.counts,
+        "images": len(train_set),
+        "held_out_images": len(held_out) if held_out is not None else 0,
+        "fingerprint": train_set.fingerprint,
+        "skipped": dict(Counter(why for _, why in skipped_files(train_set, held_out)).most_common()),
+        "remarks": list(dict.fromkeys(remark for part in sources_of(train_set, held_out) for remark in part.report.remarks)),
+        "endings": train_set.endings if isinstance(train_set, ImageSet) else {},
+    }
+
+
+def refuse_small_packs(sizes: Mapping[str, int], *sets: ImageSet | PointSet | None) -> None:
     """Refuse packed sets whose images are smaller than a size that is trained at: enlarged, they would teach blur."""
     packs = [part for part in sources_of(*sets) if isinstance(part, PackedImages) and len(part)]
     for key, size in sizes.items():
         for part in packs:
-            if (side := int(part.report.sides.min())) < size:
+            if (side := int(part.report.measures[:, :2].min())) < size:
                 raise UserError(
                     f"the packed set {part.folder} holds images of {side} px, and {key} is {size}: they would be enlarged; "
                     f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
                 )
 
 
-def count_small(size: int, *sets: Any) -> tuple[int, int, int]:
+def count_small(size: int, *sets: ImageSet | PointSet | None) -> tuple[int, int, int]:
     """How many images have a shorter side below `size`, of how many, and the smallest side. Sets in memory (digits, shapes,
     EMNIST) do not count: they are small by nature, and whoever chooses them knows."""
     small, total, smallest = 0, 0, size
@@ -49,7 +69,7 @@ def count_small(size: int, *sets: Any) -> tuple[int, int, int]:
     return small, total, smallest
 
 
-def describe_small(sizes: Mapping[str, int], *sets: Any) -> list[str]:
+def describe_small(sizes: Mapping[str, int], *sets: ImageSet | PointSet | None) -> list[str]:
     """A line for each size below which there are images."""
     lines = []
     for key, size in sizes.items():
@@ -62,18 +82,17 @@ def describe_small(sizes: Mapping[str, int], *sets: Any) -> list[str]:
     return lines
 
 
-def describe_notes(*sets: Any) -> list[str]:
-    """A line for each kind of image whose colours or brightness may not be what its owner sees."""
-    notes = sum((Counter(part.report.notes) for part in sources_of(*sets)), Counter[str]())
-    return [f"of {count} images: {note}" for note, count in notes.items() if note in (DAMAGED, UNFIT, DARK)]
-
-
 def check_images(cfg: Any, run_dir: Path, *sets: Any) -> list[str]:
     """Compare the images of a training config with every size at which it trains, before anything is written.
 
-    A packed set that is too small is a UserError, but for a run that has begun with it. Gives the lines to warn with.
+    A packed set that is too small is a UserError, but for a run that has begun with it. Gives the lines to warn with, also on
+    images whose colours or brightness may not be what their owner sees.
     """
-    sizes = trained_sizes(cfg)
+    stages = getattr(cfg, "stages", ()) if cfg.image is not None else ()
+    sizes = {f"stages.{i}.image_size": stage.image_size for i, stage in enumerate(stages) if stage.image_size is not None}
+    if cfg.image is not None and (not stages or len(sizes) < len(stages)):
+        sizes = {"image.size": cfg.image.size} | sizes
     if not any((run_dir / "checkpoints").glob("step_*")):
         refuse_small_packs(sizes, *sets)
-    return describe_small(sizes, *sets) + describe_notes(*sets)
+    notes = count_notes(*sets).items()
+    return describe_small(sizes, *sets) + [f"of {n} images: {note}" for note, n in notes if note in (DAMAGED, UNFIT, DARK)]

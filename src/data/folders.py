@@ -1,6 +1,7 @@
 """What is in a folder: which entries are folders and images, and all files below it, each once whatever links there are."""
 
 import errno
+import heapq
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import formats
-from .names import printable
+from .names import printable, sorted_by_count
 
 _LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG)  # of a link
 
@@ -34,33 +35,24 @@ def identity(path: Path | str) -> tuple[int, int]:
     return state.st_dev, state.st_ino
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool | None:
-    """None of a link that leads nowhere."""
-    try:
-        return entry.is_dir() if not entry.is_symlink() or os.path.exists(entry.path) else None
-    except OSError as error:
-        if error.errno in _LEADS_NOWHERE:
-            return None
-        raise
-
-
 def entries(folder: Path | str) -> Iterator[tuple[os.DirEntry[str], bool]]:
     """(entry, whether it is a folder) of what is in a folder, in no order; hidden ones and links to nowhere are left out."""
     with os.scandir(folder) as found_entries:
         for entry in found_entries:
-            is_hidden = entry.name.startswith(".") or entry.name == "__MACOSX"
-            is_folder = None if is_hidden else _is_folder(entry)
-            if is_folder is not None:
-                yield entry, is_folder
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            try:
+                if not entry.is_symlink() or os.path.exists(entry.path):
+                    yield entry, entry.is_dir()
+            except OSError as error:
+                if error.errno not in _LEADS_NOWHERE:
+                    raise
 
 
 def _is_new(folder: str, visited: set[tuple[int, int]]) -> bool:
-    """Whether a folder is visited for the first time; it counts as visited then."""
-    place = identity(folder)
-    if place in visited:
-        return False
-    visited.add(place)
-    return True
+    count = len(visited)
+    visited.add(identity(folder))
+    return len(visited) > count
 
 
 def holds_images(folder: Path, *, also_unreadable: bool = False) -> bool:
@@ -78,62 +70,51 @@ def holds_images(folder: Path, *, also_unreadable: bool = False) -> bool:
 
 @dataclass
 class FolderTree:
-    """The images below a folder: `parts` are the names from there down to each file, `files` the files themselves.
+    """The `images` below a folder, in the order of their names: (the names from there down to the file, the file) of each.
 
-    `subfolders` are those of the first level. `unreadable` are the parts of images that cannot be read here, `others` the
-    number of other files by their endings, and `links` the links to folders that are in the tree already.
+    `subfolders` are those of the first level. `unreadable` are images that cannot be read here, `others` the number of other
+    files by their endings, and `links` the links to folders that are in the tree already.
     """
 
-    parts: list[tuple[str, ...]] = field(default_factory=list)
-    files: list[os.DirEntry[str]] = field(default_factory=list)
+    images: list[tuple[tuple[str, ...], os.DirEntry[str]]] = field(default_factory=list)
     subfolders: list[str] = field(default_factory=list)
-    unreadable: list[tuple[str, ...]] = field(default_factory=list)
+    unreadable: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     links: list[str] = field(default_factory=list)
 
 
 def walk(root: Path) -> FolderTree:
-    """All files below `root`, in the order of their names. A folder is visited once, under its own name before that of a
-    link to it."""
-    tree, visited = FolderTree(), {identity(root)}
+    """All files below `root`. A folder is visited once, under its own name before that of a link to it."""
+    tree, visited = FolderTree(), set[tuple[int, int]]()
     above_root = {identity(folder) for folder in root.resolve().parents}
-    folders: list[tuple[tuple[str, ...], str]] = [((), str(root))]
-    links: list[tuple[tuple[str, ...], str]] = []
-    images: list[tuple[tuple[str, ...], os.DirEntry[str]]] = []
-    while folders or links:
-        if not folders:  # every folder was visited under its own name
-            links.sort()
-            parts, path = links.pop(0)
-            leads_back = images and identity(path) in above_root
-            if leads_back or not _is_new(path, visited):
-                tree.links.append("/".join(parts))
-                continue
-            folders.append((parts, path))
-        above, place = folders.pop()
+    waiting: list[tuple[bool, tuple[str, ...], str]] = [(False, (), str(root))]  # (whether it is a link, its names, its path)
+    while waiting:
+        is_link, above, place = heapq.heappop(waiting)  # a link when every folder was visited under its own name
+        leads_back = is_link and tree.images and identity(place) in above_root
+        if leads_back or not _is_new(place, visited):
+            if is_link:
+                tree.links.append("/".join(above))
+            continue
         for entry, is_folder in entries(place):
             parts = (*above, entry.name)
-            if is_folder and entry.is_symlink():
-                links.append((parts, entry.path))
-            elif is_folder:
-                if not above:
+            if is_folder:
+                heapq.heappush(waiting, (entry.is_symlink(), parts, entry.path))
+                if not above and not entry.is_symlink():
                     tree.subfolders.append(entry.name)
-                if _is_new(entry.path, visited):
-                    folders.append((parts, entry.path))
             elif is_image(entry.name):
-                images.append((parts, entry))
+                tree.images.append((parts, entry))
             elif is_unreadable_image(entry.name):
-                tree.unreadable.append(parts)
+                tree.unreadable.append(Path(entry.path))
             else:
                 tree.others[ending_of(entry.name)] += 1
-    images.sort(key=lambda image: image[0])
+    tree.images.sort(key=lambda image: image[0])
     tree.unreadable.sort()
-    tree.parts, tree.files = [parts for parts, _ in images], [entry for _, entry in images]
     return tree
 
 
 def list_endings(counts: Counter[str]) -> str:
     """The number of files by ending, in words: `3 .json, 1 without an ending`."""
-    by_count = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    by_count = sorted_by_count(counts)
     words = [f"{count} {printable(ending) or 'without an ending'}" for ending, count in by_count[:8]]
     rest = sum(count for _, count in by_count[8:])
-    return ", ".join([*words, *([f"{rest} others"] if rest else [])])
+    return ", ".join(words + ([f"{rest} others"] if rest else []))

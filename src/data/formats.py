@@ -1,39 +1,31 @@
 """Which files are images here: what Pillow and its plugins read, and what a person has to convert first."""
 
 import importlib
-import importlib.util
 import io
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
 
+from ..config.packages import is_installed
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_NAMED_BY_ENDING = ("WEBP", "GIF", "ICO", "CUR", "ICNS", "DDS", "PCX", "PSD", "QOI", "SGI", "XBM", "XPM", "TGA")
 # Formats of Pillow that run no other program (EPS would start Ghostscript), with the endings of their files.
 BUILT_IN = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
-    "WEBP": (".webp",),
     "BMP": (".bmp", ".dib"),
-    "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
     "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-    "ICO": (".ico",),
-    "CUR": (".cur",),
-    "ICNS": (".icns",),
-    "DDS": (".dds",),
-    "PCX": (".pcx",),
-    "PSD": (".psd",),
-    "QOI": (".qoi",),
-    "SGI": (".sgi",),
     "SUN": (".ras",),
-    "XBM": (".xbm",),
-    "XPM": (".xpm",),
     "FITS": (".fits", ".fit"),
-    "TGA": (".tga",),
+    **{name: (f".{name.lower()}",) for name in _NAMED_BY_ENDING},
 }
 LIBRARIES = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # what Pillow must have been built with for them
 READ_BEFORE = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -54,28 +46,33 @@ _ADVICE = {
     ".svg .svgz": "draw them first, such as with cairosvg",
     ".eps .ps .ai": "draw them first, such as with Ghostscript",
     ".psb .xcf .kra .clip .sketch .afphoto .procreate .cdr": "save them as PNG first",
-    ".exr .hdr": "convert them to PNG first",
-    ".jxr .wdp .hdp .bpg .flif": "convert them to PNG first",
-    ".djvu .wmf .emf": "convert them to PNG first",
+    ".exr .hdr .jxr .wdp .hdp .bpg .flif .djvu .wmf .emf": "convert them to PNG first",
     ".dcm .dicom .nii": "convert them to PNG first, such as with pydicom or nibabel",
     _VIDEO: "take images out of them first, such as with ffmpeg",
     _ARCHIVES: "unpack them first: python prepare_data.py unpack FILE",
 }
-_BRANDS = {  # of files that begin as videos do
-    "a HEIC": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
-    "an AVIF": (b"avif", b"avis"),
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of files that begin as videos do
+_AVIF = (b"avif", b"avis")
+_STARTS = {  # of text that says what a file is
+    b"%pdf": "a PDF under another ending",
+    b"<svg": "an SVG under another ending",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the image with git lfs pull",
+    b"pk\x03\x04": "a zip archive under another ending",
 }
-_ENDINGS = {"a HEIC": ".heic", "an AVIF": ".avif", "a JPEG XL": ".jxl"}
-
-
-@cache
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 @cache
 def _formats() -> dict[str, tuple[str, ...]]:
-    """{format: endings} that can be read here. Plugins that are installed register themselves with Pillow."""
+    """{format: endings} that can be read here. Plugins that are installed register themselves with Pillow.
+
+    Pillow's own limits on what is read are lifted with it.
+    """
+    from PIL import Image, PngImagePlugin, features
+
+    Image.MAX_IMAGE_PIXELS = None  # the scan holds images to `max_pixels` by their header, before anything is decoded
+    # A PNG may carry a workflow or a profile that is far larger than what Pillow takes by itself, and is a whole image.
+    PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes of one chunk of text, or of a profile, when it is unpacked
+    PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20  # of all of them together
     Image.init()
     known = {
         name: endings
@@ -83,7 +80,7 @@ def _formats() -> dict[str, tuple[str, ...]]:
         if name in Image.OPEN and (name not in LIBRARIES or features.check(LIBRARIES[name]))
     }
     for module, function, name, endings in PLUGINS.values():
-        if name in known or not _installed(module):
+        if name in known or not is_installed(module):
             continue
         try:
             plugin: Any = importlib.import_module(module)
@@ -100,7 +97,7 @@ def _formats() -> dict[str, tuple[str, ...]]:
 def endings() -> frozenset[str]:
     """The endings, in small letters, of the files that can be read here."""
     of_formats = {ending for endings in _formats().values() for ending in endings}
-    return frozenset(of_formats | set(RAW if _installed("rawpy") else ()))
+    return frozenset(of_formats | set(RAW if is_installed("rawpy") else ()))
 
 
 def with_plugins(key: str) -> str:
@@ -136,42 +133,31 @@ def describe_content(file: Any) -> str | None:
     except OSError:
         return None
     brand = head[8:12] if head[4:8] == b"ftyp" else b""
-    image = next((words for words, brands in _BRANDS.items() if brand in brands), "")
-    if head[:2] == b"\xff\x0a" or head[4:8] == b"JXL ":
-        image = "a JPEG XL"
-    if image:
-        return f"{image} image under another ending ({unreadable().get(_ENDINGS[image], 'damaged')})"
+    kinds = {"a HEIC": (".heic", brand in _HEIC), "an AVIF": (".avif", brand in _AVIF)}
+    kinds["a JPEG XL"] = (".jxl", head[:2] == b"\xff\x0a" or head[4:8] == b"JXL ")
+    for kind, (ending, is_it) in kinds.items():
+        if is_it:
+            return f"{kind} image under another ending ({unreadable().get(ending, 'damaged')})"
     text = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
-    kinds = {
-        b"%pdf": "a PDF under another ending",
-        b"<svg": "an SVG under another ending",
-        b"version https://git-lfs": "a Git LFS pointer: fetch the image with git lfs pull",
-        b"pk\x03\x04": "a zip archive under another ending",
-    }
-    kind = next((kind for start, kind in kinds.items() if text.startswith(start)), None)
-    return kind or ("a video under another ending" if brand else None)
+    words = next((words for start, words in _STARTS.items() if text.startswith(start)), None)
+    return words or ("a video under another ending" if brand else None)
 
 
-def open_image(file: Any) -> Image.Image:
+def open_image(file: Any) -> "Image.Image":
     """Open a path or an open file as Pillow does, in the formats above alone; camera raw by rawpy, where that is there."""
+    from PIL import Image, UnidentifiedImageError
+
     ending = Path(file).suffix.lower() if isinstance(file, str | Path) else ""
     if ending in RAW and ending in endings():
-        return _develop(Path(file))
-    names = sorted(
-        (name for name in _formats() if name not in UNSIGNED or ending in BUILT_IN[name]), key=lambda name: name not in UNSIGNED
-    )
+        rawpy: Any = importlib.import_module("rawpy")  # as the camera's maker meant it: its own white balance, turned upright
+        with open(file, "rb") as opened, rawpy.imread(io.BytesIO(opened.read())) as raw:
+            return Image.fromarray(np.asarray(raw.postprocess(use_camera_wb=True), dtype=np.uint8))
+    names = [name for name in _formats() if name not in UNSIGNED or ending in BUILT_IN[name]]
     try:
-        return Image.open(file, formats=names)
+        return Image.open(file, formats=sorted(names, key=lambda name: name not in UNSIGNED))
     except UnidentifiedImageError as error:
         advice = f": {reason_for(ending)}" if ending in unreadable() else ""
         raise UnidentifiedImageError(f"{error}{advice}") from None
-
-
-def _develop(path: Path) -> Image.Image:
-    """A camera's raw file as its maker meant it to look: its own white balance, turned upright."""
-    rawpy: Any = importlib.import_module("rawpy")
-    with open(path, "rb") as file, rawpy.imread(io.BytesIO(file.read())) as raw:
-        return Image.fromarray(np.asarray(raw.postprocess(use_camera_wb=True), dtype=np.uint8))
 
 
 def sequence_of(file: Any) -> str | None:

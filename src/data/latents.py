@@ -90,36 +90,28 @@ class LatentSet:
 
     blocks: list[Moments]
     device: torch.device
-    _resident: Tensor | None = field(default=None, repr=False)
+    resident: Tensor | None = field(default=None, repr=False)  # all blocks, once they are loaded to the device
 
     def __len__(self) -> int:
         return sum(map(len, self.blocks))
 
-    @property
-    def bytes(self) -> int:
-        return sum(block.nbytes for block in self.blocks)
-
-    @property
-    def resident(self) -> bool:
-        return self._resident is not None
-
-    def load_to_device(self, share: float = 0.3) -> None:
-        """Load all blocks to the device if they take no more than `share` of the memory that is free there."""
+    def load_to_device(self) -> None:
+        """Load all blocks to the device if they take no more than 0.3 of the memory that is free there."""
         if self.device.type == "cuda":
             free_bytes = torch.cuda.mem_get_info(self.device)[0]
         else:
             import psutil
 
             free_bytes = psutil.virtual_memory().available
-        if self.bytes <= share * free_bytes:
-            self._resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
+        if sum(block.nbytes for block in self.blocks) <= 0.3 * free_bytes:
+            self.resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 
     def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
         """(B, 2, D, h, w) float32 on the device: mean and log-variance of these images, mirrored or not."""
-        if self._resident is not None:
+        if self.resident is not None:
             rows = torch.from_numpy(indices).to(self.device, non_blocking=True)
             sides = torch.from_numpy(mirrored.astype(np.int64)).to(self.device, non_blocking=True)
-            return self._resident[rows, sides]
+            return self.resident[rows, sides]
         size = len(self.blocks[0])
         rows = np.stack([self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)])
         moments = torch.from_numpy(rows)

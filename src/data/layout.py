@@ -3,8 +3,9 @@
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePath
 
 from ..config import UserError
@@ -33,17 +34,113 @@ def _is_annotation(name: str) -> bool:
     return _has_word(name, _ANNOTATIONS)
 
 
+class Folder:
+    """A folder on the way to the images. What is in it is read once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _names(self) -> list[tuple[str, bool]]:
+        return sorted((entry.name, is_folder) for entry, is_folder in entries(self.path))
+
+    @cached_property
+    def subfolders(self) -> dict[str, "Folder"]:
+        return {name: Folder(self.path / name) for name, is_folder in self._names if is_folder}
+
+    @property
+    def files(self) -> list[str]:
+        return [name for name, is_folder in self._names if not is_folder]
+
+    @cached_property
+    def has_images(self) -> bool:
+        """Whether images lie in the folder itself."""
+        return any(map(is_image, self.files))
+
+    @cached_property
+    def image_folders(self) -> dict[str, "Folder"]:
+        """The subfolders with images that can be read here, or, where there are none, with other ones. Links to others of them
+        do not count."""
+        links = {name for name, folder in self.subfolders.items() if folder.path.is_symlink()}
+        places = {identity(folder.path) for name, folder in self.subfolders.items() if name not in links} if links else set()
+        below = [(n, folder) for n, folder in self.subfolders.items() if n not in links or identity(folder.path) not in places]
+        folders = {name: folder for name, folder in below if holds_images(folder.path)}
+        if not folders and not self.has_images:
+            folders = {name: folder for name, folder in below if holds_images(folder.path, also_unreadable=True)}
+        return folders
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether there are several folders with images, and one of the first has folders of its own: for that, not all of a
+        thousand flat classes are read."""
+        folders = list(self.image_folders.values())
+        return len(folders) > 1 and any(folder.subfolders for folder in folders[:16])
+
+    def splits(self, *, is_inside_split: bool) -> list[str]:
+        """Which of the subfolders with images are splits, and not a class that has the name of one: a bus, a car, a train.
+        Inside a split that was chosen, one such name is a class."""
+        splits = splits_among(self.image_folders)
+        others = [name for name in self.image_folders if name not in splits]
+        if len(splits) != 1 or not others:
+            return list(splits)
+        name = next(iter(splits))
+        says_split = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
+        no_classes = _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS
+        folder = self.image_folders[name]
+        is_deep = len(others) == 1 and bool(folder.image_folders) and not folder.has_images
+        is_split = says_split or all(words_joined(other) in no_classes for other in others) or (is_deep and not is_inside_split)
+        return [name] if is_split else []
+
+    def splits_of_classes(self) -> dict[str, list[str]]:
+        """{class: its splits} where the classes are the outer folders, and each holds nothing but splits of its own."""
+        splits_of_class: dict[str, list[str]] = {}
+        for name, folder in self.image_folders.items() if self.is_deep else ():
+            below = folder.image_folders
+            splits = list(splits_among(below))
+            if not splits and not below:
+                continue  # a class that was not split, beside others that were
+            if not splits or folder.has_images or not all(map(_is_annotation, {*below} - {*splits})):
+                return {}
+            splits_of_class[name] = splits
+        return splits_of_class if any(len(splits) > 1 for splits in splits_of_class.values()) else {}
+
+    def next_folder(self) -> str | None:
+        """The subfolder in which to go on: the only one with images, or the one beside annotations (masks, labels)."""
+        if self.has_images:
+            return None
+        if len(self.image_folders) == 1:
+            (name,) = self.image_folders
+            leads_back = self.path.resolve().is_relative_to((self.path / name).resolve())  # a link to a folder above
+            return name if not leads_back else None
+        return _folder_beside_annotations(self.image_folders)
+
+    def masks_of_classes(self) -> set[tuple[str, str]]:
+        """(class, subfolder) of the masks where a class holds its images in one folder and masks of them in another."""
+        masks = set[tuple[str, str]]()
+        for name, folder in self.image_folders.items() if self.is_deep else ():
+            images = None if folder.has_images else _folder_beside_annotations(folder.image_folders)
+            masks |= {(name, other) for other in folder.image_folders if images not in (None, other)}
+        return masks
+
+    def innermost(self) -> Path:
+        """The folder in a folder in a folder, where there is nothing beside them."""
+        folder = self
+        while not folder.has_images and len(folder.subfolders) == 1:
+            (folder,) = folder.subfolders.values()
+        return folder.path
+
+
 @dataclass
 class Layout:
-    """Where the images are: below `root`, whose subfolders are the classes. The images' names are their paths from
+    """Where the images are: below `folder`, whose subfolders are the classes. The images' names are their paths from
     `named_from`, so that who is held out does not depend on what else the folder holds.
 
     `inner` is {class: its subfolder} where each class holds the splits. `masks` are (class, its subfolder) that are left
-    aside. `passed` are the folders beside the way to `root`, `unreadable` the images there that cannot be read here, `others`
+    aside. `passed` are the folders beside the way to `folder`, `unreadable` the images there that cannot be read here, `others`
     the number of other files by their endings, and `notes` remarks for the person.
     """
 
-    root: Path
+    folder: Folder
     named_from: Path
     inner: dict[str, str] = field(default_factory=dict)
     masks: set[tuple[str, str]] = field(default_factory=set)
@@ -52,187 +149,95 @@ class Layout:
     others: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
-
-class _FolderReader:
-    """What is in the folders on the way to the images. Each folder is read once."""
-
-    def __init__(self) -> None:
-        self._contents: dict[Path, tuple[list[str], list[str]]] = {}
-        self._image_folders: dict[Path, list[str]] = {}
-
-    def _read(self, folder: Path) -> tuple[list[str], list[str]]:
-        if folder not in self._contents:
-            names = sorted((entry.name, is_folder) for entry, is_folder in entries(folder))
-            subfolders, files = ([name for name, is_folder in names if is_folder is kind] for kind in (True, False))
-            self._contents[folder] = subfolders, files
-        return self._contents[folder]
-
-    def subfolders(self, folder: Path) -> list[str]:
-        return self._read(folder)[0]
-
-    def files(self, folder: Path) -> list[str]:
-        return self._read(folder)[1]
-
-    def has_images(self, folder: Path) -> bool:
-        """Whether images lie in the folder itself."""
-        return any(map(is_image, self.files(folder)))
-
-    def image_folders(self, folder: Path) -> list[str]:
-        """The subfolders with images that can be read here, or, where there are none, with other ones. Links to others of them
-        do not count."""
-        if folder not in self._image_folders:
-            links = {name for name in self.subfolders(folder) if (folder / name).is_symlink()}
-            places = {identity(folder / name) for name in self.subfolders(folder) if name not in links} if links else set()
-            below = [name for name in self.subfolders(folder) if name not in links or identity(folder / name) not in places]
-            names = [name for name in below if holds_images(folder / name)]
-            if not names and not self.has_images(folder):
-                names = [name for name in below if holds_images(folder / name, also_unreadable=True)]
-            self._image_folders[folder] = names
-        return self._image_folders[folder]
-
-    def is_deep(self, folder: Path) -> bool:
-        """Whether one of the first folders has folders of its own: for that, not all of a thousand flat classes are read."""
-        return any(self.subfolders(folder / name) for name in self.image_folders(folder)[:16])
-
-    def splits_in(self, folder: Path, *, is_inside_split: bool) -> list[str]:
-        """Which of the subfolders with images are splits, and not a class that has the name of one: a bus, a car, a train.
-        Inside a split that was chosen, one such name is a class."""
-        names = self.image_folders(folder)
-        splits = splits_among(names)
-        others = [name for name in names if name not in splits]
-        if len(splits) != 1 or not others:
-            return list(splits)
-        name = next(iter(splits))
-        says_split = normal_form(name).casefold() not in PLAIN  # `Training Data` is no class; `train` may be one
-        no_classes_beside = all(
-            words_joined(other) in _NO_CLASSES | _ANNOTATIONS | _IMAGE_FOLDERS | FILLERS for other in others
-        )
-        is_deep = len(others) == 1 and bool(self.image_folders(folder / name)) and not self.has_images(folder / name)
-        return [name] if says_split or no_classes_beside or (is_deep and not is_inside_split) else []
-
-    def splits_of_classes(self, folder: Path) -> dict[str, list[str]]:
-        """{class: its splits} where the classes are the outer folders, and each holds nothing but splits of its own."""
-        names = self.image_folders(folder)
-        if len(names) < 2 or not self.is_deep(folder):
-            return {}
-        splits_of_class: dict[str, list[str]] = {}
-        for name in names:
-            below = self.image_folders(folder / name)
-            splits = list(splits_among(below))
-            if not splits and not below:
-                continue  # a class that was not split, beside others that were
-            if not splits or self.has_images(folder / name) or not all(map(_is_annotation, {*below} - {*splits})):
-                return {}
-            splits_of_class[name] = splits
-        return splits_of_class if any(len(splits) > 1 for splits in splits_of_class.values()) else {}
-
-    def next_folder(self, folder: Path) -> str | None:
-        """The subfolder in which to go on: the only one with images, or the one beside annotations (masks, labels)."""
-        names = self.image_folders(folder)
-        if self.has_images(folder):
-            return None
-        if len(names) == 1:
-            leads_back = folder.resolve().is_relative_to((folder / names[0]).resolve())  # a link to a folder above
-            return names[0] if not leads_back else None
-        return _folder_beside_annotations(names)
-
-    def masks_of_classes(self, folder: Path) -> set[tuple[str, str]]:
-        """(class, subfolder) of the masks where a class holds its images in one folder and masks of them in another."""
-        masks = set[tuple[str, str]]()
-        if len(self.image_folders(folder)) < 2 or not self.is_deep(folder):
-            return masks
-        for name in self.image_folders(folder):
-            below = self.image_folders(folder / name)
-            if not self.has_images(folder / name) and (images := _folder_beside_annotations(below)) is not None:
-                masks |= {(name, other) for other in below if other != images}
-        return masks
-
-    def innermost(self, folder: Path) -> Path:
-        """The folder in a folder in a folder, where there is nothing beside them."""
-        while not self.has_images(folder) and len(below := self.subfolders(folder)) == 1:
-            folder = folder / below[0]
-        return folder
+    def enter(self, name: str) -> None:
+        """Go into a subfolder, and note what stands beside it."""
+        for file in self.folder.files:
+            if is_unreadable_image(file):
+                self.unreadable.append(self.folder.path / file)
+            else:
+                self.others[ending_of(file)] += 1
+        for other, beside in self.folder.subfolders.items():
+            if other != name:
+                self.passed.append(other)
+                self.unreadable += walk(beside.path).unreadable
+        self.folder = self.folder.subfolders[name]
 
 
 def find_layout(path: Path, split: str | None, where: str) -> Layout:
     """Where the images of the folder `path` are. A subfolder that alone holds images is entered. UserErrors name the splits of
     which one has to be chosen, or say that there is none of the name `split`; with the split "." none is looked for."""
-    reader, layout = _FolderReader(), Layout(root=path, named_from=path)
-    no_splits = split == "."
+    layout, no_splits = Layout(folder=Folder(path), named_from=path), split == "."
     if split is not None and not no_splits:
         parts = PurePath(split).parts  # `images/train` says both
         if not parts or PurePath(split).is_absolute() or ".." in parts:
             raise UserError(f"{where}: data.split {split!r} is not the name of one of its subfolders")
-        _enter_split(reader, layout, parts, where)
+        _enter_split(layout, parts, where)
     while not layout.inner:
-        folder, names = layout.root, reader.image_folders(layout.root)
-        splits = reader.splits_in(folder, is_inside_split=split is not None) if not no_splits else []
+        folder, names = layout.folder, layout.folder.image_folders
+        splits = folder.splits(is_inside_split=split is not None) if not no_splits else []
         if splits and not (split is not None and len(names) == 1):
-            raise UserError(f"{where} holds the splits {join_names(splits, 10)}; {_split_advice(splits, split)}")
-        annotated = not reader.has_images(folder) and _folder_beside_annotations(names) is not None
-        if not splits and not no_splits and not annotated and (inner := reader.splits_of_classes(folder)):
+            raise UserError(f"{where} holds the splits {_split_advice(splits, split)}")
+        annotated = not folder.has_images and _folder_beside_annotations(names) is not None
+        if not splits and not no_splits and not annotated and (inner := folder.splits_of_classes()):
             all_splits = list(dict.fromkeys(name for class_splits in inner.values() for name in class_splits))
-            raise UserError(
-                f"{where} holds classes, and each of them the splits {join_names(all_splits, 10)}; "
-                f"{_split_advice(all_splits, split)}"
-            )
-        if (subfolder := reader.next_folder(folder)) is None:
-            maybe_splits = [] if splits or no_splits else splits_among(names)
-            printed = map(printable, maybe_splits)
+            raise UserError(f"{where} holds classes, and each of them the splits {_split_advice(all_splits, split)}")
+        subfolder = folder.next_folder()
+        if subfolder is not None:
+            layout.enter(subfolder)
+            continue
+        if not no_splits:
+            printed = map(printable, () if splits else splits_among(names))
             layout.notes += [f"{name!r} is read as a class; if it is a split, set data.split" for name in printed]
-            layout.masks = set() if no_splits else reader.masks_of_classes(folder)
-            break
-        _enter(reader, layout, subfolder)
+            layout.masks = folder.masks_of_classes()
+        break
     return layout
 
 
 def _split_advice(splits: Sequence[str], folder: str | None) -> str:
-    """What to set where one of the splits has to be chosen."""
+    """The splits of which one has to be chosen, and what to set for that."""
     training = next((name for name in splits if splits_among(splits).get(name) == "train"), splits[0])
     example = printable(shlex.quote("/".join([*([folder] if folder is not None else []), training])))
-    return f'set data.split to the one to train on (of prepare_data.py: --split {example}), or to "." where they are classes'
+    return (
+        f"{join_names(splits, 10)}; set data.split to the one to train on (of prepare_data.py: --split {example}), "
+        'or to "." where they are classes'
+    )
 
 
-def _enter_split(reader: _FolderReader, layout: Layout, parts: Sequence[str], where: str) -> None:
+def _enter_split(layout: Layout, parts: Sequence[str], where: str) -> None:
     """Go to the split with the names `parts`, further in where its folder is not at the top."""
-    path, is_exact, split = layout.root, True, "/".join(parts)
-    while _find_name(reader.subfolders(layout.root), parts[0], where) is None:
-        folder = layout.root
-        subfolder = reader.next_folder(folder)
-        if subfolder is not None and subfolder not in splits_among(reader.image_folders(folder)):
-            _enter(reader, layout, subfolder)
+    top, split = layout.folder, "/".join(parts)
+    while _find_name(layout.folder.subfolders, parts[0], where) is None:
+        folder = layout.folder
+        subfolder = folder.next_folder()
+        if subfolder is not None and subfolder not in splits_among(folder.image_folders):
+            layout.enter(subfolder)
             continue
-        if len(parts) == 1 and _find_name([path.name], split, where) is not None:  # data.path is that split already
-            layout.root, layout.named_from = path, reader.innermost(path)
+        if len(parts) == 1 and _find_name([top.path.name], split, where) is not None:  # data.path is that split already
+            layout.folder, layout.named_from = top, top.innermost()
             return
-        inner = {name: _find_name(names, parts[0], where) for name, names in reader.splits_of_classes(folder).items()}
-        if any(inner.values()):
-            layout.inner = {name: chosen for name, chosen in inner.items() if chosen is not None}
-            if without := [name for name in reader.image_folders(folder) if name not in layout.inner]:
-                layout.notes.append(
-                    f"the classes {join_names(without, 10)} hold no split {printable(parts[0])!r} and are left aside"
-                )
-            return
-        raise _no_split_error(reader, folder, split, where)
+        inner = {name: _find_name(names, parts[0], where) for name, names in folder.splits_of_classes().items()}
+        if not any(inner.values()):
+            break
+        layout.inner = {name: chosen for name, chosen in inner.items() if chosen is not None}
+        if without := join_names([name for name in folder.image_folders if name not in layout.inner], 10):
+            layout.notes.append(f"the classes {without} hold no split {printable(parts[0])!r} and are left aside")
+        return
+    names = []
     for part in parts:
-        name = _find_name(reader.subfolders(layout.root), part, where)
+        subfolders = layout.folder.subfolders
+        name = _find_name(subfolders, part, where)
         if name is None:
-            raise _no_split_error(reader, layout.root, split, where)
-        is_exact &= name == part
-        layout.root = layout.root / name
-    same_name = path.joinpath(*parts)
-    if not is_exact:
-        layout.named_from = layout.root
-    else:
-        layout.named_from = same_name if same_name.is_dir() else reader.innermost(layout.root)
+            choices = join_names(list(subfolders), 10) or "none"
+            raise UserError(f"{where} has no split {split!r}; its subfolders: {choices}")
+        names.append(name)
+        layout.folder = subfolders[name]
+    layout.named_from = layout.folder.path
+    if names == list(parts):
+        same_name = top.path.joinpath(*parts)
+        layout.named_from = same_name if same_name.is_dir() else layout.folder.innermost()
 
 
-def _no_split_error(reader: _FolderReader, folder: Path, split: str, where: str) -> UserError:
-    names = join_names(reader.subfolders(folder), 10) or "none"
-    return UserError(f"{where} has no split {split!r}; its subfolders: {names}")
-
-
-def _find_name(names: Sequence[str], wanted: str, where: str) -> str | None:
+def _find_name(names: Iterable[str], wanted: str, where: str) -> str | None:
     """The folder that `wanted` means: by its name as it stands, in other letters, or by the plain word of a split."""
     forms: tuple[Callable[[str], str], ...] = (str, normal_form, lambda name: normal_form(name).casefold())
     for form in forms:
@@ -248,25 +253,11 @@ def _find_name(names: Sequence[str], wanted: str, where: str) -> str | None:
     return alike[0] if alike else None
 
 
-def _folder_beside_annotations(names: Sequence[str]) -> str | None:
+def _folder_beside_annotations(names: Iterable[str]) -> str | None:
     """The one folder of images where all others hold masks, labels and the like."""
     images = [name for name in names if _has_word(name, _IMAGE_FOLDERS) and not _is_annotation(name)]
     others = [name for name in names if name not in images]
     if len(images) == 1 and others and all(map(_is_annotation, others)):
         return images[0]
     classes = [name for name in names if words_joined(name) not in _NEVER_A_CLASS]
-    return classes[0] if len(classes) == 1 and len(names) > 1 and not images else None
-
-
-def _enter(reader: _FolderReader, layout: Layout, subfolder: str) -> None:
-    """Go into a subfolder, and note what stands beside it."""
-    folder, beside = layout.root, [name for name in reader.subfolders(layout.root) if name != subfolder]
-    layout.passed += beside
-    for name in reader.files(folder):
-        if is_unreadable_image(name):
-            layout.unreadable.append(folder / name)
-        else:
-            layout.others[ending_of(name)] += 1
-    for name in beside:
-        layout.unreadable += [(folder / name).joinpath(*parts) for parts in walk(folder / name).unreadable]
-    layout.root = folder / subfolder
+    return classes[0] if len(classes) == 1 and len(others) > 1 and not images else None

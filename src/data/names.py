@@ -2,9 +2,7 @@
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import PurePath
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..config import UserError
 
@@ -46,16 +44,12 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
 
 def class_of(label: object) -> str | None:
     """The class that a cell of a table means, or None where it means none: None, NaN of any library, nothing but spaces."""
-    if label is None:
-        return None
-    text = str(label)
+    text = "" if label is None else str(label)
     return None if text.strip().casefold() in NO_LABEL else text
 
 
 def printable(name: str) -> str:
     """A name as it can be printed on one line: line breaks, bytes that are no text and the like are escaped."""
-    if name.isprintable():
-        return name
     return "".join(
         c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in name
     )
@@ -67,41 +61,38 @@ def join_names(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(map(printable, names[:most])) + rest
 
 
-def file_stems(names: Sequence[str], *, most_bytes: int = 100) -> list[str]:
+def file_stems(names: Sequence[str]) -> list[str]:
     """A part of a file name for each class: its letters and digits, cut where it is long; no two are the same."""
     safe = ["".join(c if c.isalnum() or c in "-_." else "_" for c in name) for name in names]
-    cut = [name.encode()[:most_bytes].decode(errors="ignore") for name in safe]
+    cut = [name.encode()[:100].decode(errors="ignore") for name in safe]
     cut = [short if short == name else f"{short}_{i}" for i, (name, short) in enumerate(zip(safe, cut, strict=True))]
     return cut if len(set(cut)) == len(cut) else [f"{i}_{name}" for i, name in enumerate(cut)]
 
 
-def count_endings(names: Iterable[str]) -> dict[str, int]:
-    """How many files have which ending, in small letters: the most frequent first."""
-    counts = Counter(PurePath(name).suffix.lower() for name in names)
-    return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
+def sorted_by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(name, count) of each, the most frequent first."""
+    return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
 
 
 def class_remarks(class_names: Sequence[str], images: int) -> list[str]:
     """What is odd about the classes of a class-conditional run before it is trained: one remark at most."""
     count, without = len(class_names), "--set class_conditional=false"
     if count == 1:
-        remark = (
+        return [
             f"all images with a class have the same one, {printable(class_names[0])!r}: there is nothing to tell apart; is "
             f"that folder (or column) meant as a class? Without classes: {without}"
-        )
-    elif count and all(_PARTS.fullmatch(name) for name in class_names):
-        remark = (
+        ]
+    if count and all(_PARTS.fullmatch(name) for name in class_names):
+        return [
             f"the classes {join_names(class_names)} look like parts of one data set, and the network learns them as classes; "
             f"where they are parts: {without}"
-        )
-    elif count and images < 4 * count:
-        remark = (
+        ]
+    if images < 4 * count:
+        return [
             f"there are {count} classes for {images} images, too few of each to learn: does the label column hold captions or "
             f"file names? Without classes: {without}"
-        )
-    else:
-        return []
-    return [remark]
+        ]
+    return []
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
@@ -111,19 +102,16 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     words = re.split(r"(?<!\\)/", normal_form(text))
     most = 1 + max((name.count("/") for name in known), default=0)
 
-    def by_name(word: str) -> int | None:
-        return known.get(word, known.get(word.replace("\\/", "/")))
-
-    def by_name_or_number(word: str) -> int | None:
-        label = by_name(word)
-        is_number = label is None and word.isdecimal() and word.isascii() and len(word) < 10
+    def label_of(word: str, *, may_be_number: bool) -> int | None:
+        label = known.get(word, known.get(word.replace("\\/", "/")))
+        is_number = may_be_number and label is None and word.isdecimal() and word.isascii() and len(word) < 10
         return int(word) if is_number and int(word) < len(known) else label
 
-    for read in (by_name, by_name_or_number):  # names go before numbers
+    for may_be_number in (False, True):  # names go before numbers
         ways: list[list[list[int]]] = [[[]]]  # up to two ways to read the first words
         for end in range(1, len(words) + 1):
             lengths = [k for k in range(1, min(most, end) + 1) if ways[end - k]]
-            labels = [(k, (by_name if k > 1 else read)("/".join(words[end - k : end]))) for k in lengths]
+            labels = [(k, label_of("/".join(words[end - k : end]), may_be_number=may_be_number and k == 1)) for k in lengths]
             ways.append([[*way, label] for k, label in labels if label is not None for way in ways[end - k]][:2])
         if len(ways[-1]) == 1:
             return ways[-1][0]
@@ -131,6 +119,6 @@ def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
             both = " or ".join("/".join(printable(class_names[i]).replace("/", "\\/") for i in way) for way in ways[-1])
             advice = f"write it as {both}, or give the classes' numbers"
             raise UserError(f"--classes {printable(text)} may mean two things; {advice}")
-    unknown = next((word for word in words if by_name_or_number(word) is None), text)
+    unknown = next((word for word in words if label_of(word, may_be_number=True) is None), text)
     advice = f"ask for one by its name or its number, 0 to {len(class_names) - 1}"
     raise UserError(f"class {printable(unknown)!r} is not known; the classes are: {join_names(class_names, 40)}; {advice}")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..config import UserError
 from ..config.progress import Progress
@@ -40,8 +39,9 @@ def pack(images: ImageSet, out: Path, *, size: int, channels: int, held_out: flo
     names = images.names
 
     def load(i: int) -> Pixels:
-        image = images.parts[images.which[i]].load(int(images.index[i]), channels=channels, at_least=size)
-        image = image if isinstance(image, Image.Image) else to_image(image)
+        part, index = images.locate(i)
+        image = part.load(index, channels=channels, at_least=size)
+        image = to_image(image) if isinstance(image, np.ndarray) else image
         return resize_shorter_side(image.convert("RGB" if channels == 3 else "L"), size)
 
     try:
@@ -67,19 +67,12 @@ def pack(images: ImageSet, out: Path, *, size: int, channels: int, held_out: flo
         table, content = _read_records(staged), io.BytesIO()
         np.save(content, table)
         write_flushed(staged / "records.npy", content.getbuffer())
-        manifest = {
-            **request,
-            "version": PACK_VERSION,
-            "decoder": DECODER,
-            "count": len(table),
-            "bytes": int(offset),
-            "class_names": list(images.class_names),
-            "names": names,
-        }
+        manifest = {**request, "version": PACK_VERSION, "decoder": DECODER, "count": len(table), "bytes": int(offset)}
+        manifest |= {"class_names": list(images.class_names), "names": names}
         write_flushed(staged / "manifest.json", json.dumps(manifest).encode())
         staged.replace(out)
-        for name in ("records.bin", "request.json"):
-            (out / name).unlink()
+        (out / "records.bin").unlink()
+        (out / "request.json").unlink()
     except OSError as error:
         raise UserError(f"packing into {out} stopped: {error}; mend it and run the same command again to go on") from None
     return len(table)
@@ -96,15 +89,12 @@ def _read_records(staged: Path) -> NDArray[np.int64]:
 
 def _resume(staged: Path, request: dict[str, Any]) -> int:
     """Make the staging folder ready and give the number of images that are already whole in it."""
-    if not stage_folder(staged, request):
-        return 0
+    stage_folder(staged, request)
     records, pixels = staged / "records.bin", staged / "pixels.bin"
-    if not records.exists():
-        pixels.unlink(missing_ok=True)
-        return 0
+    for path in (records, pixels):
+        path.touch()
     os.truncate(records, records.stat().st_size // 40 * 40)
     table = _read_records(staged)
     offset, height, width = table[-1, :3].tolist() if len(table) else (0, 0, 0)
-    if pixels.exists():
-        os.truncate(pixels, offset + height * width * request["channels"])
+    os.truncate(pixels, offset + height * width * request["channels"])
     return len(table)

@@ -1,12 +1,12 @@
 """Sets of 2-D points drawn from densities: an image, mixtures of Gaussians, two moons, a spiral, a checkerboard.
 
-A density is known to configs by its entry in POINT_SOURCES: its config class, and the function that draws its points.
+A density is a config class with a method `draw(rng)` of its points; configs know those that are in POINT_SOURCES.
 """
 
 import hashlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,26 +15,14 @@ from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from ..config import OpenUnion, UserError, config, config_error, dump, kind_of
-from .sources.images import Source, name_fraction
+from .sources.images import Source, hold_out
 from .sources.python import dataset_classes, item_array, item_name, read_items
 from .sources.registry import SOURCES, SeveralSources
 from .transforms import decode
 
 Count = Annotated[int, Field(ge=2)]
-Points = NDArray[np.float32]
 RawPoints = tuple[NDArray[Any], NDArray[np.int64] | None, int]  # points (N, 2), labels (N,) or None, number of classes
 EXTENT = 2.0  # densities lie in about [-2, 2] x [-2, 2], so that their spread is near that of a standard normal
-
-POINT_SOURCES = OpenUnion("source")
-_DRAW_FUNCTIONS: dict[type, Callable[..., RawPoints]] = {}
-
-
-def register_points(draw: Callable[..., RawPoints]) -> Callable[..., RawPoints]:
-    """Decorator: add a density by the function `draw(spec, rng)` of its points; the type of `spec` is its config class."""
-    config_class = draw.__annotations__["spec"]
-    _DRAW_FUNCTIONS[config_class] = draw
-    POINT_SOURCES.add(config_class)
-    return draw
 
 
 @config
@@ -46,16 +34,14 @@ class DensitySource:
     invert: bool = False
     count: Count = 131072
 
-
-@register_points
-def _draw_density(spec: DensitySource, rng: np.random.Generator, image: bytes | None = None) -> RawPoints:
-    density = density_of(spec, image)
-    height, width = density.shape
-    cell = np.searchsorted(np.cumsum(density), rng.random(spec.count) * density.sum(), side="right").clip(max=density.size - 1)
-    row, column = np.divmod(cell, width)
-    within = rng.random((spec.count, 2))  # anywhere in the pixel
-    x, y = column + within[:, 0] - width / 2, height / 2 - row - within[:, 1]
-    return np.stack([x, y], axis=1) * (2 * EXTENT / max(height, width)), None, 0
+    def draw(self, rng: np.random.Generator, image: bytes | None = None) -> RawPoints:
+        density = density_of(self, image)
+        height, width = density.shape
+        cell = np.searchsorted(np.cumsum(density), rng.random(self.count) * density.sum(), side="right")
+        row, column = np.divmod(cell.clip(max=density.size - 1), width)
+        within = rng.random((self.count, 2))  # anywhere in the pixel
+        x, y = column + within[:, 0] - width / 2, height / 2 - row - within[:, 1]
+        return np.stack([x, y], axis=1) * (2 * EXTENT / max(height, width)), None, 0
 
 
 @config
@@ -74,13 +60,11 @@ class MixtureSource:
             raise config_error("give as many stds (and weights) as means")
         return self
 
-
-@register_points
-def _draw_mixture(spec: MixtureSource, rng: np.random.Generator) -> RawPoints:
-    weights = np.array(spec.weights or [1.0] * len(spec.means))
-    chosen = rng.choice(len(weights), spec.count, p=weights / weights.sum())
-    points = np.array(spec.means)[chosen] + np.array(spec.stds)[chosen, None] * rng.standard_normal((spec.count, 2))
-    return points, chosen, len(weights)
+    def draw(self, rng: np.random.Generator) -> RawPoints:
+        weights = np.array(self.weights or [1.0] * len(self.means))
+        chosen = rng.choice(len(weights), self.count, p=weights / weights.sum())
+        points = np.array(self.means)[chosen] + np.array(self.stds)[chosen, None] * rng.standard_normal((self.count, 2))
+        return points, chosen, len(weights)
 
 
 @config
@@ -91,14 +75,12 @@ class MoonsSource:
     noise: float = Field(0.08, ge=0)
     count: Count = 131072
 
-
-@register_points
-def _draw_moons(spec: MoonsSource, rng: np.random.Generator) -> RawPoints:
-    lower = rng.integers(0, 2, spec.count)
-    angle = np.pi * rng.random(spec.count)
-    arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    arc = np.where(lower[:, None], [1.0, 0.5] - arc, arc) - [0.5, 0.25]
-    return 1.2 * arc + spec.noise * rng.standard_normal((spec.count, 2)), lower, int(lower.max()) + 1
+    def draw(self, rng: np.random.Generator) -> RawPoints:
+        lower = rng.integers(0, 2, self.count)
+        angle = np.pi * rng.random(self.count)
+        arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        arc = np.where(lower[:, None], [1.0, 0.5] - arc, arc) - [0.5, 0.25]
+        return 1.2 * arc + self.noise * rng.standard_normal((self.count, 2)), lower, int(lower.max()) + 1
 
 
 @config
@@ -110,13 +92,11 @@ class SpiralSource:
     noise: float = Field(0.05, ge=0)
     count: Count = 131072
 
-
-@register_points
-def _draw_spiral(spec: SpiralSource, rng: np.random.Generator) -> RawPoints:
-    radius = np.sqrt(rng.random(spec.count) * 0.97 + 0.03)  # as much of it per length everywhere, nearly
-    angle = 2 * np.pi * spec.turns * radius
-    line = 1.8 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return line + spec.noise * rng.standard_normal((spec.count, 2)), None, 0
+    def draw(self, rng: np.random.Generator) -> RawPoints:
+        radius = np.sqrt(rng.random(self.count) * 0.97 + 0.03)  # as much of it per length everywhere, nearly
+        angle = 2 * np.pi * self.turns * radius
+        line = 1.8 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        return line + self.noise * rng.standard_normal((self.count, 2)), None, 0
 
 
 @config
@@ -127,12 +107,10 @@ class CheckerboardSource:
     cells: int = Field(4, ge=2)
     count: Count = 131072
 
-
-@register_points
-def _draw_checkerboard(spec: CheckerboardSource, rng: np.random.Generator) -> RawPoints:
-    dark = np.array([(i, j) for i in range(spec.cells) for j in range(spec.cells) if (i + j) % 2 == 0])
-    corner = dark[rng.integers(0, len(dark), spec.count)]
-    return ((corner + rng.random((spec.count, 2))) / spec.cells - 0.5) * 2 * EXTENT * 0.9, None, 0
+    def draw(self, rng: np.random.Generator) -> RawPoints:
+        dark = np.array([(i, j) for i in range(self.cells) for j in range(self.cells) if (i + j) % 2 == 0])
+        corner = dark[rng.integers(0, len(dark), self.count)]
+        return ((corner + rng.random((self.count, 2))) / self.cells - 0.5) * 2 * EXTENT * 0.9, None, 0
 
 
 @config
@@ -142,27 +120,26 @@ class GaussianSource:
     source: Literal["gaussian"]
 
 
-DataEnd = Annotated[
-    Annotated[Source, OpenUnion("source", SOURCES, POINT_SOURCES), Tag("object")] | SeveralSources, Discriminator(kind_of)
-]
-SourceEnd = Annotated[
-    Annotated[Source, OpenUnion("source", GaussianSource, SOURCES, POINT_SOURCES), Tag("object")] | SeveralSources,
-    Discriminator(kind_of),
-]
+POINT_SOURCES = OpenUnion("source", DensitySource, MixtureSource, MoonsSource, SpiralSource, CheckerboardSource)
+_DataSource = Annotated[Source, OpenUnion("source", SOURCES, POINT_SOURCES), Tag("object")]
+_AnySource = Annotated[Source, OpenUnion("source", GaussianSource, SOURCES, POINT_SOURCES), Tag("object")]
+DataEnd = Annotated[_DataSource | SeveralSources, Discriminator(kind_of)]
+SourceEnd = Annotated[_AnySource | SeveralSources, Discriminator(kind_of)]
 
 
 def is_point_source(spec: Any) -> bool:
     """Whether a source is a density of 2-D points."""
-    return type(spec) in _DRAW_FUNCTIONS
+    return isinstance(spec, tuple(POINT_SOURCES.classes))
 
 
+@dataclass(eq=False)
 class PointSet:
     """`points` (N, 2) float32 with their labels (N,), indices into `class_names` or -1: what training reads."""
 
-    parts: tuple[Any, ...] = ()  # no files, so none was left out
-
-    def __init__(self, points: Points, labels: NDArray[np.int64], class_names: Sequence[str] = ()) -> None:
-        self.points, self.labels, self.class_names = points, labels, tuple(class_names)
+    points: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...] = ()
+    parts = ()  # no files, so none was left out
 
     def __len__(self) -> int:
         return len(self.points)
@@ -210,8 +187,7 @@ def draw_points(spec: Any, image: bytes | None = None) -> PointSet:
     content of a DensitySource's file, where it is known."""
     words = repr(sorted((key, value) for key, value in dump(spec).items() if key != "path")).encode()
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words).digest()[:8], "little"))
-    extra = {"image": image} if isinstance(spec, DensitySource) else {}
-    points, labels, num_classes = _DRAW_FUNCTIONS[type(spec)](spec, rng, **extra)
+    points, labels, num_classes = spec.draw(rng, image) if isinstance(spec, DensitySource) else spec.draw(rng)
     numbers = np.full(spec.count, -1, dtype=np.int64) if labels is None else labels.astype(np.int64)
     return PointSet(np.ascontiguousarray(points, dtype=np.float32), numbers, tuple(map(str, range(num_classes))))
 
@@ -236,14 +212,6 @@ def open_given_points(dataset: Any, held_out: Any) -> tuple[PointSet, PointSet |
             raise UserError(f"{where} is not finite: {point}")
         return point
 
-    items = list(read_items(dataset, checked_point))
-    labels = [label for _, label in items]
-    points = PointSet(
-        np.stack([point for point, _ in items]), np.array(labels, dtype=np.int64), dataset_classes(dataset, labels)
-    )
-    if not held_out:
-        return points, None
-    is_held_out = np.array([name_fraction(item_name(i)) < held_out for i in range(len(labels))])
-    if is_held_out.all() or not is_held_out.any():
-        raise UserError(f"held_out {held_out:g} of {len(points)} points leaves one side empty; change it")
-    return points.only(~is_held_out), points.only(is_held_out)
+    items, labels = zip(*read_items(dataset, checked_point), strict=True)
+    points = PointSet(np.stack(items), np.array(labels, dtype=np.int64), dataset_classes(dataset, labels))
+    return hold_out(points, [item_name(i) for i in range(len(points))], held_out, "points")

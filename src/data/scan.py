@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
 import pydantic
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
 
 from ..config import UserError, config
 from ..config.progress import Progress
 from ..storage.files import write_whole
 from ..storage.locks import take_lock
-from .colour import CONVERTED, DARK, SCALED, profile_of, read_stated_bits, stated_white
-from .formats import describe_content, endings, open_image
-from .transforms import DECODER
+from .formats import describe_content, endings, open_image, with_plugins
+from .transforms import CONVERTED, DARK, DECODER, SCALED, profile_of, read_stated_bits, stated_white
 
 TOO_SMALL = "smaller than min_file_bytes"
 TOO_NARROW = "smaller than min_side"
@@ -55,19 +52,16 @@ class Absent(ValueError):
 
 @dataclass
 class ScanReport:
-    """How many files were read, and those left out with their reasons.
+    """The files that were left out with their reasons, and what was measured of the good ones.
 
-    Of the good ones, in their order: `sides` (N, 2), width and height, -1 where they are not known; `times` (N,), when each was
-    modified, in nanoseconds, 0 where the fingerprint of the source changes with the content; `decoders` (N,), the first version
-    of the decoder that reads each as today's does. `notes` counts what is odd about some
-    of them but keeps none of them out, and `remarks` are what else a person has to know of the source.
+    `measures` (N, 4): width and height, -1 where they are not known; when the file was modified, in nanoseconds, 0 where the
+    fingerprint of the source changes with the content; and the first version of the decoder that reads it as today's does.
+    `notes` counts what is odd about some of them but keeps none of them out, and `remarks` are what else a person has to know
+    of the source.
     """
 
-    total: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    sides: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    times: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    decoders: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    measures: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), np.int64))
     notes: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -79,6 +73,8 @@ class ScanReport:
 @cache
 def reader() -> str:
     """The version of Pillow and the formats here: another one may read what this one cannot."""
+    import PIL
+
     return f"Pillow {PIL.__version__}, {' '.join(sorted(endings()))}"
 
 
@@ -100,28 +96,33 @@ class Measured(NamedTuple):
 def examine(source: Callable[[], Any], size: int, spec: ScanConfig) -> Measured | str:
     """What a scan measures of an image, or why the image is left out. `source()` gives a path or an open file; `size` is in
     bytes."""
+    from PIL import UnidentifiedImageError
+
     if size < spec.min_file_bytes:
         return TOO_SMALL
     if size == 0:
         return "empty file"
     file = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            file = source()
-            with open_image(file) as image:
-                width, height = image.size
-                if width * height > spec.max_pixels:
-                    return "more pixels than max_pixels"
-                if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
-                    return "absurd shape"
-                note = profile_of(image).note
-                read_stated_bits(image)
-                if image.format in ("JPEG", "MPO"):
-                    image.draft(None, (64, 64))  # reads the whole file, keeps little of it
-                with _one_at_a_time if width * height > _LARGE_PIXELS else nullcontext():
-                    image.load()
-                    return _measured(image, width, height, note)
+        with warnings.catch_warnings(action="ignore"), open_image(file := source()) as image:
+            width, height = image.size
+            if width * height > spec.max_pixels:
+                return "more pixels than max_pixels"
+            if min(width, height) < 1 or max(width, height) > 100 * min(width, height):
+                return "absurd shape"
+            note = profile_of(image).note
+            read_stated_bits(image)
+            if image.format in ("JPEG", "MPO"):
+                image.draft(None, (64, 64))  # reads the whole file, keeps little of it
+            with _one_at_a_time if width * height > _LARGE_PIXELS else nullcontext():
+                image.load()
+                if image.mode.startswith("I"):
+                    values = np.asarray(image)
+                    if stated_white(image, values) is not None:
+                        note = SCALED
+                    elif image.mode.startswith("I;16") and not note and 0 < values.max() < 4096:
+                        note = DARK
+            return Measured(width, height, DECODER if note in (CONVERTED, SCALED) else 1, note)
     except UnidentifiedImageError:
         return describe_content(file) or "not an image"
     except Absent as error:
@@ -134,29 +135,6 @@ def examine(source: Callable[[], Any], size: int, spec: ScanConfig) -> Measured 
         if "MAX_TEXT_CHUNK" in str(error) or "MAX_TEXT_MEMORY" in str(error):
             return "more text than 64 MB in a chunk, or 256 MB in all"
         return "truncated" if "truncat" in str(error).lower() else "damaged"
-
-
-def _measured(image: Any, width: int, height: int, note: str) -> Measured:
-    """The measures of a loaded image whose colour profile has the `note`: 16-bit grey may be scaled, or dark."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if stated_white(image, values) is not None:
-            note = SCALED
-        elif image.mode.startswith("I;16") and not note and 0 < values.max() < 4096:
-            note = DARK
-    return Measured(width, height, DECODER if note in (CONVERTED, SCALED) else 1, note)
-
-
-def _facts_of(source: Callable[[], Any], size: int, spec: ScanConfig) -> list[Any]:
-    """What is remembered of a file besides its stamp: why it is left out or None, what was measured, and the `reader` that
-    could not read it."""
-    result = examine(source, size, spec)
-    return [result, 0, 0, 0, "", reader()] if isinstance(result, str) else [None, *result, ""]
-
-
-def _is_known(fact: Sequence[Any] | None, stamp: tuple[int, int]) -> bool:
-    """Whether the file is still what it was. Another reader reads again what could not be read."""
-    return fact is not None and len(fact) == 8 and list(fact[:2]) == list(stamp) and (fact[2] is None or fact[7] == reader())
 
 
 @contextmanager
@@ -193,12 +171,22 @@ def scan(
     """The indices of the good images, and the report.
 
     `stamps[i]` is (bytes, modification time) of `names[i]`; a file with the same name and stamp under the same `key` as in an
-    earlier scan is not read again. The sides of an image are remembered, too, so that another `min_side` costs nothing. A
-    UserError stops a scan with too many broken files.
+    earlier scan is not read again, but what could not be read is, by another reader. The sides of an image are remembered, too,
+    so that another `min_side` costs nothing. A UserError stops a scan with too many broken files.
     """
-    options = f"{VERSION}|{spec.min_file_bytes}|{spec.max_pixels}|{key}"
+
+    def is_known(i: int) -> bool:
+        fact = facts.get(names[i], ())
+        return len(fact) == 8 and tuple(fact[:2]) == stamps[i] and (fact[2] is None or fact[7] == reader())
+
+    def read_facts(i: int) -> list[Any]:
+        """The stamp, why the file is left out or None, what was measured, and the reader that could not read it."""
+        result = examine(lambda: source(i), stamps[i][0], spec)
+        return [*stamps[i], *([result, 0, 0, 0, "", reader()] if isinstance(result, str) else [None, *result, ""])]
+
+    options = f"{VERSION}|{spec.min_file_bytes}|{spec.max_pixels}|{with_plugins(key)}"
     with _remembered(options) as (facts, save):
-        todo = [i for i, name in enumerate(names) if not _is_known(facts.get(name), stamps[i])]
+        todo = [i for i in range(len(names)) if not is_known(i)]
         if todo:
             with (
                 Progress("checking images", len(todo), leave=False) as bar,
@@ -206,9 +194,8 @@ def scan(
             ):
                 for start in range(0, len(todo), SAVE_EVERY):
                     block = todo[start : start + SAVE_EVERY]
-                    new_facts = pool.map(lambda i: _facts_of(lambda: source(i), stamps[i][0], spec), block)
-                    for i, new in zip(block, new_facts, strict=True):
-                        facts[names[i]] = [*stamps[i], *new]
+                    for i, fact in zip(block, pool.map(read_facts, block), strict=True):
+                        facts[names[i]] = fact
                         bar.update()
                     save()
         known = [facts[name] for name in names]
@@ -216,19 +203,15 @@ def scan(
     reasons = [TOO_NARROW if fact[2] is None and min(fact[3:5]) < smallest else fact[2] for fact in known]
     good = [i for i, reason in enumerate(reasons) if reason is None]
     report = ScanReport(
-        len(names),
-        [(names[i], reason) for i, reason in enumerate(reasons) if reason is not None],
-        sides=np.array([known[i][3:5] for i in good], np.int64).reshape(-1, 2),
-        times=np.array([stamps[i][1] for i in good], np.int64),
-        decoders=np.array([known[i][5] for i in good], np.int64),
-        notes=dict(Counter(known[i][6] for i in good if known[i][6]).most_common()),
+        [(name, reason) for name, reason in zip(names, reasons, strict=True) if reason is not None],
+        np.array([[*known[i][3:5], stamps[i][1], known[i][5]] for i in good], np.int64).reshape(-1, 4),
+        dict(Counter(known[i][6] for i in good if known[i][6]).most_common()),
     )
-    broken = [(name, reason) for name, reason in report.skipped if reason not in (TOO_SMALL, TOO_NARROW)]
+    broken = [f"{name!r} ({reason})" for name, reason in report.skipped if reason not in (TOO_SMALL, TOO_NARROW)]
     if len(broken) > spec.max_broken_fraction * len(names):
-        first = ", ".join(f"{name!r} ({reason})" for name, reason in broken[:10])
         raise UserError(
             f"{where}: {len(broken)} of {len(names)} images cannot be read, more than max_broken_fraction "
-            f"{spec.max_broken_fraction:g} allows; mend them or raise it. The first: {first}"
+            f"{spec.max_broken_fraction:g} allows; mend them or raise it. The first: {', '.join(broken[:10])}"
         )
     if not good:
         raise UserError(f"{where}: no readable image is left ({report.reasons or 'the folder is empty'})")

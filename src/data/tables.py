@@ -2,8 +2,9 @@
 
 import csv
 import io
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,14 +31,6 @@ class LabelTable:
     label_column: str | Number
     image_column: str | Number | None = None
     delimiter: Literal["comma", "tab", "semicolon", "space"] | None = None
-
-
-@dataclass
-class Labels:
-    """What a table says: `classes[i]` of image i, None for none, and remarks for the person."""
-
-    classes: list[str | None]
-    remarks: list[str]
 
 
 def _read(path: Path) -> str:
@@ -74,38 +67,35 @@ def _table(text: str, delimiter: str) -> list[list[str]]:
 
 def _column_index(column: str | int, header: Sequence[str]) -> int | None:
     """The number of a column that is given by its name or number, or None where the table has no such column."""
-    names = list(map(normal_form, header))
     if isinstance(column, int):
-        return column if column < len(names) else None
-    return names.index(normal_form(column)) if normal_form(column) in names else None
+        return column if column < len(header) else None
+    return next((i for i, name in enumerate(header) if normal_form(name) == normal_form(column)), None)
 
 
 def _parse(spec: LabelTable, text: str, path: Path) -> tuple[list[list[str]], int | None, int]:
     """The rows, without a header, and the numbers of the columns of images (None where none is given) and of labels."""
     wanted = [column for column in (spec.image_column, spec.label_column) if column is not None]
-    best: list[list[str]] = []
+    best: list[str] = []  # the header of the delimiter that parts most columns
     head = text if len(text) < _HEAD_CHARACTERS else text[: text.find("\n", _HEAD_CHARACTERS)]
     try:
         for delimiter in [spec.delimiter] if spec.delimiter is not None else [*_DELIMITERS, "space"]:
-            rows = _table(head, delimiter)
-            header = rows[0] if rows else []
+            header = next(iter(_table(head, delimiter)), [])
             numbers = [number for column in wanted if (number := _column_index(column, header)) is not None]
             if len(numbers) == len(wanted) and (len(header) > 1 or spec.delimiter is not None):
                 has_header = any(isinstance(column, str) for column in wanted)
                 rows = _table(text, delimiter)[1 if has_header else 0 :]
                 return rows, numbers[0] if len(wanted) > 1 else None, numbers[-1]
-            if rows and (not best or len(rows[0]) > len(best[0])) and (delimiter != "space" or len(best[0]) < 2):
-                best = rows
+            if len(header) > len(best) and (delimiter != "space" or len(best) < 2):
+                best = header
     except csv.Error as error:
         raise UserError(f"data.labels.file {path} is no table: {error}") from None
     if not best:
         raise UserError(f"data.labels.file {path} is empty")
-    header = best[0]
-    missing = next((column for column in wanted if _column_index(column, header) is None), None)
+    missing = next((column for column in wanted if _column_index(column, best) is None), None)
     if missing is None:
-        raise UserError(f"data.labels.file {path} has one column alone, {join_names(header)}: one has to name the images")
+        raise UserError(f"data.labels.file {path} has one column alone, {join_names(best)}: one has to name the images")
     key = "label_column" if missing == spec.label_column else "image_column"
-    raise UserError(f"data.labels.{key}: {path} has no column {missing!r}; it has: {join_names(header, 60)}")
+    raise UserError(f"data.labels.{key}: {path} has no column {missing!r}; it has: {join_names(best, 60)}")
 
 
 def _paths_meant(cell: str) -> list[str]:
@@ -115,19 +105,13 @@ def _paths_meant(cell: str) -> list[str]:
     return [*paths, parts[-1].partition("?")[0]] if "://" in cell and "?" in parts[-1] else paths
 
 
-def _without_ending(path: str) -> str:
-    """A path without the ending of its file."""
-    stem, dot, ending = path.rpartition(".")
-    return stem if dot and "/" not in ending and not stem.endswith("/") and stem else path
-
-
 def _index_by_path(names: Sequence[str]) -> Mapping[str, int]:
-    """{each path that may name an image: its number}, -1 where that names several."""
+    """{each path that may name an image, also without the ending of its file: its number}, -1 where that names several."""
     by_path: dict[str, int] = {}
     by_stem: dict[str, int] = {}
     for i, name in enumerate(names):
         for path in _paths_meant(name):
-            for numbers, key in ((by_path, path), (by_stem, _without_ending(path))):
+            for numbers, key in ((by_path, path), (by_stem, re.sub(r"(?<=[^/])\.[^/.]*$", "", path))):
                 numbers[key] = i if numbers.setdefault(key, i) == i else -1
     return {**by_stem, **by_path}  # a whole file name goes before one without its ending
 
@@ -145,34 +129,32 @@ def _find_image_column(rows: Sequence[Sequence[str]], label: int, known: Mapping
     def count_images(column: int) -> int:
         return sum(len(row) > column and _image_of(row[column], known) is not None for row in some)
 
-    return max(columns, key=lambda column: (count_images(column), -column))
+    return max(columns, key=count_images)
 
 
-def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:
-    """The classes of the images `names`, paths in `folder`. UserErrors name a file or a column that is missing, and the
-    first row where none of them names an image."""
-    path = Path(spec.file).expanduser()
-    if not path.is_file():
-        path = folder / path
-    if not path.is_file():
+def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> tuple[list[str | None], list[str]]:
+    """The classes of the images `names`, paths in `folder`, and remarks for the person. UserErrors name a file or a column that
+    is missing, and the first row where none of them names an image."""
+    given = Path(spec.file).expanduser()
+    path = next((path for path in (given, folder / given) if path.is_file()), None)
+    if path is None:
         raise UserError(f"data.labels.file {spec.file} does not exist, neither from here nor in {folder}")
     rows, image, label = _parse(spec, _read(path), path)
     known = _index_by_path(names)
-    if image is None:
-        image = _find_image_column(rows, label, known)
+    image = _find_image_column(rows, label, known) if image is None else image
     class_of_image: dict[int, str | None] = {}
-    short = lost = several = unlike = 0
+    counts = Counter[str]()
     for row in rows:
-        if max(image, label) >= len(row):
-            short += 1
-            continue
-        i = _image_of(row[image], known)
-        if i is None:
-            lost += 1
+        is_short = max(image, label) >= len(row)
+        i = None if is_short else _image_of(row[image], known)
+        if is_short:
+            counts["rows are too short to have a label"] += 1
+        elif i is None:
+            counts["rows name no image that can be trained on"] += 1
         elif i < 0:
-            several += 1
-        else:
-            unlike += class_of_image.setdefault(i, class_of(row[label])) != class_of(row[label])
+            counts["rows name several images, such as a file name that is in two folders, and are not used"] += 1
+        elif class_of_image.setdefault(i, class_of(row[label])) != class_of(row[label]):
+            counts["rows name an image again with another label; its first row counts"] += 1
     if not class_of_image:
         first = repr(printable(rows[0][image])) if rows and image < len(rows[0]) else "nothing"
         raise UserError(
@@ -184,15 +166,10 @@ def read_labels(spec: LabelTable, folder: Path, names: Sequence[str]) -> Labels:
     if values <= {"-1", "1"} and isinstance(spec.label_column, str):
         named = {"1": spec.label_column, "-1": f"not {spec.label_column}"}
         classes = [named[value] if value is not None else None for value in classes]
-    counts = {
-        "images without a row are left without a class": len(names) - len(class_of_image),
-        "images with a row and no label are left without a class": sum(name is None for name in class_of_image.values()),
-        "rows name no image that can be trained on": lost,
-        "rows name several images, such as a file name that is in two folders, and are not used": several,
-        "rows name an image again with another label; its first row counts": unlike,
-        "rows are too short to have a label": short,
-    }
+    counts["images without a row are left without a class"] = len(names) - len(class_of_image)
+    unlabelled = sum(name is None for name in class_of_image.values())
+    counts["images with a row and no label are left without a class"] = unlabelled
     remarks = [f"{path.name}: {count} {what}" for what, count in counts.items() if count]
     if any("\udc80" <= c <= "\udcff" for name in classes if name is not None for c in name):
         remarks.append(f"{path.name} is not UTF-8: letters of its labels are shown by their bytes; save it as UTF-8")
-    return Labels(classes, remarks)
+    return classes, remarks

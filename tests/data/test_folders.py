@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from src.data.folders import ending_of, entries, holds_images, identity, is_image, is_unreadable_image, list_endings, walk
+from src.data.layout import Folder, find_layout
+from tests.data.folders_of_images import tree
 
 
 @pytest.fixture
@@ -40,9 +42,9 @@ def test_hidden_entries_and_links_to_nowhere_are_left_out(root: Path) -> None:
 
 def test_a_walk_has_all_images_in_the_order_of_their_names(root: Path) -> None:
     tree = walk(root)
-    assert tree.parts == [("a", "3.png"), ("b", "1.png"), ("b", "deep", "2.JPG")]
-    assert [entry.name for entry in tree.files] == ["3.png", "1.png", "2.JPG"]
-    assert sorted(tree.subfolders) == ["a", "b", "empty"] and tree.unreadable == [("a", "raw.psb")]
+    assert [parts for parts, _ in tree.images] == [("a", "3.png"), ("b", "1.png"), ("b", "deep", "2.JPG")]
+    assert [entry.name for _, entry in tree.images] == ["3.png", "1.png", "2.JPG"]
+    assert sorted(tree.subfolders) == ["a", "b", "empty"] and tree.unreadable == [root / "a" / "raw.psb"]
     assert tree.others == {".txt": 1, ".json": 1} and tree.links == []
 
 
@@ -50,11 +52,12 @@ def test_a_folder_is_visited_under_its_own_name_alone(root: Path) -> None:
     os.symlink(root / "b", root / "a" / "link")
     os.symlink(root, root / "loop")
     tree = walk(root)
-    assert len(tree.parts) == 3 and tree.links == ["a/link", "loop"]
+    assert len(tree.images) == 3 and tree.links == ["a/link", "loop"]
     assert identity(root / "b") == identity(root / "a" / "link") != identity(root)
     (root.parent / "other").mkdir()
     os.symlink(root / "b", root.parent / "other" / "b")
-    assert walk(root.parent / "other").parts == [("b", "1.png"), ("b", "deep", "2.JPG")], "a link to elsewhere is followed"
+    images = walk(root.parent / "other").images
+    assert [parts for parts, _ in images] == [("b", "1.png"), ("b", "deep", "2.JPG")], "a link to elsewhere is followed"
 
 
 def test_folders_that_hold_images_at_any_depth(root: Path) -> None:
@@ -66,3 +69,12 @@ def test_folders_that_hold_images_at_any_depth(root: Path) -> None:
 def test_endings_in_words() -> None:
     assert list_endings(Counter({".json": 3, "": 1})) == "3 .json, 1 without an ending"
     assert list_endings(Counter({f".{i}": 1 for i in range(10)})).endswith("1 .7, 2 others")
+
+
+def test_a_folder_knows_what_is_in_it(tmp_path: Path) -> None:
+    tree(tmp_path, "data/cat/0.png", "data/dog/1.png", "annotations/2.png", "notes.txt")
+    top = Folder(tmp_path)
+    assert list(top.subfolders) == ["annotations", "data"] and top.files == ["notes.txt"] and not top.has_images
+    assert list(top.image_folders["data"].image_folders) == ["cat", "dog"] and top.next_folder() == "data"
+    layout = find_layout(tmp_path, None, "here")
+    assert layout.folder.path == tmp_path / "data" and layout.passed == ["annotations"] and layout.others == {".txt": 1}

@@ -32,7 +32,7 @@ def folder_set(path: Path, **options: object) -> ImageSet:
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What can be read here is found out anew, before and after."""
-    caches = [formats._installed, formats._formats, formats.endings, formats.unreadable]
+    caches = [formats._formats, formats.endings, formats.unreadable]
     for cache in caches:
         cache.cache_clear()
     yield
@@ -212,7 +212,7 @@ def test_plugins_that_are_installed_are_used(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert folder_set(tmp_path / "data").names == ["d.png"] and formats.with_plugins("key") == "key"
     monkeypatch.undo()
-    for cache in (formats._installed, formats._formats, formats.endings, formats.unreadable):
+    for cache in (formats._formats, formats.endings, formats.unreadable):
         cache.cache_clear()
     monkeypatch.setenv("ATELIER_CACHE", str(tmp_path / "cache"))
     packages = {"pillow_heif": HEIF, "rawpy": RAWPY, "pillow_jxl": "raise OSError('its library is missing')"}

@@ -20,6 +20,7 @@ from src.data.names import (
     normal_form,
     parse_classes,
     printable,
+    sorted_by_count,
     sorted_classes,
 )
 from src.data.sources import FolderSource
@@ -122,6 +123,10 @@ def test_the_order_of_classes_is_total() -> None:
         for seed in ("1", "2")
     }
     assert len(orders) == 1
+
+
+def test_the_most_frequent_come_first() -> None:
+    assert sorted_by_count({"b": 1, "c": 3, "a": 1}) == [("c", 3), ("a", 1), ("b", 1)]
 
 
 # ---------------------------------------------------------------------------------------------- names that look the same

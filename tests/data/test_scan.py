@@ -117,7 +117,7 @@ def test_ten_thousand_damaged_images(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert image_set.names == [good.name] and peak < 2e8
     report = image_set.parts[0].report
-    assert report.total == 10_001 and sum(report.reasons.values()) == 10_000 and len(report.reasons) >= 4
+    assert sum(report.reasons.values()) == 10_000 and len(report.reasons) >= 4
 
 
 def test_a_scan_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

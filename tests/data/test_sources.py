@@ -8,11 +8,11 @@ import pytest
 
 from src.config import UserError, config, json_schema, validate
 from src.data import HeldOut, Sources
-from src.data.facts import describe_data, skipped_files, sources_of
+from src.data.checks import count_notes, describe_data, skipped_files, sources_of
 from src.data.points import POINT_SOURCES, DataEnd, SourceEnd, is_point_source
 from src.data.sources import GIVEN, SOURCES, DigitsSource, open_sources
 from src.data.sources.image_set import lowest_names
-from src.data.sources.images import digest, name_fraction, number_classes, odd_label_remarks
+from src.data.sources.images import digest, hold_out, name_fraction, number_classes, odd_label_remarks
 from tests.conftest import ROOT, SMOKE, launch
 
 
@@ -143,3 +143,9 @@ def test_each_source_of_several_sets_is_described_once() -> None:
     half = digits.only(digits.labels < 5)
     assert sources_of(digits, half, None) == digits.parts and skipped_files(digits, half) == []
     assert describe_data(half, digits)["held_out_images"] == 1797
+    assert digits.locate(3) == (digits.parts[0], 3) and count_notes(digits, half) == {}
+    train_set, held_out = hold_out(digits, digits.names, 0.2, "images")
+    assert len(train_set) + len(held_out) == 1797 and all(name_fraction(name) < 0.2 for name in held_out.names)
+    assert hold_out(digits, digits.names, 0.0, "images") == (digits, None)
+    with pytest.raises(UserError, match=r"held_out 1e-09 of 1797 images leaves one side empty"):
+        hold_out(digits, digits.names, 1e-9, "images")

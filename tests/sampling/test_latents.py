@@ -55,7 +55,8 @@ def test_a_cache_holds_the_moments_of_images_and_their_mirror_images(tmp_path: P
 def test_in_memory_and_from_the_file_are_the_same_and_batches_follow_positions(tmp_path: Path, shapes: Any) -> None:
     latents = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=8)
     mapped = cache.LatentSet(latents.train.blocks, CPU)
-    assert latents.train.resident and not mapped.resident and len(mapped) == 40 and mapped.bytes == 40 * 2 * 2 * 4 * 64 * 4
+    assert latents.train.resident is not None and mapped.resident is None and len(mapped) == 40
+    assert sum(block.nbytes for block in mapped.blocks) == 40 * 2 * 2 * 4 * 64 * 4
     split = plan_batch(8, 4, rank=0, world=1)
 
     def batches(latents: Any, start: int) -> Any:

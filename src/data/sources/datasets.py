@@ -2,22 +2,18 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
 from ...config import UserError, config
 from ...config.packages import needed
 from ...storage.downloads import hub_reason
-from .. import formats
 from ..names import class_of, find_spelling
 from ..scan import Absent, ScanConfig, scan
-from ..transforms import decode
 from .images import Images, digest, number_classes, odd_label_remarks
 
 
@@ -40,15 +36,17 @@ class DatasetsSource:
     scan: ScanConfig = ScanConfig()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DatasetsImages(Images):
-    rows: Any = None
-    indices: list[int] = field(default_factory=list)
-    column: str = "image"
-    transpose: bool = False
+    rows: Any
+    indices: list[int]
+    column: str
+    transpose: bool
 
-    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image:
-        image = decode(self.encoded(index), channels=channels, at_least=at_least)
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Any:
+        from PIL import Image
+
+        image: Any = super().load(index, channels=channels, at_least=at_least)
         return image.transpose(Image.Transpose.TRANSPOSE) if self.transpose else image
 
     def encoded(self, index: int) -> Path | bytes:
@@ -56,26 +54,13 @@ class DatasetsImages(Images):
 
 
 def _encoded(cell: Any) -> bytes | Path:
-    """The bytes of an image, or where they are; an Absent says why there are none."""
-    content, path = (cell.get("bytes"), cell.get("path")) if cell is not None else (None, None)
-    if content is not None:
-        if not len(content):
-            raise Absent("empty file")
-        return content
-    if not path:
+    """The bytes of an image, or where they are; an Absent says that there is neither."""
+    cell = cell or {}
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
+    if not cell.get("path"):
         raise Absent("no image in this row")
-    return Path(path)
-
-
-def _size_in_bytes(cell: Any) -> int | None:
-    """How large an image is, or None where that cannot be known: then the scan says why."""
-    try:
-        encoded = _encoded(cell)
-        return len(encoded) if isinstance(encoded, bytes) else encoded.stat().st_size
-    except Absent:
-        return 0 if cell is not None and cell.get("bytes") is not None else None
-    except OSError:
-        return None
+    return Path(cell["path"])
 
 
 def open_datasets(spec: DatasetsSource) -> DatasetsImages:
@@ -85,26 +70,37 @@ def open_datasets(spec: DatasetsSource) -> DatasetsImages:
 
     rows = _load_rows(spec, where)
     image_columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    image_column = _find_column(spec.image_column, image_columns, "image", where)
+    image_column = _find_name(spec.image_column, image_columns, "image column", where)
     labels, class_names, remarks = np.full(len(rows), -1, dtype=np.int64), (), list[str]()
     if spec.label_column is not None:
         other_columns = [name for name in rows.features if name not in image_columns]
-        label_column = _find_column(spec.label_column, other_columns, "label", where)
-        labels, class_names, remarks = _read_labels(rows[label_column][:], rows.features[label_column])
+        label_column = _find_name(spec.label_column, other_columns, "label column", where)
+        values, feature = rows[label_column][:], rows.features[label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            labels, class_names = np.array([-1 if value is None else value for value in values], np.int64), tuple(feature.names)
+        else:
+            labels, class_names, remarks = number_classes([class_of(value) for value in values])
+            remarks += odd_label_remarks(values, class_names)
     rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     def open_row(i: int) -> Any:
         encoded = _encoded(rows[i][image_column])
+        if encoded == b"":
+            raise Absent("empty file")
         return io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
 
-    sizes = [1] * len(rows)
-    if spec.scan.min_file_bytes:
-        known = (_size_in_bytes(row[image_column]) for row in rows)
-        sizes = [spec.scan.min_file_bytes if size is None else size for size in known]
+    def size_in_bytes(cell: Any) -> int:
+        try:
+            encoded = _encoded(cell)
+            return len(encoded) if isinstance(encoded, bytes) else encoded.stat().st_size
+        except (Absent, OSError):  # the scan says why
+            return spec.scan.min_file_bytes
+
+    sizes = [size_in_bytes(row[image_column]) for row in rows] if spec.scan.min_file_bytes else [1] * len(rows)
     files = [Path(entry["filename"]) for entry in rows.cache_files]
     changed = max((path.stat().st_mtime_ns for path in files if path.exists()), default=0)
     names = [f"{spec.split}/{i:08d}" for i in range(len(rows))]
-    key = formats.with_plugins(f"datasets|{rows._fingerprint}|{spec.split}")
+    key = f"datasets|{rows._fingerprint}|{spec.split}"
     good, report = scan(names, [(size, changed) for size in sizes], open_row, spec.scan, key=key, where=where)
     without = int((labels[good] < 0).sum())
     if class_names and without:
@@ -125,46 +121,25 @@ def open_datasets(spec: DatasetsSource) -> DatasetsImages:
 
 
 def _load_rows(spec: DatasetsSource, where: str) -> Any:
-    """The rows of the split; a UserError says why there are none."""
     import datasets
 
     folder = Path(spec.name).expanduser()
     try:
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-            return _choose_split(datasets.load_from_disk(str(folder)), spec.split, where)
-        return datasets.load_dataset(spec.name, spec.configuration, data_dir=spec.data_dir, split=spec.split)
-    except UserError:
-        raise
+        if not (folder / "state.json").exists() and not (folder / "dataset_dict.json").exists():
+            return datasets.load_dataset(spec.name, spec.configuration, data_dir=spec.data_dir, split=spec.split)
+        saved = datasets.load_from_disk(str(folder))
     except Exception as error:
         reason = "it has no rows" if isinstance(error, IndexError) else hub_reason(spec.name, error, "dataset")
         raise UserError(f"{where} cannot be loaded: {reason}; for a folder: --set data.source=folder") from None
-
-
-def _choose_split(saved: Any, split: str, where: str) -> Any:
-    """The rows of a split in what save_to_disk wrote: several splits, or one."""
     if isinstance(saved, Mapping):
-        name = find_spelling(map(str, saved), split)
-        if name is None:
-            raise UserError(f"{where} has no split {split!r}; it has: {', '.join(map(str, saved))}")
-        return saved[name]
-    if saved.split is not None and find_spelling([str(saved.split)], split) is None:
-        raise UserError(f"{where} is the split {str(saved.split)!r} alone, and {split!r} is asked for")
+        return saved[_find_name(spec.split, list(map(str, saved)), "split", where)]
+    if saved.split is not None and find_spelling([str(saved.split)], spec.split) is None:
+        raise UserError(f"{where} is the split {str(saved.split)!r} alone, and {spec.split!r} is asked for")
     return saved
 
 
-def _find_column(wanted: str, names: Sequence[str], kind: str, where: str) -> str:
-    """The column `wanted` among those that may hold images (or labels), as it is spelled there."""
-    column = find_spelling(names, wanted)
-    if column is None:
-        raise UserError(f"{where} has no {kind} column {wanted!r}; it has: {', '.join(names) or 'none'}")
-    return column
-
-
-def _read_labels(values: Sequence[Any], feature: Any) -> tuple[NDArray[np.int64], tuple[str, ...], list[str]]:
-    """Labels (N,), the names of the classes, and remarks, of a column of class numbers or of anything else."""
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        return np.array([-1 if value is None else value for value in values], dtype=np.int64), tuple(feature.names), []
-    labels, class_names, remarks = number_classes([class_of(value) for value in values])
-    return labels, class_names, remarks + odd_label_remarks(values, class_names)
+def _find_name(wanted: str, names: Sequence[str], kind: str, where: str) -> str:
+    name = find_spelling(names, wanted)
+    if name is None:
+        raise UserError(f"{where} has no {kind} {wanted!r}; it has: {', '.join(names) or 'none'}")
+    return name

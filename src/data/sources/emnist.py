@@ -70,17 +70,15 @@ def _read_idx(folders: Sequence[Path], name: str, axes: int) -> tuple[bytes, Pix
 
     Two zeros, the type (8 is unsigned bytes), the number of axes, each length in four bytes, big-endian; then the values.
     """
-    paths = (path for folder in folders for path in (folder / name, folder / f"{name}.gz") if path.is_file())
-    path = next(paths, None)
+    paths = [path for folder in folders for path in (folder / name, folder / f"{name}.gz")]
+    path = next(filter(Path.is_file, paths), None)
     if path is None:
         raise UserError(
             f"{folders[0]} has no {name}, plain or .gz; it is in gzip.zip on the EMNIST page of NIST: unpack that there, "
             "or set data.path (held_out.path) to where it is"
         )
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); download it again") from None
     except OSError as error:

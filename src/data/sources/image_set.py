@@ -1,79 +1,58 @@
-"""The images of one or several sources, selected and in a fixed order: what training reads."""
+"""The images of one or several sources, selected and in a fixed order, which training reads; and how they are opened."""
 
 import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...config import UserError
 from .. import formats
-from ..names import count_endings, normal_form, sorted_classes
+from ..names import find_spelling, join_names, normal_form, sorted_by_count, sorted_classes
 from ..transforms import ImageConfig, Pixels, square
-from .images import ArrayImages, Images, digest, name_fraction
+from .images import ArrayImages, Images, Source, digest, hold_out, name_fraction
+from .python import read_dataset
+from .registry import OPEN_FUNCTIONS
 
 
 class ImageSet:
-    """The images `chosen[i]` (indices) of each source `parts[i]`.
+    """The images `chosen[i]` (indices) of each source `parts[i]`, in a fixed order.
 
-    `labels` (N,) are indices into `class_names`, -1 for none; `names` are relative paths. Image k of the set is image
-    `index[k]` of the source `parts[which[k]]`.
+    Image k of the set is image `index[k]` of the source `parts[which[k]]`; `names` are their paths there. `labels` (N,) are
+    indices into `class_names`, -1 for none. `sides` (N, 2) are width and height as the file has them, -1 where they are not
+    known; `times` (N,) when the file was modified, in nanoseconds, 0 where the fingerprint changes with the content; `decoders`
+    (N,) the first version of the decoder that reads each image as today's does.
     """
 
     def __init__(self, parts: Sequence[Images], chosen: Sequence[NDArray[np.int64]]) -> None:
-        self.parts = list(parts)
-        self.which = np.concatenate([np.full(len(c), i, dtype=np.int32) for i, c in enumerate(chosen)])
+        self.parts, pairs = list(parts), list(zip(parts, chosen, strict=True))
+        self.which = np.repeat(np.arange(len(parts), dtype=np.int32), [len(c) for c in chosen])
         self.index = np.concatenate([np.asarray(c, dtype=np.int64) for c in chosen])
+        self.names = [part.names[i] for part, c in pairs for i in c.tolist()]
         self.class_names = sorted_classes(name for part in parts for name in part.class_names)
-        pairs = zip(parts, chosen, strict=True)
         self.labels = np.concatenate([_renumbered(part.labels[c], part.class_names, self.class_names) for part, c in pairs])
+        measures = np.concatenate([part.report.measures[c] for part, c in pairs])
+        self.sides, self.times, self.decoders = measures[:, :2], measures[:, 2], measures[:, 3]
         self._in_memory: tuple[Pixels, NDArray[np.int64]] | None = None
         self.ready = False  # whether, once prepared, a batch is nothing but copies, so that loader workers would only cost time
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def _locations(self) -> Iterator[tuple[Images, int]]:
-        """(source, index in it) of each image."""
-        for which, index in zip(self.which.tolist(), self.index.tolist(), strict=True):
-            yield self.parts[which], index
-
-    @property
-    def names(self) -> list[str]:
-        return [part.names[i] for part, i in self._locations()]
+    def locate(self, i: int) -> tuple[Images, int]:
+        """The source of an image of this set, and its index there."""
+        return self.parts[self.which[i]], int(self.index[i])
 
     @property
     def fingerprint(self) -> str:
         """The hash of what is in the set and in which order."""
         return digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
-
-    def _gather(self, measure: str) -> NDArray[np.int64]:
-        """(N, ...): a measure of the scan reports of the sources, for the images of this set."""
-        values = [getattr(part.report, measure) for part in self.parts]
-        gathered = np.zeros((len(self), *values[0].shape[1:]), np.int64)
-        for number, value in enumerate(values):
-            in_part = self.which == number
-            gathered[in_part] = value[self.index[in_part]]
-        return gathered
-
-    @property
-    def sides(self) -> NDArray[np.int64]:
-        """(N, 2): the width and the height of each image, as its file has it; -1 where that is not known."""
-        return self._gather("sides")
-
-    @property
-    def times(self) -> NDArray[np.int64]:
-        """(N,): when the file of each image was modified, in nanoseconds; 0 where the fingerprint changes with the content."""
-        return self._gather("times")
-
-    @property
-    def decoders(self) -> NDArray[np.int64]:
-        """(N,): the first version of the decoder that reads each image as today's does."""
-        return self._gather("decoders")
 
     @property
     def decoder(self) -> int:
@@ -93,8 +72,9 @@ class ImageSet:
         """The hash of what these images are decoded from. One that cannot be read any more counts as empty."""
 
         def content_digest(i: int) -> bytes:
+            part, index = self.locate(i)
             try:
-                content = self.parts[self.which[i]].content(int(self.index[i]))
+                content = part.content(index)
             except (OSError, ValueError):
                 content = b""
             return hashlib.sha256(content).digest()
@@ -114,17 +94,19 @@ class ImageSet:
     @property
     def endings(self) -> dict[str, int]:
         """How many images of folders have which ending: another version of the project may read other ones."""
-        return count_endings(part.names[i] for part, i in self._locations() if part.named_by_files)
+        of_files = (name for name, which in zip(self.names, self.which, strict=True) if self.parts[which].named_by_files)
+        return dict(sorted_by_count(Counter(Path(name).suffix.lower() for name in of_files)))
 
     def sequences(self) -> dict[str, int]:
         """{what they are: how many} of files that hold more than the one image that is taken. Opens every file."""
 
-        def kind_of_sequence(location: tuple[Images, int]) -> str | None:
-            file = location[0].encoded(location[1])
+        def kind_of_sequence(i: int) -> str | None:
+            part, index = self.locate(i)
+            file = part.encoded(index)
             return formats.sequence_of(io.BytesIO(file) if isinstance(file, bytes) else file) if file is not None else None
 
         with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
-            kinds = Counter(kind for kind in pool.map(kind_of_sequence, self._locations()) if kind is not None)
+            kinds = Counter(kind for kind in pool.map(kind_of_sequence, range(len(self))) if kind is not None)
         return dict(kinds.most_common())
 
     def prepare(self, spec: ImageConfig) -> None:
@@ -139,35 +121,32 @@ class ImageSet:
 
     def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """(B, size, size, channels) uint8 of the images `indices` (B,), cut and flipped by the random numbers `u` (B, 3)."""
-        if self._in_memory is not None:
-            images, position = self._in_memory
-            pixels = images[position[self.index[indices]]]
-            if spec.flip:
-                mirrored = u[:, 2] < 0.5
-                pixels[mirrored] = pixels[mirrored, :, ::-1]
-            return pixels
-        return np.stack([self._load_square(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
+        if self._in_memory is None:
+            return np.stack([self._load_square(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
+        images, position = self._in_memory
+        pixels = images[position[self.index[indices]]]
+        if spec.flip:
+            mirrored = u[:, 2] < 0.5
+            pixels[mirrored] = pixels[mirrored, :, ::-1]
+        return pixels
 
     def _load_square(self, i: int, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """One image. In the place of one that broke after the scan comes the next of its class, with a warning."""
         j = i
         for tries in range(1, 21):
-            part, index = self.parts[self.which[j]], int(self.index[j])
+            part, index = self.locate(j)
             try:
                 return square(part.load(index, channels=spec.channels, at_least=spec.size), spec, u)
             except Exception as error:
-                print(
-                    f"warning: {part.names[index]!r} can no longer be read ({error}); the next one takes its place", flush=True
-                )
+                line = f"warning: {part.names[index]!r} can no longer be read ({error}); the next one takes its place"
+                print(line, flush=True)
                 same_class = np.flatnonzero(self.labels == self.labels[i])
                 j = int(same_class[(int(np.searchsorted(same_class, i)) + tries) % len(same_class)])
         raise UserError(f"twenty images in a row, from {self.names[i]!r} on, can no longer be read; is the disk gone?")
 
     def lowest(self, count: int) -> "ImageSet":
         """The `count` images whose names hash lowest, or all where there are no more. The classes keep their numbers."""
-        keep = np.zeros(len(self), dtype=np.bool_)
-        keep[lowest_names(self.names, count)] = True
-        subset = self.only(keep)
+        subset = self.only(np.isin(np.arange(len(self)), lowest_names(self.names, count)))
         subset.rename_classes(self.class_names)
         return subset
 
@@ -189,3 +168,46 @@ def _renumbered(labels: NDArray[np.int64], class_names: Sequence[str], new_names
 def lowest_names(names: Sequence[str], count: int) -> NDArray[np.int64]:
     """The indices, in order, of the `count` names that hash lowest. The hash is not the one that decides who is held out."""
     return np.array(sorted(sorted(range(len(names)), key=lambda i: (name_fraction(f"subset of {names[i]}"), i))[:count]))
+
+
+def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = ()) -> ImageSet:
+    """Open one or several sources as one set; `subset` keeps the images whose names hash lowest.
+
+    Where one folder of a source alone holds images and has the name of one of the classes `among`, they are of that class.
+    """
+    parts, chosen = [], []
+    specs: Sequence[Any] = sources if isinstance(sources, Sequence) else [sources]
+    for spec in specs:
+        part = OPEN_FUNCTIONS[type(spec)](spec)
+        name = find_spelling(among, part.only_folder) if part.only_folder is not None and not part.class_names else None
+        if name is not None:
+            part.class_names, part.labels = (name,), np.zeros_like(part.labels)
+        subset = getattr(spec, "subset", None)
+        parts.append(part)
+        chosen.append(np.arange(len(part)) if subset is None or subset >= len(part) else lowest_names(part.names, subset))
+    images = ImageSet(parts, chosen)
+    if len(images) == 0:
+        raise UserError("the data has no images")
+    return images
+
+
+def open_data(
+    data: Source | Sequence[Source] | ImageSet, held_out: float | Source | Sequence[Source]
+) -> tuple[ImageSet, ImageSet | None]:
+    """The training images, and those held out: a fraction by hash of the relative path, or sources of their own."""
+    images = data if isinstance(data, ImageSet) else open_sources(data)
+    if not isinstance(held_out, float | int):
+        held_out_set = open_sources(held_out, among=images.class_names)
+        known = {normal_form(name) for name in images.class_names}
+        unknown = [name for name in held_out_set.class_names if normal_form(name) not in known]
+        if unknown:
+            raise UserError(f"held_out has classes that data lacks: {join_names(unknown)}")
+        held_out_set.rename_classes(images.class_names)
+        return images, held_out_set
+    return hold_out(images, images.names, held_out, "images")
+
+
+def open_given(dataset: Any, held_out: Any, image: ImageConfig) -> tuple[ImageSet, ImageSet | None]:
+    """What `open_data` gives, of a data set that was handed in from Python; `read_dataset` says what its items are."""
+    part = read_dataset(dataset, image.channels)
+    return open_data(ImageSet([part], [np.arange(len(part))]), held_out)

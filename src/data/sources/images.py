@@ -1,19 +1,23 @@
 """What all sources of images have in common: how an image is found, read and recognised."""
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from ...config import UserError
 from ..names import normal_form, printable, sorted_classes
 from ..scan import ScanReport
-from ..transforms import Pixels
+from ..transforms import Pixels, decode
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+UNKNOWN = (-1, -1, 0, 1)  # of an image that no scan has measured
 
 
 class Source(Protocol):
@@ -24,8 +28,9 @@ class Source(Protocol):
 
 
 @dataclass
-class Images(ABC):
-    """One opened source. `labels` are indices into `class_names`, -1 where an image has no class.
+class Images:
+    """One opened source: it gives the `encoded` images, or loads their pixels. `labels` are indices into `class_names`, -1
+    where an image has no class.
 
     `named_by_files` says whether `names` are those of files. `only_folder` is the folder that alone holds the images, where it
     is not the data folder itself.
@@ -40,18 +45,17 @@ class Images(ABC):
     only_folder: str | None = None
 
     def __post_init__(self) -> None:
-        """Fill in what no scan measured: the sides are not known, and the fingerprint changes with the content."""
-        shapes = {"sides": ((len(self), 2), -1), "times": ((len(self),), 0), "decoders": ((len(self),), 1)}
-        for name, (shape, constant) in shapes.items():
-            if len(getattr(self.report, name)) != len(self):
-                setattr(self.report, name, np.full(shape, constant, np.int64))
+        if len(self.report.measures) != len(self):
+            self.report.measures = np.tile(np.array(UNKNOWN, np.int64), (len(self), 1))
 
     def __len__(self) -> int:
         return len(self.names)
 
-    @abstractmethod
-    def load(self, index: int, *, channels: int, at_least: int | None = None) -> Image.Image | Pixels:
+    def load(self, index: int, *, channels: int, at_least: int | None = None) -> "Image.Image | Pixels":
         """The image, mode L or RGB; a JPEG may come at a fraction of its size, but not below `at_least`."""
+        file = self.encoded(index)
+        assert file is not None
+        return decode(file, channels=channels, at_least=at_least)
 
     def encoded(self, index: int) -> Path | bytes | None:
         """The image's file, or its bytes; None where the source holds pixels."""
@@ -74,15 +78,15 @@ class Images(ABC):
         return False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ArrayImages(Images):
     """Images of one size in memory, (N, H, W, C)."""
 
-    pixels: Pixels = field(default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8))
+    pixels: Pixels
 
     def __post_init__(self) -> None:
-        self.report.sides = np.tile(np.array(self.pixels.shape[2:0:-1], np.int64), (len(self), 1))
         super().__post_init__()
+        self.report.measures[:, :2] = self.pixels.shape[2:0:-1]
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         return self.pixels[index]
@@ -106,12 +110,22 @@ def name_fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2.0**64
 
 
+def hold_out(data_set: Any, names: Sequence[str], held_out: float, noun: str) -> tuple[Any, Any]:
+    """(those to train on, those held out or None) of a set of images or points: a fraction, by the hash of their names."""
+    if not held_out:
+        return data_set, None
+    is_held_out = np.array([name_fraction(name) < held_out for name in names])
+    if is_held_out.all() or not is_held_out.any():
+        raise UserError(f"held_out {held_out:g} of {len(names)} {noun} leaves one side empty; change it")
+    return data_set.only(~is_held_out), data_set.only(is_held_out)
+
+
 def number_classes(classes: Sequence[str | None]) -> tuple[NDArray[np.int64], tuple[str, ...], list[str]]:
     """The labels of images of these classes, the classes in their order, and remarks on classes written in two forms."""
     spellings = sorted({name for name in classes if name is not None})
     class_names = sorted_classes(spellings)
-    number = {normal_form(name): i for i, name in enumerate(class_names)}
-    labels = np.array([-1 if name is None else number[normal_form(name)] for name in classes], dtype=np.int64)
+    number = {None: -1} | {normal_form(name): i for i, name in enumerate(class_names)}
+    labels = np.array([number[name and normal_form(name)] for name in classes], dtype=np.int64)
     twice = [name for name in spellings if name not in class_names]
     remarks = [f"{printable(name)!r} is there in two spellings that look the same; they are one class" for name in twice]
     return labels, class_names, remarks

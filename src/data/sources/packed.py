@@ -1,6 +1,6 @@
 """The source `packed`: one memory-mapped file of pixels, which `prepare_data.py pack` writes (data/packing.py)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,14 +26,14 @@ class PackedSource:
     subset: int | None = Field(None, gt=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedImages(Images):
     """Images of any size in one mapped file; `records` (N, 3) are byte offset, height and width."""
 
-    pixels: Pixels = field(default_factory=lambda: np.zeros(0, np.uint8))
-    records: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-    channels: int = 3
-    folder: str = ""
+    pixels: Pixels
+    records: NDArray[np.int64]
+    channels: int
+    folder: str
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         offset, height, width = self.records[index].tolist()
@@ -56,24 +56,26 @@ class PackedImages(Images):
 
 def open_packed(spec: PackedSource) -> PackedImages:
     path = Path(spec.path).expanduser()
+    pixels = path / "pixels.bin"
     if not (path / "manifest.json").exists():
         raise UserError(f"{path} is not a packed data set (no manifest.json); make one with prepare_data.py pack")
     manifest = read_json(path / "manifest.json")
     if manifest.get("version") != PACK_VERSION:
         raise UserError(f"{path} was packed by another version; pack it again")
-    if not (path / "pixels.bin").exists() or (path / "pixels.bin").stat().st_size != manifest["bytes"]:
-        raise UserError(f"{path}/pixels.bin is missing or cut; pack it again")
+    if not pixels.exists() or pixels.stat().st_size != manifest["bytes"]:
+        raise UserError(f"{pixels} is missing or cut; pack it again")
     table = np.load(path / "records.npy")
     keep = np.ones(len(table), dtype=bool) if spec.split == "all" else (table[:, 4] == (spec.split == "held_out"))
-    written = np.full(int(keep.sum()), (path / "pixels.bin").stat().st_mtime_ns, np.int64)
+    measures = np.ones((int(keep.sum()), 4), np.int64)
+    measures[:, :2], measures[:, 2] = table[keep, 2:0:-1], pixels.stat().st_mtime_ns
     return PackedImages(
         names=[name for name, is_in_split in zip(manifest["names"], keep, strict=True) if is_in_split],
         labels=table[keep, 3],
         class_names=tuple(manifest["class_names"]),
         fingerprint=digest("packed", manifest["fingerprint"], str(manifest["size"]), table[keep].tobytes()),
-        pixels=np.memmap(path / "pixels.bin", dtype=np.uint8, mode="r"),
+        pixels=np.memmap(pixels, dtype=np.uint8, mode="r"),
         records=table[keep, :3],
         channels=manifest["channels"],
-        report=ScanReport(sides=table[keep, 2:0:-1], times=written),
+        report=ScanReport(measures=measures),
         folder=str(path),
     )

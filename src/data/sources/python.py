@@ -1,23 +1,20 @@
 """The source `python`: a map-style data set that the caller hands in, read once, checked, and recognised by its content."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ...config import UserError, config
 from ...config.progress import track
-from ..scan import ScanReport
 from ..transforms import Pixels, normalise, to_array
 from .images import ArrayImages, Images
 
 IN_MEMORY_BYTES = 1 << 30  # up to here all images of a data set are kept; beyond, each is read when it is needed
-LAYOUTS = "give (C, H, W) tensors or (H, W, C) arrays of 1 or 3 channels"
 RANGES = "give uint8, or floats in [0, 1] or in [-1, 1]"
 
 
@@ -39,17 +36,12 @@ def open_python(spec: PythonSource) -> Images:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GivenImages(Images):
     """Images that the data set gives when they are asked for. `signed` says whether its floats are in [-1, 1]."""
 
-    dataset: Any = None
-    signed: bool = False
-
-    def content(self, index: int) -> bytes:
-        value, where, _ = _read_item(self.dataset, index)
-        pixels = np.asarray(value) if isinstance(value, Image.Image) else item_array(value, where)
-        return pixels.tobytes()
+    dataset: Any
+    signed: bool
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> Pixels:
         value, where, _ = _read_item(self.dataset, index)
@@ -88,9 +80,11 @@ def read_dataset(dataset: Any, channels: int) -> Images:
     names = [item_name(i) for i in range(len(labels))]
     facts: dict[str, Any] = {"names": names, "labels": np.array(labels, dtype=np.int64), "class_names": classes}
     facts["fingerprint"] = hashed.hexdigest()
-    if in_memory is None:
-        return GivenImages(**facts, report=ScanReport(sides=np.array(sizes, np.int64)), dataset=dataset, signed=signed)
-    return ArrayImages(**facts, pixels=np.stack([_to_uint8(pixels, signed=signed) for pixels in in_memory]))
+    if in_memory is not None:
+        return ArrayImages(**facts, pixels=np.stack([_to_uint8(pixels, signed=signed) for pixels in in_memory]))
+    images = GivenImages(**facts, dataset=dataset, signed=signed)
+    images.report.measures[:, :2] = sizes
+    return images
 
 
 def item_name(i: int) -> str:
@@ -151,7 +145,7 @@ def _to_label(value: Any, where: str) -> int:
     return value
 
 
-def dataset_classes(dataset: Any, labels: list[int]) -> tuple[str, ...]:
+def dataset_classes(dataset: Any, labels: Sequence[int]) -> tuple[str, ...]:
     """The names of the classes in the order of the labels: `classes` of the data set (or that below a Subset), or numbers."""
     count, below = max(labels) + 1, dataset
     while not hasattr(below, "classes") and hasattr(below, "dataset"):
@@ -182,6 +176,8 @@ def item_array(value: Any, where: str) -> NDArray[Any]:
 
 def _item_pixels(value: Any, where: str, channels: int) -> NDArray[Any]:
     """(H, W, C) uint8 or float32 of an image as it was handed in."""
+    from PIL import Image
+
     if isinstance(value, Image.Image):
         return to_array(normalise(value, channels))
     pixels = item_array(value, where)
@@ -192,7 +188,8 @@ def _item_pixels(value: Any, where: str, channels: int) -> NDArray[Any]:
     channels_first = pixels.ndim == 3 and pixels.shape[0] in (1, 3)
     channels_last = pixels.ndim == 3 and pixels.shape[2] in (1, 3)
     if 0 in pixels.shape or not (channels_first or channels_last):
-        raise UserError(f"{where} has the shape {tuple(value.shape)}; {LAYOUTS}")
+        layouts = "(C, H, W) tensors or (H, W, C) arrays of 1 or 3 channels"
+        raise UserError(f"{where} has the shape {tuple(value.shape)}; give {layouts}")
     if channels_first and (not channels_last or isinstance(value, Tensor)):  # where both are possible, its type decides
         pixels = pixels.transpose(1, 2, 0)
     return np.ascontiguousarray(pixels)

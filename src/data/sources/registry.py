@@ -18,7 +18,7 @@ from .shapes import ShapesSource, open_shapes
 S = TypeVar("S", bound=Source)
 
 SOURCES = OpenUnion("source")
-_OPENERS: dict[type, Callable[[Any], Images]] = {}
+OPEN_FUNCTIONS: dict[type, Callable[[Any], Images]] = {}
 
 
 def register_source(config_class: type[S], open_function: Callable[[S], Images]) -> None:
@@ -26,7 +26,7 @@ def register_source(config_class: type[S], open_function: Callable[[S], Images])
 
     A config that is loaded afterwards accepts it, in data, held_out and source.
     """
-    _OPENERS[config_class] = open_function
+    OPEN_FUNCTIONS[config_class] = open_function
     SOURCES.add(config_class)
 
 
@@ -45,8 +45,3 @@ HeldOut = Annotated[
     Annotated[float, Field(ge=0, lt=1), Tag("plain")] | Annotated[OneSource, Tag("object")] | SeveralSources,
     Discriminator(kind_of),
 ]
-
-
-def open_source(spec: Source) -> Images:
-    """Open one source, all of its images."""
-    return _OPENERS[type(spec)](spec)

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
 from pydantic import Field
 
 from ...config import config
@@ -38,6 +37,8 @@ def open_shapes(spec: ShapesSource) -> ArrayImages:
 
 def draw_shape(kind: str, size: int, rng: np.random.Generator) -> Pixels:
     """One shape in a colour on a pale ground, (size, size, 3)."""
+    from PIL import Image, ImageDraw
+
     scale = 4  # drawn large and reduced, for smooth edges
     pale, strong = rng.integers(200, 256, 3), rng.integers(0, 170, 3)
     image = Image.new("RGB", (size * scale, size * scale), tuple(map(int, pale)))
