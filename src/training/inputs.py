@@ -13,10 +13,9 @@ from torch import Tensor
 
 from ..config import UserError
 from ..data import GaussianSource, ImageConfig, ImageSet, PointSet
-from ..runs.autoencoder import Autoencoder
-from ..runs.densities import Density, ImageDensity, LatentDensity, PointDensity, given_density, open_density
+from ..runs.autoencoder import Autoencoder, latent_bounds
+from ..runs.densities import Density, ImageDensity, LatentDensity, PointDensity, Start, given_density, open_density
 from ..runs.latents import cache_folder, latents_of
-from ..runs.starts import Start, latent_bounds
 from ..runtime.examples import Examples
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, MicroBatch, Order, latent_stream, positions_of, stream, to_network

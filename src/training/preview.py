@@ -18,7 +18,7 @@ from ..data.transforms import position_uniforms
 from ..diffusion import Process, TableSchedule
 from ..evaluation.quality import Quality
 from ..runs.autoencoder import LatentCodec
-from ..runs.starts import Bound, Start
+from ..runs.densities import Bound, Start
 from ..runtime.examples import Examples
 from ..runtime.failures import Outcome, failed_on_any, warn_on_failure
 from ..runtime.seeds import generator, noise_of, normal

@@ -31,7 +31,7 @@ from src.evaluation.results import Results, Setup
 from src.evaluation.run import add_class_accuracy
 from src.evaluation.sweep import parse_sweep
 from src.metrics.features import RandomFeatures
-from src.runs.starts import SourceSampler
+from src.runs.densities import SourceSampler
 from src.runtime.examples import Examples
 from src.sampling.config import SamplerConfig
 from src.storage.blocks import Ranks
