@@ -353,7 +353,7 @@ def test_an_imported_upsampler_makes_images_larger(hybrid_run: Path, tmp_path: P
     model = validate(UNetConfig, config)
     network = randomise(UNet(model, in_channels=3, num_classes=4, null_class=False, low_channels=3))
     process = validate(ProcessConfig, {"schedule": {"kind": "linear", "steps": 50}, "target": "eps"})
-    imported = Imported(network, model, process, image_size=32, channels=3, num_classes=4, low_resolution=16)
+    imported = Imported(network, process, image_size=32, channels=3, low_resolution=16)
     assert keep(imported, tmp_path / "up", name="up") is None
     assert "give with --low the images of 16 px" in refused("sample", tmp_path / "up")
     assert "is no upsampler" in refused("sample", hybrid_run, "--low", tmp_path)

@@ -132,7 +132,7 @@ def imported(out: Path) -> Path:
     model = validate(UNetConfig, config)
     network = randomise(UNet(model, in_channels=3, num_classes=4, null_class=False))
     process = validate(ProcessConfig, {"schedule": {"kind": "linear", "steps": 50}, "target": "eps"})
-    keep(Imported(network, model, process, image_size=16, channels=3, num_classes=4), out, name="imported")
+    keep(Imported(network, process, image_size=16, channels=3), out, name="imported")
     return out
 
 

@@ -9,8 +9,8 @@ from ..config import UserError, dump
 from ..config.packages import ask_for
 from ..data import ImageSet
 from ..data.names import printable as shown_name
+from ..runs.densities import SourceSampler
 from ..runs.opened import Opened
-from ..runs.starts import SourceSampler
 from ..sampling.sampler import Sampler, describe
 from .features import check_count, labels_like, on_screen, pixel_loader
 from .registry import Comparison, FeatureSets, compare

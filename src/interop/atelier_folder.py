@@ -1,11 +1,9 @@
 """A latent run or an autoencoder as one self-contained folder that can be given away: safetensors, JSON and a README.md."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import UserError, read_json
 from ..models import VAE, UNet
@@ -38,7 +36,10 @@ def write_atelier_folder(run: str, weights: Weights, out: Path, *, half: bool = 
     """
     check_is_new(out)
     documents: dict[str, Any] = {"config": weights.config, "data": weights.data, "progress": {"step": weights.step}}
-    tensors: dict[str, Mapping[str, Tensor]] = {"ema": _halve(weights.tensors) if half else dict(weights.tensors)}
+    tensors = {"ema": weights.tensors}
+    if half:
+        whole = {key for key, value in weights.tensors.items() if key.startswith("codebook.") or not value.is_floating_point()}
+        tensors["ema"] = {key: value if key in whole else value.half() for key, value in weights.tensors.items()}
     if is_autoencoder(weights):
         documents["progress"] |= {"tanh": read_json(weights.folder / "progress.json")["tanh"]}
         autoencoder = open_autoencoder(run, CPU)
@@ -47,22 +48,14 @@ def write_atelier_folder(run: str, weights: Weights, out: Path, *, half: bool = 
     else:
         autoencoder, opened = kept_autoencoder(weights.folder, CPU), open_trained(run, CPU)
         autoencoder_tensors, autoencoder_documents = autoencoder.files()
-        tensors, documents = {**tensors, **autoencoder_tensors}, {**documents, **autoencoder_documents}
+        tensors, documents = tensors | autoencoder_tensors, documents | autoencoder_documents
         card, values = "atelier_latent", {"opened": opened, "obstacles": latent_obstacles(opened, autoencoder)}
     readme = render_card(card, autoencoder=autoencoder, weights=weights, folder=out.resolve().name, **values)
     write_folder(out.resolve(), tensors, documents, readme=readme)
 
 
-def _halve(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        key: value.half() if value.is_floating_point() and not key.startswith("codebook.") else value
-        for key, value in state_dict.items()
-    }
-
-
 def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
     """The reasons why diffusers cannot have this latent run; none where it can."""
-    network = autoencoder.network
     reasons = [] if opened.gaussian else ["it does not start from Gaussian noise"]
     try:
         if not isinstance(opened.network, UNet):
@@ -70,6 +63,7 @@ def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
         unet2d_config(opened.network, image_size=opened.shape[1])
     except UserError as error:
         reasons.append(str(error))
-    if isinstance(network, VAE) and (faults := obstacles(network.spec, tanh=network.tanh)):
+    vae = autoencoder.network
+    if isinstance(vae, VAE) and (faults := obstacles(vae.spec, tanh=vae.tanh)):
         reasons.append(f"AutoencoderKL cannot be its autoencoder: {', '.join(faults)}")
     return reasons

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ..config import UserError
 from ..models import VAE, VAEConfig
-from ..runs import diffusers_autoencoder
 from ..runs.autoencoder import Autoencoder
-from ..runs.diffusers_autoencoder import VERSION, WEIGHTS, DiffusersAutoencoder
-from ..runs.exported_autoencoder import NETWORK_KEYS, OURS, layer_names
+from ..runs.diffusers_autoencoder import NETWORK_KEYS, OURS, VERSION, WEIGHTS, DiffusersAutoencoder, layer_names
 from .names import state_under
 
 
@@ -39,14 +37,13 @@ def autoencoder_kl_config(network: VAE, *, sample_size: int) -> dict[str, Any]:
     """Our network as the `config.json` of an AutoencoderKL. Its scaling_factor is 1, since one factor cannot normalise each
     channel by itself: quant_conv and post_quant_conv do that."""
     spec = network.spec
-    down = ["AttnDownEncoderBlock2D" if kind == "full" else "DownEncoderBlock2D" for kind in spec.kinds]
-    up = ["AttnUpDecoderBlock2D" if kind == "full" else "UpDecoderBlock2D" for kind in reversed(spec.kinds)]
+    attention = ["Attn" if kind == "full" else "" for kind in spec.kinds]
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": VERSION,
         "act_fn": "silu",
         "block_out_channels": list(spec.widths),
-        "down_block_types": down,
+        "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attention],
         "force_upcast": True,
         "in_channels": network.last.out_channels,
         "latent_channels": spec.latent_channels,
@@ -56,15 +53,13 @@ def autoencoder_kl_config(network: VAE, *, sample_size: int) -> dict[str, Any]:
         "out_channels": network.last.out_channels,
         "sample_size": sample_size,
         "scaling_factor": 1.0,
-        "up_block_types": up,
+        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attention)],
     }
 
 
-def state_for_autoencoder_kl(
-    network: VAE, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> dict[str, Tensor]:
-    """The weights of our network under the names of an AutoencoderKL, float32 on the CPU. With the latents' `mean` and `std`
-    for each channel its latents are the normalised ones that diffusion sees.
+def state_for_autoencoder_kl(network: VAE, latents: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The weights of our network under the names of an AutoencoderKL, float32 on the CPU. With the facts of a latent run in
+    `latents` (`mean` and `std` for each channel) its latents are the normalised ones that diffusion sees.
 
     Average pooling becomes a strided convolution of four weights of 1/4. A level of their decoder has one block more than ours,
     and an attention after every block: the additional layers are the identity, the last layer of each being zero.
@@ -86,9 +81,8 @@ def state_for_autoencoder_kl(
             state_dict |= _layer(f"{place}.group_norm", torch.ones(width))
             for name in ("to_q", "to_k", "to_v", "to_out.0"):
                 state_dict |= _layer(f"{place}.{name}", torch.zeros(width, width))
-    depth = spec.latent_channels
-    shift = torch.zeros(depth, dtype=torch.float64) if mean is None else torch.tensor(mean, dtype=torch.float64)
-    scale = torch.ones(depth, dtype=torch.float64) if std is None else torch.tensor(std, dtype=torch.float64)
+    facts = latents or {"mean": [0.0] * spec.latent_channels, "std": [1.0] * spec.latent_channels}
+    shift, scale = (torch.tensor(facts[key], dtype=torch.float64) for key in ("mean", "std"))
     # (mean - shift) / scale, and as the log of a variance, logvar - 2 log scale
     quant = torch.cat([1 / scale, torch.ones_like(scale)])
     state_dict |= _layer("quant_conv", torch.diag(quant)[:, :, None, None], torch.cat([-shift / scale, -2 * scale.log()]))
@@ -107,14 +101,16 @@ def autoencoder_files(autoencoder: Autoencoder, latents: Mapping[str, Any] | Non
     """
     network, document = autoencoder.network, autoencoder.document
     if isinstance(network, DiffusersAutoencoder):
-        return diffusers_autoencoder.autoencoder_files(network)
-    assert isinstance(network, VAE)
-    if reasons := obstacles(network.spec, tanh=network.tanh):
+        config = {"_class_name": "AutoencoderKL", "_diffusers_version": VERSION, **network.config}
+        state_dict = {key: value.detach().cpu().contiguous() for key, value in network.network.state_dict().items()}
+    elif reasons := obstacles(network.spec, tanh=network.tanh):
         raise UserError(f"diffusers' AutoencoderKL cannot be the autoencoder of {autoencoder.path}: {'; '.join(reasons)}")
-    mean, std = (latents["mean"], latents["std"]) if latents is not None else (None, None)
-    weights = safetensors.torch.save(state_for_autoencoder_kl(network, mean, std), metadata={"format": "pt"})
-    ours = {key: document[key] for key in NETWORK_KEYS}
-    ours |= {"digest": autoencoder.digest, "weights": hashlib.sha256(weights).hexdigest()}
-    documents = {"config.json": autoencoder_kl_config(network, sample_size=max(document["sizes"])), OURS: ours}
+    else:
+        config = autoencoder_kl_config(network, sample_size=max(document["sizes"]))
+        state_dict = state_for_autoencoder_kl(network, latents)
+    weights, documents = safetensors.torch.save(state_dict, metadata={"format": "pt"}), {"config.json": config}
+    if isinstance(network, VAE):
+        documents[OURS] = {key: document[key] for key in NETWORK_KEYS}
+        documents[OURS] |= {"digest": autoencoder.digest, "weights": hashlib.sha256(weights).hexdigest()}
     files = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in documents.items()}
     return {**files, f"{WEIGHTS}.safetensors": weights}

@@ -1,23 +1,40 @@
-"""The UNet2DModel in a folder of diffusers: of a pipeline, of a training script's checkpoint, or of the hub."""
+"""The UNet2DModel of a folder of diffusers (a pipeline, a training script's checkpoint, the hub's), and its autoencoder."""
 
 import difflib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 from torch import Tensor
 
-from ..config import UserError, prefix_errors, validate
+from ..config import UserError, prefix_errors, read_json, validate
 from ..diffusion import ProcessConfig
+from ..runs.autoencoder import Autoencoder
 from ..runs.diffusers_autoencoder import WEIGHTS
+from ..runs.folders import read_if_there
 from ..storage.downloads import from_hub, hub_name_of_url, is_hub_name
 from ..storage.networks import UNET_2D, few, find_network, preference
 from ..storage.weight_files import find_files, read_files, read_foreign_json
-from .imported import LATENTS, Imported
+from .imported import GIVE_AUTOENCODER, LATENTS, Imported, open_autoencoder_of
 from .schedulers import FLOW, FLOW_SAMPLING, SAMPLING, process_config
-from .unet_2d import unet_config, unet_from_diffusers
+from .unet_2d import unet_from_diffusers
+
+# The types in the config of a UNet2DModel.
+Count, Number = Annotated[int, pydantic.Field(strict=True, gt=0)], Annotated[float, pydantic.Field(strict=True)]
+Counts, Words = (Annotated[list[kind], pydantic.Field(min_length=1)] for kind in (Count, str))
+TYPES = {
+    **dict.fromkeys(("in_channels", "out_channels", "layers_per_block"), Count),
+    "sample_size": Count | Counts,
+    "block_out_channels": Counts,
+    "down_block_types": Words,
+    "up_block_types": Words,
+    **dict.fromkeys(("num_class_embeds", "norm_num_groups", "attention_head_dim", "attn_norm_num_groups"), Count | None),
+    **dict.fromkeys(("dropout", "norm_eps", "freq_shift"), Number),
+}
+NEEDED = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "in_channels", "out_channels")
 
 
 def local_folder(name: str | Path) -> Path:
@@ -87,11 +104,6 @@ def _find_network(folder: Path, name: str | Path, which: str | None) -> tuple[Pa
     return folder / best[0], notes, which
 
 
-def read_if_there(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty where there is no file."""
-    return read_foreign_json(path) if path.is_file() else {}
-
-
 def read(name: str | Path, *, which: str | None = None) -> Imported:
     """The UNet2DModel of a folder of diffusers, with its process: the folder of a pipeline, of a training script's checkpoint,
     or of the model alone, or its name on the hub.
@@ -107,15 +119,17 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     theirs = read_foreign_json(path)
     if (kind := theirs.get("_class_name", "UNet2DModel")) != "UNet2DModel":
         raise UserError(f"{path} is of a {kind}; a UNet2DModel is what can be read")
-    needed = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "in_channels", "out_channels")
-    missing = [key for key in (*needed, "sample_size") if theirs.get(key) is None]
-    if missing:
+    if missing := [key for key in (*NEEDED, "sample_size") if theirs.get(key) is None]:
         raise UserError(f"{path} lacks {', '.join(missing)}")
-    _check_types(theirs, path)
+    for key in TYPES.keys() & theirs.keys():
+        try:
+            pydantic.TypeAdapter(TYPES[key]).validate_python(theirs[key])
+        except pydantic.ValidationError:
+            raise UserError(f"{path}: {key} is {json.dumps(theirs[key])}, which no UNet2DModel can be built of") from None
     size, channels, outputs = theirs["sample_size"], theirs["in_channels"], theirs["out_channels"]
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
+    if isinstance(size, list) and len(set(size)) > 1:
         raise UserError(f"{path}: sample_size {size} is no square, which is what can be read")
+    size = theirs["sample_size"] = size[0] if isinstance(size, list) else size
     if outputs not in (channels, 2 * channels):
         raise UserError(f"{path}: {channels} channels in and {outputs} out is no network of a diffusion process")
     process, process_notes, is_negated = _read_process(folder, learned=outputs == 2 * channels)
@@ -131,43 +145,18 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     classes = read_if_there(folder / "classes.json")
     null_class = classes.get("null_class") is True and theirs.get("num_class_embeds") is not None
     with prefix_errors(str(path.parent)):
-        model, network = unet_config(theirs), unet_from_diffusers(theirs, state_dict, null_class=null_class)
+        network = unet_from_diffusers(theirs, state_dict, null_class=null_class)
     names = classes.get("class_names")
-    first = f"network: {path}, weights {weight_notes[0].removeprefix('network: ')}"
+    first, *weight_notes = weight_notes
+    first = f"network: {path}, weights {first.removeprefix('network: ')}"
     return Imported(
         network=network,
-        model=model,
         process=process,
-        image_size=sides.pop(),
+        image_size=size,
         class_names=tuple(map(str, names)) if isinstance(names, list) and len(names) == network.num_classes else (),
         channels=channels,
-        num_classes=network.num_classes,
-        null_class=null_class,
-        notes=(first, *weight_notes[1:], *others, *left_out, *process_notes),
+        notes=(first, *weight_notes, *others, *left_out, *process_notes),
     )
-
-
-def _check_types(theirs: Mapping[str, Any], path: Path) -> None:
-    """A UserError for a value of a type that the config of a UNet2DModel never has."""
-
-    def is_count(value: Any) -> bool:
-        return type(value) is int and value > 0
-
-    def is_list(value: Any, of: Any) -> bool:
-        return isinstance(value, list) and bool(value) and all(of(entry) for entry in value)
-
-    optional_counts = ("num_class_embeds", "norm_num_groups", "attention_head_dim", "attn_norm_num_groups")
-    checks = {
-        **{key: is_count(theirs[key]) for key in ("in_channels", "out_channels", "layers_per_block")},
-        "sample_size": is_count(theirs["sample_size"]) or is_list(theirs["sample_size"], is_count),
-        "block_out_channels": is_list(theirs["block_out_channels"], is_count),
-        **{key: is_list(theirs[key], lambda entry: isinstance(entry, str)) for key in ("down_block_types", "up_block_types")},
-        **{key: theirs.get(key) is None or is_count(theirs[key]) for key in optional_counts},
-        **{key: type(theirs.get(key, 0)) in (int, float) for key in ("dropout", "norm_eps", "freq_shift")},
-    }
-    for key, fits in checks.items():
-        if not fits:
-            raise UserError(f"{path}: {key} is {json.dumps(theirs[key])}, which no UNet2DModel can be built of")
 
 
 def negate_output(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,3 +193,63 @@ def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[s
     if learned:
         notes.append("loss: hybrid of weight 1, of which the folder says nothing")
     return process, notes, is_negated
+
+
+def read_whole(name: str | Path, autoencoder: str | None = None, *, which: str | None = None) -> Imported:
+    """What `read` gives, and, for a network on latents, with it the autoencoder of this name or of the folder.
+
+    A UserError for a folder that needs no conversion, and for what `add_autoencoder` refuses.
+    """
+    folder = local_folder(name)
+    if read_if_there(folder / "config.json").get("_class_name") == "AutoencoderKL":
+        raise UserError(
+            f"{name} is an AutoencoderKL, which needs no conversion: name it as it is, as in train_ldm.py --set "
+            f"autoencoder={name}"
+        )
+    if (folder / "MANIFEST.json").is_file() and (folder / "ema.safetensors").is_file():
+        raise UserError(f"{name} is a folder of Atelier's own, which needs no conversion: give it where a run is wanted")
+    return add_autoencoder(read(name, which=which), folder, autoencoder, origin=name)
+
+
+def add_autoencoder(imported: Imported, folder: Path, name: str | None = None, *, origin: str | Path | None = None) -> Imported:
+    """An imported network on latents together with the autoencoder `name`, or with the one in its `folder`. A network on
+    images is given back as it is. Messages name the `origin`, which may be a name on the hub.
+
+    A UserError where the network sees latents and there is no autoencoder, or the other way round; where the two do not fit;
+    and where nothing says how the latents are normalised.
+    """
+    side, channels, origin = imported.image_size, imported.channels, origin or folder
+    inside = next((folder / sub for sub in ("vae", "vqvae", "movq") if (folder / sub).is_dir()), None)
+    if name is None and inside is None:
+        if channels in (1, 3):
+            return imported
+        latents = f"the network sees {channels} channels, which no image has, so they are latents"
+        raise UserError(f"{origin}: {latents}: {GIVE_AUTOENCODER}")
+    facts_file = folder / LATENTS
+    try:
+        autoencoder = open_autoencoder_of(name or str(inside), channels, with_scaling=name is not None)
+        facts = _read_facts(facts_file, autoencoder, [channels, side, side]) if name is None else None
+    except UserError as error:
+        if name is None and channels in (1, 3) and not facts_file.is_file():
+            raise UserError(
+                f"{origin} holds the autoencoder {inside}, and its network sees {channels} channels, as images have: give "
+                f"--autoencoder if these are latents, else the folder of the network alone ({error})"
+            ) from None
+        raise
+    return imported.on_latents_of(autoencoder, facts)
+
+
+def _read_facts(path: Path, autoencoder: Autoencoder, shape: list[int]) -> dict[str, Any] | None:
+    """What our latents.json says of the latents; None where the scaling of the autoencoder says it. A UserError where neither
+    does."""
+    facts = read_json(path) if path.is_file() else None
+    if not isinstance(facts, dict) or facts.get("autoencoder") != autoencoder.digest:
+        if autoencoder.scaling is None:
+            raise UserError(f"{path} is missing or belongs to another autoencoder: it says how the latents are normalised")
+        return None
+    each = [facts.get(key) for key in ("mean", "std", "low", "high")]
+    fits = all(isinstance(values, list) and len(values) == shape[0] for values in each) and facts.get("shape") == shape
+    numbers = fits and all(type(value) in (int, float) for values in each for value in values or [])
+    if not numbers or not all(value > 0 for value in facts["std"]):
+        raise UserError(f"{path}: it needs the shape {shape} of the latents, and mean, std, low, high of {shape[0]} channels")
+    return facts

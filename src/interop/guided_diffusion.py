@@ -1,7 +1,7 @@
 """Checkpoints of guided-diffusion and improved-diffusion as our networks and process.
 
 What the shapes of the weights say is read from them. What they do not say (the heads, the schedule, the size of the images) is
-in the flags of the command that trained the checkpoint, or, for a published file, in `guided_published`.
+in the flags of the command that trained the checkpoint, or, for a published file, in `guided_flags`.
 """
 
 import re
@@ -13,21 +13,11 @@ import torch
 from torch import Tensor
 
 from ..config import UserError, prefix_errors
-from ..models import Classifier, ClassifierConfig, UNet, UNetConfig
+from ..models import Classifier, ClassifierConfig, UNet, build_model
 from ..storage.networks import GUIDED, few, find_network
 from ..storage.weight_files import read_file
-from .guided_flags import (
-    DIFFUSION,
-    FLAGS_OF_COMMAND,
-    HEADS,
-    check_flags,
-    find_published,
-    image_size,
-    model_config,
-    process_config,
-    read_flags,
-)
-from .guided_shapes import Architecture, module_names, read_shapes
+from .guided_flags import model_config, process_config, read_flags, resolve
+from .guided_shapes import module_names, read_shapes
 from .imported import Imported
 from .names import rename_state
 
@@ -48,47 +38,6 @@ def read_weights(path: str | Path, which: str | None = None) -> tuple[dict[str, 
     return state_dict, notes
 
 
-def _resolve(architecture: Architecture, flags: Mapping[str, Any] | None) -> tuple[int, dict[str, Any], list[str]]:
-    """The size of the images, the flags that say what the weights do not, and notes on where each fact comes from."""
-    defaults = DIFFUSION if architecture.kind == "classifier" else HEADS | DIFFUSION
-    sizes = ("image_size",) if architecture.image_size is None else ()
-    sizes = ("large_size", "small_size") if architecture.upsampler else sizes
-    source = "from the flags"
-    if flags is None:
-        if (known := find_published(architecture)) is None:
-            raise UserError(
-                f"this is no published architecture, and the weights do not say {', '.join([*sizes, *defaults])}: give "
-                f"{FLAGS_OF_COMMAND}"
-            )
-        name, flags = known
-        source = f"from the published {name}, whose architecture this is (another run of it needs its own flags)"
-    size = image_size(architecture, flags)
-    check_flags(architecture, flags, size)
-    if flags.get("diffusion_steps", 1000) != 1000 and "rescale_timesteps" not in flags:
-        raise UserError(
-            f"the flags say diffusion_steps {flags['diffusion_steps']} and not rescale_timesteps, whose default is true in "
-            f"improved-diffusion and false in guided-diffusion: give {FLAGS_OF_COMMAND}"
-        )
-    given = {name: flags[name] for name in (*sizes, *defaults) if name in flags}
-    assumed = {name: value for name, value in defaults.items() if name not in given}
-    by_shapes = architecture.flags(size)
-    by_shapes |= {"image channels": architecture.channels, "classes": architecture.num_classes or "none"}
-    origins = {"from the weights": by_shapes, source: given, "guided-diffusion's defaults": assumed}
-    lists = {origin: ", ".join(f"{name} {value}" for name, value in facts.items()) for origin, facts in origins.items()}
-    notes = [f"{origin}: {facts}" for origin, facts in lists.items() if facts]
-    return size, assumed | given | {"learn_sigma": architecture.learn_sigma}, notes
-
-
-def _build(architecture: Architecture, model: UNetConfig | ClassifierConfig, size: int) -> UNet | Classifier:
-    """The network, with random weights."""
-    channels, classes = architecture.channels, architecture.num_classes
-    if isinstance(model, ClassifierConfig):
-        return Classifier(model, in_channels=channels, image_size=size, num_classes=classes or 0)
-    outputs, low_channels = channels * (2 if architecture.learn_sigma else 1), channels if architecture.upsampler else 0
-    options = {"num_classes": classes, "null_class": False, "low_channels": low_channels}
-    return UNet(model, in_channels=channels, out_channels=outputs, **options)
-
-
 def read(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None, *, which: str | None = None) -> Imported:
     """A guided- or improved-diffusion checkpoint, U-Net or classifier, with all that sampling needs.
 
@@ -101,19 +50,23 @@ def read(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None, 
     with prefix_errors(str(path)):
         shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         architecture = read_shapes(shapes, (given or {}).get("classifier_depth"))
-        size, facts, notes = _resolve(architecture, given)
+        size, facts, notes = resolve(architecture, given)
         model = model_config(architecture, facts)
+        channels, classes = architecture.channels, architecture.num_classes
         with torch.device("meta"):
-            network = _build(architecture, model, size)
+            if isinstance(model, ClassifierConfig):
+                network = Classifier(model, in_channels=channels, image_size=size, num_classes=classes or 0)
+            else:
+                options = {"learned": architecture.learn_sigma, "null_class": False, "upsampler": architecture.upsampler}
+                network = build_model(model, (channels, size, size), classes, **options)
+                assert isinstance(network, UNet)
         network.load_state_dict(rename_state(network, state_dict, module_names(model)), assign=True)
         process = process_config(facts)
     return Imported(
         network=network.eval(),
-        model=model,
         process=process,
         image_size=size,
-        channels=architecture.channels,
-        num_classes=architecture.num_classes,
+        channels=channels,
         low_resolution=facts.get("small_size"),
         notes=(*weight_notes, *notes),
     )

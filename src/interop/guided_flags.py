@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from ..config import UserError, read_json, validate
 from ..diffusion import ProcessConfig
 from ..models import ClassifierConfig, UNetConfig
 from .guided_shapes import Architecture, join_multiples, join_sizes
+from .names import list_origins
 
 # The flags that say what the weights of a U-Net do not, with guided-diffusion's defaults.
 HEADS = {"num_heads": 4, "num_heads_upsample": -1, "num_head_channels": -1, "use_new_attention_order": False, "dropout": 0.0}
@@ -34,7 +37,6 @@ IGNORED = (
     *("resume_checkpoint", "num_samples", "use_ddim", "model_path", "classifier_path", "classifier_scale"),
     *("base_name", "base_samples"),
 )
-BOOLEANS = {word: on for words, on in (("yes true t y 1", True), ("no false f n 0", False)) for word in words.split()}
 DEFAULT_MULT = {512: "0.5,1,1,2,2,4,4", 256: "1,1,2,2,4,4", 128: "1,1,2,3,4", 64: "1,2,3,4", 32: "1,2,2,2"}
 FLAGS_OF_COMMAND = "the MODEL_FLAGS and DIFFUSION_FLAGS of the command that trained the checkpoint, as JSON: --flags FILE"
 
@@ -42,10 +44,10 @@ FLAGS_OF_COMMAND = "the MODEL_FLAGS and DIFFUSION_FLAGS of the command that trai
 def _split_numbers(name: str, text: str, kind: type) -> list[Any]:
     try:
         numbers = [kind(part) for part in text.split(",") if part.strip()]
-        if not all(0 < number < math.inf for number in numbers):
-            raise ValueError
     except ValueError:
-        raise UserError(f"flags: {name} is {text!r}; write numbers above 0, parted by commas") from None
+        numbers = [math.nan]
+    if not all(0 < number < math.inf for number in numbers):
+        raise UserError(f"flags: {name} is {text!r}; write numbers above 0, parted by commas")
     return numbers
 
 
@@ -53,16 +55,10 @@ def _convert(name: str, value: Any) -> Any:
     """The value of a flag in the type that the flag has."""
     kind = TYPES[name]
     if kind is str:
-        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        return text.replace(" ", "")
+        return (",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)).replace(" ", "")
     try:
-        if kind is bool:
-            return BOOLEANS[str(value).lower()]
-        number = float(value) if not isinstance(value, bool) else math.nan
-        if kind is int and number != int(number):
-            raise ValueError
-        return kind(number)
-    except (ValueError, KeyError, TypeError, OverflowError):
+        return pydantic.TypeAdapter(kind).validate_python(value if kind is bool or not isinstance(value, bool) else None)
+    except pydantic.ValidationError:
         words = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
         raise UserError(f"flags: {name} is {value!r}; write {words}") from None
 
@@ -92,18 +88,35 @@ def default_mult(flags: Mapping[str, Any]) -> str | None:
     return DEFAULT_MULT.get(256 if size == 512 and "large_size" in flags else size)
 
 
-def image_size(architecture: Architecture, flags: Mapping[str, Any]) -> int:
-    """The size of the images. A UserError where only the flags could say it and do not, or say it of another network."""
-    if architecture.upsampler:
-        if missing := [name for name in ("large_size", "small_size") if name not in flags]:
-            raise UserError(f"the weights are an upsampler's and do not say {' and '.join(missing)}: give {FLAGS_OF_COMMAND}")
-        return flags["large_size"]
-    if "large_size" in flags or "small_size" in flags:
+def resolve(architecture: Architecture, flags: Mapping[str, Any] | None) -> tuple[int, dict[str, Any], list[str]]:
+    """The size of the images, the flags that say what the weights do not, and notes on where each fact comes from. A UserError
+    where flags are missing, contradict the weights, or are of another network."""
+    defaults = DIFFUSION if architecture.kind == "classifier" else HEADS | DIFFUSION
+    sizes = ["image_size"] if architecture.image_size is None else []
+    sizes, source = ["large_size", "small_size"] if architecture.upsampler else sizes, "from the flags"
+    if flags is None:
+        name, flags = find_published(architecture)
+        source = f"from the published {name}, whose architecture this is (another run of it needs its own flags)"
+    if flags is None:
+        unknown = ", ".join([*sizes, *defaults])
+        raise UserError(f"this is no published architecture, and the weights do not say {unknown}: give {FLAGS_OF_COMMAND}")
+    if not architecture.upsampler and ("large_size" in flags or "small_size" in flags):
         raise UserError("large_size and small_size are in the flags, and the weights are not an upsampler's")
-    size = flags.get("image_size", architecture.image_size)
-    if size is None:
-        raise UserError(f"the weights do not say image_size: give {FLAGS_OF_COMMAND}")
-    return size
+    if missing := [name for name in sizes if name not in flags]:
+        whose = "are an upsampler's and do" if architecture.upsampler else "do"
+        raise UserError(f"the weights {whose} not say {' and '.join(missing)}: give {FLAGS_OF_COMMAND}")
+    size = flags.get("large_size" if architecture.upsampler else "image_size", architecture.image_size)
+    check_flags(architecture, flags, size)
+    if flags.get("diffusion_steps", 1000) != 1000 and "rescale_timesteps" not in flags:
+        raise UserError(
+            f"the flags say diffusion_steps {flags['diffusion_steps']} and not rescale_timesteps, whose default is true in "
+            f"improved-diffusion and false in guided-diffusion: give {FLAGS_OF_COMMAND}"
+        )
+    given = {name: flags[name] for name in (*sizes, *defaults) if name in flags}
+    assumed = {name: value for name, value in defaults.items() if name not in given}
+    by_shapes = architecture.flags(size) | {"image channels": architecture.channels, "classes": architecture.num_classes}
+    notes = list_origins({"from the weights": by_shapes, source: given, "guided-diffusion's defaults": assumed})
+    return size, assumed | given | {"learn_sigma": architecture.learn_sigma}, notes
 
 
 def check_flags(architecture: Architecture, flags: Mapping[str, Any], size: int) -> None:
@@ -132,14 +145,13 @@ def process_config(flags: Mapping[str, Any]) -> ProcessConfig:
     """guided-diffusion's flags as the config of our process."""
     flags = {**DIFFUSION, "learn_sigma": False, **read_flags(flags)}
     steps, name = flags["diffusion_steps"], flags["noise_schedule"]
-    schedules = {"cosine": {}, "linear": {"rescale_betas": True}}
-    if name not in schedules:
+    if name not in ("linear", "cosine"):
         raise UserError(f"noise_schedule {name!r} is not known; allowed: linear, cosine")
     loss: dict[str, Any] = {"kind": "rescaled_kl" if flags["use_kl"] else "simple"}
     if flags["learn_sigma"] and not flags["use_kl"]:
         loss = {"kind": "hybrid", "variational_weight": steps / 1000 if flags["rescale_learned_sigmas"] else 1.0}
     spec = {
-        "schedule": {"kind": name, "steps": steps, **schedules[name]},
+        "schedule": {"kind": name, "steps": steps, **({"rescale_betas": True} if name == "linear" else {})},
         "target": "x0" if flags["predict_xstart"] else "eps",
         "variance": "learned" if flags["learn_sigma"] else "small" if flags["sigma_small"] else "large",
         "clip": True,
@@ -210,8 +222,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 CLASSES = 1000  # of every published network that has classes
 
 
-def find_published(architecture: Architecture) -> tuple[str, dict[str, Any]] | None:
-    """The name and the flags of the published file of this architecture, None where there is none."""
+def find_published(architecture: Architecture) -> tuple[str, dict[str, Any] | None]:
+    """The name and the flags of the published file of this architecture; no name and None where there is none."""
     for name, flags in PUBLISHED.items():
         kind = "classifier" if "classifier_width" in flags else "U-Net"
         facts = (kind, 3, "full", CLASSES if kind == "classifier" or flags["class_cond"] else None, "large_size" in flags)
@@ -221,4 +233,4 @@ def find_published(architecture: Architecture) -> tuple[str, dict[str, Any]] | N
         by_shapes = a.flags(flags["large_size"] if a.upsampler else flags["image_size"])
         if by_shapes == {key: flags.get(key, default_mult(flags)) for key in by_shapes}:
             return name, flags
-    return None
+    return "", None

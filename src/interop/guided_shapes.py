@@ -1,5 +1,6 @@
 """guided-diffusion's U-Nets and classifiers: what the shapes of their weights say, and the names of their modules."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,12 +9,13 @@ from typing import Any, Literal
 
 from ..config import UserError
 from ..models import ClassifierConfig, UNetConfig
-from ..runs.diffusers_autoencoder import pair_names
-from .names import another_architecture, multiple
+from ..runs.diffusers_autoencoder import list_differences, names_inside
+from .names import ANOTHER, multiple, size_of
 
-RESIDUAL = {"norm_1": "in_layers.0", "conv_1": "in_layers.2", "embed": "emb_layers.1"}
-RESIDUAL |= {"norm_2": "out_layers.0", "conv_2": "out_layers.3", "skip": "skip_connection"}
-ATTENTION = {"norm": "norm", "qkv": "qkv", "out": "proj_out"}
+# The names inside a residual block, an attention and a resampling: ours -> guided-diffusion's.
+INSIDE = {"norm_1": "in_layers.0", "conv_1": "in_layers.2", "embed": "emb_layers.1", "norm_2": "out_layers.0"}
+INSIDE |= {"conv_2": "out_layers.3", "skip": "skip_connection", "norm": "norm", "qkv": "qkv", "out": "proj_out", "conv": "op"}
+OUTSIDE = {"time_in": "time_embed.0", "time_out": "time_embed.2", "label_embedding": "label_emb", "stem": "input_blocks.0.0"}
 POOLS = {
     "adaptive": {"head_norm": "out.0", "head": "out.3"},
     "attention": {"head_norm": "out.0", "head": "out.2", "head.qkv": "out.2.qkv_proj", "head.out": "out.2.c_proj"},
@@ -23,29 +25,24 @@ POOLS = {
 
 def module_names(config: UNetConfig | ClassifierConfig) -> dict[str, str]:
     """Our module names -> guided-diffusion's, for every module that holds parameters."""
-    names = {"time_in": "time_embed.0", "time_out": "time_embed.2", "label_embedding": "label_emb"}
-    names |= {"stem": "input_blocks.0.0", "head_norm": "out.0", "head": "out.2"}
-    levels, attends = range(len(config.channel_mult)), config.mid_attention != "none"
-    down = [f"down.{level}.{part}" for level in levels for part in (*_blocks(config.blocks), "resample")]
-    blocks = {"mid.0": "middle_block"} | {ours: f"input_blocks.{k}" for k, ours in enumerate(down, 1)}
-    up = [f"up.{level}.{part}" for level in levels for part in _blocks(config.blocks + 1)]
+    levels, per_level = range(len(config.channel_mult)), [f"blocks.{i}" for i in range(config.blocks + 1)]
+    blocks = {"mid.0": "middle_block"}
+    down = (f"down.{level}.{part}" for level in levels for part in (*per_level[:-1], "resample"))
+    blocks |= {ours: f"input_blocks.{k}" for k, ours in enumerate(down, 1)}
+    up = (f"up.{level}.{part}" for level in levels for part in per_level)
     blocks |= {ours: f"output_blocks.{k}" for k, ours in enumerate(up)}
+    places = {"mid.1.residual": f"middle_block.{1 if config.mid_attention == 'none' else 2}"}
     for ours, theirs in blocks.items():
-        residual = ours if ours.endswith("resample") else f"{ours}.residual"
-        names |= {**pair_names(residual, f"{theirs}.0", RESIDUAL), f"{ours}.conv": f"{theirs}.0.op"}
-        names |= pair_names(f"{ours}.attention", f"{theirs}.1", ATTENTION)
-    names |= pair_names("mid.1.residual", f"middle_block.{2 if attends else 1}", RESIDUAL)
+        is_block = not ours.endswith("resample")
+        places |= {f"{ours}.residual": f"{theirs}.0", f"{ours}.attention": f"{theirs}.1"} if is_block else {ours: f"{theirs}.0"}
+    names = OUTSIDE | names_inside(places, INSIDE)
     if isinstance(config, ClassifierConfig):
         return names | POOLS[config.pool]
+    resampling = {}
     for level, kind in enumerate(reversed(config.attention)):  # the last block of a level resamples, too
-        ours, block = f"up.{level}.resample", f"output_blocks.{(level + 1) * (config.blocks + 1) - 1}"
-        theirs = f"{block}.{1 if kind == 'none' else 2}"
-        names |= {**pair_names(ours, theirs, RESIDUAL), f"{ours}.conv": f"{theirs}.conv"}
-    return names
-
-
-def _blocks(count: int) -> list[str]:
-    return [f"blocks.{i}" for i in range(count)]
+        block = f"output_blocks.{(level + 1) * (config.blocks + 1) - 1}"
+        resampling[f"up.{level}.resample"] = f"{block}.{1 if kind == 'none' else 2}"
+    return names | {"head_norm": "out.0", "head": "out.2"} | names_inside(resampling, INSIDE | {"conv": "conv"})
 
 
 @dataclass(frozen=True)
@@ -97,27 +94,20 @@ def read_shapes(shapes: Mapping[str, Sequence[int]], depth: int | None = None) -
     For some classifiers that resample inside residual blocks, shapes leave open how many blocks a resolution has: there
     `depth` decides. A UserError says what is missing, or that no U-Net and no classifier of theirs has such shapes.
     """
-
-    def size(name: str, axis: int = 0) -> int:
-        shape = shapes.get(name, ())
-        if axis >= len(shape) or shape[axis] < 1:
-            raise another_architecture([name], [])
-        return shape[axis]
-
+    size = functools.partial(size_of, shapes)
     kind = "U-Net" if any(name.startswith("output_blocks.") for name in shapes) else "classifier"
     modules = ("time_embed.0", "input_blocks.0.0", "input_blocks.1.0.in_layers.2", "middle_block.0.in_layers.2", "out.0")
     needed = {f"{name}.weight" for name in (*modules, *(["out.2"] if kind == "U-Net" else []))}
     if missing := needed - set(shapes):
         theirs = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.", "output_blocks.", "out.")
-        raise another_architecture(missing, [name for name in shapes if not name.startswith(theirs)])
+        unknown = [name for name in shapes if not name.startswith(theirs)]
+        raise UserError(f"{ANOTHER}: {'; '.join(list_differences(missing, unknown))}")
 
     # of the stem, each block and each resampling: its width, whether it attends, and whether it is a bare convolution
     total = 1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"input_blocks\.\d+\.", name))
-    widths, convolutions = [size("input_blocks.0.0.weight")], list[int]()
-    for i in range(1, total):
-        convolution = f"input_blocks.{i}.0.op.weight"
-        convolutions += [i] if convolution in shapes else []
-        widths.append(size(convolution if convolution in shapes else f"input_blocks.{i}.0.in_layers.2.weight"))
+    convolutions = [i for i in range(1, total) if f"input_blocks.{i}.0.op.weight" in shapes]
+    layers = (f"input_blocks.{i}.0.{'op' if i in convolutions else 'in_layers.2'}.weight" for i in range(1, total))
+    widths = [size("input_blocks.0.0.weight"), *map(size, layers)]
     attended = [f"input_blocks.{i}.1.qkv.weight" in shapes for i in range(total)]
 
     if convolutions:
@@ -132,17 +122,16 @@ def read_shapes(shapes: Mapping[str, Sequence[int]], depth: int | None = None) -
         numbers = " or ".join(map(str, choices))
         raise UserError(f"the weights leave open whether a resolution has {numbers} blocks: give classifier_depth in the flags")
     if not choices or choices[0] < 1 or total % (choices[0] + 1):
-        raise UserError("the checkpoint is of another architecture: its input_blocks do not divide into resolutions")
-    blocks = choices[0]
-    starts, base = range(1, total, blocks + 1), size("time_embed.0.weight", 1)
-    embedded, first_width = (size(f"input_blocks.1.0.{layer}.weight") for layer in ("emb_layers.1", "in_layers.2"))
+        raise UserError(f"{ANOTHER}: its input_blocks do not divide into resolutions")
+    starts, base = range(1, total, choices[0] + 1), size("time_embed.0.weight", 1)
+    is_scale_shift = size("input_blocks.1.0.emb_layers.1.weight") == 2 * size("input_blocks.1.0.in_layers.2.weight")
     model: dict[str, Any] = {
         "base_channels": base,
         "channel_mult": [multiple(base, widths[i]) for i in starts],
-        "blocks": blocks,
+        "blocks": choices[0],
         "attention": ["full" if attended[i] else "none" for i in starts],
         "mid_attention": "full" if "middle_block.1.qkv.weight" in shapes else "none",
-        "embedding": "scale_shift" if embedded == 2 * first_width else "add",
+        "embedding": "scale_shift" if is_scale_shift else "add",
         "downsample": "residual" if len(starts) > 1 and not convolutions else "conv",
     }
     inputs = size("input_blocks.0.0.weight", 1)
@@ -153,8 +142,8 @@ def read_shapes(shapes: Mapping[str, Sequence[int]], depth: int | None = None) -
     channels = {1: 1, 2: 1, 3: 3, 6: 3}.get(outputs)
     if channels is None or inputs not in (channels, 2 * channels):
         raise UserError(
-            f"the checkpoint is of another architecture: it sees {inputs} channels and gives {outputs}; images have 3 channels "
-            "or 1, which a network gives once, or twice with learned variance, and an upsampler sees twice"
+            f"{ANOTHER}: it sees {inputs} channels and gives {outputs}; images have 3 channels or 1, which a network gives "
+            "once, or twice with learned variance, and an upsampler sees twice"
         )
     return Architecture(
         kind,

@@ -4,6 +4,7 @@ Heitz, Belcour & Chambon 2023, arXiv:2305.03486. The network is fed alpha in [0,
 predicts data - noise: our blend, whose time t is 1 - alpha. What shapes do not say is in the YAML, or a default of diffusers.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,14 @@ from ..runs.autoencoder import Autoencoder
 from ..storage.networks import UNET_2D, find_network, present_names
 from ..storage.weight_files import read_file
 from .iadb_yaml import SIZES, YamlFacts, read_yaml
-from .imported import Imported, open_autoencoder_of
-from .names import another_architecture
+from .imported import GIVE_AUTOENCODER, Imported, open_autoencoder_of
+from .names import list_origins, size_of
 from .unet_2d import unet_config, unet_from_diffusers
 
 TIME = {"kind": "alpha", "scale": 1.0}
 PROCESS = {"schedule": {"kind": "blend"}, "target": "blend", "clip": False, "time_input": TIME}
 PARTS = ("conv_in", "time_embedding", "class_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
+WITHOUT_RESAMPLING = {"ResnetDownsampleBlock2D": "DownBlock2D", "ResnetUpsampleBlock2D": "UpBlock2D"}
 # Diffusers' values for what the weights do not say.
 DEFAULTS = {"attention_head_dim": 8, "norm_num_groups": 32, "norm_eps": 1e-5, "freq_shift": 0, "flip_sin_to_cos": True}
 DEFAULTS |= {"downsample_padding": 1, "dropout": 0.0}
@@ -46,11 +48,7 @@ def read_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
     A UserError names what is missing.
     """
-
-    def size(name: str, axis: int = 0) -> int:
-        if axis >= len(shapes.get(name, ())):
-            raise another_architecture([name], [])
-        return shapes[name][axis]
+    size = functools.partial(size_of, shapes)
 
     def count(pattern: str) -> int:
         return len({match[0] for name in shapes if (match := re.match(pattern, name)) is not None})
@@ -58,6 +56,7 @@ def read_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     levels = count(r"down_blocks\.\d+\.")
     widths = [size(f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(max(1, levels))]
     scale_shift = size("down_blocks.0.resnets.0.time_emb_proj.weight") == 2 * widths[0]
+    has_classes = "class_embedding.weight" in shapes
     config: dict[str, Any] = {
         "in_channels": size("conv_in.weight", 1),
         "out_channels": size("conv_out.weight"),
@@ -65,20 +64,17 @@ def read_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "layers_per_block": count(r"down_blocks\.0\.resnets\.\d+\."),
         "add_attention": "mid_block.attentions.0.to_q.weight" in shapes,
         "time_embedding_dim": size("time_embedding.linear_1.weight"),
-        "num_class_embeds": None,
+        "num_class_embeds": size("class_embedding.weight") if has_classes else None,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
     }
-    if "class_embedding.weight" in shapes:
-        config["num_class_embeds"] = size("class_embedding.weight")
-    elif any(name.startswith("class_embedding.") for name in shapes):
+    if not has_classes and any(name.startswith("class_embedding.") for name in shapes):
         config["class_embed_type"] = "timestep"
     for way in ("down", "up"):
         kinds = []
-        for i in range(levels):
-            resampler = f"{way}_blocks.{i}.{way}samplers.0"
-            is_residual = f"{resampler}.conv1.weight" in shapes
-            attends = f"{way}_blocks.{i}.attentions.0.to_q.weight" in shapes
-            if attends and (is_residual or f"{resampler}.conv.weight" in shapes):
+        for block in (f"{way}_blocks.{i}" for i in range(levels)):
+            is_residual, is_plain = (f"{block}.{way}samplers.0.{layer}.weight" in shapes for layer in ("conv1", "conv"))
+            attends = f"{block}.attentions.0.to_q.weight" in shapes
+            if attends and (is_residual or is_plain):
                 config[f"{way}sample_type"] = "resnet" if is_residual else "conv"
             kind = "Attn{}Block2D" if attends else "Resnet{}sampleBlock2D" if is_residual else "{}Block2D"
             kinds.append(kind.format(way.title()))
@@ -96,10 +92,12 @@ def architecture(shapes: Mapping[str, Sequence[int]], yaml: YamlFacts) -> tuple[
     levels = [i for i, kind in enumerate(by_shapes["down_block_types"]) if kind.startswith("Attn")]
     known = {**by_shapes, "attention": levels}
     for name, (key, value) in yaml.facts.items():
-        given = _without_resampling(value) if name.endswith("block_types") else value
-        if given != known.get(name, value):
+        given = value
+        if name.endswith("block_types"):  # the last block does not resample, so its shapes do not say how it would
+            given = [*value[:-1], *(WITHOUT_RESAMPLING.get(str(kind), kind) for kind in value[-1:])]
+        if given != known.get(name, given):
             raise UserError(f"{yaml.file} says {key} {value}, and the weights {known[name]}")
-    by_yaml = {name: value for name, (_, value) in yaml.facts.items() if name not in (*SIZES, *known)}
+    by_yaml = {name: value for name, (_, value) in yaml.facts.items() if name not in (*SIZES, "latents", *known)}
     assumed = {name: value for name, value in DEFAULTS.items() if name not in by_yaml}
     theirs = {**assumed, **by_yaml, **by_shapes}
     if by_shapes["resnet_time_scale_shift"] == "scale_shift" and "mid_block.attentions.0.group_norm.weight" in shapes:
@@ -118,28 +116,17 @@ def architecture(shapes: Mapping[str, Sequence[int]], yaml: YamlFacts) -> tuple[
         f"from {yaml.file}": by_yaml,
         "diffusers' defaults, which the weights do not say": assumed,
     }
-    notes = [f"{origin}: {_list_facts(facts)}" for origin, facts in origins.items() if facts]
+    notes = list_origins(origins)
     notes += [f"ignored in {yaml.file}: {', '.join(yaml.ignored)}"] if yaml.ignored else []
     return theirs, notes
 
 
-def _without_resampling(kinds: list[Any]) -> list[Any]:
-    """Block types as shapes show them: the last block does not resample, so its shapes do not say how it would."""
-    last = {"ResnetDownsampleBlock2D": "DownBlock2D", "ResnetUpsampleBlock2D": "UpBlock2D"}
-    return [*kinds[:-1], *(last.get(str(kind), kind) for kind in kinds[-1:])]
-
-
-def _list_facts(facts: Mapping[str, Any]) -> str:
-    words = {name: "/".join(map(str, value)) if isinstance(value, list) else value for name, value in facts.items()}
-    return ", ".join(f"{name} {'none' if word is None else word}" for name, word in words.items())
-
-
 def _image_size(given: int | None, yaml: YamlFacts, factor: int) -> tuple[int, str]:
     """The size of the images, and what says it; `factor` is that of the autoencoder. A UserError where nothing says it."""
-    facts = {name: yaml.facts[name] for name in SIZES if name in yaml.facts}
-    sizes = {key: size * factor if name == "sample_size" else size for name, (key, size) in facts.items()}
     if given is not None:
         return given, "--image-size"
+    facts = {name: yaml.facts[name] for name in SIZES if name in yaml.facts}
+    sizes = {key: size * factor if name == "sample_size" else size for name, (key, size) in facts.items()}
     if not sizes:
         raise UserError(
             "the weights do not say the size of the images: give --image-size N, or --model-config with a resolution"
@@ -147,8 +134,7 @@ def _image_size(given: int | None, yaml: YamlFacts, factor: int) -> tuple[int, s
     if len(set(sizes.values())) > 1:
         words = " and ".join(f"{key}, images of {size} px," for key, size in sizes.items())
         raise UserError(f"{yaml.file} says {words} which differ: give --image-size N")
-    key, size = next(iter(sizes.items()))
-    return size, key
+    return next((size, key) for key, size in sizes.items())
 
 
 def _open_autoencoder(given: str | None, yaml: YamlFacts, channels: int) -> Autoencoder | None:
@@ -157,7 +143,8 @@ def _open_autoencoder(given: str | None, yaml: YamlFacts, channels: int) -> Auto
     A UserError says that it is missing, or why it cannot be the one.
     """
     names = yaml.autoencoder or []
-    key, on_latents = yaml.latent or ("", given is not None or yaml.autoencoder is not None or channels not in (1, 3))
+    guess = given is not None or yaml.autoencoder is not None or channels not in (1, 3)
+    key, on_latents = yaml.facts.get("latents", ("", guess))
     if not on_latents:
         if channels not in (1, 3):
             raise UserError(f"{yaml.file} says {key} false, and the weights see {channels} channels, which no images have")
@@ -167,10 +154,7 @@ def _open_autoencoder(given: str | None, yaml: YamlFacts, channels: int) -> Auto
     places = [str(place) for name in names for place in (Path(name), Path(yaml.file).parent / name) if place.is_dir()]
     if given is None and not places:
         hint = f" (the YAML names {names[0]})" if names else ""
-        raise UserError(
-            f"the network sees latents of {channels} channels{hint}: give --autoencoder NAME, a diffusers AutoencoderKL as "
-            "folder or hub name, such as stabilityai/sd-vae-ft-mse"
-        )
+        raise UserError(f"the network sees latents of {channels} channels{hint}: {GIVE_AUTOENCODER}")
     return open_autoencoder_of(given or places[0], channels)
 
 
@@ -209,11 +193,9 @@ def read(
         network = unet_from_diffusers(theirs, state_dict)
     imported = Imported(
         network=network,
-        model=model,
         process=validate(ProcessConfig, PROCESS),
         image_size=side,
         channels=inputs,
-        num_classes=theirs["num_class_embeds"],
         notes=(
             *notes,
             *facts,

@@ -1,11 +1,12 @@
 """The YAML that the network of an IADB checkpoint was built from, whatever its author called the keys."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import pydantic
 
 from ..config import UserError, read_text
 
@@ -31,14 +32,22 @@ TYPES: dict[str, type] = {
 
 @dataclass
 class YamlFacts:
-    """What a YAML says: `facts` by the names of diffusers, each with its dotted key in the file; `latent` likewise whether the
-    network works on latents; the words of what it gives as an autoencoder; and the keys that are ignored."""
+    """What a YAML says: `facts` by the names of diffusers, each with its dotted key in the file; among them `latents`, whether
+    the network works on latents; the words of what it gives as an autoencoder; and the keys that are ignored."""
 
     file: str = ""
     facts: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    latent: tuple[str, bool] | None = None
     autoencoder: list[str] | None = None
     ignored: list[str] = field(default_factory=list)
+
+    def convert(self, key: str, value: Any, kind: type) -> Any:
+        """The value as `kind`; a UserError where it is of another type. YAML reads 1e-5 as a word."""
+        if key.rpartition(".")[2] in SIZES and isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
+        try:
+            return pydantic.TypeAdapter(kind).validate_python(value, strict=kind is not float or not isinstance(value, str))
+        except pydantic.ValidationError:
+            raise UserError(f"{self.file}: {key} is {value!r}, and should be {TYPE_WORDS[kind]}") from None
 
     def add(self, name: str, key: str, value: Any) -> None:
         """Keep a fact; a UserError where the file says it twice and differently."""
@@ -46,48 +55,20 @@ class YamlFacts:
         if first_value != value:
             raise UserError(f"{self.file}: {first_key} is {first_value} and {key} is {value}; leave one out")
 
-    def convert(self, key: str, value: Any, kind: type) -> Any:
-        """The value as `kind`; a UserError where it is of another type. YAML reads 1e-5 as a word."""
-        if key.rpartition(".")[2] in SIZES and isinstance(value, list) and value and value.count(value[0]) == len(value):
-            value = value[0]
-        try:
-            if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-                return float(value)
-        except ValueError:
-            pass
-        if type(value) is not kind:
-            raise UserError(f"{self.file}: {key} is {value!r}, and should be {TYPE_WORDS[kind]}")
-        return value
-
-    def add_section(self, section: dict[Any, Any], path: str, visited: set[int]) -> None:
-        """Keep what a section and the sections in it say; `path` is its dotted key, with a dot at its end."""
-        if id(section) in visited:  # a YAML alias may stand for a section around it
-            return
-        visited.add(id(section))
+    def entries(self, section: dict[Any, Any], path: str, visited: set[int]) -> Iterator[tuple[str, str, Any]]:
+        """(dotted key, name, value) of all that a section and the sections in it say; `path` is its key, with a dot at its
+        end."""
+        visited.add(id(section))  # a YAML alias may stand for a section around it
         base, mult = section.get("base_channels", section.get("channels")), section.get("channel_mult")
-        used: tuple[str, ...] = ()
-        if isinstance(base, int) and isinstance(mult, list):
-            key, used = f"{path}channel_mult", ("base_channels", "channels", "channel_mult")
-            self.add("block_out_channels", key, [int(base * self.convert(key, times, float)) for times in mult])
-        for name, value in ((str(name), value) for name, value in section.items()):
-            key, fact = f"{path}{name}", SYNONYMS.get(name, name)
-            if name in used:
-                continue
-            if name == "channels" and isinstance(value, list):
-                self.add("block_out_channels", key, value)
-            elif name == "attention" and isinstance(value, list) and all(type(level) is int for level in value):
-                self.add(name, key, sorted(set(value)))
-            elif name in LATENT and value is not None:
-                self.latent = (key, bool(value))
-            elif AUTOENCODER.fullmatch(name):
-                self.autoencoder = self.autoencoder if value is None or value is False else _words(value)
-            elif fact in TYPES:
-                if value is not None or fact == "attention_head_dim":  # there null is a choice: one head
-                    self.add(fact, key, value if value is None else self.convert(key, value, TYPES[fact]))
-            elif name in SECTIONS and isinstance(value, dict):
-                self.add_section(value, f"{key}.", visited)
-            else:
-                self.ignored.append(key)
+        has_mult = isinstance(base, int) and isinstance(mult, list)
+        if has_mult:
+            key = f"{path}channel_mult"
+            yield key, "channels", [int(base * self.convert(key, times, float)) for times in mult]
+        for name, value in section.items():
+            if name in SECTIONS and isinstance(value, dict):
+                yield from () if id(value) in visited else self.entries(value, f"{path}{name}.", visited)
+            elif not has_mult or name not in ("base_channels", "channels", "channel_mult"):
+                yield f"{path}{name}", str(name), value
 
 
 def read_yaml(path: str | Path) -> YamlFacts:
@@ -98,10 +79,11 @@ def read_yaml(path: str | Path) -> YamlFacts:
     counted from 0; `vae_latents`, `latents` or `use_latents`; and `vae`, `autoencoder` or `first_stage`. A UserError says why
     it is no such file, and what it says twice and differently.
     """
+    import yaml
+
+    text = read_text(path)
     try:
-        raw = yaml.safe_load(read_text(path))
-    except UserError:
-        raise
+        raw = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark is not None else ""
@@ -109,7 +91,20 @@ def read_yaml(path: str | Path) -> YamlFacts:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: not a YAML mapping, KEY: VALUE")
     facts = YamlFacts(str(path))
-    facts.add_section(raw, "", set())
+    for key, name, value in facts.entries(raw, "", set()):
+        fact = SYNONYMS.get(name, name)
+        if name == "channels" and isinstance(value, list):
+            facts.add("block_out_channels", key, value)
+        elif name == "attention" and isinstance(value, list) and all(type(level) is int for level in value):
+            facts.add(name, key, sorted(set(value)))
+        elif name in LATENT and value is not None:
+            facts.add("latents", key, bool(value))
+        elif AUTOENCODER.fullmatch(name):
+            facts.autoencoder = facts.autoencoder if value is None or value is False else _words(value)
+        elif fact not in TYPES:
+            facts.ignored.append(key)
+        elif value is not None or fact == "attention_head_dim":  # there null is a choice: one head
+            facts.add(fact, key, None if value is None else facts.convert(key, value, TYPES[fact]))
     return facts
 
 

@@ -1,7 +1,8 @@
 """State dicts of other projects under our parameter names, and ours under theirs."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..models.layers import Attention
+from ..runs.diffusers_autoencoder import fit_state
+
+ANOTHER = "the checkpoint is of another architecture"
 
 
 def multiple(base: int, width: int) -> float:
@@ -17,11 +21,27 @@ def multiple(base: int, width: int) -> float:
     return mult if int(base * mult) == width else math.nextafter(mult, math.inf)
 
 
-def another_architecture(missing: Iterable[str], unknown: Iterable[str]) -> UserError:
-    """The error that names the first five keys that the checkpoint lacks, and the first five that it has in excess."""
-    faults = (("lacks", sorted(missing)), ("has in excess", sorted(unknown)))
-    parts = [f"{verb} {', '.join(keys[:5])}" for verb, keys in faults if keys]
-    return UserError(f"the checkpoint is of another architecture: it {' and '.join(parts)}")
+def size_of(shapes: Mapping[str, Sequence[int]], name: str, axis: int = 0) -> int:
+    """The length along an axis of the tensor `name`; a UserError where a state dict of these shapes does not have it."""
+    shape = shapes.get(name, ())
+    if axis >= len(shape) or shape[axis] < 1:
+        raise UserError(f"{ANOTHER}: it lacks {name}")
+    return shape[axis]
+
+
+def list_origins(origins: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each origin of facts that has any: it says them."""
+
+    def in_words(value: Any) -> str:
+        if isinstance(value, list):
+            return "/".join(map(str, value))
+        return str(value) if value is not None else "none"
+
+    return [
+        f"{origin}: {', '.join(f'{name} {in_words(value)}' for name, value in facts.items())}"
+        for origin, facts in origins.items()
+        if facts
+    ]
 
 
 def rename_state(network: nn.Module, state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -33,19 +53,8 @@ def rename_state(network: nn.Module, state_dict: Mapping[str, Tensor], names: Ma
     for key in wanted:
         module, _, kind = key.rpartition(".")
         keys[key] = f"{names.get(module, '?')}.{kind}"
-    missing, unknown = set(keys.values()) - set(state_dict), set(state_dict) - set(keys.values())
-    if missing or unknown:
-        raise another_architecture(missing, unknown)
-    renamed = {}
-    for key, theirs in keys.items():
-        tensor, shape = state_dict[theirs], wanted[key].shape
-        if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
-            raise UserError(
-                f"the checkpoint is of another architecture: {theirs} is {tuple(tensor.shape)}, this network wants "
-                f"{tuple(shape)}"
-            )
-        renamed[key] = tensor.reshape(shape).float()
-    return renamed
+    fitted = fit_state(state_dict, {theirs: wanted[key] for key, theirs in keys.items()}, ANOTHER)
+    return {key: fitted[theirs].float() for key, theirs in keys.items()}
 
 
 def state_under(names: Mapping[str, str], network: nn.Module) -> dict[str, Tensor]:

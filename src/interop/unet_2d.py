@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ..config import UserError, validate
-from ..models import UNet, UNetConfig
-from ..runs.diffusers_autoencoder import ATTENTION, RESIDUAL, VERSION, fuse_qkv, pair_names
+from ..models import UNet, UNetConfig, build_model
+from ..runs.diffusers_autoencoder import VERSION, fuse_qkv, names_inside
 from .names import multiple, rename_state, state_under
 
 # The attention of each type of block, and how the block resamples: where that is None, downsample_type and upsample_type say.
@@ -15,8 +15,8 @@ DOWN = {"DownBlock2D": ("none", "conv"), "AttnDownBlock2D": ("full", None), "Res
 UP = {"UpBlock2D": ("none", "conv"), "AttnUpBlock2D": ("full", None), "ResnetUpsampleBlock2D": ("none", "resnet")}
 
 # Options that our U-Net has in one way alone.
-FIXED = {"time_embedding_type": ("positional",), "center_input_sample": (False,), "mid_block_type": ("UNetMidBlock2D",)}
-FIXED |= {"mid_block_scale_factor": (1,), "act_fn": ("silu", "swish"), "class_embed_type": (None,)}
+FIXED = {"time_embedding_type": ("positional",), "center_input_sample": (False,), "mid_block_scale_factor": (1,)}
+FIXED |= {"act_fn": ("silu", "swish"), "class_embed_type": (None,)}
 
 
 def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
@@ -28,16 +28,14 @@ def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
             raise UserError(f"UNet2DModel with {key}={value!r} is not supported; allowed: {allowed}")
         return value
 
-    for key, allowed in FIXED.items():
+    for key, allowed in {**FIXED, "mid_block_type": ("UNetMidBlock2D",)}.items():
         only(key, *allowed)
     widths, groups = list(theirs["block_out_channels"]), theirs.get("norm_num_groups", 32)
     only("time_embedding_dim", None, 4 * widths[0])
     scale_shift = only("resnet_time_scale_shift", "default", "scale_shift") == "scale_shift"
     mid_attention = theirs.get("add_attention", True)
-    if mid_attention and scale_shift and theirs.get("attn_norm_num_groups") is None:
+    if mid_attention and only("attn_norm_num_groups", None, groups) is None and scale_shift:
         raise UserError("UNet2DModel with scale_shift and add_attention has an attention without norm: not supported")
-    if mid_attention:
-        only("attn_norm_num_groups", None, groups)
 
     down, up = list(theirs["down_block_types"]), list(reversed(theirs["up_block_types"]))
     blocks = f"UNet2DModel with blocks {down} and {up[::-1]} is not supported"
@@ -85,7 +83,6 @@ def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:
     with `attn_norm_num_groups`, an attention in the middle beside scale_shift.
     """
     config = network.config
-    assert isinstance(config, UNetConfig)
     options = [
         *(("attention", kind, ("none", "full")) for kind in config.attention),
         ("mid_attention", config.mid_attention, ("none", "full")),
@@ -110,25 +107,24 @@ def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:
     residual_down, residual_up = config.downsample == "residual", config.upsample == "residual"
     down = {"full": "AttnDownBlock2D", "none": "ResnetDownsampleBlock2D" if residual_down else "DownBlock2D"}
     up = {"full": "AttnUpBlock2D", "none": "ResnetUpsampleBlock2D" if residual_up else "UpBlock2D"}
-    return {
+    theirs = {
+        **{key: allowed[0] for key, allowed in FIXED.items()},
         "_class_name": "UNet2DModel",
         "_diffusers_version": VERSION,
-        "act_fn": "silu",
         "add_attention": mid_attention,
         "attention_head_dim": None if one_head else sizes[0],
         "attn_norm_num_groups": config.norm_groups if scale_shift and mid_attention else None,
         "block_out_channels": config.widths,
-        "center_input_sample": False,
-        "class_embed_type": None,
         "down_block_types": [down[kind] for kind in config.attention],
-        "downsample_padding": 0 if config.downsample == "conv_right" else 1,
         "downsample_type": "resnet" if residual_down else "conv",
+        "up_block_types": [up[kind] for kind in reversed(config.attention)],
+        "upsample_type": "resnet" if residual_up else "conv",
+        "downsample_padding": 0 if config.downsample == "conv_right" else 1,
         "dropout": config.dropout,
         "flip_sin_to_cos": config.time_embedding.order == "cos_sin",
         "freq_shift": config.time_embedding.frequency_shift,
         "in_channels": network.stem.in_channels,
         "layers_per_block": config.blocks,
-        "mid_block_scale_factor": 1,
         "norm_eps": config.norm_eps,
         "norm_num_groups": config.norm_groups,
         "num_class_embeds": network.label_embedding.num_embeddings if network.label_embedding is not None else None,
@@ -136,46 +132,38 @@ def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:
         "out_channels": network.head.out_channels,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
         "sample_size": image_size,
-        "time_embedding_type": "positional",
-        "up_block_types": [up[kind] for kind in reversed(config.attention)],
-        "upsample_type": "resnet" if residual_up else "conv",
     }
+    return dict(sorted(theirs.items()))
 
 
 def module_names(config: UNetConfig) -> dict[str, str]:
     """Our module names -> those of a UNet2DModel; its to_q, to_k and to_v count as one `qkv`."""
-    names = {"time_in": "time_embedding.linear_1", "time_out": "time_embedding.linear_2"}
-    names |= {"label_embedding": "class_embedding", "stem": "conv_in", "head_norm": "conv_norm_out", "head": "conv_out"}
-    levels = range(len(config.channel_mult))
-    blocks = {f"mid.{i}": ("mid_block", i) for i in range(2)}
-    for way, count in (("down", config.blocks), ("up", config.blocks + 1)):
-        blocks |= {f"{way}.{level}.blocks.{i}": (f"{way}_blocks.{level}", i) for level in levels for i in range(count)}
-        for level in levels:
-            ours, theirs = f"{way}.{level}.resample", f"{way}_blocks.{level}.{way}samplers.0"
-            names |= {**pair_names(ours, theirs, RESIDUAL), f"{ours}.conv": f"{theirs}.conv"}
-    for ours, (theirs, i) in blocks.items():
-        names |= pair_names(f"{ours}.residual", f"{theirs}.resnets.{i}", RESIDUAL)
-        names |= pair_names(f"{ours}.attention", f"{theirs}.attentions.{i}", ATTENTION)
-    return names
+    places = {"time_in": "time_embedding.linear_1", "time_out": "time_embedding.linear_2", "label_embedding": "class_embedding"}
+    places |= {"stem": "conv_in", "head_norm": "conv_norm_out", "head": "conv_out"}
+    levels = [(way, level) for way in ("down", "up") for level in range(len(config.channel_mult))]
+    blocks = [("mid", "mid_block", i) for i in range(2)]
+    for way, level in levels:
+        places[f"{way}.{level}.resample"] = f"{way}_blocks.{level}.{way}samplers.0"
+        count = config.blocks + (way == "up")
+        blocks += [(f"{way}.{level}.blocks", f"{way}_blocks.{level}", i) for i in range(count)]
+    for ours, theirs, i in blocks:
+        places |= {f"{ours}.{i}.residual": f"{theirs}.resnets.{i}", f"{ours}.{i}.attention": f"{theirs}.attentions.{i}"}
+    return names_inside(places)
 
 
 def unet_from_diffusers(theirs: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, null_class: bool = False) -> UNet:
     """A UNet2DModel, by its config and state dict, as our U-Net with the same output; with `null_class` the last of its
     classes is the one for no class."""
-    config = unet_config(theirs)
-    classes = theirs.get("num_class_embeds")
-    network = UNet(
-        config,
-        in_channels=theirs["in_channels"],
-        out_channels=theirs["out_channels"],
-        num_classes=classes - null_class if classes is not None else None,
-        null_class=null_class,
-    )
+    config, channels, classes = unet_config(theirs), theirs["in_channels"], theirs.get("num_class_embeds")
+    size = theirs.get("sample_size") or config.factor
+    num_classes = classes - null_class if classes is not None else None
+    learned = theirs["out_channels"] == 2 * channels
+    network = build_model(config, (channels, size, size), num_classes, learned=learned, null_class=null_class)
+    assert isinstance(network, UNet)
     network.load_state_dict(rename_state(network, fuse_qkv(state_dict), module_names(config)))
     return network.eval()
 
 
 def state_for_diffusers(network: UNet) -> dict[str, Tensor]:
     """The weights of our network under the names of UNet2DModel: the inverse of `unet_from_diffusers`."""
-    assert isinstance(network.config, UNetConfig)
     return state_under(module_names(network.config), network)

@@ -12,23 +12,12 @@ from torch import Tensor
 from ..config import UserError, quoted, read_json, validate
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
-from ..runtime.checkpoint import (
-    Documents,
-    Tensors,
-    check_whole,
-    digest_of,
-    load_weights,
-    newest,
-    read_tensors,
-    verify_checkpoint,
-    write_folder,
-)
+from ..runtime.checkpoint import check_whole, digest_of, load_weights, newest, read_tensors, verify_checkpoint, write_folder
 from ..runtime.seeds import normal
 from ..storage.downloads import hub_name_of_url, is_hub_name
 from ..storage.networks import few
-from ..storage.weight_files import read_foreign_json
-from .diffusers_autoencoder import autoencoder_from_config, load_autoencoder
-from .exported_autoencoder import exported_autoencoder
+from .diffusers_autoencoder import autoencoder_from_config, exported_autoencoder, load_autoencoder
+from .folders import finished, read_if_there
 
 CPU = torch.device("cpu")
 
@@ -50,7 +39,7 @@ class Autoencoder:
     scaling: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
 
-    def files(self) -> tuple[Tensors, Documents]:
+    def files(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The files of it that a latent run keeps: autoencoder.safetensors and autoencoder_config.json."""
         tensors = {name: value.detach().cpu() for name, value in self.network.state_dict().items()}
         document = {**self.document, "path": self.path, "digest": self.digest}
@@ -107,22 +96,23 @@ class LatentCodec:
         return self.network.decode((latents * self.std.to(latents) + self.mean.to(latents)).to(dtype))
 
 
-def _step(folder: Path) -> int:
-    return read_json(folder / "progress.json")["step"]
+def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lowest and highest value of each channel over all latents, from the facts of a latent run: (D, 1, 1) each."""
+    low, high = (torch.tensor(facts[key], device=device)[:, None, None] for key in ("low", "high"))
+    return low, high
 
 
 def _rebuild(document: dict[str, Any], weights: dict[str, Tensor], path: str, digest: str, device: torch.device) -> Autoencoder:
     """The autoencoder of a document of `files`, or of a run of train_vae.py."""
     if document["kind"] == "diffusers":
         network = autoencoder_from_config(document["config"])
-        facts = {"channels": network.channels, "latent_channels": network.latent_channels, "factor": network.factor}
-        facts |= {"scaling": network.scaling}
+        facts = {key: getattr(network, key) for key in ("channels", "latent_channels", "factor", "scaling")}
     else:
         spec = validate(VAEConfig, document["model"], origin=f"{path}: model")
         network = VAE(spec, document["channels"])
         network.tanh = document["tanh"]
         facts = {"channels": document["channels"], "latent_channels": spec.latent_channels, "factor": spec.factor}
-        facts |= {"sizes": tuple(document["sizes"])}
+        facts["sizes"] = tuple(document["sizes"])
     load_weights(network, weights, Path(path))
     frozen = channels_last(network).to(device).eval().requires_grad_(False)
     return Autoencoder(network=frozen, path=path, document=document, digest=digest, **facts)
@@ -154,11 +144,12 @@ def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencod
 
 def _is_of_diffusers(path: Path) -> bool:
     """Whether a folder is a model or a pipeline of diffusers, whole or not: a message then says what is missing."""
-    configs = [config for config in (path / "config.json", *path.glob("*/config.json")) if config.is_file()]
-    named = any("_class_name" in read_foreign_json(config) for config in configs)
-    keys = set(read_foreign_json(path / "config.json")) if (path / "config.json").is_file() else set[str]()
-    weights = any(file.suffix in (".safetensors", ".bin") for file in path.glob("vae/*"))
-    return (path / "model_index.json").is_file() or named or weights or {"block_out_channels", "latent_channels"} <= keys
+    configs = [read_if_there(config) for config in (path / "config.json", *path.glob("*/config.json"))]
+    is_named = any("_class_name" in config for config in configs) or {"block_out_channels", "latent_channels"} <= set(
+        configs[0]
+    )
+    has_weights = any(file.suffix in (".safetensors", ".bin") for file in path.glob("vae/*"))
+    return is_named or has_weights or (path / "model_index.json").is_file()
 
 
 def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
@@ -191,11 +182,9 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
                 f"the autoencoder {name} is neither a run of train_vae.py nor a diffusers AutoencoderKL, which have a "
                 f"config.json; it holds {inside or 'nothing'}"
             )
-        checkpoint, _ = newest(path / "checkpoints")
-        ahead = verify_checkpoint(folder) is None and checkpoint is not None and _step(checkpoint) > _step(folder)
-        if verify_checkpoint(folder) is not None or ahead:
-            status = read_json(path / "status.json") if (path / "status.json").exists() else None
-            at = f" (step {status['step']} of {status['steps']})" if status is not None else ""
+        if finished(path, newest(path / "checkpoints")[0]) is None:
+            status = read_if_there(path / "status.json")
+            at = f" (step {status['step']} of {status['steps']})" if status else ""
             raise UserError(
                 f"the autoencoder {name} has not finished{at}; run its command again, or name one of its checkpoints to take "
                 "it as it is"

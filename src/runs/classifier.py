@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pydantic
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .. import figures
@@ -26,6 +25,9 @@ from ..runtime.checkpoint import load_weights
 from ..runtime.seeds import noise_of
 from ..runtime.stream import Examples
 from .folders import read_weights
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @settings
@@ -129,7 +131,7 @@ class MeasureConfig:
 
 @torch.no_grad()
 def accuracy_by_level(
-    network: nn.Module, process: Process, examples: Examples, spec: MeasureConfig, batch_size: int, accelerator: Accelerator
+    network: nn.Module, process: Process, examples: Examples, spec: MeasureConfig, batch_size: int, accelerator: "Accelerator"
 ) -> tuple[float, list[float]]:
     """The mean cross entropy in nats over all levels, and the accuracy at each, shared by all ranks; always of the same images
     and noise."""

@@ -1,18 +1,39 @@
-"""A density that is opened: images, images as latents, or 2-D points; what is learned of it, and examples."""
+"""An opened density: images, images as latents, or 2-D points; what is learned of it, examples, and where sampling starts."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import UserError
 from ..data import ImageConfig, ImageSet, PointSet, describe_data, open_data, open_given, open_given_points, open_points
 from ..data.points import DensitySource, density_image, is_point_source
 from ..runtime.processes import same_on_all
+from ..runtime.seeds import generator
 from ..runtime.stream import Examples, image_examples
 from .autoencoder import LatentCodec
 from .latents import Latents
-from .starts import SourceSampler
+
+Bound = float | Tensor
+Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, indices of images, draw) -> (B, *shape) on the CPU
+
+
+@dataclass(frozen=True)
+class SourceSampler:
+    """A Start for sampling: the examples, in an order that is a function of (seed, draw)."""
+
+    examples: Examples
+
+    def __call__(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
+        order = generator(seed, "source", draw).permutation(len(self))
+        return self.examples.load(order[np.array(indices, dtype=np.int64) % len(self)]).float().cpu()
+
+    def __len__(self) -> int:
+        return len(self.examples.labels)
 
 
 class Density(ABC):

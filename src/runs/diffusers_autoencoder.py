@@ -1,36 +1,38 @@
-"""diffusers' AutoencoderKL behind the interface of our autoencoder."""
+"""diffusers' AutoencoderKL behind the interface of our autoencoder; and ours, opened from one that it was written as."""
 
-import json
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..config import UserError, prefix_errors, quoted
+from ..config import UserError, prefix_errors, quoted, read_json, validate
 from ..config.packages import ask_for, needed
+from ..models import VAEConfig
 from ..models.pretrained import import_torchvision
+from ..runtime.checkpoint import read_tensors
 from ..storage.downloads import from_hub
 from ..storage.networks import KL, few, find_network, present_names
 from ..storage.weight_files import find_files, read_files, read_foreign_json
+from .folders import read_if_there
 
 VERSION = "0.35.0"  # the oldest version of diffusers that reads the folders that we write
 WEIGHTS = "diffusion_pytorch_model"
-KNOWN = "stabilityai/sd-vae-ft-mse"
 PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")  # of an AutoencoderKL: the first words of its names
+OURS = "atelier.json"  # beside the config.json of diffusers: what builds our network again, and the hash of its weights
+NETWORK_KEYS = ("kind", "model", "channels", "tanh", "sizes")  # what, with the weights, builds our network again
 
-# The names inside a residual block and an attention: ours -> diffusers'. Its to_q, to_k and to_v count as one `qkv`.
-RESIDUAL = {"norm_1": "norm1", "conv_1": "conv1", "embed": "time_emb_proj"}
-RESIDUAL |= {"norm_2": "norm2", "conv_2": "conv2", "skip": "conv_shortcut"}
-ATTENTION = {"norm": "group_norm", "qkv": "qkv", "out": "to_out.0"}
+# The names inside a residual block, an attention and a resampling: ours -> diffusers'. Its to_q, to_k and to_v count as one.
+INSIDE = {"norm_1": "norm1", "conv_1": "conv1", "embed": "time_emb_proj", "norm_2": "norm2", "conv_2": "conv2"}
+INSIDE |= {"skip": "conv_shortcut", "norm": "group_norm", "qkv": "qkv", "out": "to_out.0", "conv": "conv"}
 
 
-def pair_names(ours: str, theirs: str, inside: Mapping[str, str]) -> dict[str, str]:
-    """The names inside one of our modules -> the names inside theirs."""
-    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in inside.items()}
+def names_inside(places: Mapping[str, str], inside: Mapping[str, str] = INSIDE) -> dict[str, str]:
+    """The names of modules, ours -> theirs: `places`, and the names `inside` each of them, whatever it is."""
+    return {**places, **{f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in places.items() for a, b in inside.items()}}
 
 
 def fuse_qkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,6 +43,25 @@ def fuse_qkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if all(name in fused for name in names):
             fused[key.replace(".to_q.", ".qkv.")] = torch.cat([fused.pop(name) for name in names])
     return fused
+
+
+def list_differences(missing: Collection[str], unknown: Collection[str]) -> list[str]:
+    """In words, the keys that a state dict lacks, and those that it has in excess."""
+    return [f"it {verb} {few(keys, 5)}" for verb, keys in (("lacks", missing), ("has in excess", unknown)) if keys]
+
+
+def fit_state(state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of a state dict in the shapes of `wanted`, where only 1s differ. A UserError, which begins with `where`, says
+    which keys or shapes differ."""
+    faults = list_differences(wanted.keys() - state_dict.keys(), state_dict.keys() - wanted.keys())
+    for key in () if faults else wanted:
+        shape, wanted_shape = tuple(state_dict[key].shape), tuple(wanted[key].shape)
+        if [n for n in shape if n != 1] != [n for n in wanted_shape if n != 1]:
+            faults = [f"{key} is {shape}, this network wants {wanted_shape}"]
+            break
+    if faults:
+        raise UserError(f"{where}: {'; '.join(faults)}")
+    return {key: state_dict[key].reshape(value.shape) for key, value in wanted.items()}
 
 
 class DiffusersAutoencoder(nn.Module):
@@ -70,14 +91,6 @@ class DiffusersAutoencoder(nn.Module):
         return self.network.decode(z).sample
 
 
-def autoencoder_files(network: DiffusersAutoencoder) -> dict[str, bytes]:
-    """The files of an AutoencoderKL's folder by name, unchanged."""
-    config = {"_class_name": "AutoencoderKL", "_diffusers_version": VERSION, **network.config}
-    state_dict = {key: value.detach().cpu().contiguous() for key, value in network.network.state_dict().items()}
-    weights = safetensors.torch.save(state_dict, metadata={"format": "pt"})
-    return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), f"{WEIGHTS}.safetensors": weights}
-
-
 def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
     """An AutoencoderKL of this config, with random weights."""
     import_torchvision()
@@ -89,16 +102,16 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
 def _find_autoencoder(folder: Path, name: str) -> tuple[Path, dict[str, Any], list[str]]:
     """The folder of an AutoencoderKL in `folder`, its config, and notes on what was chosen. A UserError says what is in the
     folder instead."""
-    usable = f"an AutoencoderKL, such as {KNOWN}, is what can be used"
+    usable = "an AutoencoderKL, such as stabilityai/sd-vae-ft-mse, is what can be used"
     place, notes = folder, list[str]()
     if not (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file():
         place = folder / "vae"
         notes = [f"the autoencoder is {place}, a part of the pipeline {folder}"]
     if not (place / "config.json").is_file():
-        if (folder / "vae").is_dir():
-            raise UserError(f"autoencoder {name}: {folder / 'vae'} has no config.json, which says what its weights are")
+        if place.is_dir():
+            raise UserError(f"autoencoder {name}: {place} has no config.json, which says what its weights are")
         configs = {path.parent.name: read_foreign_json(path) for path in sorted(folder.glob("*/config.json"))}
-        index = read_foreign_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+        index = read_if_there(folder / "model_index.json")
         kind = f"a {index['_class_name']}" if "_class_name" in index else "a folder"
         parts = few((f"{sub} ({config.get('_class_name', '?')})" for sub, config in configs.items()), 6)
         contents = parts or few(path.name for path in folder.iterdir()) or "nothing"
@@ -135,35 +148,68 @@ def load_autoencoder(name: str) -> DiffusersAutoencoder:
             if not any(place.glob("*.safetensors")):
                 from_hub(name, [f"{inside}{file}" for file in (f"{WEIGHTS}.bin", "*.safetensors", "*.index.json")])
         files, left_out = find_files(place)
-        state_dict, weight_notes = find_network(read_files(files), KL, place / files.name)
-    try:
-        autoencoder = autoencoder_from_config(config)
-    except UserError:
-        raise
-    except Exception as error:  # AutoencoderKL raises errors of many kinds for values that it does not take
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"autoencoder {name}: no AutoencoderKL can be built of {place / 'config.json'}: {reason}") from None
-    unused = _load_weights(autoencoder.network, state_dict, f"autoencoder {name}: {place / files.name}")
-    first, *others = weight_notes
+        state_dict, (first, *others) = find_network(read_files(files), KL, place / files.name)
+        try:
+            autoencoder = autoencoder_from_config(config)
+        except Exception as error:  # AutoencoderKL raises errors of many kinds for values that it does not take
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"no AutoencoderKL can be built of {place / 'config.json'}: {reason}") from None
+    state_dict, where = present_names(state_dict), f"autoencoder {name}: {place / files.name}"
+    if "encoder.down.0.block.0.conv1.weight" in state_dict:
+        raise UserError(f"{where} has the names of CompVis's latent-diffusion; convert it to diffusers' AutoencoderKL first")
+    weights = {key: tensor for key, tensor in state_dict.items() if key.split(".")[0] in PARTS}
+    where += " does not hold the weights of a whole AutoencoderKL of its config.json"
+    autoencoder.network.load_state_dict(fit_state(weights, autoencoder.network.state_dict(), where))
+    beside = state_dict.keys() - weights.keys()
+    unused = [f"left out, tensors of no AutoencoderKL: {few(beside)}"] if beside else []
     autoencoder.notes = (*notes, f"autoencoder: {place}, {first.removeprefix('network: ')}", *others, *unused, *left_out)
     return autoencoder
 
 
-def _load_weights(network: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> list[str]:
-    """Put the weights into the network, and give notes on what was left out. A UserError says what is missing."""
-    state_dict, wanted = present_names(state_dict), network.state_dict()
-    if "encoder.down.0.block.0.conv1.weight" in state_dict:
-        raise UserError(f"{where} has the names of CompVis's latent-diffusion; convert it to diffusers' AutoencoderKL first")
-    missing, unknown = set(wanted) - set(state_dict), set(state_dict) - set(wanted)
-    beside = {key for key in unknown if key.split(".")[0] not in PARTS}
-    shapes = [
-        f"{key} is {tuple(state_dict[key].shape)}, the config wants {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state_dict and [n for n in state_dict[key].shape if n != 1] != [n for n in value.shape if n != 1]
-    ]
-    faults = [f"it lacks {few(missing)}"] if missing else []
-    faults += [f"it has in excess {few(unknown - beside)}"] if unknown > beside else []
-    if faults := faults + shapes[:1]:
-        raise UserError(f"{where} does not hold the weights of a whole AutoencoderKL of its config.json: {'; '.join(faults)}")
-    network.load_state_dict({key: state_dict[key].reshape(value.shape).to(value.dtype) for key, value in wanted.items()})
-    return [f"left out, tensors of no AutoencoderKL: {few(beside)}"] if beside else []
+def layer_names(spec: VAEConfig) -> dict[str, str]:
+    """The names of our modules that hold weights -> their names in an AutoencoderKL."""
+
+    def level(name: str, kind: str) -> list[str]:
+        attention = [] if kind == "none" else [f"{name}.attentions.{spec.blocks - 1}"]  # ours, after the last block
+        return [*(f"{name}.resnets.{i}" for i in range(spec.blocks)), *attention]
+
+    def middle(name: str) -> list[str]:
+        attention = [] if spec.mid_attention == "none" else [f"{name}.attentions.0"]
+        return [f"{name}.resnets.0", *attention, f"{name}.resnets.1"]
+
+    encoder, up, no_weights = ["encoder.conv_in"], list[str](), ""
+    for i, kind in enumerate(spec.kinds):
+        encoder += [*level(f"encoder.down_blocks.{i}", kind), no_weights]  # pooling
+        up += [*level(f"decoder.up_blocks.{i}", spec.kinds[-1 - i]), f"decoder.up_blocks.{i}.upsamplers.0"]
+    encoder[-1:] = [*middle("encoder.mid_block"), "encoder.conv_norm_out", no_weights, "encoder.conv_out"]
+    up[-1] = "decoder.conv_norm_out"
+    parts = {"encoder": encoder, "middle": ["decoder.conv_in", *middle("decoder.mid_block")], "up": up}
+    places = {f"{part}.layers.{i}": theirs for part, layers in parts.items() for i, theirs in enumerate(layers) if theirs}
+    return names_inside({"last": "decoder.conv_out", **places})
+
+
+def exported_autoencoder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
+    """(document, weights by our names, digest) of our autoencoder that was written as an AutoencoderKL into `folder`, or into
+    its `vae`.
+
+    None where there is none, or where somebody changed its weights: it is then an AutoencoderKL like any other.
+    """
+    for place in (folder, folder / "vae"):
+        weights = place / f"{WEIGHTS}.safetensors"
+        if not (place / OURS).is_file() or not weights.is_file():
+            continue
+        document = read_json(place / OURS)
+        with open(weights, "rb") as file:
+            if not isinstance(document, Mapping) or hashlib.file_digest(file, "sha256").hexdigest() != document.get("weights"):
+                return None
+        missing = [key for key in (*NETWORK_KEYS, "digest") if key not in document]
+        if missing:
+            raise UserError(f"{place / OURS} is damaged: it lacks {', '.join(missing)}")
+        names = layer_names(validate(VAEConfig, document["model"], origin=f"{place / OURS}: model"))
+        theirs = fuse_qkv(read_tensors(place, WEIGHTS))
+        pairs = [(f"{ours}.{kind}", f"{name}.{kind}") for ours, name in names.items() for kind in ("weight", "bias")]
+        state_dict = {ours: theirs[name] for ours, name in pairs if name in theirs}
+        return {key: document[key] for key in NETWORK_KEYS}, state_dict, document["digest"]
+    return None

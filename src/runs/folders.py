@@ -12,6 +12,11 @@ from ..storage.finite import check_finite
 from ..storage.weight_files import read_file, read_foreign_json
 
 
+def read_if_there(path: Path) -> dict[str, Any]:
+    """The JSON object that another program wrote into a file, empty where there is no file."""
+    return read_foreign_json(path) if path.is_file() else {}
+
+
 def run_name(path: str | Path) -> str:
     """The name of a run, given its directory, a checkpoint, the final folder or an average in it; of an export that of the
     file."""
@@ -38,26 +43,31 @@ class Weights(NamedTuple):
     digest: str
 
 
+def _step(folder: Path) -> int:
+    return read_json(folder / "progress.json")["step"]
+
+
+def finished(run: Path, checkpoint: Path | None) -> Path | None:
+    """The final folder of a run, where it is whole and not behind the newest `checkpoint`."""
+    final = run / "final"
+    is_whole = verify_checkpoint(final) is None
+    return final if is_whole and (checkpoint is None or _step(checkpoint) <= _step(final)) else None
+
+
 def _find(path: Path) -> Path:
     """The folder with the weights: `path` itself, its final, or its newest whole checkpoint."""
     if (path / "ema.safetensors").exists() or (path / "MANIFEST.json").exists():
         check_whole(path)
         return path
-    final = path / "final"
     checkpoint, passed = newest(path / "checkpoints")
-    if final.is_dir() and verify_checkpoint(final) is None:
-        ahead = read_json(final / "progress.json")["step"]
-        if checkpoint is None or read_json(checkpoint / "progress.json")["step"] <= ahead:
-            return final
-    if checkpoint is not None:
-        return checkpoint
+    if (best := finished(path, checkpoint) or checkpoint) is not None:
+        return best
     if passed:
         raise UserError(f"{path}: no checkpoint is whole ({'; '.join(passed)})")
-    kind = read_foreign_json(path / "config.json").get("_class_name") if (path / "config.json").is_file() else None
-    if kind is not None and kind != "UNet2DModel":
-        advice = (
-            f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents" if kind == "AutoencoderKL" else "give a run"
-        )
+    kind = read_if_there(path / "config.json").get("_class_name")
+    if kind not in ("UNet2DModel", None):
+        is_autoencoder = kind == "AutoencoderKL"
+        advice = f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents" if is_autoencoder else "give a run"
         raise UserError(f"{path} is {kind} of diffusers and no run of this project; {advice}")
     parts = ("model_index.json", "unet/config.json", "unet_ema/config.json")
     if kind is not None or any((path / name).is_file() for name in parts):
@@ -80,7 +90,7 @@ def read_weights(path: Path) -> Weights:
         tensors=read_tensors(folder, "ema"),
         config=read_json(folder / "config.json"),
         data=read_json(folder / "data.json"),
-        step=read_json(folder / "progress.json")["step"],
+        step=_step(folder),
         digest=read_json(folder / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"],
     )
 

@@ -15,12 +15,11 @@ from ..data.names import join_names, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import ModelConfig, build_model
 from ..runtime.checkpoint import load_weights
-from .autoencoder import LatentCodec, kept_autoencoder
-from .densities import Density, EncodedDensity, open_density
+from .autoencoder import LatentCodec, kept_autoencoder, latent_bounds
+from .densities import Bound, Density, EncodedDensity, Start, open_density
 from .folders import read_weights, run_name
-from .starts import Bound, Start, latent_bounds
 
-GAUSSIAN = {"source": "gaussian"}
+GAUSSIAN, LABELS = {"source": "gaussian"}, "label_embedding.weight"
 
 
 @config
@@ -164,27 +163,24 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
     """Put the EMA weights of the diffusion run `name` into networks of the same architecture; where its classes are others,
     all but the embedding of the labels. Gives what was done, in words."""
     opened = open_run(name, torch.device("cpu"))
-    weights, key = opened.network.state_dict(), "label_embedding.weight"
-    fresh = networks[0].state_dict()
+    weights, fresh = opened.network.state_dict(), networks[0].state_dict()
     notice = f"starting from the weights of {name} (step {opened.step})"
     number = {normal_form(name): i for i, name in enumerate(opened.class_names)}
-    as_they_stand = same_names(opened.class_names, class_names)
-    same = key in weights and (as_they_stand or sorted(number) == sorted(map(normal_form, class_names)))
-    if same and not as_they_stand:  # in another order, as names in another spelling may be
-        order = [number[normal_form(name)] for name in class_names]
-        weights[key] = torch.cat([weights[key][order], weights[key][len(order) :]])
-    if same and key in fresh and len(weights[key]) < len(fresh[key]):  # it never learned to go without a label
-        weights[key] = torch.cat([weights[key], weights[key].mean(0, keepdim=True)])
-        notice += "; its null class is new, the mean of the others"
-    elif key in fresh and not same:
-        notice += "; its classes are others, so the label embedding is new"
-    elif key in weights and key not in fresh:
-        notice += "; without its label embedding, since this run learns no classes"
-    if key not in fresh or not same:
-        weights = {name: value for name, value in weights.items() if name != key}
+    as_they_stand, labels = same_names(opened.class_names, class_names), weights.pop(LABELS, None)
+    if LABELS not in fresh:
+        notice += "; without its label embedding, since this run learns no classes" if labels is not None else ""
+    elif labels is None or not (as_they_stand or sorted(number) == sorted(map(normal_form, class_names))):
+        notice, labels = f"{notice}; its classes are others, so the label embedding is new", None
+    else:
+        if not as_they_stand:  # in another order, as names in another spelling may be
+            order = [number[normal_form(name)] for name in class_names]
+            labels = torch.cat([labels[order], labels[len(order) :]])
+        if len(labels) < len(fresh[LABELS]):  # it never learned to go without a label
+            labels = torch.cat([labels, labels.mean(0, keepdim=True)])
+            notice += "; its null class is new, the mean of the others"
     for network in networks:
-        initial = network.state_dict()
-        load_weights(network, weights if same or key not in initial else {**weights, key: initial[key]}, Path(name))
+        embedding = {LABELS: network.state_dict()[LABELS] if labels is None else labels} if LABELS in fresh else {}
+        load_weights(network, weights | embedding, Path(name))
     return notice
 
 
@@ -219,7 +215,7 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
         raise UserError(f"{path} is no diffusion run of this project")
     class_names = tuple(data["class_names"])
     spec = validate(ProcessConfig, config["process"], origin=f"{path}: process")
-    num_classes, key = count_classes(config["class_conditional"], class_names), "label_embedding.weight"
+    num_classes = count_classes(config["class_conditional"], class_names)
     fields = {"path": path, "process": build_process(spec), "class_names": class_names, "config": config}
     fields |= {"facts": data, "step": step}
     shape: tuple[int, ...] = (2,)
@@ -240,7 +236,7 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
         shape,
         num_classes,
         learned=spec.variance == "learned",
-        null_class=key not in weights or num_classes is None or len(weights[key]) > num_classes,
+        null_class=LABELS not in weights or num_classes is None or len(weights[LABELS]) > num_classes,
         upsampler=config.get("low_resolution") is not None,
     )
     load_weights(network, weights, path)

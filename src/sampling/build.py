@@ -10,8 +10,8 @@ from ..data.names import join_names, parse_classes, same_names
 from ..diffusion import Process
 from ..runs.autoencoder import LatentCodec
 from ..runs.classifier import OpenedClassifier
+from ..runs.densities import Bound, Start
 from ..runs.opened import Opened, Run
-from ..runs.starts import Bound, Start
 from .config import SamplerConfig
 from .sampler import Sampler
 

@@ -17,8 +17,8 @@ from ..config import UserError
 from ..data import ImageConfig
 from ..data.formats import endings
 from ..data.transforms import decode, square
+from ..runs.densities import Start
 from ..runs.opened import Opened
-from ..runs.starts import Start
 from ..runtime.seeds import generator
 from ..runtime.stream import to_network
 from .sampler import Edit

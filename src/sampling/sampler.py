@@ -29,7 +29,7 @@ from ..diffusion import (
 from ..diffusion.guidance import Gradient
 from ..diffusion.schedules import like
 from ..diffusion.solvers import Callback
-from ..runs.starts import Bound, Start
+from ..runs.densities import Bound, Start
 from ..runtime.seeds import noise_of
 from ..storage.finite import is_finite
 from .config import SamplerConfig

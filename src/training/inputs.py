@@ -22,7 +22,7 @@ from ..data import GaussianSource, ImageConfig, ImageSet
 from ..data.latents import FILES, open_blocks
 from ..data.names import same_names
 from ..data.transforms import DECODER
-from ..runs.autoencoder import Autoencoder
+from ..runs.autoencoder import Autoencoder, latent_bounds
 from ..runs.densities import Density, ImageDensity, LatentDensity, PointDensity, given_density, open_density
 from ..runs.latents import CONTENT, cache_folder, latents_of, write_sample_blocks
 from ..runs.opened import open_run

@@ -31,6 +31,7 @@ from src.evaluation.results import Results, Setup
 from src.evaluation.run import add_class_accuracy
 from src.evaluation.sweep import parse_sweep
 from src.metrics.features import open_features
+from src.runs.densities import SourceSampler
 from src.runs.starts import SourceSampler
 from src.runtime.stream import Examples
 from src.sampling.config import SamplerConfig

@@ -13,7 +13,7 @@ from src.interop.autoencoder_kl import autoencoder_files, obstacles
 from src.models import VAEConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder
-from src.runs.exported_autoencoder import exported_autoencoder
+from src.runs.diffusers_autoencoder import exported_autoencoder
 from tests.conftest import refused, run_in_process
 from tests.interop.final_folders import CPU, PLAIN, keep_vae, leave, refuse, same_autoencoder, vae
 

@@ -12,6 +12,7 @@ from src.config import UserError
 from src.interop.diffusers_folder import read
 from src.interop.schedulers import process_config, scheduler_config
 from src.interop.unet_2d import unet2d_config, unet_config
+from src.models import UNet
 from tests.conftest import randomise
 from tests.interop.exports import LEARNED, LINEAR, exported, process_of, unet
 
@@ -54,8 +55,10 @@ def test_a_folder_that_diffusers_wrote(tmp_path: Path) -> None:
     same_output(folder, folder / "unet")
     imported = read(folder)
     assert imported.process == process_of({**LINEAR, "variance": "large"})
-    assert imported.model.downsample == "conv_right" and imported.model.time_embedding.frequency_shift == 1
-    assert (imported.image_size, imported.channels, imported.num_classes, imported.null_class) == (8, 3, None, False)
+    assert imported.network.config.downsample == "conv_right" and imported.network.config.time_embedding.frequency_shift == 1
+    network = imported.network
+    assert isinstance(network, UNet) and (network.num_classes, network.null_class) == (None, False)
+    assert (imported.image_size, imported.channels) == (8, 3)
     assert any("timestep_spacing trailing" in line for line in imported.notes)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.config import load, read_json
 from src.interop import diffusers_folder as folders
-from src.interop.diffusers_latents import add_autoencoder
+from src.interop.diffusers_folder import add_autoencoder
 from src.interop.imported import keep
 from src.runs.autoencoder import open_autoencoder
 from src.runs.diffusers_autoencoder import DiffusersAutoencoder, autoencoder_from_config
@@ -103,7 +103,7 @@ def test_what_is_no_whole_autoencoder_says_what_it_is(tmp_path: Path) -> None:
         {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
     )
     assert "has in excess encoder.alien" in holding({**state, "encoder.alien": torch.ones(1)})
-    assert "the config wants (8, 3, 3, 3)" in holding({**state, "encoder.conv_in.weight": torch.ones(8, 1, 3, 3)})
+    assert "this network wants (8, 3, 3, 3)" in holding({**state, "encoder.conv_in.weight": torch.ones(8, 1, 3, 3)})
     assert "names of CompVis's latent-diffusion" in holding(
         {"encoder.conv_in.weight": torch.ones(1), "encoder.down.0.block.0.conv1.weight": torch.ones(1)}
     )

@@ -95,8 +95,8 @@ def test_flags_come_in_three_ways(vectors: Path, tmp_path: Path, name: str, kind
     torch.testing.assert_close(out, io["out"], rtol=0, atol=1e-4)
     assert not imported.network.training and imported.process.clip
     assert (imported.image_size, imported.channels, imported.low_resolution) == (int(name.split("_")[1]), 3, None)
-    assert imported.num_classes == (1000 if "y" in io else None) and not imported.null_class
-    assert isinstance(imported.model, UNetConfig) and imported.model.dropout == 0
+    assert imported.network.num_classes == (1000 if "y" in io else None) and not imported.network.null_class
+    assert isinstance(imported.network.config, UNetConfig) and imported.network.config.dropout == 0
 
 
 @pytest.mark.parametrize("kind", ["dict", "file", "strings"])
@@ -111,8 +111,9 @@ def test_logits_and_gradients_of_the_reference(vectors: Path, tmp_path: Path, ki
     assert io["grad"].abs().max() > 1e-3
     torch.testing.assert_close(gradient, io["grad"], rtol=0, atol=1e-7)
     imported = read(path, flags)
-    assert (imported.image_size, imported.channels, imported.num_classes) == (64, 3, 1000) and not imported.network.training
-    assert isinstance(imported.model, ClassifierConfig) and imported.model.blocks == 1, "the shapes alone say how many"
+    network, config = imported.network, imported.network.config
+    assert (imported.image_size, imported.channels, network.num_classes) == (64, 3, 1000) and not network.training
+    assert isinstance(config, ClassifierConfig) and config.blocks == 1, "the shapes alone say how many"
 
 
 def test_flags_become_a_process() -> None:
@@ -196,13 +197,13 @@ def test_a_unet_goes_there_and_back(tmp_path: Path, change: dict, options: dict,
     torch.save(foreign_state(network, config), tmp_path / "model.pt")
     imported = read(tmp_path / "model.pt", {**SMALL_FLAGS, **flags})
     if len(config.channel_mult) > 1:
-        assert imported.model == config
+        assert imported.network.config == config
     assert isinstance(imported.network, UNet)
     assert (imported.image_size, imported.channels) == (16, options.get("in_channels", 3))
-    assert (imported.num_classes, imported.low_resolution) == (options.get("num_classes"), flags.get("small_size"))
+    assert (imported.network.num_classes, imported.low_resolution) == (options.get("num_classes"), flags.get("small_size"))
     assert (imported.process.variance == "learned") == (options.get("out_channels") in (2, 6))
     x, t = torch.randn(2, imported.channels, 16, 16), torch.tensor([3.0, 800.0])
-    condition = {"labels": torch.tensor([0, 6])} if imported.num_classes else {}
+    condition = {"labels": torch.tensor([0, 6])} if imported.network.num_classes else {}
     if imported.low_resolution:
         condition["low"] = torch.randn(2, imported.channels, imported.low_resolution, imported.low_resolution)
     with torch.no_grad():
@@ -229,7 +230,8 @@ def test_a_classifier_goes_there_and_back(tmp_path: Path, pool: str, change: dic
     randomise(network)
     torch.save(foreign_state(network, config), tmp_path / "model.pt")
     imported = read(tmp_path / "model.pt", {} if pool == "attention" else {"image_size": 16})
-    assert imported.model == config and (imported.image_size, imported.channels, imported.num_classes) == (16, channels, 7)
+    assert imported.network.config == config
+    assert (imported.image_size, imported.channels, imported.network.num_classes) == (16, channels, 7)
     x, t = torch.randn(2, channels, 16, 16), torch.tensor([3.0, 800.0])
     with torch.no_grad():
         out = network.eval()(x, t)

@@ -27,7 +27,7 @@ def test_shapes_that_leave_the_depth_open(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 1 or 3 blocks: give classifier_depth"):
         read_shapes(shapes_of(state))
     imported = read(tmp_path / "model.pt", {"image_size": 16, "classifier_depth": 1})
-    assert imported.model == config
+    assert imported.network.config == config
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([3.0])
     assert torch.equal(imported.network(x, t), network.eval()(x, t))
 

@@ -195,7 +195,7 @@ def test_a_published_file_is_read_without_flags(tmp_path: Path, monkeypatch: pyt
         read(tmp_path / "model.pt")
     monkeypatch.setitem(PUBLISHED, "tiny.pt", flags)
     imported = read(tmp_path / "model.pt")
-    assert imported.model == config and imported.image_size == 32
+    assert imported.network.config == config and imported.image_size == 32
     assert imported.process.time_input is not None and imported.process.time_input.scale == 0.25
     weights, signature, defaults = imported.notes[-3:]
     assert weights.startswith("from the weights: ") and "num_channels 32" in weights and "channel_mult 1,1,2" in weights

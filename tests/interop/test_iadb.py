@@ -62,7 +62,7 @@ def test_a_checkpoint_gives_the_same_output_as_in_diffusers(tmp_path: Path, how:
     if how == "half":
         theirs.load_state_dict({name: tensor.float() for name, tensor in content.items()})
     same_output(imported, theirs)
-    assert (imported.image_size, imported.channels, imported.num_classes, imported.autoencoder) == (8, 3, None, None)
+    assert (imported.image_size, imported.channels, imported.network.num_classes, imported.autoencoder) == (8, 3, None, None)
     assert imported.process == validate(ProcessConfig, PROCESS) and imported.script == "train_iadb.py"
     notes = "\n".join(imported.notes)
     count = len(state)
@@ -104,7 +104,7 @@ def test_shapes_say_the_architecture(tmp_path: Path, name: str) -> None:
     theirs = unet2d(**NETWORKS[name])
     imported = read(saved(tmp_path / "a.pt", theirs.state_dict()), image_size=8)
     same_output(imported, theirs)
-    assert imported.num_classes == theirs.config.num_class_embeds and imported.channels == theirs.config.in_channels
+    assert imported.network.num_classes == theirs.config.num_class_embeds and imported.channels == theirs.config.in_channels
 
 
 def test_the_network_of_the_paper_by_its_shapes() -> None:

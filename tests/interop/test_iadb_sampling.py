@@ -93,7 +93,7 @@ def test_an_import_draws_what_the_papers_loop_draws(tmp_path: Path) -> None:
     assert train == tmp_path / "out" / "finetune.json"
     config = load(train, train_iadb.Config)
     assert (config.name, config.init_from, config.process) == ("cats_finetuned", str(tmp_path / "out"), imported.process)
-    assert config.model == imported.model and config.class_conditional is False and config.autoencoder is None
+    assert config.model == imported.network.config and config.class_conditional is False and config.autoencoder is None
 
 
 def test_classes_without_names_are_numbers(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_yaml_and_the_shapes_say_the_same(tmp_path: Path, text: str) -> None
     theirs = unet2d()
     path = saved(tmp_path / "a.ckpt", lightning(under("model.", theirs.state_dict())))
     by_shapes, by_yaml = read(path, image_size=8), read(path, model_config=written(tmp_path / "a.yaml", text))
-    assert (by_yaml.model, by_yaml.process, by_yaml.image_size) == (by_shapes.model, by_shapes.process, 8)
+    assert (by_yaml.network.config, by_yaml.process, by_yaml.image_size) == (by_shapes.network.config, by_shapes.process, 8)
     for name, value in by_shapes.network.state_dict().items():
         assert torch.equal(by_yaml.network.state_dict()[name], value), name
     notes = "\n".join(by_yaml.notes)
@@ -81,7 +81,8 @@ def test_the_yaml_says_what_the_weights_do_not(tmp_path: Path) -> None:
     text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in odd.items()) + "image_size: 8\nnorm_eps: 1e-3\n"
     imported = read(path, model_config=written(tmp_path / "a.yaml", text))
     same_output(imported, theirs)
-    assert (imported.model.head_channels, imported.model.norm_eps, imported.model.downsample) == (None, 1e-3, "conv_right")
+    config = imported.network.config
+    assert (config.head_channels, config.norm_eps, config.downsample) == (None, 1e-3, "conv_right")
     with pytest.raises(
         UserError, match="a.pt: the weights do not say norm_num_groups, .* of 32 does not divide 16 channels: write"
     ):

@@ -14,7 +14,7 @@ import torch
 import convert
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, ancestral, clip, times
-from src.interop.diffusers_latents import read_whole
+from src.interop.diffusers_folder import read_whole
 from src.interop.imported import Imported, keep
 from src.models import VAE, UNet, UNetConfig
 from src.models.pretrained import import_torchvision
@@ -73,12 +73,9 @@ def keep_latent(
         facts |= {key: [value] * channels for key, value in zip(("mean", "std"), autoencoder.scaling, strict=True)}
     imported = Imported(
         network=network.eval(),
-        model=config,
         process=spec,
         image_size=size,
         channels=autoencoder.channels,
-        num_classes=len(classes) or None,
-        null_class=bool(classes),
         class_names=tuple(classes),
         autoencoder=autoencoder,
         latents=facts,
@@ -228,7 +225,8 @@ def test_a_latent_run_with_their_autoencoder(tmp_path: Path) -> None:
     torch.testing.assert_close(images_of(tmp_path / "back"), images_of(run), rtol=0, atol=1e-5)
     (tmp_path / "out" / "latents.json").unlink()  # then its own scaling says how latents are normalised
     imported = read_whole(tmp_path / "out")
-    assert imported.latents is None and imported.autoencoder is not None and imported.autoencoder.scaling == autoencoder.scaling
+    assert imported.latents is not None and autoencoder.scaling is not None
+    assert [imported.latents[key] for key in ("mean", "std")] == [[value] * 4 for value in autoencoder.scaling]
 
 
 def test_a_latent_folder_that_does_not_fit_together(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def a_run(folder: Path, change: Callable[[dict[str, Tensor]], Any] = lambda weig
     model = validate(UNetConfig, MODEL)
     network = UNet(model, in_channels=3)
     randomise(network)
-    keep(Imported(network, model, validate(ProcessConfig, {**PROCESS, **process}), 8, 3, None), folder, name="small")
+    keep(Imported(network, validate(ProcessConfig, {**PROCESS, **process}), 8, 3), folder, name="small")
     weights = read_tensors(folder, "ema")
     change(weights)
     documents = {name: read_json(folder / f"{name}.json") for name in ("config", "data")}
