@@ -23,7 +23,6 @@ from ..data.transforms import DECODER
 from ..runtime.processes import broadcast, ranks_of
 from ..runtime.stream import Examples, to_network
 from ..storage.blocks import BLOCK, Block, Ranks, blocks_of, make_cache, write_block
-from ..storage.caches import BLOCK
 from ..storage.files import link_file, write_whole
 from ..storage.finite import is_finite
 from .autoencoder import Autoencoder, LatentCodec

@@ -26,7 +26,6 @@ from ..runs.autoencoder import Autoencoder, latent_bounds
 from ..runs.densities import Density, ImageDensity, LatentDensity, PointDensity, given_density, open_density
 from ..runs.latents import CONTENT, cache_folder, latents_of, write_sample_blocks
 from ..runs.opened import open_run
-from ..runs.starts import latent_bounds
 from ..runtime.processes import ranks_of
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, Examples, MicroBatch, Order, latent_stream, positions_of, stream, to_network

@@ -122,7 +122,7 @@ class Rehearsal:
                     link_cache(whole, place)
             accelerator.wait_for_everyone()
             if getattr(cfg, "pairs", None) is not None:
-                coupling = coupling.encoded(autoencoder, accelerator, changes["latents"], run, **options)
+                coupling = coupling.encoded(replace(cfg, latents=changes["latents"]), autoencoder, accelerator, run)
         if isinstance(cfg, BlendConfig) and cfg.pairs is not None:
             num_classes = count_classes(cfg.class_conditional, coupling.data.train.class_names)
             maker = PairMaker(cfg.pairs, coupling, num_classes, self._run_dir, accelerator.device)

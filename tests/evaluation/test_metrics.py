@@ -32,7 +32,6 @@ from src.evaluation.run import add_class_accuracy
 from src.evaluation.sweep import parse_sweep
 from src.metrics.features import open_features
 from src.runs.densities import SourceSampler
-from src.runs.starts import SourceSampler
 from src.runtime.stream import Examples
 from src.sampling.config import SamplerConfig
 from src.storage.blocks import Ranks
