@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from ..config import ENDLESS, read_json, to_steps
 from ..config.progress import say
-from ..report.report import SAMPLE_BYTES
+from ..report.samples import SAMPLE_BYTES
 from ..runtime.checkpoint import keeps_best, newest
 from ..runtime.memory import OutOfMemory
 from ..runtime.processes import broadcast
