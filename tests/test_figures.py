@@ -138,7 +138,7 @@ def test_an_ffmpeg_that_does_not_start(
     program.write_text(BROKEN[broken])
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(figures, "_warnings", set())
+    figures._warn.cache_clear()
     if not shipped:
         monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     for _ in range(2):

@@ -62,8 +62,8 @@ class Chart(NamedTuple):
     values: str
 
 
-def short(value: float, _: Any = None) -> str:
-    """A number for an axis or a legend: 0.01234, 25.6k, 2.25M, 8e-9."""
+def short(value: float, position: Any = None) -> str:
+    """A number for a legend, or for an axis (matplotlib gives the position too): 0.01234, 25.6k, 2.25M, 8e-9."""
     if 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
