@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,16 +41,10 @@ def zoom_for(size: int) -> int:
     return max(1, 64 // size)
 
 
-class Lettering(NamedTuple):
-    """The font of captions and titles, and the characters (code points) that it can draw."""
-
-    font: Any
-    known: Collection[int]
-
-
 @functools.cache
-def lettering() -> Lettering:
-    """DejaVu Sans, which comes with matplotlib; where that is missing, Pillow's own font and ASCII alone."""
+def lettering() -> tuple[Any, Collection[int]]:
+    """The font of captions and titles, and the characters (code points) that it can draw: DejaVu Sans, which comes with
+    matplotlib; where that is missing, Pillow's own font and ASCII alone."""
     from PIL import ImageFont
 
     try:
@@ -58,14 +52,14 @@ def lettering() -> Lettering:
         from matplotlib.ft2font import FT2Font
 
         path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-        return Lettering(ImageFont.truetype(path, size=11), frozenset(FT2Font(str(path)).get_charmap()))
+        return ImageFont.truetype(path, size=11), frozenset(FT2Font(str(path)).get_charmap())
     except (ImportError, OSError, RuntimeError):
-        return Lettering(ImageFont.load_default(size=12), range(0x20, 0x7F))
+        return ImageFont.load_default(size=12), range(0x20, 0x7F)
 
 
 def readable(text: str) -> str:
     """The text in one line, each character that the font cannot draw written as its code, such as \\u4e2d."""
-    known, words = lettering().known, " ".join(unicodedata.normalize("NFC", text).split())
+    known, words = lettering()[1], " ".join(unicodedata.normalize("NFC", text).split())
 
     def code(point: int) -> str:
         return f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"
@@ -76,7 +70,7 @@ def readable(text: str) -> str:
 def wrapped(text: str, width: float) -> list[str]:
     """The readable text in lines that are at most `width` pixels wide. A line ends after a space, a mark of punctuation or the
     code of a character where it can, else anywhere."""
-    measure: Callable[[str], float] = lettering().font.getlength
+    measure: Callable[[str], float] = lettering()[0].getlength
     lines, line = list[str](), ""
     for word in re.findall(r"\\u[0-9a-f]{4}|\\U[0-9a-f]{8}|[^\s\\_/.,:;-]*[\s\\_/.,:;-]|[^\s\\_/.,:;-]+", readable(text)):
         if measure((line + word).rstrip()) <= width:
@@ -91,7 +85,7 @@ def wrapped(text: str, width: float) -> list[str]:
 
 def _write_lines(draw: "ImageDraw.ImageDraw", x: int, y: int, lines: Sequence[str]) -> None:
     for i, line in enumerate(lines):
-        draw.text((x, y + LINE * i), line, fill="black", font=lettering().font)
+        draw.text((x, y + LINE * i), line, fill="black", font=lettering()[0])
 
 
 def grid(
@@ -134,14 +128,9 @@ def _sheet(width: int, height: int, title: str) -> tuple["Image.Image", "ImageDr
 
 def in_a_row(images: Sequence["Image.Image"]) -> "Image.Image":
     """Images side by side on white."""
-    from PIL import Image
-
-    row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
-    x = 0
-    for image in images:
-        row.paste(image, (x, 0))
-        x += image.width
-    return row
+    height = max(image.height for image in images)
+    arrays = [np.asarray(image) for image in images]
+    return to_image(np.hstack([np.pad(x, ((0, height - len(x)), (0, 0), (0, 0)), constant_values=255) for x in arrays]))
 
 
 @contextmanager
