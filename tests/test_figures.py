@@ -138,7 +138,7 @@ def test_an_ffmpeg_that_does_not_start(
     program.write_text(BROKEN[broken])
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(figures, "_warnings", set())
+    figures._warn.cache_clear()
     if not shipped:
         monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     for _ in range(2):
@@ -243,7 +243,7 @@ def test_each_letter_is_drawn_and_no_box() -> None:
 
 
 def test_a_long_name_goes_on_in_the_next_line() -> None:
-    measure = figures.lettering().font.getlength
+    measure = figures.lettering()[0].getlength
     for text in ("a_very_long_name_of_a_class", "x" * 60, "风" * 12, "two words", "", "портрет неизвестной", "\U0002000b" * 3):
         for width in (20, 64, 300):
             lines = figures.wrapped(text, width)

@@ -77,7 +77,7 @@ def broken_ffmpeg(folder: Path, patch: pytest.MonkeyPatch) -> None:
     (folder / "ffmpeg").write_text("not a program")
     (folder / "ffmpeg").chmod(0o755)
     patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    patch.setattr(figures, "_warnings", set())
+    figures._warn.cache_clear()
 
 
 def test_an_ffmpeg_that_does_not_start(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError, dump, read_json, validate
-from ..report.report import read_lines
+from ..report.run_files import read_lines
 from ..runtime.checkpoint import contents, newest, spared_steps, step_folder, verify_checkpoint, write_folder
 from ..storage.files import link_file, new_folder
 from ..storage.locks import folder_lock

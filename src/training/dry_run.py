@@ -18,7 +18,7 @@ import torch
 from ..config import ENDLESS, read_json, to_steps
 from ..config.progress import duration, say
 from ..evaluation.quality import quality_seconds
-from ..report.report import SAMPLE_BYTES
+from ..report.samples import SAMPLE_BYTES
 from ..runs.opened import open_run
 from ..runtime.checkpoint import keeps_best, newest
 from ..runtime.failures import OutOfMemory

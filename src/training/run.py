@@ -18,7 +18,8 @@ from ..data.checks import skipped_files
 from ..data.formats import READ_BEFORE
 from ..data.latents import describe_differences, same_latents
 from ..data.names import join_names, normal_form, same_names
-from ..report.report import Reporter, read_lines
+from ..report.report import Reporter
+from ..report.run_files import read_lines
 from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from ..runtime.failures import warn_on_failure
 from ..storage.locks import take_lock

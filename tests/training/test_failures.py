@@ -292,7 +292,7 @@ def test_names_that_mean_something_to_a_program_in_between(tmp_path: Path, monke
     run_short("ddpm", run, *data, "optimizer.schedule.kind=constant")
     assert (run / "loss.png").exists() and (run / "contact_sheet.png").exists()
     page = (run / "report.html").read_text()
-    assert '<b>&"a"' not in page and "&lt;b&gt;&amp;&quot;a&quot;" in page and "#1 <i>" not in page
+    assert '<b>&"a"' not in page and "&lt;b&gt;&amp;&#34;a&#34;" in page and "#1 <i>" not in page
     last_line = (run / "log.txt").read_text().splitlines()[-1]
     words = shlex.split(last_line.split("draw more: ")[1])
     assert words == ["python", "sample.py", str(run), "--frames"]
