@@ -20,11 +20,9 @@ import torch
 from src.config import UserError, config, parse_json, read_json, run_script, validate
 from src.data import HeldOut, ImageSet, Sources, describe_data, open_data
 from src.evaluation.autoencoder import evaluate_autoencoder
-from src.evaluation.features import on_screen
-from src.evaluation.folder import evaluate_folder
 from src.evaluation.likelihood import measure_likelihood
-from src.evaluation.results import GIVEN, HELD_OUT, TRAINING, Results, Setup
-from src.evaluation.run import evaluate_run
+from src.evaluation.results import GIVEN, HELD_OUT, TRAINING, Results, Setup, on_screen
+from src.evaluation.samples import evaluate_folder, evaluate_run
 from src.evaluation.sweep import evaluate_sweep, parse_sweep
 from src.metrics.features import NAMES, Features, open_features
 from src.report.report import write_report
@@ -35,8 +33,7 @@ from src.runtime.launch import start_sampling
 from src.runtime.memory import explain_out_of_memory
 from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
-from src.sampling.arguments import add_arguments, parse_steps, sampler_config
-from src.sampling.config import SAMPLER_KEYS
+from src.sampling.config import SAMPLER_KEYS, add_arguments, parse_steps, sampler_config
 from src.training.run import append_metrics, check_ranks
 
 

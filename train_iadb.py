@@ -26,7 +26,6 @@ from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.build import sampler_of
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
 from src.training.config import PathPreviewConfig
@@ -125,11 +124,13 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
-    codec = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout, **coupling.codec(device)}
-    codec["source"] = coupling.source_sampler()
+    latents, source = coupling.codec(device), coupling.source_sampler()
+    options = {"codec": latents.get("codec"), "guidable": cfg.label_dropout > 0, "source": source}
+    options["clip_x0"] = latents.get("bounds", (-1.0, 1.0)) if cfg.process.clip else None
 
     def sampler_for(spec: SamplerConfig) -> Sampler:
-        return sampler_of(spec.without_guidance(num_classes is None), ema.network, process, shape, num_classes, **codec)
+        spec = spec.without_guidance(num_classes is None)
+        return Sampler(ema.network, process, spec, shape=shape, num_classes=num_classes, **options)
 
     sampler = sampler_for(cfg.preview.most_calls)
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)

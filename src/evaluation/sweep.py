@@ -4,8 +4,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,22 @@ from ..config.packages import ask_for
 from ..data import ImageSet
 from ..runs.classifier import OpenedClassifier
 from ..runs.opened import Opened
-from ..sampling.build import build_sampler
 from ..sampling.config import SamplerConfig
-from .features import labels_like, on_screen
-from .registry import FeatureSets, compare
-from .results import TRAINING, Results, Setup
-from .run import check_run, describe_request
+from ..sampling.sampler import build_sampler
+from .registry import FeatureSets
+from .results import TRAINING, Results, Setup, labels_like, on_screen
+from .samples import check_run, describe_request
 
 COLUMNS = ("frechet", "kernel", "precision", "recall")  # of the table; evaluation.json has all metrics
 
 
 def parse_sweep(base: SamplerConfig, words: Sequence[str]) -> list[SamplerConfig]:
     """`steps=5,10 guidance=1,2`: `base` with every combination; a UserError where a key or value does not fit."""
-    known, axes = {key.name for key in fields(SamplerConfig)}, dict[str, list[Any]]()
+    axes = dict[str, list[Any]]()
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not text:
             raise UserError(f"--sweep {word}: write it as KEY=A,B,.., such as steps=5,10,20")
-        if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"--sweep {word}: the sampler has no {key!r}; allowed: {', '.join(sorted(known))}{hint}")
         if key in axes:
             raise UserError(f"--sweep: {key} stands there twice; put its values into one list")
         axes[key] = [_parse_value(part) for part in text.split(",")]
@@ -76,10 +69,10 @@ def evaluate_sweep(
         tag = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
         samples = setup.sample_features(sampler, classes, count, out / tag)
         if setup.computes:
-            compared = {n.name: compare(FeatureSets(n, samples[n.name], real[n.name])) for n in setup.networks}
-            values = {name: comparison.values for name, comparison in compared.items()}
+            compared = {n.name: FeatureSets(n, samples[n.name], real[n.name]) for n in setup.networks}
+            values = {name: sets.values for name, sets in compared.items()}
             rows.append({**{key: setting[key] for key in swept}, "network_calls": sampler.calls(), **values})
-            notes = {name: comparison.notes for name, comparison in compared.items()}
+            notes = {name: sets.notes for name, sets in compared.items()}
     results = Results(out, opened.step)
     if not setup.computes:
         return results
@@ -96,11 +89,11 @@ def evaluate_sweep(
         results.lines += [f"  note: {on_screen(note)}" for note in notes[network.name]]
         best = min(rows, key=lambda row: row[network.name]["frechet"])
         results.lines.append("  best: " + ", ".join(f"{key} {_short(best[key])}" for key in (*swept, "network_calls")))
-    results.document = {"num_samples": count, "real_pictures": len(data), "of": reference, "rows": rows, "notes": notes}
-    results.document["compares_with"] = {network.name: network.comparable for network in setup.networks}
-    results.write()
-    names = [network.name for network in setup.networks]
-    results.add_sheet("sweep.png", lambda path: _draw_sweep(path, rows, swept, names))
+    document = {"num_samples": count, "real_pictures": len(data), "of": reference, "rows": rows, "notes": notes}
+    comparable = {network.name: network.comparable for network in setup.networks}
+    results.write(**document, compares_with=comparable)
+    with results.sheet("sweep.png") as path:
+        _draw_sweep(path, rows, swept, list(comparable))
     return results
 
 

@@ -2,8 +2,7 @@
 
 from ..runs.opened import Opened, open_trained
 from ..runtime.seeds import noise_of
-from .build import build_sampler
 from .config import SamplerConfig
-from .sampler import Sampler
+from .sampler import Sampler, build_sampler
 
 __all__ = ["Opened", "Sampler", "SamplerConfig", "build_sampler", "noise_of", "open_trained"]

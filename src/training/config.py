@@ -8,8 +8,8 @@ from ..config import Length, config, resumable_field
 from ..data import DataEnd, HeldOut, ImageConfig
 from ..diffusion import ProcessConfig
 from ..diffusion.training_times import TimesConfig, UniformTimes
+from ..evaluation.autoencoder import ReconstructConfig
 from ..evaluation.quality import QualityConfig
-from ..evaluation.reconstruct import ReconstructConfig
 from ..models import ModelConfig
 from ..runs.classifier import MeasureConfig
 from ..runtime.checkpoint import CheckpointConfig

@@ -26,9 +26,8 @@ from ..runs.opened import open_run
 from ..runtime.examples import Examples
 from ..runtime.processes import ranks_of
 from ..runtime.stream import BatchPlan, MicroBatch, Order, positions_of
-from ..sampling.build import build_sampler
 from ..sampling.config import SamplerConfig
-from ..sampling.sampler import random_labels
+from ..sampling.sampler import build_sampler, random_labels
 from ..storage.blocks import Block
 from ..storage.caches import BLOCK, blocks_of, make_cache, write_block
 from ..storage.files import write_whole

@@ -23,8 +23,7 @@ from ..runtime.examples import Examples
 from ..runtime.failures import Outcome, failed_on_any, warn_on_failure
 from ..runtime.seeds import generator, noise_of, normal
 from ..runtime.stream import to_network
-from ..sampling.build import sampler_of
-from ..sampling.sampler import Codec, Sampler
+from ..sampling.sampler import Sampler
 from ..storage.finite import is_finite
 from .config import DiffusionConfig, PreviewConfig
 from .session import Session
@@ -165,7 +164,7 @@ def save_first_images(
     spec: ImageConfig,
     seed: int,
     process: Process | None = None,
-    codec: Codec | None = None,
+    codec: LatentCodec | None = None,
     device: torch.device | None = None,
 ) -> None:
     """What a person looks at before training: `contact_sheet.png` of what the network will see; with a process `original.png`
@@ -217,6 +216,6 @@ def preview_sampler(
     bounds: tuple[Bound, Bound] = (-1.0, 1.0),
 ) -> Sampler:
     """The sampler of a training config's previews, guided where there are classes."""
-    spec, clipped = preview.sampler.without_guidance(num_classes is None), cfg.process.clip
-    options = {"clip": clipped, "label_dropout": cfg.label_dropout, "codec": codec, "bounds": bounds}
-    return sampler_of(spec, network, process, shape, num_classes, **options)
+    options = {"clip_x0": bounds if cfg.process.clip else None, "guidable": cfg.label_dropout > 0, "codec": codec}
+    spec = preview.sampler.without_guidance(num_classes is None)
+    return Sampler(network, process, spec, shape=shape, num_classes=num_classes, **options)

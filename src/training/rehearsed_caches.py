@@ -17,7 +17,7 @@ from ..runs.folders import read_weights
 from ..runs.latents import write_sample_cache
 from ..runs.opened import count_classes, open_run
 from ..runtime.launch import start
-from ..sampling.build import build_sampler
+from ..sampling.sampler import build_sampler
 from .config import LatentConfig, PathPreviewConfig, PreviewConfig, TrainConfig
 from .inputs import open_coupling
 from .pairs import BlendConfig, PairMaker, PairsConfig, write_sample_pairs
