@@ -132,9 +132,6 @@ def troubled_channels(values: dict[str, float]) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------- in full
-
-
 def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data: ImageSet, reference: str) -> Results:
     """Compare `data`, which `reference` names, with their reconstructions, at the size of the run's last stage: rFID in each of
     the features, PSNR, SSIM, L1 and the perceptual distance of the run; a sheet of the worst and of usual ones."""

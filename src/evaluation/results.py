@@ -34,6 +34,7 @@ from .registry import METRICS, FeatureSets
 # The images that samples are compared with, as evaluation.json names them: it keeps the word that older files have.
 TRAINING, HELD_OUT, GIVEN = "training pictures", "held-out pictures", "given pictures"
 PixelsOf = Callable[[Sequence[int]], Tensor]  # indices -> (B, C, H, W) uint8
+LoadPixels = Callable[[Sequence[int]], figures.Pixels]  # indices -> (B, H, W, C) uint8
 BLOCK = 512  # images in a file; a kill loses the work on one file
 SHOWN = 12  # samples on the sheet of nearest training images
 
@@ -43,7 +44,7 @@ def on_screen(words: str) -> str:
     return words.replace("pictures", "images")
 
 
-def pixel_loader(data: ImageSet, image: ImageConfig) -> Callable[[Sequence[int]], figures.Pixels]:
+def pixel_loader(data: ImageSet, image: ImageConfig) -> LoadPixels:
     """A function of indices that gives (N, H, W, C) uint8 of these images, cut from the middle."""
     plain = ImageConfig(size=image.size, channels=image.channels)
     data.prepare(plain)
@@ -217,14 +218,7 @@ class Results:
             yield self.out / name
             self.files.append(self.out / name)
 
-    def add_nearest(
-        self,
-        sets: FeatureSets,
-        pixels: PixelsOf,
-        load: Callable[[Sequence[int]], figures.Pixels],
-        reference: str,
-        batch_size: int,
-    ) -> None:
+    def add_nearest(self, sets: FeatureSets, pixels: PixelsOf, load: LoadPixels, reference: str, batch_size: int) -> None:
         """nearest.png: the samples nearest to a real image (`reference` says which those are), and as many of the others, each
         followed by the three real images nearest to it. `pixels` gives samples, `load` real images as (N, H, W, C) uint8."""
         with self.sheet("nearest.png") as path:

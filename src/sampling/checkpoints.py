@@ -54,11 +54,11 @@ def parse_with_sampling(parser: argparse.ArgumentParser) -> tuple[argparse.Names
     return args, args.ckpt_sampling
 
 
-def _open(
-    file: str, args: argparse.Namespace, count: int, device: torch.device
-) -> tuple[Opened, Sampler, list[int] | None, Sequence[str]]:
-    """One of the runs, its sampler, the classes of the samples, and the names of the classes."""
-    run = open_trained(file, device)
+Drawing = tuple[Opened, Sampler, list[int] | None, Sequence[str]]  # a run, the classes of the samples, the names of classes
+
+
+def _open(file: str, args: argparse.Namespace, device: torch.device) -> Drawing:
+    run, count = open_trained(file, device), args.num_samples
     if run.low_resolution is not None:
         raise UserError(f"an upsampler draws from other images: python sample.py {quoted(file)} --low IMAGES")
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
@@ -70,18 +70,12 @@ def _open(
 
 
 def _draw(
-    run: Opened,
-    sampler: Sampler,
-    labels: list[int] | None,
-    args: argparse.Namespace,
-    count: int,
-    state: Any,
-    device: torch.device,
+    run: Opened, sampler: Sampler, labels: list[int] | None, args: argparse.Namespace, state: Any, device: torch.device
 ) -> tuple[figures.Pixels, list[Frame]]:
     """Whole batches dealt to ranks: all samples (count, H, W, C), and the frames of SHOWN of them, on every rank."""
     from accelerate.utils import gather_object
 
-    few = min(SHOWN, count)
+    count, few = args.num_samples, min(SHOWN, args.num_samples)
     shown = {i * count // few for i in range(few)}  # spread over all, so that every class is among them
     batches = in_batches(range(count), args.batch_size)[state.process_index :: state.num_processes]
     parts, steps = list[tuple[int, figures.Pixels, list[Frame]]](), sampler.steps * len(batches)
@@ -113,19 +107,19 @@ def sample_checkpoints(args: argparse.Namespace) -> int:
     if wanted < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--num-samples and --batch-size must be at least 1, --seed from 0 to 2^64 - 1")
     sampler_config(args)
-    count, out = args.num_samples or count_for_classes(16, args.classes), Path(args.out)
+    args.num_samples, out = args.num_samples or count_for_classes(16, args.classes), Path(args.out)
     state, device = start_sampling(args.device)
     with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
         # All are opened first, so that a mistake in the last is reported at once.
-        opened = [_open(file, args, count, device) for file in args.ckpt]
+        opened = [_open(file, args, device) for file in args.ckpt]
         for number, (run, sampler, labels, names) in enumerate(opened, 1):
-            pixels, frames = _draw(run, sampler, labels, args, count, state, device)
+            pixels, frames = _draw(run, sampler, labels, args, state, device)
             if state.is_main_process:
                 suffix = "" if len(opened) == 1 else f"_{number}_{run.name}_{run.step}"
                 grid, moving = out / f"grid{suffix}.png", out / f"denoised{suffix}.gif"
                 captions = [names[label] for label in labels] if labels is not None else None
                 with explain_failure(grid):
-                    figures.save(figures.grid(pixels, columns=columns_for(count), labels=captions), grid)
+                    figures.save(figures.grid(pixels, columns=columns_for(len(pixels)), labels=captions), grid)
                 with explain_failure(moving):
                     sheets = (Frames([], sampler).sheet(frame, run.name) for frame in frames)
                     command = write_animation(out / f"denoised{suffix}" / "denoised_%03d.jpg", sheets, moving, fps=5)

@@ -119,12 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     solver = parser.add_argument_group("solver")
     solver.add_argument("--solver", choices=SOLVERS, default="ddim")
     solver.add_argument("--steps", default="50", help="a number, or counts for equal sections: 100,50,25 (default 50)")
-    solver.add_argument(
-        "--alphas",
-        type=parse_alphas,
-        metavar="A,B,..",
-        help="of the blend: each step's alpha, from 0 to 1",
-    )
+    solver.add_argument("--alphas", type=parse_alphas, metavar="A,B,..", help="of the blend: each step's alpha, from 0 to 1")
     solver.add_argument("--spacing", choices=SPACINGS, default="even")
     solver.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 is none, 1 as much as ancestral sampling")
     solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Items = TypeVar("Items", bound=Sequence)
+ALONE = Ranks()
 
 
 def in_batches(items: Items, size: int) -> list[Items]:
@@ -43,12 +44,7 @@ def deal_batches(items: Items, size: int, ranks: Ranks, doing: str, *, unit: str
 
 
 def claim(
-    out: Path,
-    request: Mapping[str, Any],
-    facts: Mapping[str, Any] | None = None,
-    *,
-    what: str = "images",
-    ranks: Ranks = Ranks(),  # noqa: B008
+    out: Path, request: Mapping[str, Any], facts: Mapping[str, Any] | None = None, *, what: str = "images", ranks: Ranks = ALONE
 ) -> None:
     """Write `request`, which says all that the images depend on, and other `facts` to `out`/metadata.json, and remove files
     that a killed process left half-written. A UserError where the folder holds something else."""
@@ -89,9 +85,6 @@ def read_pixels(paths: Sequence[Path], shape: Sequence[int]) -> figures.Pixels:
     from PIL import Image
 
     return np.stack([np.asarray(Image.open(path)).reshape(*shape) for path in paths])
-
-
-# ---------------------------------------------------------------------------------------------- frames
 
 
 def columns_for(count: int, num_blocks: int = 1) -> int:
@@ -147,9 +140,6 @@ class Frames:
         sheets = [figures.grid(x, columns=columns_for(len(x)), title=title) for title, x in titles.items()]
         tall = max(sheet.height for sheet in sheets)  # a title may take more lines than the other
         return figures.in_a_row([ImageOps.expand(sheet, (0, tall - sheet.height, 0, 0), "white") for sheet in sheets])
-
-
-# ---------------------------------------------------------------------------------------------- the samples of a run
 
 
 def write_samples(

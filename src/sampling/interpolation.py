@@ -125,9 +125,6 @@ def _enlarged(images: Tensor) -> figures.Pixels:
     return figures.to_uint8(images).repeat(zoom, axis=1).repeat(zoom, axis=2)
 
 
-# ---------------------------------------------------------------------------------------------- inversion
-
-
 @torch.no_grad()
 def inverted(sampler: Sampler, x0: Tensor, labels: Sequence[int] | None, *, batch_size: int) -> Tensor:
     """What the sampler would have to start from to draw x0 (K, *shape), as the network sees it: (K, *shape) on the CPU, by its

@@ -26,8 +26,7 @@ from src.evaluation.results import (
     pixel_loader,
     pixels_of,
 )
-from src.evaluation.samples import add_class_accuracy
-from src.evaluation.sweep import parse_sweep
+from src.evaluation.samples import add_class_accuracy, parse_sweep
 from src.metrics.features import RandomFeatures
 from src.runs.starts import SourceSampler
 from src.runtime.examples import Examples
