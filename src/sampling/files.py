@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Items = TypeVar("Items", bound=Sequence)
-ALONE = Ranks()
+ONE_PROCESS = Ranks()
 
 
 def in_batches(items: Items, size: int) -> list[Items]:
@@ -44,7 +44,12 @@ def deal_batches(items: Items, size: int, ranks: Ranks, doing: str, *, unit: str
 
 
 def claim(
-    out: Path, request: Mapping[str, Any], facts: Mapping[str, Any] | None = None, *, what: str = "images", ranks: Ranks = ALONE
+    out: Path,
+    request: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    *,
+    what: str = "images",
+    ranks: Ranks = ONE_PROCESS,
 ) -> None:
     """Write `request`, which says all that the images depend on, and other `facts` to `out`/metadata.json, and remove files
     that a killed process left half-written. A UserError where the folder holds something else."""
