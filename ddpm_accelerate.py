@@ -21,7 +21,7 @@ from src.runs.opened import count_classes, start_from
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
-from src.sampling.build import sampler_of
+from src.sampling import Sampler
 from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.ema import EMA
@@ -87,7 +87,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     spec = cfg.preview.sampler.without_guidance(num_classes is None)
-    sampler = sampler_of(spec, ema.network, process, shape, num_classes, **coupling.sampler_options(cfg, device))
+    options = coupling.sampler_options(cfg, device)
+    sampler = Sampler(ema.network, process, spec, shape=shape, num_classes=num_classes, **options)
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.

@@ -20,12 +20,9 @@ import torch
 from src.config import UserError, config, parse_json, read_json, run_script, validate
 from src.data import HeldOut, ImageSet, Sources, describe_data, open_data
 from src.evaluation.autoencoder import evaluate_autoencoder
-from src.evaluation.features import on_screen
-from src.evaluation.folder import evaluate_folder
 from src.evaluation.likelihood import measure_likelihood
-from src.evaluation.results import GIVEN, HELD_OUT, TRAINING, Results, Setup
-from src.evaluation.run import evaluate_run
-from src.evaluation.sweep import evaluate_sweep, parse_sweep
+from src.evaluation.results import GIVEN, HELD_OUT, TRAINING, Results, Setup, on_screen
+from src.evaluation.samples import evaluate_folder, evaluate_run, evaluate_sweep, parse_sweep
 from src.metrics.features import NAMES, Features, open_features
 from src.report.report import write_report
 from src.runs.classifier import open_classifier
@@ -34,8 +31,7 @@ from src.runtime.failures import explain_out_of_memory, warn_on_failure
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
-from src.sampling.arguments import add_arguments, parse_steps, sampler_config
-from src.sampling.config import SAMPLER_KEYS
+from src.sampling.config import SAMPLER_KEYS, add_arguments, parse_steps, sampler_config
 from src.training.run import append_metrics, check_ranks
 
 
@@ -151,8 +147,8 @@ def measure_quality(args: argparse.Namespace, defaults: argparse.Namespace, stat
         spec, samples = sampler_config(args), {"count": args.num_samples, "reference": reference}
         classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
         if args.sweep is not None:
-            sweep = parse_sweep(spec, args.sweep)
-            results = evaluate_sweep(setup, opened, data, sweep, classifier=classifier, **samples)
+            samplers = [build_sampler(opened, setting, classifier) for setting in parse_sweep(spec, args.sweep)]
+            results = evaluate_sweep(setup, opened, samplers, data, **samples)
         else:
             results = evaluate_run(setup, opened, build_sampler(opened, spec, classifier), data, held_out, **samples)
     if state.is_main_process:

@@ -17,11 +17,10 @@ from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
-from src.sampling.arguments import parse_alphas, parse_steps
-from src.sampling.build import count_for_classes
+from src.sampling.config import count_for_classes, parse_alphas, parse_steps
 from src.sampling.edit import encode_images, files_of, no_start, start_from_images
 from src.sampling.files import claim, remove_if_empty
-from src.sampling.interpolation import Journey, Keys, difference, inverted, write_frames
+from src.sampling.interpolation import difference, inverted, plan_frames, write_frames
 from src.sampling.sampler import describe, random_labels
 
 HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
@@ -129,14 +128,14 @@ def main() -> None:
     claim(out, request, facts, what="frames", ranks=ranks)
 
     # Draw the frames
-    journey, batch = Journey(len(seeds or files), args.frames_between, args.loop), args.batch_size
+    places, batch = plan_frames(len(seeds or files), args.frames_between, loop=args.loop), args.batch_size
     with remove_if_empty(out, ranks.rank), explain_out_of_memory(batch, batch, key="--batch-size"):
         if x0 is not None:
             starts = inverted(sampler, x0, labels, batch_size=batch)
         else:  # the start of each seed, or the images of the source in their order
             starts = torch.cat([sampler.start(seed, [0]) for seed in seeds] or [sampler.start(0, range(len(files)))])
         options = {"seed": request["seed"], "batch_size": batch, "device": device, "ranks": ranks}
-        paths = write_frames(opened, sampler, Keys(starts, labels), journey, out / "frames", **options)
+        paths = write_frames(opened, sampler, starts, labels, places, out / "frames", **options)
     if not state.is_main_process:
         return
 
@@ -150,7 +149,8 @@ def main() -> None:
         print(error)
     with explain_failure(out / "animation.gif"):
         figures.gif(paths, pattern, out / "animation.gif", fps=args.fps)
-    print(f"{len(paths)} frames through {journey.keys} keys of {opened.path} (step {opened.step}), {ranks.world} process(es)")
+    title = f"{len(paths)} frames through {len(seeds or files)} keys of {opened.path} (step {opened.step})"
+    print(f"{title}, {ranks.world} process(es)")
     print(f"  {sampler.calls()} network calls a frame, {len(paths) / args.fps:.1f} seconds at {args.fps} frames a second")
     if x0 is not None:
         levels = difference(sampler.decode(x0), paths[:: args.frames_between][: len(files)])

@@ -17,12 +17,10 @@ from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
-from src.sampling.arguments import add_arguments, sampler_config
-from src.sampling.build import count_for_classes
-from src.sampling.config import SAMPLER_KEYS
-from src.sampling.edit import files_of, load_edit, load_low, no_start, start_from_images
+from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config
+from src.sampling.edit import files_of, fingerprint, load_edit, load_low, no_start, start_from_images
 from src.sampling.files import remove_if_empty, write_samples
-from src.sampling.inversion import fingerprint, write_inversions
+from src.sampling.interpolation import write_inversions
 from src.sampling.points import write_points
 from src.sampling.sampler import describe, random_labels
 from src.sampling.upscaling import open_upscaler, upscale_folder
@@ -210,7 +208,7 @@ def main() -> None:
             class_names=class_names,
             edit=edit,
             low=low,
-            upscaler=upscaler,
+            upscale=upscaler.upscale if upscaler is not None else None,
             npz=args.npz,
             request=request,
         )

@@ -26,7 +26,6 @@ from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.build import sampler_of
 from src.sampling.points import write_points
 from src.sampling.sampler import random_labels
 from src.training.config import BlendConfig, PathPreviewConfig
@@ -124,7 +123,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     options = coupling.sampler_options(cfg, device)
 
     def sampler_for(spec: SamplerConfig) -> Sampler:
-        return sampler_of(spec.without_guidance(num_classes is None), ema.network, process, shape, num_classes, **options)
+        spec = spec.without_guidance(num_classes is None)
+        return Sampler(ema.network, process, spec, shape=shape, num_classes=num_classes, **options)
 
     sampler = sampler_for(cfg.preview.most_calls)
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)

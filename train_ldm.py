@@ -23,7 +23,7 @@ from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.sharding import build_device
 from src.runtime.stream import plan_batch
-from src.sampling.build import sampler_of
+from src.sampling import Sampler
 from src.training.config import LatentConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
@@ -87,7 +87,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     spec = cfg.preview.sampler.without_guidance(num_classes is None)
-    sampler = sampler_of(spec, ema.network, process, shape, num_classes, **coupling.sampler_options(cfg, device))
+    options = coupling.sampler_options(cfg, device)
+    sampler = Sampler(ema.network, process, spec, shape=shape, num_classes=num_classes, **options)
     quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
 
     # Go on where the run was.

@@ -17,7 +17,7 @@ from src import losses
 from src.config import config, config_error, load, quoted, run_script, training_arguments
 from src.config.packages import ask_for
 from src.data import Sources, check_images, describe_data, open_data
-from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_channels
+from src.evaluation.autoencoder import ReconstructConfig, reconstruct, troubled_channels
 from src.models import VAE, Discriminator
 from src.models.layers import channels_last
 from src.runs.autoencoder import start_from

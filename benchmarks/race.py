@@ -46,7 +46,8 @@ from src.data import ImageConfig, ImageSet, open_sources
 from src.data.packing import pack
 from src.data.scan import ScanConfig
 from src.data.sources import FolderSource
-from src.evaluation.features import FEWEST, extract_features, real_features
+from src.evaluation.registry import FEWEST
+from src.evaluation.results import extract_features, real_features
 from src.metrics import distances
 from src.metrics.distances import Array
 from src.metrics.features import Features, open_features

@@ -197,7 +197,7 @@ def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "pets" / name / f"{i}.png")
     pets = json.dumps([{"source": "folder", "path": str(tmp_path / "pets"), "scan": {"min_file_bytes": 0}}])
     assert "other classes (cat, dog) than" in refused("evaluate", run, "--data", pets, *RANDOM, *out)
-    assert "has no 'stepz'" in refused("evaluate", run, "--sweep", "stepz=3", *RANDOM, *out)
+    assert "stepz: unknown key" in refused("evaluate", run, "--sweep", "stepz=3", *RANDOM, *out)
     assert "leave one out" in refused("evaluate", run, "--part", "train", "--data", tmp_path, *RANDOM)
     assert "give --data FOLDER" in refused("evaluate", tmp_path, *RANDOM)
     assert "draws nothing: leave --sweep" in refused("evaluate", run, "--likelihood", "--sweep", "steps=1")

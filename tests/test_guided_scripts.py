@@ -22,8 +22,8 @@ from src.sampling import SamplerConfig, build_sampler
 from src.sampling.edit import load_edit, load_low
 from tests import kills
 from tests.conftest import SMOKE, Finished, launch, metrics, one_line, randomise, refused, run_in_process
-from tests.interop.test_upscaling import rrdb
 from tests.kills import settings
+from tests.sampling.test_upscaling import rrdb
 
 CLASSIFIER = "configs/smoke/classifier.json"
 CPU = torch.device("cpu")
@@ -406,5 +406,5 @@ def test_a_checkpoint_that_wants_to_run_code(hybrid_run: Path, tmp_path: Path) -
     message = refused("convert", "guided-diffusion", tmp_path / "evil.pt", "--out", tmp_path / "out")
     assert "run code" in message or "safely" in message
     weights = ("--upscaler", tmp_path / "evil.pt")
-    assert "without running code" in refused("sample", hybrid_run, "--upscale", *weights, "--out", tmp_path / "samples")
+    assert "to load it is to run code" in refused("sample", hybrid_run, "--upscale", *weights, "--out", tmp_path / "samples")
     assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()

@@ -1,29 +1,133 @@
-"""How well an autoencoder reconstructs images, in full: Fréchet distance (rFID), PSNR, SSIM, L1, LPIPS."""
+"""How well an autoencoder reconstructs: numbers and a sheet while it trains, and in full with the Fréchet distance (rFID)."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pydantic
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import UserError, read_json, validate
+from .. import figures, metrics
+from ..config import Length, UserError, config, read_json, resumable_field, validate
 from ..config.packages import ask_for
 from ..data import ImageConfig, ImageSet
-from ..losses import Perceptual, PerceptualConfig
-from ..metrics.distances import Array
+from ..losses import Perceptual, PerceptualConfig, reconstruction_loss
+from ..metrics.distances import SMALLEST_FOR_SSIM, Array
 from ..runs.autoencoder import open_autoencoder
 from ..runs.folders import run_name
-from ..runtime.stream import to_network
-from ..sampling.batches import in_batches
-from ..storage.blocks import in_blocks
+from ..runtime.failures import Warn, warn_on_failure, warn_on_stderr
+from ..runtime.stream import Examples, to_network
+from ..sampling.files import in_batches
 from ..storage.finite import is_finite
-from .features import BLOCK, check_count, extract_features, join_batches, on_screen, pixel_loader, pixels_of
-from .reconstruct import measure_distances, save_sheet
-from .registry import FeatureSets, compare
-from .results import Results, Setup
+from .registry import check_count
+from .results import Results, Setup, on_screen, pixel_loader, pixels_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@config
+class ReconstructConfig:
+    """Every `every` steps and at the end of a stage: a sheet of `num_samples` held-out images (of training images where none
+    are held out), and numbers over up to `num_measured` of them."""
+
+    every: Length | None = None  # a resumed run may not change it: the guard decides by these numbers
+    num_samples: int = resumable_field(8, ge=1)
+    num_measured: int = pydantic.Field(512, ge=1)
+
+
+def measure_distances(
+    outputs: Tensor, images: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """{"l1", "psnr", "ssim" of images of 11 px or more, "lpips" by the network `perceptual`} of reconstructions, (B,) each."""
+    distances = {"psnr": metrics.psnr(outputs, images), "l1": reconstruction_loss("l1", outputs, images)}
+    if min(images.shape[2:]) >= SMALLEST_FOR_SSIM:
+        distances["ssim"] = metrics.ssim(outputs, images)
+    return distances | ({"lpips": perceptual(outputs, images)} if perceptual is not None else {})
+
+
+@torch.no_grad()
+def reconstruct(
+    network: Any,
+    examples: Examples,
+    spec: ReconstructConfig,
+    accelerator: "Accelerator",
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    batch_size: int,
+    sheet: Path | None = None,
+    warn: Warn = warn_on_stderr,
+) -> dict[str, float]:
+    """l1, psnr, ssim, lpips (by the network of the `perceptual` loss) and colour_drift of the examples, through the posterior's
+    mean and the EMA weights; mean and standard deviation of each latent channel. All ranks share the work.
+
+    The file `sheet` shows some of the same examples every time: image, reconstruction, difference. Where it cannot be drawn,
+    `warn` is called; an error in the numbers, which decide what checkpoint is best, ends the run.
+    """
+    from accelerate.utils import gather_object
+
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    dtype, count = next(network.parameters()).dtype, min(spec.num_measured, len(examples.labels))
+    chosen = np.linspace(0, len(examples.labels) - 1, count).astype(np.int64)
+
+    def outputs_of(indices: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, their reconstructions, cut to [-1, 1] as files are, and the means of their latents."""
+        images = examples.load(indices).to(device, dtype)
+        mean, _ = network.moments(images)
+        return images, network.decode(mean).clamp(-1, 1), mean
+
+    sums: dict[str, Tensor] = {}
+    for batch in in_batches(range(count), batch_size)[rank::world]:
+        images, outputs, mean = outputs_of(chosen[batch.start : batch.stop])
+        values = measure_distances(outputs, images, perceptual)
+        values |= {f"drift {c}": drift for c, drift in enumerate(metrics.colour_drift(outputs, images).unbind(1))}
+        for c, channel in enumerate(mean.double().unbind(1)):
+            values |= {f"sum {c}": channel, f"square {c}": channel.square(), "count": torch.ones_like(channel)}
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0) + value.double().sum()
+    of_rank = {name: float(value) for name, value in sums.items()}
+    of_ranks = [part for part in gather_object([of_rank]) if part]  # a rank may have had no batch
+    totals = {name: sum(part[name] for part in of_ranks) for name in of_ranks[0]}
+
+    result = {name: totals[name] / count for name in ("l1", "psnr", "ssim", "lpips") if name in totals}
+    result["colour_drift"] = max((value / count for name, value in totals.items() if name.startswith("drift")), key=abs)
+    for c in range(sum(name.startswith("sum") for name in totals)):
+        mean, square = (totals[f"{word} {c}"] / totals["count"] for word in ("sum", "square"))
+        result |= {f"latent_mean_{c}": mean, f"latent_std_{c}": max(0.0, square - mean**2) ** 0.5}
+    if sheet is not None and accelerator.is_main_process:
+        with warn_on_failure("the preview", warn):
+            shown = chosen[np.linspace(0, count - 1, min(spec.num_samples, count)).astype(np.int64)]
+            save_sheet(sheet, *outputs_of(shown)[:2], result)
+    return result
+
+
+def save_sheet(path: Path, images: Tensor, outputs: Tensor, values: dict[str, float], which: str = "") -> None:
+    """Three rows: images (`which` says what kind), reconstructions, and their difference around grey; (N, C, H, W) in [-1, 1]
+    twice."""
+    rows = torch.cat([images, outputs, outputs - images])
+    numbers = ", ".join(f"{name} {values[name]:.3g}" for name in ("psnr", "ssim", "lpips") if name in values)
+    title = f"{which}picture, reconstruction, difference: {numbers}"  # the pixels of a sheet stay as older runs have them
+    figures.save(figures.grid(figures.to_uint8(rows), columns=len(images), title=title), path)
+
+
+def troubled_channels(values: dict[str, float]) -> list[str]:
+    """A line for values that are not finite, for each latent channel that is dead, and for each that grows out of bounds."""
+    bad = [name for name, value in values.items() if math.isnan(value) or (math.isinf(value) and name != "psnr")]
+    lines = [f"the reconstructions are not finite (NaN or infinity): {', '.join(bad[:3])}; look at the loss"] if bad else []
+    for c in itertools.takewhile(lambda c: f"latent_std_{c}" in values, itertools.count()):
+        mean, std = values[f"latent_mean_{c}"], values[f"latent_std_{c}"]
+        channel = f"latent channel {c}"
+        if std < 0.02:
+            lines.append(f"{channel} is dead: its standard deviation is {std:.3g}; lower kl_weight, or use fewer channels")
+        elif max(std, abs(mean)) > 100:
+            lines.append(f"{channel} explodes: mean {mean:.3g}, standard deviation {std:.3g}; raise kl_weight")
+    return lines
 
 
 def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data: ImageSet, reference: str) -> Results:
@@ -34,17 +138,17 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
     ask_for("measuring reconstructions", "torchmetrics", "torchvision")
     spec = validate(ImageConfig, settings["image"], origin=f"{run}: image")
     image = replace(spec, size=settings["stages"][-1]["image_size"] or spec.size, crop="center", flip=False)
-    notes, perceptual, lpips_network = list[str](), None, None
+    notes, perceptual = list[str](), None
     try:
         perceptual_spec = validate(PerceptualConfig, settings["perceptual"], origin=f"{run}: perceptual")
         perceptual = Perceptual(perceptual_spec, sizes=[image.size]).to(setup.device)
-        lpips_network = perceptual_spec.network
     except UserError as error:
         notes.append(f"no LPIPS: {error}")
+    lpips_network = perceptual.spec.network if perceptual is not None else None
     request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "files": data.state, "size": image.size}
     request |= {"lpips": lpips_network, "batch_size": setup.batch_size}
     out = setup.claim(run_name(run), "reconstructions", request)
-    progress = [place / "progress.json" for place in (Path(run), Path(run) / "final") if (place / "progress.json").exists()]
+    progress = [Path(run) / name for name in ("progress.json", "final/progress.json") if (Path(run) / name).exists()]
     step = read_json(progress[0])["step"] if progress else 0
     network, load = autoencoder.network, pixel_loader(data, image)
 
@@ -67,35 +171,22 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
     def measure(part: range) -> dict[str, Array]:
         images, outputs = reconstruct(part)
         values = measure_distances(outputs, images, perceptual)
-        distances = {name: value.cpu().numpy() for name, value in values.items()}
-        return distances | {each.name: extract_features(each, pixels_of(outputs)) for each in setup.networks}
+        return {name: value.cpu().numpy() for name, value in values.items()} | setup.features(pixels_of(outputs))
 
-    def make(block: range) -> dict[str, Array]:
-        return join_batches(map(measure, in_batches(block, setup.batch_size)))
-
-    arrays = in_blocks(out, len(data), BLOCK, make, setup.ranks, doing="reconstructing")
-    real = setup.real_features(data, image)
-    results = Results(out, step)
+    arrays = setup.measure(out, len(data), measure, "reconstructing")
+    comparisons, results = setup.compare(arrays, data, image, neighbours=False), Results(out, step)
     if not setup.computes:
         return results
-    sets = [FeatureSets(each, arrays[each.name], real[each.name], neighbours=False) for each in setup.networks]
-    results.add_table(
-        f"{run}: {len(data)} {on_screen(reference)} of {image.size} px against their reconstructions "
-        "(the Fréchet distance is rFID)",
-        [compare(each) for each in sets],
-    )
+    which = f"{len(data)} {on_screen(reference)} of {image.size} px"
+    results.add_table(f"{run}: {which} against their reconstructions (the Fréchet distance is rFID)", comparisons)
     units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": f"LPIPS ({lpips_network})", "l1": "L1, of [-1, 1]"}
     means = {name: float(arrays[name].mean()) for name in units if name in arrays}
     results.lines += [f"  {units[name]:<29}{value:14.4g}" for name, value in means.items()]
     results.lines += [f"  note: {note}" for note in notes]
     results.values |= means
-    results.document |= {**means, "real_pictures": len(data), "of": reference, "notes": notes}
-    results.write()
-
-    def draw(path: Path) -> None:
+    results.write(**means, real_pictures=len(data), of=reference, notes=notes)
+    with results.sheet("reconstructions.png") as path:
         order = np.argsort(arrays["psnr"], kind="stable")
         chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
         save_sheet(path, *reconstruct(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")
-
-    results.add_sheet("reconstructions.png", draw)
     return results

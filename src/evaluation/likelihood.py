@@ -1,7 +1,5 @@
 """Bits per dimension of a whole data set: all ranks share the work in blocks of images; after a kill, whole blocks are kept."""
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,8 @@ from ..runs.opened import Opened
 from ..runtime.failures import warn_on_failure
 from ..runtime.seeds import noise_of
 from ..runtime.stream import Examples, image_examples
-from ..sampling.batches import in_batches
-from ..storage.blocks import claim_folder, in_blocks
-from ..storage.files import write_whole
+from ..storage.files import as_json, write_whole
 from ..storage.finite import is_finite
-from .features import join_batches
 from .results import Setup
 
 BLOCK = 64  # images in a file; a kill loses the work on one file
@@ -46,9 +41,6 @@ def measure_likelihood(
     times = times_of(schedule, schedule.num_steps if steps is None else steps, spacing)
     ask_for("drawing likelihood.png", "matplotlib")
     batch_size, seed = setup.batch_size, setup.seed
-    key = json.dumps([opened.digest, data.fingerprint, data.state, times.tolist(), batch_size, seed])
-    name = f"likelihood_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    out = setup.out or Path("evaluations") / opened.folder / name
     request = {
         "weights": opened.digest,
         "pictures": data.fingerprint,
@@ -58,20 +50,22 @@ def measure_likelihood(
         "batch_size": batch_size,
         "seed": seed,
     }
-    claim_folder(out / "request.json", request, setup.ranks, holds="figures", newer_keys=("files",))
+    key = [value for name, value in request.items() if name != "count"]
+    out = setup.claim(opened.folder, "likelihood", request, key)
 
-    def make(block: range) -> dict[str, Array]:
-        examples = image_examples(data, opened.image)
-        values = join_batches(_measure(opened, examples, times, part, seed) for part in in_batches(block, batch_size))
+    examples = image_examples(data, opened.image)
+
+    def measure(images: range) -> dict[str, Array]:
+        values = _measure(opened, examples, times, images, seed)
         bad = [key for key, value in values.items() if not is_finite(torch.from_numpy(value))]
         if bad:
             raise UserError(
                 f"the likelihood of {opened.origin} is not finite (NaN or infinity: {', '.join(bad)}) for images "
-                f"{block.start} to {block.stop - 1}; measure an earlier checkpoint"
+                f"{images.start} to {images.stop - 1}; measure an earlier checkpoint"
             )
         return values
 
-    arrays = in_blocks(out, len(data), max(BLOCK, batch_size), make, setup.ranks, doing="likelihood")
+    arrays = setup.measure(out, len(data), measure, "likelihood", block=max(BLOCK, batch_size))
     totals, mean = arrays["prior"] + arrays["terms"].sum(1), {key: arrays[key].mean(0).tolist() for key in KEYS}
     means = {
         "bits_per_dimension": float(totals.mean()),
@@ -83,7 +77,7 @@ def measure_likelihood(
         "pictures": len(data),
     }
     if setup.computes:
-        write_whole(out / "likelihood.json", (json.dumps(means, indent=1) + "\n").encode())
+        write_whole(out / "likelihood.json", as_json(means))
         t = means["steps"]
         errors = {"eps": (t, means["eps_mse"]), "x_0": (t, means["x0_mse"])}
         panels = {"L_t, bits/dim": {"L_t": (t, means["terms"])}, "mean squared error": errors}

@@ -2,21 +2,25 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..config import Length, UserError, config, resumable_field
 from ..config.progress import Progress
 from ..data import ImageConfig, ImageSet, PointSet
 from ..metrics import distances
-from ..metrics.distances import Moments
-from ..metrics.features import FeatureOptions, open_features
+from ..metrics.features import FeatureOptions, Features, open_features
 from ..runtime.processes import broadcast
 from ..sampling.sampler import Sampler
 from ..storage.finite import is_finite
-from .features import FEWEST, check_count, extract_features, flag, labels_like, pixels_of, real_features
+from .registry import FEWEST, check_count, flag
+from .results import extract_features, labels_like, pixels_of, real_features
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @config
@@ -30,59 +34,42 @@ class QualityConfig:
     weights: str | None = resumable_field(None)
 
 
+@dataclass
 class Quality:
-    """Measures a run while it trains, on all ranks. Opened before anything is written; missing weights are a UserError."""
+    """Measures a run while it trains, on all ranks. `labels` are the classes of the samples, `real` the moments of the training
+    images once they are known."""
 
-    def __init__(
-        self,
-        spec: QualityConfig,
-        train_set: ImageSet | PointSet,
-        image: ImageConfig | None,
-        num_classes: int | None,
-        accelerator: Accelerator,
-    ) -> None:
-        if not isinstance(train_set, ImageSet) or image is None:
-            raise UserError("preview.quality measures images, and this run has 2-D points; leave it out")
-        check_count(len(train_set), "training images")
-        self._spec, self._train_set, self._image = spec, train_set, image
-        self._accelerator = accelerator
-        key = "preview.quality.weights"
-        network = open_features(spec.features, spec.weights, FeatureOptions("preview.quality.features", key, key))
-        self._network = network.to(accelerator.device)
-        self._labels = labels_like(train_set, spec.num_samples, num_classes)
-        self._real: Moments | None = None
-        self._finite = True
+    spec: QualityConfig
+    train_set: ImageSet
+    image: ImageConfig
+    accelerator: "Accelerator"
+    network: Features
+    labels: list[int] | None
+    real: distances.Moments | None = None
 
+    @torch.no_grad()
     def measure(self, sampler: Sampler, batch_size: int, say: Callable[[str], None]) -> dict[str, float]:
         """{"frechet_distance"}, lower is better; what is to be known of it is said once."""
-        accelerator, count = self._accelerator, self._spec.num_samples
+        accelerator, count, first = self.accelerator, self.spec.num_samples, self.accelerator.is_main_process
         each = -(-count // accelerator.num_processes // batch_size) * batch_size  # all ranks as often: FSDP asks for that
-        local_indices = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
-        if self._real is None:
-            real = real_features(self._network, self._train_set, self._image, read=accelerator.is_main_process)
-            self._real = distances.moments(real)  # of none on the other ranks
-            for note in flag(count, len(self._train_set), self._network.dim):
+        if self.real is None:
+            self.real = distances.moments(real_features(self.network, self.train_set, self.image, read=first))  # else of none
+            for note in flag(count, len(self.train_set), self.network.dim):
                 say(f"frechet_distance: {note}")
-        self._finite, features = True, list[Tensor]()
-        with Progress("drawing samples to measure", each, shown=accelerator.is_main_process, leave=False) as progress:
-            for i in range(0, each, batch_size):
-                features.append(self._draw(sampler, local_indices[i : i + batch_size]))
+        finite, features = True, list[Tensor]()
+        with Progress("drawing samples to measure", each, shown=first, leave=False) as progress:
+            for start in range(accelerator.process_index * each, (accelerator.process_index + 1) * each, batch_size):
+                indices = [i % count for i in range(start, start + batch_size)]  # beyond the last come the first again
+                labels = [self.labels[i] for i in indices] if self.labels is not None else None
+                images = sampler.draw(0, indices, labels, device=accelerator.device)
+                finite &= is_finite(images)
+                features.append(self.network(pixels_of(images).to(accelerator.device)))
                 progress.update(batch_size)
-        if not self._finite:
+        if not finite:
             say("warning: frechet_distance: samples are not finite (NaN or infinity), and count as grey images")
         gathered = accelerator.gather(torch.cat(features))
         assert isinstance(gathered, Tensor)
-        first = accelerator.is_main_process
-        return {"frechet_distance": broadcast(distances.frechet(gathered[:count].cpu().numpy(), self._real) if first else 0.0)}
-
-    @torch.no_grad()
-    def _draw(self, sampler: Sampler, part: range) -> Tensor:
-        """Features of the samples `part`, those beyond the last being the first again."""
-        indices = [i % self._spec.num_samples for i in part]
-        labels = [self._labels[i] for i in indices] if self._labels is not None else None
-        images = sampler.draw(0, indices, labels, device=self._accelerator.device)
-        self._finite &= is_finite(images)
-        return self._network(pixels_of(images).to(self._accelerator.device))
+        return {"frechet_distance": broadcast(distances.frechet(gathered[:count].cpu().numpy(), self.real) if first else 0.0)}
 
 
 def quality_seconds(
@@ -101,7 +88,15 @@ def open_quality(
     train_set: ImageSet | PointSet,
     image: ImageConfig | None,
     num_classes: int | None,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
 ) -> Quality | None:
-    """What a config asks for, or None."""
-    return Quality(spec, train_set, image, num_classes, accelerator) if spec is not None else None
+    """What a config asks for, or None. Opened before anything is written; missing weights are a UserError."""
+    if spec is None:
+        return None
+    if not isinstance(train_set, ImageSet) or image is None:
+        raise UserError("preview.quality measures images, and this run has 2-D points; leave it out")
+    check_count(len(train_set), "training images")
+    key = "preview.quality.weights"
+    network = open_features(spec.features, spec.weights, FeatureOptions("preview.quality.features", key, key))
+    labels = labels_like(train_set, spec.num_samples, num_classes)
+    return Quality(spec, train_set, image, accelerator, network.to(accelerator.device), labels)

@@ -13,17 +13,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..config import UserError
 from ..metrics import distances
 from ..metrics.distances import Array
 from ..metrics.features import Features
-from .features import FEWEST, flag, spread_indices
 
+FEWEST = 10  # images of each side: of fewer, no number means anything
 Need = Literal["features", "neighbours", "held_out", "labels"]  # what a metric is computed from, beside features of both sides
+
+
+def check_count(count: int, what: str) -> None:
+    """A UserError where there are fewer than FEWEST images."""
+    if count < FEWEST:
+        raise UserError(f"{count} {what} are too few to measure anything; at least {FEWEST}")
+
+
+def flag(samples: int, real: int, dim: int) -> list[str]:
+    """Notes on a Fréchet distance in `dim` features where one side has too few images for it, or none."""
+    return [
+        f"{count} {what} for {dim} features: the distance is too large, and compares only at that number"
+        for count, what in ((samples, "samples"), (real, "real pictures"))
+        if count <= dim
+    ]
+
+
+def spread_indices(count: int, most: int) -> NDArray[np.int64]:
+    """At most `most` of `count` indices, evenly spread."""
+    return np.arange(min(count, most)) * count // min(count, most)
 
 
 @dataclass
 class FeatureSets:
-    """Features of one network, (N, dim): of samples, of real images, and of images that training held out, if any.
+    """Features of one network, (N, dim): of samples, of real images, and of images that training held out, if any; the metrics
+    of the samples.
 
     `labels` are the classes of "samples", "real" and "held_out", numbers below `num_classes` for images that have one; without
     them, no metric reads classes. `neighbours` says whether metrics that count neighbours are wanted.
@@ -44,6 +66,10 @@ class FeatureSets:
         return need == "features" or (self.held_out is not None if need == "held_out" else bool(self.labels))
 
     @cached_property
+    def moments(self) -> distances.Moments:
+        return distances.moments(self.real)
+
+    @cached_property
     def kernel(self) -> tuple[float, float]:
         """The kernel distance, and its standard deviation."""
         return distances.kernel_distance(self.samples, self.real)
@@ -57,9 +83,8 @@ class FeatureSets:
     @cached_property
     def manifold(self) -> distances.Manifold:
         """Precision, recall, density and coverage, of `distances.MAX_IMAGES` images of each side at most."""
-        return distances.manifold(
-            *(side[spread_indices(len(side), distances.MAX_IMAGES)] for side in (self.samples, self.real))
-        )
+        sides = self.samples, self.real
+        return distances.manifold(*(side[spread_indices(len(side), distances.MAX_IMAGES)] for side in sides))
 
     @cached_property
     def nearest(self) -> Array:
@@ -96,6 +121,38 @@ class FeatureSets:
             if features is not None and np.isin(self.labels.get(name, []), classes).any()
         }
 
+    def mean_accuracy(self, name: str) -> float | None:
+        """The mean of `class_accuracy` over the classes, of "samples" or of "held_out"."""
+        shares = (self.class_accuracy or {}).get(name)
+        return float(np.nanmean(shares)) if shares is not None else None
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """All metrics that these features allow, by name."""
+        return {
+            name: value
+            for need in get_args(Need)
+            for name, metric in METRICS.items()
+            if metric.needs == need and self.has(need) and (value := metric.compute(self)) is not None
+        }
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """How far to trust the values. evaluation.json keeps these notes, so it keeps the word "pictures", too."""
+        samples, real = len(self.samples), len(self.real)
+        notes = flag(samples, real, self.network.dim)
+        covering, covered = (min(count, distances.MAX_IMAGES) for count in (samples, real))
+        if self.has("neighbours") and covering < covered:
+            notes.append(f"{covering} samples cannot cover {covered} real pictures: recall and coverage are low for that alone")
+        if self.has("held_out") and FEWEST <= len(self.comparable) < samples:
+            notes.append(
+                f"the held-out pictures are {len(self.comparable)}: compare the distance of as many samples with theirs"
+            )
+        if self.has("labels") and "samples" not in (self.class_accuracy or {}):
+            reason = "one class alone" if self.class_accuracy is None else "no sample has a class"
+            notes.append(f"{reason}: nothing to read")
+        return notes
+
 
 class Metric(NamedTuple):
     """A number about samples: `compute` gives None where it has no value. It is called where the feature sets have what it
@@ -109,28 +166,16 @@ class Metric(NamedTuple):
     counted: Literal["samples", "held_out"] = "samples"
 
 
-def _frechet(sets: FeatureSets) -> float:
-    return distances.frechet(sets.samples, distances.moments(sets.real))
-
-
 def _frechet_held_out(sets: FeatureSets) -> float | None:
-    return distances.frechet(sets.comparable, distances.moments(sets.real)) if len(sets.comparable) >= FEWEST else None
+    return distances.frechet(sets.comparable, sets.moments) if len(sets.comparable) >= FEWEST else None
 
 
 def _kernel_std(sets: FeatureSets) -> float | None:
     return sets.kernel[1] if sets.kernel[1] > 1e-12 else None  # 0 where each subset was the whole of both sides
 
 
-def _accuracy(name: str) -> Callable[[FeatureSets], float | None]:
-    def mean(sets: FeatureSets) -> float | None:
-        shares = (sets.class_accuracy or {}).get(name)
-        return float(np.nanmean(shares)) if shares is not None else None
-
-    return mean
-
-
 METRICS = {
-    "frechet": Metric(_frechet, "Fréchet distance"),
+    "frechet": Metric(lambda sets: distances.frechet(sets.samples, sets.moments), "Fréchet distance"),
     "frechet_held_out": Metric(_frechet_held_out, "  of the held-out images", needs="held_out", counted="held_out"),
     "kernel": Metric(lambda sets: sets.kernel[0], "kernel distance", "{:.5f}"),
     "kernel_std": Metric(_kernel_std),
@@ -140,42 +185,8 @@ METRICS = {
     "recall": Metric(lambda sets: sets.manifold.recall, "recall", needs="neighbours"),
     "density": Metric(lambda sets: sets.manifold.density, "density", needs="neighbours"),
     "coverage": Metric(lambda sets: sets.manifold.coverage, "coverage", needs="neighbours"),
-    "accuracy": Metric(_accuracy("samples"), "read as their class", "{:.1%}", needs="labels"),
-    "accuracy_held_out": Metric(_accuracy("held_out"), "  held-out images", "{:.1%}", needs="labels"),
+    "accuracy": Metric(lambda sets: sets.mean_accuracy("samples"), "read as their class", "{:.1%}", needs="labels"),
+    "accuracy_held_out": Metric(lambda sets: sets.mean_accuracy("held_out"), "  held-out images", "{:.1%}", needs="labels"),
     "nearer": Metric(lambda sets: sets.copying.nearer, "nearer to training images", needs="held_out"),
     "copied": Metric(lambda sets: sets.copying.copied, "copied", "{:.1%}", needs="held_out"),
 }
-
-
-class Comparison(NamedTuple):
-    """Samples against real images in the features of one network: the metrics by name, and notes on how far to trust them."""
-
-    sets: FeatureSets
-    values: dict[str, float]
-    notes: list[str]
-
-
-def compare(sets: FeatureSets) -> Comparison:
-    """All metrics that these feature sets allow."""
-    values: dict[str, float] = {}
-    for need in filter(sets.has, get_args(Need)):
-        for name, metric in METRICS.items():
-            value = metric.compute(sets) if metric.needs == need else None
-            if value is not None:
-                values[name] = value
-    return Comparison(sets, values, _notes(sets))
-
-
-def _notes(sets: FeatureSets) -> list[str]:
-    """What to know of the values. evaluation.json keeps these notes, so it keeps the word "pictures", too."""
-    samples, real = len(sets.samples), len(sets.real)
-    notes = flag(samples, real, sets.network.dim)
-    covering, covered = (min(count, distances.MAX_IMAGES) for count in (samples, real))
-    if sets.has("neighbours") and covering < covered:
-        notes.append(f"{covering} samples cannot cover {covered} real pictures: recall and coverage are low for that alone")
-    if sets.has("held_out") and FEWEST <= len(sets.comparable) < samples:
-        notes.append(f"the held-out pictures are {len(sets.comparable)}: compare the distance of as many samples with theirs")
-    if sets.has("labels") and "samples" not in (sets.class_accuracy or {}):
-        reason = "one class alone" if sets.class_accuracy is None else "no sample has a class"
-        notes.append(f"{reason}: nothing to read")
-    return notes

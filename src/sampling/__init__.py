@@ -2,6 +2,5 @@
 
 from ..runs.opened import Opened, open_trained
 from ..runtime.seeds import noise_of
-from .build import build_sampler
 from .config import SamplerConfig
-from .sampler import Sampler
+from .sampler import Sampler, build_sampler

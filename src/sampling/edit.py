@@ -1,16 +1,16 @@
 """Image files that sampling starts from, fills in, or makes larger."""
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ..config import UserError
@@ -22,6 +22,9 @@ from ..runs.opened import Opened
 from ..runtime.seeds import generator
 from ..runtime.stream import to_network
 from .sampler import Edit
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def load_edit(opened: Opened, image: str, mask: str | None, *, start_at: int, resamplings: int, steps: int) -> Edit:
@@ -92,7 +95,12 @@ def files_of(place: str) -> list[Path]:
     return files
 
 
-def _open(path: str, channels: int) -> Image.Image:
+def fingerprint(files: Sequence[Path]) -> str:
+    """The hash of what is in the files."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def _open(path: str, channels: int) -> "Image.Image":
     try:
         return decode(Path(path), channels=channels)
     except (OSError, ValueError, SyntaxError) as error:

@@ -1,29 +1,45 @@
-"""Samples as files: whole batches dealt to ranks, each image written once; a sampling that was killed goes on."""
+"""Samples as files: batches dealt to ranks, each image written once, so that a killed sampling goes on; frames on the way."""
 
-import io
-import json
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import figures
 from ..config import UserError
+from ..config.progress import Progress
+from ..diffusion import Prediction
 from ..runs.opened import Opened
 from ..runtime.failures import explain_failure, warn_on_failure
-from ..storage.blocks import Ranks, wait_for
-from ..storage.files import write_whole
-from .batches import deal_batches
-from .frames import Frames, columns_for
+from ..storage.blocks import Ranks, is_of_request, wait_for
+from ..storage.files import as_json, write_whole
 from .sampler import Edit, Sampler, describe
-from .upscaling import Upscaler
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Items = TypeVar("Items", bound=Sequence)
+ONE_PROCESS = Ranks()
+
+
+def in_batches(items: Items, size: int) -> list[Items]:
+    """The items (a list, or a range) in batches of `size`, the last with what is left."""
+    return [items[start : start + size] for start in range(0, len(items), size)]  # pyright: ignore[reportReturnType]
+
+
+def deal_batches(items: Items, size: int, ranks: Ranks, doing: str, *, unit: str = "images") -> Iterator[Items]:
+    """The batches of this rank, one after the other, while rank 0 shows the progress of all ranks. Whole batches are dealt, so
+    that no result depends on the number of processes."""
+    with Progress(doing, len(items), unit=unit, shown=ranks.rank == 0, processes=ranks.world) as bar:
+        for batch in in_batches(items, size)[ranks.rank :: ranks.world]:
+            yield batch
+            bar.update(min(len(batch) * ranks.world, len(items) - bar.done))
 
 
 def claim(
@@ -32,25 +48,20 @@ def claim(
     facts: Mapping[str, Any] | None = None,
     *,
     what: str = "images",
-    ranks: Ranks = Ranks(),  # noqa: B008
+    ranks: Ranks = ONE_PROCESS,
 ) -> None:
     """Write `request`, which says all that the images depend on, and other `facts` to `out`/metadata.json, and remove files
     that a killed process left half-written. A UserError where the folder holds something else."""
-    facts = facts or {}
-    if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
-        try:
-            known = json.loads((out / "metadata.json").read_text())
-            same = {key: value for key, value in known.items() if key not in facts} == json.loads(json.dumps(request))
-        except (OSError, ValueError, LookupError, TypeError):
-            same = False
-        if not same:
-            raise UserError(f"{out} holds other {what}; give another --out or remove it")
+    file, facts = out / "metadata.json", facts or {}
+    has_content = out.exists() and any(path.name[0] != "." for path in out.iterdir())
+    if has_content and not is_of_request(file, request, without=facts):
+        raise UserError(f"{out} holds other {what}; give another --out or remove it")
     ranks.barrier()  # all ranks have checked before one writes
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         for part in (*out.glob("*.part"), *(out / "frames").glob("*.part")):
             part.unlink()
-        write_whole(out / "metadata.json", (json.dumps({**request, **facts}, indent=1) + "\n").encode())
+        write_whole(file, as_json({**request, **facts}))
     ranks.barrier()
 
 
@@ -63,6 +74,76 @@ def remove_if_empty(out: Path, rank: int = 0) -> Iterator[None]:
         if rank == 0 and out.is_dir() and {path.name for path in out.rglob("*") if path.is_file()} <= {"metadata.json"}:
             shutil.rmtree(out, ignore_errors=True)
         raise
+
+
+def save_missing(pixels: figures.Pixels, paths: Iterable[Path]) -> None:
+    """Write those of the images (N, H, W, C) whose files are missing."""
+    for image, path in zip(pixels, paths, strict=False):  # images that fill a batch up have no path
+        if not path.exists():
+            with explain_failure(path):
+                figures.save(figures.to_image(image), path)
+
+
+def read_pixels(paths: Sequence[Path], shape: Sequence[int]) -> figures.Pixels:
+    """(N, *shape) uint8 of files that `save_missing` wrote."""
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.open(path)).reshape(*shape) for path in paths])
+
+
+def columns_for(count: int, num_blocks: int = 1) -> int:
+    """A grid near a square; where classes stand in equal blocks, a row for each."""
+    if num_blocks > 1 and count % num_blocks == 0 and count // num_blocks <= 16:
+        return count // num_blocks
+    return max(1, min(16, int(np.ceil(np.sqrt(count)))))
+
+
+def write_animation(pattern: Path, sheets: "Iterable[Image.Image]", out: Path, *, fps: int) -> str:
+    """Write the sheets as files whose number stands at %03d of the `pattern`, in place of older ones, and a GIF of them; gives
+    the command that makes the GIF from the files."""
+    pattern.parent.mkdir(parents=True, exist_ok=True)
+    for old in pattern.parent.glob(pattern.name.replace("%03d", "*")):
+        old.unlink()
+    paths = list[Path]()
+    for i, sheet in enumerate(sheets):
+        paths.append(pattern.with_name(pattern.name % i))
+        figures.save(sheet, paths[-1])
+    return figures.gif(paths, pattern, out, fps=fps)
+
+
+Frame = tuple[int, figures.Pixels, figures.Pixels]  # step, x_t, the estimate of x0
+
+
+class Frames:
+    """A callback that keeps at most 60 frames of the images `chosen` of a batch."""
+
+    def __init__(self, chosen: Sequence[int], sampler: Sampler) -> None:
+        self.chosen, self.sampler, self.steps = list(chosen), sampler, sampler.steps
+        count = min(60, self.steps)
+        self.kept_steps = {round(i * (self.steps - 1) / max(1, count - 1)) for i in range(count)}
+        self.frames: list[Frame] = []
+
+    def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+        if step in self.kept_steps and self.chosen:
+            noised, x0 = (figures.to_uint8(self.sampler.decode(x[self.chosen])) for x in (x_t, prediction.x0))
+            self.frames.append((step, noised, x0))
+
+    def finish(self, images: Tensor) -> None:
+        """Add the last frame: the images of the batch as they came out."""
+        if self.chosen:
+            pixels = figures.to_uint8(images[self.chosen])
+            self.frames.append((self.steps, pixels, pixels))
+
+    def sheet(self, frame: Frame, note: str = "") -> "Image.Image":
+        """A frame as an image: x_t on the left, the estimate of x0 on the right."""
+        from PIL import ImageOps
+
+        step, x_t, x0 = frame
+        done = f"step {step:0{len(str(self.steps))}d} of {self.steps}"  # as long on every frame: they have one size
+        titles = {f"x_t, {done}": x_t, f"estimate of x_0 {note}": x0}
+        sheets = [figures.grid(x, columns=columns_for(len(x)), title=title) for title, x in titles.items()]
+        tall = max(sheet.height for sheet in sheets)  # a title may take more lines than the other
+        return figures.in_a_row([ImageOps.expand(sheet, (0, tall - sheet.height, 0, 0), "white") for sheet in sheets])
 
 
 def write_samples(
@@ -80,13 +161,13 @@ def write_samples(
     class_names: Sequence[str] = (),
     edit: Edit | None = None,
     low: Tensor | None = None,
-    upscaler: Upscaler | None = None,
+    upscale: Callable[[Tensor], Tensor] | None = None,
     npz: bool = False,
     request: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Draw `count` images into `out`: PNGs, metadata.json, grid.png, and with `frames` the denoising GIF. Gives their paths.
 
-    With an `upscaler` the images are written a second time, larger, into `out`/upscaled; with `npz` all of them into one file
+    With `upscale` the images are written a second time, larger, into `out`/upscaled; with `npz` all of them into one file
     that guided-diffusion's evaluator reads. `request` is what else they depend on. Files that are there already stay; a folder
     with other images is a UserError.
     """
@@ -106,26 +187,21 @@ def write_samples(
 
     digits = max(5, len(str(count - 1)))
     paths = [out / f"{i:0{digits}d}.png" for i in range(count)]
-    large = [out / "upscaled" / path.name for path in paths]
-    wanted = [large, paths] if upscaler is not None else [paths]
+    large = [out / "upscaled" / path.name for path in paths] if upscale is not None else paths
     watched: Frames | None = None
     for batch in deal_batches(range(count), batch_size, ranks, "sampling"):
-        callback = None
+        part, callback = slice(batch.start, batch.stop), None
         if frames and batch.start == 0 and not (out / "denoising.gif").exists():  # rank 0 has this batch
             shown = min(20, len(batch))  # spread over the batch, so that every class is among them
             callback = watched = Frames([i * len(batch) // shown for i in range(shown)], sampler)
-        if callback is None and all(files[i].exists() for files in wanted for i in batch):
+        if callback is None and all(path.exists() for path in (*paths[part], *large[part])):
             continue
-        classes = [labels[i] for i in batch] if labels is not None else None
-        images_low = low[batch.start : batch.stop] if low is not None else None
-        options = {"callback": callback, "batch_size": batch_size, "edit": edit, "low": images_low}
+        classes = labels[part] if labels is not None else None
+        options = {"callback": callback, "batch_size": batch_size, "edit": edit, "low": low[part] if low is not None else None}
         x = sampler.draw(seed, batch, classes, device=device, **options)
-        for files in wanted:
-            images = upscaler.upscale(x) if upscaler is not None and files is large else x
-            for i, pixels in zip(batch, figures.to_uint8(images), strict=True):
-                if not files[i].exists():
-                    with explain_failure(files[i]):
-                        figures.save(figures.to_image(pixels), files[i])
+        if upscale is not None:
+            save_missing(figures.to_uint8(upscale(x)), large[part])
+        save_missing(figures.to_uint8(x), paths[part])
         if callback is not None:
             callback.finish(x)
     ranks.barrier()
@@ -135,22 +211,18 @@ def write_samples(
             with explain_failure(out / "samples_*.npz"):
                 _write_npz(paths, labels, out)
         with warn_on_failure("grid.png"):
-            _draw_grid(paths[:256], names, opened.image.size, out / "grid.png")
+            few, size = paths[:256], opened.image.size
+            blocks = len(set(names)) if names is not None and names == sorted(names, key=names.index) else 1
+            options = {"columns": columns_for(len(few), blocks), "labels": names[: len(few)] if names is not None else None}
+            figures.save(figures.grid(read_pixels(few, (size, size, -1)), **options), out / "grid.png")
         if sampler.source is not None:
             with warn_on_failure("ways.png"):
                 _draw_ways(sampler, seed, paths[:32], out / "ways.png")
         if watched is not None:  # the last of all: where it fails, the rest is there
             with explain_failure(out / "denoising.gif"):
-                watched.write(out / "frames", "frame", ".png", out / "denoising.gif", fps=12)
+                sheets = (watched.sheet(frame) for frame in watched.frames)
+                write_animation(out / "frames" / "frame_%03d.png", sheets, out / "denoising.gif", fps=12)
     return paths
-
-
-def _draw_grid(paths: Sequence[Path], names: Sequence[str] | None, size: int, out: Path) -> None:
-    """Samples on one sheet; where classes stand in equal blocks, a row for each."""
-    shown = names[: len(paths)] if names is not None else None
-    blocks = len(set(names)) if names is not None and list(names) == sorted(names, key=names.index) else 1
-    array = np.stack([np.asarray(Image.open(path)).reshape(size, size, -1) for path in paths])
-    figures.save(figures.grid(array, columns=columns_for(len(paths), blocks), labels=shown), out)
 
 
 @torch.no_grad()
@@ -158,14 +230,15 @@ def _draw_ways(sampler: Sampler, seed: int, paths: Sequence[Path], out: Path) ->
     """What images started from, each beside what it became."""
     parameter = next(sampler.network.parameters())  # pyright: ignore[reportFunctionMemberAccess]
     sources = figures.to_uint8(sampler.decode(sampler.start(seed, range(len(paths))).to(parameter)))
-    rows = [row for source, path in zip(sources, paths, strict=True) for row in (source, np.asarray(Image.open(path)))]
-    array = np.stack([row.reshape(sources.shape[1:]) for row in rows])
-    figures.save(figures.grid(array, columns=2 * min(4, len(paths)), title="source and sample, side by side"), out)
+    rows = np.stack([sources, read_pixels(paths, sources.shape[1:])], axis=1).reshape(-1, *sources.shape[1:])
+    figures.save(figures.grid(rows, columns=2 * min(4, len(paths)), title="source and sample, side by side"), out)
 
 
 def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -> None:
     """Write samples_NxHxWx3.npz: the images as arr_0 (N, H, W, 3) uint8, grey ones in three equal channels as the evaluator
     wants them, and their labels, where they have any, as arr_1. One image at a time is in memory."""
+    from PIL import Image
+
     with Image.open(paths[0]) as first:
         shape = (len(paths), first.height, first.width, 3)
     staged = out / ".samples.part"
@@ -178,9 +251,8 @@ def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -
                     with Image.open(path) as image:
                         stream.write(np.asarray(image.convert("RGB")).tobytes())
             if labels is not None:
-                content = io.BytesIO()
-                np.save(content, np.array(labels, dtype=np.int64))
-                file.writestr("arr_1.npy", content.getvalue())
+                with file.open("arr_1.npy", "w") as stream:
+                    np.save(stream, np.array(labels, dtype=np.int64))
         staged.replace(out / f"samples_{'x'.join(map(str, shape))}.npz")
     finally:
         staged.unlink(missing_ok=True)

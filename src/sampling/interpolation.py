@@ -1,21 +1,23 @@
-"""From one image to the next: the great circle between what two of them start from, and the frames on the way."""
+"""Between images and what they start from: the frames from one image to the next along a great circle, and images inverted."""
 
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops
 from torch import Tensor
 
 from .. import figures
+from ..config.progress import track
 from ..runs.opened import Opened
-from ..runtime.failures import explain_failure
+from ..runtime.failures import warn_on_failure
 from ..storage.blocks import Ranks, wait_for
-from .batches import deal_batches, in_batches
-from .sampler import Sampler
+from ..storage.files import as_json, write_whole
+from .edit import encode_images, fingerprint
+from .files import claim, deal_batches, in_batches, read_pixels, save_missing
+from .sampler import Sampler, describe
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -54,29 +56,11 @@ class Place(NamedTuple):
     weight: float
 
 
-@dataclass(frozen=True)
-class Journey:
-    """Frames through `keys` keys, `between` of them from one key to the next. A loop goes on from the last key to the first."""
-
-    keys: int
-    between: int
-    loop: bool = False
-
-    def __len__(self) -> int:
-        return self.keys * self.between if self.loop else (self.keys - 1) * self.between + 1
-
-    def __getitem__(self, frame: int) -> Place:
-        if not 0 <= frame < len(self):
-            raise IndexError(frame)
-        key, done = divmod(frame, self.between)
-        return Place(key, (key + 1) % self.keys, smoothstep(done / self.between))
-
-
-class Keys(NamedTuple):
-    """What the keys start from, (K, *shape) on the CPU, and their classes; the highest number is no class."""
-
-    starts: Tensor
-    labels: Sequence[int] | None
+def plan_frames(keys: int, between: int, *, loop: bool = False) -> list[Place]:
+    """The frames through `keys` keys, `between` of them from one key to the next. A loop goes on from the last key to the
+    first."""
+    count = keys * between if loop else (keys - 1) * between + 1
+    return [Place(i // between, (i // between + 1) % keys, smoothstep(i % between / between)) for i in range(count)]
 
 
 def class_weights(labels: Sequence[int], places: Sequence[Place], rows: int) -> Tensor:
@@ -86,6 +70,59 @@ def class_weights(labels: Sequence[int], places: Sequence[Place], rows: int) -> 
         row[labels[place.before]] += 1 - place.weight
         row[labels[place.after]] += place.weight
     return weights
+
+
+@torch.no_grad()
+def write_frames(
+    opened: Opened,
+    sampler: Sampler,
+    starts: Tensor,
+    labels: Sequence[int] | None,
+    places: Sequence[Place],
+    folder: Path,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    ranks: Ranks,
+) -> list[Path]:
+    """Draw the frames at `places` between the keys into `folder`, whole batches dealt to ranks; frames that are there already
+    stay. The keys start from `starts` (K, *shape) on the CPU and have the classes `labels`; the highest number is no class.
+
+    Where the solver draws noise at each step, it is that of image 0 of `seed` in all frames, so that nothing flickers. Between
+    two images of a source that is no noise, frames start from points on a straight line. Gives the frames' paths.
+    """
+    paths = [folder / f"frame_{i:05d}.png" for i in range(len(places))]
+    for batch in deal_batches(range(len(paths)), batch_size, ranks, "drawing frames", unit="frames"):
+        files = paths[batch.start : batch.stop]
+        if all(path.exists() for path in files):
+            continue
+        padded = [places[min(i, batch[-1])] for i in range(batch[0], batch[0] + batch_size)]
+        weight = torch.tensor([place.weight for place in padded], dtype=torch.float64)
+        before, after = (starts[[getattr(place, side) for place in padded]] for side in ("before", "after"))
+        classes = None
+        if labels is not None:
+            rows = (opened.num_classes or 0) + opened.null_class
+            classes = class_weights(labels, padded, rows).to(device, sampler.dtype)
+        x = (slerp if opened.gaussian else straight)(before, after, weight).to(device, sampler.dtype)
+        x = sampler.move(x, classes, seed=seed, indices=[0] * batch_size)
+        save_missing(_enlarged(sampler.decode(x)), files)
+    ranks.barrier()
+    if ranks.rank == 0:
+        wait_for(paths)
+    return paths
+
+
+def difference(images: Tensor, paths: Sequence[Path]) -> float:
+    """How far the frames `paths` are from the images (K, C, H, W) that they are to show, in levels of 255 on average."""
+    wanted = _enlarged(images)
+    return float(np.abs(wanted.astype(np.int64) - read_pixels(paths, wanted.shape[1:])).mean())
+
+
+def _enlarged(images: Tensor) -> figures.Pixels:
+    """Small images with pixels that a person sees."""
+    zoom = figures.zoom_for(min(images.shape[2:]))
+    return figures.to_uint8(images).repeat(zoom, axis=1).repeat(zoom, axis=2)
 
 
 @torch.no_grad()
@@ -103,54 +140,45 @@ def inverted(sampler: Sampler, x0: Tensor, labels: Sequence[int] | None, *, batc
     return torch.cat(starts)
 
 
-@torch.no_grad()
-def write_frames(
-    opened: Opened,
-    sampler: Sampler,
-    keys: Keys,
-    journey: Journey,
-    folder: Path,
-    *,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-    ranks: Ranks,
-) -> list[Path]:
-    """Draw the frames of a journey into `folder`, whole batches dealt to ranks; frames that are there already stay.
+def measure(x0: Tensor, source: Tensor, returned: Tensor) -> dict[str, float]:
+    """Of one image, as the network sees it: `rms` of what is lost on the way there and back, relative to the standard deviation
+    of the image; `std` of the source; `correlation` of source and image."""
+    flat, noise = x0.flatten().double(), source.flatten().double()
+    lost = (returned.double() - x0.double()).square().mean().sqrt() / flat.std()
+    both = torch.corrcoef(torch.stack([flat, noise]))[0, 1]
+    return {"rms": float(lost), "std": float(noise.std()), "correlation": float(both)}
 
-    Where the solver draws noise at each step, it is that of image 0 of `seed` in all frames, so that nothing flickers. Between
-    two images of a source that is no noise, frames start from points on a straight line. Gives the frames' paths.
+
+def write_inversions(
+    opened: Opened, sampler: Sampler, files: Sequence[Path], out: Path, *, label: int | None, batch_size: int
+) -> dict[str, float]:
+    """Write into the folder `out`: `inversion.png` (image, its source, and the image again, in rows), `sources.npy`
+    (N, *shape), `inversion.json` with what `measure` gives for each. Gives the means.
+
+    `label` is the class that the network is given, if any. Both ways are clipped as in sampling: without it, a network that
+    predicts eps throws its estimate of x_0 out of all bounds near the noise.
     """
-    paths = [folder / f"frame_{i:05d}.png" for i in range(len(journey))]
-    for batch in deal_batches(range(len(paths)), batch_size, ranks, "drawing frames", unit="frames"):
-        if all(paths[i].exists() for i in batch):
-            continue
-        places = [journey[min(i, batch[-1])] for i in range(batch[0], batch[0] + batch_size)]
-        weight = torch.tensor([place.weight for place in places], dtype=torch.float64)
-        before, after = (keys.starts[[getattr(place, side) for place in places]] for side in ("before", "after"))
-        classes = None
-        if keys.labels is not None:
-            rows = (opened.num_classes or 0) + opened.null_class
-            classes = class_weights(keys.labels, places, rows).to(device, sampler.dtype)
-        x = (slerp if opened.gaussian else straight)(before, after, weight).to(device, sampler.dtype)
-        x = sampler.move(x, classes, seed=seed, indices=[0] * batch_size)
-        for i, pixels in zip(batch, figures.to_uint8(sampler.decode(x)), strict=False):
-            if not paths[i].exists():
-                with explain_failure(paths[i]):
-                    figures.save(_enlarged(figures.to_image(pixels)), paths[i])
-    ranks.barrier()
-    if ranks.rank == 0:
-        wait_for(paths)
-    return paths
-
-
-def difference(images: Tensor, paths: Sequence[Path]) -> float:
-    """How far the frames `paths` are from the images (K, C, H, W) that they are to show, in levels of 255 on average."""
-    wanted = [_enlarged(figures.to_image(pixels)) for pixels in figures.to_uint8(images)]
-    each = [ImageChops.difference(image, Image.open(path)) for image, path in zip(wanted, paths, strict=True)]
-    return float(np.mean([np.asarray(image) for image in each]))
-
-
-def _enlarged(image: Image.Image) -> Image.Image:
-    zoom = figures.zoom_for(min(image.size))
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    sampler.check_invertible()
+    images = encode_images(opened, files).to(sampler.dtype)
+    label = opened.no_class() if label is None else label
+    claim(out, {"weights": opened.digest, "label": label, "files": fingerprint(files), **describe(sampler, 0)})
+    rows, sources, measured = [], [], []
+    for part in track(in_batches(range(len(files)), batch_size), "inverting", unit="batches"):
+        x0 = images[part.start : part.stop]
+        labels = torch.full((len(x0),), label, device=x0.device) if label is not None else None
+        source = sampler.invert(x0, labels)
+        returned = sampler.move(source, labels)
+        shown = [sampler.decode(x) for x in (x0, source, returned)]
+        rows.append(figures.to_uint8(torch.stack(shown, dim=1).flatten(0, 1)))
+        sources.append(source.float().cpu().numpy())
+        measured += [{"file": files[i].name, **measure(*ways)} for i, *ways in zip(part, x0, source, returned, strict=True)]
+    mean = {key: float(np.mean([abs(entry[key]) for entry in measured])) for key in ("rms", "std", "correlation")}
+    content = io.BytesIO()
+    np.save(content, np.concatenate(sources))
+    write_whole(out / "sources.npy", content.getbuffer())
+    write_whole(out / "inversion.json", as_json({"mean": mean, "pictures": measured}))
+    title = f"picture, source, and back again with {sampler.calls()} network calls each way"
+    with warn_on_failure("inversion.png"):
+        sheet = figures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title)
+        figures.save(sheet, out / "inversion.png")
+    return mean

@@ -13,7 +13,7 @@ from .. import figures
 from ..config.progress import track
 from ..diffusion import Prediction
 from ..storage.files import write_whole
-from .files import claim
+from .files import claim, write_animation
 from .sampler import Sampler
 
 FIELD_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -83,14 +83,8 @@ def write_points(
     paths = [out / name for name in ("x0.png", "x1.png", "trajectories.png", "velocity.png")]
     if not frames:
         return paths
-    folder = out / "frames"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("frame_*.png"):
-        old.unlink()
-    alphas = 1 - sampler.process.schedule.level(sampler.times).sigma
-    frame_paths = [folder / f"frame_{i:03d}.png" for i in range(len(way))]
-    for i, path in enumerate(track(frame_paths, "drawing frames", unit="frames")):
-        title = f"alpha = {float(alphas[i]):.2f}"
-        figures.save(figures.in_a_row([first, figures.scatter(way[i], title=title), last]), path)
-    figures.gif(frame_paths, folder / "frame_%03d.png", out / "points.gif", fps=24)
+    alphas = (1 - sampler.process.schedule.level(sampler.times).sigma).tolist()
+    steps = track(list(zip(way, alphas, strict=True)), "drawing frames", unit="frames")
+    sheets = (figures.in_a_row([first, figures.scatter(x, title=f"alpha = {alpha:.2f}"), last]) for x, alpha in steps)
+    write_animation(out / "frames" / "frame_%03d.png", sheets, out / "points.gif", fps=24)
     return [*paths, out / "points.gif"]

@@ -1,56 +1,36 @@
-"""The sampler, which previews, sample.py and everything else draw images with."""
+"""The sampler, which previews, sample.py and all else draw images with. It is long, since all of a batch's way is here."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config import UserError, dump
-from ..diffusion import (
-    SOLVERS,
-    BlendSchedule,
-    Denoiser,
-    Process,
-    Schedule,
-    classifier_free,
-    classifier_gradient,
-    classifier_guided,
-    clip,
-    dynamic_threshold,
-    inversion_times,
-    invertible_solvers,
-    is_within,
-    on_schedule,
-    times,
-    within,
-)
-from ..diffusion.guidance import Gradient
+from ..data.names import join_names, same_names
+from ..diffusion import SOLVERS, BlendSchedule, Denoiser, Prediction, Process, guidance, inversion_times, times, transitions
+from ..diffusion.chain import Transitions
 from ..diffusion.schedules import like
-from ..diffusion.solvers import Callback
+from ..diffusion.solvers import Callback, invertible_solvers
+from ..runs.autoencoder import LatentCodec
+from ..runs.classifier import OpenedClassifier
 from ..runs.densities import Bound, Start
+from ..runs.opened import Opened, Run
 from ..runtime.seeds import noise_of
 from ..storage.finite import is_finite
 from .config import SamplerConfig
-from .trajectory import Edit, Trajectory
 
 
-class Codec(Protocol):
-    """Between images (B, C, H, W) in [-1, 1] and latents (B, D, h, w) with unit variance. Diffusion on pixels has no codec."""
+class Edit(NamedTuple):
+    """What a sampling keeps of an image: it starts from `x0` (C, H, W), as the network sees it, where `start_at` steps are
+    done, and keeps x0 where `mask` (1, H, W) is 0. Each step is taken `resamplings` times with noise in between, so that the
+    new part and the kept part agree (Alg. 1, Lugmayr et al. 2022, arXiv:2201.09865)."""
 
-    def encode(self, images: Tensor, indices: Sequence[int]) -> Tensor: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
-
-
-class Classifier(Protocol):
-    """What guides: logits (B, K) of images that are noised along the classifier's own schedule."""
-
-    @property
-    def schedule(self) -> Schedule: ...
-
-    def logits(self, x_t: Tensor, t: Tensor) -> Tensor: ...
+    x0: Tensor
+    start_at: int = 0
+    mask: Tensor | None = None
+    resamplings: int = 1
 
 
 class Sampler:
@@ -58,8 +38,9 @@ class Sampler:
 
     `shape` is (C, H, W) of what the network sees (or (2,) of a point), `codec` decodes that to images. `source` draws what
     sampling starts from, where that is not standard normal noise. `clip_x0` are the bounds of the estimate of x_0, numbers or
-    tensors (C, 1, 1). `num_classes` is None for an unconditional network. A UserError says what does not fit together, and,
-    where `origin` names the network (its run and step), that the samples are not finite.
+    tensors (C, 1, 1). `num_classes` is None for an unconditional network, `guidable` says whether the network learned to go
+    without a class. A UserError says what does not fit together, and, where `origin` names the network (its run and step),
+    that the samples are not finite.
     """
 
     def __init__(
@@ -70,10 +51,10 @@ class Sampler:
         *,
         shape: Sequence[int],
         num_classes: int | None,
-        clip_x0: tuple[Bound, Bound] | None,
+        clip_x0: tuple[Bound, Bound] | None = None,
         guidable: bool = True,
-        codec: Codec | None = None,
-        classifier: Classifier | None = None,
+        codec: LatentCodec | None = None,
+        classifier: OpenedClassifier | None = None,
         source: Start | None = None,
         origin: str | None = None,
     ) -> None:
@@ -95,8 +76,8 @@ class Sampler:
         self.shape, self.num_classes, self.clip_x0, self.codec = tuple(shape), num_classes, clip_x0, codec
         self.source, self.origin, self.classifier = source, origin, classifier if by_classifier else None
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
-        steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
         if spec.alphas is None:
+            steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
             self.times = times(process.schedule, steps, spec.spacing)
         elif isinstance(process.schedule, BlendSchedule):
             self.times = 1 - torch.tensor(spec.alphas, dtype=torch.float64)
@@ -105,9 +86,7 @@ class Sampler:
 
     def start(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
         """What the images `indices` of `seed` start from, (B, *shape) float32 on the CPU; each `draw` gives other values."""
-        if self.source is not None:
-            return self.source(seed, indices, draw)
-        return noise_of(seed, indices, self.shape, draw)
+        return self.source(seed, indices, draw) if self.source is not None else noise_of(seed, indices, self.shape, draw)
 
     @property
     def steps(self) -> int:
@@ -122,22 +101,22 @@ class Sampler:
         last = each if self.process.schedule.network_at_clean else 1
         counts = [(i, times * (each if i < self.steps - 1 else last)) for part in (once, twice) for i in part]
         counts += [(spec.stop_at, 1)] if spec.stop_at is not None else []
-        return sum(count * (2 if self._is_classifier_free and self._guides(self.times[i]) else 1) for i, count in counts)
+        return sum(count * (2 if self._is_classifier_free and self.guides(self.times[i]) else 1) for i, count in counts)
 
-    def _guides(self, t: Tensor) -> bool:
+    def guides(self, t: Tensor) -> bool:
         """Whether there is guidance at the level of `t`."""
         levels = self.spec.guidance_interval
-        return levels is None or is_within(levels, self.process.schedule, t)
+        return levels is None or guidance.is_within(levels, self.process.schedule, t)
 
-    def _gradient(self, labels: Tensor | None) -> Gradient | None:
+    def gradient(self, labels: Tensor | None) -> guidance.Gradient | None:
         """The gradient of the classifier that guides, where there is one."""
         if self.classifier is None:
             return None
         assert labels is not None
-        logits = on_schedule(self.classifier.logits, self.classifier.schedule, self.process.schedule)
-        return classifier_gradient(logits, labels, self.spec.guidance)
+        logits = guidance.on_schedule(self.classifier.logits, self.classifier.schedule, self.process.schedule)
+        return guidance.classifier_gradient(logits, labels, self.spec.guidance)
 
-    def _denoiser(self, labels: Tensor | None, gradient: Gradient | None, low: Tensor | None) -> Denoiser:
+    def denoiser(self, labels: Tensor | None, gradient: guidance.Gradient | None = None, low: Tensor | None = None) -> Denoiser:
         """The network with guidance, then clipping. A classifier shifts the eps of the clipped estimate, as in
         guided-diffusion, and the result is clipped once more: in almost pure noise, where sigma^2 / alpha is large, the shift
         would throw x0 far out."""
@@ -148,18 +127,18 @@ class Sampler:
 
         def bounded(denoiser: Denoiser) -> Denoiser:
             if spec.threshold is not None:
-                return dynamic_threshold(denoiser, schedule, spec.threshold)
-            return clip(denoiser, schedule, *self.clip_x0) if self.clip_x0 is not None else denoiser
+                return guidance.dynamic_threshold(denoiser, schedule, spec.threshold)
+            return guidance.clip(denoiser, schedule, *self.clip_x0) if self.clip_x0 is not None else denoiser
 
         guided = outside = bounded(plain)
         if gradient is not None and not self.solver.takes("mean_shift"):
-            guided = bounded(classifier_guided(outside, gradient, schedule))
+            guided = bounded(guidance.classifier_guided(outside, gradient, schedule))
         elif gradient is None and spec.guided and labels is not None:
             no_class = torch.full((len(labels),), self.num_classes or 0, device=labels.device)
             null = {**condition, "labels": no_class}
-            guided = bounded(classifier_free(plain, self.process.denoiser(self.network, **null), spec.guidance))
+            guided = bounded(guidance.classifier_free(plain, self.process.denoiser(self.network, **null), spec.guidance))
         if spec.guidance_interval is not None and guided is not outside:
-            return within(spec.guidance_interval, guided, outside, schedule)
+            return guidance.within(spec.guidance_interval, guided, outside, schedule)
         return guided
 
     @torch.no_grad()
@@ -193,14 +172,14 @@ class Sampler:
 
         The network runs at `batch_size` (the last image fills the batch up), so no image depends on how many are asked for.
         """
-        padded = [*indices, *[indices[-1]] * ((batch_size or len(indices)) - len(indices))]
-        classes = None
+        missing = (batch_size or len(indices)) - len(indices)
+        padded, classes = [*indices, *[indices[-1]] * missing], None
         if self.num_classes is not None or self.classifier is not None:
             chosen = list(labels) if labels is not None else [self.num_classes or 0] * len(indices)
-            classes = torch.tensor([*chosen, *[chosen[-1]] * (len(padded) - len(indices))], device=device)
+            classes = torch.tensor([*chosen, *[chosen[-1]] * missing], device=device)
         x = self.start(seed, padded).to(device, self.dtype)
         if low is not None:
-            low = torch.cat([low, low[-1:].expand(len(padded) - len(indices), -1, -1, -1)]).to(x)
+            low = torch.cat([low, low[-1:].expand(missing, -1, -1, -1)]).to(x)
         x = self.move(x, classes, seed=seed, indices=padded, callback=callback, edit=edit, low=low)
         return self.decode(x)[: len(indices)]
 
@@ -218,7 +197,7 @@ class Sampler:
     ) -> Tensor:
         """From the source to the data, both (B, *shape) as the network sees them. Labels are (B,), or (B, classes and null
         class) weights that blend them. The noise of each step is that of the images `indices` of `seed`."""
-        trajectory = self._trajectory(labels, seed, indices or range(len(x)), callback, low)
+        trajectory = Trajectory(self, labels, seed, indices or range(len(x)), callback, edit, low)
         spec, first = self.spec, edit.start_at if edit is not None else 0
         if edit is not None and first:
             x = self.process.add_noise(edit.x0.to(x).expand_as(x), x, self.times[first])
@@ -226,41 +205,13 @@ class Sampler:
             raise UserError(f"start_at {first} is not before stop_at {spec.stop_at}: nothing would be drawn")
         if edit is not None and edit.mask is not None and self.solver.multistep:
             raise UserError(f"{spec.solver} remembers the step before, which a mask changes; use another solver")
-        x = trajectory.run(x, first, spec.stop_at or self.steps, edit)
+        x = trajectory.run(x, first, spec.stop_at or self.steps)
         if spec.stop_at is not None:
-            x = trajectory.estimate(x, spec.stop_at, edit)
+            x = trajectory.estimate(x, spec.stop_at)
         if spec.double_sampling is not None:
-            x = trajectory.repeat(x, spec.double_sampling, edit)
+            x = trajectory.repeat(x, spec.double_sampling)
         self._check_finite(x, trajectory.finite)
         return x
-
-    def _trajectory(
-        self, labels: Tensor | None, seed: int, indices: Sequence[int], callback: Callback | None, low: Tensor | None
-    ) -> Trajectory:
-        def noise(step: int, like: Tensor, sweep: int = 0) -> Tensor:
-            return noise_of(seed, indices, self.shape, step + 1, sweep).to(like)
-
-        def source(step: int, like: Tensor, sweep: int = 0) -> Tensor:
-            return self.start(seed, indices, step + 1 + sweep * (self.steps + 1)).to(like)
-
-        gradient = self._gradient(labels)
-
-        def mean_shift(x_t: Tensor, t: Tensor, variance: Tensor) -> Tensor:
-            assert gradient is not None
-            return variance * gradient(x_t, t) if self._guides(t) else torch.zeros_like(x_t)
-
-        return Trajectory(
-            process=self.process,
-            solver=self.solver,
-            times=self.times,
-            eta=self.spec.eta,
-            denoiser=self._denoiser(labels, gradient, low),
-            noise=noise,
-            source=source,
-            mean_shift=mean_shift if gradient is not None else None,
-            callback=callback,
-            watches_finite=self.origin is not None,
-        )
 
     def _check_finite(self, x: Tensor, steps: Sequence[tuple[int, Tensor]] = ()) -> None:
         """A UserError where the samples are not finite. It names the network and the first of the `steps` (number, whether its
@@ -281,7 +232,7 @@ class Sampler:
             raise UserError(f"the solver {self.spec.solver} cannot be gone back; allowed: {names} (with eta 0)")
 
     @torch.no_grad()
-    def invert(self, x0: Tensor, labels: Tensor | None = None, *, callback: Callback | None = None) -> Tensor:
+    def invert(self, x0: Tensor, labels: Tensor | None = None) -> Tensor:
         """From the data back to the source, both (B, *shape) as the network sees them: the solver's way in the other direction.
 
         On a table it begins at the first trained level, where the image is scaled by the alpha of that level.
@@ -290,10 +241,125 @@ class Sampler:
         assert self.solver.inverse is not None
         schedule = self.process.schedule
         way_back = inversion_times(self.times, schedule)
-        x = like(schedule.level(way_back[0]).alpha, x0) * x0
-        x = self.solver.inverse(self._denoiser(labels, None, None), x, way_back, schedule, callback=callback)
+        x = self.solver.inverse(self.denoiser(labels), like(schedule.level(way_back[0]).alpha, x0) * x0, way_back, schedule)
         self._check_finite(x)
         return x
+
+
+class Trajectory:
+    """One batch on its way along the times of a sampler: what the solver is given, and what an edit keeps.
+
+    `sweep` counts how often a step was taken before; each sweep has other noise. Where the samples must be finite, `finite`
+    gets (step, whether the estimate was finite) of each step, on the device, so that nobody waits.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        labels: Tensor | None,
+        seed: int,
+        indices: Sequence[int],
+        callback: Callback | None = None,
+        edit: Edit | None = None,
+        low: Tensor | None = None,
+    ) -> None:
+        self.sampler, self.seed, self.indices, self.callback, self.edit = sampler, seed, indices, callback, edit
+        self.gradient = sampler.gradient(labels)
+        self.denoiser = sampler.denoiser(labels, self.gradient, low)
+        self.sweep, self.finite = 0, list[tuple[int, Tensor]]()
+
+    def noise(self, step: int, x: Tensor) -> Tensor:
+        return noise_of(self.seed, self.indices, self.sampler.shape, step + 1, self.sweep).to(x)
+
+    def source(self, step: int, x: Tensor) -> Tensor:
+        return self.sampler.start(self.seed, self.indices, step + 1 + self.sweep * (self.sampler.steps + 1)).to(x)
+
+    def mean_shift(self, x_t: Tensor, t: Tensor, variance: Tensor) -> Tensor:
+        assert self.gradient is not None
+        return variance * self.gradient(x_t, t) if self.sampler.guides(t) else torch.zeros_like(x_t)
+
+    def _solve(self, x: Tensor, first: int, end: int) -> Tensor:
+        """From where `first` steps are done to where `end` are."""
+        sampler, solver, process = self.sampler, self.sampler.solver, self.sampler.process
+
+        def callback(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+            if sampler.origin is not None:
+                self.finite.append((first + step, torch.isfinite(prediction.x0).all()))
+            if self.callback is not None:
+                self.callback(first + step, t, x_t, prediction)
+
+        options = {
+            "noise": lambda step, x: self.noise(first + step, x),
+            "source": lambda step, x: self.source(first + step, x),
+            "eta": sampler.spec.eta,
+            "variance": process.variance,
+            "mean_shift": self.mean_shift if self.gradient is not None else None,
+        }
+        taken = {name: value for name, value in options.items() if solver.takes(name)}
+        if solver.takes("steps"):  # of the whole chain
+            taken["steps"] = Transitions(*(values[first:end] for values in transitions(process.schedule, sampler.times)))
+        return solver.function(self.denoiser, x, sampler.times[first : end + 1], process.schedule, callback=callback, **taken)
+
+    def run(self, x: Tensor, first: int, end: int) -> Tensor:
+        """From where `first` steps are done to where `end` are; what an edit keeps is put back after each step."""
+        edit, process, times, steps = self.edit, self.sampler.process, self.sampler.times, self.sampler.steps
+        if edit is None or edit.mask is None:
+            return self._solve(x, first, end)
+        alpha, sigma = process.schedule.level(times)
+        x0, mask, before = edit.x0.to(x).expand_as(x), edit.mask.to(x), self.sweep
+        for i in range(first, end):
+            for self.sweep in range(before, before + edit.resamplings):
+                if self.sweep > before:
+                    ratio = alpha[i] / alpha[i + 1]
+                    spread = (sigma[i] ** 2 - ratio**2 * sigma[i + 1] ** 2).sqrt()
+                    x = like(ratio, x) * x + like(spread, x) * self.noise(2 * steps + i, x)
+                x = self._solve(x, i, i + 1)
+                x = mask * x + (1 - mask) * process.add_noise(x0, self.noise(steps + i, x), times[i + 1])
+        return x
+
+    def estimate(self, x: Tensor, step: int) -> Tensor:
+        """The estimate of x_0 where `step` steps are done, with what an edit keeps."""
+        t, edit = self.sampler.times[step], self.edit
+        prediction = self.denoiser(x, t)
+        if self.callback is not None:
+            self.callback(step, t, x, prediction)
+        if edit is None or edit.mask is None:
+            return prediction.x0
+        mask = edit.mask.to(x)
+        return mask * prediction.x0 + (1 - mask) * edit.x0.to(x)
+
+    def repeat(self, x0: Tensor, first: int) -> Tensor:
+        """The finished image noised again to where `first` steps are done, and denoised once more."""
+        sampler, self.sweep = self.sampler, self.sweep + 1
+        x = sampler.process.add_noise(x0, self.noise(3 * sampler.steps, x0), sampler.times[first])
+        return self.run(x, first, sampler.steps)
+
+
+def build_sampler(
+    run: Run, spec: SamplerConfig, classifier: OpenedClassifier | None = None, *, source: Start | None = None
+) -> Sampler:
+    """The sampler of an opened run. It starts from `source`, or else where the run itself starts. A UserError says why the
+    `classifier`, of other images or classes, does not fit the run."""
+    if isinstance(run, Opened) and classifier is not None:
+        channels, size, names = classifier.image.channels, classifier.image.size, classifier.class_names
+        if run.codec is not None:
+            raise UserError(f"{run.path} draws latents, which no classifier of images sees; use classifier_free guidance")
+        if run.shape[:2] != (channels, size):
+            raise UserError(
+                f"the classifier {classifier.path} sees {size} px in {channels} channel(s), {run.path} draws {run.shape[1]} px "
+                f"in {run.shape[0]}; train one with the same image"
+            )
+        if run.num_classes is not None and not same_names(run.class_names, names):
+            raise UserError(
+                f"the classifier {classifier.path} knows other classes ({join_names(names)}) than {run.path} "
+                f"({join_names(run.class_names)})"
+            )
+    options: dict[str, Any] = {"source": source or run.starts(), "origin": run.origin}
+    if isinstance(run, Opened):  # not 2-D points
+        bounds = run.bounds if run.config["process"]["clip"] else None
+        options |= {"clip_x0": bounds, "codec": run.codec, "classifier": classifier}
+    options["guidable"] = run.config["label_dropout"] > 0
+    return Sampler(run.network, run.process, spec, shape=run.shape, num_classes=run.num_classes, **options)
 
 
 def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[int]:

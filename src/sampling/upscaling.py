@@ -1,20 +1,15 @@
 """Images four times as large: Real-ESRGAN's network (RRDBNet, and its compact one), as spandrel reads it, tile by tile."""
 
 import hashlib
-import json
 import shutil
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,10 +21,10 @@ from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, examine
 from ..data.transforms import decode
 from ..models.pretrained import import_torchvision
-from ..storage.blocks import Ranks
-from ..storage.files import write_whole
+from ..storage.blocks import Ranks, claim_folder
 from ..storage.finite import check_finite
-from .batches import deal_batches, in_batches
+from ..storage.weight_files import read_file
+from .files import deal_batches, in_batches
 
 WEIGHTS = "models/RealESRGAN_x4plus.pth"
 WHERE = "RealESRGAN_x4plus.pth is a file of release v0.1.0 of the GitHub project xinntao/Real-ESRGAN"
@@ -109,32 +104,12 @@ class Upscaler:
         return list(zip(starts, [0, *seams], [*seams, side], strict=True))
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """A state dict from safetensors or a .pth, without running code in it, as spandrel's reader does with TorchScript."""
-    try:
-        if path.suffix.lower() == ".safetensors":
-            state = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch gives hints on files that are refused here
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
-    except Exception:  # damaged bytes raise errors of any kind
-        raise UserError(f"{path}: not weights that can be read without running code, or damaged; {WHERE}") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: not a state dict; {WHERE}")
-    for part in (state, *state.values()):  # Real-ESRGAN has its weights in {"params_ema": ...}
-        if isinstance(part, dict):
-            check_finite(part, path, "get the file again")
-    return state
-
-
-def open_upscaler(weights: str | Path | None, device: torch.device | str, *, tile: int = 256, overlap: int = 16) -> Upscaler:
+def open_upscaler(weights: str | Path | None, device: torch.device | str) -> Upscaler:
     """The upscaler of a weights file, by default models/RealESRGAN_x4plus.pth, ready on `device`.
 
     Any RRDBNet (ESRGAN, BSRGAN, Real-ESRGAN with its 6-block and x2 ones) and Real-ESRGAN's compact network, as .pth or
-    safetensors; size and scale follow from the weights. A UserError says which file is missing or why it is no upscaler.
+    safetensors; size and scale follow from the weights, and no code in the file runs. A UserError says which file is missing
+    or why it is no upscaler.
     """
     path = Path(weights if weights is not None else WEIGHTS).expanduser()
     if not path.is_file():
@@ -143,7 +118,15 @@ def open_upscaler(weights: str | Path | None, device: torch.device | str, *, til
     import_torchvision()
     with needed("upscaling", "spandrel"):
         from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
-    state = _read_state(path)
+    try:
+        state = read_file(path)
+    except UserError as error:
+        raise UserError(f"{error}; {WHERE}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a state dict; {WHERE}")
+    for part in (state, *state.values()):  # Real-ESRGAN has its weights in {"params_ema": ...}
+        if isinstance(part, dict):
+            check_finite(part, path, "get the file again")
     try:
         model = ModelLoader().load_from_state_dict(state)
     except UnsupportedModelError:
@@ -160,7 +143,7 @@ def open_upscaler(weights: str | Path | None, device: torch.device | str, *, til
     network = model.model.eval().requires_grad_(False).to(device)
     needs = model.size_requirements
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Upscaler(network, model.scale, needs.multiple_of, max(1, needs.minimum), tile, overlap, digest)
+    return Upscaler(network, model.scale, needs.multiple_of, max(1, needs.minimum), digest=digest)
 
 
 def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
@@ -187,6 +170,8 @@ def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:
 
 def _decode(path: Path) -> figures.Pixels | str:
     """(H, W, 1 or 3) uint8, or why the image cannot be read."""
+    from PIL import Image
+
     try:
         measured = examine(lambda: path, path.stat().st_size, ScanConfig(max_pixels=MAX_PIXELS))
         if isinstance(measured, str):
@@ -211,14 +196,9 @@ def upscale_folder(folder: Path, out: Path, upscaler: Upscaler, *, batch_size: i
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} must be at least 1")
-    todo = _targets(folder, out)
-    request, claim = {"folder": str(folder.resolve()), "weights": upscaler.digest}, out / ".upscaled.json"
-    if out.exists() and any(out.iterdir()) and (not claim.exists() or json.loads(claim.read_text()) != request):
-        raise UserError(f"{out} holds other images; give another folder to write to, or remove it")
-    ranks.barrier()  # all ranks have checked before one writes
-    if ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(claim, json.dumps(request).encode())
+    todo, request = _targets(folder, out), {"folder": str(folder.resolve()), "weights": upscaler.digest}
+    claim, advice = out / ".upscaled.json", "give another folder to write to, or remove it"
+    claim_folder(claim, request, ranks, holds="images", advice=advice)
     for batch in deal_batches(todo, batch_size, ranks, "upscaling"):
         _upscale_batch(batch, upscaler)
     ranks.barrier()
@@ -230,20 +210,11 @@ def upscale_folder(folder: Path, out: Path, upscaler: Upscaler, *, batch_size: i
     return written
 
 
-def _is_done(path: Path, target: Path) -> bool:
-    """Whether `target` is there and not older than the image that it is made of."""
-    try:
-        return target.stat().st_mtime_ns >= path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
-
-
 def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
+    """Write what is missing or older than its source. Images of one size always go together: each comes out the same."""
+    todo = {target for path, target in batch if not target.exists() or target.stat().st_mtime_ns < path.stat().st_mtime_ns}
     by_shape: dict[tuple[int, ...], list[tuple[Path, figures.Pixels]]] = defaultdict(list)
-    done = {target for path, target in batch if _is_done(path, target)}
-    if len(done) == len(batch):
-        return
-    for path, target in batch:
+    for path, target in batch if todo else []:
         pixels = _decode(path)
         if isinstance(pixels, str):
             say(f"{path}: left out ({pixels})")
@@ -251,10 +222,10 @@ def _upscale_batch(batch: list[tuple[Path, Path]], upscaler: Upscaler) -> None:
             by_shape[pixels.shape].append((target, pixels))
     for shape, same_shape in by_shape.items():
         for part in in_batches(same_shape, 1 if max(shape[:2]) > upscaler.tile else len(same_shape)):
-            if all(target in done for target, _ in part):
+            if todo.isdisjoint(target for target, _ in part):
                 continue
             images = torch.from_numpy(rearrange(np.stack([pixels for _, pixels in part]), "b h w c -> b c h w"))
             large = figures.to_uint8(upscaler.upscale(images.float() / 127.5 - 1))
             for (target, _), pixels in zip(part, large, strict=True):
-                if target not in done:
+                if target in todo:
                     figures.save(figures.to_image(pixels), target)

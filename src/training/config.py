@@ -9,8 +9,8 @@ from ..config import Length, config, config_error, kind_of, resumable_field
 from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
 from ..diffusion import SOLVERS, ProcessConfig
 from ..diffusion.weightings import TimesConfig, UniformTimes
+from ..evaluation.autoencoder import ReconstructConfig
 from ..evaluation.quality import QualityConfig
-from ..evaluation.reconstruct import ReconstructConfig
 from ..models import ModelConfig
 from ..runs.classifier import MeasureConfig
 from ..runtime.checkpoint import CheckpointConfig

@@ -24,7 +24,7 @@ from ..runtime.checkpoint import keeps_best, newest
 from ..runtime.failures import OutOfMemory
 from ..runtime.processes import broadcast
 from ..runtime.stream import BatchPlan, plan_batch
-from ..sampling.build import build_sampler
+from ..sampling.sampler import build_sampler
 from ..storage.archives import size
 from .clock import Cadence, Clock, peak_memory_gigabytes
 from .config import PathPreviewConfig, PreviewConfig, StepsConfig, TrainConfig

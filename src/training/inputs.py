@@ -29,8 +29,7 @@ from ..runs.opened import open_run
 from ..runtime.processes import ranks_of
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, Examples, MicroBatch, Order, latent_stream, positions_of, stream, to_network
-from ..sampling.build import build_sampler
-from ..sampling.sampler import random_labels
+from ..sampling.sampler import build_sampler, random_labels
 from ..storage.blocks import Block, blocks_of, make_cache, write_block
 from ..storage.files import write_whole
 from .config import DiffusionConfig, LatentConfig, PairsConfig, StepsConfig
@@ -104,14 +103,16 @@ class Coupling:
         return self.data.examples() if self.data.held_out is not None else None
 
     def sampler_options(self, cfg: DiffusionConfig, device: torch.device) -> dict[str, Any]:
-        """What `sampler_of` takes of the data: of latents their codec and bounds, and what sampling starts from, where that is
-        not Gaussian noise."""
-        options: dict[str, Any] = {"clip": cfg.process.clip, "label_dropout": cfg.label_dropout}
+        """What `Sampler` takes of the config and the data: of latents their codec and bounds, and what sampling starts from,
+        where that is not Gaussian noise."""
+        options: dict[str, Any] = {"clip_x0": (-1.0, 1.0) if cfg.process.clip else None, "guidable": cfg.label_dropout > 0}
         if self.source is not None:
             options["source"] = self.source.source_sampler()
         if isinstance(self.data, LatentDensity):
             latents = self.data.latents
-            options |= {"codec": latents.codec, "bounds": latent_bounds(latents.facts, device)}
+            options["codec"] = latents.codec
+            if cfg.process.clip:
+                options["clip_x0"] = latent_bounds(latents.facts, device)
         return options
 
     def encoded(

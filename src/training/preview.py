@@ -17,11 +17,12 @@ from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Prediction, Process, TableSchedule
 from ..evaluation.quality import Quality
+from ..runs.autoencoder import LatentCodec
 from ..runtime.failures import Outcome, failed_on_any
 from ..runtime.seeds import generator, normal
 from ..runtime.stream import Examples, to_network
 from ..sampling.config import SamplerConfig
-from ..sampling.sampler import Codec, Sampler
+from ..sampling.sampler import Sampler
 from ..storage.finite import is_finite
 from .config import PathPreviewConfig, PreviewConfig
 from .inputs import Coupling
@@ -221,7 +222,7 @@ def save_first_images(
     spec: ImageConfig,
     seed: int,
     process: Process | None = None,
-    codec: Codec | None = None,
+    codec: LatentCodec | None = None,
     device: torch.device | None = None,
 ) -> None:
     """`contact_sheet.png` of what the network will see; with a process `original.png` beside `noised.png` (12 images at growing

@@ -34,7 +34,7 @@ from src.diffusion.schedules import BetaSchedule, CosineSchedule, Schedule, like
 from src.diffusion.solvers import Noise
 from src.runtime.seeds import noise_of
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.arguments import add_arguments, sampler_config
+from src.sampling.config import add_arguments, sampler_config
 
 DETERMINISTIC = {name: solver.function for name, solver in SOLVERS.items() if not (solver.stochastic or solver.takes("eta"))}
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)

@@ -14,22 +14,19 @@ from src import figures
 from src.config import UserError
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
-from src.evaluation.features import (
-    extract_all,
+from src.evaluation.autoencoder import measure_distances
+from src.evaluation.registry import METRICS, FeatureSets, Metric, flag, spread_indices
+from src.evaluation.results import (
+    Results,
+    Setup,
     extract_features,
-    flag,
     join_batches,
     labels_like,
     on_screen,
     pixel_loader,
     pixels_of,
-    spread_indices,
 )
-from src.evaluation.reconstruct import measure_distances
-from src.evaluation.registry import METRICS, FeatureSets, Metric, compare
-from src.evaluation.results import Results, Setup
-from src.evaluation.run import add_class_accuracy
-from src.evaluation.sweep import parse_sweep
+from src.evaluation.samples import add_class_accuracy, parse_sweep
 from src.metrics.features import open_features
 from src.runs.densities import SourceSampler
 from src.runtime.stream import Examples
@@ -43,7 +40,7 @@ def test_what_a_sweep_says() -> None:
         (5, "even", 0.5), (5, "trailing", 0.5), (10, "even", 0.5), (10, "trailing", 0.5),
     ]  # fmt: skip
     for words, message in (
-        (["stepz=1"], "the sampler has no 'stepz'; allowed: alphas"),
+        (["stepz=1"], r"stepz: unknown key; did you mean 'steps'\? allowed here: alphas"),
         (["steps"], "write it as KEY=A,B"),
         (["steps=1", "steps=2"], "stands there twice"),
         (["solver=ddim,dimm"], "dimm"),
@@ -74,7 +71,7 @@ def feature_sets(**labels: np.ndarray) -> FeatureSets:
 
 def test_held_out_images_without_a_class_are_not_read(tmp_path: Path) -> None:
     labels = np.array([0] * 20 + [1] * 20)
-    comparison = compare(feature_sets(real=labels, samples=labels, held_out=np.full(40, -1)))
+    comparison = feature_sets(real=labels, samples=labels, held_out=np.full(40, -1))
     results = Results(tmp_path)
     lines = add_class_accuracy(results, comparison, ["a", "b"])
     assert comparison.values["accuracy"] == 1.0 and "accuracy_held_out" not in comparison.values
@@ -86,7 +83,7 @@ def test_held_out_images_without_a_class_are_not_read(tmp_path: Path) -> None:
     ("real", "samples", "note"), [([0, 0], [0, 1], "one class alone"), ([0, 1], [2, 2], "no sample has a class")]
 )
 def test_samples_or_real_images_without_classes(tmp_path: Path, real: list[int], samples: list[int], note: str) -> None:
-    comparison = compare(feature_sets(real=np.repeat(real, 20), samples=np.repeat(samples, 20)))
+    comparison = feature_sets(real=np.repeat(real, 20), samples=np.repeat(samples, 20))
     assert comparison.notes[-1] == f"{note}: nothing to read"
     assert "accuracy" not in comparison.values and add_class_accuracy(Results(tmp_path), comparison, ["a", "b"]) == []
 
@@ -100,7 +97,7 @@ def test_a_metric_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     sets = feature_sets()
     sets.held_out = sets.real[:12]
     results = Results(tmp_path, step=3)
-    results.add_table("title", [compare(sets)])
+    results.add_table("title", [sets])
     assert results.values["gap_random_of_40"] == 0 and results.values["hidden_random_of_12"] == 2
     assert "never" not in results.document["random"]
     assert "  mean gap                                0.0" in results.lines and "hidden" not in "".join(results.lines)
@@ -114,7 +111,7 @@ def test_batches_are_joined_and_indices_spread() -> None:
     assert joined["x"].tolist() == [1, 1, 3]
     assert spread_indices(10, 3).tolist() == [0, 3, 6] and spread_indices(2, 5).tolist() == [0, 1]
     pixels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    assert extract_all([open_features("random")], [pixels, pixels])["random"].shape == (4, 16)
+    assert extract_features(open_features("random"), pixels).shape == (2, 16)
     assert pixels_of(torch.tensor([-1.0, 1.0, 2.0]).reshape(1, 3, 1, 1)).flatten().tolist() == [0, 255, 255]
 
 
@@ -142,7 +139,7 @@ def test_features_are_extracted_in_blocks_and_the_nearest_are_shown(tmp_path: Pa
     def pixels(indices: Sequence[int]) -> torch.Tensor:
         return torch.from_numpy(load(indices)).permute(0, 3, 1, 2)
 
-    samples = setup.extract(tmp_path, 12, pixels, "testing", block=5)["random"]
+    samples = setup.measure(tmp_path, 12, lambda part: setup.features(pixels(part)), "testing", block=5)["random"]
     assert samples.shape == (12, 16) and len(list(tmp_path.glob("block_*.npz"))) == 3
     assert np.allclose(samples[4:8], extract_features(setup.networks[0], pixels(range(4, 8))), atol=1e-5)
     sets = FeatureSets(setup.networks[0], samples, samples[::-1].copy())

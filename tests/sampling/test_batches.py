@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from src.config import UserError
-from src.sampling.batches import deal_batches, in_batches
-from src.sampling.files import claim, remove_if_empty
+from src.sampling.files import claim, deal_batches, in_batches, remove_if_empty
 from src.storage.blocks import Ranks
 
 

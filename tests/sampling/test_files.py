@@ -15,8 +15,7 @@ from src.config import UserError
 from src.runs.folders import run_name
 from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
-from src.sampling.files import write_samples
-from src.sampling.frames import Frames
+from src.sampling.files import Frames, write_samples
 from src.storage.blocks import Ranks
 from tests.conftest import launch, one_line, refused, run_here, run_in_process
 
@@ -113,8 +112,8 @@ def test_a_killed_sampling_goes_on_and_gives_the_same_files(smoke_run: Path, tmp
 
 def test_frames_have_one_size_and_their_images_one_height() -> None:
     sampler: Any = SimpleNamespace(steps=50)
-    way, black = Frames([0], sampler, note="a_long_name_of_a_run-with_parts"), np.zeros((1, 16, 16, 3), np.uint8)
-    sheets = [way._sheet(step, black, black) for step in (0, 7, 10, 50)]
+    way, black = Frames([0], sampler), np.zeros((1, 16, 16, 3), np.uint8)
+    sheets = [way.sheet((step, black, black), "a_long_name_of_a_run-with_parts") for step in (0, 7, 10, 50)]
     assert len({sheet.size for sheet in sheets}) == 1
     pixels = np.asarray(sheets[0].convert("L"))
     assert (pixels[-68:-4, 4:68] == 0).all() and (pixels[-68:-4, 76:140] == 0).all(), "side by side"
@@ -135,9 +134,9 @@ def test_frames_and_gif(smoke_run: Path, tmp_path: Path) -> None:
 
 
 def test_frames_keep_both_ends_of_a_long_way() -> None:
-    sampler: Any = SimpleNamespace(steps=50)
-    frames = Frames([0], sampler, most=10)
-    assert len(frames.kept_steps) == 10 and {0, 49} <= frames.kept_steps
+    sampler: Any = SimpleNamespace(steps=250)
+    frames = Frames([0], sampler)
+    assert len(frames.kept_steps) == 60 and {0, 249} <= frames.kept_steps
 
 
 def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Path) -> None:

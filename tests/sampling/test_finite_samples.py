@@ -14,14 +14,13 @@ from torch import Tensor
 from src.config import UserError, read_json, validate
 from src.data import ImageConfig, open_sources
 from src.data.sources import FolderSource
-from src.evaluation.reconstruct import troubled_channels
+from src.evaluation.autoencoder import troubled_channels
 from src.models import MLP, VAE, MLPConfig, VAEConfig
 from src.runs.autoencoder import Autoencoder
 from src.runs.latents import latents_of
 from src.runs.opened import open_trained
 from src.runtime.checkpoint import write_folder
-from src.sampling import SamplerConfig, build_sampler
-from src.sampling.build import sampler_of
+from src.sampling import Sampler, SamplerConfig, build_sampler
 from src.storage.finite import is_finite
 from src.training.preview import warn_not_finite
 from src.training.session import Session
@@ -76,11 +75,11 @@ def test_an_autoencoder_that_makes_no_numbers_is_named(tmp_path: Path) -> None:
             return latents * float("inf")
 
     opened = open_trained(a_run(tmp_path / "run"), CPU)
-    spec, options = SamplerConfig(steps=2), {"clip": False, "label_dropout": 0.0, "codec": Codec()}
-    arguments = (spec, opened.network, opened.process, (3, 8, 8), None)
+    spec, options = SamplerConfig(steps=2), {"shape": (3, 8, 8), "num_classes": None, "codec": Codec()}
+    arguments = (opened.network, opened.process, spec)
     with pytest.raises(UserError, match=r"the autoencoder of run \(step 3\) makes images that are not finite"):
-        sampler_of(*arguments, origin="run (step 3)", **options).draw(0, [0], None, device=CPU)
-    images = sampler_of(*arguments, **options).draw(0, [0], None, device=CPU)
+        Sampler(*arguments, origin="run (step 3)", **options).draw(0, [0], None, device=CPU)
+    images = Sampler(*arguments, **options).draw(0, [0], None, device=CPU)
     assert not is_finite(images), "of a preview nobody is refused"
 
 

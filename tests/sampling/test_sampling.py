@@ -9,8 +9,8 @@ from src.config import UserError, validate
 from src.diffusion import ProcessConfig, build_process, euler, transitions
 from src.models import UNet, UNetConfig
 from src.sampling import Sampler, SamplerConfig, noise_of
-from src.sampling.frames import columns_for
-from src.sampling.sampler import Edit, describe, random_labels
+from src.sampling.files import columns_for
+from src.sampling.sampler import Edit, Trajectory, describe, random_labels
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
     tested = sampler("ddim", steps=4, **guided)
     schedule, (t, s) = tested.process.schedule, tested.times[1:3]
     (alpha, sigma), (alpha_s, sigma_s) = (map(float, schedule.level(at)) for at in (t, s))
-    gradient = tested._gradient(labels)
+    gradient = tested.gradient(labels)
     assert gradient is not None
     with torch.no_grad():
         plain = tested.process.denoiser(tested.network)(x, t)
@@ -187,13 +187,13 @@ def test_a_classifier_shifts_eps_of_the_clipped_estimate() -> None:
         assert shifted.abs().max() > 1, "and again"
         x0 = shifted.clamp(-1, 1)
         wanted = alpha_s * x0 + sigma_s * (x - alpha * x0) / sigma
-        denoiser = tested._denoiser(labels, gradient, None)
+        denoiser = tested.denoiser(labels, gradient)
         torch.testing.assert_close(euler(denoiser, x, tested.times[1:3], schedule), wanted, rtol=1e-4, atol=1e-4)
 
         chain = sampler("ancestral", steps=4, **guided)
         chain.network = tested.network
-        way = chain._trajectory(labels, 0, range(2), None, None)
-        way.noise = lambda step, like, sweep=0: torch.zeros_like(like)
+        way = Trajectory(chain, labels, 0, range(2))
+        way.noise = lambda step, like: torch.zeros_like(like)
         steps = transitions(schedule, tested.times)
         mean = steps.mean(1, plain.x0.clamp(-1, 1), x)
         wanted = mean + float(steps.beta[1]) * gradient(x, t)

@@ -124,7 +124,7 @@ def test_failed_looks_change_no_weight_and_no_value_that_decides(tmp_path: Path,
     ("name", "where"),
     [
         ("ddpm", "src.training.preview.held_out_loss"),  # keeps the best checkpoint
-        ("vae", "src.evaluation.reconstruct.reconstruction_loss"),  # the guard's
+        ("vae", "src.evaluation.autoencoder.reconstruction_loss"),  # the guard's
         ("classifier", "src.runs.classifier.noise_of"),
     ],
 )

@@ -16,7 +16,7 @@ from src.data import ImageConfig, ImageSet, open_sources
 from src.data.latents import same_latents
 from src.data.packing import pack
 from src.data.sources import FolderSource, PackedSource
-from src.evaluation.features import real_features
+from src.evaluation.results import real_features
 from src.metrics.features import open_features
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder

@@ -13,7 +13,7 @@ from src.config import UserError
 from src.data import ImageConfig, open_sources
 from src.data import latents as cache
 from src.data.sources import ShapesSource
-from src.evaluation.reconstruct import ReconstructConfig, reconstruct, troubled_channels
+from src.evaluation.autoencoder import ReconstructConfig, reconstruct, troubled_channels
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder, LatentCodec
 from src.runs.latents import latents_of
