@@ -190,7 +190,7 @@ def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None
         "it has in excess ": sorted(state.keys() - expected.keys()),
         "": [f"{key} is {tuple(state[key].shape)} and not {tuple(expected[key].shape)}" for key in other_shapes],
     }
-    mistakes = [f"{what}{(', ' if what else '; ').join(found[:5])}" for what, found in differences.items() if found]
+    mistakes = [f"{what}{(', ' if what else '; ').join(lines[:5])}" for what, lines in differences.items() if lines]
     if mistakes:
         raise UserError(f"{where} is of another architecture: {'; '.join(mistakes)}")
     network.load_state_dict({key: part_of(expected[key], value) for key, value in state.items()})
