@@ -184,21 +184,15 @@ def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, T
 def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None:
     """Load weights; a checkpoint of another architecture is a UserError that names the first keys that differ."""
     expected = network.state_dict()
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    common = [key for key in expected if key in state]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)} and not {tuple(expected[key].shape)}"
-        for key in common
-        if state[key].shape != expected[key].shape
-    ]
-    differences = (
-        (f"it lacks {', '.join(missing[:5])}", missing),
-        (f"it has in excess {', '.join(extra[:5])}", extra),
-        ("; ".join(shapes[:5]), shapes),
-    )
-    if missing or extra or shapes:
-        mistakes = "; ".join(line for line, keys in differences if keys)
-        raise UserError(f"{where} is of another architecture: {mistakes}")
+    other_shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    differences = {
+        "it lacks ": sorted(expected.keys() - state.keys()),
+        "it has in excess ": sorted(state.keys() - expected.keys()),
+        "": [f"{key} is {tuple(state[key].shape)} and not {tuple(expected[key].shape)}" for key in other_shapes],
+    }
+    mistakes = [f"{what}{(', ' if what else '; ').join(lines[:5])}" for what, lines in differences.items() if lines]
+    if mistakes:
+        raise UserError(f"{where} is of another architecture: {'; '.join(mistakes)}")
     network.load_state_dict({key: part_of(expected[key], value) for key, value in state.items()})
 
 

@@ -25,9 +25,9 @@ class Outcome:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was no memory left, on the device or on the host."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error).lower() or "can't allocate memory" in str(error))
+    words = ("out of memory", "can't allocate memory")
+    in_torch = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return in_torch or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 def is_lost_rank(error: BaseException) -> bool:
@@ -95,9 +95,6 @@ def _flatten(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def start_trackers(accelerator: Any, project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
     """Open the trackers under the run's name, to go on at `step`; a tracker that fails to open is left out."""
-    if not accelerator.log_with:
-        return
-
     config = dict(_flatten(dump(settings)))
     options = {
         "tensorboard": {"purge_step": step + 1},

@@ -41,8 +41,7 @@ def noise_of(seed: int, indices: Sequence[int], shape: Sequence[int], step: int 
 
     Philox (Salmon et al. 2011) with (seed, image) as its key, and the step and how often it was taken before in its counter.
     """
-    noise, counter = [], np.array([0, 0, sweep, step], dtype=np.uint64)
-    for i in indices:
-        bits = np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter)
-        noise.append(np.random.Generator(bits).standard_normal(tuple(shape), dtype=np.float32))
+    counter = np.array([0, 0, sweep, step], dtype=np.uint64)
+    bits = (np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=counter) for i in indices)
+    noise = [np.random.Generator(of_image).standard_normal(tuple(shape), dtype=np.float32) for of_image in bits]
     return torch.from_numpy(np.stack(noise))

@@ -45,9 +45,8 @@ def plugin_for(precision: str) -> "FullyShardedDataParallelPlugin | None":
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    policy = MixedPrecisionPolicy()
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    bf16: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    policy = MixedPrecisionPolicy(**bf16 if precision == "bf16" else {})
     # Every rank has the weights, from the seed or from the checkpoint; accelerate need not send them.
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
 

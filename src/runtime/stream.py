@@ -98,13 +98,10 @@ class Order:
         return self._epochs[epoch]
 
     def _balanced(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        classes = np.unique(self.labels)
+        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
         each = -(-self.count // len(classes))
-        shuffles = []
-        for label in classes:
-            members = np.flatnonzero(self.labels == label)
-            rounds = -(-each // len(members))
-            shuffles.append(np.concatenate([rng.permutation(members) for _ in range(rounds)])[:each])
+        rounds = [[rng.permutation(members) for _ in range(-(-each // len(members)))] for members in classes]
+        shuffles = [np.concatenate(of_class)[:each] for of_class in rounds]
         return rng.permutation(np.concatenate(shuffles))[: self.count]
 
     def __call__(self, positions: range) -> NDArray[np.int64]:

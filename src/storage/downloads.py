@@ -17,9 +17,9 @@ from urllib.request import getproxies
 
 import torch
 
-from ..config import FORBIDDEN, FULL, UserError
+from ..config import FORBIDDEN, UserError
 from ..config.packages import needed
-from .files import remove_leftovers
+from .files import explain_full_disk, remove_leftovers
 from .locks import fcntl
 
 PATIENCE = 15.0  # seconds without an answer, after which there is no network
@@ -54,7 +54,7 @@ def fetch_weights(url: str, path: Path) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not first:
             time.sleep(HEAD_START)
-        with _only_download(path.parent):
+        with explain_full_disk(path), _only_download(path.parent):
             if path.is_file():
                 return None
             remove_leftovers(path.parent.glob(f"{glob.escape(path.name)}.*.partial"))
@@ -75,13 +75,8 @@ def fetch_weights(url: str, path: Path) -> str | None:
         return f"what {host} sends is another file than its name promises, or a part of it"
     except (http.client.HTTPException, OSError) as error:  # a URLError is an OSError around its reason
         reason = getattr(error, "reason", error)
-        number, cause = (
-            getattr(reason, "errno", None),
-            getattr(reason, "strerror", None) or str(reason) or type(reason).__name__,
-        )
-        if number in FULL:
-            raise UserError(f"the disk is full: {path} was not written; make room and run the same command again") from None
-        if number in FORBIDDEN:
+        cause = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        if getattr(reason, "errno", None) in FORBIDDEN:
             return f"{path.parent} cannot be written: {cause}"
         if isinstance(reason, TimeoutError):
             return f"no answer from {host} in {PATIENCE:g} s"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import UserError, quoted
@@ -30,6 +31,11 @@ PACKED = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers, of accelerate, of transformers
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 NO_WEIGHTS = re.compile(r"optimizer|scheduler|random_states|rng_state|scaler|training_args|lora|sampler|dl_state")
+OF_DIFFUSERS = ("model_index.json", "config.json", "unet/config.json", "unet_ema/config.json")
+# What checkpoints hold besides tensors that runs no code: arguments, and NumPy's numbers by their old and new names.
+_SCALAR = getattr(np, "_core").multiarray.scalar  # noqa: B009
+_NUMBERS = [type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")]
+HARMLESS = [argparse.Namespace, np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar"), *_NUMBERS]
 ELSEWHERE = (".distcp", ".msgpack", ".onnx", ".h5", ".xml", ".ckpt.index", ".gguf", ".npz")
 
 
@@ -58,27 +64,23 @@ def _unreadable(path: Path, reason: str) -> UserError:
     return UserError(f"{path}: not a state dict that can be read safely ({reason})")
 
 
-def _missing(path: Path) -> UserError:
-    """The mistake of a path where nothing is: it names what beside it has a name like it."""
+def _no_file(path: Path) -> UserError:
+    """The mistake of a path that is no file: it names one in it or beside it."""
+    files = sorted(path.iterdir()) if path.is_dir() else sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    if path.is_dir():
+        weights = [file for file in files if file.suffix in WEIGHTS]
+        hint = f"give one of its files, such as {weights[0]}" if weights else "give the file of the weights"
+        if any((path / name).is_file() for name in OF_DIFFUSERS):
+            hint = f"a folder of diffusers is read by: python convert.py diffusers {quoted(path)}"
+        return _unreadable(path, f"it is a folder; {hint}")
     if path.is_symlink():
         return UserError(f"{path}: it is a link that leads nowhere (to {path.readlink()}); bring the file that it names")
-    where, hint = f"{path.parent} has no {path.name}", ""
-    if path.parent.is_dir():
-        near = difflib.get_close_matches(path.name, sorted(other.name for other in path.parent.iterdir()), 1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-    else:
-        where = str(path)
-        if where.count("/") == 1 and where[0] not in "./~" and not path.suffix:
-            hint = "; a name on the Hugging Face hub is not taken here: download the file, and give its path"
+    near = difflib.get_close_matches(path.name, [file.name for file in files], 1)
+    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+    if not path.parent.is_dir() and str(path).count("/") == 1 and str(path)[0] not in "./~" and not path.suffix:
+        hint = "; a name on the Hugging Face hub is not taken here: download the file, and give its path"
+    where = f"{path.parent} has no {path.name}" if path.parent.is_dir() else str(path)
     return UserError(f"{where}: there is no such checkpoint{hint}")
-
-
-def _is_a_folder(path: Path) -> UserError:
-    files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS)
-    hint = f"give one of its files, such as {path / files[0]}" if files else "give the file of the weights"
-    if any((path / name).is_file() for name in ("model_index.json", "config.json", "unet/config.json", "unet_ema/config.json")):
-        hint = f"a folder of diffusers is read by: python convert.py diffusers {quoted(path)}"
-    return _unreadable(path, f"it is a folder; {hint}")
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -111,33 +113,24 @@ def _is_safetensors(path: Path) -> bool:
     return False
 
 
-def _harmless() -> list[Any]:
-    """What checkpoints hold besides tensors that runs no code: arguments, and NumPy's numbers by their old and new names."""
-    scalar = getattr(np, "_core").multiarray.scalar  # noqa: B009
-    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")]
-    return [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
-
-
 def read_file(path: str | Path) -> Any:
     """What another program saved in a file of torch or safetensors, read without running anything in it."""
     path = Path(path)
-    if path.is_dir():
-        raise _is_a_folder(path)
     try:
-        if not path.exists():
-            raise _missing(path)
+        if path.is_dir() or not path.exists():
+            raise _no_file(path)
         is_safetensors = _is_safetensors(path)
     except OSError as error:
         raise _unreadable(path, error.strerror or type(error).__name__) from None
     try:
         if is_safetensors:
             return safetensors.torch.load_file(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # of what is odd in a pickle, the error says enough
             return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); get it again") from None
     except Exception as error:  # broken bytes may make the unpickler raise anything
-        if is_safetensors:
-            raise UserError(f"{path} is damaged ({error}); get it again") from None
         if (named := re.search(r"GLOBAL (\S+)", str(error))) is not None:
             raise UserError(
                 f"{path}: refused, because to load it is to run code ({named[1]}); a checkpoint must hold tensors alone: "

@@ -1,12 +1,24 @@
 """Files and folders that are whole or absent, and the one line where the disk is full."""
 
 import errno
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from src.config import UserError
-from src.storage.files import as_json, check_is_new, explain_full_disk, new_folder, write_flushed, write_whole
+from src.storage.files import (
+    as_json,
+    check_is_new,
+    check_room,
+    explain_full_disk,
+    new_folder,
+    remove_leftovers,
+    size,
+    write_flushed,
+    write_whole,
+)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,3 +78,19 @@ def test_a_full_disk_is_one_line_and_other_errors_stay() -> None:
 
 def test_json_is_indented_and_ends_with_a_newline() -> None:
     assert as_json({"a": [1]}) == b'{\n "a": [\n  1\n ]\n}\n'
+
+
+def test_bytes_are_said_in_words_and_a_disk_without_room_is_refused(tmp_path: Path) -> None:
+    assert [size(count) for count in (9000, 2.5e6, 3e9)] == ["9.0 kB", "2.5 MB", "3.0 GB"]
+    check_room(tmp_path / "is" / "made" / "later", 1, "this takes")
+    with pytest.raises(UserError, match=r"this takes 1,000,000\.0 GB and .* are free; make room"):
+        check_room(tmp_path, 10**15, "this takes")
+
+
+def test_what_killed_writers_left_is_removed_an_hour_later_or_where_they_are_dead(tmp_path: Path) -> None:
+    parts = [tmp_path / name for name in ("old", "dead", "new")]
+    for part in parts:
+        part.touch()
+    os.utime(parts[0], (time.time() - 4000,) * 2)
+    remove_leftovers([*parts, tmp_path / "gone"], lambda part: part.name == "dead")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

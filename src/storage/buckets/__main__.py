@@ -44,13 +44,6 @@ def _skipped_in(place: str) -> Filter:
     return lambda name: is_temporary(name) or any(part in staying for part in name.split("/")[level : level + 1])
 
 
-def _kept_in(place: str, *, pulls: bool) -> Filter:
-    """What `--delete` keeps of datasets: a pull keeps the unpacked folders; a push keeps the archives in the bucket that were
-    unpacked here, which may be the only copies of archives that are not here any more."""
-    kept_names = {(folder if pulls else archive).name for archive, folder in _find_unpacked(place)}
-    return lambda name: name.split("/")[0] in kept_names
-
-
 def _print_unpacked(place: str) -> None:
     """A line for each folder of datasets that a push treats in another way than its name says."""
     for archive, folder in _find_unpacked(place):
@@ -137,9 +130,13 @@ def _lock(place: str, dry_run: bool) -> AbstractContextManager[None]:
 
 def _move(bucket: Bucket, command: str, place: str, *, delete: bool = False, dry_run: bool) -> None:
     pulls = command == "pull"
-    options = {"delete": delete, "dry_run": dry_run, "skip": _skipped_in(place), "keep": _kept_in(place, pulls=pulls)}
+    # A pull keeps the unpacked folders; a push keeps the archives in the bucket that were unpacked here, which may be the only
+    # copies of archives that are not here any more.
+    kept_names = {(folder if pulls else archive).name for archive, folder in _find_unpacked(place)}
+    options = {"delete": delete, "dry_run": dry_run, "skip": _skipped_in(place)}
     if not pulls:
         _print_unpacked(place)
+    options["keep"] = lambda name: name.split("/")[0] in kept_names
     moved = pull(bucket, place, Path(place), **options) if pulls else push(bucket, Path(place), place, **options)
     _print_left_out(place, moved.left_out)
     line = f"{place}: {'would ' if dry_run else ''}{command} {moved.files} files, {moved.bytes / 1e6:,.1f} MB"

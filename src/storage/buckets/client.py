@@ -127,8 +127,9 @@ class Bucket(AbstractContextManager["Bucket"]):
         return self._bucket.blob(join(self._prefix, name), **options)
 
     @contextmanager
-    def _explain(self, name: str) -> Iterator[None]:
-        """Around a request about an object, or those below a name: each failure becomes a UserError that says what to do."""
+    def _explain(self, name: str, overwritten: str = "") -> Iterator[None]:
+        """Around a request about an object, or those below a name: each failure becomes a UserError that says what to do.
+        `overwritten` says it where the generation that was listed is not there any more."""
         import google.api_core.exceptions
         import google.auth.exceptions
 
@@ -137,23 +138,31 @@ class Bucket(AbstractContextManager["Bucket"]):
             yield
         except Exception as error:
             code, reason = _status_code(error), in_one_line(error)
+            refused = code in (401, 403)
             refused_key = isinstance(error, google.auth.exceptions.GoogleAuthError) and not _is_lost_answer(error)
-            refused, later = code in (401, 403), "run it again later, what has moved is not moved again"
+            no_answer = f"no answer after {TRIES} tries ({reason}); run it again later, what has moved is not moved again"
+            role = "these credentials may not use it; they need the role roles/storage.objectUser"
             reasons = (  # the first that holds is given
+                (overwritten and code in (404, 412), Overwritten, f"{where} {overwritten}"),
                 (
                     self.anonymous and (refused_key or refused),
+                    UserError,
                     f"{where} is not public, and there are no credentials; give them: {HOW_TO_LOG_IN}",
                 ),
-                (refused_key, f"{where}: the credentials are not valid ({reason}); renew them: {HOW_TO_LOG_IN}"),
-                (refused, f"{where}: these credentials may not use it; they need the role roles/storage.objectUser ({reason})"),
-                (code == 404, f"{self.url}: there is no such bucket; is the name right?"),
-                (_is_transient(error), f"{where}: no answer after {TRIES} tries ({reason}); {later}"),
-                (isinstance(error, google.api_core.exceptions.GoogleAPICallError), f"{where}: refused ({reason})"),
+                (refused_key, UserError, f"{where}: the credentials are not valid ({reason}); renew them: {HOW_TO_LOG_IN}"),
+                (refused, UserError, f"{where}: {role} ({reason})"),
+                (code == 404, UserError, f"{self.url}: there is no such bucket; is the name right?"),
+                (_is_transient(error), Unreached, f"{where}: {no_answer}"),
+                (
+                    isinstance(error, google.api_core.exceptions.GoogleAPICallError),
+                    UserError,
+                    f"{where}: refused ({reason})",
+                ),
             )
-            message = next((message for holds, message in reasons if holds), None)
-            if message is None:
+            mistake = next((kind(message) for holds, kind, message in reasons if holds), None)
+            if mistake is None:
                 raise
-            raise (Unreached if message.endswith(later) else UserError)(message) from None
+            raise mistake from None
 
     def list(self, under: str) -> dict[str, Remote]:
         """The objects below `under/`, their names relative to it; an unsafe name is a UserError."""
@@ -207,20 +216,15 @@ class Bucket(AbstractContextManager["Bucket"]):
 
     def get(self, name: str, remote: Remote, path: Path, advance: Advance = lambda count: None) -> None:
         """Read an object into a file that is whole (size and crc32c) or absent."""
-        from google.api_core.exceptions import NotFound
-
         part = path.with_name(f".bring-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.part")
         blob = self._blob(name, generation=remote.generation)
+        gone = "was overwritten or deleted since it was listed; run it again"
         try:
             with explain_full_disk(path):
                 for _ in range(TRIES):
-                    with open(part, "w+b") as file, self._explain(name):
-                        try:
-                            options = {"checksum": None, "raw_download": True, **patience(file.tell)}
-                            blob.download_to_file(_Counted(file, advance), **options)
-                        except NotFound:
-                            message = "was overwritten or deleted since it was listed; run it again"
-                            raise Overwritten(f"{join(self.url, name)} {message}") from None
+                    with open(part, "w+b") as file, self._explain(name, gone):
+                        options = {"checksum": None, "raw_download": True, **patience(file.tell)}
+                        blob.download_to_file(_Counted(file, advance), **options)
                         file.flush()
                         os.fsync(file.fileno())
                         size = file.seek(0, os.SEEK_END)
@@ -236,15 +240,10 @@ class Bucket(AbstractContextManager["Bucket"]):
 
     def delete(self, name: str, remote: Remote) -> None:
         """Delete the object that was listed. One that is gone already is no error, one that was overwritten is a UserError."""
-        from google.api_core.exceptions import NotFound, PreconditionFailed
+        from google.api_core.exceptions import NotFound
 
-        with self._explain(name):
-            try:
-                self._blob(name).delete(if_generation_match=remote.generation, **patience())
-            except NotFound:
-                pass
-            except PreconditionFailed:
-                raise Overwritten(f"{join(self.url, name)} was overwritten since it was listed: not deleted") from None
+        with self._explain(name, "was overwritten since it was listed: not deleted"), suppress(NotFound):
+            self._blob(name).delete(if_generation_match=remote.generation, **patience())
 
 
 def open_bucket(url: str) -> Bucket:
