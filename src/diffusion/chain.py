@@ -149,6 +149,5 @@ def bits_per_dimension(
         index = torch.full((len(x0),), i)
         term = variational_term(steps, index, x0, x_t, prediction.x0, variance, prediction.variance_fraction)
         rows.append((term, *((a - b).square().flatten(1).mean(1) for a, b in ((prediction.eps, eps), (prediction.x0, x0)))))
-    return BitsPerDimension(
-        prior_term(schedule, times[0], x0), *(torch.stack(column, dim=1) for column in zip(*rows, strict=True))
-    )
+    stacked = (torch.stack(column, dim=1) for column in zip(*rows, strict=True))
+    return BitsPerDimension(prior_term(schedule, times[0], x0), *stacked)

@@ -181,9 +181,8 @@ class Encoder(nn.Module, Generic[C]):
         for level, (width, kind) in enumerate(zip(widths, config.attention, strict=True)):
             blocks = [self._block(narrow, width, kind) for narrow in (channels, *[width] * (config.blocks - 1))]
             channels = width
-            self.down.append(
-                Stage(blocks, self._resample(Downsample, width, config.downsample) if level < len(widths) - 1 else None)
-            )
+            is_last = level == len(widths) - 1
+            self.down.append(Stage(blocks, None if is_last else self._resample(Downsample, width, config.downsample)))
         self.mid = nn.ModuleList(self._block(channels, channels, kind) for kind in (config.mid_attention, "none"))
 
     def _block(self, narrow: int, wide: int, kind: str) -> Block:
