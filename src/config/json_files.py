@@ -55,53 +55,46 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"{path}: {where} is not UTF-8: is it a text file? If it is, save it as UTF-8") from None
 
 
-_JSON_HINTS = (  # a pattern at the place of the mistake, and what to do
-    (r"//|#|/\*", "JSON has no comments; remove it"),
-    (r"(?i:true|false|none|null|undefined)\b", "JSON writes true, false and null in small letters"),
-    (r"(?i:[-+]?(nan|inf|infinity))\b", "a number is finite, in digits"),
-    (r"[-\u2010-\u2015\u2212]", "a number begins with a digit or the minus sign of the keyboard, -"),
-    (r",", "a comma stands here, and a value or a key is missing before it; remove the comma, or write what is missing"),
-    (r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'JSON takes straight double quotes: "'),
-    (r"[A-Za-z_]\w*\s*:", 'the name of a key stands in double quotes: "key"'),
-    (r"[A-Za-z_~$/][^\s,}\]]*", 'a word stands in double quotes: "word"'),
-    (r"[+.]\.?\d", "a number begins with a digit or a minus sign"),
+_TOO_SHORT = "the text ends too early; is the file cut short? (A missing quote or bracket looks the same.)"
+_TRAILING = "a comma stands before the closing bracket; remove it"
+_JSON_HINTS = (  # patterns of Python's message, of what stands before the mistake and at it; and what to do
+    ("trailing comma", "", "", _TRAILING),
+    ("", r",\s*$", r"[}\]]", _TRAILING),
+    ("escape", "", "", r"a backslash is written twice, \\ (in a path a / does as well)"),
+    ("control character", "", r"\t", r"a tab inside a text is written as \t"),
+    ("control character", "", "", r"a text ends on the line on which it began; write \n for a new line"),
+    ("", r"^\s*$", r"\s*$", "there is nothing in it; is the file cut short?"),
+    ("", "", r"\s*$", _TOO_SHORT),
+    ("Unterminated string", "", "", _TOO_SHORT),
+    ("", r"\d,\s*$", r"\d", "a number is written with a decimal point and without commas, as in 0.5 or 1000"),
+    ("", r"[\d.]\Z", r"[\w.]", "a number is written as in 1000, 0.5 or 1e-4, without leading zeros"),
+    ("Extra data", "", r'[{\["]', "something follows after the end: {word!r}; one object holds all"),
+    ("Expecting value", "", r"[}\])]", "a value is missing before the closing bracket"),
+    ("", "", r"//|#|/\*", "JSON has no comments; remove it"),
+    ("", "", r"(?i:true|false|none|null|undefined)\b", "JSON writes true, false and null in small letters"),
+    ("", "", r"(?i:[-+]?(nan|inf|infinity))\b", "a number is finite, in digits"),
+    ("", "", r"[-\u2010-\u2015\u2212]", "a number begins with a digit or the minus sign of the keyboard, -"),
+    ("", "", ",", "a comma stands here, and a value or a key is missing before it; remove the comma, or write what is missing"),
+    ("", "", r"['\u2018\u2019\u201c\u201d\u00ab\u00bb]", 'JSON takes straight double quotes: "'),
+    ("", "", r"[A-Za-z_]\w*\s*:", 'the name of a key stands in double quotes: "key"'),
+    ("", "", r"[A-Za-z_~$/][^\s,}\]]*", 'a word stands in double quotes: "word"'),
+    ("", "", r"[+.]\.?\d", "a number begins with a digit or a minus sign"),
+    ("',' delimiter", "", "", "a comma is missing here, or the value before it has something in excess: {word!r}"),
+    ("delimiter", "", "", "a colon is missing here, or the value before it has something in excess: {word!r}"),
+    ("Extra data", "", "", "something follows after the end: {word!r}; remove it"),
 )
 
 
 def _json_hint(text: str, error: json.JSONDecodeError) -> str:
     """A hint in words: what is wrong at the place of a mistake in JSON, and what to do."""
-    rest, before = text[error.pos :], text[: error.pos].rstrip()
-    if "trailing comma" in error.msg or (rest[:1] in ("}", "]") and before.endswith(",")):
-        return "a comma stands before the closing bracket; remove it"
-    if "escape" in error.msg:
-        return r"a backslash is written twice, \\ (in a path a / does as well)"
-    if "control character" in error.msg and rest[:1] == "\t":
-        return r"a tab inside a text is written as \t"
-    if "control character" in error.msg:
-        return r"a text ends on the line on which it began; write \n for a new line"
-    if not text.strip():
-        return "there is nothing in it; is the file cut short?"
+    before, rest = text[: error.pos], text[error.pos :]
     if rest and rest[0] not in " \t\r\n" and (rest[0].isspace() or not rest[0].isprintable()):
         return f"an invisible character (U+{ord(rest[0]):04X}) stands here; remove it"
-    if not rest.strip() or "Unterminated string" in error.msg:
-        return "the text ends too early; is the file cut short? (A missing quote or bracket looks the same.)"
-    if re.match(r"\d", rest) and re.search(r"\d,$", before):
-        return "a number is written with a decimal point and without commas, as in 0.5 or 1000"
-    if re.search(r"[\d.]$", before) and before == text[: error.pos] and re.match(r"[\w.]", rest):
-        return "a number is written as in 1000, 0.5 or 1e-4, without leading zeros"
-    if "Extra data" in error.msg and rest[0] in '{["':
-        return f"something follows after the end: {rest[:20].split()[0]!r}; one object holds all"
-    if "Expecting value" in error.msg and rest[0] in "}])":
-        return "a value is missing before the closing bracket"
-    for pattern, hint in _JSON_HINTS:
-        if re.match(pattern, rest):
-            return hint
-    if "delimiter" in error.msg:
-        wanted = "comma" if "','" in error.msg else "colon"
-        return f"a {wanted} is missing here, or the value before it has something in excess: {rest[:20].split()[0]!r}"
-    if "Extra data" in error.msg:
-        return f"something follows after the end: {rest[:20].split()[0]!r}; remove it"
-    return f"{error.msg[0].lower()}{error.msg[1:]}, not {rest[:20].split()[0]!r}"
+    word = "".join(rest[:20].split()[:1])
+    for message, left, right, hint in _JSON_HINTS:
+        if re.search(message, error.msg) and re.search(left, before) and re.match(right, rest):
+            return hint.format(word=word)
+    return f"{error.msg[0].lower()}{error.msg[1:]}, not {word!r}"
 
 
 def parse_json(text: str) -> Any:

@@ -140,15 +140,14 @@ def bits_per_dimension(
     Published figures were made with a denoiser that clips.
     """
     steps = transitions(schedule, times)
-    terms, eps_mse, x0_mse = [], [], []
+    rows = []
     for i in range(len(times) - 1):
         eps = noise(i, x0)
         alpha, sigma = schedule.level(times[i])
         x_t = like(alpha, x0) * x0 + like(sigma, x0) * eps
         prediction = denoiser(x_t, times[i])
         index = torch.full((len(x0),), i)
-        terms.append(variational_term(steps, index, x0, x_t, prediction.x0, variance, prediction.variance_fraction))
-        eps_mse.append((prediction.eps - eps).square().flatten(1).mean(1))
-        x0_mse.append((prediction.x0 - x0).square().flatten(1).mean(1))
-    stacked = (torch.stack(column, dim=1) for column in (terms, eps_mse, x0_mse))
+        term = variational_term(steps, index, x0, x_t, prediction.x0, variance, prediction.variance_fraction)
+        rows.append((term, *((a - b).square().flatten(1).mean(1) for a, b in ((prediction.eps, eps), (prediction.x0, x0)))))
+    stacked = (torch.stack(column, dim=1) for column in zip(*rows, strict=True))
     return BitsPerDimension(prior_term(schedule, times[0], x0), *stacked)

@@ -1,6 +1,7 @@
 """Guidance and clipping: functions that take denoisers and return a denoiser for the solver."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 from .process import Denoiser, Prediction
 from .schedules import Schedule, like
 
+Logits = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> (B, K), of a classifier
 Gradient = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> scale times the gradient of log p(y | x_t) with respect to x_t
 
 
@@ -22,16 +24,13 @@ def classifier_free(denoiser: Denoiser, null_denoiser: Denoiser, scale: float) -
 
     def guided(x_t: Tensor, t: Tensor) -> Prediction:
         conditional, null = denoiser(x_t, t), null_denoiser(x_t, t)
-        return Prediction(
-            null.x0 + scale * (conditional.x0 - null.x0),
-            null.eps + scale * (conditional.eps - null.eps),
-            conditional.variance_fraction,
-        )
+        x0, eps = (b + scale * (a - b) for a, b in ((conditional.x0, null.x0), (conditional.eps, null.eps)))
+        return conditional._replace(x0=x0, eps=eps)
 
     return guided
 
 
-def classifier_gradient(logits: Callable[[Tensor, Tensor], Tensor], labels: Tensor, scale: float) -> Gradient:
+def classifier_gradient(logits: Logits, labels: Tensor, scale: float) -> Gradient:
     """scale times the gradient of log p(labels | x_t) with respect to x_t, of a classifier (x_t, t) -> (B, K)."""
 
     def gradient(x_t: Tensor, t: Tensor) -> Tensor:
@@ -43,9 +42,7 @@ def classifier_gradient(logits: Callable[[Tensor, Tensor], Tensor], labels: Tens
     return gradient
 
 
-def on_schedule(
-    logits: Callable[[Tensor, Tensor], Tensor], classifier_schedule: Schedule, schedule: Schedule
-) -> Callable[[Tensor, Tensor], Tensor]:
+def on_schedule(logits: Logits, classifier_schedule: Schedule, schedule: Schedule) -> Logits:
     """The logits of a classifier that was trained along `classifier_schedule`, for images that are noised along `schedule`.
 
     The classifier is called at the time that has the same ratio of signal and noise, with the image scaled to that level.
@@ -72,8 +69,8 @@ def classifier_guided(denoiser: Denoiser, gradient: Gradient, schedule: Schedule
         if not bool((alpha > 0).all()):  # a classifier sees nothing in pure noise
             return prediction
         shift = gradient(x_t, t)
-        eps = prediction.eps - like(sigma, x_t) * shift
-        return Prediction(prediction.x0 + like(sigma**2 / alpha, x_t) * shift, eps, prediction.variance_fraction)
+        x0, eps = prediction.x0 + like(sigma**2 / alpha, x_t) * shift, prediction.eps - like(sigma, x_t) * shift
+        return prediction._replace(x0=x0, eps=eps)
 
     return guided
 
@@ -105,19 +102,14 @@ def _bound_x0(denoiser: Denoiser, schedule: Schedule, bound: Callable[[Tensor], 
         if not bool((sigma > 0).all()):  # at the clean level x_t says nothing of eps
             return prediction
         x0 = bound(prediction.x0)
-        eps = (x_t - like(alpha, x_t) * x0) / like(sigma, x_t)
-        return Prediction(x0, eps, prediction.variance_fraction)
+        return prediction._replace(x0=x0, eps=(x_t - like(alpha, x_t) * x0) / like(sigma, x_t))
 
     return bounded
 
 
 def clip(denoiser: Denoiser, schedule: Schedule, low: float | Tensor, high: float | Tensor) -> Denoiser:
     """Clamp x0 to [low, high] and compute eps again, so that x_t = alpha x0 + sigma eps still holds."""
-    return _bound_x0(
-        denoiser,
-        schedule,
-        lambda x0: torch.clamp(x0, low, high),  # pyright: ignore[reportCallIssue, reportArgumentType]
-    )
+    return _bound_x0(denoiser, schedule, partial(torch.clamp, min=low, max=high))  # pyright: ignore[reportCallIssue]
 
 
 def dynamic_threshold(denoiser: Denoiser, schedule: Schedule, quantile: float) -> Denoiser:

@@ -7,7 +7,7 @@ Every target is linear in the clean image and the noise, y = p x0 + q eps, so re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -30,6 +30,9 @@ class Prediction(NamedTuple):
     variance_fraction: Tensor | None = None
 
 
+Denoiser = Callable[[Tensor, Tensor], Prediction]  # (x_t, t): all that a solver knows of a network
+
+
 class Losses(NamedTuple):
     """Of each sample, (B,): `loss` is trained; `mse` is the squared error of the output and `vb` the variational term of the
     step in bits per dimension, where the loss has them."""
@@ -42,12 +45,6 @@ class Losses(NamedTuple):
     def terms(self) -> dict[str, Tensor]:
         """For the log: the parts of the loss, where it has more than one."""
         return {"mse": self.mse, "vb": self.vb} if self.mse is not None and self.vb is not None else {}
-
-
-class Denoiser(Protocol):
-    """All that a solver knows of a network."""
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Prediction: ...
 
 
 @config

@@ -179,14 +179,14 @@ class Encoder(nn.Module, Generic[C]):
         self.down = nn.ModuleList()
         channels = widths[0]
         for level, (width, kind) in enumerate(zip(widths, config.attention, strict=True)):
-            blocks = []
-            for _ in range(config.blocks):
-                blocks.append(Block(self._residual(channels, width), self._attention(width, kind)))
-                channels = width
-            self.down.append(Stage(blocks, self._downsample(channels) if level < len(widths) - 1 else None))
+            blocks = [self._block(narrow, width, kind) for narrow in (channels, *[width] * (config.blocks - 1))]
+            channels = width
+            is_last = level == len(widths) - 1
+            self.down.append(Stage(blocks, None if is_last else self._resample(Downsample, width, config.downsample)))
+        self.mid = nn.ModuleList(self._block(channels, channels, kind) for kind in (config.mid_attention, "none"))
 
-        first = Block(self._residual(channels, channels), self._attention(channels, config.mid_attention))
-        self.mid = nn.ModuleList([first, Block(self._residual(channels, channels))])
+    def _block(self, narrow: int, wide: int, kind: str) -> Block:
+        return Block(self._residual(narrow, wide), self._attention(wide, kind))
 
     def _residual(self, narrow: int, wide: int, resample: nn.Module | None = None) -> ResidualBlock:
         options: dict[str, Any] = {"scale_shift": self.config.embedding == "scale_shift", "dropout": self.config.dropout}
@@ -198,10 +198,10 @@ class Encoder(nn.Module, Generic[C]):
         heads, split_qkv_first = self.config.heads(channels), self.config.split_qkv_first
         return Attention(channels, kind=kind, heads=heads, split_qkv_first=split_qkv_first, norm=self._norm)
 
-    def _downsample(self, channels: int) -> nn.Module:
-        if self.config.downsample == "residual":
-            return self._residual(channels, channels, Downsample(channels, "average"))
-        return Downsample(channels, self.config.downsample)
+    def _resample(self, layer: type[Downsample] | type[Upsample], channels: int, kind: str) -> nn.Module:
+        if kind != "residual":
+            return layer(channels, kind)
+        return self._residual(channels, channels, layer(channels, "average" if layer is Downsample else "nearest"))
 
     def _embed_time(self, time: Tensor) -> Tensor:
         """(B,) -> (B, 4 base), before the SiLU."""
@@ -258,19 +258,12 @@ class UNet(Encoder[UNetConfig]):
         super().__init__(config, area * (in_channels + low_channels), num_labels)
         self.num_classes, self.null_class, self.low_channels = num_classes, null_class, low_channels
 
-        def upsample(channels: int) -> nn.Module:
-            if config.upsample == "residual":
-                return self._residual(channels, channels, Upsample(channels, "nearest"))
-            return Upsample(channels, config.upsample)
-
         channels, skips = config.widths[-1], config.skips
         self.up = nn.ModuleList()  # the smallest image first
         for level, (width, kind) in reversed(list(enumerate(zip(config.widths, config.attention, strict=True)))):
-            blocks = []
-            for _ in range(config.blocks + 1):
-                blocks.append(Block(self._residual(channels + skips.pop(), width), self._attention(width, kind)))
-                channels = width
-            self.up.append(Stage(blocks, upsample(channels) if level > 0 else None))
+            blocks = [self._block(narrow + skips.pop(), width, kind) for narrow in (channels, *[width] * config.blocks)]
+            channels = width
+            self.up.append(Stage(blocks, self._resample(Upsample, width, config.upsample) if level > 0 else None))
 
         self.head_norm = self._norm(channels)
         self.head = zeroed(nn.Conv2d(channels, area * (out_channels or in_channels), 3, padding=1))

@@ -207,7 +207,6 @@ class VAE(nn.Module):
         self.spec, self.tanh = spec, False
         self.vq = isinstance(spec.bottleneck, VQBottleneck)
         widths, last = spec.widths, len(spec.widths) - 1
-        recompute = spec.gradient_checkpointing
 
         down: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
         for i, (width, kind) in enumerate(zip(widths, spec.kinds, strict=True)):
@@ -215,18 +214,18 @@ class VAE(nn.Module):
             down += [Downsample(width, spec.downsample)] if i < last else []
         moments = spec.latent_channels * (1 if self.vq else 2)
         out = [spec.norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], moments, 3, padding=1)]
-        self.encoder = _Layers([*down, *_middle(spec, widths[-1]), *out], recompute=recompute)
+        self.encoder = _Layers([*down, *_middle(spec, widths[-1]), *out], recompute=spec.gradient_checkpointing)
 
         self.codebook = Codebook(spec.bottleneck, spec.latent_channels) if isinstance(spec.bottleneck, VQBottleneck) else None
         inside = [nn.Conv2d(spec.latent_channels, widths[-1], 3, padding=1), *_middle(spec, widths[-1])]
-        self.middle = _Layers(inside, recompute=recompute)
+        self.middle = _Layers(inside, recompute=spec.gradient_checkpointing)
         up: list[nn.Module] = []
+        kind = "transposed" if spec.upsample == "transposed" else "conv"
         for i in reversed(range(len(widths))):
             up += _level(spec, widths[min(last, i + 1)], widths[i], spec.kinds[i])
-            kind = "transposed" if spec.upsample == "transposed" else "conv"
             up += [Upsample(widths[i], kind, spec.upsample)] if i > 0 else []
         up += [spec.norm(widths[0]), nn.SiLU()]
-        self.up = _Layers(up, recompute=recompute)
+        self.up = _Layers(up, recompute=spec.gradient_checkpointing)
         self.last = nn.Conv2d(widths[0], channels, 3, padding=1)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
