@@ -51,8 +51,7 @@ class Config(DiffusionConfig):
 
 
 def main() -> int:
-    parser = training_arguments(Config, __doc__ or "", default="configs/landscape64_ddpm.json")
-    args, samples = parse_with_sampling(parser)
+    args, samples = parse_with_sampling(training_arguments(Config, __doc__ or "", default="configs/landscape64_ddpm.json"))
     if samples:
         return sample_checkpoints(args)
     return run_training(train, load(args.config, Config, args.set), args)
