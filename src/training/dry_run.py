@@ -200,7 +200,7 @@ def dry_run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = No
             status = 2
         if status == 0 and costs is not None:
             print(f"{cfg.name}, a dry run: nothing was written")
-            lines = (run / "log.txt").read_text(encoding="utf-8").splitlines() if (run / "log.txt").exists() else []
+            lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
             warnings = [line.partition("warning: ")[2] for line in lines if " warning: " in line[:30]]
             rows = rows_of(cfg, costs, run_dir, peak_memory_gigabytes(costs.device))
             for name, value in [*rows, *(("warning", text) for text in dict.fromkeys(warnings))]:

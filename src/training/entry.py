@@ -6,14 +6,14 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from ..config import UserError
-from ..config.progress import Phases
+from ..config.progress import Phases, say
 from ..data import GIVEN
 from ..runtime.checkpoint import newest
 from .config import TrainConfig
@@ -64,12 +64,10 @@ def _run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = None,
         raise UserError(str(error).replace(str(run_dir), str(old))) from None  # what was read is the old run's
     finally:
         if run_mode.uploads is not None:
-            run_mode.uploads.say, what = partial(print, flush=True), f"putting what is left into {cfg.bucket}"
-            run_mode.uploads.say(what)
-            phases = Phases("", at_once=False)
-            phases.enter(what)
-            is_whole = run_mode.uploads.close()
-            phases.close()
+            run_mode.uploads.say = say
+            with closing(Phases("", at_once=True)) as phases:
+                phases.enter(f"putting what is left into {cfg.bucket}")
+                is_whole = run_mode.uploads.close()
     return status if is_whole else status or 1  # so that `launch && shutdown` does not lose the end of the run
 
 

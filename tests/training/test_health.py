@@ -392,7 +392,7 @@ def test_a_device_that_computes_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
         row = prove(tmp_path, "arithmetic")["arithmetic"]
         assert row.status == "fail" and "computes wrong" in row.advice
     with monkeypatch.context() as patch:
-        patch.setattr(proof, "backward", raising(torch.OutOfMemoryError("out of memory")))
+        patch.setattr(proof, "accumulating", raising(torch.OutOfMemoryError("out of memory")))
         row = prove(tmp_path, "gradients")["gradients"]
         assert row.status == "fail" and "nvidia-smi" in row.advice
     with monkeypatch.context() as patch:
