@@ -83,9 +83,9 @@ class FolderTree:
     links: list[str] = field(default_factory=list)
 
 
-def walk(root: Path) -> FolderTree:
-    """All files below `root`. A folder is visited once, under its own name before that of a link to it."""
-    tree, visited = FolderTree(), set[tuple[int, int]]()
+def walk(root: Path, tree: FolderTree | None = None) -> FolderTree:
+    """All files below `root`, added to `tree`. A folder is visited once, under its own name before that of a link to it."""
+    tree, visited, unreadable = tree or FolderTree(), set[tuple[int, int]](), list[Path]()
     above_root = {identity(folder) for folder in root.resolve().parents}
     waiting: list[tuple[bool, tuple[str, ...], str]] = [(False, (), str(root))]  # (whether it is a link, its names, its path)
     while waiting:
@@ -104,11 +104,11 @@ def walk(root: Path) -> FolderTree:
             elif is_image(entry.name):
                 tree.images.append((parts, entry))
             elif is_unreadable_image(entry.name):
-                tree.unreadable.append(Path(entry.path))
+                unreadable.append(Path(entry.path))
             else:
                 tree.others[ending_of(entry.name)] += 1
     tree.images.sort(key=lambda image: image[0])
-    tree.unreadable.sort()
+    tree.unreadable += sorted(unreadable)
     return tree
 
 
