@@ -49,25 +49,6 @@ def entries(folder: Path | str) -> Iterator[tuple[os.DirEntry[str], bool]]:
                     raise
 
 
-def _is_new(folder: str, visited: set[tuple[int, int]]) -> bool:
-    count = len(visited)
-    visited.add(identity(folder))
-    return len(visited) > count
-
-
-def holds_images(folder: Path, *, also_unreadable: bool = False) -> bool:
-    """Whether there are images in a folder, at any depth (`also_unreadable`: those that cannot be read here, too)."""
-    waiting, visited = [str(folder)], set[tuple[int, int]]()
-    while waiting:
-        place = waiting.pop()
-        for entry, is_folder in entries(place) if _is_new(place, visited) else ():
-            if is_folder:
-                waiting.append(entry.path)
-            elif is_image(entry.name) or (also_unreadable and is_unreadable_image(entry.name)):
-                return True
-    return False
-
-
 @dataclass
 class FolderTree:
     """The `images` below a folder, in the order of their names: (the names from there down to the file, the file) of each.
@@ -83,32 +64,47 @@ class FolderTree:
     links: list[str] = field(default_factory=list)
 
 
-def walk(root: Path) -> FolderTree:
-    """All files below `root`. A folder is visited once, under its own name before that of a link to it."""
-    tree, visited = FolderTree(), set[tuple[int, int]]()
-    above_root = {identity(folder) for folder in root.resolve().parents}
+def _files_below(root: Path, tree: FolderTree) -> Iterator[tuple[tuple[str, ...], os.DirEntry[str]]]:
+    """(names down to it, entry) of each file below `root`; the subfolders and links that are passed are noted in `tree`."""
+    visited, has_images = set[tuple[int, int]](), False
     waiting: list[tuple[bool, tuple[str, ...], str]] = [(False, (), str(root))]  # (whether it is a link, its names, its path)
     while waiting:
         is_link, above, place = heapq.heappop(waiting)  # a link when every folder was visited under its own name
-        leads_back = is_link and tree.images and identity(place) in above_root
-        if leads_back or not _is_new(place, visited):
+        folder = identity(place)
+        leads_back = is_link and has_images and folder in map(identity, root.resolve().parents)
+        if leads_back or folder in visited:
             if is_link:
                 tree.links.append("/".join(above))
             continue
+        visited.add(folder)
         for entry, is_folder in entries(place):
-            parts = (*above, entry.name)
             if is_folder:
-                heapq.heappush(waiting, (entry.is_symlink(), parts, entry.path))
+                heapq.heappush(waiting, (entry.is_symlink(), (*above, entry.name), entry.path))
                 if not above and not entry.is_symlink():
                     tree.subfolders.append(entry.name)
-            elif is_image(entry.name):
-                tree.images.append((parts, entry))
-            elif is_unreadable_image(entry.name):
-                tree.unreadable.append(Path(entry.path))
             else:
-                tree.others[ending_of(entry.name)] += 1
+                has_images |= is_image(entry.name)
+                yield (*above, entry.name), entry
+
+
+def holds_images(folder: Path, *, also_unreadable: bool = False) -> bool:
+    """Whether there are images in a folder, at any depth (`also_unreadable`: those that cannot be read here, too)."""
+    names = (entry.name for _, entry in _files_below(folder, FolderTree()))
+    return any(is_image(name) or (also_unreadable and is_unreadable_image(name)) for name in names)
+
+
+def walk(root: Path, tree: FolderTree | None = None) -> FolderTree:
+    """All files below `root`, added to `tree`. A folder is visited once, under its own name before that of a link to it."""
+    tree, unreadable = tree or FolderTree(), list[Path]()
+    for parts, entry in _files_below(root, tree):
+        if is_image(entry.name):
+            tree.images.append((parts, entry))
+        elif is_unreadable_image(entry.name):
+            unreadable.append(Path(entry.path))
+        else:
+            tree.others[ending_of(entry.name)] += 1
     tree.images.sort(key=lambda image: image[0])
-    tree.unreadable.sort()
+    tree.unreadable += sorted(unreadable)
     return tree
 
 

@@ -2,14 +2,13 @@
 
 import re
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
 
 from ..config import UserError
-from .folders import ending_of, entries, holds_images, identity, is_image, is_unreadable_image, walk
+from .folders import FolderTree, ending_of, entries, holds_images, identity, is_image, is_unreadable_image, walk
 from .names import join_names, normal_form, printable
 from .splits import FILLERS, PLAIN, split_of, splits_among, tokens, words_joined, words_of
 
@@ -130,14 +129,14 @@ class Folder:
         return folder.path
 
 
-@dataclass
-class Layout:
-    """Where the images are: below `folder`, whose subfolders are the classes. The images' names are their paths from
-    `named_from`, so that who is held out does not depend on what else the folder holds.
+@dataclass(kw_only=True)
+class Layout(FolderTree):
+    """Where the images are: all that is below `folder`, whose subfolders are the classes. The images' names are their paths
+    from `named_from`, so that who is held out does not depend on what else the folder holds.
 
     `inner` is {class: its subfolder} where each class holds the splits. `masks` are (class, its subfolder) that are left
-    aside. `passed` are the folders beside the way to `folder`, `unreadable` the images there that cannot be read here, `others`
-    the number of other files by their endings, and `notes` remarks for the person.
+    aside. `passed` are the folders beside the way to `folder`: `unreadable` and `others` count what stands there, too. `notes`
+    are remarks for the person.
     """
 
     folder: Folder
@@ -145,8 +144,6 @@ class Layout:
     inner: dict[str, str] = field(default_factory=dict)
     masks: set[tuple[str, str]] = field(default_factory=set)
     passed: list[str] = field(default_factory=list)
-    unreadable: list[Path] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
     def enter(self, name: str) -> None:
@@ -190,6 +187,7 @@ def find_layout(path: Path, split: str | None, where: str) -> Layout:
             layout.notes += [f"{name!r} is read as a class; if it is a split, set data.split" for name in printed]
             layout.masks = folder.masks_of_classes()
         break
+    walk(layout.folder.path, layout)
     return layout
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from ...config import UserError, config, resumable_field
 from ...storage.archives import stem
 from .. import formats
-from ..folders import FolderTree, list_endings, walk
+from ..folders import list_endings
 from ..layout import Layout, find_layout
 from ..names import join_names, printable
 from ..scan import ScanConfig, scan
@@ -52,18 +52,15 @@ def open_folder(spec: FolderSource) -> FolderImages:
         raise UserError(f"{where} {_why_no_folder(path, spec.path)}")
     try:
         layout = find_layout(path, spec.split, where)
-        root = layout.folder.path
-        tree = walk(root)
-        images = [(parts, entry) for parts, entry in tree.images if _is_taken(layout, parts)]
+        images = [(parts, entry) for parts, entry in layout.images if _is_taken(layout, parts)]
         stamps = [(entry.stat().st_size, entry.stat().st_mtime_ns) for _, entry in images]
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error}") from None
-    unreadable = layout.unreadable + tree.unreadable
-    unread = [(os.path.relpath(file, layout.named_from), formats.reason_for(file.suffix.lower())) for file in unreadable]
-    others = list_endings(layout.others + tree.others)
+    root, where_from = layout.folder.path, layout.named_from
+    unread = [(os.path.relpath(file, where_from), formats.reason_for(file.suffix.lower())) for file in layout.unreadable]
     if not images:
-        raise UserError(f"{where} {_why_no_images(path, unread, others)}")
-    names = [os.path.relpath(entry.path, layout.named_from) for _, entry in images]
+        raise UserError(f"{where} {_why_no_images(path, unread, list_endings(layout.others))}")
+    names = [os.path.relpath(entry.path, where_from) for _, entry in images]
     good, report = scan(names, stamps, lambda i: images[i][1].path, spec.scan, key=str(root.resolve()), where=where)
     report.skipped += unread
     names, images = [names[i] for i in good], [images[i] for i in good]
@@ -74,7 +71,7 @@ def open_folder(spec: FolderSource) -> FolderImages:
         hashed += [name or "" for name in classes]
         report.remarks += odd_label_remarks((), tuple({name for name in classes if name is not None})) + table_remarks
     labels, class_names, merged = number_classes(classes)
-    report.remarks = [f"{where}: {remark}" for remark in [*_left_aside(layout, tree, others), *merged, *report.remarks]]
+    report.remarks = [f"{where}: {remark}" for remark in [*_left_aside(layout), *merged, *report.remarks]]
     return FolderImages(
         names=names,
         labels=labels,
@@ -106,10 +103,7 @@ def _why_no_images(path: Path, unread: Sequence[tuple[str, str]], others: str) -
         return "is a packed set: set data.source=packed"
     advice = "set data.source=datasets and data.name to it"
     sources = {
-        f"was written by save_to_disk of datasets: {advice}": (
-            "state.json",
-            "dataset_dict.json",
-        ),
+        f"was written by save_to_disk of datasets: {advice}": ("state.json", "dataset_dict.json"),
         f"holds parquet files: {advice}": ("*.parquet", "data/*.parquet"),
         "holds EMNIST's files: set data.source=emnist": ("emnist-*-ubyte*", "gzip/emnist-*-ubyte*"),
     }
@@ -122,13 +116,15 @@ def _why_no_images(path: Path, unread: Sequence[tuple[str, str]], others: str) -
     return "holds no images" + (f"; it has {others}" if others else f" ({', '.join(sorted(formats.endings()))})")
 
 
-def _left_aside(layout: Layout, tree: FolderTree, others: str) -> list[str]:
-    with_images = {parts[0] for parts, _ in tree.images}
+def _left_aside(layout: Layout) -> list[str]:
+    with_images = {parts[0] for parts, _ in layout.images}
     lists = {
         "the folders {} beside the images are left aside": sorted(layout.passed),
         "the folders {} beside images of the same class are left aside": sorted("/".join(parts) for parts in layout.masks),
-        "the folders {} hold no images": sorted({*tree.subfolders} - with_images) if with_images else [],
-        "the links {} lead to folders that are here already and are left aside": tree.links,
+        "the folders {} hold no images": sorted({*layout.subfolders} - with_images) if with_images else [],
+        "the links {} lead to folders that are here already and are left aside": layout.links,
     }
     remarks = [line.format(join_names(names, 10)) for line, names in lists.items() if names]
-    return remarks + ([f"other files are left aside: {others}"] if others else []) + layout.notes
+    if layout.others:
+        remarks.append(f"other files are left aside: {list_endings(layout.others)}")
+    return remarks + layout.notes

@@ -1,6 +1,7 @@
 """The source `python`: a map-style data set that the caller hands in, read once, checked, and recognised by its content."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -136,9 +137,7 @@ def _read_item(dataset: Any, i: int) -> tuple[Any, str, int]:
 def _to_label(value: Any, where: str) -> int:
     if value is None:
         return -1
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+    if isinstance(value, Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int) or value < -1:
         raise UserError(f"the label of {where} is {value!r}; give a whole number from 0, or None where it has none")
