@@ -15,11 +15,11 @@ from src.interop import diffusers_folder, guided_diffusion, iadb
 from src.interop.atelier_folder import is_autoencoder, is_latent, latent_obstacles, write_atelier_folder
 from src.interop.autoencoder_kl import autoencoder_files
 from src.interop.cards import render_card
-from src.interop.diffusers_export import LatentPart, export, write_files
+from src.interop.diffusers_export import export, write_files
 from src.interop.imported import Imported, keep
 from src.models import UNet
 from src.runs.autoencoder import kept_autoencoder, open_autoencoder
-from src.runs.folders import Weights, read_weights
+from src.runs.folders import read_weights
 from src.runs.opened import open_trained
 from src.storage.files import write_whole
 
@@ -81,19 +81,28 @@ def save_imported(args: argparse.Namespace, imported: Imported) -> None:
 
 def to_diffusers(run: str, out: Path) -> None:
     weights = read_weights(Path(run))
+    hint = f"python convert.py safetensors {quoted(run)} --out FOLDER writes all of it as Atelier reads it"
     if is_autoencoder(weights):
-        autoencoder_to_diffusers(run, weights, out)
+        autoencoder = open_autoencoder(run, CPU)
+        try:
+            files = autoencoder_files(autoencoder)
+        except UserError as error:
+            raise UserError(f"{error}; {hint}") from None
+        card = render_card("autoencoder_kl", autoencoder=autoencoder, weights=weights, folder=out.resolve().name)
+        write_files(out, {**files, "README.md": card.encode()})
+        how = out / "README.md"
+        print(f"{out}: {how} says how diffusers loads it; train_ldm.py --set autoencoder={quoted(out)} takes it, too")
         return
     opened = open_trained(run, CPU)
     latent = is_latent(weights)
     if not isinstance(opened.network, UNet) or opened.low_resolution is not None or not (opened.gaussian or latent):
         raise UserError(f"{run} does not draw pixels from noise alone; a UNet2DModel can be written of nothing else")
-    latents = None
+    facts = files = None
     if latent:
         autoencoder, facts = kept_autoencoder(weights.folder, CPU), weights.data["latents"]
         if reasons := latent_obstacles(opened, autoencoder):
-            raise UserError(f"{run}: diffusers cannot have it ({'; '.join(reasons)}); {_safetensors_hint(run)}")
-        latents = LatentPart(facts, autoencoder_files(autoencoder, facts))
+            raise UserError(f"{run}: diffusers cannot have it ({'; '.join(reasons)}); {hint}")
+        files = autoencoder_files(autoencoder, facts)
     export(
         opened.network,
         validate(ProcessConfig, opened.config["process"], origin=run),
@@ -102,24 +111,10 @@ def to_diffusers(run: str, out: Path) -> None:
         name=opened.name,
         class_names=opened.class_names if opened.num_classes is not None else (),
         data=weights.data,
-        latents=latents,
+        latents=facts,
+        autoencoder=files,
     )
     print(f"{out}: {out / 'README.md'} says how diffusers loads and samples from it")
-
-
-def _safetensors_hint(run: str) -> str:
-    return f"python convert.py safetensors {quoted(run)} --out FOLDER writes all of it as Atelier reads it"
-
-
-def autoencoder_to_diffusers(run: str, weights: Weights, out: Path) -> None:
-    autoencoder = open_autoencoder(run, CPU)
-    try:
-        files = autoencoder_files(autoencoder)
-    except UserError as error:
-        raise UserError(f"{error}; {_safetensors_hint(run)}") from None
-    card = render_card("autoencoder_kl", autoencoder=autoencoder, weights=weights, folder=out.resolve().name)
-    write_files(out, {**files, "README.md": card.encode()})
-    print(f"{out}: {out / 'README.md'} says how diffusers loads it; train_ldm.py --set autoencoder={quoted(out)} takes it, too")
 
 
 def to_safetensors(run: str, out: Path, *, half: bool) -> None:

@@ -484,7 +484,7 @@ def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ({"image__channels": 1}, "image.channels is 1 and the autoencoder"),
+        ({"image__channels": 1}, "has images of 3 channels; set image.channels, which is 1"),
         ({"image__size": 32}, "was trained at 16 and 24 px; set image.size"),
         ({"image__size": 17}, "image.size 17 is not divisible by 2"),
         ({"image__crop": "random"}, "image.crop 'random' gives an image other latents each time; use center"),

@@ -29,11 +29,8 @@ def is_latent(weights: Weights) -> bool:
 
 def write_atelier_folder(run: str, weights: Weights, out: Path, *, half: bool = False) -> None:
     """Write the EMA weights of the latent run or autoencoder `run` into the new folder `out`, with all that opens them again.
-    The folder opens wherever a run is asked for. It is whole or absent.
-
-    With `half` the weights are in half precision, but for a codebook, and for the autoencoder of a latent run, whose hash the
-    run knows. A UserError where `out` is there already.
-    """
+    The folder opens wherever a run is asked for. It is whole or absent. With `half` the weights are in half precision, but for
+    a codebook, and for the autoencoder of a latent run, whose hash the run knows. A UserError where `out` is there already."""
     check_is_new(out)
     documents: dict[str, Any] = {"config": weights.config, "data": weights.data, "progress": {"step": weights.step}}
     tensors = {"ema": weights.tensors}
@@ -43,8 +40,7 @@ def write_atelier_folder(run: str, weights: Weights, out: Path, *, half: bool = 
     if is_autoencoder(weights):
         documents["progress"] |= {"tanh": read_json(weights.folder / "progress.json")["tanh"]}
         autoencoder = open_autoencoder(run, CPU)
-        reasons = obstacles(autoencoder.network.spec, tanh=autoencoder.network.tanh)
-        card, values = "atelier_autoencoder", {"obstacles": reasons}
+        card, values = "atelier_autoencoder", {"obstacles": obstacles(autoencoder.network)}
     else:
         autoencoder, opened = kept_autoencoder(weights.folder, CPU), open_trained(run, CPU)
         autoencoder_tensors, autoencoder_documents = autoencoder.files()
@@ -63,7 +59,6 @@ def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
         unet2d_config(opened.network, image_size=opened.shape[1])
     except UserError as error:
         reasons.append(str(error))
-    vae = autoencoder.network
-    if isinstance(vae, VAE) and (faults := obstacles(vae.spec, tanh=vae.tanh)):
+    if isinstance(autoencoder.network, VAE) and (faults := obstacles(autoencoder.network)):
         reasons.append(f"AutoencoderKL cannot be its autoencoder: {', '.join(faults)}")
     return reasons

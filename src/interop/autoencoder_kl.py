@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
-from ..models import VAE, VAEConfig
+from ..models import VAE
 from ..runs.autoencoder import Autoencoder
 from ..runs.diffusers_autoencoder import NETWORK_KEYS, OURS, VERSION, WEIGHTS, DiffusersAutoencoder, layer_names
 from .names import state_under
 
 
-def obstacles(spec: VAEConfig, *, tanh: bool) -> list[str]:
+def obstacles(network: VAE) -> list[str]:
     """The reasons why an AutoencoderKL cannot be this network; none where it can."""
+    spec = network.spec
     attended = [*zip(spec.widths, spec.kinds, strict=True), (spec.widths[-1], spec.mid_attention)]
     is_linear = any(kind == "linear" for _, kind in attended)
     several_heads = any(kind == "full" and spec.head_channels not in (None, width) for width, kind in attended)
@@ -28,7 +29,7 @@ def obstacles(spec: VAEConfig, *, tanh: bool) -> list[str]:
         f"model.head_channels {spec.head_channels} makes several heads (one is needed)": several_heads,
         f"model.downsample is {spec.downsample} (average is needed)": is_resampled and spec.downsample != "average",
         f"model.upsample is {spec.upsample} (nearest is needed)": is_resampled and spec.upsample != "nearest",
-        "it ends with tanh": tanh,
+        "it ends with tanh": network.tanh,
     }
     return [reason for reason, applies in reasons.items() if applies]
 
@@ -59,11 +60,9 @@ def autoencoder_kl_config(network: VAE, *, sample_size: int) -> dict[str, Any]:
 
 def state_for_autoencoder_kl(network: VAE, latents: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """The weights of our network under the names of an AutoencoderKL, float32 on the CPU. With the facts of a latent run in
-    `latents` (`mean` and `std` for each channel) its latents are the normalised ones that diffusion sees.
-
-    Average pooling becomes a strided convolution of four weights of 1/4. A level of their decoder has one block more than ours,
-    and an attention after every block: the additional layers are the identity, the last layer of each being zero.
-    """
+    `latents` (`mean` and `std` for each channel) its latents are the normalised ones that diffusion sees. Average pooling
+    becomes a strided convolution of four weights of 1/4. A level of their decoder has one block more than ours, and an
+    attention after every block: the additional layers are the identity, the last layer of each being zero."""
     spec, state_dict = network.spec, state_under(layer_names(network.spec), network)
     last = len(spec.widths) - 1
     for i, (width, kind) in enumerate(zip(spec.widths, spec.kinds, strict=True)):
@@ -96,14 +95,12 @@ def _layer(name: str, weight: Tensor, bias: Tensor | None = None) -> dict[str, T
 
 def autoencoder_files(autoencoder: Autoencoder, latents: Mapping[str, Any] | None = None) -> dict[str, bytes]:
     """The files of an AutoencoderKL's folder by name: config, weights, and for ours what brings our network back to the bit.
-
-    With the facts of a latent run in `latents` its latents are the normalised ones. A UserError says why ours cannot be one.
-    """
+    With the facts of a latent run in `latents` its latents are the normalised ones. A UserError says why ours cannot be one."""
     network, document = autoencoder.network, autoencoder.document
     if isinstance(network, DiffusersAutoencoder):
         config = {"_class_name": "AutoencoderKL", "_diffusers_version": VERSION, **network.config}
         state_dict = {key: value.detach().cpu().contiguous() for key, value in network.network.state_dict().items()}
-    elif reasons := obstacles(network.spec, tanh=network.tanh):
+    elif reasons := obstacles(network):
         raise UserError(f"diffusers' AutoencoderKL cannot be the autoencoder of {autoencoder.path}: {'; '.join(reasons)}")
     else:
         config = autoencoder_kl_config(network, sample_size=max(document["sizes"]))

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,6 @@ PIPELINE = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
 PIPELINE |= {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
 
 
-@dataclass(frozen=True)
-class LatentPart:
-    """What a folder has besides where its U-Net sees latents: `facts` are those of the run (shape, and mean, std, low, high for
-    each channel), and `autoencoder` the files of an AutoencoderKL whose latents, by its scaling_factor and shift_factor, are
-    the normalised ones that the U-Net sees."""
-
-    facts: Mapping[str, Any]
-    autoencoder: Mapping[str, bytes]
-
-
 def export(
     network: UNet,
     spec: ProcessConfig,
@@ -44,7 +33,8 @@ def export(
     name: str,
     class_names: Sequence[str] = (),
     data: Mapping[str, Any] | None = None,
-    latents: LatentPart | None = None,
+    latents: Mapping[str, Any] | None = None,
+    autoencoder: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the new folder `out`, which diffusers loads; it is whole or absent. Its README.md has Python that samples from it.
 
@@ -52,10 +42,12 @@ def export(
     folder; so does a DDIMPipeline, but for a learned variance and the sigmoid schedule. There is no pipeline for latents (the
     folder has their autoencoder in `vae`) and for the blend (it has the UNet2DModel, its head negated, and a
     FlowMatchEulerDiscreteScheduler; where the network is fed another time than 1000 t, the UNet2DModel alone). `process.json`
-    and `classes.json` keep what diffusers has no place for. `data` is the data.json of the run. A UserError names the option
+    and `classes.json` keep what diffusers has no place for. `data` is the data.json of the run. `latents` are the facts of a
+    latent run (shape, and mean, std, low, high for each channel), and `autoencoder` the files of an AutoencoderKL whose
+    latents, by its scaling_factor and shift_factor, are the normalised ones that the U-Net sees. A UserError names the option
     that a UNet2DModel or the schedulers lack, before anything is written.
     """
-    unet = unet2d_config(network, image_size=image_size if latents is None else latents.facts["shape"][1])
+    unet = unet2d_config(network, image_size=image_size if latents is None else latents["shape"][1])
     scheduler = scheduler_config(spec)
     if latents is not None and scheduler is not None and "clip_sample" in scheduler:
         scheduler["clip_sample"] = False  # diffusers clips all channels to one range, the loop of the card each to its own
@@ -68,7 +60,6 @@ def export(
         raise UserError(
             f"a network of {channels} channels in and {outputs} out does not go with process.variance {spec.variance}"
         )
-    check_is_new(out)
     blend = isinstance(spec.schedule, BlendScheduleConfig)
     place = "unet/" if scheduler is not None or latents is not None else ""
     is_pipeline, has_classes = not blend and latents is None, network.num_classes is not None
@@ -76,7 +67,7 @@ def export(
         f"{place}config.json": unet,
         "scheduler/scheduler_config.json": scheduler,
         "process.json": None if is_pipeline else dump(spec),
-        LATENTS: None if latents is None else dict(latents.facts),
+        LATENTS: latents,
         "model_index.json": PIPELINE if is_pipeline else None,
         "classes.json": {"class_names": list(class_names), "null_class": network.null_class} if has_classes else None,
     }
@@ -85,9 +76,9 @@ def export(
     if blend and scheduler is not None:
         state_dict = negate_output(state_dict)
     files[f"{place}{WEIGHTS}.safetensors"] = safetensors.torch.save(state_dict, metadata={"format": "pt"})
-    if latents is not None:
-        files |= {f"vae/{file}": content for file, content in latents.autoencoder.items()}
-        channels = json.loads(latents.autoencoder["config.json"])["out_channels"]
+    if autoencoder is not None:
+        files |= {f"vae/{file}": content for file, content in autoencoder.items()}
+        channels = json.loads(autoencoder["config.json"])["out_channels"]
     card = render_card(
         "unet_2d",
         name=name,
@@ -101,7 +92,7 @@ def export(
         blend=blend,
         scheduler=scheduler["_class_name"] if scheduler is not None else None,
         time=_time_in_python(spec) if blend else None,
-        facts=latents.facts if latents is not None else None,
+        facts=latents,
         data={**(data or {}), "class_names": []},  # the card lists the classes itself
     )
     write_files(out, {**files, "README.md": card.encode()})

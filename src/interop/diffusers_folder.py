@@ -14,7 +14,7 @@ from ..config import UserError, prefix_errors, read_json, validate
 from ..diffusion import ProcessConfig
 from ..runs.autoencoder import Autoencoder
 from ..runs.diffusers_autoencoder import WEIGHTS
-from ..runs.folders import read_if_there
+from ..runs.folders import read_if_there, refuse
 from ..storage.downloads import from_hub, hub_name_of_url, is_hub_name
 from ..storage.networks import UNET_2D, few, find_network, preference
 from ..storage.weight_files import find_files, read_files, read_foreign_json
@@ -23,18 +23,20 @@ from .schedulers import FLOW, FLOW_SAMPLING, SAMPLING, process_config
 from .unet_2d import unet_from_diffusers
 
 # The types in the config of a UNet2DModel.
-Count, Number = Annotated[int, pydantic.Field(strict=True, gt=0)], Annotated[float, pydantic.Field(strict=True)]
-Counts, Words = (Annotated[list[kind], pydantic.Field(min_length=1)] for kind in (Count, str))
-TYPES = {
-    **dict.fromkeys(("in_channels", "out_channels", "layers_per_block"), Count),
-    "sample_size": Count | Counts,
+Count: Any = Annotated[int, pydantic.Field(strict=True, gt=0)]
+Number: Any = Annotated[float, pydantic.Field(strict=True)]
+Counts: Any = Annotated[list[Count], pydantic.Field(min_length=1)]
+Words: Any = Annotated[list[str], pydantic.Field(min_length=1)]
+NEEDED = {
     "block_out_channels": Counts,
-    "down_block_types": Words,
-    "up_block_types": Words,
+    **dict.fromkeys(("down_block_types", "up_block_types"), Words),
+    **dict.fromkeys(("layers_per_block", "in_channels", "out_channels"), Count),
+    "sample_size": Count | Counts,
+}
+TYPES = NEEDED | {
     **dict.fromkeys(("num_class_embeds", "norm_num_groups", "attention_head_dim", "attn_norm_num_groups"), Count | None),
     **dict.fromkeys(("dropout", "norm_eps", "freq_shift"), Number),
 }
-NEEDED = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "in_channels", "out_channels")
 
 
 def local_folder(name: str | Path) -> Path:
@@ -42,24 +44,22 @@ def local_folder(name: str | Path) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        hint = f"give {folder.parent}" if (folder.parent / "config.json").is_file() else "with config.json and the weights"
-        raise UserError(
-            f"{name} is a file, and convert.py diffusers takes a folder of diffusers: {hint}; a checkpoint in one file is read "
-            "by convert.py iadb (diffusers' names) or convert.py guided-diffusion (OpenAI's names)"
-        )
-    no_folder = f"{name} is no folder, and the hub does not give it"
-    if (hub_name := hub_name_of_url(str(name))) is not None:
-        raise UserError(f"{name} is an address; give the name on the hub: {hub_name}")
-    if not is_hub_name(str(name)):
-        beside = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = difflib.get_close_matches(folder.name, beside, 1)
-        hint = f"; did you mean {folder.with_name(near[0])}?" if near else ""
-        raise UserError(f"{no_folder}: it is a path, and a name there is OWNER/NAME{hint}")
+    place = f"give {folder.parent}" if (folder.parent / "config.json").is_file() else "with config.json and the weights"
+    beside = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, beside, 1)
+    hint = f"; did you mean {folder.with_name(near[0])}?" if near else ""
+    no_folder, hub_name = "is no folder, and the hub does not give it", hub_name_of_url(str(name))
+    reasons = {
+        f"is a file, and convert.py diffusers takes a folder of diffusers: {place}; a checkpoint in one file is read by "
+        "convert.py iadb (diffusers' names) or convert.py guided-diffusion (OpenAI's names)": folder.is_file(),
+        f"is an address; give the name on the hub: {hub_name}": hub_name is not None,
+        f"{no_folder}: it is a path, and a name there is OWNER/NAME{hint}": not is_hub_name(str(name)),
+    }
+    refuse(name, reasons)
     files = [f"{place}{WEIGHTS}.safetensors" for place in ("", "unet/", "unet_ema/")]
     files += ["model_index.json", "config.json", "*/config.json", "classes.json", "process.json"]
     files += ["scheduler_config.json", "scheduler/scheduler_config.json", LATENTS, "vae/*.json", "vae/*.safetensors"]
-    with prefix_errors(no_folder):
+    with prefix_errors(f"{name} {no_folder}"):
         folder = from_hub(str(name), files)
         places = [place for place in ("unet/", "unet_ema/") if (folder / place / "config.json").is_file()] or [""]
         if not any((folder / place / f"{WEIGHTS}.safetensors").is_file() for place in places):
@@ -69,11 +69,9 @@ def local_folder(name: str | Path) -> Path:
 
 
 def _find_network(folder: Path, name: str | Path, which: str | None) -> tuple[Path, list[str], str | None]:
-    """The folder of the network, notes on the other networks beside it, and `which` where it names a file and no folder.
-
-    An average of weights, as `unet_ema` of diffusers' training scripts, is taken before raw ones. A UserError says that there
-    is no network, or that there are several.
-    """
+    """The folder of the network, notes on the other networks beside it, and `which` where it names a file and no folder. An
+    average of weights, as `unet_ema` of diffusers' training scripts, is taken before raw ones. A UserError says that there is
+    no network, or that there are several."""
     kinds = {path.parent.name: read_foreign_json(path).get("_class_name", "?") for path in sorted(folder.glob("*/config.json"))}
     networks = [sub for sub, kind in kinds.items() if sub == "unet" or kind == "UNet2DModel"]
     if not networks and (folder / "config.json").is_file():
@@ -89,49 +87,44 @@ def _find_network(folder: Path, name: str | Path, which: str | None) -> tuple[Pa
         elif steps := sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir()):
             hint = f"it holds {few(steps)}: name one of them"
         raise UserError(f"{name} holds no diffusers U-Net: it has neither unet/config.json nor config.json; {hint}")
-    chosen = [
-        sub for sub in networks if which == sub or (which in ("ema", "raw") and (preference(sub) == 2) == (which == "ema"))
-    ]
-    which = None if chosen else which
-    chosen = sorted(chosen or networks, key=lambda sub: -preference(sub))
-    best = [sub for sub in chosen if preference(sub) == preference(chosen[0])]
+    average = {"ema": True, "raw": False}.get(which or "")
+    chosen = [sub for sub in networks if which == sub or average == (preference(sub) == 2)]
+    best = [sub for sub in chosen or networks if preference(sub) == max(map(preference, chosen or networks))]
     if len(best) > 1:
         raise UserError(f"{name} holds several networks, {few(best, 6)}; choose one with --which, such as --which {best[-1]}")
     others = [sub for sub in networks if sub != best[0]]
     notes = [f"left out, other networks: {few(others, 6)}"] if others else []
     if others and preference(best[0]) == 2:
         notes.insert(0, f"these weights, of {best[0]}, are an average (EMA); --which raw takes the others")
-    return folder / best[0], notes, which
+    return folder / best[0], notes, None if chosen else which
 
 
 def read(name: str | Path, *, which: str | None = None) -> Imported:
     """The UNet2DModel of a folder of diffusers, with its process: the folder of a pipeline, of a training script's checkpoint,
-    or of the model alone, or its name on the hub.
-
-    What `export` wrote comes back as it was. Weights are safetensors, or a .bin that is read without running anything in it,
-    whole or in shards; an average of weights is taken before raw ones. `which` chooses otherwise: `ema`, `raw`, or the name of
-    a folder or file inside. For a network on latents, size and channels are those of the latents. A UserError says which file
-    is missing, and names each option that our network or process lacks.
-    """
+    or of the model alone, or its name on the hub. What `export` wrote comes back as it was. Weights are safetensors, or a .bin
+    that is read without running anything in it, whole or in shards; an average of weights is taken before raw ones. `which`
+    chooses otherwise: `ema`, `raw`, or the name of a folder or file inside. For a network on latents, size and channels are
+    those of the latents. A UserError says which file is missing, and names each option that our network or process lacks."""
     folder = local_folder(name)
     place, others, which = _find_network(folder, name, which)
     path = place / "config.json"
     theirs = read_foreign_json(path)
-    if (kind := theirs.get("_class_name", "UNet2DModel")) != "UNet2DModel":
-        raise UserError(f"{path} is of a {kind}; a UNet2DModel is what can be read")
-    if missing := [key for key in (*NEEDED, "sample_size") if theirs.get(key) is None]:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
+    kind, missing = theirs.get("_class_name", "UNet2DModel"), [key for key in NEEDED if theirs.get(key) is None]
+    is_other = kind != "UNet2DModel"
+    refuse(path, {f"is of a {kind}; a UNet2DModel is what can be read": is_other, f"lacks {', '.join(missing)}": missing})
     for key in TYPES.keys() & theirs.keys():
         try:
             pydantic.TypeAdapter(TYPES[key]).validate_python(theirs[key])
         except pydantic.ValidationError:
             raise UserError(f"{path}: {key} is {json.dumps(theirs[key])}, which no UNet2DModel can be built of") from None
     size, channels, outputs = theirs["sample_size"], theirs["in_channels"], theirs["out_channels"]
-    if isinstance(size, list) and len(set(size)) > 1:
-        raise UserError(f"{path}: sample_size {size} is no square, which is what can be read")
-    size = theirs["sample_size"] = size[0] if isinstance(size, list) else size
-    if outputs not in (channels, 2 * channels):
-        raise UserError(f"{path}: {channels} channels in and {outputs} out is no network of a diffusion process")
+    sides, no_process = [size] if isinstance(size, int) else size, outputs not in (channels, 2 * channels)
+    reasons = {
+        f"sample_size {size} is no square, which is what can be read": len({*sides}) > 1,
+        f"{channels} channels in and {outputs} out is no network of a diffusion process": no_process,
+    }
+    refuse(f"{path}:", reasons)
+    theirs["sample_size"] = sides[0]
     process, process_notes, is_negated = _read_process(folder, learned=outputs == 2 * channels)
 
     try:
@@ -152,7 +145,7 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     return Imported(
         network=network,
         process=process,
-        image_size=size,
+        image_size=sides[0],
         class_names=tuple(map(str, names)) if isinstance(names, list) and len(names) == network.num_classes else (),
         channels=channels,
         notes=(first, *weight_notes, *others, *left_out, *process_notes),
@@ -196,28 +189,26 @@ def _read_process(folder: Path, *, learned: bool) -> tuple[ProcessConfig, list[s
 
 
 def read_whole(name: str | Path, autoencoder: str | None = None, *, which: str | None = None) -> Imported:
-    """What `read` gives, and, for a network on latents, with it the autoencoder of this name or of the folder.
-
-    A UserError for a folder that needs no conversion, and for what `add_autoencoder` refuses.
-    """
+    """What `read` gives, and, for a network on latents, with it the autoencoder of this name or of the folder. A UserError for
+    a folder that needs no conversion, and for what `add_autoencoder` refuses."""
     folder = local_folder(name)
-    if read_if_there(folder / "config.json").get("_class_name") == "AutoencoderKL":
-        raise UserError(
-            f"{name} is an AutoencoderKL, which needs no conversion: name it as it is, as in train_ldm.py --set "
-            f"autoencoder={name}"
-        )
-    if (folder / "MANIFEST.json").is_file() and (folder / "ema.safetensors").is_file():
-        raise UserError(f"{name} is a folder of Atelier's own, which needs no conversion: give it where a run is wanted")
+    kind, files = read_if_there(folder / "config.json").get("_class_name"), ("MANIFEST.json", "ema.safetensors")
+    reasons = {
+        f"is an AutoencoderKL, which needs no conversion: name it as it is, as in train_ldm.py --set autoencoder={name}": kind
+        == "AutoencoderKL",
+        "is a folder of Atelier's own, which needs no conversion: give it where a run is wanted": all(
+            (folder / file).is_file() for file in files
+        ),
+    }
+    refuse(name, reasons)
     return add_autoencoder(read(name, which=which), folder, autoencoder, origin=name)
 
 
 def add_autoencoder(imported: Imported, folder: Path, name: str | None = None, *, origin: str | Path | None = None) -> Imported:
-    """An imported network on latents together with the autoencoder `name`, or with the one in its `folder`. A network on
-    images is given back as it is. Messages name the `origin`, which may be a name on the hub.
-
-    A UserError where the network sees latents and there is no autoencoder, or the other way round; where the two do not fit;
-    and where nothing says how the latents are normalised.
-    """
+    """An imported network on latents together with the autoencoder `name`, or with the one in its `folder`. A network on images
+    is given back as it is. Messages name the `origin`, which may be a name on the hub. A UserError where the network sees
+    latents and there is no autoencoder, or the other way round; where the two do not fit; and where nothing says how the
+    latents are normalised."""
     side, channels, origin = imported.image_size, imported.channels, origin or folder
     inside = next((folder / sub for sub in ("vae", "vqvae", "movq") if (folder / sub).is_dir()), None)
     if name is None and inside is None:

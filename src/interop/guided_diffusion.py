@@ -39,12 +39,10 @@ def read_weights(path: str | Path, which: str | None = None) -> tuple[dict[str, 
 
 
 def read(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None, *, which: str | None = None) -> Imported:
-    """A guided- or improved-diffusion checkpoint, U-Net or classifier, with all that sampling needs.
-
-    `flags` are guided-diffusion's, or a JSON file of them; a published file needs none. `which` chooses one of several
-    networks in the file, as `find_network` says. A UserError says what is missing, what contradicts the weights, or why the
-    file is no such checkpoint.
-    """
+    """A guided- or improved-diffusion checkpoint, U-Net or classifier, with all that sampling needs. `flags` are
+    guided-diffusion's, or a JSON file of them; a published file needs none. `which` chooses one of several networks in the
+    file, as `find_network` says. A UserError says what is missing, what contradicts the weights, or why the file is no such
+    checkpoint."""
     given = None if flags is None else read_flags(flags)
     state_dict, weight_notes = read_weights(path, which)
     with prefix_errors(str(path)):

@@ -107,10 +107,10 @@ def resolve(architecture: Architecture, flags: Mapping[str, Any] | None) -> tupl
         raise UserError(f"the weights {whose} not say {' and '.join(missing)}: give {FLAGS_OF_COMMAND}")
     size = flags.get("large_size" if architecture.upsampler else "image_size", architecture.image_size)
     check_flags(architecture, flags, size)
-    if flags.get("diffusion_steps", 1000) != 1000 and "rescale_timesteps" not in flags:
+    if (steps := flags.get("diffusion_steps", 1000)) != 1000 and "rescale_timesteps" not in flags:
         raise UserError(
-            f"the flags say diffusion_steps {flags['diffusion_steps']} and not rescale_timesteps, whose default is true in "
-            f"improved-diffusion and false in guided-diffusion: give {FLAGS_OF_COMMAND}"
+            f"the flags say diffusion_steps {steps} and not rescale_timesteps, whose default is true in improved-diffusion and "
+            f"false in guided-diffusion: give {FLAGS_OF_COMMAND}"
         )
     given = {name: flags[name] for name in (*sizes, *defaults) if name in flags}
     assumed = {name: value for name, value in defaults.items() if name not in given}

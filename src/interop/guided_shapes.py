@@ -89,11 +89,9 @@ def join_multiples(channel_mult: Iterable[float]) -> str:
 
 
 def read_shapes(shapes: Mapping[str, Sequence[int]], depth: int | None = None) -> Architecture:
-    """The architecture that the shapes of a state dict say, by guided-diffusion's names.
-
-    For some classifiers that resample inside residual blocks, shapes leave open how many blocks a resolution has: there
-    `depth` decides. A UserError says what is missing, or that no U-Net and no classifier of theirs has such shapes.
-    """
+    """The architecture that the shapes of a state dict say, by guided-diffusion's names. For some classifiers that resample
+    inside residual blocks, shapes leave open how many blocks a resolution has: there `depth` decides. A UserError says what is
+    missing, or that no U-Net and no classifier of theirs has such shapes."""
     size = functools.partial(size_of, shapes)
     kind = "U-Net" if any(name.startswith("output_blocks.") for name in shapes) else "classifier"
     modules = ("time_embed.0", "input_blocks.0.0", "input_blocks.1.0.in_layers.2", "middle_block.0.in_layers.2", "out.0")
@@ -170,11 +168,8 @@ def _read_pool(shapes: Mapping[str, Sequence[int]], size: Callable[..., int], le
 def _is_possible(blocks: int, widths: list[int], attended: list[bool]) -> bool:
     """Whether each resolution may have so many blocks: the width changes, and attention begins and ends, only where a
     resolution begins, and the block that resamples changes no width and does not attend."""
-    period = blocks + 1
-
-    def is_allowed(i: int) -> bool:
-        place = i % period  # 1 is the first block of a resolution, 0 the block that resamples
-        same_width, same_attention = widths[i] == widths[i - 1], attended[i] == attended[i - 1]
-        return place == 1 or (same_width and (not attended[i] if place == 0 else same_attention))
-
-    return len(widths) % period == 0 and all(is_allowed(i) for i in range(1, len(widths)))
+    groups = [slice(start, start + blocks + 1) for start in range(1, len(widths), blocks + 1)]
+    return len(widths) % (blocks + 1) == 0 and all(
+        len({*widths[group]}) == 1 and len({*attended[group][:blocks]}) == 1 and not any(attended[group][blocks:])
+        for group in groups
+    )

@@ -16,6 +16,7 @@ from ..config import UserError, prefix_errors, validate
 from ..data import ImageConfig
 from ..diffusion import ProcessConfig
 from ..runs.autoencoder import Autoencoder
+from ..runs.folders import refuse
 from ..storage.networks import UNET_2D, find_network, present_names
 from ..storage.weight_files import read_file
 from .iadb_yaml import SIZES, YamlFacts, read_yaml
@@ -36,18 +37,18 @@ def read_weights(path: str | Path, which: str | None = None) -> tuple[dict[str, 
     """The state dict of the network by diffusers' present names, and notes on what was taken and left out; see `find_network`.
     A UserError says why it cannot be read, or that the file holds no UNet2DModel, or several."""
     state_dict, notes = find_network(read_file(path), UNET_2D, path, which=which, parts=(*PARTS, "time_proj"))
-    if any(name.startswith("time_proj.") for name in state_dict):
-        raise UserError(f"{path}: its time embedding is fourier or learned; a positional one is what can be read")
-    if any(".transformer_blocks." in name for name in state_dict):
-        raise UserError(f"{path}: the network is a UNet2DConditionModel; a UNet2DModel is what can be read")
+    has_time, has_text = (any(part in f".{name}" for name in state_dict) for part in (".time_proj.", ".transformer_blocks."))
+    reasons = {
+        "its time embedding is fourier or learned; a positional one is what can be read": has_time,
+        "the network is a UNet2DConditionModel; a UNet2DModel is what can be read": has_text,
+    }
+    refuse(f"{path}:", reasons)
     return present_names(state_dict), notes
 
 
 def read_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What the shapes of a UNet2DModel's state dict (by present names) say of its `config.json`.
-
-    A UserError names what is missing.
-    """
+    """What the shapes of a UNet2DModel's state dict (by present names) say of its `config.json`. A UserError names what is
+    missing."""
     size = functools.partial(size_of, shapes)
 
     def count(pattern: str) -> int:
@@ -83,11 +84,8 @@ def read_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def architecture(shapes: Mapping[str, Sequence[int]], yaml: YamlFacts) -> tuple[dict[str, Any], list[str]]:
-    """The `config.json` of the UNet2DModel with such shapes, and notes on where it comes from.
-
-    What neither shapes nor YAML say is a default of diffusers. A UserError names what the YAML says otherwise than the shapes,
-    and a default that cannot be.
-    """
+    """The `config.json` of the UNet2DModel with such shapes, and notes on where it comes from. What neither shapes nor YAML say
+    is a default of diffusers. A UserError names what the YAML says otherwise than the shapes, and a default that cannot be."""
     by_shapes = read_shapes(shapes)
     levels = [i for i, kind in enumerate(by_shapes["down_block_types"]) if kind.startswith("Attn")]
     known = {**by_shapes, "attention": levels}
@@ -127,29 +125,27 @@ def _image_size(given: int | None, yaml: YamlFacts, factor: int) -> tuple[int, s
         return given, "--image-size"
     facts = {name: yaml.facts[name] for name in SIZES if name in yaml.facts}
     sizes = {key: size * factor if name == "sample_size" else size for name, (key, size) in facts.items()}
-    if not sizes:
-        raise UserError(
-            "the weights do not say the size of the images: give --image-size N, or --model-config with a resolution"
-        )
-    if len(set(sizes.values())) > 1:
-        words = " and ".join(f"{key}, images of {size} px," for key, size in sizes.items())
-        raise UserError(f"{yaml.file} says {words} which differ: give --image-size N")
+    words = " and ".join(f"{key}, images of {size} px," for key, size in sizes.items())
+    reasons = {
+        "the weights do not say the size of the images: give --image-size N, or --model-config with a resolution": not sizes,
+        f"{yaml.file} says {words} which differ: give --image-size N": len({*sizes.values()}) > 1,
+    }
+    refuse("", reasons)
     return next((size, key) for key, size in sizes.items())
 
 
 def _open_autoencoder(given: str | None, yaml: YamlFacts, channels: int) -> Autoencoder | None:
-    """The autoencoder whose latents the network sees; None where it sees images.
-
-    A UserError says that it is missing, or why it cannot be the one.
-    """
+    """The autoencoder whose latents the network sees; None where it sees images. A UserError says that it is missing, or why it
+    cannot be the one."""
     names = yaml.autoencoder or []
     guess = given is not None or yaml.autoencoder is not None or channels not in (1, 3)
     key, on_latents = yaml.facts.get("latents", ("", guess))
     if not on_latents:
-        if channels not in (1, 3):
-            raise UserError(f"{yaml.file} says {key} false, and the weights see {channels} channels, which no images have")
-        if given is not None:
-            raise UserError(f"{yaml.file} says {key} false, and --autoencoder {given} is given; leave one out")
+        reasons = {
+            f"the weights see {channels} channels, which no images have": channels not in (1, 3),
+            f"--autoencoder {given} is given; leave one out": given is not None,
+        }
+        refuse(f"{yaml.file} says {key} false, and", reasons)
         return None
     places = [str(place) for name in names for place in (Path(name), Path(yaml.file).parent / name) if place.is_dir()]
     if given is None and not places:
@@ -166,12 +162,10 @@ def read(
     autoencoder: str | None = None,
     which: str | None = None,
 ) -> Imported:
-    """An IADB checkpoint with all that sampling needs.
-
-    `model_config` is the YAML that the network was built from, `image_size` the size of the images where it does not say it,
-    `autoencoder` that of a network on latents, by the name that train_ldm.py takes; `which` chooses one of several networks in
-    the file, as `find_network` says. A UserError says what is missing, and what contradicts the weights.
-    """
+    """An IADB checkpoint with all that sampling needs. `model_config` is the YAML that the network was built from, `image_size`
+    the size of the images where it does not say it, `autoencoder` that of a network on latents, by the name that train_ldm.py
+    takes; `which` chooses one of several networks in the file, as `find_network` says. A UserError says what is missing, and
+    what contradicts the weights."""
     yaml = read_yaml(model_config) if model_config is not None else YamlFacts()
     state_dict, notes = read_weights(path, which)
     with prefix_errors(str(path)):

@@ -60,25 +60,23 @@ class YamlFacts:
         end."""
         visited.add(id(section))  # a YAML alias may stand for a section around it
         base, mult = section.get("base_channels", section.get("channels")), section.get("channel_mult")
-        has_mult = isinstance(base, int) and isinstance(mult, list)
-        if has_mult:
-            key = f"{path}channel_mult"
+        key, used = f"{path}channel_mult", ()
+        if isinstance(base, int) and isinstance(mult, list):
+            used = ("base_channels", "channels", "channel_mult")
             yield key, "channels", [int(base * self.convert(key, times, float)) for times in mult]
         for name, value in section.items():
             if name in SECTIONS and isinstance(value, dict):
                 yield from () if id(value) in visited else self.entries(value, f"{path}{name}.", visited)
-            elif not has_mult or name not in ("base_channels", "channels", "channel_mult"):
+            elif name not in used:
                 yield f"{path}{name}", str(name), value
 
 
 def read_yaml(path: str | Path) -> YamlFacts:
-    """What the YAML says: its keys at the top, and in sections such as model, params or data.
-
-    The keys are those of UNet2DModel's config; `resolution` or `image_size` of the images; `blocks` or `num_res_blocks`;
-    `channels`, a list of widths, or a number (or `base_channels`) with `channel_mult`; `attention`, the levels that have it,
-    counted from 0; `vae_latents`, `latents` or `use_latents`; and `vae`, `autoencoder` or `first_stage`. A UserError says why
-    it is no such file, and what it says twice and differently.
-    """
+    """What the YAML says: its keys at the top, and in sections such as model, params or data. The keys are those of
+    UNet2DModel's config; `resolution` or `image_size` of the images; `blocks` or `num_res_blocks`; `channels`, a list of
+    widths, or a number (or `base_channels`) with `channel_mult`; `attention`, the levels that have it, counted from 0;
+    `vae_latents`, `latents` or `use_latents`; and `vae`, `autoencoder` or `first_stage`. A UserError says why it is no such
+    file, and what it says twice and differently."""
     import yaml
 
     text = read_text(path)

@@ -23,11 +23,9 @@ UNBOUNDED = 1e9  # where the range of latents is not known: a bound that clips n
 @dataclass(frozen=True)
 class Imported:
     """`network` holds its weights; it sees images (channels, image_size, image_size), or their latents by `autoencoder`.
-
     `low_resolution` is the size of the images that an upsampler starts from; `class_names` are those of the file, if it has
     any. `notes` say, line by line, which weights were taken, what was left out, and where each fact comes from. `latents` is
-    what a latent run knows of its latents: shape, statistics for each channel.
-    """
+    what a latent run knows of its latents: shape, statistics for each channel."""
 
     network: UNet | Classifier
     process: ProcessConfig
@@ -82,12 +80,10 @@ def open_autoencoder_of(name: str, channels: int, *, with_scaling: bool = True) 
 
 
 def keep(imported: Imported, out: Path, *, name: str, class_names: Sequence[str] = ()) -> Path | None:
-    """Write what was imported into the new folder `out`, as the `final` of a run is, so that everything opens it.
-
-    Gives the path of a config in it that trains on from there, None for a classifier (`init_from` takes its folder) and an
-    upsampler (nothing trains it on). Classes without names are numbers. A UserError for another number of names, and for a
-    folder that is there.
-    """
+    """Write what was imported into the new folder `out`, as the `final` of a run is, so that everything opens it. Gives the
+    path of a config in it that trains on from there, None for a classifier (`init_from` takes its folder) and an upsampler
+    (nothing trains it on). Classes without names are numbers. A UserError for another number of names, and for a folder that is
+    there."""
     check_is_new(out)
     network, classes = imported.network, imported.network.num_classes
     numbers = [str(i) for i in range(classes or 0)]

@@ -45,10 +45,8 @@ def list_origins(origins: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def rename_state(network: nn.Module, state_dict: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Another project's state dict under the names of `network`, in float32, reshaped where only 1s differ.
-
-    `names` maps our module names to theirs. A UserError says which keys or shapes differ.
-    """
+    """Another project's state dict under the names of `network`, in float32, reshaped where only 1s differ. `names` maps our
+    module names to theirs. A UserError says which keys or shapes differ."""
     wanted, keys = network.state_dict(), dict[str, str]()
     for key in wanted:
         module, _, kind = key.rpartition(".")
@@ -58,10 +56,8 @@ def rename_state(network: nn.Module, state_dict: Mapping[str, Tensor], names: Ma
 
 
 def state_under(names: Mapping[str, str], network: nn.Module) -> dict[str, Tensor]:
-    """The weights of our network under diffusers' names, float32 on the CPU.
-
-    `names` maps our module names to theirs. The qkv of an attention becomes to_q, to_k and to_v, whose rows have one layout.
-    """
+    """The weights of our network under diffusers' names, float32 on the CPU. `names` maps our module names to theirs. The qkv
+    of an attention becomes to_q, to_k and to_v, whose rows have one layout."""
     state_dict = {}
     attentions = {f"{name}.qkv": module for name, module in network.named_modules() if isinstance(module, Attention)}
     for key, value in network.state_dict().items():

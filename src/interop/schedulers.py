@@ -33,11 +33,9 @@ FLOW_SAMPLING = (
 
 def process_config(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig:
     """A `scheduler_config.json` of DDPMScheduler, DDIMScheduler or FlowMatchEulerDiscreteScheduler as our process; `learned`
-    says whether the network's output has channels for the variance. A UserError names the key and the value that we lack.
-
-    The file does not say how the network was trained: a learned variance gets the hybrid loss here. With the last scheduler a
-    network predicts eps - x0, which is our `blend` negated.
-    """
+    says whether the network's output has channels for the variance. A UserError names the key and the value that we lack. The
+    file does not say how the network was trained: a learned variance gets the hybrid loss here. With the last scheduler a
+    network predicts eps - x0, which is our `blend` negated."""
     if theirs.get("_class_name") == FLOW:
         return _flow_process(theirs, learned=learned)
     settings = {**DDPM_DEFAULTS, **theirs}
@@ -91,10 +89,8 @@ def _flow_process(theirs: Mapping[str, Any], *, learned: bool) -> ProcessConfig:
 
 def scheduler_config(spec: ProcessConfig) -> dict[str, Any] | None:
     """Our process as the `scheduler_config.json` of a DDPMScheduler, or of a FlowMatchEulerDiscreteScheduler for the blend: the
-    inverse of `process_config`. None for a blend whose network is fed another time than 1000 t, which no scheduler feeds.
-
-    A UserError names the option that the schedulers lack.
-    """
+    inverse of `process_config`. None for a blend whose network is fed another time than 1000 t, which no scheduler feeds. A
+    UserError names the option that the schedulers lack."""
     schedule, time = spec.schedule, spec.time_input
     if isinstance(schedule, BlendScheduleConfig):
         if spec.target != "blend":

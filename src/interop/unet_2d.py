@@ -77,11 +77,9 @@ def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
 
 
 def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:
-    """Our network as the `config.json` of a UNet2DModel for images of `image_size`: the inverse of `unet_config`.
-
-    A UserError names the option that UNet2DModel lacks. UNet2DModel has residual resampling (its blocks `Resnet...`) and,
-    with `attn_norm_num_groups`, an attention in the middle beside scale_shift.
-    """
+    """Our network as the `config.json` of a UNet2DModel for images of `image_size`: the inverse of `unet_config`. A UserError
+    names the option that UNet2DModel lacks. UNet2DModel has residual resampling (its blocks `Resnet...`) and, with
+    `attn_norm_num_groups`, an attention in the middle beside scale_shift."""
     config = network.config
     options = [
         *(("attention", kind, ("none", "full")) for kind in config.attention),

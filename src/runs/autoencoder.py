@@ -17,7 +17,7 @@ from ..runtime.seeds import normal
 from ..storage.downloads import hub_name_of_url, is_hub_name
 from ..storage.networks import few
 from .diffusers_autoencoder import autoencoder_from_config, exported_autoencoder, load_autoencoder
-from .folders import finished, read_if_there
+from .folders import finished, read_if_there, refuse
 
 CPU = torch.device("cpu")
 
@@ -52,15 +52,13 @@ class Autoencoder:
 
     def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
         """(D, h, w) of images of `size` px; a UserError where it cannot take them."""
-        if channels != self.channels:
-            raise UserError(
-                f"image.channels is {channels} and the autoencoder {self.path} has {self.channels}; set image.channels"
-            )
-        if size % self.factor:
-            raise UserError(f"image.size {size} is not divisible by {self.factor}, by which {self.path} reduces images")
-        if self.sizes is not None and size not in self.sizes:
-            known = " and ".join(map(str, sorted(self.sizes)))
-            raise UserError(f"image.size is {size} and the autoencoder {self.path} was trained at {known} px; set image.size")
+        known = " and ".join(map(str, sorted(self.sizes or (size,))))
+        reasons = {
+            f"has images of {self.channels} channels; set image.channels, which is {channels}": channels != self.channels,
+            f"reduces images by {self.factor}, and image.size {size} is not divisible by {self.factor}": size % self.factor,
+            f"was trained at {known} px; set image.size, which is {size}": size not in (self.sizes or (size,)),
+        }
+        refuse(f"the autoencoder {self.path}", reasons)
         return self.latent_channels, size // self.factor, size // self.factor
 
 
@@ -145,50 +143,36 @@ def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencod
 def _is_of_diffusers(path: Path) -> bool:
     """Whether a folder is a model or a pipeline of diffusers, whole or not: a message then says what is missing."""
     configs = [read_if_there(config) for config in (path / "config.json", *path.glob("*/config.json"))]
-    is_named = any("_class_name" in config for config in configs) or {"block_out_channels", "latent_channels"} <= set(
-        configs[0]
-    )
+    is_named = any("_class_name" in config for config in configs) or (path / "model_index.json").is_file()
     has_weights = any(file.suffix in (".safetensors", ".bin") for file in path.glob("vae/*"))
-    return is_named or has_weights or (path / "model_index.json").is_file()
+    return is_named or has_weights or {"block_out_channels", "latent_channels"} <= configs[0].keys()
 
 
 def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
-    """Open a finished run of train_vae.py (or one of its checkpoints), or a diffusers AutoencoderKL: a folder or a hub name.
-
-    A UserError says what is missing, unfinished or of another kind.
-    """
+    """Open a finished run of train_vae.py (or one of its checkpoints), or a diffusers AutoencoderKL: a folder or a hub name. A
+    UserError says what is missing, unfinished or of another kind."""
     path = Path(name).expanduser()
-    if _is_of_diffusers(path):
+    if _is_of_diffusers(path) or (not path.exists() and "/" in name and is_hub_name(name)):
         return _of_diffusers(name, device)
     if any((place / "autoencoder_config.json").exists() for place in (path, path / "autoencoder")):
         return kept_autoencoder(path, device)  # of a latent run, or of a folder that convert.py made of one
-    if not path.exists():
-        if "/" in name and is_hub_name(name):
-            return _of_diffusers(name, device)
-        if (named := hub_name_of_url(name)) is not None:
-            raise UserError(f"autoencoder {name} is an address; give the name on the hub: {named}")
-        raise UserError(f"autoencoder {name} does not exist; train one (train_vae.py), or name a diffusers AutoencoderKL")
-    if path.is_file():
-        raise UserError(
-            f"autoencoder {name} is a file; name a folder: a run of train_vae.py, or a diffusers AutoencoderKL with its "
-            "config.json and weights"
-        )
-    folder = path
-    if not (path / "ema.safetensors").exists():
-        folder = path / "final"
-        if not (path / "config.json").exists() and not folder.is_dir():
-            inside = few(file.name for file in path.iterdir())
-            raise UserError(
-                f"the autoencoder {name} is neither a run of train_vae.py nor a diffusers AutoencoderKL, which have a "
-                f"config.json; it holds {inside or 'nothing'}"
-            )
-        if finished(path, newest(path / "checkpoints")[0]) is None:
-            status = read_if_there(path / "status.json")
-            at = f" (step {status['step']} of {status['steps']})" if status else ""
-            raise UserError(
-                f"the autoencoder {name} has not finished{at}; run its command again, or name one of its checkpoints to take "
-                "it as it is"
-            )
+    is_run = not (path / "ema.safetensors").exists()
+    folder, hub_name, status = path / "final" if is_run else path, hub_name_of_url(name), read_if_there(path / "status.json")
+    at = f" (step {status['step']} of {status['steps']})" if status else ""
+    contents = few(file.name for file in path.iterdir()) if path.is_dir() else ""
+    reasons = {
+        f"is an address; give the name on the hub: {hub_name}": hub_name is not None and not path.exists(),
+        "does not exist; train one (train_vae.py), or name a diffusers AutoencoderKL": not path.exists(),
+        "is a file; name a folder: a run of train_vae.py, or a diffusers AutoencoderKL with its config.json and weights": (
+            path.is_file()
+        ),
+        "is neither a run of train_vae.py nor a diffusers AutoencoderKL, which have a config.json; it holds "
+        f"{contents or 'nothing'}": not (folder.is_dir() or (path / "config.json").exists()),
+        f"has not finished{at}; run its command again, or name one of its checkpoints to take it as it is": (
+            is_run and finished(path, newest(path / "checkpoints")[0]) is None
+        ),
+    }
+    refuse(f"the autoencoder {name}", reasons)
     check_whole(folder)
     config, progress = read_json(folder / "config.json"), read_json(folder / "progress.json")
     if "stages" not in config:

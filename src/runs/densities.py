@@ -15,7 +15,6 @@ from ..data.points import DensitySource, density_image, is_point_source
 from ..runtime.processes import same_on_all
 from ..runtime.seeds import generator
 from ..runtime.stream import Examples, image_examples
-from .autoencoder import LatentCodec
 from .latents import Latents
 
 Bound = float | Tensor
@@ -94,19 +93,6 @@ class PointDensity(Density):
 
     def _examples(self, data_set: PointSet) -> Examples:
         return Examples(data_set.labels, lambda indices: torch.from_numpy(data_set.points[indices]))
-
-
-class EncodedDensity(Density):
-    """Images whose latents are wanted now and then: nothing is cached, and no run trains on it."""
-
-    def __init__(self, images: Density, codec: LatentCodec) -> None:
-        self.images, self.codec = images, codec
-        self.train, self.held_out = images.train, images.held_out
-
-    @torch.no_grad()
-    def _examples(self, data_set: ImageSet) -> Examples:
-        images, weight = self.images._examples(data_set), next(self.codec.network.parameters())
-        return Examples(images.labels, lambda indices: self.codec.encode(images.load(indices).to(weight), indices.tolist()))
 
 
 def open_density(

@@ -129,11 +129,9 @@ def _find_autoencoder(folder: Path, name: str) -> tuple[Path, dict[str, Any], li
 
 
 def load_autoencoder(name: str) -> DiffusersAutoencoder:
-    """diffusers' AutoencoderKL from a folder or the hub, or from the subfolder `vae` of a whole pipeline.
-
-    Its weights may be in any file, whole or in shards, and no code in them runs. A UserError says why it cannot be loaded:
-    what the folder is instead, which weights are missing, or that the hub was not reached.
-    """
+    """diffusers' AutoencoderKL from a folder or the hub, or from the subfolder `vae` of a whole pipeline. Its weights may be in
+    any file, whole or in shards, and no code in them runs. A UserError says why it cannot be loaded: what the folder is
+    instead, which weights are missing, or that the hub was not reached."""
     ask_for("a diffusers autoencoder", "diffusers")  # before anything is downloaded
     folder = Path(name).expanduser()
     on_hub = not folder.is_dir()
@@ -192,24 +190,19 @@ def layer_names(spec: VAEConfig) -> dict[str, str]:
 
 def exported_autoencoder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
     """(document, weights by our names, digest) of our autoencoder that was written as an AutoencoderKL into `folder`, or into
-    its `vae`.
-
-    None where there is none, or where somebody changed its weights: it is then an AutoencoderKL like any other.
-    """
-    for place in (folder, folder / "vae"):
-        weights = place / f"{WEIGHTS}.safetensors"
-        if not (place / OURS).is_file() or not weights.is_file():
-            continue
-        document = read_json(place / OURS)
-        with open(weights, "rb") as file:
-            if not isinstance(document, Mapping) or hashlib.file_digest(file, "sha256").hexdigest() != document.get("weights"):
-                return None
-        missing = [key for key in (*NETWORK_KEYS, "digest") if key not in document]
-        if missing:
-            raise UserError(f"{place / OURS} is damaged: it lacks {', '.join(missing)}")
-        names = layer_names(validate(VAEConfig, document["model"], origin=f"{place / OURS}: model"))
-        theirs = fuse_qkv(read_tensors(place, WEIGHTS))
-        pairs = [(f"{ours}.{kind}", f"{name}.{kind}") for ours, name in names.items() for kind in ("weight", "bias")]
-        state_dict = {ours: theirs[name] for ours, name in pairs if name in theirs}
-        return {key: document[key] for key in NETWORK_KEYS}, state_dict, document["digest"]
-    return None
+    its `vae`. None where there is none, or where somebody changed its weights: it is then an AutoencoderKL like any other."""
+    places = (place for place in (folder, folder / "vae") if (place / OURS).is_file())
+    place = next((place for place in places if (place / f"{WEIGHTS}.safetensors").is_file()), None)
+    if place is None:
+        return None
+    document = read_json(place / OURS)
+    with open(place / f"{WEIGHTS}.safetensors", "rb") as file:
+        if not isinstance(document, Mapping) or hashlib.file_digest(file, "sha256").hexdigest() != document.get("weights"):
+            return None
+    if missing := [key for key in (*NETWORK_KEYS, "digest") if key not in document]:
+        raise UserError(f"{place / OURS} is damaged: it lacks {', '.join(missing)}")
+    names = layer_names(validate(VAEConfig, document["model"], origin=f"{place / OURS}: model"))
+    theirs = fuse_qkv(read_tensors(place, WEIGHTS))
+    pairs = [(f"{ours}.{kind}", f"{name}.{kind}") for ours, name in names.items() for kind in ("weight", "bias")]
+    state_dict = {ours: theirs[name] for ours, name in pairs if name in theirs}
+    return {key: document[key] for key in NETWORK_KEYS}, state_dict, document["digest"]

@@ -1,6 +1,7 @@
 """Find and read the EMA weights of a run, and the JSON beside them."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,13 @@ from ..storage.weight_files import read_file, read_foreign_json
 def read_if_there(path: Path) -> dict[str, Any]:
     """The JSON object that another program wrote into a file, empty where there is no file."""
     return read_foreign_json(path) if path.is_file() else {}
+
+
+def refuse(where: object, reasons: Mapping[str, Any]) -> None:
+    """A UserError of `where` and the first of these reasons that applies; nothing where none does."""
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"{where} {reason}".strip())
 
 
 def run_name(path: str | Path) -> str:
@@ -62,19 +70,16 @@ def _find(path: Path) -> Path:
     checkpoint, passed = newest(path / "checkpoints")
     if (best := finished(path, checkpoint) or checkpoint) is not None:
         return best
-    if passed:
-        raise UserError(f"{path}: no checkpoint is whole ({'; '.join(passed)})")
     kind = read_if_there(path / "config.json").get("_class_name")
-    if kind not in ("UNet2DModel", None):
-        is_autoencoder = kind == "AutoencoderKL"
-        advice = f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents" if is_autoencoder else "give a run"
-        raise UserError(f"{path} is {kind} of diffusers and no run of this project; {advice}")
+    advice = f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents" if kind == "AutoencoderKL" else "give a run"
     parts = ("model_index.json", "unet/config.json", "unet_ema/config.json")
-    if kind is not None or any((path / name).is_file() for name in parts):
-        raise UserError(
-            f"{path} is a folder of diffusers, which has to be brought in first: python convert.py diffusers {quoted(path)} "
-            "--out FOLDER"
-        )
+    reasons = {
+        f"holds no checkpoint that is whole ({'; '.join(passed)})": passed,
+        f"is {kind} of diffusers and no run of this project; {advice}": kind not in ("UNet2DModel", None),
+        "is a folder of diffusers, which has to be brought in first: python convert.py diffusers "
+        f"{quoted(path)} --out FOLDER": kind is not None or any((path / name).is_file() for name in parts),
+    }
+    refuse(path, reasons)
     raise UserError(f"{path} holds no checkpoint; give a run, a checkpoint, a final folder or an export")
 
 
@@ -100,16 +105,15 @@ def _read_export(path: Path) -> Weights:
         content = read_file(path)
     except UserError as error:
         raise UserError(f"{path} is damaged or no export of this project: {str(error).removeprefix(f'{path}: ')}") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in EXPORT.items()):
-        if isinstance(content, dict) and "stem.weight" in content:
-            raise UserError(
-                f"{path} holds weights alone, as convert.py safetensors writes them for other programs, and nothing that says "
-                "of which network they are; give the run, a checkpoint or a final folder"
-            )
-        raise UserError(
-            f"{path} is no export of this project, which holds weights, config, data and step; give a run, a checkpoint or a "
-            "final folder; what another program trained is brought in by convert.py"
-        )
+    content = content if isinstance(content, dict) else {}
+    is_export = all(isinstance(content.get(key), kind) for key, kind in EXPORT.items())
+    reasons = {
+        "holds weights alone, as convert.py safetensors writes them for other programs, and nothing that says of which network "
+        "they are; give the run, a checkpoint or a final folder": not is_export and "stem.weight" in content,
+        "is no export of this project, which holds weights, config, data and step; give a run, a checkpoint or a final folder; "
+        "what another program trained is brought in by convert.py": not is_export,
+    }
+    refuse(path, reasons)
     weights = content["weights"]
     try:
         digest = digest_of(weights)

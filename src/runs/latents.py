@@ -197,11 +197,9 @@ def _check_files(
     folder: Path, manifest: dict[str, Any], encoding: _Encoding, latents: Mapping[str, LatentSet], ranks: Ranks, goes_on: bool
 ) -> None:
     """Refuse a whole cache whose files have another content now, though the same names and sizes, or are decoded otherwise.
-
     Where the times of the files changed, their contents are compared. An old cache has no note of them: then some of the files
     that changed after it was made are encoded once more and compared. All processes share the work, and the first one says
-    whether there is any. A run that `goes_on` with this cache keeps it where only the decoder changed.
-    """
+    whether there is any. A run that `goes_on` with this cache keeps it where only the decoder changed."""
     files, state = manifest.get(FILES, {}), encoding.files["state"]
     decoder = files.get("decoder", 1)
     count = sum(int((images.decoders > decoder).sum()) for images in encoding.sets.values())

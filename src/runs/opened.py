@@ -15,9 +15,10 @@ from ..data.names import join_names, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import ModelConfig, build_model
 from ..runtime.checkpoint import load_weights
+from ..runtime.stream import Examples
 from .autoencoder import LatentCodec, kept_autoencoder, latent_bounds
-from .densities import Bound, Density, EncodedDensity, Start, open_density
-from .folders import read_weights, run_name
+from .densities import Bound, SourceSampler, Start, open_density
+from .folders import read_weights, refuse, run_name
 
 GAUSSIAN, LABELS = {"source": "gaussian"}, "label_embedding.weight"
 
@@ -79,7 +80,7 @@ class Run:
         spec = validate(_Source, {"source": self.config["source"]}, origin=str(self.path)).source
         share = self.config.get("held_out", 0.0)
         try:
-            return self._density(spec, share if isinstance(share, float | int) else 0.0).source_sampler()
+            return SourceSampler(self._source(spec, share if isinstance(share, float | int) else 0.0))
         except UserError as error:
             raise UserError(f"{self.path} starts from other data, which is needed: {error}{self._instead}") from None
 
@@ -103,10 +104,10 @@ class Run:
             )
         data.rename_classes(self.class_names)
 
-    def _density(self, spec: Any, held_out: float) -> Density:
-        """The source, of 2-D points."""
+    def _source(self, spec: Any, held_out: float) -> Examples:
+        """Those of the source, of 2-D points."""
         saved = (self.facts.get("source") or {}).get("density")
-        return open_density(spec, held_out, None, base64.b64decode(saved) if saved is not None else None)
+        return open_density(spec, held_out, None, base64.b64decode(saved) if saved is not None else None).examples()
 
     def labels(self, text: str, count: int, class_names: Sequence[str] = ()) -> list[int]:
         """`A/B/C`, names or numbers, dealt to `count` images in equal blocks; an unconditional network guided by a classifier
@@ -144,9 +145,12 @@ class Opened(Run):
         """Of an upsampler: the size of the images that it starts from."""
         return self.config.get("low_resolution")
 
-    def _density(self, spec: Any, held_out: float) -> Density:
-        density = open_density(spec, held_out, replace(self.image, flip=False, crop="center"))
-        return density if self.codec is None else EncodedDensity(density, self.codec)
+    def _source(self, spec: Any, held_out: float) -> Examples:
+        images, codec = open_density(spec, held_out, replace(self.image, flip=False, crop="center")).examples(), self.codec
+        if codec is None:
+            return images
+        weight = next(codec.network.parameters())
+        return Examples(images.labels, lambda indices: codec.encode(images.load(indices).to(weight), indices.tolist()))
 
 
 def count_classes(class_conditional: bool | None, class_names: Sequence[str]) -> int | None:
@@ -185,11 +189,9 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
 
 
 def open_trained(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Opened:
-    """Open a run of images, a checkpoint, a final folder or a `.pt` export with its EMA weights on the device.
-
-    Those of a run of the caller's own network are put into `network`, built as it was for training. A UserError says what is
-    missing, damaged, of another architecture or of 2-D points.
-    """
+    """Open a run of images, a checkpoint, a final folder or a `.pt` export with its EMA weights on the device. Those of a run
+    of the caller's own network are put into `network`, built as it was for training. A UserError says what is missing, damaged,
+    of another architecture or of 2-D points."""
     opened = open_run(path, device, network)
     if not isinstance(opened, Opened):
         raise UserError(f"{path} is a run of 2-D points, not of images: python sample.py {quoted(path)} draws them")
@@ -198,40 +200,29 @@ def open_trained(path: str | Path, device: torch.device, network: nn.Module | No
 
 def open_run(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Run:
     """The same of a run of images or of 2-D points."""
-    path, given = Path(path), network
+    path = Path(path)
     folder, weights, config, data, step, digest = read_weights(path)
-    if given is None and data.get("network") == "python":
-        raise UserError(
-            f"{path} trained a network that was handed in from Python, which no config builds: open it from Python, with "
-            "open_run(path, device, network=...)"
-        )
-    if "classifier" in config:
-        raise UserError(
-            f"{path} is a classifier, which draws nothing by itself: give a diffusion run, and --classifier {quoted(path)}"
-        )
-    if "stages" in config:
-        raise UserError(f"{path} is an autoencoder, which draws nothing by itself: train_ldm.py trains on its latents")
-    if not {"model", "process", "image", "class_conditional"} <= set(config):
-        raise UserError(f"{path} is no diffusion run of this project")
-    class_names = tuple(data["class_names"])
-    spec = validate(ProcessConfig, config["process"], origin=f"{path}: process")
-    num_classes = count_classes(config["class_conditional"], class_names)
-    fields = {"path": path, "process": build_process(spec), "class_names": class_names, "config": config}
-    fields |= {"facts": data, "step": step}
-    shape: tuple[int, ...] = (2,)
+    advice = f"give a diffusion run, and --classifier {quoted(path)}"
+    reasons = {
+        "trained a network that was handed in from Python, which no config builds: open it from Python, with open_run(path, "
+        "device, network=...)": network is None and data.get("network") == "python",
+        f"is a classifier, which draws nothing by itself: {advice}": "classifier" in config,
+        "is an autoencoder, which draws nothing by itself: train_ldm.py trains on its latents": "stages" in config,
+        "is no diffusion run of this project": not {"model", "process", "image", "class_conditional"} <= set(config),
+    }
+    refuse(path, reasons)
+    spec, class_names = validate(ProcessConfig, config["process"], origin=f"{path}: process"), tuple(data["class_names"])
+    num_classes, shape, of_images = count_classes(config["class_conditional"], class_names), (2,), dict[str, Any]()
     if config["image"] is not None:
-        image = validate(ImageConfig, config["image"], origin=f"{path}: image")
+        image = of_images["image"] = validate(ImageConfig, config["image"], origin=f"{path}: image")
         shape = (image.channels, image.size, image.size)
-        fields["image"] = image
-        if "latents" in data:
-            facts = data["latents"]
-            autoencoder = kept_autoencoder(folder, device)
+        if (facts := data.get("latents")) is not None:
+            autoencoder, shape = kept_autoencoder(folder, device), tuple(facts["shape"])
             if autoencoder.digest != facts["autoencoder"]:
                 raise UserError(f"{path}: the autoencoder beside it is another than the one it was trained on")
-            shape = tuple(facts["shape"])
-            fields["codec"] = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
-            fields["bounds"] = latent_bounds(facts, device)
-    network = given or build_model(
+            of_images["codec"] = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
+            of_images["bounds"] = latent_bounds(facts, device)
+    network = network or build_model(
         validate(_Model, {"model": config["model"]}, origin=str(path)).model,
         shape,
         num_classes,
@@ -242,5 +233,15 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:
         torch.set_num_threads(config["cpu_threads"])  # so that processes agree to the bit, as in training
-    fields |= {"network": network.to(device).eval().requires_grad_(False), "shape": shape, "digest": digest}
-    return Opened(**fields) if "image" in fields else Run(**fields)
+    return (Opened if of_images else Run)(
+        path=path,
+        network=network.to(device).eval().requires_grad_(False),
+        process=build_process(spec),
+        shape=shape,
+        class_names=class_names,
+        config=config,
+        facts=data,
+        step=step,
+        digest=digest,
+        **of_images,
+    )

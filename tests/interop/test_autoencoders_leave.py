@@ -10,7 +10,7 @@ import torch
 
 from src.config import UserError, validate
 from src.interop.autoencoder_kl import autoencoder_files, obstacles
-from src.models import VAEConfig
+from src.models import VAE, VAEConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder
 from src.runs.diffusers_autoencoder import exported_autoencoder
@@ -94,7 +94,7 @@ def test_with_one_level_the_ways_to_resample_do_not_matter() -> None:
     spec = validate(
         VAEConfig, {"widths": [8], "downsample": "max", "upsample": "bilinear", "mid_attention": "full"}, origin="t"
     )
-    assert obstacles(spec, tanh=False) == []
+    assert obstacles(VAE(spec, 3)) == []
 
 
 @pytest.mark.parametrize("command", ["to-diffusers", "safetensors"])

@@ -66,11 +66,12 @@ def test_an_exported_network_gives_the_same_output_in_diffusers_and_read_back(tm
     assert ours.std() > 0.1
     torch.testing.assert_close(reference, ours, rtol=0, atol=1e-5)
     torch.testing.assert_close(restored, ours, rtol=0, atol=1e-6)
-    assert (back.num_classes, back.null_class) == (network.num_classes, network.num_classes is not None)
+    assert isinstance(back.network, UNet) and back.network.num_classes == network.num_classes
+    assert back.network.null_class == (network.num_classes is not None)
     assert (back.image_size, back.channels) == (8, network.stem.in_channels)
     assert back.process == process_of(LINEAR)
     if network.config.split_qkv_first and network.config.num_heads is None:  # which diffusers writes in another way
-        assert back.model == network.config
+        assert back.network.config == network.config
         for key, value in network.state_dict().items():
             assert torch.equal(back.network.state_dict()[key], value), key
 

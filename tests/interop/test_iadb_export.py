@@ -108,7 +108,8 @@ def test_the_card_draws_our_images_and_the_folder_comes_back(
             predicted, network(x, torch.full((4,), 0.3), labels) * (-1 if flow else 1), rtol=0, atol=1e-5
         )
     back = folders.read(out)
-    assert (back.process, back.model, back.null_class) == (spec, network.config, classes is not None)
+    assert isinstance(back.network, UNet) and back.network.null_class == (classes is not None)
+    assert (back.process, back.network.config) == (spec, network.config)
     assert back.class_names == names and back.script == "train_iadb.py"
     for name, value in network.state_dict().items():
         assert torch.equal(back.network.state_dict()[name], value), name

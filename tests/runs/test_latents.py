@@ -127,7 +127,7 @@ def test_images_are_encoded_as_the_draws_that_a_run_learns_from(tmp_path: Path, 
 def test_images_that_an_autoencoder_was_not_made_for() -> None:
     assert autoencoder(sizes=(16, 32)).latent_shape(3, 32) == (4, 16, 16)
     for channels, size, message in (
-        (1, 16, "has 3; set image.channels"),
+        (1, 16, "has images of 3 channels; set image.channels"),
         (3, 17, "not divisible by 2"),
         (3, 64, "at 16 and 32 px"),
     ):
