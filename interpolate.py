@@ -20,7 +20,7 @@ from src.sampling import SamplerConfig, build_sampler
 from src.sampling.config import count_for_classes, parse_alphas, parse_steps
 from src.sampling.edit import encode_images, files_of, no_start, start_from_images
 from src.sampling.files import claim, remove_if_empty
-from src.sampling.interpolation import difference, inverted, plan_frames, write_frames
+from src.sampling.paths import difference, inverted, plan_frames, write_frames
 from src.sampling.sampler import describe, random_labels
 
 HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")

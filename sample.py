@@ -20,8 +20,7 @@ from src.sampling import SamplerConfig, build_sampler
 from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config
 from src.sampling.edit import files_of, fingerprint, load_edit, load_low, no_start, start_from_images
 from src.sampling.files import remove_if_empty, write_samples
-from src.sampling.interpolation import write_inversions
-from src.sampling.points import write_points
+from src.sampling.paths import write_inversions, write_points
 from src.sampling.sampler import describe, random_labels
 from src.sampling.upscaling import open_upscaler, upscale_folder
 

@@ -26,7 +26,7 @@ from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.points import write_points
+from src.sampling.paths import write_points
 from src.sampling.sampler import random_labels
 from src.training.config import BlendConfig, PathPreviewConfig
 from src.training.ema import EMA

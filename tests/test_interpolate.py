@@ -24,7 +24,7 @@ from src.runs.opened import open_trained
 from src.runtime.checkpoint import write_folder
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.edit import encode_images
-from src.sampling.interpolation import smoothstep
+from src.sampling.paths import smoothstep
 from src.sampling.sampler import random_labels
 from tests.animations import QUICK, animate, decoded, frames_of, seconds_of, shown
 from tests.conftest import ROOT, launch, randomise, refused

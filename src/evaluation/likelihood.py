@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import figures
 from ..config import UserError
@@ -18,7 +17,7 @@ from ..metrics.distances import Array
 from ..runs.opened import Opened
 from ..runtime.failures import warn_on_failure
 from ..runtime.seeds import noise_of
-from ..runtime.stream import Examples, image_examples
+from ..runtime.stream import image_examples
 from ..storage.files import as_json, write_whole
 from ..storage.finite import is_finite
 from .results import Setup
@@ -52,11 +51,25 @@ def measure_likelihood(
     }
     key = [value for name, value in request.items() if name != "count"]
     out = setup.claim(opened.folder, "likelihood", request, key)
+    examples, device = image_examples(data, opened.image), next(opened.network.parameters()).device
 
-    examples = image_examples(data, opened.image)
-
+    @torch.no_grad()
     def measure(images: range) -> dict[str, Array]:
-        values = _measure(opened, examples, times, images, seed)
+        """The terms of the bound of a batch of images, (B, ...) each."""
+        indices, condition = np.array(images), {}
+        if opened.num_classes is not None:
+            labels = torch.from_numpy(examples.labels[indices])
+            condition = {"labels": torch.where(labels < 0, opened.num_classes, labels).to(device)}
+        denoiser = opened.process.denoiser(opened.network, **condition)
+        bits = bits_per_dimension(
+            clip(denoiser, schedule, *opened.bounds) if opened.config["process"]["clip"] else denoiser,
+            examples.load(indices).to(device),
+            times,
+            schedule,
+            noise=lambda step, like: noise_of(seed, images, like.shape[1:], step).to(like),
+            variance=opened.process.variance,
+        )
+        values = {key: getattr(bits, key).cpu().double().numpy() for key in KEYS}
         bad = [key for key, value in values.items() if not is_finite(torch.from_numpy(value))]
         if bad:
             raise UserError(
@@ -98,23 +111,3 @@ def _check(opened: Opened, data: ImageSet) -> TableSchedule:
     if opened.num_classes is not None and not opened.null_class and bool((data.labels < 0).any()):
         raise UserError(f"{opened.path} has no null class, and some images have no class")
     return opened.process.schedule
-
-
-@torch.no_grad()
-def _measure(opened: Opened, examples: Examples, times: Tensor, images: range, seed: int) -> dict[str, Array]:
-    """The terms of the bound of a batch of images, (B, ...) each."""
-    device, schedule = next(opened.network.parameters()).device, opened.process.schedule
-    indices, condition = np.array(images), {}
-    if opened.num_classes is not None:
-        labels = torch.from_numpy(examples.labels[indices])
-        condition = {"labels": torch.where(labels < 0, opened.num_classes, labels).to(device)}
-    denoiser = opened.process.denoiser(opened.network, **condition)
-    bits = bits_per_dimension(
-        clip(denoiser, schedule, *opened.bounds) if opened.config["process"]["clip"] else denoiser,
-        examples.load(indices).to(device),
-        times,
-        schedule,
-        noise=lambda step, like: noise_of(seed, images, like.shape[1:], step).to(like),
-        variance=opened.process.variance,
-    )
-    return {key: getattr(bits, key).cpu().double().numpy() for key in KEYS}

@@ -2,7 +2,7 @@
 
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Items = TypeVar("Items", bound=Sequence)
-ONE_PROCESS = Ranks()
+SINGLE = Ranks()  # one process
 
 
 def in_batches(items: Items, size: int) -> list[Items]:
@@ -43,12 +43,7 @@ def deal_batches(items: Items, size: int, ranks: Ranks, doing: str, *, unit: str
 
 
 def claim(
-    out: Path,
-    request: Mapping[str, Any],
-    facts: Mapping[str, Any] | None = None,
-    *,
-    what: str = "images",
-    ranks: Ranks = ONE_PROCESS,
+    out: Path, request: dict[str, Any], facts: dict[str, Any] | None = None, *, what: str = "images", ranks: Ranks = SINGLE
 ) -> None:
     """Write `request`, which says all that the images depend on, and other `facts` to `out`/metadata.json, and remove files
     that a killed process left half-written. A UserError where the folder holds something else."""
@@ -163,7 +158,7 @@ def write_samples(
     low: Tensor | None = None,
     upscale: Callable[[Tensor], Tensor] | None = None,
     npz: bool = False,
-    request: Mapping[str, Any] | None = None,
+    request: dict[str, Any] | None = None,
 ) -> list[Path]:
     """Draw `count` images into `out`: PNGs, metadata.json, grid.png, and with `frames` the denoising GIF. Gives their paths.
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.sampling.interpolation import class_weights, plan_frames, slerp, smoothstep, straight
+from src.sampling.paths import class_weights, plan_frames, slerp, smoothstep, straight
 
 
 def test_slerp_is_the_great_circle() -> None:

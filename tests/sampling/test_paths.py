@@ -12,8 +12,7 @@ from src.diffusion import BlendSchedule, Prediction, Process, TimeInput
 from src.models import MLP, MLPConfig
 from src.runtime.stream import Examples
 from src.sampling import Sampler, SamplerConfig
-from src.sampling.interpolation import measure
-from src.sampling.points import move_points, velocity
+from src.sampling.paths import measure, move_points, velocity
 from src.training.preview import PathLength, save_first_blends
 from tests.conftest import randomise
 
