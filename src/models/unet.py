@@ -20,6 +20,7 @@ from .layers import (
     ResidualBlock,
     Upsample,
     channels_last,
+    check_divides,
     embed_labels,
     sinusoidal_embedding,
     zeroed,
@@ -65,17 +66,14 @@ class EncoderConfig:
             raise config_error(f"{counts}; give one of each for every resolution")
         if self.num_heads is not None and self.head_channels is not None:
             raise config_error("give num_heads or head_channels, not both")
-        for channels in self.widths:
-            if channels < 1 or channels % self.norm_groups:
-                raise config_error(f"norm_groups {self.norm_groups} does not divide a width of {channels} channels")
-        for channels in self.attended:
-            self._check_heads(channels, "channels")
+        check_divides("norm_groups", self.norm_groups, self.widths, "a width of {} channels")
+        check_divides(*self.of_heads, self.attended)
         return self
 
-    def _check_heads(self, channels: int, what: str) -> None:
-        if channels % (self.num_heads or self.head_channels or 1):
-            key = "num_heads" if self.num_heads else "head_channels"
-            raise config_error(f"{key} {self.num_heads or self.head_channels} does not divide {channels} {what}")
+    @property
+    def of_heads(self) -> tuple[str, int | None]:
+        """The key that says how many heads there are, and its value."""
+        return ("num_heads", self.num_heads) if self.num_heads else ("head_channels", self.head_channels)
 
     @property
     def widths(self) -> list[int]:
