@@ -1,5 +1,6 @@
 """Frozen, strict dataclasses that hold a config, and the kinds of fields that they have."""
 
+import functools
 import json
 import typing
 from collections.abc import Callable, Mapping
@@ -124,6 +125,13 @@ class NameIn:
         return {"enum": list(self.known), "type": "string"}
 
 
+@functools.cache
+def _adapter(key: str, *classes: type) -> TypeAdapter[Any]:
+    """pydantic's union of some classes."""
+    union: Any = Annotated[typing.Union[tuple(classes)], Field(discriminator=key)]  # noqa: UP007
+    return TypeAdapter(union)
+
+
 class OpenUnion:
     """Annotation of a field that holds one of the registered config classes: Annotated[Weighting, OpenUnion("kind")].
 
@@ -133,7 +141,6 @@ class OpenUnion:
 
     def __init__(self, key: str, *members: "type | OpenUnion", default: str | None = None) -> None:
         self.key, self.members, self.default = key, list(members), default
-        self._built: tuple[list[type], TypeAdapter[Any]] | None = None
 
     @property
     def classes(self) -> list[type]:
@@ -145,24 +152,16 @@ class OpenUnion:
         self.members.append(cls)
         return cls
 
-    @property
-    def adapter(self) -> TypeAdapter[Any]:
-        """pydantic's union of the classes that are registered now."""
-        if self._built is None or self._built[0] != self.classes:
-            union: Any = Annotated[typing.Union[tuple(self.classes)], Field(discriminator=self.key)]  # noqa: UP007
-            self._built = (self.classes, TypeAdapter(union))
-        return self._built[1]
-
     def _read(self, value: Any) -> Any:
         """One of the classes as it is, for configs made in Python; else what the JSON says."""
         if isinstance(value, tuple(self.classes)):
             return value
         if isinstance(value, dict) and self.default is not None:
             value = {self.key: self.default, **value}
-        return self.adapter.validate_json(json.dumps(value))
+        return _adapter(self.key, *self.classes).validate_json(json.dumps(value))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._read)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return handler(self.adapter.core_schema)
+        return handler(_adapter(self.key, *self.classes).core_schema)

@@ -30,9 +30,7 @@ def is_installed(module: str) -> bool:
     """Whether a module can be found; it is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # not even the package that it lies in
-        return False
-    except ValueError:  # a stand-in that somebody has put there
+    except (ImportError, ValueError):  # not even the package that it lies in; or a stand-in that somebody has put there
         return sys.modules.get(module) is not None
 
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import UserError, config
-from .layers import zeroed
+from .layers import check_divides, zeroed
 from .unet import Encoder, EncoderConfig
 
 HIDDEN = 2048  # of the spatial pool, as guided-diffusion has it
@@ -32,7 +32,7 @@ class ClassifierConfig(EncoderConfig):
     @pydantic.model_validator(mode="after")
     def _pool_fits(self) -> Self:
         if self.pool == "attention":
-            self._check_heads(self.widths[-1], "channels that are pooled")
+            check_divides(*self.of_heads, self.widths[-1:], "{} channels that are pooled")
         return self
 
 

@@ -3,7 +3,8 @@
 import pydantic
 from torch import Tensor, nn
 
-from ..config import config, config_error
+from ..config import config
+from .layers import check_divides
 
 
 @config
@@ -16,8 +17,7 @@ class DiscriminatorConfig:
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "DiscriminatorConfig":
-        if self.base_channels % self.norm_groups:
-            raise config_error(f"norm_groups {self.norm_groups} does not divide base_channels {self.base_channels}")
+        check_divides("norm_groups", self.norm_groups, [self.base_channels], "base_channels {}")
         return self
 
     @property

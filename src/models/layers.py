@@ -1,7 +1,7 @@
 """The layers that the networks are built of."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
 import torch
@@ -9,9 +9,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..config import config_error
+
 M = TypeVar("M", bound=nn.Module)
 AttentionKind = Literal["none", "full", "linear"]
 Norm = Callable[[int], nn.Module]  # the normalisation of a number of channels
+
+
+def check_divides(key: str, number: int | None, channels: Iterable[int], what: str = "{} channels") -> None:
+    """An error of a config where the `number` of its `key` (None is 1) does not divide one of these numbers of channels."""
+    for count in channels:
+        if count < 1 or count % (number or 1):
+            raise config_error(f"{key} {number} does not divide {what.format(count)}")
 
 
 def zeroed(module: nn.Module) -> nn.Module:

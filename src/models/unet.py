@@ -20,6 +20,7 @@ from .layers import (
     ResidualBlock,
     Upsample,
     channels_last,
+    check_divides,
     embed_labels,
     sinusoidal_embedding,
     zeroed,
@@ -65,17 +66,14 @@ class EncoderConfig:
             raise config_error(f"{counts}; give one of each for every resolution")
         if self.num_heads is not None and self.head_channels is not None:
             raise config_error("give num_heads or head_channels, not both")
-        for channels in self.widths:
-            if channels < 1 or channels % self.norm_groups:
-                raise config_error(f"norm_groups {self.norm_groups} does not divide a width of {channels} channels")
-        for channels in self.attended:
-            self._check_heads(channels, "channels")
+        check_divides("norm_groups", self.norm_groups, self.widths, "a width of {} channels")
+        check_divides(*self.of_heads, self.attended)
         return self
 
-    def _check_heads(self, channels: int, what: str) -> None:
-        if channels % (self.num_heads or self.head_channels or 1):
-            key = "num_heads" if self.num_heads else "head_channels"
-            raise config_error(f"{key} {self.num_heads or self.head_channels} does not divide {channels} {what}")
+    @property
+    def of_heads(self) -> tuple[str, int | None]:
+        """The key that says how many heads there are, and its value."""
+        return ("num_heads", self.num_heads) if self.num_heads else ("head_channels", self.head_channels)
 
     @property
     def widths(self) -> list[int]:
@@ -91,8 +89,7 @@ class EncoderConfig:
     def skips(self) -> list[int]:
         """The channels of the outputs of the stem, each block and each resampling on the way down."""
         last = len(self.widths) - 1
-        levels = ([width] * (self.blocks + (level < last)) for level, width in enumerate(self.widths))
-        return [self.widths[0], *(channels for level in levels for channels in level)]
+        return [self.widths[0], *(width for i, width in enumerate(self.widths) for _ in range(self.blocks + (i < last)))]
 
     @property
     def factor(self) -> int:
@@ -169,15 +166,13 @@ class Encoder(nn.Module, Generic[C]):
         super().__init__()
         self.config: C = config
         self._norm = partial(nn.GroupNorm, config.norm_groups, eps=config.norm_eps)
-        base, embedding = config.base_channels, 4 * config.base_channels
-        self.time_in = nn.Linear(base, embedding)
-        self.time_out = nn.Linear(embedding, embedding)
+        embedding = 4 * config.base_channels
+        self.time_in, self.time_out = nn.Linear(config.base_channels, embedding), nn.Linear(embedding, embedding)
         self.label_embedding = nn.Embedding(num_labels, embedding) if num_labels is not None else None
 
-        widths = config.widths
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        widths, channels = config.widths, config.widths[0]
+        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down = nn.ModuleList()
-        channels = widths[0]
         for level, (width, kind) in enumerate(zip(widths, config.attention, strict=True)):
             blocks = [self._block(narrow, width, kind) for narrow in (channels, *[width] * (config.blocks - 1))]
             channels = width
@@ -195,8 +190,8 @@ class Encoder(nn.Module, Generic[C]):
     def _attention(self, channels: int, kind: str) -> Attention | None:
         if kind == "none":
             return None
-        heads, split_qkv_first = self.config.heads(channels), self.config.split_qkv_first
-        return Attention(channels, kind=kind, heads=heads, split_qkv_first=split_qkv_first, norm=self._norm)
+        spec, norm = self.config, self._norm
+        return Attention(channels, kind=kind, heads=spec.heads(channels), split_qkv_first=spec.split_qkv_first, norm=norm)
 
     def _resample(self, layer: type[Downsample] | type[Upsample], channels: int, kind: str) -> nn.Module:
         if kind != "residual":
@@ -282,12 +277,12 @@ class UNet(Encoder[UNetConfig]):
 
     def _beside(self, x: Tensor, low: Tensor | None) -> Tensor:
         """x and the small images, resized to it: (B, in_channels + low_channels, H, W)."""
-        if not self.low_channels:
-            if low is not None:
-                raise ValueError("this network raises no resolution: low must be None")
-            return x
-        if low is None:
+        if low is None and self.low_channels:
             raise ValueError("this network raises the resolution of small images: it must be given low")
+        if low is not None and not self.low_channels:
+            raise ValueError("this network raises no resolution: low must be None")
+        if low is None:
+            return x
         low = F.interpolate(low, x.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([x, low.to(x.dtype)], dim=1)
 

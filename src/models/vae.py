@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import config, config_error, resumable_field
-from .layers import Attention, AttentionKind, Downsample, ResidualBlock, Upsample
+from .layers import Attention, AttentionKind, Downsample, ResidualBlock, Upsample, check_divides
 
 
 @config
@@ -63,13 +63,9 @@ class VAEConfig:
         if len(self.kinds) != len(self.widths):
             counts = f"attention has {len(self.kinds)} entries and widths {len(self.widths)}"
             raise config_error(f"{counts}; give one for each resolution")
-        for width in self.widths:
-            if width % self.norm_groups:
-                raise config_error(f"norm_groups {self.norm_groups} does not divide a width of {width} channels")
-        attended = [width for width, kind in zip(self.widths, self.kinds, strict=True) if kind != "none"]
-        for width in [*attended, *([self.widths[-1]] if self.mid_attention != "none" else [])]:
-            if width % (self.head_channels or 1):
-                raise config_error(f"head_channels {self.head_channels} does not divide {width} channels")
+        check_divides("norm_groups", self.norm_groups, self.widths, "a width of {} channels")
+        kinds = zip([*self.widths, self.widths[-1]], [*self.kinds, self.mid_attention], strict=True)
+        check_divides("head_channels", self.head_channels, [width for width, kind in kinds if kind != "none"])
         return self
 
     @property

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic_core import PydanticCustomError
 
 import ddpm_accelerate
 import train_iadb
 from src.config import UserError, config, dump, load, validate
 from src.models import MLP, ImageModelConfig, ModelConfig, UNet, build_model
+from src.models.layers import check_divides
 from tests.conftest import ROOT
 
 SMALL = {"base_channels": 8, "channel_mult": [1, 2], "blocks": 1, "attention": ["none", "none"], "norm_groups": 4}
@@ -73,3 +75,12 @@ def test_scripts_take_the_union() -> None:
     for changes in (["model.kind=mlp"], ["image=null"]):
         with pytest.raises(UserError, match="2-D points, which have no image, need an mlp"):
             load(ROOT / "configs" / "smoke" / "iadb.json", train_iadb.Config, changes)
+
+
+def test_what_does_not_divide_channels_is_an_error_of_the_config() -> None:
+    check_divides("heads", None, [7, 8])
+    check_divides("heads", 4, [4, 8])
+    with pytest.raises(PydanticCustomError, match="^heads 3 does not divide a width of 8$"):
+        check_divides("heads", 3, [6, 8], "a width of {}")
+    with pytest.raises(PydanticCustomError, match="^heads 3 does not divide 0 channels$"):
+        check_divides("heads", 3, [0])
