@@ -209,7 +209,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         batches.close()
 
     # Leave what latent diffusion needs, and say what to do next.
-    session.write_final(progress={"tanh": tanh})
+    session.write_final(tanh=tanh)
     message = f"finished; see {session.run.samples}; next, diffusion on its latents: {use}"
     curves = {"loss": ["loss", f"{where}_l1", f"{where}_lpips"], "PSNR": [f"{where}_psnr"]}
     curves |= {"adversary": ["discriminator_accuracy"]}

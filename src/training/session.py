@@ -142,8 +142,7 @@ class Session:
         self.meter = Meter(accelerator, self.progress.get("meter"))
         stop = StopRequest(cfg.stop_signal, run_mode.on_kill)
         run_mode.closing.callback(stop.close)
-        minutes = cfg.checkpoint.every_minutes
-        self.gate = StepGate(accelerator, stop, every_minutes=minutes, patience=cfg.max_nonfinite_steps)
+        self.gate = StepGate(accelerator, stop, every_minutes=cfg.checkpoint.every_minutes, patience=cfg.max_nonfinite_steps)
         self.gate.saved_step = self.step if self.progress else None
         self.run.begin(self.step, cfg, facts, train_set, held_out)
         if self.run.writes:
@@ -300,9 +299,8 @@ class Session:
         """Write a checkpoint where one is due or to `keep`, or where a stop or the clock asks for it; gives whether it did.
         `more_progress` goes into its progress.json. Before it, write the snapshot for post-hoc averages, where that is due."""
         if self.is_due("snapshot"):
-            averages, progress = self.train_state.averages(keep=self.run.writes), {"step": self.step}
-            progress["images"] = self.batch_plan.images_at(self.step)
-            self._write(step_folder(self.run.path / "ema", self.step), averages, self._documents(progress))
+            averages, images = self.train_state.averages(keep=self.run.writes), self.batch_plan.images_at(self.step)
+            self._write(step_folder(self.run.path / "ema", self.step), averages, images=images)
         is_wanted = keep or self.is_due("save") or self.gate.save or self.gate.stop
         if not is_wanted or self.gate.skipped_in_a_row:  # a run gone bad must not rotate out good ones
             return False
@@ -326,8 +324,9 @@ class Session:
     def _documents(self, progress: dict[str, Any]) -> dict[str, Any]:
         return {"progress": progress, "config": dump(self.cfg), "data": self.facts}
 
-    def _write(self, folder: Path, tensors: Tensors, documents: Documents) -> None:
+    def _write(self, folder: Path, tensors: Tensors, documents: Documents | None = None, **progress: Any) -> None:
         if self.run.writes:
+            documents = {**self._documents({"step": self.step, **progress}), **(documents or {})}
             checkpoint.write_folder(folder, tensors, documents)
 
     def export(self, folder: Path, name: str) -> None:
@@ -350,11 +349,10 @@ class Session:
         self._close("stopped", message)
         return 1 if self.gate.stop else 0
 
-    def write_final(self, *, progress: dict[str, Any] | None = None, files: tuple[Tensors, Documents] = ({}, {})) -> None:
+    def write_final(self, *, files: tuple[Tensors, Documents] = ({}, {}), **progress: Any) -> None:
         """Leave `final/` (`progress` beside the step, and more `files`): before anything that is only to be looked at."""
         weights = self.train_state.weights(keep=self.run.writes)
-        documents = self._documents({"step": self.step, **(progress or {})})
-        self._write(self.run.final, {"ema": weights, **files[0]}, {**documents, **files[1]})
+        self._write(self.run.final, {"ema": weights, **files[0]}, files[1], **progress)
 
     def end_finished(self, message: str, curves: dict[str, list[str]]) -> int:
         """Leave loss.png with panels of `curves`, and a last word; `final/` is there."""
