@@ -21,7 +21,7 @@ from src.data import ImageConfig, open_given, open_given_points
 from src.runs.opened import open_run, open_trained
 from src.runtime.processes import same_on_all
 from src.sampling import SamplerConfig, build_sampler
-from src.training.given import given_network
+from src.training.given import Given
 from tests.conftest import ROOT, launch, metrics, refused
 
 CPU = torch.device("cpu")
@@ -424,7 +424,7 @@ def _odd_networks() -> dict[str, tuple[Any, str]]:
 def test_networks_that_give_what_none_should(name: str) -> None:
     given, words = _odd_networks()[name]
     with pytest.raises(UserError) as error:
-        given_network(given, Accelerator(cpu=True), CPU, torch.float32, (3, 16, 16), 2, null_class=True)
+        Given(given).build(config(ddpm_accelerate, label_dropout=0.1), Accelerator(cpu=True), (3, 16, 16), 2)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

@@ -54,17 +54,11 @@ class Activity(NamedTuple):
 class Clock:
     """The progress of a run (images, images/s, time left), its speed, and what the last previews and checkpoints took.
 
-    Where it is `shown`, a person sees the progress; `tell` is told what the run does instead, and whether to say it at once.
+    Where it is `shown`, a person sees the progress; `tell`(words, at_once) is told what the run does instead.
     """
 
     def __init__(
-        self,
-        step: int,
-        images: int,
-        total_images: int | None,
-        *,
-        shown: bool,
-        tell: Callable[[str, bool], object] | None = None,
+        self, step: int, images: int, total_images: int | None, *, shown: bool, tell: Callable[..., object] | None = None
     ) -> None:
         self._images = self._read_images = images
         self._step, self._tell = step, tell or (lambda *_: None)

@@ -53,15 +53,31 @@ class Given:
         num_classes: int | None,
         *sets: ImageSet | PointSet | None,
     ) -> nn.Module:
-        """The network of the config, or the caller's, checked; on its device, before it is prepared. `sets` are the data: the
-        network is told that there is no class where labels are dropped, or one of them has none."""
-        place, dtype = build_device(accelerator), getattr(torch, cfg.dtype)
-        learned = cfg.process.variance == "learned"
+        """The network of the config, or the caller's own, its weights as they are (of several processes those of the first); on
+        its device, before it is prepared. `sets` are the data: the network is told that there is no class where labels are
+        dropped, or one of them has none.
+
+        The caller's is called as network(x, time) or, where there are classes, network(x, time, labels=...), and the label
+        num_classes is no class; x is (B, *shape), and what it gives is as large, with twice the channels where a variance is
+        learned. A UserError says what is not like that.
+        """
+        place, dtype, learned = build_device(accelerator), getattr(torch, cfg.dtype), cfg.process.variance == "learned"
         if self.network is None:
             return build_model(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
-        null_class = cfg.label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
-        options = {"null_class": null_class, "learned": learned}
-        return given_network(self.network, accelerator, place, dtype, shape, num_classes, **options)
+        _refuse_odd(self.network, accelerator)
+        network = self.network.to(place, dtype)
+        if accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            for value in [*network.parameters(), *network.buffers()]:
+                value.data.copy_(broadcast(value.data))
+        x = torch.linspace(-1, 1, 2 * math.prod(shape), device=place, dtype=dtype).reshape(2, *shape)
+        condition: dict[str, torch.Tensor] = {}
+        if num_classes is not None:
+            null_class = cfg.label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
+            condition["labels"] = torch.tensor([0, num_classes if null_class else num_classes - 1], device=place)
+        _try(network, x, condition, (2, shape[0] * (2 if learned else 1), *shape[1:]))
+        return network
 
     def how_to_draw(self, run_dir: "Path", options: str = "") -> str:
         """What a finished run says."""
@@ -70,25 +86,7 @@ class Given:
         return f"python sample.py {quoted(run_dir)}{options}"
 
 
-def given_network(
-    network: Any,
-    accelerator: "Accelerator",
-    place: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    num_classes: int | None,
-    *,
-    null_class: bool = False,
-    learned: bool = False,
-) -> nn.Module:
-    """The caller's own network, its weights as they are (of several processes those of the first), on the device.
-
-    It is called as network(x, time) or, where there are classes, network(x, time, labels=...), and the label num_classes is
-    no class, where a `null_class` is needed; x is (B, *shape), and what it gives is as large, with twice the channels where a
-    variance is `learned`. A UserError says what is not like that.
-    """
-    from accelerate.utils import broadcast
-
+def _refuse_odd(network: Any, accelerator: "Accelerator") -> None:
     if not isinstance(network, nn.Module) or not any(True for _ in network.parameters()):
         raise UserError("the network that was handed in is no torch.nn.Module with parameters")
     values = [*network.parameters(), *network.buffers()]
@@ -114,15 +112,6 @@ def given_network(
     if tied is not None:
         names = ", ".join(tied[:3])
         raise UserError(f"the network has one weight under several names ({names}), which cannot be saved; untie it")
-    network = network.to(place, dtype)
-    for value in [*network.parameters(), *network.buffers()] if accelerator.num_processes > 1 else []:
-        value.data.copy_(broadcast(value.data))
-    x = torch.linspace(-1, 1, 2 * math.prod(shape), device=place, dtype=dtype).reshape(2, *shape)
-    condition: dict[str, torch.Tensor] = {}
-    if num_classes is not None:
-        condition["labels"] = torch.tensor([0, num_classes if null_class else num_classes - 1], device=place)
-    _try(network, x, condition, (2, shape[0] * (2 if learned else 1), *shape[1:]))
-    return network
 
 
 @torch.enable_grad()

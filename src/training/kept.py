@@ -9,23 +9,9 @@ from .config import TrainConfig
 from .stages import StagedConfig
 
 MAY_CHANGE = (
-    "name",
-    "optimizer",
-    "discriminator_optimizer",
-    "steps",
-    "stages",
-    "ema",
-    "process.loss",
-    "loss_reduction",
-    "perceptual",
-    "guard",
-    "times",
-    "label_dropout",
-    "preview",
-    "mixed_precision",
-    "deterministic",
-    "cpu_threads",
-    "batch_size",
+    *("name", "steps", "stages", "batch_size", "optimizer", "discriminator_optimizer", "ema"),
+    *("process.loss", "loss_reduction", "perceptual", "guard", "times", "label_dropout"),
+    *("preview", "mixed_precision", "deterministic", "cpu_threads"),
 )
 
 
