@@ -104,9 +104,8 @@ def add_class_accuracy(results: Results, sets: FeatureSets, class_names: Sequenc
         for name, shares in accuracy.items()
     }
     results.document[f"accuracy_by_class_{sets.network.name}"] = by_class
-    for class_name, share in by_class["samples"].items():
-        if share is not None:
-            results.values[f"class_{class_name}_read_by_{sets.network.name}"] = share
+    known = {name: share for name, share in by_class["samples"].items() if share is not None}
+    results.values |= {f"class_{name}_read_by_{sets.network.name}": share for name, share in known.items()}
     lines = [f"read by {sets.network.name} as their class, the worst first:"]
     for k in np.argsort(np.nan_to_num(accuracy["samples"], nan=2.0), kind="stable")[:30]:
         beside = f"   held out {accuracy['held_out'][k]:6.1%}" if "held_out" in accuracy else ""

@@ -241,9 +241,8 @@ def write_points(
         out / "trajectories.png", way[:, :100], title=f"100 of {count} points, {sampler.calls()} network calls"
     )
     fields = {}
-    for t in FIELD_TIMES:  # at points of that time: elsewhere the network was not trained
-        if t == 0 and not sampler.process.schedule.network_at_clean:
-            continue
+    for t in [t for t in FIELD_TIMES if t or sampler.process.schedule.network_at_clean]:
+        # at points of that time: elsewhere the network was not trained
         at = way[int((sampler.times - t).abs().argmin())][:300]
         some = classes[: len(at)] if classes is not None else None
         fields[f"alpha = {1 - t:g}"] = at, velocity(sampler, torch.from_numpy(at).to(device), t, some).numpy()
