@@ -71,8 +71,8 @@ def test_a_check_that_raises_has_failed() -> None:
 def test_a_good_value_passes_and_another_has_advice() -> None:
     assert health.verdict_on(True, "2 ms", "wait") == Verdict("pass", "2 ms")
     assert health.verdict_on(False, "9 s", "wait", "warn") == Verdict("warn", "9 s", "wait")
-    found = health.failure(RuntimeError("[/torch/x.cpp:3] refused\nat 0x0"), "try again")
-    assert found == Verdict("fail", "RuntimeError: refused", "try again")
+    verdict = health.failure(RuntimeError("[/torch/x.cpp:3] refused\nat 0x0"), "try again")
+    assert verdict == Verdict("fail", "RuntimeError: refused", "try again")
     assert health.failure(UserError("no disk; make room")) == Verdict("fail", "no disk", "make room")
 
 
