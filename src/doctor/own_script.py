@@ -145,14 +145,13 @@ class OwnScript:
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
     """In the end signals, threads, TF32 and the choice of algorithms are as they were."""
-    cuda, threads, exact = torch.backends.cuda, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    tf32, warn_only = cuda.matmul.allow_tf32, torch.is_deterministic_algorithms_warn_only_enabled()
-    tf32_cudnn = torch.backends.cudnn.allow_tf32
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    exact, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         with keep_signals():
             yield
     finally:
-        cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32, tf32_cudnn
+        torch.backends.cudnn.allow_tf32 = tf32
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(exact, warn_only=warn_only)
 

@@ -330,7 +330,7 @@ def prove(cfg: Any, script_cfg: TrainConfig, folder: Path, report: Callable[[Row
     that takes longer than `seconds` ends it; Broken where a rank cannot go on.
     """
     with own_script.as_before():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False  # that of products is off where processes start
         began, what = time.monotonic(), subject(cfg)
         accelerator = start(replace(what.machine, timeout_minutes=seconds / 60))
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such way is no failure of the machine

@@ -52,8 +52,8 @@ def images_seen(cfg: TrainConfig, step: int, num_images: int) -> int:
     if not isinstance(cfg, StagedConfig):
         return step * cfg.batch_size
     count = 0
-    for stage in cfg.stages:
+    for i, stage in enumerate(cfg.stages, 1):
         batch = stage.batch_size or cfg.batch_size
-        taken = step if stage is cfg.stages[-1] else min(step, to_steps(stage.steps, batch_size=batch, num_images=num_images))
+        taken = min(step, to_steps(stage.steps, batch_size=batch, num_images=num_images)) if i < len(cfg.stages) else step
         count, step = count + taken * batch, step - taken
     return count

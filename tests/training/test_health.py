@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,25 @@ def test_a_check_that_raises_has_failed() -> None:
     assert examine("x", lambda: Verdict("pass", "well"))[:3] == ("x", "pass", "well")
     assert examine("x", refuse)[:3] == ("x", "fail", "no")
     assert examine("x", lambda: Verdict("pass", str([][1])))[:3] == ("x", "fail", "IndexError: list index out of range")
+
+
+def test_a_good_value_passes_and_another_has_advice() -> None:
+    assert health.verdict_on(True, "2 ms", "wait") == Verdict("pass", "2 ms")
+    assert health.verdict_on(False, "9 s", "wait", "warn") == Verdict("warn", "9 s", "wait")
+    verdict = health.failure(RuntimeError("[/torch/x.cpp:3] refused\nat 0x0"), "try again")
+    assert verdict == Verdict("fail", "RuntimeError: refused", "try again")
+    assert health.failure(UserError("no disk; make room")) == Verdict("fail", "no disk", "make room")
+
+
+def test_what_the_script_changes_is_as_before() -> None:
+    handler, threads = signal.getsignal(signal.SIGUSR1), torch.get_num_threads()
+    with own_script.as_before():
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        torch.set_num_threads(threads + 1)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.allow_tf32 = False
+    assert signal.getsignal(signal.SIGUSR1) == handler and torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.allow_tf32
 
 
 # ---------------------------------------------------------------------------------------------- the machine
