@@ -24,8 +24,7 @@ from .imported import GIVE_AUTOENCODER, Imported, open_autoencoder_of
 from .names import list_origins, size_of
 from .unet_2d import unet_config, unet_from_diffusers
 
-TIME = {"kind": "alpha", "scale": 1.0}
-PROCESS = {"schedule": {"kind": "blend"}, "target": "blend", "clip": False, "time_input": TIME}
+PROCESS = {"schedule": {"kind": "blend"}, "target": "blend", "clip": False, "time_input": {"kind": "alpha", "scale": 1.0}}
 PARTS = ("conv_in", "time_embedding", "class_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 WITHOUT_RESAMPLING = {"ResnetDownsampleBlock2D": "DownBlock2D", "ResnetUpsampleBlock2D": "UpBlock2D"}
 # Diffusers' values for what the weights do not say.

@@ -12,6 +12,7 @@ from ..config import UserError, dump
 from ..diffusion import ProcessConfig
 from ..models import Classifier, UNet
 from ..runs.autoencoder import Autoencoder, open_autoencoder
+from ..runs.folders import refuse
 from ..runtime.checkpoint import write_folder
 from ..storage.files import check_is_new, write_whole
 
@@ -66,16 +67,13 @@ def open_autoencoder_of(name: str, channels: int, *, with_scaling: bool = True) 
     """The autoencoder of a network that sees latents of `channels` channels. A UserError where its latents have others, or,
     `with_scaling`, where it does not say how its latents are normalised."""
     autoencoder = open_autoencoder(name, torch.device("cpu"))
-    if autoencoder.latent_channels != channels:
-        raise UserError(
-            f"the autoencoder {autoencoder.path} has latents of {autoencoder.latent_channels} channels, and the network sees "
-            f"{channels}"
-        )
-    if with_scaling and autoencoder.scaling is None:
-        raise UserError(
-            f"the latents of {autoencoder.path} have no scale of their own, and the checkpoint does not say theirs; only a "
-            "diffusers AutoencoderKL, with its scaling_factor, can be assumed"
-        )
+    theirs = autoencoder.latent_channels
+    reasons = {
+        f"has latents of {theirs} channels, and the network sees {channels}": theirs != channels,
+        "has latents that have no scale of their own, and the checkpoint does not say theirs; only a diffusers AutoencoderKL, "
+        "with its scaling_factor, can be assumed": with_scaling and autoencoder.scaling is None,
+    }
+    refuse(f"the autoencoder {autoencoder.path}", reasons)
     return autoencoder
 
 
