@@ -160,10 +160,10 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
         outputs = network.decode(mean)
         if not is_finite(outputs):
             first = indices[int((~torch.isfinite(outputs.flatten(1)).all(1)).nonzero()[0])]
-            name = data.parts[data.which[first]].names[int(data.index[first])]
+            part, index = data.locate(first)
             raise UserError(
-                f"the reconstructions of {run} (step {step}) are not finite (NaN or infinity), first of the image {name}; "
-                "measure an earlier checkpoint"
+                f"the reconstructions of {run} (step {step}) are not finite (NaN or infinity), first of the image "
+                f"{part.names[index]}; measure an earlier checkpoint"
             )
         return images, to_network(pixels_of(outputs).permute(0, 2, 3, 1), setup.device)
 

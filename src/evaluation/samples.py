@@ -273,7 +273,7 @@ def _image_of(files: Sequence[Path]) -> ImageConfig:
 def _check_sizes(data: ImageSet, image: ImageConfig) -> None:
     """A UserError where real images, of which some are looked at, have another size than the samples."""
     for i in spread_indices(len(data), 64).tolist():
-        part, index = data.parts[data.which[i]], int(data.index[i])
+        part, index = data.locate(i)
         height, width = np.asarray(part.load(index, channels=image.channels)).shape[:2]
         if (width, height) != (image.size, image.size):
             raise UserError(

@@ -124,11 +124,11 @@ class _Encoding(NamedTuple):
                 moments = torch.stack(sides, dim=1)[:count].float().cpu()
                 if not is_finite(moments):
                     bad = indices[start + int((~torch.isfinite(moments.flatten(1)).all(1)).nonzero()[0])]
-                    name = images.parts[images.which[bad]].names[int(images.index[bad])]
+                    part, index = images.locate(bad)
                     raise UserError(
                         f"the latents of the autoencoder {self.autoencoder.path} are not finite (NaN or infinity), first of "
-                        f"the image {name}, and no latent cache was kept; use another autoencoder, or an earlier checkpoint "
-                        "of this one"
+                        f"the image {part.names[index]}, and no latent cache was kept; use another autoencoder, or an earlier "
+                        "checkpoint of this one"
                     )
                 blocks.append(moments.numpy())
                 within(count)
