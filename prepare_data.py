@@ -19,7 +19,7 @@ import numpy as np
 from src import figures
 from src.config import UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
-from src.data.checks import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
+from src.data.facts import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
 from src.data.names import class_remarks, printable
 from src.data.packing import pack
 from src.data.sources import FolderSource, Sources

@@ -31,13 +31,13 @@ from src.training.autoencoder_losses import (
     generator_terms,
     winner_warnings,
 )
+from src.training.autoencoder_stages import Guard, GuardConfig, StagedConfig, plan_stages, stage_warnings
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
 from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
-from src.training.stages import Guard, GuardConfig, StagedConfig, plan_stages, stage_warnings
 from src.training.state import TrainState
 
 

@@ -49,10 +49,10 @@ from src.runs.autoencoder import Autoencoder
 from src.runtime.stream import MicroBatch, to_network
 from src.sampling import Sampler, SamplerConfig
 from src.training import inputs
+from src.training.autoencoder_stages import StageConfig
 from src.training.ema import EMA
 from src.training.optimizer import build_optimizer
 from src.training.run_mode import RunMode
-from src.training.stages import StageConfig
 
 CONFIGS = ROOT / "configs"
 WARMUP = 3  # turns that are not counted

@@ -20,7 +20,7 @@ from src.diffusion import build_process
 from src.doctor import needs
 from src.models import VAE, Discriminator, build_model
 from src.runs.classifier import build_classifier, noise_process
-from src.training.stages import plan_stages
+from src.training.autoencoder_stages import plan_stages
 from tests import house
 from tests.conftest import ROOT, environment, run_in_process
 

@@ -1,6 +1,6 @@
 """Images and points: where they come from, which are left out, and what the network sees of them."""
 
-from .checks import check_images, describe_data
+from .facts import check_images, describe_data
 from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_given_points, open_points
 from .sources import GIVEN, HeldOut, ImageSet, Source, Sources, open_data, open_given, open_sources, register_source
 from .transforms import ImageConfig

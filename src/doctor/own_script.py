@@ -24,11 +24,11 @@ from ..models.unet import EncoderConfig
 from ..runtime.checkpoint import digest_of, newest, read_tensors, step_folder, verify_checkpoint, write_folder
 from ..runtime.launch import MachineConfig, undetermined
 from ..runtime.processes import broadcast
+from ..training.autoencoder_stages import StagedConfig
 from ..training.config import BlendConfig, LatentConfig, TrainConfig
 from ..training.entry import keep_signals
 from ..training.rehearsal import compare_tensors, rehearsal_config, short_stages
 from ..training.run_mode import RunMode, Train, call
-from ..training.stages import StagedConfig
 from .health import Verdict, verdict_on
 
 STEPS = 10

@@ -1,4 +1,4 @@
-"""guided-diffusion's U-Nets and classifiers: what the shapes of their weights say, and the names of their modules."""
+"""guided-diffusion's U-Nets and classifiers: what the shapes of their weights say."""
 
 import functools
 import math
@@ -8,41 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import UserError
-from ..models import ClassifierConfig, UNetConfig
-from ..runs.diffusers_autoencoder import list_differences, names_inside
+from ..runs.diffusers_autoencoder import list_differences
 from .names import ANOTHER, multiple, size_of
-
-# The names inside a residual block, an attention and a resampling: ours -> guided-diffusion's.
-INSIDE = {"norm_1": "in_layers.0", "conv_1": "in_layers.2", "embed": "emb_layers.1", "norm_2": "out_layers.0"}
-INSIDE |= {"conv_2": "out_layers.3", "skip": "skip_connection", "norm": "norm", "qkv": "qkv", "out": "proj_out", "conv": "op"}
-OUTSIDE = {"time_in": "time_embed.0", "time_out": "time_embed.2", "label_embedding": "label_emb", "stem": "input_blocks.0.0"}
-POOLS = {
-    "adaptive": {"head_norm": "out.0", "head": "out.3"},
-    "attention": {"head_norm": "out.0", "head": "out.2", "head.qkv": "out.2.qkv_proj", "head.out": "out.2.c_proj"},
-    "spatial": {"head.0": "out.0", "head.2": "out.2"},
-}
-
-
-def module_names(config: UNetConfig | ClassifierConfig) -> dict[str, str]:
-    """Our module names -> guided-diffusion's, for every module that holds parameters."""
-    levels, per_level = range(len(config.channel_mult)), [f"blocks.{i}" for i in range(config.blocks + 1)]
-    blocks = {"mid.0": "middle_block"}
-    down = (f"down.{level}.{part}" for level in levels for part in (*per_level[:-1], "resample"))
-    blocks |= {ours: f"input_blocks.{k}" for k, ours in enumerate(down, 1)}
-    up = (f"up.{level}.{part}" for level in levels for part in per_level)
-    blocks |= {ours: f"output_blocks.{k}" for k, ours in enumerate(up)}
-    places = {"mid.1.residual": f"middle_block.{1 if config.mid_attention == 'none' else 2}"}
-    for ours, theirs in blocks.items():
-        is_block = not ours.endswith("resample")
-        places |= {f"{ours}.residual": f"{theirs}.0", f"{ours}.attention": f"{theirs}.1"} if is_block else {ours: f"{theirs}.0"}
-    names = OUTSIDE | names_inside(places, INSIDE)
-    if isinstance(config, ClassifierConfig):
-        return names | POOLS[config.pool]
-    resampling = {}
-    for level, kind in enumerate(reversed(config.attention)):  # the last block of a level resamples, too
-        block = f"output_blocks.{(level + 1) * (config.blocks + 1) - 1}"
-        resampling[f"up.{level}.resample"] = f"{block}.{1 if kind == 'none' else 2}"
-    return names | {"head_norm": "out.0", "head": "out.2"} | names_inside(resampling, INSIDE | {"conv": "conv"})
 
 
 @dataclass(frozen=True)

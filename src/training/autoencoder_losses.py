@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..models.vae import Codebook, Reconstruction
 from ..runtime.seeds import generator
-from .stages import AdversarialTerm, StageConfig
+from .autoencoder_stages import AdversarialTerm, StageConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -26,13 +26,13 @@ from ..runtime.processes import broadcast
 from ..runtime.stream import BatchPlan, plan_batch
 from ..sampling.sampler import build_sampler
 from ..storage.archives import size
+from .autoencoder_stages import StageConfig, StagedConfig, plan_stages
 from .clock import Cadence, Clock, peak_memory_gigabytes
 from .config import PathPreviewConfig, PreviewConfig, StepsConfig, TrainConfig
 from .continuing import continue_as
 from .rehearsal import NEVER, Rehearsal, rehearsal_config, short_stages
 from .run_mode import Train
 from .session import cadences_of, left_out, remarks_on
-from .stages import StageConfig, StagedConfig, plan_stages
 
 # Steps of a stage: those that are not counted, all that are taken, and those between two readings of the clock.
 WARMUP, STEPS, LOG_EVERY = 2, 12, 4

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import to_steps
+from .autoencoder_stages import StagedConfig
 from .config import TrainConfig
-from .stages import StagedConfig
 
 MAY_CHANGE = (
     *("name", "steps", "stages", "batch_size", "optimizer", "discriminator_optimizer", "ema"),

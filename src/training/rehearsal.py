@@ -20,10 +20,10 @@ from ..runs.opened import count_classes
 from ..runtime.checkpoint import Tensors, read_tensors, step_folder, verify_checkpoint
 from ..runtime.launch import start
 from ..storage.files import link_file
+from .autoencoder_stages import StageConfig, StagedConfig
 from .config import BlendConfig, LatentConfig, PairsConfig, TrainConfig
 from .inputs import PairMaker, open_coupling, write_sample_pairs
 from .run_mode import RunMode, Train, call
-from .stages import StageConfig, StagedConfig
 
 NEVER = 10**12  # steps
 

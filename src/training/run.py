@@ -14,7 +14,7 @@ from typing import IO, Any
 from .. import figures
 from ..config import ENDLESS, UserError, differences, dump, prefix_errors, progress, read_json, validate
 from ..data import ImageSet, PointSet
-from ..data.checks import skipped_files
+from ..data.facts import skipped_files
 from ..data.formats import READ_BEFORE
 from ..data.latents import describe_differences, same_latents
 from ..data.names import join_names, normal_form, same_names

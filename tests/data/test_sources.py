@@ -8,7 +8,7 @@ import pytest
 
 from src.config import UserError, config, json_schema, validate
 from src.data import HeldOut, Sources
-from src.data.checks import count_notes, describe_data, skipped_files, sources_of
+from src.data.facts import count_notes, describe_data, skipped_files, sources_of
 from src.data.points import POINT_SOURCES, DataEnd, SourceEnd, is_point_source
 from src.data.sources import GIVEN, SOURCES, DigitsSource, open_sources
 from src.data.sources.image_set import lowest_names

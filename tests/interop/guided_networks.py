@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from src.interop.guided_shapes import module_names
+from src.interop.guided_diffusion import module_names
 from src.models import ClassifierConfig, UNetConfig
 
 FLAGS = {

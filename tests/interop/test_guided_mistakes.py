@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from src.config import UserError, validate
-from src.interop.guided_diffusion import read, read_weights
+from src.interop.guided_diffusion import module_names, read, read_weights
 from src.interop.guided_flags import process_config
-from src.interop.guided_shapes import module_names, read_shapes
+from src.interop.guided_shapes import read_shapes
 from src.interop.names import rename_state
 from src.models import Classifier, ClassifierConfig, UNet, UNetConfig
 from tests.conftest import randomise

@@ -16,7 +16,7 @@ from torch import Tensor
 from src.config import read_json, validate
 from src.interop import diffusers_folder as folders
 from src.interop import guided_diffusion, iadb
-from src.interop.guided_shapes import module_names
+from src.interop.guided_diffusion import module_names
 from src.interop.imported import keep
 from src.interop.names import rename_state
 from src.models import UNet, UNetConfig

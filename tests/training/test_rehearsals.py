@@ -14,12 +14,12 @@ import train_vae
 from src.config import UserError, load
 from src.runtime.checkpoint import write_folder
 from src.runtime.stream import plan_batch
+from src.training.autoencoder_stages import plan_stages
 from src.training.clock import Activity, Cadence, Clock
 from src.training.dry_run import Costs, MeasuredStage, fitting, largest, planned_stages, rows_of, what_fits
 from src.training.entry import run_training
 from src.training.rehearsal import Rehearsal, compare_checkpoints, rehearsal_config
 from src.training.run_mode import RunMode
-from src.training.stages import plan_stages
 from tests.conftest import ROOT, launch, run_in_process
 
 EVERY = {"preview": 100, "save": 100, "export": 300, "quality": None, "snapshot": 500}

@@ -20,7 +20,7 @@ from torch import nn
 import ddpm_accelerate
 from src.config import UserError, load, validate
 from src.data import ImageConfig, open_sources
-from src.data.checks import describe_data
+from src.data.facts import describe_data
 from src.data.sources import ShapesSource
 from src.report.report import read_lines
 from src.runtime import checkpoint

@@ -9,7 +9,7 @@ from PIL import Image
 
 from src.config import UserError, load, validate
 from src.data import ImageSet, check_images, open_sources
-from src.data.checks import count_small, describe_small, refuse_small_packs
+from src.data.facts import count_small, describe_small, refuse_small_packs
 from src.data.packing import pack
 from src.data.scan import cache_folder
 from src.data.sources import DatasetsSource, DigitsSource, FolderSource, PackedSource, ShapesSource
