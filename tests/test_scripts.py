@@ -267,7 +267,7 @@ def test_sampling_from_checkpoints_takes_the_words_of_sample(
         with monkeypatch.context() as patch:
             state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
             patch.setattr(checkpoints, "start_sampling", lambda _: (state, torch.device("cpu")))
-            patch.setattr(checkpoints, "gather_object", lambda local_parts: parts.extend(local_parts) or list(parts))
+            patch.setattr("accelerate.utils.gather_object", lambda local_parts: parts.extend(local_parts) or list(parts))
             done = run_in_process(SCRIPT, *words, "--out", tmp_path / "two")
             assert done.status == 0 and done.out.count("the GIF again") == (rank == 0), done.all
             assert (tmp_path / "two").exists() == (rank == 0)
