@@ -11,7 +11,8 @@ import torch
 
 from src.config import UserError, quoted, read_text, run_script, validate
 from src.diffusion import ProcessConfig
-from src.interop import diffusers_folder, guided_diffusion, iadb
+from src.interop import diffusers_import as diffusers_folder
+from src.interop import guided_diffusion, iadb
 from src.interop.atelier_folder import is_autoencoder, is_latent, latent_obstacles, write_atelier_folder
 from src.interop.autoencoder_kl import autoencoder_files
 from src.interop.cards import render_card

@@ -32,7 +32,7 @@ from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
 from src.sampling.config import SAMPLER_KEYS, add_arguments, parse_steps, sampler_config
-from src.training.run import append_metrics, check_ranks
+from src.training.run_directory import append_metrics, check_ranks
 
 
 @config

@@ -28,7 +28,7 @@ from src.runs.latents import cache_folder, latents_of
 from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
 from src.storage.archives import stem, unpack
-from src.training.run import check_ranks
+from src.training.run_directory import check_ranks
 
 
 @config

@@ -35,7 +35,7 @@ from src.training.given import Given
 from src.training.inputs import PairCoupling, open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import measure_quality, preview_paths, save_first_blends
-from src.training.run import check_ranks
+from src.training.run_directory import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState

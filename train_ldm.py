@@ -30,7 +30,7 @@ from src.training.entry import run_training
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import measure_quality, preview, save_first_images
-from src.training.run import check_ranks
+from src.training.run_directory import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState, prepare

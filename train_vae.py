@@ -24,16 +24,10 @@ from src.runs.autoencoder import start_from
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import image_examples, stream, to_network
-from src.training.autoencoder_losses import (
-    AdaptiveWeight,
-    CodebookStep,
-    discriminator_terms,
-    generator_terms,
-    winner_warnings,
-)
 from src.training.autoencoder_stages import Guard, GuardConfig, StagedConfig, plan_stages, stage_warnings
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
+from src.training.loss_terms import AdaptiveWeight, CodebookStep, discriminator_terms, generator_terms, winner_warnings
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
 from src.training.preview import save_first_images
 from src.training.run_mode import RunMode

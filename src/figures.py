@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import UserError
 from .config.packages import needed
-from .data.transforms import Pixels, to_image
+from .data.colour import Pixels, to_image
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

@@ -19,7 +19,7 @@ from src.data.sources import FolderSource
 from src.models import build_model
 from src.runs import opened
 from src.runs.opened import Run, open_trained
-from src.training.run import RunDirectory, check_ranks, classes_differ
+from src.training.run_directory import RunDirectory, check_ranks, classes_differ
 from tests.conftest import ROOT, SMOKE, Finished, launch, one_line, randomise, run_in_process
 
 SHORT = ("steps=1", "preview.every=1", "preview.num_samples=1", "preview.quality=null", "preview.sampler.steps=1", "held_out=0")

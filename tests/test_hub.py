@@ -11,7 +11,7 @@ import torch
 
 from src.config import UserError
 from src.data.sources import DatasetsSource, open_sources
-from src.interop import diffusers_folder as folders
+from src.interop import diffusers_import as folders
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import open_autoencoder
 from src.storage.downloads import hub_reason

@@ -16,7 +16,7 @@ from src.config import UserError, dump, load, progress, read_json, validate
 from src.models.pretrained import import_torchvision
 from src.runtime.checkpoint import read_tensors, write_folder
 from src.training.rehearsal import compare_checkpoints
-from src.training.run import changes
+from src.training.run_directory import changes
 from tests import kills, resumes
 from tests.conftest import ROOT, launch, metrics, refused, run_here
 

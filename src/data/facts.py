@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError
+from .colour import DAMAGED, DARK, UNFIT
 from .points import PointSet
 from .sources import ArrayImages, Images, ImageSet, PackedImages
-from .transforms import DAMAGED, DARK, UNFIT
 
 
 def sources_of(*sets: ImageSet | PointSet | None) -> list[Images]:

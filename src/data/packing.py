@@ -18,10 +18,11 @@ from ..config import UserError
 from ..config.progress import Progress
 from ..storage.blocks import stage_folder
 from ..storage.files import write_flushed
+from .colour import Pixels, to_image
 from .sources import ImageSet
 from .sources.images import name_fraction
 from .sources.packed import PACK_VERSION
-from .transforms import DECODER, Pixels, resize_shorter_side, to_image
+from .transforms import DECODER, resize_shorter_side
 
 BLOCK = 256
 

@@ -22,8 +22,9 @@ from ..config import UserError, config
 from ..config.progress import Progress
 from ..storage.files import write_whole
 from ..storage.locks import take_lock
+from .colour import CONVERTED, DARK, SCALED, profile_of, read_stated_bits, stated_white
 from .formats import describe_content, endings, open_image, with_plugins
-from .transforms import CONVERTED, DARK, DECODER, SCALED, profile_of, read_stated_bits, stated_white
+from .transforms import DECODER
 
 TOO_SMALL = "smaller than min_file_bytes"
 TOO_NARROW = "smaller than min_side"

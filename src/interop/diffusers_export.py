@@ -15,7 +15,7 @@ from ..models import UNet
 from ..runs.diffusers_autoencoder import VERSION, WEIGHTS
 from ..storage.files import check_is_new, new_folder, write_flushed
 from .cards import render_card
-from .diffusers_folder import negate_output
+from .diffusers_import import negate_output
 from .imported import LATENTS
 from .schedulers import scheduler_config
 from .unet_2d import state_for_diffusers, unet2d_config

@@ -1,11 +1,11 @@
-"""Image files that sampling starts from, fills in, or makes larger."""
+"""Images that sampling starts from, fills in (inpainting), or makes larger."""
 
 import hashlib
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,27 @@ from ..runs.densities import Start
 from ..runs.opened import Opened
 from ..runtime.seeds import generator
 from ..runtime.stream import to_network
-from .sampler import Edit
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+class Edit(NamedTuple):
+    """What a sampling keeps of an image: it starts from `x0` (C, H, W), as the network sees it, where `start_at` steps are
+    done, and keeps x0 where `mask` (1, H, W) is 0. Each step is taken `resamplings` times with noise in between, so that the
+    new part and the kept part agree (Alg. 1, Lugmayr et al. 2022, arXiv:2201.09865)."""
+
+    x0: Tensor
+    start_at: int = 0
+    mask: Tensor | None = None
+    resamplings: int = 1
+
+    def put_back(self, x: Tensor, known: Tensor) -> Tensor:
+        """`x` where it is drawn anew, and the `known` part of the image elsewhere."""
+        if self.mask is None:
+            return x
+        mask = self.mask.to(x)
+        return mask * x + (1 - mask) * known
 
 
 def load_edit(opened: Opened, image: str, mask: str | None, *, start_at: int, resamplings: int, steps: int) -> Edit:

@@ -19,7 +19,8 @@ from ..runs.opened import Opened
 from ..runtime.failures import explain_failure, warn_on_failure
 from ..storage.blocks import Ranks, is_of_request, wait_for
 from ..storage.files import as_json, write_whole
-from .sampler import Edit, Sampler, describe
+from .edit import Edit
+from .sampler import Sampler, describe
 
 if TYPE_CHECKING:
     from PIL import Image

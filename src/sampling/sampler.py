@@ -1,7 +1,7 @@
 """The sampler, which previews, sample.py and all else draw images with. It is long, since all of a batch's way is here."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +20,7 @@ from ..runs.opened import Opened, Run
 from ..runtime.seeds import noise_of
 from ..storage.finite import is_finite
 from .config import SamplerConfig
-
-
-class Edit(NamedTuple):
-    """What a sampling keeps of an image: it starts from `x0` (C, H, W), as the network sees it, where `start_at` steps are
-    done, and keeps x0 where `mask` (1, H, W) is 0. Each step is taken `resamplings` times with noise in between, so that the
-    new part and the kept part agree (Alg. 1, Lugmayr et al. 2022, arXiv:2201.09865)."""
-
-    x0: Tensor
-    start_at: int = 0
-    mask: Tensor | None = None
-    resamplings: int = 1
+from .edit import Edit
 
 
 class Sampler:
@@ -306,7 +296,7 @@ class Trajectory:
         if edit is None or edit.mask is None:
             return self._solve(x, first, end)
         alpha, sigma = process.schedule.level(times)
-        x0, mask, before = edit.x0.to(x).expand_as(x), edit.mask.to(x), self.sweep
+        x0, before = edit.x0.to(x).expand_as(x), self.sweep
         for i in range(first, end):
             for self.sweep in range(before, before + edit.resamplings):
                 if self.sweep > before:
@@ -314,7 +304,7 @@ class Trajectory:
                     spread = (sigma[i] ** 2 - ratio**2 * sigma[i + 1] ** 2).sqrt()
                     x = like(ratio, x) * x + like(spread, x) * self.noise(2 * steps + i, x)
                 x = self._solve(x, i, i + 1)
-                x = mask * x + (1 - mask) * process.add_noise(x0, self.noise(steps + i, x), times[i + 1])
+                x = edit.put_back(x, process.add_noise(x0, self.noise(steps + i, x), times[i + 1]))
         return x
 
     def estimate(self, x: Tensor, step: int) -> Tensor:
@@ -323,10 +313,7 @@ class Trajectory:
         prediction = self.denoiser(x, t)
         if self.callback is not None:
             self.callback(step, t, x, prediction)
-        if edit is None or edit.mask is None:
-            return prediction.x0
-        mask = edit.mask.to(x)
-        return mask * prediction.x0 + (1 - mask) * edit.x0.to(x)
+        return prediction.x0 if edit is None else edit.put_back(prediction.x0, edit.x0.to(x))
 
     def repeat(self, x0: Tensor, first: int) -> Tensor:
         """The finished image noised again to where `first` steps are done, and denoised once more."""

@@ -14,7 +14,7 @@ from ..runtime.checkpoint import contents, newest, spared_steps, step_folder, ve
 from ..storage.files import link_file, new_folder
 from ..storage.locks import folder_lock
 from .kept import at, cannot_change, images_seen
-from .run import changes
+from .run_directory import changes
 
 MARK = ".continuing"  # says, in a directory whose run has not begun, of what it was made; empty until it is whole
 BESIDE = ("latents", "pairs", "autoencoder", "ema")  # folders of a run that its checkpoints need

@@ -21,7 +21,7 @@ from ..runtime.stream import BatchPlan
 from .clock import Cadence, Clock
 from .config import TrainConfig
 from .continuing import MARK, describe
-from .run import RunDirectory, check_ranks
+from .run_directory import RunDirectory, check_ranks
 from .run_mode import RESTART, RunMode
 from .state import Meter, TrainState
 from .uploads import Uploads

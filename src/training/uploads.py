@@ -15,7 +15,7 @@ from ..runtime.checkpoint import MANIFEST, newest, spared_steps, step_folder, ve
 from ..storage.buckets import CACHES, Bucket, Empty, Remote, Unreached, is_manifest, is_temporary, open_bucket, pull, push
 from ..storage.locks import folder_lock
 from .kept import ways_on
-from .run import changes
+from .run_directory import changes
 
 RETRY_SECONDS = 60.0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src.diffusion import Process, ancestral, build_process, clip, ddim, times
-from src.interop.diffusers_folder import read
+from src.interop.diffusers_import import read
 from src.models import UNet
 from tests.interop.exports import LEARNED, LINEAR, exported, process_of, unet
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from src.config import load, read_json
-from src.interop import diffusers_folder as folders
-from src.interop.diffusers_folder import add_autoencoder
+from src.interop import diffusers_import as folders
+from src.interop.diffusers_import import add_autoencoder
 from src.interop.imported import keep
 from src.runs.autoencoder import open_autoencoder
 from src.runs.diffusers_autoencoder import DiffusersAutoencoder, autoencoder_from_config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.config import UserError, read_json, validate
 from src.diffusion import ProcessConfig, build_process, clip, euler, times
-from src.interop import diffusers_folder as folders
+from src.interop import diffusers_import as folders
 from src.interop.diffusers_export import export
 from src.interop.iadb import PROCESS
 from src.models import UNet, UNetConfig

@@ -14,7 +14,7 @@ import torch
 import convert
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, ancestral, clip, times
-from src.interop.diffusers_folder import read_whole
+from src.interop.diffusers_import import read_whole
 from src.interop.imported import Imported, keep
 from src.models import VAE, UNet, UNetConfig
 from src.models.pretrained import import_torchvision

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src.config import read_json
-from src.interop import diffusers_folder as folders
+from src.interop import diffusers_import as folders
 from src.runs.autoencoder import open_autoencoder, start_from
 from src.runs.opened import open_trained
 from src.storage.weight_files import find_files, read_foreign_json

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from src.config import read_json, validate
-from src.interop import diffusers_folder as folders
+from src.interop import diffusers_import as folders
 from src.interop import guided_diffusion, iadb
 from src.interop.guided_diffusion import module_names
 from src.interop.imported import keep

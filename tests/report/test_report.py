@@ -14,7 +14,7 @@ from PIL import Image
 from src.config import dump, load, read_json
 from src.report import report
 from src.report.report import Reporter, duration, write_report
-from src.training.run import RunDirectory
+from src.training.run_directory import RunDirectory
 from tests.conftest import ROOT, environment, metrics, run_here
 from tests.report.pages import BAD, Page, lines, page_of, sheet, write
 

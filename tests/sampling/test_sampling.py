@@ -9,8 +9,9 @@ from src.config import UserError, validate
 from src.diffusion import ProcessConfig, build_process, euler, transitions
 from src.models import UNet, UNetConfig
 from src.sampling import Sampler, SamplerConfig, noise_of
+from src.sampling.edit import Edit
 from src.sampling.files import columns_for
-from src.sampling.sampler import Edit, Trajectory, describe, random_labels
+from src.sampling.sampler import Trajectory, describe, random_labels
 from tests.conftest import randomise
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from src.models import DiscriminatorConfig, VAEConfig
 from src.models.vae import Codebook, Reconstruction, VQBottleneck
 from src.runtime.checkpoint import spared_steps
 from src.runtime.stream import MicroBatch, plan_batch
-from src.training.autoencoder_losses import AdaptiveWeight, CodebookStep, winner_warnings
 from src.training.autoencoder_stages import Guard, GuardConfig, StageConfig, plan_stages, stage_warnings
+from src.training.loss_terms import AdaptiveWeight, CodebookStep, winner_warnings
 from src.training.optimizer import OptimizerConfig
 from src.training.step_noise import StepNoise, TimeSampler
 

@@ -31,7 +31,7 @@ from src.runtime.failures import (
 )
 from src.sampling.sampler import Sampler
 from src.training import preview
-from src.training.run import RunDirectory
+from src.training.run_directory import RunDirectory
 from tests.conftest import ROOT, command, environment, metrics, refused, run_in_process
 
 SHORT = ("steps=4", "log.every=1", "preview.every=2", "checkpoint.every=2", "held_out=0.1")

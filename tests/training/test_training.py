@@ -42,7 +42,7 @@ from src.training.optimizer import (
     orthogonal,
     update,
 )
-from src.training.run import RunDirectory
+from src.training.run_directory import RunDirectory
 from src.training.state import Meter, TrainState
 from tests.conftest import ROOT, SMOKE, environment, run_here
 
@@ -785,7 +785,7 @@ def test_out_of_memory_says_what_to_try(error: Exception) -> None:
 
 def test_a_live_run_directory_is_refused_and_a_dead_ones_is_not(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from src.training.run import RunDirectory\n"
+        "import sys, time; from pathlib import Path; from src.training.run_directory import RunDirectory\n"
         "run = RunDirectory(Path(sys.argv[1]), writes=True); print('owned', flush=True); time.sleep(60)\n"
     )
     with subprocess.Popen(

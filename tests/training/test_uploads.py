@@ -20,7 +20,7 @@ from src.runtime.checkpoint import newest, retain, roll_back, spared_steps, step
 from src.storage.buckets import open_bucket, push
 from src.training import rehearsal, session, uploads
 from src.training.entry import run_training
-from src.training.run import RunDirectory
+from src.training.run_directory import RunDirectory
 from src.training.run_mode import RunMode
 from src.training.uploads import Uploads, bring_back, bring_run, place_of
 from tests.conftest import ROOT, SMOKE, environment

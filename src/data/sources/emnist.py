@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from ...config import UserError, config, resumable_field
-from ..transforms import Pixels
+from ..colour import Pixels
 from .images import ArrayImages, digest
 
 _CAPITALS = string.digits + string.ascii_uppercase

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ...config import UserError
 from .. import formats
+from ..colour import Pixels
 from ..names import find_spelling, join_names, normal_form, sorted_by_count, sorted_classes
-from ..transforms import ImageConfig, Pixels, square
+from ..transforms import ImageConfig, square
 from .images import ArrayImages, Images, Source, digest, hold_out, name_fraction
 from .python import read_dataset
 from .registry import OPEN_FUNCTIONS

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...config import UserError
+from ..colour import Pixels
 from ..names import normal_form, printable, sorted_classes
 from ..scan import ScanReport
-from ..transforms import Pixels, decode
+from ..transforms import decode
 
 if TYPE_CHECKING:
     from PIL import Image

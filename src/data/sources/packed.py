@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...config import UserError, config, read_json, resumable_field
+from ..colour import Pixels
 from ..scan import ScanReport
-from ..transforms import Pixels
 from .images import Images, digest
 
 PACK_VERSION = 1

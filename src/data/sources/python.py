@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...config import UserError, config
 from ...config.progress import track
-from ..transforms import Pixels, normalise, to_array
+from ..colour import Pixels, normalise, to_array
 from .images import ArrayImages, Images
 
 IN_MEMORY_BYTES = 1 << 30  # up to here all images of a data set are kept; beyond, each is read when it is needed

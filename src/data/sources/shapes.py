@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from ...config import config
-from ..transforms import Pixels
+from ..colour import Pixels
 from .images import ArrayImages, digest
 
 SHAPES = ("circle", "cross", "square", "triangle")

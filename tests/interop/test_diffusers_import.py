@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from src.config import UserError
-from src.interop.diffusers_folder import read
+from src.interop.diffusers_import import read
 from src.interop.schedulers import process_config, scheduler_config
 from src.interop.unet_2d import unet2d_config, unet_config
 from src.models import UNet
