@@ -13,8 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from src.config import validate
-from src.data import ImageSet, check_images, open_sources
-from src.data import transforms as colour
+from src.data import ImageSet, check_images, colour, open_sources
 from src.data.sources import FolderSource
 from src.data.transforms import decode
 from tests.conftest import run_in_process
