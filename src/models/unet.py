@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import UserError, config, config_error, resumable_field
+from ..config import config, config_error, resumable_field
 from .backbone import BACKBONES, Backbone
 from .layers import (
     Attention,
@@ -119,18 +119,16 @@ class UNetConfig(EncoderConfig, Backbone):
     def factor(self) -> int:
         return self.patch * super().factor
 
+    @property
+    def factor_keys(self) -> str:
+        patches = " and model.patch" if self.patch > 1 else ""
+        return f"{len(self.channel_mult)} entries of model.channel_mult{patches}"
+
     def build(
         self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, upsampler: bool
     ) -> "UNet":
-        """In channels_last, which is faster; the height and width of `shape` must be divisible by the factor."""
-        channels, size = shape[0], shape[1]
-        if size % self.factor:
-            near = sorted({size // self.factor * self.factor, -(-size // self.factor) * self.factor} - {0})
-            patches = " and model.patch" if self.patch > 1 else ""
-            raise UserError(
-                f"the network sees {size} px, not divisible by {self.factor}, what {len(self.channel_mult)} entries of "
-                f"model.channel_mult{patches} ask for; change them, or image.size, so it sees {' or '.join(map(str, near))}"
-            )
+        """In channels_last, which is faster."""
+        channels = shape[0]
         options: dict[str, Any] = {"num_classes": num_classes, "null_class": null_class}
         options |= {"out_channels": 2 * channels if learned else channels, "low_channels": channels if upsampler else 0}
         return channels_last(UNet(self, in_channels=channels, **options))

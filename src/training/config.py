@@ -156,7 +156,8 @@ class PairsConfig:
     @pydantic.model_validator(mode="after")
     def _paired(self) -> "PairsConfig":
         if SOLVERS[self.sampler.solver].stochastic or self.sampler.eta:
-            raise config_error("sampler: noise on the way parts a source from its sample; use euler, midpoint, heun or rk4")
+            names = ", ".join(name for name, solver in SOLVERS.items() if not (solver.stochastic or solver.gaussian))
+            raise config_error(f"sampler: noise on the way parts a source from its sample; use one of {names}, with eta 0")
         if self.sampler.stop_at is not None or self.sampler.double_sampling is not None:
             raise config_error("sampler: pairs are of a source and the end of its way; leave stop_at and double_sampling out")
         return self

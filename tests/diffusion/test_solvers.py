@@ -354,6 +354,9 @@ def test_a_solver_that_is_registered_elsewhere_is_accepted(monkeypatch: pytest.M
         return noise(len(times) - 2, x)
 
     monkeypatch.setitem(SOLVERS, "to_noise", SOLVERS["euler"])  # put back at the end
+    with pytest.raises(ValueError, match="a solver to_noise is registered already"):
+        register_solver()(to_noise)
+    del SOLVERS["to_noise"]
     assert register_solver(calls_per_step=3, stochastic=True)(to_noise) is to_noise
     assert "to_noise" in json.loads(json_schema(SamplerConfig))["properties"]["solver"]["enum"]
     add_arguments(parser)
