@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from src.config import UserError, quoted, read_text, run_script, validate
+from src.config import CommandLine, UserError, quoted, read_text, run_script, validate
 from src.diffusion import ProcessConfig
 from src.interop import diffusers_import as diffusers_folder
 from src.interop import guided_diffusion, iadb
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         description=__doc__, epilog="example: python convert.py guided-diffusion 64x64_diffusion.pt --out models/imagenet64"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

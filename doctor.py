@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from src.config import UserError, load, read_json, run_script
+from src.config import CommandLine, UserError, load, read_json, run_script
 from src.doctor import health, needs
 from src.doctor.health import Row, examine
 from src.doctor.proof import STAGES, UNREACHED, Broken, prove
@@ -36,7 +36,7 @@ WIDTH = 20  # of the names' column
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("-cfg", "--config", metavar="FILE", help="a training script's config: is all there that it asks for?")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
     parser.add_argument("--run-dir", metavar="DIR", help="where the run will live (default runs/NAME)")

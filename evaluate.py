@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from src.config import UserError, config, parse_json, read_json, run_script, validate
+from src.config import CommandLine, UserError, config, parse_json, read_json, run_script, validate
 from src.data import HeldOut, ImageSet, Sources, describe_data, open_data
 from src.evaluation.autoencoder import evaluate_autoencoder
 from src.evaluation.likelihood import measure_likelihood
@@ -45,7 +45,7 @@ class DataConfig:
 
 def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     """The arguments of the command line, and the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("run", help="a run, a checkpoint, a final folder, an export; or a folder of images")
     parser.add_argument("--likelihood", action="store_true", help="the variational bound, in bits per dimension, instead")
     parser.add_argument(

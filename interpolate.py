@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from src import figures
-from src.config import UserError, run_script, validate
+from src.config import CommandLine, UserError, run_script, validate
 from src.diffusion import SOLVERS, SPACINGS, invertible_solvers
 from src.runs.opened import Opened, open_trained
 from src.runtime.failures import explain_failure, explain_out_of_memory
@@ -27,7 +27,7 @@ HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_inte
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         description=__doc__,
         epilog="example: python interpolate.py runs/digits_ddpm --seeds 3/14/15 --classes 1/7/4 --guidance 2 --loop",
     )

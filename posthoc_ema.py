@@ -9,10 +9,9 @@ long one. The run must have been trained with `ema.snapshot_every`. Karras et al
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
-import argparse
 from pathlib import Path
 
-from src.config import UserError, quoted, read_json, run_script
+from src.config import CommandLine, UserError, quoted, read_json, run_script
 from src.runs.folders import read_weights
 from src.training.ema import post_hoc
 
@@ -20,7 +19,7 @@ LEAST, MOST, POOR = 0.01, 0.28, 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("widths", type=float, nargs="+", metavar="WIDTH")
     args = parser.parse_args()

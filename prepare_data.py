@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from src import figures
-from src.config import UserError, config, quoted, read_json, run_script, validate
+from src.config import CommandLine, UserError, config, quoted, read_json, run_script, validate
 from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
 from src.data.facts import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
 from src.data.names import class_remarks, printable
@@ -50,7 +50,7 @@ class ToEncode(DataOnly):
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|unpack|pack|latents")
     check = commands.add_parser("check", help="what is in a folder, and what a run would leave out")
     packing = commands.add_parser("pack", help="write one mapped file that trains faster")

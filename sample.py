@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from src.config import UserError, run_script
+from src.config import CommandLine, UserError, run_script
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
 from src.runtime.failures import explain_failure, explain_out_of_memory
@@ -29,7 +29,7 @@ IMAGES_ONLY = {"stop_at", "double_sampling"}  # these options are for drawing ne
 
 def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     """The arguments of the command line, and the defaults."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         description=__doc__,
         epilog="example: python sample.py runs/digits_ddpm --classes 3/7 --num-samples 16 --guidance 2 --frames",
     )

@@ -8,6 +8,7 @@ import pytest
 from pydantic import Field
 
 from src.config import (
+    CommandLine,
     Length,
     Span,
     UserError,
@@ -294,3 +295,17 @@ def test_a_path_that_no_file_system_takes_is_one_line(tmp_path: Path, capsys: py
         run_script(main)
     assert ended.value.code == 2
     assert re.fullmatch(r"error: \S+x{300} cannot be used: File name too long\n", capsys.readouterr().err)
+
+
+def test_a_mistake_on_the_command_line_is_one_line() -> None:
+    parser = CommandLine(prog="draw.py")
+    parser.add_argument("--solver", choices=("euler", "heun"))
+    parser.add_argument("--guidance", type=float)
+    for words, line in (
+        ("--solver heum", r"argument --solver: invalid choice: 'heum' \(choose from .*heun.*\); did you mean heun\?"),
+        ("--guidence 2", r"unrecognized arguments: --guidence 2; did you mean --guidance\?"),
+        ("--guidence=2", r"unrecognized arguments: --guidence=2; did you mean --guidance\?"),
+        ("--guidance two", "argument --guidance: invalid float value: 'two'"),
+    ):
+        with pytest.raises(UserError, match=f"^{line} \\(draw.py --help lists what there is\\)$"):
+            parser.parse_args(words.split())

@@ -1,8 +1,10 @@
 """How a script begins and ends: its command line, and one line and status 2 where the user can mend what is wrong."""
 
 import argparse
+import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -77,15 +79,29 @@ def _explain(error: Exception, rank: int) -> tuple[str | None, int]:
     return None, 1
 
 
+class CommandLine(argparse.ArgumentParser):
+    """The parser of a script's arguments. A mistake in them is a UserError: one line, with "did you mean"."""
+
+    def __init__(self, **options: typing.Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+
+    def error(self, message: str) -> typing.NoReturn:
+        misspelt = re.search(r"invalid choice: '?([^' ]+)|unrecognized arguments: ([^ =]+)", message)
+        known = [*self._option_string_actions, *(str(choice) for action in self._actions for choice in action.choices or ())]
+        close = difflib.get_close_matches(misspelt[1] or misspelt[2], known, 1) if misspelt else []
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{message}{hint} ({self.prog} --help lists what there is)")
+
+
 class _PrintSchema(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: typing.Any) -> None:
         print(json_schema(self.const), end="")
         parser.exit()
 
 
-def training_arguments(root: type, description: str, *, default: str) -> argparse.ArgumentParser:
+def training_arguments(root: type, description: str, *, default: str) -> CommandLine:
     """The command line that all training scripts share; `root` is the class of the config."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=description)
     parser.add_argument("-cfg", "--config", metavar="FILE", default=default, help=f"the JSON config (default {default})")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
     parser.add_argument("--run-dir", metavar="DIR", help="the folder of the run (default runs/NAME)")

@@ -3,7 +3,6 @@
 python -m src.report.report runs/NAME
 """
 
-import argparse
 import json
 import platform
 import time
@@ -13,7 +12,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from ..config import UserError, quoted, run_script
+from ..config import CommandLine, UserError, quoted, run_script
 from ..config.packages import MissingPackage
 from ..runtime.failures import warn_on_failure
 from ..storage.files import write_whole
@@ -113,7 +112,7 @@ class Reporter:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     run_dir = parser.parse_args().run
     if not (run_dir / "config.json").is_file() or not (run_dir / "log.txt").is_file():

@@ -6,7 +6,6 @@
 ./setup.sh bring
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
 
-from ...config import UserError, run_script
+from ...config import CommandLine, UserError, run_script
 from ..archives import Damaged, stem, unpack
 from ..files import write_whole
 from ..locks import folder_lock
@@ -184,8 +183,7 @@ def _print_status(bucket: Bucket, named: list[str]) -> None:
 
 
 def main() -> int:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="./setup.sh", description=__doc__, formatter_class=plain)
+    parser = CommandLine(prog="./setup.sh", description=__doc__)
     default = os.environ.get("ATELIER_BUCKET")
     parser.add_argument("command", choices=("push", "pull", "status", "bring"), help="bring: pull data sets and unpack them")
     parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder such as runs/NAME, or a run's name")
