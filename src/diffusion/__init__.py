@@ -1,6 +1,5 @@
 """The mathematics of diffusion and blending. A network is always an argument."""
 
-from .chain import bits_per_dimension, log_variance, transitions
 from .guidance import (
     classifier_free,
     classifier_gradient,
@@ -11,6 +10,8 @@ from .guidance import (
     on_schedule,
     within,
 )
+from .likelihood import bits_per_dimension
 from .process import Denoiser, LossConfig, Prediction, Process, ProcessConfig, TimeInput, build_process
 from .schedules import SPACINGS, BlendSchedule, Schedule, TableSchedule, build_schedule, inversion_times, times
 from .solvers import SOLVERS, Solver, ancestral, ddim, dpmpp_2m, euler, invertible_solvers, redraw, register_solver, rk4
+from .variance import log_variance, transitions

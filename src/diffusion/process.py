@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import config, config_error, renamed_field
-from .chain import Transitions, transitions, variational_term
+from .likelihood import variational_term
 from .schedules import BlendSchedule, BlendScheduleConfig, Level, Schedule, ScheduleConfig, TableSchedule, build_schedule, like
+from .variance import Transitions, transitions
 from .weightings import ConstantWeighting, Gains, LossWeighting
 
 Target = Literal["eps", "x0", "v", "blend"]

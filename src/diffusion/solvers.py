@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
-from .chain import Transitions, log_variance, transitions
 from .process import Denoiser, Prediction
 from .schedules import Schedule, like
+from .variance import Transitions, log_variance, transitions
 
 Callback = Callable[[int, Tensor, Tensor, Prediction], None]  # (step, t, x_t, the prediction)
 Noise = Callable[[int, Tensor], Tensor]  # (step, a tensor of the wanted shape) -> standard normal

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..config import UserError, dump
 from ..data.names import join_names, same_names
 from ..diffusion import SOLVERS, BlendSchedule, Denoiser, Prediction, Process, guidance, inversion_times, times, transitions
-from ..diffusion.chain import Transitions
 from ..diffusion.schedules import like
 from ..diffusion.solvers import Callback, invertible_solvers
+from ..diffusion.variance import Transitions
 from ..runs.autoencoder import LatentCodec
 from ..runs.classifier import OpenedClassifier
 from ..runs.densities import Bound, Start

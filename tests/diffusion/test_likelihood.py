@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from src.config import UserError, validate
 from src.diffusion import ProcessConfig, bits_per_dimension, build_process, times, transitions
-from src.diffusion.chain import bits, discretized_gaussian_log_likelihood, normal_kl, prior_term, variational_term
+from src.diffusion.likelihood import bits, discretized_gaussian_log_likelihood, normal_kl, prior_term, variational_term
 from src.diffusion.process import Prediction, Process
 from src.diffusion.schedules import like
 
