@@ -13,7 +13,7 @@ import torch
 from src.config import load
 from src.runtime.checkpoint import newest, read_tensors, verify_checkpoint
 from src.training import dry_run, uploads
-from src.training.kept import cannot_change, images_seen
+from src.training.changed_config import cannot_change, images_seen
 from src.training.rehearsal import compare_checkpoints
 from tests.conftest import ROOT, launch, metrics, one_line, refused, run_in_process
 

@@ -13,7 +13,7 @@ from ..report.run_files import read_lines
 from ..runtime.checkpoint import contents, newest, spared_steps, step_folder, verify_checkpoint, write_folder
 from ..storage.files import link_file, new_folder
 from ..storage.locks import folder_lock
-from .kept import at, cannot_change, images_seen
+from .changed_config import at, cannot_change, images_seen
 from .run_directory import changes
 
 MARK = ".continuing"  # says, in a directory whose run has not begun, of what it was made; empty until it is whole

@@ -32,8 +32,8 @@ from ..runtime.stream import BatchPlan, Examples, MicroBatch, Order, latent_stre
 from ..sampling.sampler import build_sampler, random_labels
 from ..storage.blocks import Block, blocks_of, make_cache, write_block
 from ..storage.files import write_whole
+from .changed_config import at
 from .config import DiffusionConfig, LatentConfig, PairsConfig, StepsConfig
-from .kept import at
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState

@@ -23,9 +23,9 @@ from ..report.run_files import read_lines
 from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from ..runtime.failures import warn_on_failure
 from ..storage.locks import take_lock
+from .changed_config import at, ways_on
 from .clock import Clock
 from .config import TrainConfig
-from .kept import at, ways_on
 
 
 def check_ranks(facts: dict[str, Any]) -> None:

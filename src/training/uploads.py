@@ -14,7 +14,7 @@ from ..config import UserError, dump, quoted, read_json
 from ..runtime.checkpoint import MANIFEST, newest, spared_steps, step_folder, verify_checkpoint
 from ..storage.buckets import CACHES, Bucket, Empty, Remote, Unreached, is_manifest, is_temporary, open_bucket, pull, push
 from ..storage.locks import folder_lock
-from .kept import ways_on
+from .changed_config import ways_on
 from .run_directory import changes
 
 RETRY_SECONDS = 60.0
