@@ -291,7 +291,7 @@ def test_reflow_straightens_the_paths(points_run: Path, tmp_path: Path) -> None:
     assert after < 0.6 * before
 
     other = settings(pairs=pairs | {"count": 2000}, init_from=str(points_run), steps=100)
-    assert "was trained on other pairs" in refused(
+    assert "was started with another pairs.count" in refused(
         "train_iadb", *words[1:], "--run-dir", tmp_path / "one", *other, *arguments[6:]
     )
 
