@@ -11,8 +11,7 @@ import torch
 
 from src.config import CommandLine, UserError, quoted, read_text, run_script, validate
 from src.diffusion import ProcessConfig
-from src.interop import diffusers_import as diffusers_folder
-from src.interop import guided_diffusion, iadb
+from src.interop import diffusers_import, guided_diffusion, iadb
 from src.interop.atelier_folder import is_autoencoder, is_latent, latent_obstacles, write_atelier_folder
 from src.interop.autoencoder_kl import autoencoder_files
 from src.interop.cards import render_card
@@ -148,7 +147,7 @@ def main() -> None:
     if args.command == "guided-diffusion":
         save_imported(args, guided_diffusion.read(args.checkpoint, args.flags, which=args.which))
     elif args.command == "diffusers":
-        save_imported(args, diffusers_folder.read_whole(args.checkpoint, args.autoencoder, which=args.which))
+        save_imported(args, diffusers_import.read_whole(args.checkpoint, args.autoencoder, which=args.which))
     elif args.command == "iadb":
         given = {"model_config": args.model_config, "image_size": args.image_size, "autoencoder": args.autoencoder}
         save_imported(args, iadb.read(args.checkpoint, **given, which=args.which))

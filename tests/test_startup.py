@@ -18,7 +18,7 @@ MODULES = {
     "sample": 64,
     "interpolate": 63,
     "evaluate": 86,
-    "posthoc_ema": 41,
+    "posthoc_ema": 40,
     "prepare_data": 85,
     "convert": 68,
     "doctor": 105,

@@ -4,7 +4,6 @@ A packed folder holds `pixels.bin`, `records.npy` (N, 5: byte offset, height, wi
 sources/packed.py reads it.
 """
 
-import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from ..config import UserError
 from ..config.progress import Progress
 from ..storage.blocks import stage_folder
-from ..storage.files import write_flushed
+from ..storage.files import numpy_bytes, write_flushed
 from .colour import Pixels, to_image
 from .sources import ImageSet
 from .sources.images import name_fraction
@@ -65,9 +64,8 @@ def pack(images: ImageSet, out: Path, *, size: int, channels: int, held_out: flo
                 _flush(pixels)  # before the records: a record never points at bytes that are not there
                 records.write(np.array(rows, dtype=np.int64).tobytes())
                 _flush(records)
-        table, content = _read_records(staged), io.BytesIO()
-        np.save(content, table)
-        write_flushed(staged / "records.npy", content.getbuffer())
+        table = _read_records(staged)
+        write_flushed(staged / "records.npy", numpy_bytes(np.save, table))
         manifest = {**request, "version": PACK_VERSION, "decoder": DECODER, "count": len(table), "bytes": int(offset)}
         manifest |= {"class_names": list(images.class_names), "names": names}
         write_flushed(staged / "manifest.json", json.dumps(manifest).encode())

@@ -113,7 +113,7 @@ def euler(denoiser: Denoiser, x: Tensor, times: Tensor, schedule: Schedule, *, c
     return _blend_path(denoiser, x, times, schedule, callback, None)
 
 
-def _runge_kutta(calls_per_step: int) -> Callable[[Step], Callable[..., Tensor]]:
+def runge_kutta(calls_per_step: int) -> Callable[[Step], Callable[..., Tensor]]:
     """Decorator: a rule for one step of h in u, whose first slope is known, becomes the solver of its name."""
 
     def make(step: Step) -> Callable[..., Tensor]:
@@ -128,19 +128,19 @@ def _runge_kutta(calls_per_step: int) -> Callable[[Step], Callable[..., Tensor]]
     return make
 
 
-@_runge_kutta(calls_per_step=2)
+@runge_kutta(calls_per_step=2)
 def midpoint(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
     """The explicit midpoint rule in u, two network calls a step. Order 2."""
     return x + h * slope(x + h / 2 * first, u + h / 2)
 
 
-@_runge_kutta(calls_per_step=2)
+@runge_kutta(calls_per_step=2)
 def heun(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
     """Heun's rule in u, two network calls a step. Order 2."""
     return x + h / 2 * (first + slope(x + h * first, u + h))
 
 
-@_runge_kutta(calls_per_step=4)
+@runge_kutta(calls_per_step=4)
 def rk4(slope: Slope, x: Tensor, u: float, h: float, first: Tensor) -> Tensor:
     """The classical Runge-Kutta rule in u, four network calls a step. Order 4."""
     second = slope(x + h / 2 * first, u + h / 2)

@@ -25,9 +25,8 @@ from ..config.packages import installed_as, is_installed
 from ..metrics.features import INCEPTION_URL, inception_file
 from ..runtime import checkpoint
 from ..storage import locks
-from ..storage.archives import size
 from ..storage.downloads import how_to_bring
-from ..storage.files import write_flushed
+from ..storage.files import size, write_flushed
 from ..storage.locks import take_lock
 
 Status = Literal["pass", "warn", "fail", "skip"]

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import UserError, dump
 from ..config.packages import is_installed
 from ..runtime.checkpoint import keeps_best
-from ..storage.archives import size
+from ..storage.files import size
 from ..training.dry_run import planned_stages
 from ..training.ema import WIDTHS
 from ..training.uploads import starts, weights_in

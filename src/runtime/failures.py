@@ -1,4 +1,4 @@
-"""Images, curves and reports that a run makes beside its work: where one fails, the run warns in one line and goes on."""
+"""What fails: images, curves, trackers and reports beside a run's work only warn; out of memory says what to try."""
 
 import errno
 import hashlib

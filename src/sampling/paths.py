@@ -1,6 +1,5 @@
 """Paths between source and data: frames from one image to the next, images inverted, plots of 2-D points on their way."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from ..diffusion import Prediction
 from ..runs.opened import Opened
 from ..runtime.failures import warn_on_failure
 from ..storage.blocks import Ranks, wait_for
-from ..storage.files import as_json, write_whole
+from ..storage.files import as_json, numpy_bytes, write_whole
 from .edit import encode_images, fingerprint
 from .files import claim, deal_batches, in_batches, read_pixels, save_missing, write_animation
 from .sampler import Sampler, describe
@@ -176,9 +175,7 @@ def write_inversions(
         sources.append(source.float().cpu().numpy())
         measured += [{"file": files[i].name, **measure(*ways)} for i, *ways in zip(part, x0, source, returned, strict=True)]
     mean = {key: float(np.mean([abs(entry[key]) for entry in measured])) for key in ("rms", "std", "correlation")}
-    content = io.BytesIO()
-    np.save(content, np.concatenate(sources))
-    write_whole(out / "sources.npy", content.getbuffer())
+    write_whole(out / "sources.npy", numpy_bytes(np.save, np.concatenate(sources)))
     write_whole(out / "inversion.json", as_json({"mean": mean, "pictures": measured}))
     title = f"picture, source, and back again with {sampler.calls()} network calls each way"
     with warn_on_failure("inversion.png"):
@@ -232,9 +229,7 @@ def write_points(
     way = move_points(sampler, seed, count, classes, device=device).numpy()
     first, last = (figures.scatter(way[i], title=title) for i, title in ((0, "x_0: the source"), (-1, "x_1: the data")))
     out.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.savez(content, source=way[0], data=way[-1])
-    write_whole(out / "points.npz", content.getbuffer())
+    write_whole(out / "points.npz", numpy_bytes(np.savez, source=way[0], data=way[-1]))
     figures.save(first, out / "x0.png")
     figures.save(last, out / "x1.png")
     figures.trajectories(

@@ -1,6 +1,5 @@
 """Arrays over many items, made in blocks that are files: dealt to ranks, each whole or absent, so that a kill costs one."""
 
-import io
 import json
 import shutil
 import time
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..config import UserError
 from ..config.progress import Progress
-from .files import write_whole
+from .files import numpy_bytes, write_whole
 from .locks import take_lock
 
 Arrays = dict[str, NDArray[Any]]
@@ -60,9 +59,7 @@ def in_blocks(
     blocks = cut_blocks(folder, count, size, ".npz")
 
     def write(block: Block) -> None:
-        content = io.BytesIO()
-        np.savez(content, **dict[str, Any](make(block.items)))
-        write_whole(block.path, content.getbuffer())
+        write_whole(block.path, numpy_bytes(np.savez, **make(block.items)))
 
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,9 +140,7 @@ def blocks_of(folder: Path, split: str, count: int) -> list[Block]:
 def write_block(block: Block, values: NDArray[np.float32], facts: Mapping[str, Any]) -> None:
     """Write the array of a block and what is known of it; both are there, whole, once the .json is."""
     block.path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.save(content, values)  # into memory: given a file, NumPy goes past Python and loses why it could not write
-    write_whole(block.path.with_suffix(".npy"), content.getbuffer())
+    write_whole(block.path.with_suffix(".npy"), numpy_bytes(np.save, values))
     write_whole(block.path, json.dumps(facts).encode())
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are written whole, or not at all; and what is said where the disk is full."""
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,13 @@ from ..config import FULL, UserError
 def as_json(document: Any) -> bytes:
     """A JSON document as it is written for people, indented and with a last newline."""
     return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def numpy_bytes(save: Callable[..., None], /, *values: Any, **arrays: Any) -> memoryview:
+    """What NumPy's `save` or `savez` writes. Given a file, NumPy goes past Python and loses why it could not write."""
+    content = io.BytesIO()
+    save(content, *values, **arrays)
+    return content.getbuffer()
 
 
 def write_flushed(path: Path, content: bytes | memoryview) -> None:

@@ -25,7 +25,7 @@ from ..runtime.failures import OutOfMemory
 from ..runtime.processes import broadcast
 from ..runtime.stream import BatchPlan, plan_batch
 from ..sampling.sampler import build_sampler
-from ..storage.archives import size
+from ..storage.files import size
 from .autoencoder_stages import StageConfig, StagedConfig, plan_stages
 from .clock import Cadence, Clock, peak_memory_gigabytes
 from .config import PathPreviewConfig, PreviewConfig, StepsConfig, TrainConfig

@@ -1,10 +1,12 @@
 """Files and folders that are whole or absent, and the one line where the disk is full."""
 
 import errno
+import io
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from src.config import UserError
@@ -14,6 +16,7 @@ from src.storage.files import (
     check_room,
     explain_full_disk,
     new_folder,
+    numpy_bytes,
     remove_leftovers,
     size,
     write_flushed,
@@ -94,3 +97,10 @@ def test_what_killed_writers_left_is_removed_an_hour_later_or_where_they_are_dea
     os.utime(parts[0], (time.time() - 4000,) * 2)
     remove_leftovers([*parts, tmp_path / "gone"], lambda part: part.name == "dead")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_arrays_in_memory_are_what_numpy_reads() -> None:
+    one, two = np.arange(6).reshape(2, 3), np.ones(4, np.float32)
+    assert np.array_equal(np.load(io.BytesIO(numpy_bytes(np.save, one))), one)
+    with np.load(io.BytesIO(numpy_bytes(np.savez, save=one, file_2=two))) as arrays:
+        assert sorted(arrays) == ["file_2", "save"] and np.array_equal(arrays["file_2"], two)

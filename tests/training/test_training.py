@@ -22,7 +22,7 @@ from src.config import UserError, load, validate
 from src.data import ImageConfig, open_sources
 from src.data.facts import describe_data
 from src.data.sources import ShapesSource
-from src.report.report import read_lines
+from src.report.run_files import read_lines
 from src.runtime import checkpoint
 from src.runtime.checkpoint import CheckpointConfig, load_weights, newest, retain, step_folder, verify_checkpoint, write_folder
 from src.runtime.failures import explain_out_of_memory
