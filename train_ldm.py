@@ -68,7 +68,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
-    shape = autoencoder.latent_shape(cfg.image.channels, cfg.image.size)
+    shape = autoencoder.latent_shape(cfg.image)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_model(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
     network = network.to(build_device(accelerator), dtype)

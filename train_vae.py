@@ -102,9 +102,9 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     critics = {"perceptual": perceptual, "discriminator": discriminator, "adaptive": adaptive}
     model, discriminator_ddp, optimizer, discriminator_optimizer = accelerator.prepare(network, discriminator, *bare)
     stages_left = [stage for stage in stages if session.step < stage.end] or stages[-1:]
-    size = stages_left[0].image.size
-    blank = torch.zeros(1, cfg.image.channels, size, size, device=device, dtype=dtype)
-    warm_up_ddp(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(size)))
+    image = stages_left[0].image
+    blank = torch.zeros(1, *image.shape, device=device, dtype=dtype)
+    warm_up_ddp(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(image.size)))
     warm_up_ddp(accelerator, discriminator_ddp, blank)
     session.begin(train_set, held_out, [stage.batch_plan for stage in stages_left], warnings)
     if session.run.writes and session.is_fresh:

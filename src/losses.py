@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import UserError, config
 from .config.packages import needed
+from .config.sizes import Sides, describe_size, sides_of
 from .models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
 from .storage.weight_files import put_weights, read_weights
 
@@ -81,7 +82,7 @@ class Perceptual(nn.Module):
     reach the reconstruction alone. A UserError where the network cannot take images of one of the `sizes`.
     """
 
-    def __init__(self, spec: PerceptualConfig, sizes: Sequence[int] = ()) -> None:
+    def __init__(self, spec: PerceptualConfig, sizes: Sequence[int | Sides] = ()) -> None:
         super().__init__()
         self.spec = spec
         if spec.network in LPIPS_BACKBONES:
@@ -105,14 +106,14 @@ class Perceptual(nn.Module):
         distances = [(_unit(a) - _unit(b)).square().sum(1).flatten(1).mean(1) for a, b in layers]
         return torch.stack(distances).mean(0)
 
-    def _check(self, size: int) -> None:
-        blank = torch.zeros(1, 3, size, size)
+    def _check(self, size: int | Sides) -> None:
+        blank = torch.zeros(1, 3, *sides_of(size))
         try:
             finite = bool(torch.isfinite(self(blank, blank)).all())
         except RuntimeError:
             finite = False
         if not finite:
-            why = f"perceptual.network {self.spec.network!r} cannot take images of {size} px"
+            why = f"perceptual.network {self.spec.network!r} cannot take images of {describe_size(size)}"
             raise UserError(f"{why}; use larger ones, or efficientnet_lite0")
 
 

@@ -235,7 +235,7 @@ def test_a_dry_run_measures_every_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ({"image__size": 15}, "stages.0: images of 15 px cannot be reduced 2 times; use 16 px"),
+        ({"image__size": 15}, "stages.0: images of 15 px cannot be reduced 2 times; use 14 px or 16 px"),
         ({"discriminator__layers": 4}, "stages.0: images of 16 px leave the discriminator no patch; use 48 px"),
         (
             {"stages": [{"steps": 10, "adversarial": {"start_step": 10}}]},

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError
+from ..config.sizes import Sides, describe_size, sides_of
 from .colour import DAMAGED, DARK, UNFIT
 from .points import PointSet
 from .sources import ArrayImages, Images, ImageSet, PackedImages
+from .transforms import is_enlarged
 
 
 def sources_of(*sets: ImageSet | PointSet | None) -> list[Images]:
@@ -43,43 +45,51 @@ def describe_data(train_set: ImageSet | PointSet, held_out: ImageSet | PointSet 
     }
 
 
-def refuse_small_packs(sizes: Mapping[str, int], *sets: ImageSet | PointSet | None) -> None:
+def refuse_small_packs(sizes: Mapping[str, int | Sides], *sets: ImageSet | PointSet | None) -> None:
     """Refuse packed sets whose images are smaller than a size that is trained at: enlarged, they would teach blur."""
     packs = [part for part in sources_of(*sets) if isinstance(part, PackedImages) and len(part)]
     for key, size in sizes.items():
         for part in packs:
-            if (side := int(part.report.measures[:, :2].min())) < size:
+            sides = part.report.measures[:, :2]
+            if is_enlarged(sides, size).any():
+                largest = max(max(sides_of(each)) for each in sizes.values())
                 raise UserError(
-                    f"the packed set {part.folder} holds images of {side} px, and {key} is {size}: they would be enlarged; "
-                    f"pack them again with --size {max(sizes.values())}, or set {key} to {side} or less"
+                    f"the packed set {part.folder} holds images of {int(sides.min())} px, and {key} is {_in_words(size)}: they "
+                    f"would be enlarged; pack them again with --size {largest}, or set {key} to {int(sides.min())} or less"
                 )
 
 
-def count_small(size: int, *sets: ImageSet | PointSet | None) -> tuple[int, int, int]:
-    """How many images have a shorter side below `size`, of how many, and the smallest side. Sets in memory (digits, shapes,
-    EMNIST) do not count: they are small by nature, and whoever chooses them knows."""
-    small, total, smallest = 0, 0, size
+def count_small(size: int | Sides, *sets: ImageSet | PointSet | None) -> tuple[int, int, int]:
+    """How many images are enlarged until they cover `size`, of how many, and the smallest side of those. Sets in memory
+    (digits, shapes, EMNIST) do not count: they are small by nature, and whoever chooses them knows."""
+    small, total, smallest = 0, 0, max(sides_of(size))
     for images in sets:
         if isinstance(images, ImageSet):
             files = [i for i, part in enumerate(images.parts) if not isinstance(part, ArrayImages)]
-            sides = images.sides.min(1)[np.isin(images.which, files)]
-            sides = sides[sides > 0]
-            small, total = small + int((sides < size).sum()), total + len(images)
-            smallest = min(smallest, int(sides.min(initial=size)))
+            sides = images.sides[np.isin(images.which, files)]
+            sides = sides[sides.min(1) > 0]
+            enlarged = sides[is_enlarged(sides, size)]
+            small, total = small + len(enlarged), total + len(images)
+            smallest = min(smallest, int(enlarged.min(initial=smallest)))
     return small, total, smallest
 
 
-def describe_small(sizes: Mapping[str, int], *sets: ImageSet | PointSet | None) -> list[str]:
+def describe_small(sizes: Mapping[str, int | Sides], *sets: ImageSet | PointSet | None) -> list[str]:
     """A line for each size below which there are images."""
     lines = []
     for key, size in sizes.items():
         small, total, smallest = count_small(size, *sets)
         if small:
+            shorter = "their shorter side is below" if isinstance(size, int) else "they do not cover"
             lines.append(
-                f"{small} of {total} images are enlarged: their shorter side is below {key} {size} (the smallest: "
-                f"{smallest} px); leave them out with --set data.scan.min_side={size}, or train at a smaller size"
+                f"{small} of {total} images are enlarged: {shorter} {key} {_in_words(size)} (the smallest: {smallest} px); "
+                f"leave them out with --set data.scan.min_side={max(sides_of(size))}, or train at a smaller size"
             )
     return lines
+
+
+def _in_words(size: int | Sides) -> str:
+    return describe_size(size).removesuffix(" px")
 
 
 def check_images(cfg: Any, run_dir: Path, *sets: Any) -> list[str]:

@@ -1,9 +1,10 @@
-"""From a file to the square of uint8 pixels that a network sees, in the colours that the file means.
+"""From a file to the rectangle of uint8 pixels that a network sees, in the colours that the file means.
 
 An ICC profile is converted to sRGB, and deep grey is scaled by the range that the file states.
 """
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,8 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from ..config import config
+from ..config import config, config_error
+from ..config.sizes import ImageSize, Sides, sides_of
 from .colour import Pixels, normalise, read_stated_bits, to_array, to_image
 from .formats import open_image
 
@@ -25,16 +27,55 @@ _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 @config
-class ImageConfig:
-    """What the network sees: the shorter side resized to `size`, then a square cut from the middle or at random.
+class AspectConfig:
+    """Images keep their shape, as far as a table of sizes allows. The sizes have about `size` squared pixels and sides that
+    are multiples of `step` (without it: of the network's factor); no side is more than `max_ratio` times the other. A size
+    with fewer than `min_images` images is left out, and its images go to the one whose shape is nearest."""
 
-    `flip` mirrors half of the images left to right.
+    kind: Literal["buckets"] = "buckets"
+    max_ratio: float = pydantic.Field(2.0, ge=1, le=16)
+    step: int | None = pydantic.Field(None, ge=1, le=4096)
+    min_images: int = pydantic.Field(16, ge=1)
+
+
+@config
+class ImageConfig:
+    """What the network sees: images resized until they just cover `size`, the side of a square or [height, width], and what is
+    over cut off in the middle or at random.
+
+    `flip` mirrors half of the images left to right. With `aspect` each image keeps about its own shape.
     """
 
-    size: int = pydantic.Field(ge=2, le=4096)
+    size: ImageSize
     channels: Literal[1, 3] = 3
     crop: Literal["center", "random"] = "center"
     flip: bool = False
+    aspect: AspectConfig | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "ImageConfig":
+        if self.aspect is not None and not isinstance(self.size, int):
+            raise config_error("aspect: the sizes of buckets follow from the side of one square; give size as a number")
+        return self
+
+    @property
+    def sides(self) -> Sides:
+        """Height and width; with `aspect` those of the square that the sizes are made from."""
+        return sides_of(self.size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, *self.sides
+
+    @property
+    def plain(self) -> "ImageConfig":
+        """The same size, cut from the middle and never mirrored."""
+        return ImageConfig(size=self.size, channels=self.channels, aspect=self.aspect)
+
+    def at(self, sides: Sides) -> "ImageConfig":
+        """The same of images of this height and width alone."""
+        return replace(self, size=sides, aspect=None)
 
 
 def decode(file: Path | bytes, *, channels: int = 3, at_least: int | None = None) -> "Image.Image":
@@ -47,22 +88,33 @@ def decode(file: Path | bytes, *, channels: int = 3, at_least: int | None = None
         return normalise(image, channels)
 
 
-def square(image: "Image.Image | Pixels", spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
-    """(size, size, channels) uint8. `u` are three numbers in [0, 1): where to cut across and down, and whether to flip."""
+def crop(image: "Image.Image | Pixels", spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
+    """(height, width, channels) uint8 of `spec.size`: the largest part of the image of that shape, resized. `u` are three
+    numbers in [0, 1): where to cut across and down, and whether to flip."""
     width, height = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
-    side = min(width, height)
+    rows, columns = spec.sides
+    if width * rows <= height * columns:
+        cut_height, cut_width = width * rows / columns, width
+    else:
+        cut_height, cut_width = height, height * columns / rows
     across, down = (u[0], u[1]) if spec.crop == "random" else (0.5, 0.5)
-    left, top = across * (width - side), down * (height - side)
-    if side == spec.size:
+    left, top = across * (width - cut_width), down * (height - cut_height)
+    if (cut_height, cut_width) == (rows, columns):
         pixels = image if isinstance(image, np.ndarray) else to_array(image)
-        pixels = pixels[int(top) : int(top) + side, int(left) : int(left) + side]
+        pixels = pixels[int(top) : int(top) + rows, int(left) : int(left) + columns]
     else:
         whole = to_image(image) if isinstance(image, np.ndarray) else image
-        box = (left, top, left + side, top + side)  # cut before resizing, so a long thin image costs nothing
-        pixels = to_array(whole.resize((spec.size, spec.size), _BICUBIC, box=box))
+        box = (left, top, left + cut_width, top + cut_height)  # cut before resizing, so a long thin image costs nothing
+        pixels = to_array(whole.resize((columns, rows), _BICUBIC, box=box))
     if pixels.shape[2] != spec.channels:
         pixels = to_array(to_image(pixels).convert("RGB" if spec.channels == 3 else "L"))
     return pixels[:, ::-1] if spec.flip and u[2] < 0.5 else pixels
+
+
+def is_enlarged(sides: NDArray[np.int64], size: int | Sides) -> NDArray[np.bool_]:
+    """Whether images of these `sides` (N, 2), width and height, are enlarged until they cover `size`: (N,)."""
+    height, width = sides_of(size)
+    return (sides[:, 0] < width) | (sides[:, 1] < height)
 
 
 def resize_shorter_side(image: "Image.Image", size: int) -> Pixels:

@@ -1,5 +1,6 @@
 """What a training config asks of the machine: images, trackers, what it starts from, weights, room."""
 
+import math
 import netrc
 import os
 from collections.abc import Callable
@@ -122,7 +123,7 @@ def count_parameters(cfg: Any) -> tuple[int, int]:
         elif hasattr(cfg, "classifier"):
             networks = [build_classifier(cfg.classifier, cfg.image, 10)]
         else:
-            shape = (2,) if cfg.image is None else (cfg.image.channels, cfg.image.size, cfg.image.size)
+            shape = (2,) if cfg.image is None else cfg.image.shape
             if getattr(cfg, "autoencoder", None) is not None:
                 shape = (4, cfg.model.factor, cfg.model.factor)
             networks = [build_model(cfg.model, shape, None, learned=cfg.process.variance == "learned")]
@@ -145,7 +146,7 @@ def loader(cfg: Any, world: int) -> Verdict:
         return Verdict("pass", "the loader has no workers")
     workers, share = min(cfg.workers, os.cpu_count() or 1) * world, -(-cfg.batch_size // world)
     micro = min(cfg.micro_batch_size or share, share)
-    return shared_memory(float(workers * 5 * micro * cfg.image.channels * cfg.image.size**2))
+    return shared_memory(float(workers * 5 * micro * math.prod(cfg.image.shape)))
 
 
 def batches(cfg: Any, world: int) -> Verdict:

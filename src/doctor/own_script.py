@@ -50,7 +50,10 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
     if cfg.image is not None:
         latent = isinstance(cfg, LatentConfig) and cfg.autoencoder is not None
         size = max(16, getattr(small, "factor", 1) * (2 if latent else 1))
-        changes |= {"image": replace(cfg.image, size=size), "data": ShapesSource(source="shapes", count=24, size=size)}
+        changes |= {
+            "image": replace(cfg.image, size=size, aspect=None),
+            "data": ShapesSource(source="shapes", count=24, size=size),
+        }
         source = replace(changes["data"], split="test")
         if latent:
             path = _write_random_autoencoder(folder / "autoencoder", cfg.image.channels, size)
@@ -60,7 +63,7 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
     if isinstance(cfg, StagedConfig):
         plain = {"perceptual": None, "image_size": None, "batch_size": None, "micro_batch_size": None}
         changes["stages"] = tuple(replace(stage, **plain) for stage in short_stages(cfg, -(-STEPS // len(cfg.stages))))
-        changes["image"] = replace(cfg.image, size=max(32, small.factor))
+        changes["image"] = replace(cfg.image, size=max(32, small.factor), aspect=None)
         changes["discriminator"] = replace(cfg.discriminator, base_channels=8, layers=min(2, cfg.discriminator.layers))
     return rehearsal_config(cfg, save_every=1, **changes)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import validate
+from ..config.sizes import describe_size
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import Backbone, UNetConfig, build_model
 from ..runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
@@ -69,12 +70,12 @@ def subject(cfg: Any | None) -> Subject:
         return plain
     if image is None or not isinstance(model, Backbone) or getattr(cfg, "autoencoder", None) is not None:
         return replace(plain, words=f"{plain.words} (the config's is none on pixels)")
-    count, size = count_parameters(cfg)[0], image.size
+    count, size = count_parameters(cfg)[0], max(image.sides)
     if count > (150e6 if cuda else 1e6) or size > (128 if cuda else 32):
         return replace(plain, words=f"{plain.words} (the config's has {count / 1e6:.0f} M parameters at {size} px: slow)")
     model = replace(model, dropout=0.0) if hasattr(model, "dropout") else model
-    words = f"the config's network ({count / 1e6:.2f} M parameters, {size} px, no dropout) in {words}"
-    return Subject(model, build_process(cfg.process), (image.channels, size, size), machine, words)
+    words = f"the config's network ({count / 1e6:.2f} M parameters, {describe_size(image.size)}, no dropout) in {words}"
+    return Subject(model, build_process(cfg.process), image.shape, machine, words)
 
 
 @dataclass

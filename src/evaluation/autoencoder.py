@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import figures, metrics
 from ..config import Length, UserError, config, read_json, resumable_field, validate
 from ..config.packages import ask_for
+from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
 from ..losses import Perceptual, PerceptualConfig, reconstruction_loss
 from ..metrics.distances import SMALLEST_FOR_SSIM, Array
@@ -137,7 +138,8 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
     check_count(len(data), "real images")
     ask_for("measuring reconstructions", "torchmetrics", "torchvision")
     spec = validate(ImageConfig, settings["image"], origin=f"{run}: image")
-    image = replace(spec, size=settings["stages"][-1]["image_size"] or spec.size, crop="center", flip=False)
+    last = settings["stages"][-1]["image_size"]
+    image = replace(spec.plain, size=spec.size if last is None else last if isinstance(last, int) else tuple(last))
     notes, perceptual = list[str](), None
     try:
         perceptual_spec = validate(PerceptualConfig, settings["perceptual"], origin=f"{run}: perceptual")
@@ -177,7 +179,7 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
     comparisons, results = setup.compare(arrays, data, image, neighbours=False), Results(out, step)
     if not setup.computes:
         return results
-    which = f"{len(data)} {on_screen(reference)} of {image.size} px"
+    which = f"{len(data)} {on_screen(reference)} of {describe_size(image.size)}"
     results.add_table(f"{run}: {which} against their reconstructions (the Fréchet distance is rFID)", comparisons)
     units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": f"LPIPS ({lpips_network})", "l1": "L1, of [-1, 1]"}
     means = {name: float(arrays[name].mean()) for name in units if name in arrays}

@@ -45,7 +45,7 @@ def on_screen(words: str) -> str:
 
 def pixel_loader(data: ImageSet, image: ImageConfig) -> LoadPixels:
     """A function of indices that gives (N, H, W, C) uint8 of these images, cut from the middle."""
-    plain = ImageConfig(size=image.size, channels=image.channels)
+    plain = image.plain
     data.prepare(plain)
     return lambda indices: data.batch(np.array(indices, dtype=np.int64), plain, np.full((len(indices), 3), 0.5))
 

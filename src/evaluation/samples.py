@@ -250,7 +250,7 @@ def _read(path: Path, image: ImageConfig) -> figures.Pixels:
     """(H, W, C) uint8 of a file."""
     with _opened(path) as opened:
         pixels = np.asarray(opened.convert("RGB" if image.channels == 3 else "L"))
-    return pixels.reshape(image.size, image.size, -1)
+    return pixels.reshape(*image.sides, -1)
 
 
 def _image_of(files: Sequence[Path]) -> ImageConfig:
@@ -265,9 +265,7 @@ def _image_of(files: Sequence[Path]) -> ImageConfig:
             raise UserError(f"{one} is grey and {other} in colour, or the other way: samples are of one kind")
         raise UserError(f"{one} is {a}x{b} px and {other} {c}x{d}: samples are all of one size")
     ((width, height, is_grey),) = kinds
-    if width != height:
-        raise UserError(f"{files[0]} is {width}x{height} px: samples are squares")
-    return ImageConfig(size=width, channels=1 if is_grey else 3)
+    return ImageConfig(size=width if width == height else (height, width), channels=1 if is_grey else 3)
 
 
 def _check_sizes(data: ImageSet, image: ImageConfig) -> None:
@@ -275,8 +273,8 @@ def _check_sizes(data: ImageSet, image: ImageConfig) -> None:
     for i in spread_indices(len(data), 64).tolist():
         part, index = data.locate(i)
         height, width = np.asarray(part.load(index, channels=image.channels)).shape[:2]
-        if (width, height) != (image.size, image.size):
+        if (height, width) != image.sides:
             raise UserError(
-                f"the samples are {image.size}x{image.size} px and the real image {part.names[index]} {width}x{height}; "
-                "give --resize to cut and resize the real ones as training does"
+                f"the samples are {image.sides[1]}x{image.sides[0]} px and the real image {part.names[index]} "
+                f"{width}x{height}; give --resize to cut and resize the real ones as training does"
             )

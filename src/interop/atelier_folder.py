@@ -56,7 +56,7 @@ def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
     try:
         if not isinstance(opened.network, UNet):
             raise UserError("its network is no U-Net")
-        unet2d_config(opened.network, image_size=opened.shape[1])
+        unet2d_config(opened.network, image_size=(opened.shape[1], opened.shape[2]))
     except UserError as error:
         reasons.append(str(error))
     if isinstance(autoencoder.network, VAE) and (faults := obstacles(autoencoder.network)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
+from ..config.sizes import sides_of
 from ..models import VAE
 from ..runs.autoencoder import Autoencoder
 from ..runs.diffusers_autoencoder import NETWORK_KEYS, OURS, VERSION, WEIGHTS, DiffusersAutoencoder, layer_names
@@ -103,7 +104,7 @@ def autoencoder_files(autoencoder: Autoencoder, latents: Mapping[str, Any] | Non
     elif reasons := obstacles(network):
         raise UserError(f"diffusers' AutoencoderKL cannot be the autoencoder of {autoencoder.path}: {'; '.join(reasons)}")
     else:
-        config = autoencoder_kl_config(network, sample_size=max(document["sizes"]))
+        config = autoencoder_kl_config(network, sample_size=max(sides_of(document["sizes"][-1])))
         state_dict = state_for_autoencoder_kl(network, latents)
     weights, documents = safetensors.torch.save(state_dict, metadata={"format": "pt"}), {"config.json": config}
     if isinstance(network, VAE):

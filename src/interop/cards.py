@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import quoted
+from ..config.sizes import Sides, describe_size, sides_of
 from ..data.names import printable
 
 
@@ -20,7 +21,7 @@ def render_card(template: str, **values: Any) -> str:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters = (quoted, printable, in_python, in_pixels, millions, colours)
+    filters = (quoted, printable, in_python, in_pixels, millions, colours, sides_of)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(f"{template}.md").render(values).strip() + "\n"
 
@@ -30,9 +31,9 @@ def in_python(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def in_pixels(sizes: Iterable[int] | None) -> str:
+def in_pixels(sizes: Iterable[int | Sides] | None) -> str:
     """Sizes of images in words."""
-    return " and ".join(f"{size} px" for size in sorted(sizes or ()))
+    return " and ".join(map(describe_size, sizes or ()))
 
 
 def millions(network: nn.Module) -> str:

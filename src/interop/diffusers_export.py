@@ -8,6 +8,7 @@ from typing import Any
 import safetensors.torch
 
 from ..config import UserError, dump
+from ..config.sizes import Sides, sides_of
 from ..diffusion import ProcessConfig
 from ..diffusion.process import time_input_for
 from ..diffusion.schedules import BlendScheduleConfig
@@ -28,7 +29,7 @@ def export(
     network: UNet,
     spec: ProcessConfig,
     *,
-    image_size: int,
+    image_size: int | Sides,
     out: Path,
     name: str,
     class_names: Sequence[str] = (),
@@ -38,7 +39,7 @@ def export(
 ) -> None:
     """Write the new folder `out`, which diffusers loads; it is whole or absent. Its README.md has Python that samples from it.
 
-    Without `latents` the network sees images (1 or 3 channels, image_size, image_size) in [-1, 1], and a DDPMPipeline loads the
+    Without `latents` the network sees images (1 or 3 channels, *image_size) in [-1, 1], and a DDPMPipeline loads the
     folder; so does a DDIMPipeline, but for a learned variance and the sigmoid schedule. There is no pipeline for latents (the
     folder has their autoencoder in `vae`) and for the blend (it has the UNet2DModel, its head negated, and a
     FlowMatchEulerDiscreteScheduler; where the network is fed another time than 1000 t, the UNet2DModel alone). `process.json`
@@ -47,7 +48,7 @@ def export(
     latents, by its scaling_factor and shift_factor, are the normalised ones that the U-Net sees. A UserError names the option
     that a UNet2DModel or the schedulers lack, before anything is written.
     """
-    unet = unet2d_config(network, image_size=image_size if latents is None else latents["shape"][1])
+    unet = unet2d_config(network, image_size=image_size if latents is None else tuple(latents["shape"][1:]))
     scheduler = scheduler_config(spec)
     if latents is not None and scheduler is not None and "clip_sample" in scheduler:
         scheduler["clip_sample"] = False  # diffusers clips all channels to one range, the loop of the card each to its own
@@ -84,7 +85,7 @@ def export(
         name=name,
         folder=out.name,
         channels=channels,
-        size=image_size,
+        size=sides_of(image_size),
         network=network,
         class_names=class_names,
         unet=unet,

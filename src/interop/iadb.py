@@ -176,8 +176,8 @@ def read(
         latents = _open_autoencoder(autoencoder, yaml, inputs)
         channels, factor = (latents.channels, latents.factor) if latents is not None else (inputs, 1)
         size, key = _image_size(image_size, yaml, factor)
-        validate(ImageConfig, {"size": size, "channels": channels}, origin="image")
-        side = latents.latent_shape(channels, size)[1] if latents is not None else size
+        image = validate(ImageConfig, {"size": size, "channels": channels}, origin="image")
+        side = latents.latent_shape(image)[1] if latents is not None else size
         if side % model.factor:
             raise UserError(
                 f"the network sees {side} px, of images of {size} px as {key} says, not divisible by {model.factor}, what its "

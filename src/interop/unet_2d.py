@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import UserError, validate
+from ..config.sizes import Sides, sides_of
 from ..models import UNet, UNetConfig, build_model
 from ..runs.diffusers_autoencoder import VERSION, fuse_qkv, names_inside
 from .names import multiple, rename_state, state_under
@@ -76,11 +77,11 @@ def unet_config(theirs: Mapping[str, Any]) -> UNetConfig:
     )
 
 
-def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:
+def unet2d_config(network: UNet, *, image_size: int | Sides) -> dict[str, Any]:
     """Our network as the `config.json` of a UNet2DModel for images of `image_size`: the inverse of `unet_config`. A UserError
     names the option that UNet2DModel lacks. UNet2DModel has residual resampling (its blocks `Resnet...`) and, with
     `attn_norm_num_groups`, an attention in the middle beside scale_shift."""
-    config = network.config
+    config, (height, width) = network.config, sides_of(image_size)
     options = [
         *(("attention", kind, ("none", "full")) for kind in config.attention),
         ("mid_attention", config.mid_attention, ("none", "full")),
@@ -129,7 +130,7 @@ def unet2d_config(network: UNet, *, image_size: int) -> dict[str, Any]:
         "num_train_timesteps": None,
         "out_channels": network.head.out_channels,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
-        "sample_size": image_size,
+        "sample_size": height if height == width else [height, width],
     }
     return dict(sorted(theirs.items()))
 

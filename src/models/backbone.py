@@ -7,6 +7,7 @@ import pydantic
 from torch import nn
 
 from ..config import OpenUnion, UserError, config, config_error
+from ..config.sizes import describe_size, is_divisible, nearest_sizes
 
 
 @config
@@ -69,11 +70,10 @@ def build_model(
     if config.takes_points != (len(shape) == 1):
         takes, gets = ("2-D points", "images") if config.takes_points else ("images", "2-D points")
         raise UserError(f"model.kind {config.kind} is a network of {takes}, and the data are {gets}; choose another kind")
-    size, factor = shape[-1], config.factor
-    if any(side % factor for side in shape[1:]):
-        near = sorted({size // factor * factor, -(-size // factor) * factor} - {0})
+    sides, factor = tuple(shape[1:]), config.factor
+    if len(sides) == 2 and not is_divisible(sides, factor):
         raise UserError(
-            f"the network sees {size} px, not divisible by {factor}, what {config.factor_keys} ask for; change them, or "
-            f"image.size, so it sees {' or '.join(map(str, near))}"
+            f"the network sees {describe_size(sides)}, not divisible by {factor}, what {config.factor_keys} ask for; change "
+            f"them, or image.size, so it sees {nearest_sizes(sides, factor)}"
         )
     return config.build(shape, num_classes, learned=learned, null_class=null_class, upsampler=upsampler)

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import UserError, config
+from ..config.sizes import Sides, is_divisible, sides_of
 from .layers import check_divides, zeroed
 from .unet import Encoder, EncoderConfig
 
@@ -59,18 +60,20 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(Encoder[ClassifierConfig]):
-    """network(x, time): x (B, in_channels, image_size, image_size), time (B,) -> logits (B, num_classes).
+    """network(x, time): x (B, in_channels, *image_size), time (B,) -> logits (B, num_classes); `image_size` is (height, width),
+    or the side of a square.
 
     A UserError says where image_size does not fit the architecture, a ValueError where x has not the size that the attention
     pool has learned.
     Sec. 4, Dhariwal & Nichol 2021, arXiv:2105.05233.
     """
 
-    def __init__(self, config: ClassifierConfig, *, in_channels: int = 3, image_size: int, num_classes: int) -> None:
+    def __init__(self, config: ClassifierConfig, *, in_channels: int = 3, image_size: int | Sides, num_classes: int) -> None:
         super().__init__(config, in_channels)
-        if image_size < 1 or image_size % config.factor:
+        height, width = sides_of(image_size)
+        if min(height, width) < 1 or not is_divisible(image_size, config.factor):
             raise UserError(f"image_size {image_size} is not divisible by {config.factor}, the classifier's down-sampling")
-        self.pool, self.image_size, self.num_classes = config.pool, image_size, num_classes
+        self.pool, self.image_size, self.num_classes = config.pool, (height, width), num_classes
         channels = config.widths[-1]
         self.head_norm = self._norm(channels) if config.pool != "spatial" else None
         if config.pool == "spatial":
@@ -79,7 +82,7 @@ class Classifier(Encoder[ClassifierConfig]):
         elif config.pool == "adaptive":
             self.head = zeroed(nn.Linear(channels, num_classes))
         else:
-            pixels = (image_size // config.factor) ** 2
+            pixels = height * width // config.factor**2
             self.head = AttentionPool(channels, pixels, num_classes, heads=config.heads(channels))
 
     @property
@@ -88,8 +91,9 @@ class Classifier(Encoder[ClassifierConfig]):
         return {"spatial": "head.2.", "adaptive": "head.", "attention": "head.out."}[self.pool]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        if self.pool == "attention" and x.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(f"this classifier sees images of {self.image_size} px, not {x.shape[2]} x {x.shape[3]}")
+        if self.pool == "attention" and x.shape[2:] != self.image_size:
+            height, width = self.image_size
+            raise ValueError(f"this classifier sees images of {height} x {width} px, not {x.shape[2]} x {x.shape[3]}")
         features = self._encode(x, F.silu(self._embed_time(time)))
         if self.head_norm is None:
             return self.head(torch.cat([h.mean(dim=(2, 3)) for h in features], dim=1))

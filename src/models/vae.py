@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import config, config_error, resumable_field
+from ..config.sizes import Sides, sides_of
 from .layers import Attention, AttentionKind, Downsample, ResidualBlock, Upsample, check_divides
 
 
@@ -80,9 +81,10 @@ class VAEConfig:
     def norm(self, channels: int) -> nn.Module:
         return nn.GroupNorm(self.norm_groups, channels, eps=1e-6)
 
-    def latent_shape(self, size: int) -> tuple[int, int, int]:
-        """(D, h, w) of the latents of square images of `size` px."""
-        return self.latent_channels, size // self.factor, size // self.factor
+    def latent_shape(self, size: int | Sides) -> tuple[int, int, int]:
+        """(D, h, w) of the latents of images of this size."""
+        height, width = sides_of(size)
+        return self.latent_channels, height // self.factor, width // self.factor
 
 
 class Reconstruction(NamedTuple):

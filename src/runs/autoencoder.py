@@ -1,5 +1,6 @@
 """A frozen autoencoder, ours or diffusers': open it for latent diffusion, keep it in a run, encode and decode with it."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import UserError, quoted, read_json, validate
+from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes, sides_of
+from ..data import ImageConfig
 from ..models import VAE, VAEConfig
 from ..models.layers import channels_last
 from ..runtime.checkpoint import check_whole, digest_of, load_weights, newest, read_tensors, verify_checkpoint, write_folder
@@ -35,7 +38,7 @@ class Autoencoder:
     channels: int
     latent_channels: int
     factor: int
-    sizes: tuple[int, ...] | None = None
+    sizes: tuple[int | Sides, ...] | None = None
     scaling: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
 
@@ -50,16 +53,25 @@ class Autoencoder:
         if verify_checkpoint(folder) is not None or read_json(folder / "autoencoder_config.json")["digest"] != self.digest:
             write_folder(folder, *self.files())
 
-    def latent_shape(self, channels: int, size: int) -> tuple[int, int, int]:
-        """(D, h, w) of images of `size` px; a UserError where it cannot take them."""
-        known = " and ".join(map(str, sorted(self.sizes or (size,))))
+    def latent_shape(self, image: ImageConfig) -> tuple[int, int, int]:
+        """(D, h, w) of such images; a UserError where it cannot take them: it was trained at another size, or, where the shapes
+        differ, at an area that is more than a quarter away."""
+        channels, size = image.channels, image.size
+        known, area = self.sizes or (size,), math.prod(image.sides)
+        shapes = [sides_of(each) for each in known if not (isinstance(each, int) and isinstance(size, int))]
+        is_near = any(abs(area / (height * width) - 1) <= 0.25 for height, width in shapes)
+        words, near = describe_size(size), nearest_sizes(size, self.factor)
         reasons = {
             f"has images of {self.channels} channels; set image.channels, which is {channels}": channels != self.channels,
-            f"reduces images by {self.factor}, and image.size {size} is not divisible by {self.factor}": size % self.factor,
-            f"was trained at {known} px; set image.size, which is {size}": size not in (self.sizes or (size,)),
+            f"reduces images by {self.factor}, and image.size {words.removesuffix(' px')} is not divisible by {self.factor}; "
+            f"set it to {near}": not is_divisible(size, self.factor),
+            f"was trained at {' and '.join(map(describe_size, known))}; set image.size, which is {words}": (
+                size not in known and not is_near
+            ),
         }
         refuse(f"the autoencoder {self.path}", reasons)
-        return self.latent_channels, size // self.factor, size // self.factor
+        height, width = image.sides
+        return self.latent_channels, height // self.factor, width // self.factor
 
 
 class LatentCodec:
@@ -110,7 +122,7 @@ def _rebuild(document: dict[str, Any], weights: dict[str, Tensor], path: str, di
         network = VAE(spec, document["channels"])
         network.tanh = document["tanh"]
         facts = {"channels": document["channels"], "latent_channels": spec.latent_channels, "factor": spec.factor}
-        facts["sizes"] = tuple(document["sizes"])
+        facts["sizes"] = tuple(size if isinstance(size, int) else tuple(size) for size in document["sizes"])
     load_weights(network, weights, Path(path))
     frozen = channels_last(network).to(device).eval().requires_grad_(False)
     return Autoencoder(network=frozen, path=path, document=document, digest=digest, **facts)
@@ -182,10 +194,16 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
         "model": config["model"],
         "channels": config["image"]["channels"],
         "tanh": progress["tanh"],
-        "sizes": sorted({stage["image_size"] or config["image"]["size"] for stage in config["stages"]}),
+        "sizes": _sizes_of(config),
     }
     digest = read_json(folder / "MANIFEST.json")["files"]["ema.safetensors"]["sha256"]
     return _rebuild(document, read_tensors(folder, "ema"), name, digest, device)
+
+
+def _sizes_of(config: dict[str, Any]) -> list[Any]:
+    """The sizes at which a run of train_vae.py was trained, the smallest first."""
+    sizes = [stage["image_size"] or config["image"]["size"] for stage in config["stages"]]
+    return sorted((size for i, size in enumerate(sizes) if size not in sizes[:i]), key=lambda size: math.prod(sides_of(size)))
 
 
 def start_from(name: str, *networks: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import figures
 from ..config import Length, UserError, config_error, resumable_field, validate
 from ..config import config as settings
+from ..config.sizes import describe_size, is_divisible, nearest_sizes
 from ..data import ImageConfig
 from ..data.names import same_names
 from ..diffusion import Process, Schedule, TimeInput, build_schedule
@@ -96,10 +97,10 @@ def open_classifier(path: str | Path, device: torch.device) -> OpenedClassifier:
 
 def build_classifier(spec: ClassifierConfig, image: ImageConfig, num_classes: int) -> Classifier:
     """The classifier of such images, in channels_last, which is faster."""
-    if image.size % spec.factor:
+    if not is_divisible(image.sides, spec.factor):
         raise UserError(
-            f"images of {image.size} px are not divisible by {spec.factor}, what {len(spec.channel_mult)} entries of "
-            "classifier.channel_mult ask for; change them, or image.size"
+            f"images of {describe_size(image.size)} are not divisible by {spec.factor}, what {len(spec.channel_mult)} entries "
+            f"of classifier.channel_mult ask for; change them, or set image.size to {nearest_sizes(image.size, spec.factor)}"
         )
     return channels_last(Classifier(spec, in_channels=image.channels, image_size=image.size, num_classes=num_classes))
 

@@ -64,7 +64,7 @@ class ImageDensity(Density):
 
     def __init__(self, train: ImageSet, held_out: ImageSet | None, image: ImageConfig) -> None:
         self.train, self.held_out, self.image = train, held_out, image
-        self.shape = (image.channels, image.size, image.size)
+        self.shape = image.shape
 
     def _examples(self, data_set: ImageSet) -> Examples:
         return image_examples(data_set, self.image)

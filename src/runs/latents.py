@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import UserError, read_json
 from ..config.progress import track, within
+from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
 from ..data.latents import FILES, LatentSet, Moments, cache_sums, open_latents, same_latents, statistics, sums_of
 from ..data.transforms import DECODER
@@ -81,7 +82,7 @@ class _Encoding(NamedTuple):
 
     @property
     def plain(self) -> ImageConfig:
-        return ImageConfig(size=self.image.size, channels=self.image.channels)
+        return self.image.plain
 
     @property
     def contract(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class _Encoding(NamedTuple):
             "pictures": self.train_set.fingerprint,
             "held_out": sets["held_out"].fingerprint if "held_out" in sets else None,
             "image": {"size": image.size, "channels": image.channels, "flip": image.flip},
-            "shape": list(self.autoencoder.latent_shape(image.channels, image.size)),
+            "shape": list(self.autoencoder.latent_shape(image)),
         }
 
     @property
@@ -150,7 +151,7 @@ def cache_folder(
 ) -> Path:
     """Where a cache is kept by default: in the run of the autoencoder, else in the folder `otherwise`."""
     contract, run = _Encoding(autoencoder, image, train_set, held_out).contract, Path(autoencoder.path)
-    name = f"{image.size}px_{hashlib.sha256(json.dumps(contract).encode()).hexdigest()[:8]}"
+    name = f"{describe_size(image.size).replace(' ', '')}_{hashlib.sha256(json.dumps(contract).encode()).hexdigest()[:8]}"
     return (run if (run / "checkpoints").is_dir() else otherwise) / "latents" / name
 
 

@@ -215,7 +215,7 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
     num_classes, shape, of_images = count_classes(config["class_conditional"], class_names), (2,), dict[str, Any]()
     if config["image"] is not None:
         image = of_images["image"] = validate(ImageConfig, config["image"], origin=f"{path}: image")
-        shape = (image.channels, image.size, image.size)
+        shape = image.shape
         if (facts := data.get("latents")) is not None:
             autoencoder, shape = kept_autoencoder(folder, device), tuple(facts["shape"])
             if autoencoder.digest != facts["autoencoder"]:

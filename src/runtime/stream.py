@@ -200,7 +200,7 @@ class Examples(NamedTuple):
 
 def image_examples(held_out: ImageSet, spec: ImageConfig) -> Examples:
     """Images cut from the middle, in [-1, 1]."""
-    plain = ImageConfig(size=spec.size, channels=spec.channels)
+    plain = spec.plain
     held_out.prepare(plain)
 
     def load(indices: NDArray[np.int64]) -> Tensor:

@@ -207,10 +207,10 @@ def write_samples(
             with explain_failure(out / "samples_*.npz"):
                 _write_npz(paths, labels, out)
         with warn_on_failure("grid.png"):
-            few, size = paths[:256], opened.image.size
+            few, sides = paths[:256], opened.image.sides
             blocks = len(set(names)) if names is not None and names == sorted(names, key=names.index) else 1
             options = {"columns": columns_for(len(few), blocks), "labels": names[: len(few)] if names is not None else None}
-            figures.save(figures.grid(read_pixels(few, (size, size, -1)), **options), out / "grid.png")
+            figures.save(figures.grid(read_pixels(few, (*sides, -1)), **options), out / "grid.png")
         if sampler.source is not None:
             with warn_on_failure("ways.png"):
                 _draw_ways(sampler, seed, paths[:32], out / "ways.png")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError, dump
+from ..config.sizes import describe_size
 from ..data.names import join_names, same_names
 from ..diffusion import SOLVERS, BlendSchedule, Denoiser, Prediction, Process, guidance, inversion_times, times, transitions
 from ..diffusion.schedules import like
@@ -328,13 +329,13 @@ def build_sampler(
     """The sampler of an opened run. It starts from `source`, or else where the run itself starts. A UserError says why the
     `classifier`, of other images or classes, does not fit the run."""
     if isinstance(run, Opened) and classifier is not None:
-        channels, size, names = classifier.image.channels, classifier.image.size, classifier.class_names
+        image, names = classifier.image, classifier.class_names
         if run.codec is not None:
             raise UserError(f"{run.path} draws latents, which no classifier of images sees; use classifier_free guidance")
-        if run.shape[:2] != (channels, size):
+        if run.shape != image.shape:
             raise UserError(
-                f"the classifier {classifier.path} sees {size} px in {channels} channel(s), {run.path} draws {run.shape[1]} px "
-                f"in {run.shape[0]}; train one with the same image"
+                f"the classifier {classifier.path} sees {describe_size(image.size)} in {image.channels} channel(s), {run.path} "
+                f"draws {describe_size(run.image.sides)} in {run.shape[0]}; train one with the same image"
             )
         if run.num_classes is not None and not same_names(run.class_names, names):
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pydantic
 
 from ..config import Length, Span, UserError, config, prefix_errors, resumable_field, to_steps
+from ..config.sizes import ImageSize, Sides, describe_size, is_divisible, nearest_sizes, sides_of
 from ..data import ImageConfig
 from ..models import DiscriminatorConfig, VAEConfig
 from ..runtime.stream import BatchPlan, plan_batch
@@ -39,7 +40,7 @@ class StageConfig:
     `micro_batch_size` too (all of it at once without one); `tanh`, once on, stays on in the stages that follow."""
 
     steps: Length
-    image_size: int | None = pydantic.Field(None, ge=2, le=4096)
+    image_size: ImageSize | None = None
     batch_size: int | None = pydantic.Field(None, gt=0)
     micro_batch_size: int | None = resumable_field(None, gt=0)
     reconstruction: Literal["l1", "mse"] = "l1"
@@ -105,7 +106,7 @@ class Stage:
         if adversarial is not None:
             adaptive = " adaptive" if adversarial.adaptive else ""
             terms += f" + {adversarial.weight:g}{adaptive} adversarial from step {self.adversary_from}"
-        place = f"stage {self.number} of {stages}: steps {self.first} to {self.end}, {self.image.size} px"
+        place = f"stage {self.number} of {stages}: steps {self.first} to {self.end}, {describe_size(self.image.size)}"
         return f"{place}, {terms}{', tanh' if self.config.tanh else ''}; "
 
 
@@ -139,23 +140,24 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
     return planned
 
 
-def _check_size(cfg: StagedConfig, stage_cfg: StageConfig, where: str, size: int, num_images: int) -> None:
+def _check_size(cfg: StagedConfig, stage_cfg: StageConfig, where: str, size: int | Sides, num_images: int) -> None:
     factor, smallest, bottleneck = cfg.model.factor, cfg.discriminator.smallest_image, cfg.model.bottleneck
-    if size % factor:
+    words, (height, width) = describe_size(size), sides_of(size)
+    if not is_divisible(size, factor):
         raise UserError(
-            f"{where}: images of {size} px cannot be reduced {factor} times; use {-(-size // factor) * factor} px, or fewer "
+            f"{where}: images of {words} cannot be reduced {factor} times; use {nearest_sizes(size, factor)}, or fewer "
             "model.widths"
         )
-    if stage_cfg.adversarial is not None and size < smallest:
+    if stage_cfg.adversarial is not None and min(height, width) < smallest:
         raise UserError(
-            f"{where}: images of {size} px leave the discriminator no patch; use {smallest} px or more, or fewer "
+            f"{where}: images of {words} leave the discriminator no patch; use {smallest} px or more, or fewer "
             "discriminator.layers"
         )
-    vectors = num_images * (size // factor) ** 2
+    vectors = num_images * (height // factor) * (width // factor)
     if bottleneck.kind == "vq" and bottleneck.codes > vectors:
         raise UserError(
             f"model.bottleneck.codes: {bottleneck.codes} codes are more than the {vectors} latent vectors of {num_images} "
-            f"images at {size} px; use fewer"
+            f"images at {words}; use fewer"
         )
 
 

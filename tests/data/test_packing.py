@@ -49,7 +49,7 @@ def test_packed_squares_are_one_indexed_copy(tmp_path: Path) -> None:
     pack(open_sources(ShapesSource(source="shapes", count=8, size=16)), tmp_path / "packed", size=16, channels=3)
     image_set = packed_set(tmp_path / "packed")
     image_set.prepare(ImageConfig(size=16))
-    assert image_set.ready and image_set._in_memory is not None and isinstance(image_set._in_memory[0], np.memmap)
+    assert image_set.ready and image_set._in_memory is not None and isinstance(image_set._in_memory[1], np.memmap)
 
 
 def test_packing_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def test_architectures_that_do_not_fit(change: dict, message: str) -> None:
 def test_images_that_do_not_fit(t: Tensor) -> None:
     with pytest.raises(UserError, match="image_size 9 is not divisible by 2"):
         Classifier(validate(ClassifierConfig, SMALL), image_size=9, num_classes=5)
-    with pytest.raises(ValueError, match="images of 8 px, not 16 x 16"):
+    with pytest.raises(ValueError, match="images of 8 x 8 px, not 16 x 16"):
         classifier()(torch.randn(2, 3, 16, 16), t)
     for pool in ("adaptive", "spatial"):
         assert classifier(pool=pool)(torch.randn(2, 3, 16, 16), t).shape == (2, 5), "only attention learns positions"

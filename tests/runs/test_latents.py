@@ -125,14 +125,21 @@ def test_images_are_encoded_as_the_draws_that_a_run_learns_from(tmp_path: Path, 
 
 
 def test_images_that_an_autoencoder_was_not_made_for() -> None:
-    assert autoencoder(sizes=(16, 32)).latent_shape(3, 32) == (4, 16, 16)
+    def shape_at(channels: Any, size: Any, sizes: Any = (16, 32)) -> tuple[int, ...]:
+        return autoencoder(sizes=sizes).latent_shape(ImageConfig(size=size, channels=channels))
+
+    assert shape_at(3, 32) == (4, 16, 16)
+    assert shape_at(3, (28, 36)) == (4, 14, 18) == shape_at(3, (28, 36), ((28, 36),))  # about the area of 32 px
+    assert shape_at(3, 32, ((28, 36),)) == (4, 16, 16)
     for channels, size, message in (
         (1, 16, "has images of 3 channels; set image.channels"),
         (3, 17, "not divisible by 2"),
-        (3, 64, "at 16 and 32 px"),
+        (3, (16, 17), "image.size 16x17 is not divisible by 2; set it to 16 px or 16x18 px"),
+        (3, 64, "at 16 px and 32 px"),
+        (3, (64, 32), "at 16 px and 32 px; set image.size, which is 64x32 px"),
     ):
         with pytest.raises(UserError, match=message):
-            autoencoder(sizes=(16, 32)).latent_shape(channels, size)
+            shape_at(channels, size)
 
 
 def test_reconstruction_is_measured_and_shown(tmp_path: Path, shapes: Any) -> None:

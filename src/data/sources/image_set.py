@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...config import UserError
+from ...config.sizes import Sides
 from .. import formats
 from ..colour import Pixels
 from ..names import find_spelling, join_names, normal_form, sorted_by_count, sorted_classes
-from ..transforms import ImageConfig, square
+from ..transforms import ImageConfig, crop
 from .images import ArrayImages, Images, Source, digest, hold_out, name_fraction
 from .python import read_dataset
 from .registry import OPEN_FUNCTIONS
@@ -40,7 +41,7 @@ class ImageSet:
         self.labels = np.concatenate([_renumbered(part.labels[c], part.class_names, self.class_names) for part, c in pairs])
         measures = np.concatenate([part.report.measures[c] for part, c in pairs])
         self.sides, self.times, self.decoders = measures[:, :2], measures[:, 2], measures[:, 3]
-        self._in_memory: tuple[Pixels, NDArray[np.int64]] | None = None
+        self._in_memory: tuple[Sides, Pixels, NDArray[np.int64]] | None = None  # of `prepare`: their size, pixels, index
         self.ready = False  # whether, once prepared, a batch is nothing but copies, so that loader workers would only cost time
 
     def __len__(self) -> int:
@@ -112,32 +113,32 @@ class ImageSet:
 
     def prepare(self, spec: ImageConfig) -> None:
         """Bring small sets to the size of `spec` once, so that a batch of them, or of a packed file of that size, is a copy."""
-        uniform = self.parts[0].uniform if len(self.parts) == 1 else None
-        if uniform is not None and uniform[0].shape[1:] == (spec.size, spec.size, spec.channels):
-            self._in_memory = uniform
+        uniform, self._in_memory = self.parts[0].uniform if len(self.parts) == 1 else None, None
+        if uniform is not None and uniform[0].shape[1:] == (*spec.sides, spec.channels):
+            self._in_memory = spec.sides, *uniform
         elif uniform is not None and isinstance(self.parts[0], ArrayImages):
-            centered = ImageConfig(size=spec.size, channels=spec.channels)
-            self._in_memory = np.stack([square(image, centered, np.full(3, 0.5)) for image in uniform[0]]), uniform[1]
-        self.ready = self._in_memory is not None or all(part.is_decoded_at(spec.size) for part in self.parts)
+            pixels = np.stack([crop(image, spec.plain, np.full(3, 0.5)) for image in uniform[0]])
+            self._in_memory = spec.sides, pixels, uniform[1]
+        self.ready = self._in_memory is not None or all(part.is_decoded_at(spec.sides) for part in self.parts)
 
     def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
-        """(B, size, size, channels) uint8 of the images `indices` (B,), cut and flipped by the random numbers `u` (B, 3)."""
-        if self._in_memory is None:
-            return np.stack([self._load_square(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
-        images, position = self._in_memory
+        """(B, height, width, channels) uint8 of the images `indices` (B,), cut and flipped by the random numbers `u` (B, 3)."""
+        if self._in_memory is None or self._in_memory[0] != spec.sides:
+            return np.stack([self._load_cropped(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
+        _, images, position = self._in_memory
         pixels = images[position[self.index[indices]]]
         if spec.flip:
             mirrored = u[:, 2] < 0.5
             pixels[mirrored] = pixels[mirrored, :, ::-1]
         return pixels
 
-    def _load_square(self, i: int, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
+    def _load_cropped(self, i: int, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
         """One image. In the place of one that broke after the scan comes the next of its class, with a warning."""
         j = i
         for tries in range(1, 21):
             part, index = self.locate(j)
             try:
-                return square(part.load(index, channels=spec.channels, at_least=spec.size), spec, u)
+                return crop(part.load(index, channels=spec.channels, at_least=max(spec.sides)), spec, u)
             except Exception as error:
                 line = f"warning: {part.names[index]!r} can no longer be read ({error}); the next one takes its place"
                 print(line, flush=True)

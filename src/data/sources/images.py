@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...config import UserError
+from ...config.sizes import Sides
 from ..colour import Pixels
 from ..names import normal_form, printable, sorted_classes
 from ..scan import ScanReport
@@ -74,8 +75,8 @@ class Images:
         """Where all images have one size: an array (M, H, W, C) in memory or in a mapped file, and the index of each in it."""
         return None
 
-    def is_decoded_at(self, size: int) -> bool:
-        """Whether the images lie in a mapped file with their shorter side at `size`, so that a batch costs no decoding."""
+    def is_decoded_at(self, sides: Sides) -> bool:
+        """Whether the images lie in a mapped file and just cover this height and width, so that a batch costs no decoding."""
         return False
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...config import UserError, config, read_json, resumable_field
+from ...config.sizes import Sides
 from ..colour import Pixels
 from ..scan import ScanReport
 from .images import Images, digest
@@ -50,8 +51,8 @@ class PackedImages(Images):
             return None  # images of another size lie between
         return self.pixels.reshape(-1, height, width, self.channels), self.records[:, 0] // size
 
-    def is_decoded_at(self, size: int) -> bool:
-        return bool((self.records[:, 1:].min(axis=1) == size).all())
+    def is_decoded_at(self, sides: Sides) -> bool:
+        return bool(((np.array(sides) / self.records[:, 1:]).max(axis=1) == 1).all())
 
 
 def open_packed(spec: PackedSource) -> PackedImages:
