@@ -34,11 +34,12 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from benchmarks.common import goal, installed, machine, wait
 from src.config import UserError, run_script
 from src.data import ImageConfig, ImageSet, open_sources
+from src.data.buckets import make_buckets
 from src.data.packing import pack
 from src.data.sources import DatasetsSource, FolderSource, PackedSource
 from src.data.sources.folder import FolderImages
-from src.data.transforms import decode, square
-from src.runtime.stream import _quiet_worker, plan_batch, stream, to_network
+from src.data.transforms import crop, decode
+from src.runtime.stream import StepOrder, _quiet_worker, plan_batch, stream, to_network
 
 FOLDER, PACKED, DATASETS, LMDB, NOTHING = (
     "folder",
@@ -93,8 +94,8 @@ class EncodedInLMDB(Dataset[tuple[np.ndarray, int]]):
             self.begun = lmdb.open(str(self.path), readonly=True, lock=False, readahead=False, meminit=False).begin()
         encoded = self.begun.get(f"{i:08d}".encode())
         assert isinstance(encoded, bytes)
-        image = decode(encoded, channels=self.spec.channels, at_least=self.spec.size)
-        return square(image, self.spec, torch.rand(3).numpy()).copy(), int(self.labels[i])
+        image = decode(encoded, channels=self.spec.channels, at_least=max(self.spec.sides))
+        return crop(image, self.spec, torch.rand(3).numpy()).copy(), int(self.labels[i])
 
 
 def peer(data: EncodedInLMDB, batch: int, workers: int, device: torch.device) -> Batches:
@@ -112,7 +113,8 @@ def peer(data: EncodedInLMDB, batch: int, workers: int, device: torch.device) ->
 
 def ours(images: ImageSet, spec: ImageConfig, batch: int, workers: int, device: torch.device) -> Batches:
     split = plan_batch(batch, None, rank=0, world=1)
-    with contextlib.closing(stream(images, spec, split, seed=0, workers=workers, device=device)) as batches:
+    order = StepOrder(make_buckets(spec, images.sides, 1), images.labels, split, 0)
+    with contextlib.closing(stream(images, order, workers=workers, device=device)) as batches:
         for micro in batches:
             yield micro.images, micro.labels
 
@@ -134,7 +136,7 @@ def images_per_second(batches: Batches, device: torch.device, seconds: float, wa
 def open_ways(folder: Path, work: Path, spec: ImageConfig, batch: int, device: torch.device) -> tuple[dict[str, Way], int]:
     """Every way there is (LMDB only where it is installed), and the number of pictures."""
     images = open_sources(FolderSource(source="folder", path=str(folder)))
-    pack(images, work / "packed", size=spec.size, channels=spec.channels)
+    pack(images, work / "packed", size=max(spec.sides), channels=spec.channels)
     imagefolder = DatasetsSource(source="datasets", name="imagefolder", data_dir=str(folder), label_column="label")
     sets = {
         FOLDER: (images, on_disk(folder)),

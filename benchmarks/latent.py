@@ -27,7 +27,7 @@ from benchmarks.speed import CONFIGS, QUIET, SIZES, WARMUP, Size, random_autoenc
 from src.config import load
 from src.runs.autoencoder import Autoencoder
 from src.runs.latents import Latents
-from src.runtime.stream import MicroBatch, stream, to_network
+from src.runtime.stream import MicroBatch, StepOrder, stream, to_network
 from src.training import inputs
 
 
@@ -56,9 +56,9 @@ class CacheInTurns:
         from_cache, own_draw, open_data = inputs.latent_stream, Latents.draw, train_ldm.open_data
         image_set = open_data(cfg.data, cfg.held_out)[0]
 
-        def batches(latents: Any, labels: Any, split: Any, **options: Any) -> Iterator[MicroBatch]:
-            on_the_fly = stream(image_set, cfg.image, split, seed=cfg.seed, device=self.device)
-            return self._in_turns(from_cache(latents, labels, split, **options), map(self._encode, on_the_fly))
+        def batches(latents: Any, order: StepOrder, **options: Any) -> Iterator[MicroBatch]:
+            on_the_fly = stream(image_set, order, device=self.device)
+            return self._in_turns(from_cache(latents, order, **options), map(self._encode, on_the_fly))
 
         def draw(latents: Latents, moments: Tensor, noise: Tensor) -> Tensor:
             began = time.perf_counter()

@@ -137,7 +137,7 @@ class BareStage:
         self.judge_optimizer = build_optimizer(self.discriminator, cfg.discriminator_optimizer)
         self.ema = EMA(self.network, cfg.ema)
         self.noise = torch.randn(cfg.batch_size, *cfg.model.latent_shape(cfg.image.size), device=device)
-        shape = (cfg.batch_size, cfg.image.size, cfg.image.size, cfg.image.channels)
+        shape = (cfg.batch_size, *cfg.image.sides, cfg.image.channels)
         self.images = to_network(torch.randint(0, 256, shape).byte(), device)
 
     def step(self) -> None:
@@ -238,7 +238,7 @@ def measure_loops(rounds: int) -> list[Compared]:
     steps = 4 * rounds + WARMUP + 1
     timed, comparisons = [*QUIET, "preview.sampler.steps=1", f"steps={steps}"], list[Compared]()
     pixels = load(CONFIGS / "digits_ddpm.json", ddpm_accelerate.Config, timed)
-    shape = (pixels.image.channels, pixels.image.size, pixels.image.size)
+    shape = pixels.image.shape
     (turns,) = with_a_bare_loop(ddpm_accelerate, inputs, "stream", pixels, lambda _: BareDiffusion(pixels, shape, 10))
     comparisons.append(compared("pixels (digits_ddpm)", turns, pixels.batch_size))
 

@@ -19,6 +19,7 @@ from benchmarks.common import machine
 from src import figures
 from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
+from src.data.buckets import make_buckets
 from src.diffusion import LossConfig
 from src.diffusion.weightings import SecondMomentTimes, UniformTimes
 from src.runs.opened import open_trained
@@ -41,7 +42,10 @@ def main() -> None:
     opened, accelerator = open_trained(args.run, torch.device("cpu")), Accelerator(cpu=True)
     spec = validate(Data, {key: opened.config[key] for key in ("data", "held_out")})
     train_set, _ = open_data(spec.data, spec.held_out)
-    examples, process = image_examples(train_set, opened.image), replace(opened.process, loss=LossConfig(kind="rescaled_kl"))
+    examples, process = (
+        image_examples(train_set, make_buckets(opened.image, train_set.sides, 1)),
+        replace(opened.process, loss=LossConfig(kind="rescaled_kl")),
+    )
     network = opened.network.requires_grad_(True)
     rng = np.random.default_rng(0)
 

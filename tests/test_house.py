@@ -227,7 +227,7 @@ def one_batch_of_a_classifier(cfg: Any) -> None:
     process = noise_process(cfg.noise)
     with torch.device("meta"):
         network = build_classifier(cfg.classifier, cfg.image, 27)
-        x0 = torch.zeros(2, cfg.image.channels, cfg.image.size, cfg.image.size)
+        x0 = torch.zeros(2, *cfg.image.shape)
     t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
     logits = network(process.add_noise(x0, torch.zeros_like(x0), t), process.network_time(t).to("meta", torch.float32))
     logits.sum().backward()
@@ -241,7 +241,7 @@ def one_stage_after_the_other(cfg: Any) -> None:
     with torch.device("meta"):
         network, discriminator = VAE(cfg.model, cfg.image.channels), Discriminator(cfg.discriminator, cfg.image.channels)
         for stage in stages:
-            images = torch.zeros(1, cfg.image.channels, stage.image.size, stage.image.size)
+            images = torch.zeros(1, *stage.image.shape)
             output = network(images, torch.zeros(1, *cfg.model.latent_shape(stage.image.size)))
             loss = losses.reconstruction_loss(stage.config.reconstruction, output.images, images)
             loss = (
