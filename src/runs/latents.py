@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import UserError, read_json
 from ..config.progress import track, within
 from ..data import ImageConfig, ImageSet
-from ..data.latents import FILES, LatentSet, Moments, cache_sums, open_latents, same_latents, statistics, sums_of
+from ..data.latents import FILES, LatentSet, Moments, open_latents, same_latents, statistics, sums_of
 from ..data.transforms import DECODER
 from ..runtime.processes import broadcast, ranks_of
 from ..runtime.stream import Examples, to_network
@@ -265,7 +265,7 @@ def latents_of(
         write_block(block, moments, {**sums_of(moments), CONTENT: content})
 
     def finish(staged: Path) -> dict[str, Any]:
-        return encoding.statistics(cache_sums(staged, len(train_set)))
+        return encoding.statistics([read_json(block.path) for block in blocks_of(staged, "train", len(train_set))])
 
     if not folder.exists():
         for images in encoding.sets.values():
