@@ -180,7 +180,7 @@ class OpenUnion:
             first = error.errors(include_url=False)[0]
             if first["type"] != "union_tag_invalid" or first["loc"]:  # a mistake inside one of the classes
                 raise
-            context = {**first["ctx"], "is_open": True}
+            context = {**first.get("ctx", {}), "is_open": True}
             raise PydanticCustomError("union_tag_invalid", "the tag should be {expected_tags}", context) from None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
