@@ -112,7 +112,7 @@ def save_sheet(path: Path, images: Tensor, outputs: Tensor, values: dict[str, fl
     twice."""
     rows = torch.cat([images, outputs, outputs - images])
     numbers = ", ".join(f"{name} {values[name]:.3g}" for name in ("psnr", "ssim", "lpips") if name in values)
-    title = f"{which}picture, reconstruction, difference: {numbers}"  # the pixels of a sheet stay as older runs have them
+    title = f"{which}image, reconstruction, difference: {numbers}"
     figures.save(figures.grid(figures.to_uint8(rows), columns=len(images), title=title), path)
 
 

@@ -177,7 +177,7 @@ def write_inversions(
     mean = {key: float(np.mean([abs(entry[key]) for entry in measured])) for key in ("rms", "std", "correlation")}
     write_whole(out / "sources.npy", numpy_bytes(np.save, np.concatenate(sources)))
     write_whole(out / "inversion.json", as_json({"mean": mean, "pictures": measured}))
-    title = f"picture, source, and back again with {sampler.calls()} network calls each way"
+    title = f"image, source, and back again with {sampler.calls()} network calls each way"
     with warn_on_failure("inversion.png"):
         sheet = figures.grid(np.concatenate(rows)[: 3 * 32], columns=3 * min(4, len(files)), title=title)
         figures.save(sheet, out / "inversion.png")
