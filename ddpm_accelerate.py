@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a diffusion model on pixels (DDPM, DDIM, v-prediction, rectified flow), or sample from one.
 
-accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=PICTURES
+accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=IMAGES
 python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling --num-samples 32 --guidance 2
 """
 

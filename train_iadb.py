@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train iterative alpha-(de)blending between two densities: noise, images, latents, 2-D points.
 
-accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=PICTURES
+accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=IMAGES
 python train_iadb.py -cfg configs/points2d_iadb.json
 """
 

@@ -2,7 +2,7 @@
 """Train diffusion on the latents of a frozen autoencoder, by class where the images have classes.
 
 accelerate launch train_ldm.py -cfg configs/wikiart256_ldm.json
-python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=PICTURES --dry-run
+python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=IMAGES --dry-run
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)

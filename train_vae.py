@@ -2,7 +2,7 @@
 """Train an autoencoder in stages: L1 with a PatchGAN that starts late, tanh, a perceptual loss, larger images.
 
 accelerate launch train_vae.py -cfg configs/wikiart256_vae.json
-python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES --dry-run
+python train_vae.py -cfg configs/landscape256_vae.json --set data.path=IMAGES --dry-run
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)

@@ -4,7 +4,7 @@
   python benchmarks/latent.py [--rounds 12] [--threads 2]
 
 Steps of the real train_ldm.py: every other batch comes from the cache, and every other one is loaded and encoded in its step;
-weights are random. Pictures lie in memory, so that nothing is decoded; in a folder of files the cache would save more.
+weights are random. Images lie in memory, so that nothing is decoded; in a folder of files the cache would save more.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class LatentStep(NamedTuple):
 
 
 class CacheInTurns:
-    """Steps of train_ldm.py whose moments come in turns from the cache and from pictures encoded in the step."""
+    """Steps of train_ldm.py whose moments come in turns from the cache and from images encoded in the step."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self.autoencoder, self.device = autoencoder, next(autoencoder.network.parameters()).device
@@ -75,7 +75,7 @@ class CacheInTurns:
 
     @torch.no_grad()
     def _encode(self, micro: MicroBatch) -> MicroBatch:
-        """A batch of pictures as one of moments."""
+        """A batch of images as one of moments."""
         images = to_network(micro.images, self.device)
         return micro._replace(images=torch.stack(self.autoencoder.network.moments(images), dim=1))
 

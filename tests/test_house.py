@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -154,8 +155,12 @@ def test_the_package_list_is_the_folders() -> None:
 
 
 def test_the_wheel_installs_as_atelier_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a copy, since setuptools leaves build/ and an .egg-info beside what it builds
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -238,6 +238,7 @@ def test_between_two_data_sets_the_way_is_straight(iadb_run: Path, shapes: list[
         (("--seeds", "3/18446744073709551616"), "seeds go from 0 to 2^64 - 1"),
         (("--seeds", "1/2", "--num-seeds", "4"), "--seeds, --num-seeds, --pictures and --source each name the keys; give one"),
         (("--frames-between", "0"), "--frames-between and --batch-size must be at least 1, --fps from 1 to 100"),
+        (("--steps", "many"), "--steps many: give a number, or counts for equal sections, such as 100,50,25"),
         (("--alphas", "0,0.5,1.5"), "alphas: 1.5 lies outside [0, 1]; alpha goes from 0, the source, to 1, the data"),
     ],
 )

@@ -4,7 +4,6 @@ A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, 1 or 2, 2, D
 log-variance), and last of all `manifest.json`: what it was made of, and the statistics of the training latents.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +51,6 @@ def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
         if (np.abs(one - other) > 1e-3 * np.maximum(np.abs(one), scale if key == "mean" else 1.0)).any():
             return False
     return True
-
-
-def cache_sums(folder: Path, split: str, count: int) -> list[dict[str, Any]]:
-    """The sums of the blocks of so many images."""
-    return [json.loads(block.path.read_text()) for block in blocks_of(folder, split, count)]
 
 
 def sums_of(moments: Moments) -> dict[str, Any]:

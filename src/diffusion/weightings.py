@@ -1,5 +1,6 @@
 """How much each level counts in training: loss weightings, and the distributions of the times that are trained."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal, NamedTuple
 
 import pydantic
@@ -19,14 +20,14 @@ class Gains(NamedTuple):
 
 
 @config
-class Weighting:
+class Weighting(ABC):
     """The base of all loss weightings."""
 
     kind: str
 
+    @abstractmethod
     def weight(self, level: Level, gains: Gains) -> Tensor:
         """The weight of the output's squared error at some levels, float64 of their shape."""
-        raise NotImplementedError
 
 
 WEIGHTINGS = OpenUnion("kind")

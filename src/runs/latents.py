@@ -21,7 +21,7 @@ from ..config import UserError, read_json
 from ..config.progress import track, within
 from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
-from ..data.latents import FILES, BucketLatents, LatentSet, Moments, cache_sums, open_latents, same_latents, statistics, sums_of
+from ..data.latents import FILES, BucketLatents, LatentSet, Moments, open_latents, same_latents, statistics, sums_of
 from ..data.transforms import DECODER
 from ..runtime.processes import broadcast, ranks_of
 from ..runtime.stream import Examples, to_network
@@ -307,7 +307,8 @@ def latents_of(
 
     def finish(staged: Path) -> dict[str, Any]:
         of_train = [(split, count) for split, count in encoding.counts.items() if split.startswith("train")]
-        return encoding.statistics([entry for split, count in of_train for entry in cache_sums(staged, split, count)])
+        blocks = [block for split, count in of_train for block in blocks_of(staged, split, count)]
+        return encoding.statistics([read_json(block.path) for block in blocks])
 
     if not folder.exists():
         for images, spec in splits.values():

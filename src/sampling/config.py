@@ -114,8 +114,8 @@ def parse_steps(text: str) -> int | list[int]:
     return counts[0] if len(counts) == 1 else counts
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A script's arguments for how images are drawn."""
+def add_arguments(parser: argparse.ArgumentParser, *, of_animation: bool = False) -> None:
+    """A script's arguments for how images are drawn. An animation goes the whole path of every frame, without a classifier."""
     solver = parser.add_argument_group("solver")
     solver.add_argument("--solver", choices=SOLVERS, default="ddim")
     solver.add_argument("--steps", default="50", help="a number, or counts for equal sections: 100,50,25 (default 50)")
@@ -123,13 +123,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     solver.add_argument("--spacing", choices=SPACINGS, default="even")
     solver.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 is none, 1 as much as ancestral sampling")
     solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")
+    guidance = parser.add_argument_group("guidance")
+    guidance.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is none (of a classifier 0)")
+    guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
+    if of_animation:
+        parser.set_defaults(stop_at=None, double_sampling=None, guidance_method="classifier_free", classifier=None)
+        return
     solver.add_argument("--stop-at", type=int, metavar="S", help="end after S steps, with the estimate of x_0")
     solver.add_argument("--double-sampling", type=int, metavar="S", help="noise again to step S, and denoise once more")
-    guidance = parser.add_argument_group("guidance")
-    guidance.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is none of classifier_free, 0 of a classifier")
     guidance.add_argument("--guidance-method", choices=("classifier_free", "classifier"), default="classifier_free")
     guidance.add_argument("--classifier", metavar="RUN", help="a run of train_classifier.py, or an imported classifier")
-    guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
 
 
 def sampler_config(args: argparse.Namespace) -> SamplerConfig:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import UserError
 from ..diffusion import Process, TableSchedule
 from ..diffusion.weightings import LogitNormalTimes, SecondMomentTimes, UniformTimes
+from ..runtime.processes import CpuCopy
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan
 from .config import StepsConfig
@@ -36,7 +37,7 @@ class TimeSampler:
             self._counts = np.zeros(process.schedule.num_steps, dtype=np.int64)
         self._t = self._weights = torch.empty(0, dtype=torch.float64)
         self._losses: list[Tensor] = []
-        self._pending: deque[tuple[Tensor, Tensor, Any]] = deque()  # times, losses, and the event when these have arrived
+        self._pending: deque[tuple[Tensor, CpuCopy]] = deque()  # times, losses
 
     def probabilities(self) -> np.ndarray | None:
         """(T,): how likely each entry is drawn; None while all are alike."""
@@ -49,7 +50,8 @@ class TimeSampler:
     def draw(self, uniform: Tensor) -> Tensor:
         """The times (B,) of the next step, from numbers in [0, 1)."""
         while len(self._pending) >= LAG:
-            self._learn(*self._pending.popleft())
+            t, losses = self._pending.popleft()
+            self._learn(t, losses.wait())
         chances = self.probabilities()
         self._weights = torch.ones_like(uniform)
         if chances is not None:
@@ -77,17 +79,10 @@ class TimeSampler:
             return
         losses = accelerator.gather(torch.cat(self._losses))  # ranks hold slices of the batch, in their order
         assert isinstance(losses, Tensor)
-        self._losses, event = [], None
-        if losses.is_cuda:
-            host = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
-            host.copy_(losses, non_blocking=True)
-            losses, event = host, torch.cuda.Event()
-            event.record()
-        self._pending.append((self._t, losses, event))
+        self._losses = []
+        self._pending.append((self._t, CpuCopy(losses)))
 
-    def _learn(self, t: Tensor, losses: Tensor, event: Any) -> None:
-        if event is not None:
-            event.synchronize()
+    def _learn(self, t: Tensor, losses: Tensor) -> None:
         size = self._history.shape[1]
         for entry, loss in zip(t.long().tolist(), losses.double().tolist(), strict=True):
             if not np.isfinite(loss):
@@ -100,17 +95,15 @@ class TimeSampler:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of what is learned."""
         learned = {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
-        for i, (t, losses, event) in enumerate(self._pending):
-            if event is not None:
-                event.synchronize()
-            learned |= {f"pending.{i}.t": t.clone(), f"pending.{i}.losses": losses.cpu().clone()}
+        for i, (t, losses) in enumerate(self._pending):
+            learned |= {f"pending.{i}.t": t.clone(), f"pending.{i}.losses": losses.wait().clone()}
         return learned
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what a checkpoint kept."""
         self._history, self._counts = tensors["history"].numpy().copy(), tensors["counts"].numpy().copy()
         count = sum(name.endswith(".t") for name in tensors)
-        self._pending = deque((tensors[f"pending.{i}.t"], tensors[f"pending.{i}.losses"], None) for i in range(count))
+        self._pending = deque((tensors[f"pending.{i}.t"], CpuCopy(tensors[f"pending.{i}.losses"])) for i in range(count))
 
 
 class StepNoise:

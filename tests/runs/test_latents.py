@@ -111,7 +111,7 @@ def test_a_codec_goes_there_and_back() -> None:
 
 
 def test_images_are_encoded_as_the_draws_that_a_run_learns_from(tmp_path: Path, shapes: Any) -> None:
-    """What is held out has the posterior's variance, and a picture, cached or not, has the same latents each time."""
+    """What is held out has the posterior's variance, and an image, cached or not, has the same latents each time."""
     opened, twice = autoencoder(), 6
     images = torch.zeros(400, 3, 16, 16)
     mean, logvar = opened.network.moments(images)

@@ -1,4 +1,4 @@
-"""Pictures before and while a run trains, and the held-out loss."""
+"""Images before and while a run trains, and the held-out loss."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ class Zero(torch.nn.Module):
 
 
 def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
-    """For eps the target's mean square is 1, however the pictures are batched."""
+    """For eps the target's mean square is 1, however the images are batched."""
     shapes = open_sources(ShapesSource(source="shapes", count=300, size=8))
     process = process_of("linear", "eps")
     sampler = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=4, clip_x0=None)

@@ -360,9 +360,9 @@ def test_moments_that_do_not_fit_are_refused(muon: dict | None) -> None:
 
     refused({key: value for key, value in state.items() if not key.startswith("3.weight/")}, "it lacks 3.weight/")
     refused({key: value for key, value in state.items() if not key.endswith("bias/exp_avg_sq")}, "it lacks 0.bias/exp_avg_sq")
-    refused(state | {"5.weight/exp_avg": torch.zeros(2)}, "it has 5.weight/exp_avg in excess")
+    refused(state | {"5.weight/exp_avg": torch.zeros(2)}, "it has in excess 5.weight/exp_avg")
     refused(state | {"4.bias/exp_avg": torch.zeros(3)}, r"4.bias/exp_avg has the shape \(3,\) and not \(2,\)")
-    refused(state, "it lacks 0.weight/.* in excess", other)
+    refused(state, "it lacks 0.weight/.*; it has in excess", other)
     load_optimizer_state(build_optimizer(network, spec), network, {})  # before the first step there are none
 
 
