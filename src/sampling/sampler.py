@@ -1,5 +1,6 @@
 """The sampler, which previews, sample.py and all else draw images with. It is long, since all of a batch's way is here."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,18 @@ from torch import Tensor, nn
 
 from ..config import UserError, dump
 from ..data.names import join_names, same_names
-from ..diffusion import SOLVERS, BlendSchedule, Denoiser, Prediction, Process, guidance, inversion_times, times, transitions
+from ..diffusion import (
+    SOLVERS,
+    BlendSchedule,
+    Denoiser,
+    Prediction,
+    Process,
+    guidance,
+    inversion_times,
+    shift_times,
+    times,
+    transitions,
+)
 from ..diffusion.schedules import like
 from ..diffusion.solvers import Callback, invertible_solvers
 from ..diffusion.variance import Transitions
@@ -66,13 +78,17 @@ class Sampler:
         self.shape, self.num_classes, self.clip_x0, self.codec = tuple(shape), num_classes, clip_x0, codec
         self.source, self.origin, self.classifier = source, origin, classifier if by_classifier else None
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
-        if spec.alphas is None:
-            steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
-            self.times = times(process.schedule, steps, spec.spacing)
-        elif isinstance(process.schedule, BlendSchedule):
-            self.times = 1 - torch.tensor(spec.alphas, dtype=torch.float64)
-        else:
-            raise UserError("alphas belong to the blend; this run has a table of levels: give steps and a spacing")
+        self.times = self.times_for(self.shape)
+
+    def times_for(self, shape: Sequence[int]) -> Tensor:
+        """The sampling times (steps + 1,) for what the network sees of this shape, on which a shift depends."""
+        spec, schedule = self.spec, self.process.schedule
+        if spec.alphas is not None:
+            if not isinstance(schedule, BlendSchedule):
+                raise UserError("alphas belong to the blend; this run has a table of levels: give steps and a spacing")
+            return 1 - torch.tensor(spec.alphas, dtype=torch.float64)
+        even = times(schedule, spec.steps if isinstance(spec.steps, int) else list(spec.steps), spec.spacing)
+        return even if spec.shift is None else shift_times(schedule, even, spec.shift.factor(math.prod(shape)))
 
     def start(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
         """What the images `indices` of `seed` start from, (B, *shape) float32 on the CPU; each `draw` gives other values."""
