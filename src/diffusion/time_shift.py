@@ -18,7 +18,7 @@ class TimeShift:
     Sec. 5.3.2, Esser et al. 2024, arXiv:2403.03206; with `base` 4096, Zheng et al. 2025, arXiv:2510.11690.
     """
 
-    base: int = Field(gt=0)
+    base: int = Field(gt=0, le=10**9)
 
     def factor(self, dimensions: int) -> float:
         """s for what has so many dimensions."""
@@ -33,7 +33,7 @@ def shift(u: Tensor, s: float) -> Tensor:
     return s * u / ((1 - u) + s * u)  # so that no rounding leads out of [0, 1]
 
 
-def _shift_times(schedule: Schedule, t: Tensor, s: float, noisiest: Tensor) -> Tensor:
+def _times_of_shifted_u(schedule: Schedule, t: Tensor, s: float, noisiest: Tensor) -> Tensor:
     """The times at which u is shifted, where u is measured in that of the time `noisiest`, which stays."""
     alpha, sigma = schedule.level(torch.cat([noisiest.reshape(1), t]))
     u = sigma / (alpha + sigma)
@@ -49,8 +49,8 @@ def shift_times(schedule: Schedule, times: Tensor, s: float) -> Tensor:
     one. Entries that fall together are pushed apart, first towards the data and where there is no room left to the noise.
     """
     if not isinstance(schedule, TableSchedule):
-        return _shift_times(schedule, times.double(), s, times[0])
-    entries = _shift_times(schedule, times[:-1], s, times[0]).round()
+        return _times_of_shifted_u(schedule, times.double(), s, times[0])
+    entries = _times_of_shifted_u(schedule, times[:-1], s, times[0]).round()
     index = torch.arange(len(entries), dtype=torch.float64)
     distinct = torch.cummin(entries + index, dim=0).values - index
     return torch.cat([torch.maximum(distinct, index.flip(0)), times[-1:]])
@@ -67,5 +67,5 @@ def draw_shifted_times(schedule: Schedule, uniform: Tensor, s: float) -> Tensor:
     if not isinstance(schedule, TableSchedule):
         return shift(uniform.double(), s)
     last = torch.tensor(schedule.num_steps - 1, dtype=torch.float64)
-    between = _shift_times(schedule, uniform.double() * schedule.num_steps - 1, s, last)
+    between = _times_of_shifted_u(schedule, uniform.double() * schedule.num_steps - 1, s, last)
     return (between.floor() + 1).clamp(max=float(last))

@@ -54,6 +54,7 @@ def test_the_equation_its_inverse_and_its_ends(s: float) -> None:
 def test_the_factor_is_the_root_of_the_dimensions() -> None:
     for size, s in ((32, 0.8660), (64, 1.7321), (128, 3.4641), (256, 6.9282), (512, 13.8564)):  # docs/sampling.md
         assert TimeShift(base=4096).factor(3 * size * size) == pytest.approx(s, abs=5e-5)
+        assert TimeShift(base=4096).factor(4 * (size // 4) ** 2) == size / 128
     assert TimeShift(base=4096).factor(4 * 32 * 32) == 1 and TimeShift(base=4096).factor(4 * 64 * 64) == 2
     assert TimeShift(base=8).factor(2) == 0.5
 
@@ -220,6 +221,7 @@ def test_previews_of_blends_are_shifted() -> None:
         ({"alphas": [0, 0.5, 1], "shift": {"base": 48}}, "shift: alphas are the steps themselves"),
         ({"shift": {"base": 0}}, "shift.base: input should be greater than 0, not 0"),
         ({"shift": {"base": -4096}}, "shift.base: input should be greater than 0, not -4096"),
+        ({"shift": {"base": 10**400}}, "shift.base: input should be less than or equal to 1000000000"),
         ({"shift": {"base": "many"}}, "shift.base: input should be a valid integer, not 'many'"),
         ({"shift": {}}, "shift.base: this key is missing"),
         ({"shift": {"base": 4096, "by": 2}}, "shift.by: unknown key"),
