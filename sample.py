@@ -17,7 +17,7 @@ from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
-from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config
+from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config, without_newer
 from src.sampling.edit import files_of, fingerprint, load_edit, load_low, no_start, start_from_images
 from src.sampling.files import remove_if_empty, write_samples
 from src.sampling.paths import write_inversions, write_points
@@ -181,7 +181,7 @@ def main() -> None:
     if upscaler is not None:
         request["upscaler"] = upscaler.digest
 
-    words = {key: getattr(args, key) for key in SAMPLER_KEYS}
+    words = without_newer({key: getattr(args, key) for key in SAMPLER_KEYS})
     tag = short_hash(opened.digest, args.num_samples, args.batch_size, labels, words, request)
     name = f"{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     out = Path(args.out or f"samples/{opened.folder}/{name}")

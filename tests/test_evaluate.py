@@ -167,6 +167,10 @@ def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     line, name = metrics(ldm_run)[-1], "evaluation_sweep_steps=3,eta=0.5_frechet_random_of_16_on_train"
     assert line[name] == rows[3]["random"]["frechet"]
     assert "sweep steps" not in (ldm_run / "report.html").read_text(), "a table, and no chart of one point"
+    evaluate(ldm_run, "--num-samples", "16", "--steps", "3", "--sweep", "shift.base=4,4096", "--out", tmp_path / "shifted")
+    shifted, printed = figures(tmp_path / "shifted")["rows"], capsys.readouterr().out
+    assert [row["shift.base"] for row in shifted] == [4, 4096] and "best: shift.base" in printed
+    assert len({row["random"]["frechet"] for row in (*shifted, rows[2])}) == 3
     evaluate(ldm_run, "--num-samples", "16", "--steps", "2", "--out", tmp_path / "alone")
     assert figures(tmp_path / "alone")["random"]["frechet"] == rows[0]["random"]["frechet"]
     assert "evaluation_frechet_random_of_16" in metrics(ldm_run)[-1]

@@ -244,6 +244,7 @@ def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, 
 
 def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path) -> None:
     assert "--features is about" in refused("evaluate", hybrid_run, "--likelihood", "--features", "random")
+    assert "--shift-base is about" in refused("evaluate", hybrid_run, "--likelihood", "--shift-base", "9")
     assert "--data are others; leave one out" in refused(
         "evaluate", hybrid_run, "--likelihood", "--part", "train", "--data", "x"
     )

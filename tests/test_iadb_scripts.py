@@ -204,11 +204,12 @@ def test_points_go_on_to_the_bit_on_two_processes(points_run: Path, tmp_path: Pa
 def test_points_are_drawn_again(points_run: Path, tmp_path: Path) -> None:
     arguments = ("--num-samples", "64", "--solver", "rk4", "--steps", "4", "--classes", "1")
     assert "trained without classes" in refused("sample", points_run, *arguments)
-    run_here("sample", points_run, *arguments[:-2], "--out", tmp_path / "drawn")
+    run_here("sample", points_run, *arguments[:-2], "--shift-base", "4", "--out", tmp_path / "drawn")
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
         "metadata.json", "points.npz", "trajectories.png", "velocity.png", "x0.png", "x1.png",
     ]  # fmt: skip
-    assert read_json(tmp_path / "drawn" / "metadata.json")["network_calls"] == 16
+    metadata = read_json(tmp_path / "drawn" / "metadata.json")
+    assert metadata["network_calls"] == 16 and metadata["shift"] == {"base": 4}
     message = refused("sample", points_run, "--num-samples", "32", "--out", tmp_path / "drawn")
     assert "holds other frames; give another --out" in message
     assert "--npz is about images" in refused("sample", points_run, "--npz")

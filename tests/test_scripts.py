@@ -311,7 +311,8 @@ def test_what_sampling_from_checkpoints_cannot_use(
 
 
 @pytest.mark.parametrize(
-    "words", [("--steps", "3"), ("--seed", "0"), ("--num-samples", "4"), ("--out", "x"), ("--guidance", "2")]
+    "words",
+    [("--steps", "3"), ("--shift-base", "4096"), ("--seed", "0"), ("--num-samples", "4"), ("--out", "x"), ("--guidance", "2")],
 )
 def test_training_takes_no_words_of_sampling(words: tuple[str, ...]) -> None:
     assert f"{words[0]} is about drawing from a --ckpt: add --ckpt_sampling" in refused(

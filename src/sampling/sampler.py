@@ -1,6 +1,7 @@
 """The sampler, which previews, sample.py and all else draw images with. It is long, since all of a batch's way is here."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,18 @@ from torch import Tensor, nn
 from ..config import UserError, dump
 from ..config.sizes import describe_size
 from ..data.names import join_names, same_names
-from ..diffusion import SOLVERS, BlendSchedule, Denoiser, Prediction, Process, guidance, inversion_times, times, transitions
+from ..diffusion import (
+    SOLVERS,
+    BlendSchedule,
+    Denoiser,
+    Prediction,
+    Process,
+    guidance,
+    inversion_times,
+    shift_times,
+    times,
+    transitions,
+)
 from ..diffusion.schedules import like
 from ..diffusion.solvers import Callback, invertible_solvers
 from ..diffusion.variance import Transitions
@@ -70,13 +82,17 @@ class Sampler:
         self.shapes = dict(shapes or {self.shape: 1})
         self.source, self.origin, self.classifier = source, origin, classifier if by_classifier else None
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
-        if spec.alphas is None:
-            steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
-            self.times = times(process.schedule, steps, spec.spacing)
-        elif isinstance(process.schedule, BlendSchedule):
-            self.times = 1 - torch.tensor(spec.alphas, dtype=torch.float64)
-        else:
-            raise UserError("alphas belong to the blend; this run has a table of levels: give steps and a spacing")
+        self.times = self.times_for(self.shape)
+
+    def times_for(self, shape: Sequence[int]) -> Tensor:
+        """The sampling times (steps + 1,) for what the network sees of this shape, on which a shift depends."""
+        spec, schedule = self.spec, self.process.schedule
+        if spec.alphas is not None:
+            if not isinstance(schedule, BlendSchedule):
+                raise UserError("alphas belong to the blend; this run has a table of levels: give steps and a spacing")
+            return 1 - torch.tensor(spec.alphas, dtype=torch.float64)
+        even = times(schedule, spec.steps if isinstance(spec.steps, int) else list(spec.steps), spec.spacing)
+        return even if spec.shift is None else shift_times(schedule, even, spec.shift.factor(math.prod(shape)))
 
     def at_shape(self, shape: Sequence[int]) -> "Sampler":
         """The same sampler for what the network sees of images of another size. A UserError where it starts from a source that
@@ -85,7 +101,7 @@ class Sampler:
         if shape == self.shape:
             return self
         other = copy.copy(self)
-        other.shape = shape
+        other.shape, other.times = shape, self.times_for(shape)
         if isinstance(self.source, SourceSampler):
             other.source = self.source.at_shape(shape)
         return other

@@ -99,7 +99,7 @@ def preview_paths(
     count, device = spec.num_samples, session.accelerator.device
     columns, values = list[Tensor](), dict[str, float]()
     for calls in sorted(spec.calls):
-        sampler = sampler_for(SamplerConfig(solver="euler", steps=calls, guidance=spec.guidance))
+        sampler = sampler_for(spec.sampler_of(calls))
         labels = _labels(sampler, count, len(class_names))
         outputs = _draw_on_all(session, count, spec.batch_size, partial(_paths, sampler, labels, device))
         if outputs is None:

@@ -1,5 +1,6 @@
 """What a diffusion step draws for its whole batch: times, noise, and whose labels are dropped. Each process takes its slice."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
@@ -47,8 +48,9 @@ class TimeSampler:
         share, total = self.spec.uniform_share, roots.sum()
         return (1 - share) * roots / total + share / len(roots) if total > 0 else None
 
-    def draw(self, uniform: Tensor) -> Tensor:
-        """The times (B,) of the next step, from numbers in [0, 1)."""
+    def draw(self, uniform: Tensor, dimensions: int) -> Tensor:
+        """The times (B,) of the next step, from numbers in [0, 1). The network sees images of so many `dimensions` in it
+        (C * H * W, or 2 of points), by which times are shifted where the config asks for that."""
         while len(self._pending) >= LAG:
             t, losses = self._pending.popleft()
             self._learn(t, losses.wait())
@@ -63,7 +65,8 @@ class TimeSampler:
         if isinstance(self.spec, LogitNormalTimes):
             standard_normal = torch.special.ndtri(uniform.clamp(min=1e-12))
             uniform = torch.sigmoid(self.spec.mean + self.spec.std * standard_normal).clamp(max=1 - 1e-12)
-        self._t = self.process.draw_times(uniform)
+        shift = self.spec.shift.factor(dimensions) if self.spec.shift is not None else None
+        self._t = self.process.draw_times(uniform, shift)
         return self._t
 
     def weigh(self, losses: Tensor, local_slice: slice) -> Tensor:
@@ -107,14 +110,14 @@ class TimeSampler:
 
 
 class StepNoise:
-    """Times `t` (B,), noise `eps` (B, *shape) and whose label is dropped (B,): functions of (seed, step), and the times of what
-    `times` has learned."""
+    """Times `t` (B,), noise `eps` (B, *shape) and whose label is dropped (B,): functions of (seed, step), and the times of the
+    shape and of what `times` has learned."""
 
     def __init__(
         self, cfg: StepsConfig, times: TimeSampler, batch_plan: BatchPlan, shape: Sequence[int], step: int, device: torch.device
     ) -> None:
         rng = generator(cfg.seed, "step", step)
-        self.t = times.draw(uniforms(rng, batch_plan.batch))
+        self.t = times.draw(uniforms(rng, batch_plan.batch), math.prod(shape))
         self.dropped = uniforms(rng, batch_plan.batch) < getattr(cfg, "label_dropout", 0.0)  # a classifier needs its labels
         self._cfg, self._shape, self._step, self._device = cfg, (batch_plan.batch, *shape), step, device
 
