@@ -20,8 +20,8 @@ from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
-from src.sampling.config import add_arguments, count_for_classes, sampler_config
-from src.sampling.edit import encode_images, files_of, no_start, start_from_images
+from src.sampling.config import SIZE_HELP, add_arguments, count_for_classes, sampler_config
+from src.sampling.edit import at_size, encode_images, files_of, no_start, start_from_images
 from src.sampling.files import claim, remove_if_empty
 from src.sampling.paths import difference, inverted, plan_frames, write_frames
 from src.sampling.sampler import describe, random_labels
@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     keys.add_argument("--loop", action="store_true", help="go on from the last key to the first")
     keys.add_argument("--frames-between", type=int, default=48, metavar="N", help="from one key to the next (default 48)")
     keys.add_argument("--fps", type=int, default=24, help="frames a second (default 24)")
+    parser.add_argument("--size", metavar="HxW", help=SIZE_HELP)
     parser.add_argument("--out", help="folder for frames, MP4 and GIF (default samples/RUN/interpolation_...)")
     parser.add_argument("--batch-size", type=int, default=16, help="frames at a time; changes them only by rounding")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
@@ -95,6 +96,7 @@ def main() -> None:
     opened = open_trained(args.run, device)
     if opened.low_resolution is not None:
         raise UserError(f"{args.run} is an upsampler, which draws from other images; give the run that draws those")
+    opened = at_size(opened, args.size, files)
     source = start_from_images(opened, args.source) if args.source is not None else None
     source = no_start if args.pictures and not opened.gaussian else source
     sampler = build_sampler(opened, spec, source=source)
@@ -115,6 +117,8 @@ def main() -> None:
         "loop": args.loop,
         "batch_size": args.batch_size,
     }
+    if args.size is not None or opened.buckets:
+        request["size"] = list(opened.image.sides)
     tag = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:6]
     out = Path(args.out or f"samples/{opened.folder}/interpolation_{tag}")
     facts = {"files": [str(file) for file in files], "path": str(opened.path), "config": opened.config}

@@ -17,8 +17,8 @@ from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
-from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config, without_newer
-from src.sampling.edit import files_of, fingerprint, load_edit, load_low, no_start, start_from_images
+from src.sampling.config import SAMPLER_KEYS, SIZE_HELP, add_arguments, count_for_classes, sampler_config, without_newer
+from src.sampling.edit import at_size, files_of, fingerprint, load_edit, load_low, no_start, start_from_images
 from src.sampling.files import remove_if_empty, write_samples
 from src.sampling.paths import write_inversions, write_points
 from src.sampling.sampler import describe, random_labels
@@ -38,6 +38,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     parser.add_argument("--num-samples", type=int, help="default 16 or a few more for --classes; one for each image of --low")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time; changes them only by rounding")
     parser.add_argument("--classes", help="names or numbers, A/B/C, dealt in equal blocks (default: random)")
+    parser.add_argument("--size", metavar="HxW", help=SIZE_HELP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", action="store_true", help="write the denoising GIF and its frames")
     parser.add_argument("--npz", action="store_true", help="also all in one file, as guided-diffusion's evaluator reads it")
@@ -103,9 +104,10 @@ def draw_points(
 
 def invert(opened: Opened, spec: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     """Bring images back to their source, and forth again."""
-    used = {"run", "invert", "out", "classes", "batch_size", "device", *SAMPLER_KEYS} - IMAGES_ONLY
+    used = {"run", "invert", "out", "classes", "size", "batch_size", "device", *SAMPLER_KEYS} - IMAGES_ONLY
     refuse_options(args, defaults, vars(args).keys() - used, "is about drawing new images, and --invert draws none")
     files = files_of(args.invert)
+    opened = at_size(opened, args.size, files)
     label = opened.labels(args.classes, 1)[0] if args.classes is not None else None
     sampler = build_sampler(opened, spec, source=None if opened.gaussian else no_start)
     tag = short_hash(opened.digest, fingerprint(files), label, describe(sampler, 0))
@@ -143,12 +145,16 @@ def main() -> None:
         if state.is_main_process:
             invert(opened, spec, args, defaults)
         return
+    given = [args.image] if args.image is not None else files_of(args.source) if args.source is not None else []
+    opened = at_size(opened, args.size, given)
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     source = start_from_images(opened, args.source) if args.source is not None else None
     sampler = build_sampler(opened, spec, classifier, source=source)
     known = classifier.class_names if classifier is not None else ()
     class_names = opened.class_names if opened.num_classes is not None else known
-    labels, low, request = None, None, {}
+    labels, low, request = None, None, dict[str, Any]()
+    if args.size is not None or opened.buckets:
+        request["size"] = list(opened.image.sides)
     if args.low is not None:
         low, labels = load_low(opened, args.low)
         if (args.num_samples or 1) > len(low):

@@ -267,6 +267,12 @@ _LEARNED = {"process.variance": "learned", "process.target": "eps"}
 _PLAIN = {"dtype": "float64", "deterministic": True, "balance_classes": True}
 _MULTISTEP = {"kind": "multistep", "milestones": [2, 5]}
 _TIMES = {"kind": "second_moment", "history": 2}
+_ASPECT = {"min_images": 4, "max_ratio": 2.0}
+
+
+def _of_many_shapes(split: str = "train") -> list[dict[str, Any]]:
+    sizes = ((16, 12), ([12, 20], 8), ([20, 12], 12))
+    return [{"source": "shapes", "count": count, "size": size, "split": split} for size, count in sizes]
 
 
 def _variants() -> Iterator[Job]:
@@ -274,7 +280,7 @@ def _variants() -> Iterator[Job]:
         return small(ROOT / "configs" / "smoke" / f"{kind}.json", changes, f"{kind}_{number}")
 
     linear = {"optimizer.schedule": {"kind": "linear", "warmup": 2}, "optimizer.muon": {}, "ema.snapshot_every": 4}
-    yield smoke("ddpm", 1, _PLAIN | linear | {
+    yield smoke("ddpm", 1, _PLAIN | linear | {"data": _of_many_shapes(), "image.aspect": _ASPECT} | {
         "process.schedule": {"kind": "quadratic", "steps": 50}, "process.variance": "small", "model.downsample": "max",
         "model.mid_attention": "linear", "times": {"kind": "logit_normal", "shift": {"base": 192}}, "preview.sampler.steps": 5,
         "process.loss.weighting": {"kind": "p2"},
@@ -299,7 +305,8 @@ def _variants() -> Iterator[Job]:
     ]
     vq = {"kind": "vq", "codes": 16}
     plain = {"dtype": "float64", "deterministic": True, "stages": stages, "image.channels": 1, "image.crop": "random"}
-    yield smoke("vae", 1, plain | linear | {
+    buckets = {"data": _of_many_shapes(), "image.aspect": _ASPECT}
+    yield smoke("vae", 1, plain | linear | buckets | {
         "model.bottleneck": vq, "model.attention": ["none", "full"], "model.mid_attention": "none", "model.head_channels": 8,
         "model.downsample": "max", "model.upsample": "bilinear",
     })  # fmt: skip
@@ -307,13 +314,14 @@ def _variants() -> Iterator[Job]:
     yield smoke("vae", 2, strided | {"mixed_precision": "bf16", "discriminator_optimizer.muon": {}})
     vgg = {"perceptual": {"network": "vgg", "weights": WEIGHTS}, "image.size": 32, "stages": [stages[1] | {"perceptual": {}}]}
     yield smoke("vae", 3, vgg | {"model.mid_attention": "full"})
-    yield smoke("ldm", 1, _PLAIN | linear | {"times": _TIMES, "image.channels": 1, "class_conditional": True})
+    yield smoke("ldm", 1, _PLAIN | linear | buckets | {"times": _TIMES, "image.channels": 1, "class_conditional": True})
     yield smoke("ldm", 2, {"process.schedule": {"kind": "blend"}, "process.target": "blend", "times": {"kind": "logit_normal"}})
-    yield smoke("iadb", 1, _PLAIN | linear | {
-        "class_conditional": True, "image.channels": 1, "times": {"kind": "uniform", "shift": {"base": 64}},
+    yield smoke("iadb", 1, _PLAIN | linear | buckets | {
+        "source": _of_many_shapes("test"), "image.aspect": _ASPECT | {"step": 4}, "class_conditional": True,
+        "image.channels": 1, "times": {"kind": "uniform", "shift": {"base": 64}},
     })  # fmt: skip
     encoder = {"classifier.downsample": "average", "classifier.pool": "adaptive", "classifier.attention": ["none", "linear"]}
-    yield smoke("classifier", 1, _PLAIN | linear | encoder | {
+    yield smoke("classifier", 1, _PLAIN | linear | encoder | buckets | {
         "classifier.embedding": "add", "classifier.mid_attention": "linear", "noise.time_input": {"kind": "t", "scale": 1000.0},
     })  # fmt: skip
     yield smoke("classifier", 2, {

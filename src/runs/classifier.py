@@ -104,7 +104,8 @@ def build_classifier(spec: ClassifierConfig, image: ImageConfig, num_classes: in
             f"images of {describe_size(image.size)} are not divisible by {spec.factor}, what {len(spec.channel_mult)} entries "
             f"of classifier.channel_mult ask for; change them, or set image.size to {nearest_sizes(image.size, spec.factor)}"
         )
-    return channels_last(Classifier(spec, in_channels=image.channels, image_size=image.size, num_classes=num_classes))
+    size = image.size if image.aspect is None else spec.factor  # which the attention pool alone has to know
+    return channels_last(Classifier(spec, in_channels=image.channels, image_size=size, num_classes=num_classes))
 
 
 def start_classifier_from(name: str, class_names: Sequence[str], *networks: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from ..config import NameIn, UserError, config, config_error, validate
+from ..config.sizes import Sides
 from ..data.names import parse_classes
 from ..diffusion import SOLVERS, SPACINGS, TimeShift
 from ..diffusion.schedules import Spacing
@@ -118,6 +119,17 @@ def count_for_classes(count: int, classes: str | None, class_names: Sequence[str
         return count
     each = len(parse_classes(classes, class_names)) if class_names else len(re.split(r"(?<!\\)/", classes))
     return -(-count // each) * each
+
+
+def parse_size(text: str) -> Sides:
+    """48x88 as height and width, 64 as those of a square. A UserError for other text."""
+    parts = text.lower().split("x")
+    if not 1 <= len(parts) <= 2 or not all(part.isdecimal() and 2 <= int(part) <= 4096 for part in parts):
+        raise UserError(f"--size {text}: give HEIGHTxWIDTH, such as 48x88, or one number; sides go from 2 to 4096 px")
+    return int(parts[0]), int(parts[-1])
+
+
+SIZE_HELP = "HEIGHTxWIDTH in pixels (default: that of the image given, else the size that most training images had)"
 
 
 def parse_alphas(text: str) -> list[float]:

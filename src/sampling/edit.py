@@ -22,6 +22,7 @@ from ..runs.densities import Start
 from ..runs.opened import Opened
 from ..runtime.seeds import generator
 from ..runtime.stream import to_network
+from .config import parse_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,6 +69,16 @@ def load_edit(opened: Opened, image: str, mask: str | None, *, start_at: int, re
     cut = torch.from_numpy(_open_cropped(mask, opened.image.size, 1))
     white_cells = F.adaptive_max_pool2d((cut[:, :, 0] > 127).float()[None], opened.shape[1:])  # whatever the mask touches
     return Edit(x0, start_at, white_cells.to(x0.device), resamplings)
+
+
+def at_size(opened: Opened, size: str | None, files: Sequence[str | Path] = ()) -> Opened:
+    """The run at the `size` that is asked for; without one, of a run on images of several shapes, at the shape of the first of
+    the `files` that are given to it."""
+    if size is not None:
+        return opened.at_size(parse_size(size))
+    if not files or not opened.buckets:
+        return opened
+    return opened.at_nearest(*_open(str(files[0]), opened.image.channels).size)
 
 
 @torch.no_grad()

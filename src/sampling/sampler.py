@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import UserError, dump
-from ..config.sizes import describe_size
+from ..config.sizes import describe_size, is_divisible
 from ..data.names import join_names, same_names
 from ..diffusion import (
     SOLVERS,
@@ -369,7 +369,10 @@ def build_sampler(
         image, names = classifier.image, classifier.class_names
         if run.codec is not None:
             raise UserError(f"{run.path} draws latents, which no classifier of images sees; use classifier_free guidance")
-        if run.shape != image.shape:
+        fits = run.shape == image.shape or (
+            image.aspect is not None and is_divisible(run.image.sides, classifier.network.config.factor)
+        )
+        if run.shape[0] != image.channels or not fits:
             raise UserError(
                 f"the classifier {classifier.path} sees {describe_size(image.size)} in {image.channels} channel(s), {run.path} "
                 f"draws {describe_size(run.image.sides)} in {run.shape[0]}; train one with the same image"
