@@ -25,7 +25,7 @@ from src.runs.classifier import (
     start_classifier_from,
 )
 from src.runs.densities import ImageDensity
-from src.runtime.launch import accumulating, start, warm_up_ddp
+from src.runtime.launch import accumulating, compile_network, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
 from src.training.config import StepsConfig
@@ -98,7 +98,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_classifier_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
-        network.compile()
+        compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, [batch_plan], warnings)

@@ -22,7 +22,7 @@ from src.evaluation.quality import open_quality
 from src.models import ModelConfig
 from src.runs.autoencoder import autoencoder_for
 from src.runs.opened import count_classes, start_from
-from src.runtime.launch import accumulating, start, warm_up_ddp
+from src.runtime.launch import accumulating, compile_network, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
 from src.sampling import Sampler, SamplerConfig
@@ -139,7 +139,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
-        network.compile()
+        compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, [batch_plan], warnings)

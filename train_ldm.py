@@ -19,7 +19,7 @@ from src.models import ImageModelConfig, build_model
 from src.runs.autoencoder import autoencoder_for
 from src.runs.densities import ImageDensity
 from src.runs.opened import count_classes, start_from
-from src.runtime.launch import accumulating, start, warm_up_ddp
+from src.runtime.launch import accumulating, compile_network, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.sharding import build_device
 from src.runtime.stream import plan_batch
@@ -100,7 +100,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     if cfg.init_from is not None and not session.progress:
         session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
     if cfg.compile:
-        network.compile()
+        compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, [batch_plan], warnings)

@@ -123,9 +123,10 @@ def count_parameters(cfg: Any) -> tuple[int, int]:
         elif hasattr(cfg, "classifier"):
             networks = [build_classifier(cfg.classifier, cfg.image, 10)]
         else:
-            shape = (2,) if cfg.image is None else cfg.image.shape
-            if getattr(cfg, "autoencoder", None) is not None:
-                shape = (4, cfg.model.factor, cfg.model.factor)
+            shape = (2,)
+            if cfg.image is not None:
+                channels = cfg.image.channels if getattr(cfg, "autoencoder", None) is None else 4
+                shape = (channels, cfg.model.factor, cfg.model.factor)
             networks = [build_model(cfg.model, shape, None, learned=cfg.process.variance == "learned")]
     network, *adversary = (sum(parameter.numel() for parameter in network.parameters()) for network in networks)
     return network, sum(adversary)

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from ..config import UserError, config, resumable_field
 from ..config.packages import is_installed
@@ -243,6 +244,17 @@ def start_sampling(device: str | None = None) -> tuple["PartialState", torch.dev
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     return state, chosen
+
+
+def compile_network(network: nn.Module, num_shapes: int, say: Callable[[str], None]) -> None:
+    """Let torch compile the network at its first calls: one graph for each of so many shapes of images."""
+    if num_shapes > 1:
+        import torch._dynamo.config as dynamo
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * num_shapes)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * num_shapes)
+        say(f"compile makes a graph for each of {num_shapes} sizes of images, minutes each, when its first batch comes")
+    network.compile(dynamic=False if num_shapes > 1 else None)
 
 
 def warm_up_ddp(accelerator: "Accelerator", network: torch.nn.Module, *inputs: torch.Tensor) -> None:

@@ -97,6 +97,11 @@ class Coupling:
         return self.data.facts | {"source": self.source.facts | known}
 
     @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """What the network sees of images of each size."""
+        return self.data.shapes
+
+    @property
     def num_images(self) -> int:
         """How many there are in an epoch."""
         return len(self.data.train)

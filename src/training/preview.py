@@ -96,25 +96,45 @@ def preview_paths(
     many, and measure: `straightness` along the most calls, and the loss on what is held out. 2-D points are drawn beside those
     of the data."""
     session.clock.enter("a preview")
-    count, device = spec.num_samples, session.accelerator.device
-    columns, values = list[Tensor](), dict[str, float]()
-    for calls in sorted(spec.calls):
-        sampler = sampler_for(spec.sampler_of(calls))
-        labels = _labels(sampler, count, len(class_names))
-        outputs = _draw_on_all(session, count, spec.batch_size, partial(_paths, sampler, labels, device))
-        if outputs is None:
-            columns, values = [], {}  # straightness is along the most calls, or not known
+    sheets, bends = list[list[Tensor]](), list[Tensor]()
+    for shape, indices in sampler_for(spec.most_calls).deal_shapes(spec.num_samples):
+        columns_and_bends = _draw_columns(sampler_for, spec, session, len(class_names), shape, indices)
+        if columns_and_bends is None:
+            sheets, bends = [], []  # straightness is of all shapes, or not known
             break
-        sources, samples, straightness = outputs
-        columns = [*(columns or [sources]), samples]
-        warn_not_finite(samples, session)
-        values["straightness"] = float(straightness.mean())
-    if columns and session.accelerator.is_main_process:
+        sheets.append(columns_and_bends[0])
+        bends.append(columns_and_bends[1])
+    if sheets and session.accelerator.is_main_process:
         with looked_at(session):
-            _save_columns(columns, spec, coupling, session.run.samples / f"step_{session.step:08d}.png")
+            _save_columns(sheets, spec, coupling, session.run.samples / f"step_{session.step:08d}.png")
+    values = {"straightness": float(torch.cat(bends).mean())} if bends else {}
     if (held_out := coupling.held_out_examples()) is not None:
         values |= held_out_loss(sampler_for(SamplerConfig()), held_out, session.batch_plan.micro, session.accelerator)
     return values
+
+
+def _draw_columns(
+    sampler_for: Callable[[SamplerConfig], Sampler],
+    spec: PathPreviewConfig,
+    session: Session,
+    num_classes: int,
+    shape: tuple[int, ...],
+    indices: range,
+) -> tuple[list[Tensor], Tensor] | None:
+    """Sources of one shape and what becomes of them after each number of calls, and how straight the way is along the most
+    calls; None where drawing failed."""
+    columns, straightness = list[Tensor](), torch.zeros(0)
+    for calls in sorted(spec.calls):
+        sampler = sampler_for(spec.sampler_of(calls)).at_shape(shape)
+        labels = _labels(sampler, len(indices), num_classes)
+        draw = partial(_paths, sampler, labels, indices, session.accelerator.device)
+        outputs = _draw_on_all(session, len(indices), spec.batch_size, draw)
+        if outputs is None:
+            return None
+        sources, samples, straightness = outputs
+        columns = [*(columns or [sources]), samples]
+        warn_not_finite(samples, session)
+    return columns, straightness
 
 
 def measure_quality(quality: Quality, sampler: Sampler, batch_size: int, session: Session) -> dict[str, float]:
@@ -185,26 +205,32 @@ class PathLength:
         return 1 - (end - first).flatten(1).norm(dim=1) / length.clamp(min=1e-12)
 
 
-def _paths(sampler: Sampler, labels: list[int] | None, device: torch.device, part: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _paths(
+    sampler: Sampler, labels: list[int] | None, indices: range, device: torch.device, part: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sources and what becomes of them, as images or points, and how straight the way there is (b,)."""
-    x = sampler.start(0, part).to(device, sampler.dtype)
+    chosen = [indices[i] for i in part]
+    x = sampler.start(0, chosen).to(device, sampler.dtype)
     condition = torch.tensor([labels[i] for i in part], device=device) if labels is not None else None
     length = PathLength()
-    end = sampler.move(x, condition, indices=part, callback=length)
+    end = sampler.move(x, condition, indices=chosen, callback=length)
     return sampler.decode(x), sampler.decode(end), length.straightness(end)
 
 
-def _save_columns(columns: list[Tensor], spec: PathPreviewConfig, coupling: Coupling, path: Path) -> None:
-    if columns[0].ndim == 2:
+def _save_columns(sheets: list[list[Tensor]], spec: PathPreviewConfig, coupling: Coupling, path: Path) -> None:
+    if sheets[0][0].ndim == 2:
+        (columns,) = sheets
         titles = ["source", *(f"{calls} network call{'s' * (calls > 1)}" for calls in sorted(spec.calls)), "data"]
         data = coupling.data.examples()
         examples = data.load(np.arange(min(len(columns[0]), len(data.labels))))
         panels = zip([*columns, examples], titles, strict=True)
         figures.save(figures.in_a_row([figures.scatter(x.cpu().numpy(), title=title) for x, title in panels]), path)
         return
-    rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
-    title = f"source, then after {', '.join(map(str, sorted(spec.calls)))} network calls"
-    figures.save(figures.grid(figures.to_uint8(rows), columns=len(columns), title=title), path)
+    title, grids = f"source, then after {', '.join(map(str, sorted(spec.calls)))} network calls", []
+    for columns in sheets:
+        rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
+        grids.append(figures.grid(figures.to_uint8(rows), columns=len(columns), title="" if grids else title))
+    figures.save(figures.in_a_column(grids), path)
 
 
 @torch.no_grad()
@@ -292,8 +318,9 @@ def save_first_blends(sampler: Sampler, data: Examples, folder: Path) -> None:
     blend."""
     device = next(sampler.network.parameters()).device  # pyright: ignore[reportFunctionMemberAccess]
     points = len(sampler.shape) == 1
-    count = min(20_000 if points else 4, len(data.labels))
-    chosen = generator(0, "blend").choice(len(data.labels), count, replace=False)
+    members = data.groups.get(sampler.shape, np.arange(len(data.labels)))
+    count = min(20_000 if points else 4, len(members))
+    chosen = members[generator(0, "blend").choice(len(members), count, replace=False)]
     x0 = data.load(chosen).to(device, sampler.dtype)
     eps = sampler.start(0, range(count)).to(x0)
     levels = torch.linspace(0, 1, 9, dtype=torch.float64)
