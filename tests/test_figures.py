@@ -272,3 +272,10 @@ def test_without_matplotlib_there_is_a_font_all_the_same(monkeypatch: pytest.Mon
         assert figures.readable("café x") == "caf\\u00e9 x"
         assert ink(figures.grid(np.full((1, 64, 64, 3), 255, np.uint8), columns=1, labels=["café"])) > 20
     figures.lettering.cache_clear()
+
+
+def test_images_in_a_row_or_a_column_may_be_grey_and_of_several_sizes() -> None:
+    grey, red = Image.new("L", (8, 6), 70), Image.new("RGB", (5, 9), "red")
+    row, column = np.asarray(figures.in_a_row([grey, red])), np.asarray(figures.in_a_column([grey, red]))
+    assert row.shape == (9, 13, 3) and row[0, 0].tolist() == [70, 70, 70] and row[8, 0].tolist() == [255, 255, 255]
+    assert column.shape == (15, 8, 3) and column[6, 4].tolist() == [255, 0, 0] and column[6, 5].tolist() == [255, 255, 255]
