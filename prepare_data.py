@@ -2,6 +2,7 @@
 """Check a folder of images, unpack an archive, pack images into one mapped file, or encode them ahead of training.
 
 python prepare_data.py check datasets/landscape --min-file-bytes 5000
+python prepare_data.py check datasets/landscape --size 64 --aspect
 python prepare_data.py unpack landscape.zip --out datasets/landscape
 python prepare_data.py pack datasets/landscape --size 64 --out datasets/landscape64
 python prepare_data.py latents runs/landscape256_vae
@@ -11,19 +12,26 @@ import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from src import figures
 from src.config import CommandLine, UserError, config, quoted, read_json, run_script, validate
+from src.config.sizes import Sides, describe_size
 from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
+from src.data.buckets import describe_buckets, make_buckets, measure_buckets
 from src.data.facts import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
 from src.data.names import class_remarks, printable
 from src.data.packing import pack
 from src.data.sources import FolderSource, Sources
-from src.models import ModelConfig
+from src.data.transforms import AspectConfig
+from src.models import ClassifierConfig, ModelConfig, VAEConfig
 from src.runs.autoencoder import open_autoencoder
 from src.runs.densities import ImageDensity
 from src.runs.latents import cache_folder, latents_of
@@ -31,6 +39,9 @@ from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
 from src.storage.archives import stem, unpack
 from src.training.run_directory import check_ranks
+
+SHOWN_SIDE = 96  # pixels of a square in a sheet
+SHEET_WIDTH = 8 * (SHOWN_SIDE + figures.GAP)  # of a sheet of buckets, in pixels
 
 
 @config
@@ -53,9 +64,32 @@ class ToEncode(DataOnly):
 
 @config
 class ModelOnly:
-    """The part of the config of train_ldm.py that says how far its network reduces latents."""
+    """The part of the config of a diffusion run that says by what its network reduces what it sees."""
 
     model: ModelConfig
+
+
+@config
+class AutoencoderOnly:
+    """The same of train_vae.py."""
+
+    model: VAEConfig
+
+
+@config
+class ClassifierOnly:
+    """The same of train_classifier.py."""
+
+    classifier: ClassifierConfig
+
+
+@config
+class Shapes:
+    """The part of a training config that says which images are trained on, at which shapes."""
+
+    image: ImageConfig
+    held_out: HeldOut = 0.0
+    autoencoder: str | None = None
 
 
 def arguments() -> argparse.Namespace:
@@ -73,6 +107,11 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--min-side", type=int, help="leave out images whose shorter side has fewer pixels")
         command.add_argument("--max-broken-fraction", type=float, default=1.0, help="stop above this share of broken files")
     check.add_argument("--size", type=int, help="count smaller images (default: than the config trains at)")
+    check.add_argument(
+        "--aspect", type=float, nargs="?", const=2.0, metavar="RATIO",
+        help="show the buckets of --size, whose sides differ by this factor at most (default 2); a config has image.aspect",
+    )  # fmt: skip
+    check.add_argument("--step", type=int, help="of --aspect: sides are multiples of it, as the network wants (default 8)")
     check.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     packing.add_argument("--out", required=True, help="the new folder")
@@ -114,8 +153,8 @@ def open_images(args: argparse.Namespace) -> ImageSet:
     return open_sources(validate(FolderSource, spec, origin="arguments"))
 
 
-def wanted_sizes(args: argparse.Namespace) -> dict[str, int]:
-    """{option or config key: pixels} of the sizes to compare the images with: --size, or all at which a config trains."""
+def wanted_sizes(args: argparse.Namespace) -> dict[str, int | Sides]:
+    """{option or config key: size} of the sizes to compare the images with: --size, or all at which a config trains."""
     if args.size is not None:
         if args.size < 2:
             raise UserError("--size must be at least 2")
@@ -128,11 +167,86 @@ def wanted_sizes(args: argparse.Namespace) -> dict[str, int]:
     stages = [stage.get("image_size") for stage in raw.get("stages", ()) if isinstance(stage, dict)]
     sizes = {"image.size": plain} if not stages or None in stages else {}
     sizes |= {f"stages.{i}.image_size": size for i, size in enumerate(stages)}
-    return {key: size for key, size in sizes.items() if isinstance(size, int) and size > 1}
+    read = {key: as_size(size) for key, size in sizes.items()}
+    return {key: size for key, size in read.items() if size is not None}
+
+
+def as_size(value: Any) -> int | Sides | None:
+    """A size as it stands in a config, which may have mistakes: the side of a square, [height, width], or None of neither."""
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 1 for side in sides):
+        return None
+    return (sides[0], sides[1]) if isinstance(value, list) else value
+
+
+class Bucketed(NamedTuple):
+    """The images that a run would train on, {option or config key: what they are cut to}, and by what the networks reduce
+    images."""
+
+    images: ImageSet
+    specs: dict[str, ImageConfig]
+    factor: int
+
+
+def bucketed_images(args: argparse.Namespace, images: ImageSet, sizes: Mapping[str, int | Sides]) -> Bucketed | None:
+    """What to show the buckets of, by a config's image.aspect or by --aspect; None where neither is there."""
+    if not args.data.endswith(".json"):
+        if args.aspect is None:
+            if args.step is not None:
+                raise UserError("--step belongs to --aspect: give both, or neither")
+            return None
+        if args.size is None:
+            raise UserError("--aspect makes buckets from --size: give the side of the square whose area they have")
+        step = args.step if args.step is not None else 8
+        aspect = validate(AspectConfig, {"max_ratio": args.aspect, "step": step}, origin="--aspect")
+        return Bucketed(images, {"--size": ImageConfig(size=args.size, aspect=aspect)}, step)
+    if args.aspect is not None or args.step is not None:
+        raise UserError("--aspect and --step are for a folder; a config has its own image.aspect")
+    raw = read_json(args.data)
+    if not isinstance(raw.get("image"), dict) or raw["image"].get("aspect") is None:
+        return None
+    known = {key: raw[key] for key in ("image", "held_out", "autoencoder") if key in raw}
+    spec = validate(Shapes, known, origin=args.data)
+    train_set, _ = open_data(images, spec.held_out if isinstance(spec.held_out, float | int) else 0.0)
+    specs = {key: replace(spec.image, size=size) for key, size in sizes.items()}
+    return Bucketed(train_set, specs, factor_of(raw, spec, args.data))
+
+
+def factor_of(raw: dict[str, Any], spec: Shapes, origin: str) -> int:
+    """By what the networks of a training config reduce images. A UserError says what is missing to know it."""
+    assert spec.image.aspect is not None
+    step = spec.image.aspect.step
+    if "stages" in raw:
+        return validate(AutoencoderOnly, {"model": raw.get("model", {})}, origin=origin).model.factor
+    if "classifier" in raw:
+        return validate(ClassifierOnly, {"classifier": raw["classifier"]}, origin=origin).classifier.factor
+    if "model" not in raw:
+        if step is None:
+            raise UserError(
+                f"{origin}: the sizes of the buckets follow from the network, and it names none; set image.aspect.step"
+            )
+        return step
+    factor = validate(ModelOnly, {"model": raw["model"]}, origin=origin).model.factor
+    if spec.autoencoder is None:
+        return factor
+    try:
+        return factor * open_autoencoder(spec.autoencoder, torch.device("cpu")).factor
+    except UserError as error:
+        if step is not None:
+            return step
+        raise UserError(
+            f"{error}; without it the sizes of the buckets are not known: set image.aspect.step, a multiple of what the "
+            "autoencoder and the network reduce images by"
+        ) from None
 
 
 def check(args: argparse.Namespace) -> None:
     images, sizes = open_images(args), wanted_sizes(args)
+    bucketed = bucketed_images(args, images, sizes)
+    tables = {}
+    if bucketed is not None:
+        sides = bucketed.images.sides
+        tables = {key: measure_buckets(spec, sides, bucketed.factor) for key, spec in bucketed.specs.items()}
     sides = images.sides.min(1)
     sides = sides[sides > 0] if (sides > 0).any() else np.zeros(1, np.int64)
     skipped, notes = skipped_files(images), count_notes(images)
@@ -146,10 +260,10 @@ def check(args: argparse.Namespace) -> None:
             "skipped": skipped,
             "notes": notes,
             "shorter_side": {"smallest": int(sides.min()), "median": int(np.median(sides)), "largest": int(sides.max())},
-            "smaller": {str(size): count_small(size, images)[0] for size in sizes.values()},
+            "smaller": {describe_size(size).removesuffix(" px"): count_small(size, images)[0] for size in sizes.values()},
             "remarks": remarks,
             "fingerprint": images.fingerprint,
-        }
+        } | ({"buckets": tables} if tables else {})
         print(json.dumps(findings, indent=1))
     else:
         print(f"{len(images)} images can be trained on, {len(skipped)} files are left out")
@@ -166,15 +280,41 @@ def check(args: argparse.Namespace) -> None:
         print(f"{len(images.class_names) or 'no'} classes")
         for name, count in images.counts.items() if images.class_names else ():
             print(f"  {count:>8}  {printable(name)}")
+        for key, table in tables.items():
+            print("\n".join([f"{key}: {describe_buckets(table)[0]}", *describe_buckets(table)[1:]]))
     if args.sheet:
-        count = min(64, len(images))
-        chosen = np.random.default_rng(0).choice(len(images), count, replace=False)
-        pixels = images.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
-        names = [images.class_names[label] if label >= 0 else "" for label in images.labels[chosen]]
-        sheet = figures.grid(pixels, columns=8, labels=names if images.class_names else None)
+        sheet = draw_images(images) if bucketed is None else draw_buckets(bucketed)
         with explain_failure(args.sheet):
             figures.save(sheet, Path(args.sheet))
         print(f"  {args.sheet}")
+
+
+def draw_images(images: ImageSet) -> Any:
+    """A sheet of some of the images, cut to squares."""
+    chosen = np.random.default_rng(0).choice(len(images), min(64, len(images)), replace=False)
+    return grid_of(images, ImageConfig(size=SHOWN_SIDE), chosen)
+
+
+def draw_buckets(bucketed: Bucketed) -> Any:
+    """A sheet with a row of images for each bucket, in its shape, made for the largest of the sizes."""
+    images, spec = bucketed.images, max(bucketed.specs.values(), key=lambda spec: spec.sides)
+    buckets, rng, rows = make_buckets(spec, images.sides, bucketed.factor), np.random.default_rng(0), []
+    table = measure_buckets(spec, images.sides, bucketed.factor)["buckets"]
+    for bucket, (shape, found) in enumerate(zip(buckets.specs, table, strict=True)):
+        members = buckets.members(bucket)
+        height, width = (round(side * SHOWN_SIDE / spec.sides[0]) for side in shape.sides)
+        columns = min(len(members), SHEET_WIDTH // (width + figures.GAP))
+        chosen = rng.choice(members, columns, replace=False)
+        title = f"{describe_size(shape.size)}: {len(members)} images, {found['cropped']:.1%} of their area cropped"
+        rows.append(grid_of(images, shape.at((height, width)), chosen, columns=columns, title=title))
+    return figures.in_a_column(rows)
+
+
+def grid_of(images: ImageSet, spec: ImageConfig, chosen: NDArray[np.int64], *, columns: int = 8, title: str = "") -> Any:
+    """The images `chosen`, cut to `spec`, with the names of their classes."""
+    pixels = images.batch(chosen, spec.plain, np.full((len(chosen), 3), 0.5))
+    names = [images.class_names[label] if label >= 0 else "" for label in images.labels[chosen]]
+    return figures.grid(pixels, columns=columns, labels=names if images.class_names else None, title=title)
 
 
 def latents(args: argparse.Namespace) -> None:
