@@ -12,36 +12,34 @@ import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from src import figures
 from src.config import CommandLine, UserError, config, quoted, read_json, run_script, validate
 from src.config.sizes import Sides, describe_size
 from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
-from src.data.buckets import describe_buckets, make_buckets, measure_buckets
+from src.data.buckets import describe_buckets
 from src.data.facts import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
 from src.data.names import class_remarks, printable
 from src.data.packing import pack
 from src.data.sources import FolderSource, Sources
-from src.data.transforms import AspectConfig
-from src.models import ClassifierConfig, ModelConfig, VAEConfig
 from src.runs.autoencoder import open_autoencoder
+from src.runs.config_buckets import (
+    ModelOnly,
+    bucketed_images,
+    draw_buckets,
+    draw_images,
+    sizes_of_config,
+)
 from src.runs.densities import ImageDensity
 from src.runs.latents import cache_folder, latents_of
 from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
 from src.storage.archives import stem, unpack
 from src.training.run_directory import check_ranks
-
-SHOWN_SIDE = 96  # pixels of a square in a sheet
-SHEET_WIDTH = 8 * (SHOWN_SIDE + figures.GAP)  # of a sheet of buckets, in pixels
 
 
 @config
@@ -60,36 +58,6 @@ class ToEncode(DataOnly):
     encode_batch_size: int = 16
     held_out: HeldOut = 0.0
     image: ImageConfig
-
-
-@config
-class ModelOnly:
-    """The part of the config of a diffusion run that says by what its network reduces what it sees."""
-
-    model: ModelConfig
-
-
-@config
-class AutoencoderOnly:
-    """The same of train_vae.py."""
-
-    model: VAEConfig
-
-
-@config
-class ClassifierOnly:
-    """The same of train_classifier.py."""
-
-    classifier: ClassifierConfig
-
-
-@config
-class Shapes:
-    """The part of a training config that says which images are trained on, at which shapes."""
-
-    image: ImageConfig
-    held_out: HeldOut = 0.0
-    autoencoder: str | None = None
 
 
 def arguments() -> argparse.Namespace:
@@ -161,92 +129,13 @@ def wanted_sizes(args: argparse.Namespace) -> dict[str, int | Sides]:
         return {"--size": args.size}
     if not args.data.endswith(".json"):
         return {}
-    raw = read_json(args.data)
-    image = raw.get("image")
-    plain = image.get("size") if isinstance(image, dict) else None
-    stages = [stage.get("image_size") for stage in raw.get("stages", ()) if isinstance(stage, dict)]
-    sizes = {"image.size": plain} if not stages or None in stages else {}
-    sizes |= {f"stages.{i}.image_size": size for i, size in enumerate(stages)}
-    read = {key: as_size(size) for key, size in sizes.items()}
-    return {key: size for key, size in read.items() if size is not None}
-
-
-def as_size(value: Any) -> int | Sides | None:
-    """A size as it stands in a config, which may have mistakes: the side of a square, [height, width], or None of neither."""
-    sides = value if isinstance(value, list) else [value, value]
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 1 for side in sides):
-        return None
-    return (sides[0], sides[1]) if isinstance(value, list) else value
-
-
-class Bucketed(NamedTuple):
-    """The images that a run would train on, {option or config key: what they are cut to}, and by what the networks reduce
-    images."""
-
-    images: ImageSet
-    specs: dict[str, ImageConfig]
-    factor: int
-
-
-def bucketed_images(args: argparse.Namespace, images: ImageSet, sizes: Mapping[str, int | Sides]) -> Bucketed | None:
-    """What to show the buckets of, by a config's image.aspect or by --aspect; None where neither is there."""
-    if not args.data.endswith(".json"):
-        if args.aspect is None:
-            if args.step is not None:
-                raise UserError("--step belongs to --aspect: give both, or neither")
-            return None
-        if args.size is None:
-            raise UserError("--aspect makes buckets from --size: give the side of the square whose area they have")
-        step = args.step if args.step is not None else 8
-        aspect = validate(AspectConfig, {"max_ratio": args.aspect, "step": step}, origin="--aspect")
-        return Bucketed(images, {"--size": ImageConfig(size=args.size, aspect=aspect)}, step)
-    if args.aspect is not None or args.step is not None:
-        raise UserError("--aspect and --step are for a folder; a config has its own image.aspect")
-    raw = read_json(args.data)
-    if not isinstance(raw.get("image"), dict) or raw["image"].get("aspect") is None:
-        return None
-    known = {key: raw[key] for key in ("image", "held_out", "autoencoder") if key in raw}
-    spec = validate(Shapes, known, origin=args.data)
-    train_set, _ = open_data(images, spec.held_out if isinstance(spec.held_out, float | int) else 0.0)
-    specs = {key: replace(spec.image, size=size) for key, size in sizes.items()}
-    return Bucketed(train_set, specs, factor_of(raw, spec, args.data))
-
-
-def factor_of(raw: dict[str, Any], spec: Shapes, origin: str) -> int:
-    """By what the networks of a training config reduce images. A UserError says what is missing to know it."""
-    assert spec.image.aspect is not None
-    step = spec.image.aspect.step
-    if "stages" in raw:
-        return validate(AutoencoderOnly, {"model": raw.get("model", {})}, origin=origin).model.factor
-    if "classifier" in raw:
-        return validate(ClassifierOnly, {"classifier": raw["classifier"]}, origin=origin).classifier.factor
-    if "model" not in raw:
-        if step is None:
-            raise UserError(
-                f"{origin}: the sizes of the buckets follow from the network, and it names none; set image.aspect.step"
-            )
-        return step
-    factor = validate(ModelOnly, {"model": raw["model"]}, origin=origin).model.factor
-    if spec.autoencoder is None:
-        return factor
-    try:
-        return factor * open_autoencoder(spec.autoencoder, torch.device("cpu")).factor
-    except UserError as error:
-        if step is not None:
-            return step
-        raise UserError(
-            f"{error}; without it the sizes of the buckets are not known: set image.aspect.step, a multiple of what the "
-            "autoencoder and the network reduce images by"
-        ) from None
+    return sizes_of_config(read_json(args.data))
 
 
 def check(args: argparse.Namespace) -> None:
     images, sizes = open_images(args), wanted_sizes(args)
-    bucketed = bucketed_images(args, images, sizes)
-    tables = {}
-    if bucketed is not None:
-        sides = bucketed.images.sides
-        tables = {key: measure_buckets(spec, sides, bucketed.factor) for key, spec in bucketed.specs.items()}
+    bucketed = bucketed_images(args.data, images, sizes, max_ratio=args.aspect, step=args.step)
+    tables = bucketed.measure() if bucketed is not None else {}
     sides = images.sides.min(1)
     sides = sides[sides > 0] if (sides > 0).any() else np.zeros(1, np.int64)
     skipped, notes = skipped_files(images), count_notes(images)
@@ -281,40 +170,12 @@ def check(args: argparse.Namespace) -> None:
         for name, count in images.counts.items() if images.class_names else ():
             print(f"  {count:>8}  {printable(name)}")
         for key, table in tables.items():
-            print("\n".join([f"{key}: {describe_buckets(table)[0]}", *describe_buckets(table)[1:]]))
+            print(f"{key}: " + "\n".join(describe_buckets(table)))
     if args.sheet:
         sheet = draw_images(images) if bucketed is None else draw_buckets(bucketed)
         with explain_failure(args.sheet):
             figures.save(sheet, Path(args.sheet))
         print(f"  {args.sheet}")
-
-
-def draw_images(images: ImageSet) -> Any:
-    """A sheet of some of the images, cut to squares."""
-    chosen = np.random.default_rng(0).choice(len(images), min(64, len(images)), replace=False)
-    return grid_of(images, ImageConfig(size=SHOWN_SIDE), chosen)
-
-
-def draw_buckets(bucketed: Bucketed) -> Any:
-    """A sheet with a row of images for each bucket, in its shape, made for the largest of the sizes."""
-    images, spec = bucketed.images, max(bucketed.specs.values(), key=lambda spec: spec.sides)
-    buckets, rng, rows = make_buckets(spec, images.sides, bucketed.factor), np.random.default_rng(0), []
-    table = measure_buckets(spec, images.sides, bucketed.factor)["buckets"]
-    for bucket, (shape, found) in enumerate(zip(buckets.specs, table, strict=True)):
-        members = buckets.members(bucket)
-        height, width = (round(side * SHOWN_SIDE / spec.sides[0]) for side in shape.sides)
-        columns = min(len(members), SHEET_WIDTH // (width + figures.GAP))
-        chosen = rng.choice(members, columns, replace=False)
-        title = f"{describe_size(shape.size)}: {len(members)} images, {found['cropped']:.1%} of their area cropped"
-        rows.append(grid_of(images, shape.at((height, width)), chosen, columns=columns, title=title))
-    return figures.in_a_column(rows)
-
-
-def grid_of(images: ImageSet, spec: ImageConfig, chosen: NDArray[np.int64], *, columns: int = 8, title: str = "") -> Any:
-    """The images `chosen`, cut to `spec`, with the names of their classes."""
-    pixels = images.batch(chosen, spec.plain, np.full((len(chosen), 3), 0.5))
-    names = [images.class_names[label] if label >= 0 else "" for label in images.labels[chosen]]
-    return figures.grid(pixels, columns=columns, labels=names if images.class_names else None, title=title)
 
 
 def latents(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ MODULES = {
     "interpolate": 66,
     "evaluate": 89,
     "posthoc_ema": 43,
-    "prepare_data": 89,
+    "prepare_data": 90,
     "convert": 71,
     "doctor": 109,
 }

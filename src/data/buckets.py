@@ -130,7 +130,6 @@ def measure_buckets(image: ImageConfig, sides: NDArray[np.int64], factor: int) -
     buckets, known = make_buckets(image, sides, factor), known_sides(sides, image)
     every_size = bucket_sizes(image.size, image.aspect, factor)
     numbers = np.bincount(nearest_buckets(every_size, known), minlength=len(every_size)).tolist()
-    kept = [spec.sides for spec in buckets.specs]
     shares = [cropped_share(spec.sides, known[buckets.members(b)]) for b, spec in enumerate(buckets.specs)]
     return {
         "size": image.size,
@@ -143,7 +142,7 @@ def measure_buckets(image: ImageConfig, sides: NDArray[np.int64], factor: int) -
         "left_out": [
             {"height": height, "width": width, "images": count}
             for (height, width), count in zip(every_size, numbers, strict=True)
-            if (height, width) not in kept
+            if not any(spec.sides == (height, width) for spec in buckets.specs)
         ],
         "cropped": float(np.average(shares, weights=buckets.counts)),
         "cropped_to_squares": cropped_share((image.size, image.size), known),

@@ -113,7 +113,7 @@ def test_check_shows_the_buckets_of_a_folder(shapes: Path, tmp_path: Path) -> No
     assert "buckets" not in json.loads(run_in_process("prepare_data.py", "check", shapes, "--json").out)
     for words, message in [
         (["--aspect"], "--aspect makes buckets from --size"),
-        (["--size", "32", "--step", "4"], "--step belongs to --aspect"),
+        (["--size", "32", "--step", "4"], "give --size and --aspect"),
         (["--size", "32", "--aspect", "0.5"], "--aspect: max_ratio: input should be greater than or equal to 1"),
         (["--size", "32", "--aspect", "--step", "48"], "no size in steps of 48 px has about the area of 32 px"),
     ]:
@@ -147,7 +147,7 @@ def test_check_takes_the_factor_from_the_networks_of_a_config(shapes: Path, tmp_
     assert "gone does not exist" in line and "set image.aspect.step" in line
     assert "multiples of 16 px" in check(**gone, image={"size": 32, "aspect": {"step": 16, "min_images": 3}})
     assert "it names none; set image.aspect.step" in refused("prepare_data", "check", config())
-    wrong = config(model=unet, image={"size": 32, "aspect": {"step": 6}})
-    assert "step 6 is not a multiple of 4" in refused("prepare_data", "check", wrong)
+    too_fine = config(model=unet, image={"size": 32, "aspect": {"step": 6}})
+    assert "step 6 is not a multiple of 4" in refused("prepare_data", "check", too_fine)
     assert "a config has its own image.aspect" in refused("prepare_data", "check", config(model=unet), "--aspect")
     assert "buckets" not in check(image={"size": [24, 32]})
