@@ -97,6 +97,13 @@ class Buckets(NamedTuple):
         return Buckets(self.specs, nearest_buckets([spec.sides for spec in self.specs], known_sides(sides, self.specs[0])))
 
 
+def sort_by_shape(sizes: Sequence[Sides], image: ImageConfig, sides: NDArray[np.int64]) -> Buckets:
+    """Images of these `sides` (N, 2), width and height, in buckets of given `sizes` (height, width), each image in that whose
+    ratio is nearest; in one of `image` alone where there are no sizes."""
+    specs = tuple(image.at(size) for size in sizes) or (image,)
+    return Buckets(specs, np.zeros(0, np.int64)).of(sides)
+
+
 def known_sides(sides: NDArray[np.int64], image: ImageConfig) -> NDArray[np.int64]:
     """Width and height (N, 2), with those of a square where they are not known."""
     return np.where(sides > 0, sides, max(image.sides))
