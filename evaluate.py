@@ -20,9 +20,10 @@ import torch
 from src.config import CommandLine, UserError, config, parse_json, read_json, refuse_options, run_script, validate
 from src.data import HeldOut, ImageSet, Sources, describe_data, open_data
 from src.evaluation.autoencoder import evaluate_autoencoder
+from src.evaluation.folder import evaluate_folder
 from src.evaluation.likelihood import measure_likelihood
 from src.evaluation.results import GIVEN, HELD_OUT, TRAINING, Results, Setup, on_screen
-from src.evaluation.samples import evaluate_folder, evaluate_run, evaluate_sweep, parse_sweep
+from src.evaluation.samples import evaluate_run, evaluate_sweep, parse_sweep
 from src.metrics.features import NAMES, Features, open_features
 from src.report.report import write_report
 from src.runs.classifier import open_classifier

@@ -2,6 +2,7 @@
 """Check a folder of images, unpack an archive, pack images into one mapped file, or encode them ahead of training.
 
 python prepare_data.py check datasets/landscape --min-file-bytes 5000
+python prepare_data.py check datasets/landscape --size 64 --aspect
 python prepare_data.py unpack landscape.zip --out datasets/landscape
 python prepare_data.py pack datasets/landscape --size 64 --out datasets/landscape64
 python prepare_data.py latents runs/landscape256_vae
@@ -18,13 +19,21 @@ import numpy as np
 
 from src import figures
 from src.config import CommandLine, UserError, config, quoted, read_json, run_script, validate
+from src.config.sizes import Sides, describe_size
 from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
+from src.data.buckets import describe_buckets
 from src.data.facts import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
 from src.data.names import class_remarks, printable
 from src.data.packing import pack
 from src.data.sources import FolderSource, Sources
-from src.models import ModelConfig
 from src.runs.autoencoder import open_autoencoder
+from src.runs.config_buckets import (
+    ModelOnly,
+    bucketed_images,
+    draw_buckets,
+    draw_images,
+    sizes_of_config,
+)
 from src.runs.densities import ImageDensity
 from src.runs.latents import cache_folder, latents_of
 from src.runtime.failures import explain_failure
@@ -51,13 +60,6 @@ class ToEncode(DataOnly):
     image: ImageConfig
 
 
-@config
-class ModelOnly:
-    """The part of the config of train_ldm.py that says how far its network reduces latents."""
-
-    model: ModelConfig
-
-
 def arguments() -> argparse.Namespace:
     parser = CommandLine(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|unpack|pack|latents")
@@ -73,6 +75,11 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--min-side", type=int, help="leave out images whose shorter side has fewer pixels")
         command.add_argument("--max-broken-fraction", type=float, default=1.0, help="stop above this share of broken files")
     check.add_argument("--size", type=int, help="count smaller images (default: than the config trains at)")
+    check.add_argument(
+        "--aspect", type=float, nargs="?", const=2.0, metavar="RATIO",
+        help="show the buckets of --size, whose sides differ by this factor at most (default 2); a config has image.aspect",
+    )  # fmt: skip
+    check.add_argument("--step", type=int, help="of --aspect: sides are multiples of it, as the network wants (default 8)")
     check.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     packing.add_argument("--out", required=True, help="the new folder")
@@ -114,25 +121,21 @@ def open_images(args: argparse.Namespace) -> ImageSet:
     return open_sources(validate(FolderSource, spec, origin="arguments"))
 
 
-def wanted_sizes(args: argparse.Namespace) -> dict[str, int]:
-    """{option or config key: pixels} of the sizes to compare the images with: --size, or all at which a config trains."""
+def wanted_sizes(args: argparse.Namespace) -> dict[str, int | Sides]:
+    """{option or config key: size} of the sizes to compare the images with: --size, or all at which a config trains."""
     if args.size is not None:
         if args.size < 2:
             raise UserError("--size must be at least 2")
         return {"--size": args.size}
     if not args.data.endswith(".json"):
         return {}
-    raw = read_json(args.data)
-    image = raw.get("image")
-    plain = image.get("size") if isinstance(image, dict) else None
-    stages = [stage.get("image_size") for stage in raw.get("stages", ()) if isinstance(stage, dict)]
-    sizes = {"image.size": plain} if not stages or None in stages else {}
-    sizes |= {f"stages.{i}.image_size": size for i, size in enumerate(stages)}
-    return {key: size for key, size in sizes.items() if isinstance(size, int) and size > 1}
+    return sizes_of_config(read_json(args.data))
 
 
 def check(args: argparse.Namespace) -> None:
     images, sizes = open_images(args), wanted_sizes(args)
+    bucketed = bucketed_images(args.data, images, sizes, max_ratio=args.aspect, step=args.step)
+    tables = bucketed.measure() if bucketed is not None else {}
     sides = images.sides.min(1)
     sides = sides[sides > 0] if (sides > 0).any() else np.zeros(1, np.int64)
     skipped, notes = skipped_files(images), count_notes(images)
@@ -146,10 +149,10 @@ def check(args: argparse.Namespace) -> None:
             "skipped": skipped,
             "notes": notes,
             "shorter_side": {"smallest": int(sides.min()), "median": int(np.median(sides)), "largest": int(sides.max())},
-            "smaller": {str(size): count_small(size, images)[0] for size in sizes.values()},
+            "smaller": {describe_size(size).removesuffix(" px"): count_small(size, images)[0] for size in sizes.values()},
             "remarks": remarks,
             "fingerprint": images.fingerprint,
-        }
+        } | ({"buckets": tables} if tables else {})
         print(json.dumps(findings, indent=1))
     else:
         print(f"{len(images)} images can be trained on, {len(skipped)} files are left out")
@@ -166,12 +169,10 @@ def check(args: argparse.Namespace) -> None:
         print(f"{len(images.class_names) or 'no'} classes")
         for name, count in images.counts.items() if images.class_names else ():
             print(f"  {count:>8}  {printable(name)}")
+        for key, table in tables.items():
+            print(f"{key}: " + "\n".join(describe_buckets(table)))
     if args.sheet:
-        count = min(64, len(images))
-        chosen = np.random.default_rng(0).choice(len(images), count, replace=False)
-        pixels = images.batch(chosen, ImageConfig(size=96), np.full((count, 3), 0.5))
-        names = [images.class_names[label] if label >= 0 else "" for label in images.labels[chosen]]
-        sheet = figures.grid(pixels, columns=8, labels=names if images.class_names else None)
+        sheet = draw_images(images) if bucketed is None else draw_buckets(bucketed)
         with explain_failure(args.sheet):
             figures.save(sheet, Path(args.sheet))
         print(f"  {args.sheet}")

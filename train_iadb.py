@@ -128,7 +128,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         return Sampler(ema.network, process, spec, shape=shape, num_classes=num_classes, **options)
 
     sampler = sampler_for(cfg.preview.most_calls)
-    quality = open_quality(cfg.quality, train_set, cfg.image, num_classes, accelerator)
+    quality = open_quality(cfg.quality, coupling.data, num_classes, accelerator)
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)

@@ -72,6 +72,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     where = "held_out" if held_out is not None else "train"
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)
     buckets = bucket_stages(cfg, stages, train_set.sides)
+    facts |= {"buckets": buckets[-1].table} if cfg.image.aspect is not None else {}
 
     # Build autoencoder, discriminator, perceptual loss, optimizers, EMA.
     run_mode.enter_phase("building the networks")

@@ -122,7 +122,7 @@ def test_real_images_against_themselves_are_at_no_distance(tmp_path: Path) -> No
         (tmp_path / "copies").mkdir()
         for i in range(10):
             Image.new(mode if i else "RGB", size).save(tmp_path / "copies" / f"{i}.png")
-        message = "is 20x16 px: samples are squares" if kind == "oblong" else "or the other way: samples are of one kind"
+        message = "the samples are 20x16 px and the real" if kind == "oblong" else "or the other way: samples are of one kind"
         assert message in refused("evaluate", tmp_path / "copies", "--data", SHAPES, *RANDOM)
 
 

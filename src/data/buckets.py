@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +97,13 @@ class Buckets(NamedTuple):
         return Buckets(self.specs, nearest_buckets([spec.sides for spec in self.specs], known_sides(sides, self.specs[0])))
 
 
+def sort_by_shape(sizes: Sequence[Sides], image: ImageConfig, sides: NDArray[np.int64]) -> Buckets:
+    """Images of these `sides` (N, 2), width and height, in buckets of given `sizes` (height, width), each image in that whose
+    ratio is nearest; in one of `image` alone where there are no sizes."""
+    specs = tuple(image.at(size) for size in sizes) or (image,)
+    return Buckets(specs, np.zeros(0, np.int64)).of(sides)
+
+
 def known_sides(sides: NDArray[np.int64], image: ImageConfig) -> NDArray[np.int64]:
     """Width and height (N, 2), with those of a square where they are not known."""
     return np.where(sides > 0, sides, max(image.sides))
@@ -120,3 +127,52 @@ def make_buckets(image: ImageConfig, sides: NDArray[np.int64], factor: int) -> B
         if len(sizes) == 1 or counts[smallest] >= image.aspect.min_images:
             return Buckets(tuple(image.at(each) for each in sizes), which)
         del sizes[smallest]
+
+
+def measure_buckets(image: ImageConfig, sides: NDArray[np.int64], factor: int) -> dict[str, Any]:
+    """What `make_buckets` makes of training images of these `sides` (N, 2), for a report: of each bucket its height and width,
+    the number of its images, and the share of their area that is cropped; the sizes that were left out, since they had fewer
+    than `min_images`; the share that is cropped of all images, and what it would be if all were cut to squares."""
+    assert image.aspect is not None and isinstance(image.size, int)
+    buckets, known = make_buckets(image, sides, factor), known_sides(sides, image)
+    every_size = bucket_sizes(image.size, image.aspect, factor)
+    numbers = np.bincount(nearest_buckets(every_size, known), minlength=len(every_size)).tolist()
+    shares = [cropped_share(spec.sides, known[buckets.members(b)]) for b, spec in enumerate(buckets.specs)]
+    return {
+        "size": image.size,
+        "step": image.aspect.step or factor,
+        "min_images": image.aspect.min_images,
+        "buckets": [
+            {"height": height, "width": width, "images": count, "cropped": share}
+            for (height, width, count), share in zip(buckets.table, shares, strict=True)
+        ],
+        "left_out": [
+            {"height": height, "width": width, "images": count}
+            for (height, width), count in zip(every_size, numbers, strict=True)
+            if not any(spec.sides == (height, width) for spec in buckets.specs)
+        ],
+        "cropped": float(np.average(shares, weights=buckets.counts)),
+        "cropped_to_squares": cropped_share((image.size, image.size), known),
+    }
+
+
+def describe_buckets(measured: dict[str, Any]) -> list[str]:
+    """The table of `measure_buckets`, in lines for the screen."""
+    rows, total = measured["buckets"], sum(row["images"] for row in measured["buckets"])
+    lines = [
+        f"{len(rows)} bucket{'s' * (len(rows) != 1)} of about {measured['size']} x {measured['size']} px, with sides that are "
+        f"multiples of {measured['step']} px, for {total} training images",
+        "  height x width    width/height    images    area cropped",
+    ]
+    for row in rows:
+        height, width = row["height"], row["width"]
+        lines.append(f"{height:>8} x {width:<5}{width / height:>16.2f}{row['images']:>10}{row['cropped']:>16.1%}")
+    lines.append(f"{'all':>8}{total:>34}{measured['cropped']:>16.1%}")
+    lines.append(f"  cut to squares, the images would lose {measured['cropped_to_squares']:.1%} of their area")
+    if left_out := measured["left_out"]:
+        sizes = ", ".join(f"{describe_size((row['height'], row['width']))} ({row['images']})" for row in left_out)
+        lines.append(
+            f"  left out are sizes with fewer than min_images {measured['min_images']} images, which go to the nearest bucket: "
+            f"{sizes}"
+        )
+    return lines

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 _BITS, _LARGEST, _STATED_LARGEST = 258, 281, 341  # tags of TIFF: BitsPerSample, MaxSampleValue, SMaxSampleValue
+_ORIENTATION = 0x0112  # a tag of EXIF
 CONVERTED = "its colour profile is converted to sRGB"
 DAMAGED = "its colour profile is damaged: the colours are taken as they are"
 UNFIT = "its colour profile is for another kind of image: the colours are taken as they are"
@@ -147,6 +148,13 @@ def _to_8_bits(image: "Image.Image", white: float | None) -> "Image.Image":
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     scaled = (values - low) / max(high - low, 1e-12) * 255
     return to_image(np.rint(scaled).clip(0, 255).astype(np.uint8)[:, :, None])
+
+
+def is_turned(image: "Image.Image") -> bool:
+    """Whether the EXIF tag of a loaded image turns it by a quarter, so that it is as wide as the file says that it is high."""
+    with suppress(SyntaxError, ValueError, struct.error):
+        return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    return False
 
 
 def normalise(image: "Image.Image", channels: int) -> "Image.Image":

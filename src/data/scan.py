@@ -22,14 +22,14 @@ from ..config import UserError, config
 from ..config.progress import Progress
 from ..storage.files import write_whole
 from ..storage.locks import take_lock
-from .colour import CONVERTED, DARK, SCALED, profile_of, read_stated_bits, stated_white
+from .colour import CONVERTED, DARK, SCALED, is_turned, profile_of, read_stated_bits, stated_white
 from .formats import describe_content, endings, open_image, with_plugins
 from .transforms import DECODER
 
 TOO_SMALL = "smaller than min_file_bytes"
 TOO_NARROW = "smaller than min_side"
 FOR_NOW = "cannot be read now: "  # not remembered: the next scan reads the file again
-VERSION = 2
+VERSION = 3  # of what is measured: files that another version scanned are read again
 SAVE_EVERY = 2048  # files
 _LARGE_PIXELS = 25_000_000
 _one_at_a_time = threading.Lock()  # for images beyond that, so that memory stays bounded
@@ -55,8 +55,9 @@ class Absent(ValueError):
 class ScanReport:
     """The files that were left out with their reasons, and what was measured of the good ones.
 
-    `measures` (N, 4): width and height, -1 where they are not known; when the file was modified, in nanoseconds, 0 where the
-    fingerprint of the source changes with the content; and the first version of the decoder that reads it as today's does.
+    `measures` (N, 4): width and height of the upright image, -1 where they are not known; when the file was modified, in
+    nanoseconds, 0 where the fingerprint of the source changes with the content; and the first version of the decoder that reads
+    it as today's does.
     `notes` counts what is odd about some of them but keeps none of them out, and `remarks` are what else a person has to know
     of the source.
     """
@@ -85,8 +86,8 @@ def cache_folder() -> Path:
 
 
 class Measured(NamedTuple):
-    """What a scan remembers of a good image: its sides, the first version of the decoder that reads it as today's does, and
-    what is odd about it."""
+    """What a scan remembers of a good image: its sides once its EXIF tag has turned it, the first version of the decoder that
+    reads it as today's does, and what is odd about it."""
 
     width: int
     height: int
@@ -123,6 +124,8 @@ def examine(source: Callable[[], Any], size: int, spec: ScanConfig) -> Measured 
                         note = SCALED
                     elif image.mode.startswith("I;16") and not note and 0 < values.max() < 4096:
                         note = DARK
+                if is_turned(image):
+                    width, height = height, width
             return Measured(width, height, DECODER if note in (CONVERTED, SCALED) else 1, note)
     except UnidentifiedImageError:
         return describe_content(file) or "not an image"

@@ -18,6 +18,7 @@ from ..config import Length, UserError, config, read_json, resumable_field, vali
 from ..config.packages import ask_for
 from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
+from ..data.buckets import sort_by_shape
 from ..losses import Perceptual, PerceptualConfig, reconstruction_loss
 from ..metrics.distances import SMALLEST_FOR_SSIM, Array
 from ..runs.autoencoder import open_autoencoder
@@ -26,7 +27,8 @@ from ..runtime.failures import Warn, warn_on_failure, warn_on_stderr
 from ..runtime.stream import Examples, to_network
 from ..storage.finite import is_finite
 from .registry import check_count
-from .results import Results, Setup, on_screen, pixel_loader, pixels_of
+from .results import Results, Setup, on_screen, pixels_of
+from .shapes import measure_by_shape, split_by_shape, to_squares
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,11 +45,15 @@ class ReconstructConfig:
 
 
 def measure_distances(
-    outputs: Tensor, images: Tensor, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    outputs: Tensor,
+    images: Tensor,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    with_ssim: bool = True,
 ) -> dict[str, Tensor]:
     """{"l1", "psnr", "ssim" of images of 11 px or more, "lpips" by the network `perceptual`} of reconstructions, (B,) each."""
     distances = {"psnr": metrics.psnr(outputs, images), "l1": reconstruction_loss("l1", outputs, images)}
-    if min(images.shape[2:]) >= SMALLEST_FOR_SSIM:
+    if with_ssim and min(images.shape[2:]) >= SMALLEST_FOR_SSIM:
         distances["ssim"] = metrics.ssim(outputs, images)
     return distances | ({"lpips": perceptual(outputs, images)} if perceptual is not None else {})
 
@@ -75,6 +81,7 @@ def reconstruct(
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     dtype, count = next(network.parameters()).dtype, min(spec.num_measured, len(examples.labels))
     chosen = np.linspace(0, len(examples.labels) - 1, count).astype(np.int64)
+    with_ssim = all(min(shape[1:]) >= SMALLEST_FOR_SSIM for shape in examples.groups)
 
     def outputs_of(indices: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
         """Images, their reconstructions, cut to [-1, 1] as files are, and the means of their latents."""
@@ -85,7 +92,7 @@ def reconstruct(
     sums: dict[str, Tensor] = {}
     for indices in examples.batches(chosen, batch_size)[rank::world]:
         images, outputs, mean = outputs_of(indices)
-        values = measure_distances(outputs, images, perceptual)
+        values = measure_distances(outputs, images, perceptual, with_ssim=with_ssim)
         values |= {f"drift {c}": drift for c, drift in enumerate(metrics.colour_drift(outputs, images).unbind(1))}
         for c, channel in enumerate(mean.double().unbind(1)):
             values |= {f"sum {c}": channel, f"square {c}": channel.square(), "count": torch.ones_like(channel)}
@@ -135,35 +142,43 @@ def troubled_channels(values: dict[str, float]) -> list[str]:
 
 def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data: ImageSet, reference: str) -> Results:
     """Compare `data`, which `reference` names, with their reconstructions, at the size of the run's last stage: rFID in each of
-    the features, PSNR, SSIM, L1 and the perceptual distance of the run; a sheet of the worst and of usual ones."""
+    the features, PSNR, SSIM, L1 and the perceptual distance of the run; a sheet of the worst and of usual ones. Images of
+    several shapes are reconstructed in their shapes, and resized to squares for the features."""
     autoencoder = open_autoencoder(run, setup.device)
     check_count(len(data), "real images")
     ask_for("measuring reconstructions", "torchmetrics", "torchvision")
     spec = validate(ImageConfig, settings["image"], origin=f"{run}: image")
     last = settings["stages"][-1]["image_size"]
     image = replace(spec.plain, size=spec.size if last is None else last if isinstance(last, int) else tuple(last))
+    facts = [Path(run) / name for name in ("data.json", "final/data.json") if (Path(run) / name).exists()]
+    table = read_json(facts[0]).get("buckets", []) if facts else []
+    sizes = [(height, width) for height, width, _ in table]
+    buckets = sort_by_shape(sizes, image.at(image.sides), data.sides)
     notes, perceptual = list[str](), None
     try:
         perceptual_spec = validate(PerceptualConfig, settings["perceptual"], origin=f"{run}: perceptual")
-        perceptual = Perceptual(perceptual_spec, sizes=[image.size]).to(setup.device)
+        perceptual = Perceptual(perceptual_spec, sizes=sizes or [image.size]).to(setup.device)
     except UserError as error:
         notes.append(f"no LPIPS: {error}")
     lpips_network = perceptual.spec.network if perceptual is not None else None
     request = {"weights": autoencoder.digest, "pictures": data.fingerprint, "files": data.state, "size": image.size}
-    request |= {"lpips": lpips_network, "batch_size": setup.batch_size}
+    request |= {"lpips": lpips_network, "batch_size": setup.batch_size} | ({"buckets": table} if table else {})
     out = setup.claim(run_name(run), "reconstructions", request)
     progress = [Path(run) / name for name in ("progress.json", "final/progress.json") if (Path(run) / name).exists()]
     step = read_json(progress[0])["step"] if progress else 0
-    network, load = autoencoder.network, pixel_loader(data, image)
+    network, square = autoencoder.network, to_squares(image)
+    data.prepare(buckets.most_frequent)
+    with_ssim = all(min(spec.sides) >= SMALLEST_FOR_SSIM for spec in buckets.specs)
 
     @torch.no_grad()
-    def reconstruct(indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images, and their reconstructions as 8-bit files would hold them."""
-        images = to_network(torch.from_numpy(np.ascontiguousarray(load(indices))), setup.device)
+    def reconstruct(indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Images of one shape, and their reconstructions as 8-bit files would hold them."""
+        pixels = data.batch(indices, buckets.specs[buckets.which[indices[0]]], np.full((len(indices), 3), 0.5))
+        images = to_network(torch.from_numpy(np.ascontiguousarray(pixels)), setup.device)
         mean, _ = network.moments(images)
         outputs = network.decode(mean)
         if not is_finite(outputs):
-            first = indices[int((~torch.isfinite(outputs.flatten(1)).all(1)).nonzero()[0])]
+            first = indices.tolist()[int((~torch.isfinite(outputs.flatten(1)).all(1)).nonzero()[0])]
             part, index = data.locate(first)
             raise UserError(
                 f"the reconstructions of {run} (step {step}) are not finite (NaN or infinity), first of the image "
@@ -172,15 +187,17 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
         return images, to_network(pixels_of(outputs).permute(0, 2, 3, 1), setup.device)
 
     @torch.no_grad()
-    def measure(part: range) -> dict[str, Array]:
+    def measure(part: NDArray[np.int64]) -> dict[str, Array]:
         images, outputs = reconstruct(part)
-        values = measure_distances(outputs, images, perceptual)
-        return {name: value.cpu().numpy() for name, value in values.items()} | setup.features(pixels_of(outputs))
+        values = measure_distances(outputs, images, perceptual, with_ssim=with_ssim)
+        return {name: value.cpu().numpy() for name, value in values.items()} | setup.features(square(pixels_of(outputs)))
 
-    arrays = setup.measure(out, len(data), measure, "reconstructing")
-    comparisons, results = setup.compare(arrays, data, image, neighbours=False), Results(out, step)
+    arrays = setup.measure(out, len(data), lambda part: measure_by_shape(part, buckets.which, measure), "reconstructing")
+    comparisons, results = setup.compare(arrays, data, image, None, sizes, neighbours=False), Results(out, step)
     if not setup.computes:
         return results
+    if sizes:
+        notes.append(f"images of {len(sizes)} shapes are resized to squares of {describe_size(image.size)} for rFID")
     which = f"{len(data)} {on_screen(reference)} of {describe_size(image.size)}"
     results.add_table(f"{run}: {which} against their reconstructions (the Fréchet distance is rFID)", comparisons)
     units = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": f"LPIPS ({lpips_network})", "l1": "L1, of [-1, 1]"}
@@ -192,5 +209,6 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
     with results.sheet("reconstructions.png") as path:
         order = np.argsort(arrays["psnr"], kind="stable")
         chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
-        save_sheet(path, [reconstruct(chosen)], means, f"the {len(order[:6])} worst, then usual ones; ")
+        pairs = [reconstruct(part) for part in split_by_shape(chosen, buckets.which)[0]]
+        save_sheet(path, pairs, means, f"the {len(order[:6])} worst, then usual ones; ")
     return results

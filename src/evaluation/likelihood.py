@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .. import figures
 from ..config import UserError
 from ..config.packages import ask_for
 from ..data import ImageSet
-from ..data.buckets import make_buckets
+from ..data.buckets import sort_by_shape
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..diffusion import times as times_of
 from ..metrics.distances import Array
@@ -22,6 +23,7 @@ from ..runtime.stream import image_examples
 from ..storage.files import as_json, write_whole
 from ..storage.finite import is_finite
 from .results import Setup
+from .shapes import measure_by_shape
 
 BLOCK = 64  # images in a file; a kill loses the work on one file
 KEYS = ("prior", "terms", "eps_mse", "x0_mse")
@@ -50,14 +52,16 @@ def measure_likelihood(
         "batch_size": batch_size,
         "seed": seed,
     }
+    request |= {"buckets": opened.buckets} if opened.buckets else {}
     key = [value for name, value in request.items() if name != "count"]
     out = setup.claim(opened.folder, "likelihood", request, key)
-    examples, device = image_examples(data, make_buckets(opened.image, data.sides, 1)), next(opened.network.parameters()).device
+    buckets = sort_by_shape(opened.bucket_sizes, opened.image, data.sides)
+    examples, device = image_examples(data, buckets), next(opened.network.parameters()).device
 
     @torch.no_grad()
-    def measure(images: range) -> dict[str, Array]:
-        """The terms of the bound of a batch of images, (B, ...) each."""
-        indices, condition = np.array(images), {}
+    def measure(indices: NDArray[np.int64]) -> dict[str, Array]:
+        """The terms of the bound of a batch of images of one shape, (B, ...) each."""
+        condition = {}
         if opened.num_classes is not None:
             labels = torch.from_numpy(examples.labels[indices])
             condition = {"labels": torch.where(labels < 0, opened.num_classes, labels).to(device)}
@@ -67,7 +71,7 @@ def measure_likelihood(
             examples.load(indices).to(device),
             times,
             schedule,
-            noise=lambda step, like: noise_of(seed, images, like.shape[1:], step).to(like),
+            noise=lambda step, like: noise_of(seed, indices.tolist(), like.shape[1:], step).to(like),
             variance=opened.process.variance,
         )
         values = {key: getattr(bits, key).cpu().double().numpy() for key in KEYS}
@@ -75,11 +79,14 @@ def measure_likelihood(
         if bad:
             raise UserError(
                 f"the likelihood of {opened.origin} is not finite (NaN or infinity: {', '.join(bad)}) for images "
-                f"{images.start} to {images.stop - 1}; measure an earlier checkpoint"
+                f"{indices[0]} to {indices[-1]}; measure an earlier checkpoint"
             )
         return values
 
-    arrays = setup.measure(out, len(data), measure, "likelihood", block=max(BLOCK, batch_size))
+    def measure_batch(images: range) -> dict[str, Array]:
+        return measure_by_shape(images, buckets.which, measure)
+
+    arrays = setup.measure(out, len(data), measure_batch, "likelihood", block=max(BLOCK, batch_size))
     totals, mean = arrays["prior"] + arrays["terms"].sum(1), {key: arrays[key].mean(0).tolist() for key in KEYS}
     means = {
         "bits_per_dimension": float(totals.mean()),

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import figures
 from ..config.progress import within
+from ..config.sizes import Sides
 from ..data import ImageConfig, ImageSet
 from ..data.scan import cache_folder
 from ..metrics import distances
@@ -29,11 +30,11 @@ from ..sampling.sampler import Sampler
 from ..storage.blocks import Ranks, claim_folder, in_blocks
 from ..storage.files import as_json, write_whole
 from .registry import METRICS, FeatureSets
+from .shapes import Fit, LoadPixels, by_shape, channels_first, pixel_loader
 
 # The images that samples are compared with, as evaluation.json names them: it keeps the word that older files have.
 TRAINING, HELD_OUT, GIVEN = "training pictures", "held-out pictures", "given pictures"
 PixelsOf = Callable[[Sequence[int]], Tensor]  # indices -> (B, C, H, W) uint8
-LoadPixels = Callable[[Sequence[int]], figures.Pixels]  # indices -> (B, H, W, C) uint8
 BLOCK = 512  # images in a file; a kill loses the work on one file
 SHOWN = 12  # samples on the sheet of nearest training images
 
@@ -43,20 +44,9 @@ def on_screen(words: str) -> str:
     return words.replace("pictures", "images")
 
 
-def pixel_loader(data: ImageSet, image: ImageConfig) -> LoadPixels:
-    """A function of indices that gives (N, H, W, C) uint8 of these images, cut from the middle."""
-    plain = image.plain
-    data.prepare(plain)
-    return lambda indices: data.batch(np.array(indices, dtype=np.int64), plain, np.full((len(indices), 3), 0.5))
-
-
 def pixels_of(images: Tensor) -> Tensor:
     """(B, C, H, W) in [-1, 1] -> uint8, as a file holds them."""
-    return _channels_first(figures.to_uint8(images))
-
-
-def _channels_first(pixels: figures.Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(rearrange(pixels, "b h w c -> b c h w")))
+    return channels_first(figures.to_uint8(images))
 
 
 @torch.no_grad()
@@ -75,20 +65,24 @@ def join_batches(batches: Iterable[dict[str, Array]]) -> dict[str, Array]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def real_features(network: Features, data: ImageSet, image: ImageConfig, *, read: bool = True) -> NDArray[np.float32]:
-    """(N, dim) of all images, cut from the middle.
+def real_features(
+    network: Features, data: ImageSet, image: ImageConfig, sizes: Sequence[Sides] = (), *, read: bool = True
+) -> NDArray[np.float32]:
+    """(N, dim) of all images, cut from the middle; with the `sizes` of buckets each to the nearest of them, and resized to the
+    square of `image`.
 
     Each machine computes them once, on all its ranks, and keeps them beside its scans of image folders, under a hash of the
     images (with the times of their files and the version of the decoder), their size and the network's weights. Every rank
     that will `read` them gets them, the others get (0, dim).
     """
-    key = json.dumps([network.name, network.digest, data.fingerprint, data.state, image.size, image.channels])
-    folder = cache_folder() / "features" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    key = [network.name, network.digest, data.fingerprint, data.state, image.size, image.channels]
+    key += [[*map(list, sizes)]] if sizes else []
+    folder = cache_folder() / "features" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
     def make(block: range) -> dict[str, Array]:
-        load = pixel_loader(data, image)
+        load = pixel_loader(data, image, sizes)
         with ThreadPoolExecutor(4) as pool:  # Pillow decodes while Python goes on
-            batches = pool.map(lambda part: _channels_first(load(part)), in_batches(block, 32))
+            batches = pool.map(lambda part: channels_first(load(part)), in_batches(block, 32))
             return join_batches({"features": extract_features(network, pixels)} for pixels in batches)
 
     doing = f"{network.name} features of real images"
@@ -98,10 +92,18 @@ def real_features(network: Features, data: ImageSet, image: ImageConfig, *, read
 
 def labels_like(data: ImageSet, count: int, num_classes: int | None) -> list[int] | None:
     """A class for each sample, in the shares that the real images have; the null class for images without a class."""
-    if num_classes is None:
-        return None
-    ordered = np.sort(np.where(data.labels < 0, num_classes, data.labels))
-    return ordered[np.arange(count) * len(ordered) // count].tolist()
+    return samples_like(data, np.zeros(len(data), np.int64), count, num_classes)[0]
+
+
+def samples_like(
+    data: ImageSet, which: NDArray[np.int64], count: int, num_classes: int | None
+) -> tuple[list[int] | None, NDArray[np.int64]]:
+    """A class (None without classes) and a bucket for each of `count` samples, in the shares in which the real images have
+    both together; `which` (N,) are the buckets of the real ones. Samples of one bucket follow each other."""
+    labels = np.zeros(len(data), np.int64) if num_classes is None else np.where(data.labels < 0, num_classes, data.labels)
+    order = np.lexsort((labels, which))  # by bucket, and within one by class
+    chosen = order[np.arange(count) * len(order) // count]
+    return labels[chosen].tolist() if num_classes is not None else None, which[chosen]
 
 
 @dataclass(frozen=True)
@@ -144,31 +146,47 @@ class Setup:
         """{name of a network: (B, dim)} of the pixels."""
         return {network.name: extract_features(network, pixels) for network in self.networks}
 
-    def sample_pixels(self, sampler: Sampler, labels: Sequence[int] | None) -> PixelsOf:
-        """A function that draws samples by their indices, of these classes."""
+    def sample_pixels(
+        self,
+        sampler: Sampler,
+        labels: Sequence[int] | None,
+        which: NDArray[np.int64] | None = None,
+        fit: Fit = lambda pixels: pixels,
+    ) -> PixelsOf:
+        """A function that draws samples by their indices, of these classes. With `which` sample i has the shape number
+        `which[i]` of the sampler's `shapes`, the network sees one shape at a time, and `fit` brings all to one size."""
 
-        def pixels(indices: Sequence[int]) -> Tensor:
+        def draw(shaped: Sampler, indices: Sequence[int]) -> Tensor:
             classes = [labels[i] for i in indices] if labels is not None else None
-            return pixels_of(sampler.draw(self.seed, indices, classes, device=self.device, batch_size=self.batch_size))
+            return pixels_of(shaped.draw(self.seed, indices, classes, device=self.device, batch_size=self.batch_size))
 
-        return pixels
+        if which is None:
+            return partial(draw, sampler)
+        samplers = [sampler.at_shape(shape) for shape in sampler.shapes]
+        return lambda indices: by_shape(indices, which, lambda bucket, part: fit(draw(samplers[bucket], part)))
 
-    def sample_features(self, sampler: Sampler, labels: Sequence[int] | None, count: int, out: Path) -> dict[str, Array]:
-        """The features of samples that are drawn on the way."""
+    def sample_features(self, pixels: PixelsOf, count: int, out: Path) -> dict[str, Array]:
+        """The features of samples that `pixels` draws on the way."""
         block = self.batch_size * max(1, min(BLOCK, count // 16) // self.batch_size)  # work for 16 ranks, even on fewer
-        pixels = self.sample_pixels(sampler, labels)
         return self.measure(out, count, lambda part: self.features(pixels(part)), "sampling", block=block)
 
-    def real_features(self, data: ImageSet, image: ImageConfig) -> dict[str, Array]:
+    def real_features(self, data: ImageSet, image: ImageConfig, sizes: Sequence[Sides] = ()) -> dict[str, Array]:
         """{name of a network: (N, dim)} of all real images; (0, dim) on ranks that compute nothing."""
-        return {network.name: real_features(network, data, image, read=self.computes) for network in self.networks}
+        return {network.name: real_features(network, data, image, sizes, read=self.computes) for network in self.networks}
 
     def compare(
-        self, samples: dict[str, Array], data: ImageSet, image: ImageConfig, held_out: ImageSet | None = None, **options: Any
+        self,
+        samples: dict[str, Array],
+        data: ImageSet,
+        image: ImageConfig,
+        held_out: ImageSet | None = None,
+        sizes: Sequence[Sides] = (),
+        **options: Any,
     ) -> list[FeatureSets]:
-        """Samples beside real images in the features of each network; nothing on ranks that compute no metrics."""
-        real = self.real_features(data, image)
-        unseen = self.real_features(held_out, image) if held_out is not None else {}
+        """Samples beside real images, cut to `image` or to the `sizes` of buckets, in the features of each network; nothing on
+        ranks that compute no metrics."""
+        real = self.real_features(data, image, sizes)
+        unseen = self.real_features(held_out, image, sizes) if held_out is not None else {}
         names = [(network, network.name) for network in self.networks if self.computes]
         return [FeatureSets(network, samples[name], real[name], unseen.get(name), **options) for network, name in names]
 

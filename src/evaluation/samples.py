@@ -3,27 +3,26 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from .. import figures
 from ..config import UserError, dump, parse_json, validate
 from ..config.packages import ask_for
-from ..data import ImageConfig, ImageSet
+from ..data import ImageSet
+from ..data.buckets import sort_by_shape
 from ..data.names import printable
 from ..runs.densities import SourceSampler
 from ..runs.opened import Opened
 from ..sampling.config import SamplerConfig
-from ..sampling.edit import files_of
 from ..sampling.sampler import Sampler, describe
-from .registry import FeatureSets, check_count, spread_indices
-from .results import GIVEN, TRAINING, Results, Setup, labels_like, on_screen, pixel_loader
+from .registry import FeatureSets, check_count
+from .results import TRAINING, Results, Setup, on_screen, samples_like
+from .shapes import describe_squares, on_white, pixel_loader, to_squares
 
 COLUMNS = ("frechet", "kernel", "precision", "recall")  # of the table of a sweep; evaluation.json has all metrics
 
@@ -31,6 +30,7 @@ COLUMNS = ("frechet", "kernel", "precision", "recall")  # of the table of a swee
 def describe_request(setup: Setup, opened: Opened, sampler: Sampler, data: ImageSet, count: int) -> dict[str, Any]:
     """What the metrics of samples depend on."""
     request = {"weights": opened.digest, "pictures": data.fingerprint, "num_samples": count, "batch_size": setup.batch_size}
+    request |= {"buckets": opened.buckets} if opened.buckets else {}
     return {**request, **describe(sampler, setup.seed)}
 
 
@@ -56,22 +56,20 @@ def evaluate_run(
     if held_out is not None:
         opened.check_classes(held_out)
     out = setup.claim(opened.folder, "quality", describe_request(setup, opened, sampler, data, count))
-    classes = labels_like(data, count, opened.num_classes)
+    classes, which = _plan_samples(opened, data, count)
     if classes is not None:
         ask_for("reading the classes of samples", "sklearn")
-    samples = setup.sample_features(sampler, classes, count, out)
+    samples = setup.sample_features(setup.sample_pixels(sampler, classes, which, to_squares(opened.square)), count, out)
     labels = {"samples": np.array(classes), "real": data.labels} if classes is not None else {}
     if classes is not None and held_out is not None:
         labels["held_out"] = held_out.labels
     options = {"labels": labels, "num_classes": len(opened.class_names)}
-    comparisons = setup.compare(samples, data, opened.image, held_out, **options)
+    comparisons = setup.compare(samples, data, opened.square, held_out, opened.bucket_sizes, **options)
     results = Results(out, opened.step)
     if not setup.computes:
         return results
-    if isinstance(sampler.source, SourceSampler) and len(sampler.source) < count:
-        note = f"the {count} samples start from {len(sampler.source)} pictures: a solver without noise draws no more than that"
-        for comparison in comparisons:
-            comparison.notes.append(note)
+    for comparison in comparisons:
+        comparison.notes.extend(_describe_samples(opened, sampler, count, which))
     class_lines = [line for each in comparisons for line in add_class_accuracy(results, each, opened.class_names)]
     how = f"{sampler.spec.solver}, {sampler.calls()} network calls, guidance {sampler.spec.guidance:g}"
     title = f"{opened.path} (step {opened.step}): {count} samples ({how}) against {len(data)} {on_screen(reference)}"
@@ -88,9 +86,34 @@ def evaluate_run(
     results.lines += class_lines
     counts = {"num_samples": count, "real_pictures": len(data), "of": reference, "network_calls": sampler.calls()}
     results.write(**counts, sampler=dump(sampler.spec))
-    pixels, load = setup.sample_pixels(sampler, classes), pixel_loader(data, opened.image)
+    sizes = opened.bucket_sizes
+    fit = on_white(sizes) if sizes else to_squares(opened.image)
+    pixels, load = setup.sample_pixels(sampler, classes, which, fit), pixel_loader(data, opened.square, sizes, fit)
     results.add_nearest(comparisons[0], pixels, load, reference, setup.batch_size)
     return results
+
+
+def _plan_samples(opened: Opened, data: ImageSet, count: int) -> tuple[list[int] | None, NDArray[np.int64] | None]:
+    """The classes of samples, and which of the run's shapes each has, both as the real images have them; None where the run has
+    no classes, or images of one size alone."""
+    buckets = sort_by_shape(opened.bucket_sizes, opened.image, data.sides)
+    labels, which = samples_like(data, buckets.which, count, opened.num_classes)
+    return labels, which if opened.buckets else None
+
+
+def _describe_samples(opened: Opened, sampler: Sampler, count: int, which: NDArray[np.int64] | None) -> list[str]:
+    """Notes on what the samples start from, where they are more than that, and on their shapes, where these are several."""
+    notes, starts = list[str](), count
+    if isinstance(sampler.source, SourceSampler):
+        shapes = [*sampler.shapes] if which is not None else [sampler.shape]
+        numbers = np.bincount(which, minlength=len(shapes)).tolist() if which is not None else [count]
+        sources = [sampler.source.at_shape(shape) for shape, number in zip(shapes, numbers, strict=True) if number]
+        starts = sum(min(len(source), number) for source, number in zip(sources, filter(None, numbers), strict=True))
+    if starts < count:
+        notes.append(f"the {count} samples start from {starts} pictures: a solver without noise draws no more than that")
+    if opened.buckets:
+        notes.append(describe_squares(opened.square, "samples have the shapes of the real pictures, in their shares; "))
+    return notes
 
 
 def add_class_accuracy(results: Results, sets: FeatureSets, class_names: Sequence[str]) -> list[str]:
@@ -166,17 +189,19 @@ def evaluate_sweep(
     columns = [_columns(setting) for setting in settings]
     keys = dict.fromkeys(key for row in columns for key in row)
     swept = [key for key in keys if len({json.dumps(row.get(key)) for row in columns}) > 1]
-    classes = labels_like(data, count, opened.num_classes)
-    real = setup.real_features(data, opened.image)
+    classes, which = _plan_samples(opened, data, count)
+    real = setup.real_features(data, opened.square, opened.bucket_sizes)
     rows, notes = list[dict[str, Any]](), dict[str, list[str]]()
     for sampler, setting, row in zip(samplers, settings, columns, strict=True):
         tag = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
-        samples = setup.sample_features(sampler, classes, count, out / tag)
+        pixels = setup.sample_pixels(sampler, classes, which, to_squares(opened.square))
+        samples = setup.sample_features(pixels, count, out / tag)
         if setup.computes:
             compared = {n.name: FeatureSets(n, samples[n.name], real[n.name]) for n in setup.networks}
             values = {name: sets.values for name, sets in compared.items()}
             rows.append({**{key: row.get(key) for key in swept}, "network_calls": sampler.calls(), **values})
-            notes = {name: sets.notes for name, sets in compared.items()}
+            of_samples = _describe_samples(opened, sampler, count, which) if opened.buckets else []
+            notes = {name: [*sets.notes, *of_samples] for name, sets in compared.items()}
     results = Results(out, opened.step)
     if not setup.computes:
         return results
@@ -226,76 +251,3 @@ def _draw_sweep(path: Path, rows: Sequence[dict[str, Any]], swept: Sequence[str]
             x.append(row[axis])
             y.append(row[network]["frechet"])
     figures.curves(path, panels, xlabel=axis.replace("_", " "), marker="o")
-
-
-def evaluate_folder(setup: Setup, place: Path, data: ImageSet, *, resize: bool) -> Results:
-    """Compare the images of a folder (of sample.py's, its samples) with `data`. Real images of another size are a UserError,
-    unless `resize` says that they are to be cut and resized as in training."""
-    files = files_of(str(place))
-    check_count(len(files), f"images in {place}")
-    check_count(len(data), "real images")
-    image = _image_of(files)
-    if not resize:
-        _check_sizes(data, image)
-
-    def pixels(indices: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.stack([_read(files[i], image) for i in indices])).permute(0, 3, 1, 2)
-
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-    request = {"samples": digest, "pictures": data.fingerprint, "size": image.size}
-    out = setup.claim(place.resolve().name, "pictures", request)
-    samples = setup.measure(out, len(files), lambda part: setup.features(pixels(part)), "features of the samples")
-    comparisons, results = setup.compare(samples, data, image), Results(out)
-    if not setup.computes:
-        return results
-    results.add_table(f"{place}: {len(files)} images against {len(data)} {on_screen(GIVEN)}", comparisons)
-    results.write(num_samples=len(files), real_pictures=len(data))
-    results.add_nearest(comparisons[0], pixels, pixel_loader(data, image), GIVEN, setup.batch_size)
-    return results
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The image in a file; a UserError where it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            yield image
-    except OSError as error:
-        raise UserError(f"{path}: not an image that can be read ({error}); remove it or draw it again") from None
-
-
-def _read(path: Path, image: ImageConfig) -> figures.Pixels:
-    """(H, W, C) uint8 of a file."""
-    with _opened(path) as opened:
-        pixels = np.asarray(opened.convert("RGB" if image.channels == 3 else "L"))
-    return pixels.reshape(*image.sides, -1)
-
-
-def _image_of(files: Sequence[Path]) -> ImageConfig:
-    """The size and channels of images of one square size; a UserError where they have no one size."""
-    kinds: dict[tuple[int, int, bool], Path] = {}
-    for path in files:
-        with _opened(path) as image:
-            kinds.setdefault((image.width, image.height, image.mode in ("L", "1")), path)
-    if len(kinds) > 1:
-        ((a, b, _), one), ((c, d, _), other) = list(kinds.items())[:2]
-        if (a, b) == (c, d):
-            raise UserError(f"{one} is grey and {other} in colour, or the other way: samples are of one kind")
-        raise UserError(f"{one} is {a}x{b} px and {other} {c}x{d}: samples are all of one size")
-    ((width, height, is_grey),) = kinds
-    return ImageConfig(size=width if width == height else (height, width), channels=1 if is_grey else 3)
-
-
-def _check_sizes(data: ImageSet, image: ImageConfig) -> None:
-    """A UserError where real images, of which some are looked at, have another size than the samples."""
-    for i in spread_indices(len(data), 64).tolist():
-        part, index = data.locate(i)
-        height, width = np.asarray(part.load(index, channels=image.channels)).shape[:2]
-        if (height, width) != image.sides:
-            raise UserError(
-                f"the samples are {image.sides[1]}x{image.sides[0]} px and the real image {part.names[index]} "
-                f"{width}x{height}; give --resize to cut and resize the real ones as training does"
-            )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import UserError, config, quoted, validate
-from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes
+from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes, sides_of
 from ..data import ImageConfig, ImageSet, SourceEnd
 from ..data.buckets import nearest_buckets
 from ..data.names import join_names, normal_form, parse_classes, same_names
@@ -168,6 +168,16 @@ class Opened(Run):
     def shapes(self) -> dict[tuple[int, ...], int]:
         """How many images of each shape, as the network sees it, the run was trained on; empty where they have one size."""
         return {self.at_size((height, width)).shape: count for height, width, count in self.buckets}
+
+    @property
+    def bucket_sizes(self) -> tuple[Sides, ...]:
+        """Height and width of each of the `buckets`."""
+        return tuple((height, width) for height, width, _ in self.buckets)
+
+    @property
+    def square(self) -> ImageConfig:
+        """What its images are compared at: `image`, or of several shapes the square that their sizes were made from."""
+        return self.image.at(sides_of(self.config["image"]["size"])) if self.buckets else self.image
 
     @property
     def low_resolution(self) -> int | None:

@@ -79,3 +79,18 @@ def test_datasets_from_disk_and_imagefolder(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             open_sources(validate(DatasetsSource, {**saved, **change}))
+
+
+def test_a_transposed_set_has_the_sides_of_its_images(tmp_path: Path) -> None:
+    import datasets
+
+    kinds = datasets.Features({"image": datasets.Image()})
+    files = [{"bytes": content("PNG"), "path": None}] * 2
+    datasets.Dataset.from_dict({"image": files}, features=kinds).save_to_disk(str(tmp_path / "rows"))
+    spec = {"source": "datasets", "name": str(tmp_path / "rows")}
+    for transpose in (False, True):
+        image_set = open_sources(validate(DatasetsSource, {**spec, "transpose": transpose}))
+        width, height = SIDE[::-1] if transpose else SIDE
+        assert image_set.sides.tolist() == [[width, height]] * 2 and width != height
+        loaded = image_set.parts[0].load(0, channels=3)
+        assert isinstance(loaded, Image.Image) and loaded.size == (width, height)

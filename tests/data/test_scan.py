@@ -103,6 +103,31 @@ def test_notes_that_cannot_be_read_turn_nothing(ending: str, notes: bytes, tmp_p
     assert isinstance(examine(lambda: path, 99, ScanConfig()), Measured) and decode(path).size == (40, 30)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+def test_sides_are_those_of_the_upright_image(kind: str, orientation: int) -> None:
+    """Orientations 5 to 8 exchange rows and columns: buckets go by the shape that the network sees."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, kind, exif=exif)
+    measured = examine(lambda: io.BytesIO(file.getvalue()), 99, ScanConfig())
+    assert isinstance(measured, Measured)
+    assert (measured.width, measured.height) == ((30, 40) if orientation > 4 else (40, 30)) == decode(file.getvalue()).size
+
+
+def test_what_another_version_scanned_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2 remembered the sides as the file has them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save_image(tmp_path / "turned.jpg", exif=exif)
+    with monkeypatch.context() as before:
+        before.setattr("src.data.scan.VERSION", 2)
+        before.setattr("src.data.scan.is_turned", lambda _: False)
+        assert folder_set(tmp_path).sides.tolist() == [[40, 30]]
+    assert folder_set(tmp_path).sides.tolist() == [[30, 40]]
+
+
 def test_ten_thousand_damaged_images(tmp_path: Path) -> None:
     good = save_image(tmp_path / "good.png")
     contents = [content for content, _ in BROKEN.values()]

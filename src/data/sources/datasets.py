@@ -107,6 +107,8 @@ def open_datasets(spec: DatasetsSource) -> DatasetsImages:
         remarks.append(f"{without} images have no label in {spec.label_column!r} and are left without a class")
     report.remarks = [f"{where}: {remark}" for remark in remarks]
     transposed = ["transposed"] if spec.transpose else []
+    if spec.transpose:
+        report.measures[:, :2] = report.measures[:, 1::-1]
     return DatasetsImages(
         names=[names[i] for i in good],
         labels=labels[good],

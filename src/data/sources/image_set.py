@@ -27,7 +27,7 @@ class ImageSet:
     """The images `chosen[i]` (indices) of each source `parts[i]`, in a fixed order.
 
     Image k of the set is image `index[k]` of the source `parts[which[k]]`; `names` are their paths there. `labels` (N,) are
-    indices into `class_names`, -1 for none. `sides` (N, 2) are width and height as the file has them, -1 where they are not
+    indices into `class_names`, -1 for none. `sides` (N, 2) are width and height of the upright image, -1 where they are not
     known; `times` (N,) when the file was modified, in nanoseconds, 0 where the fingerprint changes with the content; `decoders`
     (N,) the first version of the decoder that reads each image as today's does.
     """
