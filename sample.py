@@ -206,7 +206,7 @@ def main() -> None:
             ranks=ranks_of(state),
             class_names=class_names,
             edit=edit,
-            low=low,
+            condition=low,
             upscale=upscaler.upscale if upscaler is not None else None,
             npz=args.npz,
             request=request,

@@ -228,7 +228,7 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
         num_classes,
         learned=spec.variance == "learned",
         null_class=LABELS not in weights or num_classes is None or len(weights[LABELS]) > num_classes,
-        upsampler=config.get("low_resolution") is not None,
+        condition_channels=shape[0] if config.get("low_resolution") is not None else 0,
     )
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:

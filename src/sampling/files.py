@@ -156,7 +156,7 @@ def write_samples(
     ranks: Ranks,
     class_names: Sequence[str] = (),
     edit: Edit | None = None,
-    low: Tensor | None = None,
+    condition: Tensor | None = None,
     upscale: Callable[[Tensor], Tensor] | None = None,
     npz: bool = False,
     request: dict[str, Any] | None = None,
@@ -193,7 +193,8 @@ def write_samples(
         if callback is None and all(path.exists() for path in (*paths[part], *large[part])):
             continue
         classes = labels[part] if labels is not None else None
-        options = {"callback": callback, "batch_size": batch_size, "edit": edit, "low": low[part] if low is not None else None}
+        options = {"callback": callback, "batch_size": batch_size, "edit": edit}
+        options["condition"] = condition[part] if condition is not None else None
         x = sampler.draw(seed, batch, classes, device=device, **options)
         if upscale is not None:
             save_missing(figures.to_uint8(upscale(x)), large[part])

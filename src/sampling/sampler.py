@@ -107,14 +107,16 @@ class Sampler:
         logits = guidance.on_schedule(self.classifier.logits, self.classifier.schedule, self.process.schedule)
         return guidance.classifier_gradient(logits, labels, self.spec.guidance)
 
-    def denoiser(self, labels: Tensor | None, gradient: guidance.Gradient | None = None, low: Tensor | None = None) -> Denoiser:
+    def denoiser(
+        self, labels: Tensor | None, gradient: guidance.Gradient | None = None, condition: Tensor | None = None
+    ) -> Denoiser:
         """The network with guidance, then clipping. A classifier shifts the eps of the clipped estimate, as in
         guided-diffusion, and the result is clipped once more: in almost pure noise, where sigma^2 / alpha is large, the shift
         would throw x0 far out."""
         schedule, spec = self.process.schedule, self.spec
-        condition = {} if self.num_classes is None or labels is None else {"labels": labels}
-        condition |= {"low": low} if low is not None else {}
-        plain = self.process.denoiser(self.network, **condition)
+        inputs = {} if self.num_classes is None or labels is None else {"labels": labels}
+        inputs |= {"condition": condition} if condition is not None else {}
+        plain = self.process.denoiser(self.network, **inputs)
 
         def bounded(denoiser: Denoiser) -> Denoiser:
             if spec.threshold is not None:
@@ -126,7 +128,7 @@ class Sampler:
             guided = bounded(guidance.classifier_guided(outside, gradient, schedule))
         elif gradient is None and spec.guided and labels is not None:
             no_class = torch.full((len(labels),), self.num_classes or 0, device=labels.device)
-            null = {**condition, "labels": no_class}
+            null = {**inputs, "labels": no_class}
             guided = bounded(guidance.classifier_free(plain, self.process.denoiser(self.network, **null), spec.guidance))
         if spec.guidance_interval is not None and guided is not outside:
             return guidance.within(spec.guidance_interval, guided, outside, schedule)
@@ -156,10 +158,10 @@ class Sampler:
         callback: Callback | None = None,
         batch_size: int | None = None,
         edit: Edit | None = None,
-        low: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The images `indices` of `seed`, (len(indices), C, H, W) in about [-1, 1], on the device. A callback sees what the
-        network sees. An upsampler is given the smaller images, `low` (len(indices), C, h, w).
+        network sees. A network that draws from a `condition` (len(indices), k, h, w) is given it.
 
         The network runs at `batch_size` (the last image fills the batch up), so no image depends on how many are asked for.
         """
@@ -169,9 +171,9 @@ class Sampler:
             chosen = list(labels) if labels is not None else [self.num_classes or 0] * len(indices)
             classes = torch.tensor([*chosen, *[chosen[-1]] * missing], device=device)
         x = self.start(seed, padded).to(device, self.dtype)
-        if low is not None:
-            low = torch.cat([low, low[-1:].expand(missing, -1, -1, -1)]).to(x)
-        x = self.move(x, classes, seed=seed, indices=padded, callback=callback, edit=edit, low=low)
+        if condition is not None:
+            condition = torch.cat([condition, condition[-1:].expand(missing, -1, -1, -1)]).to(x)
+        x = self.move(x, classes, seed=seed, indices=padded, callback=callback, edit=edit, condition=condition)
         return self.decode(x)[: len(indices)]
 
     @torch.no_grad()
@@ -184,11 +186,11 @@ class Sampler:
         indices: Sequence[int] = (),
         callback: Callback | None = None,
         edit: Edit | None = None,
-        low: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """From the source to the data, both (B, *shape) as the network sees them. Labels are (B,), or (B, classes and null
         class) weights that blend them. The noise of each step is that of the images `indices` of `seed`."""
-        trajectory = Trajectory(self, labels, seed, indices or range(len(x)), callback, edit, low)
+        trajectory = Trajectory(self, labels, seed, indices or range(len(x)), callback, edit, condition)
         spec, first = self.spec, edit.start_at if edit is not None else 0
         if edit is not None and first:
             x = self.process.add_noise(edit.x0.to(x).expand_as(x), x, self.times[first])
@@ -252,11 +254,11 @@ class Trajectory:
         indices: Sequence[int],
         callback: Callback | None = None,
         edit: Edit | None = None,
-        low: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> None:
         self.sampler, self.seed, self.indices, self.callback, self.edit = sampler, seed, indices, callback, edit
         self.gradient = sampler.gradient(labels)
-        self.denoiser = sampler.denoiser(labels, self.gradient, low)
+        self.denoiser = sampler.denoiser(labels, self.gradient, condition)
         self.sweep, self.finite = 0, list[tuple[int, Tensor]]()
 
     def noise(self, step: int, x: Tensor) -> Tensor:
