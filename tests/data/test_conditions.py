@@ -47,8 +47,8 @@ def test_each_kind_has_its_channels() -> None:
     assert counted == [(3, 1, 1), (1, 1, 1), (3, 1, 1), (3, 1, 2), (1, 1, 1), (1, 1, 1), (4, 2, 1)]
     for raw in ({"kind": "low", "size": 4}, {"kind": "grey"}, {"kind": "edges"}, {"kind": "mask"}):
         condition = condition_of(**raw)
-        made = condition.make(torch.rand(2, 3, 8, 8), torch.zeros(2, 1, 8, 8) if condition.needs_masks else None)
-        assert made.shape[1] == condition.count_channels(3)
+        mask = torch.zeros(2, 1, 8, 8) if condition.needs_masks else None
+        assert condition.make(torch.rand(2, 3, 8, 8), mask).shape[1] == condition.count_channels(3)
 
 
 def test_a_latent_run_encodes_all_but_edges_unless_the_config_says_otherwise() -> None:

@@ -140,14 +140,15 @@ def test_guidance_of_an_image_and_a_class_by_its_formula() -> None:
     def denoiser_of(name: str) -> Any:
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
             called.append(name)
-            return Prediction(*outputs[name], torch.full((2,), len(name)))
+            return Prediction(outputs[name][0], outputs[name][1], torch.full((2,), len(name)))
 
         return denoise
 
     def guided(image_scale: float, class_scale: float, *, classes: bool = True) -> Tensor:
         called.clear()
-        denoisers = denoiser_of("both"), denoiser_of("image") if classes else None, denoiser_of("neither")
-        prediction = two_scales(*denoisers, image_scale, class_scale)(torch.zeros(1), torch.zeros(1))
+        image_alone = denoiser_of("image") if classes else None
+        denoise = two_scales(denoiser_of("both"), image_alone, denoiser_of("neither"), image_scale, class_scale)
+        prediction = denoise(torch.zeros(1), torch.zeros(1))
         assert torch.equal(prediction.variance_fraction, torch.full((2,), 4))  # pyright: ignore[reportArgumentType]
         return torch.stack(prediction[:2])
 
