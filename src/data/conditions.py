@@ -150,6 +150,18 @@ class MaskCondition(Condition):
         return masked(images, mask)
 
 
+def channel_names(condition: Condition | None, image_channels: int, latent_channels: int | None = None) -> list[str]:
+    """What each channel holds that a network sees beside its input; two runs of which one starts from the other's weights share
+    those of the same name. `latent_channels` are those of a latent run."""
+    if condition is None:
+        return []
+    word, count = "pixels", condition.count_channels(image_channels)
+    if latent_channels is not None and condition.is_encoded:
+        word, count = "latents", latent_channels + condition.needs_masks
+    names = [f"{condition.kind} {word} {i}" for i in range(count)]
+    return names + ["level", "flag"][-condition.extra_channels :]
+
+
 def reduced(images: Tensor, size: int) -> Tensor:
     """Images (B, C, H, W) whose shorter side is reduced to `size`, each pixel the mean of the area that it covers."""
     height, width = images.shape[2:]

@@ -12,6 +12,7 @@ from PIL import Image
 from src.config import UserError, config, dump, validate
 from src.data.conditions import (
     ConditionConfig,
+    channel_names,
     draw_masks,
     edges,
     luminance,
@@ -55,6 +56,17 @@ def test_a_latent_run_encodes_all_but_edges_unless_the_config_says_otherwise() -
     assert [condition_of(kind=kind).is_encoded for kind in ("grey", "mask", "edges")] == [True, True, False]
     assert not condition_of(**{"kind": "grey", "as": "pixels"}).is_encoded
     assert condition_of(kind="edges", space="latents").is_encoded
+
+
+def test_channels_have_names() -> None:
+    low, noisy = condition_of(kind="low", size=4), condition_of(kind="low", size=4, noise=0.5)
+    assert channel_names(None, 3) == []
+    assert channel_names(low, 2) == ["low pixels 0", "low pixels 1", "flag"]
+    assert channel_names(noisy, 1, 2) == ["low latents 0", "low latents 1", "level", "flag"]
+    assert channel_names(condition_of(kind="edges"), 3, 8) == ["edges pixels 0", "flag"]
+    assert len(channel_names(condition_of(kind="mask"), 3, 8)) == 8 + 1 + 1
+    for condition in (low, noisy, condition_of(kind="mask"), condition_of(kind="paired", path="A", channels=1)):
+        assert len(channel_names(condition, 3)) == condition.count_channels(3) + condition.extra_channels
 
 
 def test_mistakes_in_a_config() -> None:
