@@ -31,7 +31,8 @@ class Sampler:
     sampling starts from, where that is not standard normal noise. `clip_x0` are the bounds of the estimate of x_0, numbers or
     tensors (C, 1, 1). `num_classes` is None for an unconditional network, `guidable` says whether the network learned to go
     without a class. A UserError says what does not fit together, and, where `origin` names the network (its run and step),
-    that the samples are not finite.
+    that the samples are not finite. A network that draws from a condition is given one for each image; `condition_guidance` is
+    the scale of its guidance (1 is none), for which the network must have learned to go without (`condition_guidable`).
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Sampler:
         classifier: OpenedClassifier | None = None,
         source: Start | None = None,
         origin: str | None = None,
+        condition_guidance: float = 1.0,
+        condition_guidable: bool = False,
     ) -> None:
         by_classifier = spec.guided and spec.guidance_method == "classifier"
         self._is_classifier_free = spec.guided and not by_classifier
@@ -61,6 +64,14 @@ class Sampler:
             raise UserError(
                 "guidance by a classifier needs one: sample.py takes --classifier RUN, a run of train_classifier.py"
             )
+        if condition_guidance != 1 and not condition_guidable:
+            raise UserError(
+                "guidance by the condition needs a network that was trained with a condition and condition_dropout above 0; "
+                "leave --condition-guidance out"
+            )
+        if condition_guidance != 1 and by_classifier:
+            raise UserError("guidance by a classifier and by the condition do not go together; leave one of them out")
+        self.condition_guidance, self._guidable = condition_guidance, guidable and num_classes is not None
         if spec.threshold is not None and codec is not None:
             raise UserError("dynamic thresholding is for pixels: latents have no bounds at -1 and 1; leave threshold out")
         self.network, self.process, self.spec, self.solver = network, process, spec, SOLVERS[spec.solver]
@@ -92,7 +103,14 @@ class Sampler:
         last = each if self.process.schedule.network_at_clean else 1
         counts = [(i, times * (each if i < self.steps - 1 else last)) for part in (once, twice) for i in part]
         counts += [(spec.stop_at, 1)] if spec.stop_at is not None else []
-        return sum(count * (2 if self._is_classifier_free and self.guides(self.times[i]) else 1) for i, count in counts)
+        return sum(count * (self._guided_calls if self.guides(self.times[i]) else 1) for i, count in counts)
+
+    @property
+    def _guided_calls(self) -> int:
+        """Network calls for one guided estimate."""
+        by_class, by_condition = self._is_classifier_free, self.condition_guidance != 1
+        both = by_condition and self._guidable and self.condition_guidance != self.spec.guidance
+        return 3 if both else 2 if by_class or by_condition else 1
 
     def guides(self, t: Tensor) -> bool:
         """Whether there is guidance at the level of `t`."""
@@ -126,13 +144,23 @@ class Sampler:
         guided = outside = bounded(plain)
         if gradient is not None and not self.solver.takes("mean_shift"):
             guided = bounded(guidance.classifier_guided(outside, gradient, schedule))
-        elif gradient is None and spec.guided and labels is not None:
-            no_class = torch.full((len(labels),), self.num_classes or 0, device=labels.device)
-            null = {**inputs, "labels": no_class}
-            guided = bounded(guidance.classifier_free(plain, self.process.denoiser(self.network, **null), spec.guidance))
+        elif gradient is None and ((spec.guided and labels is not None) or self.condition_guidance != 1):
+            guided = bounded(self._guided(plain, inputs))
         if spec.guidance_interval is not None and guided is not outside:
             return guidance.within(spec.guidance_interval, guided, outside, schedule)
         return guided
+
+    def _guided(self, plain: Denoiser, inputs: dict[str, Tensor]) -> Denoiser:
+        """The network with `inputs` (labels, condition), `plain`, guided by both of them."""
+        without_class, by_class = None, self.spec.guidance if self.spec.guided else 1.0
+        if "labels" in inputs and (self.spec.guided or self._guidable):
+            labels = inputs["labels"]
+            inputs = {**inputs, "labels": torch.full((len(labels),), self.num_classes or 0, device=labels.device)}
+            without_class = self.process.denoiser(self.network, **inputs)
+        if "condition" not in inputs or self.condition_guidance == 1:
+            return guidance.classifier_free(plain, without_class or plain, by_class)
+        neither = self.process.denoiser(self.network, **{**inputs, "condition": torch.zeros_like(inputs["condition"])})
+        return guidance.two_scales(plain, without_class, neither, self.condition_guidance, by_class)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -326,7 +354,12 @@ class Trajectory:
 
 
 def build_sampler(
-    run: Run, spec: SamplerConfig, classifier: OpenedClassifier | None = None, *, source: Start | None = None
+    run: Run,
+    spec: SamplerConfig,
+    classifier: OpenedClassifier | None = None,
+    *,
+    source: Start | None = None,
+    condition_guidance: float = 1.0,
 ) -> Sampler:
     """The sampler of an opened run. It starts from `source`, or else where the run itself starts. A UserError says why the
     `classifier`, of other images or classes, does not fit the run."""
@@ -348,7 +381,8 @@ def build_sampler(
     if isinstance(run, Opened):  # not 2-D points
         bounds = run.bounds if run.config["process"]["clip"] else None
         options |= {"clip_x0": bounds, "codec": run.codec, "classifier": classifier}
-    options["guidable"] = run.config["label_dropout"] > 0
+    options |= {"guidable": run.config["label_dropout"] > 0, "condition_guidance": condition_guidance}
+    options["condition_guidable"] = run.config.get("condition_dropout", 0.0) > 0
     return Sampler(run.network, run.process, spec, shape=run.shape, num_classes=run.num_classes, **options)
 
 
@@ -361,4 +395,5 @@ def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[i
 
 def describe(sampler: Sampler, seed: int, edit: Edit | None = None) -> dict[str, Any]:
     """What is needed to draw the same images again, besides the weights."""
-    return {**dump(sampler.spec), "seed": seed, "network_calls": sampler.calls(edit)}
+    by_condition = {"condition_guidance": sampler.condition_guidance} if sampler.condition_guidance != 1 else {}
+    return {**dump(sampler.spec), **by_condition, "seed": seed, "network_calls": sampler.calls(edit)}
