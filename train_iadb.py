@@ -165,7 +165,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
             torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
             with accumulating(accelerator, model, part, batch_plan.accumulation):
                 x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
-                condition = step_noise.condition(micro_batch.labels, local_slice, num_classes)
+                condition = step_noise.condition(micro_batch, local_slice, num_classes)
                 loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
                 loss = times.weigh(loss_terms.loss, local_slice).sum()
                 accelerator.backward(loss * (batch_plan.world / batch_plan.batch * loss_scale))

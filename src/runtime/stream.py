@@ -21,11 +21,13 @@ from .seeds import generator
 
 
 class MicroBatch(NamedTuple):
-    """What a device takes at a time: images (B, H, W, C) uint8, labels (B,), -1 for none, and the position of the first."""
+    """What a device takes at a time: images (B, H, W, C) uint8, labels (B,), -1 for none, and the position of the first; with
+    the condition (B, k, h, w) that they are drawn from, if there is one."""
 
     images: Tensor
     labels: Tensor
     position: int
+    condition: Tensor | None = None
 
 
 class BatchPlan(NamedTuple):

@@ -7,6 +7,7 @@ from pydantic import Discriminator, Tag
 
 from ..config import Length, config, config_error, kind_of, resumable_field
 from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
+from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition
 from ..diffusion import SOLVERS, ProcessConfig
 from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.autoencoder import ReconstructConfig
@@ -116,12 +117,46 @@ class StepsConfig(TrainConfig):
 @config
 class DiffusionConfig(StepsConfig):
     """The keys of the three diffusion scripts. Without `class_conditional` the data decides, and previews are guided where it
-    has classes; `label_dropout` is how often a label is left out."""
+    has classes; `label_dropout` is how often a label is left out. With a `condition` each image is drawn from another image,
+    and `condition_dropout` is how often that is left out."""
 
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
+    condition: ConditionConfig | None = None
+    condition_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     process: ProcessConfig
     model: ModelConfig
+
+    @pydantic.model_validator(mode="after")
+    def _conditioned(self) -> "DiffusionConfig":
+        condition, image, is_latent = self.condition, self.image, getattr(self, "autoencoder", None) is not None
+        if condition is None:
+            if self.condition_dropout:
+                raise config_error("condition_dropout: there is no condition to leave out; set condition, or leave it out")
+            return self
+        if image is None:
+            raise config_error("condition: 2-D points are drawn from no image; leave it out")
+        is_one_sheet = not isinstance(self.preview, PreviewConfig) or self.preview.sheets == "one"
+        problems = {
+            "grey: the images are grey already; give image.channels 3": isinstance(condition, GreyCondition)
+            and image.channels == 1,
+            f"size: it must be less than the shorter side of the images, {min(image.sides)}": isinstance(
+                condition, LowCondition
+            )
+            and condition.size >= min(image.sides),
+            "as: a run on pixels has no latents; leave it out": condition.space is not None and not is_latent,
+            "copies: a run on pixels draws a new mask each time; leave it out": isinstance(condition, MaskCondition)
+            and condition.copies != MaskCondition(kind="mask").copies
+            and not is_latent,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise config_error(f"condition.{problem}")
+        if self.quality is not None:
+            raise config_error("preview.quality: it draws images from noise alone; leave it out where there is a condition")
+        if not is_one_sheet:
+            raise config_error("preview.sheets: images with a condition are shown on one sheet; leave it out")
+        return self
 
     @property
     def uses_classes(self) -> bool:
@@ -172,3 +207,9 @@ class BlendConfig(LatentConfig):
 
     source: SourceEnd = GaussianSource(source="gaussian")
     pairs: Pairs = None
+
+    @pydantic.model_validator(mode="after")
+    def _paired(self) -> "BlendConfig":
+        if self.pairs is not None and self.condition is not None:
+            raise config_error("condition: pairs of an earlier run have no condition; leave one of both out")
+        return self
