@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a diffusion model on pixels (DDPM, DDIM, v-prediction, rectified flow), or sample from one.
 
-accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=PICTURES
+accelerate launch ddpm_accelerate.py -cfg configs/landscape64_ddpm.json --set data.path=IMAGES
 python ddpm_accelerate.py --ckpt runs/landscape64_ddpm --ckpt_sampling --num-samples 32 --guidance 2
 """
 
@@ -70,7 +70,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     train_set, held_out = given.open_data(cfg.data, cfg.held_out, cfg.image)
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
-    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image))
+    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.model.factor))
     shape, facts = coupling.shape, coupling.facts | given.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
@@ -106,7 +106,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
-            save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
+            save_first_images(run_dir, train_set, coupling.data.buckets, cfg.seed, process)
     examples = coupling.held_out_examples()
     batches = coupling.stream(cfg, batch_plan, session.step, device)
 
@@ -115,7 +115,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
+        step_noise = StepNoise(cfg, times, batch_plan, coupling.shape_at(step), step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
         for part in range(batch_plan.accumulation):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from src.config import CommandLine, UserError, config, parse_json, read_json, run_script, validate
+from src.config import CommandLine, UserError, config, parse_json, read_json, refuse_options, run_script, validate
 from src.data import HeldOut, ImageSet, Sources, describe_data, open_data
 from src.evaluation.autoencoder import evaluate_autoencoder
 from src.evaluation.likelihood import measure_likelihood
@@ -129,9 +129,9 @@ def measure_quality(args: argparse.Namespace, defaults: argparse.Namespace, stat
     draws_samples = not is_folder and "stages" not in settings
     if any(place.glob("step_*/MANIFEST.json")):
         raise UserError(f"{place} holds the checkpoints of {place.parent}: give that, or one of them")
-    idle = given(args, defaults, "sweep", "num_samples", "seed", "classifier", *SAMPLER_KEYS)
-    if idle and not draws_samples:
-        raise UserError(f"{idle[0]} is about drawing samples, and {args.run} draws none: leave it out")
+    if not draws_samples:
+        of_samples = {"sweep", "num_samples", "seed", "classifier", *SAMPLER_KEYS}
+        refuse_options(args, defaults, of_samples, f"is about drawing samples, and {args.run} draws none")
     if args.resize and not is_folder:
         raise UserError("--resize is for a folder of images: a run says itself how large they are")
     opened = open_trained(args.run, device) if draws_samples else None
@@ -159,11 +159,6 @@ def setup_of(args: argparse.Namespace, state: Any, device: torch.device, network
     """The setup that the arguments describe."""
     out = Path(args.out) if args.out else None
     return Setup(networks, out, ranks_of(state), device, batch_size=args.batch_size, seed=args.seed)
-
-
-def given(args: argparse.Namespace, defaults: argparse.Namespace, *names: str) -> list[str]:
-    """The options among `names` that do not have their default."""
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != getattr(defaults, name)]
 
 
 def open_networks(args: argparse.Namespace) -> list[Features]:
@@ -204,10 +199,8 @@ def append(args: argparse.Namespace, step: int, values: dict[str, float], out: P
 
 def measure_bits(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, device: torch.device) -> None:
     """Measure the likelihood of a run, in bits per dimension."""
-    of_samples = ("sweep", "features", "inception_weights", "weights", "num_samples", "resize", "classifier")
-    idle = given(args, defaults, *of_samples, *(key for key in SAMPLER_KEYS if key not in ("steps", "spacing")))
-    if idle:
-        raise UserError(f"--likelihood draws nothing: leave {idle[0]} out")
+    of_samples = {"sweep", "features", "inception_weights", "weights", "num_samples", "resize", "classifier", *SAMPLER_KEYS}
+    refuse_options(args, defaults, of_samples - {"steps", "spacing"}, "is about samples, and --likelihood draws none")
     opened = open_trained(args.run, device)
     data, _, reference = open_images(args, opened.config, "held_out")
     steps = parse_steps(args.steps) if args.steps is not None else None

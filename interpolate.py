@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Animate the way from image to image: through seeds along great circles, or through your own images; MP4 and GIF."""
+"""Animate the way from image to image: through seeds along great circles, or through your own images; MP4 and GIF.
+
+The noise that a solver draws in a step is the same in all frames.
+"""
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
@@ -10,20 +13,18 @@ from pathlib import Path
 import torch
 
 from src import figures
-from src.config import CommandLine, UserError, run_script, validate
-from src.diffusion import SOLVERS, SPACINGS, invertible_solvers
+from src.config import CommandLine, UserError, run_script
+from src.diffusion import invertible_solvers
 from src.runs.opened import Opened, open_trained
 from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
-from src.sampling import SamplerConfig, build_sampler
-from src.sampling.config import count_for_classes, parse_alphas, parse_steps
+from src.sampling import build_sampler
+from src.sampling.config import add_arguments, count_for_classes, sampler_config
 from src.sampling.edit import encode_images, files_of, no_start, start_from_images
 from src.sampling.files import claim, remove_if_empty
 from src.sampling.paths import difference, inverted, plan_frames, write_frames
 from src.sampling.sampler import describe, random_labels
-
-HOW = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_interval", "threshold")
 
 
 def arguments() -> argparse.Namespace:
@@ -45,15 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="folder for frames, MP4 and GIF (default samples/RUN/interpolation_...)")
     parser.add_argument("--batch-size", type=int, default=16, help="frames at a time; changes them only by rounding")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    solver = parser.add_argument_group("solver (noise that a step draws is the same in all frames)")
-    solver.add_argument("--solver", choices=SOLVERS, default="ddim")
-    solver.add_argument("--steps", type=parse_steps, default=50, help="how many, or counts for equal sections: 100,50,25")
-    solver.add_argument("--alphas", type=parse_alphas, help="the steps themselves, of a blend, from 0 to 1: 0,0.3,0.7,1")
-    solver.add_argument("--spacing", choices=SPACINGS, default="even")
-    solver.add_argument("--eta", type=float, default=0.0, help="DDIM's noise: 0 none, 1 as ancestral sampling")
-    solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")
-    solver.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1 is none")
-    solver.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
+    add_arguments(parser, of_animation=True)
     return parser.parse_args()
 
 
@@ -96,7 +89,7 @@ def classes_of(opened: Opened, words: str | None, seeds: list[int], files: list[
 def main() -> None:
     args = arguments()
     seeds, files = check(args)
-    spec = validate(SamplerConfig, {key: getattr(args, key) for key in HOW}, origin="arguments")
+    spec = sampler_config(args)
     state, device = start_sampling(args.device)
     ranks = ranks_of(state)
     opened = open_trained(args.run, device)

@@ -23,7 +23,9 @@ from src.data.facts import count_notes, count_small, describe_small, refuse_smal
 from src.data.names import class_remarks, printable
 from src.data.packing import pack
 from src.data.sources import FolderSource, Sources
+from src.models import ModelConfig
 from src.runs.autoencoder import open_autoencoder
+from src.runs.densities import ImageDensity
 from src.runs.latents import cache_folder, latents_of
 from src.runtime.failures import explain_failure
 from src.runtime.launch import start_sampling
@@ -47,6 +49,13 @@ class ToEncode(DataOnly):
     encode_batch_size: int = 16
     held_out: HeldOut = 0.0
     image: ImageConfig
+
+
+@config
+class ModelOnly:
+    """The part of the config of train_ldm.py that says how far its network reduces latents."""
+
+    model: ModelConfig
 
 
 def arguments() -> argparse.Namespace:
@@ -188,8 +197,17 @@ def latents(args: argparse.Namespace) -> None:
     autoencoder = open_autoencoder(spec.autoencoder, device)
     run_dir = Path("runs") / str(raw.get("name", "latents"))
     given_folder, batch = args.out or spec.latents, args.batch_size or spec.encode_batch_size
-    folder = Path(given_folder) if given_folder else cache_folder(autoencoder, image, train_set, held_out, run_dir)
-    facts = latents_of(autoencoder, train_set, held_out, image, folder, state, batch_size=batch).facts
+    factor = autoencoder.factor
+    if "stages" not in raw:
+        factor *= validate(ModelOnly, {"model": raw["model"]}, origin=args.run).model.factor
+    elif image.aspect is not None and image.aspect.step is None:
+        raise UserError(
+            f"{args.run}: the sizes of the buckets follow from the network that will learn from the latents; give the config "
+            "of train_ldm.py, or set image.aspect.step in both"
+        )
+    density = ImageDensity(train_set, held_out, image, factor)
+    folder = Path(given_folder) if given_folder else cache_folder(autoencoder, density, run_dir)
+    facts = latents_of(autoencoder, density, folder, state, batch_size=batch).facts
     if state.is_main_process:
         channels = ", ".join(f"{mean:.2f} +- {std:.2f}" for mean, std in zip(facts["mean"], facts["std"], strict=True))
         print(f"{folder}: latents of {len(train_set)} images, {'x'.join(map(str, facts['shape']))}; channels {channels}")

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from src.config import CommandLine, UserError, run_script
+from src.config import CommandLine, UserError, refuse_options, run_script
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
 from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
-from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config
+from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config, without_newer
 from src.sampling.edit import files_of, fingerprint, load_edit, load_low, no_start, start_from_images
 from src.sampling.files import remove_if_empty, write_samples
 from src.sampling.paths import write_inversions, write_points
@@ -69,20 +69,13 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
         raise UserError("give a run to sample from, or --upscale-only FOLDER")
     if args.upscale_only is not None:
         used = {"upscale_only", "upscaler", "out", "batch_size", "device"}
-        refuse_others(args, defaults, used, "is about drawing images, and --upscale-only draws none")
+        refuse_options(args, defaults, vars(args).keys() - used, "is about drawing images, and --upscale-only draws none")
     if args.image is None and (args.mask is not None or args.start_at):
         raise UserError("--mask and --start-at are about an image: give it with --image")
     if args.resamplings > 1 and args.mask is None:
         raise UserError("--resamplings belongs to --mask")
     if args.upscaler is not None and not (args.upscale or args.upscale_only):
         raise UserError("--upscaler is for --upscale and --upscale-only")
-
-
-def refuse_others(args: argparse.Namespace, defaults: argparse.Namespace, used: set[str], reason: str) -> None:
-    """A UserError for an argument that does not have its default and is not `used`."""
-    idle = [key for key, value in vars(args).items() if key not in used and value != getattr(defaults, key)]
-    if idle:
-        raise UserError(f"--{idle[0].replace('_', '-')} {reason}; leave it out")
 
 
 def short_hash(*words: Any) -> str:
@@ -94,7 +87,7 @@ def draw_points(
 ) -> None:
     """Draw points from a run of 2-D points, and plot them."""
     used = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *SAMPLER_KEYS} - IMAGES_ONLY - {"threshold"}
-    refuse_others(args, defaults, used, f"is about images, and {args.run} is a run of 2-D points")
+    refuse_options(args, defaults, vars(args).keys() - used, f"is about images, and {args.run} is a run of 2-D points")
     count = args.num_samples or count_for_classes(20_000, args.classes, run.class_names)
     labels = random_labels(args.seed, range(count), run.num_classes) if run.num_classes is not None else None
     labels = run.labels(args.classes, count) if args.classes is not None else labels
@@ -111,7 +104,7 @@ def draw_points(
 def invert(opened: Opened, spec: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     """Bring images back to their source, and forth again."""
     used = {"run", "invert", "out", "classes", "batch_size", "device", *SAMPLER_KEYS} - IMAGES_ONLY
-    refuse_others(args, defaults, used, "is about drawing new images, and --invert draws none")
+    refuse_options(args, defaults, vars(args).keys() - used, "is about drawing new images, and --invert draws none")
     files = files_of(args.invert)
     label = opened.labels(args.classes, 1)[0] if args.classes is not None else None
     sampler = build_sampler(opened, spec, source=None if opened.gaussian else no_start)
@@ -188,7 +181,7 @@ def main() -> None:
     if upscaler is not None:
         request["upscaler"] = upscaler.digest
 
-    words = {key: getattr(args, key) for key in SAMPLER_KEYS}
+    words = without_newer({key: getattr(args, key) for key in SAMPLER_KEYS})
     tag = short_hash(opened.digest, args.num_samples, args.batch_size, labels, words, request)
     name = f"{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     out = Path(args.out or f"samples/{opened.folder}/{name}")

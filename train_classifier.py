@@ -72,7 +72,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     num_classes = len(train_set.class_names)
     if not num_classes:
         raise UserError("a classifier needs classes and the data has none: use class subfolders or a label_column")
-    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image))
+    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.classifier.factor))
     shape, facts = coupling.shape, coupling.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
@@ -105,7 +105,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
-            save_first_images(run_dir, train_set, cfg.image, cfg.seed, process)
+            save_first_images(run_dir, train_set, coupling.data.buckets, cfg.seed, process)
     where, examples = "train" if held_out is None else "held_out", coupling.data.examples()
     measure = partial(accuracy_by_level, ema.network, process, examples, cfg.preview, batch_plan.micro)
     batches = coupling.stream(cfg, batch_plan, session.step, device)
@@ -115,7 +115,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     while session.step < total_steps:
         # Draw times and noise for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
+        step_noise = StepNoise(cfg, times, batch_plan, coupling.shape_at(step), step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch; no label, no loss.
         for part in range(batch_plan.accumulation):

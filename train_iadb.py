@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train iterative alpha-(de)blending between two densities: noise, images, latents, 2-D points.
 
-accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=PICTURES
+accelerate launch train_iadb.py -cfg configs/cats64_iadb.json --set data.path=IMAGES
 python train_iadb.py -cfg configs/points2d_iadb.json
 """
 
@@ -95,13 +95,14 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
 
     # Open data and source: as they are, as latents, or paired by an earlier run.
     run_mode.enter_phase("looking at the data")
-    coupling = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset)
+    autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
+    factor = cfg.model.factor * (autoencoder.factor if autoencoder is not None else 1)
+    coupling = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset, factor=factor)
     check_ranks(coupling.facts)
     train_set, held_out = coupling.data.train, coupling.data.held_out
     source_sets = (coupling.source.train, coupling.source.held_out) if coupling.source is not None else ()
     warnings = check_images(cfg, run_dir, train_set, held_out, *source_sets)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
-    autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     if autoencoder is not None:
         coupling = coupling.encoded(cfg, autoencoder, accelerator, run_dir)
     if cfg.pairs is not None:
@@ -157,7 +158,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
+        step_noise = StepNoise(cfg, times, batch_plan, coupling.shape_at(step), step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
         for part in range(batch_plan.accumulation):

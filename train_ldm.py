@@ -2,7 +2,7 @@
 """Train diffusion on the latents of a frozen autoencoder, by class where the images have classes.
 
 accelerate launch train_ldm.py -cfg configs/wikiart256_ldm.json
-python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=PICTURES --dry-run
+python train_ldm.py -cfg configs/landscape256_ldm.json --set data.path=IMAGES --dry-run
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
@@ -68,11 +68,11 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
-    shape = autoencoder.latent_shape(cfg.image)
+    images = Coupling(ImageDensity(train_set, held_out, cfg.image, autoencoder.factor * cfg.model.factor))
+    shape = autoencoder.latent_shape(images.data.buckets.most_frequent)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_model(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
     network = network.to(build_device(accelerator), dtype)
-    images = Coupling(ImageDensity(train_set, held_out, cfg.image))
     coupling = images.encoded(cfg, autoencoder, accelerator, run_dir)
     facts = coupling.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
@@ -109,7 +109,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         autoencoder.keep(run_dir / "autoencoder")
         if session.is_fresh:
             with session.drawing("the first images"):
-                save_first_images(run_dir, train_set, cfg.image, cfg.seed, process, sampler.codec, device)
+                save_first_images(run_dir, train_set, coupling.data.buckets, cfg.seed, process, sampler.codec, device)
     examples = coupling.held_out_examples()
     batches = coupling.stream(cfg, batch_plan, session.step, device)
 
@@ -118,7 +118,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     while session.step < total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
-        step_noise = StepNoise(cfg, times, batch_plan, shape, step, device)
+        step_noise = StepNoise(cfg, times, batch_plan, coupling.shape_at(step), step, device)
 
         # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
         for part in range(batch_plan.accumulation):

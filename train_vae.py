@@ -2,7 +2,7 @@
 """Train an autoencoder in stages: L1 with a PatchGAN that starts late, tanh, a perceptual loss, larger images.
 
 accelerate launch train_vae.py -cfg configs/wikiart256_vae.json
-python train_vae.py -cfg configs/landscape256_vae.json --set data.path=PICTURES --dry-run
+python train_vae.py -cfg configs/landscape256_vae.json --set data.path=IMAGES --dry-run
 """
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
@@ -23,8 +23,8 @@ from src.models.layers import channels_last
 from src.runs.autoencoder import start_from
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
-from src.runtime.stream import image_examples, stream, to_network
-from src.training.autoencoder_stages import Guard, GuardConfig, StagedConfig, plan_stages, stage_warnings
+from src.runtime.stream import StepOrder, image_examples, stream, to_network
+from src.training.autoencoder_stages import Guard, GuardConfig, StagedConfig, bucket_stages, plan_stages, stage_warnings
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
 from src.training.loss_terms import AdaptiveWeight, CodebookStep, discriminator_terms, generator_terms, winner_warnings
@@ -71,6 +71,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     facts = describe_data(train_set, held_out)
     where = "held_out" if held_out is not None else "train"
     stages = plan_stages(cfg, len(train_set), rank=accelerator.process_index, world=accelerator.num_processes)
+    buckets = bucket_stages(cfg, stages, train_set.sides)
 
     # Build autoencoder, discriminator, perceptual loss, optimizers, EMA.
     run_mode.enter_phase("building the networks")
@@ -80,7 +81,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     discriminator = channels_last(Discriminator(cfg.discriminator, cfg.image.channels).to(device, dtype))
     perceptual = None
     if any(stage.config.perceptual is not None for stage in stages):
-        perceptual = losses.Perceptual(cfg.perceptual, sizes=[stage.image.size for stage in stages]).to(device, dtype)
+        sizes = [spec.size for of_stage in buckets for spec in of_stage.specs]
+        perceptual = losses.Perceptual(cfg.perceptual, sizes=sizes).to(device, dtype)
     bare = build_optimizer(network, cfg.optimizer), build_optimizer(discriminator, cfg.discriminator_optimizer)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare[0], ema, adversary=(discriminator, bare[1]))
@@ -102,14 +104,14 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     critics = {"perceptual": perceptual, "discriminator": discriminator, "adaptive": adaptive}
     model, discriminator_ddp, optimizer, discriminator_optimizer = accelerator.prepare(network, discriminator, *bare)
     stages_left = [stage for stage in stages if session.step < stage.end] or stages[-1:]
-    image = stages_left[0].image
+    image = buckets[stages_left[0].number - 1].most_frequent
     blank = torch.zeros(1, *image.shape, device=device, dtype=dtype)
     warm_up_ddp(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(image.size)))
     warm_up_ddp(accelerator, discriminator_ddp, blank)
     session.begin(train_set, held_out, [stage.batch_plan for stage in stages_left], warnings)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
-            save_first_images(run_dir, train_set, stages_left[0].image, cfg.seed)
+            save_first_images(run_dir, train_set, buckets[stages_left[0].number - 1], cfg.seed)
 
     for stage in stages_left:
         # Enter the stage: image size, tanh, learning rates, and how well it reconstructs at the start.
@@ -118,15 +120,16 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         rate_at, discriminator_rate_at = stage.rate(cfg.optimizer), stage.adversary_rate(cfg.discriminator_optimizer)
         key = f"stages.{stage.number - 1}.micro_batch_size"
         session.enter_stage(batch_plan, stage.resolve, end=stage.end, name=stage.describe(len(stages)), key=key)
-        examples = image_examples(held_out if held_out is not None else train_set, stage.image)
+        of_stage, measured_set = buckets[stage.number - 1], held_out if held_out is not None else train_set
+        examples = image_examples(measured_set, of_stage.of(measured_set.sides))
         options = {"batch_size": batch_plan.micro, "warn": session.run.warn}
         measure = partial(reconstruct, ema.network, examples, cfg.preview, accelerator, perceptual, **options)
         if guard.enter_stage(stage.number) and stage_cfg.adversarial is not None:
             guard.watch(cfg.guard, session.step, measure()["l1"])
         if session.step == stage.first or stage.adversary_at(session.step - 1) is None:
             guard.saved_before(session.step)
-        workers, start_step = cfg.workers, session.step
-        batches = stream(train_set, stage.image, batch_plan, seed=seed, start_step=start_step, workers=workers, device=device)
+        order = StepOrder(of_stage, train_set.labels, batch_plan, seed)
+        batches = stream(train_set, order, start_step=session.step, workers=cfg.workers, device=device)
 
         # Train.
         model.train()
@@ -134,7 +137,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
             # Draw the latents' noise for the whole batch; each process takes its slice below.
             step = session.step
             adversarial = stage.adversary_at(step)
-            noise_shape = (batch_plan.batch, *cfg.model.latent_shape(stage.image.size))
+            noise_shape = (batch_plan.batch, *cfg.model.latent_shape(order.spec_at(step).size))
             noise = normal(noise_shape, seed, "noise", step, device=device, dtype=dtype)
             codes = CodebookStep(network.codebook, noise_shape, seed, step) if network.codebook is not None else None
 

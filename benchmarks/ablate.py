@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""The race's recipe, one change a row: each row trains for the same minutes and is measured with a few hundred pictures.
+"""The race's recipe, one change a row: each row trains for the same minutes and is measured with a few hundred images.
 
   nice -n 10 python benchmarks/ablate.py [benchmarks/ablations.json] [--minutes 5] [--samples 256] [--seed 2] [--only NAME]
 
 The file lists rows: {"name", "set": [overrides of configs/cifar10_race.json]}, where a "first": {"size", "share"} trains for
-that share of the time on pictures of that size and goes on from there, or {"name", "of": another row} with a "sampler": {}, or
+that share of the time on images of that size and goes on from there, or {"name", "of": another row} with a "sampler": {}, or
 with an "ema": width (of posthoc_ema.py), which draws from that row's weights without training. Results are added to
 benchmarks/results/ablations.json; a row that is done there with this seed, these minutes and this recipe is not done again. At
 the end the table is printed and written beside them. (EDM's preconditioning has no row: for data of variance 1 its network
@@ -57,14 +57,14 @@ def is_done(row: Row, results: Sequence[Row]) -> bool:
 
 
 def small_first(first: Row, out: Path, folder: Path, seconds: float, sets: list[str]) -> tuple[list[str], float]:
-    """Train on smaller pictures; gives the overrides that go on from there, and the seconds that are left."""
+    """Train on smaller images; gives the overrides that go on from there, and the seconds that are left."""
     size, spent = first["size"], first["share"] * seconds
     small = folder / f"packed_{size}"
     if not small.exists():
         pack(open_image_set(folder / "train"), small, size=size, channels=3)
     (out / "first").mkdir()
     training = train_ours(out / "first", folder, spent, [*sets, f"data.path={small}", f"image.size={size}"])
-    print(f"first {training['fractions']['1.0']['images']} pictures of {size} px", flush=True)
+    print(f"first {training['fractions']['1.0']['images']} images of {size} px", flush=True)
     return [*sets, f"init_from={out / 'first' / 'weights' / '1.0'}"], seconds - spent
 
 
@@ -111,7 +111,7 @@ def table(results: Sequence[Row], held_out: float | None = None, recipe: str | N
     for row in sorted(results, key=lambda row: (kin(row), row["distance"])):
         if group != (group := kin(row)[:-1]):
             which = "The recipe as it is" if row["recipe"] == recipe else f"An earlier recipe ({row['recipe']})"
-            lines += ["", f"{which}, {row['minutes']:g} minutes, {row['samples']} pictures", ""]
+            lines += ["", f"{which}, {row['minutes']:g} minutes, {row['samples']} images", ""]
             lines.append("| row | change | seed | parameters | images seen | distance | against the baseline |")
             lines.append("|" + " --- |" * 7)
         how = json.dumps(row["sampler"]) if "sampler" in row else f"post-hoc EMA of width {row.get('ema')}"
@@ -122,7 +122,7 @@ def table(results: Sequence[Row], held_out: float | None = None, recipe: str | N
         distance = f"{row['distance']:.1f}"
         lines.append(f"| {' | '.join([*cells, distance, against])} |")
     if held_out is not None:
-        lines.append(f"\nas many held-out pictures: {held_out:.1f}")
+        lines.append(f"\nas many held-out images: {held_out:.1f}")
     return "\n".join(lines[1:])
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Pictures a second from a folder, a packed file, `datasets` imagefolder and LMDB, with a network of zero cost.
+"""Images a second from a folder, a packed file, `datasets` imagefolder and LMDB, with a network of zero cost.
 
   python benchmarks/data.py [--pictures datasets/clothing/train] [--size 64] [--workers 0 2] [--keep-memory]
 
 The first three are the project's own sources in the training scripts' own stream; the fourth is the usual peer, encoded
-pictures in LMDB in a plain DataLoader. All end as float batches on the device; the last row moves one and the same batch. They
+images in LMDB in a plain DataLoader. All end as float batches on the device; the last row moves one and the same batch. They
 are measured in turns, a fresh stream each turn, after a warm-up: the files lie in the page cache. The table has medians over
 the rounds, and medians of the ratio to the folder in the same round. On a CPU the faster rows are partly the kernel's page
 faults, where glibc gives memory back after each batch; --keep-memory tells it not to. Without --pictures a folder of JPEGs is
@@ -34,11 +34,12 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from benchmarks.common import goal, installed, machine, wait
 from src.config import UserError, run_script
 from src.data import ImageConfig, ImageSet, open_sources
+from src.data.buckets import make_buckets
 from src.data.packing import pack
 from src.data.sources import DatasetsSource, FolderSource, PackedSource
 from src.data.sources.folder import FolderImages
-from src.data.transforms import decode, square
-from src.runtime.stream import _quiet_worker, plan_batch, stream, to_network
+from src.data.transforms import crop, decode
+from src.runtime.stream import StepOrder, _quiet_worker, plan_batch, stream, to_network
 
 FOLDER, PACKED, DATASETS, LMDB, NOTHING = (
     "folder",
@@ -69,7 +70,7 @@ def on_disk(folder: Path) -> int:
 
 
 class EncodedInLMDB(Dataset[tuple[np.ndarray, int]]):
-    """Encoded pictures by index; each process opens the file on its own."""
+    """Encoded images by index; each process opens the file on its own."""
 
     def __init__(self, path: Path, labels: np.ndarray, spec: ImageConfig) -> None:
         self.path, self.labels, self.spec, self.begun = path, labels, spec, None
@@ -93,8 +94,8 @@ class EncodedInLMDB(Dataset[tuple[np.ndarray, int]]):
             self.begun = lmdb.open(str(self.path), readonly=True, lock=False, readahead=False, meminit=False).begin()
         encoded = self.begun.get(f"{i:08d}".encode())
         assert isinstance(encoded, bytes)
-        image = decode(encoded, channels=self.spec.channels, at_least=self.spec.size)
-        return square(image, self.spec, torch.rand(3).numpy()).copy(), int(self.labels[i])
+        image = decode(encoded, channels=self.spec.channels, at_least=max(self.spec.sides))
+        return crop(image, self.spec, torch.rand(3).numpy()).copy(), int(self.labels[i])
 
 
 def peer(data: EncodedInLMDB, batch: int, workers: int, device: torch.device) -> Batches:
@@ -112,7 +113,8 @@ def peer(data: EncodedInLMDB, batch: int, workers: int, device: torch.device) ->
 
 def ours(images: ImageSet, spec: ImageConfig, batch: int, workers: int, device: torch.device) -> Batches:
     split = plan_batch(batch, None, rank=0, world=1)
-    with contextlib.closing(stream(images, spec, split, seed=0, workers=workers, device=device)) as batches:
+    order = StepOrder(make_buckets(spec, images.sides, 1), images.labels, split, 0)
+    with contextlib.closing(stream(images, order, workers=workers, device=device)) as batches:
         for micro in batches:
             yield micro.images, micro.labels
 
@@ -132,9 +134,9 @@ def images_per_second(batches: Batches, device: torch.device, seconds: float, wa
 
 
 def open_ways(folder: Path, work: Path, spec: ImageConfig, batch: int, device: torch.device) -> tuple[dict[str, Way], int]:
-    """Every way there is (LMDB only where it is installed), and the number of pictures."""
+    """Every way there is (LMDB only where it is installed), and the number of images."""
     images = open_sources(FolderSource(source="folder", path=str(folder)))
-    pack(images, work / "packed", size=spec.size, channels=spec.channels)
+    pack(images, work / "packed", size=max(spec.sides), channels=spec.channels)
     imagefolder = DatasetsSource(source="datasets", name="imagefolder", data_dir=str(folder), label_column="label")
     sets = {
         FOLDER: (images, on_disk(folder)),
@@ -142,7 +144,7 @@ def open_ways(folder: Path, work: Path, spec: ImageConfig, batch: int, device: t
         DATASETS: (open_sources(imagefolder), on_disk(folder) + on_disk(work / "datasets")),  # rows point at the files
     }
     if any(len(opened) != len(images) for opened, _ in sets.values()):
-        raise UserError(f"{folder}: the sources disagree on the pictures in it; give a folder of class subfolders, whole files")
+        raise UserError(f"{folder}: the sources disagree on the images in it; give a folder of class subfolders, whole files")
     ways: dict[str, Way] = {name: (lambda w, p=p: ours(p, spec, batch, w, device), size) for name, (p, size) in sets.items()}
     if installed("lmdb"):
         part = images.parts[0]
@@ -165,7 +167,7 @@ def measure(args: argparse.Namespace, folder: Path, work: Path) -> None:
     libraries = ", ".join(f"{name} {installed(name) or 'missing'}" for name in ("pillow", "datasets", "lmdb"))
     print(f"{machine()}, {libraries}")
     memory = ", memory kept" if args.keep_memory else ""
-    print(f"{count} pictures, {args.size} px, random crop and flip, batch {args.batch}, {args.rounds} rounds, {device}{memory}")
+    print(f"{count} images, {args.size} px, random crop and flip, batch {args.batch}, {args.rounds} rounds, {device}{memory}")
     print("| source | on disk |" + "".join(f" {w} workers: images/s | against the folder |" for w in args.workers))
     print("| --- | --- |" + " --- | --- |" * len(args.workers))
     for name in (FOLDER, PACKED, DATASETS, LMDB, NOTHING):

@@ -4,7 +4,7 @@
   python benchmarks/latent.py [--rounds 12] [--threads 2]
 
 Steps of the real train_ldm.py: every other batch comes from the cache, and every other one is loaded and encoded in its step;
-weights are random. Pictures lie in memory, so that nothing is decoded; in a folder of files the cache would save more.
+weights are random. Images lie in memory, so that nothing is decoded; in a folder of files the cache would save more.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from benchmarks.speed import CONFIGS, QUIET, SIZES, WARMUP, Size, random_autoenc
 from src.config import load
 from src.runs.autoencoder import Autoencoder
 from src.runs.latents import Latents
-from src.runtime.stream import MicroBatch, stream, to_network
+from src.runtime.stream import MicroBatch, StepOrder, stream, to_network
 from src.training import inputs
 
 
@@ -43,7 +43,7 @@ class LatentStep(NamedTuple):
 
 
 class CacheInTurns:
-    """Steps of train_ldm.py whose moments come in turns from the cache and from pictures encoded in the step."""
+    """Steps of train_ldm.py whose moments come in turns from the cache and from images encoded in the step."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self.autoencoder, self.device = autoencoder, next(autoencoder.network.parameters()).device
@@ -56,9 +56,9 @@ class CacheInTurns:
         from_cache, own_draw, open_data = inputs.latent_stream, Latents.draw, train_ldm.open_data
         image_set = open_data(cfg.data, cfg.held_out)[0]
 
-        def batches(latents: Any, labels: Any, split: Any, **options: Any) -> Iterator[MicroBatch]:
-            on_the_fly = stream(image_set, cfg.image, split, seed=cfg.seed, device=self.device)
-            return self._in_turns(from_cache(latents, labels, split, **options), map(self._encode, on_the_fly))
+        def batches(latents: Any, order: StepOrder, **options: Any) -> Iterator[MicroBatch]:
+            on_the_fly = stream(image_set, order, device=self.device)
+            return self._in_turns(from_cache(latents, order, **options), map(self._encode, on_the_fly))
 
         def draw(latents: Latents, moments: Tensor, noise: Tensor) -> Tensor:
             began = time.perf_counter()
@@ -75,7 +75,7 @@ class CacheInTurns:
 
     @torch.no_grad()
     def _encode(self, micro: MicroBatch) -> MicroBatch:
-        """A batch of pictures as one of moments."""
+        """A batch of images as one of moments."""
         images = to_network(micro.images, self.device)
         return micro._replace(images=torch.stack(self.autoencoder.network.moments(images), dim=1))
 

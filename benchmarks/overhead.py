@@ -104,7 +104,7 @@ def main() -> None:
     else:
         config = CONFIGS / "digits_ddpm.json"
         cfg = load(config, ddpm_accelerate.Config)
-        network = build_model(cfg.model, (1, cfg.image.size, cfg.image.size), 10)
+        network = build_model(cfg.model, (1, *cfg.image.sides), 10)
         x, labels = torch.randn(cfg.batch_size, 1, 16, 16), torch.randint(0, 10, (cfg.batch_size,))
         parts = network_milliseconds(cfg, network, x, labels, 25)
         loop, title = loop_milliseconds(ddpm_accelerate, config, args.steps), "at the demo's size (16 px, batch 64)"

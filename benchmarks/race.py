@@ -3,13 +3,13 @@
 
   nice -n 10 python benchmarks/race.py [--minutes 20] [--samples 256] [--only ours] [--out runs/race]
 
-CIFAR-10 from ../shared/data (scikit-learn's digits where it is missing); the last 500 training pictures of each class are held
+CIFAR-10 from ../shared/data (scikit-learn's digits where it is missing); the last 500 training images of each class are held
 out. Each contestant trains in a process of its own, from its launch to the limit; weights are kept at an eighth, a quarter and
 half of the time. Ours is configs/cifar10_race.json, its `steps` set by a probe of the speed so that its schedule ends within
 the limit. The peers (benchmarks/peers.py) have their defaults, at their own learning rate and at two more; the best of the
-three is the peer that counts. Off the clock each draws with 50 network calls a picture, ours from its EMA weights, the peers
-from those of EMA and raw that draw the better 64 pictures (which choose the learning rate, too: sampling takes as long as
-training). Measured is the Fréchet distance to the training pictures in features of EfficientNet-Lite0.
+three is the peer that counts. Off the clock each draws with 50 network calls an image, ours from its EMA weights, the peers
+from those of EMA and raw that draw the better 64 images (which choose the learning rate, too: sampling takes as long as
+training). Measured is the Fréchet distance to the training images in features of EfficientNet-Lite0.
 
 What is there already in --out is not done again, so that a race may be run in pieces (--only takes the beginning of a name).
 At the end there are the table, a sheet of samples and the distance against minutes, without --out in benchmarks/results, too.
@@ -59,11 +59,11 @@ CONFIG = ROOT / "configs" / "cifar10_race.json"
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = {"diffusers": ("1e-4", "3e-4", "1e-3"), "ddp": ("1e-4", "3e-4", "1e-3")}  # the first is its own
 TITLES = {"ours": "ours", "diffusers": "diffusers", "ddp": "denoising-diffusion-pytorch"}
-PAIR = 64  # pictures that decide between EMA and raw weights, and between learning rates
+PAIR = 64  # images that decide between EMA and raw weights, and between learning rates
 Result = dict[str, Any]
 
 
-# ---------------------------------------------------------------------------------------------- the pictures
+# ---------------------------------------------------------------------------------------------- the images
 
 
 def split_classes(folder: Path, held_out: int) -> tuple[list[Path], list[Path]]:
@@ -77,7 +77,7 @@ def split_classes(folder: Path, held_out: int) -> tuple[list[Path], list[Path]]:
 
 
 def prepare_images(datasets: Path, archive: Path = ARCHIVE) -> Path:
-    """A folder with train/CLASS, held_out/CLASS and the training pictures packed; made once."""
+    """A folder with train/CLASS, held_out/CLASS and the training images packed; made once."""
     name, held_out = ("cifar10_race", 500) if archive.exists() else ("digits_race", 30)
     folder, staged = datasets / name, datasets / f"{name}.partial"
     if folder.exists():
@@ -129,7 +129,7 @@ def features(pixels: Tensor) -> Array:
 
 @cache
 def known_features(folder: Path, part: str) -> Array:
-    """Those of all pictures of a part, worked out once and kept: minutes for 45,000."""
+    """Those of all images of a part, worked out once and kept: minutes for 45,000."""
     return real_features(network(), open_image_set(folder / part), ImageConfig(size=SIZE))
 
 
@@ -139,7 +139,7 @@ def known_moments(folder: Path) -> distances.Moments:
 
 
 def held_out_distance(folder: Path, samples: int) -> float:
-    """What a perfect model would get: the mean over as many disjoint sets of `samples` held-out pictures as there are."""
+    """What a perfect model would get: the mean over as many disjoint sets of `samples` held-out images as there are."""
     real = known_features(folder, "held_out")
     order, count = np.random.default_rng(0).permutation(len(real)), max(1, len(real) // samples)
     parts = [real[order[i * samples : (i + 1) * samples]] for i in range(count)]
@@ -325,7 +325,7 @@ class Contestant:
         known = self.result["distances"].get(key)
         if key not in self.result["fractions"] or (known is not None and known["samples"] == samples):
             return
-        print(f"{self.name}: {samples} pictures after {fraction:g} of the time", flush=True)
+        print(f"{self.name}: {samples} images after {fraction:g} of the time", flush=True)
         images = self.draw(key, self.weights(), samples)
         np.save(self.out / f"samples_{key}.npy", images.numpy())
         self.result["distances"][key] = {"distance": distance_of(images, self.folder), "samples": samples}
@@ -340,7 +340,7 @@ def at_the_end(result: Result) -> float:
 
 
 def best_of(results: Sequence[Result], peer: str) -> Result | None:
-    """A peer's training with the best of its learning rates, judged by few pictures."""
+    """A peer's training with the best of its learning rates, judged by few images."""
     candidates = [result for result in results if result["name"].startswith(f"{peer}_") and "pair" in result]
     return min(candidates, key=lambda result: result["pair"][result["weights"]], default=None)
 
@@ -360,7 +360,7 @@ def goals(results: Sequence[Result], held_out: float) -> list[str]:
         return ["some contestants are missing: nothing can be said of the goals yet"]
     share = (at_the_end(ours) - held_out) / (at_the_end(peer) - held_out)
     lines = [
-        f"{'met' if share <= 0.5 else 'MISSED'}: our distance above that of the held-out pictures is {share:.2f} of that of "
+        f"{'met' if share <= 0.5 else 'MISSED'}: our distance above that of the held-out images is {share:.2f} of that of "
         f"the better peer, {peer['name']} (goal: at most 0.5)"
     ]
     quarter = ours["distances"].get("0.25")
@@ -398,7 +398,7 @@ def table(results: Sequence[Result], held_out: float, samples: int) -> str:
         if best is not None and best in done and best["lr"] != rates[0]:
             shown.append((best, f"{TITLES[peer]}, learning rate {best['lr']}"))
     lines += [row(result, held_out, title) for result, title in shown]
-    lines.append(f"| {samples} held-out pictures | | | | | {held_out:.1f} | 0 |")
+    lines.append(f"| {samples} held-out images | | | | | {held_out:.1f} | 0 |")
     minutes = done[0]["minutes"] if done else 0
     lines += ["", f"| distance after minutes | {' | '.join(f'{minutes * part:g}' for part in FRACTIONS)} |"]
     lines.append("|" + " --- |" * (1 + len(FRACTIONS)))
@@ -434,7 +434,7 @@ def draw_curve(results: Sequence[tuple[str, Result]], held_out: float, path: Pat
             lines[title] = ([part * result["minutes"] for part in distance_at], list(distance_at.values()))
         else:  # of the peer that is not the better one, the end alone
             lines[f"{title}, at the end"] = ([0, last], 2 * list(distance_at.values()))
-    lines["held-out pictures"] = ([0, last], [held_out, held_out])
+    lines["held-out images"] = ([0, last], [held_out, held_out])
     figures.curves(
         path, {"Fréchet distance, EfficientNet-Lite0": lines}, xlabel="minutes", log=["Fréchet distance, EfficientNet-Lite0"]
     )
@@ -494,7 +494,7 @@ def main() -> None:
     folder = prepare_images(ROOT / "datasets")
     held_out = sum(path.is_file() for path in (folder / "held_out").rglob("*"))
     if not FEWEST <= args.samples <= held_out:
-        raise UserError(f"--samples {args.samples}: from {FEWEST} to {held_out}, of which there are held-out pictures")
+        raise UserError(f"--samples {args.samples}: from {FEWEST} to {held_out}, of which there are held-out images")
     print(machine("denoising-diffusion-pytorch"), flush=True)
     out = (args.out or ROOT / "runs" / "race").resolve()
     text = race(out, folder, args.minutes, args.samples, args.only)

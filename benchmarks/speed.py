@@ -4,7 +4,7 @@
   python benchmarks/speed.py [--rounds 8] [--threads 2] [--device cuda]
 
 The loop: the real scripts' training (on a GPU where there is one), and between any two of their steps one of a bare loop
-(network, loss, clipping, optimiser and EMA alone, on pictures that are there already). The peers: a training step (forward,
+(network, loss, clipping, optimiser and EMA alone, on images that are there already). The peers: a training step (forward,
 loss, backward, clipping, AdamW or its own Adam) and sampling (each project's own DDIM, in float32) of diffusers' UNet2DModel
 and of denoising-diffusion-pytorch's Unet, each in its own default shape, narrowed, and of our race's network, made deeper until
 it has as many parameters. So what is compared is what a number of parameters costs: in the same shape ours is hardly faster
@@ -137,7 +137,7 @@ class BareStage:
         self.judge_optimizer = build_optimizer(self.discriminator, cfg.discriminator_optimizer)
         self.ema = EMA(self.network, cfg.ema)
         self.noise = torch.randn(cfg.batch_size, *cfg.model.latent_shape(cfg.image.size), device=device)
-        shape = (cfg.batch_size, cfg.image.size, cfg.image.size, cfg.image.channels)
+        shape = (cfg.batch_size, *cfg.image.sides, cfg.image.channels)
         self.images = to_network(torch.randint(0, 256, shape).byte(), device)
 
     def step(self) -> None:
@@ -238,7 +238,7 @@ def measure_loops(rounds: int) -> list[Compared]:
     steps = 4 * rounds + WARMUP + 1
     timed, comparisons = [*QUIET, "preview.sampler.steps=1", f"steps={steps}"], list[Compared]()
     pixels = load(CONFIGS / "digits_ddpm.json", ddpm_accelerate.Config, timed)
-    shape = (pixels.image.channels, pixels.image.size, pixels.image.size)
+    shape = pixels.image.shape
     (turns,) = with_a_bare_loop(ddpm_accelerate, inputs, "stream", pixels, lambda _: BareDiffusion(pixels, shape, 10))
     comparisons.append(compared("pixels (digits_ddpm)", turns, pixels.batch_size))
 
@@ -260,7 +260,7 @@ def measure_loops(rounds: int) -> list[Compared]:
 
 @dataclass
 class Racer:
-    """A project's network with its optimiser, whether it trains in bf16, and how it draws `count` pictures with `calls` network
+    """A project's network with its optimiser, whether it trains in bf16, and how it draws `count` images with `calls` network
     calls."""
 
     network: Any
@@ -270,7 +270,7 @@ class Racer:
     bf16: bool = False
 
     def gigaflops(self, device: torch.device) -> float:
-        """Billions of operations of a network call for one picture."""
+        """Billions of operations of a network call for one image."""
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
             self.call(torch.zeros(1, 3, 32, 32, device=device), torch.zeros(1, device=device, dtype=torch.long))
@@ -392,7 +392,7 @@ def drawing(racer: Racer, count: int, calls: int, device: torch.device) -> Calla
 def measure_peers(rounds: int, batch: int, device: torch.device) -> list[str]:
     """The rows of the table and, after them, the lines about the goals."""
     at_least, rows, goal_lines = 1.5 if device.type == "cuda" else 2.0, list[str](), list[str]()
-    calls = 5  # of a picture: fifty would cost ten times as much
+    calls = 5  # of an image: fifty would cost ten times as much
     for peer, build in PEERS.items():
         if installed(PACKAGES[peer]) is None:
             rows.append(f"| {peer}: not installed (`pip install -e '.[bench]'`) |" + " |" * 8)

@@ -5,6 +5,7 @@ python benchmarks/times.py runs/digits_guided_ddpm --figure docs/second_moment.p
 """
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.common import machine
 from src import figures
 from src.config import config, validate
 from src.data import HeldOut, Sources, open_data
+from src.data.buckets import make_buckets
 from src.diffusion import LossConfig
 from src.diffusion.weightings import SecondMomentTimes, UniformTimes
 from src.runs.opened import open_trained
@@ -41,8 +43,9 @@ def main() -> None:
     opened, accelerator = open_trained(args.run, torch.device("cpu")), Accelerator(cpu=True)
     spec = validate(Data, {key: opened.config[key] for key in ("data", "held_out")})
     train_set, _ = open_data(spec.data, spec.held_out)
-    examples, process = image_examples(train_set, opened.image), replace(opened.process, loss=LossConfig(kind="rescaled_kl"))
-    network = opened.network.requires_grad_(True)
+    examples = image_examples(train_set, make_buckets(opened.image, train_set.sides, 1))
+    process = replace(opened.process, loss=LossConfig(kind="rescaled_kl"))
+    network, dimensions = opened.network.requires_grad_(True), math.prod(opened.shape)
     rng = np.random.default_rng(0)
 
     def batch(count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -55,7 +58,7 @@ def main() -> None:
     steps = process.chain.beta.numel()
     while learned.probabilities() is None:
         x0, labels = batch(500)
-        t = learned.draw(torch.from_numpy((rng.permutation(500) + rng.random(500)) / 500))
+        t = learned.draw(torch.from_numpy((rng.permutation(500) + rng.random(500)) / 500), dimensions)
         with torch.no_grad():
             losses = process.losses(network, x0, torch.from_numpy(rng.standard_normal(x0.shape, np.float32)), t, **labels)
         learned.weigh(losses.loss, slice(0, 500))
@@ -70,7 +73,7 @@ def main() -> None:
         values = []
         for _ in range(args.batches):
             x0, labels = batch(64)
-            t = times.draw(torch.from_numpy(rng.random(64)))
+            t = times.draw(torch.from_numpy(rng.random(64)), dimensions)
             losses = process.losses(network, x0, torch.from_numpy(rng.standard_normal(x0.shape, np.float32)), t, **labels)
             loss = times.weigh(losses.loss, slice(0, 64)).mean()
             times._losses.clear()  # pyright: ignore[reportPrivateUsage] - what is measured teaches it nothing

@@ -133,6 +133,13 @@ def in_a_row(images: Sequence["Image.Image"]) -> "Image.Image":
     return to_image(np.hstack([np.pad(x, ((0, height - len(x)), (0, 0), (0, 0)), constant_values=255) for x in arrays]))
 
 
+def in_a_column(images: Sequence["Image.Image"]) -> "Image.Image":
+    """Images one below the other on white."""
+    width = max(image.width for image in images)
+    arrays = [np.asarray(image) for image in images]
+    return to_image(np.vstack([np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in arrays]))
+
+
 @contextmanager
 def _staged(path: Path, name: str | None = None) -> Iterator[Path]:
     """The path of a file beside `path` to write to; it is moved to its place when it is whole."""

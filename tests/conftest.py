@@ -250,7 +250,7 @@ def ldm_run(vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def iadb_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke config of blending, noise to pictures, on one process; read only but for pairs."""
+    """The smoke config of blending, noise to images, on one process; read only but for pairs."""
     run = tmp_path_factory.mktemp("iadb") / "one"
     done = launch("train_iadb.py", "-cfg", "configs/smoke/iadb.json", "--run-dir", run)
     assert done.status == 0 and "Traceback" not in done.all and "Warning" not in done.err, done.all

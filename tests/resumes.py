@@ -276,7 +276,7 @@ def _variants() -> Iterator[Job]:
     linear = {"optimizer.schedule": {"kind": "linear", "warmup": 2}, "optimizer.muon": {}, "ema.snapshot_every": 4}
     yield smoke("ddpm", 1, _PLAIN | linear | {
         "process.schedule": {"kind": "quadratic", "steps": 50}, "process.variance": "small", "model.downsample": "max",
-        "model.mid_attention": "linear", "times": {"kind": "logit_normal"}, "preview.sampler.steps": 5,
+        "model.mid_attention": "linear", "times": {"kind": "logit_normal", "shift": {"base": 192}}, "preview.sampler.steps": 5,
         "process.loss.weighting": {"kind": "p2"},
     })  # fmt: skip
     yield smoke("ddpm", 2, {
@@ -309,7 +309,9 @@ def _variants() -> Iterator[Job]:
     yield smoke("vae", 3, vgg | {"model.mid_attention": "full"})
     yield smoke("ldm", 1, _PLAIN | linear | {"times": _TIMES, "image.channels": 1, "class_conditional": True})
     yield smoke("ldm", 2, {"process.schedule": {"kind": "blend"}, "process.target": "blend", "times": {"kind": "logit_normal"}})
-    yield smoke("iadb", 1, _PLAIN | linear | {"class_conditional": True, "image.channels": 1})
+    yield smoke("iadb", 1, _PLAIN | linear | {
+        "class_conditional": True, "image.channels": 1, "times": {"kind": "uniform", "shift": {"base": 64}},
+    })  # fmt: skip
     encoder = {"classifier.downsample": "average", "classifier.pool": "adaptive", "classifier.attention": ["none", "linear"]}
     yield smoke("classifier", 1, _PLAIN | linear | encoder | {
         "classifier.embedding": "add", "classifier.mid_attention": "linear", "noise.time_input": {"kind": "t", "scale": 1000.0},

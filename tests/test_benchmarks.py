@@ -34,7 +34,7 @@ def draw_images(folder: Path, per_class: int, size: int = 32) -> None:
             Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / name / f"{i:04d}.png")
 
 
-# ---------------------------------------------------------------------------------------------- pictures and distances
+# ---------------------------------------------------------------------------------------------- images and distances
 
 
 def test_the_last_images_of_each_class_are_held_out(tmp_path: Path) -> None:
@@ -86,11 +86,11 @@ def tiny(peer: str) -> Any:
 @pytest.mark.parametrize("peer", ["diffusers", "ddp"])
 def test_a_peer_trains_and_draws(peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs(peer)
-    draw_images(tmp_path / "pictures", 60)
+    draw_images(tmp_path / "images", 60)
     network = tiny(peer)
     snapshots = peers.Snapshots(tmp_path, time.time(), 0.5)
     with pytest.raises(peers.TimeIsUp):
-        peers.TRAINERS[peer](network, tmp_path / "pictures", 1e-3, snapshots)
+        peers.TRAINERS[peer](network, tmp_path / "images", 1e-3, snapshots)
     assert list(snapshots.saved) == [str(fraction) for fraction in peers.FRACTIONS]
     assert snapshots.saved["1.0"]["images"] >= 16 and snapshots.saved["1.0"]["seconds"] >= 0.5
     monkeypatch.setattr(peers, "build", lambda _: tiny(peer))
@@ -166,7 +166,7 @@ def test_the_goals_are_held_to_the_better_peer(end: float, quarter: float, verdi
 def test_nothing_is_said_of_the_goals_while_a_contestant_is_missing() -> None:
     (line,) = race.goals([made_up("ours", 60, 110), made_up("ddp_1e-4", 200, 250)], 20.0)
     assert "missing" in line
-    assert "100 held-out pictures" in race.table([], 20.0, 100)
+    assert "100 held-out images" in race.table([], 20.0, 100)
 
 
 def test_a_goal_says_whether_it_is_met() -> None:
@@ -174,7 +174,7 @@ def test_a_goal_says_whether_it_is_met() -> None:
 
 
 def test_a_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained_titles, folder = list[str](), tmp_path / "pictures"
+    trained_titles, folder = list[str](), tmp_path / "images"
     rng = np.random.default_rng(0)
     known = {"train": rng.standard_normal((200, 8)), "held_out": rng.standard_normal((40, 8))}
     monkeypatch.setattr(race, "known_features", lambda folder, part: known[part])
@@ -256,9 +256,9 @@ def test_a_row_that_is_done_is_known_by_all_that_its_result_depends_on() -> None
     base = {**ablate.identified({"name": "baseline", "set": []}, seed=1, minutes=5.0, samples=256), **measured}
     longer = {**done, **measured, "minutes": 20.0}
     shown = ablate.table([longer, base, {**done, **measured, "distance": 44.0}], recipe=base["recipe"]).splitlines()
-    assert shown[0] == "The recipe as it is, 5 minutes, 256 pictures"
+    assert shown[0] == "The recipe as it is, 5 minutes, 256 images"
     assert shown[4].startswith("| eps | process.target=eps") and shown[4].endswith("| -6.0 |")
-    assert shown[7] == "The recipe as it is, 20 minutes, 256 pictures" and shown[-1].endswith("| 50.0 |  |"), "no baseline"
+    assert shown[7] == "The recipe as it is, 20 minutes, 256 images" and shown[-1].endswith("| 50.0 |  |"), "no baseline"
 
 
 @pytest.mark.parametrize("parameters", [5_278_000, 7_126_000])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from src.config import (
     load,
     parse_json,
     read_text,
+    refuse_options,
     renamed_field,
     resumable_field,
     run_script,
@@ -273,6 +275,14 @@ def test_how_a_script_ends(raised: BaseException | None, status: int, message: s
         run_script(main)
     assert stopped.value.code == status
     assert message in capsys.readouterr().err
+
+
+def test_an_option_that_makes_no_sense_is_refused() -> None:
+    defaults = Namespace(run="r", num_samples=16, seed=0)
+    args = Namespace(run="r", num_samples=3, seed=1)
+    refuse_options(args, defaults, {"run"}, "is not refused, for it has its default")
+    with pytest.raises(UserError, match="^--num-samples is about images, and these are points; leave it out$"):
+        refuse_options(args, defaults, {"seed", "num_samples"}, "is about images, and these are points")
 
 
 def test_docs_say_where_the_data_of_every_config_comes_from() -> None:

@@ -167,6 +167,10 @@ def test_a_sweep(ldm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     line, name = metrics(ldm_run)[-1], "evaluation_sweep_steps=3,eta=0.5_frechet_random_of_16_on_train"
     assert line[name] == rows[3]["random"]["frechet"]
     assert "sweep steps" not in (ldm_run / "report.html").read_text(), "a table, and no chart of one point"
+    evaluate(ldm_run, "--num-samples", "16", "--steps", "3", "--sweep", "shift.base=4,4096", "--out", tmp_path / "shifted")
+    shifted, printed = figures(tmp_path / "shifted")["rows"], capsys.readouterr().out
+    assert [row["shift.base"] for row in shifted] == [4, 4096] and "best: shift.base" in printed
+    assert len({row["random"]["frechet"] for row in (*shifted, rows[2])}) == 3
     evaluate(ldm_run, "--num-samples", "16", "--steps", "2", "--out", tmp_path / "alone")
     assert figures(tmp_path / "alone")["random"]["frechet"] == rows[0]["random"]["frechet"]
     assert "evaluation_frechet_random_of_16" in metrics(ldm_run)[-1]
@@ -200,8 +204,8 @@ def test_mistakes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "stepz: unknown key" in refused("evaluate", run, "--sweep", "stepz=3", *RANDOM, *out)
     assert "leave one out" in refused("evaluate", run, "--part", "train", "--data", tmp_path, *RANDOM)
     assert "give --data FOLDER" in refused("evaluate", tmp_path, *RANDOM)
-    assert "draws nothing: leave --sweep" in refused("evaluate", run, "--likelihood", "--sweep", "steps=1")
-    assert "draws nothing: leave --guidance" in refused("evaluate", run, "--likelihood", "--guidance", "2")
+    assert "--sweep is about samples" in refused("evaluate", run, "--likelihood", "--sweep", "steps=1")
+    assert "--likelihood draws none" in refused("evaluate", run, "--likelihood", "--guidance", "2")
     shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("step_*", "final"))
     assert "holds no checkpoint" in refused("evaluate", tmp_path / "bare", *RANDOM)
     nowhere = refused("evaluate", tmp_path / "nowhere", "--inception-weights", tmp_path / "none")

@@ -140,10 +140,10 @@ def test_classifier_guidance_from_the_command_line(hybrid_run: Path, classifier_
 
 def test_from_an_image_with_a_mask_and_in_sections(hybrid_run: Path, tmp_path: Path) -> None:
     image, mask = Image.new("RGB", (24, 20), (200, 60, 30)), Image.new("L", (24, 20), 0)
-    image.save(tmp_path / "picture.png")
+    image.save(tmp_path / "image.png")
     mask.paste(255, (12, 0, 24, 20))
     mask.save(tmp_path / "mask.png")
-    keep = ("--image", tmp_path / "picture.png", "--mask", tmp_path / "mask.png", "--resamplings", "2", "--frames")
+    keep = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--resamplings", "2", "--frames")
     done = sample(hybrid_run, tmp_path / "out", *keep)
     assert done.status == 0, done.all
     for i in range(4):
@@ -166,9 +166,9 @@ def test_an_image_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Path
     size, latent = opened.image.size, opened.shape[1]
     image, mask = Image.new("RGB", (size, size), (180, 90, 40)), Image.new("L", (size, size), 0)
     mask.putpixel((size - 1, 0), 255)
-    image.save(tmp_path / "picture.png")
+    image.save(tmp_path / "image.png")
     mask.save(tmp_path / "mask.png")
-    paths = str(tmp_path / "picture.png"), str(tmp_path / "mask.png")
+    paths = str(tmp_path / "image.png"), str(tmp_path / "mask.png")
     edit = load_edit(opened, *paths, start_at=0, resamplings=1, steps=4)
     assert edit.mask is not None and edit.mask.shape == (1, latent, latent) and float(edit.mask.sum()) == 1
     assert float(edit.mask[0, 0, -1]) == 1 and edit.x0.shape == opened.shape
@@ -243,7 +243,8 @@ def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, 
 
 
 def test_what_has_no_likelihood(hybrid_run: Path, ldm_run: Path, tmp_path: Path) -> None:
-    assert "leave --features out" in refused("evaluate", hybrid_run, "--likelihood", "--features", "random")
+    assert "--features is about" in refused("evaluate", hybrid_run, "--likelihood", "--features", "random")
+    assert "--shift-base is about" in refused("evaluate", hybrid_run, "--likelihood", "--shift-base", "9")
     assert "--data are others; leave one out" in refused(
         "evaluate", hybrid_run, "--likelihood", "--part", "train", "--data", "x"
     )

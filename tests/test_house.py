@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -154,8 +155,12 @@ def test_the_package_list_is_the_folders() -> None:
 
 
 def test_the_wheel_installs_as_atelier_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a copy, since setuptools leaves build/ and an .egg-info beside what it builds
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -227,7 +232,7 @@ def one_batch_of_a_classifier(cfg: Any) -> None:
     process = noise_process(cfg.noise)
     with torch.device("meta"):
         network = build_classifier(cfg.classifier, cfg.image, 27)
-        x0 = torch.zeros(2, cfg.image.channels, cfg.image.size, cfg.image.size)
+        x0 = torch.zeros(2, *cfg.image.shape)
     t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
     logits = network(process.add_noise(x0, torch.zeros_like(x0), t), process.network_time(t).to("meta", torch.float32))
     logits.sum().backward()
@@ -241,7 +246,7 @@ def one_stage_after_the_other(cfg: Any) -> None:
     with torch.device("meta"):
         network, discriminator = VAE(cfg.model, cfg.image.channels), Discriminator(cfg.discriminator, cfg.image.channels)
         for stage in stages:
-            images = torch.zeros(1, cfg.image.channels, stage.image.size, stage.image.size)
+            images = torch.zeros(1, *stage.image.shape)
             output = network(images, torch.zeros(1, *cfg.model.latent_shape(stage.image.size)))
             loss = losses.reconstruction_loss(stage.config.reconstruction, output.images, images)
             loss = (

@@ -1,4 +1,4 @@
-"""Blending between two densities, launched as a user launches it: pictures, latents, points, pairs."""
+"""Blending between two densities, launched as a user launches it: images, latents, points, pairs."""
 
 import json
 import random
@@ -53,13 +53,13 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image).copy()
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
 
 def test_a_run_of_images_shows_its_paths(iadb_run: Path) -> None:
     """Sources after 1, 2 and 4 calls side by side, how straight the paths are, and the blend before training."""
     sheet = pixels(iadb_run / "samples" / "step_00000030.png")
-    assert sheet.shape[:2] == (22 + 4 + 3 * 68, 4 + 4 * 68), "three rows of four pictures, enlarged to 64 px"
+    assert sheet.shape[:2] == (22 + 4 + 3 * 68, 4 + 4 * 68), "three rows of four images, enlarged to 64 px"
     assert pixels(iadb_run / "blend.png").shape[1] == 4 + 9 * 68
     lines = metrics(iadb_run)
     assert all(0 <= line["straightness"] < 0.5 for line in lines if "held_out_loss" in line)
@@ -89,7 +89,7 @@ def test_the_summed_loss_has_the_papers_gradient_and_the_same_log(tmp_path: Path
 
 
 def test_from_one_set_of_images_to_another_in_latents(vae_run: Path, tmp_path: Path) -> None:
-    """Digits to shapes, by a diffusers autoencoder with its own scale; then from pictures of one's own, from `final` alone."""
+    """Digits to shapes, by a diffusers autoencoder with its own scale; then from images of one's own, from `final` alone."""
     from src.runs.diffusers_autoencoder import autoencoder_from_config
 
     torch.manual_seed(0)
@@ -204,11 +204,12 @@ def test_points_go_on_to_the_bit_on_two_processes(points_run: Path, tmp_path: Pa
 def test_points_are_drawn_again(points_run: Path, tmp_path: Path) -> None:
     arguments = ("--num-samples", "64", "--solver", "rk4", "--steps", "4", "--classes", "1")
     assert "trained without classes" in refused("sample", points_run, *arguments)
-    run_here("sample", points_run, *arguments[:-2], "--out", tmp_path / "drawn")
+    run_here("sample", points_run, *arguments[:-2], "--shift-base", "4", "--out", tmp_path / "drawn")
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
         "metadata.json", "points.npz", "trajectories.png", "velocity.png", "x0.png", "x1.png",
     ]  # fmt: skip
-    assert read_json(tmp_path / "drawn" / "metadata.json")["network_calls"] == 16
+    metadata = read_json(tmp_path / "drawn" / "metadata.json")
+    assert metadata["network_calls"] == 16 and metadata["shift"] == {"base": 4}
     message = refused("sample", points_run, "--num-samples", "32", "--out", tmp_path / "drawn")
     assert "holds other frames; give another --out" in message
     assert "--npz is about images" in refused("sample", points_run, "--npz")
@@ -226,7 +227,7 @@ def test_points_are_killed_and_resumed(tmp_path: Path) -> None:
 
 
 def test_points_with_classes_are_drawn_by_class(tmp_path: Path) -> None:
-    """Without label_dropout there is no null class: each point has a class, as pictures have."""
+    """Without label_dropout there is no null class: each point has a class, as images have."""
     arguments = settings(class_conditional=None, steps=300, batch_size=512, micro_batch_size=512, ema__half_life_images=10000)
     quiet = settings(preview={"every": 300, "num_samples": 8, "calls": [1]}, checkpoint__every=300)
     run = tmp_path / "run"
@@ -335,7 +336,7 @@ def test_images_go_to_their_source_and_back(iadb_run: Path, ldm_run: Path, tmp_p
         assert "holds other images" in message
     assert "draws none" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--npz")
     assert "draws none" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--stop-at", "3")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     message = refused("sample", iadb_run, "--invert", tmp_path / "text.png", "--out", tmp_path / "fresh")
     assert "not an image" in message and not (tmp_path / "fresh").exists(), "nothing is claimed for a mistake"
     assert "cannot be gone back" in refused("sample", iadb_run, "--invert", tmp_path / "mine", "--solver", "dpmpp_2m")

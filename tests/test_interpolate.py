@@ -109,13 +109,14 @@ def test_two_processes_draw_the_same(smoke_run: Path, whole: Path, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["latent", "blend", "imported"])
 def test_every_kind_of_run(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     spec = {"steps": 4}
+    words = ()
     if kind == "imported":
-        run = imported(tmp_path / "imported")
+        run, words, spec = imported(tmp_path / "imported"), ("--shift-base", "48"), spec | {"shift": {"base": 48}}
     else:
         run = request.getfixturevalue({"latent": "ldm_run", "blend": "iadb_run"}[kind])
     if kind == "blend":
+        words = ("--alphas", "0,0.3,0.6,1", "--solver", "heun")
         spec = {"solver": "heun", "alphas": [0, 0.3, 0.6, 1]}
-    words = ("--alphas", "0,0.3,0.6,1", "--solver", "heun") if kind == "blend" else ()
     animate(run, tmp_path / "out", "--seed", "8", "--num-seeds", "2", "--classes", "1/3", *words)
     frames = shown(tmp_path / "out")
     assert len(frames) == 6
@@ -238,6 +239,9 @@ def test_between_two_data_sets_the_way_is_straight(iadb_run: Path, shapes: list[
         (("--seeds", "3/18446744073709551616"), "seeds go from 0 to 2^64 - 1"),
         (("--seeds", "1/2", "--num-seeds", "4"), "--seeds, --num-seeds, --pictures and --source each name the keys; give one"),
         (("--frames-between", "0"), "--frames-between and --batch-size must be at least 1, --fps from 1 to 100"),
+        (("--steps", "many"), "--steps many: give a number, or counts for equal sections, such as 100,50,25"),
+        (("--shift-base", "0"), "shift.base: input should be greater than 0, not 0"),
+        (("--shift-base", "9", "--alphas", "0,0.5,1"), "shift: alphas are the steps themselves"),
         (("--alphas", "0,0.5,1.5"), "alphas: 1.5 lies outside [0, 1]; alpha goes from 0, the source, to 1, the data"),
     ],
 )

@@ -300,11 +300,11 @@ def test_a_latent_run_leaves_all_that_sampling_needs(vae_run: Path, ldm_run: Pat
 
 
 def test_latents_are_normalised_over_the_training_set(vae_run: Path, ldm_run: Path) -> None:
-    """Mean 0 and standard deviation 1 per channel over all pictures, their mirror images and the posterior's noise."""
+    """Mean 0 and standard deviation 1 per channel over all images, their mirror images and the posterior's noise."""
     facts = read_json(ldm_run / "data.json")["latents"]
     cache = next(path for path in (vae_run / "latents").iterdir() if path.is_dir())
     moments = np.concatenate([np.load(path) for path in sorted((cache / "train").glob("*.npy"))])
-    assert moments.shape == (114, 2, 2, 4, 8, 8), "picture and mirror image, mean and log-variance"
+    assert moments.shape == (114, 2, 2, 4, 8, 8), "image and mirror image, mean and log-variance"
     noise = np.random.default_rng(0).standard_normal((20, 114, 2, 4, 8, 8))
     z = moments[:, :, 0] + np.exp(moments[:, :, 1] / 2) * noise
     z = (z - np.reshape(facts["mean"], (4, 1, 1))) / np.reshape(facts["std"], (4, 1, 1))

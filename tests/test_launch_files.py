@@ -18,7 +18,7 @@ from tests.kills import settings
 FILES = ROOT / "configs" / "accelerate"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 FSDP["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "Block,ResidualBlock"
-# With eight held-out pictures the second process has none to measure, and runs along.
+# With eight held-out images the second process has none to measure, and runs along.
 EXACT = settings(dtype="float64", held_out=0.05, steps=8, log__every=2, checkpoint__every=4, preview__every=4)
 IN_PROCESS = ("ddpm_accelerate", "-cfg", SMOKE, *EXACT)
 DIFFUSION = ("ddpm_accelerate.py", *IN_PROCESS[1:])

@@ -122,8 +122,8 @@ def test_nothing_of_the_library_is_defined_again() -> None:
 
 DRAW_CALLS = """
 for solver in SOLVERS:
-    draw("runs/smoke", solver=solver, steps=3, pictures=2)
-draw("runs/smoke", guidance=2.0, label="cross", pictures=3)
+    draw("runs/smoke", solver=solver, steps=3, count=2)
+draw("runs/smoke", guidance=2.0, label="cross", count=3)
 draw("runs/smoke", label="no such class")
 draw("runs/smoke", steps=100_000)
 """
@@ -145,7 +145,7 @@ def test_sampling_shows_what_the_knobs_ask_for(smoke_run: Path, checkout: Path, 
     outputs = run(notebook, checkout / "notebooks")
 
     assert str(checkout) in printed(outputs["setup"])
-    assert printed(outputs["runs"]).split() == ["runs/begun", "runs/smoke"], "pictures only"
+    assert printed(outputs["runs"]).split() == ["runs/begun", "runs/smoke"], "images only"
     assert count_images(outputs["knobs"], "application/vnd.jupyter.widget-view+json") == 1
     assert printed(outputs["compare"]).count("runs/begun holds no checkpoint") == 4 and count_images(outputs["compare"]) == 0
     assert count_images(outputs["compared"]) == 4 and "heun, 10 steps: 19 network calls" in printed(outputs["compared"])

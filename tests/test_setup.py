@@ -94,13 +94,13 @@ def test_sourced_it_leaves_the_shell_as_it_was_but_for_the_environment(
 def test_it_brings_data_sets_and_checkpoints_and_takes_runs_there_and_back(server: StorageServer, tmp_path: Path) -> None:
     folder = checkout(tmp_path / "clone")
     with zipfile.ZipFile(tmp_path / "cats.zip", "w") as file:
-        file.writestr("cats/a.png", b"a picture")
+        file.writestr("cats/a.png", b"an image")
     server.put("datasets/cats.zip", (tmp_path / "cats.zip").read_bytes())
     server.put("checkpoints/old/MANIFEST.json", b"{}")
     done = sh("bash", "./setup.sh --dry-run", folder, server)
     assert done.returncode == 0 and "would pull 1 files" in done.stdout and not (folder / "datasets").exists(), done
     done = sh("bash", "source ./setup.sh; echo alive", folder, server)
-    assert done.stdout.endswith("alive\n") and (folder / "datasets" / "cats" / "a.png").read_bytes() == b"a picture", done
+    assert done.stdout.endswith("alive\n") and (folder / "datasets" / "cats" / "a.png").read_bytes() == b"an image", done
     assert (folder / "checkpoints" / "old" / "MANIFEST.json").exists()
     (folder / "runs" / "x").mkdir(parents=True)
     (folder / "runs" / "x" / "log.txt").write_text("one line")
@@ -192,7 +192,7 @@ def test_an_environment_that_cannot_be_brought_up_to_date_is_active_all_the_same
 
 @pytest.mark.parametrize("demo", ["demo", "demo-pixels"])
 def test_a_demo_can_be_made_again(tmp_path: Path, demo: str) -> None:
-    """Its pictures of last time, of another run, are not in the way."""
+    """Its images of last time, of another run, are not in the way."""
     folder = checkout(tmp_path / "clone")
     done = subprocess.run(["make", "-n", demo, "PYTHON=false"], cwd=folder, capture_output=True, text=True, check=True)
     out = re.search(r"--out (samples/\w+)", done.stdout)
@@ -200,7 +200,7 @@ def test_a_demo_can_be_made_again(tmp_path: Path, demo: str) -> None:
 
 
 def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer, tmp_path: Path) -> None:
-    """An empty folder, its pictures from the bucket, a run killed half-way, the folder gone; elsewhere the same command."""
+    """An empty folder, its images from the bucket, a run killed half-way, the folder gone; elsewhere the same command."""
     shutil.make_archive(str(tmp_path / "mine"), "zip", write_images(tmp_path / "mine"))
     server.put("datasets/mine.zip", (tmp_path / "mine.zip").read_bytes())
     sets = kills.settings(

@@ -154,7 +154,7 @@ def test_kills_of_latent_diffusion(vae_run: Path, tmp_path: Path, processes: int
 def check_inversion(run: Path, tmp_path: Path) -> None:
     """Digits that the run has not seen go to their noise in 64 calls of rk4 and back within 1 %, and the noise is noise.
 
-    Its correlation with the picture is below what white noise can have with data of covariance C (Gelbrich 1990; the shortest
+    Its correlation with the image is below what white noise can have with data of covariance C (Gelbrich 1990; the shortest
     way, C^(-1/2) x of a Gaussian, has it): tr C^(1/2) / sqrt(d tr C).
     """
     digits = open_sources(DigitsSource(source="digits", split="test"))
@@ -218,7 +218,7 @@ def test_compiled_networks_train_as_plain_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("job", [kills.BLEND, kills.POINTS], ids=["pictures", "points"])
+@pytest.mark.parametrize("job", [kills.BLEND, kills.POINTS], ids=["images", "points"])
 def test_kills_of_blending(tmp_path: Path, job: kills.Job, processes: int) -> None:
     assert launch(*job.arguments(tmp_path / "whole")).status == 0
     kill_often(job, tmp_path / "whole", tmp_path / "run", processes, kills_wanted=8, inside=2)

@@ -18,6 +18,7 @@ from src.config import (
     resumable_field,
     validate,
 )
+from src.diffusion import ProcessConfig
 
 COLOURS = {"red": 1, "blue": 2}
 SHAPES = OpenUnion("kind", default="circle")
@@ -56,14 +57,14 @@ def test_a_name_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyP
             validate(Drawing, {"colour": word})
     monkeypatch.setitem(COLOURS, "green", 3)
     assert validate(Drawing, {"colour": "green"}).colour == Drawing(colour="green").colour == "green"
-    with pytest.raises(UserError, match="allowed: 'red', 'blue' or 'green'; did you mean 'green'"):
+    with pytest.raises(UserError, match=r"allowed: 'red', 'blue' or 'green'; did you mean 'green'\?; a colour of your own"):
         validate(Drawing, {"colour": "gren"})
     assert json.loads(json_schema(Drawing))["properties"]["colour"]["enum"] == ["red", "blue", "green"]
 
 
 def test_a_kind_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SHAPES, "members", list(SHAPES.members))
-    with pytest.raises(UserError, match=r"shape.kind: 'star' is not known.*Allowed: 'circle', 'polygon'"):
+    with pytest.raises(UserError, match=r"shape.kind: 'star' is not known.*Allowed: 'circle', 'polygon'; a kind of your own"):
         validate(Drawing, {"shape": {"kind": "star"}})
 
     @SHAPES.add
@@ -93,6 +94,11 @@ def test_a_kind_that_is_registered_later_is_accepted(monkeypatch: pytest.MonkeyP
 def test_mistakes_inside_name_their_place(raw: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate(Drawing, raw)
+
+
+def test_a_closed_list_has_only_what_it_says() -> None:
+    with pytest.raises(UserError, match=r"schedule\.kind: 'mine' is not known; .* 'blend'$"):
+        validate(ProcessConfig, {"schedule": {"kind": "mine"}, "target": "eps"})
 
 
 def test_old_values_and_differences_reach_the_members() -> None:

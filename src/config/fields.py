@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import pydantic
 from pydantic import ConfigDict, Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, PydanticUndefined, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticUndefined, core_schema
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -115,7 +115,8 @@ class NameIn:
     def _check(self, value: Any) -> str:
         if not isinstance(value, str) or value not in self.known:
             *first, last = (repr(name) for name in self.known)
-            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(first)} or {last}" if first else last})
+            expected = f"{', '.join(first)} or {last}" if first else last
+            raise PydanticCustomError("literal_error", "input should be {expected}", {"expected": expected, "is_open": True})
         return value
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -173,7 +174,14 @@ class OpenUnion:
             return value
         if isinstance(value, dict) and self.default is not None:
             value = {self.key: self.default, **value}
-        return _adapter(self.key, *self.classes).validate_json(json.dumps(value))
+        try:
+            return _adapter(self.key, *self.classes).validate_json(json.dumps(value))
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            if first["type"] != "union_tag_invalid" or first["loc"]:  # a mistake inside one of the classes
+                raise
+            context = {**first.get("ctx", {}), "is_open": True}
+            raise PydanticCustomError("union_tag_invalid", "the tag should be {expected_tags}", context) from None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._read)

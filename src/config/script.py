@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from .fields import json_schema
@@ -91,6 +91,13 @@ class CommandLine(argparse.ArgumentParser):
         close = difflib.get_close_matches(misspelt[1] or misspelt[2], known, 1) if misspelt else []
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{message}{hint} ({self.prog} --help lists what there is)")
+
+
+def refuse_options(args: argparse.Namespace, defaults: argparse.Namespace, idle: Collection[str], reason: str) -> None:
+    """A UserError for the first option that has another value than its default and is among the `idle` ones, for a `reason`."""
+    for name, value in vars(args).items():
+        if name in idle and value != getattr(defaults, name):
+            raise UserError(f"--{name.replace('_', '-')} {reason}; leave it out")
 
 
 class _PrintSchema(argparse.Action):

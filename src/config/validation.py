@@ -129,6 +129,8 @@ def _mistake(root: Any, raw: Any, item: Any) -> str:
         message = f"{message[0].lower()}{message[1:]}, not {value!r}"
         if isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
             message += "; JSON writes true, false and null in small letters, without quotes"
+    if context.get("is_open"):
+        message += f"; a {path[-1]} of your own is known once the file that registers it is imported (see CONTRIBUTING.md)"
     return f"{'.'.join(path) or 'the config'}: {message}"
 
 

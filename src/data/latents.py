@@ -4,7 +4,6 @@ A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, 1 or 2, 2, D
 log-variance), and last of all `manifest.json`: what it was made of, and the statistics of the training latents.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ WORDS = {
     "pictures": "other images",
     "held_out": "other held-out images",
     "image": "another image (size, channels or flip)",
+    "buckets": "another table of sizes (image.aspect)",
 }
 
 
@@ -51,11 +51,6 @@ def same_latents(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
         if (np.abs(one - other) > 1e-3 * np.maximum(np.abs(one), scale if key == "mean" else 1.0)).any():
             return False
     return True
-
-
-def cache_sums(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The sums of the blocks of so many training images."""
-    return [json.loads(block.path.read_text()) for block in blocks_of(folder, "train", count)]
 
 
 def sums_of(moments: Moments) -> dict[str, Any]:
@@ -116,6 +111,35 @@ class LatentSet:
         rows = np.stack([self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)])
         moments = torch.from_numpy(rows)
         return (moments.pin_memory() if self.device.type == "cuda" else moments).to(self.device, non_blocking=True)
+
+
+@dataclass
+class BucketLatents:
+    """Moments of images in several buckets: the LatentSet of each that has images, and which of them each image is in."""
+
+    sets: list[LatentSet | None]
+    which: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        self._rows = np.zeros(len(self.which), np.int64)
+        for bucket in range(len(self.sets)):
+            members = self.which == bucket
+            self._rows[members] = np.arange(members.sum())
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def load_to_device(self) -> None:
+        """Load those of the sets to the device that fit."""
+        for latents in self.sets:
+            if latents is not None:
+                latents.load_to_device()
+
+    def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
+        """(B, 2, D, h, w) float32 on the device: mean and log-variance of these images, which are of one bucket."""
+        latents = self.sets[self.which[indices[0]]]
+        assert latents is not None
+        return latents.moments(self._rows[indices], mirrored)
 
 
 def open_latents(

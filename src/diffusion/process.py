@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import config, config_error, renamed_field
 from .likelihood import variational_term
 from .schedules import BlendSchedule, BlendScheduleConfig, Level, Schedule, ScheduleConfig, TableSchedule, build_schedule, like
+from .time_shift import draw_shifted_times
 from .variance import Transitions, transitions
 from .weightings import ConstantWeighting, Gains, LossWeighting
 
@@ -198,8 +199,11 @@ class Process:
 
         return denoise
 
-    def draw_times(self, uniform: Tensor) -> Tensor:
-        """Training times from numbers in [0, 1): entries of a table, or the numbers themselves on the blend."""
+    def draw_times(self, uniform: Tensor, shift: float | None = None) -> Tensor:
+        """Training times from numbers in [0, 1): entries of a table, or the numbers themselves on the blend. With a factor
+        `shift` they are those of `draw_shifted_times`."""
+        if shift is not None:
+            return draw_shifted_times(self.schedule, uniform, shift)
         if isinstance(self.schedule, TableSchedule):
             return (uniform.double() * self.schedule.num_steps).floor()
         return uniform.double()

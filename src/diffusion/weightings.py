@@ -1,13 +1,15 @@
 """How much each level counts in training: loss weightings, and the distributions of the times that are trained."""
 
-from typing import Annotated, Literal, NamedTuple
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import torch
 from torch import Tensor
 
-from ..config import OpenUnion, config
+from ..config import OpenUnion, config, config_error
 from .schedules import Level
+from .time_shift import TimeShift
 
 
 class Gains(NamedTuple):
@@ -19,14 +21,14 @@ class Gains(NamedTuple):
 
 
 @config
-class Weighting:
+class Weighting(ABC):
     """The base of all loss weightings."""
 
     kind: str
 
+    @abstractmethod
     def weight(self, level: Level, gains: Gains) -> Tensor:
         """The weight of the output's squared error at some levels, float64 of their shape."""
-        raise NotImplementedError
 
 
 WEIGHTINGS = OpenUnion("kind")
@@ -96,14 +98,16 @@ class EDMWeighting(Weighting):
 
 @config
 class UniformTimes:
-    """All times alike."""
+    """All times alike. `shift` moves them to the noise for large images."""
 
     kind: Literal["uniform"] = "uniform"
+    shift: TimeShift | None = None
 
 
 @config
 class LogitNormalTimes:
-    """logit(t) ~ N(mean, std^2): more of the middle, or, where `mean` is above 0, of the noisy side.
+    """logit(t) ~ N(mean, std^2): more of the middle, or, where `mean` is above 0, of the noisy side. `shift` moves the times
+    that this gives.
 
     Sec. 3.1, Esser et al. 2024, arXiv:2403.03206.
     """
@@ -111,6 +115,12 @@ class LogitNormalTimes:
     kind: Literal["logit_normal"]
     mean: float = 0.0
     std: float = pydantic.Field(1.0, gt=0)
+    shift: TimeShift | None = None
+
+
+def _refuse_shift(value: Any) -> None:
+    if value is not None:
+        raise config_error("second_moment learns how often each time is drawn, and a shift says it: leave one of them out")
 
 
 @config
@@ -125,6 +135,7 @@ class SecondMomentTimes:
     kind: Literal["second_moment"]
     history: int = pydantic.Field(10, ge=1)
     uniform_share: float = pydantic.Field(0.001, ge=0, le=1)
+    shift: Annotated[None, pydantic.BeforeValidator(_refuse_shift)] = None
 
 
 TimesConfig = Annotated[UniformTimes | LogitNormalTimes | SecondMomentTimes, pydantic.Field(discriminator="kind")]

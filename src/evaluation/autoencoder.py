@@ -24,7 +24,6 @@ from ..runs.autoencoder import open_autoencoder
 from ..runs.folders import run_name
 from ..runtime.failures import Warn, warn_on_failure, warn_on_stderr
 from ..runtime.stream import Examples, to_network
-from ..sampling.files import in_batches
 from ..storage.finite import is_finite
 from .registry import check_count
 from .results import Results, Setup, on_screen, pixel_loader, pixels_of
@@ -84,8 +83,8 @@ def reconstruct(
         return images, network.decode(mean).clamp(-1, 1), mean
 
     sums: dict[str, Tensor] = {}
-    for batch in in_batches(range(count), batch_size)[rank::world]:
-        images, outputs, mean = outputs_of(chosen[batch.start : batch.stop])
+    for indices in examples.batches(chosen, batch_size)[rank::world]:
+        images, outputs, mean = outputs_of(indices)
         values = measure_distances(outputs, images, perceptual)
         values |= {f"drift {c}": drift for c, drift in enumerate(metrics.colour_drift(outputs, images).unbind(1))}
         for c, channel in enumerate(mean.double().unbind(1)):
@@ -104,17 +103,20 @@ def reconstruct(
     if sheet is not None and accelerator.is_main_process:
         with warn_on_failure("the preview", warn):
             shown = chosen[np.linspace(0, count - 1, min(spec.num_samples, count)).astype(np.int64)]
-            save_sheet(sheet, *outputs_of(shown)[:2], result)
+            save_sheet(sheet, [outputs_of(part)[:2] for part in examples.split(shown)], result)
     return result
 
 
-def save_sheet(path: Path, images: Tensor, outputs: Tensor, values: dict[str, float], which: str = "") -> None:
-    """Three rows: images (`which` says what kind), reconstructions, and their difference around grey; (N, C, H, W) in [-1, 1]
-    twice."""
-    rows = torch.cat([images, outputs, outputs - images])
+def save_sheet(path: Path, pairs: Sequence[tuple[Tensor, Tensor]], values: dict[str, float], which: str = "") -> None:
+    """Three rows for each shape of images: images (`which` says what kind), reconstructions, and their difference around grey.
+    `pairs` are images and reconstructions of one shape each, (N, C, H, W) in [-1, 1] twice."""
     numbers = ", ".join(f"{name} {values[name]:.3g}" for name in ("psnr", "ssim", "lpips") if name in values)
     title = f"{which}picture, reconstruction, difference: {numbers}"  # the pixels of a sheet stay as older runs have them
-    figures.save(figures.grid(figures.to_uint8(rows), columns=len(images), title=title), path)
+    sheets = []
+    for images, outputs in pairs:
+        rows = figures.to_uint8(torch.cat([images, outputs, outputs - images]))
+        sheets.append(figures.grid(rows, columns=len(images), title="" if sheets else title))
+    figures.save(figures.in_a_column(sheets), path)
 
 
 def troubled_channels(values: dict[str, float]) -> list[str]:
@@ -190,5 +192,5 @@ def evaluate_autoencoder(setup: Setup, run: str, settings: dict[str, Any], data:
     with results.sheet("reconstructions.png") as path:
         order = np.argsort(arrays["psnr"], kind="stable")
         chosen = [*order[:6].tolist(), *order[len(order) // 2 :][:6].tolist()]
-        save_sheet(path, *reconstruct(chosen), means, f"the {len(order[:6])} worst, then usual ones; ")
+        save_sheet(path, [reconstruct(chosen)], means, f"the {len(order[:6])} worst, then usual ones; ")
     return results

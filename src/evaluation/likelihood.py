@@ -11,6 +11,7 @@ from .. import figures
 from ..config import UserError
 from ..config.packages import ask_for
 from ..data import ImageSet
+from ..data.buckets import make_buckets
 from ..diffusion import TableSchedule, bits_per_dimension, clip
 from ..diffusion import times as times_of
 from ..metrics.distances import Array
@@ -51,7 +52,7 @@ def measure_likelihood(
     }
     key = [value for name, value in request.items() if name != "count"]
     out = setup.claim(opened.folder, "likelihood", request, key)
-    examples, device = image_examples(data, opened.image), next(opened.network.parameters()).device
+    examples, device = image_examples(data, make_buckets(opened.image, data.sides, 1)), next(opened.network.parameters()).device
 
     @torch.no_grad()
     def measure(images: range) -> dict[str, Array]:

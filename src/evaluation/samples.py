@@ -114,7 +114,8 @@ def add_class_accuracy(results: Results, sets: FeatureSets, class_names: Sequenc
 
 
 def parse_sweep(base: SamplerConfig, words: Sequence[str]) -> list[SamplerConfig]:
-    """`steps=5,10 guidance=1,2`: `base` with every combination; a UserError where a key or value does not fit."""
+    """`steps=5,10 guidance=1,2 shift.base=4096,16384`: `base` with every combination; a UserError where a key or value does not
+    fit."""
     axes = dict[str, list[Any]]()
     for word in words:
         key, equals, text = word.partition("=")
@@ -123,8 +124,26 @@ def parse_sweep(base: SamplerConfig, words: Sequence[str]) -> list[SamplerConfig
         if key in axes:
             raise UserError(f"--sweep: {key} stands there twice; put its values into one list")
         axes[key] = [_parse_value(part) for part in text.split(",")]
-    settings = [{**dump(base), **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
+    settings = [_with_values(dump(base), dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
     return [validate(SamplerConfig, setting, origin=f"--sweep {' '.join(words)}") for setting in settings]
+
+
+def _with_values(setting: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A setting with other values, also of keys inside keys (shift.base)."""
+    for key, value in changes.items():
+        outer, dot, inner = key.partition(".")
+        before = setting.get(outer)
+        setting[outer] = {**(before if isinstance(before, dict) else {}), inner: value} if dot else value
+    return setting
+
+
+def _columns(setting: dict[str, Any]) -> dict[str, Any]:
+    """A setting in one level: a key inside a key has both names (shift.base)."""
+    return {
+        f"{outer}.{inner}" if inner else outer: value
+        for outer, inside in setting.items()
+        for inner, value in (inside.items() if isinstance(inside, dict) else [("", inside)])
+    }
 
 
 def _parse_value(text: str) -> Any:
@@ -144,17 +163,19 @@ def evaluate_sweep(
     settings = [dump(sampler.spec) for sampler in samplers]
     request = describe_request(setup, opened, samplers[0], data, count)
     out = setup.claim(opened.folder, "sweep", {**request, "settings": settings})
-    swept = [key for key in settings[0] if len({json.dumps(setting[key]) for setting in settings}) > 1]
+    columns = [_columns(setting) for setting in settings]
+    keys = dict.fromkeys(key for row in columns for key in row)
+    swept = [key for key in keys if len({json.dumps(row.get(key)) for row in columns}) > 1]
     classes = labels_like(data, count, opened.num_classes)
     real = setup.real_features(data, opened.image)
     rows, notes = list[dict[str, Any]](), dict[str, list[str]]()
-    for sampler, setting in zip(samplers, settings, strict=True):
+    for sampler, setting, row in zip(samplers, settings, columns, strict=True):
         tag = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
         samples = setup.sample_features(sampler, classes, count, out / tag)
         if setup.computes:
             compared = {n.name: FeatureSets(n, samples[n.name], real[n.name]) for n in setup.networks}
             values = {name: sets.values for name, sets in compared.items()}
-            rows.append({**{key: setting[key] for key in swept}, "network_calls": sampler.calls(), **values})
+            rows.append({**{key: row.get(key) for key in swept}, "network_calls": sampler.calls(), **values})
             notes = {name: sets.notes for name, sets in compared.items()}
     results = Results(out, opened.step)
     if not setup.computes:

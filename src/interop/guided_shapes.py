@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import UserError
-from ..runs.diffusers_autoencoder import list_differences
+from ..storage.networks import list_differences
 from .names import ANOTHER, multiple, size_of
 
 

@@ -1,5 +1,6 @@
 """The networks that denoise: the base of their configs, their union by `kind`, and the one door that builds them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from ..config.sizes import describe_size, is_divisible, nearest_sizes
 
 
 @config
-class Backbone:
+class Backbone(ABC):
     """The base of the configs of networks that denoise. A config is registered by `@BACKBONES.add` and builds its network.
 
     The network is called as network(x, time) or, of a run with classes, network(x, time, labels): x (B, *shape), time (B,),
@@ -33,11 +34,11 @@ class Backbone:
         """The keys of the config that decide the factor, for the message."""
         return "the keys of model"
 
+    @abstractmethod
     def build(
         self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, condition_channels: int
     ) -> nn.Module:
         """The network, as `build_model` says."""
-        raise NotImplementedError
 
 
 BACKBONES = OpenUnion("kind", default="unet")

@@ -97,7 +97,9 @@ def open_classifier(path: str | Path, device: torch.device) -> OpenedClassifier:
 
 def build_classifier(spec: ClassifierConfig, image: ImageConfig, num_classes: int) -> Classifier:
     """The classifier of such images, in channels_last, which is faster."""
-    if not is_divisible(image.sides, spec.factor):
+    if image.aspect is not None and spec.pool == "attention":
+        raise UserError("classifier.pool attention learns one size; with image.aspect use adaptive or spatial")
+    if image.aspect is None and not is_divisible(image.sides, spec.factor):
         raise UserError(
             f"images of {describe_size(image.size)} are not divisible by {spec.factor}, what {len(spec.channel_mult)} entries "
             f"of classifier.channel_mult ask for; change them, or set image.size to {nearest_sizes(image.size, spec.factor)}"
@@ -144,8 +146,7 @@ def accuracy_by_level(
     chosen = labelled[np.linspace(0, len(labelled) - 1, count).astype(np.int64)]
     dtype = next(network.parameters()).dtype
     sums = torch.zeros(2, spec.levels, device=device)
-    for start in range(rank * batch_size, count, batch_size * world):
-        indices = chosen[start : start + batch_size]
+    for indices in examples.batches(chosen, batch_size)[rank::world]:
         x0 = examples.load(indices).to(device, dtype)
         labels = torch.from_numpy(examples.labels[indices]).to(device)
         eps = noise_of(0, indices.tolist(), x0.shape[1:]).to(x0)

@@ -2,20 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import UserError
 from ..data import ImageConfig, ImageSet, PointSet, describe_data, open_data, open_given, open_given_points, open_points
+from ..data.buckets import Buckets, make_buckets
 from ..data.points import DensitySource, density_image, is_point_source
 from ..runtime.processes import same_on_all
 from ..runtime.seeds import generator
-from ..runtime.stream import Examples, image_examples
-from .latents import Latents
+from ..runtime.stream import Examples, StepOrder, image_examples
 
 Bound = float | Tensor
 Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, indices of images, draw) -> (B, *shape) on the CPU
@@ -23,22 +24,41 @@ Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, indices of images,
 
 @dataclass(frozen=True)
 class SourceSampler:
-    """A Start for sampling: the examples, in an order that is a function of (seed, draw)."""
+    """A Start for sampling: the examples, in an order that is a function of (seed, draw). Where they have several shapes, those
+    of `shape`."""
 
     examples: Examples
+    shape: tuple[int, ...] | None = None
+
+    def at_shape(self, shape: tuple[int, ...]) -> "SourceSampler":
+        """The same of examples of another shape; a UserError where there are none."""
+        if self.examples.groups and not len(self.examples.groups.get(shape, ())):
+            raise UserError(
+                f"no image of the source has about the shape {' x '.join(map(str, shape[1:]))}; ask for another --size"
+            )
+        return replace(self, shape=shape)
+
+    @property
+    def _members(self) -> NDArray[np.int64]:
+        groups = self.examples.groups
+        return groups[self.shape or next(iter(groups))] if groups else np.arange(len(self.examples.labels))
 
     def __call__(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
-        order = generator(seed, "source", draw).permutation(len(self))
-        return self.examples.load(order[np.array(indices, dtype=np.int64) % len(self)]).float().cpu()
+        members = self._members
+        order = members[generator(seed, "source", draw).permutation(len(members))]
+        return self.examples.load(order[np.array(indices, dtype=np.int64) % len(members)]).float().cpu()
 
     def __len__(self) -> int:
-        return len(self.examples.labels)
+        return len(self._members)
 
 
 class Density(ABC):
-    """`train` is what a run learns from, `held_out` what it does not, or None; `shape` is what the network sees of one."""
+    """`train` is what a run learns from, `held_out` what it does not, or None; `shape` is what the network sees of one, or of
+    most of them: `shapes` are those of the `buckets`."""
 
     shape: tuple[int, ...]
+    shapes: list[tuple[int, ...]]
+    buckets: Buckets
     train: ImageSet | PointSet
     held_out: ImageSet | PointSet | None
 
@@ -46,6 +66,10 @@ class Density(ABC):
     def facts(self) -> dict[str, Any]:
         """What travels with the weights."""
         return describe_data(self.train, self.held_out)
+
+    def shape_at(self, order: StepOrder, step: int) -> tuple[int, ...]:
+        """What the network sees of one of the images of a step."""
+        return self.shapes[self.buckets.specs.index(order.spec_at(step))] if len(self.shapes) > 1 else self.shape
 
     @abstractmethod
     def _examples(self, data_set: Any) -> Examples: ...
@@ -56,33 +80,34 @@ class Density(ABC):
 
     def source_sampler(self, *, of_train: bool = False) -> SourceSampler:
         """What sampling starts from: these examples."""
-        return SourceSampler(self.examples(of_train=of_train))
+        return SourceSampler(self.examples(of_train=of_train), self.shape)
 
 
 class ImageDensity(Density):
-    """Images (C, H, W)."""
+    """Images (C, H, W). Where they have several shapes (`image.aspect`), each is in one of the `buckets`, whose sides are
+    multiples of `factor`, by which the networks reduce images; `shape` is that of the most frequent one."""
 
-    def __init__(self, train: ImageSet, held_out: ImageSet | None, image: ImageConfig) -> None:
+    def __init__(self, train: ImageSet, held_out: ImageSet | None, image: ImageConfig, factor: int = 1) -> None:
         self.train, self.held_out, self.image = train, held_out, image
-        self.shape = image.shape
-
-    def _examples(self, data_set: ImageSet) -> Examples:
-        return image_examples(data_set, self.image)
-
-
-class LatentDensity(Density):
-    """The cached latents (D, h, w) of images."""
-
-    def __init__(self, train: ImageSet, held_out: ImageSet | None, latents: Latents, image: ImageConfig) -> None:
-        self.train, self.held_out, self.latents, self.image = train, held_out, latents, image
-        self.shape = tuple(latents.facts["shape"])
+        self._sides, self.buckets = train.sides, make_buckets(image, train.sides, factor)
+        self.shapes = [spec.shape for spec in self.buckets.specs]
+        self.shape = self.buckets.most_frequent.shape
 
     @property
     def facts(self) -> dict[str, Any]:
-        return super().facts | {"latents": self.latents.facts}
+        return super().facts | ({"buckets": self.buckets.table} if self.image.aspect is not None else {})
 
     def _examples(self, data_set: ImageSet) -> Examples:
-        return self.latents.examples(data_set.labels, held_out=data_set is not self.train)
+        return image_examples(data_set, self.buckets_of(data_set))
+
+    def buckets_of(self, data_set: ImageSet) -> Buckets:
+        """Those of the training images, or of others."""
+        return self.buckets if data_set is self.train else self.buckets.of(data_set.sides)
+
+    def take_buckets(self, other: "ImageDensity") -> None:
+        """Put the images into the buckets of the data whose source they are."""
+        if other.image.aspect is not None:
+            self.buckets, self.shapes, self.shape = other.buckets.of(self._sides), other.shapes, other.shape
 
 
 class PointDensity(Density):
@@ -90,13 +115,14 @@ class PointDensity(Density):
 
     def __init__(self, train: PointSet, held_out: PointSet | None, drawing: bytes | None = None) -> None:
         self.train, self.held_out, self.shape, self.drawing = train, held_out, (2,), drawing
+        self.shapes, self.buckets = [self.shape], Buckets((), np.zeros(len(train), np.int64))
 
     def _examples(self, data_set: PointSet) -> Examples:
         return Examples(data_set.labels, lambda indices: torch.from_numpy(data_set.points[indices]))
 
 
 def open_density(
-    spec: Any, held_out: Any, image: ImageConfig | None, drawing: bytes | None = None
+    spec: Any, held_out: Any, image: ImageConfig | None, drawing: bytes | None = None, factor: int = 1
 ) -> ImageDensity | PointDensity:
     """What a config's `data` or `source` names, images or points; a UserError says what does not fit. `drawing` is that of a
     density of points, where it is known."""
@@ -110,14 +136,14 @@ def open_density(
         return PointDensity(*open_points(spec, held_out, drawing), drawing)
     if image is None:
         raise UserError('images need image, as in {"size": 64}; 2-D points have none')
-    return ImageDensity(*open_data(spec, held_out), image)
+    return ImageDensity(*open_data(spec, held_out), image, factor)
 
 
-def given_density(dataset: Any, held_out: Any, image: ImageConfig | None) -> ImageDensity | PointDensity:
+def given_density(dataset: Any, held_out: Any, image: ImageConfig | None, factor: int = 1) -> ImageDensity | PointDensity:
     """The data set that was handed in from Python: the same on all processes, or a UserError."""
     if image is None:
         density: PointDensity | ImageDensity = PointDensity(*open_given_points(dataset, held_out))
     else:
-        density = ImageDensity(*open_given(dataset, held_out, image), image)
+        density = ImageDensity(*open_given(dataset, held_out, image), image, factor)
     same_on_all(density.train.fingerprint)
     return density

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..models import VAEConfig
 from ..models.pretrained import import_torchvision
 from ..runtime.checkpoint import read_tensors
 from ..storage.downloads import from_hub
-from ..storage.networks import KL, few, find_network, present_names
+from ..storage.networks import KL, few, find_network, list_differences, present_names
 from ..storage.weight_files import find_files, read_files, read_foreign_json
 from .folders import read_if_there
 
@@ -43,11 +43,6 @@ def fuse_qkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if all(name in fused for name in names):
             fused[key.replace(".to_q.", ".qkv.")] = torch.cat([fused.pop(name) for name in names])
     return fused
-
-
-def list_differences(missing: Collection[str], unknown: Collection[str]) -> list[str]:
-    """In words, the keys that a state dict lacks, and those that it has in excess."""
-    return [f"it {verb} {few(keys, 5)}" for verb, keys in (("lacks", missing), ("has in excess", unknown)) if keys]
 
 
 def fit_state(state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

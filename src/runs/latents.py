@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +21,7 @@ from ..config import UserError, read_json
 from ..config.progress import track, within
 from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
-from ..data.latents import FILES, LatentSet, Moments, cache_sums, open_latents, same_latents, statistics, sums_of
+from ..data.latents import FILES, BucketLatents, LatentSet, Moments, open_latents, same_latents, statistics, sums_of
 from ..data.transforms import DECODER
 from ..runtime.processes import broadcast, ranks_of
 from ..runtime.stream import Examples, to_network
@@ -27,6 +29,7 @@ from ..storage.blocks import BLOCK, Block, Ranks, blocks_of, make_cache, write_b
 from ..storage.files import link_file, write_whole
 from ..storage.finite import is_finite
 from .autoencoder import Autoencoder, LatentCodec
+from .densities import Density, ImageDensity
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -35,13 +38,18 @@ CONTENT = "content"  # key of a block's .json: the hash of the files that the bl
 DOUBTED = 512  # images at most that are encoded once more to check an old cache
 
 
+AnyLatents = LatentSet | BucketLatents
+
+
 class Latents:
     """A data set as its latents: `train` and, where images are held out, `held_out`; `facts` is the contract and the
     statistics, which travel with the weights; `codec` makes images of them."""
 
-    def __init__(self, autoencoder: Autoencoder, facts: dict[str, Any], sets: dict[str, LatentSet]) -> None:
+    def __init__(
+        self, autoencoder: Autoencoder, facts: dict[str, Any], train: AnyLatents, held_out: AnyLatents | None = None
+    ) -> None:
         self.autoencoder, self.facts = autoencoder, facts
-        self.train, self._held_out = sets["train"], sets.get("held_out")
+        self.train, self._held_out = train, held_out
         self.codec = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
 
     def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -49,8 +57,11 @@ class Latents:
         mean, logvar = moments.unbind(1)
         return self.codec.draw(mean, logvar, noise)
 
-    def examples(self, labels: np.ndarray, *, held_out: bool = True) -> Examples:
-        """The held-out latents (or those for training), one draw of each, with the labels of their images."""
+    def examples(
+        self, labels: np.ndarray, groups: Mapping[tuple[int, ...], Any] = MappingProxyType({}), *, held_out: bool = True
+    ) -> Examples:
+        """The held-out latents (or those for training), one draw of each, with the labels of their images and the `groups` of
+        one shape."""
         latents = self._held_out if held_out else self.train
         assert latents is not None
 
@@ -58,45 +69,78 @@ class Latents:
             mean, logvar = latents.moments(indices, np.zeros(len(indices), dtype=bool)).unbind(1)
             return self.codec.examples(mean, logvar, indices.tolist())
 
-        return Examples(labels, load)
+        return Examples(labels, load, groups)
 
 
-class _Encoding(NamedTuple):
+class LatentDensity(Density):
+    """The cached latents (D, h, w) of `images`."""
+
+    def __init__(self, images: ImageDensity, latents: Latents) -> None:
+        self.train, self.held_out, self.image, self.buckets = images.train, images.held_out, images.image, images.buckets
+        self.images, self.latents = images, latents
+        self.shapes = [latents.autoencoder.latent_shape(spec) for spec in self.buckets.specs]
+        self.shape = self.shapes[self.buckets.specs.index(self.buckets.most_frequent)]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.images.facts | {"latents": self.latents.facts}
+
+    def _examples(self, data_set: ImageSet) -> Examples:
+        groups = self.images.buckets_of(data_set).groups(self.shapes)
+        return self.latents.examples(data_set.labels, groups, held_out=data_set is not self.train)
+
+
+class _Split(NamedTuple):
+    """Images that are encoded together: a set, and the one size that they are cut to."""
+
+    images: ImageSet
+    spec: ImageConfig
+
+
+@dataclass(frozen=True)
+class _Encoding:
     """What is encoded: images by an autoencoder, `batch_size` at a time, which `workers` threads load."""
 
     autoencoder: Autoencoder
-    image: ImageConfig
-    train_set: ImageSet
-    held_out: ImageSet | None
+    density: ImageDensity
     batch_size: int = 1
     workers: int = 1
 
     @property
     def sets(self) -> dict[str, ImageSet]:
-        sets = {"train": self.train_set, "held_out": self.held_out}
-        return {split: images for split, images in sets.items() if images is not None}
+        sets = {"train": self.density.train, "held_out": self.density.held_out}
+        return {name: images for name, images in sets.items() if images is not None}
 
-    @property
+    @cached_property
+    def splits(self) -> dict[str, _Split]:
+        """The folders of a cache, and what each holds: `train` and `held_out`, of several buckets one for each."""
+        splits = dict[str, _Split]()
+        for name, images in self.sets.items():
+            buckets = self.density.buckets_of(images)
+            for b, spec in enumerate(buckets.specs):
+                height, width = spec.sides
+                part = images if len(buckets.specs) == 1 else images.only(buckets.which == b)
+                key = name if len(buckets.specs) == 1 else f"{name}_{height}x{width}"
+                splits |= {key: _Split(part, spec.plain)} if len(part) else {}
+        return splits
+
+    @cached_property
     def counts(self) -> dict[str, int]:
-        return {split: len(images) for split, images in self.sets.items()}
-
-    @property
-    def plain(self) -> ImageConfig:
-        return self.image.plain
+        return {key: len(split.images) for key, split in self.splits.items()}
 
     @property
     def contract(self) -> dict[str, Any]:
         """All that latents depend on: where any of it changes, they are others."""
-        image, sets = self.image, self.sets
+        image, sets, buckets = self.density.image, self.sets, self.density.buckets
         if image.crop != "center":
             raise UserError("image.crop 'random' gives an image other latents each time; use center")
         return {
             "autoencoder": self.autoencoder.digest,
-            "pictures": self.train_set.fingerprint,
+            "pictures": self.density.train.fingerprint,
             "held_out": sets["held_out"].fingerprint if "held_out" in sets else None,
             "image": {"size": image.size, "channels": image.channels, "flip": image.flip},
-            "shape": list(self.autoencoder.latent_shape(image)),
-        }
+            "shape": list(self.autoencoder.latent_shape(buckets.most_frequent)),
+        } | ({"buckets": [list(spec.sides) for spec in buckets.specs]} if image.aspect is not None else {})
 
     @property
     def files(self) -> dict[str, Any]:
@@ -107,7 +151,7 @@ class _Encoding(NamedTuple):
     def encode(self, split: str, indices: Sequence[int], *, flip: bool = False) -> Moments:
         """(n, 1 or 2, 2, D, h, w) float32 of the images `indices`, in batches of always the same size. A UserError names the
         first image whose moments are not finite."""
-        network, images, plain, batch = self.autoencoder.network, self.sets[split], self.plain, self.batch_size
+        network, (images, plain), batch = self.autoencoder.network, self.splits[split], self.batch_size
         device, starts, blocks = next(network.parameters()).device, range(0, len(indices), batch), []
 
         def load(start: int) -> Tensor:
@@ -146,37 +190,35 @@ class _Encoding(NamedTuple):
         return values | {key: ((np.array(values[key]) - mean) / std).tolist() for key in ("low", "high")}
 
 
-def cache_folder(
-    autoencoder: Autoencoder, image: ImageConfig, train_set: ImageSet, held_out: ImageSet | None, otherwise: Path
-) -> Path:
+def cache_folder(autoencoder: Autoencoder, density: ImageDensity, otherwise: Path) -> Path:
     """Where a cache is kept by default: in the run of the autoencoder, else in the folder `otherwise`."""
-    contract, run = _Encoding(autoencoder, image, train_set, held_out).contract, Path(autoencoder.path)
-    name = f"{describe_size(image.size).replace(' ', '')}_{hashlib.sha256(json.dumps(contract).encode()).hexdigest()[:8]}"
+    contract, run = _Encoding(autoencoder, density).contract, Path(autoencoder.path)
+    size = describe_size(density.image.size).replace(" ", "")
+    name = f"{size}_{hashlib.sha256(json.dumps(contract).encode()).hexdigest()[:8]}"
     return (run if (run / "checkpoints").is_dir() else otherwise) / "latents" / name
 
 
 def write_sample_cache(
-    autoencoder: Autoencoder,
-    train_set: ImageSet,
-    held_out: ImageSet | None,
-    image: ImageConfig,
-    folder: Path,
-    *,
-    batch_size: int,
-    workers: int,
+    autoencoder: Autoencoder, density: ImageDensity, folder: Path, *, batch_size: int, workers: int
 ) -> float:
-    """Make a cache for a rehearsal: the first block stands for all, as links of one file. Gives the seconds that one process
-    would need for the rest."""
-    encoding = _Encoding(autoencoder, image, train_set, held_out, batch_size, workers)
-    train_set.prepare(encoding.plain)
-    began = time.monotonic()
-    block = encoding.encode("train", range(min(BLOCK, len(train_set))), flip=image.flip)
-    seconds = time.monotonic() - began
-    for split, count in encoding.counts.items():
-        write_sample_blocks(folder, split, count, block if split == "train" else block[:, :1])
+    """Make a cache for a rehearsal: the first block of each bucket stands for all, as links of one file. Gives the seconds that
+    one process would need for the rest."""
+    encoding, flip = _Encoding(autoencoder, density, batch_size, workers), density.image.flip
+    sums, encoded, seconds = list[dict[str, Any]](), 0, 0.0
+    for key, count in encoding.counts.items():
+        if not key.startswith("train"):
+            continue
+        encoding.splits[key].images.prepare(encoding.splits[key].spec)
+        began = time.monotonic()
+        block = encoding.encode(key, range(min(BLOCK, count)), flip=flip)
+        seconds, encoded, sums = seconds + time.monotonic() - began, encoded + len(block), [*sums, sums_of(block)]
+        write_sample_blocks(folder, key, count, block)
+        held_out = key.replace("train", "held_out", 1)
+        if held_out in encoding.counts:
+            write_sample_blocks(folder, held_out, encoding.counts[held_out], block[:, :1])
     manifest = {**encoding.contract, FILES: encoding.files, "counts": encoding.counts}
-    write_whole(folder / "manifest.json", json.dumps(manifest | encoding.statistics([sums_of(block)])).encode())
-    return seconds * (sum(encoding.counts.values()) / len(block) - 1)
+    write_whole(folder / "manifest.json", json.dumps(manifest | encoding.statistics(sums)).encode())
+    return seconds * (sum(encoding.counts.values()) / encoded - 1)
 
 
 def write_sample_blocks(
@@ -214,7 +256,7 @@ def _check_files(
     if broadcast(bool(files) and all(files["state"].get(split) == now for split, now in state.items())):
         return
     made_at = (folder / "manifest.json").stat().st_mtime_ns
-    for split, images in encoding.sets.items():
+    for split, (images, _) in encoding.splits.items():
         if files:
             blocks = blocks_of(folder, split, len(images))[ranks.rank :: ranks.world]
             compared = track(blocks, "comparing images with the latent cache", unit="blocks") if ranks.rank == 0 else blocks
@@ -244,9 +286,7 @@ def _is_close(latents: LatentSet, encoded: Moments, indices: NDArray[np.int64]) 
 
 def latents_of(
     autoencoder: Autoencoder,
-    train_set: ImageSet,
-    held_out: ImageSet | None,
-    image: ImageConfig,
+    density: ImageDensity,
     folder: Path,
     processes: "Accelerator | PartialState",
     *,
@@ -257,20 +297,22 @@ def latents_of(
     """The latents in the cache `folder`, which is made if it is missing (after a kill the same call goes on); on the device
     where they fit. A cache of something else is a UserError. `run_dir` is where the run that learns from them may have begun
     before."""
-    encoding, ranks = _Encoding(autoencoder, image, train_set, held_out, batch_size, workers), ranks_of(processes)
-    contract, device = encoding.contract, next(autoencoder.network.parameters()).device
+    encoding, ranks = _Encoding(autoencoder, density, batch_size, workers), ranks_of(processes)
+    contract, device, splits = encoding.contract, next(autoencoder.network.parameters()).device, encoding.splits
 
     def make(split: str, block: Block) -> None:
-        content = encoding.sets[split].contents(block.items)  # before they are decoded: a file may be overwritten meanwhile
-        moments = encoding.encode(split, block.items, flip=image.flip and split == "train")
+        content = splits[split].images.contents(block.items)  # before they are decoded: a file may be overwritten meanwhile
+        moments = encoding.encode(split, block.items, flip=density.image.flip and split.startswith("train"))
         write_block(block, moments, {**sums_of(moments), CONTENT: content})
 
     def finish(staged: Path) -> dict[str, Any]:
-        return encoding.statistics(cache_sums(staged, len(train_set)))
+        of_train = [(split, count) for split, count in encoding.counts.items() if split.startswith("train")]
+        blocks = [block for split, count in of_train for block in blocks_of(staged, split, count)]
+        return encoding.statistics([read_json(block.path) for block in blocks])
 
     if not folder.exists():
-        for images in encoding.sets.values():
-            images.prepare(encoding.plain)
+        for images, spec in splits.values():
+            images.prepare(spec)
         words = {"name": "latent cache", "doing": "encoding latents"}
         make_cache(folder, contract, encoding.counts, make, finish, ranks, **words, notes={FILES: encoding.files})
     manifest, sets = open_latents(folder, contract, encoding.counts, device)
@@ -281,4 +323,13 @@ def latents_of(
     ranks.barrier()
     for latents in sets.values():
         latents.load_to_device()
-    return Latents(autoencoder, facts, sets)
+    return Latents(autoencoder, facts, *(_join_buckets(name, images, density, sets) for name, images in encoding.sets.items()))
+
+
+def _join_buckets(name: str, images: ImageSet, density: ImageDensity, sets: Mapping[str, LatentSet]) -> AnyLatents:
+    """The latents of all images of a set, whichever bucket they are in."""
+    buckets = density.buckets_of(images)
+    if len(buckets.specs) == 1:
+        return sets[name]
+    keys = [f"{name}_{height}x{width}" for height, width in (spec.sides for spec in buckets.specs)]
+    return BucketLatents([sets.get(key) for key in keys], buckets.which)

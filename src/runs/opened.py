@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config import UserError, config, quoted, validate
+from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes
 from ..data import ImageConfig, ImageSet, SourceEnd
+from ..data.buckets import nearest_buckets
 from ..data.conditions import Condition, ConditionConfig, LowCondition, channel_names
 from ..data.names import join_names, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
@@ -133,9 +136,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Opened(Run):
-    """A run of images: `codec` makes them of what a latent run draws."""
+    """A run of images of the size that `image` says: `codec` makes them of what a latent run draws. A run on images of several
+    shapes is opened at the most frequent one; `buckets` has height, width and number of images of each. Its networks reduce
+    images by `factor`."""
 
     image: ImageConfig
+    factor: int = 1
+    buckets: tuple[tuple[int, int, int], ...] = ()
     codec: LatentCodec | None = None
     bounds: tuple[Bound, Bound] = (-1.0, 1.0)
 
@@ -145,6 +152,28 @@ class Opened(Run):
     def null_class(self) -> bool:
         """Whether it was built with a class for no class."""
         return bool(getattr(self.network, "null_class", False))
+
+    def at_size(self, sides: Sides) -> "Opened":
+        """The same run for images of another height and width; a UserError where its networks cannot take them."""
+        if not is_divisible(sides, self.factor):
+            raise UserError(
+                f"{self.path} reduces images by {self.factor}, and {describe_size(sides)} is not divisible by it; take "
+                f"{nearest_sizes(sides, self.factor)}"
+            )
+        channels, reduced = self.shape[0], self.image.sides[0] // self.shape[1]
+        return replace(self, image=self.image.at(sides), shape=(channels, sides[0] // reduced, sides[1] // reduced))
+
+    def at_nearest(self, width: int, height: int) -> "Opened":
+        """The same run for images of the bucket that an image of this shape goes to; itself where it has one size alone."""
+        if not self.buckets:
+            return self
+        (bucket,) = nearest_buckets([(rows, columns) for rows, columns, _ in self.buckets], np.array([[width, height]]))
+        return self.at_size(self.buckets[int(bucket)][:2])
+
+    @property
+    def shapes(self) -> dict[tuple[int, ...], int]:
+        """How many images of each shape, as the network sees it, the run was trained on; empty where they have one size."""
+        return {self.at_size((height, width)).shape: count for height, width, count in self.buckets}
 
     @property
     def low_resolution(self) -> int | None:
@@ -262,7 +291,9 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
     num_classes, shape, of_images = count_classes(config["class_conditional"], class_names), (2,), dict[str, Any]()
     condition = list[str]()
     if config["image"] is not None:
-        image = of_images["image"] = validate(ImageConfig, config["image"], origin=f"{path}: image")
+        image = validate(ImageConfig, config["image"], origin=f"{path}: image")
+        of_images["buckets"] = buckets = tuple((height, width, count) for height, width, count in data.get("buckets", ()))
+        image = of_images["image"] = image.at(max(buckets, key=lambda bucket: bucket[2])[:2]) if buckets else image
         shape = image.shape
         if (facts := data.get("latents")) is not None:
             autoencoder, shape = kept_autoencoder(folder, device), tuple(facts["shape"])
@@ -271,8 +302,11 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
             of_images["codec"] = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
             of_images["bounds"] = latent_bounds(facts, device)
         condition = condition_names(config, image.channels, shape[0] if "codec" in of_images else None)
+    model = validate(_Model, {"model": config["model"]}, origin=str(path)).model
+    if of_images:
+        of_images["factor"] = model.factor * (of_images["image"].sides[0] // list(shape)[1])
     network = network or build_model(
-        validate(_Model, {"model": config["model"]}, origin=str(path)).model,
+        model,
         shape,
         num_classes,
         learned=spec.variance == "learned",

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import Length, UserError, config, resumable_field
 from ..storage.files import as_json, explain_full_disk, new_folder, write_flushed, write_whole
 from ..storage.finite import check_finite
+from ..storage.networks import list_differences
 from .sharding import part_of
 
 MANIFEST = "MANIFEST.json"
@@ -184,13 +185,9 @@ def read_tensors(folder: Path, name: str, *, finite: bool = True) -> dict[str, T
 def load_weights(network: Any, state: Mapping[str, Tensor], where: Path) -> None:
     """Load weights; a checkpoint of another architecture is a UserError that names the first keys that differ."""
     expected = network.state_dict()
-    other_shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    differences = {
-        "it lacks ": sorted(expected.keys() - state.keys()),
-        "it has in excess ": sorted(state.keys() - expected.keys()),
-        "": [f"{key} is {tuple(state[key].shape)} and not {tuple(expected[key].shape)}" for key in other_shapes],
-    }
-    mistakes = [f"{what}{(', ' if what else '; ').join(lines[:5])}" for what, lines in differences.items() if lines]
+    mistakes = list_differences(expected.keys() - state.keys(), state.keys() - expected.keys())
+    common = [(key, tuple(state[key].shape), tuple(value.shape)) for key, value in expected.items() if key in state]
+    mistakes += [f"{key} is {shape} and not {wanted}" for key, shape, wanted in common if shape != wanted][:5]
     if mistakes:
         raise UserError(f"{where} is of another architecture: {'; '.join(mistakes)}")
     network.load_state_dict({key: part_of(expected[key], value) for key, value in state.items()})

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..config import UserError
 from ..storage.blocks import Ranks
@@ -33,6 +34,24 @@ def broadcast(chosen: T) -> T:
     box = [chosen]
     broadcast_object_list(box)
     return box[0]
+
+
+class CpuCopy:
+    """A copy of a tensor that is on its way to the CPU, so that no step waits for the device. (A tensor on the CPU stays what
+    it is.)"""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._event = values, None
+        if values.is_cuda:
+            self._values, self._event = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), torch.cuda.Event()
+            self._values.copy_(values, non_blocking=True)
+            self._event.record()
+
+    def wait(self) -> Tensor:
+        """The values, once they have arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.cpu()
 
 
 def silent_ranks(patience_seconds: float = 5.0) -> str:

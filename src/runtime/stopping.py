@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import UserError
+from .processes import CpuCopy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,7 +89,7 @@ class StepGate:
         self.skipped_in_a_row = 0
         self.saved_step: int | None = None  # of the last checkpoint
         self._saved_at = time.monotonic()
-        self._pending: tuple[Any, Any, torch.Tensor, int] | None = None
+        self._pending: tuple[Any, CpuCopy, int] | None = None
 
     def send(self, step: int, finite: torch.Tensor) -> None:
         """`finite` () bool on the device: whether step `step`, counted from 1, had finite gradients here."""
@@ -100,28 +101,21 @@ class StepGate:
         if due:
             flags[2] = 1
         work = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True) if self.distributed else None
-        event = None
-        if self.device.type == "cuda":
-            if work is not None:
-                work.wait()  # the stream waits, not the host
-            host = torch.empty(3, pin_memory=True)
-            host.copy_(flags, non_blocking=True)
-            event, flags = torch.cuda.Event(), host
-            event.record()
-        self._pending = (work, event, flags, step)
+        if work is not None and flags.is_cuda:
+            work.wait()  # the stream waits, not the host
+            work = None
+        self._pending = (work, CpuCopy(flags), step)
 
     def read(self) -> int | None:
         """The number of the step that was sent last, if it counts: None if it was read before, or was not finite and so
         changed nothing. A UserError after `patience` such steps in a row."""
         if self._pending is None:
             return None
-        work, event, flags, step = self._pending
+        work, flags, step = self._pending
         self._pending = None
-        if event is not None:
-            event.synchronize()
-        elif work is not None:
+        if work is not None:
             work.wait()
-        bad, stop, save = (value > 0 for value in flags.tolist())
+        bad, stop, save = (value > 0 for value in flags.wait().tolist())
         self.stop |= stop
         self.save |= save
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0

@@ -3,7 +3,8 @@
 import itertools
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import UserError
+from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
-from ..data.latents import LatentSet
+from ..data.buckets import Buckets
+from ..data.latents import BucketLatents, LatentSet
 from ..data.transforms import position_uniforms
-from .seeds import generator
+from .order import BucketOrder, Order
 
 
 class MicroBatch(NamedTuple):
@@ -84,50 +87,67 @@ def plan_batch(batch_size: int, micro_batch_size: int | None, *, rank: int, worl
     return BatchPlan(batch_size, micro, share // micro, rank, world)
 
 
-class Order:
-    """Which image is at a position: each epoch is a shuffle of all images, or, balanced, has as many of each class."""
+class StepOrder:
+    """Which images each step of a stage shows: all of one bucket of `buckets`, a function of (seed, step). A rank's
+    micro-batches are its slices of them.
 
-    def __init__(self, labels: NDArray[np.int64], seed: int, *, balanced: bool) -> None:
-        self.count, self.labels, self.seed, self.balanced = len(labels), labels, seed, balanced
-        self._epochs: dict[int, NDArray[np.int64]] = {}
+    Where there is one bucket alone, epochs are shuffles of all images. The steps of several are counted from the start of the
+    stage. `following` is the order of the data that these images, which are a source for it, are paired with: then each step is
+    of the bucket that the data's is of. A UserError where they have no image of that shape.
+    """
 
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:
-                self._epochs.pop(min(self._epochs))
-            rng = generator(self.seed, "order", epoch)
-            self._epochs[epoch] = self._balanced(rng) if self.balanced else rng.permutation(self.count)
-        return self._epochs[epoch]
+    def __init__(
+        self,
+        buckets: Buckets,
+        labels: NDArray[np.int64],
+        plan: BatchPlan,
+        seed: int,
+        *,
+        balanced: bool = False,
+        following: "StepOrder | None" = None,
+    ) -> None:
+        self.buckets, self.labels, self.plan, self.seed = buckets, labels, plan, seed
+        self._epochs = Order(labels, seed, balanced=balanced)
+        self._leader = following or self
+        self._buckets: BucketOrder | None = None
+        if len(buckets.specs) > 1:
+            if missing := [spec.size for spec, count in zip(buckets.specs, buckets.counts, strict=True) if not count]:
+                raise UserError(f"the source has no image of about the shape {describe_size(missing[0])}, which the data has")
+            self._buckets = BucketOrder(buckets.which, labels, seed, plan.batch, balanced=balanced)
 
-    def _balanced(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        classes = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
-        each = -(-self.count // len(classes))
-        rounds = [[rng.permutation(members) for _ in range(-(-each // len(members)))] for members in classes]
-        shuffles = [np.concatenate(of_class)[:each] for of_class in rounds]
-        return rng.permutation(np.concatenate(shuffles))[: self.count]
+    def _place(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and how many steps before it were of this bucket."""
+        return self._buckets.place(step - self.plan.first_step) if self._buckets is not None else (0, step)
 
-    def __call__(self, positions: range) -> NDArray[np.int64]:
-        firsts = range(positions.start // self.count * self.count, positions.stop, self.count)  # positions of the epochs
-        parts = [self._epoch(i // self.count)[max(0, positions.start - i) : positions.stop - i] for i in firsts]
-        return np.concatenate(parts).astype(np.int64)
+    def spec_at(self, step: int) -> ImageConfig:
+        """What the images of a step are cut to."""
+        return self.buckets.specs[self._leader._place(step)[0]]
+
+    def __call__(self, step: int, part: int) -> NDArray[np.int64]:
+        """The images of this rank's micro-batch `part` of a step, (micro,)."""
+        if self._buckets is None:
+            return self._epochs(self.plan.positions(step, part))
+        return self._buckets.images(*self._leader._place(step))[self.plan.of_step(part)]
+
+    def uniforms(self, step: int, part: int) -> NDArray[np.float64]:
+        """The random numbers (micro, 3) that say how those images are cut and mirrored."""
+        positions = self.plan.positions(step, part)
+        return position_uniforms(self.seed, np.arange(positions.start, positions.stop))
+
+    def parts(self, start_step: int) -> Iterator[tuple[int, int]]:
+        """(step, part) of this rank's micro-batches, from `start_step` on, without end."""
+        return ((step, part) for step in itertools.count(start_step) for part in range(self.plan.accumulation))
 
 
-class _Positions(Dataset[MicroBatch]):
-    def __init__(self, images: ImageSet, spec: ImageConfig, order: Order) -> None:
-        self.images, self.spec, self.order = images, spec, order
+class _MicroBatches(Dataset[MicroBatch]):
+    def __init__(self, images: ImageSet, order: StepOrder) -> None:
+        self.images, self.order = images, order
 
-    def __getitem__(self, positions: range) -> MicroBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
-        indices = self.order(positions)
-        u = position_uniforms(self.order.seed, np.arange(positions.start, positions.stop))
-        pixels = torch.from_numpy(np.ascontiguousarray(self.images.batch(indices, self.spec, u)))
-        return MicroBatch(pixels, torch.from_numpy(self.images.labels[indices]), positions.start)
-
-
-def positions_of(split: BatchPlan, start_step: int) -> Iterator[range]:
-    """The positions of this rank's micro-batches in the stream, from `start_step` on, without end."""
-    for step in itertools.count(start_step):
-        for part in range(split.accumulation):
-            yield split.positions(step, part)
+    def __getitem__(self, place: tuple[int, int]) -> MicroBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        indices, order = self.order(*place), self.order
+        pixels = self.images.batch(indices, order.spec_at(place[0]), order.uniforms(*place))
+        labels = torch.from_numpy(order.labels[indices])
+        return MicroBatch(torch.from_numpy(np.ascontiguousarray(pixels)), labels, order.plan.positions(*place).start)
 
 
 def _quiet_worker(_: int) -> None:
@@ -140,27 +160,18 @@ def _quiet_worker(_: int) -> None:
 
 
 def stream(
-    images: ImageSet,
-    spec: ImageConfig,
-    split: BatchPlan,
-    *,
-    seed: int,
-    balanced: bool = False,
-    start_step: int = 0,
-    workers: int = 0,
-    device: torch.device,
+    images: ImageSet, order: StepOrder, *, start_step: int = 0, workers: int = 0, device: torch.device
 ) -> Generator[MicroBatch, None, None]:
     """This rank's micro-batches from `start_step` on, without end; `close()` ends its workers.
 
     `workers` processes decode ahead, at most one for each core; none where the images are decoded already.
     """
-    images.prepare(spec)
-    data = _Positions(images, spec, Order(images.labels, seed, balanced=balanced))
+    images.prepare(order.buckets.most_frequent)
     workers = 0 if images.ready else min(workers, os.cpu_count() or 1)
     batches: Any = iter(
         DataLoader(
-            data,
-            sampler=positions_of(split, start_step),
+            _MicroBatches(images, order),
+            sampler=order.parts(start_step),  # pyright: ignore[reportArgumentType]
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -176,15 +187,13 @@ def stream(
             batches._shutdown_workers()  # at the interpreter's end they would be killed, and torch would complain
 
 
-def latent_stream(
-    latents: LatentSet, labels: NDArray[np.int64], split: BatchPlan, *, seed: int, balanced: bool, flip: bool, start_step: int
-) -> Iterator[MicroBatch]:
+def latent_stream(latents: LatentSet | BucketLatents, order: StepOrder, *, flip: bool, start_step: int) -> Iterator[MicroBatch]:
     """The stream of a latent cache: `images` are moments (B, 2, D, h, w) on its device. `flip` mirrors half of them."""
-    order = Order(labels, seed, balanced=balanced)
-    for positions in positions_of(split, start_step):
-        indices = order(positions)
-        mirrored = position_uniforms(seed, np.arange(positions.start, positions.stop))[:, 2] < (0.5 if flip else 0.0)
-        yield MicroBatch(latents.moments(indices, mirrored), torch.from_numpy(labels[indices]), positions.start)
+    for step, part in order.parts(start_step):
+        indices = order(step, part)
+        mirrored = order.uniforms(step, part)[:, 2] < (0.5 if flip else 0.0)
+        labels = torch.from_numpy(order.labels[indices])
+        yield MicroBatch(latents.moments(indices, mirrored), labels, order.plan.positions(step, part).start)
 
 
 def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -194,19 +203,30 @@ def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.
 
 
 class Examples(NamedTuple):
-    """Labels (N,), -1 for none, and `load(indices)`: x0 (B, C, H, W) on any device, always the same for an index."""
+    """Labels (N,), -1 for none, and `load(indices)`: x0 (B, C, H, W) on any device, always the same for an index. Where not all
+    have one shape, `groups` has the indices of those of each shape (C, H, W), and what is loaded together is of one."""
 
     labels: NDArray[np.int64]
     load: Callable[[NDArray[np.int64]], Tensor]
+    groups: Mapping[tuple[int, ...], NDArray[np.int64]] = MappingProxyType({})
+
+    def split(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """These indices by shape."""
+        parts = [indices[np.isin(indices, group)] for group in self.groups.values()] if self.groups else [indices]
+        return [part for part in parts if len(part)]
+
+    def batches(self, indices: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+        """These indices in batches of at most `size`, each of one shape."""
+        return [part[start : start + size] for part in self.split(indices) for start in range(0, len(part), size)]
 
 
-def image_examples(held_out: ImageSet, spec: ImageConfig) -> Examples:
-    """Images cut from the middle, in [-1, 1]."""
-    plain = spec.plain
-    held_out.prepare(plain)
+def image_examples(images: ImageSet, buckets: Buckets) -> Examples:
+    """Images cut from the middle, in [-1, 1]; `buckets` are theirs."""
+    specs = [spec.plain for spec in buckets.specs]
+    images.prepare(buckets.most_frequent.plain)
 
     def load(indices: NDArray[np.int64]) -> Tensor:
-        pixels = held_out.batch(indices, plain, np.full((len(indices), 3), 0.5))
+        pixels = images.batch(indices, specs[buckets.which[indices[0]]], np.full((len(indices), 3), 0.5))
         return to_network(torch.from_numpy(pixels), torch.device("cpu"))
 
-    return Examples(held_out.labels, load)
+    return Examples(images.labels, load, buckets.groups([spec.shape for spec in specs]))

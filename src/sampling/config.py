@@ -3,15 +3,22 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from ..config import NameIn, UserError, config, config_error, validate
 from ..data.names import parse_classes
-from ..diffusion import SOLVERS, SPACINGS
+from ..diffusion import SOLVERS, SPACINGS, TimeShift
 from ..diffusion.schedules import Spacing
+
+NEWER_KEYS = ("shift", "shift_base")  # of a sampler, or of its arguments: they are None while they are not set
+
+
+def without_newer(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a sampler, or its arguments, without the newer ones that are not set."""
+    return {key: value for key, value in keys.items() if not (key in NEWER_KEYS and value is None)}
 
 
 @config
@@ -22,7 +29,7 @@ class SamplerConfig:
     `guidance_interval` holds it to noise levels sigma / alpha between two. `threshold` is the quantile of dynamic
     thresholding. `stop_at` ends after so many steps, with the estimate of x_0; `double_sampling` noises the finished image
     again to where so many steps are done, and denoises it once more. On the blend, `alphas` from 0 to 1 are the steps
-    themselves; `steps` and `spacing` are ignored then.
+    themselves; `steps` and `spacing` are ignored then. `shift` moves the steps to the noise for large images.
     """
 
     solver: Annotated[str, NameIn(SOLVERS)] = "ddim"
@@ -36,12 +43,21 @@ class SamplerConfig:
     threshold: float | None = pydantic.Field(None, gt=0, le=1)
     stop_at: int | None = pydantic.Field(None, ge=1)
     double_sampling: int | None = pydantic.Field(None, ge=0)
+    shift: TimeShift | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_newer_keys(self, serialize: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Samples, pairs and results remember how they were drawn: keys that came later are left out there while they are not
+        set, so that what was drawn before them counts as the same."""
+        return without_newer(serialize(self))
 
     @pydantic.model_validator(mode="after")
     def _used(self) -> "SamplerConfig":
         steps = self.steps if isinstance(self.steps, int) else sum(self.steps)
         if self.alphas is not None:
             steps = len(self.alphas) - 1
+            if self.shift is not None:
+                raise config_error("shift: alphas are the steps themselves, which nothing shifts; leave one of them out")
             outside = [alpha for alpha in self.alphas if not 0 <= alpha <= 1]
             if outside:
                 raise config_error(f"alphas: {outside[0]:g} lies outside [0, 1]; alpha goes from 0, the source, to 1, the data")
@@ -88,7 +104,11 @@ class SamplerConfig:
         return dataclasses.replace(self, guidance=1.0, guidance_interval=None) if unguided else self
 
 
-SAMPLER_KEYS = [key.name for key in dataclasses.fields(SamplerConfig)]
+# The arguments of a command line that ask for a sampler.
+SAMPLER_KEYS = ["shift_base" if key.name == "shift" else key.name for key in dataclasses.fields(SamplerConfig)]
+
+
+SHIFT_HELP = "shift the steps to the noise by the root of dimensions / N; 4096 is usual (default: no shift)"
 
 
 def count_for_classes(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:
@@ -114,22 +134,26 @@ def parse_steps(text: str) -> int | list[int]:
     return counts[0] if len(counts) == 1 else counts
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A script's arguments for how images are drawn."""
+def add_arguments(parser: argparse.ArgumentParser, *, of_animation: bool = False) -> None:
+    """A script's arguments for how images are drawn. An animation goes the whole path of every frame, without a classifier."""
     solver = parser.add_argument_group("solver")
     solver.add_argument("--solver", choices=SOLVERS, default="ddim")
     solver.add_argument("--steps", default="50", help="a number, or counts for equal sections: 100,50,25 (default 50)")
     solver.add_argument("--alphas", type=parse_alphas, metavar="A,B,..", help="of the blend: each step's alpha, from 0 to 1")
     solver.add_argument("--spacing", choices=SPACINGS, default="even")
+    solver.add_argument("--shift-base", type=int, metavar="N", help=SHIFT_HELP)
     solver.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 is none, 1 as much as ancestral sampling")
     solver.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding by this quantile, such as 0.995")
+    guidance = parser.add_argument_group("guidance")
+    guidance.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is none (of a classifier 0)")
+    guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
+    if of_animation:
+        parser.set_defaults(stop_at=None, double_sampling=None, guidance_method="classifier_free", classifier=None)
+        return
     solver.add_argument("--stop-at", type=int, metavar="S", help="end after S steps, with the estimate of x_0")
     solver.add_argument("--double-sampling", type=int, metavar="S", help="noise again to step S, and denoise once more")
-    guidance = parser.add_argument_group("guidance")
-    guidance.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is none of classifier_free, 0 of a classifier")
     guidance.add_argument("--guidance-method", choices=("classifier_free", "classifier"), default="classifier_free")
     guidance.add_argument("--classifier", metavar="RUN", help="a run of train_classifier.py, or an imported classifier")
-    guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
 
 
 def sampler_config(args: argparse.Namespace) -> SamplerConfig:
@@ -137,4 +161,5 @@ def sampler_config(args: argparse.Namespace) -> SamplerConfig:
     if args.classifier is not None and args.guidance_method != "classifier":
         raise UserError("--classifier guides only with --guidance-method classifier")
     keys = {name: getattr(args, name) for name in SAMPLER_KEYS} | {"steps": parse_steps(args.steps)}
-    return validate(SamplerConfig, keys, origin="arguments")
+    base = keys.pop("shift_base")
+    return validate(SamplerConfig, keys | {"shift": {"base": base} if base is not None else None}, origin="arguments")

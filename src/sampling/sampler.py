@@ -1,6 +1,8 @@
 """The sampler, which previews, sample.py and all else draw images with. It is long, since all of a batch's way is here."""
 
-from collections.abc import Callable, Sequence
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,24 @@ from torch import Tensor, nn
 from ..config import UserError, dump
 from ..config.sizes import describe_size
 from ..data.names import join_names, same_names
-from ..diffusion import SOLVERS, BlendSchedule, Denoiser, Prediction, Process, guidance, inversion_times, times, transitions
+from ..diffusion import (
+    SOLVERS,
+    BlendSchedule,
+    Denoiser,
+    Prediction,
+    Process,
+    guidance,
+    inversion_times,
+    shift_times,
+    times,
+    transitions,
+)
 from ..diffusion.schedules import like
 from ..diffusion.solvers import Callback, invertible_solvers
 from ..diffusion.variance import Transitions
 from ..runs.autoencoder import LatentCodec
 from ..runs.classifier import OpenedClassifier
-from ..runs.densities import Bound, Start
+from ..runs.densities import Bound, SourceSampler, Start
 from ..runs.opened import Opened, Run
 from ..runtime.seeds import noise_of
 from ..storage.finite import is_finite
@@ -30,9 +43,10 @@ class Sampler:
     `shape` is (C, H, W) of what the network sees (or (2,) of a point), `codec` decodes that to images. `source` draws what
     sampling starts from, where that is not standard normal noise. `clip_x0` are the bounds of the estimate of x_0, numbers or
     tensors (C, 1, 1). `num_classes` is None for an unconditional network, `guidable` says whether the network learned to go
-    without a class. A UserError says what does not fit together, and, where `origin` names the network (its run and step),
-    that the samples are not finite. A network that draws from a condition is given one for each image; `condition_guidance` is
-    the scale of its guidance (1 is none), for which the network must have learned to go without (`condition_guidable`).
+    without a class. `shapes` says how many images of each shape the run was trained on, where they are several. A UserError
+    says what does not fit together, and, where `origin` names the network (its run and step), that the samples are not finite.
+    A network that draws from a condition is given one for each image; `condition_guidance` is the scale of its guidance (1 is
+    none), for which the network must have learned to go without (`condition_guidable`).
     """
 
     def __init__(
@@ -49,6 +63,7 @@ class Sampler:
         classifier: OpenedClassifier | None = None,
         source: Start | None = None,
         origin: str | None = None,
+        shapes: Mapping[tuple[int, ...], int] | None = None,
         condition_guidance: float = 1.0,
         condition_guidable: bool = False,
     ) -> None:
@@ -76,15 +91,38 @@ class Sampler:
             raise UserError("dynamic thresholding is for pixels: latents have no bounds at -1 and 1; leave threshold out")
         self.network, self.process, self.spec, self.solver = network, process, spec, SOLVERS[spec.solver]
         self.shape, self.num_classes, self.clip_x0, self.codec = tuple(shape), num_classes, clip_x0, codec
+        self.shapes = dict(shapes or {self.shape: 1})
         self.source, self.origin, self.classifier = source, origin, classifier if by_classifier else None
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
-        if spec.alphas is None:
-            steps = spec.steps if isinstance(spec.steps, int) else list(spec.steps)
-            self.times = times(process.schedule, steps, spec.spacing)
-        elif isinstance(process.schedule, BlendSchedule):
-            self.times = 1 - torch.tensor(spec.alphas, dtype=torch.float64)
-        else:
-            raise UserError("alphas belong to the blend; this run has a table of levels: give steps and a spacing")
+        self.times = self.times_for(self.shape)
+
+    def times_for(self, shape: Sequence[int]) -> Tensor:
+        """The sampling times (steps + 1,) for what the network sees of this shape, on which a shift depends."""
+        spec, schedule = self.spec, self.process.schedule
+        if spec.alphas is not None:
+            if not isinstance(schedule, BlendSchedule):
+                raise UserError("alphas belong to the blend; this run has a table of levels: give steps and a spacing")
+            return 1 - torch.tensor(spec.alphas, dtype=torch.float64)
+        even = times(schedule, spec.steps if isinstance(spec.steps, int) else list(spec.steps), spec.spacing)
+        return even if spec.shift is None else shift_times(schedule, even, spec.shift.factor(math.prod(shape)))
+
+    def at_shape(self, shape: Sequence[int]) -> "Sampler":
+        """The same sampler for what the network sees of images of another size. A UserError where it starts from a source that
+        has none of that shape."""
+        shape = tuple(shape)
+        if shape == self.shape:
+            return self
+        other = copy.copy(self)
+        other.shape, other.times = shape, self.times_for(shape)
+        if isinstance(self.source, SourceSampler):
+            other.source = self.source.at_shape(shape)
+        return other
+
+    def deal_shapes(self, count: int, most: int = 4) -> list[tuple[tuple[int, ...], range]]:
+        """The `most` most frequent shapes that the run was trained on, with the indices of as many of `count` samples each."""
+        frequent = sorted(self.shapes, key=lambda shape: -self.shapes[shape])[: min(most, count)]
+        bounds = [i * count // len(frequent) for i in range(len(frequent) + 1)]
+        return [(shape, range(*bounds[i : i + 2])) for i, shape in enumerate(frequent)]
 
     def start(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
         """What the images `indices` of `seed` start from, (B, *shape) float32 on the CPU; each `draw` gives other values."""
@@ -380,7 +418,7 @@ def build_sampler(
     options: dict[str, Any] = {"source": source or run.starts(), "origin": run.origin}
     if isinstance(run, Opened):  # not 2-D points
         bounds = run.bounds if run.config["process"]["clip"] else None
-        options |= {"clip_x0": bounds, "codec": run.codec, "classifier": classifier}
+        options |= {"clip_x0": bounds, "codec": run.codec, "classifier": classifier, "shapes": run.shapes}
     options |= {"guidable": run.config["label_dropout"] > 0, "condition_guidance": condition_guidance}
     options["condition_guidable"] = run.config.get("condition_dropout", 0.0) > 0
     return Sampler(run.network, run.process, spec, shape=run.shape, num_classes=run.num_classes, **options)

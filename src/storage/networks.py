@@ -6,7 +6,7 @@ an autoencoder beside it. Every converter finds its network here, and says in wo
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,3 +269,8 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for old, new in FORMERLY.items():
         renamed = {key.replace(old, new) if ".attentions." in key else key: value for key, value in renamed.items()}
     return renamed
+
+
+def list_differences(missing: Collection[str], unknown: Collection[str]) -> list[str]:
+    """In words, the keys that a state dict lacks, and those that it has in excess."""
+    return [f"it {verb} {few(keys, 5)}" for verb, keys in (("lacks", missing), ("has in excess", unknown)) if keys]

@@ -5,11 +5,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
 from ..config import Length, Span, UserError, config, prefix_errors, resumable_field, to_steps
 from ..config.sizes import ImageSize, Sides, describe_size, is_divisible, nearest_sizes, sides_of
 from ..data import ImageConfig
+from ..data.buckets import Buckets, make_buckets
 from ..models import DiscriminatorConfig, VAEConfig
 from ..runtime.stream import BatchPlan, plan_batch
 from .config import TrainConfig
@@ -143,7 +146,7 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
 def _check_size(cfg: StagedConfig, stage_cfg: StageConfig, where: str, size: int | Sides, num_images: int) -> None:
     factor, smallest, bottleneck = cfg.model.factor, cfg.discriminator.smallest_image, cfg.model.bottleneck
     words, (height, width) = describe_size(size), sides_of(size)
-    if not is_divisible(size, factor):
+    if cfg.image.aspect is None and not is_divisible(size, factor):
         raise UserError(
             f"{where}: images of {words} cannot be reduced {factor} times; use {nearest_sizes(size, factor)}, or fewer "
             "model.widths"
@@ -159,6 +162,20 @@ def _check_size(cfg: StagedConfig, stage_cfg: StageConfig, where: str, size: int
             f"model.bottleneck.codes: {bottleneck.codes} codes are more than the {vectors} latent vectors of {num_images} "
             f"images at {words}; use fewer"
         )
+
+
+def bucket_stages(cfg: StagedConfig, stages: Sequence[Stage], sides: NDArray[np.int64]) -> list[Buckets]:
+    """The buckets of each stage for images of these `sides` (N, 2), width and height. A UserError names one that leaves the
+    discriminator no patch."""
+    all_buckets = [make_buckets(stage.image, sides, cfg.model.factor) for stage in stages]
+    for stage, buckets in zip(stages, all_buckets, strict=True):
+        smallest = min(buckets.specs, key=lambda spec: min(spec.sides))
+        if stage.config.adversarial is not None and min(smallest.sides) < cfg.discriminator.smallest_image:
+            raise UserError(
+                f"stages.{stage.number - 1}: images of {describe_size(smallest.size)}, a bucket, leave the discriminator no "
+                "patch; use a larger size, a smaller image.aspect.max_ratio, or fewer discriminator.layers"
+            )
+    return all_buckets
 
 
 def stage_warnings(stages: Sequence[StageConfig], model: VAEConfig, *, from_scratch: bool) -> list[str]:

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Tag
 from ..config import Length, config, config_error, kind_of, resumable_field
 from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
 from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition
-from ..diffusion import SOLVERS, ProcessConfig
+from ..diffusion import SOLVERS, ProcessConfig, TimeShift
 from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.autoencoder import ReconstructConfig
 from ..evaluation.quality import QualityConfig
@@ -49,19 +49,25 @@ class PreviewConfig:
 @config
 class PathPreviewConfig:
     """`num_samples` sources from the EMA weights every `every` steps and at the end, always the same ones, after so many
-    network `calls`, side by side; `batch_size` at a time. `quality` measures more images, after the most calls."""
+    network `calls`, side by side; `batch_size` at a time. `shift` moves the steps to the noise for large images. `quality`
+    measures more images, after the most calls."""
 
     every: Length | None = resumable_field(None)
     num_samples: int = resumable_field(8, ge=1)
     batch_size: int = resumable_field(16, ge=1)
     calls: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = resumable_field((1, 4, 16, 64), min_length=1)
     guidance: float = resumable_field(1.0)
+    shift: TimeShift | None = resumable_field(None)
     quality: QualityConfig | None = resumable_field(None)
+
+    def sampler_of(self, calls: int) -> SamplerConfig:
+        """The sampler of the column after so many calls."""
+        return SamplerConfig(solver="euler", steps=calls, guidance=self.guidance, shift=self.shift)
 
     @property
     def most_calls(self) -> SamplerConfig:
         """The sampler of the last column."""
-        return SamplerConfig(solver="euler", steps=max(self.calls), guidance=self.guidance)
+        return self.sampler_of(max(self.calls))
 
 
 @config

@@ -19,16 +19,17 @@ from torch import Tensor
 from ..config import UserError, dump, prefix_errors, read_json
 from ..config.progress import within
 from ..data import GaussianSource, ImageConfig, ImageSet
+from ..data.buckets import Buckets
 from ..data.latents import FILES, open_blocks
 from ..data.names import same_names
 from ..data.transforms import DECODER
 from ..runs.autoencoder import Autoencoder, latent_bounds
-from ..runs.densities import Density, ImageDensity, LatentDensity, PointDensity, given_density, open_density
-from ..runs.latents import CONTENT, cache_folder, latents_of, write_sample_blocks
+from ..runs.densities import Density, ImageDensity, PointDensity, given_density, open_density
+from ..runs.latents import CONTENT, LatentDensity, cache_folder, latents_of, write_sample_blocks
 from ..runs.opened import open_run
 from ..runtime.processes import ranks_of
 from ..runtime.seeds import normal, torch_seed
-from ..runtime.stream import BatchPlan, Examples, MicroBatch, Order, latent_stream, positions_of, stream, to_network
+from ..runtime.stream import BatchPlan, Examples, MicroBatch, StepOrder, latent_stream, stream, to_network
 from ..sampling.sampler import build_sampler, random_labels
 from ..storage.blocks import Block, blocks_of, make_cache, write_block
 from ..storage.files import write_whole
@@ -41,31 +42,36 @@ if TYPE_CHECKING:
 Batches = Generator[tuple[MicroBatch, Tensor | None], None, None]
 
 
+def order_of(density: Density, cfg: StepsConfig, batch_plan: BatchPlan, following: StepOrder | None = None) -> StepOrder:
+    """Which of what is learned each step shows."""
+    balanced = cfg.balance_classes
+    return StepOrder(density.buckets, density.train.labels, batch_plan, cfg.seed, balanced=balanced, following=following)
+
+
 def stream_of(
-    density: Density, cfg: StepsConfig, batch_plan: BatchPlan, start_step: int, device: torch.device
+    density: Density, order: StepOrder, cfg: StepsConfig, start_step: int, device: torch.device
 ) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches from `start_step` on, as the network sees them (B, *shape), without end."""
     train: Any = density.train
-    dtype, balanced = getattr(torch, cfg.dtype), cfg.balance_classes
-    options: dict[str, Any] = {"seed": cfg.seed, "balanced": balanced, "start_step": start_step}
+    dtype, batch_plan = getattr(torch, cfg.dtype), order.plan
     if isinstance(density, LatentDensity):
         latents = density.latents
-        batches = latent_stream(latents.train, train.labels, batch_plan, flip=density.image.flip, **options)
+        batches = latent_stream(latents.train, order, flip=density.image.flip, start_step=start_step)
         for step in itertools.count(start_step):
-            shape = batch_plan.batch, *density.shape
+            shape = batch_plan.batch, *density.shape_at(order, step)
             noise = normal(shape, cfg.seed, "posterior", step, device=device, dtype=dtype)  # of the whole batch
             for part in range(batch_plan.accumulation):
                 micro_batch = next(batches)
                 yield micro_batch._replace(images=latents.draw(micro_batch.images, noise[batch_plan.of_step(part)]))
     elif isinstance(density, ImageDensity):
-        with closing(stream(train, density.image, batch_plan, workers=cfg.workers, device=device, **options)) as batches:
+        with closing(stream(train, order, start_step=start_step, workers=cfg.workers, device=device)) as batches:
             for micro_batch in batches:
                 yield micro_batch._replace(images=to_network(micro_batch.images, device, dtype))
     else:
-        points, order = torch.from_numpy(train.points).to(device, dtype), Order(train.labels, cfg.seed, balanced=balanced)
-        for positions in positions_of(batch_plan, start_step):
-            indices = torch.from_numpy(order(positions))
-            yield MicroBatch(points[indices.to(device)], torch.from_numpy(train.labels)[indices], positions.start)
+        points = torch.from_numpy(train.points).to(device, dtype)
+        for step, part in order.parts(start_step):
+            indices, position = torch.from_numpy(order(step, part)), batch_plan.positions(step, part).start
+            yield MicroBatch(points[indices.to(device)], torch.from_numpy(train.labels)[indices], position)
 
 
 class Coupling:
@@ -74,6 +80,8 @@ class Coupling:
 
     def __init__(self, data: Density, source: Density | None = None) -> None:
         self.data, self.source, self.shape = data, source, data.shape
+        if isinstance(data, ImageDensity) and isinstance(source, ImageDensity):
+            source.take_buckets(data)
         if source is not None and source.shape != data.shape:
             shapes = " and ".join(" x ".join(map(str, density.shape)) for density in (data, source))
             raise UserError(f"data and source have different shapes, {shapes}; blend like with like")
@@ -98,6 +106,10 @@ class Coupling:
         """The data and, where it is no noise, the source."""
         return [self.data] if self.source is None else [self.data, self.source]
 
+    def shape_at(self, step: int) -> tuple[int, ...]:
+        """What the network sees of one of the images of a step of `stream`."""
+        return self.data.shape_at(self._order, step)
+
     def held_out_examples(self) -> Examples | None:
         """What the loss can be measured on."""
         return self.data.examples() if self.data.held_out is not None else None
@@ -106,6 +118,7 @@ class Coupling:
         """What `Sampler` takes of the config and the data: of latents their codec and bounds, and what sampling starts from,
         where that is not Gaussian noise."""
         options: dict[str, Any] = {"clip_x0": (-1.0, 1.0) if cfg.process.clip else None, "guidable": cfg.label_dropout > 0}
+        options["shapes"] = dict(zip(self.data.shapes, self.data.buckets.counts, strict=False)) or None
         if self.source is not None:
             options["source"] = self.source.source_sampler()
         if isinstance(self.data, LatentDensity):
@@ -123,10 +136,10 @@ class Coupling:
         encoded: list[LatentDensity] = []
         options = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers, "run_dir": run_dir}
         for images, folder in zip(self.densities, self.cache_folders(autoencoder, cfg.latents, run_dir), strict=True):
-            latents = latents_of(autoencoder, images.train, images.held_out, images.image, folder, processes, **options)
+            latents = latents_of(autoencoder, images, folder, processes, **options)
             if encoded:
                 latents.codec = encoded[0].latents.codec
-            encoded.append(LatentDensity(images.train, images.held_out, latents, images.image))
+            encoded.append(LatentDensity(images, latents))
         return Coupling(*encoded)
 
     def cache_folders(self, autoencoder: Autoencoder, folder: str | None, run_dir: Path) -> list[Path]:
@@ -134,29 +147,40 @@ class Coupling:
         autoencoder's run keeps them, else in `run_dir`."""
         if folder:
             return [Path(folder + suffix) for suffix in ("", "_source")[: len(self.densities)]]
-        return [cache_folder(autoencoder, each.image, each.train, each.held_out, run_dir) for each in self.densities]
+        return [cache_folder(autoencoder, each, run_dir) for each in self.densities]
 
     def stream(self, cfg: StepsConfig, batch_plan: BatchPlan, start_step: int, device: torch.device) -> Batches:
         """(data with its labels, source or None) of this process, without end, paired at random and anew in each epoch."""
-        with closing(stream_of(self.data, cfg, batch_plan, start_step, device)) as data:
+        self._order = order_of(self.data, cfg, batch_plan)
+        return self._pair(cfg, start_step, device)
+
+    def _pair(self, cfg: StepsConfig, start_step: int, device: torch.device) -> Batches:
+        with closing(stream_of(self.data, self._order, cfg, start_step, device)) as data:
             if self.source is None:
                 for micro_batch in data:
                     yield micro_batch, None
                 return
             source_cfg = replace(cfg, seed=torch_seed(cfg.seed, "source") % 2**32, balance_classes=False)
-            with closing(stream_of(self.source, source_cfg, batch_plan, start_step, device)) as sources:
+            order = order_of(self.source, source_cfg, self._order.plan, self._order)
+            with closing(stream_of(self.source, order, source_cfg, start_step, device)) as sources:
                 for micro_batch, source in zip(data, sources, strict=True):
                     yield micro_batch, source.images
 
 
-def open_coupling(data: Any, source: Any, held_out: Any, image: ImageConfig | None, dataset: Any = None) -> Coupling:
+def open_coupling(
+    data: Any, source: Any, held_out: Any, image: ImageConfig | None, dataset: Any = None, *, factor: int = 1
+) -> Coupling:
     """What a config names: images or points at both ends, or Gaussian noise as the source. A held-out share is held out
-    of both. A `dataset` that was handed in from Python takes the place of `data`."""
-    density = open_density(data, held_out, image) if dataset is None else given_density(dataset, held_out, image)
+    of both. A `dataset` that was handed in from Python takes the place of `data`. The networks reduce images by `factor`."""
+    if dataset is None:
+        density = open_density(data, held_out, image, factor=factor)
+    else:
+        density = given_density(dataset, held_out, image, factor)
     if isinstance(source, GaussianSource):
         return Coupling(density)
     with prefix_errors("source"):
-        return Coupling(density, open_density(source, held_out if isinstance(held_out, float | int) else 0.0, image))
+        source_density = open_density(source, held_out if isinstance(held_out, float | int) else 0.0, image, factor=factor)
+        return Coupling(density, source_density)
 
 
 # What both runs were trained on, by its key in the facts of a run.
@@ -272,16 +296,24 @@ class PairCoupling(Coupling):
     def num_images(self) -> int:
         return len(self._labels)
 
+    def shape_at(self, step: int) -> tuple[int, ...]:
+        """What the network sees of one of the images of a step of `stream`."""
+        return self.data.shape_at(self._order, step)
+
     def held_out_examples(self) -> Examples | None:
         """Nothing: what is held out is not paired."""
         return None
 
     def stream(self, cfg: StepsConfig, batch_plan: BatchPlan, start_step: int, device: torch.device) -> Batches:
-        order, dtype = Order(self._labels, cfg.seed, balanced=cfg.balance_classes), getattr(torch, cfg.dtype)
-        for positions in positions_of(batch_plan, start_step):
-            indices = order(positions)
+        all_alike = Buckets((), np.zeros(len(self._labels), np.int64))
+        self._order = StepOrder(all_alike, self._labels, batch_plan, cfg.seed, balanced=cfg.balance_classes)
+        return self._read(getattr(torch, cfg.dtype), start_step)
+
+    def _read(self, dtype: torch.dtype, start_step: int) -> Batches:
+        for step, part in self._order.parts(start_step):
+            indices, position = self._order(step, part), self._order.plan.positions(step, part).start
             source, data = self._pairs.moments(indices, np.zeros(len(indices), dtype=bool)).to(dtype).unbind(1)
-            yield MicroBatch(data, torch.from_numpy(self._labels[indices]), positions.start), source
+            yield MicroBatch(data, torch.from_numpy(self._labels[indices]), position), source
 
 
 def write_sample_pairs(maker: PairMaker, folder: Path) -> float:

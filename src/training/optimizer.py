@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Length, Span, UserError, config
 from ..runtime.sharding import full, on_cpu, part_of
+from ..storage.networks import list_differences
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -268,18 +269,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, s
         for parameter in group["params"]
         for moment in _MOMENTS[bool(group.get("muon"))]
     }
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = [
+    mistakes = list_differences(expected.keys() - state.keys(), state.keys() - expected.keys())
+    mistakes += [
         f"{key} has the shape {tuple(state[key].shape)} and not {tuple(parameter.shape)}"
         for key, parameter in expected.items()
         if key in state and state[key].shape not in ((), parameter.shape)
-    ]
-    if missing or extra or shapes:
-        parts = [f"it lacks {', '.join(missing[:3])}"] if missing else []
-        parts += [f"it has {', '.join(extra[:3])} in excess"] if extra else []
+    ][:3]
+    if mistakes:
         raise UserError(
-            f"the optimizer's state does not fit this network and optimizer: {'; '.join(parts + shapes[:3])}; go on from "
-            "another checkpoint, or start anew with init_from"
+            f"the optimizer's state does not fit this network and optimizer: {'; '.join(mistakes)}; go on from another "
+            "checkpoint, or start anew with init_from"
         )
     for key, parameter in expected.items():
         value = state[key]

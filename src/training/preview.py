@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import figures
-from ..data import ImageConfig, ImageSet
+from ..data import ImageSet
+from ..data.buckets import Buckets
 from ..data.names import file_stems
 from ..data.transforms import position_uniforms
 from ..diffusion import Prediction, Process, TableSchedule
@@ -46,25 +47,42 @@ def preview(
     """
     session.clock.enter("a preview")
     stem = session.run.samples / f"step_{session.step:08d}"
-    count, device = spec.num_samples, session.accelerator.device
+    count, of_one = spec.num_samples, sampler.num_classes is None or spec.sheets == "one"
     columns = max(1, min(16, round(math.sqrt(count))))
-    if sampler.num_classes is None or spec.sheets == "one":
-        sheets = [(stem.with_name(f"{stem.name}.png"), _labels(sampler, count, len(class_names)))]
-    else:
+    sheets = [(stem.with_name(f"{stem.name}.png"), None)]
+    if not of_one:
         size = f"{columns}x{-(-count // columns)}"
-        sheets = [(stem / f"sample_{name}_{size}.png", [i] * count) for i, name in enumerate(file_stems(class_names))]
-    for path, labels in sheets:
-        outputs = _draw_on_all(session, count, spec.batch_size, partial(_samples, sampler, labels, device))
-        if outputs is None:
+        sheets = [(stem / f"sample_{name}_{size}.png", label) for label, name in enumerate(file_stems(class_names))]
+    for path, label in sheets:
+        parts = _draw_shapes(sampler, spec, session, len(class_names), label)
+        if parts is None:
             break
-        warn_not_finite(outputs[0], session)
         with looked_at(session):
             if session.accelerator.is_main_process:
-                captions = [class_names[label] for label in labels] if labels is not None and spec.sheets == "one" else None
-                figures.save(figures.grid(figures.to_uint8(outputs[0]), columns=columns, labels=captions), path)
+                captions = [[class_names[i] for i in labels] if labels and of_one else None for _, labels in parts]
+                pixels = [figures.to_uint8(images) for images, _ in parts]
+                grids = [figures.grid(x, columns=columns, labels=names) for x, names in zip(pixels, captions, strict=True)]
+                figures.save(figures.in_a_column(grids), path)
     if held_out is None:
         return {}
     return held_out_loss(sampler, held_out, session.batch_plan.micro, session.accelerator)
+
+
+def _draw_shapes(
+    sampler: Sampler, spec: PreviewConfig, session: Session, num_classes: int, label: int | None
+) -> list[tuple[Tensor, list[int] | None]] | None:
+    """Samples of the most frequent shapes and their labels, each shape by itself: of one class, or where `label` is None of
+    all. None where drawing failed."""
+    parts, device = list[tuple[Tensor, list[int] | None]](), session.accelerator.device
+    for shape, indices in sampler.deal_shapes(spec.num_samples):
+        labels = [label] * len(indices) if label is not None else _labels(sampler, len(indices), num_classes)
+        draw = partial(_samples, sampler.at_shape(shape), labels, indices, device)
+        outputs = _draw_on_all(session, len(indices), spec.batch_size, draw)
+        if outputs is None:
+            return None
+        warn_not_finite(outputs[0], session)
+        parts.append((outputs[0], labels))
+    return parts
 
 
 def preview_paths(
@@ -81,7 +99,7 @@ def preview_paths(
     count, device = spec.num_samples, session.accelerator.device
     columns, values = list[Tensor](), dict[str, float]()
     for calls in sorted(spec.calls):
-        sampler = sampler_for(SamplerConfig(solver="euler", steps=calls, guidance=spec.guidance))
+        sampler = sampler_for(spec.sampler_of(calls))
         labels = _labels(sampler, count, len(class_names))
         outputs = _draw_on_all(session, count, spec.batch_size, partial(_paths, sampler, labels, device))
         if outputs is None:
@@ -142,9 +160,11 @@ def _draw_on_all(
     return tuple(tensor[:count] for tensor in gathered)
 
 
-def _samples(sampler: Sampler, labels: list[int] | None, device: torch.device, part: list[int]) -> tuple[Tensor]:
+def _samples(
+    sampler: Sampler, labels: list[int] | None, indices: range, device: torch.device, part: list[int]
+) -> tuple[Tensor]:
     chosen = [labels[i] for i in part] if labels is not None else None
-    return (sampler.draw(0, part, chosen, device=device),)
+    return (sampler.draw(0, [indices[i] for i in part], chosen, device=device),)
 
 
 class PathLength:
@@ -195,12 +215,12 @@ def held_out_loss(sampler: Sampler, held_out: Examples, batch_size: int, acceler
     process, num_classes, dtype = sampler.process, sampler.num_classes, sampler.dtype
     chosen = np.linspace(0, len(held_out.labels) - 1, min(MOST, len(held_out.labels))).astype(np.int64)
     totals = torch.zeros(2, LEVELS, device=device, dtype=dtype)  # of losses, and how many
-    for first in range(0, len(chosen), batch_size * world):
-        start = first + rank * batch_size
-        real = start < len(chosen)  # with FSDP no rank can run alone: one that has no batch left runs along
-        indices = chosen[start : start + batch_size] if real else chosen[:1]
+    batches = held_out.batches(chosen, batch_size)
+    for i in range(rank, -(-len(batches) // world) * world, world):
+        real = i < len(batches)  # with FSDP no rank can run alone: one that has no batch left runs along
+        indices = batches[i] if real else chosen[:1]
         x0 = held_out.load(indices).to(device, dtype)
-        eps = sampler.start(0, indices.tolist()).to(x0)
+        eps = sampler.at_shape(x0.shape[1:]).start(0, indices.tolist()).to(x0)
         u = torch.from_numpy(position_uniforms(0, indices)[:, 0])
         condition = {}
         if num_classes is not None:
@@ -219,25 +239,31 @@ def held_out_loss(sampler: Sampler, held_out: Examples, batch_size: int, acceler
 def save_first_images(
     folder: Path,
     train_set: ImageSet,
-    spec: ImageConfig,
+    buckets: Buckets,
     seed: int,
     process: Process | None = None,
     codec: LatentCodec | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """`contact_sheet.png` of what the network will see; with a process `original.png` beside `noised.png` (12 images at growing
-    times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec, which lives on `device`, its latents are
-    noised, and decoded to be looked at."""
-    count = min(64, len(train_set))
-    chosen = generator(seed, "contact sheet").choice(len(train_set), count, replace=False)
-    pixels = train_set.batch(chosen, spec, np.full((count, 3), 0.5))
-    names = [train_set.class_names[label] if label >= 0 else "" for label in train_set.labels[chosen]]
-    sheet = figures.grid(pixels, columns=8, labels=names if train_set.class_names else None)
-    figures.save(sheet, folder / "contact_sheet.png")
+    """`contact_sheet.png` of what the network will see, shape by shape; with a process `original.png` beside `noised.png` (12
+    images at growing times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec, which lives on `device`, its
+    latents are noised, and decoded to be looked at."""
+    chosen = generator(seed, "contact sheet").choice(len(train_set), min(64, len(train_set)), replace=False)
+    sheets, pages = list[Any](), list[figures.Pixels]()
+    for bucket, spec in enumerate(buckets.specs):
+        part = chosen[buckets.which[chosen] == bucket]
+        if not len(part):
+            continue
+        pixels = train_set.batch(part, spec, np.full((len(part), 3), 0.5))
+        names = [train_set.class_names[label] if label >= 0 else "" for label in train_set.labels[part]]
+        sheets.append(figures.grid(pixels, columns=8, labels=names if train_set.class_names else None))
+        pages.append(pixels)
+    figures.save(figures.in_a_column(sheets), folder / "contact_sheet.png")
     if process is None:
         return
 
-    images = to_network(torch.from_numpy(pixels[:12]), device or torch.device("cpu"))
+    first = max(pages, key=len)[:12]
+    images = to_network(torch.from_numpy(first), device or torch.device("cpu"))
     x0 = codec.encode(images, range(len(images))) if codec is not None else images
     t = process.draw_times(torch.linspace(0, 1 - 1e-9, len(x0), dtype=torch.float64))
     noised = process.add_noise(x0, normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype), t)
@@ -245,7 +271,7 @@ def save_first_images(
     schedule = process.schedule
     labels = [f"{value:g}" if isinstance(schedule, TableSchedule) else f"{value:.2f}" for value in t.tolist()]
     decoded = "" if codec is None else ", decoded"
-    figures.save(figures.grid(pixels[:12], columns=12, title="x_0"), folder / "original.png")
+    figures.save(figures.grid(first, columns=12, title="x_0"), folder / "original.png")
     figures.save(figures.grid(noised, columns=12, title=f"x_t at t = {', '.join(labels)}{decoded}"), folder / "noised.png")
 
     if isinstance(schedule, TableSchedule):

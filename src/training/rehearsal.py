@@ -104,9 +104,10 @@ class Rehearsal:
         if writes:
             shutil.rmtree(self._caches, ignore_errors=True)
         source = cfg.source if isinstance(cfg, BlendConfig) else GaussianSource(source="gaussian")
-        coupling = open_coupling(cfg.data, source, cfg.held_out, cfg.image)
-        if cfg.autoencoder is not None:
-            autoencoder = autoencoder_for(cfg.autoencoder, run, accelerator.device)
+        autoencoder = autoencoder_for(cfg.autoencoder, run, accelerator.device) if cfg.autoencoder is not None else None
+        factor = cfg.model.factor * (autoencoder.factor if autoencoder is not None else 1)
+        coupling = open_coupling(cfg.data, source, cfg.held_out, cfg.image, factor=factor)
+        if autoencoder is not None:
             changes["latents"] = str(self._caches / "latents")
             options: dict[str, Any] = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}
             where = ((changes["latents"], run), (cfg.latents, run), (cfg.latents, self._run_dir))
@@ -116,8 +117,7 @@ class Rehearsal:
                 whole = next((path for path in known if path.exists()), None)
                 if whole is None:
                     run_mode.enter_phase("encoding the first images")
-                    sets = density.train, density.held_out, density.image
-                    seconds += write_sample_cache(autoencoder, *sets, place, **options) if writes else 0.0
+                    seconds += write_sample_cache(autoencoder, density, place, **options) if writes else 0.0
                 elif writes:
                     link_cache(whole, place)
             accelerator.wait_for_everyone()

@@ -1,9 +1,10 @@
 """What a diffusion step draws for its whole batch: times, noise, and whose labels are dropped. Each process takes its slice."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ..config import UserError
 from ..data.conditions import noised, with_flag
 from ..diffusion import Process, TableSchedule
 from ..diffusion.weightings import LogitNormalTimes, SecondMomentTimes, UniformTimes
+from ..runtime.processes import CpuCopy
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan, MicroBatch
 from .config import DiffusionConfig, StepsConfig
@@ -37,7 +39,7 @@ class TimeSampler:
             self._counts = np.zeros(process.schedule.num_steps, dtype=np.int64)
         self._t = self._weights = torch.empty(0, dtype=torch.float64)
         self._losses: list[Tensor] = []
-        self._pending: deque[tuple[Tensor, Tensor, Any]] = deque()  # times, losses, and the event when these have arrived
+        self._pending: deque[tuple[Tensor, CpuCopy]] = deque()  # times, losses
 
     def probabilities(self) -> np.ndarray | None:
         """(T,): how likely each entry is drawn; None while all are alike."""
@@ -47,10 +49,12 @@ class TimeSampler:
         share, total = self.spec.uniform_share, roots.sum()
         return (1 - share) * roots / total + share / len(roots) if total > 0 else None
 
-    def draw(self, uniform: Tensor) -> Tensor:
-        """The times (B,) of the next step, from numbers in [0, 1)."""
+    def draw(self, uniform: Tensor, dimensions: int) -> Tensor:
+        """The times (B,) of the next step, from numbers in [0, 1). The network sees images of so many `dimensions` in it
+        (C * H * W, or 2 of points), by which times are shifted where the config asks for that."""
         while len(self._pending) >= LAG:
-            self._learn(*self._pending.popleft())
+            t, losses = self._pending.popleft()
+            self._learn(t, losses.wait())
         chances = self.probabilities()
         self._weights = torch.ones_like(uniform)
         if chances is not None:
@@ -62,7 +66,8 @@ class TimeSampler:
         if isinstance(self.spec, LogitNormalTimes):
             standard_normal = torch.special.ndtri(uniform.clamp(min=1e-12))
             uniform = torch.sigmoid(self.spec.mean + self.spec.std * standard_normal).clamp(max=1 - 1e-12)
-        self._t = self.process.draw_times(uniform)
+        shift = self.spec.shift.factor(dimensions) if self.spec.shift is not None else None
+        self._t = self.process.draw_times(uniform, shift)
         return self._t
 
     def weigh(self, losses: Tensor, local_slice: slice) -> Tensor:
@@ -78,17 +83,10 @@ class TimeSampler:
             return
         losses = accelerator.gather(torch.cat(self._losses))  # ranks hold slices of the batch, in their order
         assert isinstance(losses, Tensor)
-        self._losses, event = [], None
-        if losses.is_cuda:
-            host = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True)
-            host.copy_(losses, non_blocking=True)
-            losses, event = host, torch.cuda.Event()
-            event.record()
-        self._pending.append((self._t, losses, event))
+        self._losses = []
+        self._pending.append((self._t, CpuCopy(losses)))
 
-    def _learn(self, t: Tensor, losses: Tensor, event: Any) -> None:
-        if event is not None:
-            event.synchronize()
+    def _learn(self, t: Tensor, losses: Tensor) -> None:
         size = self._history.shape[1]
         for entry, loss in zip(t.long().tolist(), losses.double().tolist(), strict=True):
             if not np.isfinite(loss):
@@ -101,28 +99,26 @@ class TimeSampler:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of what is learned."""
         learned = {"history": torch.from_numpy(self._history.copy()), "counts": torch.from_numpy(self._counts.copy())}
-        for i, (t, losses, event) in enumerate(self._pending):
-            if event is not None:
-                event.synchronize()
-            learned |= {f"pending.{i}.t": t.clone(), f"pending.{i}.losses": losses.cpu().clone()}
+        for i, (t, losses) in enumerate(self._pending):
+            learned |= {f"pending.{i}.t": t.clone(), f"pending.{i}.losses": losses.wait().clone()}
         return learned
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Put back what a checkpoint kept."""
         self._history, self._counts = tensors["history"].numpy().copy(), tensors["counts"].numpy().copy()
         count = sum(name.endswith(".t") for name in tensors)
-        self._pending = deque((tensors[f"pending.{i}.t"], tensors[f"pending.{i}.losses"], None) for i in range(count))
+        self._pending = deque((tensors[f"pending.{i}.t"], CpuCopy(tensors[f"pending.{i}.losses"])) for i in range(count))
 
 
 class StepNoise:
     """Times `t` (B,), noise `eps` (B, *shape), and whose label and whose condition is dropped (B,): functions of (seed, step),
-    and the times of what `times` has learned."""
+    and the times of the shape and of what `times` has learned."""
 
     def __init__(
         self, cfg: StepsConfig, times: TimeSampler, batch_plan: BatchPlan, shape: Sequence[int], step: int, device: torch.device
     ) -> None:
         rng = generator(cfg.seed, "step", step)
-        self.t = times.draw(uniforms(rng, batch_plan.batch))
+        self.t = times.draw(uniforms(rng, batch_plan.batch), math.prod(shape))
         self.dropped = uniforms(rng, batch_plan.batch) < getattr(cfg, "label_dropout", 0.0)  # a classifier needs its labels
         self._cfg, self._shape, self._step, self._device = cfg, (batch_plan.batch, *shape), step, device
 

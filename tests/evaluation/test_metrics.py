@@ -14,6 +14,7 @@ from src import figures
 from src.config import UserError
 from src.data import ImageConfig, open_sources
 from src.data.sources import ShapesSource
+from src.diffusion import TimeShift
 from src.evaluation.autoencoder import measure_distances
 from src.evaluation.registry import METRICS, FeatureSets, Metric, flag, spread_indices
 from src.evaluation.results import (
@@ -39,7 +40,13 @@ def test_what_a_sweep_says() -> None:
     assert [(setting.steps, setting.spacing, setting.eta) for setting in parsed] == [
         (5, "even", 0.5), (5, "trailing", 0.5), (10, "even", 0.5), (10, "trailing", 0.5),
     ]  # fmt: skip
+    shifted = parse_sweep(SamplerConfig(), ["shift.base=1024,4096", "steps=5"])
+    assert shifted == [SamplerConfig(steps=5, shift=TimeShift(base=base)) for base in (1024, 4096)]
+    assert parse_sweep(shifted[0], ["shift=null", "steps=7"]) == [SamplerConfig(steps=7)]
+    assert parse_sweep(shifted[0], ['shift={"base":9}']) == [SamplerConfig(steps=5, shift=TimeShift(base=9))]
     for words, message in (
+        (["shift.base=0"], r"shift.base: input should be greater than 0, not 0"),
+        (["steps.base=3"], r"steps: "),
         (["stepz=1"], r"stepz: unknown key; did you mean 'steps'\? allowed here: alphas"),
         (["steps"], "write it as KEY=A,B"),
         (["steps=1", "steps=2"], "stands there twice"),

@@ -8,9 +8,10 @@ import torch
 
 from src.config import UserError
 from src.interop.names import list_origins, size_of
-from src.runs.diffusers_autoencoder import fit_state, list_differences, names_inside
+from src.runs.diffusers_autoencoder import fit_state, names_inside
 from src.runs.folders import finished, read_if_there, refuse
 from src.runtime.checkpoint import write_folder
+from src.storage.networks import list_differences
 
 
 def test_the_names_inside_a_module() -> None:

@@ -1,4 +1,4 @@
-"""The autoencoder, its codebook, the tiles it draws large pictures in, and the discriminator."""
+"""The autoencoder, its codebook, the tiles it draws large images in, and the discriminator."""
 
 import itertools
 import math
@@ -277,7 +277,7 @@ def test_no_tile_is_larger_than_asked() -> None:
 
 
 def jumps(network: VAE, z: Tensor, tile: int) -> tuple[float, float, float]:
-    """Between columns of the tiled picture: the largest mean jump where a tile begins or ends; elsewhere the largest and the
+    """Between columns of the tiled image: the largest mean jump where a tile begins or ends; elsewhere the largest and the
     mean."""
     factor, stride = network.spec.factor, tile - max(1, tile // 4)
     with torch.no_grad():
@@ -289,7 +289,7 @@ def jumps(network: VAE, z: Tensor, tile: int) -> tuple[float, float, float]:
     at = torch.zeros(len(steps), dtype=torch.bool)
     at[[x - 1 for x in borders]] = True
     rim = torch.ones(len(steps), dtype=torch.bool)
-    rim[2 * factor : -2 * factor] = False  # the picture's own, padded with zeros
+    rim[2 * factor : -2 * factor] = False  # the image's own, padded with zeros
     others = steps[~at & ~rim]
     return float(steps[at].max()), float(others.max()), float(others.mean())
 
@@ -300,7 +300,7 @@ def test_there_are_no_seams(upsample: str, monkeypatch: pytest.MonkeyPatch) -> N
     coarse = torch.randn(8, 3, 2, 4)
     z = F.interpolate(coarse, (16, 56), mode="bilinear", align_corners=True)  # smooth: a seam would stand out
     border, largest, _ = jumps(network, z, tile=16)
-    assert border < largest, "what jumps where tiles meet is less than what jumps within a picture"
+    assert border < largest, "what jumps where tiles meet is less than what jumps within an image"
     monkeypatch.setattr(module, "_ramp", lambda length, fade: torch.ones(length, dtype=torch.float64))
     seam, largest, mean = jumps(network, z, tile=16)
     assert seam > max(largest, 5 * mean), "tiles that do not fade leave seams, and this test sees them"
@@ -504,7 +504,7 @@ def test_widths_double_up_to_eight_times_the_first() -> None:
 def test_a_patch_of_the_default_network_sees_70_pixels() -> None:
     spec = validate(DiscriminatorConfig, {"base_channels": 4, "norm_groups": 2})
     network = Discriminator(spec, 1).double()
-    for layer in network.layers:  # without the norms, which look at the whole picture
+    for layer in network.layers:  # without the norms, which look at the whole image
         if isinstance(layer, nn.GroupNorm):
             layer.forward = lambda x: x
     images = torch.randn(1, 1, 160, 160).double().requires_grad_()

@@ -20,6 +20,7 @@ from src.evaluation.results import real_features
 from src.metrics.features import open_features
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder
+from src.runs.densities import ImageDensity
 from src.runs.latents import Latents, latents_of, write_sample_cache
 from src.training.rehearsal import link_cache
 from tests.conftest import randomise, refused, run_here
@@ -48,7 +49,9 @@ def opened(folder: Path) -> ImageSet:
 
 
 def encoded(folder: Path, cache: Path, **options: Any) -> Latents:
-    return latents_of(autoencoder(), opened(folder), None, IMAGE, cache, Accelerator(cpu=True), batch_size=4, **options)
+    return latents_of(
+        autoencoder(), ImageDensity(opened(folder), None, IMAGE), cache, Accelerator(cpu=True), batch_size=4, **options
+    )
 
 
 def touch(folder: Path) -> None:
@@ -125,7 +128,7 @@ def test_a_cache_for_a_rehearsal_is_one_block_under_many_names(tmp_path: Path, m
     monkeypatch.setattr("src.storage.blocks.BLOCK", 4)
     folder, cache = bitmaps(tmp_path / "images", 0), tmp_path / "cache"
     images = opened(folder)
-    seconds = write_sample_cache(autoencoder(), images, None, IMAGE, cache, batch_size=4, workers=0)
+    seconds = write_sample_cache(autoencoder(), ImageDensity(images, None, IMAGE), cache, batch_size=4, workers=0)
     latents = encoded(folder, cache)
     assert len(latents.train) == len(images) > 8 and seconds > 0
     blocks = sorted((cache / "train").glob("*.npy"))
@@ -194,13 +197,13 @@ def test_a_packed_set_that_was_packed_again_is_another(tmp_path: Path) -> None:
 
     pack(opened(folder), out, size=16, channels=3)
     one = packed()
-    latents_of(autoencoder(), one, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=4)
+    latents_of(autoencoder(), ImageDensity(one, None, IMAGE), tmp_path / "cache", Accelerator(cpu=True), batch_size=4)
     out.rename(tmp_path / "first")
     bitmaps(folder, 1)
     pack(opened(folder), out, size=16, channels=3)
     assert packed().fingerprint == one.fingerprint and packed().state != one.state
     with pytest.raises(UserError, match="was made of other images"):
-        latents_of(autoencoder(), packed(), None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=4)
+        latents_of(autoencoder(), ImageDensity(packed(), None, IMAGE), tmp_path / "cache", Accelerator(cpu=True), batch_size=4)
 
 
 def test_half_packed_images_that_were_overwritten_are_packed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ from PIL import Image
 from src.config import UserError
 from src.data import ImageConfig, open_sources
 from src.data import latents as cache
+from src.data.buckets import make_buckets
 from src.data.sources import ShapesSource
 from src.evaluation.autoencoder import ReconstructConfig, reconstruct, troubled_channels
 from src.models import VAE, VAEConfig
 from src.runs.autoencoder import Autoencoder, LatentCodec
+from src.runs.densities import ImageDensity
 from src.runs.latents import latents_of
-from src.runtime.stream import image_examples, latent_stream, plan_batch, to_network
+from src.runtime.stream import StepOrder, image_examples, latent_stream, plan_batch, to_network
 from src.storage.blocks import blocks_of
 from tests.conftest import randomise
 
@@ -38,7 +40,9 @@ def shapes() -> Any:
 
 
 def test_a_cache_holds_the_moments_of_images_and_their_mirror_images(tmp_path: Path, shapes: Any) -> None:
-    latents = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
+    latents = latents_of(
+        autoencoder(), ImageDensity(shapes, None, IMAGE), tmp_path / "cache", Accelerator(cpu=True), batch_size=7
+    )
     indices, mirrored = np.array([3, 39, 0]), np.array([False, True, True])
     moments = latents.train.moments(indices, mirrored)
     pixels = torch.from_numpy(shapes.batch(indices, ImageConfig(size=16), np.full((3, 3), 0.5)))
@@ -53,14 +57,17 @@ def test_a_cache_holds_the_moments_of_images_and_their_mirror_images(tmp_path: P
 
 
 def test_in_memory_and_from_the_file_are_the_same_and_batches_follow_positions(tmp_path: Path, shapes: Any) -> None:
-    latents = latents_of(autoencoder(), shapes, None, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=8)
+    latents = latents_of(
+        autoencoder(), ImageDensity(shapes, None, IMAGE), tmp_path / "cache", Accelerator(cpu=True), batch_size=8
+    )
     mapped = cache.LatentSet(latents.train.blocks, CPU)
     assert latents.train.resident is not None and mapped.resident is None and len(mapped) == 40
     assert sum(block.nbytes for block in mapped.blocks) == 40 * 2 * 2 * 4 * 64 * 4
     split = plan_batch(8, 4, rank=0, world=1)
 
     def batches(latents: Any, start: int) -> Any:
-        return latent_stream(latents, shapes.labels, split, seed=2, balanced=False, flip=True, start_step=start)
+        order = StepOrder(make_buckets(IMAGE, shapes.sides, 1), shapes.labels, split, 2)
+        return latent_stream(latents, order, flip=True, start_step=start)
 
     one, two, late = batches(latents.train, 0), batches(mapped, 0), batches(latents.train, 3)
     micros = [next(one) for _ in range(10)]
@@ -104,7 +111,7 @@ def test_a_codec_goes_there_and_back() -> None:
 
 
 def test_images_are_encoded_as_the_draws_that_a_run_learns_from(tmp_path: Path, shapes: Any) -> None:
-    """What is held out has the posterior's variance, and a picture, cached or not, has the same latents each time."""
+    """What is held out has the posterior's variance, and an image, cached or not, has the same latents each time."""
     opened, twice = autoencoder(), 6
     images = torch.zeros(400, 3, 16, 16)
     mean, logvar = opened.network.moments(images)
@@ -117,7 +124,7 @@ def test_images_are_encoded_as_the_draws_that_a_run_learns_from(tmp_path: Path, 
     torch.testing.assert_close(codec.examples(mean, None, range(400)), mean / 2)
 
     held_out = open_sources(ShapesSource(source="shapes", count=8, size=16, split="test"))
-    latents = latents_of(opened, shapes, held_out, IMAGE, tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
+    latents = latents_of(opened, ImageDensity(shapes, held_out, IMAGE), tmp_path / "cache", Accelerator(cpu=True), batch_size=7)
     examples, some = latents.examples(held_out.labels), np.array([5, 2])
     pixels = torch.from_numpy(held_out.batch(some, ImageConfig(size=16), np.full((2, 3), 0.5)))
     encoded = latents.codec.encode(to_network(pixels, CPU), [5, 2])
@@ -161,13 +168,13 @@ def test_reconstruction_is_measured_and_shown(tmp_path: Path, shapes: Any) -> No
     sheet = tmp_path / "sheet.png"
     values = reconstruct(
         Same(),
-        image_examples(shapes, IMAGE),
+        image_examples(shapes, make_buckets(IMAGE, shapes.sides, 1)),
         ReconstructConfig(num_samples=5),
         Accelerator(cpu=True),
         batch_size=16,
         sheet=sheet,
     )
-    images = image_examples(shapes, IMAGE).load(np.arange(40))
+    images = image_examples(shapes, make_buckets(IMAGE, shapes.sides, 1)).load(np.arange(40))
     outputs = images * 0.5 + 2 / 127.5
     assert values["l1"] == pytest.approx(float((outputs - images).abs().mean()), rel=1e-5)
     mse = (outputs - images).square().flatten(1).mean(1)

@@ -1,5 +1,6 @@
 """Opening what was trained, samples as files, and the folders that they go to."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.config import UserError
+from src.config import UserError, read_json
 from src.runs.folders import run_name
 from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
@@ -157,6 +158,8 @@ def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Pat
     [
         (["--classes", "hexagon"], "the classes are: circle"),
         (["--eta", "0.5", "--solver", "heun"], "eta belongs to the solver ddim"),
+        (["--shift-base", "0"], "shift.base: input should be greater than 0, not 0"),
+        (["--shift-base", "many"], "argument --shift-base: invalid int value: 'many'"),
         (["--steps", "1000"], "more than the schedule's 100"),
         (["--num-samples", "0"], "at least 1"),
         (["--device", "toaster"], "--device toaster cannot be used"),
@@ -168,6 +171,21 @@ def test_mistakes_of_sample_py(smoke_run: Path, tmp_path: Path, arguments: list[
 
 
 # ---------------------------------------------------------------------------------------------- where they go
+
+
+def test_folders_have_the_names_that_they_had_before_there_was_a_shift(smoke_run: Path, tmp_path: Path) -> None:
+    words = ("--steps", "3", "--num-samples", "2", "--batch-size", "2", "--classes", "0/1")
+    for shift in ((), ("--shift-base", "48")):
+        assert run_in_process("sample.py", smoke_run, *words, *shift, cwd=tmp_path).status == 0
+    folders = sorted((tmp_path / "samples").rglob("metadata.json"))
+    plain, shifted = sorted(map(read_json, folders), key=lambda metadata: "shift" in metadata)
+    assert shifted["shift"] == {"base": 48} and "shift" not in plain and plain.keys() == shifted.keys() - {"shift"}
+    keys = ("solver", "steps", "alphas", "spacing", "eta", "guidance", "guidance_method", "guidance_interval")
+    how = {key: plain[key] for key in (*keys, "threshold", "stop_at", "double_sampling")} | {"steps": "3"}
+    tag = hashlib.sha256(json.dumps([plain["weights"], 2, 2, [0, 1], how, {}]).encode()).hexdigest()[:6]
+    assert len(folders) == 2 and sum(folder.parent.name.endswith(f"seed0_{tag}") for folder in folders) == 1
+    images = [(folder.parent / "00000.png").read_bytes() for folder in folders]
+    assert images[0] != images[1]
 
 
 def test_the_name_of_a_run_is_that_of_its_directory(smoke_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

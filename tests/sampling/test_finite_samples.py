@@ -17,6 +17,7 @@ from src.data.sources import FolderSource
 from src.evaluation.autoencoder import troubled_channels
 from src.models import MLP, VAE, MLPConfig, VAEConfig
 from src.runs.autoencoder import Autoencoder
+from src.runs.densities import ImageDensity
 from src.runs.latents import latents_of
 from src.runs.opened import open_trained
 from src.runtime.checkpoint import write_folder
@@ -162,20 +163,20 @@ def test_an_autoencoder_that_gives_no_numbers_is_named_with_the_image_and_leaves
     opened = Autoencoder(network=network, path="runs/vae", document={}, digest="d", channels=3, latent_channels=4, factor=2)
     cache = tmp_path / "caches" / "one"
     with pytest.raises(UserError) as error:
-        latents_of(opened, image_set, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
+        latents_of(opened, ImageDensity(image_set, None, ImageConfig(size=16)), cache, Accelerator(cpu=True), batch_size=4)
     words = (
         "the latents of the autoencoder runs/vae are not finite (NaN or infinity), first of the image 005.png, and no latent"
     )
     assert words in str(error.value)
     assert [path.name for path in cache.parent.iterdir()] == [".one.lock"], "no cache, whole or in parts"
     network.moments = lambda images: VAE.moments(network, images)
-    latents_of(opened, image_set, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
+    latents_of(opened, ImageDensity(image_set, None, ImageConfig(size=16)), cache, Accelerator(cpu=True), batch_size=4)
     assert (cache / "manifest.json").exists(), "the same call works with a sound autoencoder"
 
     manifest = read_json(cache / "manifest.json")  # as versions before this one left it
     (cache / "manifest.json").write_text(json.dumps({**manifest, "mean": [float("nan")] * 4}))
     with pytest.raises(UserError, match="damaged, or its latents are not finite .*; remove it, and it is made again"):
-        latents_of(opened, image_set, None, ImageConfig(size=16), cache, Accelerator(cpu=True), batch_size=4)
+        latents_of(opened, ImageDensity(image_set, None, ImageConfig(size=16)), cache, Accelerator(cpu=True), batch_size=4)
 
 
 def test_reconstructions_that_are_no_numbers_are_no_measure(tmp_path: Path) -> None:

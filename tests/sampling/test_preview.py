@@ -1,4 +1,4 @@
-"""Pictures before and while a run trains, and the held-out loss."""
+"""Images before and while a run trains, and the held-out loss."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from src.config import validate
 from src.data import ImageConfig, open_sources
+from src.data.buckets import make_buckets
 from src.data.sources import ShapesSource
 from src.diffusion import ProcessConfig, build_process
 from src.runtime.failures import warn_on_failure, warn_on_stderr
@@ -36,11 +37,11 @@ class Zero(torch.nn.Module):
 
 
 def test_a_network_that_says_nothing_has_a_held_out_loss_of_one() -> None:
-    """For eps the target's mean square is 1, however the pictures are batched."""
+    """For eps the target's mean square is 1, however the images are batched."""
     shapes = open_sources(ShapesSource(source="shapes", count=300, size=8))
     process = process_of("linear", "eps")
     sampler = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=4, clip_x0=None)
-    examples = image_examples(shapes, ImageConfig(size=8))
+    examples = image_examples(shapes, make_buckets(ImageConfig(size=8), shapes.sides, 1))
     losses = [held_out_loss(sampler, examples, size, Accelerator(cpu=True)) for size in (50, 200)]
     assert [loss["held_out_loss"] for loss in losses] == pytest.approx([1, 1], abs=0.03)
     levels = [f"held_out_loss_{i}" for i in range(10)]
@@ -78,7 +79,13 @@ def test_a_preview_is_a_sheet_for_each_class(tmp_path: Path) -> None:
     sampler = Sampler(Zero(), process, SamplerConfig(steps=2), shape=(3, 8, 8), num_classes=2, clip_x0=None)
     shapes = open_sources(ShapesSource(source="shapes", count=20, size=8))
     names = ("High Renaissance", "Cubism")
-    written = preview(sampler, spec, session_in(tmp_path, 7), names, image_examples(shapes, ImageConfig(size=8)))
+    written = preview(
+        sampler,
+        spec,
+        session_in(tmp_path, 7),
+        names,
+        image_examples(shapes, make_buckets(ImageConfig(size=8), shapes.sides, 1)),
+    )
     assert written["held_out_loss"] > 0
     sheets = {path.name for path in (tmp_path / "step_00000007").iterdir()}
     assert sheets == {"sample_High_Renaissance_4x4.png", "sample_Cubism_4x4.png"}
@@ -87,7 +94,7 @@ def test_a_preview_is_a_sheet_for_each_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "target"), [("cosine", "v"), ("blend", "blend")])
 def test_first_images_before_training(tmp_path: Path, kind: str, target: str) -> None:
     shapes = open_sources(ShapesSource(source="shapes", count=20, size=64))
-    save_first_images(tmp_path, shapes, ImageConfig(size=64), 0, process_of(kind, target))
+    save_first_images(tmp_path, shapes, make_buckets(ImageConfig(size=64), shapes.sides, 1), 0, process_of(kind, target))
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"contact_sheet.png", "original.png", "noised.png", "beta_alpha_hat.png"}
     with Image.open(tmp_path / "original.png") as original, Image.open(tmp_path / "noised.png") as noised:

@@ -1,4 +1,4 @@
-"""Real-ESRGAN's networks in small: read as spandrel reads them, tiles that join without a seam, folders of pictures."""
+"""Real-ESRGAN's networks in small: read as spandrel reads them, tiles that join without a seam, folders of images."""
 
 import importlib
 import os
@@ -31,7 +31,7 @@ def build(name: str, **options: Any) -> Any:
 
 
 def randomized(network: nn.Module) -> Any:
-    """Every parameter from a normal; pictures come out in the middle of [0, 1], where nothing is cut, and far from flat."""
+    """Every parameter from a normal; images come out in the middle of [0, 1], where nothing is cut, and far from flat."""
     generator = torch.Generator().manual_seed(1)
     parameters = list(network.parameters())
     with torch.no_grad():
@@ -296,9 +296,9 @@ def folder(tmp_path: Path) -> Path:
         save_random_image(folder / f"{i}.png", 6, 8, 3, seed=i)
     save_random_image(folder / "sub" / "grey.png", 6, 8)
     save_random_image(folder / "sub" / "wide.jpg", 5, 44, 3)
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     save_random_image(folder / ".hidden" / "x.png", 6, 8, 3)
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 

@@ -37,7 +37,7 @@ def test_faults_of_a_pull_are_overcome(
 
 
 def test_faults_by_chance(server: StorageServer, bucket: Bucket, run: Path, tmp_path: Path) -> None:
-    write(run, {f"pictures/{i}": random_bytes(3000, i) for i in range(40)})
+    write(run, {f"images/{i}": random_bytes(3000, i) for i in range(40)})
     server.faults.seed = 1
     for kind in (429, 503, "cut", "lost", "corrupt"):
         server.faults.add(kind, "", times=1000, chance=0.06)

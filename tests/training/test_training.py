@@ -20,6 +20,7 @@ from torch import nn
 import ddpm_accelerate
 from src.config import UserError, load, validate
 from src.data import ImageConfig, open_sources
+from src.data.buckets import make_buckets
 from src.data.facts import describe_data
 from src.data.sources import ShapesSource
 from src.report.run_files import read_lines
@@ -27,10 +28,11 @@ from src.runtime import checkpoint
 from src.runtime.checkpoint import CheckpointConfig, load_weights, newest, retain, step_folder, verify_checkpoint, write_folder
 from src.runtime.failures import explain_out_of_memory
 from src.runtime.launch import MachineConfig, has_bf16_units, precision_for, start, start_sampling
+from src.runtime.order import Order
 from src.runtime.processes import Heartbeats
 from src.runtime.seeds import generator, normal, torch_seed, uniforms
 from src.runtime.stopping import StepGate, StopRequest
-from src.runtime.stream import Order, plan_batch, stream, to_network
+from src.runtime.stream import StepOrder, plan_batch, stream, to_network
 from src.training.clock import Cadence, Clock, peak_memory_gigabytes
 from src.training.ema import EMA, WIDTHS, EMAConfig, exponent, post_hoc_weights
 from src.training.optimizer import (
@@ -358,9 +360,9 @@ def test_moments_that_do_not_fit_are_refused(muon: dict | None) -> None:
 
     refused({key: value for key, value in state.items() if not key.startswith("3.weight/")}, "it lacks 3.weight/")
     refused({key: value for key, value in state.items() if not key.endswith("bias/exp_avg_sq")}, "it lacks 0.bias/exp_avg_sq")
-    refused(state | {"5.weight/exp_avg": torch.zeros(2)}, "it has 5.weight/exp_avg in excess")
+    refused(state | {"5.weight/exp_avg": torch.zeros(2)}, "it has in excess 5.weight/exp_avg")
     refused(state | {"4.bias/exp_avg": torch.zeros(3)}, r"4.bias/exp_avg has the shape \(3,\) and not \(2,\)")
-    refused(state, "it lacks 0.weight/.* in excess", other)
+    refused(state, "it lacks 0.weight/.*; it has in excess", other)
     load_optimizer_state(build_optimizer(network, spec), network, {})  # before the first step there are none
 
 
@@ -430,7 +432,8 @@ def test_the_stream_starts_anywhere(workers: int, tmp_path: Path) -> None:
     spec, split = ImageConfig(size=12, crop="random", flip=True), plan_batch(4, 2, rank=0, world=1)
 
     def take(start_step: int, count: int) -> list:
-        batches = stream(images, spec, split, seed=3, start_step=start_step, workers=workers, device=CPU)
+        order = StepOrder(make_buckets(spec, images.sides, 1), images.labels, split, 3)
+        batches = stream(images, order, start_step=start_step, workers=workers, device=CPU)
         return [next(batches) for _ in range(count)]
 
     whole, later = take(0, 12), take(4, 4)
