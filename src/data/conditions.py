@@ -150,6 +150,27 @@ class MaskCondition(Condition):
         return masked(images, mask)
 
 
+def split_condition(
+    pixels: Tensor, channels: int, condition: Condition | None, seed: int, numbers: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """The images (B, channels, H, W) in the first channels of `pixels`, in [-1, 1], and what they are drawn from, (B, k, h, w):
+    the partners in the other channels, or what is made of the images. Masks are those of (`seed`, `numbers`)."""
+    images = pixels[:, :channels]
+    if condition is None:
+        return pixels, None
+    if isinstance(condition, PairedCondition):
+        return images, pixels[:, channels:]
+    height, width = images.shape[2:]
+    mask = draw_masks(seed, numbers, (height, width)).to(images) if condition.needs_masks else None
+    return images, condition.make(images, mask)
+
+
+def flagged(values: Tensor, condition: Condition, level: float = 0.0) -> Tensor:
+    """`with_flag` of a condition that is there for all of (B, k, h, w), with this level of noise where levels are told."""
+    present = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    return with_flag(values, present, torch.full((len(values),), level) if condition.extra_channels > 1 else None)
+
+
 def channel_names(condition: Condition | None, image_channels: int, latent_channels: int | None = None) -> list[str]:
     """What each channel holds that a network sees beside its input; two runs of which one starts from the other's weights share
     those of the same name. `latent_channels` are those of a latent run."""

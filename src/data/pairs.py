@@ -40,6 +40,14 @@ def open_pairs(
     return images, held_out_set
 
 
+def refuse_pairs(condition: Condition | None) -> None:
+    """A UserError for a data set from Python, of which no config says where the partners are."""
+    if isinstance(condition, PairedCondition):
+        raise UserError(
+            "condition.kind 'paired' is for data that the config names, and this data set was handed in from Python"
+        )
+
+
 def _listed(specs: Any) -> list[Any]:
     return list(specs) if isinstance(specs, Sequence) else [specs]
 

@@ -126,7 +126,8 @@ def count_parameters(cfg: Any) -> tuple[int, int]:
             shape = (2,) if cfg.image is None else cfg.image.shape
             if getattr(cfg, "autoencoder", None) is not None:
                 shape = (4, cfg.model.factor, cfg.model.factor)
-            networks = [build_model(cfg.model, shape, None, learned=cfg.process.variance == "learned")]
+            options = {"learned": cfg.process.variance == "learned", "condition_channels": len(cfg.condition_names(shape))}
+            networks = [build_model(cfg.model, shape, None, **options)]
     network, *adversary = (sum(parameter.numel() for parameter in network.parameters()) for network in networks)
     return network, sum(adversary)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import UserError, dump
 from ..config.sizes import describe_size
+from ..data.conditions import Condition
 from ..data.names import join_names, same_names
 from ..diffusion import (
     SOLVERS,
@@ -32,6 +34,7 @@ from ..runs.classifier import OpenedClassifier
 from ..runs.densities import Bound, SourceSampler, Start
 from ..runs.opened import Opened, Run
 from ..runtime.seeds import noise_of
+from ..runtime.stream import Examples
 from ..storage.finite import is_finite
 from .config import SamplerConfig
 from .edit import Edit
@@ -45,8 +48,9 @@ class Sampler:
     tensors (C, 1, 1). `num_classes` is None for an unconditional network, `guidable` says whether the network learned to go
     without a class. `shapes` says how many images of each shape the run was trained on, where they are several. A UserError
     says what does not fit together, and, where `origin` names the network (its run and step), that the samples are not finite.
-    A network that draws from a condition is given one for each image; `condition_guidance` is the scale of its guidance (1 is
-    none), for which the network must have learned to go without (`condition_guidable`).
+    A network that draws from a `condition` is given one for each image, in previews those of the examples `conditioned`;
+    `condition_guidance` is the scale of its guidance (1 is none), for which the network must have learned to go without
+    (`condition_guidable`).
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Sampler:
         source: Start | None = None,
         origin: str | None = None,
         shapes: Mapping[tuple[int, ...], int] | None = None,
+        condition: Condition | None = None,
+        conditioned: Examples | None = None,
         condition_guidance: float = 1.0,
         condition_guidable: bool = False,
     ) -> None:
@@ -86,6 +92,7 @@ class Sampler:
             )
         if condition_guidance != 1 and by_classifier:
             raise UserError("guidance by a classifier and by the condition do not go together; leave one of them out")
+        self.condition, self.conditioned = condition, conditioned
         self.condition_guidance, self._guidable = condition_guidance, guidable and num_classes is not None
         if spec.threshold is not None and codec is not None:
             raise UserError("dynamic thresholding is for pixels: latents have no bounds at -1 and 1; leave threshold out")
@@ -212,6 +219,14 @@ class Sampler:
                 "from an earlier checkpoint, or on another device (--device)"
             )
         return images
+
+    def show_condition(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the network is told (B, k, h, w) as images of this shape, (C, H, W): (B, C, H, W)."""
+        assert self.condition is not None
+        if self.codec is not None and self.condition.is_encoded:
+            return self.decode(values[:, : self.shape[0]])
+        channels = shape[0] if self.condition.count_channels(shape[0]) >= shape[0] else 1
+        return F.interpolate(values[:, :channels].float(), tuple(shape[1:]), mode="nearest").expand(-1, shape[0], -1, -1)
 
     @torch.no_grad()
     def draw(
@@ -419,6 +434,7 @@ def build_sampler(
     if isinstance(run, Opened):  # not 2-D points
         bounds = run.bounds if run.config["process"]["clip"] else None
         options |= {"clip_x0": bounds, "codec": run.codec, "classifier": classifier, "shapes": run.shapes}
+        options["condition"] = run.condition
     options |= {"guidable": run.config["label_dropout"] > 0, "condition_guidance": condition_guidance}
     options["condition_guidable"] = run.config.get("condition_dropout", 0.0) > 0
     return Sampler(run.network, run.process, spec, shape=run.shape, num_classes=run.num_classes, **options)

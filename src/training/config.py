@@ -1,5 +1,6 @@
 """What the configs of the training scripts have in common; each script's own config extends it."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -7,7 +8,7 @@ from pydantic import Discriminator, Tag
 
 from ..config import Length, config, config_error, kind_of, resumable_field
 from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
-from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition
+from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition, channel_names
 from ..diffusion import SOLVERS, ProcessConfig, TimeShift
 from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.autoencoder import ReconstructConfig
@@ -132,6 +133,11 @@ class DiffusionConfig(StepsConfig):
     condition_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     process: ProcessConfig
     model: ModelConfig
+
+    def condition_names(self, shape: Sequence[int]) -> list[str]:
+        """What each channel of the condition holds that the network sees, which sees images or latents of this shape."""
+        latent_channels = shape[0] if getattr(self, "autoencoder", None) is not None else None
+        return channel_names(self.condition, self.image.channels if self.image is not None else 0, latent_channels)
 
     @pydantic.model_validator(mode="after")
     def _conditioned(self) -> "DiffusionConfig":
