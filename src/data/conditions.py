@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import OpenUnion, config, config_error, renamed_field, resumable_field
+from ..config import OpenUnion, config, config_error, dump, renamed_field, resumable_field
 from ..config.sizes import Sides
 
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601: the L of an image file
@@ -35,6 +35,12 @@ class Condition:
         """The condition (B, channels, h, w) of images (B, C, H, W) in [-1, 1]; `mask` (B, 1, H, W) is 1 where they are hidden,
         for a condition that `needs_masks`. A network resizes a smaller condition to its input."""
         raise NotImplementedError
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """What the latents of a condition depend on, besides the images: not the noise, which is added later, nor where it
+        is."""
+        return {key: value for key, value in dump(self).items() if key not in ("noise", "path") and value is not None}
 
     needs_masks = False
     noise = 0.0  # the largest level of noise that is added while training

@@ -190,13 +190,22 @@ def stream(
             batches._shutdown_workers()  # at the interpreter's end they would be killed, and torch would complain
 
 
-def latent_stream(latents: LatentSet | BucketLatents, order: StepOrder, *, flip: bool, start_step: int) -> Iterator[MicroBatch]:
-    """The stream of a latent cache: `images` are moments (B, 2, D, h, w) on its device. `flip` mirrors half of them."""
+def latent_stream(
+    latents: LatentSet | BucketLatents,
+    order: StepOrder,
+    *,
+    flip: bool,
+    start_step: int,
+    conditions: LatentSet | BucketLatents | None = None,
+) -> Iterator[MicroBatch]:
+    """The stream of a latent cache: `images` are moments (B, 2, D, h, w) on its device, and `condition` the copies
+    (B, n, K, h, w) of the `conditions`. `flip` mirrors half of them."""
     for step, part in order.parts(start_step):
         indices = order(step, part)
         mirrored = order.uniforms(step, part)[:, 2] < (0.5 if flip else 0.0)
-        labels = torch.from_numpy(order.labels[indices])
-        yield MicroBatch(latents.moments(indices, mirrored), labels, order.plan.positions(step, part).start)
+        labels, position = torch.from_numpy(order.labels[indices]), order.plan.positions(step, part).start
+        condition = conditions.moments(indices, mirrored) if conditions is not None else None
+        yield MicroBatch(latents.moments(indices, mirrored), labels, position, condition)
 
 
 def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

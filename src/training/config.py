@@ -148,14 +148,15 @@ class DiffusionConfig(StepsConfig):
             return self
         if image is None:
             raise config_error("condition: 2-D points are drawn from no image; leave it out")
+        shortest = min(image.sides) if image.aspect is None else int(min(image.sides) * (0.75 / image.aspect.max_ratio) ** 0.5)
         is_one_sheet = not isinstance(self.preview, PreviewConfig) or self.preview.sheets == "one"
         problems = {
-            "grey: the images are grey already; give image.channels 3": isinstance(condition, GreyCondition)
-            and image.channels == 1,
-            f"size: it must be less than the shorter side of the images, {min(image.sides)}": isinstance(
-                condition, LowCondition
+            "kind: grey images have no colours to add; give image.channels 3, or another kind": isinstance(
+                condition, GreyCondition
             )
-            and condition.size >= min(image.sides),
+            and image.channels == 1,
+            f"size: it must be less than the shorter side of the images, {shortest}": isinstance(condition, LowCondition)
+            and condition.size >= shortest,
             "as: a run on pixels has no latents; leave it out": condition.space is not None and not is_latent,
             "copies: a run on pixels draws a new mask each time; leave it out": isinstance(condition, MaskCondition)
             and condition.copies != MaskCondition(kind="mask").copies

@@ -57,13 +57,18 @@ def stream_of(
     dtype, batch_plan, mask_seed = getattr(torch, cfg.dtype), order.plan, torch_seed(cfg.seed, "masks")
     if isinstance(density, LatentDensity):
         latents = density.latents
-        batches = latent_stream(latents.train, order, flip=density.image.flip, start_step=start_step)
+        options = {"flip": density.image.flip, "start_step": start_step, "conditions": latents.train_conditions}
+        batches = latent_stream(latents.train, order, **options)
         for step in itertools.count(start_step):
             shape = batch_plan.batch, *density.shape_at(order, step)
             noise = normal(shape, cfg.seed, "posterior", step, device=device, dtype=dtype)  # of the whole batch
             for part in range(batch_plan.accumulation):
-                micro_batch = next(batches)
-                yield micro_batch._replace(images=latents.draw(micro_batch.images, noise[batch_plan.of_step(part)]))
+                micro_batch, condition = next(batches), None
+                if micro_batch.condition is not None:
+                    uniforms = order.uniforms(step, part)[:, 0]  # no image of a cache is cut at random
+                    condition = latents.draw_condition(micro_batch.condition.to(device, dtype), uniforms)
+                images = latents.draw(micro_batch.images, noise[batch_plan.of_step(part)])
+                yield micro_batch._replace(images=images, condition=condition)
     elif isinstance(density, ImageDensity):
         with closing(stream(train, order, start_step=start_step, workers=cfg.workers, device=device)) as batches:
             for micro_batch in batches:
