@@ -355,7 +355,7 @@ def test_an_imported_upsampler_makes_images_larger(hybrid_run: Path, tmp_path: P
     network = randomise(UNet(model, in_channels=3, num_classes=4, null_class=False, condition_channels=3))
     process = validate(ProcessConfig, {"schedule": {"kind": "linear", "steps": 50}, "target": "eps"})
     imported = Imported(network, process, image_size=32, channels=3, low_resolution=16)
-    assert keep(imported, tmp_path / "up", name="up") is None
+    assert keep(imported, tmp_path / "up", name="up") == tmp_path / "up" / "finetune.json"
     assert "give with --low the images of 16 px" in refused("sample", tmp_path / "up")
     assert "is no upsampler" in refused("sample", hybrid_run, "--low", tmp_path)
     done = sample(hybrid_run, tmp_path / "small", "--npz", "--classes", "circle/cross")

@@ -148,15 +148,19 @@ class HalfImages(Images):
     side: str
 
     def load(self, index: int, *, channels: int, at_least: int | None = None) -> "Image.Image | Pixels":
-        image = self.whole.load(index, channels=channels)
-        width = image.shape[1] if isinstance(image, np.ndarray) else image.width
-        first = 0 if self.side == "left" else width - width // 2
-        if isinstance(image, np.ndarray):
-            return image[:, first : first + width // 2]
-        return image.crop((first, 0, first + width // 2, image.height))
+        return cut_half(self.whole.load(index, channels=channels), self.side)
 
     def content(self, index: int) -> bytes:
         return self.whole.content(index)
+
+
+def cut_half(image: "Image.Image | Pixels", side: str) -> "Image.Image | Pixels":
+    """The left or right half of an image."""
+    width = image.shape[1] if isinstance(image, np.ndarray) else image.width
+    first = 0 if side == "left" else width - width // 2
+    if isinstance(image, np.ndarray):
+        return image[:, first : first + width // 2]
+    return image.crop((first, 0, first + width // 2, image.height))
 
 
 def half_of(part: Images, side: str) -> HalfImages:

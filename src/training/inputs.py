@@ -248,6 +248,8 @@ class PairMaker:
         self.count = spec.count if source is None else min(spec.count, len(source.train))
         if num_classes is None:
             run.no_class()
+        if run.config.get("condition") is not None:
+            raise UserError(f"pairs.run {spec.run} draws from images; name a run that draws from noise or its source alone")
         settings = {key: value for key, value in dump(spec).items() if key != "run"}
         self.contract = {"weights": run.digest, "shape": list(coupling.shape), **settings}
         self.name = hashlib.sha256(json.dumps(self.contract).encode()).hexdigest()[:8]
