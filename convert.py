@@ -71,10 +71,11 @@ def save_imported(args: argparse.Namespace, imported: Imported) -> None:
     train = keep(imported, out, name=name, class_names=names)
     print("\n".join(imported.notes))
     if train is not None:
-        print(f"{out}: draw samples with python sample.py {quoted(out)}; train the network on your own images with")
+        how = f"draw samples with python sample.py {quoted(out)}"
+        if imported.low_resolution is not None:
+            how = f"enlarge images of {imported.low_resolution} px with python sample.py {quoted(out)} --low IMAGES"
+        print(f"{out}: {how}; train the network on your own images with")
         print(f"  python {imported.script} -cfg {quoted(train)} --set data.path=IMAGES")
-    elif imported.low_resolution is not None:
-        print(f"{out}: enlarge images of {imported.low_resolution} px with python sample.py {quoted(out)} --low IMAGES")
     else:
         print(f"{out}: guide with python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {quoted(out)}")
 
@@ -95,7 +96,7 @@ def to_diffusers(run: str, out: Path) -> None:
         return
     opened = open_trained(run, CPU)
     latent = is_latent(weights)
-    if not isinstance(opened.network, UNet) or opened.low_resolution is not None or not (opened.gaussian or latent):
+    if not isinstance(opened.network, UNet) or opened.condition is not None or not (opened.gaussian or latent):
         raise UserError(f"{run} does not draw pixels from noise alone; a UNet2DModel can be written of nothing else")
     facts = files = None
     if latent:

@@ -27,7 +27,7 @@ from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import from_python, run_training
 from src.training.given import Given
-from src.training.inputs import Coupling
+from src.training.inputs import Coupling, blank_inputs
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import measure_quality, preview, save_first_images
 from src.training.run_mode import RunMode
@@ -67,11 +67,12 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
 
     # Look at the data.
     run_mode.enter_phase("looking at the data")
-    train_set, held_out = given.open_data(cfg.data, cfg.held_out, cfg.image)
+    train_set, held_out = given.open_data(cfg.data, cfg.held_out, cfg.image, cfg.condition)
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
-    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.model.factor))
+    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.model.factor, cfg.condition))
     shape, facts = coupling.shape, coupling.facts | given.facts
+    names = cfg.condition_names(shape)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
 
@@ -97,11 +98,11 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         return 0
     batch_plan = session.place(batch_plan)
     if cfg.init_from is not None and not session.progress:
-        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
+        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network, condition=names))
     if cfg.compile:
         compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
-    warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    warm_up_ddp(accelerator, model, *blank_inputs(shape, len(names), device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes and session.is_fresh:
@@ -123,7 +124,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
             torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
             with accumulating(accelerator, model, part, batch_plan.accumulation):
                 x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
-                condition = step_noise.condition(micro_batch.labels, local_slice, num_classes)
+                condition = step_noise.condition(micro_batch, local_slice, num_classes)
                 loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
                 loss = times.weigh(loss_terms.loss, local_slice).sum()
                 accelerator.backward(loss * (batch_plan.world / batch_plan.batch))

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 import torch
 
 from src.config import CommandLine, UserError, config, parse_json, read_json, refuse_options, run_script, validate
-from src.data import HeldOut, ImageSet, Sources, describe_data, open_data
+from src.data import HeldOut, ImageSet, Sources, describe_data
+from src.data.conditions import ConditionConfig
+from src.data.pairs import open_pairs
 from src.evaluation.autoencoder import evaluate_autoencoder
+from src.evaluation.conditioned import evaluate_conditioned
 from src.evaluation.folder import evaluate_folder
 from src.evaluation.likelihood import measure_likelihood
 from src.evaluation.results import GIVEN, HELD_OUT, TRAINING, Results, Setup, on_screen
@@ -42,6 +45,7 @@ class DataConfig:
 
     data: Sources
     held_out: HeldOut = 0.0
+    condition: ConditionConfig | None = None
 
 
 def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
@@ -63,6 +67,10 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     parser.add_argument("--data", metavar="FOLDER", help="other images: a folder, or a source as in a config, as JSON")
     parser.add_argument("--num-images", type=int, metavar="N", help="of those, the N whose names hash lowest (default all)")
     parser.add_argument("--resize", action="store_true", help="of a folder: cut the images of --data to the samples' size")
+    parser.add_argument(
+        "--samples-per-image", type=int, default=4, metavar="N", help="of a run with a condition: of each image"
+    )
+    parser.add_argument("--condition-guidance", type=float, default=1.0, metavar="S", help="the scale of its guidance")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder for the results (default evaluations/RUN/...)")
@@ -95,11 +103,13 @@ def _open_images(args: argparse.Namespace, settings: dict[str, Any], part: str) 
         raise UserError("--part is of the run's own images and --data are others; leave one out")
     if args.data is not None:
         source = parse_json(args.data) if args.data[:1] in ("{", "[") else {"source": "folder", "path": args.data}
-        return Measured(open_data(validate(DataConfig, {"data": source}, origin="--data").data, 0.0)[0], None, GIVEN)
+        spec = validate(DataConfig, {"data": source, "condition": settings.get("condition")}, origin="--data")
+        return Measured(open_pairs(spec.data, 0.0, spec.condition)[0], None, GIVEN)
     if "data" not in settings:
         raise UserError(f"{args.run} names no images to measure it on: give --data FOLDER")
-    spec = validate(DataConfig, {key: settings[key] for key in ("data", "held_out") if key in settings}, origin=args.run)
-    train_set, held_out = open_data(spec.data, spec.held_out)
+    keys = ("data", "held_out", "condition")
+    spec = validate(DataConfig, {key: settings[key] for key in keys if key in settings}, origin=args.run)
+    train_set, held_out = open_pairs(spec.data, spec.held_out, spec.condition)
     if args.part == "held_out" and held_out is None:
         raise UserError(f"{args.run} held nothing out; give --part train, or --data FOLDER")
     if (args.part or part) == "held_out" and held_out is not None:
@@ -110,7 +120,7 @@ def _open_images(args: argparse.Namespace, settings: dict[str, Any], part: str) 
 def main() -> None:
     args, defaults = arguments()
     counts = (args.batch_size, args.num_samples, args.num_images if args.num_images is not None else 1)
-    if min(counts) < 1 or not 0 <= args.seed < 2**64:
+    if min(*counts, args.samples_per_image) < 1 or not 0 <= args.seed < 2**64:
         raise UserError("--batch-size, --num-samples and --num-images must be at least 1, --seed from 0 to 2^64 - 1")
     state, device = start_sampling(args.device)
     with explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
@@ -136,6 +146,9 @@ def measure_quality(args: argparse.Namespace, defaults: argparse.Namespace, stat
     if args.resize and not is_folder:
         raise UserError("--resize is for a folder of images: a run says itself how large they are")
     opened = open_trained(args.run, device) if draws_samples else None
+    if opened is None or opened.condition is None:
+        of_images = {"samples_per_image", "condition_guidance"}
+        refuse_options(args, defaults, of_images, f"is about drawing from images, and {args.run} draws from none")
     setup = setup_of(args, state, device, [network.to(device) for network in open_networks(args)])
     if is_folder:
         results = evaluate_folder(setup, place, open_images(args, {}, "train").images, resize=args.resize)
@@ -143,11 +156,14 @@ def measure_quality(args: argparse.Namespace, defaults: argparse.Namespace, stat
         data, _, reference = open_images(args, settings, "held_out")
         results = evaluate_autoencoder(setup, args.run, settings, data, reference)
     else:
-        data, held_out, reference = open_images(args, opened.config, "train")
+        data, held_out, reference = open_images(args, opened.config, "train" if opened.condition is None else "held_out")
         args.steps = "50" if args.steps is None else args.steps
         spec, samples = sampler_config(args), {"count": args.num_samples, "reference": reference}
         classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
-        if args.sweep is not None:
+        if opened.condition is not None and args.sweep is None:
+            sampler = build_sampler(opened, spec, classifier, condition_guidance=args.condition_guidance)
+            results = evaluate_conditioned(setup, opened, sampler, data, each=args.samples_per_image, **samples)
+        elif args.sweep is not None:
             samplers = [build_sampler(opened, setting, classifier) for setting in parse_sweep(spec, args.sweep)]
             results = evaluate_sweep(setup, opened, samplers, data, **samples)
         else:
@@ -200,7 +216,8 @@ def append(args: argparse.Namespace, step: int, values: dict[str, float], out: P
 
 def measure_bits(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, device: torch.device) -> None:
     """Measure the likelihood of a run, in bits per dimension."""
-    of_samples = {"sweep", "features", "inception_weights", "weights", "num_samples", "resize", "classifier", *SAMPLER_KEYS}
+    of_samples = {"samples_per_image", "condition_guidance"}
+    of_samples |= {"sweep", "features", "inception_weights", "weights", "num_samples", "resize", "classifier", *SAMPLER_KEYS}
     refuse_options(args, defaults, of_samples - {"steps", "spacing"}, "is about samples, and --likelihood draws none")
     opened = open_trained(args.run, device)
     data, _, reference = open_images(args, opened.config, "held_out")

@@ -94,7 +94,7 @@ def main() -> None:
     state, device = start_sampling(args.device)
     ranks = ranks_of(state)
     opened = open_trained(args.run, device)
-    if opened.low_resolution is not None:
+    if opened.condition is not None:
         raise UserError(f"{args.run} is an upsampler, which draws from other images; give the run that draws those")
     opened = at_size(opened, args.size, files)
     source = start_from_images(opened, args.source) if args.source is not None else None

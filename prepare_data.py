@@ -20,11 +20,13 @@ import numpy as np
 from src import figures
 from src.config import CommandLine, UserError, config, quoted, read_json, run_script, validate
 from src.config.sizes import Sides, describe_size
-from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_data, open_sources
+from src.data import HeldOut, ImageConfig, ImageSet, describe_data, open_sources
 from src.data.buckets import describe_buckets
+from src.data.conditions import ConditionConfig
 from src.data.facts import count_notes, count_small, describe_small, refuse_small_packs, skipped_files
 from src.data.names import class_remarks, printable
 from src.data.packing import pack
+from src.data.pairs import open_pairs
 from src.data.sources import FolderSource, Sources
 from src.runs.autoencoder import open_autoencoder
 from src.runs.config_buckets import (
@@ -58,6 +60,7 @@ class ToEncode(DataOnly):
     encode_batch_size: int = 16
     held_out: HeldOut = 0.0
     image: ImageConfig
+    condition: ConditionConfig | None = None
 
 
 def arguments() -> argparse.Namespace:
@@ -182,13 +185,13 @@ def latents(args: argparse.Namespace) -> None:
     state, device = start_sampling()
     path = Path(args.run)
     raw = read_json(path if path.suffix == ".json" else path / "config.json")
-    keys = ("data", "held_out", "image", "autoencoder", "latents", "encode_batch_size")
+    keys = ("data", "held_out", "image", "autoencoder", "latents", "encode_batch_size", "condition")
     known = {key: raw[key] for key in keys if key in raw}
     if not {"data", "image"} <= set(known) or (path.suffix == ".json" and "autoencoder" not in known):
         raise UserError(f"{path} is neither a run of train_vae.py nor a config of train_ldm.py")
     spec = validate(ToEncode, {"autoencoder": args.run, **known}, origin=args.run)
     image = replace(spec.image, size=args.size or spec.image.size, crop="center")
-    train_set, held_out = open_data(spec.data, spec.held_out)
+    train_set, held_out = open_pairs(spec.data, spec.held_out, spec.condition)
     sizes = {"--size" if args.size else "image.size": image.size}
     refuse_small_packs(sizes, train_set, held_out)
     if state.is_main_process:
@@ -206,7 +209,7 @@ def latents(args: argparse.Namespace) -> None:
             f"{args.run}: the sizes of the buckets follow from the network that will learn from the latents; give the config "
             "of train_ldm.py, or set image.aspect.step in both"
         )
-    density = ImageDensity(train_set, held_out, image, factor)
+    density = ImageDensity(train_set, held_out, image, factor, spec.condition)
     folder = Path(given_folder) if given_folder else cache_folder(autoencoder, density, run_dir)
     facts = latents_of(autoencoder, density, folder, state, batch_size=batch).facts
     if state.is_main_process:

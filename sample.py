@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from src.config import CommandLine, UserError, refuse_options, run_script
+from src.data.conditions import LowCondition
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
 from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
+from src.sampling.conditions import read_conditions
 from src.sampling.config import SAMPLER_KEYS, SIZE_HELP, add_arguments, count_for_classes, sampler_config, without_newer
 from src.sampling.edit import at_size, files_of, fingerprint, load_edit, load_low, no_start, start_from_images
 from src.sampling.files import remove_if_empty, write_samples
@@ -35,7 +37,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     )
     parser.add_argument("run", nargs="?", help="a run, a checkpoint, a final folder, or an export")
     parser.add_argument("--out", help="folder for the images (default samples/RUN/...)")
-    parser.add_argument("--num-samples", type=int, help="default 16 or a few more for --classes; one for each image of --low")
+    parser.add_argument("--num-samples", type=int, help="default 16, or a few more for --classes; of each of --condition 1")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time; changes them only by rounding")
     parser.add_argument("--classes", help="names or numbers, A/B/C, dealt in equal blocks (default: random)")
     parser.add_argument("--size", metavar="HxW", help=SIZE_HELP)
@@ -54,6 +56,11 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     edit.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what to start from")
     edit.add_argument("--invert", metavar="PLACE", help="an image, or a folder: back to the source, and forth again")
     edit.add_argument("--low", metavar="FOLDER", help="what an upsampler makes larger: images, or an .npz of samples")
+    given = parser.add_argument_group("from images, of a run with a condition")
+    given.add_argument("--condition", metavar="PLACE", help="an image, or a folder: what it draws from")
+    given.add_argument("--truth", metavar="FOLDER", help="of a run on pairs: the images of the same names, to be shown beside")
+    given.add_argument("--condition-guidance", type=float, default=1.0, metavar="S", help="scale of its guidance (default 1)")
+    given.add_argument("--condition-noise", type=float, default=0.0, metavar="S", help="noise on the smaller image (default 0)")
     upscale = parser.add_argument_group("upscaling (Real-ESRGAN)")
     upscale.add_argument("--upscale", action="store_true", help="the samples four times as large, too")
     upscale.add_argument("--upscale-only", metavar="FOLDER", help="the images of a folder instead, into --out")
@@ -71,7 +78,11 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     if args.upscale_only is not None:
         used = {"upscale_only", "upscaler", "out", "batch_size", "device"}
         refuse_options(args, defaults, vars(args).keys() - used, "is about drawing images, and --upscale-only draws none")
-    if args.image is None and (args.mask is not None or args.start_at):
+    if args.condition is not None and args.image is not None:
+        raise UserError("--condition and --image are two ways to draw from an image; give one of them")
+    if args.condition is None and (args.truth is not None or (args.condition_noise and args.low is None)):
+        raise UserError("--truth and --condition-noise are about images to draw from: give them with --condition")
+    if args.image is None and ((args.mask is not None and args.condition is None) or args.start_at):
         raise UserError("--mask and --start-at are about an image: give it with --image")
     if args.resamplings > 1 and args.mask is None:
         raise UserError("--resamplings belongs to --mask")
@@ -142,25 +153,40 @@ def main() -> None:
             draw_points(opened, spec, args, defaults, device)
         return
     if args.invert is not None:
+        if opened.condition is not None:
+            raise UserError(f"{args.run} draws from images, and --invert knows none for each source; leave it out")
         if state.is_main_process:
             invert(opened, spec, args, defaults)
         return
-    given = [args.image] if args.image is not None else files_of(args.source) if args.source is not None else []
-    opened = at_size(opened, args.size, given)
+    places = [
+        place for place in (args.image, args.condition, args.source) if place is not None and Path(place).suffix != ".npz"
+    ]
+    opened = at_size(opened, args.size, files_of(places[0]) if places else [])
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     source = start_from_images(opened, args.source) if args.source is not None else None
-    sampler = build_sampler(opened, spec, classifier, source=source)
+    sampler = build_sampler(opened, spec, classifier, source=source, condition_guidance=args.condition_guidance)
     known = classifier.class_names if classifier is not None else ()
     class_names = opened.class_names if opened.num_classes is not None else known
-    labels, low, request = None, None, dict[str, Any]()
+    labels, low, conditioned, request = None, None, None, dict[str, Any]()
     if args.size is not None or opened.buckets:
         request["size"] = list(opened.image.sides)
-    if args.low is not None:
+    if opened.low_resolution is not None or isinstance(opened.condition, LowCondition):
+        args.low = args.low or args.condition  # two names of one thing
+        args.condition = args.low if opened.low_resolution is None else None
+    if args.condition is not None:
+        options = {"mask": args.mask, "truth": args.truth, "level": args.condition_noise, "seed": args.seed}
+        conditioned = read_conditions(opened, args.condition, **options)
+        each = args.num_samples or 1
+        low, args.num_samples = conditioned.values.repeat_interleave(each, dim=0), each * len(conditioned.values)
+        request["condition"] = hashlib.sha256(conditioned.values.numpy().tobytes()).hexdigest()
+    elif args.low is not None:
         low, labels = load_low(opened, args.low)
         if (args.num_samples or 1) > len(low):
             raise UserError(f"--num-samples {args.num_samples}: {args.low} has {len(low)} images")
         args.num_samples = args.num_samples or len(low)
         request["low"] = hashlib.sha256(low.numpy().tobytes()).hexdigest()
+    elif opened.condition is not None and opened.low_resolution is None:
+        raise UserError(f"{args.run} draws from images ({opened.condition.kind}): give them with --condition FOLDER")
     elif opened.low_resolution is not None:
         raise UserError(
             f"{args.run} is an upsampler: give with --low the images of {opened.low_resolution} px that it makes larger"
@@ -173,6 +199,8 @@ def main() -> None:
         labels = opened.labels(args.classes, args.num_samples, class_names)
     elif labels is not None and opened.num_classes is not None:
         labels = labels[: args.num_samples]
+    elif conditioned is not None and opened.num_classes is not None and classifier is None:
+        opened.no_class()  # nobody knows the class of what is drawn from a given image
     elif opened.num_classes is not None or classifier is not None:
         labels = random_labels(args.seed, range(args.num_samples), len(class_names))
     edit = None
@@ -205,7 +233,8 @@ def main() -> None:
             ranks=ranks_of(state),
             class_names=class_names,
             edit=edit,
-            low=low,
+            condition=low,
+            conditioned=conditioned,
             upscale=upscaler.upscale if upscaler is not None else None,
             npz=args.npz,
             request=request,
@@ -216,8 +245,9 @@ def main() -> None:
             f"{args.num_samples} images of {opened.path} (step {opened.step}), {calls} network calls a batch, "
             f"{processes} process(es)\n  {out}"
         )
+        beside = {"side_by_side.png": conditioned is not None, "ways.png": sampler.source is not None}
         wanted = {"grid.png": True, "denoising.gif": args.frames, "upscaled": args.upscale, "samples_*.npz": args.npz}
-        for name, is_wanted in {**wanted, "ways.png": sampler.source is not None}.items():
+        for name, is_wanted in {**wanted, **beside}.items():
             if is_wanted and any(out.glob(name)):
                 print(f"  {out}/{name}")
 

@@ -32,7 +32,7 @@ from src.training.config import BlendConfig, PathPreviewConfig
 from src.training.ema import EMA
 from src.training.entry import from_python, run_training
 from src.training.given import Given
-from src.training.inputs import PairCoupling, open_coupling
+from src.training.inputs import PairCoupling, blank_inputs, open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import measure_quality, preview_paths, save_first_blends
 from src.training.run_directory import check_ranks
@@ -97,7 +97,9 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     run_mode.enter_phase("looking at the data")
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     factor = cfg.model.factor * (autoencoder.factor if autoencoder is not None else 1)
-    coupling = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset, factor=factor)
+    coupling = open_coupling(
+        cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset, factor=factor, condition=cfg.condition
+    )
     check_ranks(coupling.facts)
     train_set, held_out = coupling.data.train, coupling.data.held_out
     source_sets = (coupling.source.train, coupling.source.held_out) if coupling.source is not None else ()
@@ -108,6 +110,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     if cfg.pairs is not None:
         coupling = PairCoupling(cfg.pairs, coupling, num_classes, run_dir, accelerator)
     shape, facts = coupling.shape, coupling.facts | given.facts
+    names = cfg.condition_names(shape)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
 
@@ -137,11 +140,11 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         return 0
     batch_plan = session.place(batch_plan)
     if cfg.init_from is not None and not session.progress:
-        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
+        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network, condition=names))
     if cfg.compile:
         compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = accelerator.prepare(network, bare_optimizer)
-    warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    warm_up_ddp(accelerator, model, *blank_inputs(shape, len(names), device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes:
@@ -166,7 +169,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
             torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
             with accumulating(accelerator, model, part, batch_plan.accumulation):
                 x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
-                condition = step_noise.condition(micro_batch.labels, local_slice, num_classes)
+                condition = step_noise.condition(micro_batch, local_slice, num_classes)
                 loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
                 loss = times.weigh(loss_terms.loss, local_slice).sum()
                 accelerator.backward(loss * (batch_plan.world / batch_plan.batch * loss_scale))

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from src.config import Length, config, load, quoted, resumable_field, run_script, to_steps, training_arguments
-from src.data import ImageConfig, Sources, check_images, describe_data, open_data
+from src.data import ImageConfig, Sources, check_images, describe_data
+from src.data.pairs import open_pairs
 from src.diffusion import build_process
 from src.evaluation.quality import open_quality
 from src.models import ImageModelConfig, build_model
@@ -27,7 +28,7 @@ from src.sampling import Sampler
 from src.training.config import LatentConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
-from src.training.inputs import Coupling
+from src.training.inputs import Coupling, blank_inputs
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.preview import measure_quality, preview, save_first_images
 from src.training.run_directory import check_ranks
@@ -63,15 +64,17 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
 
     # Look at the data and the autoencoder; encode the one with the other, unless that was done before.
     run_mode.enter_phase("looking at the data")
-    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    train_set, held_out = open_pairs(cfg.data, cfg.held_out, cfg.condition)
     check_ranks(describe_data(train_set, held_out))
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
-    images = Coupling(ImageDensity(train_set, held_out, cfg.image, autoencoder.factor * cfg.model.factor))
+    factor = autoencoder.factor * cfg.model.factor
+    images = Coupling(ImageDensity(train_set, held_out, cfg.image, factor, cfg.condition))
     shape = autoencoder.latent_shape(images.data.buckets.most_frequent)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
-    network = build_model(cfg.model, shape, num_classes, learned=cfg.process.variance == "learned")
+    names, learned = cfg.condition_names(shape), cfg.process.variance == "learned"
+    network = build_model(cfg.model, shape, num_classes, learned=learned, condition_channels=len(names))
     network = network.to(build_device(accelerator), dtype)
     coupling = images.encoded(cfg, autoencoder, accelerator, run_dir)
     facts = coupling.facts
@@ -98,11 +101,11 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         return 0
     batch_plan = session.place(batch_plan)
     if cfg.init_from is not None and not session.progress:
-        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network))
+        session.run.say(start_from(cfg.init_from, train_set.class_names, network, ema.network, condition=names))
     if cfg.compile:
         compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
-    warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
+    warm_up_ddp(accelerator, model, *blank_inputs(shape, len(names), device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes:
@@ -126,7 +129,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
             torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
             with accumulating(accelerator, model, part, batch_plan.accumulation):
                 x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
-                condition = step_noise.condition(micro_batch.labels, local_slice, num_classes)
+                condition = step_noise.condition(micro_batch, local_slice, num_classes)
                 loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
                 loss = times.weigh(loss_terms.loss, local_slice).sum()
                 accelerator.backward(loss * (batch_plan.world / batch_plan.batch))

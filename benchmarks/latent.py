@@ -53,8 +53,8 @@ class CacheInTurns:
 
     def train(self, cfg: train_ldm.Config) -> None:
         """The script's training, with the batches and the clock of this object in place of its own."""
-        from_cache, own_draw, open_data = inputs.latent_stream, Latents.draw, train_ldm.open_data
-        image_set = open_data(cfg.data, cfg.held_out)[0]
+        from_cache, own_draw, open_data = inputs.latent_stream, Latents.draw, train_ldm.open_pairs
+        image_set = open_data(cfg.data, cfg.held_out, cfg.condition)[0]
 
         def batches(latents: Any, order: StepOrder, **options: Any) -> Iterator[MicroBatch]:
             on_the_fly = stream(image_set, order, device=self.device)

@@ -51,6 +51,13 @@ EXEMPT = {
     Value("PathPreviewConfig", "*", "*"): "previews change nothing that is trained",
     Value("ReconstructConfig", "*", "*"): "previews change nothing that is trained",
     Value("QualityConfig", "*", "*"): "it measures samples, which changes nothing that is trained",
+    Value("*", "space", "latents"): "latents of conditions are a cache that is made before the first step; tests/runs",
+    Value("*", "space", "pixels"): "latents of conditions are a cache that is made before the first step; tests/runs",
+    Value("*", "space", "set"): "latents of conditions are a cache that is made before the first step; tests/runs",
+    Value("EdgesCondition", "*", "*"): "edges are made of an image without a random number, and grey stands for them",
+    Value("PairedCondition", "side", "*"): "it belongs to the data, and partners are part of its fingerprint; tests/data",
+    Value("PairedCondition", "column", "*"): "it belongs to the data, and partners are part of its fingerprint; tests/data",
+    Value("PairedCondition", "channels", "*"): "it belongs to the data, and partners are part of its fingerprint; tests/data",
     Value("PerceptualConfig", "weights", "*"): "a file of the same weights",
     Value("PerceptualConfig", "network", "alex"): "it is frozen, and LPIPS on vgg stands for it",
     Value("PerceptualConfig", "network", "squeeze"): "it is frozen, and LPIPS on vgg stands for it",
@@ -275,6 +282,12 @@ def _of_many_shapes(split: str = "train") -> list[dict[str, Any]]:
     return [{"source": "shapes", "count": count, "size": size, "split": split} for size, count in sizes]
 
 
+def _drawn_from(kind: str, **options: Any) -> dict[str, Any]:
+    """The changes for a condition."""
+    of_preview = {"preview.quality": None, "preview.sheets": "one"}
+    return {"condition": {"kind": kind, **options}, "condition_dropout": 0.3, **of_preview}
+
+
 def _variants() -> Iterator[Job]:
     def smoke(kind: str, number: int, changes: Mapping[str, Any]) -> Job:
         return small(ROOT / "configs" / "smoke" / f"{kind}.json", changes, f"{kind}_{number}")
@@ -288,17 +301,19 @@ def _variants() -> Iterator[Job]:
     yield smoke("ddpm", 2, {
         "process.schedule": {"kind": "sigmoid", "steps": 50, "zero_terminal_snr": True}, "process.target": "v",
         "optimizer.schedule": _MULTISTEP | {"warmup": 2}, "class_conditional": True, "mixed_precision": "bf16",
-    })  # fmt: skip
+    } | _drawn_from("low", size=8, noise=0.5))  # fmt: skip
     yield smoke("ddpm", 3, _LEARNED | {
         "process.schedule": {"kind": "cosine", "steps": 50}, "process.loss": {"kind": "kl"}, "times": _TIMES,
         "optimizer.schedule": _MULTISTEP,
+    } | _drawn_from("mask"))  # fmt: skip
+    yield smoke("ddpm", 4, _LEARNED | _drawn_from("grey") | {
+        "process.loss": {"kind": "rescaled_kl"}, "process.schedule.steps": 100,
     })  # fmt: skip
-    yield smoke("ddpm", 4, _LEARNED | {"process.loss": {"kind": "rescaled_kl"}, "process.schedule.steps": 100})
     yield smoke("ddpm", 5, {
         "process.schedule": {"kind": "cosine", "steps": 50, "zero_terminal_snr": True}, "process.target": "x0",
         "optimizer.schedule": {"kind": "one_cycle", "anneal_strategy": "linear", "three_phase": True},
         "process.time_input": {"kind": "t", "scale": 1000.0}, "process.loss.weighting": {"kind": "edm"},
-    })  # fmt: skip
+    } | _drawn_from("paired", side="left", channels=1))  # fmt: skip
     stages = [
         {"steps": STAGE_STEPS, "schedule": {"kind": "cosine"}, "reconstruction": "mse"},
         {"steps": STAGE_STEPS, "adversarial": {"weight": 0.1, "adaptive": True}},
@@ -315,10 +330,13 @@ def _variants() -> Iterator[Job]:
     vgg = {"perceptual": {"network": "vgg", "weights": WEIGHTS}, "image.size": 32, "stages": [stages[1] | {"perceptual": {}}]}
     yield smoke("vae", 3, vgg | {"model.mid_attention": "full"})
     yield smoke("ldm", 1, _PLAIN | linear | buckets | {"times": _TIMES, "image.channels": 1, "class_conditional": True})
-    yield smoke("ldm", 2, {"process.schedule": {"kind": "blend"}, "process.target": "blend", "times": {"kind": "logit_normal"}})
+    yield smoke("ldm", 2, _drawn_from("mask", copies=2) | {
+        "process.schedule": {"kind": "blend"}, "process.target": "blend", "times": {"kind": "logit_normal"},
+    })  # fmt: skip
     yield smoke("iadb", 1, _PLAIN | linear | buckets | {
         "source": _of_many_shapes("test"), "image.aspect": _ASPECT | {"step": 4}, "class_conditional": True,
         "image.channels": 1, "times": {"kind": "uniform", "shift": {"base": 64}},
+        "condition": {"kind": "low", "size": 8}, "condition_dropout": 0.3,
     })  # fmt: skip
     encoder = {"classifier.downsample": "average", "classifier.pool": "adaptive", "classifier.attention": ["none", "linear"]}
     yield smoke("classifier", 1, _PLAIN | linear | encoder | buckets | {

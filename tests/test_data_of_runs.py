@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import train_classifier
 import train_vae
 from src.config import UserError, load, validate
 from src.data import open_sources
+from src.data.conditions import GreyCondition, LowCondition, channel_names
 from src.data.sources import FolderSource
 from src.models import build_model
 from src.runs import opened
@@ -160,6 +162,50 @@ def test_a_run_starts_from_the_classes_of_another_spelling(monkeypatch: pytest.M
     assert torch.equal(after.get_parameter("label_embedding.weight"), rows[[1, 0, 2, 3]])
     assert "its classes are others" in opened.start_from("x", ("cafz", "coffee", "tea"), other)
     assert not other.get_parameter("label_embedding.weight").any()
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_run_starts_from_a_run_with_another_condition(patch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels that both have keep their weights; new ones are 0, so nothing changes whatever they hold."""
+    cfg = load(ROOT / SMOKE, ddpm_accelerate.Config)
+    model, x, t = replace(cfg.model, patch=patch), torch.randn(2, 3, 16, 16), torch.tensor([3.0, 40.0])
+    grey = [*channel_names(GreyCondition(kind="grey"), 3)]
+    noisy = channel_names(LowCondition(kind="low", size=8, noise=0.5), 3)
+    low, imported = channel_names(LowCondition(kind="low", size=8), 3), channel_names(LowCondition(kind="low", size=8), 3)[:-1]
+
+    def network_of(names: list[str]) -> Any:
+        return randomise(build_model(model, (3, 16, 16), condition_channels=len(names))).eval()
+
+    def started(before: list[str], now: list[str]) -> tuple[Any, Any, str]:
+        old, new = network_of(before), network_of(now)
+        run = object.__new__(opened.Opened)
+        facts = {"network": old, "class_names": (), "step": 7, "shape": (3, 16, 16)}
+        for name, value in facts.items():
+            object.__setattr__(run, name, value)
+        monkeypatch.setattr(opened.Opened, "condition_names", before)
+        monkeypatch.setattr(opened, "open_run", lambda *_: run)
+        return old, new, opened.start_from("x", (), new, condition=now)
+
+    condition = torch.randn(2, 3, 16, 16)
+    old, new, notice = started([], noisy)
+    assert notice.endswith("its input has zeros for 5 new channels of the condition")
+    torch.testing.assert_close(new(x, t, condition=torch.randn(2, 5, 16, 16)), old(x, t), rtol=0, atol=1e-6)
+    old, new, notice = started(imported, noisy)
+    assert "zeros for 2 new channels" in notice and "left out" not in notice
+    extended = torch.cat([condition, torch.randn(2, 2, 16, 16)], dim=1)
+    torch.testing.assert_close(new(x, t, condition=extended), old(x, t, condition=condition), rtol=0, atol=1e-6)
+    old, new, notice = started(noisy, low)
+    assert "zeros" not in notice and "1 channels of its condition are left out" in notice
+    without, flag = torch.cat([condition, torch.zeros(2, 1, 16, 16)], dim=1), torch.ones(2, 1, 16, 16)
+    torch.testing.assert_close(
+        new(x, t, condition=torch.cat([condition, flag], dim=1)), old(x, t, condition=torch.cat([without, flag], dim=1)),
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
+    old, new, notice = started(grey, [])
+    assert "2 channels of its condition are left out" in notice
+    torch.testing.assert_close(new(x, t), old(x, t, condition=torch.zeros(2, 2, 16, 16)), rtol=0, atol=1e-6)
+    old, new, notice = started(low, low)
+    assert "condition" not in notice and torch.equal(new.stem.weight, old.stem.weight)
 
 
 # ---------------------------------------------------------------------------------------------- ranks

@@ -131,5 +131,5 @@ def test_the_latent_script_and_blending_take_the_backbone(additions: Any) -> Non
         assert cfg.model == additions.ConvNetConfig(kind="convnet", width=4)
         network = build_model(cfg.model, shape)
         assert needs.count_parameters(cfg) == (sum(parameter.numel() for parameter in network.parameters()), 0)
-        with pytest.raises(UserError, match="a convnet makes no images larger"):
-            build_model(cfg.model, shape, upsampler=True)
+        with pytest.raises(UserError, match="a convnet takes no condition"):
+            build_model(cfg.model, shape, condition_channels=3)

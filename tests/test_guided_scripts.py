@@ -352,10 +352,10 @@ def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: P
 def test_an_imported_upsampler_makes_images_larger(hybrid_run: Path, tmp_path: Path) -> None:
     config = {"base_channels": 8, "channel_mult": [1, 2], "attention": ["none", "none"], "blocks": 1, "norm_groups": 4}
     model = validate(UNetConfig, config)
-    network = randomise(UNet(model, in_channels=3, num_classes=4, null_class=False, low_channels=3))
+    network = randomise(UNet(model, in_channels=3, num_classes=4, null_class=False, condition_channels=3))
     process = validate(ProcessConfig, {"schedule": {"kind": "linear", "steps": 50}, "target": "eps"})
     imported = Imported(network, process, image_size=32, channels=3, low_resolution=16)
-    assert keep(imported, tmp_path / "up", name="up") is None
+    assert keep(imported, tmp_path / "up", name="up") == tmp_path / "up" / "finetune.json"
     assert "give with --low the images of 16 px" in refused("sample", tmp_path / "up")
     assert "is no upsampler" in refused("sample", hybrid_run, "--low", tmp_path)
     done = sample(hybrid_run, tmp_path / "small", "--npz", "--classes", "circle/cross")
@@ -369,8 +369,12 @@ def test_an_imported_upsampler_makes_images_larger(hybrid_run: Path, tmp_path: P
     assert file_contents[0] == file_contents[1] and len(file_contents[0]) == 4, "the .npz brings the labels 0, 0, 1, 1"
     opened = open_trained(tmp_path / "up", CPU)
     low, _ = load_low(opened, str(tmp_path / "small"))
-    images = build_sampler(opened, SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=low)
-    other = build_sampler(opened, SamplerConfig(steps=3)).draw(0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, low=-low)
+    images = build_sampler(opened, SamplerConfig(steps=3)).draw(
+        0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, condition=low
+    )
+    other = build_sampler(opened, SamplerConfig(steps=3)).draw(
+        0, range(4), [0, 0, 1, 1], device=CPU, batch_size=4, condition=-low
+    )
     assert images.shape == (4, 3, 32, 32) and not torch.allclose(images, other, atol=1e-3)
     low_file, shown = tmp_path / "wrong.npz", np.zeros((2, 16, 16, 3), np.uint8)
     for arrays, message in (

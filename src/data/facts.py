@@ -17,7 +17,8 @@ from .transforms import is_enlarged
 
 def sources_of(*sets: ImageSet | PointSet | None) -> list[Images]:
     """The sources of all these sets, each once."""
-    parts = [part for data in sets if data is not None for part in data.parts]
+    partners = [data.partner for data in sets if isinstance(data, ImageSet)]
+    parts = [part for data in (*sets, *partners) if data is not None for part in data.parts]
     return list({id(part): part for part in parts}.values())
 
 

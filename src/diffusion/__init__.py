@@ -8,6 +8,7 @@ from .guidance import (
     dynamic_threshold,
     is_within,
     on_schedule,
+    two_scales,
     within,
 )
 from .likelihood import bits_per_dimension

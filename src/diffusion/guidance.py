@@ -30,6 +30,34 @@ def classifier_free(denoiser: Denoiser, null_denoiser: Denoiser, scale: float) -
     return guided
 
 
+def two_scales(
+    both: Denoiser, image_alone: Denoiser | None, neither: Denoiser, image_scale: float, class_scale: float
+) -> Denoiser:
+    """neither + image_scale (image_alone - neither) + class_scale (both - image_alone), of a network that draws from an image
+    and a class: with both of them, without the class, and without either. It calls what the scales need, one network where
+    both scales are 1. Without classes `image_alone` is None, and `both` has the image alone.
+
+    Eq. 3, Brooks et al. 2022, arXiv:2211.09800. The learned variance is that of `both`.
+    """
+    if image_alone is None or image_scale == class_scale:
+        return classifier_free(both, neither, image_scale)
+    if image_scale == 1:
+        return classifier_free(both, image_alone, class_scale)
+
+    def guided(x_t: Tensor, t: Tensor) -> Prediction:
+        with_both, with_image, with_neither = both(x_t, t), image_alone(x_t, t), neither(x_t, t)
+        x0, eps = (
+            c + image_scale * (b - c) + class_scale * (a - b)
+            for a, b, c in (
+                (with_both.x0, with_image.x0, with_neither.x0),
+                (with_both.eps, with_image.eps, with_neither.eps),
+            )
+        )
+        return with_both._replace(x0=x0, eps=eps)
+
+    return guided
+
+
 def classifier_gradient(logits: Logits, labels: Tensor, scale: float) -> Gradient:
     """scale times the gradient of log p(labels | x_t) with respect to x_t, of a classifier (x_t, t) -> (B, K)."""
 

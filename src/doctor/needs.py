@@ -127,7 +127,8 @@ def count_parameters(cfg: Any) -> tuple[int, int]:
             if cfg.image is not None:
                 channels = cfg.image.channels if getattr(cfg, "autoencoder", None) is None else 4
                 shape = (channels, cfg.model.factor, cfg.model.factor)
-            networks = [build_model(cfg.model, shape, None, learned=cfg.process.variance == "learned")]
+            options = {"learned": cfg.process.variance == "learned", "condition_channels": len(cfg.condition_names(shape))}
+            networks = [build_model(cfg.model, shape, None, **options)]
     network, *adversary = (sum(parameter.numel() for parameter in network.parameters()) for network in networks)
     return network, sum(adversary)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError, dump
+from ..data.conditions import EdgesCondition, LowCondition, PairedCondition
 from ..data.points import GaussianSource, MoonsSource
 from ..data.sources import ShapesSource
 from ..models import VAE, MLPConfig, VAEConfig
@@ -55,6 +56,11 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
             "data": ShapesSource(source="shapes", count=24, size=size),
         }
         source = replace(changes["data"], split="test")
+        condition = getattr(cfg, "condition", None)
+        if isinstance(condition, LowCondition):
+            changes["condition"] = replace(condition, size=size // 2)
+        elif isinstance(condition, PairedCondition):  # shapes have no partners
+            changes["condition"] = EdgesCondition(kind="edges", space=condition.space)
         if latent:
             path = _write_random_autoencoder(folder / "autoencoder", cfg.image.channels, size)
             changes |= {"autoencoder": path, "latents": str(folder / "latents"), "encode_batch_size": 4}

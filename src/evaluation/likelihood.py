@@ -113,6 +113,8 @@ def _check(opened: Opened, data: ImageSet) -> TableSchedule:
         raise UserError(f"{opened.path} draws latents, which have no bits per dimension of images; give a run on pixels")
     if not isinstance(opened.process.schedule, TableSchedule):
         raise UserError(f"{opened.path} is on the blend: it has no chain of steps, so no bits per dimension")
+    if opened.low_resolution is None and opened.condition is not None:
+        raise UserError(f"{opened.path} draws from images ({opened.condition.kind}), so its likelihood would depend on them")
     if opened.low_resolution is not None:
         raise UserError(f"{opened.path} is an upsampler: what it draws depends on another image, which the data has not")
     opened.check_classes(data)

@@ -36,10 +36,8 @@ def describe_request(setup: Setup, opened: Opened, sampler: Sampler, data: Image
 
 def check_run(opened: Opened, data: ImageSet, count: int) -> None:
     """A UserError where samples of the run cannot be compared with these images."""
-    if opened.low_resolution is not None:
-        raise UserError(
-            f"{opened.path} is an upsampler: draw with sample.py --low IMAGES, then run evaluate.py FOLDER --data IMAGES"
-        )
+    if opened.condition is not None:
+        raise UserError(f"{opened.path} draws from images; --sweep measures runs that draw from noise alone")
     check_count(count, "samples (--num-samples)")
     check_count(len(data), "real images")
     opened.check_classes(data)

@@ -88,8 +88,9 @@ def read(path: str | Path, flags: Mapping[str, Any] | str | Path | None = None, 
             if isinstance(model, ClassifierConfig):
                 network = Classifier(model, in_channels=channels, image_size=size, num_classes=classes or 0)
             else:
-                options = {"learned": architecture.learn_sigma, "null_class": False, "upsampler": architecture.upsampler}
-                network = build_model(model, (channels, size, size), classes, **options)
+                options = {"learned": architecture.learn_sigma, "null_class": False}
+                beside = channels if architecture.upsampler else 0
+                network = build_model(model, (channels, size, size), classes, condition_channels=beside, **options)
                 assert isinstance(network, UNet)
         network.load_state_dict(rename_state(network, state_dict, module_names(model)), assign=True)
         process = process_config(facts)

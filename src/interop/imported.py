@@ -79,9 +79,8 @@ def open_autoencoder_of(name: str, channels: int, *, with_scaling: bool = True) 
 
 def keep(imported: Imported, out: Path, *, name: str, class_names: Sequence[str] = ()) -> Path | None:
     """Write what was imported into the new folder `out`, as the `final` of a run is, so that everything opens it. Gives the
-    path of a config in it that trains on from there, None for a classifier (`init_from` takes its folder) and an upsampler
-    (nothing trains it on). Classes without names are numbers. A UserError for another number of names, and for a folder that is
-    there."""
+    path of a config in it that trains on from there, None for a classifier (`init_from` takes its folder). Classes without
+    names are numbers. A UserError for another number of names, and for a folder that is there."""
     check_is_new(out)
     network, classes = imported.network, imported.network.num_classes
     numbers = [str(i) for i in range(classes or 0)]
@@ -109,9 +108,11 @@ def keep(imported: Imported, out: Path, *, name: str, class_names: Sequence[str]
         tensors, documents = tensors | weights, documents | described
         data["latents"] = imported.latents
     write_folder(out, tensors, documents)
-    if isinstance(network, Classifier) or imported.low_resolution is not None:
+    if isinstance(network, Classifier):
         return None
     del config["low_resolution"]
+    if imported.low_resolution is not None:
+        config["condition"] = {"kind": "low", "size": imported.low_resolution}
     start = {
         **config,
         "name": f"{name}_finetuned",

@@ -36,7 +36,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def build(
-        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, upsampler: bool
+        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, condition_channels: int
     ) -> nn.Module:
         """The network, as `build_model` says."""
 
@@ -61,12 +61,13 @@ def build_model(
     *,
     learned: bool = False,
     null_class: bool = True,
-    upsampler: bool = False,
+    condition_channels: int = 0,
 ) -> nn.Module:
     """The network that `config` names, for images or latents (C, H, W) or 2-D points (2,).
 
     With `learned` its output has C channels more, for the variance. With `num_classes` and `null_class` it has a label for no
-    class. An `upsampler` is also called with `low`, a smaller image. A UserError says what does not fit the config.
+    class. With `condition_channels` it is also called with a condition
+    of so many channels. A UserError says what does not fit the config.
     """
     if config.takes_points != (len(shape) == 1):
         takes, gets = ("2-D points", "images") if config.takes_points else ("images", "2-D points")
@@ -77,4 +78,4 @@ def build_model(
             f"the network sees {describe_size(sides)}, not divisible by {factor}, what {config.factor_keys} ask for; change "
             f"them, or image.size, so it sees {nearest_sizes(sides, factor)}"
         )
-    return config.build(shape, num_classes, learned=learned, null_class=null_class, upsampler=upsampler)
+    return config.build(shape, num_classes, learned=learned, null_class=null_class, condition_channels=condition_channels)

@@ -27,7 +27,7 @@ class MLPConfig(Backbone):
     frequencies: int = pydantic.Field(8, ge=1)
 
     def build(
-        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, upsampler: bool
+        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, condition_channels: int
     ) -> "MLP":
         return MLP(self, channels=shape[0], num_classes=num_classes)
 

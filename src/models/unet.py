@@ -125,12 +125,12 @@ class UNetConfig(EncoderConfig, Backbone):
         return f"{len(self.channel_mult)} entries of model.channel_mult{patches}"
 
     def build(
-        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, upsampler: bool
+        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, condition_channels: int
     ) -> "UNet":
         """In channels_last, which is faster."""
         channels = shape[0]
         options: dict[str, Any] = {"num_classes": num_classes, "null_class": null_class}
-        options |= {"out_channels": 2 * channels if learned else channels, "low_channels": channels if upsampler else 0}
+        options |= {"out_channels": 2 * channels if learned else channels, "condition_channels": condition_channels}
         return channels_last(UNet(self, in_channels=channels, **options))
 
 
@@ -226,13 +226,13 @@ class Encoder(nn.Module, Generic[C]):
 
 
 class UNet(Encoder[UNetConfig]):
-    """network(x, time, labels=None, low=None): x (B, in_channels, H, W), time (B,), labels (B,) -> (B, out_channels, H, W).
+    """network(x, time, labels=None, condition=None): x (B, in_channels, H, W), time and labels (B,) -> (B, out_channels, H, W).
 
     With `num_classes` the labels are 0 .. num_classes - 1, and num_classes itself is the null class, which `labels=None`
     means; a network imported without one (`null_class=False`) must be given labels. Labels may be weights (B, classes) that
-    blend them. With `low_channels` it raises the resolution of `low` (B, low_channels, h, w), which it sees beside `x`,
-    resized to its size; a ValueError says where `low` is missing or not wanted. Ho et al. 2020, arXiv:2006.11239; Dhariwal
-    & Nichol 2021, arXiv:2105.05233.
+    blend them. With `condition_channels` it sees a `condition` (B, condition_channels, h, w), such as the small image that it
+    makes larger, beside `x`, resized to its size; a ValueError says where a condition is missing or not wanted. Ho et al.
+    2020, arXiv:2006.11239; Dhariwal & Nichol 2021, arXiv:2105.05233.
     """
 
     fsdp_blocks = ("Block", "ResidualBlock")
@@ -245,11 +245,11 @@ class UNet(Encoder[UNetConfig]):
         out_channels: int | None = None,
         num_classes: int | None = None,
         null_class: bool = True,
-        low_channels: int = 0,
+        condition_channels: int = 0,
     ) -> None:
         area, num_labels = config.patch**2, num_classes + null_class if num_classes is not None else None
-        super().__init__(config, area * (in_channels + low_channels), num_labels)
-        self.num_classes, self.null_class, self.low_channels = num_classes, null_class, low_channels
+        super().__init__(config, area * (in_channels + condition_channels), num_labels)
+        self.num_classes, self.null_class, self.condition_channels = num_classes, null_class, condition_channels
 
         channels, skips = config.widths[-1], config.skips
         self.up = nn.ModuleList()  # the smallest image first
@@ -273,20 +273,21 @@ class UNet(Encoder[UNetConfig]):
             raise ValueError("this network has no classes: labels must be None")
         return F.silu(embedding)
 
-    def _beside(self, x: Tensor, low: Tensor | None) -> Tensor:
-        """x and the small images, resized to it: (B, in_channels + low_channels, H, W)."""
-        if low is None and self.low_channels:
-            raise ValueError("this network raises the resolution of small images: it must be given low")
-        if low is not None and not self.low_channels:
-            raise ValueError("this network raises no resolution: low must be None")
-        if low is None:
+    def _beside(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """x and the condition, resized to it: (B, in_channels + condition_channels, H, W)."""
+        if condition is None and self.condition_channels:
+            raise ValueError("this network draws images from a condition: it must be given one")
+        if condition is not None and not self.condition_channels:
+            raise ValueError("this network takes no condition: condition must be None")
+        if condition is None:
             return x
-        low = F.interpolate(low, x.shape[2:], mode="bilinear", align_corners=False)
-        return torch.cat([x, low.to(x.dtype)], dim=1)
+        if condition.shape[2:] != x.shape[2:]:
+            condition = F.interpolate(condition, x.shape[2:], mode="bilinear", align_corners=False)
+        return torch.cat([x, condition.to(x.dtype)], dim=1)
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None, low: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         embedding = self._embed(time, labels)  # (B, 4 base)
-        p, x = self.config.patch, self._beside(x, low)
+        p, x = self.config.patch, self._beside(x, condition)
         x = x if p == 1 else rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         *skips, h = self._encode(x, embedding)
         for stage in cast(Iterable[Stage], self.up):

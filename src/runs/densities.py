@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import UserError
-from ..data import ImageConfig, ImageSet, PointSet, describe_data, open_data, open_given, open_given_points, open_points
+from ..data import ImageConfig, ImageSet, PointSet, describe_data, open_given, open_given_points, open_points
 from ..data.buckets import Buckets, make_buckets
+from ..data.conditions import Condition
+from ..data.pairs import open_pairs, refuse_pairs
 from ..data.points import DensitySource, density_image, is_point_source
 from ..runtime.processes import same_on_all
 from ..runtime.seeds import generator
@@ -85,10 +87,18 @@ class Density(ABC):
 
 class ImageDensity(Density):
     """Images (C, H, W). Where they have several shapes (`image.aspect`), each is in one of the `buckets`, whose sides are
-    multiples of `factor`, by which the networks reduce images; `shape` is that of the most frequent one."""
+    multiples of `factor`, by which the networks reduce images; `shape` is that of the most frequent one. They may be drawn from
+    a `condition`."""
 
-    def __init__(self, train: ImageSet, held_out: ImageSet | None, image: ImageConfig, factor: int = 1) -> None:
-        self.train, self.held_out, self.image = train, held_out, image
+    def __init__(
+        self,
+        train: ImageSet,
+        held_out: ImageSet | None,
+        image: ImageConfig,
+        factor: int = 1,
+        condition: Condition | None = None,
+    ) -> None:
+        self.train, self.held_out, self.image, self.condition = train, held_out, image, condition
         self._sides, self.buckets = train.sides, make_buckets(image, train.sides, factor)
         self.shapes = [spec.shape for spec in self.buckets.specs]
         self.shape = self.buckets.most_frequent.shape
@@ -98,7 +108,7 @@ class ImageDensity(Density):
         return super().facts | ({"buckets": self.buckets.table} if self.image.aspect is not None else {})
 
     def _examples(self, data_set: ImageSet) -> Examples:
-        return image_examples(data_set, self.buckets_of(data_set))
+        return image_examples(data_set, self.buckets_of(data_set), self.condition)
 
     def buckets_of(self, data_set: ImageSet) -> Buckets:
         """Those of the training images, or of others."""
@@ -122,7 +132,12 @@ class PointDensity(Density):
 
 
 def open_density(
-    spec: Any, held_out: Any, image: ImageConfig | None, drawing: bytes | None = None, factor: int = 1
+    spec: Any,
+    held_out: Any,
+    image: ImageConfig | None,
+    drawing: bytes | None = None,
+    factor: int = 1,
+    condition: Condition | None = None,
 ) -> ImageDensity | PointDensity:
     """What a config's `data` or `source` names, images or points; a UserError says what does not fit. `drawing` is that of a
     density of points, where it is known."""
@@ -136,14 +151,17 @@ def open_density(
         return PointDensity(*open_points(spec, held_out, drawing), drawing)
     if image is None:
         raise UserError('images need image, as in {"size": 64}; 2-D points have none')
-    return ImageDensity(*open_data(spec, held_out), image, factor)
+    return ImageDensity(*open_pairs(spec, held_out, condition), image, factor, condition)
 
 
-def given_density(dataset: Any, held_out: Any, image: ImageConfig | None, factor: int = 1) -> ImageDensity | PointDensity:
+def given_density(
+    dataset: Any, held_out: Any, image: ImageConfig | None, factor: int = 1, condition: Condition | None = None
+) -> ImageDensity | PointDensity:
     """The data set that was handed in from Python: the same on all processes, or a UserError."""
     if image is None:
         density: PointDensity | ImageDensity = PointDensity(*open_given_points(dataset, held_out))
     else:
-        density = ImageDensity(*open_given(dataset, held_out, image), image, factor)
+        refuse_pairs(condition)
+        density = ImageDensity(*open_given(dataset, held_out, image), image, factor, condition)
     same_on_all(density.train.fingerprint)
     return density

@@ -21,6 +21,7 @@ from ..config import UserError, read_json
 from ..config.progress import track, within
 from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
+from ..data.conditions import Condition, MaskCondition, flagged, split_condition
 from ..data.latents import FILES, BucketLatents, LatentSet, Moments, open_latents, same_latents, statistics, sums_of
 from ..data.transforms import DECODER
 from ..runtime.processes import broadcast, ranks_of
@@ -29,11 +30,13 @@ from ..storage.blocks import BLOCK, Block, Ranks, blocks_of, make_cache, write_b
 from ..storage.files import link_file, write_whole
 from ..storage.finite import is_finite
 from .autoencoder import Autoencoder, LatentCodec
+from .conditions import latent_condition, normalised
 from .densities import Density, ImageDensity
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
+CONDITION = "condition_"  # the start of the names of the folders that hold what images are drawn from
 CONTENT = "content"  # key of a block's .json: the hash of the files that the block was made of
 DOUBTED = 512  # images at most that are encoded once more to check an old cache
 
@@ -43,13 +46,21 @@ AnyLatents = LatentSet | BucketLatents
 
 class Latents:
     """A data set as its latents: `train` and, where images are held out, `held_out`; `facts` is the contract and the
-    statistics, which travel with the weights; `codec` makes images of them."""
+    statistics, which travel with the weights; `codec` makes images of them. Where they are drawn from a `condition`,
+    `train_conditions` are what a network sees of it."""
 
     def __init__(
-        self, autoencoder: Autoencoder, facts: dict[str, Any], train: AnyLatents, held_out: AnyLatents | None = None
+        self,
+        autoencoder: Autoencoder,
+        facts: dict[str, Any],
+        train: AnyLatents,
+        held_out: AnyLatents | None = None,
+        condition: Condition | None = None,
+        conditions: Sequence[AnyLatents] = (),
     ) -> None:
         self.autoencoder, self.facts = autoencoder, facts
-        self.train, self._held_out = train, held_out
+        self.train, self._held_out, self.condition = train, held_out, condition
+        self.train_conditions, self._held_out_conditions = [*conditions, None, None][:2]
         self.codec = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
 
     def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -69,7 +80,20 @@ class Latents:
             mean, logvar = latents.moments(indices, np.zeros(len(indices), dtype=bool)).unbind(1)
             return self.codec.examples(mean, logvar, indices.tolist())
 
-        return Examples(labels, load, groups)
+        conditions = self._held_out_conditions if held_out else self.train_conditions
+
+        def load_condition(indices: np.ndarray) -> Tensor:
+            assert conditions is not None and self.condition is not None
+            copies = conditions.moments(indices, np.zeros(len(indices), dtype=bool))  # (B, copies, K, h, w)
+            return flagged(self.draw_condition(copies, indices / max(1, len(labels))), self.condition)
+
+        return Examples(labels, load, groups, load_condition if conditions is not None else None)
+
+    def draw_condition(self, copies: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
+        """Of the copies (B, n, K, h, w) of each condition the one that a number in [0, 1) chooses, normalised: (B, K, h, w)."""
+        assert self.condition is not None
+        chosen = torch.from_numpy((uniforms * copies.shape[1]).astype(np.int64)).to(copies.device)
+        return normalised(self.condition, self.codec, copies[torch.arange(len(copies), device=copies.device), chosen])
 
 
 class LatentDensity(Density):
@@ -77,7 +101,7 @@ class LatentDensity(Density):
 
     def __init__(self, images: ImageDensity, latents: Latents) -> None:
         self.train, self.held_out, self.image, self.buckets = images.train, images.held_out, images.image, images.buckets
-        self.images, self.latents = images, latents
+        self.images, self.latents, self.condition = images, latents, images.condition
         self.shapes = [latents.autoencoder.latent_shape(spec) for spec in self.buckets.specs]
         self.shape = self.shapes[self.buckets.specs.index(self.buckets.most_frequent)]
 
@@ -126,7 +150,9 @@ class _Encoding:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        return {key: len(split.images) for key, split in self.splits.items()}
+        """How many images each folder of a cache has, and each beside it with their conditions."""
+        counts = {key: len(split.images) for key, split in self.splits.items()}
+        return counts | ({CONDITION + key: n for key, n in counts.items()} if self.density.condition is not None else {})
 
     @property
     def contract(self) -> dict[str, Any]:
@@ -134,13 +160,15 @@ class _Encoding:
         image, sets, buckets = self.density.image, self.sets, self.density.buckets
         if image.crop != "center":
             raise UserError("image.crop 'random' gives an image other latents each time; use center")
-        return {
+        contract: dict[str, Any] = {
             "autoencoder": self.autoencoder.digest,
             "pictures": self.density.train.fingerprint,
             "held_out": sets["held_out"].fingerprint if "held_out" in sets else None,
             "image": {"size": image.size, "channels": image.channels, "flip": image.flip},
             "shape": list(self.autoencoder.latent_shape(buckets.most_frequent)),
-        } | ({"buckets": [list(spec.sides) for spec in buckets.specs]} if image.aspect is not None else {})
+        }
+        contract |= {"buckets": [list(spec.sides) for spec in buckets.specs]} if image.aspect is not None else {}
+        return contract | ({"condition": self.density.condition.contract} if self.density.condition is not None else {})
 
     @property
     def files(self) -> dict[str, Any]:
@@ -156,7 +184,8 @@ class _Encoding:
 
         def load(start: int) -> Tensor:
             part = np.array(indices[start : start + batch], dtype=np.int64)
-            return torch.from_numpy(np.ascontiguousarray(images.batch(part, plain, np.full((len(part), 3), 0.5))))
+            pixels = images.batch(part, plain, np.full((len(part), 3), 0.5), partners=self.density.condition is not None)
+            return torch.from_numpy(np.ascontiguousarray(pixels[..., : plain.channels]))
 
         with ThreadPoolExecutor(max(1, self.workers)) as pool:  # Pillow decodes beside Python
             for start, pixels in zip(starts, pool.map(load, starts), strict=True):
@@ -177,6 +206,33 @@ class _Encoding:
                     )
                 blocks.append(moments.numpy())
                 within(count)
+        return np.concatenate(blocks)
+
+    @torch.no_grad()
+    def encode_conditions(self, split: str, indices: Sequence[int], *, flip: bool = False) -> Moments:
+        """(n, 1 or 2, copies, K, h, w) float32, what a network sees of the condition of each of the images `indices`, but for
+        their normalisation."""
+        condition, (images, plain), blocks = self.density.condition, self.splits[split], list[NDArray[np.float32]]()
+        assert condition is not None
+        copies = condition.copies if isinstance(condition, MaskCondition) else 1
+        device = next(self.autoencoder.network.parameters()).device
+        latent = self.autoencoder.latent_shape(plain)
+        for start in range(0, len(indices), self.batch_size):
+            part = [*indices[start : start + self.batch_size]]
+            padded = np.array([*part, *part[-1:] * (self.batch_size - len(part))], dtype=np.int64)
+            pixels = images.batch(padded, plain, np.full((len(padded), 3), 0.5), partners=True)
+            seen = to_network(torch.from_numpy(np.ascontiguousarray(pixels)), device)
+            sides = []
+            for side in (seen, seen.flip(3)) if flip else (seen,):
+                each = []
+                for copy in range(copies):
+                    numbers = [int(i) * copies + copy for i in padded]
+                    values = split_condition(side, plain.channels, condition, 0, numbers)[1]
+                    assert values is not None
+                    each.append(latent_condition(condition, self.autoencoder.network, values, plain.shape, latent))
+                sides.append(torch.stack(each, dim=1))
+            blocks.append(torch.stack(sides, dim=1)[: len(part)].float().cpu().numpy())
+            within(len(part))
         return np.concatenate(blocks)
 
     def statistics(self, sums: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -213,9 +269,15 @@ def write_sample_cache(
         block = encoding.encode(key, range(min(BLOCK, count)), flip=flip)
         seconds, encoded, sums = seconds + time.monotonic() - began, encoded + len(block), [*sums, sums_of(block)]
         write_sample_blocks(folder, key, count, block)
+        conditions = None
+        if CONDITION + key in encoding.counts:
+            conditions = encoding.encode_conditions(key, range(min(BLOCK, count)), flip=flip)
+            write_sample_blocks(folder, CONDITION + key, count, conditions)
         held_out = key.replace("train", "held_out", 1)
         if held_out in encoding.counts:
             write_sample_blocks(folder, held_out, encoding.counts[held_out], block[:, :1])
+            if conditions is not None:
+                write_sample_blocks(folder, CONDITION + held_out, encoding.counts[held_out], conditions[:, :1])
     manifest = {**encoding.contract, FILES: encoding.files, "counts": encoding.counts}
     write_whole(folder / "manifest.json", json.dumps(manifest | encoding.statistics(sums)).encode())
     return seconds * (sum(encoding.counts.values()) / encoded - 1)
@@ -301,8 +363,12 @@ def latents_of(
     contract, device, splits = encoding.contract, next(autoencoder.network.parameters()).device, encoding.splits
 
     def make(split: str, block: Block) -> None:
+        flip = density.image.flip and split.removeprefix(CONDITION).startswith("train")
+        if split.startswith(CONDITION):
+            write_block(block, encoding.encode_conditions(split.removeprefix(CONDITION), block.items, flip=flip), {})
+            return
         content = splits[split].images.contents(block.items)  # before they are decoded: a file may be overwritten meanwhile
-        moments = encoding.encode(split, block.items, flip=density.image.flip and split.startswith("train"))
+        moments = encoding.encode(split, block.items, flip=flip)
         write_block(block, moments, {**sums_of(moments), CONTENT: content})
 
     def finish(staged: Path) -> dict[str, Any]:
@@ -323,11 +389,16 @@ def latents_of(
     ranks.barrier()
     for latents in sets.values():
         latents.load_to_device()
-    return Latents(autoencoder, facts, *(_join_buckets(name, images, density, sets) for name, images in encoding.sets.items()))
+    joined = [_join_buckets(name, images, density, sets) for name, images in encoding.sets.items()]
+    held_out = joined[1] if len(joined) > 1 else None
+    conditions = list[AnyLatents]()
+    if density.condition is not None:
+        conditions = [_join_buckets(CONDITION + name, images, density, sets) for name, images in encoding.sets.items()]
+    return Latents(autoencoder, facts, joined[0], held_out, density.condition, conditions)
 
 
 def _join_buckets(name: str, images: ImageSet, density: ImageDensity, sets: Mapping[str, LatentSet]) -> AnyLatents:
-    """The latents of all images of a set, whichever bucket they are in."""
+    """The latents of all images of a set, or of their conditions, whichever bucket they are in."""
     buckets = density.buckets_of(images)
     if len(buckets.specs) == 1:
         return sets[name]

@@ -1,19 +1,20 @@
 """Open what was trained: a run directory, a checkpoint, a final folder, or an export."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import UserError, config, quoted, validate
 from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes, sides_of
 from ..data import ImageConfig, ImageSet, SourceEnd
 from ..data.buckets import nearest_buckets
+from ..data.conditions import Condition, ConditionConfig, LowCondition, channel_names
 from ..data.names import join_names, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import ModelConfig, build_model
@@ -23,7 +24,7 @@ from .autoencoder import LatentCodec, kept_autoencoder, latent_bounds
 from .densities import Bound, SourceSampler, Start, open_density
 from .folders import read_weights, refuse, run_name
 
-GAUSSIAN, LABELS = {"source": "gaussian"}, "label_embedding.weight"
+GAUSSIAN, LABELS, INPUT = {"source": "gaussian"}, "label_embedding.weight", "stem.weight"
 
 
 @config
@@ -34,6 +35,11 @@ class _Source:
 @config
 class _Model:
     model: ModelConfig
+
+
+@config
+class _Condition:
+    condition: ConditionConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,16 @@ class Opened(Run):
         """Of an upsampler: the size of the images that it starts from."""
         return self.config.get("low_resolution")
 
+    @property
+    def condition(self) -> Condition | None:
+        """What it draws images from; of an upsampler that was imported, the smaller image."""
+        return read_condition(self.config)
+
+    @property
+    def condition_names(self) -> list[str]:
+        """What each channel of the condition holds that the network sees."""
+        return condition_names(self.config, self.image.channels, self.shape[0] if self.codec is not None else None)
+
     def _source(self, spec: Any, held_out: float) -> Examples:
         images, codec = open_density(spec, held_out, replace(self.image, flip=False, crop="center")).examples(), self.codec
         if codec is None:
@@ -202,14 +218,34 @@ def count_classes(class_conditional: bool | None, class_names: Sequence[str]) ->
     return len(class_names) if class_names and class_conditional is not False else None
 
 
-def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
+def read_condition(run_config: Mapping[str, Any]) -> Condition | None:
+    """The condition of a run's config; the small image of an imported upsampler is one, too."""
+    if run_config.get("low_resolution") is not None:
+        return LowCondition(kind="low", size=run_config["low_resolution"])
+    return validate(_Condition, {"condition": run_config.get("condition")}).condition
+
+
+def condition_names(run_config: Mapping[str, Any], image_channels: int, latent_channels: int | None = None) -> list[str]:
+    """What each channel of the condition holds that the network of a run sees. That of an imported upsampler has no flag."""
+    names = channel_names(read_condition(run_config), image_channels, latent_channels)
+    return names[:-1] if run_config.get("low_resolution") is not None else names
+
+
+def start_from(name: str, class_names: Sequence[str], *networks: Any, condition: Sequence[str] = ()) -> str:
     """Put the EMA weights of the diffusion run `name` into networks of the same architecture; where its classes are others,
-    all but the embedding of the labels. Gives what was done, in words."""
+    all but the embedding of the labels, and where its condition is another, the input's weights of the channels that both
+    have. `condition` are the names of those channels (`channel_names`). Gives what was done, in words."""
     opened = open_run(name, torch.device("cpu"))
     weights, fresh = opened.network.state_dict(), networks[0].state_dict()
     notice = f"starting from the weights of {name} (step {opened.step})"
     number = {normal_form(name): i for i, name in enumerate(opened.class_names)}
     as_they_stand, labels = same_names(opened.class_names, class_names), weights.pop(LABELS, None)
+    before = opened.condition_names if isinstance(opened, Opened) else []
+    if before != list(condition) and INPUT in weights:
+        weights[INPUT] = _exchange_channels(weights[INPUT], opened.shape[0], before, condition)
+        added, lost = (sum(n not in others for n in names) for names, others in ((condition, before), (before, condition)))
+        notice += f"; its input has zeros for {added} new channels of the condition" if added else ""
+        notice += f"; {lost} channels of its condition are left out" if lost else ""
     if LABELS not in fresh:
         notice += "; without its label embedding, since this run learns no classes" if labels is not None else ""
     elif labels is None or not (as_they_stand or sorted(number) == sorted(map(normal_form, class_names))):
@@ -225,6 +261,17 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any) -> str:
         embedding = {LABELS: network.state_dict()[LABELS] if labels is None else labels} if LABELS in fresh else {}
         load_weights(network, weights | embedding, Path(name))
     return notice
+
+
+def _exchange_channels(weight: Tensor, channels: int, before: Sequence[str], now: Sequence[str]) -> Tensor:
+    """The weight (D, inputs, 3, 3) of an input convolution that sees `channels` and the condition, with the channels `now` of
+    the condition in place of those `before`: those of the same name, and 0 for the others. A network that works on patches of
+    p x p has p^2 inputs for each channel, one after the other."""
+    area = weight.shape[1] // (channels + len(before))
+    by_channel = weight.unflatten(1, (channels + len(before), area))  # (D, channels, p^2, 3, 3)
+    known = {name: by_channel[:, channels + i] for i, name in enumerate(before)}
+    others = [known[name] if name in known else torch.zeros_like(by_channel[:, 0]) for name in now]
+    return torch.cat([by_channel[:, :channels], *(other[:, None] for other in others)], dim=1).flatten(1, 2)
 
 
 def open_trained(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Opened:
@@ -252,6 +299,7 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
     refuse(path, reasons)
     spec, class_names = validate(ProcessConfig, config["process"], origin=f"{path}: process"), tuple(data["class_names"])
     num_classes, shape, of_images = count_classes(config["class_conditional"], class_names), (2,), dict[str, Any]()
+    condition = list[str]()
     if config["image"] is not None:
         image = validate(ImageConfig, config["image"], origin=f"{path}: image")
         of_images["buckets"] = buckets = tuple((height, width, count) for height, width, count in data.get("buckets", ()))
@@ -263,6 +311,7 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
                 raise UserError(f"{path}: the autoencoder beside it is another than the one it was trained on")
             of_images["codec"] = LatentCodec(autoencoder.network, facts["mean"], facts["std"])
             of_images["bounds"] = latent_bounds(facts, device)
+        condition = condition_names(config, image.channels, shape[0] if "codec" in of_images else None)
     model = validate(_Model, {"model": config["model"]}, origin=str(path)).model
     if of_images:
         of_images["factor"] = model.factor * (of_images["image"].sides[0] // list(shape)[1])
@@ -272,7 +321,7 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
         num_classes,
         learned=spec.variance == "learned",
         null_class=LABELS not in weights or num_classes is None or len(weights[LABELS]) > num_classes,
-        upsampler=config.get("low_resolution") is not None,
+        condition_channels=len(condition),
     )
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:

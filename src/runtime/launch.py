@@ -257,7 +257,7 @@ def compile_network(network: nn.Module, num_shapes: int, say: Callable[[str], No
     network.compile(dynamic=False if num_shapes > 1 else None)
 
 
-def warm_up_ddp(accelerator: "Accelerator", network: torch.nn.Module, *inputs: torch.Tensor) -> None:
+def warm_up_ddp(accelerator: "Accelerator", network: torch.nn.Module, *inputs: torch.Tensor | None) -> None:
     """Run one forward and backward whose gradients are thrown away. DDP orders its sums anew after its first backward, which
     changes their rounding from three ranks on; so this happens before the first step that counts."""
     if accelerator.num_processes < 3 or accelerator.is_fsdp2:

@@ -18,17 +18,22 @@ from ..config import UserError
 from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
 from ..data.buckets import Buckets
+from ..data.conditions import Condition, flagged, split_condition
 from ..data.latents import BucketLatents, LatentSet
 from ..data.transforms import position_uniforms
 from .order import BucketOrder, Order
 
+CPU = torch.device("cpu")
+
 
 class MicroBatch(NamedTuple):
-    """What a device takes at a time: images (B, H, W, C) uint8, labels (B,), -1 for none, and the position of the first."""
+    """What a device takes at a time: images (B, H, W, C) uint8, labels (B,), -1 for none, and the position of the first; with
+    the condition (B, k, h, w) that they are drawn from, if there is one."""
 
     images: Tensor
     labels: Tensor
     position: int
+    condition: Tensor | None = None
 
 
 class BatchPlan(NamedTuple):
@@ -143,7 +148,7 @@ class _MicroBatches(Dataset[MicroBatch]):
 
     def __getitem__(self, place: tuple[int, int]) -> MicroBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
         indices, order = self.order(*place), self.order
-        pixels = self.images.batch(indices, order.spec_at(place[0]), order.uniforms(*place))
+        pixels = self.images.batch(indices, order.spec_at(place[0]), order.uniforms(*place), partners=True)
         labels = torch.from_numpy(order.labels[indices])
         return MicroBatch(torch.from_numpy(np.ascontiguousarray(pixels)), labels, order.plan.positions(*place).start)
 
@@ -185,13 +190,22 @@ def stream(
             batches._shutdown_workers()  # at the interpreter's end they would be killed, and torch would complain
 
 
-def latent_stream(latents: LatentSet | BucketLatents, order: StepOrder, *, flip: bool, start_step: int) -> Iterator[MicroBatch]:
-    """The stream of a latent cache: `images` are moments (B, 2, D, h, w) on its device. `flip` mirrors half of them."""
+def latent_stream(
+    latents: LatentSet | BucketLatents,
+    order: StepOrder,
+    *,
+    flip: bool,
+    start_step: int,
+    conditions: LatentSet | BucketLatents | None = None,
+) -> Iterator[MicroBatch]:
+    """The stream of a latent cache: `images` are moments (B, 2, D, h, w) on its device, and `condition` the copies
+    (B, n, K, h, w) of the `conditions`. `flip` mirrors half of them."""
     for step, part in order.parts(start_step):
         indices = order(step, part)
         mirrored = order.uniforms(step, part)[:, 2] < (0.5 if flip else 0.0)
-        labels = torch.from_numpy(order.labels[indices])
-        yield MicroBatch(latents.moments(indices, mirrored), labels, order.plan.positions(step, part).start)
+        labels, position = torch.from_numpy(order.labels[indices]), order.plan.positions(step, part).start
+        condition = conditions.moments(indices, mirrored) if conditions is not None else None
+        yield MicroBatch(latents.moments(indices, mirrored), labels, position, condition)
 
 
 def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -202,11 +216,13 @@ def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.
 
 class Examples(NamedTuple):
     """Labels (N,), -1 for none, and `load(indices)`: x0 (B, C, H, W) on any device, always the same for an index. Where not all
-    have one shape, `groups` has the indices of those of each shape (C, H, W), and what is loaded together is of one."""
+    have one shape, `groups` has the indices of those of each shape (C, H, W), and what is loaded together is of one. Where they
+    are drawn from a condition, `condition(indices)` is what a network is told of it, (B, k, h, w)."""
 
     labels: NDArray[np.int64]
     load: Callable[[NDArray[np.int64]], Tensor]
     groups: Mapping[tuple[int, ...], NDArray[np.int64]] = MappingProxyType({})
+    condition: Callable[[NDArray[np.int64]], Tensor] | None = None
 
     def split(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """These indices by shape."""
@@ -218,13 +234,20 @@ class Examples(NamedTuple):
         return [part[start : start + size] for part in self.split(indices) for start in range(0, len(part), size)]
 
 
-def image_examples(images: ImageSet, buckets: Buckets) -> Examples:
-    """Images cut from the middle, in [-1, 1]; `buckets` are theirs."""
-    specs = [spec.plain for spec in buckets.specs]
+def image_examples(images: ImageSet, buckets: Buckets, condition: Condition | None = None) -> Examples:
+    """Images cut from the middle, in [-1, 1], and what they are drawn from; `buckets` are theirs."""
+    specs, channels = [spec.plain for spec in buckets.specs], buckets.specs[0].channels
     images.prepare(buckets.most_frequent.plain)
 
-    def load(indices: NDArray[np.int64]) -> Tensor:
-        pixels = images.batch(indices, specs[buckets.which[indices[0]]], np.full((len(indices), 3), 0.5))
-        return to_network(torch.from_numpy(pixels), torch.device("cpu"))
+    def load_both(indices: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+        spec, middle = specs[buckets.which[indices[0]]], np.full((len(indices), 3), 0.5)
+        pixels = images.batch(indices, spec, middle, partners=condition is not None)
+        return split_condition(to_network(torch.from_numpy(pixels), CPU), channels, condition, 0, indices.tolist())
 
-    return Examples(images.labels, load, buckets.groups([spec.shape for spec in specs]))
+    def load_condition(indices: NDArray[np.int64]) -> Tensor:
+        values = load_both(indices)[1]
+        assert condition is not None and values is not None
+        return flagged(values, condition)
+
+    groups = buckets.groups([spec.shape for spec in specs])
+    return Examples(images.labels, lambda indices: load_both(indices)[0], groups, load_condition if condition else None)

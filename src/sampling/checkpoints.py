@@ -58,6 +58,8 @@ Drawing = tuple[Opened, Sampler, list[int] | None, Sequence[str]]  # a run, the 
 
 def _open(file: str, args: argparse.Namespace, device: torch.device) -> Drawing:
     run, count = open_trained(file, device), args.num_samples
+    if run.condition is not None and run.low_resolution is None:
+        raise UserError(f"this run draws from images: python sample.py {quoted(file)} --condition FOLDER")
     if run.low_resolution is not None:
         raise UserError(f"an upsampler draws from other images: python sample.py {quoted(file)} --low IMAGES")
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None

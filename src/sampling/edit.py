@@ -60,13 +60,13 @@ def load_edit(opened: Opened, image: str, mask: str | None, *, start_at: int, re
     (x0,) = encode_images(opened, [image])
     if mask is None:
         return Edit(x0, start_at)
-    shown, white = _open(image, opened.image.channels), _open(mask, 1)
+    shown, white = open_file(image, opened.image.channels), open_file(mask, 1)
     if white.size != shown.size:
         raise UserError(
             f"the mask {mask} has {white.width} x {white.height} px and {image} {shown.width} x {shown.height}; give one of "
             "the same size, white where the image is drawn anew"
         )
-    cut = torch.from_numpy(_open_cropped(mask, opened.image.size, 1))
+    cut = torch.from_numpy(open_cropped(mask, opened.image.size, 1))
     white_cells = F.adaptive_max_pool2d((cut[:, :, 0] > 127).float()[None], opened.shape[1:])  # whatever the mask touches
     return Edit(x0, start_at, white_cells.to(x0.device), resamplings)
 
@@ -78,7 +78,7 @@ def at_size(opened: Opened, size: str | None, files: Sequence[str | Path] = ()) 
         return opened.at_size(parse_size(size))
     if not files or not opened.buckets:
         return opened
-    return opened.at_nearest(*_open(str(files[0]), opened.image.channels).size)
+    return opened.at_nearest(*open_file(files[0], opened.image.channels).size)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def encode_images(opened: Opened, files: Sequence[str | Path]) -> Tensor:
     cannot be read."""
     encoded = []
     for i, file in enumerate(files):  # one by one: encoding a whole folder at once needs too much memory
-        pixels = _open_cropped(file, opened.image.size, opened.image.channels)
+        pixels = open_cropped(file, opened.image.size, opened.image.channels)
         x0 = to_network(torch.from_numpy(pixels)[None], next(opened.network.parameters()).device)
         encoded.append(opened.codec.encode(x0, [i]) if opened.codec is not None else x0)
     return torch.cat(encoded)
@@ -129,15 +129,17 @@ def fingerprint(files: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
-def _open(path: str, channels: int) -> "Image.Image":
+def open_file(path: str | Path, channels: int) -> "Image.Image":
+    """The image of a file; a UserError where it cannot be read."""
     try:
         return decode(Path(path), channels=channels)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: not an image that can be read ({error})") from None
 
 
-def _open_cropped(path: str | Path, size: int | Sides, channels: Literal[1, 3]) -> NDArray[np.uint8]:
-    return np.array(crop(_open(str(path), channels), ImageConfig(size=size, channels=channels), np.full(3, 0.5)))
+def open_cropped(path: str | Path, size: int | Sides, channels: Literal[1, 3]) -> NDArray[np.uint8]:
+    """The image of a file, cut in the middle and resized: (H, W, C)."""
+    return np.array(crop(open_file(str(path), channels), ImageConfig(size=size, channels=channels), np.full(3, 0.5)))
 
 
 def load_low(opened: Opened, source: str) -> tuple[Tensor, list[int] | None]:
@@ -162,5 +164,5 @@ def load_low(opened: Opened, source: str) -> tuple[Tensor, list[int] | None]:
             if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= known:
                 raise UserError(f"{path}: arr_1 is no list of {len(pixels)} labels from 0 to {known - 1}")
     else:
-        pixels, labels = np.stack([_open_cropped(file, size, channels) for file in files_of(source)]), None
+        pixels, labels = np.stack([open_cropped(file, size, channels) for file in files_of(source)]), None
     return to_network(torch.from_numpy(pixels), torch.device("cpu")), labels.tolist() if labels is not None else None

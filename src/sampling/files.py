@@ -19,6 +19,7 @@ from ..runs.opened import Opened
 from ..runtime.failures import explain_failure, warn_on_failure
 from ..storage.blocks import Ranks, is_of_request, wait_for
 from ..storage.files import as_json, write_whole
+from .conditions import Conditioned, save_side_by_side
 from .edit import Edit
 from .sampler import Sampler, describe
 
@@ -156,7 +157,8 @@ def write_samples(
     ranks: Ranks,
     class_names: Sequence[str] = (),
     edit: Edit | None = None,
-    low: Tensor | None = None,
+    condition: Tensor | None = None,
+    conditioned: Conditioned | None = None,
     upscale: Callable[[Tensor], Tensor] | None = None,
     npz: bool = False,
     request: dict[str, Any] | None = None,
@@ -164,8 +166,9 @@ def write_samples(
     """Draw `count` images into `out`: PNGs, metadata.json, grid.png, and with `frames` the denoising GIF. Gives their paths.
 
     With `upscale` the images are written a second time, larger, into `out`/upscaled; with `npz` all of them into one file
-    that guided-diffusion's evaluator reads. `request` is what else they depend on. Files that are there already stay; a folder
-    with other images is a UserError.
+    that guided-diffusion's evaluator reads. What is drawn from the `condition` (count, k, h, w) is also shown beside what it is
+    made of, `conditioned`, each of which stands for as many images in a row, in side_by_side.png. `request` is what else they
+    depend on. Files that are there already stay; a folder with other images is a UserError.
     """
     class_names = class_names or opened.class_names
     names = [class_names[label] for label in labels] if labels is not None else None
@@ -193,7 +196,8 @@ def write_samples(
         if callback is None and all(path.exists() for path in (*paths[part], *large[part])):
             continue
         classes = labels[part] if labels is not None else None
-        options = {"callback": callback, "batch_size": batch_size, "edit": edit, "low": low[part] if low is not None else None}
+        options = {"callback": callback, "batch_size": batch_size, "edit": edit}
+        options["condition"] = condition[part] if condition is not None else None
         x = sampler.draw(seed, batch, classes, device=device, **options)
         if upscale is not None:
             save_missing(figures.to_uint8(upscale(x)), large[part])
@@ -211,6 +215,12 @@ def write_samples(
             blocks = len(set(names)) if names is not None and names == sorted(names, key=names.index) else 1
             options = {"columns": columns_for(len(few), blocks), "labels": names[: len(few)] if names is not None else None}
             figures.save(figures.grid(read_pixels(few, (*sides, -1)), **options), out / "grid.png")
+        if conditioned is not None:
+            each = count // len(conditioned.values)
+            rows = [paths[i * each : i * each + min(each, 8)] for i in range(min(16, count // each))]
+            shown = [read_pixels(row, (*opened.image.sides, -1)) for row in rows]
+            with warn_on_failure("side_by_side.png"):
+                save_side_by_side(conditioned, shown, out / "side_by_side.png")
         if sampler.source is not None:
             with warn_on_failure("ways.png"):
                 _draw_ways(sampler, seed, paths[:32], out / "ways.png")

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import UserError, dump
 from ..config.sizes import describe_size, is_divisible
+from ..data.conditions import Condition
 from ..data.names import join_names, same_names
 from ..diffusion import (
     SOLVERS,
@@ -32,6 +34,7 @@ from ..runs.classifier import OpenedClassifier
 from ..runs.densities import Bound, SourceSampler, Start
 from ..runs.opened import Opened, Run
 from ..runtime.seeds import noise_of
+from ..runtime.stream import Examples
 from ..storage.finite import is_finite
 from .config import SamplerConfig
 from .edit import Edit
@@ -45,6 +48,9 @@ class Sampler:
     tensors (C, 1, 1). `num_classes` is None for an unconditional network, `guidable` says whether the network learned to go
     without a class. `shapes` says how many images of each shape the run was trained on, where they are several. A UserError
     says what does not fit together, and, where `origin` names the network (its run and step), that the samples are not finite.
+    A network that draws from a `condition` is given one for each image, in previews those of the examples `conditioned`;
+    `condition_guidance` is the scale of its guidance (1 is none), for which the network must have learned to go without
+    (`condition_guidable`).
     """
 
     def __init__(
@@ -62,6 +68,10 @@ class Sampler:
         source: Start | None = None,
         origin: str | None = None,
         shapes: Mapping[tuple[int, ...], int] | None = None,
+        condition: Condition | None = None,
+        conditioned: Examples | None = None,
+        condition_guidance: float = 1.0,
+        condition_guidable: bool = False,
     ) -> None:
         by_classifier = spec.guided and spec.guidance_method == "classifier"
         self._is_classifier_free = spec.guided and not by_classifier
@@ -75,6 +85,15 @@ class Sampler:
             raise UserError(
                 "guidance by a classifier needs one: sample.py takes --classifier RUN, a run of train_classifier.py"
             )
+        if condition_guidance != 1 and not condition_guidable:
+            raise UserError(
+                "guidance by the condition needs a network that was trained with a condition and condition_dropout above 0; "
+                "leave --condition-guidance out"
+            )
+        if condition_guidance != 1 and by_classifier:
+            raise UserError("guidance by a classifier and by the condition do not go together; leave one of them out")
+        self.condition, self.conditioned = condition, conditioned
+        self.condition_guidance, self._guidable = condition_guidance, guidable and num_classes is not None
         if spec.threshold is not None and codec is not None:
             raise UserError("dynamic thresholding is for pixels: latents have no bounds at -1 and 1; leave threshold out")
         self.network, self.process, self.spec, self.solver = network, process, spec, SOLVERS[spec.solver]
@@ -129,7 +148,14 @@ class Sampler:
         last = each if self.process.schedule.network_at_clean else 1
         counts = [(i, times * (each if i < self.steps - 1 else last)) for part in (once, twice) for i in part]
         counts += [(spec.stop_at, 1)] if spec.stop_at is not None else []
-        return sum(count * (2 if self._is_classifier_free and self.guides(self.times[i]) else 1) for i, count in counts)
+        return sum(count * (self._guided_calls if self.guides(self.times[i]) else 1) for i, count in counts)
+
+    @property
+    def _guided_calls(self) -> int:
+        """Network calls for one guided estimate."""
+        by_class, by_condition = self._is_classifier_free, self.condition_guidance != 1
+        both = by_condition and self._guidable and self.condition_guidance != self.spec.guidance
+        return 3 if both else 2 if by_class or by_condition else 1
 
     def guides(self, t: Tensor) -> bool:
         """Whether there is guidance at the level of `t`."""
@@ -144,14 +170,16 @@ class Sampler:
         logits = guidance.on_schedule(self.classifier.logits, self.classifier.schedule, self.process.schedule)
         return guidance.classifier_gradient(logits, labels, self.spec.guidance)
 
-    def denoiser(self, labels: Tensor | None, gradient: guidance.Gradient | None = None, low: Tensor | None = None) -> Denoiser:
+    def denoiser(
+        self, labels: Tensor | None, gradient: guidance.Gradient | None = None, condition: Tensor | None = None
+    ) -> Denoiser:
         """The network with guidance, then clipping. A classifier shifts the eps of the clipped estimate, as in
         guided-diffusion, and the result is clipped once more: in almost pure noise, where sigma^2 / alpha is large, the shift
         would throw x0 far out."""
         schedule, spec = self.process.schedule, self.spec
-        condition = {} if self.num_classes is None or labels is None else {"labels": labels}
-        condition |= {"low": low} if low is not None else {}
-        plain = self.process.denoiser(self.network, **condition)
+        inputs = {} if self.num_classes is None or labels is None else {"labels": labels}
+        inputs |= {"condition": condition} if condition is not None else {}
+        plain = self.process.denoiser(self.network, **inputs)
 
         def bounded(denoiser: Denoiser) -> Denoiser:
             if spec.threshold is not None:
@@ -161,13 +189,23 @@ class Sampler:
         guided = outside = bounded(plain)
         if gradient is not None and not self.solver.takes("mean_shift"):
             guided = bounded(guidance.classifier_guided(outside, gradient, schedule))
-        elif gradient is None and spec.guided and labels is not None:
-            no_class = torch.full((len(labels),), self.num_classes or 0, device=labels.device)
-            null = {**condition, "labels": no_class}
-            guided = bounded(guidance.classifier_free(plain, self.process.denoiser(self.network, **null), spec.guidance))
+        elif gradient is None and ((spec.guided and labels is not None) or self.condition_guidance != 1):
+            guided = bounded(self._guided(plain, inputs))
         if spec.guidance_interval is not None and guided is not outside:
             return guidance.within(spec.guidance_interval, guided, outside, schedule)
         return guided
+
+    def _guided(self, plain: Denoiser, inputs: dict[str, Tensor]) -> Denoiser:
+        """The network with `inputs` (labels, condition), `plain`, guided by both of them."""
+        without_class, by_class = None, self.spec.guidance if self.spec.guided else 1.0
+        if "labels" in inputs and (self.spec.guided or self._guidable):
+            labels = inputs["labels"]
+            inputs = {**inputs, "labels": torch.full((len(labels),), self.num_classes or 0, device=labels.device)}
+            without_class = self.process.denoiser(self.network, **inputs)
+        if "condition" not in inputs or self.condition_guidance == 1:
+            return guidance.classifier_free(plain, without_class or plain, by_class)
+        neither = self.process.denoiser(self.network, **{**inputs, "condition": torch.zeros_like(inputs["condition"])})
+        return guidance.two_scales(plain, without_class, neither, self.condition_guidance, by_class)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -182,6 +220,14 @@ class Sampler:
             )
         return images
 
+    def show_condition(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the network is told (B, k, h, w) as images of this shape, (C, H, W): (B, C, H, W)."""
+        assert self.condition is not None
+        if self.codec is not None and self.condition.is_encoded:
+            return self.decode(values[:, : self.shape[0]])
+        channels = shape[0] if self.condition.count_channels(shape[0]) >= shape[0] else 1
+        return F.interpolate(values[:, :channels].float(), tuple(shape[1:]), mode="nearest").expand(-1, shape[0], -1, -1)
+
     @torch.no_grad()
     def draw(
         self,
@@ -193,10 +239,10 @@ class Sampler:
         callback: Callback | None = None,
         batch_size: int | None = None,
         edit: Edit | None = None,
-        low: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The images `indices` of `seed`, (len(indices), C, H, W) in about [-1, 1], on the device. A callback sees what the
-        network sees. An upsampler is given the smaller images, `low` (len(indices), C, h, w).
+        network sees. A network that draws from a `condition` (len(indices), k, h, w) is given it.
 
         The network runs at `batch_size` (the last image fills the batch up), so no image depends on how many are asked for.
         """
@@ -206,9 +252,9 @@ class Sampler:
             chosen = list(labels) if labels is not None else [self.num_classes or 0] * len(indices)
             classes = torch.tensor([*chosen, *[chosen[-1]] * missing], device=device)
         x = self.start(seed, padded).to(device, self.dtype)
-        if low is not None:
-            low = torch.cat([low, low[-1:].expand(missing, -1, -1, -1)]).to(x)
-        x = self.move(x, classes, seed=seed, indices=padded, callback=callback, edit=edit, low=low)
+        if condition is not None:
+            condition = torch.cat([condition, condition[-1:].expand(missing, -1, -1, -1)]).to(x)
+        x = self.move(x, classes, seed=seed, indices=padded, callback=callback, edit=edit, condition=condition)
         return self.decode(x)[: len(indices)]
 
     @torch.no_grad()
@@ -221,11 +267,11 @@ class Sampler:
         indices: Sequence[int] = (),
         callback: Callback | None = None,
         edit: Edit | None = None,
-        low: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """From the source to the data, both (B, *shape) as the network sees them. Labels are (B,), or (B, classes and null
         class) weights that blend them. The noise of each step is that of the images `indices` of `seed`."""
-        trajectory = Trajectory(self, labels, seed, indices or range(len(x)), callback, edit, low)
+        trajectory = Trajectory(self, labels, seed, indices or range(len(x)), callback, edit, condition)
         spec, first = self.spec, edit.start_at if edit is not None else 0
         if edit is not None and first:
             x = self.process.add_noise(edit.x0.to(x).expand_as(x), x, self.times[first])
@@ -289,11 +335,11 @@ class Trajectory:
         indices: Sequence[int],
         callback: Callback | None = None,
         edit: Edit | None = None,
-        low: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> None:
         self.sampler, self.seed, self.indices, self.callback, self.edit = sampler, seed, indices, callback, edit
         self.gradient = sampler.gradient(labels)
-        self.denoiser = sampler.denoiser(labels, self.gradient, low)
+        self.denoiser = sampler.denoiser(labels, self.gradient, condition)
         self.sweep, self.finite = 0, list[tuple[int, Tensor]]()
 
     def noise(self, step: int, x: Tensor) -> Tensor:
@@ -361,7 +407,12 @@ class Trajectory:
 
 
 def build_sampler(
-    run: Run, spec: SamplerConfig, classifier: OpenedClassifier | None = None, *, source: Start | None = None
+    run: Run,
+    spec: SamplerConfig,
+    classifier: OpenedClassifier | None = None,
+    *,
+    source: Start | None = None,
+    condition_guidance: float = 1.0,
 ) -> Sampler:
     """The sampler of an opened run. It starts from `source`, or else where the run itself starts. A UserError says why the
     `classifier`, of other images or classes, does not fit the run."""
@@ -386,7 +437,9 @@ def build_sampler(
     if isinstance(run, Opened):  # not 2-D points
         bounds = run.bounds if run.config["process"]["clip"] else None
         options |= {"clip_x0": bounds, "codec": run.codec, "classifier": classifier, "shapes": run.shapes}
-    options["guidable"] = run.config["label_dropout"] > 0
+        options["condition"] = run.condition
+    options |= {"guidable": run.config["label_dropout"] > 0, "condition_guidance": condition_guidance}
+    options["condition_guidable"] = run.config.get("condition_dropout", 0.0) > 0
     return Sampler(run.network, run.process, spec, shape=run.shape, num_classes=run.num_classes, **options)
 
 
@@ -399,4 +452,5 @@ def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[i
 
 def describe(sampler: Sampler, seed: int, edit: Edit | None = None) -> dict[str, Any]:
     """What is needed to draw the same images again, besides the weights."""
-    return {**dump(sampler.spec), "seed": seed, "network_calls": sampler.calls(edit)}
+    by_condition = {"condition_guidance": sampler.condition_guidance} if sampler.condition_guidance != 1 else {}
+    return {**dump(sampler.spec), **by_condition, "seed": seed, "network_calls": sampler.calls(edit)}

@@ -1,5 +1,6 @@
 """What the configs of the training scripts have in common; each script's own config extends it."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -7,6 +8,7 @@ from pydantic import Discriminator, Tag
 
 from ..config import Length, config, config_error, kind_of, resumable_field
 from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
+from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition, channel_names
 from ..diffusion import SOLVERS, ProcessConfig, TimeShift
 from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.autoencoder import ReconstructConfig
@@ -122,12 +124,52 @@ class StepsConfig(TrainConfig):
 @config
 class DiffusionConfig(StepsConfig):
     """The keys of the three diffusion scripts. Without `class_conditional` the data decides, and previews are guided where it
-    has classes; `label_dropout` is how often a label is left out."""
+    has classes; `label_dropout` is how often a label is left out. With a `condition` each image is drawn from another image,
+    and `condition_dropout` is how often that is left out."""
 
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
+    condition: ConditionConfig | None = None
+    condition_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     process: ProcessConfig
     model: ModelConfig
+
+    def condition_names(self, shape: Sequence[int]) -> list[str]:
+        """What each channel of the condition holds that the network sees, which sees images or latents of this shape."""
+        latent_channels = shape[0] if getattr(self, "autoencoder", None) is not None else None
+        return channel_names(self.condition, self.image.channels if self.image is not None else 0, latent_channels)
+
+    @pydantic.model_validator(mode="after")
+    def _conditioned(self) -> "DiffusionConfig":
+        condition, image, is_latent = self.condition, self.image, getattr(self, "autoencoder", None) is not None
+        if condition is None:
+            if self.condition_dropout:
+                raise config_error("condition_dropout: there is no condition to leave out; set condition, or leave it out")
+            return self
+        if image is None:
+            raise config_error("condition: 2-D points are drawn from no image; leave it out")
+        shortest = min(image.sides) if image.aspect is None else int(min(image.sides) * (0.75 / image.aspect.max_ratio) ** 0.5)
+        is_one_sheet = not isinstance(self.preview, PreviewConfig) or self.preview.sheets == "one"
+        problems = {
+            "kind: grey images have no colours to add; give image.channels 3, or another kind": isinstance(
+                condition, GreyCondition
+            )
+            and image.channels == 1,
+            f"size: it must be less than the shorter side of the images, {shortest}": isinstance(condition, LowCondition)
+            and condition.size >= shortest,
+            "as: a run on pixels has no latents; leave it out": condition.space is not None and not is_latent,
+            "copies: a run on pixels draws a new mask each time; leave it out": isinstance(condition, MaskCondition)
+            and condition.copies != MaskCondition(kind="mask").copies
+            and not is_latent,
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise config_error(f"condition.{problem}")
+        if self.quality is not None:
+            raise config_error("preview.quality: it draws images from noise alone; leave it out where there is a condition")
+        if not is_one_sheet:
+            raise config_error("preview.sheets: images with a condition are shown on one sheet; leave it out")
+        return self
 
     @property
     def uses_classes(self) -> bool:
@@ -178,3 +220,9 @@ class BlendConfig(LatentConfig):
 
     source: SourceEnd = GaussianSource(source="gaussian")
     pairs: Pairs = None
+
+    @pydantic.model_validator(mode="after")
+    def _paired(self) -> "BlendConfig":
+        if self.pairs is not None and self.condition is not None:
+            raise config_error("condition: pairs of an earlier run have no condition; leave one of both out")
+        return self

@@ -12,7 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..config import UserError, quoted
-from ..data import ImageConfig, ImageSet, PointSet, open_data, open_given
+from ..data import ImageConfig, ImageSet, PointSet, open_given
+from ..data.conditions import Condition
+from ..data.pairs import open_pairs, refuse_pairs
 from ..models import build_model
 from ..runtime.processes import same_on_all
 from ..runtime.sharding import build_device
@@ -37,10 +39,13 @@ class Given:
         """What travels with the weights: no config builds the caller's network."""
         return {"network": "python"} if self.network is not None else {}
 
-    def open_data(self, data: Any, held_out: Any, image: ImageConfig) -> tuple[ImageSet, ImageSet | None]:
+    def open_data(
+        self, data: Any, held_out: Any, image: ImageConfig, condition: Condition | None
+    ) -> tuple[ImageSet, ImageSet | None]:
         """The images to train on and those held out: of the config's data, or of the caller's."""
         if self.dataset is None:
-            return open_data(data, held_out)
+            return open_pairs(data, held_out, condition)
+        refuse_pairs(condition)
         train_set, held_out_set = open_given(self.dataset, held_out, image)
         same_on_all(train_set.fingerprint)
         return train_set, held_out_set
@@ -58,12 +63,14 @@ class Given:
         dropped, or one of them has none.
 
         The caller's is called as network(x, time) or, where there are classes, network(x, time, labels=...), and the label
-        num_classes is no class; x is (B, *shape), and what it gives is as large, with twice the channels where a variance is
-        learned. A UserError says what is not like that.
+        num_classes is no class; with `condition=...` where the config has a condition; x is (B, *shape), and what it gives is
+        as large, with twice the channels where a variance is learned. A UserError says what is not like that.
         """
+        condition_channels = len(cfg.condition_names(shape))
         place, dtype, learned = build_device(accelerator), getattr(torch, cfg.dtype), cfg.process.variance == "learned"
         if self.network is None:
-            return build_model(cfg.model, shape, num_classes, learned=learned).to(place, dtype)
+            options = {"learned": learned, "condition_channels": condition_channels}
+            return build_model(cfg.model, shape, num_classes, **options).to(place, dtype)
         _refuse_odd(self.network, accelerator)
         network = self.network.to(place, dtype)
         if accelerator.num_processes > 1:
@@ -76,6 +83,8 @@ class Given:
         if num_classes is not None:
             null_class = cfg.label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
             condition["labels"] = torch.tensor([0, num_classes if null_class else num_classes - 1], device=place)
+        if condition_channels:
+            condition["condition"] = x.new_zeros(2, condition_channels, *shape[1:])
         _try(network, x, condition, (2, shape[0] * (2 if learned else 1), *shape[1:]))
         return network
 
@@ -118,14 +127,17 @@ def _refuse_odd(network: Any, accelerator: "Accelerator") -> None:
 def _try(network: nn.Module, x: torch.Tensor, condition: dict[str, torch.Tensor], wanted: tuple[int, ...]) -> None:
     """Call it once: a UserError where that fails, or gives something that is not of the `wanted` shape."""
     before, time = x.clone(), torch.full((2,), 0.5, device=x.device)
-    words = f"network(x {tuple(x.shape)}, time (2,){', labels=' + str(condition['labels'].tolist()) if condition else ''})"
+    labels = f", labels={condition['labels'].tolist()}" if "labels" in condition else ""
+    beside = f", condition {tuple(condition['condition'].shape)}" if "condition" in condition else ""
+    words = f"network(x {tuple(x.shape)}, time (2,){labels}{beside})"
     training = network.training
     try:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             output = network.eval()(x, time, **condition)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        hint = "; without classes: class_conditional false" if condition else ""
+        hint = "; without classes: class_conditional false" if labels else ""
+        hint += "; without a condition: condition null" if beside else ""
         raise UserError(f"the network fails at {words}: {type(error).__name__}: {reason}{hint}") from None
     finally:
         network.train(training)

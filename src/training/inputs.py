@@ -20,6 +20,7 @@ from ..config import UserError, dump, prefix_errors, read_json
 from ..config.progress import within
 from ..data import GaussianSource, ImageConfig, ImageSet
 from ..data.buckets import Buckets
+from ..data.conditions import Condition, split_condition
 from ..data.latents import FILES, open_blocks
 from ..data.names import same_names
 from ..data.transforms import DECODER
@@ -53,20 +54,28 @@ def stream_of(
 ) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches from `start_step` on, as the network sees them (B, *shape), without end."""
     train: Any = density.train
-    dtype, batch_plan = getattr(torch, cfg.dtype), order.plan
+    dtype, batch_plan, mask_seed = getattr(torch, cfg.dtype), order.plan, torch_seed(cfg.seed, "masks")
     if isinstance(density, LatentDensity):
         latents = density.latents
-        batches = latent_stream(latents.train, order, flip=density.image.flip, start_step=start_step)
+        options = {"flip": density.image.flip, "start_step": start_step, "conditions": latents.train_conditions}
+        batches = latent_stream(latents.train, order, **options)
         for step in itertools.count(start_step):
             shape = batch_plan.batch, *density.shape_at(order, step)
             noise = normal(shape, cfg.seed, "posterior", step, device=device, dtype=dtype)  # of the whole batch
             for part in range(batch_plan.accumulation):
-                micro_batch = next(batches)
-                yield micro_batch._replace(images=latents.draw(micro_batch.images, noise[batch_plan.of_step(part)]))
+                micro_batch, condition = next(batches), None
+                if micro_batch.condition is not None:
+                    uniforms = order.uniforms(step, part)[:, 0]  # no image of a cache is cut at random
+                    condition = latents.draw_condition(micro_batch.condition.to(device, dtype), uniforms)
+                images = latents.draw(micro_batch.images, noise[batch_plan.of_step(part)])
+                yield micro_batch._replace(images=images, condition=condition)
     elif isinstance(density, ImageDensity):
         with closing(stream(train, order, start_step=start_step, workers=cfg.workers, device=device)) as batches:
             for micro_batch in batches:
-                yield micro_batch._replace(images=to_network(micro_batch.images, device, dtype))
+                numbers = range(micro_batch.position, micro_batch.position + len(micro_batch.labels))
+                pixels, channels = to_network(micro_batch.images, device, dtype), density.image.channels
+                images, condition = split_condition(pixels, channels, density.condition, mask_seed, numbers)
+                yield micro_batch._replace(images=images, condition=condition)
     else:
         points = torch.from_numpy(train.points).to(device, dtype)
         for step, part in order.parts(start_step):
@@ -124,6 +133,8 @@ class Coupling:
         where that is not Gaussian noise."""
         options: dict[str, Any] = {"clip_x0": (-1.0, 1.0) if cfg.process.clip else None, "guidable": cfg.label_dropout > 0}
         options["shapes"] = dict(zip(self.data.shapes, self.data.buckets.counts, strict=False)) or None
+        if cfg.condition is not None:
+            options |= {"condition": cfg.condition, "conditioned": self.data.examples()}
         if self.source is not None:
             options["source"] = self.source.source_sampler()
         if isinstance(self.data, LatentDensity):
@@ -172,15 +183,32 @@ class Coupling:
                     yield micro_batch, source.images
 
 
+def blank_inputs(
+    shape: Sequence[int], condition_channels: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """What a network is called with once before training: x, time and, where it draws from a condition, no labels and an empty
+    condition."""
+    x, time = torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device)
+    return (x, time, None, x.new_zeros(1, condition_channels, *shape[1:])) if condition_channels else (x, time)
+
+
 def open_coupling(
-    data: Any, source: Any, held_out: Any, image: ImageConfig | None, dataset: Any = None, *, factor: int = 1
+    data: Any,
+    source: Any,
+    held_out: Any,
+    image: ImageConfig | None,
+    dataset: Any = None,
+    *,
+    factor: int = 1,
+    condition: Condition | None = None,
 ) -> Coupling:
     """What a config names: images or points at both ends, or Gaussian noise as the source. A held-out share is held out
-    of both. A `dataset` that was handed in from Python takes the place of `data`. The networks reduce images by `factor`."""
+    of both. A `dataset` that was handed in from Python takes the place of `data`. The networks reduce images by `factor`, and
+    may draw them from a `condition`."""
     if dataset is None:
-        density = open_density(data, held_out, image, factor=factor)
+        density = open_density(data, held_out, image, factor=factor, condition=condition)
     else:
-        density = given_density(dataset, held_out, image, factor)
+        density = given_density(dataset, held_out, image, factor, condition)
     if isinstance(source, GaussianSource):
         return Coupling(density)
     with prefix_errors("source"):
@@ -225,6 +253,8 @@ class PairMaker:
         self.count = spec.count if source is None else min(spec.count, len(source.train))
         if num_classes is None:
             run.no_class()
+        if run.config.get("condition") is not None:
+            raise UserError(f"pairs.run {spec.run} draws from images; name a run that draws from noise or its source alone")
         settings = {key: value for key, value in dump(spec).items() if key != "run"}
         self.contract = {"weights": run.digest, "shape": list(coupling.shape), **settings}
         self.name = hashlib.sha256(json.dumps(self.contract).encode()).hexdigest()[:8]

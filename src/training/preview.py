@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import figures
@@ -47,6 +48,9 @@ def preview(
     """
     session.clock.enter("a preview")
     stem = session.run.samples / f"step_{session.step:08d}"
+    if sampler.conditioned is not None:
+        _preview_conditioned(sampler, sampler.conditioned, spec, session, stem.with_name(f"{stem.name}.png"))
+        return held_out_loss(sampler, held_out, session.batch_plan.micro, session.accelerator) if held_out is not None else {}
     count, of_one = spec.num_samples, sampler.num_classes is None or spec.sheets == "one"
     columns = max(1, min(16, round(math.sqrt(count))))
     sheets = [(stem.with_name(f"{stem.name}.png"), None)]
@@ -85,6 +89,53 @@ def _draw_shapes(
     return parts
 
 
+def _preview_conditioned(sampler: Sampler, examples: Examples, spec: PreviewConfig, session: Session, path: Path) -> None:
+    """Draw from the conditions of the examples, and save each condition, what is drawn from it and the example side by side."""
+    sheets, device = list[Any](), session.accelerator.device
+    chosen = np.linspace(0, len(examples.labels) - 1, min(spec.num_samples, len(examples.labels))).astype(np.int64)
+    for indices in examples.split(chosen):
+        outputs = _draw_on_all(session, len(indices), spec.batch_size, partial(_triples, sampler, examples, indices, device))
+        if outputs is None:
+            return
+        warn_not_finite(outputs[1], session)
+        rows = torch.stack(outputs, dim=1).flatten(0, 1)  # (3 n, C, H, W)
+        sheets.append((rows, 3 * max(1, round(math.sqrt(len(indices) / 3)))))
+    with looked_at(session):
+        if session.accelerator.is_main_process:
+            title = "condition, sample and truth, side by side"
+            grids = [figures.grid(figures.to_uint8(rows), columns=columns, title=title) for rows, columns in sheets]
+            figures.save(figures.in_a_column(grids), path)
+
+
+def _triples(
+    sampler: Sampler, examples: Examples, indices: NDArray[np.int64], device: torch.device, part: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The conditions of these examples as images, what is drawn from them, and the examples themselves."""
+    chosen = indices[part]
+    x0, values, labels = examples.load(chosen), _condition(examples, chosen), _labels_of(sampler, examples, chosen)
+    at_shape = sampler.at_shape(x0.shape[1:])
+    drawn = at_shape.draw(0, chosen.tolist(), labels, device=device, condition=values)
+    truth = at_shape.decode(x0.to(device, sampler.dtype))
+    return at_shape.show_condition(values.to(device, sampler.dtype), truth.shape[1:]), drawn, truth
+
+
+def _labels_of(sampler: Sampler, examples: Examples, indices: NDArray[np.int64]) -> list[int] | None:
+    """The labels of examples, that of no class where they have none; None where the network has no classes."""
+    if sampler.num_classes is None:
+        return None
+    return [label if label >= 0 else sampler.num_classes for label in examples.labels[indices].tolist()]
+
+
+def _of_shape(examples: Examples, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """The indices of the examples that are of this shape."""
+    return examples.groups[shape] if examples.groups else np.arange(len(examples.labels))
+
+
+def _condition(examples: Examples, indices: NDArray[np.int64]) -> Tensor:
+    assert examples.condition is not None
+    return examples.condition(indices)
+
+
 def preview_paths(
     sampler_for: Callable[[SamplerConfig], Sampler],
     spec: PathPreviewConfig,
@@ -102,7 +153,7 @@ def preview_paths(
         if columns_and_bends is None:
             sheets, bends = [], []  # straightness is of all shapes, or not known
             break
-        sheets.append(columns_and_bends[0])
+        sheets += [columns_and_bends[0]] if columns_and_bends[0] else []
         bends.append(columns_and_bends[1])
     if sheets and session.accelerator.is_main_process:
         with looked_at(session):
@@ -122,18 +173,33 @@ def _draw_columns(
     indices: range,
 ) -> tuple[list[Tensor], Tensor] | None:
     """Sources of one shape and what becomes of them after each number of calls, and how straight the way is along the most
-    calls; None where drawing failed."""
+    calls; None where drawing failed. Where they are drawn from conditions, these come first, and the truth last."""
+    device, sampler = session.accelerator.device, sampler_for(spec.most_calls).at_shape(shape)
+    labels, examples, chosen, condition = (
+        _labels(sampler, len(indices), num_classes),
+        sampler.conditioned,
+        np.zeros(0, int),
+        None,
+    )
+    if examples is not None:
+        chosen = _of_shape(examples, shape)[: len(indices)]
+        if not len(chosen):
+            return [], torch.zeros(0)
+        indices = range(indices.start, indices.start + len(chosen))
+        labels, condition = _labels_of(sampler, examples, chosen), _condition(examples, chosen)
     columns, straightness = list[Tensor](), torch.zeros(0)
     for calls in sorted(spec.calls):
         sampler = sampler_for(spec.sampler_of(calls)).at_shape(shape)
-        labels = _labels(sampler, len(indices), num_classes)
-        draw = partial(_paths, sampler, labels, indices, session.accelerator.device)
+        draw = partial(_paths, sampler, labels, indices, device, condition)
         outputs = _draw_on_all(session, len(indices), spec.batch_size, draw)
         if outputs is None:
             return None
         sources, samples, straightness = outputs
         columns = [*(columns or [sources]), samples]
         warn_not_finite(samples, session)
+    if examples is not None and condition is not None:
+        truth = sampler.decode(examples.load(chosen).to(columns[0]))
+        columns = [sampler.show_condition(condition.to(columns[0]), truth.shape[1:]), *columns, truth]
     return columns, straightness
 
 
@@ -206,14 +272,14 @@ class PathLength:
 
 
 def _paths(
-    sampler: Sampler, labels: list[int] | None, indices: range, device: torch.device, part: list[int]
+    sampler: Sampler, labels: list[int] | None, indices: range, device: torch.device, condition: Tensor | None, part: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sources and what becomes of them, as images or points, and how straight the way there is (b,)."""
     chosen = [indices[i] for i in part]
     x = sampler.start(0, chosen).to(device, sampler.dtype)
-    condition = torch.tensor([labels[i] for i in part], device=device) if labels is not None else None
-    length = PathLength()
-    end = sampler.move(x, condition, indices=chosen, callback=length)
+    of_classes = torch.tensor([labels[i] for i in part], device=device) if labels is not None else None
+    length, of_part = PathLength(), condition[part].to(x) if condition is not None else None
+    end = sampler.move(x, of_classes, indices=chosen, callback=length, condition=of_part)
     return sampler.decode(x), sampler.decode(end), length.straightness(end)
 
 
@@ -227,6 +293,8 @@ def _save_columns(sheets: list[list[Tensor]], spec: PathPreviewConfig, coupling:
         figures.save(figures.in_a_row([figures.scatter(x.cpu().numpy(), title=title) for x, title in panels]), path)
         return
     title, grids = f"source, then after {', '.join(map(str, sorted(spec.calls)))} network calls", []
+    if len(sheets[0]) > len(spec.calls) + 1:
+        title = f"condition, {title}, and truth"
     for columns in sheets:
         rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
         grids.append(figures.grid(figures.to_uint8(rows), columns=len(columns), title="" if grids else title))
@@ -252,6 +320,8 @@ def held_out_loss(sampler: Sampler, held_out: Examples, batch_size: int, acceler
         if num_classes is not None:
             labels = torch.from_numpy(held_out.labels[indices])
             condition = {"labels": torch.where(labels < 0, num_classes, labels).to(device)}
+        if held_out.condition is not None:
+            condition["condition"] = held_out.condition(indices).to(x0)
         loss = process.losses(sampler.network, x0, eps, process.draw_times(u), **condition).loss.to(dtype)
         if real:
             totals.index_add_(1, (u * LEVELS).long().to(device), torch.stack([loss, torch.ones_like(loss)]))

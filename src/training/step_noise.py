@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
+from ..data.conditions import noised, with_flag
 from ..diffusion import Process, TableSchedule
 from ..diffusion.weightings import LogitNormalTimes, SecondMomentTimes, UniformTimes
 from ..runtime.processes import CpuCopy
 from ..runtime.seeds import generator, normal, uniforms
-from ..runtime.stream import BatchPlan
-from .config import StepsConfig
+from ..runtime.stream import BatchPlan, MicroBatch
+from .config import DiffusionConfig, StepsConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,8 +111,8 @@ class TimeSampler:
 
 
 class StepNoise:
-    """Times `t` (B,), noise `eps` (B, *shape) and whose label is dropped (B,): functions of (seed, step), and the times of the
-    shape and of what `times` has learned."""
+    """Times `t` (B,), noise `eps` (B, *shape), and whose label and whose condition is dropped (B,): functions of (seed, step),
+    and the times of the shape and of what `times` has learned."""
 
     def __init__(
         self, cfg: StepsConfig, times: TimeSampler, batch_plan: BatchPlan, shape: Sequence[int], step: int, device: torch.device
@@ -126,10 +127,27 @@ class StepNoise:
         dtype = getattr(torch, self._cfg.dtype)
         return normal(self._shape, self._cfg.seed, "noise", self._step, device=self._device, dtype=dtype)
 
-    def condition(self, labels: Tensor, local_slice: slice, num_classes: int | None) -> dict[str, Tensor]:
-        """The labels (b,) of the micro-batch that is this slice of the batch; the null class where they are dropped or where
-        there are none (-1)."""
-        if num_classes is None:
-            return {}
-        null = self.dropped[local_slice] | (labels < 0)
-        return {"labels": torch.where(null, num_classes, labels).to(self._device, non_blocking=True)}
+    def condition(self, micro_batch: MicroBatch, local_slice: slice, num_classes: int | None) -> dict[str, Tensor]:
+        """What the network is told of the micro-batch that is this slice of the batch: the labels (b,), the null class where
+        they are dropped or where there are none (-1), and the condition, noised, all 0 where it is dropped."""
+        inputs = dict[str, Tensor]()
+        if num_classes is not None:
+            null = self.dropped[local_slice] | (micro_batch.labels < 0)
+            inputs["labels"] = torch.where(null, num_classes, micro_batch.labels).to(self._device, non_blocking=True)
+        if micro_batch.condition is not None:
+            inputs["condition"] = self._flagged(micro_batch.condition, local_slice)
+        return inputs
+
+    def _flagged(self, condition: Tensor, local_slice: slice) -> Tensor:
+        """The condition (b, k, h, w) of a micro-batch with its noise, its flag and its level: (b, k + 1 or 2, h, w)."""
+        cfg, batch = self._cfg, self._shape[0]
+        assert isinstance(cfg, DiffusionConfig) and cfg.condition is not None
+        rng = generator(cfg.seed, "condition", self._step)
+        present = uniforms(rng, batch)[local_slice] >= cfg.condition_dropout
+        level = None
+        if cfg.condition.noise > 0:
+            level = cfg.condition.noise * uniforms(rng, batch)[local_slice]
+            words = cfg.seed, "condition noise", self._step
+            eps = normal((batch, *condition.shape[1:]), *words, device=self._device, dtype=condition.dtype)
+            condition = noised(condition, level, eps[local_slice])
+        return with_flag(condition, present, level)

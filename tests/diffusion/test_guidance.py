@@ -20,6 +20,7 @@ from src.diffusion import (
     on_schedule,
     times,
     transitions,
+    two_scales,
     within,
 )
 from src.diffusion.process import Prediction, Process
@@ -129,6 +130,43 @@ def test_classifier_free_guidance_by_its_formula() -> None:
     null: Any = lambda x, t: Prediction(both[1], both[1])  # noqa: E731
     prediction = classifier_free(conditional, null, 3.0)(both[0], torch.tensor(1.0))
     torch.testing.assert_close(prediction.eps, both[1] + 3 * (both[0] - both[1]))
+
+
+def test_guidance_of_an_image_and_a_class_by_its_formula() -> None:
+    """e_00 + s_image (e_i0 - e_00) + s_class (e_ic - e_i0), with as few calls as the scales need."""
+    outputs = {name: torch.randn(2, 2, 3, 4) for name in ("both", "image", "neither")}
+    called: list[str] = []
+
+    def denoiser_of(name: str) -> Any:
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            called.append(name)
+            return Prediction(outputs[name][0], outputs[name][1], torch.full((2,), len(name)))
+
+        return denoise
+
+    def guided(image_scale: float, class_scale: float, *, classes: bool = True) -> Tensor:
+        called.clear()
+        image_alone = denoiser_of("image") if classes else None
+        denoise = two_scales(denoiser_of("both"), image_alone, denoiser_of("neither"), image_scale, class_scale)
+        prediction = denoise(torch.zeros(1), torch.zeros(1))
+        assert torch.equal(prediction.variance_fraction, torch.full((2,), 4))  # pyright: ignore[reportArgumentType]
+        return torch.stack(prediction[:2])
+
+    e_ic, e_i0, e_00 = (outputs[name] for name in ("both", "image", "neither"))
+    for scales, names in (
+        ((1.5, 4.0), ["both", "image", "neither"]),
+        ((1.5, 1.0), ["both", "image", "neither"]),
+        ((0.0, 2.0), ["both", "image", "neither"]),
+        ((1.0, 3.0), ["both", "image"]),
+        ((2.0, 2.0), ["both", "neither"]),
+        ((1.0, 1.0), ["both"]),
+    ):
+        by_hand = e_00 + scales[0] * (e_i0 - e_00) + scales[1] * (e_ic - e_i0)
+        torch.testing.assert_close(guided(*scales), by_hand)
+        assert called == names
+    assert torch.equal(guided(1.0, 1.0), e_ic)
+    torch.testing.assert_close(guided(3.0, 1.0, classes=False), e_00 + 3 * (e_ic - e_00))
+    assert called == ["both", "neither"]
 
 
 def test_dynamic_thresholding_by_its_formula() -> None:

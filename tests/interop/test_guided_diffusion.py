@@ -185,8 +185,8 @@ def test_flags_have_types_and_what_sampled_is_ignored(tmp_path: Path) -> None:
         ({"split_qkv_first": True}, {}, {"use_new_attention_order": True}),
         ({"mid_attention": "none"}, {}, {}),
         ({"channel_mult": [1], "attention": ["full"]}, {}, {"attention_resolutions": "16,4", "resblock_updown": True}),
-        ({}, {"low_channels": 3, "num_classes": 7}, {"image_size": None, "large_size": 16, "small_size": 4}),
-        ({}, {"in_channels": 1, "out_channels": 2, "low_channels": 1}, {"large_size": 16, "small_size": 8}),
+        ({}, {"condition_channels": 3, "num_classes": 7}, {"image_size": None, "large_size": 16, "small_size": 4}),
+        ({}, {"in_channels": 1, "out_channels": 2, "condition_channels": 1}, {"large_size": 16, "small_size": 8}),
     ],
     ids=str,
 )
@@ -205,7 +205,7 @@ def test_a_unet_goes_there_and_back(tmp_path: Path, change: dict, options: dict,
     x, t = torch.randn(2, imported.channels, 16, 16), torch.tensor([3.0, 800.0])
     condition = {"labels": torch.tensor([0, 6])} if imported.network.num_classes else {}
     if imported.low_resolution:
-        condition["low"] = torch.randn(2, imported.channels, imported.low_resolution, imported.low_resolution)
+        condition["condition"] = torch.randn(2, imported.channels, imported.low_resolution, imported.low_resolution)
     with torch.no_grad():
         out = network.eval()(x, t, **condition)
         assert out.std() > 0.01 and torch.equal(imported.network(x, t, **condition), out)
@@ -262,13 +262,13 @@ def test_half_precision_becomes_single(vectors: Path, tmp_path: Path) -> None:
 
 def test_small_images_lie_beside_the_large() -> None:
     config = validate(UNetConfig, {**SMALL, "attention": ["none"] * 3, "mid_attention": "none"})
-    network, plain = UNet(config, in_channels=3, low_channels=3), UNet(config, in_channels=6, out_channels=3)
+    network, plain = UNet(config, in_channels=3, condition_channels=3), UNet(config, in_channels=6, out_channels=3)
     randomise(network)
     plain.load_state_dict(network.state_dict())
     x, low, t = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 4, 8), torch.tensor([3.0, 800.0])
     raised = F.interpolate(low, (16, 16), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(network(x, t, low=low), plain(torch.cat([x, raised], dim=1), t))
-    with pytest.raises(ValueError, match="must be given low"):
+    torch.testing.assert_close(network(x, t, condition=low), plain(torch.cat([x, raised], dim=1), t))
+    with pytest.raises(ValueError, match="from a condition: it must be given one"):
         network(x, t)
-    with pytest.raises(ValueError, match="low must be None"):
-        plain(x, t, low=low)
+    with pytest.raises(ValueError, match="condition must be None"):
+        plain(x, t, condition=low)

@@ -104,7 +104,7 @@ def test_flags_that_contradict_a_classifier(classifier_file: Path, flags: dict, 
 
 def test_an_upsampler_needs_both_sizes(tmp_path: Path) -> None:
     config = validate(UNetConfig, SMALL)
-    torch.save(foreign_state(UNet(config, low_channels=3), config), tmp_path / "model.pt")
+    torch.save(foreign_state(UNet(config, condition_channels=3), config), tmp_path / "model.pt")
     with pytest.raises(UserError, match="an upsampler's and do not say large_size and small_size: give the MODEL_FLAGS"):
         read(tmp_path / "model.pt", SMALL_FLAGS)
     with pytest.raises(UserError, match="do not say small_size: give"):

@@ -158,7 +158,7 @@ def test_a_published_file_is_known_by_its_shapes(
             network = Classifier(config, image_size=size, num_classes=classes)
         else:
             config = validate(UNetConfig, spec)
-            network = UNet(config, out_channels=6, num_classes=classes, null_class=False, low_channels=3 if small else 0)
+            network = UNet(config, out_channels=6, num_classes=classes, null_class=False, condition_channels=3 if small else 0)
     if millions is not None:
         assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6) == millions
     architecture = read_shapes(shapes_of(foreign_state(network, config)))

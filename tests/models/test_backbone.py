@@ -43,7 +43,7 @@ def test_a_unet_needs_no_kind() -> None:
 def test_the_door_builds_what_the_config_names() -> None:
     for options, network in (
         ({}, {"num_classes": 3}),
-        ({"learned": True, "upsampler": True}, {"num_classes": 3, "out_channels": 6, "low_channels": 3}),
+        ({"learned": True, "condition_channels": 3}, {"num_classes": 3, "out_channels": 6, "condition_channels": 3}),
         ({"null_class": False}, {"num_classes": 3, "null_class": False}),
     ):
         torch.manual_seed(0)

@@ -224,8 +224,8 @@ def test_patches_are_channels_of_a_smaller_image() -> None:
 
 
 def test_patches_with_a_learned_variance_and_beside_a_smaller_image() -> None:
-    network = UNet(validate(UNetConfig, {**SMALL, "patch": 2}), in_channels=3, out_channels=6, low_channels=3)
+    network = UNet(validate(UNetConfig, {**SMALL, "patch": 2}), in_channels=3, out_channels=6, condition_channels=3)
     randomise(network)
     x, low = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 8, 8)
-    assert network(x, torch.ones(1), low=low).shape == (1, 6, 16, 16)
-    assert not torch.equal(network(x, torch.ones(1), low=low), network(x, torch.ones(1), low=-low))
+    assert network(x, torch.ones(1), condition=low).shape == (1, 6, 16, 16)
+    assert not torch.equal(network(x, torch.ones(1), condition=low), network(x, torch.ones(1), condition=-low))

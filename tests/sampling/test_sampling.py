@@ -215,6 +215,57 @@ def test_guidance_pulls_towards_the_class() -> None:
     assert (four - null).norm() > (one - null).norm() > 0
 
 
+@pytest.mark.parametrize(
+    ("classes", "guidable", "by_class", "by_condition", "calls"),
+    [(3, True, 1.0, 1.0, 1), (3, True, 3.0, 1.0, 2), (3, True, 1.0, 2.0, 3), (3, True, 3.0, 2.0, 3), (3, True, 2.0, 2.0, 2),
+     (3, False, 1.0, 2.0, 2), (None, True, 1.0, 2.0, 2)],
+)  # fmt: skip
+def test_guidance_by_class_and_condition(
+    classes: int | None, guidable: bool, by_class: float, by_condition: float, calls: int
+) -> None:
+    """The estimate is that of the formula for both scales, with as few calls as are counted."""
+    spec, network = sampler(num_classes=classes, guidance=by_class), conditioned(classes)
+    counted: list[int] = []
+    options = {"guidable": guidable, "condition_guidance": by_condition, "condition_guidable": True}
+    tested = Sampler(lambda *a, **k: (counted.append(1), network(*a, **k))[1], spec.process, spec.spec, shape=SHAPE,
+                     num_classes=classes, **options)  # fmt: skip
+    labels, condition = (torch.tensor([0, 2]) if classes else None), torch.randn(2, 2, 8, 8)
+    x, t = torch.randn(2, *SHAPE), tested.times[1]
+    with torch.no_grad():
+        eps = tested.denoiser(labels, condition=condition)(x, t).eps
+        assert len(counted) == calls
+
+        def eps_of(labels: Any, condition: torch.Tensor) -> torch.Tensor:
+            inputs = {} if labels is None else {"labels": labels}
+            return tested.process.denoiser(network, condition=condition, **inputs)(x, t).eps
+
+        null = torch.full_like(labels, 3) if labels is not None and guidable else labels
+        e_ic, e_i0, e_00 = (eps_of(*each) for each in ((labels, condition), (null, condition), (null, 0 * condition)))
+    torch.testing.assert_close(eps, e_00 + by_condition * (e_i0 - e_00) + by_class * (e_ic - e_i0))
+    counted.clear()
+    tested.draw(0, range(2), [0, 2] if classes else None, device=CPU, condition=condition)
+    assert len(counted) == tested.calls()
+    assert ("condition_guidance" in describe(tested, 0)) == (by_condition != 1)
+
+
+def conditioned(classes: int | None) -> UNet:
+    config = {"base_channels": 8, "channel_mult": [1, 2], "attention": ["none", "none"], "blocks": 1, "norm_groups": 4}
+    network = UNet(validate(UNetConfig, config), in_channels=1, num_classes=classes, condition_channels=2).eval()
+    randomise(network)
+    return network
+
+
+def test_guidance_by_a_condition_that_does_not_fit() -> None:
+    plain = sampler()
+    options: Any = {"shape": SHAPE, "num_classes": 3, "condition_guidance": 2.0}
+    with pytest.raises(UserError, match="trained with a condition and condition_dropout above 0"):
+        Sampler(plain.network, plain.process, plain.spec, **options)
+    spec = validate(SamplerConfig, {"guidance": 2.0, "guidance_method": "classifier"})
+    options |= {"condition_guidable": True, "classifier": Brightness()}
+    with pytest.raises(UserError, match="by a classifier and by the condition do not go together"):
+        Sampler(plain.network, plain.process, spec, **options)
+
+
 def test_what_does_not_fit() -> None:
     with pytest.raises(UserError, match="has no classes"):
         sampler(num_classes=None, guidance=2.0)

@@ -187,8 +187,8 @@ def test_what_a_step_draws_is_a_function_of_seed_and_step() -> None:
     assert not torch.equal(one.eps, other.eps) and one.eps.shape == (64, 1, 2, 2) and 0 < int(one.dropped.sum()) < 40
     micro = MicroBatch(torch.zeros(16, 2, 2, 1), torch.tensor([0, 1, -1, 2] * 4), 0)
     local_slice = split.of_step(1)
-    assert one.condition(micro.labels, local_slice, None) == {}
-    labels = one.condition(micro.labels, local_slice, 5)["labels"]
+    assert one.condition(micro, local_slice, None) == {}
+    labels = one.condition(micro, local_slice, 5)["labels"]
     null = one.dropped[local_slice] | (micro.labels < 0)
     assert torch.equal(labels == 5, null) and torch.equal(labels[~null], micro.labels[~null])
     assert not draw(7, dropout=0.0).dropped.any() and draw(7, dropout=1.0).dropped.all()

@@ -6,8 +6,9 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +30,17 @@ class ImageSet:
     Image k of the set is image `index[k]` of the source `parts[which[k]]`; `names` are their paths there. `labels` (N,) are
     indices into `class_names`, -1 for none. `sides` (N, 2) are width and height of the upright image, -1 where they are not
     known; `times` (N,) when the file was modified, in nanoseconds, 0 where the fingerprint changes with the content; `decoders`
-    (N,) the first version of the decoder that reads each image as today's does.
+    (N,) the first version of the decoder that reads each image as today's does. A `partner` is a set of as many images in the
+    same order, which are read with `partner_channels` (without it: as the images are).
     """
 
-    def __init__(self, parts: Sequence[Images], chosen: Sequence[NDArray[np.int64]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Images],
+        chosen: Sequence[NDArray[np.int64]],
+        partner: "ImageSet | None" = None,
+        partner_channels: Literal[1, 3] | None = None,
+    ) -> None:
         self.parts, pairs = list(parts), list(zip(parts, chosen, strict=True))
         self.which = np.repeat(np.arange(len(parts), dtype=np.int32), [len(c) for c in chosen])
         self.index = np.concatenate([np.asarray(c, dtype=np.int64) for c in chosen])
@@ -41,6 +49,11 @@ class ImageSet:
         self.labels = np.concatenate([_renumbered(part.labels[c], part.class_names, self.class_names) for part, c in pairs])
         measures = np.concatenate([part.report.measures[c] for part, c in pairs])
         self.sides, self.times, self.decoders = measures[:, :2], measures[:, 2], measures[:, 3]
+        self.partner = partner
+        self.partner_channels: Literal[1, 3] | None = partner_channels
+        if partner is not None:
+            assert len(partner) == len(self.index)
+            self.times, self.decoders = np.maximum(self.times, partner.times), np.maximum(self.decoders, partner.decoders)
         self._in_memory: tuple[Sides, Pixels, NDArray[np.int64]] | None = None  # of `prepare`: their size, pixels, index
         self.ready = False  # whether, once prepared, a batch is nothing but copies, so that loader workers would only cost time
 
@@ -54,7 +67,8 @@ class ImageSet:
     @property
     def fingerprint(self) -> str:
         """The hash of what is in the set and in which order."""
-        return digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes())
+        of_partner = [self.partner.fingerprint, str(self.partner_channels)] if self.partner is not None else []
+        return digest(*(part.fingerprint for part in self.parts), self.which.tobytes(), self.index.tobytes(), *of_partner)
 
     @property
     def decoder(self) -> int:
@@ -82,7 +96,10 @@ class ImageSet:
             return hashlib.sha256(content).digest()
 
         with ThreadPoolExecutor(8) as pool:
-            return hashlib.sha256(b"".join(pool.map(content_digest, indices))).hexdigest()
+            digests = b"".join(pool.map(content_digest, indices))
+        if self.partner is not None:
+            digests += self.partner.contents(indices).encode()
+        return hashlib.sha256(digests).hexdigest()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -120,11 +137,23 @@ class ImageSet:
             pixels = np.stack([crop(image, spec.plain, np.full(3, 0.5)) for image in uniform[0]])
             self._in_memory = spec.sides, pixels, uniform[1]
         self.ready = self._in_memory is not None or all(part.is_decoded_at(spec.sides) for part in self.parts)
+        if self.partner is not None:
+            self.partner.prepare(self._of_partner(spec))
+            self.ready = self.ready and self.partner.ready
 
-    def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
-        """(B, height, width, channels) uint8 of the images `indices` (B,), cut and flipped by the random numbers `u` (B, 3)."""
-        if self._in_memory is None or self._in_memory[0] != spec.sides:
-            return np.stack([self._load_cropped(int(i), spec, row) for i, row in zip(indices, u, strict=True)])
+    def _of_partner(self, spec: ImageConfig) -> ImageConfig:
+        """What is read of the partners of images of this `spec`."""
+        return replace(spec, channels=self.partner_channels or spec.channels)
+
+    def batch(self, indices: NDArray[np.int64], spec: ImageConfig, u: NDArray[np.float64], *, partners: bool = False) -> Pixels:
+        """(B, height, width, channels) uint8 of the images `indices` (B,), cut and flipped by the random numbers `u` (B, 3).
+        With `partners` the channels of their partners follow, cut and flipped in the same way; a set without partners has
+        none."""
+        if partners and self.partner is not None and self._in_memory and self.partner._in_memory:
+            both = (self, spec), (self.partner, self._of_partner(spec))
+            return np.concatenate([images.batch(indices, each, u) for images, each in both], axis=3)
+        if self._in_memory is None or self._in_memory[0] != spec.sides or (partners and self.partner is not None):
+            return np.stack([self._load_cropped(int(i), spec, row, partners) for i, row in zip(indices, u, strict=True)])
         _, images, position = self._in_memory
         pixels = images[position[self.index[indices]]]
         if spec.flip:
@@ -132,13 +161,22 @@ class ImageSet:
             pixels[mirrored] = pixels[mirrored, :, ::-1]
         return pixels
 
-    def _load_cropped(self, i: int, spec: ImageConfig, u: NDArray[np.float64]) -> Pixels:
-        """One image. In the place of one that broke after the scan comes the next of its class, with a warning."""
+    def _load(self, i: int, spec: ImageConfig, u: NDArray[np.float64], partners: bool) -> Pixels:
+        """One image, with the channels of its partner."""
+        part, index = self.locate(i)
+        pixels = crop(part.load(index, channels=spec.channels, at_least=max(spec.sides)), spec, u)
+        if not partners or self.partner is None:
+            return pixels
+        return np.concatenate([pixels, self.partner._load(i, self._of_partner(spec), u, False)], axis=2)
+
+    def _load_cropped(self, i: int, spec: ImageConfig, u: NDArray[np.float64], partners: bool) -> Pixels:
+        """One image. In the place of one that broke after the scan, or whose partner did, comes the next of its class, with a
+        warning."""
         j = i
         for tries in range(1, 21):
             part, index = self.locate(j)
             try:
-                return crop(part.load(index, channels=spec.channels, at_least=max(spec.sides)), spec, u)
+                return self._load(j, spec, u, partners)
             except Exception as error:
                 line = f"warning: {part.names[index]!r} can no longer be read ({error}); the next one takes its place"
                 print(line, flush=True)
@@ -158,7 +196,9 @@ class ImageSet:
 
     def only(self, keep: NDArray[np.bool_]) -> "ImageSet":
         """The images where `keep` (N,) is true."""
-        return ImageSet(self.parts, [self.index[(self.which == w) & keep] for w in range(len(self.parts))])
+        chosen = [self.index[(self.which == w) & keep] for w in range(len(self.parts))]
+        partner = self.partner.only(keep) if self.partner is not None else None
+        return ImageSet(self.parts, chosen, partner, self.partner_channels)
 
 
 def _renumbered(labels: NDArray[np.int64], class_names: Sequence[str], new_names: Sequence[str]) -> NDArray[np.int64]:

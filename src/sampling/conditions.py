@@ -1,0 +1,154 @@
+"""What a run draws images from, made of given images: as its network is told, to be looked at, and the truth, where it is
+known."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import figures
+from ..config import UserError
+from ..data import ImageSet
+from ..data.conditions import LowCondition, MaskCondition, PairedCondition, flagged, noised, reduced, split_condition
+from ..data.pairs import cut_half, find_partners
+from ..data.transforms import crop
+from ..runs.conditions import latent_condition, normalised
+from ..runs.opened import Opened
+from ..runtime.seeds import noise_of
+from ..runtime.stream import CPU, to_network
+from .edit import files_of, open_cropped, open_file
+
+MIDDLE = np.full(3, 0.5)
+
+
+class Conditioned(NamedTuple):
+    """What images are drawn from: `values` (N, k, h, w) as the network is told, on the CPU; `shown` (N, C, H, W) to be looked
+    at; and the `truth` (N, C, H, W), both in [-1, 1], None where it is not known."""
+
+    values: Tensor
+    shown: Tensor
+    truth: Tensor | None
+
+
+def read_conditions(
+    opened: Opened, place: str, *, mask: str | None = None, truth: str | None = None, level: float = 0.0, seed: int = 0
+) -> Conditioned:
+    """The images of a folder, or one, as what the run draws from. Of conditions that are made of an image, that image is the
+    truth; of pairs, `truth` is a folder of images of the same names. `mask` is a file, white where images are hidden (without
+    it masks are drawn), and `level` that of the noise that a smaller image gets. A UserError says what does not fit."""
+    condition, image, known = opened.condition, opened.image, None
+    if condition is None:
+        raise UserError(f"{opened.path} draws from no image; leave --condition out")
+    if mask is not None and not isinstance(condition, MaskCondition):
+        raise UserError(f"{opened.path} draws from no masked image; leave --mask out")
+    if truth is not None and (not isinstance(condition, PairedCondition) or condition.side is not None):
+        raise UserError(f"--truth is for runs on pairs of files; the images of {opened.path} tell the truth themselves")
+    files = files_of(place)
+    if isinstance(condition, PairedCondition):
+        values, known = _read_pairs(opened, condition, files, truth)
+    elif isinstance(condition, LowCondition) and _are_small(opened, files):
+        values = reduced(_stack(opened, files), condition.size)
+    else:
+        known = _stack(opened, files)
+        if isinstance(condition, MaskCondition) and mask is not None:
+            hidden = torch.from_numpy((open_cropped(mask, image.size, 1) > 127).astype(np.float32)).permute(2, 0, 1)
+            values = condition.make(known, hidden.expand(len(known), -1, -1, -1))
+        else:
+            values = _split(opened, known, seed, range(len(files)))[1]
+    return Conditioned(tell(opened, values, level=level, seed=seed), show(opened, values), known)
+
+
+def draw_from_set(opened: Opened, images: ImageSet, indices: NDArray[np.int64]) -> Conditioned:
+    """The same of images of a set, which has partners where the run draws from pairs."""
+    pixels = images.batch(indices, opened.image.plain, np.full((len(indices), 3), 0.5), partners=True)
+    known, values = _split(opened, to_network(torch.from_numpy(np.ascontiguousarray(pixels)), CPU), 0, indices.tolist())
+    return Conditioned(tell(opened, values), show(opened, values), known)
+
+
+def tell(opened: Opened, values: Tensor, *, level: float = 0.0, seed: int = 0) -> Tensor:
+    """What the network is told of a condition (B, k, h, w): encoded where it is a latent run, noised, with its flag; on the
+    CPU. A UserError for a level that was not trained."""
+    condition = opened.condition
+    assert condition is not None
+    if not 0 <= level <= condition.noise:
+        raise UserError(f"--condition-noise {level:g}: {opened.path} was trained with levels from 0 to {condition.noise:g}")
+    if opened.codec is not None:
+        device = next(opened.network.parameters()).device
+        encoded = [
+            latent_condition(condition, opened.codec.network, value[None].to(device), opened.image.shape, opened.shape)
+            for value in values  # one by one: encoding a whole folder at once needs too much memory
+        ]
+        values = normalised(condition, opened.codec, torch.cat(encoded)).cpu()
+    if level:
+        eps = noise_of(seed, range(len(values)), values.shape[1:], sweep=1 << 32)
+        values = noised(values, torch.full((len(values),), level), eps)
+    return values if opened.low_resolution is not None else flagged(values, condition, level)
+
+
+def show(opened: Opened, values: Tensor) -> Tensor:
+    """A condition (B, k, h, w) as images (B, C, H, W), to be looked at."""
+    channels, *sides = opened.image.shape
+    shown = values[:, :channels] if values.shape[1] >= channels else values[:, :1]
+    return F.interpolate(shown.float(), tuple(sides), mode="nearest").expand(-1, channels, -1, -1)
+
+
+def save_side_by_side(conditioned: Conditioned, samples: Sequence[figures.Pixels], path: Path) -> None:
+    """Rows of a condition, what was drawn from it, and the truth where it is known; `samples` (n, H, W, C) of each."""
+    shown = figures.to_uint8(conditioned.shown)
+    truth = figures.to_uint8(conditioned.truth) if conditioned.truth is not None else None
+    rows = list[figures.Pixels]()
+    for i, drawn in enumerate(samples):
+        rows.append(np.concatenate([shown[i : i + 1], drawn, *([truth[i : i + 1]] if truth is not None else [])]))
+    title = "condition, samples" + (" and truth" if truth is not None else "")
+    figures.save(figures.grid(np.concatenate(rows), columns=len(rows[0]), title=title), path)
+
+
+def _stack(opened: Opened, files: Sequence[Path]) -> Tensor:
+    """(N, C, H, W) in [-1, 1] of files, cut and resized as in training."""
+    size, channels = opened.image.size, opened.image.channels
+    return to_network(torch.from_numpy(np.stack([open_cropped(file, size, channels) for file in files])), CPU)
+
+
+def _split(opened: Opened, pixels: Tensor, seed: int, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Images and what the run draws them from, of pixels (B, channels, H, W)."""
+    images, values = split_condition(pixels, opened.image.channels, opened.condition, seed, numbers)
+    assert values is not None
+    return images, values
+
+
+def _are_small(opened: Opened, files: Sequence[Path]) -> bool:
+    """Whether the images are smaller than those that the run draws, so that they are what is made larger."""
+    rows, columns = opened.image.sides
+    sizes = [open_file(file, opened.image.channels).size for file in files]
+    return any(width < columns or height < rows for width, height in sizes)
+
+
+def _read_pairs(
+    opened: Opened, condition: PairedCondition, files: Sequence[Path], truth: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """The given images as conditions, and their partners: the other halves, or the files of the same names in `truth`."""
+    image, channels = opened.image, condition.count_channels(opened.image.channels)
+    spec = replace(image.plain, channels=3 if channels == 3 else 1)
+
+    def stack(cut: Sequence[NDArray[np.uint8]]) -> Tensor:
+        return to_network(torch.from_numpy(np.ascontiguousarray(np.stack(cut))), CPU)
+
+    if condition.side is not None:
+        other = "right" if condition.side == "left" else "left"
+        both = [(open_file(file, 3), file) for file in files]
+        values = stack([crop(cut_half(whole, condition.side), spec, MIDDLE) for whole, _ in both])
+        return values, stack([crop(cut_half(whole, other), image.plain, MIDDLE) for whole, _ in both])
+    values = stack([crop(open_file(file, channels), spec, MIDDLE) for file in files])
+    if truth is None:
+        return values, None
+    partners = files_of(truth)
+    found = find_partners([file.name for file in files], [file.name for file in partners])
+    if missing := [file.name for file, i in zip(files, found.tolist(), strict=True) if i < 0]:
+        raise UserError(f"--truth {truth} has no image of the name of {', '.join(missing[:5])}; add it, or leave --truth out")
+    return values, _stack(opened, [partners[i] for i in found.tolist()])
