@@ -21,6 +21,7 @@ from src.models import VAE, UNet, UNetConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder, start_from
 from src.runs.opened import open_trained
+from src.runtime.checkpoint import read_tensors, write_folder
 from src.sampling import SamplerConfig, build_sampler
 from tests.conftest import randomise, refused, run_in_process
 from tests.interop.final_folders import CPU, images_of, keep_vae, leave, refuse, same_autoencoder
@@ -200,18 +201,20 @@ def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: 
 
 def test_a_latent_run_of_several_shapes_leaves_at_the_most_frequent(tmp_path: Path) -> None:
     autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
-    run, table = keep_latent(tmp_path / "run", autoencoder, size=(16, 20)), [[16, 20, 30], [20, 16, 5]]
-    data = json.loads((run / "data.json").read_text())
-    (run / "data.json").write_text(json.dumps(data | {"buckets": table}))
-    config = json.loads((run / "config.json").read_text())
-    config["image"] |= {"size": 18, "aspect": {"kind": "buckets"}}
-    (run / "config.json").write_text(json.dumps(config))
+    one_size, run, table = (
+        keep_latent(tmp_path / "one", autoencoder, size=(16, 20)),
+        tmp_path / "run",
+        [[16, 20, 30], [20, 16, 5]],
+    )
+    documents = {path.stem: json.loads(path.read_text()) for path in one_size.glob("[!M]*.json")}
+    documents["data"]["buckets"], documents["config"]["image"] = table, {"size": 18, "aspect": {"kind": "buckets"}}
+    write_folder(run, {name: read_tensors(one_size, name) for name in ("ema", "autoencoder")}, documents)
     wanted = images_of(run)
     assert wanted.shape == (3, 3, 16, 20)
 
     leave("safetensors", run, tmp_path / "own")
-    own = open_trained(tmp_path / "own", CPU)
-    assert [list(bucket) for bucket in own.buckets] == table and own.at_size((20, 16)).shape == (4, 10, 8)
+    opened = open_trained(tmp_path / "own", CPU)
+    assert [list(bucket) for bucket in opened.buckets] == table and opened.at_size((20, 16)).shape == (4, 10, 8)
     torch.testing.assert_close(images_of(tmp_path / "own"), wanted, rtol=0, atol=0)
     card = (tmp_path / "own" / "README.md").read_text()
     assert "16 x 20 (30 images), 20 x 16 (5 images)." in card and "--size HEIGHTxWIDTH" in card
