@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 
 from src.config import UserError, dump, validate
-from src.config.sizes import describe_size, is_divisible, nearest_sizes, sides_of
+from src.config.sizes import describe_size, is_divisible, nearest_sizes, side_or_sides, sides_of
 from src.data import ImageConfig
 
 
 def test_a_size_is_a_side_or_height_and_width() -> None:
     assert validate(ImageConfig, {"size": [48, 88]}).sides == (48, 88) == sides_of((48, 88))
     assert validate(ImageConfig, {"size": [64, 64]}) == validate(ImageConfig, {"size": 64})
-    assert sides_of(64) == (64, 64)
+    assert sides_of(64) == (64, 64) and side_or_sides(64, 64) == 64 and side_or_sides(48, 88) == (48, 88)
     assert dump(validate(ImageConfig, {"size": [48, 88]}))["size"] == [48, 88]
 
 

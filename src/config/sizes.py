@@ -32,6 +32,11 @@ def sides_of(size: int | Sides) -> Sides:
     return (size, size) if isinstance(size, int) else size
 
 
+def side_or_sides(height: int, width: int) -> int | Sides:
+    """This size as a config has it: a square by one number."""
+    return height if height == width else (height, width)
+
+
 def describe_size(size: int | Sides) -> str:
     """64 px, or 48x88 px, the height first."""
     height, width = sides_of(size)

@@ -115,12 +115,12 @@ def reconstruct(
 
 
 def save_sheet(path: Path, pairs: Sequence[tuple[Tensor, Tensor]], values: dict[str, float], which: str = "") -> None:
-    """Three rows for each shape of images: images (`which` says what kind), reconstructions, and their difference around grey.
-    `pairs` are images and reconstructions of one shape each, (N, C, H, W) in [-1, 1] twice."""
+    """Three rows for each shape of images, the widest first: images (`which` says what kind), reconstructions, and their
+    difference around grey. `pairs` are images and reconstructions of one shape each, (N, C, H, W) in [-1, 1] twice."""
     numbers = ", ".join(f"{name} {values[name]:.3g}" for name in ("psnr", "ssim", "lpips") if name in values)
     title = f"{which}picture, reconstruction, difference: {numbers}"  # the pixels of a sheet stay as older runs have them
     sheets = []
-    for images, outputs in pairs:
+    for images, outputs in sorted(pairs, key=lambda pair: -len(pair[0]) * pair[0].shape[3]):
         rows = figures.to_uint8(torch.cat([images, outputs, outputs - images]))
         sheets.append(figures.grid(rows, columns=len(images), title="" if sheets else title))
     figures.save(figures.in_a_column(sheets), path)

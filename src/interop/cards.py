@@ -1,6 +1,7 @@
 """The README.md of an exported folder, made of the templates in cards/."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def in_python(text: str) -> str:
 
 
 def in_pixels(sizes: Iterable[int | Sides] | None) -> str:
-    """Sizes of images in words."""
-    return " and ".join(map(describe_size, sizes or ()))
+    """Sizes of images in words, the smallest first."""
+    return " and ".join(map(describe_size, sorted(sizes or (), key=lambda size: math.prod(sides_of(size)))))
 
 
 def millions(network: nn.Module) -> str:

@@ -86,6 +86,7 @@ def export(
         folder=out.name,
         channels=channels,
         size=sides_of(image_size),
+        other=_other_size(data or {}, sides_of(image_size)),
         network=network,
         class_names=class_names,
         unet=unet,
@@ -97,6 +98,12 @@ def export(
         data={**(data or {}), "class_names": []},  # the card lists the classes itself
     )
     write_files(out, {**files, "README.md": card.encode()})
+
+
+def _other_size(data: Mapping[str, Any], sides: Sides) -> Sides:
+    """The most frequent size of the run's `buckets` besides `sides`; `sides` where there is no other."""
+    others = [(count, height, width) for height, width, count in data.get("buckets", ()) if (height, width) != sides]
+    return max(others)[1:] if others else sides
 
 
 def _time_in_python(spec: ProcessConfig) -> str:

@@ -11,6 +11,7 @@ import pydantic
 from torch import Tensor
 
 from ..config import UserError, prefix_errors, read_json, validate
+from ..config.sizes import side_or_sides, sides_of
 from ..diffusion import ProcessConfig
 from ..runs.autoencoder import Autoencoder
 from ..runs.diffusers_autoencoder import WEIGHTS
@@ -119,12 +120,13 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
             raise UserError(f"{path}: {key} is {json.dumps(theirs[key])}, which no UNet2DModel can be built of") from None
     size, channels, outputs = theirs["sample_size"], theirs["in_channels"], theirs["out_channels"]
     sides, no_process = [size] if isinstance(size, int) else size, outputs not in (channels, 2 * channels)
+    height, width = sides[0], sides[-1]
     reasons = {
-        f"sample_size {size} is no square, which is what can be read": len({*sides}) > 1,
+        f"sample_size {size} is neither one number nor height and width, which is what can be read": len(sides) > 2,
         f"{channels} channels in and {outputs} out is no network of a diffusion process": no_process,
     }
     refuse(f"{path}:", reasons)
-    theirs["sample_size"] = sides[0]
+    theirs["sample_size"] = (height, width)
     process, process_notes, is_negated = _read_process(folder, learned=outputs == 2 * channels)
 
     try:
@@ -145,7 +147,7 @@ def read(name: str | Path, *, which: str | None = None) -> Imported:
     return Imported(
         network=network,
         process=process,
-        image_size=sides[0],
+        image_size=side_or_sides(height, width),
         class_names=tuple(map(str, names)) if isinstance(names, list) and len(names) == network.num_classes else (),
         channels=channels,
         notes=(first, *weight_notes, *others, *left_out, *process_notes),
@@ -209,7 +211,7 @@ def add_autoencoder(imported: Imported, folder: Path, name: str | None = None, *
     is given back as it is. Messages name the `origin`, which may be a name on the hub. A UserError where the network sees
     latents and there is no autoencoder, or the other way round; where the two do not fit; and where nothing says how the
     latents are normalised."""
-    side, channels, origin = imported.image_size, imported.channels, origin or folder
+    sides, channels, origin = sides_of(imported.image_size), imported.channels, origin or folder
     inside = next((folder / sub for sub in ("vae", "vqvae", "movq") if (folder / sub).is_dir()), None)
     if name is None and inside is None:
         if channels in (1, 3):
@@ -219,7 +221,7 @@ def add_autoencoder(imported: Imported, folder: Path, name: str | None = None, *
     facts_file = folder / LATENTS
     try:
         autoencoder = open_autoencoder_of(name or str(inside), channels, with_scaling=name is not None)
-        facts = _read_facts(facts_file, autoencoder, [channels, side, side]) if name is None else None
+        facts = _read_facts(facts_file, autoencoder, [channels, *sides]) if name is None else None
     except UserError as error:
         if name is None and channels in (1, 3) and not facts_file.is_file():
             raise UserError(

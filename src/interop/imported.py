@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..config import UserError, dump
+from ..config.sizes import Sides, describe_size, side_or_sides, sides_of
 from ..diffusion import ProcessConfig
 from ..models import Classifier, UNet
 from ..runs.autoencoder import Autoencoder, open_autoencoder
@@ -23,14 +24,14 @@ UNBOUNDED = 1e9  # where the range of latents is not known: a bound that clips n
 
 @dataclass(frozen=True)
 class Imported:
-    """`network` holds its weights; it sees images (channels, image_size, image_size), or their latents by `autoencoder`.
-    `low_resolution` is the size of the images that an upsampler starts from; `class_names` are those of the file, if it has
-    any. `notes` say, line by line, which weights were taken, what was left out, and where each fact comes from. `latents` is
-    what a latent run knows of its latents: shape, statistics for each channel."""
+    """`network` holds its weights; it sees images (channels, *image_size), or their latents by `autoencoder`; `image_size` is
+    the side of a square, or height and width. `low_resolution` is the size of the images that an upsampler starts from;
+    `class_names` are those of the file, if it has any. `notes` say, line by line, which weights were taken, what was left out,
+    and where each fact comes from. `latents` is what a latent run knows of its latents: shape, statistics for each channel."""
 
     network: UNet | Classifier
     process: ProcessConfig
-    image_size: int
+    image_size: int | Sides
     channels: int
     low_resolution: int | None = None
     class_names: tuple[str, ...] = ()
@@ -48,17 +49,20 @@ class Imported:
     def on_latents_of(self, autoencoder: Autoencoder, facts: dict[str, Any] | None = None) -> "Imported":
         """The same network, whose images are latents of this autoencoder. `facts` normalise them, or else its scaling does,
         which does not say their range."""
-        side, size, scaling = self.image_size, self.image_size * autoencoder.factor, f"normalised by {LATENTS}"
+        height, width = sides_of(self.image_size)
+        size, scaling = side_or_sides(height * autoencoder.factor, width * autoencoder.factor), f"normalised by {LATENTS}"
         if facts is None:
             assert autoencoder.scaling is not None
             mean, std = autoencoder.scaling
             scaling = f"less {mean:g} over {std:g} by its own scaling (the checkpoint says neither this nor their range)"
             bound = 1.0 if self.process.clip else UNBOUNDED  # where their sampler clips, what the network sees is in [-1, 1]
             each = {"mean": mean, "std": std, "low": -bound, "high": bound}
-            image, shape = {"size": size, "channels": autoencoder.channels}, [self.channels, side, side]
+            image, shape = {"size": size, "channels": autoencoder.channels}, [self.channels, height, width]
             facts = {"autoencoder": autoencoder.digest, "image": image, "shape": shape}
             facts |= {key: [value] * self.channels for key, value in each.items()}
-        latents = f"latents: {self.channels} x {side} x {side} of {autoencoder.path}, {scaling}; images of {size} px"
+        latents = (
+            f"latents: {self.channels} x {height} x {width} of {autoencoder.path}, {scaling}; images of {describe_size(size)}"
+        )
         changes = {"image_size": size, "channels": autoencoder.channels, "notes": (*self.notes, *autoencoder.notes, latents)}
         return replace(self, autoencoder=autoencoder, latents=facts, **changes)
 

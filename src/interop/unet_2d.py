@@ -154,10 +154,10 @@ def unet_from_diffusers(theirs: Mapping[str, Any], state_dict: Mapping[str, Tens
     """A UNet2DModel, by its config and state dict, as our U-Net with the same output; with `null_class` the last of its
     classes is the one for no class."""
     config, channels, classes = unet_config(theirs), theirs["in_channels"], theirs.get("num_class_embeds")
-    size = theirs.get("sample_size") or config.factor
+    height, width = sides_of(theirs.get("sample_size") or config.factor)
     num_classes = classes - null_class if classes is not None else None
     learned = theirs["out_channels"] == 2 * channels
-    network = build_model(config, (channels, size, size), num_classes, learned=learned, null_class=null_class)
+    network = build_model(config, (channels, height, width), num_classes, learned=learned, null_class=null_class)
     assert isinstance(network, UNet)
     network.load_state_dict(rename_state(network, fuse_qkv(state_dict), module_names(config)))
     return network.eval()

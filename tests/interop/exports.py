@@ -27,5 +27,5 @@ def process_of(raw: dict[str, Any]) -> ProcessConfig:
 
 
 def exported(out: Path, network: UNet, raw: dict[str, Any] = LINEAR, **options: Any) -> Path:
-    export(network, process_of(raw), image_size=8, out=out, name="small", **options)
+    export(network, process_of(raw), **{"image_size": 8, "out": out, "name": "small", **options})
     return out

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from src.diffusion import Process, ancestral, build_process, clip, ddim, times
 from src.interop.diffusers_import import read
+from src.interop.imported import keep
 from src.models import UNet
+from src.runs.opened import open_trained
 from tests.interop.exports import LEARNED, LINEAR, exported, process_of, unet
 
 COSINE_V = {"schedule": {"kind": "cosine", "steps": 1000}, "target": "v", "clip": False}
@@ -74,6 +76,32 @@ def test_an_exported_network_gives_the_same_output_in_diffusers_and_read_back(tm
         assert back.network.config == network.config
         for key, value in network.state_dict().items():
             assert torch.equal(back.network.state_dict()[key], value), key
+
+
+def test_a_network_of_images_that_are_no_squares(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline
+
+    network, table = unet(), [[8, 16, 30], [16, 8, 20], [8, 8, 10]]
+    out = exported(tmp_path / "out", network, image_size=(8, 16), data={"buckets": table, "images": 60})
+    assert json.loads((out / "unet" / "config.json").read_text())["sample_size"] == [8, 16]
+    pipeline = DDPMPipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"batch_size": 2, "num_inference_steps": 2, "output_type": "np"}
+    x, t = torch.randn(2, 3, 8, 16), torch.tensor([3, 700])
+    back = read(out)
+    with torch.no_grad():
+        theirs = pipeline.unet(x, t).sample
+        torch.testing.assert_close(theirs, network(x, t.float()), rtol=0, atol=1e-5)
+        torch.testing.assert_close(back.network(x, t.float()), network(x, t.float()), rtol=0, atol=1e-6)
+    assert back.image_size == (8, 16) and pipeline(**options).images.shape == (2, 8, 16, 3)
+    card = (out / "README.md").read_text()
+    assert "images of 8 x 16 pixels" in card and "8 x 16 (30 images), 16 x 8 (20 images), 8 x 8 (10 images)." in card
+    (line,) = re.findall(r"`(pipeline\.unet\.register_to_config\(.*\))`", card)
+    exec(line, {"pipeline": pipeline})
+    assert pipeline(**options).images.shape == (2, 16, 8, 3)
+    run = keep(back, tmp_path / "run", name="wide")
+    assert run is not None and json.loads(run.read_text())["image"]["size"] == [8, 16]
+    assert open_trained(tmp_path / "run", torch.device("cpu")).shape == (3, 8, 16)
 
 
 PROCESSES: dict[str, dict[str, Any]] = {

@@ -142,7 +142,7 @@ def test_a_ddim_scheduler_is_read_too() -> None:
     [
         ({"_class_name": "UNet2DConditionModel"}, "of a UNet2DConditionModel; a UNet2DModel is what can be read"),
         ({"sample_size": None}, "lacks sample_size"),
-        ({"sample_size": [8, 16]}, "is no square"),
+        ({"sample_size": [8, 16, 8]}, "is neither one number nor height and width"),
         ({"out_channels": 4}, "3 channels in and 4 out"),
         ({"out_channels": 6}, "twice as many channels out as in"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),

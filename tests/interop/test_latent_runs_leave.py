@@ -13,6 +13,7 @@ import torch
 
 import convert
 from src.config import UserError, validate
+from src.data import ImageConfig
 from src.diffusion import ProcessConfig, ancestral, clip, times
 from src.interop.diffusers_import import read_whole
 from src.interop.imported import Imported, keep
@@ -20,6 +21,7 @@ from src.models import VAE, UNet, UNetConfig
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder, open_autoencoder, start_from
 from src.runs.opened import open_trained
+from src.runtime.checkpoint import read_tensors, write_folder
 from src.sampling import SamplerConfig, build_sampler
 from tests.conftest import randomise, refused, run_in_process
 from tests.interop.final_folders import CPU, images_of, keep_vae, leave, refuse, same_autoencoder
@@ -49,7 +51,7 @@ def keep_latent(
     *,
     classes: Sequence[str] = (),
     model: dict[str, Any] | None = None,
-    size: int = 16,
+    size: int | tuple[int, int] = 16,
 ) -> Path:
     """A latent run of random weights, as its `final` is."""
     spec = validate(ProcessConfig, PROCESSES[process], origin="test")
@@ -63,7 +65,7 @@ def keep_latent(
     facts = {
         "autoencoder": autoencoder.digest,
         "image": {"size": size, "channels": autoencoder.channels, "flip": False},
-        "shape": list(autoencoder.latent_shape(autoencoder.channels, size)),
+        "shape": list(autoencoder.latent_shape(ImageConfig(size=size, channels=autoencoder.channels))),
         "mean": [0.1 * i - 0.2 for i in range(channels)],
         "std": [0.5 + 0.3 * i for i in range(channels)],
         "low": [-1.0 - 0.2 * i for i in range(channels)],
@@ -195,6 +197,35 @@ def test_a_latent_run_leaves_as_our_own_folder_and_is_opened_as_it_is(tmp_path: 
     assert open_autoencoder(str(folder), CPU).digest == autoencoder.digest, (
         "train_ldm.py takes the autoencoder of such a folder"
     )
+
+
+def test_a_latent_run_of_several_shapes_leaves_at_the_most_frequent(tmp_path: Path) -> None:
+    autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
+    one_size, run, table = (
+        keep_latent(tmp_path / "one", autoencoder, size=(16, 20)),
+        tmp_path / "run",
+        [[16, 20, 30], [20, 16, 5]],
+    )
+    documents = {path.stem: json.loads(path.read_text()) for path in one_size.glob("[!M]*.json")}
+    documents["data"]["buckets"], documents["config"]["image"] = table, {"size": 18, "aspect": {"kind": "buckets"}}
+    write_folder(run, {name: read_tensors(one_size, name) for name in ("ema", "autoencoder")}, documents)
+    wanted = images_of(run)
+    assert wanted.shape == (3, 3, 16, 20)
+
+    leave("safetensors", run, tmp_path / "own")
+    opened = open_trained(tmp_path / "own", CPU)
+    assert [list(bucket) for bucket in opened.buckets] == table and opened.at_size((20, 16)).shape == (4, 10, 8)
+    torch.testing.assert_close(images_of(tmp_path / "own"), wanted, rtol=0, atol=0)
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "16 x 20 (30 images), 20 x 16 (5 images)." in card and "--size HEIGHTxWIDTH" in card
+
+    leave("to-diffusers", run, tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "unet" / "config.json").read_text())["sample_size"] == [8, 10]
+    card = (tmp_path / "theirs" / "README.md").read_text()
+    assert "x = torch.randn(4, 4, 8, 10)\n" in card and "20 x 16 pixels start from\n`x = torch.randn(4, 4, 10, 8)`" in card
+    bring_back(tmp_path / "theirs", tmp_path / "back")
+    torch.testing.assert_close(images_of(tmp_path / "back"), wanted, rtol=0, atol=1e-5)
+    assert open_trained(tmp_path / "back", CPU).image.size == (16, 20)
 
 
 def test_a_latent_run_in_half_precision(tmp_path: Path) -> None:
