@@ -146,7 +146,7 @@ def test_pairs_are_drawn_and_measured(tmp_path: Path) -> None:
     done = train(tmp_path / "run", condition, f"data={json.dumps(source)}", "held_out=0.3", "batch_size=4")
     assert done.status == 0, done.all
     words = ("--condition", tmp_path / "data" / "A", "--truth", tmp_path / "data" / "B", *FEW)
-    drawn = run_in_process("sample.py", tmp_path / "run", *words, "--out", tmp_path / "out")
-    assert drawn.status == 0 and "12 images of" in drawn.out, drawn.all
+    done = run_in_process("sample.py", tmp_path / "run", *words, "--out", tmp_path / "out")
+    assert done.status == 0 and "12 images of" in done.out, done.all
     (tmp_path / "data" / "B" / "0.png").rename(tmp_path / "data" / "B" / "x.png")
     assert "has no image of the name of 0.png" in refused("sample", tmp_path / "run", *words, "--out", tmp_path / "other")

@@ -103,8 +103,8 @@ def save_side_by_side(conditioned: Conditioned, samples: Sequence[figures.Pixels
     shown = figures.to_uint8(conditioned.shown)
     truth = figures.to_uint8(conditioned.truth) if conditioned.truth is not None else None
     rows = list[figures.Pixels]()
-    for i, drawn in enumerate(samples):
-        rows.append(np.concatenate([shown[i : i + 1], drawn, *([truth[i : i + 1]] if truth is not None else [])]))
+    for i, of_one in enumerate(samples):
+        rows.append(np.concatenate([shown[i : i + 1], of_one, *([truth[i : i + 1]] if truth is not None else [])]))
     title = "condition, samples" + (" and truth" if truth is not None else "")
     figures.save(figures.grid(np.concatenate(rows), columns=len(rows[0]), title=title), path)
 
@@ -148,7 +148,7 @@ def _read_pairs(
     if truth is None:
         return values, None
     partners = files_of(truth)
-    found = find_partners([file.name for file in files], [file.name for file in partners])
-    if missing := [file.name for file, i in zip(files, found.tolist(), strict=True) if i < 0]:
+    matches = find_partners([file.name for file in files], [file.name for file in partners])
+    if missing := [file.name for file, i in zip(files, matches.tolist(), strict=True) if i < 0]:
         raise UserError(f"--truth {truth} has no image of the name of {', '.join(missing[:5])}; add it, or leave --truth out")
-    return values, _stack(opened, [partners[i] for i in found.tolist()])
+    return values, _stack(opened, [partners[i] for i in matches.tolist()])
