@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from src.config import CommandLine, UserError, refuse_options, run_script
+from src.config.sizes import describe_size
 from src.data.conditions import LowCondition
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
@@ -18,6 +19,7 @@ from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
+from src.sampling.cascade import open_upsampler, sampler_of, write_larger
 from src.sampling.conditions import read_conditions
 from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config, without_newer
 from src.sampling.edit import files_of, fingerprint, load_edit, load_low, no_start, start_from_images
@@ -57,6 +59,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     edit.add_argument("--low", metavar="FOLDER", help="what an upsampler makes larger: images, or an .npz of samples")
     given = parser.add_argument_group("from images, of a run with a condition")
     given.add_argument("--condition", metavar="PLACE", help="an image, or a folder: what it draws from")
+    given.add_argument("--then", metavar="RUN", help="an upsampler that makes what is drawn larger, into the folder larger")
     given.add_argument("--truth", metavar="FOLDER", help="of a run on pairs: the images of the same names, to be shown beside")
     given.add_argument("--condition-guidance", type=float, default=1.0, metavar="S", help="scale of its guidance (default 1)")
     given.add_argument("--condition-noise", type=float, default=0.0, metavar="S", help="noise on the smaller image (default 0)")
@@ -79,7 +82,7 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
         refuse_options(args, defaults, vars(args).keys() - used, "is about drawing images, and --upscale-only draws none")
     if args.condition is not None and args.image is not None:
         raise UserError("--condition and --image are two ways to draw from an image; give one of them")
-    if args.condition is None and (args.truth is not None or (args.condition_noise and args.low is None)):
+    if args.condition is None and (args.truth is not None or (args.condition_noise and args.low is None and args.then is None)):
         raise UserError("--truth and --condition-noise are about images to draw from: give them with --condition")
     if args.image is None and ((args.mask is not None and args.condition is None) or args.start_at):
         raise UserError("--mask and --start-at are about an image: give it with --image")
@@ -156,6 +159,7 @@ def main() -> None:
         if state.is_main_process:
             invert(opened, spec, args, defaults)
         return
+    larger = open_upsampler(args.then, device) if args.then is not None else None
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     source = start_from_images(opened, args.source) if args.source is not None else None
     sampler = build_sampler(opened, spec, classifier, source=source, condition_guidance=args.condition_guidance)
@@ -231,12 +235,18 @@ def main() -> None:
             npz=args.npz,
             request=request,
         )
+        if larger is not None:
+            names = [class_names[label] for label in labels] if labels is not None else None
+            options = {"class_names": names, "level": args.condition_noise, "seed": args.seed, "batch_size": args.batch_size}
+            write_larger(larger, sampler_of(larger, spec), out, device=device, ranks=ranks_of(state), **options)
     if state.is_main_process:
         calls, processes = sampler.calls(edit), state.num_processes
         print(
             f"{args.num_samples} images of {opened.path} (step {opened.step}), {calls} network calls a batch, "
             f"{processes} process(es)\n  {out}"
         )
+        if larger is not None:
+            print(f"  {out}/larger: the same, {describe_size(larger.image.sides)}, by {larger.path} (step {larger.step})")
         beside = {"side_by_side.png": conditioned is not None, "ways.png": sampler.source is not None}
         wanted = {"grid.png": True, "denoising.gif": args.frames, "upscaled": args.upscale, "samples_*.npz": args.npz}
         for name, is_wanted in {**wanted, **beside}.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import figures
 from ..config import UserError
+from ..config.sizes import Sides
 from ..data import ImageSet
 from ..data.conditions import LowCondition, MaskCondition, PairedCondition, flagged, noised, reduced, split_condition
 from ..data.pairs import cut_half, find_partners
@@ -53,7 +54,8 @@ def read_conditions(
     if isinstance(condition, PairedCondition):
         values, known = _read_pairs(opened, condition, files, truth)
     elif isinstance(condition, LowCondition) and _are_small(opened, files):
-        values = reduced(_stack(opened, files), condition.size)
+        height, width = reduced(torch.zeros(1, 1, *image.sides), condition.size).shape[2:]
+        values = _stack(opened, files, (height, width))
     else:
         known = _stack(opened, files)
         if isinstance(condition, MaskCondition) and mask is not None:
@@ -109,9 +111,9 @@ def save_side_by_side(conditioned: Conditioned, samples: Sequence[figures.Pixels
     figures.save(figures.grid(np.concatenate(rows), columns=len(rows[0]), title=title), path)
 
 
-def _stack(opened: Opened, files: Sequence[Path]) -> Tensor:
-    """(N, C, H, W) in [-1, 1] of files, cut and resized as in training."""
-    size, channels = opened.image.size, opened.image.channels
+def _stack(opened: Opened, files: Sequence[Path], sides: Sides | None = None) -> Tensor:
+    """(N, C, H, W) in [-1, 1] of files, cut and resized as in training, or to other `sides`."""
+    size, channels = sides or opened.image.size, opened.image.channels
     return to_network(torch.from_numpy(np.stack([open_cropped(file, size, channels) for file in files])), CPU)
 
 
