@@ -96,7 +96,7 @@ def main() -> None:
     opened = open_trained(args.run, device)
     if opened.condition is not None:
         raise UserError(f"{args.run} is an upsampler, which draws from other images; give the run that draws those")
-    opened = at_size(opened, args.size, files)
+    opened = at_size(opened, args.size, files[0] if files else None)
     source = start_from_images(opened, args.source) if args.source is not None else None
     source = no_start if args.pictures and not opened.gaussian else source
     sampler = build_sampler(opened, spec, source=source)

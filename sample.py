@@ -4,13 +4,13 @@
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from src.config import CommandLine, UserError, refuse_options, run_script
+from src.config.sizes import describe_size
 from src.data.conditions import LowCondition
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
@@ -18,10 +18,11 @@ from src.runtime.failures import explain_failure, explain_out_of_memory
 from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
+from src.sampling.cascade import open_upsampler, sampler_of, write_larger
 from src.sampling.conditions import read_conditions
 from src.sampling.config import SAMPLER_KEYS, SIZE_HELP, add_arguments, count_for_classes, sampler_config, without_newer
 from src.sampling.edit import at_size, files_of, fingerprint, load_edit, load_low, no_start, start_from_images
-from src.sampling.files import remove_if_empty, write_samples
+from src.sampling.files import remove_if_empty, short_hash, write_samples
 from src.sampling.paths import write_inversions, write_points
 from src.sampling.sampler import describe, random_labels
 from src.sampling.upscaling import open_upscaler, upscale_folder
@@ -58,6 +59,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     edit.add_argument("--low", metavar="FOLDER", help="what an upsampler makes larger: images, or an .npz of samples")
     given = parser.add_argument_group("from images, of a run with a condition")
     given.add_argument("--condition", metavar="PLACE", help="an image, or a folder: what it draws from")
+    given.add_argument("--then", metavar="RUN", help="an upsampler that makes what is drawn larger, into the folder larger")
     given.add_argument("--truth", metavar="FOLDER", help="of a run on pairs: the images of the same names, to be shown beside")
     given.add_argument("--condition-guidance", type=float, default=1.0, metavar="S", help="scale of its guidance (default 1)")
     given.add_argument("--condition-noise", type=float, default=0.0, metavar="S", help="noise on the smaller image (default 0)")
@@ -80,7 +82,7 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
         refuse_options(args, defaults, vars(args).keys() - used, "is about drawing images, and --upscale-only draws none")
     if args.condition is not None and args.image is not None:
         raise UserError("--condition and --image are two ways to draw from an image; give one of them")
-    if args.condition is None and (args.truth is not None or (args.condition_noise and args.low is None)):
+    if args.condition is None and (args.truth is not None or (args.condition_noise and args.low is None and args.then is None)):
         raise UserError("--truth and --condition-noise are about images to draw from: give them with --condition")
     if args.image is None and ((args.mask is not None and args.condition is None) or args.start_at):
         raise UserError("--mask and --start-at are about an image: give it with --image")
@@ -88,10 +90,6 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
         raise UserError("--resamplings belongs to --mask")
     if args.upscaler is not None and not (args.upscale or args.upscale_only):
         raise UserError("--upscaler is for --upscale and --upscale-only")
-
-
-def short_hash(*words: Any) -> str:
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:6]
 
 
 def draw_points(
@@ -118,7 +116,7 @@ def invert(opened: Opened, spec: SamplerConfig, args: argparse.Namespace, defaul
     used = {"run", "invert", "out", "classes", "size", "batch_size", "device", *SAMPLER_KEYS} - IMAGES_ONLY
     refuse_options(args, defaults, vars(args).keys() - used, "is about drawing new images, and --invert draws none")
     files = files_of(args.invert)
-    opened = at_size(opened, args.size, files)
+    opened = at_size(opened, args.size, args.invert)
     label = opened.labels(args.classes, 1)[0] if args.classes is not None else None
     sampler = build_sampler(opened, spec, source=None if opened.gaussian else no_start)
     tag = short_hash(opened.digest, fingerprint(files), label, describe(sampler, 0))
@@ -158,10 +156,8 @@ def main() -> None:
         if state.is_main_process:
             invert(opened, spec, args, defaults)
         return
-    places = [
-        place for place in (args.image, args.condition, args.source) if place is not None and Path(place).suffix != ".npz"
-    ]
-    opened = at_size(opened, args.size, files_of(places[0]) if places else [])
+    opened = at_size(opened, args.size, args.image or args.condition or args.source)
+    larger = open_upsampler(args.then, device) if args.then is not None else None
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     source = start_from_images(opened, args.source) if args.source is not None else None
     sampler = build_sampler(opened, spec, classifier, source=source, condition_guidance=args.condition_guidance)
@@ -219,32 +215,23 @@ def main() -> None:
     tag = short_hash(opened.digest, args.num_samples, args.batch_size, labels, words, request)
     name = f"{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     out = Path(args.out or f"samples/{opened.folder}/{name}")
+    job: dict[str, Any] = {"count": args.num_samples, "labels": labels, "class_names": class_names, "edit": edit}
+    job |= {"condition": low, "conditioned": conditioned, "upscale": upscaler.upscale if upscaler is not None else None}
+    job |= {key: getattr(args, key) for key in ("batch_size", "seed", "frames", "npz")}
     with remove_if_empty(out, state.process_index), explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
-        write_samples(
-            opened,
-            sampler,
-            out,
-            count=args.num_samples,
-            batch_size=args.batch_size,
-            labels=labels,
-            seed=args.seed,
-            frames=args.frames,
-            device=device,
-            ranks=ranks_of(state),
-            class_names=class_names,
-            edit=edit,
-            condition=low,
-            conditioned=conditioned,
-            upscale=upscaler.upscale if upscaler is not None else None,
-            npz=args.npz,
-            request=request,
-        )
+        write_samples(opened, sampler, out, **job, device=device, ranks=ranks_of(state), request=request)
+        if larger is not None:
+            names = [class_names[label] for label in labels] if labels is not None else None
+            options = {"class_names": names, "level": args.condition_noise, "seed": args.seed, "batch_size": args.batch_size}
+            write_larger(larger, sampler_of(larger, spec), out, device=device, ranks=ranks_of(state), **options)
     if state.is_main_process:
         calls, processes = sampler.calls(edit), state.num_processes
         print(
             f"{args.num_samples} images of {opened.path} (step {opened.step}), {calls} network calls a batch, "
             f"{processes} process(es)\n  {out}"
         )
+        if larger is not None:
+            print(f"  {out}/larger: the same, {describe_size(larger.image.sides)}, by {larger.path} (step {larger.step})")
         beside = {"side_by_side.png": conditioned is not None, "ways.png": sampler.source is not None}
         wanted = {"grid.png": True, "denoising.gif": args.frames, "upscaled": args.upscale, "samples_*.npz": args.npz}
         for name, is_wanted in {**wanted, **beside}.items():

@@ -97,9 +97,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     run_mode.enter_phase("looking at the data")
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     factor = cfg.model.factor * (autoencoder.factor if autoencoder is not None else 1)
-    coupling = open_coupling(
-        cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset, factor=factor, condition=cfg.condition
-    )
+    options = {"factor": factor, "condition": cfg.condition, "paired": cfg.coupling == "paired"}
+    coupling = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset, **options)
     check_ranks(coupling.facts)
     train_set, held_out = coupling.data.train, coupling.data.held_out
     source_sets = (coupling.source.train, coupling.source.held_out) if coupling.source is not None else ()

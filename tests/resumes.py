@@ -178,6 +178,8 @@ def small(path: Path, changes: Mapping[str, Any] = types.MappingProxyType({}), n
             raw["source"] = _small_source(raw["source"], image["size"], "test")
     if raw.get("autoencoder"):
         raw["autoencoder"], raw["encode_batch_size"] = AUTOENCODER, 4
+    if "size" in raw.get("condition", {}):
+        raw["condition"]["size"] = raw["image"]["size"] // 2
     for key in ("model", "classifier"):
         if key in raw:
             raw[key] |= _small_network(raw[key])
@@ -338,6 +340,8 @@ def _variants() -> Iterator[Job]:
         "image.channels": 1, "times": {"kind": "uniform", "shift": {"base": 64}},
         "condition": {"kind": "low", "size": 8}, "condition_dropout": 0.3,
     })  # fmt: skip
+    same = {"source": "shapes", "count": 24, "size": 16, "split": "train"}
+    yield smoke("iadb", 2, {"source": same, "coupling": "paired", "held_out": 0.0})
     encoder = {"classifier.downsample": "average", "classifier.pool": "adaptive", "classifier.attention": ["none", "linear"]}
     yield smoke("classifier", 1, _PLAIN | linear | encoder | buckets | {
         "classifier.embedding": "add", "classifier.mid_attention": "linear", "noise.time_input": {"kind": "t", "scale": 1000.0},

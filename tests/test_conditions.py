@@ -119,6 +119,20 @@ def test_samples_are_measured_against_the_truth(runs: dict[str, Path], tmp_path:
     assert (tmp_path / "side_by_side.png").exists()
 
 
+def test_a_cascade_goes_from_noise_to_the_large_image(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = train(tmp_path / "small", {"kind": "edges"}, "condition=null", "condition_dropout=0", "image.size=8")
+    assert done.status == 0, done.all
+    words = ("--num-samples", "3", *FEW, "--out", tmp_path / "out", "--then", runs["low"], "--condition-noise", "0.1")
+    done = run_in_process("sample.py", tmp_path / "small", *words)
+    assert done.status == 0 and "larger: the same, 16 px" in done.out, done.all
+    for folder, size in ((tmp_path / "out", 8), (tmp_path / "out" / "larger", 16)):
+        assert [np.array(Image.open(path)).shape for path in sorted(folder.glob("0*.png"))] == [(size, size, 3)] * 3
+    small = torch.from_numpy(np.array(Image.open(tmp_path / "out" / "00001.png"))).permute(2, 0, 1) / 127.5 - 1
+    values = read_conditions(open_trained(runs["low"], CPU), str(tmp_path / "out")).values
+    assert torch.equal(values[1, :3], small), "the network sees the samples as they are"
+    assert "makes no images larger" in refused("sample", tmp_path / "small", "--then", runs["edges"])
+
+
 def test_a_run_starts_from_one_without_a_condition(smoke_run: Path, tmp_path: Path) -> None:
     done = train(tmp_path / "run", CONDITIONS["low"], f"init_from={smoke_run}")
     assert done.status == 0 and "its input has zeros for 5 new channels of the condition" in done.out, done.all
@@ -146,7 +160,7 @@ def test_pairs_are_drawn_and_measured(tmp_path: Path) -> None:
     done = train(tmp_path / "run", condition, f"data={json.dumps(source)}", "held_out=0.3", "batch_size=4")
     assert done.status == 0, done.all
     words = ("--condition", tmp_path / "data" / "A", "--truth", tmp_path / "data" / "B", *FEW)
-    drawn = run_in_process("sample.py", tmp_path / "run", *words, "--out", tmp_path / "out")
-    assert drawn.status == 0 and "12 images of" in drawn.out, drawn.all
+    done = run_in_process("sample.py", tmp_path / "run", *words, "--out", tmp_path / "out")
+    assert done.status == 0 and "12 images of" in done.out, done.all
     (tmp_path / "data" / "B" / "0.png").rename(tmp_path / "data" / "B" / "x.png")
     assert "has no image of the name of 0.png" in refused("sample", tmp_path / "run", *words, "--out", tmp_path / "other")

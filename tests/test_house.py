@@ -218,9 +218,11 @@ def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> 
         assert cfg.image.size in trained_at, "it may be that of a later stage, as wikiart512_ldm's is"
         shape = autoencoder.model.latent_shape(cfg.image.size)
     with torch.device("meta"):
-        network = build_model(cfg.model, shape, 27 if conditional else None, learned=cfg.process.variance == "learned")
+        learned, names = cfg.process.variance == "learned", cfg.condition_names(shape)
+        network = build_model(cfg.model, shape, 27 if conditional else None, learned=learned, condition_channels=len(names))
         x0 = torch.zeros(2, *shape)
         condition = {"labels": torch.zeros(2, dtype=torch.long)} if conditional else {}
+        condition |= {"condition": torch.zeros(2, len(names), *shape[1:])} if names else {}
     t = process.draw_times(torch.tensor([0.1, 0.9], dtype=torch.float64))
     loss = process.losses(network, x0, torch.zeros_like(x0), t, **condition).loss
     loss.sum().backward()

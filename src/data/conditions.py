@@ -163,7 +163,7 @@ def split_condition(
     the partners in the other channels, or what is made of the images. Masks are those of (`seed`, `numbers`)."""
     images = pixels[:, :channels]
     if condition is None:
-        return pixels, None
+        return pixels if pixels.shape[1] == channels else images, None
     if isinstance(condition, PairedCondition):
         return images, pixels[:, channels:]
     height, width = images.shape[2:]

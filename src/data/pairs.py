@@ -1,4 +1,4 @@
-"""Pairs of images: the partner of each image of a set, found by the names of the files, in the other half or in a column."""
+"""Pairs of images: the partner of each image of a set, by the names of the files, in the other half, or in a column."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -30,12 +30,21 @@ def open_pairs(
 ) -> tuple[ImageSet, ImageSet | None]:
     """What `open_data` gives; where the condition is another image, each set has a `partner`. Images without a partner are left
     out, and a UserError says that they are too many."""
-    if not isinstance(condition, PairedCondition):
-        return open_data(data, held_out)
-    images, held_out_set = open_data(_with_partners(open_sources(data), _listed(data), condition), held_out)
+    return _open_both(data, held_out, condition) if isinstance(condition, PairedCondition) else open_data(data, held_out)
+
+
+def open_matched(data: Any, held_out: Any, source: Any) -> tuple[ImageSet, ImageSet | None]:
+    """The same with the images of `source` that have the same names as partners."""
+    if isinstance(source, Sequence):
+        raise UserError("coupling 'paired' finds the partners in one source; give one instead of a list")
+    return _open_both(data, held_out, OPEN_FUNCTIONS[type(source)](source))
+
+
+def _open_both(data: Any, held_out: Any, partner: PairedCondition | Images) -> tuple[ImageSet, ImageSet | None]:
+    images, held_out_set = open_data(_with_partners(open_sources(data), _listed(data), partner), held_out)
     if held_out_set is not None and held_out_set.partner is None:  # it has sources of its own
         classes = held_out_set.class_names
-        held_out_set = _with_partners(held_out_set, _listed(held_out), condition)
+        held_out_set = _with_partners(held_out_set, _listed(held_out), partner)
         held_out_set.rename_classes(classes)
     return images, held_out_set
 
@@ -52,37 +61,39 @@ def _listed(specs: Any) -> list[Any]:
     return list(specs) if isinstance(specs, Sequence) else [specs]
 
 
-def _with_partners(images: ImageSet, specs: Sequence[Any], condition: PairedCondition) -> ImageSet:
-    """Those of the images that have a partner, with it."""
-    folder = None
-    if condition.path is not None:
+def _with_partners(images: ImageSet, specs: Sequence[Any], place: PairedCondition | Images) -> ImageSet:
+    """Those of the images that have a partner, with it; the partners are in an opened source, or where a config says."""
+    folder, condition = (place, None) if isinstance(place, Images) else (None, place)
+    if condition is not None and condition.path is not None:
         folder = OPEN_FUNCTIONS[FolderSource](FolderSource(source="folder", path=condition.path))
     parts, partners = list[Images](), list[Images]()
     chosen, chosen_partners = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
     for w, (part, spec) in enumerate(zip(images.parts, specs, strict=True)):
         index = images.index[images.which == w]
-        if condition.side is not None:
+        if condition is not None and condition.side is not None:
             other = "right" if condition.side == "left" else "left"
             parts.append(half_of(part, other))
             partners.append(half_of(part, condition.side))
             chosen.append(index)
             chosen_partners.append(index)
             continue
-        partner = folder or _open_column(spec, condition)
-        found = find_partners([part.names[i] for i in index.tolist()], partner.names, by_stem=folder is not None)
-        reasons = _reasons(part.report.measures[index], partner.report.measures, found)
+        partner = folder if folder is not None else _open_column(spec, condition)
+        partner_index = find_partners([part.names[i] for i in index.tolist()], partner.names, by_stem=folder is not None)
+        reasons = _reasons(part.report.measures[index], partner.report.measures, partner_index)
         _leave_out([(part.names[i], why) for i, why in zip(index.tolist(), reasons, strict=True) if why], part, spec, partner)
         good = np.array([not why for why in reasons], dtype=bool)
         parts.append(part)
         partners.append(partner)
         chosen.append(index[good])
-        chosen_partners.append(found[good])
+        chosen_partners.append(partner_index[good])
     if not sum(map(len, chosen)):
         raise UserError("no image of the data has a partner")
-    return ImageSet(parts, chosen, ImageSet(partners, chosen_partners), condition.channels)
+    channels = condition.channels if condition is not None else None
+    return ImageSet(parts, chosen, ImageSet(partners, chosen_partners), channels)
 
 
-def _open_column(spec: Any, condition: PairedCondition) -> Images:
+def _open_column(spec: Any, condition: PairedCondition | None) -> Images:
+    assert condition is not None
     if not isinstance(spec, DatasetsSource):
         raise UserError(
             f"condition.column is for the source datasets, and the data's source is {spec.source}; give path or side"
@@ -113,10 +124,10 @@ def find_partners(names: Sequence[str], partner_names: Sequence[str], *, by_stem
     return np.array(indices, dtype=np.int64)
 
 
-def _reasons(measures: NDArray[np.int64], partner_measures: NDArray[np.int64], found: NDArray[np.int64]) -> list[str]:
+def _reasons(measures: NDArray[np.int64], partner_measures: NDArray[np.int64], partner_index: NDArray[np.int64]) -> list[str]:
     """Why each image is left out, "" where it is not."""
     reasons = []
-    for (width, height), j in zip(measures[:, :2].tolist(), found.tolist(), strict=True):
+    for (width, height), j in zip(measures[:, :2].tolist(), partner_index.tolist(), strict=True):
         if j < 0:
             reasons.append(NO_PARTNER)
             continue

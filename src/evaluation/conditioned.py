@@ -56,21 +56,21 @@ def evaluate_conditioned(
         labels = None
         if opened.num_classes is not None:
             labels = [label if label >= 0 else opened.num_classes for label in chosen.labels[indices].tolist()]
-        draws = [sampler.draw(setup.seed, [i * each + k for i in part], labels, **options) for k in range(each)]
-        as_files = [to_network(pixels_of(images).permute(0, 2, 3, 1), setup.device) for images in draws]
+        samples = [sampler.draw(setup.seed, [i * each + k for i in part], labels, **options) for k in range(each)]
+        as_files = [to_network(pixels_of(images).permute(0, 2, 3, 1), setup.device) for images in samples]
         return as_files, conditioned.truth.to(setup.device)
 
     @torch.no_grad()
     def measure(part: range) -> dict[str, Array]:
-        draws, truth = draw(part)
-        to_truth = [measure_distances(images, truth, perceptual) for images in draws]
+        samples, truth = draw(part)
+        to_truth = [measure_distances(images, truth, perceptual) for images in samples]
         values = {name: torch.stack([one[name] for one in to_truth]).mean(0) for name in to_truth[0]}
         if each > 1:
-            between = [measure_distances(one, other, perceptual) for one, other in itertools.pairwise(draws)]
+            between = [measure_distances(one, other, perceptual) for one, other in itertools.pairwise(samples)]
             for name in ("l1", "lpips"):
                 if name in between[0]:
                     values[f"spread_{name}"] = torch.stack([one[name] for one in between]).mean(0)
-        return {name: value.cpu().numpy() for name, value in values.items()} | setup.features(pixels_of(draws[0]))
+        return {name: value.cpu().numpy() for name, value in values.items()} | setup.features(pixels_of(samples[0]))
 
     arrays = setup.measure(out, len(chosen), measure, "drawing from images")
     comparisons, results = setup.compare(arrays, chosen, opened.image, neighbours=False), Results(out, opened.step)
@@ -94,6 +94,6 @@ def evaluate_conditioned(
 
 def _save_some(opened: Opened, chosen: ImageSet, draw: Any, path: Path) -> None:
     part = range(min(8, len(chosen)))
-    draws, _ = draw(part)
-    samples = [np.concatenate([figures.to_uint8(images[i : i + 1]) for images in draws]) for i in part]
-    save_side_by_side(draw_from_set(opened, chosen, np.arange(len(part))), samples, path)
+    samples, _ = draw(part)
+    rows = [np.concatenate([figures.to_uint8(images[i : i + 1]) for images in samples]) for i in part]
+    save_side_by_side(draw_from_set(opened, chosen, np.arange(len(part))), rows, path)

@@ -54,6 +54,17 @@ class SourceSampler:
         return len(self._members)
 
 
+@dataclass(frozen=True)
+class PairedStart:
+    """A Start of which image i is example i, the partner of image i of the data; another draw gives others."""
+
+    examples: Examples
+
+    def __call__(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
+        count = len(self.examples.labels)
+        return self.examples.load((np.array(indices, dtype=np.int64) + draw) % count).float().cpu()
+
+
 class Density(ABC):
     """`train` is what a run learns from, `held_out` what it does not, or None; `shape` is what the network sees of one, or of
     most of them: `shapes` are those of the `buckets`."""

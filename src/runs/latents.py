@@ -221,9 +221,9 @@ class _Encoding:
             part = [*indices[start : start + self.batch_size]]
             padded = np.array([*part, *part[-1:] * (self.batch_size - len(part))], dtype=np.int64)
             pixels = images.batch(padded, plain, np.full((len(padded), 3), 0.5), partners=True)
-            seen = to_network(torch.from_numpy(np.ascontiguousarray(pixels)), device)
+            batch = to_network(torch.from_numpy(np.ascontiguousarray(pixels)), device)
             sides = []
-            for side in (seen, seen.flip(3)) if flip else (seen,):
+            for side in (batch, batch.flip(3)) if flip else (batch,):
                 each = []
                 for copy in range(copies):
                     numbers = [int(i) * copies + copy for i in padded]

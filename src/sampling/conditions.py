@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import figures
 from ..config import UserError
+from ..config.sizes import Sides
 from ..data import ImageSet
 from ..data.conditions import LowCondition, MaskCondition, PairedCondition, flagged, noised, reduced, split_condition
 from ..data.pairs import cut_half, find_partners
@@ -53,7 +54,8 @@ def read_conditions(
     if isinstance(condition, PairedCondition):
         values, known = _read_pairs(opened, condition, files, truth)
     elif isinstance(condition, LowCondition) and _are_small(opened, files):
-        values = reduced(_stack(opened, files), condition.size)
+        height, width = reduced(torch.zeros(1, 1, *image.sides), condition.size).shape[2:]
+        values = _stack(opened, files, (height, width))
     else:
         known = _stack(opened, files)
         if isinstance(condition, MaskCondition) and mask is not None:
@@ -103,15 +105,15 @@ def save_side_by_side(conditioned: Conditioned, samples: Sequence[figures.Pixels
     shown = figures.to_uint8(conditioned.shown)
     truth = figures.to_uint8(conditioned.truth) if conditioned.truth is not None else None
     rows = list[figures.Pixels]()
-    for i, drawn in enumerate(samples):
-        rows.append(np.concatenate([shown[i : i + 1], drawn, *([truth[i : i + 1]] if truth is not None else [])]))
+    for i, of_one in enumerate(samples):
+        rows.append(np.concatenate([shown[i : i + 1], of_one, *([truth[i : i + 1]] if truth is not None else [])]))
     title = "condition, samples" + (" and truth" if truth is not None else "")
     figures.save(figures.grid(np.concatenate(rows), columns=len(rows[0]), title=title), path)
 
 
-def _stack(opened: Opened, files: Sequence[Path]) -> Tensor:
-    """(N, C, H, W) in [-1, 1] of files, cut and resized as in training."""
-    size, channels = opened.image.size, opened.image.channels
+def _stack(opened: Opened, files: Sequence[Path], sides: Sides | None = None) -> Tensor:
+    """(N, C, H, W) in [-1, 1] of files, cut and resized as in training, or to other `sides`."""
+    size, channels = sides or opened.image.size, opened.image.channels
     return to_network(torch.from_numpy(np.stack([open_cropped(file, size, channels) for file in files])), CPU)
 
 
@@ -148,7 +150,7 @@ def _read_pairs(
     if truth is None:
         return values, None
     partners = files_of(truth)
-    found = find_partners([file.name for file in files], [file.name for file in partners])
-    if missing := [file.name for file, i in zip(files, found.tolist(), strict=True) if i < 0]:
+    matches = find_partners([file.name for file in files], [file.name for file in partners])
+    if missing := [file.name for file, i in zip(files, matches.tolist(), strict=True) if i < 0]:
         raise UserError(f"--truth {truth} has no image of the name of {', '.join(missing[:5])}; add it, or leave --truth out")
-    return values, _stack(opened, [partners[i] for i in found.tolist()])
+    return values, _stack(opened, [partners[i] for i in matches.tolist()])

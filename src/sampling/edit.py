@@ -71,14 +71,14 @@ def load_edit(opened: Opened, image: str, mask: str | None, *, start_at: int, re
     return Edit(x0, start_at, white_cells.to(x0.device), resamplings)
 
 
-def at_size(opened: Opened, size: str | None, files: Sequence[str | Path] = ()) -> Opened:
-    """The run at the `size` that is asked for; without one, of a run on images of several shapes, at the shape of the first of
-    the `files` that are given to it."""
+def at_size(opened: Opened, size: str | None, place: str | Path | None = None) -> Opened:
+    """The run at the `size` that is asked for; without one, of a run on images of several shapes, at the shape of the first
+    image of the file or folder that is given to it."""
     if size is not None:
         return opened.at_size(parse_size(size))
-    if not files or not opened.buckets:
+    if place is None or not opened.buckets or Path(place).suffix == ".npz":
         return opened
-    return opened.at_nearest(*open_file(files[0], opened.image.channels).size)
+    return opened.at_nearest(*open_file(files_of(str(place))[0], opened.image.channels).size)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Samples as files: batches dealt to ranks, each image written once, so that a killed sampling goes on; frames on the way."""
 
+import hashlib
+import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,6 +44,11 @@ def deal_batches(items: Items, size: int, ranks: Ranks, doing: str, *, unit: str
         for batch in in_batches(items, size)[ranks.rank :: ranks.world]:
             yield batch
             bar.update(min(len(batch) * ranks.world, len(items) - bar.done))
+
+
+def short_hash(*words: Any) -> str:
+    """Six letters that stand for all that images depend on, in the default name of their folder."""
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:6]
 
 
 def claim(

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Tag
 
 from ..config import Length, config, config_error, kind_of, resumable_field
 from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
-from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition, channel_names
+from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition, PairedCondition, channel_names
 from ..diffusion import SOLVERS, ProcessConfig, TimeShift
 from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.autoencoder import ReconstructConfig
@@ -216,13 +216,21 @@ Pairs = Annotated[Annotated[str | None, Tag("plain")] | Annotated[PairsConfig, T
 
 @config
 class BlendConfig(LatentConfig):
-    """The keys of a run that blends a `source` with its data, or trains on the `pairs` of an earlier run."""
+    """The keys of a run that blends a `source` with its data, or trains on the `pairs` of an earlier run. Images of the source
+    are coupled with those of the data at random, or with `coupling` paired with those of the same names."""
 
     source: SourceEnd = GaussianSource(source="gaussian")
+    coupling: Literal["random", "paired"] = "random"
     pairs: Pairs = None
 
     @pydantic.model_validator(mode="after")
     def _paired(self) -> "BlendConfig":
         if self.pairs is not None and self.condition is not None:
             raise config_error("condition: pairs of an earlier run have no condition; leave one of both out")
+        if self.coupling == "paired" and (isinstance(self.source, GaussianSource) or self.image is None):
+            raise config_error("coupling: only images of a source have partners of the same names; name a source of them")
+        if self.coupling == "paired" and self.pairs is not None:
+            raise config_error("coupling: pairs of an earlier run are coupled already; leave one of both out")
+        if self.coupling == "paired" and isinstance(self.condition, PairedCondition):
+            raise config_error("coupling: data has the partners of its source, and cannot have those of a condition, too")
         return self

@@ -23,9 +23,10 @@ from ..data.buckets import Buckets
 from ..data.conditions import Condition, split_condition
 from ..data.latents import FILES, open_blocks
 from ..data.names import same_names
+from ..data.pairs import open_matched
 from ..data.transforms import DECODER
 from ..runs.autoencoder import Autoencoder, latent_bounds
-from ..runs.densities import Density, ImageDensity, PointDensity, given_density, open_density
+from ..runs.densities import Density, ImageDensity, PairedStart, PointDensity, given_density, open_density
 from ..runs.latents import CONTENT, LatentDensity, cache_folder, latents_of, write_sample_blocks
 from ..runs.opened import open_run
 from ..runtime.processes import ranks_of
@@ -84,11 +85,11 @@ def stream_of(
 
 
 class Coupling:
-    """`data`, and the `source` that it is coupled with, which is None for Gaussian noise. A UserError where their shapes
-    differ."""
+    """`data`, and the `source` that it is coupled with, which is None for Gaussian noise: at random, or `paired`, image i with
+    image i. A UserError where their shapes differ."""
 
-    def __init__(self, data: Density, source: Density | None = None) -> None:
-        self.data, self.source, self.shape = data, source, data.shape
+    def __init__(self, data: Density, source: Density | None = None, *, paired: bool = False) -> None:
+        self.data, self.source, self.shape, self.paired = data, source, data.shape, paired
         if isinstance(data, ImageDensity) and isinstance(source, ImageDensity):
             source.take_buckets(data)
         if source is not None and source.shape != data.shape:
@@ -136,7 +137,7 @@ class Coupling:
         if cfg.condition is not None:
             options |= {"condition": cfg.condition, "conditioned": self.data.examples()}
         if self.source is not None:
-            options["source"] = self.source.source_sampler()
+            options["source"] = PairedStart(self.source.examples()) if self.paired else self.source.source_sampler()
         if isinstance(self.data, LatentDensity):
             latents = self.data.latents
             options["codec"] = latents.codec
@@ -156,7 +157,7 @@ class Coupling:
             if encoded:
                 latents.codec = encoded[0].latents.codec
             encoded.append(LatentDensity(images, latents))
-        return Coupling(*encoded)
+        return Coupling(*encoded, paired=self.paired)
 
     def cache_folders(self, autoencoder: Autoencoder, folder: str | None, run_dir: Path) -> list[Path]:
         """Where the caches of the data's latents and of the source's are kept: in `folder` and beside it, or where the
@@ -177,7 +178,7 @@ class Coupling:
                     yield micro_batch, None
                 return
             source_cfg = replace(cfg, seed=torch_seed(cfg.seed, "source") % 2**32, balance_classes=False)
-            order = order_of(self.source, source_cfg, self._order.plan, self._order)
+            order = self._order if self.paired else order_of(self.source, source_cfg, self._order.plan, self._order)
             with closing(stream_of(self.source, order, source_cfg, start_step, device)) as sources:
                 for micro_batch, source in zip(data, sources, strict=True):
                     yield micro_batch, source.images
@@ -201,10 +202,21 @@ def open_coupling(
     *,
     factor: int = 1,
     condition: Condition | None = None,
+    paired: bool = False,
 ) -> Coupling:
     """What a config names: images or points at both ends, or Gaussian noise as the source. A held-out share is held out
     of both. A `dataset` that was handed in from Python takes the place of `data`. The networks reduce images by `factor`, and
-    may draw them from a `condition`."""
+    may draw them from a `condition`. `paired` couples images of the same names; those without a partner are left out."""
+    if paired:
+        assert image is not None
+        if dataset is not None:
+            raise UserError("coupling 'paired' is for data that the config names, and this data set was handed in from Python")
+        train, held_out_set = open_matched(data, held_out, source)
+        assert train.partner is not None
+        partners = train.partner, held_out_set.partner if held_out_set is not None else None
+        held_out_set = held_out_set.without_partners() if held_out_set is not None else None
+        density = ImageDensity(train.without_partners(), held_out_set, image, factor, condition)
+        return Coupling(density, ImageDensity(*partners, image, factor), paired=True)
     if dataset is None:
         density = open_density(data, held_out, image, factor=factor, condition=condition)
     else:

@@ -114,9 +114,9 @@ def _triples(
     chosen = indices[part]
     x0, values, labels = examples.load(chosen), _condition(examples, chosen), _labels_of(sampler, examples, chosen)
     at_shape = sampler.at_shape(x0.shape[1:])
-    drawn = at_shape.draw(0, chosen.tolist(), labels, device=device, condition=values)
+    samples = at_shape.draw(0, chosen.tolist(), labels, device=device, condition=values)
     truth = at_shape.decode(x0.to(device, sampler.dtype))
-    return at_shape.show_condition(values.to(device, sampler.dtype), truth.shape[1:]), drawn, truth
+    return at_shape.show_condition(values.to(device, sampler.dtype), truth.shape[1:]), samples, truth
 
 
 def _labels_of(sampler: Sampler, examples: Examples, indices: NDArray[np.int64]) -> list[int] | None:

@@ -106,7 +106,9 @@ class Rehearsal:
         source = cfg.source if isinstance(cfg, BlendConfig) else GaussianSource(source="gaussian")
         autoencoder = autoencoder_for(cfg.autoencoder, run, accelerator.device) if cfg.autoencoder is not None else None
         factor = cfg.model.factor * (autoencoder.factor if autoencoder is not None else 1)
-        coupling = open_coupling(cfg.data, source, cfg.held_out, cfg.image, factor=factor, condition=cfg.condition)
+        options: dict[str, Any] = {"factor": factor, "condition": cfg.condition}
+        options["paired"] = isinstance(cfg, BlendConfig) and cfg.coupling == "paired"
+        coupling = open_coupling(cfg.data, source, cfg.held_out, cfg.image, **options)
         if autoencoder is not None:
             changes["latents"] = str(self._caches / "latents")
             options: dict[str, Any] = {"batch_size": cfg.encode_batch_size, "workers": cfg.workers}

@@ -16,7 +16,7 @@ from src.config import UserError, read_json
 from src.runs.folders import run_name
 from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
-from src.sampling.files import Frames, write_samples
+from src.sampling.files import Frames, short_hash, write_samples
 from src.storage.blocks import Ranks
 from tests.conftest import launch, one_line, refused, run_here, run_in_process
 
@@ -232,3 +232,8 @@ def test_keys_by_default_are_dealt_too(smoke_run: Path, tmp_path: Path) -> None:
     done = run_in_process("interpolate.py", smoke_run, *words)
     assert done.status == 0 and "through 6 keys" in done.out, done.all
     assert "4 images cannot be dealt to 3 classes" in refused("interpolate", smoke_run, *words, "--num-seeds", "4")
+
+
+def test_the_default_folder_depends_on_all_that_images_depend_on() -> None:
+    assert short_hash("weights", 16, [1, 2]) == short_hash("weights", 16, [1, 2]) and len(short_hash()) == 6
+    assert len({short_hash("weights", 16), short_hash("weights", 17), short_hash("weights", 16, None)}) == 3

@@ -1,11 +1,13 @@
 """Training from conditions: what a step draws of them, what streams and caches give, and how they are resumed."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ddpm_accelerate
 import train_iadb
@@ -13,13 +15,13 @@ import train_ldm
 from src.config import UserError, load, validate
 from src.data import ImageConfig, open_data
 from src.data.conditions import GreyCondition, LowCondition, MaskCondition, PairedCondition, draw_masks, edges, luminance
-from src.data.pairs import open_pairs
+from src.data.pairs import open_matched, open_pairs
 from src.data.sources import ShapesSource
 from src.diffusion import build_process
 from src.runs.densities import ImageDensity
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import MicroBatch, plan_batch
-from src.training.inputs import Coupling, blank_inputs
+from src.training.inputs import Coupling, blank_inputs, open_coupling
 from src.training.step_noise import StepNoise, TimeSampler
 from tests.conftest import ROOT, SMOKE, refused
 
@@ -40,16 +42,16 @@ def test_a_step_drops_conditions_independently_of_labels() -> None:
     dropping = config_of('condition={"kind":"grey"}', "condition_dropout=0.5", "label_dropout=0.5")
     labels, condition = torch.zeros(16, dtype=torch.long), torch.rand(16, 1, 16, 16) + 1
     micro_batch = MicroBatch(torch.zeros(16, 3, 16, 16), labels, 0, condition)
-    seen: list[tuple[bool, bool]] = []
+    pairs: list[tuple[bool, bool]] = []
     for step in range(20):
         whole = step_noise(dropping, step).condition(micro_batch, slice(0, 16), 4)
         flags = whole["condition"][:, 1, 0, 0]
         assert torch.equal(whole["condition"][:, :1], condition * flags[:, None, None, None]) and set(flags.tolist()) <= {0, 1}
-        seen += zip((flags == 1).tolist(), (whole["labels"] == 0).tolist(), strict=True)
+        pairs += zip((flags == 1).tolist(), (whole["labels"] == 0).tolist(), strict=True)
         part = micro_batch._replace(labels=labels[8:], condition=condition[8:])
         half = step_noise(dropping, step).condition(part, slice(8, 16), 4)
         assert torch.equal(half["condition"], whole["condition"][8:])
-    counts = [seen.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
+    counts = [pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
     assert min(counts) > 50, "neither decides the other"
 
 
@@ -91,9 +93,9 @@ def test_streams_and_examples_give_the_condition_of_each_image(kind: str) -> Non
     check(kind, micro_batch.images, micro_batch.condition, torch_seed(cfg.seed, "masks"), range(16, 20), whole)
     examples = density.examples()
     assert examples.condition is not None
-    told = examples.condition(np.array([0, 2]))
-    assert torch.equal(told[:, -1], torch.ones_like(told[:, -1]))
-    check(kind, examples.load(np.array([0, 2])), told[:, :-1], 0, [0, 2], open_data(source, 0.3)[1])
+    values = examples.condition(np.array([0, 2]))
+    assert torch.equal(values[:, -1], torch.ones_like(values[:, -1]))
+    check(kind, examples.load(np.array([0, 2])), values[:, :-1], 0, [0, 2], open_data(source, 0.3)[1])
 
 
 def type_of(kind: str) -> Any:
@@ -166,3 +168,40 @@ def test_names_of_channels_in_configs() -> None:
     assert GreyCondition(kind="grey").contract == {"kind": "grey"}
     assert PairedCondition(kind="paired", path="A").contract == {"kind": "paired"}
     assert pixels.condition.contract == {"kind": "low", "size": 8}
+
+
+def test_sources_and_data_of_the_same_names_are_paired(tmp_path: Path) -> None:
+    """Image i starts from image i of the source, cut and mirrored alike; held out, too. One has no partner."""
+    for i in range(24):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        for folder, values in (("before", 255 - pixels), ("after", pixels)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(values).save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "before" / "7.png").unlink()
+    places = [
+        f'{key}={{"source":"folder","path":"{tmp_path / key2}"}}' for key, key2 in (("source", "before"), ("data", "after"))
+    ]
+    cfg: Any = load(ROOT / "configs/smoke/iadb.json", train_iadb.Config, [*places, "coupling=paired", "held_out=0.3"])
+    coupling = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, paired=True)
+    assert coupling.source is not None and coupling.num_images + len(coupling.data.held_out or ()) == 23
+    batches = coupling.stream(cfg, plan_batch(8, 4, rank=0, world=1), 0, CPU)
+    for _ in range(3):
+        micro_batch, source = next(batches)
+        assert source is not None and torch.allclose(source, -micro_batch.images, atol=1e-6)
+    batches.close()
+    start, held_out = coupling.sampler_options(cfg, CPU)["source"], coupling.held_out_examples()
+    assert held_out is not None
+    assert torch.allclose(start(0, [0, 2]), -held_out.load(np.array([0, 2])), atol=1e-6)
+    assert not torch.equal(start(0, [0], 1), start(0, [0]))
+    for changes, message in (
+        (["coupling=paired"], "coupling: only images of a source have partners"),
+        ([*places, "coupling=paired", "pairs=runs/x"], "coupling: pairs of an earlier run are coupled already"),
+        (
+            [*places, "coupling=paired", 'condition={"kind":"paired","path":"A"}'],
+            "coupling: data has the partners of its source",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(ROOT / "configs/smoke/iadb.json", train_iadb.Config, changes)
+    with pytest.raises(UserError, match="one source; give one instead of a list"):
+        open_matched(cfg.data, 0.0, [cfg.source])

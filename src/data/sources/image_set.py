@@ -1,5 +1,6 @@
 """The images of one or several sources, selected and in a fixed order, which training reads; and how they are opened."""
 
+import copy
 import hashlib
 import io
 import os
@@ -193,6 +194,12 @@ class ImageSet:
     def rename_classes(self, class_names: Sequence[str]) -> None:
         """Give the labels the numbers of their classes in `class_names`, among which all of them are."""
         self.labels, self.class_names = _renumbered(self.labels, self.class_names, class_names), tuple(class_names)
+
+    def without_partners(self) -> "ImageSet":
+        """The same images alone."""
+        images = copy.copy(self)
+        images.partner = None
+        return images
 
     def only(self, keep: NDArray[np.bool_]) -> "ImageSet":
         """The images where `keep` (N,) is true."""
