@@ -67,13 +67,14 @@ class Quality:
                 say(f"frechet_distance: {note}")
             if self.sizes:
                 say(f"frechet_distance: images of all shapes are resized to squares of {describe_size(self.image.size)}")
-        samplers = [sampler.at_shape(shape) for shape in sampler.shapes] if self.sizes else [sampler]
+        shapes = [*sampler.shapes] if self.sizes else [sampler.shape]
         fit, finite, features, order = to_squares(self.image), True, list[Tensor](), list[int]()
         batches = self.batches(batch_size)
         with Progress("drawing samples to measure", len(batches) * batch_size, shown=first, leave=False) as progress:
             for indices in batches:
                 labels = [self.labels[i] for i in indices] if self.labels is not None else None
-                images = samplers[self.which[indices[0]]].draw(0, indices, labels, device=accelerator.device)
+                shaped = sampler.at_shape(shapes[self.which[indices[0]]])
+                images = shaped.draw(0, indices, labels, device=accelerator.device)
                 finite &= is_finite(images)
                 features.append(self.network(fit(pixels_of(images)).to(accelerator.device)))
                 order += indices

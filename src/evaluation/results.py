@@ -162,8 +162,8 @@ class Setup:
 
         if which is None:
             return partial(draw, sampler)
-        samplers = [sampler.at_shape(shape) for shape in sampler.shapes]
-        return lambda indices: by_shape(indices, which, lambda bucket, part: fit(draw(samplers[bucket], part)))
+        shapes = [*sampler.shapes]
+        return lambda indices: by_shape(indices, which, lambda bucket, part: fit(draw(sampler.at_shape(shapes[bucket]), part)))
 
     def sample_features(self, pixels: PixelsOf, count: int, out: Path) -> dict[str, Array]:
         """The features of samples that `pixels` draws on the way."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import UserError, config, quoted, validate
 from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes, sides_of
 from ..data import ImageConfig, ImageSet, SourceEnd
-from ..data.buckets import nearest_buckets
+from ..data.buckets import nearest_buckets, sort_by_shape
 from ..data.conditions import Condition, ConditionConfig, LowCondition, channel_names
 from ..data.names import join_names, normal_form, parse_classes, same_names
 from ..diffusion import Process, ProcessConfig, build_process
@@ -89,9 +89,10 @@ class Run:
         spec = validate(_Source, {"source": self.config["source"]}, origin=str(self.path)).source
         share = self.config.get("held_out", 0.0)
         try:
-            return SourceSampler(self._source(spec, share if isinstance(share, float | int) else 0.0))
+            examples = self._source(spec, share if isinstance(share, float | int) else 0.0)
         except UserError as error:
             raise UserError(f"{self.path} starts from other data, which is needed: {error}{self._instead}") from None
+        return SourceSampler(examples).at_shape(self.shape)
 
     _instead = ""
 
@@ -201,11 +202,15 @@ class Opened(Run):
         return condition_names(self.config, self.image.channels, self.shape[0] if self.codec is not None else None)
 
     def _source(self, spec: Any, held_out: float) -> Examples:
-        images, codec = open_density(spec, held_out, replace(self.image, flip=False, crop="center")).examples(), self.codec
+        density, codec = open_density(spec, held_out, replace(self.image, flip=False, crop="center")), self.codec
+        if self.buckets:
+            assert isinstance(density.train, ImageSet)
+            density.buckets = sort_by_shape(self.bucket_sizes, self.image, density.train.sides)
+        images = density.examples()
         if codec is None:
             return images
-        weight = next(codec.network.parameters())
-        return Examples(images.labels, lambda indices: codec.encode(images.load(indices).to(weight), indices.tolist()))
+        weight, groups = next(codec.network.parameters()), dict(zip(self.shapes, images.groups.values(), strict=False))
+        return Examples(images.labels, lambda indices: codec.encode(images.load(indices).to(weight), indices.tolist()), groups)
 
 
 def count_classes(class_conditional: bool | None, class_names: Sequence[str]) -> int | None:

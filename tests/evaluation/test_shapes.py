@@ -9,14 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from src.config import read_json
+from src.config import UserError, read_json
 from src.data import ImageConfig, ImageSet, open_sources
 from src.data.buckets import sort_by_shape
 from src.data.sources import FolderSource
 from src.data.sources.shapes import SHAPES, draw_shape
 from src.evaluation.results import samples_like
 from src.evaluation.shapes import by_shape, measure_by_shape, on_white, pixel_loader, to_squares
+from src.runs.densities import SourceSampler
 from src.runs.opened import open_trained
+from src.sampling import SamplerConfig, build_sampler
 from tests.conftest import ROOT, launch, metrics, refused, run_here
 
 SIZES = ((20, 12), (16, 16), (12, 20))  # of the buckets: height and width
@@ -164,6 +166,27 @@ def test_an_autoencoder_reconstructs_every_image_in_its_shape(data: Path, tmp_pa
     assert document["psnr"] > 0 and abs(document["ssim"]) < 1 and document["random"]["frechet"] > 0
     with Image.open(tmp_path / "out" / "reconstructions.png") as sheet:
         assert sheet.height > 3 * 3 * 12 * 3, "three rows for each shape"
+
+
+def test_a_run_that_starts_from_other_images_starts_from_those_of_the_same_shape(data: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "source", (24, 12, 36))
+    source = {"source": "folder", "path": str(tmp_path / "source")}
+    few = {"every": 2, "num_samples": 2, "batch_size": 2, "calls": [1], "quality": None}
+    run = train("train_iadb", "iadb", data, tmp_path, image=ASPECT, source=source, steps=2, preview=few, held_out=0.0)
+    opened = open_trained(run, torch.device("cpu"))
+    sampler = build_sampler(opened, SamplerConfig(solver="euler", steps=1))
+    assert sampler.start(0, range(2)).shape == (2, 3, 16, 16)
+    lengths = {}
+    for shape in sampler.shapes:
+        shaped = sampler.at_shape(shape)
+        assert isinstance(shaped.source, SourceSampler) and shaped.start(0, range(3)).shape == (3, *shape)
+        lengths[shape[1:]] = len(shaped.source)
+    assert lengths == dict(zip(SIZES, (24, 12, 36), strict=True))
+    with pytest.raises(UserError, match=r"no image of the source has about the shape 16 x 20; ask for another --size"):
+        opened.at_size((16, 20)).starts()
+    run_here("evaluate", run, "--num-samples", "36", "--solver", "euler", "--steps", "1", *RANDOM, "--out", tmp_path / "out")
+    notes = figures_in(tmp_path / "out")["random"]["notes"]
+    assert any("the 36 samples start from 30 pictures" in note for note in notes), "18 squares start from 12"
 
 
 def test_a_folder_of_images_of_several_sizes(data: Path, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_run_that_resumes_and_one_that_draws_what_no_checkpoint_holds(tmp_path
     assert not (tmp_path / "runs").exists(), "nothing is left"
     text, seeding = (
         (ROOT / "ddpm_accelerate.py").read_text(),
-        'torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro.position))',
+        'torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))',
     )
     assert text.count(seeding) == 1
     (tmp_path / "changed.py").write_text(text.replace(seeding, "pass"))
