@@ -17,7 +17,8 @@ from src.diffusion import build_process
 from src.evaluation.quality import open_quality
 from src.models import ImageModelConfig
 from src.runs.densities import ImageDensity
-from src.runs.opened import count_classes, start_from
+from src.runs.opened import count_classes
+from src.runs.starting import start_from
 from src.runtime.launch import accumulating, compile_network, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
@@ -26,10 +27,11 @@ from src.sampling.checkpoints import parse_with_sampling, sample_checkpoints
 from src.training.config import DiffusionConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import from_python, run_training
+from src.training.first_images import save_first_images
 from src.training.given import Given
 from src.training.inputs import Coupling, blank_inputs
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview, save_first_images
+from src.training.preview import measure_quality, preview
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState, prepare

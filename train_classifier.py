@@ -31,9 +31,9 @@ from src.runtime.stream import plan_batch
 from src.training.config import StepsConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
+from src.training.first_images import save_first_images
 from src.training.inputs import Coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState

@@ -21,7 +21,8 @@ from src.diffusion.schedules import BlendScheduleConfig
 from src.evaluation.quality import open_quality
 from src.models import ModelConfig
 from src.runs.autoencoder import autoencoder_for
-from src.runs.opened import count_classes, start_from
+from src.runs.opened import count_classes
+from src.runs.starting import start_from
 from src.runtime.launch import accumulating, compile_network, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import plan_batch
@@ -31,10 +32,12 @@ from src.sampling.sampler import random_labels
 from src.training.config import BlendConfig, PathPreviewConfig
 from src.training.ema import EMA
 from src.training.entry import from_python, run_training
+from src.training.first_images import save_first_blends
 from src.training.given import Given
-from src.training.inputs import PairCoupling, blank_inputs, open_coupling
+from src.training.inputs import blank_inputs, open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview_paths, save_first_blends
+from src.training.pairs import PairCoupling
+from src.training.preview import measure_quality, preview_paths
 from src.training.run_directory import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session

@@ -19,7 +19,8 @@ from src.evaluation.quality import open_quality
 from src.models import ImageModelConfig, build_model
 from src.runs.autoencoder import autoencoder_for
 from src.runs.densities import ImageDensity
-from src.runs.opened import count_classes, start_from
+from src.runs.opened import count_classes
+from src.runs.starting import start_from
 from src.runtime.launch import accumulating, compile_network, start, warm_up_ddp
 from src.runtime.seeds import torch_seed
 from src.runtime.sharding import build_device
@@ -28,9 +29,10 @@ from src.sampling import Sampler
 from src.training.config import LatentConfig, PreviewConfig
 from src.training.ema import EMA
 from src.training.entry import run_training
+from src.training.first_images import save_first_images
 from src.training.inputs import Coupling, blank_inputs
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview, save_first_images
+from src.training.preview import measure_quality, preview
 from src.training.run_directory import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session

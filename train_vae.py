@@ -27,9 +27,9 @@ from src.runtime.stream import StepOrder, image_examples, stream, to_network
 from src.training.autoencoder_stages import Guard, GuardConfig, StagedConfig, bucket_stages, plan_stages, stage_warnings
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
+from src.training.first_images import save_first_images
 from src.training.loss_terms import AdaptiveWeight, CodebookStep, discriminator_terms, generator_terms, winner_warnings
 from src.training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, update
-from src.training.preview import save_first_images
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState

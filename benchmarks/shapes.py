@@ -68,12 +68,12 @@ def main() -> None:
     mixed = make_buckets(replace(image, aspect=AspectConfig()), images.sides, factor)
     ways = {"every shape": mixed, "squares": make_buckets(image, images.sides, factor)}
     runs = {name: train(buckets, args.data, args.config, args.batch, device) for name, buckets in ways.items()}
-    seen, speeds = Counter[str](), {name: list[tuple[int, float]]() for name in ways}
+    counts, speeds = Counter[str](), {name: list[tuple[int, float]]() for name in ways}
     while min(map(len, speeds.values())) < args.steps:
         for name, run in runs.items():
             shape, pixels, seconds = next(run)
-            seen[f"{name} {shape}"] += 1
-            if seen[f"{name} {shape}"] > WARMUP:
+            counts[f"{name} {shape}"] += 1
+            if counts[f"{name} {shape}"] > WARMUP:
                 speeds[name].append((pixels, seconds))
     rates = {name: sum(pixels for pixels, _ in each) / sum(seconds for _, seconds in each) for name, each in speeds.items()}
     medians = {name: statistics.median(pixels / seconds for pixels, seconds in each) for name, each in speeds.items()}

@@ -4,13 +4,10 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,25 +15,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import UserError, read_json
-from ..config.progress import track, within
+from ..config.progress import track
 from ..config.sizes import describe_size
-from ..data import ImageConfig, ImageSet
-from ..data.conditions import Condition, MaskCondition, flagged, split_condition
-from ..data.latents import FILES, BucketLatents, LatentSet, Moments, open_latents, same_latents, statistics, sums_of
-from ..data.transforms import DECODER
+from ..data import ImageSet
+from ..data.conditions import Condition, flagged
+from ..data.latents import FILES, BucketLatents, LatentSet, Moments, open_latents, same_latents, sums_of
 from ..runtime.processes import broadcast, ranks_of
-from ..runtime.stream import Examples, to_network
+from ..runtime.stream import Examples
 from ..storage.blocks import BLOCK, Block, Ranks, blocks_of, make_cache, write_block
 from ..storage.files import link_file, write_whole
-from ..storage.finite import is_finite
 from .autoencoder import Autoencoder, LatentCodec
-from .conditions import latent_condition, normalised
+from .conditions import normalised
 from .densities import Density, ImageDensity
+from .encoding import CONDITION, Encoding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
 
-CONDITION = "condition_"  # the start of the names of the folders that hold what images are drawn from
 CONTENT = "content"  # key of a block's .json: the hash of the files that the block was made of
 DOUBTED = 512  # images at most that are encoded once more to check an old cache
 
@@ -114,141 +109,9 @@ class LatentDensity(Density):
         return self.latents.examples(data_set.labels, groups, held_out=data_set is not self.train)
 
 
-class _Split(NamedTuple):
-    """Images that are encoded together: a set, and the one size that they are cut to."""
-
-    images: ImageSet
-    spec: ImageConfig
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """What is encoded: images by an autoencoder, `batch_size` at a time, which `workers` threads load."""
-
-    autoencoder: Autoencoder
-    density: ImageDensity
-    batch_size: int = 1
-    workers: int = 1
-
-    @property
-    def sets(self) -> dict[str, ImageSet]:
-        sets = {"train": self.density.train, "held_out": self.density.held_out}
-        return {name: images for name, images in sets.items() if images is not None}
-
-    @cached_property
-    def splits(self) -> dict[str, _Split]:
-        """The folders of a cache, and what each holds: `train` and `held_out`, of several buckets one for each."""
-        splits = dict[str, _Split]()
-        for name, images in self.sets.items():
-            buckets = self.density.buckets_of(images)
-            for b, spec in enumerate(buckets.specs):
-                height, width = spec.sides
-                part = images if len(buckets.specs) == 1 else images.only(buckets.which == b)
-                key = name if len(buckets.specs) == 1 else f"{name}_{height}x{width}"
-                splits |= {key: _Split(part, spec.plain)} if len(part) else {}
-        return splits
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """How many images each folder of a cache has, and each beside it with their conditions."""
-        counts = {key: len(split.images) for key, split in self.splits.items()}
-        return counts | ({CONDITION + key: n for key, n in counts.items()} if self.density.condition is not None else {})
-
-    @property
-    def contract(self) -> dict[str, Any]:
-        """All that latents depend on: where any of it changes, they are others."""
-        image, sets, buckets = self.density.image, self.sets, self.density.buckets
-        if image.crop != "center":
-            raise UserError("image.crop 'random' gives an image other latents each time; use center")
-        contract: dict[str, Any] = {
-            "autoencoder": self.autoencoder.digest,
-            "pictures": self.density.train.fingerprint,
-            "held_out": sets["held_out"].fingerprint if "held_out" in sets else None,
-            "image": {"size": image.size, "channels": image.channels, "flip": image.flip},
-            "shape": list(self.autoencoder.latent_shape(buckets.most_frequent)),
-        }
-        contract |= {"buckets": [list(spec.sides) for spec in buckets.specs]} if image.aspect is not None else {}
-        return contract | ({"condition": self.density.condition.contract} if self.density.condition is not None else {})
-
-    @property
-    def files(self) -> dict[str, Any]:
-        """What a cache notes of the files that it is made of, besides its contract."""
-        return {"decoder": DECODER, "state": {split: images.state for split, images in self.sets.items()}}
-
-    @torch.no_grad()
-    def encode(self, split: str, indices: Sequence[int], *, flip: bool = False) -> Moments:
-        """(n, 1 or 2, 2, D, h, w) float32 of the images `indices`, in batches of always the same size. A UserError names the
-        first image whose moments are not finite."""
-        network, (images, plain), batch = self.autoencoder.network, self.splits[split], self.batch_size
-        device, starts, blocks = next(network.parameters()).device, range(0, len(indices), batch), []
-
-        def load(start: int) -> Tensor:
-            part = np.array(indices[start : start + batch], dtype=np.int64)
-            pixels = images.batch(part, plain, np.full((len(part), 3), 0.5), partners=self.density.condition is not None)
-            return torch.from_numpy(np.ascontiguousarray(pixels[..., : plain.channels]))
-
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:  # Pillow decodes beside Python
-            for start, pixels in zip(starts, pool.map(load, starts), strict=True):
-                count = len(pixels)
-                padded = to_network(torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)]), device)
-                sides = []
-                for side in (padded, padded.flip(3)) if flip else (padded,):
-                    mean, logvar = network.moments(side)
-                    sides.append(torch.stack([mean, torch.full_like(mean, -30.0) if logvar is None else logvar], dim=1))
-                moments = torch.stack(sides, dim=1)[:count].float().cpu()
-                if not is_finite(moments):
-                    bad = indices[start + int((~torch.isfinite(moments.flatten(1)).all(1)).nonzero()[0])]
-                    part, index = images.locate(bad)
-                    raise UserError(
-                        f"the latents of the autoencoder {self.autoencoder.path} are not finite (NaN or infinity), first of "
-                        f"the image {part.names[index]}, and no latent cache was kept; use another autoencoder, or an earlier "
-                        "checkpoint of this one"
-                    )
-                blocks.append(moments.numpy())
-                within(count)
-        return np.concatenate(blocks)
-
-    @torch.no_grad()
-    def encode_conditions(self, split: str, indices: Sequence[int], *, flip: bool = False) -> Moments:
-        """(n, 1 or 2, copies, K, h, w) float32, what a network sees of the condition of each of the images `indices`, but for
-        their normalisation."""
-        condition, (images, plain), blocks = self.density.condition, self.splits[split], list[NDArray[np.float32]]()
-        assert condition is not None
-        copies = condition.copies if isinstance(condition, MaskCondition) else 1
-        device = next(self.autoencoder.network.parameters()).device
-        latent = self.autoencoder.latent_shape(plain)
-        for start in range(0, len(indices), self.batch_size):
-            part = [*indices[start : start + self.batch_size]]
-            padded = np.array([*part, *part[-1:] * (self.batch_size - len(part))], dtype=np.int64)
-            pixels = images.batch(padded, plain, np.full((len(padded), 3), 0.5), partners=True)
-            batch = to_network(torch.from_numpy(np.ascontiguousarray(pixels)), device)
-            sides = []
-            for side in (batch, batch.flip(3)) if flip else (batch,):
-                each = []
-                for copy in range(copies):
-                    numbers = [int(i) * copies + copy for i in padded]
-                    values = split_condition(side, plain.channels, condition, 0, numbers)[1]
-                    assert values is not None
-                    each.append(latent_condition(condition, self.autoencoder.network, values, plain.shape, latent))
-                sides.append(torch.stack(each, dim=1))
-            blocks.append(torch.stack(sides, dim=1)[: len(part)].float().cpu().numpy())
-            within(len(part))
-        return np.concatenate(blocks)
-
-    def statistics(self, sums: list[dict[str, Any]]) -> dict[str, list[float]]:
-        """The statistics of the latents; mean and std are the autoencoder's own scaling where it brings one; low and high are
-        those of normalised latents."""
-        values = statistics(sums)
-        if self.autoencoder.scaling is not None:
-            channels = len(values["mean"])
-            values |= {key: [value] * channels for key, value in zip(("mean", "std"), self.autoencoder.scaling, strict=True)}
-        mean, std = np.array(values["mean"]), np.array(values["std"])
-        return values | {key: ((np.array(values[key]) - mean) / std).tolist() for key in ("low", "high")}
-
-
 def cache_folder(autoencoder: Autoencoder, density: ImageDensity, otherwise: Path) -> Path:
     """Where a cache is kept by default: in the run of the autoencoder, else in the folder `otherwise`."""
-    contract, run = _Encoding(autoencoder, density).contract, Path(autoencoder.path)
+    contract, run = Encoding(autoencoder, density).contract, Path(autoencoder.path)
     size = describe_size(density.image.size).replace(" ", "")
     name = f"{size}_{hashlib.sha256(json.dumps(contract).encode()).hexdigest()[:8]}"
     return (run if (run / "checkpoints").is_dir() else otherwise) / "latents" / name
@@ -259,7 +122,7 @@ def write_sample_cache(
 ) -> float:
     """Make a cache for a rehearsal: the first block of each bucket stands for all, as links of one file. Gives the seconds that
     one process would need for the rest."""
-    encoding, flip = _Encoding(autoencoder, density, batch_size, workers), density.image.flip
+    encoding, flip = Encoding(autoencoder, density, batch_size, workers), density.image.flip
     sums, encoded, seconds = list[dict[str, Any]](), 0, 0.0
     for key, count in encoding.counts.items():
         if not key.startswith("train"):
@@ -299,7 +162,7 @@ def write_sample_blocks(
 
 
 def _check_files(
-    folder: Path, manifest: dict[str, Any], encoding: _Encoding, latents: Mapping[str, LatentSet], ranks: Ranks, goes_on: bool
+    folder: Path, manifest: dict[str, Any], encoding: Encoding, latents: Mapping[str, LatentSet], ranks: Ranks, goes_on: bool
 ) -> None:
     """Refuse a whole cache whose files have another content now, though the same names and sizes, or are decoded otherwise.
     Where the times of the files changed, their contents are compared. An old cache has no note of them: then some of the files
@@ -359,7 +222,7 @@ def latents_of(
     """The latents in the cache `folder`, which is made if it is missing (after a kill the same call goes on); on the device
     where they fit. A cache of something else is a UserError. `run_dir` is where the run that learns from them may have begun
     before."""
-    encoding, ranks = _Encoding(autoencoder, density, batch_size, workers), ranks_of(processes)
+    encoding, ranks = Encoding(autoencoder, density, batch_size, workers), ranks_of(processes)
     contract, device, splits = encoding.contract, next(autoencoder.network.parameters()).device, encoding.splits
 
     def make(split: str, block: Block) -> None:

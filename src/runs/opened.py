@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import UserError, config, quoted, validate
 from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes, sides_of
@@ -24,7 +24,7 @@ from .autoencoder import LatentCodec, kept_autoencoder, latent_bounds
 from .densities import Bound, SourceSampler, Start, open_density
 from .folders import read_weights, refuse, run_name
 
-GAUSSIAN, LABELS, INPUT = {"source": "gaussian"}, "label_embedding.weight", "stem.weight"
+GAUSSIAN, LABELS = {"source": "gaussian"}, "label_embedding.weight"
 
 
 @config
@@ -234,49 +234,6 @@ def condition_names(run_config: Mapping[str, Any], image_channels: int, latent_c
     """What each channel of the condition holds that the network of a run sees. That of an imported upsampler has no flag."""
     names = channel_names(read_condition(run_config), image_channels, latent_channels)
     return names[:-1] if run_config.get("low_resolution") is not None else names
-
-
-def start_from(name: str, class_names: Sequence[str], *networks: Any, condition: Sequence[str] = ()) -> str:
-    """Put the EMA weights of the diffusion run `name` into networks of the same architecture; where its classes are others,
-    all but the embedding of the labels, and where its condition is another, the input's weights of the channels that both
-    have. `condition` are the names of those channels (`channel_names`). Gives what was done, in words."""
-    opened = open_run(name, torch.device("cpu"))
-    weights, fresh = opened.network.state_dict(), networks[0].state_dict()
-    notice = f"starting from the weights of {name} (step {opened.step})"
-    number = {normal_form(name): i for i, name in enumerate(opened.class_names)}
-    as_they_stand, labels = same_names(opened.class_names, class_names), weights.pop(LABELS, None)
-    before = opened.condition_names if isinstance(opened, Opened) else []
-    if before != list(condition) and INPUT in weights:
-        weights[INPUT] = _exchange_channels(weights[INPUT], opened.shape[0], before, condition)
-        added, lost = (sum(n not in others for n in names) for names, others in ((condition, before), (before, condition)))
-        notice += f"; its input has zeros for {added} new channels of the condition" if added else ""
-        notice += f"; {lost} channels of its condition are left out" if lost else ""
-    if LABELS not in fresh:
-        notice += "; without its label embedding, since this run learns no classes" if labels is not None else ""
-    elif labels is None or not (as_they_stand or sorted(number) == sorted(map(normal_form, class_names))):
-        notice, labels = f"{notice}; its classes are others, so the label embedding is new", None
-    else:
-        if not as_they_stand:  # in another order, as names in another spelling may be
-            order = [number[normal_form(name)] for name in class_names]
-            labels = torch.cat([labels[order], labels[len(order) :]])
-        if len(labels) < len(fresh[LABELS]):  # it never learned to go without a label
-            labels = torch.cat([labels, labels.mean(0, keepdim=True)])
-            notice += "; its null class is new, the mean of the others"
-    for network in networks:
-        embedding = {LABELS: network.state_dict()[LABELS] if labels is None else labels} if LABELS in fresh else {}
-        load_weights(network, weights | embedding, Path(name))
-    return notice
-
-
-def _exchange_channels(weight: Tensor, channels: int, before: Sequence[str], now: Sequence[str]) -> Tensor:
-    """The weight (D, inputs, 3, 3) of an input convolution that sees `channels` and the condition, with the channels `now` of
-    the condition in place of those `before`: those of the same name, and 0 for the others. A network that works on patches of
-    p x p has p^2 inputs for each channel, one after the other."""
-    area = weight.shape[1] // (channels + len(before))
-    by_channel = weight.unflatten(1, (channels + len(before), area))  # (D, channels, p^2, 3, 3)
-    known = {name: by_channel[:, channels + i] for i, name in enumerate(before)}
-    others = [known[name] if name in known else torch.zeros_like(by_channel[:, 0]) for name in now]
-    return torch.cat([by_channel[:, :channels], *(other[:, None] for other in others)], dim=1).flatten(1, 2)
 
 
 def open_trained(path: str | Path, device: torch.device, network: nn.Module | None = None) -> Opened:

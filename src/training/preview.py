@@ -13,28 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import figures
-from ..data import ImageSet
-from ..data.buckets import Buckets
 from ..data.names import file_stems
-from ..data.transforms import position_uniforms
-from ..diffusion import Prediction, Process, TableSchedule
+from ..diffusion import Prediction
 from ..evaluation.quality import Quality
-from ..runs.autoencoder import LatentCodec
 from ..runtime.failures import Outcome, failed_on_any
-from ..runtime.seeds import generator, normal
-from ..runtime.stream import Examples, to_network
+from ..runtime.stream import Examples
 from ..sampling.config import SamplerConfig
 from ..sampling.sampler import Sampler
 from ..storage.finite import is_finite
 from .config import PathPreviewConfig, PreviewConfig
+from .held_out import held_out_loss
 from .inputs import Coupling
 from .session import Session
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
-LEVELS = 10  # of noise, for each of which the held-out loss is logged
-MOST = 1024  # held-out examples that the loss is measured on
 PREVIEW = "the preview"
 
 
@@ -299,107 +293,3 @@ def _save_columns(sheets: list[list[Tensor]], spec: PathPreviewConfig, coupling:
         rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
         grids.append(figures.grid(figures.to_uint8(rows), columns=len(columns), title="" if grids else title))
     figures.save(figures.in_a_column(grids), path)
-
-
-@torch.no_grad()
-def held_out_loss(sampler: Sampler, held_out: Examples, batch_size: int, accelerator: "Accelerator") -> dict[str, float]:
-    """The mean loss of the sampler's network on up to `MOST` held-out examples, spread over all, each always with the same
-    start and time: held_out_loss, and held_out_loss_0 to _9 of those whose times are in each tenth, the cleanest first."""
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    process, num_classes, dtype = sampler.process, sampler.num_classes, sampler.dtype
-    chosen = np.linspace(0, len(held_out.labels) - 1, min(MOST, len(held_out.labels))).astype(np.int64)
-    totals = torch.zeros(2, LEVELS, device=device, dtype=dtype)  # of losses, and how many
-    batches = held_out.batches(chosen, batch_size)
-    for i in range(rank, -(-len(batches) // world) * world, world):
-        real = i < len(batches)  # with FSDP no rank can run alone: one that has no batch left runs along
-        indices = batches[i] if real else chosen[:1]
-        x0 = held_out.load(indices).to(device, dtype)
-        eps = sampler.at_shape(x0.shape[1:]).start(0, indices.tolist()).to(x0)
-        u = torch.from_numpy(position_uniforms(0, indices)[:, 0])
-        condition = {}
-        if num_classes is not None:
-            labels = torch.from_numpy(held_out.labels[indices])
-            condition = {"labels": torch.where(labels < 0, num_classes, labels).to(device)}
-        if held_out.condition is not None:
-            condition["condition"] = held_out.condition(indices).to(x0)
-        loss = process.losses(sampler.network, x0, eps, process.draw_times(u), **condition).loss.to(dtype)
-        if real:
-            totals.index_add_(1, (u * LEVELS).long().to(device), torch.stack([loss, torch.ones_like(loss)]))
-    summed: Any = accelerator.reduce(totals)
-    losses, counts = summed.tolist()
-    levels = {f"held_out_loss_{i}": losses[i] / counts[i] for i in range(LEVELS) if counts[i]}
-    return {"held_out_loss": sum(losses) / len(chosen), **levels}
-
-
-@torch.no_grad()
-def save_first_images(
-    folder: Path,
-    train_set: ImageSet,
-    buckets: Buckets,
-    seed: int,
-    process: Process | None = None,
-    codec: LatentCodec | None = None,
-    device: torch.device | None = None,
-) -> None:
-    """`contact_sheet.png` of what the network will see, shape by shape; with a process `original.png` beside `noised.png` (12
-    images at growing times, in the title), and `beta_alpha_hat.png` (the schedule). With a codec, which lives on `device`, its
-    latents are noised, and decoded to be looked at."""
-    chosen = generator(seed, "contact sheet").choice(len(train_set), min(64, len(train_set)), replace=False)
-    sheets, pages = list[Any](), list[figures.Pixels]()
-    for bucket, spec in enumerate(buckets.specs):
-        part = chosen[buckets.which[chosen] == bucket]
-        if not len(part):
-            continue
-        pixels = train_set.batch(part, spec, np.full((len(part), 3), 0.5))
-        names = [train_set.class_names[label] if label >= 0 else "" for label in train_set.labels[part]]
-        sheets.append(figures.grid(pixels, columns=8, labels=names if train_set.class_names else None))
-        pages.append(pixels)
-    figures.save(figures.in_a_column(sheets), folder / "contact_sheet.png")
-    if process is None:
-        return
-
-    first = max(pages, key=len)[:12]
-    images = to_network(torch.from_numpy(first), device or torch.device("cpu"))
-    x0 = codec.encode(images, range(len(images))) if codec is not None else images
-    t = process.draw_times(torch.linspace(0, 1 - 1e-9, len(x0), dtype=torch.float64))
-    noised = process.add_noise(x0, normal(x0.shape, seed, "noised", device=x0.device, dtype=x0.dtype), t)
-    noised = figures.to_uint8(codec.decode(noised) if codec is not None else noised)
-    schedule = process.schedule
-    labels = [f"{value:g}" if isinstance(schedule, TableSchedule) else f"{value:.2f}" for value in t.tolist()]
-    decoded = "" if codec is None else ", decoded"
-    figures.save(figures.grid(first, columns=12, title="x_0"), folder / "original.png")
-    figures.save(figures.grid(noised, columns=12, title=f"x_t at t = {', '.join(labels)}{decoded}"), folder / "noised.png")
-
-    if isinstance(schedule, TableSchedule):
-        index = list(range(schedule.num_steps))
-        curves = {"beta_t": schedule.betas, "alpha-bar_t": schedule.alphas_bar}
-        panels = {name: {name: (index, values.tolist())} for name, values in curves.items()}
-    else:
-        times = torch.linspace(0, 1, 101, dtype=torch.float64)
-        level = schedule.level(times)
-        curves = {"alpha": level.alpha, "sigma": level.sigma}
-        panels = {"level": {name: (times.tolist(), values.tolist()) for name, values in curves.items()}}
-    figures.curves(folder / "beta_alpha_hat.png", panels, xlabel="t")
-
-
-@torch.no_grad()
-def save_first_blends(sampler: Sampler, data: Examples, folder: Path) -> None:
-    """`blend.png`, rows of one source and one example each, blended from alpha 0 to 1; of 2-D points, the densities of the
-    blend."""
-    device = next(sampler.network.parameters()).device  # pyright: ignore[reportFunctionMemberAccess]
-    points = len(sampler.shape) == 1
-    members = data.groups.get(sampler.shape, np.arange(len(data.labels)))
-    count = min(20_000 if points else 4, len(members))
-    chosen = members[generator(0, "blend").choice(len(members), count, replace=False)]
-    x0 = data.load(chosen).to(device, sampler.dtype)
-    eps = sampler.start(0, range(count)).to(x0)
-    levels = torch.linspace(0, 1, 9, dtype=torch.float64)
-    blends = [sampler.process.add_noise(x0, eps, 1 - alpha) for alpha in levels]
-    if points:
-        titled = zip(blends, levels.tolist(), strict=True)
-        sheet = figures.in_a_row([figures.scatter(x.cpu().numpy(), size=160, title=f"alpha {a:g}") for x, a in titled])
-    else:
-        shown = torch.stack([sampler.decode(x) for x in blends], dim=1).flatten(0, 1)
-        title = "x_alpha, alpha from 0 (source) to 1 (data) in 8 steps"
-        sheet = figures.grid(figures.to_uint8(shown), columns=9, title=title)
-    figures.save(sheet, folder / "blend.png")

@@ -22,7 +22,8 @@ from ..runtime.launch import start
 from ..storage.files import link_file
 from .autoencoder_stages import StageConfig, StagedConfig
 from .config import BlendConfig, LatentConfig, PairsConfig, TrainConfig
-from .inputs import PairMaker, open_coupling, write_sample_pairs
+from .inputs import open_coupling
+from .pairs import PairMaker, write_sample_pairs
 from .run_mode import RunMode, Train, call
 
 NEVER = 10**12  # steps

@@ -13,7 +13,8 @@ from src.models import MLP, MLPConfig
 from src.runtime.stream import Examples
 from src.sampling import Sampler, SamplerConfig
 from src.sampling.paths import measure, move_points, velocity
-from src.training.preview import PathLength, save_first_blends
+from src.training.first_images import save_first_blends
+from src.training.preview import PathLength
 from tests.conftest import randomise
 
 BLEND = Process(schedule=BlendSchedule(), target="blend", time_input=TimeInput(kind="alpha"))

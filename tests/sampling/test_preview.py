@@ -20,7 +20,9 @@ from src.runtime.failures import warn_on_failure, warn_on_stderr
 from src.runtime.stream import image_examples, plan_batch
 from src.sampling import Sampler, SamplerConfig
 from src.training.config import PreviewConfig
-from src.training.preview import held_out_loss, preview, save_first_images
+from src.training.first_images import save_first_images
+from src.training.held_out import held_out_loss
+from src.training.preview import preview
 
 
 def process_of(kind: str, target: str):
