@@ -12,7 +12,6 @@ import torch
 
 from src.config import CommandLine, UserError, refuse_options, run_script
 from src.config.sizes import describe_size
-from src.data.conditions import LowCondition
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
 from src.runtime.failures import explain_failure, explain_out_of_memory
@@ -20,9 +19,9 @@ from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.cascade import open_upsampler, sampler_of, write_larger
-from src.sampling.conditions import read_conditions
+from src.sampling.conditions import add_condition_arguments, check_conditions, read_given
 from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config, without_newer
-from src.sampling.edit import files_of, fingerprint, load_edit, load_low, no_start, start_from_images
+from src.sampling.edit import files_of, fingerprint, load_edit, no_start, start_from_images
 from src.sampling.files import remove_if_empty, write_samples
 from src.sampling.paths import write_inversions, write_points
 from src.sampling.sampler import describe, random_labels
@@ -57,12 +56,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     edit.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what to start from")
     edit.add_argument("--invert", metavar="PLACE", help="an image, or a folder: back to the source, and forth again")
     edit.add_argument("--low", metavar="FOLDER", help="what an upsampler makes larger: images, or an .npz of samples")
-    given = parser.add_argument_group("from images, of a run with a condition")
-    given.add_argument("--condition", metavar="PLACE", help="an image, or a folder: what it draws from")
-    given.add_argument("--then", metavar="RUN", help="an upsampler that makes what is drawn larger, into the folder larger")
-    given.add_argument("--truth", metavar="FOLDER", help="of a run on pairs: the images of the same names, to be shown beside")
-    given.add_argument("--condition-guidance", type=float, default=1.0, metavar="S", help="scale of its guidance (default 1)")
-    given.add_argument("--condition-noise", type=float, default=0.0, metavar="S", help="noise on the smaller image (default 0)")
+    add_condition_arguments(parser)
     upscale = parser.add_argument_group("upscaling (Real-ESRGAN)")
     upscale.add_argument("--upscale", action="store_true", help="the samples four times as large, too")
     upscale.add_argument("--upscale-only", metavar="FOLDER", help="the images of a folder instead, into --out")
@@ -80,10 +74,7 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     if args.upscale_only is not None:
         used = {"upscale_only", "upscaler", "out", "batch_size", "device"}
         refuse_options(args, defaults, vars(args).keys() - used, "is about drawing images, and --upscale-only draws none")
-    if args.condition is not None and args.image is not None:
-        raise UserError("--condition and --image are two ways to draw from an image; give one of them")
-    if args.condition is None and (args.truth is not None or (args.condition_noise and args.low is None and args.then is None)):
-        raise UserError("--truth and --condition-noise are about images to draw from: give them with --condition")
+    check_conditions(args)
     if args.image is None and ((args.mask is not None and args.condition is None) or args.start_at):
         raise UserError("--mask and --start-at are about an image: give it with --image")
     if args.resamplings > 1 and args.mask is None:
@@ -165,28 +156,7 @@ def main() -> None:
     sampler = build_sampler(opened, spec, classifier, source=source, condition_guidance=args.condition_guidance)
     known = classifier.class_names if classifier is not None else ()
     class_names = opened.class_names if opened.num_classes is not None else known
-    labels, low, conditioned, request = None, None, None, {}
-    if opened.low_resolution is not None or isinstance(opened.condition, LowCondition):
-        args.low = args.low or args.condition  # two names of one thing
-        args.condition = args.low if opened.low_resolution is None else None
-    if args.condition is not None:
-        options = {"mask": args.mask, "truth": args.truth, "level": args.condition_noise, "seed": args.seed}
-        conditioned = read_conditions(opened, args.condition, **options)
-        each = args.num_samples or 1
-        low, args.num_samples = conditioned.values.repeat_interleave(each, dim=0), each * len(conditioned.values)
-        request["condition"] = hashlib.sha256(conditioned.values.numpy().tobytes()).hexdigest()
-    elif args.low is not None:
-        low, labels = load_low(opened, args.low)
-        if (args.num_samples or 1) > len(low):
-            raise UserError(f"--num-samples {args.num_samples}: {args.low} has {len(low)} images")
-        args.num_samples = args.num_samples or len(low)
-        request["low"] = hashlib.sha256(low.numpy().tobytes()).hexdigest()
-    elif opened.condition is not None and opened.low_resolution is None:
-        raise UserError(f"{args.run} draws from images ({opened.condition.kind}): give them with --condition FOLDER")
-    elif opened.low_resolution is not None:
-        raise UserError(
-            f"{args.run} is an upsampler: give with --low the images of {opened.low_resolution} px that it makes larger"
-        )
+    values, conditioned, labels, request = read_given(opened, args)
     if args.source is not None:
         files = files_of(args.source)
         args.num_samples, request["source"] = args.num_samples or len(files), fingerprint(files)
@@ -229,7 +199,7 @@ def main() -> None:
             ranks=ranks_of(state),
             class_names=class_names,
             edit=edit,
-            condition=low,
+            condition=values,
             conditioned=conditioned,
             upscale=upscaler.upscale if upscaler is not None else None,
             npz=args.npz,
