@@ -11,7 +11,6 @@ import torch
 
 from src.config import CommandLine, UserError, refuse_options, run_script
 from src.config.sizes import describe_size
-from src.data.conditions import LowCondition
 from src.runs.classifier import open_classifier
 from src.runs.opened import Opened, Run, open_run
 from src.runtime.failures import explain_failure, explain_out_of_memory
@@ -19,10 +18,17 @@ from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.cascade import open_upsampler, sampler_of, write_larger
+<<<<<<< .merge_file_xqC1hQ
 from src.sampling.conditions import read_conditions
 from src.sampling.config import SAMPLER_KEYS, SIZE_HELP, add_arguments, count_for_classes, sampler_config, without_newer
 from src.sampling.edit import at_size, files_of, fingerprint, load_edit, load_low, no_start, start_from_images
 from src.sampling.files import remove_if_empty, short_hash, write_samples
+=======
+from src.sampling.conditions import add_condition_arguments, check_conditions, read_given
+from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config, without_newer
+from src.sampling.edit import files_of, fingerprint, load_edit, no_start, start_from_images
+from src.sampling.files import remove_if_empty, write_samples
+>>>>>>> .merge_file_oU7yKx
 from src.sampling.paths import write_inversions, write_points
 from src.sampling.sampler import describe, random_labels
 from src.sampling.upscaling import open_upscaler, upscale_folder
@@ -57,12 +63,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     edit.add_argument("--source", metavar="FOLDER", help="of a run between two data sets: what to start from")
     edit.add_argument("--invert", metavar="PLACE", help="an image, or a folder: back to the source, and forth again")
     edit.add_argument("--low", metavar="FOLDER", help="what an upsampler makes larger: images, or an .npz of samples")
-    given = parser.add_argument_group("from images, of a run with a condition")
-    given.add_argument("--condition", metavar="PLACE", help="an image, or a folder: what it draws from")
-    given.add_argument("--then", metavar="RUN", help="an upsampler that makes what is drawn larger, into the folder larger")
-    given.add_argument("--truth", metavar="FOLDER", help="of a run on pairs: the images of the same names, to be shown beside")
-    given.add_argument("--condition-guidance", type=float, default=1.0, metavar="S", help="scale of its guidance (default 1)")
-    given.add_argument("--condition-noise", type=float, default=0.0, metavar="S", help="noise on the smaller image (default 0)")
+    add_condition_arguments(parser)
     upscale = parser.add_argument_group("upscaling (Real-ESRGAN)")
     upscale.add_argument("--upscale", action="store_true", help="the samples four times as large, too")
     upscale.add_argument("--upscale-only", metavar="FOLDER", help="the images of a folder instead, into --out")
@@ -80,10 +81,7 @@ def check(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
     if args.upscale_only is not None:
         used = {"upscale_only", "upscaler", "out", "batch_size", "device"}
         refuse_options(args, defaults, vars(args).keys() - used, "is about drawing images, and --upscale-only draws none")
-    if args.condition is not None and args.image is not None:
-        raise UserError("--condition and --image are two ways to draw from an image; give one of them")
-    if args.condition is None and (args.truth is not None or (args.condition_noise and args.low is None and args.then is None)):
-        raise UserError("--truth and --condition-noise are about images to draw from: give them with --condition")
+    check_conditions(args)
     if args.image is None and ((args.mask is not None and args.condition is None) or args.start_at):
         raise UserError("--mask and --start-at are about an image: give it with --image")
     if args.resamplings > 1 and args.mask is None:
@@ -163,6 +161,7 @@ def main() -> None:
     sampler = build_sampler(opened, spec, classifier, source=source, condition_guidance=args.condition_guidance)
     known = classifier.class_names if classifier is not None else ()
     class_names = opened.class_names if opened.num_classes is not None else known
+<<<<<<< .merge_file_xqC1hQ
     labels, low, conditioned, request = None, None, None, dict[str, Any]()
     if args.size is not None or opened.buckets:
         request["size"] = list(opened.image.sides)
@@ -187,6 +186,9 @@ def main() -> None:
         raise UserError(
             f"{args.run} is an upsampler: give with --low the images of {opened.low_resolution} px that it makes larger"
         )
+=======
+    values, conditioned, labels, request = read_given(opened, args)
+>>>>>>> .merge_file_oU7yKx
     if args.source is not None:
         files = files_of(args.source)
         args.num_samples, request["source"] = args.num_samples or len(files), fingerprint(files)
@@ -219,7 +221,29 @@ def main() -> None:
     job |= {"condition": low, "conditioned": conditioned, "upscale": upscaler.upscale if upscaler is not None else None}
     job |= {key: getattr(args, key) for key in ("batch_size", "seed", "frames", "npz")}
     with remove_if_empty(out, state.process_index), explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
+<<<<<<< .merge_file_xqC1hQ
         write_samples(opened, sampler, out, **job, device=device, ranks=ranks_of(state), request=request)
+=======
+        write_samples(
+            opened,
+            sampler,
+            out,
+            count=args.num_samples,
+            batch_size=args.batch_size,
+            labels=labels,
+            seed=args.seed,
+            frames=args.frames,
+            device=device,
+            ranks=ranks_of(state),
+            class_names=class_names,
+            edit=edit,
+            condition=values,
+            conditioned=conditioned,
+            upscale=upscaler.upscale if upscaler is not None else None,
+            npz=args.npz,
+            request=request,
+        )
+>>>>>>> .merge_file_oU7yKx
         if larger is not None:
             names = [class_names[label] for label in labels] if labels is not None else None
             options = {"class_names": names, "level": args.condition_noise, "seed": args.seed, "batch_size": args.batch_size}

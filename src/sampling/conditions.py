@@ -1,10 +1,12 @@
 """What a run draws images from, made of given images: as its network is told, to be looked at, and the truth, where it is
 known."""
 
+import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +25,28 @@ from ..runs.conditions import latent_condition, normalised
 from ..runs.opened import Opened
 from ..runtime.seeds import noise_of
 from ..runtime.stream import CPU, to_network
-from .edit import files_of, open_cropped, open_file
+from .edit import files_of, load_low, open_cropped, open_file
 
 MIDDLE = np.full(3, 0.5)
+
+
+def add_condition_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of sample.py for a run that draws from images."""
+    given = parser.add_argument_group("from images, of a run with a condition")
+    given.add_argument("--condition", metavar="PLACE", help="an image, or a folder: what it draws from")
+    given.add_argument("--then", metavar="RUN", help="an upsampler that makes what is drawn larger, into the folder larger")
+    given.add_argument("--truth", metavar="FOLDER", help="of a run on pairs: the images of the same names, to be shown beside")
+    given.add_argument("--condition-guidance", type=float, default=1.0, metavar="S", help="scale of its guidance (default 1)")
+    given.add_argument("--condition-noise", type=float, default=0.0, metavar="S", help="noise on the smaller image (default 0)")
+
+
+def check_conditions(args: argparse.Namespace) -> None:
+    """A UserError for those of these arguments that make no sense together."""
+    if args.condition is not None and args.image is not None:
+        raise UserError("--condition and --image are two ways to draw from an image; give one of them")
+    has_noise = args.condition_noise and args.low is None and args.then is None
+    if args.condition is None and (args.truth is not None or has_noise):
+        raise UserError("--truth and --condition-noise are about images to draw from: give them with --condition")
 
 
 class Conditioned(NamedTuple):
@@ -64,6 +85,46 @@ def read_conditions(
         else:
             values = _split(opened, known, seed, range(len(files)))[1]
     return Conditioned(tell(opened, values, level=level, seed=seed), show(opened, values), known)
+
+
+class Given(NamedTuple):
+    """What the arguments of sample.py say of a condition: what the network is told of each image that is drawn, what that is
+    made of, labels where they are known, and what else the samples depend on."""
+
+    values: Tensor | None
+    conditioned: Conditioned | None
+    labels: list[int] | None
+    request: dict[str, Any]
+
+
+def read_given(opened: Opened, args: argparse.Namespace) -> Given:
+    """The images that the run draws from, `args.num_samples` times each, which becomes their number in all. An imported
+    upsampler draws one of each. A UserError where they are missing, or the run draws from none."""
+    place = args.condition if args.low is None else args.low  # of an upsampler two names of one thing
+    if opened.low_resolution is not None:
+        if place is None:
+            raise UserError(
+                f"{args.run} is an upsampler: give with --low the images of {opened.low_resolution} px that it makes larger"
+            )
+        if args.truth is not None or (args.condition_noise and args.then is None):
+            raise UserError(f"{args.run} was imported, and knows no noise and no truth; leave both options out")
+        values, labels = load_low(opened, place)
+        if (args.num_samples or 1) > len(values):
+            raise UserError(f"--num-samples {args.num_samples}: {place} has {len(values)} images")
+        args.num_samples = args.num_samples or len(values)
+        return Given(values, None, labels, {"low": hashlib.sha256(values.numpy().tobytes()).hexdigest()})
+    if args.low is not None and not isinstance(opened.condition, LowCondition):
+        load_low(opened, args.low)  # says that it is no upsampler
+    if place is None:
+        if opened.condition is not None:
+            raise UserError(f"{args.run} draws from images ({opened.condition.kind}): give them with --condition FOLDER")
+        return Given(None, None, None, {})
+    level = args.condition_noise if args.then is None else 0.0  # else it is that of the upsampler
+    options = {"mask": args.mask, "truth": args.truth, "level": level, "seed": args.seed}
+    conditioned, each = read_conditions(opened, place, **options), args.num_samples or 1
+    args.num_samples = each * len(conditioned.values)
+    request = {"condition": hashlib.sha256(conditioned.values.numpy().tobytes()).hexdigest()}
+    return Given(conditioned.values.repeat_interleave(each, dim=0), conditioned, None, request)
 
 
 def draw_from_set(opened: Opened, images: ImageSet, indices: NDArray[np.int64]) -> Conditioned:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from src.data import ImageConfig, ImageSet, open_sources
 from src.data.buckets import sort_by_shape
 from src.data.sources import FolderSource
 from src.data.sources.shapes import SHAPES, draw_shape
+from src.evaluation.quality import Quality, QualityConfig
 from src.evaluation.results import samples_like
 from src.evaluation.shapes import by_shape, measure_by_shape, on_white, pixel_loader, to_squares
+from src.metrics.features import open_features
 from src.runs.densities import SourceSampler
 from src.runs.opened import open_trained
 from src.sampling import SamplerConfig, build_sampler
@@ -120,6 +123,22 @@ def test_real_images_are_cut_to_their_bucket(data: Path) -> None:
 def test_the_quality_is_measured_while_a_run_trains(run: Path) -> None:
     assert metrics(run)[-1]["frechet_distance"] > 0
     assert "frechet_distance: images of all shapes are resized to squares of 16 px" in (run / "log.txt").read_text()
+
+
+def test_ranks_share_the_samples_of_the_quality_in_batches_of_one_shape(data: Path) -> None:
+    which = np.array([0] * 6 + [1] * 9 + [2] * 2)
+    for world in (1, 2, 3):
+        ranks = list[list[list[int]]]()
+        for rank in range(world):
+            accelerator: Any = SimpleNamespace(process_index=rank, num_processes=world)
+            options = {"labels": None, "which": which, "sizes": SIZES}
+            spec = QualityConfig(every=1, num_samples=17)
+            quality = Quality(spec, images_in(data), ImageConfig(size=16), accelerator, open_features("random"), **options)
+            ranks.append(quality.batches(4))
+        assert len({len(batches) for batches in ranks}) == 1, "with FSDP all ranks draw as often"
+        batches = [batch for of_rank in ranks for batch in of_rank]
+        assert {i for batch in batches for i in batch} == set(range(17))
+        assert all(len(batch) == 4 and len(set(which[batch])) == 1 for batch in batches)
 
 
 def test_samples_of_a_run_are_drawn_in_the_shapes_of_the_data(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 import ddpm_accelerate
@@ -21,6 +22,7 @@ from src.diffusion import build_process
 from src.runs.densities import ImageDensity
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import MicroBatch, plan_batch
+from src.training.given import Given
 from src.training.inputs import Coupling, blank_inputs, open_coupling
 from src.training.step_noise import StepNoise, TimeSampler
 from tests.conftest import ROOT, SMOKE, refused
@@ -205,3 +207,22 @@ def test_sources_and_data_of_the_same_names_are_paired(tmp_path: Path) -> None:
             load(ROOT / "configs/smoke/iadb.json", train_iadb.Config, changes)
     with pytest.raises(UserError, match="one source; give one instead of a list"):
         open_matched(cfg.data, 0.0, [cfg.source])
+
+
+def test_a_network_from_python_must_take_the_condition() -> None:
+    class WithoutCondition(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+            return self.conv(x)
+
+    cfg, accelerator = config_of('condition={"kind":"grey"}'), Accelerator(cpu=True)
+    with pytest.raises(UserError, match=r"fails at network\(.* condition \(2, 2, 16, 16\)\): TypeError.*: condition null"):
+        Given(network=WithoutCondition()).build(cfg, accelerator, (3, 16, 16), None)
+    paired = PairedCondition(kind="paired", path="A")
+    with pytest.raises(UserError, match="'paired' is for data that the config names"):
+        Given(dataset=[]).open_data(None, 0.0, cfg.image, paired)
+    with pytest.raises(UserError, match="coupling 'paired' is for data that the config names"):
+        open_coupling(None, None, 0.0, cfg.image, [], paired=True)
