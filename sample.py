@@ -18,17 +18,10 @@ from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.cascade import open_upsampler, sampler_of, write_larger
-<<<<<<< .merge_file_xqC1hQ
-from src.sampling.conditions import read_conditions
-from src.sampling.config import SAMPLER_KEYS, SIZE_HELP, add_arguments, count_for_classes, sampler_config, without_newer
-from src.sampling.edit import at_size, files_of, fingerprint, load_edit, load_low, no_start, start_from_images
-from src.sampling.files import remove_if_empty, short_hash, write_samples
-=======
 from src.sampling.conditions import add_condition_arguments, check_conditions, read_given
-from src.sampling.config import SAMPLER_KEYS, add_arguments, count_for_classes, sampler_config, without_newer
-from src.sampling.edit import files_of, fingerprint, load_edit, no_start, start_from_images
-from src.sampling.files import remove_if_empty, write_samples
->>>>>>> .merge_file_oU7yKx
+from src.sampling.config import SAMPLER_KEYS, SIZE_HELP, add_arguments, count_for_classes, sampler_config, without_newer
+from src.sampling.edit import at_size, files_of, fingerprint, load_edit, no_start, start_from_images
+from src.sampling.files import remove_if_empty, short_hash, write_samples
 from src.sampling.paths import write_inversions, write_points
 from src.sampling.sampler import describe, random_labels
 from src.sampling.upscaling import open_upscaler, upscale_folder
@@ -154,41 +147,16 @@ def main() -> None:
         if state.is_main_process:
             invert(opened, spec, args, defaults)
         return
-    opened = at_size(opened, args.size, args.image or args.condition or args.source)
+    opened = at_size(opened, args.size, args.image or args.condition or args.low or args.source)
     larger = open_upsampler(args.then, device) if args.then is not None else None
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     source = start_from_images(opened, args.source) if args.source is not None else None
     sampler = build_sampler(opened, spec, classifier, source=source, condition_guidance=args.condition_guidance)
     known = classifier.class_names if classifier is not None else ()
     class_names = opened.class_names if opened.num_classes is not None else known
-<<<<<<< .merge_file_xqC1hQ
-    labels, low, conditioned, request = None, None, None, dict[str, Any]()
+    values, conditioned, labels, request = read_given(opened, args)
     if args.size is not None or opened.buckets:
         request["size"] = list(opened.image.sides)
-    if opened.low_resolution is not None or isinstance(opened.condition, LowCondition):
-        args.low = args.low or args.condition  # two names of one thing
-        args.condition = args.low if opened.low_resolution is None else None
-    if args.condition is not None:
-        options = {"mask": args.mask, "truth": args.truth, "level": args.condition_noise, "seed": args.seed}
-        conditioned = read_conditions(opened, args.condition, **options)
-        each = args.num_samples or 1
-        low, args.num_samples = conditioned.values.repeat_interleave(each, dim=0), each * len(conditioned.values)
-        request["condition"] = hashlib.sha256(conditioned.values.numpy().tobytes()).hexdigest()
-    elif args.low is not None:
-        low, labels = load_low(opened, args.low)
-        if (args.num_samples or 1) > len(low):
-            raise UserError(f"--num-samples {args.num_samples}: {args.low} has {len(low)} images")
-        args.num_samples = args.num_samples or len(low)
-        request["low"] = hashlib.sha256(low.numpy().tobytes()).hexdigest()
-    elif opened.condition is not None and opened.low_resolution is None:
-        raise UserError(f"{args.run} draws from images ({opened.condition.kind}): give them with --condition FOLDER")
-    elif opened.low_resolution is not None:
-        raise UserError(
-            f"{args.run} is an upsampler: give with --low the images of {opened.low_resolution} px that it makes larger"
-        )
-=======
-    values, conditioned, labels, request = read_given(opened, args)
->>>>>>> .merge_file_oU7yKx
     if args.source is not None:
         files = files_of(args.source)
         args.num_samples, request["source"] = args.num_samples or len(files), fingerprint(files)
@@ -218,32 +186,10 @@ def main() -> None:
     name = f"{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     out = Path(args.out or f"samples/{opened.folder}/{name}")
     job: dict[str, Any] = {"count": args.num_samples, "labels": labels, "class_names": class_names, "edit": edit}
-    job |= {"condition": low, "conditioned": conditioned, "upscale": upscaler.upscale if upscaler is not None else None}
+    job |= {"condition": values, "conditioned": conditioned, "upscale": upscaler.upscale if upscaler is not None else None}
     job |= {key: getattr(args, key) for key in ("batch_size", "seed", "frames", "npz")}
     with remove_if_empty(out, state.process_index), explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
-<<<<<<< .merge_file_xqC1hQ
         write_samples(opened, sampler, out, **job, device=device, ranks=ranks_of(state), request=request)
-=======
-        write_samples(
-            opened,
-            sampler,
-            out,
-            count=args.num_samples,
-            batch_size=args.batch_size,
-            labels=labels,
-            seed=args.seed,
-            frames=args.frames,
-            device=device,
-            ranks=ranks_of(state),
-            class_names=class_names,
-            edit=edit,
-            condition=values,
-            conditioned=conditioned,
-            upscale=upscaler.upscale if upscaler is not None else None,
-            npz=args.npz,
-            request=request,
-        )
->>>>>>> .merge_file_oU7yKx
         if larger is not None:
             names = [class_names[label] for label in labels] if labels is not None else None
             options = {"class_names": names, "level": args.condition_noise, "seed": args.seed, "batch_size": args.batch_size}
