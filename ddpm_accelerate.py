@@ -159,7 +159,9 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     # Leave what sampling needs, and say what to do next.
     batches.close()
     session.write_final()
-    message = f"finished; see {session.run.samples}, and draw more: {given.how_to_draw(run_dir, ' --frames')}"
+    message = (
+        f"finished; see {session.run.samples}, and draw more: {given.how_to_draw(run_dir, cfg.sample_options + ' --frames')}"
+    )
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 

@@ -210,7 +210,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
                 sampler_for(SamplerConfig(solver="euler", steps=128)), run_dir / "points", labels=labels, device=device
             )
     shown = session.run.samples if cfg.image is not None else run_dir / "points"
-    message = f"finished; see {shown}, and draw more: {given.how_to_draw(run_dir)}"
+    message = f"finished; see {shown}, and draw more: {given.how_to_draw(run_dir, cfg.sample_options)}"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"], "straightness": ["straightness"]})
 
 

@@ -162,7 +162,9 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     # Leave what sampling needs, the autoencoder with it, and say what to do next.
     batches.close()
     session.write_final(files=autoencoder.files())
-    message = f"finished; see {session.run.samples}, and draw more: python sample.py {quoted(run_dir)} --frames"
+    message = (
+        f"finished; see {session.run.samples}, and draw more: python sample.py {quoted(run_dir)}{cfg.sample_options} --frames"
+    )
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 

@@ -133,6 +133,23 @@ def test_a_cascade_goes_from_noise_to_the_large_image(runs: dict[str, Path], tmp
     assert "makes no images larger" in refused("sample", tmp_path / "small", "--then", runs["edges"])
 
 
+def test_a_latent_run_draws_from_images_and_says_so_where_it_leaves(vae_run: Path, given: Path, tmp_path: Path) -> None:
+    changes = (f"autoencoder={vae_run}", f"latents={tmp_path / 'latents'}", "preview.sheets=one")
+    done = train(tmp_path / "run", {"kind": "mask", "copies": 2}, *changes, script="train_ldm", config="configs/smoke/ldm.json")
+    assert done.status == 0 and "--condition FOLDER" in done.out, done.all
+    done = run_in_process("sample.py", tmp_path / "run", "--condition", given, *FEW, "--out", tmp_path / "out")
+    assert done.status == 0 and "3 images of" in done.out, done.all
+    done = run_in_process("convert.py", "safetensors", tmp_path / "run", "--out", tmp_path / "folder")
+    assert done.status == 0, done.all
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "--condition IMAGES" in card and "draws from images (mask)" in card
+    assert "diffusers cannot have it: it draws from other images" in card
+    assert open_trained(tmp_path / "folder", CPU).condition == open_trained(tmp_path / "run", CPU).condition
+    assert "does not draw pixels from noise alone" in refused(
+        "convert", "to-diffusers", tmp_path / "run", "--out", tmp_path / "x"
+    )
+
+
 def test_a_run_starts_from_one_without_a_condition(smoke_run: Path, tmp_path: Path) -> None:
     done = train(tmp_path / "run", CONDITIONS["low"], f"init_from={smoke_run}")
     assert done.status == 0 and "its input has zeros for 5 new channels of the condition" in done.out, done.all

@@ -53,6 +53,7 @@ def write_atelier_folder(run: str, weights: Weights, out: Path, *, half: bool = 
 def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
     """The reasons why diffusers cannot have this latent run; none where it can."""
     reasons = [] if opened.gaussian else ["it does not start from Gaussian noise"]
+    reasons += ["it draws from other images"] if opened.condition is not None else []
     try:
         if not isinstance(opened.network, UNet):
             raise UserError("its network is no U-Net")

@@ -134,6 +134,11 @@ class DiffusionConfig(StepsConfig):
     process: ProcessConfig
     model: ModelConfig
 
+    @property
+    def sample_options(self) -> str:
+        """What sample.py must be given to draw from the run."""
+        return " --condition FOLDER" if self.condition is not None else ""
+
     def condition_names(self, shape: Sequence[int]) -> list[str]:
         """What each channel of the condition holds that the network sees, which sees images or latents of this shape."""
         latent_channels = shape[0] if getattr(self, "autoencoder", None) is not None else None

@@ -170,6 +170,7 @@ def test_names_of_channels_in_configs() -> None:
     assert GreyCondition(kind="grey").contract == {"kind": "grey"}
     assert PairedCondition(kind="paired", path="A").contract == {"kind": "paired"}
     assert pixels.condition.contract == {"kind": "low", "size": 8}
+    assert (pixels.sample_options, config_of().sample_options) == (" --condition FOLDER", "")
 
 
 def test_sources_and_data_of_the_same_names_are_paired(tmp_path: Path) -> None:
