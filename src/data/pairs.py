@@ -144,7 +144,7 @@ def _leave_out(left_out: list[tuple[str, str]], part: Images, spec: Any, partner
     if len(left_out) > scan.max_broken_fraction * len(part):
         examples = ", ".join(f"{name!r} ({why})" for name, why in left_out[:10])
         raise UserError(
-            f"{len(left_out)} of {len(part)} images have no partner of their shape of it, more than max_broken_fraction "
+            f"{len(left_out)} of {len(part)} images have no partner, or one of another shape, more than max_broken_fraction "
             f"{scan.max_broken_fraction:g} allows; give both the same names (but for endings) and shapes, or raise it. The "
             f"first: {examples}"
         )
