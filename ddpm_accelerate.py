@@ -73,8 +73,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.model.factor, cfg.condition))
-    shape, facts = coupling.shape, coupling.facts | given.facts
-    names = cfg.condition_names(shape)
+    shape, facts, names = coupling.shape, coupling.facts | given.facts, cfg.condition_names(coupling.shape)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
 
@@ -159,9 +158,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     # Leave what sampling needs, and say what to do next.
     batches.close()
     session.write_final()
-    message = (
-        f"finished; see {session.run.samples}, and draw more: {given.how_to_draw(run_dir, cfg.sample_options + ' --frames')}"
-    )
+    how_to_draw = given.how_to_draw(run_dir, cfg.sample_options + " --frames")
+    message = f"finished; see {session.run.samples}, and draw more: {how_to_draw}"
     return session.end_finished(message, {"loss": ["loss", "held_out_loss"]})
 
 
