@@ -88,8 +88,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     spec = cfg.preview.sampler.without_guidance(num_classes is None)
-    options = coupling.sampler_options(cfg, device)
-    sampler = Sampler(ema.network, process, spec, shape=shape, num_classes=num_classes, **options)
+    sampler = Sampler(ema.network, process, spec, shape=shape, num_classes=num_classes, **coupling.sampler_options(cfg, device))
     quality = open_quality(cfg.quality, coupling.data, num_classes, accelerator)
 
     # Go on where the run was.

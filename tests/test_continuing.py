@@ -231,7 +231,7 @@ def test_another_batch_takes_the_next_images(old: Path, monkeypatch: pytest.Monk
     starts, original = list[int](), inputs.stream
 
     def watched(*args: Any, start_step: int, **options: Any) -> Any:
-        starts.append(args[2].positions(start_step, 0).start)
+        starts.append(args[1].plan.positions(start_step, 0).start)
         return original(*args, start_step=start_step, **options)
 
     monkeypatch.setattr(inputs, "stream", watched)

@@ -19,7 +19,7 @@ from src.data import open_sources
 from src.data.conditions import GreyCondition, LowCondition, channel_names
 from src.data.sources import FolderSource
 from src.models import build_model
-from src.runs import opened
+from src.runs import opened, starting
 from src.runs.opened import Run, open_trained
 from src.training.run_directory import RunDirectory, check_ranks, classes_differ
 from tests.conftest import ROOT, SMOKE, Finished, launch, one_line, randomise, run_in_process
@@ -153,14 +153,14 @@ def test_data_in_another_spelling_gets_the_labels_of_the_run(tmp_path: Path) -> 
 def test_a_run_starts_from_the_classes_of_another_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load(ROOT / SMOKE, ddpm_accelerate.Config)
     before, after, other = (randomise(build_model(cfg.model, (3, 16, 16), 3)) for _ in range(3))
-    monkeypatch.setattr(opened, "open_run", lambda *_: SimpleNamespace(network=before, class_names=NFC, step=7))
+    monkeypatch.setattr(starting, "open_run", lambda *_: SimpleNamespace(network=before, class_names=NFC, step=7))
     rows = before.get_parameter("label_embedding.weight").detach().clone()
     with torch.no_grad():
         after.get_parameter("label_embedding.weight").zero_()
         other.get_parameter("label_embedding.weight").zero_()
-    assert "its classes are others" not in opened.start_from("x", NFD, after)
+    assert "its classes are others" not in starting.start_from("x", NFD, after)
     assert torch.equal(after.get_parameter("label_embedding.weight"), rows[[1, 0, 2, 3]])
-    assert "its classes are others" in opened.start_from("x", ("cafz", "coffee", "tea"), other)
+    assert "its classes are others" in starting.start_from("x", ("cafz", "coffee", "tea"), other)
     assert not other.get_parameter("label_embedding.weight").any()
 
 
@@ -183,8 +183,8 @@ def test_a_run_starts_from_a_run_with_another_condition(patch: int, monkeypatch:
         for name, value in facts.items():
             object.__setattr__(run, name, value)
         monkeypatch.setattr(opened.Opened, "condition_names", before)
-        monkeypatch.setattr(opened, "open_run", lambda *_: run)
-        return old, new, opened.start_from("x", (), new, condition=now)
+        monkeypatch.setattr(starting, "open_run", lambda *_: run)
+        return old, new, starting.start_from("x", (), new, condition=now)
 
     condition = torch.randn(2, 3, 16, 16)
     old, new, notice = started([], noisy)

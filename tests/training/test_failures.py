@@ -123,7 +123,7 @@ def test_failed_looks_change_no_weight_and_no_value_that_decides(tmp_path: Path,
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("ddpm", "src.training.held_out.held_out_loss"),  # keeps the best checkpoint
+        ("ddpm", "src.training.preview.held_out_loss"),  # keeps the best checkpoint
         ("vae", "src.evaluation.autoencoder.reconstruction_loss"),  # the guard's
         ("classifier", "src.runs.classifier.noise_of"),
     ],
