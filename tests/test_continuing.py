@@ -198,6 +198,7 @@ def stages(*lengths: int, weight: float = 0.1, **options: Any) -> str:
     return f"stages={json.dumps(stage_list)}"
 
 
+@pytest.mark.soak
 def test_stages_go_on(tmp_path: Path) -> None:
     vae: dict[str, Any] = {"script": "train_vae", "config": ROOT / "configs/smoke/vae.json"}
     same = ("optimizer.schedule.kind=constant", "preview.num_measured=4", "preview.every=2", "guard.rollback=true")

@@ -75,6 +75,7 @@ def test_a_classifier_on_one_process_and_two_is_equal_to_the_bit(classifier_run:
     assert repeated.status == 0 and "is finished (30 steps); guide with it: python sample.py" in repeated.out
 
 
+@pytest.mark.soak
 def test_a_classifier_learns_and_is_better_where_there_is_less_noise(tmp_path: Path) -> None:
     sets = settings(steps=300, preview__every=300, preview__num_measured=80, checkpoint__every=None, log__every=100)
     arguments = settings(optimizer__lr=2e-3, data__count=400, held_out=0.2)
@@ -223,6 +224,7 @@ def test_a_classifier_of_other_classes_or_size_is_refused(hybrid_run: Path, clas
 # ---------------------------------------------------------------------------------------------- likelihood
 
 
+@pytest.mark.soak
 def test_bits_per_dimension_on_two_processes_and_after_a_kill(hybrid_run: Path, tmp_path: Path) -> None:
     shutil.copytree(hybrid_run, run := tmp_path / "run")  # its metrics.jsonl is written to
     words = ("evaluate.py", run, "--likelihood", "--steps", "8", "--part", "train", "--num-images", "80")

@@ -226,6 +226,7 @@ def test_points_are_killed_and_resumed(tmp_path: Path) -> None:
     kills.same_end(whole, run)
 
 
+@pytest.mark.soak
 def test_points_with_classes_are_drawn_by_class(tmp_path: Path) -> None:
     """Without label_dropout there is no null class: each point has a class, as images have."""
     arguments = settings(class_conditional=None, steps=300, batch_size=512, micro_batch_size=512, ema__half_life_images=10000)

@@ -199,6 +199,7 @@ def test_a_demo_can_be_made_again(tmp_path: Path, demo: str) -> None:
     assert out is not None and done.stdout.index(f"rm -rf {out[1]}\n") < done.stdout.index("sample.py"), done
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_on_another_machine_to_the_same_end(server: StorageServer, tmp_path: Path) -> None:
     """An empty folder, its images from the bucket, a run killed half-way, the folder gone; elsewhere the same command."""
     shutil.make_archive(str(tmp_path / "mine"), "zip", write_images(tmp_path / "mine"))
