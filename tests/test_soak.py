@@ -171,7 +171,7 @@ def check_inversion(run: Path, tmp_path: Path) -> None:
     encoded = encode_images(open_trained(run, torch.device("cpu")), files_of(str(tmp_path / "digits"))).flatten(1).double()
     spectrum = torch.linalg.eigvalsh(torch.cov(encoded.T)).clamp(min=0)
     most = float(spectrum.sqrt().sum() / (len(spectrum) * spectrum.sum()).sqrt())
-    assert averages["correlation"] < most < 0.7
+    assert averages["correlation"] < most < 0.6
 
 
 def test_digits_of_the_pixel_demo_go_to_their_noise_and_back(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Conditions that images are drawn from: another image, a smaller copy, the luminance, edges, or what a mask leaves."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ LEAST, MOST = 0.1, 0.44  # of the image is hidden when the last box or stroke of
 
 
 @config
-class Condition:
+class Condition(ABC):
     """The base of all conditions. A latent run encodes a condition with the autoencoder of its images, or sees its pixels,
     resized to the latents: `space` (the key may also be called `as`) is latents or pixels; without it edges are pixels and
     everything else is latents. A mask is always pixels."""
@@ -27,14 +28,20 @@ class Condition:
     kind: str
     space: Literal["latents", "pixels"] | None = renamed_field("as", None)
 
+    @abstractmethod
     def count_channels(self, image_channels: int) -> int:
         """How many channels the condition of images with `image_channels` has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """The condition (B, channels, h, w) of images (B, C, H, W) in [-1, 1]; `mask` (B, 1, H, W) is 1 where they are hidden,
         for a condition that `needs_masks`. A network resizes a smaller condition to its input."""
-        raise NotImplementedError
+
+    def show(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """The condition (B, k, h, w), or the pixels that a network is told, as images (B, C, H, W) of the shape (C, H, W),
+        to be looked at."""
+        channels = shape[0] if self.count_channels(shape[0]) >= shape[0] else 1
+        return F.interpolate(values[:, :channels].float(), tuple(shape[1:]), mode="nearest").expand(-1, shape[0], -1, -1)
 
     @property
     def contract(self) -> dict[str, Any]:

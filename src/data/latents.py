@@ -24,6 +24,7 @@ WORDS = {
     "held_out": "other held-out images",
     "image": "another image (size, channels or flip)",
     "buckets": "another table of sizes (image.aspect)",
+    "paired_with": "images with other partners",
     "condition": "another condition",
 }
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config import UserError
+from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet, PointSet, describe_data, open_given, open_given_points, open_points
 from ..data.buckets import Buckets, make_buckets
 from ..data.conditions import Condition
@@ -26,11 +27,12 @@ Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, indices of images,
 
 @dataclass(frozen=True)
 class SourceSampler:
-    """A Start for sampling: the examples, in an order that is a function of (seed, draw). Where they have several shapes, those
-    of `shape`."""
+    """A Start for sampling: the examples, in an order that is a function of (seed, draw), or, where they are not `shuffled`, in
+    their own, which the draw moves on. Where they have several shapes, those of `shape`."""
 
     examples: Examples
     shape: tuple[int, ...] | None = None
+    shuffled: bool = True
 
     def at_shape(self, shape: tuple[int, ...]) -> "SourceSampler":
         """The same of examples of another shape; a UserError where there are none."""
@@ -47,22 +49,12 @@ class SourceSampler:
 
     def __call__(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
         members = self._members
-        order = members[generator(seed, "source", draw).permutation(len(members))]
+        shuffle = generator(seed, "source", draw).permutation
+        order = members[shuffle(len(members))] if self.shuffled else np.roll(members, -draw)
         return self.examples.load(order[np.array(indices, dtype=np.int64) % len(members)]).float().cpu()
 
     def __len__(self) -> int:
         return len(self._members)
-
-
-@dataclass(frozen=True)
-class PairedStart:
-    """A Start of which image i is example i, the partner of image i of the data; another draw gives others."""
-
-    examples: Examples
-
-    def __call__(self, seed: int, indices: Sequence[int], draw: int = 0) -> Tensor:
-        count = len(self.examples.labels)
-        return self.examples.load((np.array(indices, dtype=np.int64) + draw) % count).float().cpu()
 
 
 class Density(ABC):
@@ -91,9 +83,9 @@ class Density(ABC):
         """What is held out or, where nothing is (or with `of_train`), what is learned from; always the same for one index."""
         return self._examples(self.train if of_train or self.held_out is None else self.held_out)
 
-    def source_sampler(self, *, of_train: bool = False) -> SourceSampler:
+    def source_sampler(self, *, of_train: bool = False, shuffled: bool = True) -> SourceSampler:
         """What sampling starts from: these examples."""
-        return SourceSampler(self.examples(of_train=of_train), self.shape)
+        return SourceSampler(self.examples(of_train=of_train), self.shape, shuffled)
 
 
 class ImageDensity(Density):
@@ -110,6 +102,7 @@ class ImageDensity(Density):
         condition: Condition | None = None,
     ) -> None:
         self.train, self.held_out, self.image, self.condition = train, held_out, image, condition
+        self._partner: ImageDensity | None = None  # of pairs, the data whose buckets each image shares
         self._sides, self.buckets = train.sides, make_buckets(image, train.sides, factor)
         self.shapes = [spec.shape for spec in self.buckets.specs]
         self.shape = self.buckets.most_frequent.shape
@@ -121,14 +114,30 @@ class ImageDensity(Density):
     def _examples(self, data_set: ImageSet) -> Examples:
         return image_examples(data_set, self.buckets_of(data_set), self.condition)
 
-    def buckets_of(self, data_set: ImageSet) -> Buckets:
-        """Those of the training images, or of others."""
-        return self.buckets if data_set is self.train else self.buckets.of(data_set.sides)
+    @property
+    def paired_with(self) -> str | None:
+        """The hash of the data whose buckets these images share, where they are its partners."""
+        return self._partner.train.fingerprint if self._partner is not None else None
 
-    def take_buckets(self, other: "ImageDensity") -> None:
-        """Put the images into the buckets of the data whose source they are."""
-        if other.image.aspect is not None:
-            self.buckets, self.shapes, self.shape = other.buckets.of(self._sides), other.shapes, other.shape
+    def buckets_of(self, data_set: ImageSet) -> Buckets:
+        """Those of the training images, or of those held out."""
+        if data_set is self.train:
+            return self.buckets
+        if self._partner is not None and data_set is self.held_out:
+            assert isinstance(self._partner.held_out, ImageSet)
+            return self._partner.buckets_of(self._partner.held_out)
+        return self.buckets.of(data_set.sides)
+
+    def take_buckets(self, data: "ImageDensity", *, paired: bool = False) -> None:
+        """Put the images into the buckets of the `data` whose source they are: each into that of its own shape, or, `paired`,
+        into that of its partner. A UserError names a bucket that stays empty."""
+        if data.image.aspect is None:
+            return
+        self._partner, self.shapes, self.shape = data if paired else None, data.shapes, data.shape
+        self.buckets = data.buckets if paired else data.buckets.of(self._sides)
+        if 0 in self.buckets.counts:
+            size = describe_size(self.buckets.specs[self.buckets.counts.index(0)].size)
+            raise UserError(f"the source has no image of about the shape {size}, which the data has; add some to it")
 
 
 class PointDensity(Density):

@@ -80,6 +80,7 @@ class Encoding:
             "shape": list(self.autoencoder.latent_shape(buckets.most_frequent)),
         }
         contract |= {"buckets": [list(spec.sides) for spec in buckets.specs]} if image.aspect is not None else {}
+        contract |= {"paired_with": self.density.paired_with} if self.density.paired_with is not None else {}
         return contract | ({"condition": self.density.condition.contract} if self.density.condition is not None else {})
 
     @property
@@ -95,7 +96,7 @@ class Encoding:
         device, starts, blocks = next(network.parameters()).device, range(0, len(indices), batch), []
 
         def load(start: int) -> Tensor:
-            part = np.array(indices[start : start + batch], dtype=np.int64)
+            part = np.array(indices[start : start + batch], dtype=np.int64)  # with partners, which are replaced together
             pixels = images.batch(part, plain, np.full((len(part), 3), 0.5), partners=self.density.condition is not None)
             return torch.from_numpy(np.ascontiguousarray(pixels[..., : plain.channels]))
 

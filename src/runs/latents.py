@@ -128,13 +128,13 @@ def write_sample_cache(
         if not key.startswith("train"):
             continue
         encoding.splits[key].images.prepare(encoding.splits[key].spec)
-        began = time.monotonic()
-        block = encoding.encode(key, range(min(BLOCK, count)), flip=flip)
+        began, first = time.monotonic(), range(min(BLOCK, count))
+        block = encoding.encode(key, first, flip=flip)
+        conditions = encoding.encode_conditions(key, first, flip=flip) if CONDITION + key in encoding.counts else None
         seconds, encoded, sums = seconds + time.monotonic() - began, encoded + len(block), [*sums, sums_of(block)]
         write_sample_blocks(folder, key, count, block)
-        conditions = None
-        if CONDITION + key in encoding.counts:
-            conditions = encoding.encode_conditions(key, range(min(BLOCK, count)), flip=flip)
+        if conditions is not None:
+            encoded += len(conditions)
             write_sample_blocks(folder, CONDITION + key, count, conditions)
         held_out = key.replace("train", "held_out", 1)
         if held_out in encoding.counts:

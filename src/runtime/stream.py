@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import UserError
-from ..config.sizes import describe_size
 from ..data import ImageConfig, ImageSet
 from ..data.buckets import Buckets
 from ..data.conditions import Condition, flagged, split_condition
@@ -96,7 +95,7 @@ class StepOrder:
 
     Where there is one bucket alone, epochs are shuffles of all images. The steps of several are counted from the start of the
     stage. `following` is the order of the data that these images, which are a source for it, are paired with: then each step is
-    of the bucket that the data's is of. A UserError where they have no image of that shape.
+    of the bucket that the data's is of.
     """
 
     def __init__(
@@ -114,8 +113,6 @@ class StepOrder:
         self._leader = following or self
         self._buckets: BucketOrder | None = None
         if len(buckets.specs) > 1:
-            if missing := [spec.size for spec, count in zip(buckets.specs, buckets.counts, strict=True) if not count]:
-                raise UserError(f"the source has no image of about the shape {describe_size(missing[0])}, which the data has")
             self._buckets = BucketOrder(buckets.which, labels, seed, plan.batch, balanced=balanced)
 
     def _place(self, step: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -84,7 +83,7 @@ def read_conditions(
             values = condition.make(known, hidden.expand(len(known), -1, -1, -1))
         else:
             values = _split(opened, known, seed, range(len(files)))[1]
-    return Conditioned(tell(opened, values, level=level, seed=seed), show(opened, values), known)
+    return Conditioned(tell(opened, values, level=level, seed=seed), condition.show(values, image.shape), known)
 
 
 class Given(NamedTuple):
@@ -131,7 +130,8 @@ def draw_from_set(opened: Opened, images: ImageSet, indices: NDArray[np.int64]) 
     """The same of images of a set, which has partners where the run draws from pairs."""
     pixels = images.batch(indices, opened.image.plain, np.full((len(indices), 3), 0.5), partners=True)
     known, values = _split(opened, to_network(torch.from_numpy(np.ascontiguousarray(pixels)), CPU), 0, indices.tolist())
-    return Conditioned(tell(opened, values), show(opened, values), known)
+    assert opened.condition is not None
+    return Conditioned(tell(opened, values), opened.condition.show(values, opened.image.shape), known)
 
 
 def tell(opened: Opened, values: Tensor, *, level: float = 0.0, seed: int = 0) -> Tensor:
@@ -152,13 +152,6 @@ def tell(opened: Opened, values: Tensor, *, level: float = 0.0, seed: int = 0) -
         eps = noise_of(seed, range(len(values)), values.shape[1:], sweep=1 << 32)
         values = noised(values, torch.full((len(values),), level), eps)
     return values if opened.low_resolution is not None else flagged(values, condition, level)
-
-
-def show(opened: Opened, values: Tensor) -> Tensor:
-    """A condition (B, k, h, w) as images (B, C, H, W), to be looked at."""
-    channels, *sides = opened.image.shape
-    shown = values[:, :channels] if values.shape[1] >= channels else values[:, :1]
-    return F.interpolate(shown.float(), tuple(sides), mode="nearest").expand(-1, channels, -1, -1)
 
 
 def save_side_by_side(conditioned: Conditioned, samples: Sequence[figures.Pixels], path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import UserError, dump
@@ -225,8 +224,7 @@ class Sampler:
         assert self.condition is not None
         if self.codec is not None and self.condition.is_encoded:
             return self.decode(values[:, : self.shape[0]])
-        channels = shape[0] if self.condition.count_channels(shape[0]) >= shape[0] else 1
-        return F.interpolate(values[:, :channels].float(), tuple(shape[1:]), mode="nearest").expand(-1, shape[0], -1, -1)
+        return self.condition.show(values, shape)
 
     @torch.no_grad()
     def draw(

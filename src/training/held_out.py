@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..data.transforms import position_uniforms
+from ..runs.densities import SourceSampler
 from ..runtime.stream import Examples
 from ..sampling.sampler import Sampler
 
@@ -29,7 +30,11 @@ def held_out_loss(sampler: Sampler, held_out: Examples, batch_size: int, acceler
         real = i < len(batches)  # with FSDP no rank can run alone: one that has no batch left runs along
         indices = batches[i] if real else chosen[:1]
         x0 = held_out.load(indices).to(device, dtype)
-        eps = sampler.at_shape(x0.shape[1:]).start(0, indices.tolist()).to(x0)
+        source = sampler.source
+        if isinstance(source, SourceSampler) and not source.shuffled:  # the partners of these very images
+            eps = source.examples.load(indices).to(x0)
+        else:
+            eps = sampler.at_shape(x0.shape[1:]).start(0, indices.tolist()).to(x0)
         u = torch.from_numpy(position_uniforms(0, indices)[:, 0])
         condition = {}
         if num_classes is not None:

@@ -16,7 +16,7 @@ from ..data import GaussianSource, ImageConfig
 from ..data.conditions import Condition, split_condition
 from ..data.pairs import open_matched
 from ..runs.autoencoder import Autoencoder, latent_bounds
-from ..runs.densities import Density, ImageDensity, PairedStart, PointDensity, given_density, open_density
+from ..runs.densities import Density, ImageDensity, PointDensity, given_density, open_density
 from ..runs.latents import LatentDensity, cache_folder, latents_of
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, Examples, MicroBatch, StepOrder, latent_stream, stream, to_network
@@ -75,7 +75,7 @@ class Coupling:
     def __init__(self, data: Density, source: Density | None = None, *, paired: bool = False) -> None:
         self.data, self.source, self.shape, self.paired = data, source, data.shape, paired
         if isinstance(data, ImageDensity) and isinstance(source, ImageDensity):
-            source.take_buckets(data)
+            source.take_buckets(data, paired=paired)
         if source is not None and source.shape != data.shape:
             shapes = " and ".join(" x ".join(map(str, density.shape)) for density in (data, source))
             raise UserError(f"data and source have different shapes, {shapes}; blend like with like")
@@ -121,7 +121,7 @@ class Coupling:
         if cfg.condition is not None:
             options |= {"condition": cfg.condition, "conditioned": self.data.examples()}
         if self.source is not None:
-            options["source"] = PairedStart(self.source.examples()) if self.paired else self.source.source_sampler()
+            options["source"] = self.source.source_sampler(shuffled=not self.paired)
         if isinstance(self.data, LatentDensity):
             latents = self.data.latents
             options["codec"] = latents.codec

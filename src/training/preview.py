@@ -141,9 +141,10 @@ def preview_paths(
     many, and measure: `straightness` along the most calls, and the loss on what is held out. 2-D points are drawn beside those
     of the data."""
     session.clock.enter("a preview")
-    sheets, bends = list[list[Tensor]](), list[Tensor]()
-    for shape, indices in sampler_for(spec.most_calls).deal_shapes(spec.num_samples):
-        columns_and_bends = _draw_columns(sampler_for, spec, session, len(class_names), shape, indices)
+    sheets, bends, sampler = list[list[Tensor]](), list[Tensor](), sampler_for(spec.most_calls)
+    examples = coupling.data.examples() if coupling.paired else sampler.conditioned
+    for shape, indices in sampler.deal_shapes(spec.num_samples):
+        columns_and_bends = _draw_columns(sampler_for, spec, session, len(class_names), shape, indices, examples)
         if columns_and_bends is None:
             sheets, bends = [], []  # straightness is of all shapes, or not known
             break
@@ -165,22 +166,18 @@ def _draw_columns(
     num_classes: int,
     shape: tuple[int, ...],
     indices: range,
+    examples: Examples | None,
 ) -> tuple[list[Tensor], Tensor] | None:
     """Sources of one shape and what becomes of them after each number of calls, and how straight the way is along the most
-    calls; None where drawing failed. Where they are drawn from conditions, these come first, and the truth last."""
+    calls; None where drawing failed. `examples` are the truth, where it is known: it comes last, and conditions first."""
     device, sampler = session.accelerator.device, sampler_for(spec.most_calls).at_shape(shape)
-    labels, examples, chosen, condition = (
-        _labels(sampler, len(indices), num_classes),
-        sampler.conditioned,
-        np.zeros(0, int),
-        None,
-    )
+    labels, chosen, condition = _labels(sampler, len(indices), num_classes), np.zeros(0, np.int64), None
     if examples is not None:
         chosen = _of_shape(examples, shape)[: len(indices)]
         if not len(chosen):
             return [], torch.zeros(0)
-        indices = range(indices.start, indices.start + len(chosen))
-        labels, condition = _labels_of(sampler, examples, chosen), _condition(examples, chosen)
+        indices, labels = range(len(chosen)), _labels_of(sampler, examples, chosen)
+        condition = _condition(examples, chosen) if sampler.conditioned is not None else None
     columns, straightness = list[Tensor](), torch.zeros(0)
     for calls in sorted(spec.calls):
         sampler = sampler_for(spec.sampler_of(calls)).at_shape(shape)
@@ -191,9 +188,10 @@ def _draw_columns(
         sources, samples, straightness = outputs
         columns = [*(columns or [sources]), samples]
         warn_not_finite(samples, session)
-    if examples is not None and condition is not None:
+    if examples is not None:
         truth = sampler.decode(examples.load(chosen).to(columns[0]))
-        columns = [sampler.show_condition(condition.to(columns[0]), truth.shape[1:]), *columns, truth]
+        shown = [sampler.show_condition(condition.to(columns[0]), truth.shape[1:])] if condition is not None else []
+        columns = [*shown, *columns, truth]
     return columns, straightness
 
 
@@ -287,8 +285,8 @@ def _save_columns(sheets: list[list[Tensor]], spec: PathPreviewConfig, coupling:
         figures.save(figures.in_a_row([figures.scatter(x.cpu().numpy(), title=title) for x, title in panels]), path)
         return
     title, grids = f"source, then after {', '.join(map(str, sorted(spec.calls)))} network calls", []
-    if len(sheets[0]) > len(spec.calls) + 1:
-        title = f"condition, {title}, and truth"
+    more = len(sheets[0]) - len(spec.calls) - 1  # columns: the truth, or condition and truth
+    title = f"{'condition, ' if more > 1 else ''}{title}{', and truth' if more else ''}"
     for columns in sheets:
         rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
         grids.append(figures.grid(figures.to_uint8(rows), columns=len(columns), title="" if grids else title))
