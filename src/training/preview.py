@@ -285,8 +285,8 @@ def _save_columns(sheets: list[list[Tensor]], spec: PathPreviewConfig, coupling:
         figures.save(figures.in_a_row([figures.scatter(x.cpu().numpy(), title=title) for x, title in panels]), path)
         return
     title, grids = f"source, then after {', '.join(map(str, sorted(spec.calls)))} network calls", []
-    more = len(sheets[0]) - len(spec.calls) - 1  # columns: the truth, or condition and truth
-    title = f"{'condition, ' if more > 1 else ''}{title}{', and truth' if more else ''}"
+    num_extra = len(sheets[0]) - len(spec.calls) - 1  # columns: the truth, or condition and truth
+    title = f"{'condition, ' if num_extra > 1 else ''}{title}{', and truth' if num_extra else ''}"
     for columns in sheets:
         rows = torch.stack(columns, dim=1).flatten(0, 1)  # (count (1 + calls), C, H, W)
         grids.append(figures.grid(figures.to_uint8(rows), columns=len(columns), title="" if grids else title))

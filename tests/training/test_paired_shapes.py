@@ -29,11 +29,11 @@ def colour_of(i: int) -> int:
     return 3 * i
 
 
-def words(folder: Path, *more: str) -> list[str]:
+def words(folder: Path, *changes: str) -> list[str]:
     places = [
         f'{key}={{"source":"folder","path":"{folder / name}"}}' for key, name in (("source", "before"), ("data", "after"))
     ]
-    return [*places, ASPECT, "coupling=paired", "held_out=0.3", "class_conditional=false", "label_dropout=0", *more]
+    return [*places, ASPECT, "coupling=paired", "held_out=0.3", "class_conditional=false", "label_dropout=0", *changes]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def coupling_of(folder: Path, *more: str) -> tuple[Any, Coupling]:
-    cfg: Any = load(ROOT / "configs/smoke/iadb.json", train_iadb.Config, words(folder, *more))
+def coupling_of(folder: Path, *changes: str) -> tuple[Any, Coupling]:
+    cfg: Any = load(ROOT / "configs/smoke/iadb.json", train_iadb.Config, words(folder, *changes))
     return cfg, open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, factor=4, paired=True)
 
 
