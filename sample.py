@@ -147,7 +147,7 @@ def main() -> None:
         if state.is_main_process:
             invert(opened, spec, args, defaults)
         return
-    opened = at_size(opened, args.size, args.image or args.condition or args.low or args.source)
+    opened = at_size(opened, args.size, args.image or args.source)
     larger = open_upsampler(args.then, device) if args.then is not None else None
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     source = start_from_images(opened, args.source) if args.source is not None else None

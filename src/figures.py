@@ -114,6 +114,14 @@ def grid(
     return sheet
 
 
+def on_white(images: Sequence[Pixels]) -> Pixels:
+    """Images (H, W, C) of several shapes in the middle of white that holds all of them: (N, H, W, C)."""
+    height, width = max(len(image) for image in images), max(image.shape[1] for image in images)
+    space = [(height - len(image), width - image.shape[1]) for image in images]
+    around = [[(rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0)] for rows, columns in space]
+    return np.stack([np.pad(image, pad, constant_values=255) for image, pad in zip(images, around, strict=True)])
+
+
 def _sheet(width: int, height: int, title: str) -> tuple["Image.Image", "ImageDraw.ImageDraw", int]:
     """A white sheet with the title and `height` pixels below it, what draws on it, and where those pixels begin."""
     from PIL import Image, ImageDraw

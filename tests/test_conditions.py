@@ -34,6 +34,15 @@ def save(path: Path, size: tuple[int, int], number: int = 0) -> Path:
     return path
 
 
+def sizes_of(folder: Path) -> list[tuple[int, int]]:
+    """Width and height of the samples in a folder, in order."""
+    sizes = []
+    for path in sorted(folder.glob("0*.png")):
+        with Image.open(path) as image:
+            sizes.append(image.size)
+    return sizes
+
+
 def train(run: Path, condition: dict[str, Any], *changes: str, script: str = "ddpm_accelerate", config: str = SMOKE) -> Any:
     every = ["steps=2", "preview.every=2", "preview.quality=null", "preview.num_samples=4", "log.trackers=[]", "log.every=1"]
     every += [f"condition={json.dumps(condition)}", "condition_dropout=0.2", "checkpoint.every=2", *changes]
@@ -81,15 +90,17 @@ def test_the_condition_of_a_given_image(runs: dict[str, Path], given: Path, tmp_
     """That of training: edges of the image, which is the truth; a small image stands for itself; a mask file hides its part."""
     opened = open_trained(runs["edges"], CPU)
     values, shown, truth = read_conditions(opened, str(given))
-    assert truth is not None and torch.equal(values[:, :1], edges(truth)) and torch.equal(values[:, 1], torch.ones(3, 16, 16))
-    assert shown.shape == truth.shape == (3, 3, 16, 16)
+    assert truth is not None and [image.shape for image in (*shown, *truth)] == 6 * [(3, 16, 16)]
+    for value, image in zip(values, truth, strict=True):
+        assert torch.equal(value[:1], edges(image[None])[0]) and torch.equal(value[1], torch.ones(16, 16))
     upsampler = open_trained(runs["low"], CPU)
     small = save(tmp_path / "small" / "0.png", (8, 8))
-    values, _, truth = read_conditions(upsampler, str(small), level=0.25)
-    assert truth is None and values.shape == (1, 5, 8, 8) and values[0, 3:, 0, 0].tolist() == [0.25, 1.0]
+    (value,), _, truth = read_conditions(upsampler, str(small), level=0.25)
+    assert truth is None and value.shape == (5, 8, 8) and value[3:, 0, 0].tolist() == [0.25, 1.0]
     Image.fromarray(np.pad(np.full((8, 16), 255, np.uint8), ((8, 0), (0, 0)))).save(tmp_path / "mask.png")
     values, _, truth = read_conditions(open_trained(runs["mask"], CPU), str(given), mask=str(tmp_path / "mask.png"))
-    assert truth is not None and torch.equal(values[:, :3, :8], truth[:, :, :8]) and not values[:, :3, 8:].any()
+    for value, image in zip(values, truth or (), strict=True):
+        assert torch.equal(value[:3, :8], image[:, :8]) and not value[:3, 8:].any()
 
 
 def test_what_does_not_fit_is_said(runs: dict[str, Path], given: Path, smoke_run: Path) -> None:
@@ -129,7 +140,7 @@ def test_a_cascade_goes_from_noise_to_the_large_image(runs: dict[str, Path], tmp
         assert [np.array(Image.open(path)).shape for path in sorted(folder.glob("0*.png"))] == [(size, size, 3)] * 3
     small = torch.from_numpy(np.array(Image.open(tmp_path / "out" / "00001.png"))).permute(2, 0, 1) / 127.5 - 1
     values = read_conditions(open_trained(runs["low"], CPU), str(tmp_path / "out")).values
-    assert torch.equal(values[1, :3], small), "the network sees the samples as they are"
+    assert torch.equal(values[1][:3], small), "the network sees the samples as they are"
     assert "makes no images larger" in refused("sample", tmp_path / "small", "--then", runs["edges"])
 
 
@@ -148,6 +159,51 @@ def test_a_latent_run_draws_from_images_and_says_so_where_it_leaves(vae_run: Pat
     assert "does not draw pixels from noise alone" in refused(
         "convert", "to-diffusers", tmp_path / "run", "--out", tmp_path / "x"
     )
+
+
+def test_each_image_is_drawn_at_its_own_shape(vae_run: Path, tmp_path: Path) -> None:
+    """Latents, buckets and a condition together: trained, drawn (a batch is of one shape), made larger and measured."""
+    sides = [(40, 40), (30, 50), (50, 30)]  # width and height
+    for i in range(24):
+        save(tmp_path / "data" / f"{i:02d}.png", sides[i % 3], i)
+    source = {"source": "folder", "path": str(tmp_path / "data")}
+    image = {"size": 16, "aspect": {"step": 4, "min_images": 2}}
+    changes = (f"data={json.dumps(source)}", f"image={json.dumps(image)}", "held_out=0", "batch_size=4", "micro_batch_size=4")
+    latents = (f"autoencoder={vae_run}", f"latents={tmp_path / 'latents'}", "preview.sheets=one", "class_conditional=false")
+    run = tmp_path / "run"
+    options = {"script": "train_ldm", "config": "configs/smoke/ldm.json"}
+    done = train(run, {"kind": "low", "size": 8}, *changes, *latents, "label_dropout=0", **options)
+    assert done.status == 0, done.all
+    assert {(height, width) for height, width, _ in json.loads((run / "data.json").read_text())["buckets"]} == {
+        (16, 16), (20, 12), (12, 20)
+    }  # fmt: skip
+
+    given = tmp_path / "given"
+    for i in range(4):
+        save(given / f"{i}.png", sides[i % 3], i)
+    words = ("--condition", given, "--num-samples", "2", "--steps", "2", "--batch-size", "3", "--frames")
+    done = run_in_process("sample.py", run, *words, "--out", tmp_path / "out")
+    assert done.status == 0 and "8 images of" in done.out and (tmp_path / "out" / "denoising.gif").exists(), done.all
+    sizes = sizes_of(tmp_path / "out")
+    assert sizes == [size for size in ((16, 16), (12, 20), (20, 12), (16, 16)) for _ in range(2)]
+    opened = open_trained(run, CPU)
+    values, shown, truth = read_conditions(opened, str(given))
+    assert truth is not None and [image.shape[1:] for image in truth] == [image.shape[1:] for image in shown]
+    by_itself = read_conditions(opened, str(given / "2.png"))
+    assert torch.equal(by_itself.values[0], values[2]) and values[2].shape[1] < values[2].shape[2]
+    done = run_in_process("sample.py", run, *words[:-1], "--size", "16", "--out", tmp_path / "squares")
+    assert done.status == 0 and sizes_of(tmp_path / "squares") == 8 * [(16, 16)], done.all
+    assert "give --size HxW, or leave --npz out" in refused("sample", run, *words, "--npz", "--out", tmp_path / "npz")
+
+    done = run_in_process("sample.py", run, *words[:-1], "--out", tmp_path / "cascade", "--then", run)
+    assert done.status == 0, done.all
+    assert sizes_of(tmp_path / "cascade" / "larger") == sizes
+    words = ("--features", "random", "--num-samples", "24", "--samples-per-image", "2", "--steps", "2", "--device", "cpu")
+    done = run_in_process("evaluate.py", run, *words, "--batch-size", "5", "--out", tmp_path / "measured", "--json")
+    assert done.status == 0 and "each sample has the shape of its image" in done.err + done.out, done.all
+    values = json.loads(done.out.strip().splitlines()[-1])
+    assert values["psnr"] > 0 and values["spread_l1"] > 0 and values["num_samples"] == 24
+    assert (tmp_path / "measured" / "side_by_side.png").exists()
 
 
 def test_a_run_starts_from_one_without_a_condition(smoke_run: Path, tmp_path: Path) -> None:

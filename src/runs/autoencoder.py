@@ -65,7 +65,7 @@ class Autoencoder:
             f"has images of {self.channels} channels; set image.channels, which is {channels}": channels != self.channels,
             f"reduces images by {self.factor}, and image.size {words.removesuffix(' px')} is not divisible by {self.factor}; "
             f"set it to {near}": not is_divisible(size, self.factor),
-            f"was trained at {' and '.join(map(describe_size, known))}; set image.size, which is {words}": (
+            f"was trained at {' and '.join(map(describe_size, known))}, and images are {words}; set image.size": (
                 size not in known and not is_near
             ),
         }

@@ -1,6 +1,5 @@
 """Cascades: what one run draws, made larger by an upsampler (Ho et al. 2021, arXiv:2106.15282)."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def write_larger(
     """Make the samples of the folder larger, into its subfolder `larger`. `class_names` are those of the samples, in order;
     an upsampler that does not know one of them draws without a class. `level` is that of the noise on the samples."""
     if opened.low_resolution is not None:
-        values = load_low(opened, str(folder))[0]
+        values = list(load_low(opened, str(folder))[0])
         conditioned = Conditioned(values, values, None)
     else:
         conditioned = read_conditions(opened, str(folder), level=level, seed=seed)
@@ -57,7 +56,6 @@ def write_larger(
             labels = [known[normal_form(name)] for name in class_names]
         else:
             opened.no_class()
-    request = {"condition": hashlib.sha256(conditioned.values.numpy().tobytes()).hexdigest()}
     return write_samples(
         opened,
         sampler,
@@ -70,5 +68,5 @@ def write_larger(
         device=device,
         ranks=ranks,
         condition=conditioned.values,
-        request=request,
+        request={"condition": conditioned.digest},
     )

@@ -49,21 +49,34 @@ def check_conditions(args: argparse.Namespace) -> None:
 
 
 class Conditioned(NamedTuple):
-    """What images are drawn from: `values` (N, k, h, w) as the network is told, on the CPU; `shown` (N, C, H, W) to be looked
-    at; and the `truth` (N, C, H, W), both in [-1, 1], None where it is not known."""
+    """What images are drawn from, one entry for each, which may have several shapes: `values` (k, h, w) as the network is told,
+    on the CPU; `shown` (C, H, W) to be looked at; and the `truth` (C, H, W), both in [-1, 1], None where it is not known."""
 
-    values: Tensor
-    shown: Tensor
-    truth: Tensor | None
+    values: list[Tensor]
+    shown: list[Tensor]
+    truth: list[Tensor] | None
+
+    @property
+    def digest(self) -> str:
+        """The hash of what the network is told."""
+        return hashlib.sha256(b"".join(value.numpy().tobytes() for value in self.values)).hexdigest()
 
 
 def read_conditions(
-    opened: Opened, place: str, *, mask: str | None = None, truth: str | None = None, level: float = 0.0, seed: int = 0
+    opened: Opened,
+    place: str,
+    *,
+    by_shape: bool = True,
+    mask: str | None = None,
+    truth: str | None = None,
+    level: float = 0.0,
+    seed: int = 0,
 ) -> Conditioned:
     """The images of a folder, or one, as what the run draws from. Of conditions that are made of an image, that image is the
     truth; of pairs, `truth` is a folder of images of the same names. `mask` is a file, white where images are hidden (without
-    it masks are drawn), and `level` that of the noise that a smaller image gets. A UserError says what does not fit."""
-    condition, image, known = opened.condition, opened.image, None
+    it masks are drawn), and `level` that of the noise that a smaller image gets. With `by_shape`, a run on images of several
+    shapes takes each image at the nearest of them. A UserError says what does not fit."""
+    condition = opened.condition
     if condition is None:
         raise UserError(f"{opened.path} draws from no image; leave --condition out")
     if mask is not None and not isinstance(condition, MaskCondition):
@@ -71,26 +84,37 @@ def read_conditions(
     if truth is not None and (not isinstance(condition, PairedCondition) or condition.side is not None):
         raise UserError(f"--truth is for runs on pairs of files; the images of {opened.path} tell the truth themselves")
     files = files_of(place)
-    if isinstance(condition, PairedCondition):
-        values, known = _read_pairs(opened, condition, files, truth)
-    elif isinstance(condition, LowCondition) and _are_small(opened, files):
-        height, width = reduced(torch.zeros(1, 1, *image.sides), condition.size).shape[2:]
-        values = _stack(opened, files, (height, width))
-    else:
-        known = _stack(opened, files)
-        if isinstance(condition, MaskCondition) and mask is not None:
-            hidden = torch.from_numpy((open_cropped(mask, image.size, 1) > 127).astype(np.float32)).permute(2, 0, 1)
-            values = condition.make(known, hidden.expand(len(known), -1, -1, -1))
+    shapes = [opened.at_nearest(*_read_sides(opened, file)) if by_shape else opened for file in files]
+    partners = _find_partners(files, truth) if truth is not None else None
+    is_low = isinstance(condition, LowCondition) and any(map(_is_smaller, files, shapes))
+    each: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+    for sides in dict.fromkeys(shape.image.sides for shape in shapes):
+        numbers = [i for i, shape in enumerate(shapes) if shape.image.sides == sides]
+        at, part = shapes[numbers[0]], [files[i] for i in numbers]
+        if isinstance(condition, PairedCondition):
+            values, known = _read_pairs(at, condition, part, [partners[i] for i in numbers] if partners is not None else None)
+        elif isinstance(condition, LowCondition) and is_low:
+            height, width = reduced(torch.zeros(1, 1, *sides), condition.size).shape[2:]
+            values, known = _stack(at, part, (height, width)), None
         else:
-            values = _split(opened, known, seed, range(len(files)))[1]
-    return Conditioned(tell(opened, values, level=level, seed=seed), condition.show(values, image.shape), known)
+            known = _stack(at, part)
+            if isinstance(condition, MaskCondition) and mask is not None:
+                hidden = torch.from_numpy((open_cropped(mask, sides, 1) > 127).astype(np.float32)).permute(2, 0, 1)
+                values = condition.make(known, hidden.expand(len(known), -1, -1, -1))
+            else:
+                values = _split(at, known, seed, numbers)[1]
+        inputs, shown = tell(at, values, numbers, level=level, seed=seed), condition.show(values, at.image.shape)
+        each |= zip(numbers, zip(inputs, shown, known if known is not None else [None] * len(part), strict=True), strict=True)
+    in_order = [each[i] for i in range(len(files))]
+    truths = [known for _, _, known in in_order if known is not None]
+    return Conditioned([values for values, _, _ in in_order], [shown for _, shown, _ in in_order], truths or None)
 
 
 class Given(NamedTuple):
     """What the arguments of sample.py say of a condition: what the network is told of each image that is drawn, what that is
     made of, labels where they are known, and what else the samples depend on."""
 
-    values: Tensor | None
+    values: list[Tensor] | None
     conditioned: Conditioned | None
     labels: list[int] | None
     request: dict[str, Any]
@@ -111,7 +135,8 @@ def read_given(opened: Opened, args: argparse.Namespace) -> Given:
         if (args.num_samples or 1) > len(values):
             raise UserError(f"--num-samples {args.num_samples}: {place} has {len(values)} images")
         args.num_samples = args.num_samples or len(values)
-        return Given(values, None, labels, {"low": hashlib.sha256(values.numpy().tobytes()).hexdigest()})
+        small = Conditioned(list(values), list(values), None)
+        return Given(small.values, None, labels, {"low": small.digest})
     if args.low is not None and not isinstance(opened.condition, LowCondition):
         load_low(opened, args.low)  # says that it is no upsampler
     if place is None:
@@ -120,23 +145,24 @@ def read_given(opened: Opened, args: argparse.Namespace) -> Given:
         return Given(None, None, None, {})
     level = args.condition_noise if args.then is None else 0.0  # else it is that of the upsampler
     options = {"mask": args.mask, "truth": args.truth, "level": level, "seed": args.seed}
-    conditioned, each = read_conditions(opened, place, **options), args.num_samples or 1
+    conditioned, each = read_conditions(opened, place, by_shape=args.size is None, **options), args.num_samples or 1
     args.num_samples = each * len(conditioned.values)
-    request = {"condition": hashlib.sha256(conditioned.values.numpy().tobytes()).hexdigest()}
-    return Given(conditioned.values.repeat_interleave(each, dim=0), conditioned, None, request)
+    values = [value for value in conditioned.values for _ in range(each)]
+    return Given(values, conditioned, None, {"condition": conditioned.digest})
 
 
 def draw_from_set(opened: Opened, images: ImageSet, indices: NDArray[np.int64]) -> Conditioned:
-    """The same of images of a set, which has partners where the run draws from pairs."""
+    """The same of images of a set, at the size of the run; the set has partners where the run draws from pairs."""
     pixels = images.batch(indices, opened.image.plain, np.full((len(indices), 3), 0.5), partners=True)
     known, values = _split(opened, to_network(torch.from_numpy(np.ascontiguousarray(pixels)), CPU), 0, indices.tolist())
     assert opened.condition is not None
-    return Conditioned(tell(opened, values), opened.condition.show(values, opened.image.shape), known)
+    shown = opened.condition.show(values, opened.image.shape)
+    return Conditioned(list(tell(opened, values, indices.tolist())), list(shown), list(known))
 
 
-def tell(opened: Opened, values: Tensor, *, level: float = 0.0, seed: int = 0) -> Tensor:
-    """What the network is told of a condition (B, k, h, w): encoded where it is a latent run, noised, with its flag; on the
-    CPU. A UserError for a level that was not trained."""
+def tell(opened: Opened, values: Tensor, numbers: Sequence[int], *, level: float = 0.0, seed: int = 0) -> Tensor:
+    """What the network is told of a condition (B, k, h, w) of the images of these numbers: encoded where it is a latent run,
+    noised, with its flag; on the CPU. A UserError for a level that was not trained."""
     condition = opened.condition
     assert condition is not None
     if not 0 <= level <= condition.noise:
@@ -149,20 +175,20 @@ def tell(opened: Opened, values: Tensor, *, level: float = 0.0, seed: int = 0) -
         ]
         values = normalised(condition, opened.codec, torch.cat(encoded)).cpu()
     if level:
-        eps = noise_of(seed, range(len(values)), values.shape[1:], sweep=1 << 32)
+        eps = noise_of(seed, numbers, values.shape[1:], sweep=1 << 32)
         values = noised(values, torch.full((len(values),), level), eps)
     return values if opened.low_resolution is not None else flagged(values, condition, level)
 
 
-def save_side_by_side(conditioned: Conditioned, samples: Sequence[figures.Pixels], path: Path) -> None:
-    """Rows of a condition, what was drawn from it, and the truth where it is known; `samples` (n, H, W, C) of each."""
-    shown = figures.to_uint8(conditioned.shown)
-    truth = figures.to_uint8(conditioned.truth) if conditioned.truth is not None else None
+def save_side_by_side(conditioned: Conditioned, samples: Sequence[Sequence[figures.Pixels]], path: Path) -> None:
+    """Rows of a condition, what was drawn from it, and the truth where it is known; `samples` are (H, W, C) of each."""
     rows = list[figures.Pixels]()
     for i, of_one in enumerate(samples):
-        rows.append(np.concatenate([shown[i : i + 1], of_one, *([truth[i : i + 1]] if truth is not None else [])]))
-    title = "condition, samples" + (" and truth" if truth is not None else "")
-    figures.save(figures.grid(np.concatenate(rows), columns=len(rows[0]), title=title), path)
+        images = [known[i] for known in (conditioned.shown, conditioned.truth) if known is not None]
+        condition, *truth = (figures.to_uint8(image[None])[0] for image in images)
+        rows += [condition, *of_one, *truth]
+    title = "condition, samples" + (" and truth" if conditioned.truth is not None else "")
+    figures.save(figures.grid(figures.on_white(rows), columns=len(rows) // len(samples), title=title), path)
 
 
 def _stack(opened: Opened, files: Sequence[Path], sides: Sides | None = None) -> Tensor:
@@ -178,17 +204,32 @@ def _split(opened: Opened, pixels: Tensor, seed: int, numbers: Sequence[int]) ->
     return images, values
 
 
-def _are_small(opened: Opened, files: Sequence[Path]) -> bool:
-    """Whether the images are smaller than those that the run draws, so that they are what is made larger."""
-    rows, columns = opened.image.sides
-    sizes = [open_file(file, opened.image.channels).size for file in files]
-    return any(width < columns or height < rows for width, height in sizes)
+def _read_sides(opened: Opened, file: Path) -> Sides:
+    """Width and height of what a file shows of one image: of side-by-side pairs one half."""
+    condition, (width, height) = opened.condition, open_file(file, opened.image.channels).size
+    is_pair = isinstance(condition, PairedCondition) and condition.side is not None
+    return (width // 2 if is_pair else width), height
+
+
+def _is_smaller(file: Path, opened: Opened) -> bool:
+    """Whether an image is smaller than those that the run draws, so that it is what is made larger."""
+    (width, height), (rows, columns) = open_file(file, opened.image.channels).size, opened.image.sides
+    return width < columns or height < rows
+
+
+def _find_partners(files: Sequence[Path], truth: str) -> list[Path]:
+    """The files of the folder `truth` that have the names of these `files`; a UserError where one is missing."""
+    partners = files_of(truth)
+    matches = find_partners([file.name for file in files], [file.name for file in partners]).tolist()
+    if missing := [file.name for file, i in zip(files, matches, strict=True) if i < 0]:
+        raise UserError(f"--truth {truth} has no image of the name of {', '.join(missing[:5])}; add it, or leave --truth out")
+    return [partners[i] for i in matches]
 
 
 def _read_pairs(
-    opened: Opened, condition: PairedCondition, files: Sequence[Path], truth: str | None
+    opened: Opened, condition: PairedCondition, files: Sequence[Path], partners: Sequence[Path] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The given images as conditions, and their partners: the other halves, or the files of the same names in `truth`."""
+    """The given images as conditions, and the truth: the other halves, or the files `partners`."""
     image, channels = opened.image, condition.count_channels(opened.image.channels)
     spec = replace(image.plain, channels=3 if channels == 3 else 1)
 
@@ -197,14 +238,8 @@ def _read_pairs(
 
     if condition.side is not None:
         other = "right" if condition.side == "left" else "left"
-        both = [(open_file(file, 3), file) for file in files]
-        values = stack([crop(cut_half(whole, condition.side), spec, MIDDLE) for whole, _ in both])
-        return values, stack([crop(cut_half(whole, other), image.plain, MIDDLE) for whole, _ in both])
+        both = [open_file(file, 3) for file in files]
+        values = stack([crop(cut_half(whole, condition.side), spec, MIDDLE) for whole in both])
+        return values, stack([crop(cut_half(whole, other), image.plain, MIDDLE) for whole in both])
     values = stack([crop(open_file(file, channels), spec, MIDDLE) for file in files])
-    if truth is None:
-        return values, None
-    partners = files_of(truth)
-    matches = find_partners([file.name for file in files], [file.name for file in partners])
-    if missing := [file.name for file, i in zip(files, matches.tolist(), strict=True) if i < 0]:
-        raise UserError(f"--truth {truth} has no image of the name of {', '.join(missing[:5])}; add it, or leave --truth out")
-    return values, _stack(opened, [partners[i] for i in matches.tolist()])
+    return values, _stack(opened, partners) if partners is not None else None

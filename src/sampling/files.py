@@ -40,10 +40,16 @@ def in_batches(items: Items, size: int) -> list[Items]:
 def deal_batches(items: Items, size: int, ranks: Ranks, doing: str, *, unit: str = "images") -> Iterator[Items]:
     """The batches of this rank, one after the other, while rank 0 shows the progress of all ranks. Whole batches are dealt, so
     that no result depends on the number of processes."""
-    with Progress(doing, len(items), unit=unit, shown=ranks.rank == 0, processes=ranks.world) as bar:
-        for batch in in_batches(items, size)[ranks.rank :: ranks.world]:
+    yield from _deal(in_batches(items, size), ranks, doing, unit)
+
+
+def _deal(batches: Sequence[Items], ranks: Ranks, doing: str, unit: str) -> Iterator[Items]:
+    """Those of the batches that are this rank's, while rank 0 shows the progress of all."""
+    count = sum(map(len, batches))
+    with Progress(doing, count, unit=unit, shown=ranks.rank == 0, processes=ranks.world) as bar:
+        for batch in batches[ranks.rank :: ranks.world]:
             yield batch
-            bar.update(min(len(batch) * ranks.world, len(items) - bar.done))
+            bar.update(min(len(batch) * ranks.world, count - bar.done))
 
 
 def short_hash(*words: Any) -> str:
@@ -88,11 +94,11 @@ def save_missing(pixels: figures.Pixels, paths: Iterable[Path]) -> None:
                 figures.save(figures.to_image(image), path)
 
 
-def read_pixels(paths: Sequence[Path], shape: Sequence[int]) -> figures.Pixels:
-    """(N, *shape) uint8 of files that `save_missing` wrote."""
+def read_pixels(paths: Sequence[Path]) -> list[figures.Pixels]:
+    """(H, W, C) uint8 of each of the files, which `save_missing` wrote."""
     from PIL import Image
 
-    return np.stack([np.asarray(Image.open(path)).reshape(*shape) for path in paths])
+    return [np.atleast_3d(np.asarray(Image.open(path))) for path in paths]
 
 
 def columns_for(count: int, num_blocks: int = 1) -> int:
@@ -113,6 +119,14 @@ def write_animation(pattern: Path, sheets: "Iterable[Image.Image]", out: Path, *
         paths.append(pattern.with_name(pattern.name % i))
         figures.save(sheet, paths[-1])
     return figures.gif(paths, pattern, out, fps=fps)
+
+
+def _batches_by_shape(shapes: Sequence[tuple[int, ...]], count: int, size: int) -> list[Sequence[int]]:
+    """The numbers of `count` images in batches of `size`. With the `shapes` of the images, each batch is of one shape."""
+    by_shape: dict[Any, list[int]] = {}
+    for i in range(count):
+        by_shape.setdefault(shapes[i] if shapes else None, []).append(i)
+    return [batch for numbers in by_shape.values() for batch in in_batches(numbers, size)]
 
 
 Frame = tuple[int, figures.Pixels, figures.Pixels]  # step, x_t, the estimate of x0
@@ -164,7 +178,7 @@ def write_samples(
     ranks: Ranks,
     class_names: Sequence[str] = (),
     edit: Edit | None = None,
-    condition: Tensor | None = None,
+    condition: Sequence[Tensor] | None = None,
     conditioned: Conditioned | None = None,
     upscale: Callable[[Tensor], Tensor] | None = None,
     npz: bool = False,
@@ -173,10 +187,14 @@ def write_samples(
     """Draw `count` images into `out`: PNGs, metadata.json, grid.png, and with `frames` the denoising GIF. Gives their paths.
 
     With `upscale` the images are written a second time, larger, into `out`/upscaled; with `npz` all of them into one file
-    that guided-diffusion's evaluator reads. What is drawn from the `condition` (count, k, h, w) is also shown beside what it is
-    made of, `conditioned`, each of which stands for as many images in a row, in side_by_side.png. `request` is what else they
-    depend on. Files that are there already stay; a folder with other images is a UserError.
+    that guided-diffusion's evaluator reads. What is drawn from the `condition`, (k, h, w) of each, is also shown beside what it
+    is made of, `conditioned`, each of which stands for as many images in a row, in side_by_side.png. Of a run on images of
+    several shapes, each image has the shape of its condition. `request` is what else they depend on.
+    Files that are there already stay; a folder with other images is a UserError.
     """
+    shapes = [(sampler.shape[0], *each.shape[1:]) for each in condition or ()] if opened.buckets else []
+    if npz and len(set(shapes)) > 1:
+        raise UserError("--npz is one array, and these images have several shapes: give --size HxW, or leave --npz out")
     class_names = class_names or opened.class_names
     names = [class_names[label] for label in labels] if labels is not None else None
     whole_request = {
@@ -195,20 +213,21 @@ def write_samples(
     paths = [out / f"{i:0{digits}d}.png" for i in range(count)]
     large = [out / "upscaled" / path.name for path in paths] if upscale is not None else paths
     watched: Frames | None = None
-    for batch in deal_batches(range(count), batch_size, ranks, "sampling"):
-        part, callback = slice(batch.start, batch.stop), None
-        if frames and batch.start == 0 and not (out / "denoising.gif").exists():  # rank 0 has this batch
+    for batch in _deal(_batches_by_shape(shapes, count, batch_size), ranks, "sampling", "images"):
+        callback, files, larger = None, [paths[i] for i in batch], [large[i] for i in batch]
+        if frames and batch[0] == 0 and not (out / "denoising.gif").exists():  # rank 0 has this batch
             shown = min(20, len(batch))  # spread over the batch, so that every class is among them
             callback = watched = Frames([i * len(batch) // shown for i in range(shown)], sampler)
-        if callback is None and all(path.exists() for path in (*paths[part], *large[part])):
+        if callback is None and all(path.exists() for path in (*files, *larger)):
             continue
-        classes = labels[part] if labels is not None else None
+        classes = [labels[i] for i in batch] if labels is not None else None
         options = {"callback": callback, "batch_size": batch_size, "edit": edit}
-        options["condition"] = condition[part] if condition is not None else None
-        x = sampler.draw(seed, batch, classes, device=device, **options)
+        options["condition"] = torch.stack([condition[i] for i in batch]) if condition is not None else None
+        shaped = sampler.at_shape(shapes[batch[0]]) if shapes else sampler
+        x = shaped.draw(seed, batch, classes, device=device, **options)
         if upscale is not None:
-            save_missing(figures.to_uint8(upscale(x)), large[part])
-        save_missing(figures.to_uint8(x), paths[part])
+            save_missing(figures.to_uint8(upscale(x)), larger)
+        save_missing(figures.to_uint8(x), files)
         if callback is not None:
             callback.finish(x)
     ranks.barrier()
@@ -218,19 +237,19 @@ def write_samples(
             with explain_failure(out / "samples_*.npz"):
                 _write_npz(paths, labels, out)
         with warn_on_failure("grid.png"):
-            few, sides = paths[:256], opened.image.sides
+            few = paths[:256]
             blocks = len(set(names)) if names is not None and names == sorted(names, key=names.index) else 1
             options = {"columns": columns_for(len(few), blocks), "labels": names[: len(few)] if names is not None else None}
-            figures.save(figures.grid(read_pixels(few, (*sides, -1)), **options), out / "grid.png")
+            figures.save(figures.grid(figures.on_white(read_pixels(few)), **options), out / "grid.png")
         if conditioned is not None:
             each = count // len(conditioned.values)
             rows = [paths[i * each : i * each + min(each, 8)] for i in range(min(16, count // each))]
-            shown = [read_pixels(row, (*opened.image.sides, -1)) for row in rows]
+            shown = [read_pixels(row) for row in rows]
             with warn_on_failure("side_by_side.png"):
                 save_side_by_side(conditioned, shown, out / "side_by_side.png")
         if sampler.source is not None:
             with warn_on_failure("ways.png"):
-                _draw_ways(sampler, seed, paths[:32], out / "ways.png")
+                _draw_ways(sampler, seed, paths[:32], shapes, out / "ways.png")
         if watched is not None:  # the last of all: where it fails, the rest is there
             with explain_failure(out / "denoising.gif"):
                 sheets = (watched.sheet(frame) for frame in watched.frames)
@@ -239,12 +258,16 @@ def write_samples(
 
 
 @torch.no_grad()
-def _draw_ways(sampler: Sampler, seed: int, paths: Sequence[Path], out: Path) -> None:
-    """What images started from, each beside what it became."""
+def _draw_ways(sampler: Sampler, seed: int, paths: Sequence[Path], shapes: Sequence[tuple[int, ...]], out: Path) -> None:
+    """What images started from, each beside what it became; they have these `shapes`, where they have several."""
     parameter = next(sampler.network.parameters())  # pyright: ignore[reportFunctionMemberAccess]
-    sources = figures.to_uint8(sampler.decode(sampler.start(seed, range(len(paths))).to(parameter)))
-    rows = np.stack([sources, read_pixels(paths, sources.shape[1:])], axis=1).reshape(-1, *sources.shape[1:])
-    figures.save(figures.grid(rows, columns=2 * min(4, len(paths)), title="source and sample, side by side"), out)
+    rows = list[figures.Pixels]()
+    for i, sample in enumerate(read_pixels(paths)):
+        source = (sampler.at_shape(shapes[i]) if shapes else sampler).start(seed, [i])
+        rows += [*figures.to_uint8(sampler.decode(source.to(parameter))), sample]
+    figures.save(
+        figures.grid(figures.on_white(rows), columns=2 * min(4, len(paths)), title="source and sample, side by side"), out
+    )
 
 
 def _write_npz(paths: Sequence[Path], labels: Sequence[int] | None, out: Path) -> None:

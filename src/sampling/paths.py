@@ -118,7 +118,7 @@ def write_frames(
 def difference(images: Tensor, paths: Sequence[Path]) -> float:
     """How far the frames `paths` are from the images (K, C, H, W) that they are to show, in levels of 255 on average."""
     wanted = _enlarged(images)
-    return float(np.abs(wanted.astype(np.int64) - read_pixels(paths, wanted.shape[1:])).mean())
+    return float(np.abs(wanted.astype(np.int64) - np.stack(read_pixels(paths))).mean())
 
 
 def _enlarged(images: Tensor) -> figures.Pixels:

@@ -143,7 +143,7 @@ def test_images_that_an_autoencoder_was_not_made_for() -> None:
         (3, 17, "not divisible by 2"),
         (3, (16, 17), "image.size 16x17 is not divisible by 2; set it to 16 px or 16x18 px"),
         (3, 64, "at 16 px and 32 px"),
-        (3, (64, 32), "at 16 px and 32 px; set image.size, which is 64x32 px"),
+        (3, (64, 32), "at 16 px and 32 px, and images are 64x32 px; set image.size"),
     ):
         with pytest.raises(UserError, match=message):
             shape_at(channels, size)
