@@ -35,7 +35,7 @@ from src.training.preview import measure_quality, preview
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState, prepare
-from src.training.step_noise import StepNoise, TimeSampler
+from src.training.step_noise import StepNoise, TimeSampler, check_contrast
 
 
 @config
@@ -72,6 +72,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     train_set, held_out = given.open_data(cfg.data, cfg.held_out, cfg.image, cfg.condition)
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
+    check_contrast(cfg.process.loss.contrast, num_classes, batch_plan)
     coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.model.factor, cfg.condition))
     shape, facts, names = coupling.shape, coupling.facts | given.facts, cfg.condition_names(coupling.shape)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
@@ -123,7 +124,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
             (micro_batch, source), local_slice = next(batches), batch_plan.of_step(part)
             torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
             with accumulating(accelerator, model, part, batch_plan.accumulation):
-                x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
+                x0 = micro_batch.images
+                eps = step_noise.noise_for(x0, local_slice, coupling.mean) if source is None else source
                 condition = step_noise.condition(micro_batch, local_slice, num_classes)
                 loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
                 loss = times.weigh(loss_terms.loss, local_slice).sum()

@@ -42,7 +42,7 @@ from src.training.run_directory import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState
-from src.training.step_noise import StepNoise, TimeSampler
+from src.training.step_noise import StepNoise, TimeSampler, check_contrast
 
 IADB = ProcessConfig(schedule=BlendScheduleConfig(kind="blend"), target="blend", clip=False, time_input=TimeInput(kind="alpha"))
 
@@ -107,6 +107,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     source_sets = (coupling.source.train, coupling.source.held_out) if coupling.source is not None else ()
     warnings = check_images(cfg, run_dir, train_set, held_out, *source_sets)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
+    check_contrast(cfg.process.loss.contrast, num_classes, batch_plan)
     if autoencoder is not None:
         coupling = coupling.encoded(cfg, autoencoder, accelerator, run_dir)
     if cfg.pairs is not None:
@@ -170,7 +171,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
             (micro_batch, source), local_slice = next(batches), batch_plan.of_step(part)
             torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
             with accumulating(accelerator, model, part, batch_plan.accumulation):
-                x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
+                x0 = micro_batch.images
+                eps = step_noise.noise_for(x0, local_slice, coupling.mean) if source is None else source
                 condition = step_noise.condition(micro_batch, local_slice, num_classes)
                 loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
                 loss = times.weigh(loss_terms.loss, local_slice).sum()

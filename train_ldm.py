@@ -37,7 +37,7 @@ from src.training.run_directory import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState, prepare
-from src.training.step_noise import StepNoise, TimeSampler
+from src.training.step_noise import StepNoise, TimeSampler, check_contrast
 
 
 @config
@@ -70,6 +70,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     check_ranks(describe_data(train_set, held_out))
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
+    check_contrast(cfg.process.loss.contrast, num_classes, batch_plan)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     factor = autoencoder.factor * cfg.model.factor
     images = Coupling(ImageDensity(train_set, held_out, cfg.image, factor, cfg.condition))
@@ -130,7 +131,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
             (micro_batch, source), local_slice = next(batches), batch_plan.of_step(part)
             torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
             with accumulating(accelerator, model, part, batch_plan.accumulation):
-                x0, eps = micro_batch.images, step_noise.eps[local_slice] if source is None else source
+                x0 = micro_batch.images
+                eps = step_noise.noise_for(x0, local_slice, coupling.mean) if source is None else source
                 condition = step_noise.condition(micro_batch, local_slice, num_classes)
                 loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
                 loss = times.weigh(loss_terms.loss, local_slice).sum()

@@ -298,7 +298,7 @@ def _variants() -> Iterator[Job]:
     yield smoke("ddpm", 1, _PLAIN | linear | {"data": _of_many_shapes(), "image.aspect": _ASPECT} | {
         "process.schedule": {"kind": "quadratic", "steps": 50}, "process.variance": "small", "model.downsample": "max",
         "model.mid_attention": "linear", "times": {"kind": "logit_normal", "shift": {"base": 192}}, "preview.sampler.steps": 5,
-        "process.loss.weighting": {"kind": "p2"},
+        "process.loss.weighting": {"kind": "p2"}, "process.loss.contrast": {"group": 2}, "noise": {"candidates": 3},
     })  # fmt: skip
     yield smoke("ddpm", 2, {
         "process.schedule": {"kind": "sigmoid", "steps": 50, "zero_terminal_snr": True}, "process.target": "v",
@@ -334,6 +334,7 @@ def _variants() -> Iterator[Job]:
     yield smoke("ldm", 1, _PLAIN | linear | buckets | {"times": _TIMES, "image.channels": 1, "class_conditional": True})
     yield smoke("ldm", 2, _drawn_from("mask", copies=2) | {
         "process.schedule": {"kind": "blend"}, "process.target": "blend", "times": {"kind": "logit_normal"},
+        "process.loss.contrast": {"group": 2, "weight": 0.1}, "noise": {"candidates": 4},
     })  # fmt: skip
     yield smoke("iadb", 1, _PLAIN | linear | buckets | {
         "source": _of_many_shapes("test"), "image.aspect": _ASPECT | {"step": 4}, "class_conditional": True,

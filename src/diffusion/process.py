@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import config, config_error, renamed_field
+from .contrast import ContrastConfig, contrast
 from .likelihood import variational_term
 from .schedules import BlendSchedule, BlendScheduleConfig, Level, Schedule, ScheduleConfig, TableSchedule, build_schedule, like
 from .time_shift import draw_shifted_times
@@ -36,17 +37,20 @@ Denoiser = Callable[[Tensor, Tensor], Prediction]  # (x_t, t): all that a solver
 
 
 class Losses(NamedTuple):
-    """Of each sample, (B,): `loss` is trained; `mse` is the squared error of the output and `vb` the variational term of the
-    step in bits per dimension, where the loss has them."""
+    """Of each sample, (B,): `loss` is trained; `mse` is the squared error of the output, `vb` the variational term of the step
+    in bits per dimension, and `contrast` the squared distance to the target of a partner, where the loss has them."""
 
     loss: Tensor
     mse: Tensor | None = None
     vb: Tensor | None = None
+    contrast: Tensor | None = None
 
     @property
     def terms(self) -> dict[str, Tensor]:
         """For the log: the parts of the loss, where it has more than one."""
-        return {"mse": self.mse, "vb": self.vb} if self.mse is not None and self.vb is not None else {}
+        terms = {"mse": self.mse, "vb": self.vb, "contrast": self.contrast}
+        terms = {name: term for name, term in terms.items() if term is not None}
+        return terms if len(terms) > 1 else {}
 
 
 @config
@@ -70,13 +74,15 @@ class LossConfig:
     the same times the number of steps.
 
     Guided-diffusion's hybrid loss has the weight 1, its rescaled one (improved-diffusion's L_hybrid) steps / 1000. `weighting`
-    says how much the squared error counts at each level. The variational term of the last step is that of pixels of 256
+    says how much the squared error counts at each level. A `contrast` pushes outputs away from the targets of other classes; it
+    is weighted as the squared error is. The variational term of the last step is that of pixels of 256
     values, on latents too (as DiT has it).
     """
 
     kind: Literal["simple", "hybrid", "kl", "rescaled_kl"] = "simple"
     variational_weight: float = pydantic.Field(1.0, gt=0)
     weighting: LossWeighting = renamed_field("min_snr_gamma", ConstantWeighting(), new_value=_weighting_of_gamma)
+    contrast: ContrastConfig | None = None
 
     @pydantic.model_validator(mode="after")
     def _used(self) -> "LossConfig":
@@ -157,8 +163,18 @@ class Process:
             raise ValueError("the variational bound and learned variances need a table; the blend has none")
         return transitions(self.schedule, torch.arange(self.schedule.num_steps - 1, -2, -1, dtype=torch.float64))
 
-    def losses(self, network: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, **condition: Any) -> Losses:
-        """The loss of each sample; times (B,) are entries of the table where the loss has a variational term.
+    def losses(
+        self,
+        network: Callable[..., Tensor],
+        x0: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        *,
+        partners: Tensor | None = None,
+        **condition: Any,
+    ) -> Losses:
+        """The loss of each sample; times (B,) are entries of the table where the loss has a variational term. `partners` (B,)
+        are the rows whose targets outputs are pushed away from, -1 for none.
 
         simple: the mean over a sample's elements of (network(x_t) - y)^2 (Eq. 14, arXiv:2006.11239). hybrid: Eq. 16,
         arXiv:2102.09672, the mean of the model's step detached.
@@ -176,9 +192,14 @@ class Process:
                 return Losses(vb * (len(self.chain.beta) if kind == "rescaled_kl" else 1.0), vb=vb)
             output = y
         target = self.make_target(x0, eps, t)
-        mse = (output.to(target.dtype) - target).square().flatten(1).mean(1)
-        loss = mse if isinstance(self.loss.weighting, ConstantWeighting) else mse * like(self.loss_weight(t), mse)
-        return Losses(loss if vb is None else loss + self.loss.variational_weight * vb, mse, vb)
+        loss = mse = (output.to(target.dtype) - target).square().flatten(1).mean(1)
+        apart = None
+        if self.loss.contrast is not None and partners is not None:
+            apart = contrast(output, self.make_target(x0[partners], eps[partners], t), partners)  # at the time of each row
+            loss = mse - self.loss.contrast.weight * apart
+        if not isinstance(self.loss.weighting, ConstantWeighting):
+            loss = loss * like(self.loss_weight(t), mse)
+        return Losses(loss if vb is None else loss + self.loss.variational_weight * vb, mse, vb, apart)
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """The weight of the output's squared error at times `t`, float64 of their shape: 0 at a level of which the output says
@@ -241,6 +262,8 @@ class ProcessConfig:
             raise config_error("loss.kind: the simple loss teaches no learned variance; use hybrid, kl or rescaled_kl")
         if not learned and loss == "hybrid":
             raise config_error("loss.kind: the hybrid loss teaches a learned variance; set variance to learned, or use simple")
+        if self.loss.contrast is not None and loss not in ("simple", "hybrid"):
+            raise config_error("loss.contrast belongs to a squared error, which kl and rescaled_kl have not; leave it out")
         if weighting != "constant" and loss not in ("simple", "hybrid"):
             raise config_error("loss.weighting weighs a squared error, which kl and rescaled_kl have not; leave it out")
         if isinstance(schedule, TableSchedule) and float(process.loss_weight(used[-1])) == 0:

@@ -22,6 +22,7 @@ from ..runtime.seeds import generator
 from ..runtime.stream import Examples, StepOrder, image_examples
 
 Bound = float | Tensor
+MOST = 1024  # images that the mean of the data is measured on
 Start = Callable[[int, Sequence[int], int], Tensor]  # (seed, indices of images, draw) -> (B, *shape) on the CPU
 
 
@@ -82,6 +83,14 @@ class Density(ABC):
     def examples(self, *, of_train: bool = False) -> Examples:
         """What is held out or, where nothing is (or with `of_train`), what is learned from; always the same for one index."""
         return self._examples(self.train if of_train or self.held_out is None else self.held_out)
+
+    def mean(self, shape: tuple[int, ...]) -> Tensor:
+        """The mean (*shape), in float64, of at most `MOST` of what is learned from and has this shape, spread over all."""
+        examples = self.examples(of_train=True)
+        members = examples.groups[shape] if examples.groups else np.arange(len(examples.labels))
+        chosen = members[np.arange(min(MOST, len(members))) * len(members) // min(MOST, len(members))]
+        sums = [examples.load(batch).double().sum(0) for batch in examples.batches(chosen, 64)]
+        return torch.stack(sums).sum(0) / len(chosen)
 
     def source_sampler(self, *, of_train: bool = False, shuffled: bool = True) -> SourceSampler:
         """What sampling starts from: these examples."""

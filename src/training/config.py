@@ -10,6 +10,7 @@ from ..config import Length, config, config_error, kind_of, resumable_field
 from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
 from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition, PairedCondition, channel_names
 from ..diffusion import SOLVERS, ProcessConfig, TimeShift
+from ..diffusion.matching import NoiseConfig
 from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.autoencoder import ReconstructConfig
 from ..evaluation.quality import QualityConfig
@@ -124,13 +125,14 @@ class StepsConfig(TrainConfig):
 @config
 class DiffusionConfig(StepsConfig):
     """The keys of the three diffusion scripts. Without `class_conditional` the data decides, and previews are guided where it
-    has classes; `label_dropout` is how often a label is left out. With a `condition` each image is drawn from another image,
-    and `condition_dropout` is how often that is left out."""
+    has classes; `label_dropout` is how often a label is left out. `noise` may be matched to the images. With a `condition` each
+    image is drawn from another image, and `condition_dropout` is how often that is left out."""
 
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     condition: ConditionConfig | None = None
     condition_dropout: float = pydantic.Field(0.0, ge=0, le=1)
+    noise: NoiseConfig = NoiseConfig()
     process: ProcessConfig
     model: ModelConfig
 
@@ -174,6 +176,12 @@ class DiffusionConfig(StepsConfig):
             raise config_error("preview.quality: it draws images from noise alone; leave it out where there is a condition")
         if not is_one_sheet:
             raise config_error("preview.sheets: images with a condition are shown on one sheet; leave it out")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _contrasted(self) -> "DiffusionConfig":
+        if self.process.loss.contrast is not None and self.class_conditional is False:
+            raise config_error("process.loss.contrast: it needs classes, and class_conditional is false; leave one of both out")
         return self
 
     @property
@@ -234,6 +242,8 @@ class BlendConfig(LatentConfig):
             raise config_error("condition: pairs of an earlier run have no condition; leave one of both out")
         if self.coupling == "paired" and (isinstance(self.source, GaussianSource) or self.image is None):
             raise config_error("coupling: only images of a source have partners of the same names; name a source of them")
+        if self.noise.candidates > 1 and (self.pairs is not None or not isinstance(self.source, GaussianSource)):
+            raise config_error("noise.candidates: only Gaussian noise is matched to images; leave it out with another source")
         if self.coupling == "paired" and self.pairs is not None:
             raise config_error("coupling: pairs of an earlier run are coupled already; leave one of both out")
         if self.coupling == "paired" and isinstance(self.condition, PairedCondition):

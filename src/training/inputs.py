@@ -74,6 +74,7 @@ class Coupling:
 
     def __init__(self, data: Density, source: Density | None = None, *, paired: bool = False) -> None:
         self.data, self.source, self.shape, self.paired = data, source, data.shape, paired
+        self._means: dict[tuple[int, ...], Tensor] = {}
         if isinstance(data, ImageDensity) and isinstance(source, ImageDensity):
             source.take_buckets(data, paired=paired)
         if source is not None and source.shape != data.shape:
@@ -108,6 +109,13 @@ class Coupling:
     def shape_at(self, step: int) -> tuple[int, ...]:
         """What the network sees of one of the images of a step of `stream`."""
         return self.data.shape_at(self._order, step)
+
+    def mean(self, x0: Tensor) -> Tensor:
+        """The mean of the data that is learned from and has the shape of x0 (b, *shape), like x0: (*shape)."""
+        shape = tuple(x0.shape[1:])
+        if shape not in self._means:
+            self._means[shape] = self.data.mean(shape).to(x0)
+        return self._means[shape]
 
     def held_out_examples(self) -> Examples | None:
         """What the loss can be measured on."""

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from ..config import UserError
 from ..data.conditions import noised, with_flag
 from ..diffusion import Process, TableSchedule
+from ..diffusion.contrast import ContrastConfig, find_partners
+from ..diffusion.matching import match_noise
 from ..diffusion.weightings import LogitNormalTimes, SecondMomentTimes, UniformTimes
 from ..runtime.processes import CpuCopy
 from ..runtime.seeds import generator, normal, uniforms
@@ -110,6 +112,21 @@ class TimeSampler:
         self._pending = deque((tensors[f"pending.{i}.t"], CpuCopy(tensors[f"pending.{i}.losses"])) for i in range(count))
 
 
+def check_contrast(contrast: ContrastConfig | None, num_classes: int | None, batch_plan: BatchPlan) -> None:
+    """A UserError where the loss has a contrast that the data, or the batch, cannot have."""
+    if contrast is None:
+        return
+    if num_classes is None:
+        raise UserError("process.loss.contrast needs classes, and the data has none; leave it out, or use class subfolders")
+    if batch_plan.micro % contrast.group:
+        sizes = [size for size in range(2, batch_plan.micro + 1) if batch_plan.micro % size == 0]
+        near = sorted(sorted(sizes, key=lambda size: abs(size - contrast.group))[:2])
+        raise UserError(
+            f"process.loss.contrast.group {contrast.group} does not divide the {batch_plan.micro} image(s) that a device takes "
+            f"at a time; set it to {' or '.join(map(str, near)) if near else '2 or more, and take more images at a time'}"
+        )
+
+
 class StepNoise:
     """Times `t` (B,), noise `eps` (B, *shape), and whose label and whose condition is dropped (B,): functions of (seed, step),
     and the times of the shape and of what `times` has learned."""
@@ -127,13 +144,33 @@ class StepNoise:
         dtype = getattr(torch, self._cfg.dtype)
         return normal(self._shape, self._cfg.seed, "noise", self._step, device=self._device, dtype=dtype)
 
+    @cached_property
+    def _candidates(self) -> list[Tensor]:
+        """Other noise like `eps`, (B, *shape) each."""
+        assert isinstance(self._cfg, DiffusionConfig)
+        words, options = (self._cfg.seed, "noise", self._step, "candidate"), {"device": self._device, "dtype": self.eps.dtype}
+        return [normal(self._shape, *words, i, **options) for i in range(1, self._cfg.noise.candidates)]
+
+    def noise_for(self, x0: Tensor, local_slice: slice, mean: Callable[[Tensor], Tensor]) -> Tensor:
+        """The noise (b, *shape) of the images x0 that are this slice of the batch: `eps`, or of several candidates, of which
+        `eps` is the first, that which suits each image best. `mean` gives that of the data like x0, (*shape)."""
+        assert isinstance(self._cfg, DiffusionConfig)
+        if self._cfg.noise.candidates == 1:
+            return self.eps[local_slice]
+        return match_noise(x0 - mean(x0), [eps[local_slice] for eps in (self.eps, *self._candidates)])
+
     def condition(self, micro_batch: MicroBatch, local_slice: slice, num_classes: int | None) -> dict[str, Tensor]:
-        """What the network is told of the micro-batch that is this slice of the batch: the labels (b,), the null class where
-        they are dropped or where there are none (-1), and the condition, noised, all 0 where it is dropped."""
+        """What belongs to the micro-batch that is this slice of the batch, besides its images: the labels (b,) that the network
+        is told, the null class where they are dropped or where there are none (-1); the condition, noised, all 0 where it is
+        dropped; and, where the loss has a contrast, the partners (b,)."""
         inputs = dict[str, Tensor]()
         if num_classes is not None:
             null = self.dropped[local_slice] | (micro_batch.labels < 0)
             inputs["labels"] = torch.where(null, num_classes, micro_batch.labels).to(self._device, non_blocking=True)
+            process = getattr(self._cfg, "process", None)
+            if process is not None and process.loss.contrast is not None:
+                labels = torch.where(null, -1, micro_batch.labels)
+                inputs["partners"] = find_partners(labels, process.loss.contrast.group).to(self._device, non_blocking=True)
         if micro_batch.condition is not None:
             inputs["condition"] = self._flagged(micro_batch.condition, local_slice)
         return inputs
