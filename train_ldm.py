@@ -131,8 +131,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
             (micro_batch, source), local_slice = next(batches), batch_plan.of_step(part)
             torch.manual_seed(torch_seed(cfg.seed, "dropout", step, micro_batch.position))
             with accumulating(accelerator, model, part, batch_plan.accumulation):
-                x0 = micro_batch.images
-                eps = step_noise.noise_for(x0, local_slice, coupling.mean) if source is None else source
+                x0, eps = micro_batch.images, step_noise.match(micro_batch, source, local_slice, coupling.mean)
                 condition = step_noise.condition(micro_batch, local_slice, num_classes)
                 loss_terms = process.losses(model, x0, eps, step_noise.t[local_slice], **condition)
                 loss = times.weigh(loss_terms.loss, local_slice).sum()

@@ -151,12 +151,18 @@ class StepNoise:
         words, options = (self._cfg.seed, "noise", self._step, "candidate"), {"device": self._device, "dtype": self.eps.dtype}
         return [normal(self._shape, *words, i, **options) for i in range(1, self._cfg.noise.candidates)]
 
-    def noise_for(self, x0: Tensor, local_slice: slice, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        """The noise (b, *shape) of the images x0 that are this slice of the batch: `eps`, or of several candidates, of which
-        `eps` is the first, that which suits each image best. `mean` gives that of the data like x0, (*shape)."""
+    def match(
+        self, micro_batch: MicroBatch, source: Tensor | None, local_slice: slice, mean: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """What the images of the micro-batch that is this slice of the batch are coupled with, (b, *shape): the `source` where
+        there is one; else the noise `eps`, or of several candidates, of which `eps` is the first, that which suits each image
+        best. `mean` gives that of the data like the images, (*shape)."""
+        if source is not None:
+            return source
         assert isinstance(self._cfg, DiffusionConfig)
         if self._cfg.noise.candidates == 1:
             return self.eps[local_slice]
+        x0 = micro_batch.images
         return match_noise(x0 - mean(x0), [eps[local_slice] for eps in (self.eps, *self._candidates)])
 
     def condition(self, micro_batch: MicroBatch, local_slice: slice, num_classes: int | None) -> dict[str, Tensor]:
