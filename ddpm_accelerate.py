@@ -73,7 +73,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     warnings = check_images(cfg, run_dir, train_set, held_out)
     num_classes = count_classes(cfg.class_conditional, train_set.class_names)
     check_contrast(cfg.process.loss.contrast, num_classes, batch_plan)
-    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.model.factor, cfg.condition))
+    coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.model.factor, cfg.condition, cfg.augmentation))
     shape, facts, names = coupling.shape, coupling.facts | given.facts, cfg.condition_names(coupling.shape)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
     total_steps = resolve(cfg.steps)
@@ -103,7 +103,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     if cfg.compile:
         compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
-    warm_up_ddp(accelerator, model, *blank_inputs(shape, len(names), device, dtype))
+    warm_up_ddp(accelerator, model, *blank_inputs(cfg, shape, device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes and session.is_fresh:

@@ -100,7 +100,12 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     run_mode.enter_phase("looking at the data")
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device) if cfg.autoencoder is not None else None
     factor = cfg.model.factor * (autoencoder.factor if autoencoder is not None else 1)
-    options = {"factor": factor, "condition": cfg.condition, "paired": cfg.coupling == "paired"}
+    options = {
+        "factor": factor,
+        "condition": cfg.condition,
+        "augmentation": cfg.augmentation,
+        "paired": cfg.coupling == "paired",
+    }
     coupling = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, given.dataset, **options)
     check_ranks(coupling.facts)
     train_set, held_out = coupling.data.train, coupling.data.held_out
@@ -147,7 +152,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     if cfg.compile:
         compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = accelerator.prepare(network, bare_optimizer)
-    warm_up_ddp(accelerator, model, *blank_inputs(shape, len(names), device, dtype))
+    warm_up_ddp(accelerator, model, *blank_inputs(cfg, shape, device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes:

@@ -73,12 +73,12 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     check_contrast(cfg.process.loss.contrast, num_classes, batch_plan)
     autoencoder = autoencoder_for(cfg.autoencoder, run_dir, device)
     factor = autoencoder.factor * cfg.model.factor
-    images = Coupling(ImageDensity(train_set, held_out, cfg.image, factor, cfg.condition))
+    images = Coupling(ImageDensity(train_set, held_out, cfg.image, factor, cfg.condition, cfg.augmentation))
     shape = autoencoder.latent_shape(images.data.buckets.most_frequent)
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     names, learned = cfg.condition_names(shape), cfg.process.variance == "learned"
-    network = build_model(cfg.model, shape, num_classes, learned=learned, condition_channels=len(names))
-    network = network.to(build_device(accelerator), dtype)
+    options = {"learned": learned, "condition_channels": len(names), "augmented": cfg.augmentation is not None}
+    network = build_model(cfg.model, shape, num_classes, **options).to(build_device(accelerator), dtype)
     coupling = images.encoded(cfg, autoencoder, accelerator, run_dir)
     facts = coupling.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
@@ -108,7 +108,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     if cfg.compile:
         compile_network(network, len(coupling.shapes), session.run.say)
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
-    warm_up_ddp(accelerator, model, *blank_inputs(shape, len(names), device, dtype))
+    warm_up_ddp(accelerator, model, *blank_inputs(cfg, shape, device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
     session.enter_stage(batch_plan, resolve, end=total_steps)
     if session.run.writes:

@@ -303,6 +303,7 @@ def _variants() -> Iterator[Job]:
     yield smoke("ddpm", 2, {
         "process.schedule": {"kind": "sigmoid", "steps": 50, "zero_terminal_snr": True}, "process.target": "v",
         "optimizer.schedule": _MULTISTEP | {"warmup": 2}, "class_conditional": True, "mixed_precision": "bf16",
+        "augmentation": {"turns": True, "probability": 0.5},
     } | _drawn_from("low", size=8, noise=0.5))  # fmt: skip
     yield smoke("ddpm", 3, _LEARNED | {
         "process.schedule": {"kind": "cosine", "steps": 50}, "process.loss": {"kind": "kl"}, "times": _TIMES,
@@ -331,7 +332,10 @@ def _variants() -> Iterator[Job]:
     yield smoke("vae", 2, strided | {"mixed_precision": "bf16", "discriminator_optimizer.muon": {}})
     vgg = {"perceptual": {"network": "vgg", "weights": WEIGHTS}, "image.size": 32, "stages": [stages[1] | {"perceptual": {}}]}
     yield smoke("vae", 3, vgg | {"model.mid_attention": "full"})
-    yield smoke("ldm", 1, _PLAIN | linear | buckets | {"times": _TIMES, "image.channels": 1, "class_conditional": True})
+    yield smoke("ldm", 1, _PLAIN | linear | buckets | {
+        "times": _TIMES, "image.channels": 1, "class_conditional": True,
+        "augmentation": {"flips": False, "probability": 0.5, "copies": 2},
+    })  # fmt: skip
     yield smoke("ldm", 2, _drawn_from("mask", copies=2) | {
         "process.schedule": {"kind": "blend"}, "process.target": "blend", "times": {"kind": "logit_normal"},
         "process.loss.contrast": {"group": 2, "weight": 0.1}, "noise": {"candidates": 4},

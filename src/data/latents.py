@@ -1,7 +1,8 @@
-"""The latent cache: mean and log-variance of every image, and of its mirror image, in blocks that are whole or absent.
+"""The latent cache: mean and log-variance of every image in all its versions, in blocks that are whole or absent.
 
-A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, 1 or 2, 2, D, h, w) float32 each (mirrored or not; mean and
-log-variance), and last of all `manifest.json`: what it was made of, and the statistics of the training latents.
+A folder holds `train/` and `held_out/` with `block_00000.npy`, (n, versions, 2, D, h, w) float32 each (plain, mirrored, and
+both again for each augmented copy; mean and log-variance), and last of all `manifest.json`: what it was made of, and the
+statistics of the training latents, which are those of plain and mirrored images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ WORDS = {
     "buckets": "another table of sizes (image.aspect)",
     "paired_with": "images with other partners",
     "condition": "another condition",
+    "augmentation": "another augmentation",
 }
 
 
@@ -103,14 +105,13 @@ class LatentSet:
         if sum(block.nbytes for block in self.blocks) <= 0.3 * free_bytes:
             self.resident = torch.cat([torch.from_numpy(np.array(block)).to(self.device) for block in self.blocks])
 
-    def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
-        """(B, 2, D, h, w) float32 on the device: mean and log-variance of these images, mirrored or not."""
+    def moments(self, indices: NDArray[np.int64], versions: NDArray[Any]) -> Tensor:
+        """(B, 2, D, h, w) float32 on the device: mean and log-variance of these versions (B,) of these images."""
         if self.resident is not None:
             rows = torch.from_numpy(indices).to(self.device, non_blocking=True)
-            sides = torch.from_numpy(mirrored.astype(np.int64)).to(self.device, non_blocking=True)
-            return self.resident[rows, sides]
+            return self.resident[rows, torch.from_numpy(versions.astype(np.int64)).to(self.device, non_blocking=True)]
         size = len(self.blocks[0])
-        rows = np.stack([self.blocks[i // size][i % size, int(m)] for i, m in zip(indices, mirrored, strict=True)])
+        rows = np.stack([self.blocks[i // size][i % size, int(v)] for i, v in zip(indices, versions, strict=True)])
         moments = torch.from_numpy(rows)
         return (moments.pin_memory() if self.device.type == "cuda" else moments).to(self.device, non_blocking=True)
 
@@ -137,11 +138,11 @@ class BucketLatents:
             if latents is not None:
                 latents.load_to_device()
 
-    def moments(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
+    def moments(self, indices: NDArray[np.int64], versions: NDArray[Any]) -> Tensor:
         """(B, 2, D, h, w) float32 on the device: mean and log-variance of these images, which are of one bucket."""
         latents = self.sets[self.which[indices[0]]]
         assert latents is not None
-        return latents.moments(self._rows[indices], mirrored)
+        return latents.moments(self._rows[indices], versions)
 
 
 def open_latents(

@@ -128,6 +128,7 @@ def count_parameters(cfg: Any) -> tuple[int, int]:
                 channels = cfg.image.channels if getattr(cfg, "autoencoder", None) is None else 4
                 shape = (channels, cfg.model.factor, cfg.model.factor)
             options = {"learned": cfg.process.variance == "learned", "condition_channels": len(cfg.condition_names(shape))}
+            options["augmented"] = cfg.augmentation is not None
             networks = [build_model(cfg.model, shape, None, **options)]
     network, *adversary = (sum(parameter.numel() for parameter in network.parameters()) for network in networks)
     return network, sum(adversary)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 from torch import nn
@@ -23,6 +23,7 @@ class Backbone(ABC):
 
     kind: str
     takes_points = False  # 2-D points (2,) instead of images or latents (C, H, W)
+    takes_augmentation = False  # build(augmented=True) makes a network that is told how its images were augmented
 
     @property
     def factor(self) -> int:
@@ -62,20 +63,25 @@ def build_model(
     learned: bool = False,
     null_class: bool = True,
     condition_channels: int = 0,
+    augmented: bool = False,
 ) -> nn.Module:
     """The network that `config` names, for images or latents (C, H, W) or 2-D points (2,).
 
     With `learned` its output has C channels more, for the variance. With `num_classes` and `null_class` it has a label for no
-    class. With `condition_channels` it is also called with a condition
-    of so many channels. A UserError says what does not fit the config.
+    class. With `condition_channels` it is also called with a condition of so many channels, and `augmented` with the codes
+    (B, CODES) of what was done to its images. A UserError says what does not fit the config.
     """
     if config.takes_points != (len(shape) == 1):
         takes, gets = ("2-D points", "images") if config.takes_points else ("images", "2-D points")
         raise UserError(f"model.kind {config.kind} is a network of {takes}, and the data are {gets}; choose another kind")
+    if augmented and not config.takes_augmentation:
+        raise UserError(f"model.kind {config.kind} cannot be told how images were augmented; leave augmentation out")
     sides, factor = tuple(shape[1:]), config.factor
     if len(sides) == 2 and not is_divisible(sides, factor):
         raise UserError(
             f"the network sees {describe_size(sides)}, not divisible by {factor}, what {config.factor_keys} ask for; change "
             f"them, or image.size, so it sees {nearest_sizes(sides, factor)}"
         )
-    return config.build(shape, num_classes, learned=learned, null_class=null_class, condition_channels=condition_channels)
+    options: dict[str, Any] = {"augmented": True} if augmented else {}
+    options |= {"learned": learned, "null_class": null_class, "condition_channels": condition_channels}
+    return config.build(shape, num_classes, **options)

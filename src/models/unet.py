@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import config, config_error, resumable_field
+from ..diffusion.augmentation import CODES
 from .backbone import BACKBONES, Backbone
 from .layers import (
     Attention,
@@ -124,12 +125,21 @@ class UNetConfig(EncoderConfig, Backbone):
         patches = " and model.patch" if self.patch > 1 else ""
         return f"{len(self.channel_mult)} entries of model.channel_mult{patches}"
 
+    takes_augmentation = True
+
     def build(
-        self, shape: Sequence[int], num_classes: int | None, *, learned: bool, null_class: bool, condition_channels: int
+        self,
+        shape: Sequence[int],
+        num_classes: int | None,
+        *,
+        learned: bool,
+        null_class: bool,
+        condition_channels: int,
+        augmented: bool = False,
     ) -> "UNet":
         """In channels_last, which is faster."""
         channels = shape[0]
-        options: dict[str, Any] = {"num_classes": num_classes, "null_class": null_class}
+        options: dict[str, Any] = {"num_classes": num_classes, "null_class": null_class, "augmented": augmented}
         options |= {"out_channels": 2 * channels if learned else channels, "condition_channels": condition_channels}
         return channels_last(UNet(self, in_channels=channels, **options))
 
@@ -226,12 +236,14 @@ class Encoder(nn.Module, Generic[C]):
 
 
 class UNet(Encoder[UNetConfig]):
-    """network(x, time, labels=None, condition=None): x (B, in_channels, H, W), time and labels (B,) -> (B, out_channels, H, W).
+    """network(x, time, labels=None, condition=None, augmentation=None): x (B, in_channels, H, W), time and labels (B,) ->
+    (B, out_channels, H, W).
 
     With `num_classes` the labels are 0 .. num_classes - 1, and num_classes itself is the null class, which `labels=None`
     means; a network imported without one (`null_class=False`) must be given labels. Labels may be weights (B, classes) that
     blend them. With `condition_channels` it sees a `condition` (B, condition_channels, h, w), such as the small image that it
-    makes larger, beside `x`, resized to its size; a ValueError says where a condition is missing or not wanted. Ho et al.
+    makes larger, beside `x`, resized to its size; a ValueError says where a condition is missing or not wanted. An
+    `augmented` network is told by `augmentation` (B, CODES) what was done to its images; without it, nothing was. Ho et al.
     2020, arXiv:2006.11239; Dhariwal & Nichol 2021, arXiv:2105.05233.
     """
 
@@ -246,6 +258,7 @@ class UNet(Encoder[UNetConfig]):
         num_classes: int | None = None,
         null_class: bool = True,
         condition_channels: int = 0,
+        augmented: bool = False,
     ) -> None:
         area, num_labels = config.patch**2, num_classes + null_class if num_classes is not None else None
         super().__init__(config, area * (in_channels + condition_channels), num_labels)
@@ -260,8 +273,9 @@ class UNet(Encoder[UNetConfig]):
 
         self.head_norm = self._norm(channels)
         self.head = zeroed(nn.Conv2d(channels, area * (out_channels or in_channels), 3, padding=1))
+        self.augmentation = nn.Linear(CODES, 4 * config.base_channels, bias=False) if augmented else None
 
-    def _embed(self, time: Tensor, labels: Tensor | None) -> Tensor:
+    def _embed(self, time: Tensor, labels: Tensor | None, augmentation: Tensor | None) -> Tensor:
         embedding = self._embed_time(time)
         if self.label_embedding is not None:
             if labels is None:
@@ -271,6 +285,10 @@ class UNet(Encoder[UNetConfig]):
             embedding = embedding + embed_labels(self.label_embedding, labels)
         elif labels is not None:
             raise ValueError("this network has no classes: labels must be None")
+        if augmentation is not None:
+            if self.augmentation is None:
+                raise ValueError("this network is told nothing of augmentation: augmentation must be None")
+            embedding = embedding + self.augmentation(augmentation.to(self.augmentation.weight.dtype))
         return F.silu(embedding)
 
     def _beside(self, x: Tensor, condition: Tensor | None) -> Tensor:
@@ -285,8 +303,15 @@ class UNet(Encoder[UNetConfig]):
             condition = F.interpolate(condition, x.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([x, condition.to(x.dtype)], dim=1)
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        embedding = self._embed(time, labels)  # (B, 4 base)
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        labels: Tensor | None = None,
+        condition: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        embedding = self._embed(time, labels, augmentation)  # (B, 4 base)
         p, x = self.config.patch, self._beside(x, condition)
         x = x if p == 1 else rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         *skips, h = self._encode(x, embedding)

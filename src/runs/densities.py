@@ -17,6 +17,7 @@ from ..data.buckets import Buckets, make_buckets
 from ..data.conditions import Condition
 from ..data.pairs import open_pairs, refuse_pairs
 from ..data.points import DensitySource, density_image, is_point_source
+from ..diffusion.augmentation import AugmentationConfig
 from ..runtime.processes import same_on_all
 from ..runtime.seeds import generator
 from ..runtime.stream import Examples, StepOrder, image_examples
@@ -100,7 +101,7 @@ class Density(ABC):
 class ImageDensity(Density):
     """Images (C, H, W). Where they have several shapes (`image.aspect`), each is in one of the `buckets`, whose sides are
     multiples of `factor`, by which the networks reduce images; `shape` is that of the most frequent one. They may be drawn from
-    a `condition`."""
+    a `condition`, and what is learned from may be augmented."""
 
     def __init__(
         self,
@@ -109,8 +110,10 @@ class ImageDensity(Density):
         image: ImageConfig,
         factor: int = 1,
         condition: Condition | None = None,
+        augmentation: AugmentationConfig | None = None,
     ) -> None:
         self.train, self.held_out, self.image, self.condition = train, held_out, image, condition
+        self.augmentation = augmentation
         self._partner: ImageDensity | None = None  # of pairs, the data whose buckets each image shares
         self._sides, self.buckets = train.sides, make_buckets(image, train.sides, factor)
         self.shapes = [spec.shape for spec in self.buckets.specs]
@@ -167,6 +170,7 @@ def open_density(
     drawing: bytes | None = None,
     factor: int = 1,
     condition: Condition | None = None,
+    augmentation: AugmentationConfig | None = None,
 ) -> ImageDensity | PointDensity:
     """What a config's `data` or `source` names, images or points; a UserError says what does not fit. `drawing` is that of a
     density of points, where it is known."""
@@ -180,17 +184,22 @@ def open_density(
         return PointDensity(*open_points(spec, held_out, drawing), drawing)
     if image is None:
         raise UserError('images need image, as in {"size": 64}; 2-D points have none')
-    return ImageDensity(*open_pairs(spec, held_out, condition), image, factor, condition)
+    return ImageDensity(*open_pairs(spec, held_out, condition), image, factor, condition, augmentation)
 
 
 def given_density(
-    dataset: Any, held_out: Any, image: ImageConfig | None, factor: int = 1, condition: Condition | None = None
+    dataset: Any,
+    held_out: Any,
+    image: ImageConfig | None,
+    factor: int = 1,
+    condition: Condition | None = None,
+    augmentation: AugmentationConfig | None = None,
 ) -> ImageDensity | PointDensity:
     """The data set that was handed in from Python: the same on all processes, or a UserError."""
     if image is None:
         density: PointDensity | ImageDensity = PointDensity(*open_given_points(dataset, held_out))
     else:
         refuse_pairs(condition)
-        density = ImageDensity(*open_given(dataset, held_out, image), image, factor, condition)
+        density = ImageDensity(*open_given(dataset, held_out, image), image, factor, condition, augmentation)
     same_on_all(density.train.fingerprint)
     return density

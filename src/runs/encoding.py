@@ -11,12 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config import UserError
+from ..config import UserError, dump
 from ..config.progress import within
 from ..data import ImageConfig, ImageSet
 from ..data.conditions import MaskCondition, split_condition
 from ..data.latents import Moments, statistics
 from ..data.transforms import DECODER
+from ..diffusion.augmentation import transform_images
+from ..runtime.augmentation import draw_copies
 from ..runtime.stream import to_network
 from ..storage.finite import is_finite
 from .autoencoder import Autoencoder
@@ -27,10 +29,12 @@ CONDITION = "condition_"  # the start of the names of the folders that hold what
 
 
 class Split(NamedTuple):
-    """Images that are encoded together: a set, and the one size that they are cut to."""
+    """Images that are encoded together: a set, the one size that they are cut to, and the `numbers` (n,) that they have among
+    all images that are learned from, or held out."""
 
     images: ImageSet
     spec: ImageConfig
+    numbers: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Encoding:
                 height, width = spec.sides
                 part = images if len(buckets.specs) == 1 else images.only(buckets.which == b)
                 key = name if len(buckets.specs) == 1 else f"{name}_{height}x{width}"
-                splits |= {key: Split(part, spec.plain)} if len(part) else {}
+                splits |= {key: Split(part, spec.plain, np.flatnonzero(buckets.which == b))} if len(part) else {}
         return splits
 
     @cached_property
@@ -80,6 +84,7 @@ class Encoding:
             "shape": list(self.autoencoder.latent_shape(buckets.most_frequent)),
         }
         contract |= {"buckets": [list(spec.sides) for spec in buckets.specs]} if image.aspect is not None else {}
+        contract |= {"augmentation": dump(self.density.augmentation)} if self.density.augmentation is not None else {}
         contract |= {"paired_with": self.density.paired_with} if self.density.paired_with is not None else {}
         return contract | ({"condition": self.density.condition.contract} if self.density.condition is not None else {})
 
@@ -88,11 +93,28 @@ class Encoding:
         """What a cache notes of the files that it is made of, besides its contract."""
         return {"decoder": DECODER, "state": {split: images.state for split, images in self.sets.items()}}
 
+    @property
+    def plain_versions(self) -> int:
+        """How many versions of an image that is learned from are not augmented: itself and, where images are mirrored, that."""
+        return 1 + self.density.image.flip
+
+    def _versions(self, pixels: Tensor, numbers: NDArray[np.int64], *, of_train: bool) -> list[Tensor]:
+        """What is encoded of images (B, C, H, W) of these numbers: themselves and, of those that are learned from, their mirror
+        images and the augmented copies of both."""
+        if not of_train:
+            return [pixels]
+        versions, augmentation = [pixels, pixels.flip(3)][: self.plain_versions], self.density.augmentation
+        for version in range(self.plain_versions, self.plain_versions * (augmentation.copies if augmentation else 1)):
+            assert augmentation is not None
+            transforms = draw_copies(augmentation, numbers, np.full(len(numbers), version), pixels.shape[3] / pixels.shape[2])
+            versions.append(transform_images(versions[version % self.plain_versions], transforms))
+        return versions
+
     @torch.no_grad()
-    def encode(self, split: str, indices: Sequence[int], *, flip: bool = False) -> Moments:
-        """(n, 1 or 2, 2, D, h, w) float32 of the images `indices`, in batches of always the same size. A UserError names the
-        first image whose moments are not finite."""
-        network, (images, plain), batch = self.autoencoder.network, self.splits[split], self.batch_size
+    def encode(self, split: str, indices: Sequence[int], *, of_train: bool = False) -> Moments:
+        """(n, versions, 2, D, h, w) float32 of the images `indices`, in batches of always the same size, with all versions of
+        images `of_train`. A UserError names the first image whose moments are not finite."""
+        network, (images, plain, numbers), batch = self.autoencoder.network, self.splits[split], self.batch_size
         device, starts, blocks = next(network.parameters()).device, range(0, len(indices), batch), []
 
         def load(start: int) -> Tensor:
@@ -105,7 +127,8 @@ class Encoding:
                 count = len(pixels)
                 padded = to_network(torch.cat([pixels, pixels[-1:].expand(batch - count, -1, -1, -1)]), device)
                 sides = []
-                for side in (padded, padded.flip(3)) if flip else (padded,):
+                known = numbers[np.resize(np.array(indices[start : start + batch], dtype=np.int64), batch)]
+                for side in self._versions(padded, known, of_train=of_train):
                     mean, logvar = network.moments(side)
                     sides.append(torch.stack([mean, torch.full_like(mean, -30.0) if logvar is None else logvar], dim=1))
                 moments = torch.stack(sides, dim=1)[:count].float().cpu()
@@ -122,10 +145,10 @@ class Encoding:
         return np.concatenate(blocks)
 
     @torch.no_grad()
-    def encode_conditions(self, split: str, indices: Sequence[int], *, flip: bool = False) -> Moments:
-        """(n, 1 or 2, copies, K, h, w) float32, what a network sees of the condition of each of the images `indices`, but for
+    def encode_conditions(self, split: str, indices: Sequence[int], *, of_train: bool = False) -> Moments:
+        """(n, versions, copies, K, h, w) float32, what a network sees of the condition of each of the images `indices`, but for
         their normalisation."""
-        condition, (images, plain), blocks = self.density.condition, self.splits[split], list[NDArray[np.float32]]()
+        condition, (images, plain, known), blocks = self.density.condition, self.splits[split], list[NDArray[np.float32]]()
         assert condition is not None
         copies = condition.copies if isinstance(condition, MaskCondition) else 1
         device = next(self.autoencoder.network.parameters()).device
@@ -136,7 +159,7 @@ class Encoding:
             pixels = images.batch(padded, plain, np.full((len(padded), 3), 0.5), partners=True)
             batch = to_network(torch.from_numpy(np.ascontiguousarray(pixels)), device)
             sides = []
-            for side in (batch, batch.flip(3)) if flip else (batch,):
+            for side in self._versions(batch, known[padded], of_train=of_train):
                 each = []
                 for copy in range(copies):
                     numbers = [int(i) * copies + copy for i in padded]

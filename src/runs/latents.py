@@ -96,7 +96,7 @@ class LatentDensity(Density):
 
     def __init__(self, images: ImageDensity, latents: Latents) -> None:
         self.train, self.held_out, self.image, self.buckets = images.train, images.held_out, images.image, images.buckets
-        self.images, self.latents, self.condition = images, latents, images.condition
+        self.images, self.latents, self.condition, self.augmentation = images, latents, images.condition, images.augmentation
         self.shapes = [latents.autoencoder.latent_shape(spec) for spec in self.buckets.specs]
         self.shape = self.shapes[self.buckets.specs.index(self.buckets.most_frequent)]
 
@@ -122,16 +122,17 @@ def write_sample_cache(
 ) -> float:
     """Make a cache for a rehearsal: the first block of each bucket stands for all, as links of one file. Gives the seconds that
     one process would need for the rest."""
-    encoding, flip = Encoding(autoencoder, density, batch_size, workers), density.image.flip
+    encoding = Encoding(autoencoder, density, batch_size, workers)
     sums, encoded, seconds = list[dict[str, Any]](), 0, 0.0
     for key, count in encoding.counts.items():
         if not key.startswith("train"):
             continue
         encoding.splits[key].images.prepare(encoding.splits[key].spec)
         began, first = time.monotonic(), range(min(BLOCK, count))
-        block = encoding.encode(key, first, flip=flip)
-        conditions = encoding.encode_conditions(key, first, flip=flip) if CONDITION + key in encoding.counts else None
-        seconds, encoded, sums = seconds + time.monotonic() - began, encoded + len(block), [*sums, sums_of(block)]
+        block = encoding.encode(key, first, of_train=True)
+        conditions = encoding.encode_conditions(key, first, of_train=True) if CONDITION + key in encoding.counts else None
+        seconds, encoded = seconds + time.monotonic() - began, encoded + len(block)
+        sums.append(sums_of(block[:, : encoding.plain_versions]))
         write_sample_blocks(folder, key, count, block)
         if conditions is not None:
             encoded += len(conditions)
@@ -181,7 +182,7 @@ def _check_files(
     if broadcast(bool(files) and all(files["state"].get(split) == now for split, now in state.items())):
         return
     made_at = (folder / "manifest.json").stat().st_mtime_ns
-    for split, (images, _) in encoding.splits.items():
+    for split, (images, _, _) in encoding.splits.items():
         if files:
             blocks = blocks_of(folder, split, len(images))[ranks.rank :: ranks.world]
             compared = track(blocks, "comparing images with the latent cache", unit="blocks") if ranks.rank == 0 else blocks
@@ -226,13 +227,13 @@ def latents_of(
     contract, device, splits = encoding.contract, next(autoencoder.network.parameters()).device, encoding.splits
 
     def make(split: str, block: Block) -> None:
-        flip = density.image.flip and split.removeprefix(CONDITION).startswith("train")
+        of_train = split.removeprefix(CONDITION).startswith("train")
         if split.startswith(CONDITION):
-            write_block(block, encoding.encode_conditions(split.removeprefix(CONDITION), block.items, flip=flip), {})
+            write_block(block, encoding.encode_conditions(split.removeprefix(CONDITION), block.items, of_train=of_train), {})
             return
         content = splits[split].images.contents(block.items)  # before they are decoded: a file may be overwritten meanwhile
-        moments = encoding.encode(split, block.items, flip=flip)
-        write_block(block, moments, {**sums_of(moments), CONTENT: content})
+        moments = encoding.encode(split, block.items, of_train=of_train)
+        write_block(block, moments, {**sums_of(moments[:, : encoding.plain_versions]), CONTENT: content})
 
     def finish(staged: Path) -> dict[str, Any]:
         of_train = [(split, count) for split, count in encoding.counts.items() if split.startswith("train")]
@@ -240,7 +241,7 @@ def latents_of(
         return encoding.statistics([read_json(block.path) for block in blocks])
 
     if not folder.exists():
-        for images, spec in splits.values():
+        for images, spec, _ in splits.values():
             images.prepare(spec)
         words = {"name": "latent cache", "doing": "encoding latents"}
         make_cache(folder, contract, encoding.counts, make, finish, ranks, **words, notes={FILES: encoding.files})

@@ -284,6 +284,7 @@ def open_run(path: str | Path, device: torch.device, network: nn.Module | None =
         learned=spec.variance == "learned",
         null_class=LABELS not in weights or num_classes is None or len(weights[LABELS]) > num_classes,
         condition_channels=len(condition),
+        augmented=config.get("augmentation") is not None,
     )
     load_weights(network, weights, path)
     if config.get("cpu_threads") is not None:

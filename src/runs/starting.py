@@ -11,6 +11,7 @@ from ..data.names import normal_form, same_names
 from ..runtime.checkpoint import load_weights
 from .opened import LABELS, Opened, open_run
 
+AUGMENTATION = "augmentation.weight"  # of the map that tells a network how images were augmented
 INPUT = "stem.weight"  # of the convolution that sees x_t and the condition
 
 
@@ -29,6 +30,12 @@ def start_from(name: str, class_names: Sequence[str], *networks: Any, condition:
         added, lost = (sum(n not in others for n in names) for names, others in ((condition, before), (before, condition)))
         notice += f"; its input has zeros for {added} new channels of the condition" if added else ""
         notice += f"; {lost} channels of its condition are left out" if lost else ""
+    if AUGMENTATION in weights and AUGMENTATION not in fresh:
+        del weights[AUGMENTATION]
+        notice += "; without what it was told of augmentation"
+    elif AUGMENTATION in fresh and AUGMENTATION not in weights:
+        weights[AUGMENTATION] = torch.zeros_like(fresh[AUGMENTATION])
+        notice += "; what it is told of augmentation is new, and zero at first"
     if LABELS not in fresh:
         notice += "; without its label embedding, since this run learns no classes" if labels is not None else ""
     elif labels is None or not (as_they_stand or sorted(number) == sorted(map(normal_form, class_names))):

@@ -20,19 +20,22 @@ from ..data.buckets import Buckets
 from ..data.conditions import Condition, flagged, split_condition
 from ..data.latents import BucketLatents, LatentSet
 from ..data.transforms import position_uniforms
+from ..diffusion.augmentation import AugmentationConfig
+from .augmentation import draw_copies
 from .order import BucketOrder, Order
 
 CPU = torch.device("cpu")
 
 
 class MicroBatch(NamedTuple):
-    """What a device takes at a time: images (B, H, W, C) uint8, labels (B,), -1 for none, and the position of the first; with
-    the condition (B, k, h, w) that they are drawn from, if there is one."""
+    """What a device takes at a time: images (B, H, W, C) uint8, labels (B,), -1 for none, and the position of the first; where
+    there are any, with the condition (B, k, h, w) that they are drawn from, and how they were augmented (B, CODES)."""
 
     images: Tensor
     labels: Tensor
     position: int
     condition: Tensor | None = None
+    augmentation: Tensor | None = None
 
 
 class BatchPlan(NamedTuple):
@@ -194,15 +197,22 @@ def latent_stream(
     flip: bool,
     start_step: int,
     conditions: LatentSet | BucketLatents | None = None,
+    augmentation: AugmentationConfig | None = None,
 ) -> Iterator[MicroBatch]:
     """The stream of a latent cache: `images` are moments (B, 2, D, h, w) on its device, and `condition` the copies
-    (B, n, K, h, w) of the `conditions`. `flip` mirrors half of them."""
+    (B, n, K, h, w) of the `conditions`. `flip` mirrors half of them; of augmented ones a
+    copy is chosen."""
+    plain, copies = 1 + flip, augmentation.copies if augmentation is not None else 1
     for step, part in order.parts(start_step):
         indices = order(step, part)
-        mirrored = order.uniforms(step, part)[:, 2] < (0.5 if flip else 0.0)
+        uniforms, codes = order.uniforms(step, part), None  # no image of a cache is cut at random
+        versions = (uniforms[:, 2] < (0.5 if flip else 0.0)) + plain * (uniforms[:, 1] * copies).astype(np.int64)
+        if augmentation is not None:
+            is_copy = (versions >= plain)[:, None]
+            codes = torch.from_numpy(draw_copies(augmentation, indices, versions).codes * is_copy)
         labels, position = torch.from_numpy(order.labels[indices]), order.plan.positions(step, part).start
-        condition = conditions.moments(indices, mirrored) if conditions is not None else None
-        yield MicroBatch(latents.moments(indices, mirrored), labels, position, condition)
+        condition = conditions.moments(indices, versions) if conditions is not None else None
+        yield MicroBatch(latents.moments(indices, versions), labels, position, condition, codes)
 
 
 def to_network(images: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,6 +10,7 @@ from ..config import Length, config, config_error, kind_of, resumable_field
 from ..data import DataEnd, GaussianSource, HeldOut, ImageConfig, SourceEnd
 from ..data.conditions import ConditionConfig, GreyCondition, LowCondition, MaskCondition, PairedCondition, channel_names
 from ..diffusion import SOLVERS, ProcessConfig, TimeShift
+from ..diffusion.augmentation import AugmentationConfig
 from ..diffusion.matching import NoiseConfig
 from ..diffusion.weightings import TimesConfig, UniformTimes
 from ..evaluation.autoencoder import ReconstructConfig
@@ -126,13 +127,15 @@ class StepsConfig(TrainConfig):
 class DiffusionConfig(StepsConfig):
     """The keys of the three diffusion scripts. Without `class_conditional` the data decides, and previews are guided where it
     has classes; `label_dropout` is how often a label is left out. `noise` may be matched to the images. With a `condition` each
-    image is drawn from another image, and `condition_dropout` is how often that is left out."""
+    image is drawn from another image, and `condition_dropout` is how often that is left out. With an `augmentation` images are
+    transformed at random, and the network is told how."""
 
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     condition: ConditionConfig | None = None
     condition_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     noise: NoiseConfig = NoiseConfig()
+    augmentation: AugmentationConfig | None = None
     process: ProcessConfig
     model: ModelConfig
 
@@ -176,6 +179,20 @@ class DiffusionConfig(StepsConfig):
             raise config_error("preview.quality: it draws images from noise alone; leave it out where there is a condition")
         if not is_one_sheet:
             raise config_error("preview.sheets: images with a condition are shown on one sheet; leave it out")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _augmented(self) -> "DiffusionConfig":
+        if self.augmentation is None:
+            return self
+        if self.image is None:
+            raise config_error("augmentation: 2-D points are no images; leave it out")
+        if getattr(self, "autoencoder", None) is None and self.augmentation.copies != AugmentationConfig().copies:
+            raise config_error("augmentation.copies: a run on pixels transforms its images anew each time; leave it out")
+        if self.augmentation.turns and (self.image.aspect is not None or self.image.sides[0] != self.image.sides[1]):
+            raise config_error(
+                "augmentation.turns: a quarter turn changes the shape of an image that is no square; leave it out"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -244,6 +261,8 @@ class BlendConfig(LatentConfig):
             raise config_error("coupling: only images of a source have partners of the same names; name a source of them")
         if self.noise.candidates > 1 and (self.pairs is not None or not isinstance(self.source, GaussianSource)):
             raise config_error("noise.candidates: only Gaussian noise is matched to images; leave it out with another source")
+        if self.augmentation is not None and (self.pairs is not None or self.coupling == "paired"):
+            raise config_error("augmentation: pairs would be torn apart; leave it out, or couple at random")
         if self.coupling == "paired" and self.pairs is not None:
             raise config_error("coupling: pairs of an earlier run are coupled already; leave one of both out")
         if self.coupling == "paired" and isinstance(self.condition, PairedCondition):

@@ -15,6 +15,7 @@ from ..config import UserError, quoted
 from ..data import ImageConfig, ImageSet, PointSet, open_given
 from ..data.conditions import Condition
 from ..data.pairs import open_pairs, refuse_pairs
+from ..diffusion.augmentation import CODES
 from ..models import build_model
 from ..runtime.processes import same_on_all
 from ..runtime.sharding import build_device
@@ -63,13 +64,14 @@ class Given:
         dropped, or one of them has none.
 
         The caller's is called as network(x, time) or, where there are classes, network(x, time, labels=...), and the label
-        num_classes is no class; with `condition=...` where the config has a condition; x is (B, *shape), and what it gives is
-        as large, with twice the channels where a variance is learned. A UserError says what is not like that.
+        num_classes is no class; with `condition=...` and `augmentation=...` where the config has them; x is (B, *shape), and
+        what it gives is as large, with twice the channels where a variance is learned. A UserError says what is not like that.
         """
         condition_channels = len(cfg.condition_names(shape))
         place, dtype, learned = build_device(accelerator), getattr(torch, cfg.dtype), cfg.process.variance == "learned"
         if self.network is None:
-            options = {"learned": learned, "condition_channels": condition_channels}
+            augmented = cfg.augmentation is not None
+            options = {"learned": learned, "condition_channels": condition_channels, "augmented": augmented}
             return build_model(cfg.model, shape, num_classes, **options).to(place, dtype)
         _refuse_odd(self.network, accelerator)
         network = self.network.to(place, dtype)
@@ -83,6 +85,8 @@ class Given:
         if num_classes is not None:
             null_class = cfg.label_dropout > 0 or any(bool((each.labels < 0).any()) for each in sets if each is not None)
             condition["labels"] = torch.tensor([0, num_classes if null_class else num_classes - 1], device=place)
+        if cfg.augmentation is not None:
+            condition["augmentation"] = x.new_zeros(2, CODES)
         if condition_channels:
             condition["condition"] = x.new_zeros(2, condition_channels, *shape[1:])
         _try(network, x, condition, (2, shape[0] * (2 if learned else 1), *shape[1:]))

@@ -15,9 +15,11 @@ from ..config import UserError, prefix_errors
 from ..data import GaussianSource, ImageConfig
 from ..data.conditions import Condition, split_condition
 from ..data.pairs import open_matched
+from ..diffusion.augmentation import CODES, AugmentationConfig, transform_images
 from ..runs.autoencoder import Autoencoder, latent_bounds
 from ..runs.densities import Density, ImageDensity, PointDensity, given_density, open_density
 from ..runs.latents import LatentDensity, cache_folder, latents_of
+from ..runtime.augmentation import draw_of_positions
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, Examples, MicroBatch, StepOrder, latent_stream, stream, to_network
 from .config import DiffusionConfig, LatentConfig, StepsConfig
@@ -43,6 +45,7 @@ def stream_of(
     if isinstance(density, LatentDensity):
         latents = density.latents
         options = {"flip": density.image.flip, "start_step": start_step, "conditions": latents.train_conditions}
+        options["augmentation"] = density.augmentation
         batches = latent_stream(latents.train, order, **options)
         for step in itertools.count(start_step):
             shape = batch_plan.batch, *density.shape_at(order, step)
@@ -52,13 +55,19 @@ def stream_of(
                 if micro_batch.condition is not None:
                     uniforms = order.uniforms(step, part)[:, 0]  # no image of a cache is cut at random
                     condition = latents.draw_condition(micro_batch.condition.to(device, dtype), uniforms)
-                images = latents.draw(micro_batch.images, noise[batch_plan.of_step(part)])
-                yield micro_batch._replace(images=images, condition=condition)
+                images, codes = latents.draw(micro_batch.images, noise[batch_plan.of_step(part)]), micro_batch.augmentation
+                codes = codes.to(device, dtype) if codes is not None else None
+                yield micro_batch._replace(images=images, condition=condition, augmentation=codes)
     elif isinstance(density, ImageDensity):
         with closing(stream(train, order, start_step=start_step, workers=cfg.workers, device=device)) as batches:
             for micro_batch in batches:
                 numbers = range(micro_batch.position, micro_batch.position + len(micro_batch.labels))
                 pixels, channels = to_network(micro_batch.images, device, dtype), density.image.channels
+                if density.augmentation is not None:
+                    aspect = pixels.shape[3] / pixels.shape[2]
+                    transforms = draw_of_positions(density.augmentation, cfg.seed, numbers, aspect)
+                    pixels = transform_images(pixels, transforms)
+                    micro_batch = micro_batch._replace(augmentation=torch.from_numpy(transforms.codes).to(device, dtype))
                 images, condition = split_condition(pixels, channels, density.condition, mask_seed, numbers)
                 yield micro_batch._replace(images=images, condition=condition)
     else:
@@ -177,12 +186,15 @@ class Coupling:
 
 
 def blank_inputs(
-    shape: Sequence[int], condition_channels: int, device: torch.device, dtype: torch.dtype
+    cfg: DiffusionConfig, shape: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
-    """What a network is called with once before training: x, time and, where it draws from a condition, no labels and an empty
-    condition."""
+    """What a network is called with once before training: x, time and, where it draws from a condition or is told how images
+    were augmented, no labels, an empty condition and no augmentation."""
     x, time = torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device)
-    return (x, time, None, x.new_zeros(1, condition_channels, *shape[1:])) if condition_channels else (x, time)
+    channels, codes = len(cfg.condition_names(shape)), x.new_zeros(1, CODES) if cfg.augmentation is not None else None
+    if not channels and codes is None:
+        return x, time
+    return x, time, None, x.new_zeros(1, channels, *shape[1:]) if channels else None, codes
 
 
 def open_coupling(
@@ -194,11 +206,13 @@ def open_coupling(
     *,
     factor: int = 1,
     condition: Condition | None = None,
+    augmentation: AugmentationConfig | None = None,
     paired: bool = False,
 ) -> Coupling:
     """What a config names: images or points at both ends, or Gaussian noise as the source. A held-out share is held out
     of both. A `dataset` that was handed in from Python takes the place of `data`. The networks reduce images by `factor`, and
-    may draw them from a `condition`. `paired` couples images of the same names; those without a partner are left out."""
+    may draw them from a `condition`; data may be augmented. `paired` couples images of the same names; those without a
+    partner are left out."""
     if paired:
         assert image is not None
         if dataset is not None:
@@ -210,9 +224,10 @@ def open_coupling(
         density = ImageDensity(train.without_partners(), held_out_set, image, factor, condition)
         return Coupling(density, ImageDensity(*partners, image, factor), paired=True)
     if dataset is None:
-        density = open_density(data, held_out, image, factor=factor, condition=condition)
+        options = {"factor": factor, "condition": condition, "augmentation": augmentation}
+        density = open_density(data, held_out, image, **options)
     else:
-        density = given_density(dataset, held_out, image, factor, condition)
+        density = given_density(dataset, held_out, image, factor, condition, augmentation)
     if isinstance(source, GaussianSource):
         return Coupling(density)
     with prefix_errors("source"):

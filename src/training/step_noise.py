@@ -168,7 +168,7 @@ class StepNoise:
     def condition(self, micro_batch: MicroBatch, local_slice: slice, num_classes: int | None) -> dict[str, Tensor]:
         """What belongs to the micro-batch that is this slice of the batch, besides its images: the labels (b,) that the network
         is told, the null class where they are dropped or where there are none (-1); the condition, noised, all 0 where it is
-        dropped; and, where the loss has a contrast, the partners (b,)."""
+        dropped; the codes of how the images were augmented; and, where the loss has a contrast, the partners (b,)."""
         inputs = dict[str, Tensor]()
         if num_classes is not None:
             null = self.dropped[local_slice] | (micro_batch.labels < 0)
@@ -179,6 +179,8 @@ class StepNoise:
                 inputs["partners"] = find_partners(labels, process.loss.contrast.group).to(self._device, non_blocking=True)
         if micro_batch.condition is not None:
             inputs["condition"] = self._flagged(micro_batch.condition, local_slice)
+        if micro_batch.augmentation is not None:
+            inputs["augmentation"] = micro_batch.augmentation
         return inputs
 
     def _flagged(self, condition: Tensor, local_slice: slice) -> Tensor:

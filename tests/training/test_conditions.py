@@ -19,6 +19,7 @@ from src.data.conditions import GreyCondition, LowCondition, MaskCondition, Pair
 from src.data.pairs import open_matched, open_pairs
 from src.data.sources import ShapesSource
 from src.diffusion import build_process
+from src.diffusion.augmentation import CODES
 from src.runs.densities import ImageDensity
 from src.runtime.seeds import torch_seed
 from src.runtime.stream import MicroBatch, plan_batch
@@ -126,10 +127,11 @@ def check(kind: str, x0: torch.Tensor, condition: torch.Tensor, seed: int, numbe
 
 
 def test_what_a_network_is_called_with_before_training() -> None:
-    assert len(blank_inputs((3, 8, 8), 0, CPU, torch.float32)) == 2
-    x, time, labels, condition = blank_inputs((3, 8, 8), 2, CPU, torch.float64)
-    assert labels is None and x is not None and time is not None and condition is not None
-    assert condition.shape == (1, 2, 8, 8) and condition.dtype == torch.float64
+    assert len(blank_inputs(config_of(), (3, 8, 8), CPU, torch.float32)) == 2
+    both = config_of('condition={"kind":"grey"}', "augmentation={}")
+    x, time, labels, condition, codes = blank_inputs(both, (3, 8, 8), CPU, torch.float64)
+    assert labels is None and x is not None and time is not None and condition is not None and codes is not None
+    assert condition.shape == (1, 2, 8, 8) and condition.dtype == codes.dtype == torch.float64 and codes.shape == (1, CODES)
 
 
 @pytest.mark.parametrize(
