@@ -343,7 +343,7 @@ def _variants() -> Iterator[Job]:
     yield smoke("iadb", 1, _PLAIN | linear | buckets | {
         "source": _of_many_shapes("test"), "image.aspect": _ASPECT | {"step": 4}, "class_conditional": True,
         "image.channels": 1, "times": {"kind": "uniform", "shift": {"base": 64}},
-        "condition": {"kind": "low", "size": 8}, "condition_dropout": 0.3,
+        "condition": {"kind": "low", "size": 8}, "condition_dropout": 0.3, "augmentation": {"probability": 0.5},
     })  # fmt: skip
     same = {"source": "shapes", "count": 24, "size": 16, "split": "train"}
     yield smoke("iadb", 2, {"source": same, "coupling": "paired", "held_out": 0.0})

@@ -40,7 +40,7 @@ def generators(count: int) -> list[np.random.Generator]:
     return [np.random.default_rng(i) for i in range(count)]
 
 
-def picture(x: Tensor, y: Tensor) -> Tensor:
+def pattern(x: Tensor, y: Tensor) -> Tensor:
     """A smooth function of the place, from -1 to 1 across and down."""
     return 0.5 * torch.sin(2 * x + 0.5) + 0.3 * torch.cos(3 * y - x)
 
@@ -64,11 +64,11 @@ def test_flips_and_quarter_turns_move_pixels_and_change_none() -> None:
 
 def test_a_shift_moves_by_its_share_of_the_sides() -> None:
     x, y = places(32, 48)
-    image = picture(x, y)[None, None].expand(4, 1, -1, -1)
+    image = pattern(x, y)[None, None].expand(4, 1, -1, -1)
     transforms = draw_transforms(spec_of(shift=0.1), generators(4), aspect=1.5)
     for moved, (across, down) in zip(transform_images(image, transforms), transforms.codes[:, 9:], strict=True):
         inside = ((x - 2 * across).abs() < 0.9) & ((y - 2 * down).abs() < 0.9)
-        expected = picture(x - 2 * across, y - 2 * down)
+        expected = pattern(x - 2 * across, y - 2 * down)
         torch.testing.assert_close(moved[0][inside], expected[inside], rtol=0, atol=8e-3)
 
 
@@ -103,10 +103,10 @@ def test_nothing_done_is_nothing_told_and_the_image_itself() -> None:
     assert not nothing.codes.any() and nothing.codes.shape == (3, CODES)
     assert transform_images(images, nothing) is images
     some = draw_transforms(AugmentationConfig(probability=0.1), generators(30))
-    kept = ~some.codes.any(axis=1)
+    is_plain = ~some.codes.any(axis=1)
     many = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     same = (transform_images(many, some) == many).flatten(1).all(1).numpy()
-    assert 3 < kept.sum() < 27 and (same == kept).all()
+    assert 3 < is_plain.sum() < 27 and (same == is_plain).all()
 
 
 def test_a_network_that_is_told_nothing_is_the_one_without_augmentation_to_the_bit() -> None:
