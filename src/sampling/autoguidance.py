@@ -28,7 +28,7 @@ class Guide:
     process: Process
     num_classes: int | None = None
     guidable: bool = True
-    origin: str = "the guide"
+    origin: str = "network"
     digest: str = ""
 
     def denoiser(self, labels: Tensor | None, condition: Tensor | None) -> Denoiser:
@@ -38,7 +38,7 @@ class Guide:
         if classes is None:
             return self.process.denoiser(self.network, **inputs)
         if not self.guidable and (labels is None or _has_no_class(labels, classes)):
-            raise UserError(f"{self.origin} guides, and never learned to go without a class: give --classes, or another guide")
+            raise UserError(f"the guide {self.origin} never learned to go without a class: give --classes, or another guide")
         if labels is not None and labels.is_floating_point():
             known = classes + bool(getattr(self.network, "null_class", False))
             labels = F.pad(labels, (0, known - labels.shape[1]))

@@ -116,9 +116,7 @@ SAMPLER_KEYS = ["shift_base" if key.name == "shift" else key.name for key in dat
 SHIFT_HELP = "shift the steps to the noise by the root of dimensions / N; 4096 is usual (default: no shift)"
 
 
-GUIDE_HELP = (
-    "autoguidance by a smaller or less trained run, a checkpoint, or the width of an EMA of the run itself, such as 0.10"
-)
+GUIDE_HELP = "autoguidance by a smaller or less trained run, a checkpoint, or the width of an average of RUN, such as 0.10"
 
 
 def count_for_classes(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:
