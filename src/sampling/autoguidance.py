@@ -16,7 +16,7 @@ from ..config.sizes import Sides, describe_size, sides_of
 from ..data.names import join_names, same_names
 from ..diffusion import Denoiser, Process
 from ..runs.folders import run_directory
-from ..runs.opened import GAUSSIAN, Opened, open_trained, read_condition
+from ..runs.opened import Opened, open_trained, read_condition, read_source
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def find_guide(run: Path | None, guide_with: str | float) -> Path:
 
 def make_guide(guided: Guided, guide: Opened) -> Guide:
     """The guide that an opened run is. A UserError says why it does not fit the run that is `guided`."""
-    its, own = guide.config, guided.config
-    images = [describe_images(config) for config in (its, own)]
-    conditions = [describe_condition(config) for config in (its, own)]
+    configs = guide.config, guided.config
+    images, conditions = [describe_images(config) for config in configs], [describe_condition(config) for config in configs]
+    sources = [read_source(config) for config in configs]
     reasons = {
         f"draws {images[0]}, and {guided.name} {images[1]}; name a run of the same images": images[0] != images[1],
         f"draws other latents than {guided.name}, or pixels; name a run on latents of the same autoencoder and data": (
@@ -119,16 +119,15 @@ def make_guide(guided: Guided, guide: Opened) -> Guide:
         f"draws from {conditions[0]}, and {guided.name} from {conditions[1]}; name a run that draws from the same": (
             conditions[0] != conditions[1]
         ),
-        f"starts from another source than {guided.name}; name a run with the same": (
-            its.get("source", GAUSSIAN) != own.get("source", GAUSSIAN)
-        ),
+        f"starts from another source than {guided.name}; name a run with the same": sources[0] != sources[1],
     }
     for reason, applies in reasons.items():
         if applies:
             raise UserError(f"the guide {guide.path} {reason}")
     for sides in guided.sizes:
         guide.at_size(sides)  # a UserError where its network cannot take them
-    return Guide(guide.network, guide.process, guide.num_classes, its["label_dropout"] > 0, guide.origin, guide.digest)
+    guidable = guide.config["label_dropout"] > 0
+    return Guide(guide.network, guide.process, guide.num_classes, guidable, guide.origin, guide.digest)
 
 
 def describe_images(config: Mapping[str, Any]) -> str:
@@ -138,14 +137,14 @@ def describe_images(config: Mapping[str, Any]) -> str:
     return f"{describe_size(sides_of(image['size']))}{of_shapes} in {image.get('channels', 3)} channel(s)"
 
 
-def have_same_latents(its_facts: Mapping[str, Any], own_facts: Mapping[str, Any]) -> bool:
+def have_same_latents(facts: Mapping[str, Any], other_facts: Mapping[str, Any]) -> bool:
     """Whether two runs, of which these are the data.json, see the same latents: of one autoencoder, normalised alike (to 1 % of
     their standard deviation); or both pixels."""
-    its, own = its_facts.get("latents"), own_facts.get("latents")
-    if its is None or own is None:
-        return its is own
-    means, stds = ([np.asarray(facts[key]) for facts in (its, own)] for key in ("mean", "std"))
-    if its["autoencoder"] != own["autoencoder"] or means[0].shape != means[1].shape:
+    latents, others = facts.get("latents"), other_facts.get("latents")
+    if latents is None or others is None:
+        return latents is others
+    means, stds = ([np.asarray(each[key]) for each in (latents, others)] for key in ("mean", "std"))
+    if latents["autoencoder"] != others["autoencoder"] or means[0].shape != means[1].shape:
         return False
     return bool((abs(means[0] - means[1]) < 0.01 * stds[1]).all() and (abs(stds[0] - stds[1]) < 0.01 * stds[1]).all())
 

@@ -1,7 +1,7 @@
 """Autoguidance by another run: its estimate and its calls, through the scripts, and which runs do not fit."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.config import UserError, dump, read_json, validate
 from src.diffusion import Process, ProcessConfig, build_process
-from src.runs.opened import Opened, open_trained
+from src.runs.opened import Opened, Run, open_trained
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.autoguidance import Guide, find_guide, guided_run, make_guide, open_guide
 from src.sampling.cascade import sampler_of
@@ -33,27 +33,27 @@ def guided_by(guide: Guide, *, guidance: float = 1.0, interval: Any = None, **op
     return Sampler(plain.network, plain.process, plain.spec, **settings)
 
 
-def toy(seen: list[Any], process: Process = BLEND, **options: Any) -> Guide:
+def toy(received: list[Any], process: Process = BLEND, **options: Any) -> Guide:
     """A guide along another schedule that estimates half of what it sees, and remembers what it was called with."""
 
     def network(x: Tensor, time: Tensor, **inputs: Any) -> Tensor:
-        seen.append(inputs)
+        received.append(inputs)
         return x / 2
 
     return Guide(network, process, **options)
 
 
 def test_a_scale_of_one_is_the_good_network_to_the_bit() -> None:
-    seen = list[Any]()
-    plain, guided = sampler(), guided_by(toy(seen, digest="d" * 64))
+    received = list[Any]()
+    plain, guided = sampler(), guided_by(toy(received, digest="d" * 64))
     images = [each.draw(0, range(3), [0, 1, 2], device=CPU) for each in (plain, guided)]
-    assert torch.equal(*images) and not seen and guided.calls() == plain.calls()
+    assert torch.equal(*images) and not received and guided.calls() == plain.calls()
     assert describe(guided, 3) == describe(plain, 3) | {"guide_with": "d" * 64}
 
 
 def test_the_estimate_is_that_of_the_formula_and_is_clipped() -> None:
-    seen, x, t = list[Any](), torch.randn(2, *SHAPE), torch.tensor(30.0)
-    tested, guide = guided_by(toy(seen, num_classes=3), guidance=3.0), toy([])
+    received, x, t = list[Any](), torch.randn(2, *SHAPE), torch.tensor(30.0)
+    tested, guide = guided_by(toy(received, num_classes=3), guidance=3.0), toy([])
     labels = torch.tensor([0, 2])
     with torch.no_grad():
         result = tested.denoiser(labels)(x, t)
@@ -63,7 +63,7 @@ def test_the_estimate_is_that_of_the_formula_and_is_clipped() -> None:
     wanted = bad + 3 * (good - bad)
     assert wanted.abs().max() > 1, "there is something to clip"
     torch.testing.assert_close(result.x0, wanted.clamp(-1, 1), rtol=1e-4, atol=1e-5)
-    assert len(seen) == 1 and torch.equal(seen[0]["labels"], labels)
+    assert len(received) == 1 and torch.equal(received[0]["labels"], labels)
 
 
 @pytest.mark.parametrize(
@@ -73,39 +73,41 @@ def test_the_estimate_is_that_of_the_formula_and_is_clipped() -> None:
 )  # fmt: skip
 def test_calls_of_both_networks_are_counted(solver: str, process: Process, interval: Any, share: float) -> None:
     """The table of the last one ends before there is much noise: above that, the good network is alone."""
-    seen = list[Any]()
-    tested = guided_by(toy(seen, process), solver=solver, steps=6, guidance=2.0, interval=interval)
+    received = list[Any]()
+    tested = guided_by(toy(received, process), solver=solver, steps=6, guidance=2.0, interval=interval)
     network, called = tested.network, list[int]()
     tested.network = lambda *inputs, **labels: (called.append(1), network(*inputs, **labels))[1]
     tested.draw(0, range(2), [0, 1], device=CPU)
-    assert len(called) + len(seen) == tested.calls() and len(seen) == pytest.approx(share * len(called), abs=1.1 - share)
-    assert all(not inputs for inputs in seen), "a guide without classes is given none"
+    assert len(called) + len(received) == tested.calls() and len(received) == pytest.approx(
+        share * len(called), abs=1.1 - share
+    )
+    assert all(not inputs for inputs in received), "a guide without classes is given none"
 
 
 def test_classes_of_the_guide_and_the_run() -> None:
     """A guide with classes is given those of the images, or no class where the run has none."""
-    seen = list[Any]()
-    guided_by(toy(seen, num_classes=4), num_classes=None, guidance=2.0).draw(0, range(2), None, device=CPU)
-    assert seen and all(inputs["labels"].tolist() == [4, 4] for inputs in seen)
-    never = toy(seen, num_classes=3, guidable=False)
+    received = list[Any]()
+    guided_by(toy(received, num_classes=4), num_classes=None, guidance=2.0).draw(0, range(2), None, device=CPU)
+    assert received and all(inputs["labels"].tolist() == [4, 4] for inputs in received)
+    never = toy(received, num_classes=3, guidable=False)
     guided_by(never, guidance=2.0).draw(0, range(2), [0, 1], device=CPU)
     for guided, labels in ((guided_by(never, guidance=2.0), [0, 3]), (guided_by(never, num_classes=None, guidance=2.0), None)):
         with pytest.raises(UserError, match="the guide network never learned to go without a class"):
             guided.draw(0, range(2), labels, device=CPU)
     blended = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     never.denoiser(blended, None)(torch.zeros(1, *SHAPE), torch.tensor(0.3))
-    assert torch.equal(seen[-1]["labels"], blended[:, :3]), "a network without a row for no class"
+    assert torch.equal(received[-1]["labels"], blended[:, :3]), "a network without a row for no class"
     with pytest.raises(UserError, match="never learned"):
         never.denoiser(torch.tensor([[0.5, 0.0, 0.0, 0.5]]), None)
 
 
 def test_both_networks_draw_from_the_same_condition() -> None:
     process, spec, condition = sampler().process, SamplerConfig(steps=3, guidance=2.0), torch.randn(2, 2, 8, 8)
-    seen = list[Any]()
-    options: dict[str, Any] = {"shape": SHAPE, "num_classes": None, "condition_guidable": True, "guide": toy(seen)}
+    received = list[Any]()
+    options: dict[str, Any] = {"shape": SHAPE, "num_classes": None, "condition_guidable": True, "guide": toy(received)}
     tested = Sampler(conditioned(None), process, spec, **options)
     tested.draw(0, range(2), None, device=CPU, condition=condition)
-    assert seen and all(torch.equal(inputs["condition"], condition) for inputs in seen)
+    assert received and all(torch.equal(inputs["condition"], condition) for inputs in received)
     with pytest.raises(UserError, match="goes together neither with a classifier nor with guidance by the condition"):
         Sampler(conditioned(None), process, spec, **options, condition_guidance=2.0)
     with pytest.raises(UserError, match="goes together neither with a classifier"):
@@ -168,6 +170,9 @@ def test_guides_that_fit(smoke_run: Path) -> None:
         + [SamplerConfig()], None,
     )  # fmt: skip
     assert one.guide is two.guide and one.guide is not None and plain.guide is None
+    points = Run(**{field.name: getattr(opened, field.name) for field in fields(Run)})
+    with pytest.raises(UserError, match="guide_with is about images, and .* is a run of 2-D points; leave it out"):
+        build_sampler(points, SamplerConfig(guide_with=str(smoke_run)))
     larger = sampler_of(opened, SamplerConfig(guidance=2, guide_with="nowhere"))
     assert larger.guide is None and not larger.spec.guided, "an upsampler is not guided by the guide of small images"
 
@@ -216,14 +221,18 @@ def test_from_the_command_line(smoke_run: Path, tmp_path: Path) -> None:
         words = ("--ckpt", smoke_run, "--ckpt_sampling", "--num-samples", "2", "--steps", "2", "--guidance", "2")
         assert run_in_process("ddpm_accelerate.py", *words, *guided, "--out", out).status == 0
     assert (sheets[0] / "grid.png").read_bytes() != (sheets[1] / "grid.png").read_bytes()
+    walk = ("--num-seeds", "2", "--frames-between", "1", "--steps", "2", "--guidance", "2", "--guide-with", early)
+    done = run_in_process("interpolate.py", smoke_run, *walk, "--out", tmp_path / "walk")
+    assert done.status == 0 and "4 network calls a frame" in done.out, done.all
+    assert read_json(tmp_path / "walk" / "metadata.json")["guide_with"] == metadata["guide_with"]
 
 
 def test_a_sweep_of_the_scale(smoke_run: Path, tmp_path: Path) -> None:
     words = ("--features", "random", "--num-samples", "10", "--steps", "2", "--batch-size", "10", "--num-images", "10")
     early, places = smoke_run / "checkpoints" / "step_00000010", [tmp_path / "swept", tmp_path / "plain"]
     guided = ("--guide-with", early, "--sweep", "guidance=1,2")
-    for place, more in zip(places, (guided, ()), strict=True):
-        done = run_in_process("evaluate.py", smoke_run / "final", *words, *more, "--out", place)
+    for place, options in zip(places, (guided, ()), strict=True):
+        done = run_in_process("evaluate.py", smoke_run / "final", *words, *options, "--out", place)
         assert done.status == 0, done.all
     rows, plain = read_json(places[0] / "evaluation.json")["rows"], read_json(places[1] / "evaluation.json")
     assert [row["network_calls"] for row in rows] == [2, 4] and rows[0]["random"]["frechet"] == plain["random"]["frechet"]
