@@ -202,6 +202,8 @@ def main() -> None:
             f"{args.num_samples} images of {opened.path} (step {opened.step}), {calls} network calls a batch, "
             f"{processes} process(es)\n  {out}"
         )
+        if sampler.guide is not None and not spec.guided:
+            print("  --guide-with changed nothing, since --guidance was 1: give --guidance 2")
         if larger is not None:
             print(f"  {out}/larger: the same, {describe_size(larger.image.sides)}, by {larger.path} (step {larger.step})")
         beside = {"side_by_side.png": conditioned is not None, "ways.png": sampler.source is not None}

@@ -218,6 +218,7 @@ def test_points_are_drawn_again(points_run: Path, tmp_path: Path) -> None:
     message = refused("sample", points_run, "--num-samples", "32", "--out", tmp_path / "drawn")
     assert "holds other frames; give another --out" in message
     assert "--npz is about images" in refused("sample", points_run, "--npz")
+    assert "--guide-with is about images" in refused("sample", points_run, "--guide-with", points_run)
     assert "2-D points, not of images" in refused("convert", "safetensors", points_run, "--out", tmp_path / "w.safetensors")
 
 

@@ -206,6 +206,7 @@ def test_from_the_command_line(smoke_run: Path, tmp_path: Path) -> None:
     for name, words in {"plain": (), "one": ("--guide-with", early), "two": ("--guide-with", early, "--guidance", "2")}.items():
         done = sample(smoke_run, tmp_path / name, *words)
         assert done.status == 0 and f"{6 if name == 'two' else 3} network calls" in done.out, done.all
+        assert ("--guide-with changed nothing, since --guidance was 1" in done.out) == (name == "one")
     assert read(tmp_path / "plain") == read(tmp_path / "one") != read(tmp_path / "two")
     metadata = read_json(tmp_path / "two" / "metadata.json")
     assert metadata["guide_with"] == open_trained(early, CPU).digest and metadata["guide"] == f"{early} (step 10)"
