@@ -36,6 +36,7 @@ from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
 from src.sampling.config import SAMPLER_KEYS, add_arguments, parse_steps, sampler_config
+from src.sampling.sampler import build_samplers
 from src.training.run_directory import append_metrics, check_ranks
 
 
@@ -164,7 +165,7 @@ def measure_quality(args: argparse.Namespace, defaults: argparse.Namespace, stat
             sampler = build_sampler(opened, spec, classifier, condition_guidance=args.condition_guidance)
             results = evaluate_conditioned(setup, opened, sampler, data, each=args.samples_per_image, **samples)
         elif args.sweep is not None:
-            samplers = [build_sampler(opened, setting, classifier) for setting in parse_sweep(spec, args.sweep)]
+            samplers = build_samplers(opened, parse_sweep(spec, args.sweep), classifier)
             results = evaluate_sweep(setup, opened, samplers, data, **samples)
         else:
             results = evaluate_run(setup, opened, build_sampler(opened, spec, classifier), data, held_out, **samples)

@@ -87,7 +87,8 @@ def draw_points(
     run: Run, spec: SamplerConfig, args: argparse.Namespace, defaults: argparse.Namespace, device: torch.device
 ) -> None:
     """Draw points from a run of 2-D points, and plot them."""
-    used = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *SAMPLER_KEYS} - IMAGES_ONLY - {"threshold"}
+    used = {"run", "out", "num_samples", "classes", "seed", "frames", "device", *SAMPLER_KEYS} - IMAGES_ONLY
+    used -= {"threshold", "guide_with"}
     refuse_options(args, defaults, vars(args).keys() - used, f"is about images, and {args.run} is a run of 2-D points")
     count = args.num_samples or count_for_classes(20_000, args.classes, run.class_names)
     labels = random_labels(args.seed, range(count), run.num_classes) if run.num_classes is not None else None
@@ -182,6 +183,7 @@ def main() -> None:
         request["upscaler"] = upscaler.digest
 
     words = without_newer({key: getattr(args, key) for key in SAMPLER_KEYS})
+    words |= {"guide_with": sampler.guide.digest} if sampler.guide is not None else {}
     tag = short_hash(opened.digest, args.num_samples, args.batch_size, labels, words, request)
     name = f"{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     out = Path(args.out or f"samples/{opened.folder}/{name}")
@@ -200,6 +202,8 @@ def main() -> None:
             f"{args.num_samples} images of {opened.path} (step {opened.step}), {calls} network calls a batch, "
             f"{processes} process(es)\n  {out}"
         )
+        if sampler.guide is not None and not spec.guided:
+            print("  --guide-with changed nothing, since --guidance was 1: give --guidance 2")
         if larger is not None:
             print(f"  {out}/larger: the same, {describe_size(larger.image.sides)}, by {larger.path} (step {larger.step})")
         beside = {"side_by_side.png": conditioned is not None, "ways.png": sampler.source is not None}

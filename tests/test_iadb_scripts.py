@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from src.config import read_json
+import train_iadb
+from src.config import dump, load, read_json, validate
 from src.data.points import MoonsSource, draw_points
 from src.runs.opened import open_run, open_trained
 from src.sampling import SamplerConfig, build_sampler
+from src.training.config import PairsConfig
+from src.training.inputs import open_coupling
+from src.training.pairs import PairMaker
 from tests import kills
 from tests.conftest import ROOT, command, environment, launch, metrics, one_line, refused, run_here, run_in_process
 from tests.kills import settings
@@ -213,6 +218,7 @@ def test_points_are_drawn_again(points_run: Path, tmp_path: Path) -> None:
     message = refused("sample", points_run, "--num-samples", "32", "--out", tmp_path / "drawn")
     assert "holds other frames; give another --out" in message
     assert "--npz is about images" in refused("sample", points_run, "--npz")
+    assert "--guide-with is about images" in refused("sample", points_run, "--guide-with", points_run)
     assert "2-D points, not of images" in refused("convert", "safetensors", points_run, "--out", tmp_path / "w.safetensors")
 
 
@@ -299,7 +305,7 @@ def test_reflow_straightens_the_paths(points_run: Path, tmp_path: Path) -> None:
 
 
 def test_pairs_of_images_keep_their_classes(iadb_run: Path, tmp_path: Path) -> None:
-    pairs = {"run": str(iadb_run), "count": 20, "batch_size": 8, "sampler": {"solver": "euler", "steps": 2}}
+    pairs: dict[str, Any] = {"run": str(iadb_run), "count": 20, "batch_size": 8, "sampler": {"solver": "euler", "steps": 2}}
     arguments = settings(pairs=pairs, steps=2, preview__num_samples=1)
     run_here("train_iadb", "-cfg", SMOKE, "--run-dir", tmp_path / "run", *QUICK, *arguments)
     block = next((iadb_run / "pairs").rglob("block_00000.json"))
@@ -310,6 +316,17 @@ def test_pairs_of_images_keep_their_classes(iadb_run: Path, tmp_path: Path) -> N
     sampler = build_sampler(open_trained(iadb_run, CPU), SamplerConfig(solver="euler", steps=2))
     expected = sampler.move(sampler.start(1, range(8)), torch.tensor(labels[:8]))
     assert np.allclose(values[:8, 0, 1], expected, atol=1e-4)
+    cfg = load(SMOKE, train_iadb.Config)
+    coupling = open_coupling(cfg.data, cfg.source, cfg.held_out, cfg.image, factor=cfg.model.factor)
+    makers = [
+        PairMaker(validate(PairsConfig, pairs | {"sampler": pairs["sampler"] | guided}), coupling, 4, tmp_path, CPU)
+        for guided in ({}, {"guidance": 2.0, "guide_with": str(iadb_run)})
+    ]
+    assert makers[0].folder in block.parents and makers[0].folder != makers[1].folder
+    settings_of_old = {key: value for key, value in dump(makers[0].spec).items() if key != "run"}
+    old = {"weights": makers[0].contract["weights"], "shape": [3, 16, 16], **settings_of_old}
+    assert json.dumps(makers[0].contract) == json.dumps(old), "as before there were guides"
+    assert makers[1].contract["sampler"]["guide_with"] == makers[1].contract["weights"]
     assert (
         load_file(tmp_path / "run" / "final" / "ema.safetensors").keys()
         == load_file(iadb_run / "final" / "ema.safetensors").keys()

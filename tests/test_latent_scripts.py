@@ -438,11 +438,14 @@ def test_classes_of_another_run(ldm_run: Path, vae_run: Path, tmp_path: Path) ->
     assert (ended(tmp_path / "run", 2)["stem.weight"] - start).abs().max() < 0.02
 
 
-def test_without_classes_and_eps_clipped_to_the_latents_range(vae_run: Path, tmp_path: Path) -> None:
+def test_without_classes_and_eps_clipped_to_the_latents_range(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
+    """Its preview is guided by a run with classes, along another schedule."""
     process = {"schedule": {"kind": "linear", "steps": 100, "rescale_betas": True}, "target": "eps", "clip": True}
     sets = {"process": process, "class_conditional": False, "label_dropout": 0.0, "steps": 4, "mixed_precision": "bf16"}
-    done = train_ldm(tmp_path / "run", vae_run, **sets)
+    guided = {"preview__sampler__guidance": 2.0, "preview__sampler__guide_with": str(ldm_run)}
+    done = train_ldm(tmp_path / "run", vae_run, **sets, **guided)
     assert done.status == 0 and (tmp_path / "run" / "samples" / "step_00000004.png").exists(), done.all
+    assert "warning: the preview" not in done.all
 
     sampler = build_sampler(open_trained(tmp_path / "run", torch.device("cpu")), SamplerConfig(steps=10))
     facts = read_json(tmp_path / "run" / "data.json")["latents"]

@@ -144,6 +144,10 @@ def test_averages_of_any_length_are_made_afterwards(long_run: Path, tmp_path: Pa
     for name, value in short.items():
         torch.testing.assert_close(value, stored_average[name], rtol=2e-3, atol=2e-5)
     assert any((value != short[name]).any() for name, value in load_file(run / "ema/width_0.15/ema.safetensors").items())
+    guided = ("sample", run / "ema" / "width_0.15", "--num", "2", "--steps", "2", "--guidance", "2", "--guide-with")
+    run_here(*guided, ".05", "--out", tmp_path / "guided")
+    assert "4 network calls" in capsys.readouterr().out
+    assert "has no average of the width 0.2" in refused(*guided, "0.2")
     run_here("sample", run / "ema" / "width_0.15", "--num", "2", "--steps", "2", "--out", tmp_path / "samples")
     assert "step 80" in capsys.readouterr().out and len(list((tmp_path / "samples").rglob("*.png"))) >= 2
 

@@ -1,11 +1,14 @@
 """The mathematics of diffusion and blending. A network is always an argument."""
 
 from .guidance import (
+    at_same_level,
+    autoguided,
     classifier_free,
     classifier_gradient,
     classifier_guided,
     clip,
     dynamic_threshold,
+    is_trained_at,
     is_within,
     on_schedule,
     two_scales,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .process import Denoiser, Prediction
-from .schedules import Schedule, like
+from .schedules import BlendSchedule, Level, Schedule, like
 
 Logits = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> (B, K), of a classifier
 Gradient = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> scale times the gradient of log p(y | x_t) with respect to x_t
@@ -58,6 +58,48 @@ def two_scales(
     return guided
 
 
+def autoguided(
+    denoiser: Denoiser, bad_denoiser: Denoiser, bad_schedule: Schedule, schedule: Schedule, scale: float
+) -> Denoiser:
+    """bad + scale (denoiser - bad), where `bad_denoiser` is a smaller or less trained network; 1 is `denoiser` alone, with one
+    call. The bad network was trained along `bad_schedule` and is called at the same noise level; where it was not trained at
+    that level, the estimate is that of `denoiser` alone.
+
+    D_w(x; sigma, c) = D_0(x; sigma, c) + w (D_1(x; sigma, c) - D_0(x; sigma, c)), Karras et al. 2024, arXiv:2406.02507.
+    """
+    if scale == 1:
+        return denoiser
+    both = classifier_free(denoiser, lambda x_t, t: bad_denoiser(*at_same_level(x_t, t, schedule, bad_schedule)), scale)
+
+    def guided(x_t: Tensor, t: Tensor) -> Prediction:
+        return (both if is_trained_at(bad_schedule, schedule, t) else denoiser)(x_t, t)
+
+    return guided
+
+
+def at_same_level(x_t: Tensor, t: Tensor, schedule: Schedule, other: Schedule) -> tuple[Tensor, Tensor]:
+    """What a network that was trained along `other` is called with, in place of an image x_t that is noised along `schedule` to
+    the times `t`: the image scaled to the level of `other` that has the same ratio of signal and noise, and its time."""
+    alpha, sigma = schedule.level(t)
+    other_t = other.time(sigma / (alpha + sigma))
+    level = other.level(other_t)
+    return x_t * like((level.alpha + level.sigma) / (alpha + sigma), x_t), other_t
+
+
+def is_trained_at(own_schedule: Schedule, schedule: Schedule, t: Tensor) -> bool:
+    """Whether a network that was trained along `own_schedule` has seen the ratios of signal and noise that `schedule` has at
+    the times `t`. A table has none below its first entry and above its last."""
+
+    def noise_share(level: Level) -> Tensor:
+        return level.sigma / (level.alpha + level.sigma)
+
+    u = noise_share(schedule.level(t))
+    if isinstance(own_schedule, BlendSchedule):
+        return own_schedule.network_at_clean or bool((u > 0).all())
+    first, last = noise_share(own_schedule.level(torch.tensor([0, own_schedule.num_steps - 1])))
+    return bool(((u >= first) & (u <= last)).all())
+
+
 def classifier_gradient(logits: Logits, labels: Tensor, scale: float) -> Gradient:
     """scale times the gradient of log p(labels | x_t) with respect to x_t, of a classifier (x_t, t) -> (B, K)."""
 
@@ -77,10 +119,7 @@ def on_schedule(logits: Logits, classifier_schedule: Schedule, schedule: Schedul
     """
 
     def converted(x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = schedule.level(t)
-        classifier_t = classifier_schedule.time(sigma / (alpha + sigma))
-        level = classifier_schedule.level(classifier_t)
-        return logits(x_t * like((level.alpha + level.sigma) / (alpha + sigma), x_t), classifier_t)
+        return logits(*at_same_level(x_t, t, schedule, classifier_schedule))
 
     return converted
 

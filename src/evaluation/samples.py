@@ -19,7 +19,7 @@ from ..data.names import printable
 from ..runs.densities import SourceSampler
 from ..runs.opened import Opened
 from ..sampling.config import SamplerConfig
-from ..sampling.sampler import Sampler, describe
+from ..sampling.sampler import Sampler, describe, describe_spec
 from .registry import FeatureSets, check_count
 from .results import TRAINING, Results, Setup, on_screen, samples_like
 from .shapes import describe_squares, on_white, pixel_loader, to_squares
@@ -70,6 +70,7 @@ def evaluate_run(
         comparison.notes.extend(_describe_samples(opened, sampler, count, which))
     class_lines = [line for each in comparisons for line in add_class_accuracy(results, each, opened.class_names)]
     how = f"{sampler.spec.solver}, {sampler.calls()} network calls, guidance {sampler.spec.guidance:g}"
+    how += f" with {sampler.guide.origin}" if sampler.guide is not None else ""
     title = f"{opened.path} (step {opened.step}): {count} samples ({how}) against {len(data)} {on_screen(reference)}"
     results.add_table(title, comparisons)
     results.values |= {"network_calls": sampler.calls(), "guidance": sampler.spec.guidance}
@@ -183,15 +184,15 @@ def evaluate_sweep(
     ask_for("drawing sweep.png", "matplotlib")
     settings = [dump(sampler.spec) for sampler in samplers]
     request = describe_request(setup, opened, samplers[0], data, count)
-    out = setup.claim(opened.folder, "sweep", {**request, "settings": settings})
+    out = setup.claim(opened.folder, "sweep", {**request, "settings": [describe_spec(sampler) for sampler in samplers]})
     columns = [_columns(setting) for setting in settings]
     keys = dict.fromkeys(key for row in columns for key in row)
     swept = [key for key in keys if len({json.dumps(row.get(key)) for row in columns}) > 1]
     classes, which = _plan_samples(opened, data, count)
     real = setup.real_features(data, opened.square, opened.bucket_sizes)
     rows, notes = list[dict[str, Any]](), dict[str, list[str]]()
-    for sampler, setting, row in zip(samplers, settings, columns, strict=True):
-        tag = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
+    for sampler, row in zip(samplers, columns, strict=True):
+        tag = hashlib.sha256(json.dumps(describe_spec(sampler)).encode()).hexdigest()[:8]
         pixels = setup.sample_pixels(sampler, classes, which, to_squares(opened.square))
         samples = setup.sample_features(pixels, count, out / tag)
         if setup.computes:

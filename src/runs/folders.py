@@ -25,16 +25,19 @@ def refuse(where: object, reasons: Mapping[str, Any]) -> None:
             raise UserError(f"{where} {reason}".strip())
 
 
+def run_directory(path: str | Path) -> Path:
+    """The directory of a run, given that, a checkpoint, the final folder or an average in it; absolute."""
+    place = Path(path).resolve()
+    if place.name == "final" or re.fullmatch(r"\.?step_\d+.*|width_[\d.]+", place.name):
+        return place.parent.parent if place.parent.name in ("checkpoints", "ema") else place.parent
+    return place
+
+
 def run_name(path: str | Path) -> str:
     """The name of a run, given its directory, a checkpoint, the final folder or an average in it; of an export that of the
     file."""
     place = Path(path).resolve()
-    if place.is_file():
-        return place.stem
-    if place.name == "final" or re.fullmatch(r"\.?step_\d+.*|width_[\d.]+", place.name):
-        inside = place.parent.parent if place.parent.name in ("checkpoints", "ema") else place.parent
-        return inside.name or place.name
-    return place.name
+    return place.stem if place.is_file() else run_directory(place).name or place.name
 
 
 EXPORT = {"weights": dict, "config": dict, "data": dict, "step": int}

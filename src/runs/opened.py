@@ -86,7 +86,7 @@ class Run:
         UserError where it is gone."""
         if self.gaussian:
             return None
-        spec = validate(_Source, {"source": self.config["source"]}, origin=str(self.path)).source
+        spec = read_source(self.config, str(self.path))
         share = self.config.get("held_out", 0.0)
         try:
             examples = self._source(spec, share if isinstance(share, float | int) else 0.0)
@@ -221,6 +221,11 @@ def count_classes(class_conditional: bool | None, class_names: Sequence[str]) ->
             "--set class_conditional=null"
         )
     return len(class_names) if class_names and class_conditional is not False else None
+
+
+def read_source(run_config: Mapping[str, Any], origin: str = "config") -> Any:
+    """What sampling of a run starts from, by its config; `origin` names the run in an error."""
+    return validate(_Source, {"source": run_config.get("source", GAUSSIAN)}, origin=origin).source
 
 
 def read_condition(run_config: Mapping[str, Any]) -> Condition | None:

@@ -1,6 +1,7 @@
 """Cascades: what one run draws, made larger by an upsampler (Ho et al. 2021, arXiv:2106.15282)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,9 +27,9 @@ def open_upsampler(path: str, device: torch.device) -> Opened:
 
 
 def sampler_of(opened: Opened, spec: SamplerConfig) -> Sampler:
-    """The sampler of an upsampler, guided where it can be."""
-    guidable = opened.num_classes is not None and opened.config["label_dropout"] > 0
-    return build_sampler(opened, spec.without_guidance(not guidable))
+    """The sampler of an upsampler, guided where it can be; without the guide of the run that draws the small images."""
+    guidable = opened.num_classes is not None and opened.config["label_dropout"] > 0 and spec.guide_with is None
+    return build_sampler(opened, replace(spec, guide_with=None).without_guidance(not guidable))
 
 
 def write_larger(

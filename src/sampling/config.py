@@ -14,7 +14,7 @@ from ..data.names import parse_classes
 from ..diffusion import SOLVERS, SPACINGS, TimeShift
 from ..diffusion.schedules import Spacing
 
-NEWER_KEYS = ("shift", "shift_base")  # of a sampler, or of its arguments: they are None while they are not set
+NEWER_KEYS = ("shift", "shift_base", "guide_with")  # of a sampler, or of its arguments: they are None while they are not set
 
 
 def without_newer(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +31,8 @@ class SamplerConfig:
     thresholding. `stop_at` ends after so many steps, with the estimate of x_0; `double_sampling` noises the finished image
     again to where so many steps are done, and denoises it once more. On the blend, `alphas` from 0 to 1 are the steps
     themselves; `steps` and `spacing` are ignored then. `shift` moves the steps to the noise for large images.
+    `guide_with` is a smaller or less trained run (or a checkpoint, or the width of a post-hoc average of the run itself), whose
+    faults are subtracted (autoguidance): `guidance` is the scale of that instead, and classes are given to both networks.
     """
 
     solver: Annotated[str, NameIn(SOLVERS)] = "ddim"
@@ -45,6 +47,7 @@ class SamplerConfig:
     stop_at: int | None = pydantic.Field(None, ge=1)
     double_sampling: int | None = pydantic.Field(None, ge=0)
     shift: TimeShift | None = None
+    guide_with: str | float | None = None
 
     @pydantic.model_serializer(mode="wrap")
     def _without_newer_keys(self, serialize: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -102,7 +105,8 @@ class SamplerConfig:
             )
 
     def without_guidance(self, unguided: bool = True) -> "SamplerConfig":
-        return dataclasses.replace(self, guidance=1.0, guidance_interval=None) if unguided else self
+        """The same without guidance by the class, where it is to be `unguided`; autoguidance needs no classes, and stays."""
+        return dataclasses.replace(self, guidance=1.0, guidance_interval=None) if unguided and self.guide_with is None else self
 
 
 # The arguments of a command line that ask for a sampler.
@@ -110,6 +114,9 @@ SAMPLER_KEYS = ["shift_base" if key.name == "shift" else key.name for key in dat
 
 
 SHIFT_HELP = "shift the steps to the noise by the root of dimensions / N; 4096 is usual (default: no shift)"
+
+
+GUIDE_HELP = "autoguidance by a smaller or less trained run, a checkpoint, or the width of an average of RUN, such as 0.10"
 
 
 def count_for_classes(count: int, classes: str | None, class_names: Sequence[str] = ()) -> int:
@@ -159,6 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, of_animation: bool = False
     guidance = parser.add_argument_group("guidance")
     guidance.add_argument("--guidance", type=float, default=1.0, help="scale; 1 is none (of a classifier 0)")
     guidance.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels sigma/alpha")
+    guidance.add_argument("--guide-with", metavar="RUN", help=GUIDE_HELP)
     if of_animation:
         parser.set_defaults(stop_at=None, double_sampling=None, guidance_method="classifier_free", classifier=None)
         return

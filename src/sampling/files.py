@@ -207,7 +207,9 @@ def write_samples(
         "classes": names,
         **(request or {}),
     }
-    claim(out, whole_request, {"path": str(opened.path), "config": opened.config}, ranks=ranks)
+    facts: dict[str, Any] = {"path": str(opened.path), "config": opened.config}
+    facts |= {"guide": sampler.guide.origin} if sampler.guide is not None else {}
+    claim(out, whole_request, facts, ranks=ranks)
 
     digits = max(5, len(str(count - 1)))
     paths = [out / f"{i:0{digits}d}.png" for i in range(count)]

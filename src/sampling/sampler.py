@@ -35,6 +35,7 @@ from ..runs.opened import Opened, Run
 from ..runtime.seeds import noise_of
 from ..runtime.stream import Examples
 from ..storage.finite import is_finite
+from .autoguidance import Guide, guided_run, open_guide
 from .config import SamplerConfig
 from .edit import Edit
 
@@ -49,7 +50,7 @@ class Sampler:
     says what does not fit together, and, where `origin` names the network (its run and step), that the samples are not finite.
     A network that draws from a `condition` is given one for each image, in previews those of the examples `conditioned`;
     `condition_guidance` is the scale of its guidance (1 is none), for which the network must have learned to go without
-    (`condition_guidable`).
+    (`condition_guidable`). With a `guide`, the scale of the guidance is that of autoguidance by it.
     """
 
     def __init__(
@@ -71,9 +72,17 @@ class Sampler:
         conditioned: Examples | None = None,
         condition_guidance: float = 1.0,
         condition_guidable: bool = False,
+        guide: Guide | None = None,
     ) -> None:
         by_classifier = spec.guided and spec.guidance_method == "classifier"
-        self._is_classifier_free = spec.guided and not by_classifier
+        self._is_classifier_free = spec.guided and not by_classifier and guide is None
+        if guide is not None and (spec.guidance_method == "classifier" or condition_guidance != 1):
+            raise UserError(
+                "guidance by another run (guide_with) goes together neither with a classifier nor with guidance by the "
+                "condition; leave one of them out"
+            )
+        if guide is None and spec.guide_with is not None:
+            raise UserError(f"guide_with {spec.guide_with} was not opened: build_sampler does it")
         if source is not None:
             spec.refuse_gaussian()
         if self._is_classifier_free and num_classes is None:
@@ -100,6 +109,9 @@ class Sampler:
         self.shapes = dict(shapes or {self.shape: 1})
         self.source, self.origin, self.classifier = source, origin, classifier if by_classifier else None
         self.dtype = next(network.parameters()).dtype if isinstance(network, nn.Module) else torch.float32
+        self.guide = guide
+        if guide is not None and isinstance(guide.network, nn.Module):
+            guide.network.to(self.dtype)
         self.times = self.times_for(self.shape)
 
     def times_for(self, shape: Sequence[int]) -> Tensor:
@@ -139,7 +151,7 @@ class Sampler:
         return len(self.times) - 1
 
     def calls(self, edit: Edit | None = None) -> int:
-        """Network calls for one batch."""
+        """Network calls for one batch. A step of several calls counts as guided where there is guidance at its start."""
         each, spec = self.solver.calls_per_step, self.spec
         first, times = (edit.start_at, edit.resamplings if edit.mask is not None else 1) if edit is not None else (0, 1)
         once = range(first, self.steps if spec.stop_at is None else spec.stop_at)
@@ -152,14 +164,20 @@ class Sampler:
     @property
     def _guided_calls(self) -> int:
         """Network calls for one guided estimate."""
-        by_class, by_condition = self._is_classifier_free, self.condition_guidance != 1
+        by_class, by_condition = self._is_classifier_free or self._is_autoguided, self.condition_guidance != 1
         both = by_condition and self._guidable and self.condition_guidance != self.spec.guidance
         return 3 if both else 2 if by_class or by_condition else 1
 
     def guides(self, t: Tensor) -> bool:
-        """Whether there is guidance at the level of `t`."""
-        levels = self.spec.guidance_interval
-        return levels is None or guidance.is_within(levels, self.process.schedule, t)
+        """Whether there is guidance at the level of `t`: none outside the interval, and none by a guide that does not know the
+        level."""
+        levels, schedule, guide = self.spec.guidance_interval, self.process.schedule, self.guide
+        known = guide is None or guidance.is_trained_at(guide.process.schedule, schedule, t)
+        return known and (levels is None or guidance.is_within(levels, schedule, t))
+
+    @property
+    def _is_autoguided(self) -> bool:
+        return self.guide is not None and self.spec.guided
 
     def gradient(self, labels: Tensor | None) -> guidance.Gradient | None:
         """The gradient of the classifier that guides, where there is one."""
@@ -188,6 +206,9 @@ class Sampler:
         guided = outside = bounded(plain)
         if gradient is not None and not self.solver.takes("mean_shift"):
             guided = bounded(guidance.classifier_guided(outside, gradient, schedule))
+        elif self.guide is not None and spec.guided:
+            bad = self.guide.denoiser(inputs.get("labels"), condition)
+            guided = bounded(guidance.autoguided(plain, bad, self.guide.process.schedule, schedule, spec.guidance))
         elif gradient is None and ((spec.guided and labels is not None) or self.condition_guidance != 1):
             guided = bounded(self._guided(plain, inputs))
         if spec.guidance_interval is not None and guided is not outside:
@@ -411,9 +432,11 @@ def build_sampler(
     *,
     source: Start | None = None,
     condition_guidance: float = 1.0,
+    guide: Guide | None = None,
 ) -> Sampler:
-    """The sampler of an opened run. It starts from `source`, or else where the run itself starts. A UserError says why the
-    `classifier`, of other images or classes, does not fit the run."""
+    """The sampler of an opened run. It starts from `source`, or else where the run itself starts. The `guide` of autoguidance
+    is opened where `spec` names one that is not given. A UserError says why the `classifier` or the guide, of other images or
+    classes, does not fit the run."""
     if isinstance(run, Opened) and classifier is not None:
         image, names = classifier.image, classifier.class_names
         if run.codec is not None:
@@ -431,7 +454,11 @@ def build_sampler(
                 f"the classifier {classifier.path} knows other classes ({join_names(names)}) than {run.path} "
                 f"({join_names(run.class_names)})"
             )
-    options: dict[str, Any] = {"source": source or run.starts(), "origin": run.origin}
+    if guide is None and spec.guide_with is not None:
+        if not isinstance(run, Opened):
+            raise UserError(f"guide_with is about images, and {run.path} is a run of 2-D points; leave it out")
+        guide = open_guide(guided_run(run), spec.guide_with, next(run.network.parameters()).device)
+    options: dict[str, Any] = {"guide": guide, "source": source or run.starts(), "origin": run.origin}
     if isinstance(run, Opened):  # not 2-D points
         bounds = run.bounds if run.config["process"]["clip"] else None
         options |= {"clip_x0": bounds, "codec": run.codec, "classifier": classifier, "shapes": run.shapes}
@@ -439,6 +466,14 @@ def build_sampler(
     options |= {"guidable": run.config["label_dropout"] > 0, "condition_guidance": condition_guidance}
     options["condition_guidable"] = run.config.get("condition_dropout", 0.0) > 0
     return Sampler(run.network, run.process, spec, shape=run.shape, num_classes=run.num_classes, **options)
+
+
+def build_samplers(run: Opened, specs: Sequence[SamplerConfig], classifier: OpenedClassifier | None) -> list[Sampler]:
+    """The samplers of an opened run, one for each of these settings; a guide that several of them name is opened once."""
+    guided, device = guided_run(run), next(run.network.parameters()).device
+    names = dict.fromkeys(spec.guide_with for spec in specs if spec.guide_with is not None)
+    guides: dict[Any, Guide] = {name: open_guide(guided, name, device) for name in names}
+    return [build_sampler(run, spec, classifier, guide=guides.get(spec.guide_with)) for spec in specs]
 
 
 def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[int]:
@@ -451,4 +486,9 @@ def random_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[i
 def describe(sampler: Sampler, seed: int, edit: Edit | None = None) -> dict[str, Any]:
     """What is needed to draw the same images again, besides the weights."""
     by_condition = {"condition_guidance": sampler.condition_guidance} if sampler.condition_guidance != 1 else {}
-    return {**dump(sampler.spec), **by_condition, "seed": seed, "network_calls": sampler.calls(edit)}
+    return {**describe_spec(sampler), **by_condition, "seed": seed, "network_calls": sampler.calls(edit)}
+
+
+def describe_spec(sampler: Sampler) -> dict[str, Any]:
+    """The settings of a sampler; its guide, where it has one, by the hash of the weights in place of the path."""
+    return {**dump(sampler.spec), **({"guide_with": sampler.guide.digest} if sampler.guide is not None else {})}

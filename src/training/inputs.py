@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import UserError, prefix_errors
+from ..config import UserError, dump, prefix_errors
 from ..data import GaussianSource, ImageConfig
 from ..data.conditions import Condition, split_condition
 from ..data.pairs import open_matched
@@ -19,10 +19,12 @@ from ..diffusion.augmentation import CODES, AugmentationConfig, transform_images
 from ..runs.autoencoder import Autoencoder, latent_bounds
 from ..runs.densities import Density, ImageDensity, PointDensity, given_density, open_density
 from ..runs.latents import LatentDensity, cache_folder, latents_of
+from ..runs.opened import count_classes
 from ..runtime.augmentation import draw_of_positions
 from ..runtime.seeds import normal, torch_seed
 from ..runtime.stream import BatchPlan, Examples, MicroBatch, StepOrder, latent_stream, stream, to_network
-from .config import DiffusionConfig, LatentConfig, StepsConfig
+from ..sampling.autoguidance import Guided, open_guide
+from .config import DiffusionConfig, LatentConfig, PreviewConfig, StepsConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -132,8 +134,10 @@ class Coupling:
 
     def sampler_options(self, cfg: DiffusionConfig, device: torch.device) -> dict[str, Any]:
         """What `Sampler` takes of the config and the data: of latents their codec and bounds, and what sampling starts from,
-        where that is not Gaussian noise."""
+        where that is not Gaussian noise; and the guide of the previews."""
         options: dict[str, Any] = {"clip_x0": (-1.0, 1.0) if cfg.process.clip else None, "guidable": cfg.label_dropout > 0}
+        if isinstance(cfg.preview, PreviewConfig) and cfg.preview.sampler.guide_with is not None:
+            options["guide"] = open_guide(self._guided(cfg), cfg.preview.sampler.guide_with, device)
         options["shapes"] = dict(zip(self.data.shapes, self.data.buckets.counts, strict=False)) or None
         if cfg.condition is not None:
             options |= {"condition": cfg.condition, "conditioned": self.data.examples()}
@@ -145,6 +149,12 @@ class Coupling:
             if cfg.process.clip:
                 options["clip_x0"] = latent_bounds(latents.facts, device)
         return options
+
+    def _guided(self, cfg: DiffusionConfig) -> Guided:
+        """What a guide of the previews has to fit."""
+        class_names, sizes = self.data.train.class_names, [bucket.sides for bucket in self.data.buckets.specs]
+        num_classes = count_classes(cfg.class_conditional, class_names)
+        return Guided("this run", dump(cfg), self.facts, num_classes, class_names, sizes)
 
     def encoded(
         self, cfg: LatentConfig, autoencoder: Autoencoder, processes: "Accelerator | PartialState", run_dir: Path

@@ -22,7 +22,7 @@ from ..runs.latents import CONTENT, write_sample_blocks
 from ..runs.opened import open_run
 from ..runtime.processes import ranks_of
 from ..runtime.stream import BatchPlan, Examples, MicroBatch, StepOrder
-from ..sampling.sampler import build_sampler, random_labels
+from ..sampling.sampler import build_sampler, describe_spec, random_labels
 from ..storage.blocks import Block, blocks_of, make_cache, write_block
 from ..storage.files import write_whole
 from .changed_config import at
@@ -71,12 +71,13 @@ class PairMaker:
             run.no_class()
         if run.config.get("condition") is not None:
             raise UserError(f"pairs.run {spec.run} draws from images; name a run that draws from noise or its source alone")
+        start = source.source_sampler(of_train=True) if source is not None else None
+        self._sampler, self._device = build_sampler(run, spec.sampler, source=start), device
         settings = {key: value for key, value in dump(spec).items() if key != "run"}
+        settings["sampler"] = describe_spec(self._sampler)
         self.contract = {"weights": run.digest, "shape": list(coupling.shape), **settings}
         self.name = hashlib.sha256(json.dumps(self.contract).encode()).hexdigest()[:8]
         self.folder = (Path(spec.run) if (Path(spec.run) / "checkpoints").is_dir() else run_dir) / "pairs" / self.name
-        start = source.source_sampler(of_train=True) if source is not None else None
-        self._sampler, self._device = build_sampler(run, spec.sampler, source=start), device
         self._num_classes = len(run.class_names) if num_classes is not None else None
         self.source_images = source.train if source is not None and isinstance(source.train, ImageSet) else None
 

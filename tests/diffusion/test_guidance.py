@@ -10,12 +10,15 @@ from src.config import validate
 from src.diffusion import (
     ProcessConfig,
     ancestral,
+    at_same_level,
+    autoguided,
     build_process,
     classifier_free,
     classifier_gradient,
     classifier_guided,
     ddim,
     dynamic_threshold,
+    is_trained_at,
     is_within,
     on_schedule,
     times,
@@ -130,6 +133,57 @@ def test_classifier_free_guidance_by_its_formula() -> None:
     null: Any = lambda x, t: Prediction(both[1], both[1])  # noqa: E731
     prediction = classifier_free(conditional, null, 3.0)(both[0], torch.tensor(1.0))
     torch.testing.assert_close(prediction.eps, both[1] + 3 * (both[0] - both[1]))
+
+
+def gaussian(process: Process, mean: float, variance: float, called: list[Tensor] | None = None) -> Any:
+    """The best denoiser along the process of data from a normal: E[x0 | x_t] is linear in x_t."""
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        if called is not None:
+            called.append(t)
+        alpha, sigma = (like(value, x_t) for value in process.schedule.level(t))
+        x0 = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * mean)
+        return Prediction(x0, (x_t - alpha * x0) / sigma)
+
+    return denoise
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "blend"])
+def test_autoguidance_by_its_formula(kind: str) -> None:
+    """D_bad + w (D_good - D_bad) of two Gaussians that are known, the bad one along the same schedule and along others."""
+    process, bad_process, called = process_of(), process_of(kind, "v"), list[Tensor]()
+    bad, good = gaussian(bad_process, 0.5, 1.0, called), gaussian(process, 0.2, 0.04)
+    schedules = bad_process.schedule, process.schedule
+    x_t, t = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.tensor([20.0, 61.0], dtype=torch.float64)
+    guided = autoguided(good, bad, *schedules, 2.0)(x_t, t)
+    alpha, sigma = (like(value, x_t) for value in process.schedule.level(t))
+    of_good, of_bad = good(x_t, t).x0, gaussian(process, 0.5, 1.0)(x_t, t).x0
+    torch.testing.assert_close(guided.x0, 2 * of_good - of_bad, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alpha * guided.x0 + sigma * guided.eps, x_t, rtol=0, atol=1e-5)
+    same = autoguided(good, gaussian(bad_process, 0.2, 0.04), *schedules, 3.0)(x_t, t)
+    torch.testing.assert_close(same.x0, of_good, rtol=0, atol=1e-5)
+    called.clear()
+    assert autoguided(good, bad, *schedules, 1.0) is good and not called, "w = 1 is the good one alone"
+
+
+def test_a_bad_network_is_asked_only_at_levels_that_it_was_trained_at() -> None:
+    table, blend, called = process_of("linear"), process_of("blend", "blend"), list[Tensor]()
+    x = torch.randn(1, 1, 2, 2, dtype=torch.float64)
+    for t, known in ((1.0, False), (0.5, True), (1e-4, False)):
+        good, time = gaussian(blend, 0.0, 1.0), torch.tensor(t, dtype=torch.float64)
+        assert is_trained_at(table.schedule, blend.schedule, time) == known
+        guided = autoguided(good, gaussian(table, 0.3, 0.1, called), table.schedule, blend.schedule, 2.0)(x, time)
+        assert torch.equal(guided.x0, good(x, time).x0) != known
+    assert len(called) == 1
+    entries = torch.arange(100, dtype=torch.float64)
+    assert all(is_trained_at(table.schedule, table.schedule, t) for t in entries), "both ends of its own table"
+    for t in entries:
+        same, time = at_same_level(x, t, table.schedule, table.schedule)
+        assert torch.equal(same, x) and time == t
+    assert is_trained_at(blend.schedule, table.schedule, entries)
+    clean = torch.tensor(0.0, dtype=torch.float64)
+    assert is_trained_at(blend.schedule, blend.schedule, clean)
+    assert not is_trained_at(process_of("blend", "x0").schedule, blend.schedule, clean)
 
 
 def test_guidance_of_an_image_and_a_class_by_its_formula() -> None:
