@@ -62,6 +62,8 @@ def state_under(names: Mapping[str, str], network: nn.Module) -> dict[str, Tenso
     attentions = {f"{name}.qkv": module for name, module in network.named_modules() if isinstance(module, Attention)}
     for key, value in network.state_dict().items():
         module, _, kind = key.rpartition(".")
+        if module == "augmentation":  # at sampling time it is told zeros, and adds nothing
+            continue
         value = value.detach().to("cpu", torch.float32)
         if module in attentions:
             layer, place = attentions[module], names[module].removesuffix("qkv")

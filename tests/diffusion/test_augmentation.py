@@ -16,6 +16,8 @@ from src.data import open_sources
 from src.data.buckets import make_buckets
 from src.data.sources import ShapesSource
 from src.diffusion.augmentation import CODES, AugmentationConfig, draw_transforms, transform_images
+from src.interop.names import state_under
+from src.interop.unet_2d import module_names
 from src.models import UNet, UNetConfig, build_model
 from src.models.mlp import MLPConfig
 from src.runs.densities import ImageDensity
@@ -121,6 +123,8 @@ def test_a_network_that_is_told_nothing_is_the_one_without_augmentation_to_the_b
     assert torch.equal(augmented(x, time), expected)
     assert torch.equal(augmented(x, time, augmentation=torch.zeros(2, CODES)), expected)
     assert (augmented(x, time, augmentation=torch.ones(2, CODES)) != expected).any()
+    exported = (state_under(module_names(config), network) for network in (augmented, plain))
+    assert {*next(exported)} == {*next(exported)}, "what it is told of augmentation does not leave"
     with pytest.raises(ValueError, match="told nothing of augmentation"):
         plain(x, time, augmentation=torch.zeros(2, CODES))
     with pytest.raises(UserError, match="cannot be told how images were augmented"):
