@@ -135,24 +135,27 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         # Train.
         model.train()
         while session.step < stage.end:
-            # Draw the latents' noise for the whole batch; each process takes its slice below.
+            # Draw the latents' noise for the whole batch, of which each process takes its slice below, and their transform.
             step = session.step
             adversarial = stage.adversary_at(step)
             noise_shape = (batch_plan.batch, *cfg.model.latent_shape(order.spec_at(step).size))
             noise = normal(noise_shape, seed, "noise", step, device=device, dtype=dtype)
             codes = CodebookStep(network.codebook, noise_shape, seed, step) if network.codebook is not None else None
+            transform = stage.transform_at(step, noise_shape[2:], seed)
 
             # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
             for part in range(batch_plan.accumulation):
                 micro_batch, local_slice = next(batches), batch_plan.of_step(part)
                 images = to_network(micro_batch.images, device, dtype)
+                targets = images if transform is None else transform(images)
                 with accumulating(accelerator, model, part, batch_plan.accumulation):
-                    outputs = model(images, noise[local_slice])
-                    loss, loss_terms = generator_terms(outputs, images, stage_cfg, adversarial, codes, local_slice, **critics)
+                    outputs = model(images, noise[local_slice], transform)
+                    of_part = stage_cfg, adversarial, codes, local_slice
+                    loss, loss_terms = generator_terms(outputs, images, targets, *of_part, **critics)
                     accelerator.backward(loss.sum() * (batch_plan.world / batch_plan.batch))
                 if adversarial is not None:
                     with accumulating(accelerator, discriminator_ddp, part, batch_plan.accumulation):
-                        loss_terms |= discriminator_terms(discriminator_ddp, adversarial, images, outputs.images)
+                        loss_terms |= discriminator_terms(discriminator_ddp, adversarial, targets, outputs.images)
                         accelerator.backward(loss_terms["discriminator"].sum() * (batch_plan.world / batch_plan.batch))
                 sums = {name: values.sum() for name, values in loss_terms.items()}
                 session.meter.add(batch_plan.micro, loss=loss.sum(), **sums)

@@ -68,7 +68,11 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
         changes["source"] = source
     if isinstance(cfg, StagedConfig):
         plain = {"perceptual": None, "image_size": None, "batch_size": None, "micro_batch_size": None}
-        changes["stages"] = tuple(replace(stage, **plain) for stage in short_stages(cfg, -(-STEPS // len(cfg.stages))))
+        stages = short_stages(cfg, -(-STEPS // len(cfg.stages)))
+        turned = (stage.equivariance and replace(stage.equivariance, turns=True) for stage in stages)  # no scale is left
+        changes["stages"] = tuple(
+            replace(stage, equivariance=term, **plain) for stage, term in zip(stages, turned, strict=True)
+        )
         changes["image"] = replace(cfg.image, size=max(32, small.factor), aspect=None)
         changes["discriminator"] = replace(cfg.discriminator, base_channels=8, layers=min(2, cfg.discriminator.layers))
     return rehearsal_config(cfg, save_every=1, **changes)

@@ -52,6 +52,7 @@ class AdaptiveWeight:
 def generator_terms(
     outputs: Reconstruction,
     images: Tensor,
+    targets: Tensor,
     stage_cfg: StageConfig,
     adversarial: AdversarialTerm | None,
     codes: "CodebookStep | None",
@@ -63,13 +64,14 @@ def generator_terms(
 ) -> tuple[Tensor, LossTerms]:
     """The autoencoder's loss (b,) of a micro-batch, which is this slice of the batch, and what it is made of, without the
     weights: last the bottleneck's term, KL or of a codebook its commitment. The discriminator is frozen here. Gradients of an
-    adaptive weight are measured, and the micro-batch's codes are counted."""
+    adaptive weight are measured, and the micro-batch's codes are counted. The `targets` of the reconstruction are the `images`
+    themselves, or the transformed ones; then its term is called `equivariance`."""
     kind, autocast = stage_cfg.reconstruction, adaptive.accelerator.autocast
-    loss_terms = {kind: losses.reconstruction_loss(kind, outputs.images, images)}
-    loss = loss_terms[kind]
+    loss = losses.reconstruction_loss(kind, outputs.images, targets)
+    loss_terms = {kind if targets is images else "equivariance": loss}
     if stage_cfg.perceptual is not None and perceptual is not None:
         with autocast():
-            loss_terms["perceptual"] = perceptual(outputs.images, images)
+            loss_terms["perceptual"] = perceptual(outputs.images, targets)
         loss = loss + stage_cfg.perceptual.weight * loss_terms["perceptual"]
     if adversarial is not None:
         discriminator.requires_grad_(False)

@@ -1,0 +1,87 @@
+"""Latents that turn with the image: the decoder gets the transformed latents and is held to the transformed image."""
+
+import math
+from dataclasses import dataclass
+
+import pydantic
+import torch
+from torch import Tensor
+
+from ..config import config, config_error
+from ..config.sizes import Sides
+from ..runtime.seeds import generator
+
+SHORTEST = 32  # px: the shortest side that the perceptual networks and the discriminator are given
+
+
+@config
+class EquivarianceTerm:
+    """In a share `probability` of the steps the stage's loss is that of D(tau(E(x))) and tau(x) in place of D(E(x)) and x. tau
+    is one transform for all images of a step: a scale between `min_scale` and 1, or, with `turns`, a quarter, half or three
+    quarter turn. A `min_scale` of 1 leaves turns alone.
+
+    EQ-VAE: Kouzelis et al. 2025, arXiv:2502.09509. Scales alone: Skorokhodov et al. 2025, arXiv:2502.14831.
+    """
+
+    probability: float = pydantic.Field(0.5, gt=0, le=1)
+    min_scale: float = pydantic.Field(0.25, gt=0, le=1)
+    turns: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "EquivarianceTerm":
+        if self.min_scale == 1 and not self.turns:
+            raise config_error("min_scale 1 without turns leaves no transform; set turns, or a smaller min_scale")
+        return self
+
+    def shorter_sides(self, side: int, smallest: int) -> range:
+        """What the shorter side of the latents, `side`, may become by a scale below 1, if it may not be below `smallest`."""
+        return range(max(math.ceil(self.min_scale * side), smallest), side)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """tau: `turns` quarter turns to the left or, without, what makes latents of the sides `old` (height, width) ones of the
+    sides `new`. Called with latents or images (B, C, H, W), whose sides are multiples of `old`, it gives them transformed."""
+
+    turns: int
+    old: Sides
+    new: Sides
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.turns:
+            return x.rot90(self.turns, (2, 3))
+        height, width = (side * new // old for side, old, new in zip(x.shape[2:], self.old, self.new, strict=True))
+        return area_means(x, (height, width))
+
+
+def draw_transform(term: EquivarianceTerm, sides: Sides, smallest: int, seed: int, step: int) -> Transform | None:
+    """The transform of a step, for latents of these `sides` (height, width), whose scaled sides are at least `smallest`; None
+    for a step without one. It is a function of (seed, step) and the sides.
+
+    The shorter side becomes any whole number that the scales allow, and the other one the nearest whole number to its share.
+    """
+    rng, choices = generator(seed, "equivariance", step), term.shorter_sides(min(sides), smallest)
+    kinds = ["scale"] * (len(choices) > 0) + ["turn"] * term.turns
+    if rng.random() >= term.probability or not kinds:
+        return None
+    if kinds[rng.integers(len(kinds))] == "turn":
+        return Transform(int(rng.integers(1, 4)), sides, sides)
+    side = int(rng.integers(choices.start, choices.stop))
+    height, width = (round(each * side / min(sides)) for each in sides)
+    return Transform(0, sides, (height, width))
+
+
+def area_means(x: Tensor, sides: Sides) -> Tensor:
+    """(B, C, H, W) -> (B, C, h, w): each new pixel is the mean of the area that it covers. Two products with matrices, so that
+    the gradient is the same to the bit on every device, unlike that of torch's own resizing."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (_shares(old, new).to(x) for old, new in zip(x.shape[2:], sides, strict=True))
+        return rows @ x @ columns.T
+
+
+def _shares(old: int, new: int) -> Tensor:
+    """(new, old) float64: the share of each of `old` pixels in each of the `new` ones that cover the same length."""
+    edges = torch.arange(new + 1, dtype=torch.float64)[:, None] * (old / new)
+    at = torch.arange(old, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:], at + 1) - torch.maximum(edges[:-1], at)
+    return overlap.clamp(min=0) * (new / old)
