@@ -230,6 +230,11 @@ class VAE(nn.Module):
         self.up = _Layers(up, recompute=spec.gradient_checkpointing)
         self.last = nn.Conv2d(widths[0], channels, 3, padding=1)
 
+    @property
+    def to_moments(self) -> nn.Conv2d:
+        """The encoder's last layer."""
+        return cast(nn.Conv2d, self.encoder.layers[-1])
+
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """mean and logvar (B, D, h, w) of the latents of images (B, C, H, W); no logvar with a codebook."""
         moments = self.encoder(images)

@@ -15,6 +15,7 @@ from ..data import ImageConfig
 from ..data.buckets import Buckets, make_buckets
 from ..models import DiscriminatorConfig, VAEConfig
 from ..runtime.stream import BatchPlan, plan_batch
+from .alignment import AlignmentTerm
 from .config import TrainConfig
 from .equivariance import SHORTEST, EquivarianceTerm, Transform, draw_transform
 from .optimizer import OptimizerConfig, Schedule, learning_rate
@@ -52,6 +53,7 @@ class StageConfig:
     adversarial: AdversarialTerm | None = None
     perceptual: PerceptualTerm | None = None
     equivariance: EquivarianceTerm | None = None
+    alignment: AlignmentTerm | None = None
     tanh: bool = False
     lr: float | None = pydantic.Field(None, gt=0)
     schedule: Schedule | None = None
@@ -118,6 +120,8 @@ class Stage:
         if adversarial is not None:
             adaptive = " adaptive" if adversarial.adaptive else ""
             terms += f" + {adversarial.weight:g}{adaptive} adversarial from step {self.adversary_from}"
+        if self.config.alignment is not None:
+            terms += f" + {self.config.alignment.weight:g}{' adaptive' * self.config.alignment.adaptive} alignment"
         if self.config.equivariance is not None:
             terms += f", {self.config.equivariance.probability:g} of the steps transformed"
         place = f"stage {self.number} of {stages}: steps {self.first} to {self.end}, {describe_size(self.image.size)}"

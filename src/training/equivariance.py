@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 import pydantic
-import torch
 from torch import Tensor
 
 from ..config import config, config_error
 from ..config.sizes import Sides
+from ..models.layers import area_means
 from ..runtime.seeds import generator
 
 SHORTEST = 32  # px: the shortest side that the perceptual networks and the discriminator are given
@@ -69,19 +69,3 @@ def draw_transform(term: EquivarianceTerm, sides: Sides, smallest: int, seed: in
     side = int(rng.integers(choices.start, choices.stop))
     height, width = (round(each * side / min(sides)) for each in sides)
     return Transform(0, sides, (height, width))
-
-
-def area_means(x: Tensor, sides: Sides) -> Tensor:
-    """(B, C, H, W) -> (B, C, h, w): each new pixel is the mean of the area that it covers. Two products with matrices, so that
-    the gradient is the same to the bit on every device, unlike that of torch's own resizing."""
-    with torch.autocast(x.device.type, enabled=False):
-        rows, columns = (_shares(old, new).to(x) for old, new in zip(x.shape[2:], sides, strict=True))
-        return rows @ x @ columns.T
-
-
-def _shares(old: int, new: int) -> Tensor:
-    """(new, old) float64: the share of each of `old` pixels in each of the `new` ones that cover the same length."""
-    edges = torch.arange(new + 1, dtype=torch.float64)[:, None] * (old / new)
-    at = torch.arange(old, dtype=torch.float64)
-    overlap = torch.minimum(edges[1:], at + 1) - torch.maximum(edges[:-1], at)
-    return overlap.clamp(min=0) * (new / old)
