@@ -12,8 +12,10 @@ from torch import Tensor
 import train_vae
 from src.config import UserError, load, validate
 from src.doctor import needs
+from src.doctor.own_script import shrink
 from src.losses import Teacher, TeacherConfig, alignment_loss
 from src.models.vae import VAE, VAEConfig
+from src.runtime.launch import MachineConfig
 from src.training.alignment import BLOCK, Aligner, AlignmentTerm
 from src.training.ema import EMA, EMAConfig
 from src.training.optimizer import OptimizerConfig, build_optimizer
@@ -129,6 +131,14 @@ def test_the_doctor_looks_for_the_teacher() -> None:
     assert verdict.status == "fail" and "timm has no network" in verdict.found
     cfg = load(ROOT / "configs/smoke/vae.json", train_vae.Config, [])
     assert "no stage asks" in needs.teacher(cfg).found
+
+
+def test_the_doctor_trains_turned_latents_without_a_teacher(tmp_path: Path) -> None:
+    stage = '{"steps": 1, "alignment": {}, "adversarial": {}, "equivariance": {"turns": false}}'
+    cfg = load(ROOT / "configs/smoke/vae.json", train_vae.Config, [f"stages=[{stage}]", "image.size=64"])
+    small: Any = shrink(cfg, tmp_path, MachineConfig(), 4, 2)
+    (stage_cfg,) = small.stages
+    assert stage_cfg.alignment is None and stage_cfg.equivariance.turns and small.image.size == 32
 
 
 # ---------------------------------------------------------------------------------------------- features that are kept
