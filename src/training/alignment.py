@@ -3,33 +3,17 @@
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..config import config
 from ..runtime.stream import to_network
+from .latent_terms import AlignmentTerm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BLOCK = 8  # images that the teacher takes at a time, always so many, so that features are a function of the image alone
-
-
-@config
-class AlignmentTerm:
-    """The distance of the latents to the features of config.teacher, times `weight`; cosines above 1 - `margin`, and distances
-    of pairs below `distance_margin`, cost nothing. `adaptive` multiplies it by the ratio of the reconstruction's and its own
-    gradients at the encoder's last layer, as the paper does, for one more pass back through the decoder.
-
-    VA-VAE: Yao et al. 2025, arXiv:2501.01423.
-    """
-
-    weight: float = pydantic.Field(0.1, gt=0)
-    margin: float = pydantic.Field(0.5, ge=0, lt=2)
-    distance_margin: float = pydantic.Field(0.25, ge=0, lt=2)
-    adaptive: bool = False
 
 
 class Aligner:

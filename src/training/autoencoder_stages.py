@@ -15,9 +15,8 @@ from ..data import ImageConfig
 from ..data.buckets import Buckets, make_buckets
 from ..models import DiscriminatorConfig, VAEConfig
 from ..runtime.stream import BatchPlan, plan_batch
-from .alignment import AlignmentTerm
 from .config import TrainConfig
-from .equivariance import SHORTEST, EquivarianceTerm, Transform, draw_transform
+from .latent_terms import SHORTEST, AlignmentTerm, EquivarianceTerm, Transform, check_scales, draw_transform
 from .optimizer import OptimizerConfig, Schedule, learning_rate
 
 
@@ -199,14 +198,9 @@ def bucket_stages(cfg: StagedConfig, stages: Sequence[Stage], sides: NDArray[np.
                 f"stages.{stage.number - 1}: images of {describe_size(smallest.size)}, a bucket, leave the discriminator no "
                 "patch; use a larger size, a smaller image.aspect.max_ratio, or fewer discriminator.layers"
             )
-        term, (height, width) = stage.config.equivariance, smallest.sides
-        shorter = min(height, width) // cfg.model.factor
-        if term is not None and not term.turns and not term.shorter_sides(shorter, stage.smallest):
-            raise UserError(
-                f"stages.{stage.number - 1}.equivariance: images of {describe_size(smallest.size)} have no scale from "
-                f"{term.min_scale:g} to below 1 that leaves sides of {stage.smallest * cfg.model.factor} px; set turns, or use "
-                "larger images"
-            )
+        if stage.config.equivariance is not None:
+            where = f"stages.{stage.number - 1}.equivariance"
+            check_scales(stage.config.equivariance, where, smallest.sides, stage.smallest, cfg.model.factor)
     return all_buckets
 
 

@@ -16,8 +16,9 @@ from src.doctor.own_script import shrink
 from src.losses import Teacher, TeacherConfig, alignment_loss
 from src.models.vae import VAE, VAEConfig
 from src.runtime.launch import MachineConfig
-from src.training.alignment import BLOCK, Aligner, AlignmentTerm
+from src.training.alignment import BLOCK, Aligner
 from src.training.ema import EMA, EMAConfig
+from src.training.latent_terms import AlignmentTerm
 from src.training.optimizer import OptimizerConfig, build_optimizer
 from src.training.state import TrainState
 from tests.conftest import ROOT, randomise

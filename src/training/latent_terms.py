@@ -1,4 +1,4 @@
-"""Latents that turn with the image: the decoder gets the transformed latents and is held to the transformed image."""
+"""Terms of a stage about its latents: they turn with the image, or are aligned to the features of a frozen network."""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pydantic
 from torch import Tensor
 
-from ..config import config, config_error
-from ..config.sizes import Sides
+from ..config import UserError, config, config_error
+from ..config.sizes import Sides, describe_size
 from ..models.layers import area_means
 from ..runtime.seeds import generator
 
@@ -36,6 +36,21 @@ class EquivarianceTerm:
     def shorter_sides(self, side: int, smallest: int) -> range:
         """What the shorter side of the latents, `side`, may become by a scale below 1, if it may not be below `smallest`."""
         return range(max(math.ceil(self.min_scale * side), smallest), side)
+
+
+@config
+class AlignmentTerm:
+    """The distance of the latents to the features of config.teacher, times `weight`; cosines above 1 - `margin`, and distances
+    of pairs below `distance_margin`, cost nothing. `adaptive` multiplies it by the ratio of the reconstruction's and its own
+    gradients at the encoder's last layer, as the paper does, for one more pass back through the decoder.
+
+    VA-VAE: Yao et al. 2025, arXiv:2501.01423.
+    """
+
+    weight: float = pydantic.Field(0.1, gt=0)
+    margin: float = pydantic.Field(0.5, ge=0, lt=2)
+    distance_margin: float = pydantic.Field(0.25, ge=0, lt=2)
+    adaptive: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,3 +84,13 @@ def draw_transform(term: EquivarianceTerm, sides: Sides, smallest: int, seed: in
     side = int(rng.integers(choices.start, choices.stop))
     height, width = (round(each * side / min(sides)) for each in sides)
     return Transform(0, sides, (height, width))
+
+
+def check_scales(term: EquivarianceTerm, where: str, sides: Sides, smallest: int, factor: int) -> None:
+    """A UserError where images of these `sides` (height, width) have no transform: turns are off, and no scale leaves latents,
+    `factor` times smaller, sides of `smallest`."""
+    if not term.turns and not term.shorter_sides(min(sides) // factor, smallest):
+        raise UserError(
+            f"{where}: images of {describe_size(sides)} have no scale from {term.min_scale:g} to below 1 that leaves sides of "
+            f"{smallest * factor} px; set turns, or use larger images"
+        )

@@ -14,7 +14,7 @@ from src.data.transforms import AspectConfig
 from src.models.layers import area_means
 from src.models.vae import VAE, VAEConfig
 from src.training.autoencoder_stages import bucket_stages, plan_stages
-from src.training.equivariance import EquivarianceTerm, Transform, draw_transform
+from src.training.latent_terms import EquivarianceTerm, Transform, draw_transform
 from tests.conftest import randomise
 from tests.training.test_autoencoder_stages import config_of
 
