@@ -24,6 +24,7 @@ from src.runs.autoencoder import start_from
 from src.runtime.launch import accumulating, start, warm_up_ddp
 from src.runtime.seeds import normal, torch_seed
 from src.runtime.stream import StepOrder, image_examples, stream, to_network
+from src.training.alignment import Aligner
 from src.training.autoencoder_stages import Guard, GuardConfig, StagedConfig, bucket_stages, plan_stages, stage_warnings
 from src.training.ema import EMA, EMAConfig
 from src.training.entry import run_training
@@ -41,6 +42,7 @@ class Config(StagedConfig):
 
     data: Sources
     perceptual: losses.PerceptualConfig = losses.PerceptualConfig()
+    teacher: losses.TeacherConfig = losses.TeacherConfig()
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, betas=(0.5, 0.9))
     ema: EMAConfig = EMAConfig(half_life_images=10_000)
     guard: GuardConfig = GuardConfig()
@@ -50,6 +52,8 @@ class Config(StagedConfig):
     def _fits(self) -> "Config":
         if self.perceptual.network == "random" and not self.name.startswith("smoke"):
             raise config_error("perceptual.network: 'random' is for smoke tests; use efficientnet_lite0, vgg, alex or squeeze")
+        if self.teacher.network == "random" and not self.name.startswith("smoke"):
+            raise config_error("teacher.network: 'random' is for smoke tests; use efficientnet_lite0 or timm:NAME")
         return self
 
 
@@ -84,9 +88,13 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     if any(stage.config.perceptual is not None for stage in stages):
         sizes = [spec.size for of_stage in buckets for spec in of_stage.specs]
         perceptual = losses.Perceptual(cfg.perceptual, sizes=sizes).to(device, dtype)
-    bare = build_optimizer(network, cfg.optimizer), build_optimizer(discriminator, cfg.discriminator_optimizer)
-    ema = EMA(network, cfg.ema)
-    train_state = TrainState(network, bare[0], ema, adversary=(discriminator, bare[1]))
+    aligner, trained_networks = None, torch.nn.ModuleList([network])
+    if any(stage.config.alignment is not None for stage in stages):
+        aligner = Aligner(cfg.teacher, cfg.model.latent_channels, device, dtype)
+        trained_networks.append(aligner.projection)
+    bare = build_optimizer(trained_networks, cfg.optimizer), build_optimizer(discriminator, cfg.discriminator_optimizer)
+    ema, projection = EMA(network, cfg.ema), aligner.projection if aligner is not None else None
+    train_state = TrainState(network, bare[0], ema, adversary=(discriminator, bare[1]), projection=projection)
 
     # Go on where the run was.
     session = Session(cfg, accelerator, run_dir, train_state, facts, stages[-1].end, run_mode, stop_at)
@@ -102,13 +110,21 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     seed = torch_seed(cfg.seed, "rollback", guard.rollbacks) if guard.rollbacks else cfg.seed
     shrink, adaptive_value = cfg.guard.shrink**guard.rollbacks, session.progress.get("adaptive_weight", 0.0)
     adaptive = AdaptiveWeight(network.last.weight, accelerator, adaptive_value, shrink)
+    alignment_value = session.progress.get("alignment_weight", 0.0)
+    alignment_weight = AdaptiveWeight(network.to_moments.weight, accelerator, alignment_value)
     critics = {"perceptual": perceptual, "discriminator": discriminator, "adaptive": adaptive}
+    critics |= {"aligner": aligner, "alignment_weight": alignment_weight}
     model, discriminator_ddp, optimizer, discriminator_optimizer = accelerator.prepare(network, discriminator, *bare)
     stages_left = [stage for stage in stages if session.step < stage.end] or stages[-1:]
     image = buckets[stages_left[0].number - 1].most_frequent
     blank = torch.zeros(1, *image.shape, device=device, dtype=dtype)
-    warm_up_ddp(accelerator, model, blank, blank.new_zeros(1, *cfg.model.latent_shape(image.size)))
+    blank_latents = blank.new_zeros(1, *cfg.model.latent_shape(image.size))
+    warm_up_ddp(accelerator, model, blank, blank_latents)
     warm_up_ddp(accelerator, discriminator_ddp, blank)
+    generators = torch.nn.ModuleList([model])  # what the generator's loss trains
+    if aligner is not None:
+        generators.append(aligner.prepare(accelerator))
+        warm_up_ddp(accelerator, generators[1], blank_latents)
     session.begin(train_set, held_out, [stage.batch_plan for stage in stages_left], warnings)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
@@ -135,30 +151,36 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         # Train.
         model.train()
         while session.step < stage.end:
-            # Draw the latents' noise for the whole batch; each process takes its slice below.
+            # Draw the latents' noise for the whole batch, of which each process takes its slice below, and their transform.
             step = session.step
             adversarial = stage.adversary_at(step)
             noise_shape = (batch_plan.batch, *cfg.model.latent_shape(order.spec_at(step).size))
             noise = normal(noise_shape, seed, "noise", step, device=device, dtype=dtype)
             codes = CodebookStep(network.codebook, noise_shape, seed, step) if network.codebook is not None else None
+            transform = stage.transform_at(step, noise_shape[2:], seed)
 
             # Gradients: every loss is its sum over the micro-batch times the number of processes over the batch.
             for part in range(batch_plan.accumulation):
                 micro_batch, local_slice = next(batches), batch_plan.of_step(part)
                 images = to_network(micro_batch.images, device, dtype)
-                with accumulating(accelerator, model, part, batch_plan.accumulation):
-                    outputs = model(images, noise[local_slice])
-                    loss, loss_terms = generator_terms(outputs, images, stage_cfg, adversarial, codes, local_slice, **critics)
+                targets = images if transform is None else transform(images)
+                features = None
+                if aligner is not None and stage_cfg.alignment is not None:
+                    features = aligner.features(micro_batch.images)
+                with accumulating(accelerator, generators, part, batch_plan.accumulation):
+                    outputs = model(images, noise[local_slice], transform)
+                    of_part = stage_cfg, adversarial, codes, features, local_slice
+                    loss, loss_terms = generator_terms(outputs, images, targets, *of_part, **critics)
                     accelerator.backward(loss.sum() * (batch_plan.world / batch_plan.batch))
                 if adversarial is not None:
                     with accumulating(accelerator, discriminator_ddp, part, batch_plan.accumulation):
-                        loss_terms |= discriminator_terms(discriminator_ddp, adversarial, images, outputs.images)
+                        loss_terms |= discriminator_terms(discriminator_ddp, adversarial, targets, outputs.images)
                         accelerator.backward(loss_terms["discriminator"].sum() * (batch_plan.world / batch_plan.batch))
                 sums = {name: values.sum() for name, values in loss_terms.items()}
                 session.meter.add(batch_plan.micro, loss=loss.sum(), **sums)
 
             # Update both, or, where a gradient is not finite, neither. The EMA takes in the step before.
-            norm = clip_gradients(accelerator, model, cfg.optimizer)
+            norm = clip_gradients(accelerator, generators, cfg.optimizer)
             discriminator_norm = norm.new_zeros(())
             if adversarial is not None:
                 discriminator_norm = clip_gradients(accelerator, discriminator_ddp, cfg.discriminator_optimizer)
@@ -168,6 +190,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
                 update(discriminator_optimizer, discriminator_rate_at(step), norm + discriminator_norm)
             is_finite = torch.isfinite(norm + discriminator_norm)
             adaptive.update(is_finite)
+            alignment_weight.update(is_finite)
             if codes is not None:
                 codes.update(accelerator, is_finite)
             session.end_step(is_finite)
@@ -180,6 +203,8 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
             if values and adversarial is not None:
                 adaptive_weight = {"adaptive_weight": float(adaptive.value)} if adversarial.adaptive else {}
                 values |= {"discriminator_grad_norm": float(discriminator_norm), **adaptive_weight}
+            if values and stage_cfg.alignment is not None and stage_cfg.alignment.adaptive:
+                values |= {"alignment_weight": float(alignment_weight.value)}
             if session.is_due("preview"):
                 session.clock.enter("a preview")
                 measured = measure(sheet=session.run.samples / f"step_{session.step:08d}.png")
@@ -199,6 +224,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
                     return session.roll_back(guard.back_to, guard=replace(guard, rollbacks=guard.rollbacks + 1).saved())
             keep = is_best or (cfg.guard.rollback and guard.healthy_step == session.step)
             progress = {"tanh": tanh, "guard": guard.saved(), "adaptive_weight": float(adaptive.value)}
+            progress |= {"alignment_weight": float(alignment_weight.value)} if aligner is not None else {}
             if session.save(keep=keep, **progress) and adversarial is None:
                 guard.saved_before(session.step)
             if session.should_stop:

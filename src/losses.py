@@ -3,23 +3,27 @@
 Every function gives one number per image, (B,), so that a batch may be split into any parts.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import UserError, config
+from .config import UserError, config, config_error, resumable_field
 from .config.packages import needed
 from .config.sizes import Sides, describe_size, sides_of
-from .models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions
+from .models.layers import area_means
+from .models.pretrained import efficientnet_lite0, find_weights, import_torchvision, random_convolutions, timm_network
 from .storage.weight_files import put_weights, read_weights
 
 AdversarialKind = Literal["hinge", "vanilla"]
+PAIRED_SIDE = 16  # the most areas down and across of which an alignment compares all pairs
 LPIPS_BACKBONES = {"vgg": "VGG16_Weights", "alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 
 
@@ -42,6 +46,28 @@ def commitment_loss(mean: Tensor, vectors: Tensor) -> Tensor:
     """The mean squared distance of the encoder's output to its codes' vectors, (B, D, h, w) twice -> (B,); gradients reach
     the encoder alone (Eq. 3, arXiv:1711.00937)."""
     return (mean - vectors.detach()).square().flatten(1).mean(1)
+
+
+def alignment_loss(latents: Tensor, projected: Tensor, features: Tensor, margin: float, distance_margin: float) -> Tensor:
+    """How far latents z (B, D, h, w) are from features f (B, F, h', w') of their images, which are resized to h x w: (B,), the
+    mean over positions i of relu(1 - margin - cos(z'_i, f_i)), z' = `projected` (B, F, h, w), and over pairs of them i, j of
+    relu(|cos(z_i, z_j) - cos(f_i, f_j)| - distance_margin). Pairs are of at most 16 x 16 areas, of which z and f are the means.
+
+    Marginal cosine and distance matrix similarity, Yao et al. 2025, arXiv:2501.01423. No gradient reaches the features.
+    """
+    sides = latents.shape[2:]
+    resized = F.interpolate(features.detach(), sides, mode="bilinear", align_corners=False, antialias=True)
+    points = F.relu(1 - margin - (_unit(projected) * _unit(resized)).sum(1)).flatten(1).mean(1)
+    areas = [min(side, PAIRED_SIDE) for side in sides]
+    ours, theirs = (_cosines(area_means(each, areas)) for each in (latents, resized))
+    return points + F.relu((ours - theirs).abs() - distance_margin).flatten(1).mean(1)
+
+
+def _cosines(values: Tensor) -> Tensor:
+    """(B, F, h, w) -> the cosine of each two positions, (B, h w, h w)."""
+    with torch.autocast(values.device.type, enabled=False):
+        unit = _unit(values).flatten(2)
+        return unit.transpose(1, 2) @ unit
 
 
 def generator_loss(kind: AdversarialKind, fake: Tensor) -> Tensor:
@@ -88,7 +114,8 @@ class Perceptual(nn.Module):
         if spec.network in LPIPS_BACKBONES:
             self.network = _lpips(spec)
         else:
-            self.network = _RandomFeatures() if spec.network == "random" else _EfficientNet(spec)
+            why = f"perceptual.network {spec.network!r}"
+            self.network = _RandomFeatures() if spec.network == "random" else _EfficientNet(spec.weights, why)
         self.eval().requires_grad_(False)
         for size in sizes:
             self._check(size)
@@ -150,12 +177,84 @@ def _lpips(spec: PerceptualConfig) -> nn.Module:
     return network
 
 
+@config
+class TeacherConfig:
+    """The frozen network that latents are aligned to: `efficientnet_lite0`, whose weights a package brings, or `timm:NAME`,
+    whose weights are fetched once where there is a network, or are in the file `weights`. Each process keeps the features of
+    the images that it has seen in up to `cache_gib` of memory.
+
+    `random` is for tests.
+    """
+
+    network: str = "efficientnet_lite0"
+    weights: str | None = None
+    cache_gib: float = resumable_field(1.0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "TeacherConfig":
+        if self.network not in ("efficientnet_lite0", "random") and not self.network.startswith("timm:"):
+            raise config_error(f"network: {self.network!r} is not known; allowed: efficientnet_lite0, timm:NAME")
+        return self
+
+
+class Teacher(nn.Module):
+    """forward(images (B, 1 or 3, H, W) in [-1, 1]) -> features (B, `channels`, h, w), float32, without a gradient. Frozen.
+
+    The images are resized to the network's own square. Of EfficientNet-Lite0 the features are the 112 channels at 14 x 14; of a
+    network of timm its last ones, those of the patches where it is a transformer. A UserError where there are none.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: TeacherConfig) -> None:
+        super().__init__()
+        self.spec, self.size, mean, std = spec, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        why, option = f"teacher.network {spec.network!r}", "teacher.weights"
+        if spec.network == "random":
+            self.network, self.size = random_convolutions(), 32
+        elif spec.network == "efficientnet_lite0":
+            self.network = _EfficientNet(spec.weights, why)
+        else:
+            name, otherwise = spec.network.removeprefix("timm:"), "efficientnet_lite0 needs none"
+            self.network, self.size, mean, std = timm_network(name, spec.weights, why, option=option, otherwise=otherwise)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.eval().requires_grad_(False)
+        shape = self(torch.zeros(1, 3, self.size, self.size)).shape
+        if len(shape) != 4:
+            raise UserError(f"{why} has no features at places of the image; use a convolutional network or a transformer")
+        self.channels = shape[1]
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            images, sides = images.float().expand(-1, 3, -1, -1), (self.size, self.size)
+            x = F.interpolate(images, sides, mode="bilinear", align_corners=False, antialias=True)
+            x = ((x + 1) / 2 - self.mean) / self.std
+            if self.spec.network == "random":
+                return self.network(x)
+            return self.network(x)[4] if isinstance(self.network, _EfficientNet) else self._of_timm(x)
+
+    def _of_timm(self, x: Tensor) -> Tensor:
+        network: Any = self.network
+        features, channels = network.forward_features(x), network.num_features
+        if features.ndim == 3:  # (B, tokens, F), the first ones of no place
+            features = features[:, getattr(network, "num_prefix_tokens", 0) :]
+            side = math.isqrt(features.shape[1])
+            return features.transpose(1, 2).unflatten(2, (side, side)) if side**2 == features.shape[1] else features
+        return features.movedim(3, 1) if features.ndim == 4 and features.shape[1] != channels else features
+
+
 class _EfficientNet(nn.Module):
     """EfficientNet-Lite0's features at the end of each of its seven widths; its ImageNet weights come with a package."""
 
-    def __init__(self, spec: PerceptualConfig) -> None:
+    def __init__(self, weights: str | None, key: str) -> None:
         super().__init__()
-        network = efficientnet_lite0(spec.weights, "perceptual.network 'efficientnet_lite0'")
+        network = efficientnet_lite0(weights, key)
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = network._blocks
         widths = [*(block._project_conv.out_channels for block in network._blocks), 0]

@@ -59,6 +59,7 @@ EXEMPT = {
     Value("PairedCondition", "column", "*"): "it belongs to the data, and partners are part of its fingerprint; tests/data",
     Value("PairedCondition", "channels", "*"): "it belongs to the data, and partners are part of its fingerprint; tests/data",
     Value("PerceptualConfig", "weights", "*"): "a file of the same weights",
+    Value("TeacherConfig", "weights", "*"): "a file of the same weights",
     Value("PerceptualConfig", "network", "alex"): "it is frozen, and LPIPS on vgg stands for it",
     Value("PerceptualConfig", "network", "squeeze"): "it is frozen, and LPIPS on vgg stands for it",
     Value("GuardConfig", "rollback", "True"): "tests/test_latent_scripts.py goes back, and tests/test_soak.py kills such runs",
@@ -317,12 +318,20 @@ def _variants() -> Iterator[Job]:
         "optimizer.schedule": {"kind": "one_cycle", "anneal_strategy": "linear", "three_phase": True},
         "process.time_input": {"kind": "t", "scale": 1000.0}, "process.loss.weighting": {"kind": "edm"},
     } | _drawn_from("paired", side="left", channels=1))  # fmt: skip
+    turned = {"equivariance": {"probability": 0.9}, "alignment": {"adaptive": True}}
     stages = [
-        {"steps": STAGE_STEPS, "schedule": {"kind": "cosine"}, "reconstruction": "mse"},
-        {"steps": STAGE_STEPS, "adversarial": {"weight": 0.1, "adaptive": True}},
+        {"steps": STAGE_STEPS, "schedule": {"kind": "cosine"}, "reconstruction": "mse", "equivariance": {"turns": False}},
+        {"steps": STAGE_STEPS, "adversarial": {"weight": 0.1, "adaptive": True}} | turned,
     ]
     vq = {"kind": "vq", "codes": 16}
-    plain = {"dtype": "float64", "deterministic": True, "stages": stages, "image.channels": 1, "image.crop": "random"}
+    plain = {
+        "dtype": "float64",
+        "deterministic": True,
+        "stages": stages,
+        "teacher.network": "random",
+        "image.channels": 1,
+        "image.crop": "random",
+    }
     buckets = {"data": _of_many_shapes(), "image.aspect": _ASPECT}
     yield smoke("vae", 1, plain | linear | buckets | {
         "model.bottleneck": vq, "model.attention": ["none", "full"], "model.mid_attention": "none", "model.head_channels": 8,
@@ -330,8 +339,9 @@ def _variants() -> Iterator[Job]:
     })  # fmt: skip
     strided = {"model.downsample": "conv", "model.upsample": "transposed"}
     yield smoke("vae", 2, strided | {"mixed_precision": "bf16", "discriminator_optimizer.muon": {}})
-    vgg = {"perceptual": {"network": "vgg", "weights": WEIGHTS}, "image.size": 32, "stages": [stages[1] | {"perceptual": {}}]}
-    yield smoke("vae", 3, vgg | {"model.mid_attention": "full"})
+    vgg = {"perceptual": {"network": "vgg", "weights": WEIGHTS}, "image.size": 32, "teacher.network": "random"}
+    of_vgg = [stages[1] | {"perceptual": {}, "alignment": {}}]
+    yield smoke("vae", 3, vgg | {"model.mid_attention": "full", "stages": of_vgg})
     yield smoke("ldm", 1, _PLAIN | linear | buckets | {
         "times": _TIMES, "image.channels": 1, "class_conditional": True,
         "augmentation": {"flips": False, "probability": 0.5, "copies": 2},

@@ -82,20 +82,29 @@ def test_an_autoencoder_on_one_process_and_two_is_equal_to_the_bit(vae_run: Path
 
 
 def test_gradients_of_both_networks_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    """Adam's moments after the first steps are the gradients, with a fixed weight and with an adaptive one."""
+    """Adam's moments after the first steps are the gradients, with a fixed weight and with an adaptive one, with transformed
+    latents and aligned ones."""
     adversarial = {"weight": 0.2}
     stages = [
         {"steps": 3, "adversarial": adversarial},
-        {"steps": 3, "adversarial": adversarial | {"adaptive": True}, "perceptual": {"weight": 0.5}, "tanh": True},
+        {"steps": 3, "adversarial": adversarial | {"adaptive": True}, "perceptual": {"weight": 0.5}, "tanh": True}
+        | {"equivariance": {"probability": 0.9}, "alignment": {"adaptive": True}},
     ]
     exact = {"dtype": "float64", "stages": stages, "checkpoint__every": 1, "checkpoint__keep": 9, "preview__num_measured": 4}
-    for processes, micro in ((1, 16), (2, 4)):
-        done = train_vae(tmp_path / str(processes), processes=processes, micro_batch_size=micro, **exact)
+    exact |= {"teacher__network": "random"}
+    splits = {"1": (1, 16), "2": (2, 4), "parts of one": (1, 8), "parts of two": (2, 8)}
+    for name, (processes, micro) in splits.items():
+        done = train_vae(tmp_path / name, processes=processes, micro_batch_size=micro, **exact)
         assert done.status == 0 and f"= {processes} x cpu x {16 // processes // micro} x {micro}\n" in done.out, done.all
+    kills.same_end(tmp_path / "parts of one", tmp_path / "parts of two")
+    last = metrics(tmp_path / "1")[-1]
+    assert last["equivariance"] > 0 and 0 < last["alignment"] < 3 and last["alignment_weight"] > 0
+    assert "projection.safetensors" not in {path.name for path in (tmp_path / "1" / "final").iterdir()}
     for step in range(1, 7):
-        for name in ("optimizer", "discriminator_optimizer", "model", "discriminator"):
+        names = ["optimizer", "discriminator_optimizer", "model", "discriminator", "projection"]
+        for name in names + ["projection_optimizer"] * (step > 3):
             one, two = (ended(tmp_path / processes, step, name) for processes in "12")
-            assert one.keys() == two.keys() and len(one) > 10
+            assert one.keys() == two.keys() and (len(one) > 10 or name.startswith("projection"))
             for key, value in one.items():
                 assert value.dtype == torch.float64 or key.endswith("/step")
                 torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9, msg=f"{step} {name} {key}")

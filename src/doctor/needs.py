@@ -111,6 +111,19 @@ def perceptual(cfg: Any) -> Verdict:
     return backbone_weights(cfg.perceptual.network, cfg.perceptual.weights, required=True)
 
 
+def teacher(cfg: Any) -> Verdict:
+    """The network that latents are aligned to."""
+    if all(stage.alignment is None for stage in cfg.stages) or cfg.teacher.network == "random":
+        return Verdict("pass", "no stage asks for a network's weights")
+    from ..losses import Teacher
+
+    try:
+        Teacher(cfg.teacher)
+    except UserError as error:
+        return Verdict("fail", str(error), "name a file with --set teacher.weights=FILE")
+    return Verdict("pass", f"{cfg.teacher.network} is here and whole")
+
+
 def count_parameters(cfg: Any) -> tuple[int, int]:
     """Of the network and, of an autoencoder's config, its adversary; a latent network is counted at 4 channels."""
     from ..models import VAE, Discriminator, build_model
@@ -172,4 +185,6 @@ def checks(cfg: Any, folder: Path, local_world: int, world: int, bucket: str | N
         chosen["autoencoder"] = partial(autoencoder, cfg, bucket)
     if hasattr(cfg, "perceptual"):
         chosen["perceptual loss"] = partial(perceptual, cfg)
+        if any(stage.alignment is not None for stage in cfg.stages):
+            chosen["teacher"] = partial(teacher, cfg)
     return chosen | {"free space": partial(room, cfg, folder), "shared memory": partial(loader, cfg, local_world)}

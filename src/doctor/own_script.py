@@ -39,8 +39,8 @@ LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCH
 
 def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: int, micro_batch_size: int) -> TrainConfig:
     """The config for `STEPS` steps (of an autoencoder as many in all of its stages) with the network's kind, the optimizer and
-    the losses as they are, but the perceptual one, which needs weights. An autoencoder that the config names is replaced by a
-    random one in `folder`. Its checkpoints are kept all."""
+    the losses as they are, but the perceptual one and the alignment, which need weights. An autoencoder that the config names
+    is replaced by a random one in `folder`. Its checkpoints are kept all."""
     network = "classifier" if hasattr(cfg, "classifier") else "model"
     small = _small_network(getattr(cfg, network))
     changes: dict[str, Any] = {field.name: getattr(machine, field.name) for field in fields(machine)}
@@ -67,8 +67,12 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
     if isinstance(cfg, BlendConfig) and not isinstance(cfg.source, GaussianSource):
         changes["source"] = source
     if isinstance(cfg, StagedConfig):
-        plain = {"perceptual": None, "image_size": None, "batch_size": None, "micro_batch_size": None}
-        changes["stages"] = tuple(replace(stage, **plain) for stage in short_stages(cfg, -(-STEPS // len(cfg.stages))))
+        plain = {"perceptual": None, "alignment": None, "image_size": None, "batch_size": None, "micro_batch_size": None}
+        stages = short_stages(cfg, -(-STEPS // len(cfg.stages)))
+        turned = (stage.equivariance and replace(stage.equivariance, turns=True) for stage in stages)  # no scale is left
+        changes["stages"] = tuple(
+            replace(stage, equivariance=term, **plain) for stage, term in zip(stages, turned, strict=True)
+        )
         changes["image"] = replace(cfg.image, size=max(32, small.factor), aspect=None)
         changes["discriminator"] = replace(cfg.discriminator, base_channels=8, layers=min(2, cfg.discriminator.layers))
     return rehearsal_config(cfg, save_every=1, **changes)

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..models.pretrained import efficientnet_lite0, find_weights, random_convolutions
-from ..storage.downloads import hub_reason
-from ..storage.finite import check_finite
-from ..storage.weight_files import put_weights, read_weights
+from ..models.pretrained import efficientnet_lite0, find_weights, random_convolutions, timm_network
+from ..storage.weight_files import read_weights
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -115,36 +113,10 @@ def _efficientnet_lite0(weights: str | None, options: FeatureOptions) -> Feature
 
 def _timm(network_name: str, weights: str | None, name: str, comparable: str, options: FeatureOptions) -> Features:
     """The pooled features of a network of timm, at its own size, mean and standard deviation."""
-    why = f"{options.features} {name}"
-    with needed(why, "timm", "torchvision"):
-        import timm
-        from timm.data.config import resolve_model_data_config
-
-    if not timm.is_model(network_name):
-        alike = timm.list_models(f"*{network_name.partition('.')[0].partition('_')[0]}*")[:8]
-        near = ", ".join(dict.fromkeys(model.partition(".")[0] for model in alike))
-        hint = f"; is it one of {near}?" if near else ""
-        raise UserError(f"{why}: timm has no network {network_name!r}{hint}")
-    dinov2 = "dinov2" in network_name  # the weights are for 518 px, and the paper's distance uses 224
-    settings: dict[str, Any] = {"num_classes": 0, **({"dynamic_img_size": True} if dinov2 else {})}
-    if weights is not None:
-        network = timm.create_model(network_name, **settings)
-        path = Path(weights).expanduser()
-        in_file = read_weights(path, options.weights)
-        put_weights(network, {key: in_file[key] for key in in_file if key in network.state_dict()}, path, options.weights)
-    else:
-        try:
-            network = timm.create_model(network_name, pretrained=True, **settings)
-        except Exception as error:  # of hub, network, cache, or a network that has none
-            reason = hub_reason(f"timm/{network_name}", error).partition(";")[0][:160]
-            raise UserError(
-                f"{why} needs weights that cannot be brought here ({reason}); name a safetensors file of them with "
-                f"{options.weights}; {options.features} {OTHERWISE}"
-            ) from None
-        check_finite(network.state_dict(), why)
-    data = resolve_model_data_config(network)
-    size = 224 if dinov2 else int(data["input_size"][-1])
-    mean, std = (torch.tensor(data[key])[:, None, None] * 255 for key in ("mean", "std"))
+    why, otherwise = f"{options.features} {name}", f"{options.features} {OTHERWISE}"
+    opened = timm_network(network_name, weights, why, option=options.weights, otherwise=otherwise)
+    network, size = opened.network, opened.size
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (opened.mean, opened.std))
 
     def extract(pixels: Tensor) -> Tensor:
         scaled = _resized(pixels, size)

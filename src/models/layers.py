@@ -1,7 +1,7 @@
 """The layers that the networks are built of."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -156,3 +156,19 @@ class Attention(nn.Module):
             mixed = q.softmax(dim=-1) @ context
         mixed = self.out(rearrange(mixed, "b heads n d -> b n (heads d)"))
         return x + rearrange(mixed, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+def area_means(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """(B, C, H, W) -> (B, C, h, w): each new pixel is the mean of the area that it covers. Two products with matrices, so that
+    the gradient is the same to the bit on every device, unlike that of torch's own resizing."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (_shares(old, new).to(x) for old, new in zip(x.shape[2:], sides, strict=True))
+        return rows @ x @ columns.T
+
+
+def _shares(old: int, new: int) -> Tensor:
+    """(new, old) float64: the share of each of `old` pixels in each of the `new` ones that cover the same length."""
+    edges = torch.arange(new + 1, dtype=torch.float64)[:, None] * (old / new)
+    at = torch.arange(old, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:], at + 1) - torch.maximum(edges[:-1], at)
+    return overlap.clamp(min=0) * (new / old)

@@ -1,16 +1,17 @@
-"""Networks that others trained and this project loads: torchvision's and EfficientNet-Lite0."""
+"""Networks that others trained and this project loads: torchvision's, EfficientNet-Lite0, and any of timm."""
 
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..storage.downloads import fetch_weights, how_to_bring
+from ..storage.downloads import fetch_weights, how_to_bring, hub_reason
+from ..storage.finite import check_finite
 from ..storage.weight_files import put_weights, read_weights
 
 
@@ -60,3 +61,46 @@ def efficientnet_lite0(weights: str | None, key: str) -> Any:
     network: Any = EfficientNet.from_name("efficientnet-lite0")
     put_weights(network, read_weights(Path(weights), key), Path(weights), key)
     return network
+
+
+class TimmNetwork(NamedTuple):
+    """A network of timm without its last layer, the side of the square images that it takes, and their mean and standard
+    deviation in [0, 1] by channel."""
+
+    network: Any
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def timm_network(name: str, weights: str | None, why: str, *, option: str, otherwise: str) -> TimmNetwork:
+    """The network `name` of timm with its own pretrained weights, or those of the file `weights`. A UserError begins with `why`
+    and names the `option` for that file, and `otherwise` another way."""
+    with needed(why, "timm", "torchvision"):
+        import timm
+        from timm.data.config import resolve_model_data_config
+
+    if not timm.is_model(name):
+        alike = timm.list_models(f"*{name.partition('.')[0].partition('_')[0]}*")[:8]
+        near = ", ".join(dict.fromkeys(model.partition(".")[0] for model in alike))
+        hint = f"; is it one of {near}?" if near else ""
+        raise UserError(f"{why}: timm has no network {name!r}{hint}")
+    dinov2 = "dinov2" in name  # the weights are for 518 px, and the paper's distance uses 224
+    settings: dict[str, Any] = {"num_classes": 0, **({"dynamic_img_size": True} if dinov2 else {})}
+    if weights is not None:
+        network = timm.create_model(name, **settings)
+        path = Path(weights).expanduser()
+        in_file = read_weights(path, option)
+        put_weights(network, {key: in_file[key] for key in in_file if key in network.state_dict()}, path, option)
+    else:
+        try:
+            network = timm.create_model(name, pretrained=True, **settings)
+        except Exception as error:  # of hub, network, cache, or a network that has none
+            reason = hub_reason(f"timm/{name}", error).partition(";")[0][:160]
+            raise UserError(
+                f"{why} needs weights that cannot be brought here ({reason}); name a safetensors file of them with "
+                f"{option}; {otherwise}"
+            ) from None
+        check_finite(network.state_dict(), why)
+    data = resolve_model_data_config(network)
+    return TimmNetwork(network, 224 if dinov2 else int(data["input_size"][-1]), tuple(data["mean"]), tuple(data["std"]))

@@ -1,5 +1,6 @@
 """The autoencoder: residual blocks and linear attention down to a small latent image, and back."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple, cast
 
 import pydantic
@@ -195,7 +196,10 @@ class Codebook(nn.Module):
 
 
 class VAE(nn.Module):
-    """forward(images (B, C, H, W), noise (B, D, h, w)) -> Reconstruction; h = H / factor.
+    """forward(images (B, C, H, W), noise (B, D, h, w), transform=None) -> Reconstruction; h = H / factor.
+
+    With a `transform` of (B, D, h, w) the decoder is given the transformed latents, and the images have their sides times the
+    factor; mean, logvar and codes are those before it.
 
     `tanh` bounds its images to (-1, 1). It is an attribute and no part of the architecture, since a later stage turns it on.
     """
@@ -226,6 +230,11 @@ class VAE(nn.Module):
         self.up = _Layers(up, recompute=spec.gradient_checkpointing)
         self.last = nn.Conv2d(widths[0], channels, 3, padding=1)
 
+    @property
+    def to_moments(self) -> nn.Conv2d:
+        """The encoder's last layer."""
+        return cast(nn.Conv2d, self.encoder.layers[-1])
+
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """mean and logvar (B, D, h, w) of the latents of images (B, C, H, W); no logvar with a codebook."""
         moments = self.encoder(images)
@@ -238,15 +247,20 @@ class VAE(nn.Module):
         images = self.last(self.up(h))
         return images.tanh() if self.tanh else images
 
-    def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
+    def forward(self, images: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor] | None = None) -> Reconstruction:
         mean, logvar = self.moments(images)
         codes = None
         if self.codebook is not None:
-            codes = self.codebook.nearest(mean)
-            z = mean + (self.codebook.look_up(codes).to(mean.dtype) - mean).detach()  # the gradient goes straight through
+            codes = of_z = self.codebook.nearest(mean)
+            z = mean
+            if transform is not None:  # before the codes are looked up, so that the decoder is given vectors of the codebook
+                z = transform(mean)
+                of_z = self.codebook.nearest(z)
+            z = z + (self.codebook.look_up(of_z).to(z.dtype) - z).detach()  # the gradient goes straight through
         else:
             assert logvar is not None
             z = mean + (0.5 * logvar).exp() * noise
+            z = z if transform is None else transform(z)
         return Reconstruction(self._draw(self.middle(z)), mean, logvar, codes)
 
     def decode(self, z: Tensor, tile: int | None = 64) -> Tensor:

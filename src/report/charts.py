@@ -36,7 +36,7 @@ class Group(NamedTuple):
 
 
 GROUPS = (
-    Group("loss", r"loss|l1|mse", log=True),
+    Group("loss", r"loss|l1|mse|equivariance", log=True),
     Group("quality: {}", r"frechet_.*|evaluation_.*", by_images=True, apart=True),
     Group("PSNR (dB)", r"psnr"),
     Group("SSIM", r"ssim"),
@@ -46,9 +46,9 @@ GROUPS = (
     Group("learning rate", r"(.*_)?lr"),
     Group("gradient norm", r"(.*_)?grad_norm", log=True),
     Group("images per second", r"images_per_second"),
-    Group("parts of the loss", r"perceptual|kl|commitment|vb", log=True),
+    Group("parts of the loss", r"perceptual|alignment|kl|commitment|vb", log=True),
     Group("adversary", r"adversarial|discriminator|discriminator_accuracy"),
-    Group("{}", r"adaptive_weight|code_perplexity|codes_used|colour_drift", apart=True),
+    Group("{}", r"adaptive_weight|alignment_weight|code_perplexity|codes_used|colour_drift", apart=True),
     Group("other", r".*", log=True),
 )
 

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -273,7 +273,14 @@ def undetermined(error: BaseException | None) -> str | None:
     return matched[1] if matched is not None else None
 
 
-def accumulating(accelerator: "Accelerator", model: torch.nn.Module, part: int, parts: int) -> AbstractContextManager[Any]:
+def accumulating(
+    accelerator: "Accelerator", model: torch.nn.Module | torch.nn.ModuleList, part: int, parts: int
+) -> AbstractContextManager[Any]:
     """Around the backward of micro-batch `part`: only the last one of a step averages gradients over the ranks. With FSDP each
-    does, for until then every card would hold the gradients whole."""
-    return accelerator.no_sync(model) if part < parts - 1 and not accelerator.is_fsdp2 else nullcontext()
+    does, for until then every card would hold the gradients whole. Of a list each module was prepared by itself."""
+    if part == parts - 1 or accelerator.is_fsdp2:
+        return nullcontext()
+    stack = ExitStack()
+    for module in model if isinstance(model, torch.nn.ModuleList) else [model]:
+        stack.enter_context(accelerator.no_sync(module))
+    return stack

@@ -16,6 +16,7 @@ from ..data.buckets import Buckets, make_buckets
 from ..models import DiscriminatorConfig, VAEConfig
 from ..runtime.stream import BatchPlan, plan_batch
 from .config import TrainConfig
+from .latent_terms import SHORTEST, AlignmentTerm, EquivarianceTerm, Transform, check_scales, draw_transform
 from .optimizer import OptimizerConfig, Schedule, learning_rate
 
 
@@ -50,6 +51,8 @@ class StageConfig:
     kl_weight: float = pydantic.Field(1e-4, ge=0)
     adversarial: AdversarialTerm | None = None
     perceptual: PerceptualTerm | None = None
+    equivariance: EquivarianceTerm | None = None
+    alignment: AlignmentTerm | None = None
     tanh: bool = False
     lr: float | None = pydantic.Field(None, gt=0)
     schedule: Schedule | None = None
@@ -72,7 +75,8 @@ class StagedConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage in steps of the run: `first` up to `end`; its adversary begins at step `adversary_from`, if at all."""
+    """A stage in steps of the run: `first` up to `end`; its adversary begins at step `adversary_from`, if at all. Latents that
+    are scaled for its equivariance have sides of at least `smallest`."""
 
     config: StageConfig
     number: int
@@ -82,6 +86,7 @@ class Stage:
     image: ImageConfig
     batch_plan: BatchPlan
     resolve: Callable[[int | Span], int]
+    smallest: int
 
     def rate(self, spec: OptimizerConfig) -> Callable[[int], float]:
         """step of the run -> the autoencoder's learning rate: the schedule starts anew in each stage."""
@@ -100,6 +105,11 @@ class Stage:
         has_begun = self.adversary_from is not None and step >= self.adversary_from
         return self.config.adversarial if has_begun else None
 
+    def transform_at(self, step: int, sides: Sides, seed: int) -> Transform | None:
+        """What this step does to its latents of these `sides` (height, width), and to its images, if anything."""
+        term = self.config.equivariance
+        return draw_transform(term, sides, self.smallest, seed, step) if term is not None else None
+
     def describe(self, stages: int) -> str:
         """stage 2 of 4: steps 100 to 200, 256 px, l1 + 0.0001 KL + ..."""
         perceptual, adversarial = self.config.perceptual, self.config.adversarial
@@ -109,6 +119,10 @@ class Stage:
         if adversarial is not None:
             adaptive = " adaptive" if adversarial.adaptive else ""
             terms += f" + {adversarial.weight:g}{adaptive} adversarial from step {self.adversary_from}"
+        if self.config.alignment is not None:
+            terms += f" + {self.config.alignment.weight:g}{' adaptive' * self.config.alignment.adaptive} alignment"
+        if self.config.equivariance is not None:
+            terms += f", {self.config.equivariance.probability:g} of the steps transformed"
         place = f"stage {self.number} of {stages}: steps {self.first} to {self.end}, {describe_size(self.image.size)}"
         return f"{place}, {terms}{', tanh' if self.config.tanh else ''}; "
 
@@ -138,9 +152,18 @@ def plan_stages(cfg: StagedConfig, num_images: int, *, rank: int, world: int) ->
         with prefix_errors(f"stages.{i}"):
             batch_plan = plan_batch(batch, micro, rank=rank, world=world)._replace(first_step=step, images_before=images)
         image, end = replace(cfg.image, size=size), step + steps
-        planned.append(Stage(stage_cfg, i + 1, step, end, adversary_from, image, batch_plan, resolve))
+        smallest = _smallest_latent(cfg, stage_cfg)
+        planned.append(Stage(stage_cfg, i + 1, step, end, adversary_from, image, batch_plan, resolve, smallest))
         step, images = end, images + steps * batch
     return planned
+
+
+def _smallest_latent(cfg: StagedConfig, stage_cfg: StageConfig) -> int:
+    """The shortest side that scaled latents may have: that of images which all networks of the stage's loss take."""
+    pixels = SHORTEST if stage_cfg.perceptual is not None or stage_cfg.adversarial is not None else 1
+    if stage_cfg.adversarial is not None:
+        pixels = max(pixels, cfg.discriminator.smallest_image)
+    return -(-pixels // cfg.model.factor)
 
 
 def _check_size(cfg: StagedConfig, stage_cfg: StageConfig, where: str, size: int | Sides, num_images: int) -> None:
@@ -166,7 +189,7 @@ def _check_size(cfg: StagedConfig, stage_cfg: StageConfig, where: str, size: int
 
 def bucket_stages(cfg: StagedConfig, stages: Sequence[Stage], sides: NDArray[np.int64]) -> list[Buckets]:
     """The buckets of each stage for images of these `sides` (N, 2), width and height. A UserError names one that leaves the
-    discriminator no patch."""
+    discriminator no patch, or that has no transform."""
     all_buckets = [make_buckets(stage.image, sides, cfg.model.factor) for stage in stages]
     for stage, buckets in zip(stages, all_buckets, strict=True):
         smallest = min(buckets.specs, key=lambda spec: min(spec.sides))
@@ -175,6 +198,9 @@ def bucket_stages(cfg: StagedConfig, stages: Sequence[Stage], sides: NDArray[np.
                 f"stages.{stage.number - 1}: images of {describe_size(smallest.size)}, a bucket, leave the discriminator no "
                 "patch; use a larger size, a smaller image.aspect.max_ratio, or fewer discriminator.layers"
             )
+        if stage.config.equivariance is not None:
+            where = f"stages.{stage.number - 1}.equivariance"
+            check_scales(stage.config.equivariance, where, smallest.sides, stage.smallest, cfg.model.factor)
     return all_buckets
 
 

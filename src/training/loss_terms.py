@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..models.vae import Codebook, Reconstruction
 from ..runtime.seeds import generator
+from .alignment import Aligner
 from .autoencoder_stages import AdversarialTerm, StageConfig
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ LossTerms = dict[str, Tensor]  # (b,) each, by the name that the log has
 
 class AdaptiveWeight:
     """The ratio |gradient of the reconstruction| / |gradient of the verdict| at the decoder's last layer (Eq. 7, Esser et al.
-    2020, arXiv:2012.09841), over the global batch.
+    2020, arXiv:2012.09841), over the global batch; of an alignment, in place of the verdict, at the encoder's last layer.
 
     `value` () is used by the step after the one that measured it, so that no step needs a collective in its middle; it is
     0 until then. After rollbacks the adversary's weight is `shrink` times what the config says, adaptive or not.
@@ -52,25 +53,39 @@ class AdaptiveWeight:
 def generator_terms(
     outputs: Reconstruction,
     images: Tensor,
+    targets: Tensor,
     stage_cfg: StageConfig,
     adversarial: AdversarialTerm | None,
     codes: "CodebookStep | None",
+    features: Tensor | None,
     local_slice: slice,
     *,
     perceptual: nn.Module | None,
     discriminator: nn.Module,
     adaptive: AdaptiveWeight,
+    aligner: Aligner | None,
+    alignment_weight: AdaptiveWeight,
 ) -> tuple[Tensor, LossTerms]:
     """The autoencoder's loss (b,) of a micro-batch, which is this slice of the batch, and what it is made of, without the
     weights: last the bottleneck's term, KL or of a codebook its commitment. The discriminator is frozen here. Gradients of an
-    adaptive weight are measured, and the micro-batch's codes are counted."""
+    adaptive weight are measured, and the micro-batch's codes are counted. The `targets` of the reconstruction are the `images`
+    themselves, or the transformed ones; then its term is called `equivariance`. Latents are aligned to the teacher's
+    `features` (b, F, h', w') of the images."""
     kind, autocast = stage_cfg.reconstruction, adaptive.accelerator.autocast
-    loss_terms = {kind: losses.reconstruction_loss(kind, outputs.images, images)}
-    loss = loss_terms[kind]
+    loss = losses.reconstruction_loss(kind, outputs.images, targets)
+    loss_terms = {kind if targets is images else "equivariance": loss}
     if stage_cfg.perceptual is not None and perceptual is not None:
         with autocast():
-            loss_terms["perceptual"] = perceptual(outputs.images, images)
+            loss_terms["perceptual"] = perceptual(outputs.images, targets)
         loss = loss + stage_cfg.perceptual.weight * loss_terms["perceptual"]
+    if stage_cfg.alignment is not None and aligner is not None and features is not None:
+        with autocast():
+            loss_terms["alignment"] = aligner.loss(stage_cfg.alignment, outputs.mean, features)
+        of_alignment: float | Tensor = stage_cfg.alignment.weight
+        if stage_cfg.alignment.adaptive:
+            alignment_weight.measure(loss.sum(), loss_terms["alignment"].sum())
+            of_alignment = of_alignment * alignment_weight.value
+        loss = loss + of_alignment * loss_terms["alignment"]
     if adversarial is not None:
         discriminator.requires_grad_(False)
         with autocast():

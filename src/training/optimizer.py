@@ -257,7 +257,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, *, kee
 def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put moments saved by `optimizer_state` back, on each parameter's device (the step counter as the optimiser keeps it).
 
-    An optimizer that has taken no step yet keeps no moments, so an empty `state` changes nothing. A UserError where a parameter
+    An optimizer that has taken no step yet keeps no moments, so an empty `state` changes nothing. Moments of what it trains
+    besides this network stay as they are. A UserError where a parameter
     lacks a moment, where one has another shape, or where the moments are of other parameters or of another optimizer.
     """
     if not state:
@@ -267,6 +268,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, s
         f"{names[parameter]}/{moment}": parameter
         for group in optimizer.param_groups
         for parameter in group["params"]
+        if parameter in names
         for moment in _MOMENTS[bool(group.get("muon"))]
     }
     mistakes = list_differences(expected.keys() - state.keys(), state.keys() - expected.keys())

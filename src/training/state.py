@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class TrainState:
-    """A network with its optimiser and its EMA, an adversary with its own, and what `times` has learned: to tensors keyed by
-    parameter name, and back."""
+    """A network with its optimiser and its EMA, an adversary with its own, what `times` has learned, and a `projection` that
+    the network's optimiser trains: to tensors keyed by parameter name, and back."""
 
     def __init__(
         self,
@@ -29,11 +29,14 @@ class TrainState:
         ema: EMA,
         adversary: tuple[nn.Module, torch.optim.Optimizer] | None = None,
         times: TimeSampler | None = None,
+        projection: nn.Module | None = None,
     ) -> None:
         self.network, self.ema, self._times = network, ema, times if times is not None and times.learns else None
         self._pairs = {("model", "optimizer"): (network, optimizer)}
         if adversary is not None:
             self._pairs["discriminator", "discriminator_optimizer"] = adversary
+        if projection is not None:
+            self._pairs["projection", "projection_optimizer"] = projection, optimizer
 
     @property
     def num_parameters(self) -> int:
@@ -57,11 +60,17 @@ class TrainState:
         return {name: {key: value.half() for key, value in tensors.items()} for name, tensors in states.items()}
 
     def load(self, folder: Path) -> None:
-        """Put a checkpoint's tensors back; one of another architecture is a UserError."""
-        networks = self.ema.networks | {name: network for (name, _), (network, _) in self._pairs.items()}
+        """Put a checkpoint's tensors back; one of another architecture is a UserError. A projection stays as it is where
+        the run went on from one without."""
+        pairs = {
+            names: pair
+            for names, pair in self._pairs.items()
+            if names[0] != "projection" or (folder / "projection.safetensors").exists()
+        }
+        networks = self.ema.networks | {name: network for (name, _), (network, _) in pairs.items()}
         for name, network in networks.items():
             checkpoint.load_weights(network, checkpoint.read_tensors(folder, name), folder)
-        for (_, moments), (network, optimizer) in self._pairs.items():
+        for (_, moments), (network, optimizer) in pairs.items():
             load_optimizer_state(optimizer, network, checkpoint.read_tensors(folder, moments))
         if self._times is not None:
             self._times.load(checkpoint.read_tensors(folder, "times", finite=False))  # it passes over losses that are not
