@@ -373,7 +373,7 @@ def test_latents_of_the_size_of_a_later_stage(vae_run: Path, tmp_path: Path) -> 
     images = build_sampler(opened, SamplerConfig(solver="ddim", steps=2)).draw(0, range(2), [0, 1], device=torch.device("cpu"))
     assert opened.image.size == 24 and images.shape == (2, 3, 24, 24)
     message = refused("train_ldm", "-cfg", LDM, "--run-dir", tmp_path / "no", *sets, "--set", "image.size=32")
-    assert "was trained at 16 px and 24 px; set image.size" in message
+    assert "was trained at 16 px and 24 px, and images are 32 px; set image.size" in message
 
 
 def test_the_main_job_leaves_as_one_folder(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
@@ -497,7 +497,7 @@ def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
     ("sets", "message"),
     [
         ({"image__channels": 1}, "has images of 3 channels; set image.channels, which is 1"),
-        ({"image__size": 32}, "was trained at 16 px and 24 px; set image.size"),
+        ({"image__size": 32}, "was trained at 16 px and 24 px, and images are 32 px; set image.size"),
         ({"image__size": 17}, "image.size 17 is not divisible by 2"),
         ({"image__crop": "random"}, "image.crop 'random' gives an image other latents each time; use center"),
         ({"autoencoder": "runs/nothing"}, "autoencoder runs/nothing does not exist; train one"),

@@ -64,7 +64,7 @@ def test_outputs_and_loops_of_the_reference(vectors: Path, name: str) -> None:
         assert losses.mse is not None and losses.vb is not None
         flags = json.loads((vectors / f"{name}.json").read_text())["flags"]
         assert process.loss.variational_weight == 1.0 and flags["diffusion_steps"] == 1000
-        for value, wanted in zip(losses, (io["loss_loss"], io["loss_mse"], io["loss_vb"]), strict=True):
+        for value, wanted in zip(losses[:3], (io["loss_loss"], io["loss_mse"], io["loss_vb"]), strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6)
 
         bits = bits_per_dimension(
