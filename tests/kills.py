@@ -41,7 +41,7 @@ def settings(**values: object) -> tuple[str, ...]:
 PIXELS = Job(
     "ddpm_accelerate.py",
     "configs/smoke/ddpm.json",
-    settings(steps=80, checkpoint__every=4, log__every=1, preview__every=40, ema__snapshot_every=10),
+    settings(steps=40, checkpoint__every=4, log__every=1, preview__every=20, ema__snapshot_every=5),
 )
 # The smoke run's four stages, longer; a kill comes before, after and across their boundaries.
 AUTOENCODER = Job(

@@ -123,12 +123,12 @@ def test_sigterm_saves_and_says_how_to_go_on(long_run: Path, tmp_path: Path) -> 
     assert process.wait() == 1
     last = lines[-1]
     step = int(last.split("stopped at step ")[1].split()[0])
-    assert "run the same command again" in last and 6 <= step < 80
+    assert "run the same command again" in last and 6 <= step < 40
     checkpoint, _ = newest(run / "checkpoints")
     assert checkpoint is not None and checkpoint.name == f"step_{step:08d}"
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     done = launch(*kills.arguments(run))
-    assert done.status == 0 and f"going on at step {step} of 80" in done.out
+    assert done.status == 0 and f"going on at step {step} of 40" in done.out
     kills.same_end(long_run, run)
 
 
@@ -136,11 +136,11 @@ def test_averages_of_any_length_are_made_afterwards(long_run: Path, tmp_path: Pa
     run = tmp_path / "run"
     shutil.copytree(long_run, run)
     snapshots = sorted(path.name for path in (run / "ema").iterdir())
-    assert snapshots == [f"step_{step:08d}" for step in range(10, 81, 10)]
+    assert snapshots == [f"step_{step:08d}" for step in range(5, 41, 5)]
     done = run_in_process("posthoc_ema.py", run, "0.05", "0.15")
     assert done.status == 0 and "sample.py" in done.out and "POORLY" not in done.out, done.all
     short = load_file(run / "ema" / "width_0.05" / "ema.safetensors")
-    stored_average = load_file(run / "checkpoints" / "step_00000080" / "ema_0.05.safetensors")  # followed from step to step
+    stored_average = load_file(run / "checkpoints" / "step_00000040" / "ema_0.05.safetensors")  # followed from step to step
     for name, value in short.items():
         torch.testing.assert_close(value, stored_average[name], rtol=2e-3, atol=2e-5)
     assert any((value != short[name]).any() for name, value in load_file(run / "ema/width_0.15/ema.safetensors").items())
@@ -149,9 +149,9 @@ def test_averages_of_any_length_are_made_afterwards(long_run: Path, tmp_path: Pa
     assert "4 network calls" in capsys.readouterr().out
     assert "has no average of the width 0.2" in refused(*guided, "0.2")
     run_here("sample", run / "ema" / "width_0.15", "--num", "2", "--steps", "2", "--out", tmp_path / "samples")
-    assert "step 80" in capsys.readouterr().out and len(list((tmp_path / "samples").rglob("*.png"))) >= 2
+    assert "step 40" in capsys.readouterr().out and len(list((tmp_path / "samples").rglob("*.png"))) >= 2
 
-    (run / "ema" / "step_00000070" / "ema_0.1.safetensors").unlink()
+    (run / "ema" / "step_00000035" / "ema_0.1.safetensors").unlink()
     assert "ema_0.1.safetensors is missing" in refused("posthoc_ema", run, "0.1")
     assert "give one from 0.01 to 0.28" in refused("posthoc_ema", run, "0.5")
     shutil.rmtree(run / "ema")

@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -95,9 +94,8 @@ def test_a_gaussian_is_recovered_by_chance_too(how: str) -> None:
     torch.testing.assert_close(torch.cov(out.T), COVARIANCE, rtol=0, atol=0.025)
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 @pytest.mark.parametrize("schedule", [BlendSchedule(), cosine()], ids=["blend", "table"])
-def test_orders_of_convergence(name: str, order: int, schedule: TableSchedule | BlendSchedule) -> None:
+def test_orders_of_convergence(schedule: TableSchedule | BlendSchedule) -> None:
     """On u from 0.95 to 0.05, for data that is two Gaussians (for one, midpoint happens to be of order 3)."""
     centres, s = torch.tensor([-0.9, 0.7], dtype=torch.float64), 0.4
 
@@ -116,10 +114,10 @@ def test_orders_of_convergence(name: str, order: int, schedule: TableSchedule | 
         x = torch.tensor([[1.3], [-0.4], [0.1]], dtype=torch.float64)
         return solver(denoise, x * like(alpha[0] + sigma[0], x), grid, schedule)
 
-    exact = solve(DETERMINISTIC["rk4"], 4096)
-    errors = [float((solve(DETERMINISTIC[name], steps) - exact).abs().max()) for steps in (64, 128, 256, 512)]
-    slopes = [math.log2(before / after) for before, after in pairwise(errors)]
-    assert slopes[-1] == pytest.approx(order, abs=0.15), (errors, slopes)
+    exact = solve(DETERMINISTIC["rk4"], 2048)
+    for name, order in (("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)):
+        before, after = (float((solve(DETERMINISTIC[name], steps) - exact).abs().max()) for steps in (256, 512))
+        assert math.log2(before / after) == pytest.approx(order, abs=0.15), (name, before, after)
 
 
 def random_denoiser(schedule: Schedule, calls: list[float] | None = None) -> Denoiser:
