@@ -300,6 +300,7 @@ def _variants() -> Iterator[Job]:
         "process.schedule": {"kind": "quadratic", "steps": 50}, "process.variance": "small", "model.downsample": "max",
         "model.mid_attention": "linear", "times": {"kind": "logit_normal", "shift": {"base": 192}}, "preview.sampler.steps": 5,
         "process.loss.weighting": {"kind": "p2"}, "process.loss.contrast": {"group": 2}, "noise": {"candidates": 3},
+        "augmentation": {"probability": 0.5},
     })  # fmt: skip
     yield smoke("ddpm", 2, {
         "process.schedule": {"kind": "sigmoid", "steps": 50, "zero_terminal_snr": True}, "process.target": "v",

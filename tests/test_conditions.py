@@ -207,8 +207,11 @@ def test_each_image_is_drawn_at_its_own_shape(vae_run: Path, tmp_path: Path) -> 
 
 
 def test_a_run_starts_from_one_without_a_condition(smoke_run: Path, tmp_path: Path) -> None:
-    done = train(tmp_path / "run", CONDITIONS["low"], f"init_from={smoke_run}")
+    done = train(tmp_path / "run", CONDITIONS["low"], f"init_from={smoke_run}", "augmentation={}")
     assert done.status == 0 and "its input has zeros for 5 new channels of the condition" in done.out, done.all
+    assert "what it is told of augmentation is new, and zero at first" in done.out
+    done = train(tmp_path / "back", CONDITIONS["low"], f"init_from={tmp_path / 'run'}")
+    assert done.status == 0 and "without what it was told of augmentation" in done.out, done.all
 
 
 def test_an_imported_upsampler_is_trained_on(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ class LossConfig:
 
     Guided-diffusion's hybrid loss has the weight 1, its rescaled one (improved-diffusion's L_hybrid) steps / 1000. `weighting`
     says how much the squared error counts at each level. A `contrast` pushes outputs away from the targets of other classes; it
-    is weighted as the squared error is. The variational term of the last step is that of pixels of 256
-    values, on latents too (as DiT has it).
+    is weighted as the squared error is. The variational term of the last step is that of pixels of 256 values, on latents too
+    (as DiT has it).
     """
 
     kind: Literal["simple", "hybrid", "kl", "rescaled_kl"] = "simple"

@@ -26,7 +26,7 @@ from ..runtime.checkpoint import digest_of, newest, read_tensors, step_folder, v
 from ..runtime.launch import MachineConfig, undetermined
 from ..runtime.processes import broadcast
 from ..training.autoencoder_stages import StagedConfig
-from ..training.config import BlendConfig, LatentConfig, TrainConfig
+from ..training.config import BlendConfig, DiffusionConfig, LatentConfig, PreviewConfig, TrainConfig
 from ..training.entry import keep_signals
 from ..training.rehearsal import compare_tensors, rehearsal_config, short_stages
 from ..training.run_mode import RunMode, Train, call
@@ -42,6 +42,8 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
     the losses as they are, but the perceptual one and the alignment, which need weights. An autoencoder that the config names
     is replaced by a random one in `folder`. Its checkpoints are kept all."""
     network = "classifier" if hasattr(cfg, "classifier") else "model"
+    if isinstance(cfg.preview, PreviewConfig):  # the guide of its previews draws larger images
+        cfg = replace(cfg, preview=replace(cfg.preview, sampler=replace(cfg.preview.sampler, guide_with=None)))
     small = _small_network(getattr(cfg, network))
     changes: dict[str, Any] = {field.name: getattr(machine, field.name) for field in fields(machine)}
     changes |= {"name": "smoke_doctor", "batch_size": batch_size, "micro_batch_size": micro_batch_size, "steps": STEPS}
@@ -64,6 +66,9 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
         if latent:
             path = _write_random_autoencoder(folder / "autoencoder", cfg.image.channels, size)
             changes |= {"autoencoder": path, "latents": str(folder / "latents"), "encode_batch_size": 4}
+    if isinstance(cfg, DiffusionConfig) and cfg.process.loss.contrast is not None:
+        contrast = replace(cfg.process.loss.contrast, group=micro_batch_size)
+        changes["process"] = replace(cfg.process, loss=replace(cfg.process.loss, contrast=contrast))
     if isinstance(cfg, BlendConfig) and not isinstance(cfg.source, GaussianSource):
         changes["source"] = source
     if isinstance(cfg, StagedConfig):

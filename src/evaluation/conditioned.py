@@ -83,10 +83,8 @@ def evaluate_conditioned(
         return measure_by_shape(by_bucket[part.start : part.stop].tolist(), buckets.which, measure)
 
     arrays = setup.measure(out, len(chosen), measure_part, "drawing from images")
-    comparisons, results = (
-        setup.compare(arrays, chosen, opened.square, None, opened.bucket_sizes, neighbours=False),
-        Results(out, opened.step),
-    )
+    comparisons = setup.compare(arrays, chosen, opened.square, None, opened.bucket_sizes, neighbours=False)
+    results = Results(out, opened.step)
     if not setup.computes:
         return results
     how = f"{sampler.spec.solver}, {sampler.calls()} network calls"

@@ -84,6 +84,7 @@ def read_conditions(
     if truth is not None and (not isinstance(condition, PairedCondition) or condition.side is not None):
         raise UserError(f"--truth is for runs on pairs of files; the images of {opened.path} tell the truth themselves")
     files = files_of(place)
+    by_shape = by_shape and bool(opened.buckets)
     shapes = [opened.at_nearest(*_read_sides(opened, file)) if by_shape else opened for file in files]
     partners = _find_partners(files, truth) if truth is not None else None
     is_low = isinstance(condition, LowCondition) and any(map(_is_smaller, files, shapes))

@@ -1,5 +1,6 @@
 """Unpack a downloaded archive into a folder that is whole or absent, and that no name in the archive leaves."""
 
+import lzma
 import os
 import re
 import stat
@@ -17,6 +18,10 @@ from ..config.progress import Progress, track
 from .files import check_is_new, check_room, new_folder, size
 
 ENDINGS = (".tar.gz", ".tar.xz", ".tar.bz2", ".zip", ".tar", ".tgz", ".txz", ".tbz2")
+
+
+# What reading a damaged archive raises: its index, its streams, links without a target, and zips with a password.
+ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, KeyError, RuntimeError)
 
 
 class Damaged(UserError):
@@ -128,7 +133,7 @@ def unpack(archive: Path, out: Path) -> int:
             if tarfile.is_tarfile(archive):
                 return _unpack_tar(archive, staged)
             raise Damaged(f"{archive}: neither a zip nor a tar archive (or its beginning is damaged)")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
+    except ERRORS as error:
         if isinstance(error, OSError) and error.errno in FULL:
             amount = size(archive.stat().st_size)
             raise UserError(f"{archive} ({amount}) was not unpacked: the disk is full; make room and try again") from None
@@ -173,4 +178,6 @@ def _unpack_tar(archive: Path, staged: Path) -> int:
             except tarfile.FilterError:
                 raise names.refuse(written) from None
             bar.update()
+        while file.fileobj is not None and file.fileobj.read(1 << 20):
+            pass  # the sum of what was unpacked is at the end of a gzip, and tarfile stops before it
     return names.print_notes()

@@ -28,7 +28,7 @@ from ..sampling.sampler import build_sampler
 from ..storage.files import size
 from .autoencoder_stages import StageConfig, StagedConfig, plan_stages
 from .clock import Cadence, Clock, peak_memory_gigabytes
-from .config import PathPreviewConfig, PreviewConfig, StepsConfig, TrainConfig
+from .config import DiffusionConfig, PathPreviewConfig, PreviewConfig, StepsConfig, TrainConfig
 from .continuing import continue_as
 from .rehearsal import NEVER, Rehearsal, rehearsal_config, short_stages
 from .run_mode import Train
@@ -235,6 +235,8 @@ def fitting(rehearsal: Rehearsal, cfg: TrainConfig) -> list[str]:
 def what_fits(rehearsal: Rehearsal, cfg: TrainConfig) -> list[str]:
     """In words, by the key that sets it, the largest micro-batch with which two steps do not run out of memory; of an
     autoencoder that of each stage."""
+    contrast = cfg.process.loss.contrast if isinstance(cfg, DiffusionConfig) else None
+    group = contrast.group if contrast is not None else 1  # a micro-batch holds whole groups
 
     def search(key: str, batch: int, **changes: Any) -> str:
         def is_possible(micro: int) -> bool:
@@ -248,9 +250,11 @@ def what_fits(rehearsal: Rehearsal, cfg: TrainConfig) -> list[str]:
             except OutOfMemory:
                 return False
 
-        micro = largest([size for size in range(1, batch + 1) if batch % size == 0], is_possible)
+        sizes = [size for size in range(1, batch + 1) if batch % size == 0 and size % group == 0]
+        micro = largest(sizes, is_possible)
         if micro is None:
-            return f"no {key}: out of memory with one image; try a smaller image.size or model.base_channels"
+            least = "one image" if group == 1 else f"{group} images"
+            return f"no {key}: out of memory with {least}; try a smaller image.size or model.base_channels"
         return f"{key} up to {micro}" + (" = batch_size" if micro == batch else "")
 
     if not isinstance(cfg, StagedConfig):

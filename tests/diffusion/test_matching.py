@@ -1,17 +1,21 @@
 """Noise that is matched to images, and targets of other classes that outputs are pushed away from."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ddpm_accelerate import Config
 from src.config import UserError, load, validate
 from src.diffusion import ProcessConfig, build_process
 from src.diffusion.contrast import ContrastConfig, contrast, find_partners
 from src.diffusion.matching import match_noise
+from src.doctor.own_script import shrink
 from src.runs.densities import open_density
+from src.runtime.launch import MachineConfig
 from src.runtime.stream import BatchPlan, MicroBatch, plan_batch
 from src.training.inputs import Coupling
 from src.training.step_noise import StepNoise, TimeSampler, check_contrast
@@ -44,7 +48,6 @@ def test_matched_noise_points_to_its_image_as_often_as_order_statistics_say() ->
 
 
 def of_step(step: int, *changes: str, plan: BatchPlan | None = None) -> tuple[StepNoise, Any]:
-    from ddpm_accelerate import Config
 
     cfg = load(ROOT / SMOKE, Config, list(changes))
     plan = plan or plan_batch(16, 8, rank=0, world=1)
@@ -151,3 +154,11 @@ def test_what_cannot_be_is_said() -> None:
         of_step(0, 'process.loss={"kind": "kl", "contrast": {}}', "process.variance=learned", "process.target=eps")
     with pytest.raises(UserError, match="only Gaussian noise is matched"):
         load(ROOT / "configs/smoke/iadb.json", BlendConfig, ["noise.candidates=2", 'source={"source":"folder","path":"x"}'])
+
+
+def test_the_doctor_shrinks_a_group_and_leaves_a_guide_out(tmp_path: Path) -> None:
+    """Its micro-batches are smaller than most groups, and a guide would be of larger images."""
+    changes = ["process.loss.contrast.group=8", "preview.sampler.guide_with=somewhere", "preview.quality=null"]
+    small: Any = shrink(load(ROOT / SMOKE, Config, changes), tmp_path, MachineConfig(), 4, 2)
+    assert small.process.loss.contrast == ContrastConfig(group=2) and small.preview.sampler.guide_with is None
+    assert small.micro_batch_size == 2

@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import struct
 import tarfile
 import unicodedata
@@ -164,3 +165,36 @@ def test_a_link_in_a_zip_is_called_one(tmp_path: Path) -> None:
         file.writestr(info, "a.png")
     with pytest.raises(UserError, match="'l' is a link"):
         unpack(tmp_path / "a.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["zip", "zip_bzip2", "zip_lzma", "tar", "tar.gz", "tar.xz", "tar.bz2"])
+def test_a_damaged_archive_is_one_line_wherever_the_damage_is(tmp_path: Path, kind: str) -> None:
+    """Each stream has errors of its own: those of zlib and lzma are no OSErrors."""
+    rng, path, refused_ones = random.Random(0), tmp_path / "archive", 0
+    contents = {f"{i}.bin": bytes(rng.randrange(256) if j % 3 else 65 for j in range(4000)) for i in range(3)}
+    if kind.startswith("zip"):
+        how = {"zip": zipfile.ZIP_DEFLATED, "zip_bzip2": zipfile.ZIP_BZIP2, "zip_lzma": zipfile.ZIP_LZMA}[kind]
+        with zipfile.ZipFile(path, "w", how) as file:
+            for name, content in contents.items():
+                file.writestr(name, content)
+    else:
+        with tarfile.open(path, f"w:{kind.partition('.')[2]}") as file:  # pyright: ignore[reportArgumentType, reportCallIssue]
+            for name, content in contents.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+    whole = path.read_bytes()
+    for number in range(40):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bytes(damaged))
+        out, message = tmp_path / f"out{number}", ""
+        try:
+            unpack(path, out)
+        except UserError as error:
+            message, refused_ones = str(error), refused_ones + 1
+        assert not message or (message.startswith(str(path)) and "\n" not in message and not out.exists())
+        if not message and kind != "tar":  # a tar has sums of its headers alone
+            assert {file.name: file.read_bytes() for file in out.iterdir()} == contents
+    assert refused_ones >= (1 if kind == "tar" else 15)

@@ -135,6 +135,22 @@ def test_micro_batches_are_tried_on_the_script_itself(tmp_path: Path) -> None:
     )
 
 
+def test_micro_batches_hold_whole_groups_of_a_contrast(tmp_path: Path) -> None:
+    cfg, sizes = load("configs/smoke/ddpm.json", ddpm_accelerate.Config, ["process.loss.contrast.group=4"]), list[int]()
+
+    def train(cfg: Any, _: Path, run_mode: RunMode, stop_at: int | None) -> int:
+        sizes.append(cfg.micro_batch_size)
+        if cfg.micro_batch_size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0
+
+    limit = 8
+    assert what_fits(Rehearsal(train, tmp_path / "x", ""), cfg) == ["micro_batch_size up to 8"]
+    assert all(size % 4 == 0 for size in sizes)
+    limit = 3
+    assert "out of memory with 4 images" in what_fits(Rehearsal(train, tmp_path / "x", ""), cfg)[0]
+
+
 def test_micro_batches_of_each_stage_are_tried(tmp_path: Path) -> None:
     """Those of 16 px and the last one, of 24, whose batch is its own: the memory is full at so many pixels."""
     cfg, sizes = load("configs/smoke/vae.json", train_vae.Config), list[int]()
