@@ -31,7 +31,7 @@ from src.training.first_images import save_first_images
 from src.training.given import Given
 from src.training.inputs import Coupling, blank_inputs
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview
+from src.training.preview import measure_held_out, measure_quality, preview
 from src.training.run_mode import RunMode
 from src.training.session import Session
 from src.training.state import TrainState, prepare
@@ -54,9 +54,7 @@ class Config(DiffusionConfig):
 
 def main() -> int:
     args, samples = parse_with_sampling(training_arguments(Config, __doc__ or "", default="configs/landscape64_ddpm.json"))
-    if samples:
-        return sample_checkpoints(args)
-    return run_training(train, load(args.config, Config, args.set), args)
+    return sample_checkpoints(args) if samples else run_training(train, load(args.config, Config, args.set), args)
 
 
 @from_python
@@ -76,7 +74,6 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.model.factor, cfg.condition, cfg.augmentation))
     shape, facts, names = coupling.shape, coupling.facts | given.facts, cfg.condition_names(coupling.shape)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
-    total_steps = resolve(cfg.steps)
 
     # Build process, network, optimizer, EMA, and the sampler of the previews.
     run_mode.enter_phase("building the networks")
@@ -85,7 +82,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = given.build(cfg, accelerator, shape, num_classes, train_set, held_out)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
-    rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
+    rate_at = learning_rate(cfg.optimizer, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     spec = cfg.preview.sampler.without_guidance(num_classes is None)
@@ -93,7 +90,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     quality = open_quality(cfg.quality, coupling.data, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
+    session = Session(cfg, accelerator, run_dir, train_state, facts, resolve(cfg.steps), run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
         return 0
@@ -105,7 +102,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     warm_up_ddp(accelerator, model, *blank_inputs(cfg, shape, device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
-    session.enter_stage(batch_plan, resolve, end=total_steps)
+    session.enter_stage(batch_plan, resolve, end=session.total_steps)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
             save_first_images(run_dir, train_set, coupling.data.buckets, cfg.seed, process)
@@ -114,7 +111,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
 
     # Train.
     model.train()
-    while session.step < total_steps:
+    while session.step < session.total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
         step_noise = StepNoise(cfg, times, batch_plan, coupling.shape_at(step), step, device)
@@ -135,16 +132,18 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         # Update. The EMA takes in the step before: by now all processes know whether it was finite, and none has waited.
         norm = clip_gradients(accelerator, model, cfg.optimizer)
         ema.update_after(session.take_finite_step(), network, batch_plan)
-        update(optimizer, rate_at(step), norm)
+        update(optimizer, rate_at(step, session.total_steps), norm)
         session.end_step(torch.isfinite(norm))
 
         # Now and then, with this step in the EMA, too: log, preview, quality, save.
         if not session.is_anything_due():
             continue
         ema.update_after(session.take_finite_step(), network, batch_plan)
-        values = session.collect_log(lr=rate_at(step), grad_norm=norm)
+        values = session.collect_log(lr=rate_at(step, session.total_steps), grad_norm=norm)
         if session.is_due("preview"):
-            values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)
+            preview(sampler, cfg.preview, session, train_set.class_names)
+        if session.is_due("held_out"):
+            values |= measure_held_out(sampler, examples, session)
         if quality is not None and session.is_due("quality"):
             values |= measure_quality(quality, sampler, cfg.preview.batch_size, session)
         session.report(values)

@@ -75,7 +75,6 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     coupling = Coupling(ImageDensity(train_set, held_out, cfg.image, cfg.classifier.factor))
     shape, facts = coupling.shape, coupling.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
-    total_steps = resolve(cfg.steps)
 
     # Build what adds the noise, network, optimizer, EMA.
     run_mode.enter_phase("building the networks")
@@ -84,13 +83,13 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = build_classifier(cfg.classifier, cfg.image, num_classes).to(device, dtype)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
-    rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
+    rate_at = learning_rate(cfg.optimizer, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     use = f"python sample.py DIFFUSION_RUN --guidance-method classifier --classifier {quoted(run_dir)}"
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
+    session = Session(cfg, accelerator, run_dir, train_state, facts, resolve(cfg.steps), run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); guide with it: {use}")
         return 0
@@ -102,7 +101,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, torch.zeros(1, *shape, device=device, dtype=dtype), torch.zeros(1, device=device))
     session.begin(train_set, held_out, [batch_plan], warnings)
-    session.enter_stage(batch_plan, resolve, end=total_steps)
+    session.enter_stage(batch_plan, resolve, end=session.total_steps)
     if session.run.writes and session.is_fresh:
         with session.drawing("the first images"):
             save_first_images(run_dir, train_set, coupling.data.buckets, cfg.seed, process)
@@ -112,7 +111,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
 
     # Train.
     model.train()
-    while session.step < total_steps:
+    while session.step < session.total_steps:
         # Draw times and noise for the whole batch; each process takes its slice below.
         step = session.step
         step_noise = StepNoise(cfg, times, batch_plan, coupling.shape_at(step), step, device)
@@ -134,14 +133,14 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         # Update. The EMA takes in the step before: by now all processes know whether it was finite, and none has waited.
         norm = clip_gradients(accelerator, model, cfg.optimizer)
         ema.update_after(session.take_finite_step(), network, batch_plan)
-        update(optimizer, rate_at(step), norm)
+        update(optimizer, rate_at(step, session.total_steps), norm)
         session.end_step(torch.isfinite(norm))
 
         # Now and then, with this step in the EMA, too: log, measure by noise level, save.
         if not session.is_anything_due():
             continue
         ema.update_after(session.take_finite_step(), network, batch_plan)
-        values, is_best = session.collect_log(lr=rate_at(step), grad_norm=norm), False
+        values, is_best = session.collect_log(lr=rate_at(step, session.total_steps), grad_norm=norm), False
         if session.is_due("preview"):
             session.clock.enter("a preview")
             loss, accuracy = measure(accelerator)

@@ -37,7 +37,7 @@ from src.training.given import Given
 from src.training.inputs import blank_inputs, open_coupling
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
 from src.training.pairs import PairCoupling
-from src.training.preview import measure_quality, preview_paths
+from src.training.preview import measure_held_out, measure_quality, preview_paths
 from src.training.run_directory import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
@@ -78,8 +78,8 @@ class Config(BlendConfig):
             )
         if self.image is None and self.autoencoder is not None:
             raise config_error("autoencoder: 2-D points have no latents; leave it out")
-        if self.steps is None and self.optimizer.schedule.kind != "constant":
-            raise config_error("steps: a run without end needs optimizer.schedule.kind constant, since the others end")
+        if self.steps is None and self.optimizer.schedule.kind not in ("constant", "wsd"):
+            raise config_error("steps: a run without end needs optimizer.schedule.kind constant or wsd, since the others end")
         return self
 
 
@@ -120,7 +120,6 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     shape, facts = coupling.shape, coupling.facts | given.facts
     names = cfg.condition_names(shape)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
-    total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
 
     # Build process, network, optimizer, EMA, and the samplers of the previews.
     run_mode.enter_phase("building the networks")
@@ -129,7 +128,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     torch.manual_seed(torch_seed(cfg.seed, "weights"))
     network = given.build(cfg, accelerator, shape, num_classes, train_set, held_out)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
-    rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
+    rate_at = learning_rate(cfg.optimizer, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     options = coupling.sampler_options(cfg, device)
@@ -142,6 +141,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     quality = open_quality(cfg.quality, coupling.data, num_classes, accelerator)
 
     # Go on where the run was.
+    total_steps = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
     session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: {given.how_to_draw(run_dir)}")
@@ -154,7 +154,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
     model, optimizer = accelerator.prepare(network, bare_optimizer)
     warm_up_ddp(accelerator, model, *blank_inputs(cfg, shape, device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
-    session.enter_stage(batch_plan, resolve, end=total_steps)
+    session.enter_stage(batch_plan, resolve, end=session.total_steps)
     if session.run.writes:
         if autoencoder is not None:
             autoencoder.keep(run_dir / "autoencoder")
@@ -162,11 +162,12 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
             with session.drawing("blend.png"):
                 save_first_blends(sampler_for(SamplerConfig()), coupling.data.examples(), run_dir)
     loss_scale = math.prod(shape) * batch_plan.batch if cfg.loss_reduction == "sum" else 1
+    examples = coupling.held_out_examples()
     batches = coupling.stream(cfg, batch_plan, session.step, device)
 
     # Train.
     model.train()
-    while session.step < total_steps:
+    while session.step < session.total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
         step_noise = StepNoise(cfg, times, batch_plan, coupling.shape_at(step), step, device)
@@ -187,16 +188,18 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None, gi
         # Update. The EMA takes in the step before: by now all processes know whether it was finite, and none has waited.
         norm = clip_gradients(accelerator, model, cfg.optimizer)
         ema.update_after(session.take_finite_step(), network, batch_plan)
-        update(optimizer, rate_at(step), norm)
+        update(optimizer, rate_at(step, session.total_steps), norm)
         session.end_step(torch.isfinite(norm))
 
         # Now and then, with this step in the EMA, too: log, preview, quality, save.
         if not session.is_anything_due():
             continue
         ema.update_after(session.take_finite_step(), network, batch_plan)
-        values = session.collect_log(lr=rate_at(step), grad_norm=norm)
+        values = session.collect_log(lr=rate_at(step, session.total_steps), grad_norm=norm)
         if session.is_due("preview"):
             values |= preview_paths(sampler_for, cfg.preview, session, train_set.class_names, coupling)
+        if session.is_due("held_out"):
+            values |= measure_held_out(sampler, examples, session)
         if quality is not None and session.is_due("quality"):
             values |= measure_quality(quality, sampler, cfg.preview.batch_size, session)
         session.report(values)

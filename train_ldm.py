@@ -32,7 +32,7 @@ from src.training.entry import run_training
 from src.training.first_images import save_first_images
 from src.training.inputs import Coupling, blank_inputs
 from src.training.optimizer import build_optimizer, clip_gradients, learning_rate, update
-from src.training.preview import measure_quality, preview
+from src.training.preview import measure_held_out, measure_quality, preview
 from src.training.run_directory import check_ranks
 from src.training.run_mode import RunMode
 from src.training.session import Session
@@ -82,14 +82,13 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     coupling = images.encoded(cfg, autoencoder, accelerator, run_dir)
     facts = coupling.facts
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=coupling.num_images)
-    total_steps = resolve(cfg.steps)
 
     # Build process, optimizer, EMA, and the sampler of the previews.
     run_mode.enter_phase("building the networks")
     process = build_process(cfg.process)
     times = TimeSampler(cfg.times, process)
     bare_optimizer = build_optimizer(network, cfg.optimizer)
-    rate_at = learning_rate(cfg.optimizer, total_steps, resolve)
+    rate_at = learning_rate(cfg.optimizer, resolve)
     ema = EMA(network, cfg.ema)
     train_state = TrainState(network, bare_optimizer, ema, times=times)
     spec = cfg.preview.sampler.without_guidance(num_classes is None)
@@ -98,7 +97,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     quality = open_quality(cfg.quality, coupling.data, num_classes, accelerator)
 
     # Go on where the run was.
-    session = Session(cfg, accelerator, run_dir, train_state, facts, total_steps, run_mode, stop_at)
+    session = Session(cfg, accelerator, run_dir, train_state, facts, resolve(cfg.steps), run_mode, stop_at)
     if session.is_finished:
         session.run.close(f"{run_dir} is finished ({session.step} steps); sample from it: python sample.py {quoted(run_dir)}")
         return 0
@@ -110,7 +109,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
     model, optimizer = prepare(accelerator, network, bare_optimizer, ema)
     warm_up_ddp(accelerator, model, *blank_inputs(cfg, shape, device, dtype))
     session.begin(train_set, held_out, [batch_plan], warnings)
-    session.enter_stage(batch_plan, resolve, end=total_steps)
+    session.enter_stage(batch_plan, resolve, end=session.total_steps)
     if session.run.writes:
         autoencoder.keep(run_dir / "autoencoder")
         if session.is_fresh:
@@ -121,7 +120,7 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
 
     # Train.
     model.train()
-    while session.step < total_steps:
+    while session.step < session.total_steps:
         # Draw times, noise and dropped labels for the whole batch; each process takes its slice below.
         step = session.step
         step_noise = StepNoise(cfg, times, batch_plan, coupling.shape_at(step), step, device)
@@ -142,16 +141,18 @@ def train(cfg: Config, run_dir: Path, run_mode: RunMode, stop_at: int | None = N
         # Update. The EMA takes in the step before: by now all processes know whether it was finite, and none has waited.
         norm = clip_gradients(accelerator, model, cfg.optimizer)
         ema.update_after(session.take_finite_step(), network, batch_plan)
-        update(optimizer, rate_at(step), norm)
+        update(optimizer, rate_at(step, session.total_steps), norm)
         session.end_step(torch.isfinite(norm))
 
         # Now and then, with this step in the EMA, too: log, preview, quality, save.
         if not session.is_anything_due():
             continue
         ema.update_after(session.take_finite_step(), network, batch_plan)
-        values = session.collect_log(lr=rate_at(step), grad_norm=norm)
+        values = session.collect_log(lr=rate_at(step, session.total_steps), grad_norm=norm)
         if session.is_due("preview"):
-            values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)
+            preview(sampler, cfg.preview, session, train_set.class_names)
+        if session.is_due("held_out"):
+            values |= measure_held_out(sampler, examples, session)
         if quality is not None and session.is_due("quality"):
             values |= measure_quality(quality, sampler, cfg.preview.batch_size, session)
         session.report(values)

@@ -296,11 +296,13 @@ def _variants() -> Iterator[Job]:
         return small(ROOT / "configs" / "smoke" / f"{kind}.json", changes, f"{kind}_{number}")
 
     linear = {"optimizer.schedule": {"kind": "linear", "warmup": 2}, "optimizer.muon": {}, "ema.snapshot_every": 4}
+    wsd = {"kind": "wsd", "cooldown": 0.5}
     yield smoke("ddpm", 1, _PLAIN | linear | {"data": _of_many_shapes(), "image.aspect": _ASPECT} | {
         "process.schedule": {"kind": "quadratic", "steps": 50}, "process.variance": "small", "model.downsample": "max",
         "model.mid_attention": "linear", "times": {"kind": "logit_normal", "shift": {"base": 192}}, "preview.sampler.steps": 5,
         "process.loss.weighting": {"kind": "p2"}, "process.loss.contrast": {"group": 2}, "noise": {"candidates": 3},
         "augmentation": {"probability": 0.5},
+        "optimizer.schedule": wsd | {"warmup": 2}, "stop": {"kind": "held_out", "every": 1, "patience": 2},
     })  # fmt: skip
     yield smoke("ddpm", 2, {
         "process.schedule": {"kind": "sigmoid", "steps": 50, "zero_terminal_snr": True}, "process.target": "v",
@@ -321,7 +323,12 @@ def _variants() -> Iterator[Job]:
     } | _drawn_from("paired", side="left", channels=1))  # fmt: skip
     turned = {"equivariance": {"probability": 0.9}, "alignment": {"adaptive": True}}
     stages = [
-        {"steps": STAGE_STEPS, "schedule": {"kind": "cosine"}, "reconstruction": "mse", "equivariance": {"turns": False}},
+        {
+            "steps": STAGE_STEPS,
+            "schedule": wsd | {"curve": "cosine"},
+            "reconstruction": "mse",
+            "equivariance": {"turns": False},
+        },
         {"steps": STAGE_STEPS, "adversarial": {"weight": 0.1, "adaptive": True}} | turned,
     ]
     vq = {"kind": "vq", "codes": 16}
@@ -365,6 +372,7 @@ def _variants() -> Iterator[Job]:
     yield smoke("classifier", 2, {
         "classifier.downsample": "conv", "classifier.pool": "spatial", "classifier.mid_attention": "none",
         "classifier.head_channels": None, "classifier.num_heads": 4, "times": _TIMES, "mixed_precision": "bf16",
+        "optimizer.schedule": wsd | {"curve": "linear"},
     })  # fmt: skip
     for number, downsample in enumerate(("conv_right", "max"), 3):
         yield smoke("classifier", number, {"classifier.downsample": downsample, "classifier.split_qkv_first": True})

@@ -101,6 +101,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(count)
 
+    def set_total(self, total: int) -> None:
+        """There are so many, as is known only now."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def describe(self, doing: str) -> None:
         """Show from now on that this is being done."""
         self.doing = doing

@@ -160,10 +160,12 @@ def keeps_best(cfg: Any) -> bool:
 
 
 def spared_steps(progress: Mapping[str, Any]) -> set[int]:
-    """The steps whose checkpoints a run needs beside its last ones: its best one, and the one that a rollback would take."""
+    """The steps whose checkpoints a run needs beside its last ones: its best one, the one that a rollback would take, and the
+    last one before the cooldown."""
     best, guard = progress.get("best") or {}, progress.get("guard", {})
-    back_to = guard.get("healthy_step")
-    steps = (best["step"] if best.get("kept") else None, guard.get("before_step") if back_to is None else back_to)
+    back_to, before_cooldown = guard.get("healthy_step"), progress.get("cooldown", {}).get("before")
+    rolled_to = guard.get("before_step") if back_to is None else back_to
+    steps = (best["step"] if best.get("kept") else None, rolled_to, before_cooldown)
     return {step for step in steps if step is not None}
 
 

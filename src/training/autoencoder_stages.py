@@ -97,8 +97,8 @@ class Stage:
         return self._rate_from(self.first if self.adversary_from is None else self.adversary_from, spec)
 
     def _rate_from(self, first: int, spec: OptimizerConfig) -> Callable[[int], float]:
-        at = learning_rate(replace(spec, schedule=self.config.schedule or spec.schedule), self.end - first, self.resolve)
-        return lambda step: at(step - first)
+        at = learning_rate(replace(spec, schedule=self.config.schedule or spec.schedule), self.resolve)
+        return lambda step: at(step - first, self.end - first)
 
     def adversary_at(self, step: int) -> AdversarialTerm | None:
         """The adversarial term of this step, if it has begun."""

@@ -39,12 +39,31 @@ def cannot_change(before: Mapping[str, Any], after: Mapping[str, Any], keys: Seq
     return refused
 
 
-def ways_on(run: Path, before: Mapping[str, Any], after: Mapping[str, Any], keys: Sequence[str]) -> str:
+def in_cooldown(progress: Mapping[str, Any]) -> bool:
+    """Whether the rate of a run had begun to fall at the checkpoint with this progress.json."""
+    return progress.get("step", 0) > progress.get("cooldown", {}).get("start", float("inf"))
+
+
+def ways_on(
+    run: Path,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    keys: Sequence[str],
+    progress: Mapping[str, Any] | None = None,
+) -> str:
     """How the run, which cannot go on with these changes, is the start of a new one: the rest of a sentence."""
     weights = f"init_from {run} there starts from its weights alone"
     if cannot_change(before, after, keys):
         return f"; {weights}, where the network is the same"
-    return f"; to go on with it from here in a new run, add --continue-as NAME ({weights})"
+    place = "from here"
+    if progress is not None and in_cooldown(progress) and moves_cooldown(keys):
+        place = f"from step {progress['cooldown']['before']}, before its cooldown,"
+    return f"; to go on with it {place} in a new run, add --continue-as NAME ({weights})"
+
+
+def moves_cooldown(keys: Sequence[str]) -> bool:
+    """Whether a change of these keys of the config asks for another cooldown."""
+    return any(key.split(".")[0] == "steps" or key.startswith("optimizer.schedule") for key in keys)
 
 
 def images_seen(cfg: TrainConfig, step: int, num_images: int) -> int:

@@ -108,6 +108,11 @@ class Clock:
         self.readings.append((self._step, now))
         return {"epoch": self._images / images_per_epoch, "images_per_second": round(speed, 1)}
 
+    def set_total(self, images: int) -> None:
+        """The run will end after so many images."""
+        self._counted = " images"
+        self._progress.set_total(images)
+
     def show(self, step: int, values: dict[str, float]) -> None:
         """Put epoch, step and loss on the bar."""
         if "loss" in values and self.bar_shown:

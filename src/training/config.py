@@ -104,12 +104,23 @@ class TrainConfig(MachineConfig):
         lengths = {"log": self.log.every, "preview": self.preview.every, "save": self.checkpoint.every}
         lengths["export"] = getattr(self, "export_every", None)
         lengths["quality"] = self.quality.every if self.quality is not None else None
+        lengths["held_out"] = getattr(getattr(self, "stop", None), "every", None)
         return lengths | {"snapshot": self.ema.snapshot_every}
 
     @property
     def uses_classes(self) -> bool:
         """Whether what the run learns depends on the classes of its data."""
         return True
+
+
+@config
+class StopConfig:
+    """The loss of the EMA weights on held-out images, always with the same noise, is measured every `every` steps; where it has
+    not been lower for `patience` measurements, the cooldown begins."""
+
+    kind: Literal["held_out"]
+    every: Length
+    patience: int = pydantic.Field(3, ge=1)
 
 
 @config
@@ -128,7 +139,7 @@ class DiffusionConfig(StepsConfig):
     """The keys of the three diffusion scripts. Without `class_conditional` the data decides, and previews are guided where it
     has classes; `label_dropout` is how often a label is left out. `noise` may be matched to the images. With a `condition` each
     image is drawn from another image, and `condition_dropout` is how often that is left out. With an `augmentation` images are
-    transformed at random, and the network is told how."""
+    transformed at random, and the network is told how. `stop` begins the cooldown of optimizer.schedule early."""
 
     class_conditional: bool | None = None
     label_dropout: float = pydantic.Field(0.0, ge=0, le=1)
@@ -136,6 +147,7 @@ class DiffusionConfig(StepsConfig):
     condition_dropout: float = pydantic.Field(0.0, ge=0, le=1)
     noise: NoiseConfig = NoiseConfig()
     augmentation: AugmentationConfig | None = None
+    stop: StopConfig | None = resumable_field(None)
     process: ProcessConfig
     model: ModelConfig
 
@@ -201,6 +213,14 @@ class DiffusionConfig(StepsConfig):
             raise config_error("process.loss.contrast: it needs classes, and class_conditional is false; leave one of both out")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _stopped(self) -> "DiffusionConfig":
+        if self.stop is not None and self.optimizer.schedule.kind != "wsd":
+            raise config_error("stop: it begins the cooldown of a schedule that has one; set optimizer.schedule.kind to wsd")
+        if self.stop is not None and self.held_out == 0:
+            raise config_error("stop: it measures held-out images; set held_out to 0.05, say, or leave stop out")
+        return self
+
     @property
     def uses_classes(self) -> bool:
         return self.class_conditional is not False or self.balance_classes
@@ -257,6 +277,8 @@ class BlendConfig(LatentConfig):
     def _paired(self) -> "BlendConfig":
         if self.pairs is not None and self.condition is not None:
             raise config_error("condition: pairs of an earlier run have no condition; leave one of both out")
+        if self.pairs is not None and self.stop is not None:
+            raise config_error("stop: none of the pairs of an earlier run is held out; leave one of both out")
         if self.coupling == "paired" and (isinstance(self.source, GaussianSource) or self.image is None):
             raise config_error("coupling: only images of a source have partners of the same names; name a source of them")
         if self.noise.candidates > 1 and (self.pairs is not None or not isinstance(self.source, GaussianSource)):

@@ -13,7 +13,7 @@ from ..report.run_files import read_lines
 from ..runtime.checkpoint import contents, newest, spared_steps, step_folder, verify_checkpoint, write_folder
 from ..storage.files import link_file, new_folder
 from ..storage.locks import folder_lock
-from .changed_config import at, cannot_change, images_seen
+from .changed_config import at, cannot_change, images_seen, in_cooldown, moves_cooldown
 from .run_directory import changes
 
 MARK = ".continuing"  # says, in a directory whose run has not begun, of what it was made; empty until it is whole
@@ -35,7 +35,8 @@ def directory_of(name: str, old: Path) -> Path:
 
 def continue_as(cfg: Any, old: Path, new: Path) -> None:
     """Make the run directory `new`, whose only checkpoint is the newest of `old`, with the config `cfg`; where it has been made
-    before, that run goes on. `old` is read only. Every process calls it, before any waits for another.
+    before, that run goes on. Where the cooldown of `old` has begun and `cfg` asks for another one, it is the last checkpoint
+    before the cooldown. `old` is read only. Every process calls it, before any waits for another.
 
     The place in the stream of images stays: where batches or stages had other sizes before, `images_ahead` says by how many
     images it is further than steps of this config alone would be. A UserError where there is nothing to go on from, where `new`
@@ -50,7 +51,12 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
             f"--continue-as: {old} has no checkpoint to go on from{why}; the old run is runs/NAME of the config, or --run-dir"
         )
     raw, facts, progress = (read_json(start / f"{name}.json") for name in ("config", "data", "progress"))
-    harmless, other = changes(cfg, raw)
+    harmless, other = changes(cfg, raw, progress)
+    if in_cooldown(progress) and moves_cooldown(other):
+        start = step_folder(old / "checkpoints", progress["cooldown"]["before"])
+        if (reason := verify_checkpoint(start)) is not None:
+            raise UserError(f"--continue-as: {start}, the last checkpoint before the cooldown of {old}, is not whole: {reason}")
+        progress = read_json(start / "progress.json")
     old_cfg = validate(type(cfg), raw)  # as today's version reads it
     before, after = dump(old_cfg), dump(cfg)
     if refused := cannot_change(before, after, other):

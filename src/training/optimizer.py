@@ -56,7 +56,34 @@ class MultiStep:
     warmup: Length | None = None
 
 
-Schedule = Annotated[Constant | Annealed | OneCycle | MultiStep, pydantic.Field(discriminator="kind")]
+@config
+class WarmupStableDecay:
+    """The rate, after a linear warm-up, and then the cooldown: over the last `cooldown` (a share) of the steps down to `floor`
+    times the rate, along 1 - sqrt(part), linearly or along half a cosine. Where the cooldown begins is decided late: a run that
+    has not come to it may be given other `steps`, and `stop` may begin it.
+
+    Hu et al. 2024, arXiv:2404.06395; 1 - sqrt and how long: Hägele et al. 2024, arXiv:2405.18392.
+    """
+
+    kind: Literal["wsd"]
+    cooldown: float = pydantic.Field(0.2, gt=0, lt=1)
+    curve: Literal["sqrt", "linear", "cosine"] = "sqrt"
+    floor: float = pydantic.Field(0.0, ge=0, le=1)
+    warmup: Length | None = None
+
+    def cooldown_start(self, total: int) -> int:
+        """The first step of the cooldown in a run of `total` steps."""
+        return total - round(total * self.cooldown)
+
+    def total_for(self, start: int) -> int:
+        """The steps of the shortest run whose cooldown begins at step `start`."""
+        total = max(start, int((start - 0.5) / (1 - self.cooldown)) - 1)
+        while self.cooldown_start(total) < start:
+            total += 1
+        return total
+
+
+Schedule = Annotated[Constant | Annealed | OneCycle | MultiStep | WarmupStableDecay, pydantic.Field(discriminator="kind")]
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
@@ -224,25 +251,33 @@ def _one_cycle(spec: OneCycle, lr: float, step: int, total: int) -> float:
     return last + (first - last) / 2 * (1 + math.cos(math.pi * part))
 
 
-def learning_rate(spec: OptimizerConfig, total: int, resolve: Callable[[int | Span], int]) -> Callable[[int], float]:
-    """step -> the rate of that optimiser step, counted from 0, in a run of `total`. `resolve` turns lengths into steps."""
+def learning_rate(spec: OptimizerConfig, resolve: Callable[[int | Span], int]) -> Callable[[int, int], float]:
+    """(step, total) -> the rate of that optimiser step, counted from 0, in a run of `total`. `resolve` turns lengths into
+    steps."""
     schedule = spec.schedule
     if isinstance(schedule, OneCycle):
-        return lambda step: _one_cycle(schedule, spec.lr, step, total)
+        return lambda step, total: _one_cycle(schedule, spec.lr, step, total)
     warmup = resolve(schedule.warmup) if schedule.warmup is not None else 0
     milestones = [resolve(milestone) for milestone in schedule.milestones] if isinstance(schedule, MultiStep) else []
 
-    def rate(step: int) -> float:
+    def rate(step: int, total: int) -> float:
         warm = spec.lr * min(1.0, (step + 1) / (warmup + 1))
         if isinstance(schedule, MultiStep):
             return warm * schedule.gamma ** sum(step >= milestone for milestone in milestones)
         if isinstance(schedule, Annealed):
-            part = min(1.0, max(0, step - warmup) / max(1, total - warmup))
-            curve = (1 + math.cos(math.pi * part)) / 2 if schedule.kind == "cosine" else 1 - part
-            return warm * (schedule.floor + (1 - schedule.floor) * curve)
+            return warm * _annealed(schedule.kind, schedule.floor, step, warmup, total)
+        if isinstance(schedule, WarmupStableDecay):
+            return warm * _annealed(schedule.curve, schedule.floor, step, schedule.cooldown_start(total), total)
         return warm
 
     return rate
+
+
+def _annealed(curve: Literal["sqrt", "linear", "cosine"], floor: float, step: int, first: int, total: int) -> float:
+    """1 up to step `first`, and from there down to `floor` at the end of `total` steps."""
+    part = min(1.0, max(0, step - first) / max(1, total - first))
+    left = {"sqrt": 1 - math.sqrt(part), "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}
+    return floor + (1 - floor) * left[curve]
 
 
 _MOMENTS = {False: ("step", "exp_avg", "exp_avg_sq"), True: ("momentum_buffer",)}  # by whether Muon moves the parameter

@@ -32,19 +32,17 @@ if TYPE_CHECKING:
 PREVIEW = "the preview"
 
 
-def preview(
-    sampler: Sampler, spec: PreviewConfig, session: Session, class_names: tuple[str, ...], held_out: Examples | None
-) -> dict[str, float]:
-    """Draw the preview of the session's step on all ranks, and measure the loss on what is held out.
+def preview(sampler: Sampler, spec: PreviewConfig, session: Session, class_names: tuple[str, ...]) -> None:
+    """Draw the preview of the session's step on all ranks.
 
     The first rank writes the sheets: `step_STEP.png`, or in the folder `step_STEP` one `sample_CLASS_4x4.png` for each class.
-    A sheet that cannot be drawn does not end the run; the loss may decide which checkpoint is kept, and an error in it does.
+    A sheet that cannot be drawn does not end the run.
     """
     session.clock.enter("a preview")
     stem = session.run.samples / f"step_{session.step:08d}"
     if sampler.conditioned is not None:
         _preview_conditioned(sampler, sampler.conditioned, spec, session, stem.with_name(f"{stem.name}.png"))
-        return held_out_loss(sampler, held_out, session.batch_plan.micro, session.accelerator) if held_out is not None else {}
+        return
     count, of_one = spec.num_samples, sampler.num_classes is None or spec.sheets == "one"
     columns = max(1, min(16, round(math.sqrt(count))))
     sheets = [(stem.with_name(f"{stem.name}.png"), None)]
@@ -61,9 +59,16 @@ def preview(
                 pixels = [figures.to_uint8(images) for images, _ in parts]
                 grids = [figures.grid(x, columns=columns, labels=names) for x, names in zip(pixels, captions, strict=True)]
                 figures.save(figures.in_a_column(grids), path)
+
+
+def measure_held_out(sampler: Sampler, held_out: Examples | None, session: Session) -> dict[str, float]:
+    """The loss on what is held out, on all ranks; nothing where nothing is. It may decide which checkpoint is kept and when the
+    cooldown begins, so an error in it ends the run."""
     if held_out is None:
         return {}
-    return held_out_loss(sampler, held_out, session.batch_plan.micro, session.accelerator)
+    values = held_out_loss(sampler, held_out, session.batch_plan.micro, session.accelerator)
+    session.watch(values["held_out_loss"])
+    return values
 
 
 def _draw_shapes(
@@ -138,8 +143,7 @@ def preview_paths(
     coupling: Coupling,
 ) -> dict[str, float]:
     """Draw the preview of the session's step on all ranks as `step_STEP.png`, the same sources after few network calls and
-    many, and measure: `straightness` along the most calls, and the loss on what is held out. 2-D points are drawn beside those
-    of the data."""
+    many, and measure `straightness` along the most calls. 2-D points are drawn beside those of the data."""
     session.clock.enter("a preview")
     sheets, bends, sampler = list[list[Tensor]](), list[Tensor](), sampler_for(spec.most_calls)
     examples = coupling.data.examples() if coupling.paired else sampler.conditioned
@@ -153,10 +157,7 @@ def preview_paths(
     if sheets and session.accelerator.is_main_process:
         with looked_at(session):
             _save_columns(sheets, spec, coupling, session.run.samples / f"step_{session.step:08d}.png")
-    values = {"straightness": float(torch.cat(bends).mean())} if bends else {}
-    if (held_out := coupling.held_out_examples()) is not None:
-        values |= held_out_loss(sampler_for(SamplerConfig()), held_out, session.batch_plan.micro, session.accelerator)
-    return values
+    return {"straightness": float(torch.cat(bends).mean())} if bends else {}
 
 
 def _draw_columns(

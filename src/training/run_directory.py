@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ from ..report.run_files import read_lines
 from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from ..runtime.failures import warn_on_failure
 from ..storage.locks import take_lock
-from .changed_config import at, ways_on
+from .changed_config import at, in_cooldown, ways_on
 from .clock import Clock
 from .config import TrainConfig
 
@@ -71,9 +71,12 @@ def append_metrics(folder: Path, step: int, values: dict[str, float]) -> None:
         file.write(json.dumps({"step": step, **finite}) + "\n")
 
 
-def changes(settings: TrainConfig, before: dict[str, Any]) -> tuple[list[str], list[str]]:
+def changes(
+    settings: TrainConfig, before: dict[str, Any], progress: Mapping[str, Any] | None = None
+) -> tuple[list[str], list[str]]:
     """The keys that are not as in the config `before`, with which a run was started: harmless ones, and those with which it
     cannot go on. `before` may be of an older version: its old names are translated, and keys that it lacks have their defaults.
+    `progress` is that of the run's checkpoint: until the cooldown begins, where the run ends changes no step that was taken.
 
     A UserError where today's version cannot read it.
     """
@@ -81,8 +84,10 @@ def changes(settings: TrainConfig, before: dict[str, Any]) -> tuple[list[str], l
         before = dump(validate(type(settings), before, origin="its config"))
     new, lengths = dump(settings), list[str]()
     harmless, other = differences(type(settings), before, new)
-    if settings.optimizer.schedule.kind == "constant":  # then where a run ends changes no step before
-        lengths = [key for key in other if key.split(".")[0] == "steps"]
+    kinds = {settings.optimizer.schedule.kind, at(before, "optimizer.schedule.kind")}
+    if kinds <= {"constant", "wsd"} and not in_cooldown(progress or {}):  # both are the same rate until the cooldown
+        of_cooldown = [f"optimizer.schedule.{key}" for key in ("kind", "cooldown", "curve", "floor")]
+        lengths = [key for key in other if key.split(".")[0] == "steps" or (key in of_cooldown and "stages" not in new)]
     if len(new.get("stages", ())) > len(before.get("stages", ())):
         lengths = ["stages"]  # more of them, after those that there were
     return [*harmless, *(key for key in other if key in lengths)], [key for key in other if key not in lengths]
@@ -194,9 +199,9 @@ class RunDirectory:
         """Compare the config of a run that goes on with the one that it was started with. Harmless changes are said; any other
         is a UserError that names the keys."""
         before = read_json(resumed / "config.json")
-        harmless, other = changes(settings, before)
+        harmless, other = changes(settings, before, read_json(resumed / "progress.json"))
         if other:
-            ways = ways_on(self.path, before, dump(settings), other)
+            ways = ways_on(self.path, before, dump(settings), other, read_json(resumed / "progress.json"))
             raise self._other_run(f"started with another {', '.join(other)}", "change it back", ways)
         if harmless:
             self.say(f"changed since the checkpoint: {', '.join(harmless)}")

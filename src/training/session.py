@@ -21,6 +21,7 @@ from ..runtime.stream import BatchPlan
 from .clock import Cadence, Clock
 from .config import TrainConfig
 from .continuing import MARK, describe
+from .cooldown import Cooldown
 from .run_directory import RunDirectory, check_ranks
 from .run_mode import RESTART, RunMode
 from .state import Meter, TrainState
@@ -71,15 +72,15 @@ class Session:
         stop_at: int | None,
     ) -> None:
         self.cfg, self.accelerator, self.train_state, self.facts = cfg, accelerator, train_state, facts
-        self.total_steps, self.run_mode, self.stop_at = total_steps, run_mode, ENDLESS if stop_at is None else stop_at
+        self.run_mode, self.stop_at = run_mode, ENDLESS if stop_at is None else stop_at
         check_ranks(facts)
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=run_mode.quiet)
         run_mode.closing.push(self._give_up)
         self.step, self.progress = 0, {}
-        self._resume()
+        self._resume(total_steps)
         self.best: dict[str, Any] | None = self.progress.get("best")
 
-    def _resume(self) -> None:
+    def _resume(self, total_steps: int) -> None:
         resumed = broadcast(self.run.newest_checkpoint() if self.run.writes else None)
         if resumed is not None:
             if not resumed.is_dir():
@@ -91,6 +92,7 @@ class Session:
             self.progress = self.run.adopt_progress(resumed, self.facts, classes=self.cfg.uses_classes)
             self.step = self.progress["step"]
             self.train_state.load(resumed)
+        self.cooldown = Cooldown(self.cfg, total_steps, self.progress)
         self._origins: list[dict[str, Any]] = self.progress.get("continued", [])
         self.continued = bool(self._origins) and self._origins[-1]["step"] == self.step
         if self._origins:
@@ -117,6 +119,11 @@ class Session:
         return batch_plan._replace(images_before=batch_plan.images_before + ahead)
 
     @property
+    def total_steps(self) -> int:
+        """The steps of the run, as far as is known: `stop` may make them less."""
+        return self.cooldown.total
+
+    @property
     def is_fresh(self) -> bool:
         """Whether nothing was done yet in this directory."""
         return self.step == 0 or self.continued
@@ -136,6 +143,8 @@ class Session:
         """Once the networks are prepared: open all that is written during the training, and say what will happen, with the
         `warnings`. `plans` are those of the stages from the one on in which the run is."""
         total_images = plans[-1].images_at(self.total_steps)
+        if getattr(self.cfg, "stop", None) is not None and held_out is None:
+            raise UserError(f"stop: none of the {self.facts['images']} images is held out; raise held_out, or leave stop out")
         accelerator, cfg, facts, run_mode = self.accelerator, self.cfg, self.facts, self.run_mode
         if accelerator.scaler is not None and "scaler" in self.progress:
             accelerator.scaler.load_state_dict(self.progress["scaler"])
@@ -158,6 +167,7 @@ class Session:
         run_mode.leave_phases()
         endless = self.total_steps == ENDLESS
         length = "without end" if endless else f"of {self.total_steps} = {total_images / facts['images']:.1f} epochs"
+        length += f", with the cooldown from step {self.cooldown.start}" * (self.cooldown.start is not None and not endless)
         self.run.say(
             (f"{self.run.path} goes on {describe(self._origins[-1])}\n" if self.continued else "")
             + f"{cfg.name}: {facts['images']} images in {len(facts['class_names']) or 'no'} classes "
@@ -230,7 +240,9 @@ class Session:
 
     def is_anything_due(self) -> bool:
         """Whether there is more to do after this step than to take the next one."""
-        if self.step >= min(self._end, self.stop_at) or any(cadence(self.step) for cadence in self._cadences.values()):
+        if self.step >= min(self._end, self.stop_at) or self.step == self.cooldown.start:
+            return True
+        if any(cadence(self.step) for cadence in self._cadences.values()):
             return True
         return self.gate.save or self.gate.stop or self.gate.stop_is_local
 
@@ -239,8 +251,11 @@ class Session:
         return self.step >= self._end
 
     def is_due(self, word: str) -> bool:
-        """Whether log, preview, quality, snapshot, save or export is due: all but the last at the end of a stage, too."""
+        """Whether log, preview, held_out, quality, snapshot, save or export is due: all but the last at the end of a stage,
+        too; held_out with each preview, and save where the cooldown begins."""
         cadence = self._cadences[word]
+        if (word == "held_out" and self.is_due("preview")) or (word == "save" and self.step == self.cooldown.start):
+            return True
         if word in ("quality", "snapshot", "export") and cadence.every is None:
             return False
         return cadence(self.step) or (self._at_end and word != "export")
@@ -249,7 +264,7 @@ class Session:
     def decides(self) -> bool:
         """Whether the preview of this step may decide what is kept and where the run goes on. The early ones are only to be
         looked at, so that a run that began before there were any goes on as one that had them."""
-        return self._at_end or self._cadences["preview"].regular(self.step)
+        return self._at_end or any(self._cadences[word].regular(self.step) for word in ("preview", "held_out"))
 
     @property
     def should_stop(self) -> bool:
@@ -282,6 +297,14 @@ class Session:
             return False
         return name in values and self.note_if_best(name, values[name], measured) and keeps_best(self.cfg)
 
+    def watch(self, held_out_loss: float) -> None:
+        """Where `stop` asks for this measurement, begin the cooldown if the loss is no longer falling: on all ranks, since the
+        first one's value decides."""
+        if self._cadences["held_out"].regular(self.step) and (why := self.cooldown.watch(self.step, broadcast(held_out_loss))):
+            self._end = self.total_steps
+            self.clock.set_total(self.batch_plan.images_at(self.total_steps))
+            self.run.say(why)
+
     def drawing(self, what: str) -> AbstractContextManager[Outcome]:
         """Around the drawing of `what`, which is only to be looked at: where it fails, the run says so and goes on."""
         return warn_on_failure(what, self.run.warn)
@@ -306,6 +329,7 @@ class Session:
             return False
         self.clock.enter("saving a checkpoint")
         state = {"step": self.step, "meter": self.meter.saved(), "best": self.best, "skipped_in_a_row": 0, **more_progress}
+        state |= self.cooldown.to_save(self.step)
         if self._origins:
             state["continued"] = self._origins
         if self.accelerator.scaler is not None:

@@ -16,7 +16,7 @@ DIFFUSION = ("ddpm_accelerate", "train_ldm", "train_iadb")
 MAY_DIFFER = {
     "accelerator.backward(loss * (batch_plan.world / batch_plan.batch))",
     "accelerator.backward(loss * (batch_plan.world / batch_plan.batch * loss_scale))",  # loss_reduction of the IADB paper
-    "values |= preview(sampler, cfg.preview, session, train_set.class_names, examples)",
+    "preview(sampler, cfg.preview, session, train_set.class_names)",
     "values |= preview_paths(sampler_for, cfg.preview, session, train_set.class_names, coupling)",
     'if session.is_due("export"):',
     'session.export(Path(cfg.export_dir), f"ckpt_epoch{batch_plan.images_at(session.step) // len(train_set)}_ddpm.pt")',

@@ -55,8 +55,8 @@ CPU = torch.device("cpu")
 
 def rates(schedule: dict, total: int, lr: float = 0.1) -> list[float]:
     spec = validate(OptimizerConfig, {"lr": lr, "schedule": schedule})
-    rate = learning_rate(spec, total, lambda length: length if isinstance(length, int) else int(length.epochs or 0) * 10)
-    return [rate(step) for step in range(total)]
+    rate = learning_rate(spec, lambda length: length if isinstance(length, int) else int(length.epochs or 0) * 10)
+    return [rate(step, total) for step in range(total)]
 
 
 def torch_rates(make: object, total: int, lr: float = 0.1) -> list[float]:
