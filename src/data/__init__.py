@@ -2,5 +2,16 @@
 
 from .facts import check_images, describe_data
 from .points import DataEnd, GaussianSource, PointSet, SourceEnd, open_given_points, open_points
-from .sources import GIVEN, HeldOut, ImageSet, Source, Sources, open_data, open_given, open_sources, register_source
+from .sources import (
+    GIVEN,
+    HeldOut,
+    HeldOutShare,
+    ImageSet,
+    Source,
+    Sources,
+    open_data,
+    open_given,
+    open_sources,
+    register_source,
+)
 from .transforms import ImageConfig

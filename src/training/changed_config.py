@@ -11,7 +11,7 @@ from .config import TrainConfig
 MAY_CHANGE = (
     *("name", "steps", "stages", "batch_size", "optimizer", "discriminator_optimizer", "ema"),
     *("process.loss", "loss_reduction", "perceptual", "guard", "times", "label_dropout", "condition_dropout"),
-    *("preview", "mixed_precision", "deterministic", "cpu_threads"),
+    *("noise.candidates", "preview", "mixed_precision", "deterministic", "cpu_threads"),
 )
 
 

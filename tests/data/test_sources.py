@@ -1,16 +1,18 @@
 """The registry of sources: all that are there are accepted, and one that another package adds is trained on."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+from PIL import Image
 
 from src.config import UserError, config, json_schema, validate
 from src.data import HeldOut, Sources
 from src.data.facts import count_notes, describe_data, skipped_files, sources_of
 from src.data.points import POINT_SOURCES, DataEnd, SourceEnd, is_point_source
-from src.data.sources import GIVEN, SOURCES, DigitsSource, open_sources
+from src.data.sources import GIVEN, SOURCES, DigitsSource, HeldOutShare, open_data, open_sources
 from src.data.sources.image_set import lowest_names
 from src.data.sources.images import digest, hold_out, name_fraction, number_classes, odd_label_remarks
 from tests.conftest import ROOT, SMOKE, launch
@@ -151,3 +153,28 @@ def test_each_source_of_several_sets_is_described_once() -> None:
     assert hold_out(digits, digits.names, 0.0, "images") == (digits, None)
     with pytest.raises(UserError, match=r"held_out 1e-09 of 1797 images leaves one side empty"):
         hold_out(digits, digits.names, 1e-9, "images")
+
+
+def test_images_that_belong_together_are_held_out_together(tmp_path: Path) -> None:
+    """Here by the number of a person at the start of the file's name; a file without one goes by its own path."""
+    (tmp_path / "a").mkdir()
+    names = [f"{person:02d}_{i}.png" for person in range(40) for i in range(3)] + ["odd.png", "_.png"]
+    for number, name in enumerate(names):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "a" / name)
+    data = {"source": "folder", "path": str(tmp_path), "scan": {"min_file_bytes": 0}}
+    cfg = validate(_Config, {"data": data, "held_out": {"fraction": 0.3, "together": "^[0-9]+"}})
+    assert isinstance(cfg.held_out, HeldOutShare) and cfg.held_out.key_of("b/7_1.png") == "7"
+    assert cfg.held_out.key_of("3/odd.png") == "3/odd.png", "the folder is no part of the file's name"
+    train_set, held_out = open_data(cfg.data, cfg.held_out)
+    assert held_out is not None and len(train_set) + len(held_out) == len(names) and len(held_out) > 10
+    people = [{Path(name).name.partition("_")[0] for name in part.names} - {"odd.png", ""} for part in (train_set, held_out)]
+    assert not people[0] & people[1] and len(people[0] | people[1]) == 40
+    assert people[1] == {f"{person:02d}" for person in range(40) if name_fraction(f"{person:02d}") < 0.3}
+    for held_out_value, reason in (
+        ({"fraction": 0.3, "together": "["}, "held_out.together: it is no regular expression"),
+        ({"fraction": 1.5, "together": "a"}, "held_out.fraction"),
+        ({"together": "a"}, "held_out.fraction: this key is missing"),
+        ({"path": "x"}, "held_out.source"),
+    ):
+        with pytest.raises(UserError, match=re.escape(reason)):
+            validate(_Config, {"data": data, "held_out": held_out_value})

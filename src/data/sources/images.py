@@ -1,15 +1,17 @@
 """What all sources of images have in common: how an image is found, read and recognised."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
-from ...config import UserError
+from ...config import UserError, config, config_error
 from ...config.sizes import Sides
 from ..colour import Pixels
 from ..names import normal_form, printable, sorted_classes
@@ -112,13 +114,41 @@ def name_fraction(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2.0**64
 
 
-def hold_out(data_set: Any, names: Sequence[str], held_out: float, noun: str) -> tuple[Any, Any]:
+@config
+class HeldOutShare:
+    """A `fraction` of the images, by the hash of what the regular expression `together` finds in the names of their files:
+    images with the same text in their names, such as the number of a person, are on the same side. Where it finds nothing, it
+    is the whole path that counts."""
+
+    fraction: float = pydantic.Field(gt=0, lt=1)
+    together: str
+
+    @pydantic.field_validator("together")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise config_error(f"it is no regular expression: {error}") from None
+        return value
+
+    def key_of(self, name: str) -> str:
+        """The text that is hashed for an image of this name."""
+        match = re.search(self.together, name.rpartition("/")[2])
+        return match[0] if match is not None and match[0] else name
+
+
+def hold_out(data_set: Any, names: Sequence[str], held_out: float | HeldOutShare, noun: str) -> tuple[Any, Any]:
     """(those to train on, those held out or None) of a set of images or points: a fraction, by the hash of their names."""
     if not held_out:
         return data_set, None
-    is_held_out = np.array([name_fraction(name) < held_out for name in names])
+    if isinstance(held_out, HeldOutShare):
+        keys, fraction = [held_out.key_of(name) for name in names], held_out.fraction
+    else:
+        keys, fraction = names, held_out
+    is_held_out = np.array([name_fraction(key) < fraction for key in keys])
     if is_held_out.all() or not is_held_out.any():
-        raise UserError(f"held_out {held_out:g} of {len(names)} {noun} leaves one side empty; change it")
+        raise UserError(f"held_out {fraction:g} of {len(names)} {noun} leaves one side empty; change it")
     return data_set.only(~is_held_out), data_set.only(is_held_out)
 
 

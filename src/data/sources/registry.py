@@ -1,6 +1,6 @@
 """The list of all sources: a source is known to configs, the command line and error messages by its entry here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Discriminator, Field, Tag
@@ -10,7 +10,7 @@ from .datasets import DatasetsSource, open_datasets
 from .digits import DigitsSource, open_digits
 from .emnist import EmnistSource, open_emnist
 from .folder import FolderSource, open_folder
-from .images import Images, Source
+from .images import HeldOutShare, Images, Source
 from .packed import PackedSource, open_packed
 from .python import PythonSource, open_python
 from .shapes import ShapesSource, open_shapes
@@ -41,7 +41,17 @@ register_source(PythonSource, open_python)
 OneSource = Annotated[Source, SOURCES]
 SeveralSources = Annotated[tuple[OneSource, ...], Field(min_length=1), Tag("list")]
 Sources = Annotated[Annotated[OneSource, Tag("object")] | SeveralSources, Discriminator(kind_of)]
+
+
+def _held_out_kind(value: Any) -> str:
+    is_share = isinstance(value, HeldOutShare) or (isinstance(value, Mapping) and bool({"fraction", "together"} & {*value}))
+    return "share" if is_share else kind_of(value)
+
+
 HeldOut = Annotated[
-    Annotated[float, Field(ge=0, lt=1), Tag("plain")] | Annotated[OneSource, Tag("object")] | SeveralSources,
-    Discriminator(kind_of),
+    Annotated[float, Field(ge=0, lt=1), Tag("plain")]
+    | Annotated[HeldOutShare, Tag("share")]
+    | Annotated[OneSource, Tag("object")]
+    | SeveralSources,
+    Discriminator(_held_out_kind),
 ]
