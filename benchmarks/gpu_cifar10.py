@@ -79,7 +79,7 @@ def probe(out: Path, folder: Path, settings: dict[str, Any], seconds: float) -> 
     while process.poll() is None and (first is None or time.monotonic() - first < seconds or len(rates_of(run)) < 2):
         time.sleep(0.1)
         first = time.monotonic() if first is None and rates_of(run) else first
-    gpu_runs.end(process)
+    gpu_runs.end(process, signal.SIGKILL)
     rates = rates_of(run)
     shutil.rmtree(run, ignore_errors=True)
     if first is None or not rates:
@@ -97,7 +97,7 @@ def train_piece(words: list[str], log: Path, deadline: float) -> None:
     process = gpu_runs.start(words, log)
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    gpu_runs.end(process, signal.SIGTERM)
+    gpu_runs.end(process, patience=60.0)
 
 
 class Reference:
@@ -133,8 +133,9 @@ def draw(weights: Path, count: int, device: torch.device) -> Tensor:
     """(count, 3, H, W) uint8 by the sampler of the run's previews, from its EMA weights."""
     run = open_trained(weights, device)
     sampler = build_sampler(run, SamplerConfig(**read_json(CONFIG)["preview"]["sampler"]))
-    parts = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
-    return torch.cat([pixels_of(sampler.draw(0, part, None, device=device, batch_size=BATCH).cpu()) for part in parts])
+    size = min(BATCH, count)
+    parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    return torch.cat([pixels_of(sampler.draw(0, part, None, device=device, batch_size=size).cpu()) for part in parts])
 
 
 def train_cifar10(
@@ -181,6 +182,8 @@ def train_cifar10(
         began = time.monotonic()
         measuring = max([piece["measure_seconds"] for piece in result["pieces"]], default=draw_seconds(samples))
         until = began + (deadline - began) / left - measuring - STOP_SECONDS
+        if result["pieces"] and until - began < result["probe"]["start_seconds"]:
+            continue  # it would end before its first step; the next piece has more time
         train_piece(words, out / f"piece_{len(result['pieces']) + 1}.txt", until)
         checkpoint = newest(run / "checkpoints")[0]
         if checkpoint is None:

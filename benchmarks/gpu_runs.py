@@ -49,20 +49,21 @@ def start(words: Sequence[str | Path], log: Path, extra: Mapping[str, str] | Non
     return process
 
 
-def end(process: "subprocess.Popen[bytes]", number: int = signal.SIGKILL) -> None:
-    """Send a signal to a process and all below it, and wait for it; after a minute it is killed."""
+def end(process: "subprocess.Popen[bytes]", number: int = signal.SIGTERM, patience: float = 10.0) -> None:
+    """Send a signal to a process and all of its group, and wait for it; after `patience` seconds they are killed. A launcher,
+    whose processes are in sessions of their own, ends them where it is asked to stop."""
     for sent in (number, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, sent)
             try:
-                process.wait(60)
+                process.wait(patience)
             except subprocess.TimeoutExpired:
                 continue
         return
 
 
 def end_all() -> None:
-    """Kill all that was started here and still runs."""
+    """End all that was started here and still runs."""
     for process in _started:
         end(process)
 
@@ -133,7 +134,7 @@ def kill_each(processes: Mapping[Path, "subprocess.Popen[bytes]"], deadline: flo
             is_due = checkpoint.exists() or process.poll() is not None or time.monotonic() >= deadline
             if checkpoint not in was_running and is_due:
                 was_running[checkpoint] = process.poll() is None
-                end(process)
+                end(process, signal.SIGKILL)
         time.sleep(0.01)
     return was_running
 

@@ -117,7 +117,7 @@ class BareDiffusion:
         self.labels = torch.randint(0, num_classes, (cfg.batch_size,), device=device) if num_classes is not None else None
 
     def step(self) -> None:
-        t = self.process.draw_times(torch.rand(len(self.x0), dtype=torch.float64)).to(self.x0.device)
+        t = self.process.draw_times(torch.rand(len(self.x0), dtype=torch.float64))  # on the CPU, as the scripts have them
         condition = {"labels": self.labels} if self.labels is not None else {}
         self.process.losses(self.network, self.x0, torch.randn_like(self.x0), t, **condition).loss.mean().backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.optimizer.clip or float("inf"))

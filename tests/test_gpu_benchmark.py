@@ -224,7 +224,8 @@ def test_a_training_in_pieces_goes_on_and_each_is_measured(
     assert result == read_json(out / "cifar10.json") and result["state"] == "done" and not stops
     assert [(piece["step"], piece["images"]) for piece in result["pieces"]] == [(2, 16), (4, 32), (6, 48)]
     for piece in result["pieces"]:
-        assert piece["frechet_distance"] > 0 and Image.open(out / piece["image"]).size[0] > 8 * race.SIZE
+        with Image.open(out / piece["image"]) as sheet:
+            assert piece["frechet_distance"] > 0 and sheet.size[0] > 8 * race.SIZE
     assert (out / "distance.png").exists()
     text = gpu_cifar10.table_of(result)
     assert "| 6 of 6 | 48 |" in text and "| held-out images |" in text
@@ -250,7 +251,7 @@ def test_the_recipe_is_a_config_and_its_speed_is_read_from_the_log(tmp_path: Pat
         return SimpleNamespace(poll=lambda: None)
 
     monkeypatch.setattr(gpu_runs, "start", start)
-    monkeypatch.setattr(gpu_runs, "end", lambda process: None)
+    monkeypatch.setattr(gpu_runs, "end", lambda process, number: None)
     measured = gpu_cifar10.probe(tmp_path, ROOT / "datasets" / "x", {}, 0.0)
     assert measured["images_per_second"] == 300.0 and not (tmp_path / "probe").exists()
     assert gpu_cifar10.plan_steps(100.0, 256.0, 256, 3) == 90 and gpu_cifar10.plan_steps(0.0, 256.0, 256, 3) == 3
