@@ -58,9 +58,9 @@ def _steps_apart(file: Path, deadline: float, *, small: bool = False) -> dict[st
 
 
 PARTS = {
-    "tests": Part("The GPU's tests", gpu_runs.run_tests, gpu_runs.tests_table, 40, 170),
-    "parallel": Part("DDP and FSDP of one process", gpu_runs.run_parallel, gpu_runs.parallel_table, 25, 60),
-    "resumed": Part("Killed and resumed, deterministic, in bf16", gpu_runs.run_resumed, gpu_runs.resumed_table, 40, 110),
+    "tests": Part("The GPU's tests", gpu_runs.run_tests, gpu_runs.tests_table, 40, 150),
+    "parallel": Part("DDP and FSDP of one process", gpu_runs.run_parallel, gpu_runs.parallel_table, 25, 50),
+    "resumed": Part("Killed and resumed, deterministic, in bf16", gpu_runs.run_resumed, gpu_runs.resumed_table, 40, 90),
     "steps": Part("A training step", _steps_apart, gpu_steps.table_of, 30, float("inf")),
 }
 
