@@ -9,8 +9,9 @@ loss, backward, clipping, AdamW or its own Adam) and sampling (each project's ow
 and of denoising-diffusion-pytorch's Unet, each in its own default shape, narrowed, and of our race's network, made deeper until
 it has as many parameters. So what is compared is what a number of parameters costs: in the same shape ours is hardly faster
 (benchmarks/unet.py), as all sit in the same convolutions. On a CPU each trains in its own precision: the peers in float32, ours
-in bf16, as its configs say (the peers' images/s in bf16 are shown, too). Everything is measured in turns. On a GPU all run in
-bf16 and compiled. Last come the seconds from launch to the first step and the most memory, each in a process of its own.
+in bf16 where the processor has units for it, as its config says (the peers' images/s in bf16 are shown, too). All is measured
+in turns. On a GPU all run in bf16 and compiled. Last come the seconds from launch to the first step and the most memory, each
+in a process of its own.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from src.models import VAE, Discriminator, UNetConfig, build_model
 from src.models.layers import channels_last
 from src.models.pretrained import import_torchvision
 from src.runs.autoencoder import Autoencoder
+from src.runtime.precision import native_precision
 from src.runtime.stream import MicroBatch, to_network
 from src.sampling import Sampler, SamplerConfig
 from src.training import inputs
@@ -115,7 +117,7 @@ class BareDiffusion:
         self.labels = torch.randint(0, num_classes, (cfg.batch_size,), device=device) if num_classes is not None else None
 
     def step(self) -> None:
-        t = self.process.draw_times(torch.rand(len(self.x0), dtype=torch.float64)).to(self.x0.device)
+        t = self.process.draw_times(torch.rand(len(self.x0), dtype=torch.float64))  # on the CPU, as the scripts have them
         condition = {"labels": self.labels} if self.labels is not None else {}
         self.process.losses(self.network, self.x0, torch.randn_like(self.x0), t, **condition).loss.mean().backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.cfg.optimizer.clip or float("inf"))
@@ -312,7 +314,8 @@ def our_racer(parameters: int, device: torch.device) -> Racer:
         sampler = Sampler(network, process, spec, shape=(3, 32, 32), num_classes=None, clip_x0=(-1.0, 1.0))
         return sampler.draw(0, range(count), None, device=device)
 
-    bf16, optimizer = cfg.mixed_precision == "bf16", build_optimizer(network, replace(cfg.optimizer, muon=None))
+    bf16 = native_precision(device) == "bf16" if cfg.mixed_precision == "auto" else cfg.mixed_precision == "bf16"
+    optimizer = build_optimizer(network, replace(cfg.optimizer, muon=None))
     return Racer(network, optimizer, lambda x, t: network(x, t.float()), draw, bf16)
 
 

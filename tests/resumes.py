@@ -39,6 +39,7 @@ class Value(NamedTuple):
 # "*" stands for all classes, all fields of a class, all values of a field.
 EXEMPT = {
     Value("*", "mixed_precision", "fp16"): "it needs a GPU",
+    Value("*", "mixed_precision", "auto"): "a run with it is one with no or bf16; tests/runtime/test_precision.py",
     Value("*", "cpu_threads", "None"): "then the machine decides, and the same bits are promised for equal numbers of threads",
     Value("*", "init_from", "set"): "it is read before the first step alone",
     Value("train_iadb", "pairs", "set"): "pairs are a cache that is made before the first step; tests/test_iadb_scripts.py",

@@ -18,7 +18,8 @@ from ..config import validate
 from ..config.sizes import describe_size
 from ..diffusion import Process, ProcessConfig, build_process
 from ..models import Backbone, UNetConfig, build_model
-from ..runtime.launch import MachineConfig, accumulating, start, warm_up_ddp
+from ..runtime.launch import MachineConfig, accumulating, decide_precision, start, warm_up_ddp
+from ..runtime.precision import native_precision
 from ..runtime.processes import broadcast
 from ..runtime.seeds import generator, normal, uniforms
 from ..runtime.stream import BatchPlan, plan_batch
@@ -200,10 +201,12 @@ def half(bench: Bench) -> Verdict:
     pairs += [(nn.functional.conv2d(image, weight), nn.functional.conv2d(image.float(), weight.float()))]
     worst = float(torch.stack([(low.float() - high).norm() / high.norm() for low, high in pairs]).max())  # NaN stays NaN
     words = f"a product and a convolution are within {worst:.1e} of float32 (1e-2 allowed)"
+    is_auto = precision == "auto"
+    words += f"; mixed_precision auto is {native_precision(bench.device, bench.cfg.dtype)} here" if is_auto else ""
     if not worst < 1e-2:
         return Verdict("fail", words, "train with mixed_precision no; another torch or driver may mend it")
-    if kind == torch.float16:
-        advice = "a config with bf16 trains in fp16 here; train_vae.py needs mixed_precision no"
+    if kind == torch.float16 and not is_auto:
+        advice = "a config with bf16 trains in fp16 here; train_vae.py needs mixed_precision no, or auto"
         return Verdict("warn", f"this GPU has no bf16; in fp16 {words}", advice)
     return Verdict("pass", words)
 
@@ -332,8 +335,11 @@ def prove(cfg: Any, script_cfg: TrainConfig, folder: Path, report: Callable[[Row
     """
     with own_script.as_before():
         torch.backends.cudnn.allow_tf32 = False  # that of products is off where processes start
-        began, what = time.monotonic(), subject(cfg)
-        accelerator = start(replace(what.machine, timeout_minutes=seconds / 60))
+        began, minutes = time.monotonic(), seconds / 60
+        is_auto = getattr(cfg, "mixed_precision", "no") == "auto"  # what that is, the first process says to all
+        precision = decide_precision(replace(cfg, timeout_minutes=minutes)) if is_auto else None
+        what = subject(replace(cfg, mixed_precision=precision) if is_auto else cfg)
+        accelerator = start(replace(what.machine, timeout_minutes=minutes))
         torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such way is no failure of the machine
         rank, world = accelerator.process_index, accelerator.num_processes
         split = plan_batch(MICRO * PARTS * world, MICRO, rank=rank, world=world)

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..config import UserError, config, resumable_field
 from ..config.packages import is_installed
-from .processes import process_state
+from .precision import kept_precision, native_precision, precision_for
+from .processes import broadcast, process_state
 from .sharding import plugin_for
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 class MachineConfig:
     """How a run uses its machine.
 
+    `mixed_precision` auto is bf16 where the first process's device has units for it, else no; a run that goes on keeps it.
     `dtype` float64 is for proofs. `deterministic` makes a GPU repeat itself to the bit. `cpu_threads` fixes the threads of
     a process on a CPU, so that one process and two agree there to the bit. `workers` processes decode images ahead.
     A collective that waits longer than `timeout_minutes` ends the run. Each checkpoint goes into the `bucket` (gs://NAME[/PREFIX])
@@ -36,7 +38,7 @@ class MachineConfig:
     torchrun passes it on with `--signals_to_handle SIGTERM,SIGINT,SIGUSR1`) is handled as SIGTERM, and so is USR1 in any case.
     """
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     dtype: Literal["float32", "float64"] = "float32"
     deterministic: bool = False
     cpu_threads: int | None = Field(None, gt=0)
@@ -138,17 +140,32 @@ def check_world(count: int) -> None:
         raise UserError(f"WORLD_SIZE is {world} but accelerate sees {count} process(es); on a CPU start with: {TWO_ON_A_CPU}")
 
 
-def has_bf16_units() -> bool:
-    """Whether this processor has units for bf16, without which bf16 is slower than float32. True where torch does not say."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(value for name, value in known.items() if "bf16" in name) or not any("bf16" in name for name in known)
+def decide_precision(machine: MachineConfig, *runs: Path) -> str:
+    """no, bf16 or fp16, the same on all processes: what `mixed_precision` says, where auto is what the first of the `runs` that
+    has a checkpoint was trained in, else what suits the first process's device. A UserError where the launcher asks for another
+    one."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() or "no"
+    _refuse(
+        (
+            launched not in ("no", machine.mixed_precision),
+            f"the launcher asks for mixed_precision {launched} and the config for {machine.mixed_precision}; leave it out of "
+            "the launch, the config decides",
+        ),
+    )
+    if machine.mixed_precision != "auto":
+        return precision_for(machine.mixed_precision)
+    from accelerate.utils import parse_flag_from_env
 
-
-def precision_for(wanted: str) -> str:
-    """bf16, or fp16 on a GPU that has no bf16."""
-    if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "fp16"
-    return wanted
+    check_launcher(fsdp=True)
+    with explain_environment():
+        timeout = timedelta(minutes=machine.timeout_minutes)
+        state = process_state(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timeout)
+    check_world(state.num_processes)
+    decided = None
+    if state.is_main_process:
+        of_run = next((precision for run in runs if (precision := kept_precision(run)) is not None), None)
+        decided = precision_for(of_run or native_precision(state.device or torch.device("cpu"), machine.dtype))
+    return broadcast(decided or "")
 
 
 def keep_freed_memory() -> bool:
@@ -174,19 +191,14 @@ def start(
     check_launcher(fsdp=fsdp)
     check_arithmetic(machine)
     trackers = tuple(tracker for tracker in trackers if is_installed(tracker))  # the session says which are not
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() or "no"
-    precision = precision_for(machine.mixed_precision)
+    precision = decide_precision(machine, folder)
     plugin = plugin_for(precision)
+    where = "go on with this run where there is bf16" if machine.mixed_precision == "auto" else "use bf16 or no"
     _refuse(
-        (
-            launched not in ("no", machine.mixed_precision),
-            f"the launcher asks for mixed_precision {launched} and the config for {machine.mixed_precision}; leave it out of "
-            "the launch, the config decides",
-        ),
         (
             precision == "fp16" and (plugin is not None or not fp16),
             "mixed_precision fp16 (or bf16 on a GPU that has none) is not for "
-            f"{'two optimisers' if plugin is None else 'FSDP'}; use bf16 or no",
+            f"{'two optimisers' if plugin is None else 'FSDP'}; {where}",
         ),
         (
             precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()),

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def process_state(*, cpu: bool = False) -> "PartialState":
-    """The processes as accelerate knows them. Its import takes a second, so nothing of ours imports it before it is needed."""
+def process_state(*, cpu: bool = False, timeout: timedelta | None = None) -> "PartialState":
+    """The processes as accelerate knows them, whose collectives wait for `timeout`, where this call is the first. Its import
+    takes a second, so nothing of ours imports it before it is needed."""
     from accelerate import PartialState
 
-    return PartialState(cpu=cpu)
+    return PartialState(cpu=cpu, **({} if timeout is None else {"timeout": timeout}))
 
 
 def broadcast(chosen: T) -> T:

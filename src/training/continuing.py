@@ -103,6 +103,8 @@ def _make(old: Path, new: Path, start: Path, settings: dict[str, Any], entries: 
         for folder in [start, *(folder for folder in spared if folder < start and verify_checkpoint(folder) is None)]:
             tensors, documents = contents(folder)
             documents["progress"] |= {"continued": entries}
+            if settings["mixed_precision"] != "auto":  # the config says it now
+                documents["data"].pop("mixed_precision", None)
             write_folder(staged / "checkpoints" / folder.name, tensors, {**documents, "config": settings})
         for name in BESIDE:
             if (old / name).is_dir():

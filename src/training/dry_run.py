@@ -95,6 +95,7 @@ class Costs:
     images: int = 0
     remarks: Sequence[str] = ()
     parameters: int = 0
+    precision: str | None = None
 
 
 def planned_stages(cfg: TrainConfig, num_images: int, world: int, begun: int) -> Iterator[MeasuredStage]:
@@ -153,7 +154,7 @@ def rehearse(
         stage.measure(clock, first, last)
         costs.stages.append(stage)
     costs.remarks = [*([f"left out: {left_out(facts)}"] if facts["skipped"] else []), *remarks_on(cfg, facts)]
-    costs.parameters = state.num_parameters
+    costs.parameters, costs.precision = state.num_parameters, rehearsal.precision
     state = run_mode.train_state = None  # its memory is given back
     costs.preview_bytes = _bytes_in(run / "samples") // max(1, len(costs.stages))
     if (last_checkpoint := newest(run / "checkpoints")[0]) is not None:
@@ -278,6 +279,8 @@ def rows_of(cfg: TrainConfig, costs: Costs, run_dir: Path, memory: float) -> lis
     kept, time to the end."""
     rows = [("data", line) for line in (f"{costs.images} images", *costs.remarks)]
     rows += [("parameters", f"{costs.parameters / 1e6:.2f} M")]
+    if costs.precision is not None:
+        rows += [("precision", f"mixed_precision auto is {costs.precision}")]
     seconds, counts, minutes = costs.ahead_seconds, Counter[str](), cfg.checkpoint.every_minutes
     for stage in costs.stages:
         plan, endless = stage.batch_plan, stage.steps >= ENDLESS

@@ -18,7 +18,7 @@ from ..runs.folders import read_weights
 from ..runs.latents import write_sample_cache
 from ..runs.opened import count_classes
 from ..runtime.checkpoint import Tensors, read_tensors, step_folder, verify_checkpoint
-from ..runtime.launch import start
+from ..runtime.launch import decide_precision, start
 from ..storage.files import link_file
 from .autoencoder_stages import StageConfig, StagedConfig
 from .config import BlendConfig, LatentConfig, PairsConfig, TrainConfig
@@ -62,6 +62,7 @@ def short_stages(cfg: TrainConfig, steps: int) -> tuple[StageConfig, ...]:
 class Rehearsal:
     """Trains in run directories in `folder`, a hidden one beside `run_dir` on the same file system; its lines begin with `job`.
 
+    Where the config's precision is auto, it is `precision`, that of the run where there is one, known after the first training.
     Its caches (latents, pairs) are links of those that the run would find, else of one block; `cache_seconds` is what making
     all of them would take. `close` removes the folder.
     """
@@ -70,6 +71,7 @@ class Rehearsal:
         self._train, self._run_dir, self._job = train, run_dir, job
         self.folder = run_dir.with_name(f".{run_dir.name}.trial")
         self.cache_seconds = 0.0
+        self.precision: str | None = None
         self._caches = self.folder / f"caches-{socket.gethostname()}"  # each machine has its own
         self._of_caches: dict[str, Any] | None = None  # what changes in the config, so that they are used
         self._new = [self.folder, *(parent for parent in self.folder.parents if not parent.exists())]
@@ -89,6 +91,9 @@ class Rehearsal:
         """Train in the run directory `folder`/`name` up to the step `stop_at`, saying at once what is done where it `says` so:
         the exit status, and the run mode. A process that ends at once removes the folder, too."""
         run, run_mode = self.folder / name, RunMode(quiet=True, says_at_once=says, job=self._job, on_kill=self.close)
+        if cfg.mixed_precision == "auto":  # decided once, since all trainings of a process are in one precision
+            self.precision = self.precision or decide_precision(cfg, run, self._run_dir)
+            cfg = replace(cfg, mixed_precision=self.precision)
         if self._of_caches is None:
             self._of_caches = self._make_caches(cfg, run, run_mode)
         pairs = self._caches / "pairs"

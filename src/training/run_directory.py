@@ -22,6 +22,7 @@ from ..report.report import Reporter
 from ..report.run_files import read_lines
 from ..runtime.checkpoint import CheckpointConfig, Tensors, newest, retain, set_aside, spared_steps, step_folder, write_folder
 from ..runtime.failures import warn_on_failure
+from ..runtime.precision import recorded_precision
 from ..storage.locks import take_lock
 from .changed_config import at, in_cooldown, ways_on
 from .clock import Clock
@@ -199,6 +200,9 @@ class RunDirectory:
         """Compare the config of a run that goes on with the one that it was started with. Harmless changes are said; any other
         is a UserError that names the keys."""
         before = read_json(resumed / "config.json")
+        recorded = recorded_precision(resumed)  # None: auto, and nothing is decided yet
+        if recorded is None or settings.mixed_precision in ("auto", recorded):  # the run keeps what it was begun with
+            before["mixed_precision"] = settings.mixed_precision
         harmless, other = changes(settings, before, read_json(resumed / "progress.json"))
         if other:
             ways = ways_on(self.path, before, dump(settings), other, read_json(resumed / "progress.json"))

@@ -14,7 +14,7 @@ from ..data.names import class_remarks
 from ..runtime import checkpoint
 from ..runtime.checkpoint import Documents, Tensors, keeps_best, step_folder
 from ..runtime.failures import Outcome, finish_trackers, for_each_tracker, start_trackers, warn_on_failure
-from ..runtime.launch import has_bf16_units
+from ..runtime.precision import explain_precision, has_bf16_units, recorded_precision
 from ..runtime.processes import Heartbeats, broadcast
 from ..runtime.stopping import StepGate, StopRequest
 from ..runtime.stream import BatchPlan
@@ -76,8 +76,10 @@ class Session:
         check_ranks(facts)
         self.run = RunDirectory(run_dir, writes=accelerator.is_main_process, quiet=run_mode.quiet)
         run_mode.closing.push(self._give_up)
-        self.step, self.progress = 0, {}
+        self.step, self.progress, self._kept_precision = 0, {}, None
         self._resume(total_steps)
+        if cfg.mixed_precision == "auto":  # data.json holds what it was for this run, on whichever machine it goes on
+            self.facts = {**self.facts, "mixed_precision": self._kept_precision or accelerator.mixed_precision}
         self.best: dict[str, Any] | None = self.progress.get("best")
 
     def _resume(self, total_steps: int) -> None:
@@ -90,7 +92,7 @@ class Session:
                 )
             self.run.hold_config(self.cfg, resumed)  # first: it names the key, where weights that do not fit name tensors
             self.progress = self.run.adopt_progress(resumed, self.facts, classes=self.cfg.uses_classes)
-            self.step = self.progress["step"]
+            self.step, self._kept_precision = self.progress["step"], recorded_precision(resumed)
             self.train_state.load(resumed)
         self.cooldown = Cooldown(self.cfg, total_steps, self.progress)
         self._origins: list[dict[str, Any]] = self.progress.get("continued", [])
@@ -178,6 +180,9 @@ class Session:
         )
         for line in [*self._warnings(), *warnings]:
             self.run.say(f"warning: {line}")
+        if cfg.mixed_precision == "auto":
+            goes_on = self._kept_precision is not None
+            self.run.say(explain_precision(facts["mixed_precision"], accelerator.device, cfg.dtype, goes_on=goes_on))
         for remark in remarks_on(cfg, facts):
             self.run.say(remark)
         shown, tell = accelerator.is_main_process and not run_mode.quiet, self._tell if run_mode.quiet else None
@@ -191,7 +196,8 @@ class Session:
             names, are = " and ".join(missing), "is" if len(missing) == 1 else "are"
             how = f"pip install {' '.join(missing)}"
             lines += [f"log.trackers asks for {names}, which {are} not installed: {how}; the run goes on without"]
-        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16_units():
+        explicit = self.cfg.mixed_precision != "auto"
+        if explicit and accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_bf16_units():
             slow = "this processor has no units for bf16, so float32 is faster here"
             lines += [f"{slow}: start a run with --set mixed_precision=no"]
         return lines

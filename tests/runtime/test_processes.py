@@ -8,7 +8,7 @@ import torch
 
 from src.runtime.processes import CpuCopy, broadcast, process_state, ranks_of, ranks_of_machine
 
-MODULES = ("launch", "processes", "stopping", "sharding", "stream", "failures", "checkpoint")
+MODULES = ("launch", "processes", "stopping", "sharding", "stream", "failures", "checkpoint", "precision")
 
 
 def test_one_process_has_all_ranks() -> None:

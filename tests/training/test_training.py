@@ -27,8 +27,9 @@ from src.report.run_files import read_lines
 from src.runtime import checkpoint
 from src.runtime.checkpoint import CheckpointConfig, load_weights, newest, retain, step_folder, verify_checkpoint, write_folder
 from src.runtime.failures import explain_out_of_memory
-from src.runtime.launch import MachineConfig, has_bf16_units, precision_for, start, start_sampling
+from src.runtime.launch import MachineConfig, start, start_sampling
 from src.runtime.order import Order
+from src.runtime.precision import has_bf16_units, precision_for
 from src.runtime.processes import Heartbeats
 from src.runtime.seeds import generator, normal, torch_seed, uniforms
 from src.runtime.stopping import StepGate, StopRequest
