@@ -475,7 +475,7 @@ def test_a_disk_that_is_full_while_saving(tmp_path: Path) -> None:
 def test_out_of_memory(tmp_path: Path) -> None:
     large = [
         "--set",
-        "image.size=512",
+        "image.size=256",
         "--set",
         "batch_size=256",
         "--set",
