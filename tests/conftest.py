@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from src.config import UserError
 
@@ -24,6 +26,21 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 SMOKE = "configs/smoke/ddpm.json"
 torch.set_num_threads(1)  # tests run side by side
+gc.set_threshold(100_000, 20, 20)  # what is imported and collected stays: there is little garbage among it
+
+
+def pytest_collection_finish() -> None:
+    freeze_modules()
+
+
+def freeze_modules() -> None:
+    """What is imported stays to the end: the search for garbage leaves it out, which took a third of a small run's time."""
+    if len(sys.modules) > modules_frozen[-1]:
+        modules_frozen.append(len(sys.modules))
+        gc.freeze()
+
+
+modules_frozen = [0]  # how many there were, each time
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +61,7 @@ def nothing_left_open() -> Iterator[None]:
     if ran_here:
         ran_here.clear()
         gc.collect()
+        freeze_modules()
 
 
 ran_here: list[str] = []
@@ -141,8 +159,28 @@ def one_line(finished: Finished) -> str:
     return lines[0]
 
 
+class Charts:
+    """Whether runs in this process draw theirs: that takes longer than a small run trains."""
+
+    are_real = False
+
+
+@pytest.fixture
+def real_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are about what is in them."""
+    monkeypatch.setattr(Charts, "are_real", True)
+
+
+def save_blank(_: object, file: Any, *, format: str, **__: object) -> None:
+    """Figure.savefig, but what it writes is empty."""
+    if format == "svg":
+        file.write("<svg></svg>")
+    else:
+        Image.new("L", (8, 8), 255).save(file, format)
+
+
 def run_here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> None:
-    """A script's main to its end in this process: quick where launching is not what is tested."""
+    """A script's main to its end in this process, with charts that are empty: quick where launching is not what is tested."""
     ran_here.append(script)
     AcceleratorState._reset_state(True)
     exact = torch.are_deterministic_algorithms_enabled()
@@ -150,6 +188,9 @@ def run_here(script: str, *arguments: str | Path, cwd: Path = ROOT) -> None:
         patch.chdir(cwd)
         patch.syspath_prepend(str(ROOT))
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        if not Charts.are_real:
+            with suppress(ImportError):  # a test may take matplotlib away
+                patch.setattr("matplotlib.figure.Figure.savefig", save_blank)
         try:
             assert not importlib.import_module(script).main()
         finally:
@@ -206,16 +247,6 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture(scope="session")
-def smoke_run_on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke config trained on two processes; read only."""
-    run = tmp_path_factory.mktemp("smoke") / "two"
-    done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, processes=2)
-    assert done.status == 0, done.all
-    assert "= 2 x cpu x 1 x 8" in done.out, "there were two processes"
-    return run
-
-
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[..., Path]:
     """Writes the smoke config with changes (a function of the dictionary) to a file."""
@@ -234,7 +265,7 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
 def vae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke autoencoder, all four stages, on one process; read only but for latent caches."""
     run = tmp_path_factory.mktemp("vae") / "one"
-    done = launch("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", run)
+    done = run_in_process("train_vae.py", "-cfg", "configs/smoke/vae.json", "--run-dir", run)
     assert done.status == 0 and "Traceback" not in done.all, done.all
     return run
 
@@ -243,7 +274,8 @@ def vae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ldm_run(vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke diffusion on its latents, on one process; read only."""
     run = tmp_path_factory.mktemp("ldm") / "one"
-    done = launch("train_ldm.py", "-cfg", "configs/smoke/ldm.json", "--set", f"autoencoder={vae_run}", "--run-dir", run)
+    words = ("-cfg", "configs/smoke/ldm.json", "--set", f"autoencoder={vae_run}", "--run-dir", run)
+    done = run_in_process("train_ldm.py", *words)
     assert done.status == 0 and "Traceback" not in done.all and "Warning" not in done.err, done.all
     return run
 
@@ -252,6 +284,6 @@ def ldm_run(vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def iadb_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke config of blending, noise to images, on one process; read only but for pairs."""
     run = tmp_path_factory.mktemp("iadb") / "one"
-    done = launch("train_iadb.py", "-cfg", "configs/smoke/iadb.json", "--run-dir", run)
+    done = run_in_process("train_iadb.py", "-cfg", "configs/smoke/iadb.json", "--run-dir", run)
     assert done.status == 0 and "Traceback" not in done.all and "Warning" not in done.err, done.all
     return run

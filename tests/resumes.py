@@ -77,6 +77,12 @@ def name_of(owner: Any) -> str:
     return owner.__module__ if owner.__name__ == "Config" else owner.__name__
 
 
+@functools.cache
+def hints_of(owner: Any) -> dict[str, Any]:
+    """The types of the fields of a config class, by name."""
+    return typing.get_type_hints(owner, include_extras=True)
+
+
 def possible(hint: Any, owner: str = "", field: str = "") -> Iterator[Value]:
     """All values of the fields below a type that may change a result."""
     origin = get_origin(hint)
@@ -97,19 +103,24 @@ def possible(hint: Any, owner: str = "", field: str = "") -> Iterator[Value]:
     elif hint is bool:
         yield from (Value(owner, field, "False"), Value(owner, field, "True"))
     elif dataclasses.is_dataclass(hint):
-        for name, below in typing.get_type_hints(hint, include_extras=True).items():
+        for name, below in hints_of(hint).items():
             if not _is_free(hint, name):
                 yield from possible(below, name_of(hint), name)
+
+
+@functools.cache
+def _words_of(owner: Any) -> dict[str, set[str]]:
+    """What each field of a config class can be itself, without the fields of the classes below it."""
+    return {name: {entry.value for entry in possible(hint) if not entry.owner} for name, hint in hints_of(owner).items()}
 
 
 def values_of(cfg: Any) -> set[Value]:
     """Those that a config has."""
     values = set()
-    for name, below in typing.get_type_hints(type(cfg), include_extras=True).items():
+    for name, known in _words_of(type(cfg)).items():
         value = getattr(cfg, name)
         if _is_free(type(cfg), name):
             continue
-        known = {entry.value for entry in possible(below) if not entry.owner}
         for each in value if isinstance(value, tuple | list) else (value,):
             if "set" in known:
                 values.add(Value(name_of(type(cfg)), name, "None" if each is None else "set"))
@@ -126,9 +137,10 @@ def is_exempt(value: Value) -> bool:
     return owner.endswith("Source") or any(form in EXEMPT for form in forms)
 
 
-def to_cover() -> set[Value]:
+@functools.cache
+def to_cover() -> frozenset[Value]:
     everything = {value for script in SCRIPTS.values() for value in possible(script.Config)}
-    return {value for value in everything if not is_exempt(value)}
+    return frozenset(value for value in everything if not is_exempt(value))
 
 
 # ---------------------------------------------------------------------------------------------- small configs

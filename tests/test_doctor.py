@@ -31,6 +31,7 @@ def test_two_processes_on_this_machine_train_correctly(tmp_path: Path) -> None:
     tried = [name for name in STAGES if name != "compile"]  # for which a machine may lack a compiler
     assert {rows[name]["status"] for name in tried} == {"pass"}, done.out
     assert "2 x CPU" in rows["devices"]["found"] and "the config's network" in rows["gradients"]["found"]
+    assert "2 processes" in rows["gradients"]["found"] and "all 2 ranks" in rows["ten steps"]["found"]
     assert list(tmp_path.iterdir()) == [], "it leaves nothing"
 
 

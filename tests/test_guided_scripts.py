@@ -22,6 +22,7 @@ from src.sampling import SamplerConfig, build_sampler
 from src.sampling.edit import load_edit, load_low
 from tests import kills
 from tests.conftest import SMOKE, Finished, launch, metrics, one_line, randomise, refused, run_in_process
+from tests.in_turn import launch_in_turn
 from tests.kills import settings
 from tests.sampling.test_upscaling import rrdb
 
@@ -34,7 +35,7 @@ HYBRID = settings(process__variance="learned", process__loss={"kind": "hybrid"},
 def hybrid_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke config with learned variance, the hybrid loss, and times by the second moment; read only."""
     run = tmp_path_factory.mktemp("hybrid") / "one"
-    done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *HYBRID)
+    done = run_in_process("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", run, *HYBRID)
     assert done.status == 0, done.all
     return run
 
@@ -48,26 +49,47 @@ def classifier_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def on_two(
+    hybrid_run: Path, classifier_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Finished]]:
+    """What these tests run on two processes, in one launch: the folder that it is in, and how each ended."""
+    folder = tmp_path_factory.mktemp("on_two")
+    kills.go_back(hybrid_run, folder / "hybrid")
+    torch.save({"params_ema": rrdb().state_dict()}, folder / "weights.pth")
+    upscaled = ("--upscale", "--upscaler", folder / "weights.pth")
+    words = {
+        "hybrid": ("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", folder / "hybrid", *HYBRID),
+        "classifier": ("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", folder / "classifier"),
+        "samples": sample_words(hybrid_run, folder / "samples", *guided_by(classifier_run), "--guidance", "3", "--npz"),
+        "upscaled": sample_words(hybrid_run, folder / "upscaled", *upscaled),
+    }
+    return folder, dict(zip(words, launch_in_turn(folder / "words", *words.values()), strict=True))
+
+
 # ---------------------------------------------------------------------------------------------- training
 
 
-def test_the_hybrid_loss_is_logged_by_its_terms_and_resumed_on_two(hybrid_run: Path, tmp_path: Path) -> None:
+def test_the_hybrid_loss_is_logged_by_its_terms_and_resumed_on_two(
+    hybrid_run: Path, on_two: tuple[Path, dict[str, Finished]]
+) -> None:
     """The history of the times is in the checkpoint, and the same on all ranks."""
     for line in metrics(hybrid_run):
         assert {"loss", "mse", "vb"} <= line.keys() and line["vb"] > 0
-    kills.go_back(hybrid_run, tmp_path / "two")
-    done = launch("ddpm_accelerate.py", "-cfg", SMOKE, "--run-dir", tmp_path / "two", *HYBRID, processes=2)
+    done = on_two[1]["hybrid"]
     assert done.status == 0 and "going on at step 10 of 30" in done.out and "= 2 x cpu x 1 x 8" in done.out, done.all
-    kills.same_end(hybrid_run, tmp_path / "two")
+    kills.same_end(hybrid_run, on_two[0] / "hybrid")
     learned = load_file(hybrid_run / "checkpoints" / "step_00000030" / "times.safetensors")
     assert learned["history"].shape == (100, 2) and int(learned["counts"].sum()) > 100
     assert "pending.1.losses" in learned, "the last two steps do not count yet"
 
 
-def test_a_classifier_on_one_process_and_two_is_equal_to_the_bit(classifier_run: Path, tmp_path: Path) -> None:
-    done = launch("train_classifier.py", "-cfg", CLASSIFIER, "--run-dir", tmp_path / "two", processes=2)
+def test_a_classifier_on_one_process_and_two_is_equal_to_the_bit(
+    classifier_run: Path, on_two: tuple[Path, dict[str, Finished]]
+) -> None:
+    done = on_two[1]["classifier"]
     assert done.status == 0 and "= 2 x cpu x 1 x 8" in done.out, done.all
-    kills.same_end(classifier_run, tmp_path / "two")
+    kills.same_end(classifier_run, on_two[0] / "classifier")
     last = metrics(classifier_run)[-1]
     assert [key for key in last if key.startswith("held_out_accuracy")] == [f"held_out_accuracy_{i}" for i in range(4)]
     assert (classifier_run / "samples" / "step_00000030.png").stat().st_size > 5000
@@ -115,27 +137,36 @@ def test_a_classifier_is_killed_and_resumed(classifier_run: Path, tmp_path: Path
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def sample(run: Path, out: Path, *arguments: str | Path, processes: int = 1) -> Finished:
-    words = ("sample.py", run, "--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", out, *arguments)
-    return run_in_process(*words) if processes == 1 else launch(*words, processes=processes)
+def sample_words(run: Path, out: Path, *arguments: str | Path) -> tuple[str | Path, ...]:
+    return ("sample.py", run, "--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", out, *arguments)
+
+
+def guided_by(classifier: Path) -> tuple[str | Path, ...]:
+    guided = ("--guidance-method", "classifier", "--classifier", classifier)
+    return (*guided, "--classes", "circle/square", "--solver", "ancestral")
+
+
+def sample(run: Path, out: Path, *arguments: str | Path) -> Finished:
+    return run_in_process(*sample_words(run, out, *arguments))
 
 
 def read(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob("0*.png"))]
 
 
-def test_classifier_guidance_from_the_command_line(hybrid_run: Path, classifier_run: Path, tmp_path: Path) -> None:
-    guided = ("--guidance-method", "classifier", "--classifier", classifier_run, "--classes", "circle/square")
-    done = sample(hybrid_run, tmp_path / "two", *guided, "--guidance", "3", "--solver", "ancestral", "--npz", processes=2)
+def test_classifier_guidance_from_the_command_line(
+    hybrid_run: Path, classifier_run: Path, on_two: tuple[Path, dict[str, Finished]], tmp_path: Path
+) -> None:
+    guided, done, two = guided_by(classifier_run), on_two[1]["samples"], on_two[0] / "samples"
     assert done.status == 0 and "2 process(es)" in done.out, done.all
-    one = sample(hybrid_run, tmp_path / "one", *guided, "--guidance", "3", "--solver", "ancestral")
-    assert one.status == 0 and read(tmp_path / "one") == read(tmp_path / "two") and len(read(tmp_path / "one")) == 4
-    plain = sample(hybrid_run, tmp_path / "plain", *guided, "--guidance", "0", "--solver", "ancestral")
+    one = sample(hybrid_run, tmp_path / "one", *guided, "--guidance", "3")
+    assert one.status == 0 and read(tmp_path / "one") == read(two) and len(read(tmp_path / "one")) == 4
+    plain = sample(hybrid_run, tmp_path / "plain", *guided, "--guidance", "0")
     assert plain.status == 0 and read(tmp_path / "plain") != read(tmp_path / "one")
-    with np.load(tmp_path / "two" / "samples_4x16x16x3.npz") as archive:
+    with np.load(two / "samples_4x16x16x3.npz") as archive:
         assert archive["arr_0"].dtype == np.uint8 and archive["arr_1"].tolist() == [0, 0, 2, 2]
-        assert np.array_equal(archive["arr_0"][2], np.asarray(Image.open(tmp_path / "two" / "00002.png")))
-    metadata = read_json(tmp_path / "two" / "metadata.json")
+        assert np.array_equal(archive["arr_0"][2], np.asarray(Image.open(two / "00002.png")))
+    metadata = read_json(two / "metadata.json")
     assert metadata["guidance_method"] == "classifier" and len(metadata["classifier"]) == 64
 
 
@@ -326,29 +357,28 @@ def test_half_precision_in_one_file(hybrid_run: Path, tmp_path: Path) -> None:
     assert run_in_process("convert.py", "safetensors", hybrid_run, "--out", tmp_path / "new" / "whole.safetensors").status == 0
 
 
-def test_upscaled_samples_and_a_folder_of_ones_own(hybrid_run: Path, tmp_path: Path) -> None:
-    torch.save({"params_ema": rrdb().state_dict()}, tmp_path / "weights.pth")
-    weights = ("--upscaler", tmp_path / "weights.pth")
-    done = sample(hybrid_run, tmp_path / "out", "--upscale", *weights, processes=2)
-    assert done.status == 0 and f"{tmp_path / 'out'}/upscaled" in done.out, done.all
-    assert [path.name for path in sorted((tmp_path / "out" / "upscaled").iterdir())] == [f"0000{i}.png" for i in range(4)]
-    assert np.asarray(Image.open(tmp_path / "out" / "upscaled" / "00003.png")).shape == (64, 64, 3)
-    (tmp_path / "out" / "upscaled" / "00001.png").unlink()
-    repeated = sample(hybrid_run, tmp_path / "out", "--upscale", *weights)
-    assert repeated.status == 0 and (tmp_path / "out" / "upscaled" / "00001.png").exists(), repeated.all
-    upscaled = run_in_process(
-        "sample.py", "--upscale-only", tmp_path / "out" / "upscaled", "--out", tmp_path / "huge", *weights
-    )
+def test_upscaled_samples_and_a_folder_of_ones_own(
+    hybrid_run: Path, on_two: tuple[Path, dict[str, Finished]], tmp_path: Path
+) -> None:
+    done, out = on_two[1]["upscaled"], on_two[0] / "upscaled"
+    weights = ("--upscaler", on_two[0] / "weights.pth")
+    assert done.status == 0 and f"{out}/upscaled" in done.out, done.all
+    assert [path.name for path in sorted((out / "upscaled").iterdir())] == [f"0000{i}.png" for i in range(4)]
+    assert np.asarray(Image.open(out / "upscaled" / "00003.png")).shape == (64, 64, 3)
+    (out / "upscaled" / "00001.png").unlink()
+    repeated = sample(hybrid_run, out, "--upscale", *weights)
+    assert repeated.status == 0 and (out / "upscaled" / "00001.png").exists(), repeated.all
+    upscaled = run_in_process("sample.py", "--upscale-only", out / "upscaled", "--out", tmp_path / "huge", *weights)
     assert upscaled.status == 0 and "4 images, 4 times as large" in upscaled.out, upscaled.all
     assert np.asarray(Image.open(tmp_path / "huge" / "00000.png")).shape == (256, 256, 3)
     assert "give a run to sample from, or --upscale-only" in refused("sample", hybrid_run, "--upscale-only", tmp_path)
-    only = ("sample", "--upscale-only", tmp_path / "out" / "upscaled")
+    only = ("sample", "--upscale-only", out / "upscaled")
     assert "--classes is about drawing images" in refused(*only, "--classes", "3")
     torch.save({"params_ema": rrdb(2).state_dict()}, tmp_path / "others.pth")
     others = ("--upscaler", tmp_path / "others.pth")
     assert "holds other images" in refused(*only, "--out", tmp_path / "huge", *others)
-    words = (hybrid_run, "--num-samples", "4", "--batch-size", "2", "--steps", "4", "--out", tmp_path / "out", "--upscale")
-    assert "holds other images" in refused("sample", *words, *others)
+    script, *words = sample_words(hybrid_run, out, "--upscale", *others)
+    assert "holds other images" in refused(str(script).removesuffix(".py"), *words)
 
 
 def test_an_imported_upsampler_makes_images_larger(hybrid_run: Path, tmp_path: Path) -> None:

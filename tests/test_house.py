@@ -191,8 +191,15 @@ def script_of(path: Path) -> Any:
     return {script.__name__: script for script in scripts}[named.stem]
 
 
+def only_scaled(x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """Instead of group_norm, whose shapes it has: that is hundreds of operations in Python on the meta device."""
+    shape = (-1, *(1 for _ in x.shape[2:]))
+    return x * weight.view(shape) + bias.view(shape)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path) -> None:
+def test_every_config_loads_and_runs_one_step_on_the_meta_device(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.functional, "group_norm", only_scaled)
     script = script_of(path)
     cfg = load(path, script.Config)
     assert cfg.name.removeprefix("smoke_") == path.stem

@@ -24,7 +24,7 @@ from src.training.config import PairsConfig
 from src.training.inputs import open_coupling
 from src.training.pairs import PairMaker
 from tests import kills
-from tests.conftest import ROOT, command, environment, launch, metrics, one_line, refused, run_here, run_in_process
+from tests.conftest import ROOT, Charts, command, environment, launch, metrics, one_line, refused, run_here, run_in_process
 from tests.kills import settings
 
 SMOKE = "configs/smoke/iadb.json"
@@ -48,7 +48,9 @@ MOONS = settings(
 def points_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noise to two moons, on one process; read only but for pairs."""
     run = tmp_path_factory.mktemp("points") / "one"
-    done = launch("train_iadb.py", "-cfg", "configs/points2d_iadb.json", "--run-dir", run, *MOONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Charts, "are_real", True)
+        done = run_in_process("train_iadb.py", "-cfg", "configs/points2d_iadb.json", "--run-dir", run, *MOONS)
     assert done.status == 0 and "= 1 x cpu x 2 x 512" in done.out and "Warning" not in done.err, done.all
     return run
 

@@ -21,6 +21,7 @@ from src.sampling import SamplerConfig, build_sampler
 from src.training.entry import train_here
 from tests import kills
 from tests.conftest import ROOT, Finished, launch, metrics, one_line, refused, run_in_process
+from tests.in_turn import launch_in_turn
 from tests.kills import settings
 
 VAE, LDM = "configs/smoke/vae.json", "configs/smoke/ldm.json"
@@ -30,13 +31,20 @@ def train(*words: str | Path, processes: int) -> Finished:
     return run_in_process(*words) if processes == 1 else launch(*words, processes=processes)
 
 
+def vae_words(run: Path, *arguments: str, **sets: object) -> tuple[str | Path, ...]:
+    return ("train_vae.py", "-cfg", VAE, "--run-dir", run, *arguments, *settings(**sets))
+
+
 def train_vae(run: Path, *arguments: str, processes: int = 1, **sets: object) -> Finished:
-    return train("train_vae.py", "-cfg", VAE, "--run-dir", run, *arguments, *settings(**sets), processes=processes)
+    return train(*vae_words(run, *arguments, **sets), processes=processes)
 
 
-def train_ldm(run: Path, autoencoder: Path | str, *arguments: str, processes: int = 1, **sets: object) -> Finished:
-    named = settings(autoencoder=str(autoencoder), **sets)
-    return train("train_ldm.py", "-cfg", LDM, "--run-dir", run, *named, *arguments, processes=processes)
+def ldm_words(run: Path, autoencoder: Path | str, *arguments: str, **sets: object) -> tuple[str | Path, ...]:
+    return ("train_ldm.py", "-cfg", LDM, "--run-dir", run, *settings(autoencoder=str(autoencoder), **sets), *arguments)
+
+
+def train_ldm(run: Path, autoencoder: Path | str, *arguments: str, **sets: object) -> Finished:
+    return run_in_process(*ldm_words(run, autoencoder, *arguments, **sets))
 
 
 def refuse_ldm(run: Path, **sets: object) -> str:
@@ -45,6 +53,31 @@ def refuse_ldm(run: Path, **sets: object) -> str:
 
 def ended(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step_{step:08d}" / f"{name}.safetensors")
+
+
+ADVERSARIAL = {"weight": 0.2}
+STAGES = [
+    {"steps": 3, "adversarial": ADVERSARIAL},
+    {"steps": 3, "adversarial": ADVERSARIAL | {"adaptive": True}, "perceptual": {"weight": 0.5}, "tanh": True}
+    | {"equivariance": {"probability": 0.9}, "alignment": {"adaptive": True}},
+]
+EXACT = {"dtype": "float64", "stages": STAGES, "checkpoint__every": 1, "checkpoint__keep": 9, "preview__num_measured": 4}
+EXACT |= {"teacher__network": "random"}
+
+
+@pytest.fixture(scope="module")
+def on_two(vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Finished]]:
+    """What these tests run on two processes, in one launch: the folder that it is in, and how each ended."""
+    folder = tmp_path_factory.mktemp("on_two")
+    shutil.copytree(vae_run, folder / "copy", ignore=shutil.ignore_patterns("latents"))
+    words = {
+        "vae": vae_words(folder / "vae"),
+        "2": vae_words(folder / "2", micro_batch_size=4, **EXACT),
+        "parts of two": vae_words(folder / "parts of two", micro_batch_size=8, **EXACT),
+        "ldm": ldm_words(folder / "ldm", vae_run, latents=str(folder / "cache")),
+        "latents": ("prepare_data.py", "latents", folder / "copy"),
+    }
+    return folder, dict(zip(words, launch_in_turn(folder / "words", *words.values()), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- the autoencoder
@@ -75,43 +108,36 @@ def test_an_autoencoder_goes_through_its_stages(vae_run: Path) -> None:
     assert read_json(vae_run / "checkpoints" / "step_00000025" / "progress.json")["guard"]["stage"] == 3
 
 
-def test_an_autoencoder_on_one_process_and_two_is_equal_to_the_bit(vae_run: Path, tmp_path: Path) -> None:
-    done = train_vae(tmp_path / "two", processes=2)
-    assert done.status == 0 and "= 2 x cpu x 1 x 8\n" in done.out, done.all
-    kills.same_end(vae_run, tmp_path / "two")
+def test_an_autoencoder_on_one_process_and_two_is_equal_to_the_bit(
+    vae_run: Path, on_two: tuple[Path, dict[str, Finished]]
+) -> None:
+    folder, finished = on_two
+    assert finished["vae"].status == 0 and "= 2 x cpu x 1 x 8\n" in finished["vae"].out, finished["vae"].all
+    kills.same_end(vae_run, folder / "vae")
 
 
-def test_gradients_of_both_networks_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+def test_gradients_of_both_networks_are_those_of_the_whole_batch(on_two: tuple[Path, dict[str, Finished]]) -> None:
     """Adam's moments after the first steps are the gradients, with a fixed weight and with an adaptive one, with transformed
     latents and aligned ones."""
-    adversarial = {"weight": 0.2}
-    stages = [
-        {"steps": 3, "adversarial": adversarial},
-        {"steps": 3, "adversarial": adversarial | {"adaptive": True}, "perceptual": {"weight": 0.5}, "tanh": True}
-        | {"equivariance": {"probability": 0.9}, "alignment": {"adaptive": True}},
-    ]
-    exact = {"dtype": "float64", "stages": stages, "checkpoint__every": 1, "checkpoint__keep": 9, "preview__num_measured": 4}
-    exact |= {"teacher__network": "random"}
+    folder, finished = on_two
     splits = {"1": (1, 16), "2": (2, 4), "parts of one": (1, 8), "parts of two": (2, 8)}
     for name, (processes, micro) in splits.items():
-        done = train_vae(tmp_path / name, processes=processes, micro_batch_size=micro, **exact)
+        done = finished[name] if processes == 2 else train_vae(folder / name, micro_batch_size=micro, **EXACT)
         assert done.status == 0 and f"= {processes} x cpu x {16 // processes // micro} x {micro}\n" in done.out, done.all
-    kills.same_end(tmp_path / "parts of one", tmp_path / "parts of two")
-    last = metrics(tmp_path / "1")[-1]
+    kills.same_end(folder / "parts of one", folder / "parts of two")
+    last = metrics(folder / "1")[-1]
     assert last["equivariance"] > 0 and 0 < last["alignment"] < 3 and last["alignment_weight"] > 0
-    assert "projection.safetensors" not in {path.name for path in (tmp_path / "1" / "final").iterdir()}
+    assert "projection.safetensors" not in {path.name for path in (folder / "1" / "final").iterdir()}
     for step in range(1, 7):
         names = ["optimizer", "discriminator_optimizer", "model", "discriminator", "projection"]
         for name in names + ["projection_optimizer"] * (step > 3):
-            one, two = (ended(tmp_path / processes, step, name) for processes in "12")
+            one, two = (ended(folder / processes, step, name) for processes in "12")
             assert one.keys() == two.keys() and (len(one) > 10 or name.startswith("projection"))
             for key, value in one.items():
                 assert value.dtype == torch.float64 or key.endswith("/step")
                 torch.testing.assert_close(two[key], value, rtol=0, atol=1e-9, msg=f"{step} {name} {key}")
-    weight = read_json(tmp_path / "1" / "checkpoints" / "step_00000006" / "progress.json")["adaptive_weight"]
-    assert weight > 0 and read_json(tmp_path / "2" / "checkpoints" / "step_00000006" / "progress.json")[
-        "adaptive_weight"
-    ] == pytest.approx(weight, rel=1e-9)
+    weights = [read_json(folder / run / "checkpoints/step_00000006/progress.json")["adaptive_weight"] for run in "12"]
+    assert weights[0] > 0 and weights[1] == pytest.approx(weights[0], rel=1e-9)
 
 
 @pytest.mark.soak
@@ -211,8 +237,7 @@ def test_more_stages_and_another_runs_weights(vae_run: Path, tmp_path: Path) -> 
     done = train_vae(tmp_path / "run", init_from=str(vae_run), stages=stages)
     assert done.status == 0 and "going on at step 2 of 5" in done.out
     assert "changed since the checkpoint: stages.0.micro_batch_size, stages\n" in done.out
-    words = ("train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "new", *settings(init_from="/nowhere"))
-    assert "/nowhere does not exist" in one_line(launch(*words))
+    assert "/nowhere does not exist" in one_line(train_vae(tmp_path / "new", init_from="/nowhere"))
     message = one_line(train_vae(tmp_path / "run", init_from=str(vae_run), stages=[{"steps": 4}]))
     assert "was started with another stages.0.perceptual, stages.0.steps, stages;" in message
 
@@ -272,19 +297,23 @@ def test_an_autoencoder_that_cannot_be_trained(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path) -> None:
+def test_missing_lpips_weights_and_a_size_that_lpips_cannot_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from src.models.pretrained import import_torchvision
 
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is fetched
     arguments = ["train_vae.py", "-cfg", VAE, "--run-dir", tmp_path / "run", *settings(perceptual__network="alex")]
-    message = one_line(launch(*arguments, TORCH_HOME=str(tmp_path), HF_HUB_OFFLINE="1"))
+    message = one_line(run_in_process(*arguments))
     assert (
         f"needs ImageNet weights that are not at {tmp_path}/hub/checkpoints/alexnet" in message
         and "or use efficientnet_lite0" in message
     )
     weights = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
     weights.parent.mkdir(parents=True)
-    torch.save(import_torchvision().models.alexnet(weights=None).state_dict(), weights)
-    message = one_line(launch(*arguments, TORCH_HOME=str(tmp_path)))
+    with torch.device("meta"):
+        shapes = import_torchvision().models.alexnet(weights=None).features.state_dict()
+    torch.save({f"features.{name}": torch.randn(value.shape) for name, value in shapes.items()}, weights)
+    message = one_line(run_in_process(*arguments))
     assert "perceptual.network 'alex' cannot take images of 16 px" in message and not (tmp_path / "run").exists()
 
 
@@ -321,13 +350,15 @@ def test_latents_are_normalised_over_the_training_set(vae_run: Path, ldm_run: Pa
     np.testing.assert_allclose(z.std((0, 1, 2, 4, 5)), 1, atol=5e-3)
 
 
-def test_latent_diffusion_on_one_process_and_two_is_equal_to_the_bit(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
-    done = train_ldm(tmp_path / "two", vae_run, latents=str(tmp_path / "cache"), processes=2)
-    assert done.status == 0 and "= 2 x cpu x 1 x 8\n" in done.out, done.all
-    kills.same_end(ldm_run, tmp_path / "two")
+def test_latent_diffusion_on_one_process_and_two_is_equal_to_the_bit(
+    vae_run: Path, ldm_run: Path, on_two: tuple[Path, dict[str, Finished]]
+) -> None:
+    folder, finished = on_two
+    assert finished["ldm"].status == 0 and "= 2 x cpu x 1 x 8\n" in finished["ldm"].out, finished["ldm"].all
+    kills.same_end(ldm_run, folder / "ldm")
     one = next(path for path in (vae_run / "latents").iterdir() if path.is_dir())
     for path in sorted(one.rglob("*.npy")):
-        assert path.read_bytes() == (tmp_path / "cache" / path.relative_to(one)).read_bytes(), path
+        assert path.read_bytes() == (folder / "cache" / path.relative_to(one)).read_bytes(), path
 
 
 def test_latent_diffusion_goes_on_to_the_bit(vae_run: Path, ldm_run: Path, tmp_path: Path) -> None:
@@ -411,15 +442,14 @@ def test_the_main_job_leaves_as_one_folder(vae_run: Path, ldm_run: Path, tmp_pat
     assert not (tmp_path / "no").exists()
 
 
-def test_latents_are_made_ahead_and_found(vae_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(vae_run, tmp_path / "vae", ignore=shutil.ignore_patterns("latents"))
-    done = launch("prepare_data.py", "latents", tmp_path / "vae", processes=2)
+def test_latents_are_made_ahead_and_found(on_two: tuple[Path, dict[str, Finished]], tmp_path: Path) -> None:
+    done, vae = on_two[1]["latents"], on_two[0] / "copy"
     assert done.status == 0 and "latents of 114 images, 4x8x8" in done.out, done.all
-    (cache_folder,) = (path for path in (tmp_path / "vae" / "latents").iterdir() if path.is_dir())
+    (cache_folder,) = (path for path in (vae / "latents").iterdir() if path.is_dir())
     stamp = (cache_folder / "manifest.json").stat().st_mtime_ns
-    done = train_ldm(tmp_path / "run", tmp_path / "vae", steps=2)
+    done = train_ldm(tmp_path / "run", vae, steps=2)
     assert done.status == 0 and (cache_folder / "manifest.json").stat().st_mtime_ns == stamp, done.all
-    large = ("prepare_data.py", "latents", tmp_path / "vae", "--size", "24", "--out", tmp_path / "large")
+    large = ("prepare_data.py", "latents", vae, "--size", "24", "--out", tmp_path / "large")
     full = one_line(launch(*large, limit=(resource.RLIMIT_FSIZE, 60_000)))
     assert full.startswith("error: the disk is full (") and full.endswith("make room and run it again")
     done = run_in_process(*large)

@@ -14,8 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 
 from src.config import read_json
 from src.data import open_sources
@@ -195,6 +193,9 @@ def test_the_demos_digits_are_read_by_a_classifier_and_go_to_their_noise_and_bac
         "--steps", "25", "--guidance", "2", "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.status == 0, done.all
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
     digits = load_digits()
     reader = SVC(gamma=0.001).fit(digits.data, digits.target)
     images = [Image.open(tmp_path / "out" / f"{i:05d}.png").resize((8, 8), Image.Resampling.BOX) for i in range(100)]

@@ -9,8 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import CommandLine, UserError, quoted, run_script
 from ..config.packages import MissingPackage
@@ -20,16 +22,26 @@ from .charts import draw_charts, short
 from .run_files import KINDS, Progress, finite_or_none, read_document, read_lines, read_log
 from .samples import load_other_images, load_samples
 
+if TYPE_CHECKING:
+    import jinja2
+
 NAME = "report.html"
 NAMES = 50  # of files that were left out
 EVERY_SECONDS = 60.0
 COST = 100  # writing takes at most a hundredth of the time
 
 
-def make_report(run_dir: Path) -> bytes:
-    """The page of a run, as HTML. What is missing or damaged there is missing on the page."""
+@cache
+def load_template() -> "jinja2.Template":
+    """page.html, compiled once: that takes longer than filling it in."""
     import jinja2
 
+    text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return jinja2.Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+
+
+def make_report(run_dir: Path) -> bytes:
+    """The page of a run, as HTML. What is missing or damaged there is missing on the page."""
     config, facts, status = (read_document(run_dir / f"{name}.json", dict) or {} for name in ("config", "data", "status"))
     skipped = read_document(run_dir / "skipped.json", list)
     entries = [entry for entry in skipped or () if isinstance(entry, dict)]
@@ -44,9 +56,7 @@ def make_report(run_dir: Path) -> bytes:
     samples, images = load_samples(run_dir / "samples"), list(load_other_images(run_dir))
     state, step, steps = str(status.get("state", "starting")), *(finite_or_none(status.get(key)) for key in ("step", "steps"))
     path = run_dir.resolve()
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    page = jinja2.Template(template, **options).render(
+    page = load_template().render(
         name=str(config.get("name", path.name)),
         kind=next((kind for kind in KINDS if kind.key in config), None),
         folder=(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix(),  # as a person types it

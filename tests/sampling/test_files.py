@@ -141,8 +141,8 @@ def test_frames_keep_both_ends_of_a_long_way() -> None:
 
 
 def test_one_process_and_two_write_the_same_files(smoke_run: Path, tmp_path: Path) -> None:
-    arguments = ["sample.py", smoke_run, "--num-samples", "10", "--batch-size", "4", "--steps", "4", "--guidance", "2"]
-    one = launch(*arguments, "--out", tmp_path / "one")
+    arguments = ("sample.py", smoke_run, "--num-samples", "10", "--batch-size", "4", "--steps", "4", "--guidance", "2")
+    one = run_in_process(*arguments, "--out", tmp_path / "one")
     two = launch(*arguments, "--out", tmp_path / "two", processes=2)
     assert one.status == two.status == 0, one.all + two.all
     assert "1 process(es)" in one.out and two.out.count("2 process(es)") == 1, "there were two, and one of them spoke"

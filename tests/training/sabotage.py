@@ -1,4 +1,4 @@
-"""The proof on two processes, sound and with each thing broken that it checks: rank 0 prints {scenario: rows} as JSON.
+"""The proof on two processes with each thing broken that it checks: rank 0 prints {scenario: rows} as JSON.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 tests/training/sabotage.py FOLDER [bf16]
 
@@ -105,7 +105,6 @@ def main() -> None:
         if RANK == 0:
             print(json.dumps(verdicts), flush=True)
         return
-    verdicts["sound"] = run(folder, ", ".join(name for name in proof.STAGES if name != "compile"))
     with patch.object(proof.Bench, "network", other_gradients):
         verdicts["gradients"] = run(folder, "gradients")
 

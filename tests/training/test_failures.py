@@ -280,6 +280,7 @@ def test_a_preview_that_fails_on_one_of_two_ranks(tmp_path: Path) -> None:
 CLASSES = ('<b>&"a"', "it's $x_{$ 100%", "портрет\n[new] *")
 
 
+@pytest.mark.usefixtures("real_charts")
 def test_names_that_mean_something_to_a_program_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in such a folder, of such classes, to its end; what it prints can be pasted; its report is whole."""
     for number, name in enumerate(CLASSES):
