@@ -1,4 +1,4 @@
-"""Networks whose features say how alike two sets of images are: Inception, DINOv2, EfficientNet-Lite0 and -Lite2, any of timm."""
+"""Networks whose features say how alike two sets of images are: Inception, DINOv2, two EfficientNets, any of timm."""
 
 import hashlib
 from collections.abc import Callable
@@ -133,7 +133,8 @@ def _random() -> Features:
 
 def open_features(name: str, weights: str | None = None, options: FeatureOptions = OPTIONS) -> Features:
     """`inception`, `dinov2`, `efficientnet_lite0` or `_lite2`, or `timm:NAME` with a network's name there; `weights` is a file
-    of any but `_lite2`. `random` is for tests. A UserError says what is missing and where it comes from, and names the `options`."""
+    (not of `_lite2`). `random` is for tests. A UserError says what is missing and where it comes from, and names the `options`.
+    """
     if name in (*NAMES, "random") or name.startswith("timm:"):  # the distances need them
         ask_for(f"{options.features} {name}", "torchmetrics", "torchvision")
     if name == "inception":

