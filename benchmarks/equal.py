@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,19 @@ def inputs_of(document: Document) -> list[Tensor]:
     return blank + [torch.zeros(1, dtype=torch.long)] * bool(document["classes"])
 
 
+def _widths(kind: str, multiples: Sequence[int]) -> Iterator[list[int]]:
+    """Channels of the levels, narrow ones first. Those of diffusers are multiples of 8, its groups, so that not all levels grow
+    at once; the other's are any even number, times the multiples."""
+    for first in range(8, 513, 8 if kind == "diffusers" else 2):
+        steps = (-8, 0, 8) if kind == "diffusers" else (0,)
+        for more in steps:
+            for last in steps if len(multiples) > 2 else (0,):
+                widths = [first, *((first + more) * multiple for multiple in multiples[1:])]
+                widths[-1] += last
+                if min(widths) > 0:
+                    yield widths
+
+
 def of_equal_operations(
     kind: str, wanted: float, shape: Sequence[int], classes: int, multiples: Sequence[int] = (1, 2, 2)
 ) -> Document:
@@ -105,23 +118,15 @@ def of_equal_operations(
     `multiples` of the channels, roughly, and the last one attention where images have classes. An AssertionError where it is
     further off than TOLERANCE."""
     best: tuple[float, Document] = (math.inf, {})
-    seen = set[tuple[int, ...]]()
-    for eighths in range(2 * 8, 2 * 8 * 33):
-        first = eighths // 2 // 8 * 8 if kind == "diffusers" else eighths // 2 // 2 * 2
-        last = round(eighths / 2 / 8) * 8 if kind == "diffusers" else first
-        widths = (first, *(last * multiple for multiple in multiples[1:])) if first else ()
-        if not first or widths in seen:
-            continue
-        seen.add(widths)
-        document = {"kind": kind, "widths": list(widths), "shape": list(shape), "classes": classes, "attention": classes > 0}
+    for widths in _widths(kind, multiples):
+        document = {"kind": kind, "widths": widths, "shape": list(shape), "classes": classes, "attention": classes > 0}
         document |= {"pixels": shape[0] == 3}
         with torch.device("meta"):
             network, inputs = build(document), inputs_of(document)
         count = operations(network.eval(), *inputs)
-        far = abs(count / wanted - 1)
-        if far < best[0]:
-            best = (far, {**document, "operations": count})
-        if count > 1.5 * wanted:
+        if abs(count / wanted - 1) < best[0]:
+            best = (abs(count / wanted - 1), {**document, "operations": count})
+        if count > 2 * wanted:
             break
     assert best[0] <= TOLERANCE, (
         f"{kind}: the nearest network has {best[1].get('operations', 0):.3g} of {wanted:.3g} operations"

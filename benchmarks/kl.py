@@ -82,7 +82,7 @@ def train(document: Document, data: Data, out: Path, *, lr: float, batch: int, s
     critic_optimizer: Any = torch.optim.AdamW(critic.parameters(), **{**rates, "lr": DISCRIMINATOR_LR})
     ema = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     last, images = network.decoder.conv_out.weight, 0
-    while (spent := (time.time() - began) / seconds) < 1:
+    while (spent := (time.time() - began) / seconds) < 1 or not images:
         x, _ = data.draw(batch)
         posterior = network.encode(x).latent_dist
         y = network.decode(posterior.sample()).sample

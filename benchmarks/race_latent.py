@@ -8,7 +8,8 @@ choose by, 372 that judge. The contestants, each from its launch to the limit:
 
 - ours: train_vae.py and train_ldm.py with configs/clothing64_vae.json and _ldm.json, their steps scaled to fit the time. Each
   row of benchmarks/race_latent.json is one: {"name", "share" of the time for the autoencoder, "vae": [overrides], "ldm":
-  [overrides]}, and maybe a "sampler": {}.
+  [overrides]}, or {"name", "of": another row}, which draws from its weights. Both may have a "sampler": {} in place of the
+  guidance that is chosen, and a "guide": 0.25 or 0.5, autoguidance by the weights after that share of the diffusion's time.
 - diffusers and ddp: diffusers' `UNet2DModel` and denoising-diffusion-pytorch's `Unet` on pixels, whose operations an image are
   those of our autoencoder and our U-Net together (benchmarks/equal.py).
 - diffusers-latent: diffusers' AutoencoderKL with the operations of our autoencoder (benchmarks/kl.py), --share of the time, and
@@ -61,6 +62,7 @@ VAE_CONFIG, LDM_CONFIG = ROOT / "configs" / "clothing64_vae.json", ROOT / "confi
 ROWS = ROOT / "benchmarks" / "race_latent.json"
 RESULTS = ROOT / "benchmarks" / "results"
 RATES = ("5e-4", "1e-3", "2e-3")
+FRACTIONS = (0.25, 0.5, 1.0)  # of the time of our diffusion, after which weights are kept
 GUIDANCES = (1.0, 1.5, 2.5)  # of which the photos to choose by choose one; 1 is none, with twice the steps
 PEERS = {"diffusers": "diffusers, pixels", "ddp": "denoising-diffusion-pytorch, pixels"}
 PEERS |= {"diffusers-latent": "diffusers, its autoencoder and latents"}
@@ -126,10 +128,9 @@ def train_ours(row: dict[str, Any], out: Path, photos: Photos, seconds: float, p
     of_vae = {"images": round(factor * steps) * config.batch_size, "seconds": round(time.time() - began, 1)}
     left = seconds - (time.time() - began)
     ldm_sets = [*ldm_sets, f"autoencoder={vae}"]
-    diffusion = train_for("train_ldm.py", LDM_CONFIG, out / "ldm", ldm_sets, ldm_speed, left, (1.0,), out / "weights")
+    diffusion = train_for("train_ldm.py", LDM_CONFIG, out / "ldm", ldm_sets, ldm_speed, left, FRACTIONS, out / "weights")
     opened = open_trained(out / "weights" / "1.0", CPU)
     count = sum(parameter.numel() for parameter in opened.network.parameters())
-    shutil.copytree(vae / "final", out / "autoencoder", dirs_exist_ok=True)
     of_vae |= {"command": shown(command), "parameters": len_of(VAE(config.model, 3))}
     return {"parameters": count + of_vae["parameters"], "autoencoder": of_vae, **diffusion}
 
@@ -158,6 +159,7 @@ class Contestant:
         self.name, self.row, self.photos, self.out = name, row, photos, out / name
         self.file = self.out / "result.json"
         self.result: Result = read_json(self.file) if self.file.exists() else {}
+        self.weights_of = out / ((row or {}).get("of") or name)
 
     @property
     def title(self) -> str:
@@ -173,8 +175,20 @@ class Contestant:
                 raise UserError(
                     f"{self.out} was trained for {self.result['minutes']} minutes; give another --out, or remove it"
                 )
+            if self.result.get("row") != self.row:
+                raise UserError(f"{self.out} is of another row of this name; give this one another name")
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.row is not None and "of" in self.row:
+            known = read_json(self.weights_of / "result.json") if (self.weights_of / "result.json").exists() else {}
+            if known.get("minutes") != minutes:
+                raise UserError(
+                    f"{self.name} draws from the weights of {self.row['of']}, which are not there: run that one first"
+                )
+            trained = {key: value for key, value in known.items() if key not in ("chosen", "measured")}
+            self.result = {**trained, "name": self.name, "row": self.row}
+            self.save()
+            return
         print(f"{self.name}: training for {minutes:g} minutes", flush=True)
         if self.row is not None:
             training = train_ours(self.row, self.out, self.photos, seconds)
@@ -185,7 +199,7 @@ class Contestant:
             shape, multiples = (3, SIZE, SIZE), (1, 2, 2, 2)
             network = self.network_file("network", lambda: self.unet(of_vae + of_ldm, shape, multiples))
             training = self.train_equal(network, self.photos.memory_file(), seconds, probe_seconds)
-        self.result = {"name": self.name, "minutes": minutes, "machine": machine("accelerate"), **training}
+        self.result = {"name": self.name, "minutes": minutes, "machine": machine("accelerate"), **training, "row": self.row}
         self.save()
 
     def unet(self, operations: float, shape: Sequence[int], multiples: Sequence[int]) -> equal.Document:
@@ -279,7 +293,10 @@ class Contestant:
         sampler = read_json(LDM_CONFIG)["preview"]["sampler"] | self.row.get("sampler", {})
         calls = {"steps": CALLS if guidance == 1 else CALLS // 2, "guidance": guidance}
         chosen = sampler if "sampler" in self.row else {**sampler, **calls}
-        return draw_ours(self.out / "weights" / "1.0", self.photos.labels(part, count), chosen)
+        weights_folder = self.weights_of / "weights"
+        if "guide" in self.row and chosen["guidance"] != 1:
+            chosen["guide_with"] = str(weights_folder / str(self.row["guide"]))
+        return draw_ours(weights_folder / "1.0", self.photos.labels(part, count), chosen)
 
     def choose(self) -> None:
         """Between EMA and raw weights, then the guidance."""
@@ -414,6 +431,19 @@ def race(
     return text
 
 
+def check(rows: Sequence[dict[str, Any]], file: Path) -> Sequence[dict[str, Any]]:
+    """The rows; a UserError for one that cannot be run."""
+    trained = [row.get("name") for row in rows if "of" not in row]
+    for row in rows:
+        trains = {"name", "share", "vae", "ldm"} <= set(row) and 0 < row["share"] < 1
+        if (row.get("of") not in trained and not trains) or row.get("name") in (None, *PEERS):
+            needs = "a `name`, and a `share` between 0 and 1, `vae` and `ldm`, or `of` a row that trains"
+            raise UserError(f"{file}: a row needs {needs}, and this is {row}")
+        if row.get("guide", 0.5) not in FRACTIONS[:-1]:
+            raise UserError(f"{file}: the guide of {row['name']!r} is one of {FRACTIONS[:-1]}")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -427,10 +457,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a contestant, or the beginning of its name")
     parser.add_argument("--out", type=Path, help="default runs/race_latent, with --images runs/race_latent_IMAGES")
     args = parser.parse_args()
-    rows = read_json(args.rows)
-    for row in rows:
-        if not {"name", "share", "vae", "ldm"} <= set(row) or row["name"] in PEERS or not 0 < row["share"] < 1:
-            raise UserError(f"{args.rows}: a row needs a `name`, a `share` between 0 and 1, `vae` and `ldm`, and this is {row}")
+    rows = check(read_json(args.rows), args.rows)
     names = [*(row["name"] for row in rows), *PEERS]
     selected = [name for name in names if name.startswith(args.only)]
     if not selected:

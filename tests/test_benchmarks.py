@@ -267,7 +267,8 @@ def test_every_row_of_the_ablations_is_a_config_and_draws_with_fifty_calls() -> 
             load(race.CONFIG, speed.ddpm_accelerate.Config, row["set"])
         elif "sampler" in row:
             spec = SamplerConfig(**row["sampler"])
-            assert isinstance(spec.steps, int) and spec.steps * SOLVERS[spec.solver].calls_per_step <= race.CALLS
+            calls = SOLVERS[spec.solver].calls_per_step * (2 if "guide" in row else 1)
+            assert isinstance(spec.steps, int) and spec.steps * calls <= race.CALLS
     with pytest.raises(UserError, match="no row that trains"):
         ablate.check([*rows, {"name": "x", "of": "nothing", "sampler": {}}])
     for lacking in ({"name": "x"}, {"name": "x", "of": "baseline"}):

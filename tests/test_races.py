@@ -1,4 +1,4 @@
-"""The races' own logic: peers of our operations, judges, photos, stages that fit the time, tables, what goes on where it was."""
+"""The races' own logic: peers of our operations, judges, photos, stages that fit the time, tables, a race in pieces."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ddpm_accelerate
+import train_ldm
 import train_vae
 from benchmarks import equal, few_images, judges, kl, photos, race_latent, timed
 from benchmarks.common import installed
@@ -31,13 +32,14 @@ def needs(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "classes"), [("diffusers", 0), ("diffusers", 3), ("ddp", 0), ("ddp", 3)])
 def test_a_peer_has_our_operations_an_image(kind: str, classes: int) -> None:
     needs(kind)
-    wanted = 4e7
-    document = equal.of_equal_operations(kind, wanted, (3, 16, 16), classes, (1, 2))
+    known = {"kind": kind, "widths": [8, 16], "shape": [3, 8, 8], "classes": classes, "attention": classes > 0}
+    wanted = 1.05 * equal.operations(equal.build(known).eval(), *equal.inputs_of(known))
+    document = equal.of_equal_operations(kind, wanted, (3, 8, 8), classes, (1, 2))
     network = equal.build(document).eval()
     counted = equal.operations(network, *equal.inputs_of(document))
     assert counted == document["operations"] and counted == pytest.approx(wanted, rel=equal.TOLERANCE)
     with pytest.raises(AssertionError, match="the nearest network"):
-        equal.of_equal_operations(kind, 1e3, (3, 16, 16), classes, (1, 2))
+        equal.of_equal_operations(kind, 1e3, (3, 8, 8), classes, (1, 2))
 
 
 def test_operations_are_two_for_a_product_and_a_sum() -> None:
@@ -58,9 +60,8 @@ def test_batches_are_images_or_their_mirror_images_in_minus_one_to_one(tmp_path:
     assert {bool(torch.equal(one, image)) for one in batch} == {True, False}
     assert all(torch.equal(one, image) or torch.equal(one.flip(2), image) for one in batch) and labels.unique().tolist() == [0]
     latents = memory_file(tmp_path, (5, 4, 4, 4), pixels=False)
-    assert (
-        not latents.is_pixels and torch.equal(latents.draw(1)[0][0], latents.x[latents.x.isin(latents.draw(9)[0])][:0]) is False
-    )
+    (drawn,) = latents.draw(1)[0]
+    assert not latents.is_pixels and any(torch.equal(drawn, one) for one in latents.x)
 
 
 def test_a_rate_rises_and_ends_at_zero() -> None:
@@ -174,7 +175,7 @@ def test_what_is_said_of_samples(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     train, test = known.measure_part("train", 60), known.measure_part("test", 60)
     assert train["copied"] == 1 and train["nearer"] == 1 and train["samples"] == 60 and train[JUDGE]["frechet_error"] > 0
     assert test["copied"] < 0.1 and test["nearer"] == pytest.approx(0.5, abs=0.1) and test["precision"] == 1
-    assert test["read"] > 0.8 and test["read"] == test["read_lite2"]
+    assert test["read"] > 0.6 and test["read"] == test["read_lite2"]
     assert "read" not in known.measure_part("test", 60, reading=False)
 
 
@@ -191,9 +192,16 @@ def test_stages_are_scaled_to_the_time() -> None:
 
 
 def test_every_row_of_ours_is_a_config() -> None:
-    for row in read_json(race_latent.ROWS):
-        load(race_latent.VAE_CONFIG, train_vae.Config, row["vae"])
-        assert 0 < row["share"] < 1 and row["name"] not in race_latent.PEERS
+    rows = race_latent.check(read_json(race_latent.ROWS), race_latent.ROWS)
+    for row in rows:
+        if "of" not in row:
+            load(race_latent.VAE_CONFIG, train_vae.Config, row["vae"])
+            load(race_latent.LDM_CONFIG, train_ldm.Config, row["ldm"])
+    for wrong in ({"name": "ddp", "of": "ours"}, {"name": "a", "of": "b"}, {"name": "a", "share": 1.0, "vae": [], "ldm": []}):
+        with pytest.raises(UserError, match="a row needs a `name`"):
+            race_latent.check([*rows, wrong], race_latent.ROWS)
+    with pytest.raises(UserError, match="the guide of 'a'"):
+        race_latent.check([*rows, {"name": "a", "of": "ours", "guide": 0.1}], race_latent.ROWS)
 
 
 def measured(frechet: float, copied: float = 0.0) -> dict[str, Any]:
@@ -254,6 +262,13 @@ def test_a_race_of_latents_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
     before = len(drawn)
     race_latent.race(tmp_path, known, rows, **options)  # pyright: ignore[reportArgumentType]
     assert len(drawn) == before and sorted(trained) == sorted(levels)
+    rows.append({"name": "guided", "of": "ours", "guide": 0.25})
+    levels["guided"] = 31
+    guided = race_latent.race(tmp_path, known, rows, only="guided", **options)  # pyright: ignore[reportArgumentType]
+    assert "| guided | 0.0 M | 50 + 100 | ema, 1.5 | 36.0 ± 1.0 |" in guided and "guided" not in trained
+    other = [{**rows[0], "share": 0.3}]
+    with pytest.raises(UserError, match="another row of this name"):
+        race_latent.race(tmp_path, known, other, only="ours", **options)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="another --out"):
         race_latent.race(tmp_path, known, rows, minutes=2.0, samples=20)  # pyright: ignore[reportArgumentType]
 
