@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, machine
-from benchmarks.judges import BESIDE, JUDGE, ask_for_judges
+from benchmarks.measures import LITE0, LITE2, ask_for_networks
 from benchmarks.peers import FRACTIONS
 from benchmarks.photos import open_folder
 from benchmarks.race import CONFIG, draw_ours, floor_of, prepare_images, reference, train_ours
@@ -67,7 +67,7 @@ def is_same(row: Row, result: Row) -> bool:
 
 
 def is_done(row: Row, results: Sequence[Row]) -> bool:
-    """Whether the row was measured by today's judge."""
+    """Whether the row was measured by the network that decides today."""
     return any("lite2" in result and is_same(row, result) for result in results)
 
 
@@ -106,8 +106,8 @@ def run_row(row: Row, work: Path, folder: Path) -> Row:
     seconds = time.perf_counter() - began
     numbers = reference(folder, "train").measure(samples)
     measured = {
-        "lite2": numbers[JUDGE],
-        "distance": numbers[BESIDE]["frechet"],
+        "lite2": numbers[LITE2],
+        "distance": numbers[LITE0]["frechet"],
         "seconds_of_sampling": round(seconds, 1),
         "machine": machine("accelerate"),
     }
@@ -172,7 +172,7 @@ def main() -> None:
     unknown = set(args.only or ()) - {row["name"] for row in rows}
     if unknown:
         raise UserError(f"--only {', '.join(sorted(unknown))}: no such row; there are {', '.join(row['name'] for row in rows)}")
-    ask_for_judges()
+    ask_for_networks()
     folder = prepare_images(ROOT / "datasets")
     results = read_json(RESULTS) if RESULTS.exists() else []
     for row in rows:
@@ -188,7 +188,7 @@ def main() -> None:
         print(f"{row['name']}: {measured['lite2']['frechet']:.1f}", flush=True)
     now = identified({}, seed=args.seed, minutes=args.minutes, samples=args.samples)["recipe"]
     floor = floor_of(folder, args.samples)
-    held_out = [floor[judge]["frechet"] for judge in (JUDGE, BESIDE)]
+    held_out = [floor[network]["frechet"] for network in (LITE2, LITE0)]
     text = f"{machine('accelerate')}\n\n{table(results, held_out, now)}\n"
     RESULTS.with_suffix(".md").write_text(f"`python benchmarks/ablate.py`, {time.strftime('%Y-%m-%d')}\n\n{text}")
     print(text)

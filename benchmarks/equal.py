@@ -103,9 +103,9 @@ def _widths(kind: str, multiples: Sequence[int]) -> Iterator[list[int]]:
     at once; the other's are any even number, times the multiples."""
     for first in range(8, 513, 8 if kind == "diffusers" else 2):
         steps = (-8, 0, 8) if kind == "diffusers" else (0,)
-        for more in steps:
+        for wider in steps:
             for last in steps if len(multiples) > 2 else (0,):
-                widths = [first, *((first + more) * multiple for multiple in multiples[1:])]
+                widths = [first, *((first + wider) * multiple for multiple in multiples[1:])]
                 widths[-1] += last
                 if min(widths) > 0:
                     yield widths

@@ -7,8 +7,8 @@ One long run of diffusion on pixels, by class, for each number of photos of clot
 configs/cifar10_race.json as it is, with augmentation that the network is told of, with dropout, with both; at a constant rate,
 so that a checkpoint is what a run of its length would have, roughly. Checkpoints are kept after 8,000 images seen and each
 doubling up to --most, and of each --samples images are drawn from its EMA weights with 50 network calls. Measured are distances
-from the 372 test photos with standard errors (benchmarks/judges.py), and copies of the photos that were trained on. The loss on
-the 341 photos to choose by is the run's own.
+from the 372 test photos with standard errors (benchmarks/measures.py), and copies of what was trained on. The loss on the 341
+photos to choose by is the run's own.
 
 A run that was interrupted goes on, one that has got --most images seen is not trained again, and what was measured is not
 measured again. At the end there are the table, few_images.json and a chart, without --out in benchmarks/results, too.
@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import ROOT, machine
-from benchmarks.judges import BESIDE, JUDGE, ask_for_judges, cells
+from benchmarks.measures import LITE0, LITE2, ask_for_networks, cells
 from benchmarks.photos import Photos, Result, prepare_photos, write_json
 from benchmarks.race_latent import draw_ours
 from benchmarks.timed import end, keep, launch, our_command, shown
@@ -141,16 +141,16 @@ def table(results: Sequence[Result], floor: Result) -> str:
     lines += ["| photos | recipe | lowest held-out loss at | lowest distance at | distance there | copied there |"]
     lines.append("|" + " --- |" * 6)
     for result in results:
-        best = min(result["points"], key=lambda images: result["points"][images][JUDGE]["frechet"])
+        best = min(result["points"], key=lambda images: result["points"][images][LITE2]["frechet"])
         by_loss = min(result["held_out_loss"], key=lambda pair: pair[1], default=None)
         there = result["points"][best]
         words = [f"{result['photos']:,}", result["recipe"], f"{by_loss[0]:,}" if by_loss is not None else "", f"{int(best):,}"]
-        words += [f"{there[JUDGE]['frechet']:.1f} ± {there[JUDGE]['frechet_error']:.1f}", f"{there['copied']:.1%}"]
+        words += [f"{there[LITE2]['frechet']:.1f} ± {there[LITE2]['frechet_error']:.1f}", f"{there['copied']:.1%}"]
         lines.append(f"| {' | '.join(words)} |")
-    said = (
-        f"the floor, {floor['samples']} training photos: {floor[JUDGE]['frechet']:.1f} in Lite2, {floor[BESIDE]['frechet']:.1f}"
+    summary = (
+        f"the floor, {floor['samples']} training photos: {floor[LITE2]['frechet']:.1f} in Lite2, {floor[LITE0]['frechet']:.1f}"
     )
-    lines += ["", f"- {said} in Lite0; of new images {floor['copied_if_new']:.1%} count as `copied`, and `nearer` is 0.5"]
+    lines += ["", f"- {summary} in Lite0; of new images {floor['copied_if_new']:.1%} count as `copied`, and `nearer` is 0.5"]
     return "\n".join(lines)
 
 
@@ -164,13 +164,13 @@ def draw_chart(results: Sequence[Result], floor: Result, path: Path) -> None:
             if result["photos"] == count and result["points"]:
                 known = sorted((int(images), measured) for images, measured in result["points"].items())
                 x = [float(images) for images, _ in known]
-                panels[names[0]][result["recipe"]] = (x, [measured[JUDGE]["frechet"] for _, measured in known])
+                panels[names[0]][result["recipe"]] = (x, [measured[LITE2]["frechet"] for _, measured in known])
                 panels[names[1]][result["recipe"]] = (x, [measured["copied"] for _, measured in known])
                 losses = [pair for pair in result["held_out_loss"] if pair[0] <= x[-1]]
                 panels[names[2]][result["recipe"]] = ([pair[0] for pair in losses], [pair[1] for pair in losses])
-        ends = [min(x[0] for x, _ in panels[names[0]].values()), max(x[-1] for x, _ in panels[names[0]].values())]
-        for name, value in ((names[0], floor[JUDGE]["frechet"]), (names[1], floor["copied_if_new"])):
-            panels[name]["real photos" if name == names[0] else "new images"] = (ends, [value, value])
+        span = [min(x[0] for x, _ in panels[names[0]].values()), max(x[-1] for x, _ in panels[names[0]].values())]
+        for name, value in ((names[0], floor[LITE2]["frechet"]), (names[1], floor["copied_if_new"])):
+            panels[name]["real photos" if name == names[0] else "new images"] = (span, [value, value])
         figures.curves(path, panels, xlabel="images seen", title=f"{count:,} photos", log=["images seen"])
         rows.append(Image.open(path).copy())
     if rows:
@@ -210,7 +210,7 @@ def main() -> None:
         raise UserError(f"--only {args.only}: there is no such run; there are {', '.join(names)}")
     if args.samples < FEWEST or args.most < FIRST:
         raise UserError(f"--samples is at least {FEWEST}, and --most at least {FIRST}")
-    ask_for_judges()
+    ask_for_networks()
     folder = prepare_photos(ROOT / "datasets", args.size)
     out = (args.out or ROOT / "runs" / f"few_images_{args.size}").resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -219,8 +219,8 @@ def main() -> None:
     print(text)
     if args.out is None:
         command = f"`python benchmarks/few_images.py --size {args.size} --most {args.most} --samples {args.samples}`"
-        said = f"{command}, {time.strftime('%Y-%m-%d')}\n\n{machine('accelerate')}\n\n{text}\n"
-        (RESULTS / "few_images.md").write_text(said)
+        page = f"{command}, {time.strftime('%Y-%m-%d')}\n\n{machine('accelerate')}\n\n{text}\n"
+        (RESULTS / "few_images.md").write_text(page)
         for name in ("few_images.json", "few_images.png"):
             if (out / name).exists():
                 shutil.copy(out / name, RESULTS / name)

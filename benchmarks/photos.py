@@ -1,4 +1,4 @@
-"""Photos of clothes for the races that have classes: what is trained on, 341 to choose by, 372 that judge."""
+"""Photos of clothes for the races that have classes: what is trained on, 341 to choose by, 372 to measure by."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.common import ROOT
-from benchmarks.judges import JUDGE, Reference, features
+from benchmarks.measures import LITE2, Reference, features
 from benchmarks.timed import our_command, wait_for
 from src.data import ImageConfig, ImageSet, open_sources
 from src.data.packing import pack
@@ -42,7 +42,7 @@ CLASSIFIER: dict[str, Any] = {  # that reads samples: of noised images, too, whi
     "ema": {"half_life_images": 10_000, "ramp_up": 0.1},
     "log": {"trackers": []},
 }
-PARTS = ("train", "validation", "test")  # to train on, to choose by, to judge by
+PARTS = ("train", "validation", "test")  # to train on, to choose by, to measure by
 
 
 def open_folder(folder: Path) -> ImageSet:
@@ -63,7 +63,7 @@ def write_digits(folder: Path, size: int) -> None:
 
 def prepare_photos(datasets: Path, size: int, archive: Path = ARCHIVE) -> Path:
     """A folder with train, validation and test packed with their shorter side at `size`; made once. Where the archive is
-    missing, these are scikit-learn's digits, of each class 30 to choose by and 30 to judge by."""
+    missing, these are scikit-learn's digits, of each class 30 to choose by and 30 to measure by."""
     name = f"{'clothing' if archive.exists() else 'digits'}_race_{size}"
     folder, staged = datasets / name, datasets / f"{name}.partial"
     if folder.exists():
@@ -116,8 +116,8 @@ def write_json(file: Path, value: Any) -> None:
 
 
 class Photos:
-    """What is trained on (`count` of the images, or all), chosen by and judged by; and the classifier that reads samples, which
-    is trained once on all training photos and kept in the folder."""
+    """What is trained on (`count` of the images, or all), chosen by and measured by; and the classifier that reads samples,
+    which is trained once on all training photos and kept in the folder."""
 
     def __init__(self, folder: Path, size: int, count: int | None = None) -> None:
         self.folder, self.size, self.count = folder, size, count
@@ -174,21 +174,21 @@ class Photos:
 
     @cached_property
     def read_features(self) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
-        """Features (N, 1280) of the judge -> classes."""
+        """Features (N, 1280) of Lite2 -> classes."""
         images = open_photos(self.folder, "train")
-        return distances.fit_reader(Reference(images, self.size).features(JUDGE), images.labels)
+        return distances.fit_reader(Reference(images, self.size).features(LITE2), images.labels)
 
     def measure(self, pixels: Tensor, labels: Sequence[int], *, reading: bool = True) -> Result:
         """All that is said of samples (N, 3, H, W) uint8 of these classes, against the test photos; without `reading` not
         whether they are read as their class."""
         measured: Result = {"samples": len(pixels), **self.sets["test"].measure(pixels)}
-        seen, wanted = features(JUDGE, pixels), np.asarray(labels)
+        of_samples, wanted = features(LITE2, pixels), np.asarray(labels)
         if reading:
             measured["read"] = float((self.read(pixels) == wanted).mean())
-            measured["read_lite2"] = float((self.read_features(seen) == wanted).mean())
-        real, train = self.sets["test"].features(JUDGE), self.sets["train"].features(JUDGE)
-        shape = distances.manifold(seen, real)
-        away = [distances.nearest(one, train)[0][:, 0] for one in (seen, real)]
+            measured["read_lite2"] = float((self.read_features(of_samples) == wanted).mean())
+        real, train = self.sets["test"].features(LITE2), self.sets["train"].features(LITE2)
+        shape = distances.manifold(of_samples, real)
+        away = [distances.nearest(one, train)[0][:, 0] for one in (of_samples, real)]
         copying = distances.copying(*away)
         return measured | {
             "precision": shape.precision,

@@ -11,7 +11,7 @@ the best of the three counts. With a network of our operations an image (benchma
 of three learning rates in probes of --probe-minutes runs the whole time. Off the clock each draws with 50 network calls an
 image, ours from its EMA weights, the peers from those of EMA and raw that draw the better 64 images (which choose the learning
 rate, too: sampling takes as long as training). Measured is how far the samples are from the training images, in the features of
-EfficientNet-Lite2; Lite0's stand beside them (benchmarks/judges.py).
+EfficientNet-Lite2; Lite0's stand beside them (benchmarks/measures.py).
 
 What is there already in --out is not done again, so that a race may be run in pieces (--only takes the beginning of a name).
 At the end there are the table, a sheet of samples and the distance against minutes, without --out in benchmarks/results, too.
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from benchmarks import equal, peers
 from benchmarks.common import ROOT, installed, machine
-from benchmarks.judges import HEADS, JUDGE, Numbers, Reference, ask_for_judges, cells, is_win
+from benchmarks.measures import HEADS, LITE2, Numbers, Reference, ask_for_networks, cells, is_win
 from benchmarks.peers import CALLS, FRACTIONS, SIZE
 from benchmarks.photos import open_folder, write_digits, write_memory_file
 from benchmarks.timed import measure_speed, precision_of, shown, train_for, wait_for
@@ -218,9 +218,9 @@ class Contestant:
         self.name, self.kind = name, name.partition("_")[0]
         self.out, self.folder, self.file = out / name, folder, out / name / "result.json"
         self.result: Result = read_json(self.file) if self.file.exists() else {}
-        if self.result and self.result.get("judge") != JUDGE:  # of before: its training counts, its measurements do not
+        if self.result and self.result.get("decides") != LITE2:  # of before: its training counts, its measurements do not
             self.result = {key: value for key, value in self.result.items() if key not in ("weights", "pair")}
-            self.result |= {"distances": {}, "judge": JUDGE}
+            self.result |= {"distances": {}, "decides": LITE2}
 
     def save(self) -> None:
         staged = self.file.with_suffix(".part")
@@ -246,7 +246,7 @@ class Contestant:
                 training = train_peer(self.kind, self.out, self.folder, self.name.partition("_")[2], seconds)
         hardware = machine("accelerate", *(["denoising-diffusion-pytorch"] if "ddp" in self.kind else []))
         self.result = {"name": self.name, "minutes": round(seconds / 60, 3), "machine": hardware, **training}
-        self.result |= {"distances": {}, "judge": JUDGE}
+        self.result |= {"distances": {}, "decides": LITE2}
         self.save()
 
     def draw(self, fraction: str, weights: str, count: int) -> Tensor:
@@ -285,8 +285,8 @@ class Contestant:
 
 
 def at_the_end(result: Result) -> Numbers:
-    """The judge's numbers."""
-    return result["distances"]["1.0"][JUDGE]
+    """Lite2's numbers."""
+    return result["distances"]["1.0"][LITE2]
 
 
 def best_of(results: Sequence[Result], peer: str) -> Result | None:
@@ -310,15 +310,15 @@ def goals(results: Sequence[Result], held_out: float) -> list[str]:
         return ["some contestants are missing: nothing can be said of the goals yet"]
     end, theirs = at_the_end(ours), at_the_end(peer)
     above, share = end["frechet"] - held_out, (end["frechet"] - held_out) / (theirs["frechet"] - held_out)
-    more = "by more than" if is_win(end, theirs) else "and not by"
+    margin = "by more than" if is_win(end, theirs) else "and not by"
     lines = [
         f"{'met' if above <= 10 else 'MISSED'}: ours is {above:.1f} above the held-out images (goal: at most 10)",
         f"{'met' if share <= 0.25 else 'MISSED'}: our distance above that of the held-out images is {share:.2f} of that of "
-        f"the best peer, {peer['name']}, {more} two standard errors (goal: at most 0.25)",
+        f"the best peer, {peer['name']}, {margin} two standard errors (goal: at most 0.25)",
     ]
     quarter = ours["distances"].get("0.25")
     if quarter is not None:
-        early = quarter[JUDGE]["frechet"]
+        early = quarter[LITE2]["frechet"]
         reached = f"after a quarter of the time ours is {early:.1f}, {peer['name']} at the end {theirs['frechet']:.1f}"
         lines.append(f"{'met' if early <= theirs['frechet'] else 'MISSED'}: {reached} (goal: no more than that)")
     return lines
@@ -358,8 +358,8 @@ def table(results: Sequence[Result], floor: dict[str, Numbers], samples: int) ->
     lines.append("|" + " --- |" * (1 + len(FRACTIONS)))
     for result, title in shown:
         known = [result["distances"].get(str(part)) for part in FRACTIONS]
-        lines.append(f"| {title} | {' | '.join(format(one[JUDGE]['frechet'], '.1f') if one else '' for one in known)} |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in goals(results, floor[JUDGE]["frechet"]))])
+        lines.append(f"| {title} | {' | '.join(format(one[LITE2]['frechet'], '.1f') if one else '' for one in known)} |")
+    return "\n".join([*lines, "", *(f"- {line}" for line in goals(results, floor[LITE2]["frechet"]))])
 
 
 def kind_of(result: Result) -> str:
@@ -386,7 +386,7 @@ def draw_curve(results: Sequence[tuple[str, Result]], held_out: float, path: Pat
     last = max(result["minutes"] for _, result in results)
     for title, result in results:
         distance_at = {
-            part: result["distances"][str(part)][JUDGE]["frechet"] for part in FRACTIONS if str(part) in result["distances"]
+            part: result["distances"][str(part)][LITE2]["frechet"] for part in FRACTIONS if str(part) in result["distances"]
         }
         if len(distance_at) > 1:
             lines[title] = ([part * result["minutes"] for part in distance_at], list(distance_at.values()))
@@ -439,7 +439,7 @@ def race(
     ready = [(TITLES[one.kind], one) for one in shown if "1.0" in one.result.get("distances", {})]
     if ready:
         draw_sheet([(title, one.out / "samples_1.0.npy") for title, one in ready], out / "samples.png")
-        draw_curve([(title, one.result) for title, one in ready], floor[JUDGE]["frechet"], out / "distance.png")
+        draw_curve([(title, one.result) for title, one in ready], floor[LITE2]["frechet"], out / "distance.png")
     return text
 
 
@@ -458,7 +458,7 @@ def main() -> None:
     needs_ddp = any(name.startswith("ddp") for name in names() if name.startswith(args.only))
     if needs_ddp and installed("denoising-diffusion-pytorch") is None:
         raise UserError("denoising-diffusion-pytorch is missing: pip install -e '.[bench]', or --only ours")
-    ask_for_judges()
+    ask_for_networks()
     folder = prepare_images(ROOT / "datasets")
     held_out = sum(path.is_file() for path in (folder / "held_out").rglob("*"))
     if not FEWEST <= args.samples <= held_out:

@@ -4,7 +4,7 @@
   nice -n 10 python benchmarks/race_latent.py [--minutes 60] [--samples 500] [--only ours] [--images 1000] [--out DIR]
 
 Photos from ../shared/data (scikit-learn's digits where they are missing): 3,068 to train on (or --images of them), 341 to
-choose by, 372 that judge. The contestants, each from its launch to the limit:
+choose by, 372 to measure by. The contestants, each from its launch to the limit:
 
 - ours: train_vae.py and train_ldm.py with configs/clothing64_vae.json and _ldm.json, their steps scaled to fit the time. Each
   row of benchmarks/race_latent.json is one: {"name", "share" of the time for the autoencoder, "vae": [overrides], "ldm":
@@ -45,7 +45,7 @@ import train_ldm
 import train_vae
 from benchmarks import equal, kl
 from benchmarks.common import ROOT, installed, machine
-from benchmarks.judges import HEADS, JUDGE, Numbers, ask_for_judges, cells, is_win
+from benchmarks.measures import HEADS, LITE2, Numbers, ask_for_networks, cells, is_win
 from benchmarks.peers import CALLS
 from benchmarks.photos import Photos, Result, pixels_of, prepare_photos, write_json
 from benchmarks.race import to_pixels
@@ -129,6 +129,7 @@ def train_ours(row: dict[str, Any], out: Path, photos: Photos, seconds: float, p
     left = seconds - (time.time() - began)
     ldm_sets = [*ldm_sets, f"autoencoder={vae}"]
     diffusion = train_for("train_ldm.py", LDM_CONFIG, out / "ldm", ldm_sets, ldm_speed, left, FRACTIONS, out / "weights")
+    shutil.copytree(out / "ldm" / "autoencoder", out / "autoencoder", dirs_exist_ok=True)  # where the weights look for it
     opened = open_trained(out / "weights" / "1.0", CPU)
     count = sum(parameter.numel() for parameter in opened.network.parameters())
     of_vae |= {"command": shown(command), "parameters": len_of(VAE(config.model, 3))}
@@ -185,8 +186,8 @@ class Contestant:
                 raise UserError(
                     f"{self.name} draws from the weights of {self.row['of']}, which are not there: run that one first"
                 )
-            trained = {key: value for key, value in known.items() if key not in ("chosen", "measured")}
-            self.result = {**trained, "name": self.name, "row": self.row}
+            training = {key: value for key, value in known.items() if key not in ("chosen", "measured")}
+            self.result = {**training, "name": self.name, "row": self.row}
             self.save()
             return
         print(f"{self.name}: training for {minutes:g} minutes", flush=True)
@@ -204,8 +205,8 @@ class Contestant:
 
     def unet(self, operations: float, shape: Sequence[int], multiples: Sequence[int]) -> equal.Document:
         kind = self.name.partition("-")[0]
-        found = equal.of_equal_operations(kind, operations, shape, len(self.photos.class_names), multiples)
-        return {**found, "ours": operations}
+        document = equal.of_equal_operations(kind, operations, shape, len(self.photos.class_names), multiples)
+        return {**document, "ours": operations}
 
     def network_file(self, name: str, find: Callable[[], Any]) -> Path:
         """A network of our operations, which is found once."""
@@ -214,7 +215,7 @@ class Contestant:
             write_json(file, find())
         return file
 
-    def best_rate(self, name: str, train: Callable[[Path, str], Any], judge: Callable[[Path], float]) -> tuple[str, Result]:
+    def best_rate(self, name: str, train: Callable[[Path, str], Any], measure: Callable[[Path], float]) -> tuple[str, Result]:
         """The best of three learning rates in probes, each of which is kept once it is measured; and what all got."""
         file = self.out / f"{name}.json"
         known: Result = read_json(file) if file.exists() else {}
@@ -224,7 +225,7 @@ class Contestant:
                 place = self.out / name / lr
                 shutil.rmtree(place, ignore_errors=True)
                 train(place, lr)
-                known[lr] = judge(place)
+                known[lr] = measure(place)
                 write_json(file, known)
         return min(RATES, key=lambda lr: known[lr]), known
 
@@ -336,8 +337,8 @@ def table(results: Sequence[tuple[str, Result]], floors: dict[str, Result], samp
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for title, result in results:
         full, chosen = result["fractions"]["1.0"], result["chosen"]
-        seen = [result["autoencoder"]["images"]] if "autoencoder" in result else []
-        words = [title, f"{result['parameters'] / 1e6:.1f} M", " + ".join(f"{count:,}" for count in [*seen, full["images"]])]
+        before = [result["autoencoder"]["images"]] if "autoencoder" in result else []
+        words = [title, f"{result['parameters'] / 1e6:.1f} M", " + ".join(f"{count:,}" for count in [*before, full["images"]])]
         words.append(f"{chosen['weights']}, {chosen['guidance']:g}")
         lines.append(f"| {' | '.join([*words, *row_of(result['measured'], floors)])} |")
     for title, measured in floors.items():
@@ -368,20 +369,20 @@ def goals(results: Sequence[tuple[str, Result]], floors: dict[str, Result]) -> l
     if not ours or not peers:
         return ["some contestants are missing: nothing can be said of the goals yet"]
     best, peer = (min(some, key=lambda one: frechet(one)["frechet"]) for some in (ours, peers))
-    floor = next(iter(floors.values()))[JUDGE]["frechet"]
+    floor = next(iter(floors.values()))[LITE2]["frechet"]
     share = (frechet(best)["frechet"] - floor) / (frechet(peer)["frechet"] - floor)
-    more = "by more than" if is_win(frechet(best), frechet(peer)) else "and not by"
+    margin = "by more than" if is_win(frechet(best), frechet(peer)) else "and not by"
     copied, if_new = best["measured"]["copied"], best["measured"]["copied_if_new"]
     expected = if_new + 2 * (if_new * (1 - if_new) / best["measured"]["samples"]) ** 0.5
     return [
         f"{'met' if share <= 0.5 else 'MISSED'}: the distance of {best['name']} above the floor is {share:.2f} of that of the "
-        f"best peer that is there, {peer['name']}, {more} two standard errors (goal: at most 0.5)",
+        f"best peer that is there, {peer['name']}, {margin} two standard errors (goal: at most 0.5)",
         f"{'met' if copied <= expected else 'MISSED'}: {copied:.1%} of its samples are copies (new images: {if_new:.1%})",
     ]
 
 
 def frechet(result: Result) -> Numbers:
-    return result["measured"][JUDGE]
+    return result["measured"][LITE2]
 
 
 def draw_sheet(contestants: Sequence[tuple[str, Path]], labels: Sequence[int], path: Path, each: int = 3) -> None:
@@ -433,10 +434,10 @@ def race(
 
 def check(rows: Sequence[dict[str, Any]], file: Path) -> Sequence[dict[str, Any]]:
     """The rows; a UserError for one that cannot be run."""
-    trained = [row.get("name") for row in rows if "of" not in row]
+    with_weights = [row.get("name") for row in rows if "of" not in row]
     for row in rows:
         trains = {"name", "share", "vae", "ldm"} <= set(row) and 0 < row["share"] < 1
-        if (row.get("of") not in trained and not trains) or row.get("name") in (None, *PEERS):
+        if (row.get("of") not in with_weights and not trains) or row.get("name") in (None, *PEERS):
             needs = "a `name`, and a `share` between 0 and 1, `vae` and `ldm`, or `of` a row that trains"
             raise UserError(f"{file}: a row needs {needs}, and this is {row}")
         if row.get("guide", 0.5) not in FRACTIONS[:-1]:
@@ -464,7 +465,7 @@ def main() -> None:
         raise UserError(f"--only {args.only}: there is no such contestant; there are {', '.join(names)}")
     if "ddp" in selected and installed("denoising-diffusion-pytorch") is None:
         raise UserError("denoising-diffusion-pytorch is missing: pip install -e '.[bench]', or --only ours")
-    ask_for_judges()
+    ask_for_networks()
     photos = Photos(prepare_photos(ROOT / "datasets", SIZE), SIZE, args.images)
     if args.samples < FEWEST:
         raise UserError(f"--samples {args.samples}: at least {FEWEST}")
@@ -478,8 +479,8 @@ def main() -> None:
         images = f" --images {args.images}" if args.images is not None else ""
         command = f"`python benchmarks/race_latent.py --minutes {args.minutes:g} --samples {args.samples}{images}`"
         hardware = machine("accelerate", "denoising-diffusion-pytorch")
-        said = f"{command}, {time.strftime('%Y-%m-%d')}\n\n{hardware}\n\n{text}\n"
-        (RESULTS / f"race_latent{tail}.md").write_text(said)
+        page = f"{command}, {time.strftime('%Y-%m-%d')}\n\n{hardware}\n\n{text}\n"
+        (RESULTS / f"race_latent{tail}.md").write_text(page)
         if (out / "samples.png").exists():
             shutil.copy(out / "samples.png", RESULTS / f"race_latent{tail}_samples.png")
 

