@@ -11,6 +11,7 @@ of the images and of their mirror images, at unit variance.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -57,16 +58,19 @@ def of_equal_operations(wanted: float, shape: Sequence[int], latent_channels: in
     have our `multiples` of the channels, roughly. An AssertionError where it is further off than TOLERANCE."""
     best: tuple[float, Document] = (math.inf, {})
     for first in range(8, 257, 8):
-        for rest in range(max(8, first - 8), first + 9, 8):
-            widths = [first, *(rest * multiple for multiple in multiples[1:])]
+        inner = [[first * multiple + wider for wider in (0, 8, -8)] for multiple in multiples[1:]]
+        for rest in itertools.product(*inner):
+            widths = [first, *rest]
             document = {"widths": widths, "shape": list(shape), "latent_channels": latent_channels}
             with torch.device("meta"):
                 count = operations(build(document).eval(), torch.zeros(1, *shape))
-            far = abs(count / wanted - 1)
-            if far < best[0]:
-                best = (far, {**document, "operations": count})
-        if best[1] and first > 2 * best[1]["widths"][0]:
-            break
+            if abs(count / wanted - 1) < best[0]:
+                best = (abs(count / wanted - 1), {**document, "operations": count})
+            if count > 2 * wanted:
+                break
+        else:
+            continue
+        break
     assert best[0] <= TOLERANCE, f"the nearest AutoencoderKL has {best[1].get('operations', 0):.3g} of {wanted:.3g} operations"
     return best[1]
 

@@ -103,7 +103,8 @@ def our_operations() -> tuple[int, int, tuple[int, int, int]]:
 def train_ours(row: dict[str, Any], out: Path, photos: Photos, seconds: float, probe: float = 1 / 25) -> Result:
     """The autoencoder in its share of the time, then diffusion on its latents in what is left. How fast both are is measured
     before, off the clock, by trainings of this share of their steps."""
-    vae_sets, ldm_sets = [*photos.overrides, *row["vae"]], [*photos.overrides, *row["ldm"]]
+    vae_sets = [*photos.overrides, *row["vae"]]
+    ldm_sets = [*photos.overrides, "preview.sheets=one", "preview.num_samples=1", *row["ldm"]]  # at its end it draws a preview
     stages = read_json(VAE_CONFIG)["stages"]
     known = next((one.partition("=")[2] for one in reversed(row["vae"]) if one.startswith("stages=")), None)
     stages = json.loads(known) if known is not None else stages
