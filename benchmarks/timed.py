@@ -69,7 +69,7 @@ def precision_of(wanted: str) -> str:
 
 
 class Speed(NamedTuple):
-    """Seconds from the launch to the first step, and images/s after it."""
+    """Seconds of a training that are no steps (from the launch to the first of them), and images/s of its steps."""
 
     start: float
     rate: float
@@ -82,14 +82,15 @@ class Speed(NamedTuple):
 def measure_speed(
     script: str, config: Path, run: Path, overrides: Sequence[str], seconds: float | None = None, *, keep: bool = False
 ) -> Speed:
-    """How fast a recipe is, watched for so many seconds from its first step on, or to its end. `run` is removed, or is kept."""
+    """How fast a recipe is, watched for so many seconds from its first steps on, or to its end. Without `keep`,
+    `run` is removed."""
     shutil.rmtree(run, ignore_errors=True)
     run.parent.mkdir(parents=True, exist_ok=True)
     every, log = 2 if seconds is not None else 5, run.with_name(f"{run.name}.txt")
     endless = ["steps=1000000"] if seconds is not None else []
     command = our_command(script, config, run, [*overrides, *endless, f"log.every={every}", "preview.every=null"])
     began, first, process = time.time(), None, launch(command, log)
-    metrics, rates = run / "metrics.jsonl", list[float]()
+    metrics, rates, known = run / "metrics.jsonl", list[float](), list[dict[str, Any]]()
     try:
         while seconds is None or first is None or time.time() - first < seconds or len(rates) < 3:
             time.sleep(0.2)
@@ -106,9 +107,12 @@ def measure_speed(
     finally:
         end(process, signal.SIGKILL)
     rate, batch = len(rates) / sum(1 / each for each in rates), read_json(run / "config.json")["batch_size"]
+    spent, images = (first or began) - began, 2 * every * batch
+    if seconds is None:  # what it did at the end of its stages counts as its start
+        spent, images = time.time() - began, known[-1]["step"] * batch
     if not keep:
         shutil.rmtree(run)
-    return Speed(max(0.0, (first or began) - began - 2 * every * batch / rate), rate)
+    return Speed(max(0.0, spent - images / rate), rate)
 
 
 def train_for(

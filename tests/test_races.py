@@ -138,6 +138,35 @@ def test_steps_fit_the_time(tmp_path: Path) -> None:
     assert timed.precision_of("no") == "no" and timed.precision_of("auto") in ("no", "bf16")
 
 
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, returncode: int) -> None:
+        self.returncode = returncode
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+def test_a_probe_says_how_fast_a_recipe_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, codes = tmp_path / "run", [0, 1]
+
+    def launch(command: list[str], log: Path) -> Ended:
+        run.mkdir()
+        log.write_text("what went wrong")
+        (run / "config.json").write_text('{"batch_size": 4}')
+        lines = [{"step": 5, "images_per_second": 1}, {"step": 10, "images_per_second": 15}]  # the first has the start in it
+        lines += [{"step": 15, "images_per_second": 30}, {"step": 15, "held_out_l1": 0.5}]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return Ended(codes.pop(0))
+
+    monkeypatch.setattr(timed, "launch", launch)
+    speed = timed.measure_speed("x.py", tmp_path / "x.json", run, [])
+    assert speed == (0.0, 20.0) and not run.exists()  # 60 images at 20 images/s are all of the time, and more
+    with pytest.raises(UserError, match="ended in its probe: what went wrong"):
+        timed.measure_speed("x.py", tmp_path / "x.json", run, [])
+
+
 # ---------------------------------------------------------------------------------------------- photos
 
 
