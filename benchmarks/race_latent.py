@@ -425,6 +425,7 @@ def race(
     if not file.exists():
         parts = {"training photos": ("train", samples), "photos to choose by": ("validation", samples)}
         write_json(file, {title: photos.measure_part(*part) for title, part in parts.items()})
+    field = contestants(out, photos, rows)  # another process may have added to it
     done = [one for one in field if one.result.get("measured", {}).get("samples") == samples]
     text = table([(one.title, one.result) for one in done], read_json(file), samples)
     if done:
