@@ -5,15 +5,18 @@
 
 The file lists rows: {"name", "set": [overrides of configs/cifar10_race.json]}, where a "first": {"size", "share"} trains for
 that share of the time on images of that size and goes on from there, or {"name", "of": another row} with a "sampler": {}, or
-with an "ema": width (of posthoc_ema.py), which draws from that row's weights without training. Results are added to
-benchmarks/results/ablations.json; a row that is done there with this seed, these minutes and this recipe is not done again. At
-the end the table is printed and written beside them. (EDM's preconditioning has no row: for data of variance 1 its network
-learns what the baseline's does, the target `v`.)
+with an "ema": width (of posthoc_ema.py), which draws from that row's weights without training. A "guide": 0.125, 0.25 or 0.5
+beside the "sampler" is autoguidance by the weights after that share of the time, whose training costs nothing and whose calls
+count. Results are added to benchmarks/results/ablations.json; a row that is done there with this seed, these minutes and this
+recipe is not done again. At the end the table is printed and written beside them. EfficientNet-Lite2 decides, with one standard
+error; Lite0's distance, which alone older rows have, stands beside it. (EDM's preconditioning has no row: for data of variance
+1 its network learns what the baseline's does, the target `v`.)
 """
 
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -23,14 +26,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, machine
-from benchmarks.race import CONFIG, distance_of, draw_ours, held_out_distance, open_image_set, prepare_images, train_ours
+from benchmarks.measures import LITE0, LITE2, ask_for_networks
+from benchmarks.peers import FRACTIONS
+from benchmarks.photos import open_folder
+from benchmarks.race import CONFIG, draw_ours, floor_of, prepare_images, reference, train_ours
 from src.config import UserError, read_json, run_script
 from src.data.packing import pack
 from src.training.ema import post_hoc
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablations.json"
 # What makes a result this row's.
-KEYS = ("name", "seed", "minutes", "samples", "recipe", "set", "first", "of", "sampler", "ema")
+KEYS = ("name", "seed", "minutes", "samples", "recipe", "set", "first", "of", "sampler", "ema", "guide")
 Row = dict[str, Any]
 
 
@@ -40,6 +46,10 @@ def check(rows: Sequence[Row]) -> None:
     for row in rows:
         if ("set" in row) == ("of" in row) or ("of" in row and not {"sampler", "ema"} & set(row)):
             raise UserError(f"the row {row.get('name')!r} needs a `set`, or `of` with `sampler` or `ema`")
+        if "guide" in row and ("sampler" not in row or row["guide"] not in FRACTIONS[:-1]):
+            raise UserError(
+                f"the guide of the row {row['name']!r} is one of {FRACTIONS[:-1]}, beside a `sampler` with a guidance"
+            )
         if row.get("of", trained_names[0]) not in trained_names:
             raise UserError(
                 f"the row {row['name']!r} is of {row['of']!r}, which is no row that trains: {', '.join(trained_names)}"
@@ -52,8 +62,13 @@ def identified(row: Row, *, seed: int, minutes: float, samples: int, config: Pat
     return {**row, "seed": seed, "minutes": minutes, "samples": samples, "recipe": recipe}
 
 
+def is_same(row: Row, result: Row) -> bool:
+    return all(row.get(key) == result.get(key) for key in KEYS)
+
+
 def is_done(row: Row, results: Sequence[Row]) -> bool:
-    return any(all(row.get(key) == result.get(key) for key in KEYS) for result in results)
+    """Whether the row was measured by the network that decides today."""
+    return any("lite2" in result and is_same(row, result) for result in results)
 
 
 def small_first(first: Row, out: Path, folder: Path, seconds: float, sets: list[str]) -> tuple[list[str], float]:
@@ -61,7 +76,7 @@ def small_first(first: Row, out: Path, folder: Path, seconds: float, sets: list[
     size, spent = first["size"], first["share"] * seconds
     small = folder / f"packed_{size}"
     if not small.exists():
-        pack(open_image_set(folder / "train"), small, size=size, channels=3)
+        pack(open_folder(folder / "train"), small, size=size, channels=3)
     (out / "first").mkdir()
     training = train_ours(out / "first", folder, spent, [*sets, f"data.path={small}", f"image.size={size}"])
     print(f"first {training['fractions']['1.0']['images']} images of {size} px", flush=True)
@@ -81,48 +96,66 @@ def run_row(row: Row, work: Path, folder: Path) -> Row:
         if "first" in row:
             sets, seconds = small_first(row["first"], out, folder, seconds, sets)
         training = train_ours(out, folder, seconds, sets)
-        for part in (out / "weights").iterdir():
-            if part != weights:
-                shutil.rmtree(part)
         summary_file.write_text(json.dumps(training))
     training = read_json(summary_file)
     if "ema" in row:
         weights, _ = post_hoc(out, read_json(weights / "progress.json")["step"], row["ema"])
     began = time.perf_counter()
-    samples = draw_ours(weights, row["samples"], row.get("sampler"))
+    guide = {"guide_with": str(out / "weights" / str(row["guide"]))} if "guide" in row else {}
+    samples = draw_ours(weights, row["samples"], {**row["sampler"], **guide} if "sampler" in row else None)
     seconds = time.perf_counter() - began
+    numbers = reference(folder, "train").measure(samples)
     measured = {
-        "distance": distance_of(samples, folder),
+        "lite2": numbers[LITE2],
+        "distance": numbers[LITE0]["frechet"],
         "seconds_of_sampling": round(seconds, 1),
         "machine": machine("accelerate"),
     }
     return {**row, **measured, "parameters": training["parameters"], **training["fractions"]["1.0"], "used": training["used"]}
 
 
-def table(results: Sequence[Row], held_out: float | None = None, recipe: str | None = None) -> str:
+def table(results: Sequence[Row], held_out: Sequence[float] = (), recipe: str | None = None) -> str:
     """The rows, the best first, each against its own seed's baseline: a table for each length of training and each recipe,
-    `recipe` first."""
+    `recipe` first. `held_out` are the distances of as many held-out images, in Lite2 and in Lite0."""
 
     def kin(row: Row) -> tuple[Any, ...]:
-        return row["recipe"] != recipe, row["recipe"], row["minutes"], row["samples"], row["seed"]
+        return row["recipe"] != recipe, row["recipe"], row["minutes"], row["samples"], row["seed"], "lite2" not in row
 
-    base = {kin(row): row["distance"] for row in results if row["name"] == "baseline"}
+    def value(row: Row) -> float:
+        return row["lite2"]["frechet"] if "lite2" in row else row["distance"]
+
+    base = {kin(row): row for row in results if row["name"] == "baseline"}
     lines, group = list[str](), None
-    for row in sorted(results, key=lambda row: (kin(row), row["distance"])):
-        if group != (group := kin(row)[:-1]):
+    for row in sorted(results, key=lambda row: (kin(row)[:-2], kin(row)[-1], kin(row)[-2], value(row))):
+        if group != (group := kin(row)[:-2]):
             which = "The recipe as it is" if row["recipe"] == recipe else f"An earlier recipe ({row['recipe']})"
             lines += ["", f"{which}, {row['minutes']:g} minutes, {row['samples']} images", ""]
-            lines.append("| row | change | seed | parameters | images seen | distance | against the baseline |")
-            lines.append("|" + " --- |" * 7)
+            lines.append("| row | change | seed | parameters | images seen | Lite2 | against the baseline | Lite0 |")
+            lines.append("|" + " --- |" * 8)
         how = json.dumps(row["sampler"]) if "sampler" in row else f"post-hoc EMA of width {row.get('ema')}"
+        how += f" guided by {row['guide']:g} of the time" if "guide" in row else ""
         before = [f"{row['first']['share']:.0%} of the time at {row['first']['size']} px"] if "first" in row else []
         change = " ".join([*before, *row["set"]]) if "set" in row else f"{row['of']} with {how}"
-        against = f"{row['distance'] - base[kin(row)]:+.1f}" if kin(row) in base else ""
-        cells = [row["name"], change, f"{row['seed']}", f"{row['parameters'] / 1e6:.2f} M", f"{row['images']:,}"]
-        distance = f"{row['distance']:.1f}"
-        lines.append(f"| {' | '.join([*cells, distance, against])} |")
-    if held_out is not None:
-        lines.append(f"\nas many held-out images: {held_out:.1f}")
+        against, first = "", ""
+        if kin(row) in base:
+            against = f"{value(row) - value(base[kin(row)]):+.1f}"
+        if "lite2" in row:
+            first = f"{row['lite2']['frechet']:.1f} ± {row['lite2']['frechet_error']:.1f}"
+            if against and row["name"] != "baseline":
+                errors = row["lite2"]["frechet_error"], base[kin(row)]["lite2"]["frechet_error"]
+                against += f" ± {math.hypot(*errors):.1f}"
+        cells = [
+            row["name"],
+            change,
+            f"{row['seed']}",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['images']:,}",
+            first,
+            against,
+        ]
+        lines.append(f"| {' | '.join([*cells, format(row['distance'], '.1f')])} |")
+    if held_out:
+        lines.append(f"\nas many held-out images: {held_out[0]:.1f} in Lite2, {held_out[1]:.1f} in Lite0")
     return "\n".join(lines[1:])
 
 
@@ -139,6 +172,7 @@ def main() -> None:
     unknown = set(args.only or ()) - {row["name"] for row in rows}
     if unknown:
         raise UserError(f"--only {', '.join(sorted(unknown))}: no such row; there are {', '.join(row['name'] for row in rows)}")
+    ask_for_networks()
     folder = prepare_images(ROOT / "datasets")
     results = read_json(RESULTS) if RESULTS.exists() else []
     for row in rows:
@@ -146,13 +180,16 @@ def main() -> None:
         if (args.only and row["name"] not in args.only) or is_done(wanted, results):
             continue
         print(f"{row['name']} ...", flush=True)
-        results.append(run_row(wanted, ROOT / "runs" / "ablations", folder))
+        measured = run_row(wanted, ROOT / "runs" / "ablations", folder)
+        results = [*(result for result in results if not is_same(wanted, result)), measured]
         staged = RESULTS.with_suffix(".part")
         staged.write_text(json.dumps(results, indent=1) + "\n")
         staged.rename(RESULTS)
-        print(f"{row['name']}: {results[-1]['distance']:.1f}", flush=True)
+        print(f"{row['name']}: {measured['lite2']['frechet']:.1f}", flush=True)
     now = identified({}, seed=args.seed, minutes=args.minutes, samples=args.samples)["recipe"]
-    text = f"{machine('accelerate')}\n\n{table(results, held_out_distance(folder, args.samples), now)}\n"
+    floor = floor_of(folder, args.samples)
+    held_out = [floor[network]["frechet"] for network in (LITE2, LITE0)]
+    text = f"{machine('accelerate')}\n\n{table(results, held_out, now)}\n"
     RESULTS.with_suffix(".md").write_text(f"`python benchmarks/ablate.py`, {time.strftime('%Y-%m-%d')}\n\n{text}")
     print(text)
 

@@ -14,7 +14,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class Snapshots:
     """Saves weights when fractions of the time are over, and ends the training at its end. The clock runs from `began` (seconds
     since the epoch: when the process was launched), and stands while weights are written."""
 
-    def __init__(self, out: Path, began: float, seconds: float) -> None:
-        self.out, self.began, self.seconds, self.left = out, began, seconds, list(FRACTIONS)
+    def __init__(self, out: Path, began: float, seconds: float, fractions: Sequence[float] = FRACTIONS) -> None:
+        self.out, self.began, self.seconds, self.left = out, began, seconds, list(fractions)
         self.saved: dict[str, Any] = {}
 
     def save_if_due(self, images: int, weights: Callable[[], Mapping[str, Mapping[str, Tensor]]]) -> None:

@@ -187,13 +187,15 @@ def curves(
     log: Collection[str] = (),
     marker: str = "",
 ) -> None:
-    """Panels side by side, each {label of its y axis: {name of a line: (x, y)}}, as a PNG; those in `log` on a log scale."""
+    """Panels side by side, each {label of its y axis: {name of a line: (x, y)}}, as a PNG; those in `log`, and all x where
+    `xlabel` is in it, on a log scale."""
     with _figure(path, 6 * len(panels), 4) as figure:
         for i, (ylabel, series) in enumerate(panels.items()):
             axes = figure.add_subplot(1, len(panels), i + 1)
             for name, (x, y) in series.items():
                 axes.plot(x, y, label=_plain(name), linewidth=1.5, marker=marker)
             axes.set(xlabel=_plain(xlabel), ylabel=_plain(ylabel), yscale="log" if ylabel in log else "linear")
+            axes.set_xscale("log" if xlabel in log else "linear")
             axes.grid(alpha=0.3)
             if len(series) > 1:
                 axes.legend()

@@ -72,6 +72,10 @@ def test_curves(tmp_path: Path) -> None:
     figures.curves(tmp_path / "c.png", {"y": {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}}, xlabel="x", log={"y"})
     with Image.open(tmp_path / "c.png") as image:
         assert image.width > 400 and len(image.convert("RGB").getcolors(1 << 20) or []) > 10
+    bent = {"y": {"a": ([1, 10, 100], [1, 10, 100])}}  # a straight line where both scales are alike
+    for name, log in (("linear", []), ("both", ["x", "y"]), ("x", ["x"])):
+        figures.curves(tmp_path / f"{name}.png", bent, xlabel="x", log=log)
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("linear", "both", "x")}) == 3
 
 
 @pytest.mark.parametrize("ffmpeg", [True, False])

