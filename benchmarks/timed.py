@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.common import ROOT, environment
 from src.config import UserError, read_json
+from src.runtime.precision import native_precision
 
 
 def launch(command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -64,8 +65,7 @@ def value_of(key: str, config: Path, overrides: Sequence[str]) -> Any:
 
 def precision_of(wanted: str) -> str:
     """bf16 or no, as a config says or, for `auto`, as this processor has units for bf16 or not."""
-    units = any(has for name, has in getattr(torch.cpu, "get_capabilities", dict)().items() if "bf16" in name)
-    return ("bf16" if units else "no") if wanted == "auto" else wanted
+    return native_precision(torch.device("cpu")) if wanted == "auto" else wanted
 
 
 class Speed(NamedTuple):
