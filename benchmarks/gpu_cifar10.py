@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benchmarks import gpu_runs
 from benchmarks.common import ROOT, machine
-from benchmarks.race import CONFIG, SIZE, open_image_set
+from benchmarks.photos import open_folder
+from benchmarks.race import CONFIG, SIZE
 from src import figures
 from src.config import UserError, read_json
 from src.data import ImageConfig, open_sources
@@ -108,7 +109,7 @@ class Reference:
         image = ImageConfig(size=SIZE)
         packed = open_sources(PackedSource(source="packed", path=str(folder / "packed")))  # it need not be looked through
         self.train = real_features(self.network, packed, image)
-        self.held_out = real_features(self.network, open_image_set(folder / "held_out"), image)
+        self.held_out = real_features(self.network, open_folder(folder / "held_out"), image)
         self.moments = distances.moments(self.train)
 
     def compare(self, features: Any) -> dict[str, float]:

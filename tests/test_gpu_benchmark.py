@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 import ddpm_accelerate
-from benchmarks import gpu, gpu_cifar10, gpu_runs, gpu_steps, race
+from benchmarks import gpu, gpu_cifar10, gpu_runs, gpu_steps, photos, race
 from benchmarks.common import ROOT
 from src.config import UserError, load, read_json
 from src.data.packing import pack
@@ -188,7 +188,7 @@ def images(tmp_path: Path) -> Path:
         for i in range(count):
             pixels = rng.integers(0, 256, (race.SIZE, race.SIZE, 3), np.uint8)
             Image.fromarray(pixels).save(folder / part / "cat" / f"{i:02d}.png")
-    pack(race.open_image_set(folder / "train"), folder / "packed", size=race.SIZE, channels=3)
+    pack(photos.open_folder(folder / "train"), folder / "packed", size=race.SIZE, channels=3)
     return folder
 
 
