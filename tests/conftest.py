@@ -20,7 +20,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from src.config import UserError
+from src.config import UserError, progress
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -56,8 +56,12 @@ def same_numbers() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left_open() -> Iterator[None]:
-    """What a script left open in this process is warned of in its own test, not in whichever one collects it."""
+    """What a script left open in this process is warned of in its own test, not in whichever one collects it; and no job goes
+    on to say how far it is."""
     yield
+    left = [*progress._pulses]
+    progress._pulses.clear()
+    assert not left, "a job that is over still says every half minute what it does"
     if ran_here:
         ran_here.clear()
         gc.collect()

@@ -191,6 +191,13 @@ def test_a_dry_run_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_does_not_go_on_to_measure_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once they are measured, that is no longer said; the fixture `nothing_left_open` looks whether it is."""
+    monkeypatch.setattr(dry_run, "ENOUGH_SECONDS", 0.0)
+    done = run_in_process("ddpm_accelerate.py", "-cfg", "configs/smoke/ddpm.json", "--run-dir", tmp_path / "x", "--dry-run")
+    assert done.status == 0 and done.out.count("measuring samples") == 1
+
+
 def test_a_stop_ends_a_dry_run_after_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,7 +162,10 @@ def rehearse(
         costs.weights_bytes = (last_checkpoint / "ema.safetensors").stat().st_size
         if cfg.quality is not None:
             run_mode.enter_phase("measuring samples")
-            costs.quality_seconds = _estimate_quality(cfg, run, costs.device, world)
+            try:
+                costs.quality_seconds = _estimate_quality(cfg, run, costs.device, world)
+            finally:
+                run_mode.leave_phases()
     return status, costs
 
 

@@ -321,7 +321,7 @@ def test_a_machine_without_the_checkpoint_is_told_what_it_can_do(tmp_path: Path,
     for bucket, words in ((None, "that all see, or set bucket$"), ("gs://bucket", "the bucket does not have it yet$")):
         opened.cfg = replace(CONFIG, bucket=bucket)
         with pytest.raises(UserError, match=words):
-            opened._resume()
+            opened._resume(30)
 
 
 def whole(final: Path) -> None:
