@@ -49,11 +49,13 @@ EMOJI := lobehub-fluent-emoji-3d-1.1.0.tgz
 demo-emoji: .venv/core datasets/emoji
 	$(RUN) ddpm_accelerate.py -cfg configs/emoji32_ddpm.json
 	rm -rf samples/emoji32_ddpm
-	$(RUN) sample.py runs/emoji32_ddpm --num-samples 108 --batch-size 108 --guidance 2 --frames --out samples/emoji32_ddpm \
+	$(RUN) sample.py runs/emoji32_ddpm --num-samples 108 --batch-size 108 --steps 25 --spacing dense_noise --guidance 2 \
+		--frames --out samples/emoji32_ddpm \
 		--classes flags/smileys_and_emotion/people_and_body/animals_and_nature/food_and_drink/objects/travel_and_places/activities/symbols
 	@echo "look at samples/emoji32_ddpm/grid.png and denoising.gif"
 
-datasets/emoji:
+datasets/emoji: | .venv/core
+	@command -v npm >/dev/null || { echo "install Node.js: its npm fetches the emoji (docs/data.md has the commands)"; exit 1; }
 	npm pack --silent @lobehub/fluent-emoji-3d@1.1.0
 	$(RUN) prepare_data.py unpack $(EMOJI) --out datasets/emoji
 	rm $(EMOJI)
