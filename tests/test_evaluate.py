@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.data import open_sources
+from src.data import HeldOutShare, open_data, open_sources
 from src.data.sources import ShapesSource
 from src.runtime.checkpoint import spared_steps
 from src.training.session import Session
@@ -246,13 +246,18 @@ def test_a_run_that_held_nothing_out_and_never_learned_no_class(tmp_path: Path, 
     assert "never learned to go without a class" in refused("evaluate", run, "--data", flat, *RANDOM, "--num-samples", "10")
 
 
-def test_a_blend_that_starts_from_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("share", [0.1, {"fraction": 0.3, "together": "[0-9]+"}])
+def test_a_blend_that_starts_from_few_images(tmp_path: Path, share: Any, capsys: pytest.CaptureFixture[str]) -> None:
     few = {"source": "shapes", "count": 20, "size": 16}
-    sets = settings(source=few, class_conditional=False, steps=2, preview__every=None, checkpoint__every=None)
+    images = open_sources(ShapesSource(**few))
+    _, held_out = open_data(images, share if isinstance(share, float) else HeldOutShare(**share))
+    assert held_out is not None
+    sets = settings(source=few, held_out=share, class_conditional=False, steps=2, preview__every=None, checkpoint__every=None)
     run_here("train_iadb", "-cfg", "configs/smoke/iadb.json", "--run-dir", tmp_path / "run", *sets)
     capsys.readouterr()
     evaluate(tmp_path / "run", "--num-samples", "40", "--steps", "2", "--out", tmp_path / "out")
-    assert "samples start from 2 images: a solver without noise draws no more" in capsys.readouterr().out
+    expected = f"samples start from {len(held_out)} images: a solver without noise draws no more"
+    assert expected in capsys.readouterr().out
 
 
 def test_distances_measured_otherwise_do_not_compare() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import UserError, dump
 from ..config.packages import is_installed
-from ..runtime.checkpoint import keeps_best
+from ..runtime.checkpoint import count_spared
 from ..storage.files import size
 from ..training.dry_run import planned_stages
 from ..training.ema import WIDTHS
@@ -152,7 +152,7 @@ def room(cfg: Any, folder: Path) -> Verdict:
     network, adversary = count_parameters(cfg)
     averages = 0 if cfg.ema.snapshot_every is None else len(WIDTHS)
     one = ((4 + averages) * network + 3 * adversary) * (8 if cfg.dtype == "float64" else 4)
-    count = cfg.checkpoint.keep + 1 + keeps_best(cfg)
+    count = cfg.checkpoint.keep + 1 + count_spared(cfg)
     return free_space(folder, float(one * count), f"{count} checkpoints of {size(one)}")
 
 

@@ -47,7 +47,15 @@ def shrink(cfg: TrainConfig, folder: Path, machine: MachineConfig, batch_size: i
     small = _small_network(getattr(cfg, network))
     changes: dict[str, Any] = {field.name: getattr(machine, field.name) for field in fields(machine)}
     changes |= {"name": "smoke_doctor", "batch_size": batch_size, "micro_batch_size": micro_batch_size, "steps": STEPS}
-    changes |= {"held_out": 0.0, "init_from": None, "compile": False, "workers": 0, "pairs": None, "max_nonfinite_steps": 3}
+    changes |= {
+        "held_out": 0.0,
+        "stop": None,
+        "init_from": None,
+        "compile": False,
+        "workers": 0,
+        "pairs": None,
+        "max_nonfinite_steps": 3,
+    }
     changes |= {network: small, "data": MoonsSource(source="moons", count=64)}
     source: Any = changes["data"]
     if cfg.image is not None:

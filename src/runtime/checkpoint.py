@@ -27,9 +27,9 @@ Documents = Mapping[str, Any]
 
 @config
 class CheckpointConfig:
-    """A run saves a checkpoint every `every` steps and every `every_minutes`. It keeps the last `keep`, and the best one where
-    `keep_best` is set (lowest held-out loss; of an autoencoder LPIPS, or L1 without a perceptual loss) or preview.quality
-    (lowest distance)."""
+    """A run saves a checkpoint every `every` steps and every `every_minutes`. It keeps the last `keep`, the last one before a
+    cooldown (optimizer.schedule.kind wsd), and the best one where `keep_best` is set (lowest held-out loss; of an autoencoder
+    LPIPS, or L1 without a perceptual loss) or preview.quality (lowest distance)."""
 
     every: Length | None = resumable_field(None)
     every_minutes: float | None = resumable_field(30.0, gt=0)
@@ -157,6 +157,12 @@ def retain(checkpoints: Path, keep: int, spared_steps: Collection[int] = ()) -> 
 def keeps_best(cfg: Any) -> bool:
     """Whether a run keeps its best checkpoint: where its config says so, or where the distance of samples is measured."""
     return cfg.checkpoint.keep_best or getattr(getattr(cfg, "preview", None), "quality", None) is not None
+
+
+def count_spared(cfg: Any) -> int:
+    """How many checkpoints a run keeps beside its last ones: the best one, and the last one before a cooldown."""
+    has_cooldown = hasattr(cfg, "steps") and cfg.optimizer.schedule.kind == "wsd"
+    return keeps_best(cfg) + has_cooldown
 
 
 def spared_steps(progress: Mapping[str, Any]) -> set[int]:

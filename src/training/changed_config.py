@@ -57,7 +57,9 @@ def ways_on(
         return f"; {weights}, where the network is the same"
     place = "from here"
     if progress is not None and in_cooldown(progress) and moves_cooldown(keys):
-        place = f"from step {progress['cooldown']['before']}, before its cooldown,"
+        if (step := progress["cooldown"]["before"]) is None:
+            return f"; {weights}"
+        place = f"from step {step}, before its cooldown,"
     return f"; to go on with it {place} in a new run, add --continue-as NAME ({weights})"
 
 

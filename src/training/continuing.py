@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,9 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
     """
     if _is_there(old, new):
         return
-    start, passed = newest(old / "checkpoints")
-    if start is None:
-        why = f" ({'; '.join(passed)})" if passed else ""
-        raise UserError(
-            f"--continue-as: {old} has no checkpoint to go on from{why}; the old run is runs/NAME of the config, or --run-dir"
-        )
-    raw, facts, progress = (read_json(start / f"{name}.json") for name in ("config", "data", "progress"))
-    harmless, other = changes(cfg, raw, progress)
-    if in_cooldown(progress) and moves_cooldown(other):
-        start = step_folder(old / "checkpoints", progress["cooldown"]["before"])
-        if (reason := verify_checkpoint(start)) is not None:
-            raise UserError(f"--continue-as: {start}, the last checkpoint before the cooldown of {old}, is not whole: {reason}")
-        progress = read_json(start / "progress.json")
+    start = start_of(cfg, old)
+    raw, facts = (read_json(start / f"{name}.json") for name in ("config", "data"))
+    harmless, other = changes(cfg, raw, read_json(start / "progress.json"))
     old_cfg = validate(type(cfg), raw)  # as today's version reads it
     before, after = dump(old_cfg), dump(cfg)
     if refused := cannot_change(before, after, other):
@@ -64,21 +54,47 @@ def continue_as(cfg: Any, old: Path, new: Path) -> None:
             f"--continue-as keeps network, data and their order, and {old} has another {', '.join(refused)}; change it back, "
             "or start a new run from its weights alone, with init_from"
         )
-    step, origins = progress["step"], progress.get("continued", [])
-    images_before, images_now = (images_seen(each, step, facts["images"]) for each in (old_cfg, cfg))
-    entry = {
-        "run": str(old),
-        "step": step,
-        "images_ahead": images_before - images_now + (origins[-1]["images_ahead"] if origins else 0),
-        "changed": {key: [at(before, key), at(after, key)] for key in [*other, *harmless]},
-    }
-    request, mark = json.dumps([after, *origins, entry]), new / MARK
+    changed = {key: [at(before, key), at(after, key)] for key in [*other, *harmless]}
+
+    def origins_at(folder: Path) -> list[dict[str, Any]]:
+        """From which runs a checkpoint of the old run comes once it is one of the new run."""
+        progress = read_json(folder / "progress.json")
+        step, origins = progress["step"], progress.get("continued", [])
+        images_before, images_now = (images_seen(each, step, facts["images"]) for each in (old_cfg, cfg))
+        ahead = images_before - images_now + (origins[-1]["images_ahead"] if origins else 0)
+        return [*origins, {"run": str(old), "step": step, "images_ahead": ahead, "changed": changed}]
+
+    request, mark = json.dumps([after, *origins_at(start)]), new / MARK
     with folder_lock(new):
         # another process may have made it, or this one just before
         if not (mark.exists() and mark.read_text(encoding="utf-8") == request) and not _is_there(old, new):
-            _make(old, new, start, after, [*origins, entry])
+            _make(old, new, start, after, origins_at)
             mark.write_text(request, encoding="utf-8")
         new.with_name(f".{new.name}.bring.lock").unlink(missing_ok=True)
+
+
+def start_of(cfg: Any, old: Path) -> Path:
+    """The checkpoint of the run `old` that a new run with the config `cfg` goes on from: the newest whole one or, where its
+    cooldown has begun and `cfg` asks for another one, the last before the cooldown. A UserError where there is none."""
+    start, passed = newest(old / "checkpoints")
+    if start is None:
+        why = f" ({'; '.join(passed)})" if passed else ""
+        raise UserError(
+            f"--continue-as: {old} has no checkpoint to go on from{why}; the old run is runs/NAME of the config, or --run-dir"
+        )
+    progress = read_json(start / "progress.json")
+    if not in_cooldown(progress) or not moves_cooldown(changes(cfg, read_json(start / "config.json"), progress)[1]):
+        return start
+    step, weights = progress["cooldown"]["before"], "start a new run from its weights alone, with init_from"
+    if step is None:
+        raise UserError(f"--continue-as: {old} has no checkpoint from before its cooldown; {weights}")
+    start = step_folder(old / "checkpoints", step)
+    if (reason := verify_checkpoint(start)) is not None:
+        raise UserError(
+            f"--continue-as: {start}, the last checkpoint before the cooldown, is not whole ({reason}); bring it back, "
+            f"or {weights}"
+        )
+    return start
 
 
 def _is_there(old: Path, new: Path) -> bool:
@@ -96,13 +112,15 @@ def _is_there(old: Path, new: Path) -> bool:
     return True
 
 
-def _make(old: Path, new: Path, start: Path, settings: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+def _make(
+    old: Path, new: Path, start: Path, settings: dict[str, Any], origins_at: Callable[[Path], list[dict[str, Any]]]
+) -> None:
     spared = {step_folder(old / "checkpoints", step) for step in spared_steps(read_json(start / "progress.json"))}
     with new_folder(new) as staged:
         (staged / "checkpoints").mkdir()
         for folder in [start, *(folder for folder in spared if folder < start and verify_checkpoint(folder) is None)]:
             tensors, documents = contents(folder)
-            documents["progress"] |= {"continued": entries}
+            documents["progress"] |= {"continued": origins_at(folder)}
             if settings["mixed_precision"] != "auto":  # the config says it now
                 documents["data"].pop("mixed_precision", None)
             write_folder(staged / "checkpoints" / folder.name, tensors, {**documents, "config": settings})
@@ -113,7 +131,8 @@ def _make(old: Path, new: Path, start: Path, settings: dict[str, Any], entries: 
         for folder in (staged / "ema").glob("step_*"):
             if folder.name > start.name:
                 shutil.rmtree(folder)
-        lines = [line for line in read_lines(old / "metrics.jsonl") if line["step"] <= entries[-1]["step"]]
+        step = origins_at(start)[-1]["step"]
+        lines = [line for line in read_lines(old / "metrics.jsonl") if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (staged / "metrics.jsonl").write_text(text, encoding="utf-8")
         (staged / MARK).touch()

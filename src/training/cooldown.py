@@ -1,5 +1,6 @@
 """When the learning rate of a run begins to fall, and how long the run then still takes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,14 @@ class Cooldown:
         self._schedule = schedule if isinstance(schedule, WarmupStableDecay) and isinstance(cfg, StepsConfig) else None
         self._stop = cfg.stop if isinstance(cfg, DiffusionConfig) else None
         self._requested, saved, step = requested, progress.get("cooldown", {}), progress.get("step", 0)
-        self.total = saved["total"] if saved.get("requested") == requested else requested
-        self._lowest, self._at, self._count = saved.get("lowest"), saved.get("lowest_at", 0), saved.get("not_lower", 0)
-        self._before = saved.get("before")
+        was_stopped, is_same = bool(saved) and saved["total"] != saved["requested"], saved.get("requested") == requested
+        self.total = requested
+        if self._schedule is not None and was_stopped and is_same:
+            self.total = self._schedule.total_for(saved["start"])
+        self._lowest, self._at, self._before = saved.get("lowest"), saved.get("lowest_at", 0), saved.get("before")
+        self._count = 0 if was_stopped and not is_same else saved.get("not_lower", 0)
+        if self._before is None and self.start is not None and 0 < step <= self.start:  # a run that had no cooldown until now
+            self._before = step
         if self._schedule is not None and self.start != saved.get("start") and step > (self.start or 0):
             raise UserError(
                 f"the cooldown of a run of {self.total} steps begins at {self.start}, and this checkpoint is of step {step}; "
@@ -39,7 +45,9 @@ class Cooldown:
         begin the cooldown now: `total` is set to what is left. Gives a line that says so, or nothing."""
         if self._stop is None or self._schedule is None or self.start is None or step >= self.start:
             return ""
-        if held_out_loss < (float("inf") if self._lowest is None else self._lowest):  # nor is NaN
+        if self._lowest is None and not math.isfinite(held_out_loss):
+            return ""
+        if self._lowest is None or held_out_loss < self._lowest:  # NaN is not lower
             self._lowest, self._at, self._count = held_out_loss, step, 0
             return ""
         self._count += 1
@@ -48,7 +56,8 @@ class Cooldown:
         self.total = self._schedule.total_for(step)
         return (
             f"the held-out loss was lowest at step {self._at} ({self._lowest:.4g}) and has not been lower in {self._count} "
-            f"measurements since, so the cooldown begins at step {step}, and the run ends at step {self.total}"
+            f"measurement{'s' * (self._count > 1)} since, so the cooldown begins at step {step}, and the run ends at step "
+            f"{self.total}"
         )
 
     def to_save(self, step: int) -> dict[str, Any]:

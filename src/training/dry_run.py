@@ -20,7 +20,7 @@ from ..config.progress import duration, say
 from ..evaluation.quality import quality_seconds
 from ..report.samples import SAMPLE_BYTES
 from ..runs.opened import open_run
-from ..runtime.checkpoint import keeps_best, newest
+from ..runtime.checkpoint import count_spared, newest
 from ..runtime.failures import OutOfMemory
 from ..runtime.processes import broadcast
 from ..runtime.stream import BatchPlan, plan_batch
@@ -29,7 +29,7 @@ from ..storage.files import size
 from .autoencoder_stages import StageConfig, StagedConfig, plan_stages
 from .clock import Cadence, Clock, peak_memory_gigabytes
 from .config import DiffusionConfig, PathPreviewConfig, PreviewConfig, StepsConfig, TrainConfig
-from .continuing import continue_as
+from .continuing import continue_as, start_of
 from .rehearsal import NEVER, Rehearsal, rehearsal_config, short_stages
 from .run_mode import Train
 from .session import cadences_of, left_out, remarks_on
@@ -136,7 +136,8 @@ def rehearse(
     """Train for so many steps of each stage: the exit status, and on the first process what it has cost."""
     began, run = time.monotonic(), rehearsal.folder / "run"
     begun = num_images = 0
-    if old is not None and (start := newest(old / "checkpoints")[0]) is not None:
+    if old is not None:
+        start = start_of(cfg, old)
         begun, num_images = read_json(start / "progress.json")["step"], read_json(start / "data.json")["images"]
     stages, last_steps = _shorten(cfg, steps, begun, num_images)
     every = NEVER if stages else last_steps[0]
@@ -303,7 +304,7 @@ def rows_of(cfg: TrainConfig, costs: Costs, run_dir: Path, memory: float) -> lis
             rows += [("quality", f"{costs.quality_seconds:.1f} s: {count['quality']} of them")]
         seconds += stage.steps * stage.step_seconds + count["preview"] * stage.preview_seconds
         seconds += count["save"] * stage.save_seconds + count["quality"] * costs.quality_seconds
-    saved, preview_bytes = min(counts["save"], cfg.checkpoint.keep + keeps_best(cfg)), counts["preview"] * costs.preview_bytes
+    saved, preview_bytes = min(counts["save"], cfg.checkpoint.keep + count_spared(cfg)), counts["preview"] * costs.preview_bytes
     on_page = min(preview_bytes, SAMPLE_BYTES) * 4 // 3  # in base64
     of_weights = counts["export"] + counts["snapshot"] + 1  # a snapshot has two averages in half precision
     one, needed = costs.checkpoint_bytes, of_weights * costs.weights_bytes + preview_bytes + on_page

@@ -66,6 +66,8 @@ def measure_held_out(sampler: Sampler, held_out: Examples | None, session: Sessi
     cooldown begins, so an error in it ends the run."""
     if held_out is None:
         return {}
+    if not session.is_due("preview"):  # of which it is a part
+        session.clock.enter("the held-out loss")
     values = held_out_loss(sampler, held_out, session.batch_plan.micro, session.accelerator)
     session.watch(values["held_out_loss"])
     return values

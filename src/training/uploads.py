@@ -54,6 +54,8 @@ def _refuse_another(bucket: Bucket, place: str, remote: Remote, step: str, run_d
             before = json.loads(path.read_text())
         except ValueError:  # damaged: the checkpoint is passed over later
             return
+    if "auto" in (before.get("mixed_precision", "no"), settings.mixed_precision):  # looked at when the run is here
+        before["mixed_precision"] = settings.mixed_precision
     _, other = changes(settings, before)
     if other:
         raise UserError(

@@ -170,6 +170,9 @@ def test_images_that_belong_together_are_held_out_together(tmp_path: Path) -> No
     people = [{Path(name).name.partition("_")[0] for name in part.names} - {"odd.png", ""} for part in (train_set, held_out)]
     assert not people[0] & people[1] and len(people[0] | people[1]) == 40
     assert people[1] == {f"{person:02d}" for person in range(40) if name_fraction(f"{person:02d}") < 0.3}
+    for pattern, reason in (("x+", "finds nothing in the name of any file"), ("png", "finds 'png' in the name of every file")):
+        with pytest.raises(UserError, match=reason):
+            open_data(cfg.data, HeldOutShare(fraction=0.3, together=pattern))
     for held_out_value, reason in (
         ({"fraction": 0.3, "together": "["}, "held_out.together: it is no regular expression"),
         ({"fraction": 1.5, "together": "a"}, "held_out.fraction"),

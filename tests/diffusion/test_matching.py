@@ -162,3 +162,5 @@ def test_the_doctor_shrinks_a_group_and_leaves_a_guide_out(tmp_path: Path) -> No
     small: Any = shrink(load(ROOT / SMOKE, Config, changes), tmp_path, MachineConfig(), 4, 2)
     assert small.process.loss.contrast == ContrastConfig(group=2) and small.preview.sampler.guide_with is None
     assert small.micro_batch_size == 2
+    stop = ["held_out=0.1", 'optimizer.schedule={"kind":"wsd"}', 'stop={"kind":"held_out","every":5}']
+    assert shrink(load(ROOT / SMOKE, Config, stop), tmp_path, MachineConfig(), 4, 2).held_out == 0.0, "so nothing is measured"

@@ -1,6 +1,7 @@
 """Warm-up, stable, decay: when the rate falls, which checkpoint is spared, where a run may go on, and `stop`."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from src.config import read_json, validate
 from src.runtime.checkpoint import spared_steps
 from src.training import preview
+from src.training.changed_config import in_cooldown, moves_cooldown, ways_on
 from src.training.cooldown import Cooldown
 from src.training.optimizer import OptimizerConfig, WarmupStableDecay, learning_rate
 from src.training.rehearsal import compare_checkpoints
@@ -91,6 +93,36 @@ def test_the_cooldown_begins_when_the_loss_was_not_lower_for_long_enough() -> No
     assert cooldown_of(3, progress={"step": 9, "cooldown": saved}, stop=None).total == 16, "what was begun goes on"
 
 
+def test_what_stop_decided_holds_for_the_same_steps_alone() -> None:
+    """Under another share the cooldown begins where it did; with other steps, or another schedule, nothing was decided."""
+    saved = {"requested": 100, "total": 16, "start": 8, "before": 8, "lowest": 0.4, "lowest_at": 5, "not_lower": 3}
+    progress = {"step": 8, "cooldown": saved}
+    assert cooldown_of(3, progress=progress).total == 16
+    raw = read_json(Path("configs/smoke/ddpm.json"))
+    raw["optimizer"]["schedule"] = {"kind": "wsd", "cooldown": 0.2}
+    other = Cooldown(validate(SCRIPTS["ddpm_accelerate"].Config, raw), 100, progress)
+    assert (other.start, other.total) == (8, 10)
+    raw["optimizer"]["schedule"] = {"kind": "constant"}
+    assert Cooldown(validate(SCRIPTS["ddpm_accelerate"].Config, raw), 100, progress).total == 100
+    longer = cooldown_of(3, steps=200, progress=progress)
+    assert longer.total == 200 and [bool(longer.watch(step, 0.5)) for step in (9, 10, 11)] == [False, False, True]
+
+
+def test_losses_that_were_never_finite_begin_no_cooldown() -> None:
+    cooldown = cooldown_of(patience=1)
+    assert [cooldown.watch(step, float("nan")) for step in (1, 2, 3)] == ["", "", ""] and cooldown.total == 100
+    assert cooldown.watch(4, 0.5) == "" and "in 1 measurement since" in cooldown.watch(5, float("nan"))
+
+
+def test_a_cooldown_without_a_checkpoint_before_it_is_said() -> None:
+    saved = {"requested": 10, "total": 10, "start": 6, "before": None}
+    assert in_cooldown({"step": 7, "cooldown": saved}) and not in_cooldown({"step": 6, "cooldown": saved})
+    assert not in_cooldown({"step": 7}) and moves_cooldown(["seed", "steps"]) and not moves_cooldown(["optimizer.lr"])
+    raw = read_json(Path("configs/smoke/ddpm.json"))
+    words = ways_on(Path("old"), raw, raw | {"steps": 20}, ["steps"], {"step": 7, "cooldown": saved})
+    assert words == "; init_from old there starts from its weights alone"
+
+
 def test_a_run_without_wsd_has_no_cooldown() -> None:
     raw = read_json(Path("configs/smoke/ddpm.json"))
     plain = Cooldown(validate(SCRIPTS["ddpm_accelerate"].Config, raw), 30, {})
@@ -120,19 +152,23 @@ def test_the_checkpoint_before_the_cooldown_is_spared_and_starts_a_longer_run(ru
     assert "to go on with it from step 6, before its cooldown, in a new run, add --continue-as NAME" in message
 
     log = train(short, WSD, "steps=15", new="longer")
-    assert f"goes on from {short} at step 6, with another steps (10 -> 15)" in log and "the cooldown from step 9" in log
+    assert f"goes on from {short} at step 6" in log and "steps (10 -> 15)" in log and "the cooldown from step 9" in log
     train(runs / "whole", WSD, "steps=15")
     assert same(*(runs / name / "checkpoints" / "step_00000015" for name in ("longer", "whole")))
 
 
 def test_a_constant_rate_goes_on_with_a_cooldown(runs: Path) -> None:
     """In its own directory, as it is the same rate until then; not where the cooldown would have begun before."""
+    shutil.copytree(runs / "constant", runs / "one")
     constant = runs / "constant"
     message = refused("ddpm_accelerate", *words(constant, WSD, "steps=8"))
     assert "the cooldown of a run of 8 steps begins at 5, and this checkpoint is of step 6; set steps to 10" in message
     log = train(constant, WSD, "steps=10")
     assert "changed since the checkpoint: optimizer.schedule.cooldown" in log and "going on at step 6 of 10" in log
     assert same(*(runs / name / "checkpoints" / "step_00000010" for name in ("constant", "short")))
+    train(runs / "one", WSD, "steps=10", "checkpoint.keep=1")
+    assert steps_in(runs / "one") == [6, 10], "what it came from is the last one before the cooldown"
+    assert "goes on from" in train(runs / "one", WSD, "steps=15", new="two") and steps_in(runs / "two")[0] == 6
 
 
 def rising(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -144,6 +144,12 @@ def hold_out(data_set: Any, names: Sequence[str], held_out: float | HeldOutShare
         return data_set, None
     if isinstance(held_out, HeldOutShare):
         keys, fraction = [held_out.key_of(name) for name in names], held_out.fraction
+        if not set(keys) - set(names):
+            raise UserError(
+                f"held_out.together: {held_out.together!r} finds nothing in the name of any file, as in {names[0]!r}"
+            )
+        if len(set(keys)) == 1:
+            raise UserError(f"held_out.together: {held_out.together!r} finds {keys[0]!r} in the name of every file")
     else:
         keys, fraction = names, held_out
     is_held_out = np.array([name_fraction(key) < fraction for key in keys])

@@ -44,7 +44,9 @@ Sources = Annotated[Annotated[OneSource, Tag("object")] | SeveralSources, Discri
 
 
 def _held_out_kind(value: Any) -> str:
-    is_share = isinstance(value, HeldOutShare) or (isinstance(value, Mapping) and bool({"fraction", "together"} & {*value}))
+    is_share = isinstance(value, HeldOutShare) or (
+        isinstance(value, Mapping) and "source" not in value and bool({"fraction", "together"} & {*value})
+    )
     return "share" if is_share else kind_of(value)
 
 
