@@ -88,7 +88,13 @@ def test_a_longer_run_is_to_the_bit_what_the_plain_one_is(runs: Path, old: Path)
 
 def test_another_rate_schedule_and_average_hold_from_there_on(old: Path) -> None:
     changes = ["steps=8", *CONSTANT[1:], "optimizer.lr=5e-4", "optimizer.betas=[0.8, 0.99]", "ema.half_life_images=50"]
-    changes += ["optimizer.schedule.kind=linear", "label_dropout=0.3", 'times={"kind": "logit_normal"}', "log.every=1"]
+    changes += [
+        "noise.candidates=2",
+        "optimizer.schedule.kind=linear",
+        "label_dropout=0.3",
+        'times={"kind": "logit_normal"}',
+        "log.every=1",
+    ]
     train(old, *changes, new="new")
     new = old.with_name("new")
     rates = {line["step"]: line["lr"] for line in metrics(new) if "lr" in line}

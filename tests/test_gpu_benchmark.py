@@ -169,6 +169,7 @@ def test_a_step_that_fails_says_why_and_the_next_is_measured(
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
 @pytest.mark.parametrize("subject", gpu_steps.SMALL, ids=lambda subject: subject.name)
 def test_the_compiler_takes_each_network(subject: gpu_steps.Subject) -> None:
     loop = gpu_steps.build_loop(subject, ["batch_size=2"])

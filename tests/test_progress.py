@@ -49,6 +49,9 @@ def test_a_line_says_how_much_is_done_how_fast_and_how_long_it_takes(monkeypatch
     endless.update(5)
     now[0] += 10
     assert endless.line() == "unpacking 5 files, 0.5 files/s"
+    endless.set_total(15)
+    now[0] += 10
+    assert endless.line() == "unpacking 5/15, 0.25 files/s, 40 s left", "once it is known how many there are"
     moved = Progress("pull runs/x", 3 * 10**9, unit="B", shown=False)
     moved.update(10**9)
     now[0] += 10

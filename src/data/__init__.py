@@ -7,6 +7,7 @@ from .sources import (
     HeldOut,
     HeldOutShare,
     ImageSet,
+    Share,
     Source,
     Sources,
     open_data,

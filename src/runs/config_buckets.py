@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import figures
 from ..config import UserError, config, read_json, validate
 from ..config.sizes import Sides, describe_size
-from ..data import HeldOut, HeldOutShare, ImageConfig, ImageSet, open_data
+from ..data import HeldOut, ImageConfig, ImageSet, Share, open_data
 from ..data.buckets import make_buckets, measure_buckets
 from ..data.transforms import AspectConfig
 from ..models import ClassifierConfig, ModelConfig, VAEConfig
@@ -102,7 +102,7 @@ def bucketed_images(
     if not isinstance(raw.get("image"), dict) or raw["image"].get("aspect") is None:
         return None
     spec = validate(_Shapes, {key: raw[key] for key in ("image", "held_out", "autoencoder") if key in raw}, origin=path)
-    train_set, _ = open_data(images, spec.held_out if isinstance(spec.held_out, float | int | HeldOutShare) else 0.0)
+    train_set, _ = open_data(images, spec.held_out if isinstance(spec.held_out, Share) else 0.0)
     specs = {key: replace(spec.image, size=size) for key, size in sizes.items()}
     return BucketedImages(train_set, specs, _factor_of(raw, spec, path))
 

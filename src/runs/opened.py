@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import UserError, config, quoted, validate
 from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes, sides_of
-from ..data import HeldOutShare, ImageConfig, ImageSet, SourceEnd
+from ..data import HeldOutShare, ImageConfig, ImageSet, Share, SourceEnd
 from ..data.buckets import nearest_buckets, sort_by_shape
 from ..data.conditions import Condition, ConditionConfig, LowCondition, channel_names
 from ..data.names import join_names, normal_form, parse_classes, same_names
@@ -91,7 +91,7 @@ class Run:
         if isinstance(share, dict) and "source" not in share:
             share = validate(HeldOutShare, share, origin=f"held_out of {self.path}")
         try:
-            examples = self._source(spec, share if isinstance(share, float | int | HeldOutShare) else 0.0)
+            examples = self._source(spec, share if isinstance(share, Share) else 0.0)
         except UserError as error:
             raise UserError(f"{self.path} starts from other data, which is needed: {error}{self._instead}") from None
         return SourceSampler(examples).at_shape(self.shape)
@@ -116,7 +116,7 @@ class Run:
             )
         data.rename_classes(self.class_names)
 
-    def _source(self, spec: Any, held_out: float | HeldOutShare) -> Examples:
+    def _source(self, spec: Any, held_out: Share) -> Examples:
         """Those of the source, of 2-D points."""
         saved = (self.facts.get("source") or {}).get("density")
         return open_density(spec, held_out, None, base64.b64decode(saved) if saved is not None else None).examples()
@@ -203,7 +203,7 @@ class Opened(Run):
         """What each channel of the condition holds that the network sees."""
         return condition_names(self.config, self.image.channels, self.shape[0] if self.codec is not None else None)
 
-    def _source(self, spec: Any, held_out: float | HeldOutShare) -> Examples:
+    def _source(self, spec: Any, held_out: Share) -> Examples:
         density, codec = open_density(spec, held_out, replace(self.image, flip=False, crop="center")), self.codec
         if self.buckets:
             assert isinstance(density.train, ImageSet)

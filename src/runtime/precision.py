@@ -61,5 +61,5 @@ def explain_precision(decided: str, device: torch.device, dtype: str = "float32"
     if goes_on:
         return f"{line}, which was begun so and keeps it" + (f"; a new one would take {native} here" * (decided != native))
     kind = {"cpu": "processor", "cuda": "GPU"}.get(device.type, "device")
-    reason = f"this {kind} has {'units' if decided == 'bf16' else 'no units'} for bf16"
+    reason = f"this {kind} has units for bf16" if decided == "bf16" else f"torch knows of no units for bf16 in this {kind}"
     return f"{line}: {reason if dtype == 'float32' else f'its dtype is {dtype}'}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError, dump, prefix_errors
-from ..data import GaussianSource, HeldOutShare, ImageConfig
+from ..data import GaussianSource, ImageConfig, Share
 from ..data.conditions import Condition, split_condition
 from ..data.pairs import open_matched
 from ..diffusion.augmentation import CODES, AugmentationConfig, transform_images
@@ -241,7 +241,5 @@ def open_coupling(
     if isinstance(source, GaussianSource):
         return Coupling(density)
     with prefix_errors("source"):
-        source_density = open_density(
-            source, held_out if isinstance(held_out, float | int | HeldOutShare) else 0.0, image, factor=factor
-        )
+        source_density = open_density(source, held_out if isinstance(held_out, Share) else 0.0, image, factor=factor)
         return Coupling(density, source_density)

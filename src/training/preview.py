@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from .config import PathPreviewConfig, PreviewConfig
 from .held_out import held_out_loss
 from .inputs import Coupling
 from .session import Session
-
-if TYPE_CHECKING:
-    pass
 
 PREVIEW = "the preview"
 

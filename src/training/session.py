@@ -145,8 +145,6 @@ class Session:
         """Once the networks are prepared: open all that is written during the training, and say what will happen, with the
         `warnings`. `plans` are those of the stages from the one on in which the run is."""
         total_images = plans[-1].images_at(self.total_steps)
-        if getattr(self.cfg, "stop", None) is not None and held_out is None:
-            raise UserError(f"stop: none of the {self.facts['images']} images is held out; raise held_out, or leave stop out")
         accelerator, cfg, facts, run_mode = self.accelerator, self.cfg, self.facts, self.run_mode
         if accelerator.scaler is not None and "scaler" in self.progress:
             accelerator.scaler.load_state_dict(self.progress["scaler"])

@@ -96,8 +96,8 @@ def test_the_features_of_a_gpu_decide(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     gpu = torch.device("cuda", 0)
     assert native_precision(gpu) == auto and precision_for("bf16") == explicit and emulation_counts == [False, False]
-    words = "units for bf16" if has_units else "no units for bf16"
-    assert explain_precision(auto, gpu) == f"mixed_precision auto is {auto} in this run: this GPU has {words}"
+    words = "this GPU has units for bf16" if has_units else "torch knows of no units for bf16 in this GPU"
+    assert explain_precision(auto, gpu) == f"mixed_precision auto is {auto} in this run: {words}"
 
 
 TWO = """

@@ -1,13 +1,14 @@
 """Warm-up, stable, decay: when the rate falls, which checkpoint is spared, where a run may go on, and `stop`."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from src.config import read_json, validate
+from src.config import UserError, load, read_json, validate
 from src.runtime.checkpoint import spared_steps
 from src.training import preview
 from src.training.changed_config import in_cooldown, moves_cooldown, ways_on
@@ -18,6 +19,7 @@ from tests.conftest import metrics, refused, run_here
 from tests.resumes import SCRIPTS
 
 SMALL = ("--set", "preview.quality=null", "--set", "preview.num_samples=1", "--set", "log.every=1")
+STOP = 'stop={"kind": "held_out", "every": 2, "patience": 2}'
 WSD = 'optimizer.schedule={"kind": "wsd", "cooldown": 0.4}'
 
 
@@ -129,6 +131,20 @@ def test_a_run_without_wsd_has_no_cooldown() -> None:
     assert (plain.start, plain.total, plain.to_save(3), plain.watch(3, 1.0)) == (None, 30, {}, "")
 
 
+@pytest.mark.parametrize(
+    ("script", "changes", "reason"),
+    [
+        ("ddpm_accelerate", [STOP], "stop: it begins the cooldown of a schedule that has one; set optimizer.schedule.kind"),
+        ("ddpm_accelerate", [STOP, WSD, "held_out=0"], "stop: it measures held-out images; set held_out to 0.05"),
+        ("train_iadb", [STOP, WSD, "pairs=runs/x"], "stop: none of the pairs of an earlier run is held out"),
+        ("train_iadb", ["steps=null"], "steps: a run without end needs optimizer.schedule.kind constant or wsd"),
+    ],
+)
+def test_what_does_not_go_together(script: str, changes: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=re.escape(reason)):
+        load(f"configs/smoke/{'iadb' if script == 'train_iadb' else 'ddpm'}.json", SCRIPTS[script].Config, changes)
+
+
 # ---------------------------------------------------------------------------------------------- runs
 
 
@@ -186,9 +202,8 @@ def rising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_stop_ends_a_run_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the checkpoints and the weights of one that was given so few steps."""
-    stop = 'stop={"kind": "held_out", "every": 2, "patience": 2}'
     losses = rising(monkeypatch)
-    log = train(tmp_path / "run", WSD, stop, "steps=1000", "preview.every=null")
+    log = train(tmp_path / "run", WSD, STOP, "steps=1000", "preview.every=null")
     assert "lowest at step 2 (2) and has not been lower in 2 measurements since" in log
     assert "the cooldown begins at step 6, and the run ends at step 10" in log and len(losses) == 5
     status = read_json(tmp_path / "run" / "status.json")
@@ -196,4 +211,4 @@ def test_stop_ends_a_run_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {6, 10} <= set(steps_in(tmp_path / "run"))
     train(tmp_path / "plain", WSD, "steps=10", "preview.every=null")
     assert same(*(tmp_path / name / "checkpoints" / "step_00000010" for name in ("run", "plain")))
-    assert "is finished (10 steps)" in train(tmp_path / "run", WSD, stop, "steps=1000", "preview.every=null")
+    assert "is finished (10 steps)" in train(tmp_path / "run", WSD, STOP, "steps=1000", "preview.every=null")

@@ -5,7 +5,7 @@ from .digits import DigitsSource
 from .emnist import EMNIST_CLASSES, EmnistSource
 from .folder import FolderImages, FolderSource
 from .image_set import ImageSet, open_data, open_given, open_sources
-from .images import ArrayImages, HeldOutShare, Images, Source
+from .images import ArrayImages, HeldOutShare, Images, Share, Source
 from .packed import PackedImages, PackedSource
 from .python import GIVEN, PythonSource
 from .registry import SOURCES, HeldOut, OneSource, Sources, register_source

@@ -20,7 +20,7 @@ from .. import formats
 from ..colour import Pixels
 from ..names import find_spelling, join_names, normal_form, sorted_by_count, sorted_classes
 from ..transforms import ImageConfig, crop
-from .images import ArrayImages, HeldOutShare, Images, Source, digest, hold_out, name_fraction
+from .images import ArrayImages, Images, Share, Source, digest, hold_out, name_fraction
 from .python import read_dataset
 from .registry import OPEN_FUNCTIONS
 
@@ -241,11 +241,12 @@ def open_sources(sources: Source | Sequence[Source], *, among: Sequence[str] = (
 
 
 def open_data(
-    data: Source | Sequence[Source] | ImageSet, held_out: float | HeldOutShare | Source | Sequence[Source]
+    data: Source | Sequence[Source] | ImageSet, held_out: Share | Source | Sequence[Source]
 ) -> tuple[ImageSet, ImageSet | None]:
-    """The training images, and those held out: a fraction by hash of the relative path, or sources of their own."""
+    """The training images, and those held out: a share by the hash of the relative path or of a part of the name, or sources
+    of their own."""
     images = data if isinstance(data, ImageSet) else open_sources(data)
-    if not isinstance(held_out, float | int | HeldOutShare):
+    if not isinstance(held_out, Share):
         held_out_set = open_sources(held_out, among=images.class_names)
         known = {normal_form(name) for name in images.class_names}
         unknown = [name for name in held_out_set.class_names if normal_form(name) not in known]

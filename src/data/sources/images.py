@@ -1,6 +1,7 @@
 """What all sources of images have in common: how an image is found, read and recognised."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -134,12 +135,16 @@ class HeldOutShare:
 
     def key_of(self, name: str) -> str:
         """The text that is hashed for an image of this name."""
-        match = re.search(self.together, name.rpartition("/")[2])
+        match = re.search(self.together, os.path.basename(name))
         return match[0] if match is not None and match[0] else name
 
 
-def hold_out(data_set: Any, names: Sequence[str], held_out: float | HeldOutShare, noun: str) -> tuple[Any, Any]:
-    """(those to train on, those held out or None) of a set of images or points: a fraction, by the hash of their names."""
+Share = float | int | HeldOutShare  # of the data, as against a source of its own
+
+
+def hold_out(data_set: Any, names: Sequence[str], held_out: Share, noun: str) -> tuple[Any, Any]:
+    """(those to train on, those held out or None) of a set of images or points: a fraction, by the hash of their names. A
+    UserError where one side would be empty, or where the names say nothing of what belongs together."""
     if not held_out:
         return data_set, None
     if isinstance(held_out, HeldOutShare):
