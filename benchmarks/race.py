@@ -10,8 +10,8 @@ the limit. The peers stand there twice. With their defaults (benchmarks/peers.py
 the best of the three counts. With a network of our operations an image (benchmarks/equal.py), our batch and precision, the best
 of three learning rates in probes of --probe-minutes runs the whole time. Off the clock each draws with 50 network calls an
 image, ours from its EMA weights, the peers from those of EMA and raw that draw the better 64 images (which choose the learning
-rate, too: sampling takes as long as training). Measured is how far the samples are from the training images, in the features of
-EfficientNet-Lite2; Lite0's stand beside them (benchmarks/measures.py).
+rate, too: sampling takes as long as training). Measured is how far the samples are from 10,000 of the training images, in the
+features of EfficientNet-Lite2; Lite0's stand beside them (benchmarks/measures.py).
 
 What is there already in --out is not done again, so that a race may be run in pieces (--only takes the beginning of a name).
 At the end there are the table, a sheet of samples and the distance against minutes, without --out in benchmarks/results, too.
@@ -60,6 +60,7 @@ EQUAL_RATES = ("5e-4", "1e-3", "2e-3")  # larger ones: these networks are small
 PEERS = (*RATES, *EQUAL)
 TITLES = {"ours": "ours", "diffusers": "diffusers", "ddp": "denoising-diffusion-pytorch"}
 TITLES |= {name: f"{TITLES[peer]}, our operations" for name, peer in EQUAL.items()}
+MEASURED = 10_000  # of the training images, which samples are measured against
 PAIR = 64  # images that decide between EMA and raw weights, and between learning rates
 Result = dict[str, Any]
 
@@ -104,8 +105,8 @@ def prepare_images(datasets: Path, archive: Path = ARCHIVE) -> Path:
 
 @cache
 def reference(folder: Path, part: str) -> Reference:
-    """The images of a part, train or held_out; their features take minutes for 45,000, once."""
-    return Reference(open_folder(folder / part), SIZE)
+    """The images of a part, train or held_out, or MEASURED of them; their features take ten minutes for 10,000, once."""
+    return Reference(open_folder(folder / part).lowest(MEASURED), SIZE)
 
 
 def floor_of(folder: Path, samples: int) -> dict[str, Numbers]:
