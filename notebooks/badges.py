@@ -5,7 +5,7 @@ import re
 import tomllib
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+NOTEBOOKS = Path(__file__).resolve().parent
 HOSTS = ("https://github.com", "https://colab.research.google.com/github")
 
 
@@ -17,10 +17,10 @@ def with_repository(text: str, owner_and_name: str) -> str:
 
 def repository() -> str:
     """OWNER/NAME of the repository."""
-    url = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    url = tomllib.loads((NOTEBOOKS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     return "/".join(url.split("/")[-2:])
 
 
 if __name__ == "__main__":
-    for notebook in HERE.glob("*.ipynb"):
+    for notebook in NOTEBOOKS.glob("*.ipynb"):
         notebook.write_text(with_repository(notebook.read_text(encoding="utf-8"), repository()), encoding="utf-8")

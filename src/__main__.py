@@ -15,15 +15,15 @@ import typing
 from pathlib import Path
 from types import ModuleType
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE / "scripts" if (HERE / "scripts").is_dir() else HERE.parent  # in the wheel, or of a clone
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE / "scripts" if (PACKAGE / "scripts").is_dir() else PACKAGE.parent  # in the wheel, or of a clone
 
 
 def import_package_as_src() -> None:
     """Give the package that this file is in the name `src`, which the scripts import it by. Every process does so that imports
     this file, a loader's worker on a Mac, too."""
     if "src" not in sys.modules:
-        _load("src", HERE / "__init__.py", [str(HERE)])
+        _load("src", PACKAGE / "__init__.py", [str(PACKAGE)])
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))  # where doctor.py imports the training scripts from
 
@@ -67,8 +67,8 @@ def describe() -> str:
         f"  {name:<17} {(ast.get_docstring(ast.parse(file.read_bytes())) or '').splitlines()[0]}"
         for name, file in scripts.items()
     ]
-    own = f"  {'init DIR':<17} Write the configs into DIR/configs, to begin with."
-    return "\n".join([*(__doc__ or "").splitlines(), "", "atelier COMMAND --help says more of each:", *lines, own])
+    init = f"  {'init DIR':<17} Write the configs into DIR/configs, to begin with."
+    return "\n".join([*(__doc__ or "").splitlines(), "", "atelier COMMAND --help says more of each:", *lines, init])
 
 
 def run() -> int | None:

@@ -200,8 +200,8 @@ def test_the_installed_command_has_every_script_and_writes_the_configs(site: Pat
     copied = {
         path.relative_to(tmp_path / "mine"): path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()
     }
-    own = {path.relative_to(ROOT): path.read_bytes() for path in (ROOT / "configs").rglob("*") if path.is_file()}
-    assert done.returncode == 0 and copied == own, done.stderr
+    originals = {path.relative_to(ROOT): path.read_bytes() for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    assert done.returncode == 0 and copied == originals, done.stderr
 
 
 @pytest.mark.parametrize(
