@@ -77,7 +77,7 @@ def test_the_site_has_every_page_and_no_dead_link(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
     command = ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = launch(*command, cwd=ROOT, NO_MKDOCS_2_WARNING="1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.status == 0, done.out + done.err
     start = (tmp_path / "index.html").read_text(encoding="utf-8")
     for path in PAGES:
         if path.name != "README.md":
