@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: env dev demo demo-pixels demo-emoji demo-2d test lint soak schemas bench
+.PHONY: env dev demo demo-pixels demo-emoji demo-2d test lint soak matrix schemas site badges bench
 
 env: .venv/core
 dev: .venv/dev
@@ -72,6 +72,10 @@ test: .venv/dev
 soak: .venv/dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m soak -n 2 -q --timeout 3600
 
+# The quick tests on each Python from 3.11 to 3.14 that uv finds here; gigabytes for each.
+matrix:
+	$(PYTHON) tests/matrix.py
+
 # Every table of benchmarks/README.md that needs neither hours nor a run: half an hour.
 bench: .venv/bench
 	$(RUN) benchmarks/all.py
@@ -81,8 +85,17 @@ schemas: .venv/core
 	for script in train_vae train_ldm ddpm_accelerate train_iadb train_classifier; do \
 		$(RUN) $$script.py --schema > configs/schemas/$$script.json || exit 1; done
 
+# The docs as a site, in build/site. Its search needs a server: python -m http.server -d build/site
+site: .venv/dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# The notebooks' badges and first cells, after a change of project.urls in pyproject.toml.
+badges: .venv/core
+	$(RUN) notebooks/badges.py
+
 lint: .venv/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) tests/house.py
 	$(RUN) -m pyright
+	test ! -x .venv/bin/hadolint || .venv/bin/hadolint Dockerfile

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from src.config import CommandLine, UserError, load, read_json, run_script
+from src.config import CommandLine, UserError, load, read_json, run_script, script_command
 from src.doctor import health, needs
 from src.doctor.health import Row, examine
 from src.doctor.proof import STAGES, UNREACHED, Broken, prove
@@ -220,7 +220,8 @@ def main() -> int:
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
             passed = ["-cfg", args.config, *(word for pair in args.set for word in ("--set", pair))] if args.config else []
-            command = [sys.executable, *launcher, str(ROOT / "doctor.py"), "--worker", str(folder), *passed]
+            python, *this = script_command(ROOT / "doctor.py")
+            command = [python, *launcher, *this, "--worker", str(folder), *passed]
             extra = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world))} if world > 1 else {}
             extra |= {"ACCELERATE_USE_CPU": "true"} if not gpus and world > 1 else {}
             together([*command, "--limit", str(args.limit)], extra, folder, args.limit, table.add)

@@ -72,6 +72,24 @@ def test_images_are_small_and_shown() -> None:
     assert [path.name for path in images if path.name not in text] == []
 
 
+def test_the_site_has_every_page_and_no_dead_link(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs-material is not installed")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed")
+    command = ["-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = launch(*command, cwd=ROOT, NO_MKDOCS_2_WARNING="1")
+    assert done.status == 0, done.out + done.err
+    start = (tmp_path / "index.html").read_text(encoding="utf-8")
+    for path in PAGES:
+        if path.name != "README.md":
+            assert (tmp_path / f"{path.stem}.html").exists() and f'href="{path.stem}.html"' in start, path.name
+    assert (tmp_path / "benchmarks" / "results" / "race_samples.png").exists()
+    reference = (tmp_path / "reference.html").read_text(encoding="utf-8")
+    assert 'id="src.sampling.sampler.build_sampler"' in reference and "x_t = alpha" in reference
+    pages = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")]
+    loaded = [link for page in pages for link in re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?://[^"]+)', page)]
+    assert loaded == [], "a page loads something from elsewhere"
+
+
 # ---------------------------------------------------------------------------------------------- commands
 
 

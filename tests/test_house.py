@@ -148,36 +148,90 @@ def test_whoever_says_how_threads_wait_decides(variables: dict[str, str], count:
 def test_the_package_list_is_the_folders() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("__init__.py")}
-    assert set(listed) == {"atelier" if folder == "." else f"atelier.{folder.replace('/', '.')}" for folder in folders}
+    wanted = {"atelier" if folder == "." else f"atelier.{folder.replace('/', '.')}" for folder in folders}
+    configs = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    wanted |= {"atelier.interop.cards", "atelier.scripts"}
+    assert set(listed) == wanted | {*(f"atelier.scripts.{folder.replace('/', '.')}" for folder in configs)}
     assert all(
         (folder / "__init__.py").exists() for folder in (ROOT / "src").iterdir() if folder.is_dir() and folder.name[0] != "_"
     )
 
 
-def test_the_wheel_installs_as_atelier_alone(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # a copy, since setuptools leaves build/ and an .egg-info beside what it builds
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel installs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy, since setuptools leaves build/ and an .egg-info beside what it builds
+    for name in ("src", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))):
+        shutil.copy(path, source)
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    wheel = next(tmp_path.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as file:
-        tops = {name.split("/")[0] for name in file.namelist()}
-        assert {"atelier/interop/cards/unet_2d.md", "atelier/report/page.html"} <= set(file.namelist())
-        file.extractall(tmp_path / "site")
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"atelier"}
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as file:
+        file.extractall(folder / "site")
+    return folder / "site"
+
+
+def in_site(site: Path, folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Python's answer in a folder from which the clone is not seen."""
+    variables |= {"PYTHONPATH": str(site)}
+    return subprocess.run([sys.executable, *words], cwd=folder, env=environment(**variables), capture_output=True, text=True)
+
+
+def test_the_wheel_installs_as_atelier_alone(site: Path, tmp_path: Path) -> None:
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"atelier"}
+    assert (site / "atelier/interop/cards/unet_2d.md").exists() and (site / "atelier/report/page.html").exists()
     code = "import atelier.sampling, atelier.diffusion as d, atelier.models; print(atelier.__file__, d.times.__module__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=str(tmp_path / "site")),
-        capture_output=True, text=True,
+    done = in_site(site, tmp_path, "-c", code)
+    assert done.returncode == 0 and str(site) in done.stdout, done.stderr
+
+
+def test_the_installed_command_has_every_script_and_writes_the_configs(site: Path, tmp_path: Path) -> None:
+    assert set(SCRIPTS) == {path.stem for path in (site / "atelier" / "scripts").glob("*.py")}
+    done = in_site(site, tmp_path, "-m", "atelier", "--help")
+    assert done.returncode == 0 and all(f"  {name.replace('_', '-')} " in done.stdout for name in SCRIPTS), done.stderr
+    done = in_site(site, tmp_path, "-m", "atelier", "init", "mine")
+    copied = {
+        path.relative_to(tmp_path / "mine"): path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()
+    }
+    originals = {path.relative_to(ROOT): path.read_bytes() for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    assert done.returncode == 0 and copied == originals, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init", "."], "configs is there already"),
+        (["init"], "atelier init DIR"),
+        (["train_ldn"], "there is no command 'train-ldn'; did you mean train-ldm?"),
+        (["sample", "--stpes", "3"], "did you mean --steps? (atelier sample --help"),
+    ],
+)
+def test_a_mistake_in_the_installed_command_is_one_line(site: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "configs").mkdir()
+    done = in_site(site, tmp_path, "-m", "atelier", *words)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert list((tmp_path / "configs").iterdir()) == []
+
+
+def test_two_processes_train_from_the_wheel_and_the_command_draws(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()  # a folder of that name is not in the way
+    (tmp_path / "smoke.json").write_text((ROOT / "configs" / "smoke" / "ddpm.json").read_text())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "atelier", "ddpm-accelerate"]
+    overrides = [word for one in ("steps=2", "preview.quality=null", "preview.every=null") for word in ("--set", one)]
+    done = in_site(
+        site, tmp_path, *launcher, "-cfg", "smoke.json", "--run-dir", "run", *overrides,
+        ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
     )  # fmt: skip
-    assert done.returncode == 0 and str(tmp_path / "site") in done.stdout, done.stderr
+    assert done.returncode == 0 and "= 2 x cpu x" in done.stdout, done.stderr
+    done = in_site(site, tmp_path, "-m", "atelier", "sample", "run", "--num-samples", "2", "--steps", "2", "--out", "drawn")
+    assert done.returncode == 0 and (tmp_path / "drawn" / "grid.png").exists(), done.stderr
 
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.json") if "schemas" not in path.parts)

@@ -15,6 +15,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image
 
+from notebooks import badges
 from src.data.sources import SHAPES, draw_shape
 from tests.conftest import ROOT, launch
 
@@ -99,6 +100,8 @@ def test_each_has_its_badge_and_the_same_way_into_colab() -> None:
         title = "".join(notebook["cells"][0]["source"])
         badge = f"https://colab.research.google.com/github/{repository(notebook)}/blob/main/notebooks/{path.name}"
         assert title.startswith("# ") and title.endswith(f"({badge})")
+        assert repository(notebook) == badges.repository(), "make badges"
+        assert badges.with_repository(path.read_text(), "me/fork").count("/me/fork") == 2
     assert len(setups) == 1
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(line.startswith("ipywidgets") for line in extras["notebook"])

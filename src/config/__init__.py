@@ -15,5 +15,15 @@ from .fields import (
     to_steps,
 )
 from .json_files import parse_json, quoted, read_json, read_text
-from .script import FORBIDDEN, FULL, CommandLine, UserError, prefix_errors, refuse_options, run_script, training_arguments
+from .script import (
+    FORBIDDEN,
+    FULL,
+    CommandLine,
+    UserError,
+    prefix_errors,
+    refuse_options,
+    run_script,
+    script_command,
+    training_arguments,
+)
 from .validation import differences, dump, load, validate

@@ -12,12 +12,20 @@ import traceback
 import typing
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .fields import json_schema
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: one line that says what is wrong and what to do. Ends a script with status 2."""
+
+
+def script_command(script: Path) -> list[str]:
+    """What starts a script: Python with its path, or where the package is installed without a clone, the command `atelier`."""
+    if script.parent.name == "scripts":  # beside the package, where `src` is not found
+        return [sys.executable, "-m", "atelier", script.stem]
+    return [sys.executable, str(script)]
 
 
 @contextmanager

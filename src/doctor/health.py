@@ -80,10 +80,16 @@ def failure(error: Exception, advice: str = "this is not foreseen: look up the m
 
 
 def versions(project: Path) -> Verdict:
-    """Installed packages against the lowest versions that the pyproject.toml `project` allows."""
+    """Installed packages against the lowest versions that the pyproject.toml `project` allows, or without that file, where
+    there is no clone, the installed package `atelier`."""
     from packaging.requirements import Requirement
 
-    wanted, parts = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"], dict[str, list[str]]()
+    if project.exists():
+        wanted, mend = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"], f"-e {project.parent}"
+    else:
+        wanted, mend = importlib.metadata.requires("atelier") or [], "--upgrade atelier"
+        wanted = [one for one in wanted if "extra ==" not in one]
+    parts = dict[str, list[str]]()
     for requirement in map(Requirement, wanted):
         try:
             version = importlib.metadata.version(requirement.name)
@@ -94,7 +100,7 @@ def versions(project: Path) -> Verdict:
             parts.setdefault("too old", []).append(f"{requirement.name} {version}")
     if parts:
         problems = "; ".join(f"{what}: {', '.join(names)}" for what, names in sorted(parts.items()))
-        return Verdict("fail", problems, f"{sys.executable} -m pip install -e {project.parent}")
+        return Verdict("fail", problems, f"{sys.executable} -m pip install {mend}")
     known = (
         f"Python {platform.python_version()}, torch {torch.__version__}, accelerate {importlib.metadata.version('accelerate')}"
     )

@@ -167,7 +167,7 @@ def loader(cfg: Any, world: int) -> Verdict:
 
 def batches(cfg: Any, world: int) -> Verdict:
     """Whether a step's images can be dealt to so many processes; of how many images there are it does not depend."""
-    plans = [stage.batch_plan for stage in planned_stages(cfg, 10**6, world, 0)]
+    plans = [stage.batch_plan for stage in planned_stages(cfg, 10**6, world, {})]
     words = dict.fromkeys(f"{plan.batch} images = {world} x {plan.accumulation} x {plan.micro}" for plan in plans)
     return Verdict("pass", f"a step is {', then '.join(words)}")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import UserError, dump
+from ..config import UserError, dump, script_command
 from ..data.conditions import EdgesCondition, LowCondition, PairedCondition
 from ..data.points import GaussianSource, MoonsSource
 from ..data.sources import ShapesSource
@@ -154,7 +154,7 @@ class OwnScript:
         """Train with one process, which the script starts as a person would: its weights in the end."""
         path, run = self.folder / "alone.json", self.folder / "alone"
         path.write_text(json.dumps(dump(self.cfg)), encoding="utf-8")
-        words = [sys.executable, str(self.path), "-cfg", str(path), "--run-dir", str(run)]
+        words = [*script_command(self.path), "-cfg", str(path), "--run-dir", str(run)]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode:

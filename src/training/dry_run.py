@@ -6,7 +6,7 @@ import shutil
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from .autoencoder_stages import StageConfig, StagedConfig, plan_stages
 from .clock import Cadence, Clock, peak_memory_gigabytes
 from .config import DiffusionConfig, PathPreviewConfig, PreviewConfig, StepsConfig, TrainConfig
 from .continuing import continue_as, start_of
+from .cooldown import Cooldown
 from .rehearsal import NEVER, Rehearsal, rehearsal_config, short_stages
 from .run_mode import Train
 from .session import cadences_of, left_out, remarks_on
@@ -98,8 +99,9 @@ class Costs:
     precision: str | None = None
 
 
-def planned_stages(cfg: TrainConfig, num_images: int, world: int, begun: int) -> Iterator[MeasuredStage]:
-    """What is left of a run after the step `begun`."""
+def planned_stages(cfg: TrainConfig, num_images: int, world: int, progress: Mapping[str, Any]) -> Iterator[MeasuredStage]:
+    """What is left of a run after the checkpoint with this progress.json, which is empty where it has none."""
+    begun = progress.get("step", 0)
     if isinstance(cfg, StagedConfig):
         for stage in plan_stages(cfg, num_images, rank=0, world=world):
             if stage.end > begun:
@@ -109,7 +111,7 @@ def planned_stages(cfg: TrainConfig, num_images: int, world: int, begun: int) ->
         return
     assert isinstance(cfg, StepsConfig)
     resolve = partial(to_steps, batch_size=cfg.batch_size, num_images=num_images)
-    end = resolve(cfg.steps) if cfg.steps is not None else ENDLESS
+    end = Cooldown(cfg, resolve(cfg.steps) if cfg.steps is not None else ENDLESS, progress).total
     plan = plan_batch(cfg.batch_size, cfg.micro_batch_size, rank=0, world=world)
     yield MeasuredStage("", plan, begun, end, cadences_of(cfg, resolve, 0, end))
 
@@ -135,10 +137,11 @@ def rehearse(
 ) -> tuple[int, Costs | None]:
     """Train for so many steps of each stage: the exit status, and on the first process what it has cost."""
     began, run = time.monotonic(), rehearsal.folder / "run"
-    begun = num_images = 0
+    progress, num_images = dict[str, Any](), 0
     if old is not None:
         start = start_of(cfg, old)
-        begun, num_images = read_json(start / "progress.json")["step"], read_json(start / "data.json")["images"]
+        progress, num_images = read_json(start / "progress.json"), read_json(start / "data.json")["images"]
+    begun = progress.get("step", 0)
     stages, last_steps = _shorten(cfg, steps, begun, num_images)
     every = NEVER if stages else last_steps[0]
     short = rehearsal_config(cfg, log_every=LOG_EVERY, preview_every=every, save_every=every, stages=stages)
@@ -150,7 +153,7 @@ def rehearse(
         return status, None
     world, ahead_seconds = int(os.environ.get("WORLD_SIZE", "1")), clock.readings[0][1] - began + rehearsal.cache_seconds
     costs = Costs([], next(state.network.parameters()).device, ahead_seconds, images=facts["images"])
-    planned = planned_stages(cfg, costs.images, world, begun)
+    planned = planned_stages(cfg, costs.images, world, progress)
     for stage, first, last in zip(planned, [begun, *last_steps], last_steps, strict=False):
         stage.measure(clock, first, last)
         costs.stages.append(stage)

@@ -84,12 +84,22 @@ def test_the_clock_of_a_rehearsal_says_what_a_step_takes_without_previews() -> N
 
 def test_what_is_left_of_a_run_with_stages() -> None:
     cfg = load("configs/smoke/vae.json", train_vae.Config)
-    stages = list(planned_stages(cfg, 114, 1, 12))
+    stages = list(planned_stages(cfg, 114, 1, {"step": 12}))
     assert [(stage.name, stage.first, stage.end) for stage in stages] == [
         ("stage 2 of 4", 12, 18),
         ("stage 3 of 4", 18, 26),
         ("stage 4 of 4", 26, 30),
     ]
+
+
+def test_of_a_run_that_stop_shortened_as_much_is_left_as_it_decided() -> None:
+    changes = ["steps=100", 'optimizer.schedule={"kind":"wsd","cooldown":0.5}', 'stop={"kind":"held_out","every":1}']
+    cfg = load("configs/smoke/ddpm.json", ddpm_accelerate.Config, changes)
+    saved = {"requested": 100, "total": 16, "start": 8, "before": 8}
+    (stage,) = planned_stages(cfg, 114, 1, {"step": 9, "cooldown": saved})
+    assert (stage.first, stage.end) == (9, 16)
+    (stage,) = planned_stages(cfg, 114, 1, {})
+    assert (stage.first, stage.end) == (0, 100)
 
 
 def test_costs_warn_of_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

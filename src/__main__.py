@@ -1,0 +1,106 @@
+"""The scripts of an installed package as one command, without a clone: `atelier train-ldm -cfg configs/digits_ldm.json` does
+what `python train_ldm.py -cfg configs/digits_ldm.json` does in one.
+
+Several processes: accelerate launch -m atelier train-ldm -cfg ...; where a message says `python sample.py`, `atelier sample` is
+meant.
+"""
+
+import ast
+import difflib
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+import typing
+from pathlib import Path
+from types import ModuleType
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE / "scripts" if (PACKAGE / "scripts").is_dir() else PACKAGE.parent  # in the wheel, or of a clone
+
+
+def import_package_as_src() -> None:
+    """Give the package that this file is in the name `src`, which the scripts import it by. Every process does so that imports
+    this file, a loader's worker on a Mac, too."""
+    if "src" not in sys.modules:
+        _load("src", PACKAGE / "__init__.py", [str(PACKAGE)])
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))  # where doctor.py imports the training scripts from
+
+
+def _load(name: str, file: Path, folders: list[str] | None = None) -> ModuleType:
+    """The module of a file, imported under a name."""
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=folders)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+import_package_as_src()
+
+
+def list_scripts() -> dict[str, Path]:
+    """{"train-ldm": its file} of all scripts."""
+    return {file.stem.replace("_", "-"): file for file in sorted(ROOT.glob("*.py"))}
+
+
+def write_configs(folder: Path) -> None:
+    """Copy all configs and their schemas into `folder`/configs; a UserError where that is there."""
+    from src.config import UserError, quoted
+
+    place, staged = folder / "configs", folder / ".configs.part"
+    if place.exists():
+        raise UserError(f"{place} is there already; give another folder, or move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(ROOT / "configs", staged, ignore=shutil.ignore_patterns("__pycache__"))
+    staged.rename(place)
+    print(f"{place} has {len(list(place.glob('*.json')))} configs; begin in {quoted(folder)} with")
+    print("  atelier train-vae -cfg configs/digits_vae.json\n  atelier train-ldm -cfg configs/digits_ldm.json")
+
+
+def describe() -> str:
+    """What there is to type."""
+    scripts = list_scripts()
+    lines = [
+        f"  {name:<17} {(ast.get_docstring(ast.parse(file.read_bytes())) or '').splitlines()[0]}"
+        for name, file in scripts.items()
+    ]
+    init = f"  {'init DIR':<17} Write the configs into DIR/configs, to begin with."
+    return "\n".join([*(__doc__ or "").splitlines(), "", "atelier COMMAND --help says more of each:", *lines, init])
+
+
+def run() -> int | None:
+    """The command of sys.argv."""
+    from src.config import UserError, run_script
+
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    scripts = list_scripts()
+    if name in ("-h", "--help"):
+        print(describe())
+    elif name == "--version":
+        print(f"atelier {importlib.metadata.version('atelier')}")
+    elif name == "init" and len(rest) == 1 and not rest[0].startswith("-"):
+        write_configs(Path(rest[0]))
+    elif name == "init":
+        raise UserError("atelier init takes one folder: atelier init DIR")
+    elif (name := name.removesuffix(".py").replace("_", "-")) in scripts:
+        sys.argv = [f"atelier {name}", *rest]
+        run_script(_load(f"atelier.scripts.{scripts[name].stem}", scripts[name]).main)
+    else:
+        near = difflib.get_close_matches(name, [*scripts, "init"], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"there is no command {name!r}{hint} (atelier --help lists what there is)")
+    return 0
+
+
+def main() -> typing.NoReturn:
+    """The console script `atelier`."""
+    from src.config import run_script
+
+    run_script(run)
+
+
+if __name__ == "__main__":
+    main()
