@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import tomllib
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_committed_without_what_a_run_leaves(path: Path) -> None:
 
 
 def test_each_has_its_badge_and_the_same_way_into_colab() -> None:
-    assert NAMES == ["flowers", "points2d", "sampling"]
+    assert NAMES == ["flowers", "points2d", "sampling", "zip_to_space"]
     setups = set()
     for path in NOTEBOOKS:
         notebook = read(path)
@@ -226,3 +227,30 @@ def test_flowers_are_learned_drawn_walked_between_and_inverted(checkout: Path, t
     assert count_images(outputs["walk"], "image/gif") == 1
     assert (checkout / "samples" / "flowers32_inverted").is_dir() and (checkout / "samples" / "flowers32_walk").is_dir()
     assert not re.search("(?i)error|Traceback", "".join(printed(outputs[ident]) for ident in ("walk", "invert", "train")))
+
+
+@pytest.mark.soak
+def test_a_zip_becomes_a_space(checkout: Path, tmp_path: Path) -> None:
+    """With shapes for images, a few steps of a small network, and no hub."""
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[app]'")
+    with zipfile.ZipFile(checkout / "images.zip", "w") as file:
+        for n, kind in enumerate(("round", "square")):
+            for i in range(30):
+                Image.fromarray(draw_shape(SHAPES[n], 72, np.random.default_rng([n, i]))).save(tmp_path / "one.png")
+                file.write(tmp_path / "one.png", f"{kind}/{i}.png")
+    notebook = read(ROOT / "notebooks" / "zip_to_space.ipynb")
+    few = "steps=4 preview.every=4 image.size=32 model.base_channels=8 preview.num_samples=4 data.scan.min_file_bytes=0"
+    for ident, old, new in (
+        ("train", "mixed_precision=auto", " --set ".join(["mixed_precision=no", *few.split()])),
+        ("measure", "count = 200", "count = 20"),
+    ):
+        cell = next(cell for cell in notebook["cells"] if cell["id"] == ident)
+        assert old in source(notebook, ident)
+        cell["source"] = source(notebook, ident).replace(old, new)
+    outputs = run(notebook, checkout / "notebooks")
+
+    assert "60 images" in printed(outputs["zip"]) and "step 4/4 loss" in printed(outputs["train"])
+    assert [count_images(outputs[ident]) for ident in ("sheet", "look", "draw")] == [1, 1, 1]
+    assert count_images(outputs["draw"], "image/gif") == 1 and "copied" in printed(outputs["measure"])
+    assert (checkout / "my_space" / "app.py").exists() and not outputs["push"], "nothing is pushed without a name"
+    assert not [path for path in (checkout / "my_space").rglob("*") if "datasets" in path.parts]
