@@ -85,17 +85,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["HubServer"
     from tests.hub_server import TOKEN, HubServer
 
     with HubServer() as server:
-        home = tmp_path / "hf_home"
-        variables = {"ENDPOINT": server.url, "HOME": str(home), "HUB_CACHE": str(home / "hub"), "HUB_DISABLE_XET": "1"}
+        folder = tmp_path / "hf_home"
+        variables = {"ENDPOINT": server.url, "HOME": str(folder), "HUB_CACHE": str(folder / "hub"), "HUB_DISABLE_XET": "1"}
         for name, value in variables.items():
             monkeypatch.setenv(f"HF_{name}", value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(home / "stored_tokens"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(folder / "stored_tokens"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # between its tries

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from tests.storage_protocol import Answers, Faults, Cut
+from tests.storage_protocol import Answers, Cut, Faults
 from tests.storage_server import Server
 
 TOKEN, READS_ONLY = "hf_secretofmine", "hf_secretthatreads"
@@ -168,16 +168,16 @@ class HubAnswers(Answers):
         sha = repo.find(revision or "main")
         if sha is None:
             return self._refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        message, files = repo.commits[sha]
+        _, files = repo.commits[sha]
         if operation == "info":
             return self._json({"id": name, "modelId": name, "sha": sha, "private": repo.private, "siblings": []})
         if operation == "tree":
             return self._json([_entry(path, content) for path, content in sorted(files.items())])
         if operation == "preupload":
-            asked = json.loads(self.content)["files"]
+            wanted = json.loads(self.content)["files"]
             modes = [{"path": each["path"], "shouldIgnore": False, "uploadMode": "lfs" if each["size"] >= LARGE else "regular",
                       **_if(each["path"] in files, oid=_entry(each["path"], files.get(each["path"], b""))["oid"])}
-                     for each in asked]  # fmt: skip
+                     for each in wanted]  # fmt: skip
             return self._json({"files": modes})
         if operation == "commit":
             return self._commit(repo, name, revision or "main", sha, dict(files))

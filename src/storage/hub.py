@@ -20,9 +20,9 @@ _MARK, _END = "<!-- Atelier made this card. Change it as you like: then it is ke
 
 @config
 class HubConfig:
-    """The weights of the run, with its config, data.json, previews and a card, are pushed into the repository `repo` (OWNER/NAME)
-    of the Hugging Face hub, at the `end` or also at each `checkpoint`; its data never is. A repository that does not exist yet
-    is made, `private` or as the hub does it by default. `revision` is a branch, main by default."""
+    """The weights of the run, with its config, data.json, previews and a card, are pushed into the repository `repo` of the
+    Hugging Face hub (OWNER/NAME), at the `end` or also at each `checkpoint`; its data never is. A repository that is missing is
+    made, `private` or as the hub does it by default. `revision` is a branch, main by default."""
 
     repo: str = resumable_field(pattern=f"^{NAME}$")
     every: Literal["checkpoint", "end"] = resumable_field("end")
@@ -51,6 +51,11 @@ def local_path(name: str | Path) -> Path:
         with prefix_errors(f"{name}: there is no such run or checkpoint here"):
             _brought[name] = _bring(name)
     return _brought[name]
+
+
+def is_run(name: str) -> bool:
+    """Whether the repository OWNER/NAME[@REVISION] on the hub holds a run of this project. A UserError where there is none."""
+    return (from_hub(name, [MANIFEST]) / MANIFEST).is_file()
 
 
 def _bring(name: str) -> Path:
@@ -97,8 +102,8 @@ def push_files(
     private: bool = False,
     replaced: Collection[str] = (),
 ) -> str:
-    """Put files, by their names there, and a card into the repository OWNER/NAME[@BRANCH], in one commit with this `message`, or
-    nothing where it fails; gives the address. A repository and a branch that are missing are made.
+    """Put files, by their names there, and a card into the repository OWNER/NAME[@BRANCH], in one commit with this `message`,
+    or nothing where it fails; gives the address. A repository and a branch that are missing are made.
 
     A README.md there that a person wrote or changed is kept: the card is put beside it as ATELIER.md. Files in the folders
     `replaced` that are not among the new ones are deleted. A UserError says why the hub does not take it.
@@ -158,8 +163,8 @@ def push_reason(name: str, error: BaseException) -> str:
         ),
         (
             status == 403,
-            f"on {hub} the token may not write to {repo} (status 403): it is somebody else's, or the token may only read; give a "
-            "name of your own, or a token that may write: hf auth login",
+            f"on {hub} the token may not write to {repo} (status 403): it is somebody else's, or the token may only read; give "
+            "a name of your own, or a token that may write: hf auth login",
         ),
         ("RevisionNotFoundError" in kinds, f"on {hub} {repo} has no such branch as {name} names, and it cannot be made"),
         (status == 404, f"{hub} has no {repo}, and cannot make it: check the name of its owner"),

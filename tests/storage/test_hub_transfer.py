@@ -14,7 +14,7 @@ from tests.hub_server import LARGE, READS_ONLY, TOKEN, HubServer
 
 LARGE_FILE = bytes(range(256)) * (LARGE // 256 + 1)
 FILES = {"ema.safetensors": LARGE_FILE, "config.json": b"{}"}
-MANIFEST = json.dumps({"files": dict.fromkeys(FILES, {})}).encode()
+MANIFEST = json.dumps({"files": {name: {} for name in FILES}}).encode()
 CARD = "---\ntags: [atelier]\n---\n\n# cats\n"
 
 
@@ -34,9 +34,9 @@ def test_names() -> None:
     names = {"me/cats": True, "me/cats@v1": True, "me/cats@refs/pr/1": True, "runs/cats": False, "a/b/c": False, "./a": False}
     assert {name: is_hub_name(name) for name in names} == names
     assert HubConfig(repo="me/cats", revision="v1").name == "me/cats@v1" and HubConfig(repo="me/cats").name == "me/cats"
-    for wrong in ("cats", "me/cats/x", "/me/cats", "me/ca ts"):
+    for name in ("cats", "me/cats/x", "/me/cats", "me/ca ts"):
         with pytest.raises(ValidationError):
-            HubConfig(repo=wrong)
+            HubConfig(repo=name)
 
 
 def test_what_is_pushed_comes_back(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,8 +49,8 @@ def test_what_is_pushed_comes_back(hub: HubServer, tmp_path: Path, monkeypatch: 
     assert (folder / "ema.safetensors").read_bytes() == LARGE_FILE
     assert folder.is_relative_to(tmp_path / "hf_home" / "hub")
 
-    asked = len(hub.requests)
-    assert local_path("me/cats") == folder and len(hub.requests) == asked, "a process sees one version of a name"
+    count = len(hub.requests)
+    assert local_path("me/cats") == folder and len(hub.requests) == count, "a process sees one version of a name"
     assert local_path(folder) == folder and local_path("runs/cats") == Path("runs/cats")
     (tmp_path / "me" / "cats").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -134,8 +134,8 @@ def test_why_a_run_does_not_come(hub: HubServer, monkeypatch: pytest.MonkeyPatch
         return str(raised.value)
 
     push()
-    here = "there is no such run or checkpoint here"
-    assert no_run("me/dogs").startswith(f"me/dogs: {here}: the Hugging Face hub has no model me/dogs, or it is private")
+    beginning = "there is no such run or checkpoint here"
+    assert no_run("me/dogs").startswith(f"me/dogs: {beginning}: the Hugging Face hub has no model me/dogs, or it is private")
     revision = no_run("me/cats@v9")
     assert "on the Hugging Face hub me/cats has no revision v9: give one of its branches, tags or commits" in revision
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -156,7 +156,7 @@ def test_why_a_run_does_not_come(hub: HubServer, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("src.storage.hub._brought", {})
     assert local_path("me/cats") == folder, "without a network the cache has it"
     message = no_run("me/dogs")
-    assert f"me/dogs: {here}: the Hugging Face hub was not reached" in message
+    assert f"me/dogs: {beginning}: the Hugging Face hub was not reached" in message
     assert "hf download --revision v1 me/dogs" in no_run("me/dogs@v1")
 
 
@@ -166,9 +166,9 @@ def test_processes_of_one_launch_see_one_commit(hub: HubServer, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "2")
     first = local_path("me/cats")
     push_files("me/cats", {"new.json": b"{}"}, CARD, message="meanwhile")
-    asked = hub.count("file")
+    count = hub.count("file")
     monkeypatch.setattr("src.storage.hub._brought", {})  # as in another process of the same parent
-    assert local_path("me/cats") == first and hub.count("file") == asked
+    assert local_path("me/cats") == first and hub.count("file") == count
     monkeypatch.setenv("MASTER_PORT", "4242")  # as in another launch
     monkeypatch.setattr("src.storage.hub._brought", {})
     assert local_path("me/cats") != first
