@@ -109,7 +109,8 @@ def _describe(config: Mapping[str, Any], step: int, classes: Sequence[str], thin
         words += f", {colours} images of {describe_size(sides_of(image['size']))}"
     words += f", {len(classes)} classes" if classes else ""
     if process is not None:
-        network = {"unet": "U-Net", "transformer": "transformer", "mlp": "MLP"}.get(kind := config["model"]["kind"], kind)
+        kind = config["model"].get("kind", "unet")
+        network = {"unet": "U-Net", "mlp": "MLP"}.get(kind, kind)
         words += f". The network, a {network}, predicts {process['target']} on the schedule {process['schedule']['kind']}"
     batch = config.get("batch_size")
     return f"{words}. It was trained for {step} steps" + (f" of {batch} {things}." if isinstance(batch, int) else ".")

@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import getproxies
 
 import torch
@@ -138,7 +138,7 @@ def from_hub(name: str, patterns: Sequence[str]) -> Path:
     import huggingface_hub
 
     repo, revision = split_revision(name)
-    options = {"revision": revision} if revision is not None else {}
+    options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns), **options))
     except Exception as error:
