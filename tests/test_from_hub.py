@@ -97,12 +97,12 @@ def test_scripts_draw_the_same_from_a_name(pushed: HubServer, shapes: str, tmp_p
 
 
 def test_a_run_starts_from_a_name(pushed: HubServer, shapes: str, tmp_path: Path) -> None:
-    here, fresh = open_run(shapes, CPU), open_run(shapes, CPU)
+    run, fresh = open_run(shapes, CPU), open_run(shapes, CPU)
     with torch.no_grad():
         for parameter in fresh.network.parameters():
             parameter.zero_()
-    assert start_from("me/cats", here.class_names, fresh.network) == "starting from the weights of me/cats (step 4)"
-    for name, value in here.network.state_dict().items():
+    assert start_from("me/cats", run.class_names, fresh.network) == "starting from the weights of me/cats (step 4)"
+    for name, value in run.network.state_dict().items():
         assert torch.equal(value, fresh.network.state_dict()[name])
     line = refused("ddpm_accelerate", "-cfg", ROOT / "configs/smoke/ddpm.json", "--set", "init_from=me/dogs",
                    "--run-dir", tmp_path / "run")  # fmt: skip

@@ -3,14 +3,18 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import UserError, config, prefix_errors, resumable_field
 from .downloads import UNREACHED, HubFailure, first_line, from_hub, is_hub_name, quiet_hub, split_revision
 from .files import as_json, write_whole
 from .locks import folder_lock
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 MANIFEST = "MANIFEST.json"  # lists the files of a run on the hub, which lie beside it
 CARD, OTHER_CARD = "README.md", "ATELIER.md"  # the second is for where a person wrote the first
@@ -93,6 +97,37 @@ def _read(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- to the hub
 
 
+def make_repo(name: str, *, private: bool = False) -> None:
+    """Make the repository OWNER/NAME[@BRANCH] and the branch where they are missing. A UserError says why it cannot be."""
+    quiet_hub("a push to the hub")
+    from huggingface_hub import HfApi
+
+    with _explained(name):
+        _make_repo(HfApi(), name, private)
+
+
+def _make_repo(api: "HfApi", name: str, private: bool) -> None:
+    repo, revision = split_revision(name)
+    api.create_repo(repo, private=private or None, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Around what writes to the hub: a UserError says why it fails, and never holds the token."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token is None:
+        repo, _ = split_revision(name)
+        raise UserError(f"there is no token to write to {repo} on the Hugging Face hub with: hf auth login, or set HF_TOKEN")
+    try:
+        yield
+    except Exception as error:
+        raise UserError(push_reason(name, error).replace(token, "(the token)")) from None
+
+
 def push_files(
     name: str,
     files: Mapping[str, Path | bytes],
@@ -109,16 +144,11 @@ def push_files(
     `replaced` that are not among the new ones are deleted. A UserError says why the hub does not take it.
     """
     quiet_hub("a push to the hub")
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
-    repo, revision = split_revision(name)
-    if get_token() is None:
-        raise UserError(f"there is no token to write to {repo} on the Hugging Face hub with: hf auth login, or set HF_TOKEN")
-    api = HfApi()
-    try:
-        api.create_repo(repo, private=private or None, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo, branch=revision, exist_ok=True)
+    (repo, revision), api = split_revision(name), HfApi()
+    with _explained(name):
+        _make_repo(api, name, private)
         head = api.model_info(repo, revision=revision).sha
         there = set(api.list_repo_files(repo, revision=head))
         before = Path(hf_hub_download(repo, CARD, revision=head)).read_bytes() if CARD in there else None
@@ -130,10 +160,6 @@ def push_files(
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in contents.items()),
         ]
         api.create_commit(repo, operations, commit_message=message, revision=revision, parent_commit=head)
-    except Exception as error:
-        token = get_token()
-        reason = push_reason(name, error)
-        raise UserError(reason.replace(token, "(the token)") if token else reason) from None
     return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision is not None else "")
 
 
