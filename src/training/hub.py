@@ -35,7 +35,5 @@ class HubPushes(Background):
     def _last_line(self, failed: str | None) -> str | None:
         if failed is None:
             return f"{self._run_dir} is at {self._address}" if self._address is not None else None
-        return (
-            f"{self._run_dir} is NOT at {self.where} as it is here; later: python convert.py push {quoted(self._run_dir)} "
-            + (quoted(self._cfg.name))
-        )
+        later = f"python convert.py push {quoted(self._run_dir)} {quoted(self._cfg.name)}"
+        return f"{self._run_dir} is NOT at {self.where} as it is here; later: {later}"
