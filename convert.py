@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Import checkpoints of guided- and improved-diffusion, IADB and diffusers; export runs for diffusers or as safetensors."""
+"""Import checkpoints of guided- and improved-diffusion, IADB and diffusers; export runs, or push them to the hub."""
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
@@ -18,10 +18,13 @@ from src.interop.cards import render_card
 from src.interop.diffusers_export import export, write_files
 from src.interop.imported import Imported, keep
 from src.models import UNet
+from src.report.card import push_run
 from src.runs.autoencoder import kept_autoencoder, open_autoencoder
 from src.runs.folders import read_weights
 from src.runs.opened import open_trained
+from src.storage.downloads import split_revision
 from src.storage.files import write_whole
+from src.storage.hub import NAME
 
 CPU = torch.device("cpu")
 
@@ -57,6 +60,10 @@ def arguments() -> argparse.Namespace:
     for exporting, out in ((leaving, "folder"), (plain, "file; for a latent run or an autoencoder, the new folder")):
         exporting.add_argument("run", help="a run, checkpoint or final folder")
         exporting.add_argument("--out", required=True, help=f"the new {out}")
+    pushed = commands.add_parser("push", help="show a run on the Hugging Face hub: weights, config, previews, a card; no data")
+    pushed.add_argument("run", help="a run, checkpoint or final folder")
+    pushed.add_argument("repo", metavar="OWNER/NAME[@BRANCH]", help="the repository, which is made where it is missing")
+    pushed.add_argument("--private", action="store_true", help="make it private, where it is made")
     plain.add_argument("--fp16", action="store_true", help="write the weights in half precision")
     return parser.parse_args()
 
@@ -143,6 +150,13 @@ def to_safetensors(run: str, out: Path, *, half: bool) -> None:
     print(f"{out}: {len(state_dict)} tensors, {out.stat().st_size / 1e6:.1f} MB")
 
 
+def push(run: str, repo: str, *, private: bool) -> None:
+    if re.fullmatch(NAME, split_revision(repo)[0]) is None:
+        raise UserError(f"{repo} is no name on the Hugging Face hub, which is OWNER/NAME or OWNER/NAME@BRANCH")
+    address = push_run(run, repo, private=private)
+    print(f"{address}: its card says how to draw from it, and asks for a licence; here: python sample.py {quoted(repo)}")
+
+
 def main() -> None:
     args = arguments()
     if args.command == "guided-diffusion":
@@ -154,6 +168,8 @@ def main() -> None:
         save_imported(args, iadb.read(args.checkpoint, **given, which=args.which))
     elif args.command == "to-diffusers":
         to_diffusers(args.run, Path(args.out))
+    elif args.command == "push":
+        push(args.run, args.repo, private=args.private)
     else:
         to_safetensors(args.run, Path(args.out), half=args.fp16)
 

@@ -37,6 +37,7 @@ from src.runtime.processes import ranks_of
 from src.sampling import build_sampler
 from src.sampling.config import SAMPLER_KEYS, add_arguments, parse_steps, sampler_config
 from src.sampling.sampler import build_samplers
+from src.storage.hub import local_path
 from src.training.run_directory import append_metrics, check_ranks
 
 
@@ -134,7 +135,7 @@ def main() -> None:
 
 def measure_quality(args: argparse.Namespace, defaults: argparse.Namespace, state: Any, device: torch.device) -> None:
     """Measure images of a folder, reconstructions of an autoencoder, or samples of another run."""
-    place = Path(args.run)
+    place = local_path(args.run)
     is_folder = place.is_dir() and not any((place / name).exists() for name in ("config.json", "checkpoints", "final"))
     known = [path for path in (place / "config.json", place / "final" / "config.json") if path.exists()]
     settings = read_json(known[0]) if known else {}

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from src.config import UserError, progress
+
+if TYPE_CHECKING:
+    from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -69,6 +73,34 @@ def nothing_left_open() -> Iterator[None]:
 
 
 ran_here: list[str] = []
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["HubServer"]:
+    """A hub on this machine, for this process and those that it starts, with an empty cache and the token of `me`."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    from src.storage import hub
+    from tests.hub_server import TOKEN, HubServer
+
+    with HubServer() as server:
+        folder = tmp_path / "hf_home"
+        variables = {"ENDPOINT": server.url, "HOME": str(folder), "HUB_CACHE": str(folder / "hub"), "HUB_DISABLE_XET": "1"}
+        for name, value in variables.items():
+            monkeypatch.setenv(f"HF_{name}", value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(folder / "stored_tokens"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # between its tries
+        monkeypatch.setattr(hub, "_brought", {})
+        yield server
 
 
 def shared_folder(name: str) -> Path:

@@ -27,6 +27,7 @@ LAYERS = (
     "runtime",
     "runs",
     "sampling",
+    "api",
     "evaluation",
     "report",
     "training",

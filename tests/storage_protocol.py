@@ -70,7 +70,7 @@ def _corrupted(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
 
 
-class _Cut(Exception):
+class Cut(Exception):
     """The connection ends here."""
 
 
@@ -97,7 +97,7 @@ class Answers(BaseHTTPRequestHandler):
         while len(body) < wanted:
             piece = self.rfile.read(min(BLOCK, wanted - len(body)))
             if not piece:
-                raise _Cut
+                raise Cut
             body += piece
             self._pace(len(body), began)
         return bytes(body)
@@ -118,7 +118,7 @@ class Answers(BaseHTTPRequestHandler):
             self.storage.busy += 1
         try:
             self._route()
-        except (_Cut, ConnectionError, TimeoutError):
+        except (Cut, ConnectionError, TimeoutError):
             self.close_connection = True
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -154,7 +154,7 @@ class Answers(BaseHTTPRequestHandler):
         kind = fault.kind if fault else None
         if kind == "cut" and operation != "download":
             self._body(length // 2, content)
-            raise _Cut
+            raise Cut
         content, head = self._body(length, content), {}
         if operation == "upload":
             head, content = self._parts(content)
@@ -196,7 +196,7 @@ class Answers(BaseHTTPRequestHandler):
         if operation == "delete":
             self.storage.remove(name, bucket)
             if self._lost:
-                raise _Cut
+                raise Cut
             return self._answer(204)
         return self._download(about, self.storage.path(bucket, name).read_bytes(), kind)
 
@@ -230,7 +230,7 @@ class Answers(BaseHTTPRequestHandler):
             return None
         about = self.storage.put(name, content, bucket)
         if self._lost:
-            raise _Cut
+            raise Cut
         self._answer(200, about)
         return about
 
@@ -274,5 +274,5 @@ class Answers(BaseHTTPRequestHandler):
             self.wfile.write(body[at : min(at + BLOCK, last)])
             self._pace(at + BLOCK, began)
         if kind == "cut":
-            raise _Cut
+            raise Cut
         return None

@@ -39,7 +39,7 @@ class StorageServer:
         self.lock = threading.Lock()
         self.busy = self._generation = 0
         self._known = dict[tuple[Path, int], dict[str, Any]]()  # a file's hashes
-        self._server = _Server(("127.0.0.1", port), type("Answers", (Answers,), {"storage": self}))
+        self._server = Server(("127.0.0.1", port), type("Answers", (Answers,), {"storage": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> "StorageServer":
@@ -108,7 +108,7 @@ class StorageServer:
         return {"kind": "storage#object", "bucket": bucket, "name": name, "generation": str(generation), **known}
 
 
-class _Server(ThreadingHTTPServer):
+class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:

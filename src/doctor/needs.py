@@ -15,6 +15,7 @@ from torch import nn
 from ..config import UserError, dump
 from ..config.packages import is_installed
 from ..runtime.checkpoint import count_spared
+from ..storage.downloads import is_hub_name
 from ..storage.files import size
 from ..training.dry_run import planned_stages
 from ..training.ema import WIDTHS
@@ -92,7 +93,7 @@ def autoencoder(cfg: Any, bucket: str | None = None) -> Verdict:
     from ..runs.autoencoder import open_autoencoder
 
     name = cfg.autoencoder
-    if name.count("/") == 1 and name[0] not in "./~" and not name.startswith("runs/") and not Path(name).parent.exists():
+    if "/" in name and is_hub_name(name) and not Path(name).exists():
         return Verdict("skip", f"{name}: of the hub, not tried")
     try:
         open_autoencoder(name, torch.device("cpu"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import UserError, quoted, read_json, validate
+from ..config import UserError, prefix_errors, quoted, read_json, validate
 from ..config.sizes import Sides, describe_size, is_divisible, nearest_sizes, sides_of
 from ..data import ImageConfig
 from ..models import VAE, VAEConfig
@@ -18,6 +18,7 @@ from ..models.layers import channels_last
 from ..runtime.checkpoint import check_whole, digest_of, load_weights, newest, read_tensors, verify_checkpoint, write_folder
 from ..runtime.seeds import normal
 from ..storage.downloads import hub_name_of_url, is_hub_name
+from ..storage.hub import is_run, local_path
 from ..storage.networks import few
 from .diffusers_autoencoder import autoencoder_from_config, exported_autoencoder, load_autoencoder
 from .folders import finished, read_if_there, refuse
@@ -128,15 +129,20 @@ def _rebuild(document: dict[str, Any], weights: dict[str, Tensor], path: str, di
     return Autoencoder(network=frozen, path=path, document=document, digest=digest, **facts)
 
 
-def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
-    """The autoencoder that a latent run keeps: in `folder`, or in the run that the checkpoint `folder` belongs to."""
+def autoencoder_folder(folder: Path) -> Path:
+    """Where a latent run keeps its autoencoder, whole: in `folder`, or in the run that the checkpoint `folder` belongs to."""
     for place in (folder, folder.parent.parent / "autoencoder", folder / "autoencoder"):
         if (place / "autoencoder_config.json").exists():
             check_whole(place)
-            document = read_json(place / "autoencoder_config.json")
-            weights = read_tensors(place, "autoencoder")
-            return _rebuild(document, weights, document["path"], document["digest"], device)
+            return place
     raise UserError(f"{folder}: its autoencoder is not there; give the run, or its final folder")
+
+
+def kept_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
+    """The autoencoder that a latent run keeps: in `folder`, or in the run that the checkpoint `folder` belongs to."""
+    place = autoencoder_folder(folder)
+    document = read_json(place / "autoencoder_config.json")
+    return _rebuild(document, read_tensors(place, "autoencoder"), document["path"], document["digest"], device)
 
 
 def autoencoder_for(name: str, run_dir: Path, device: torch.device) -> Autoencoder:
@@ -164,12 +170,16 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     """Open a finished run of train_vae.py (or one of its checkpoints), or a diffusers AutoencoderKL: a folder or a hub name. A
     UserError says what is missing, unfinished or of another kind."""
     path = Path(name).expanduser()
-    if _is_of_diffusers(path) or (not path.exists() and "/" in name and is_hub_name(name)):
+    on_hub = not path.exists() and "/" in name and is_hub_name(name)
+    if on_hub:
+        with prefix_errors(f"autoencoder {name} is no folder here"):
+            path = local_path(name) if is_run(name) else path
+    if _is_of_diffusers(path) or (on_hub and not path.exists()):
         return _of_diffusers(name, device)
     if any((place / "autoencoder_config.json").exists() for place in (path, path / "autoencoder")):
         return kept_autoencoder(path, device)  # of a latent run, or of a folder that convert.py made of one
-    is_run = not (path / "ema.safetensors").exists()
-    folder, hub_name, status = path / "final" if is_run else path, hub_name_of_url(name), read_if_there(path / "status.json")
+    has_final = not (path / "ema.safetensors").exists()
+    folder, hub_name, status = path / "final" if has_final else path, hub_name_of_url(name), read_if_there(path / "status.json")
     at = f" (step {status['step']} of {status['steps']})" if status else ""
     contents = few(file.name for file in path.iterdir()) if path.is_dir() else ""
     reasons = {
@@ -181,7 +191,7 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
         "is neither a run of train_vae.py nor a diffusers AutoencoderKL, which have a config.json; it holds "
         f"{contents or 'nothing'}": not (folder.is_dir() or (path / "config.json").exists()),
         f"has not finished{at}; run its command again, or name one of its checkpoints to take it as it is": (
-            is_run and finished(path, newest(path / "checkpoints")[0]) is None
+            has_final and finished(path, newest(path / "checkpoints")[0]) is None
         ),
     }
     refuse(f"the autoencoder {name}", reasons)

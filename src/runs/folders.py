@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config import UserError, quoted, read_json
 from ..runtime.checkpoint import check_whole, digest_of, newest, read_tensors, verify_checkpoint
 from ..storage.finite import check_finite
+from ..storage.hub import local_path
 from ..storage.weight_files import read_file, read_foreign_json
 
 
@@ -65,7 +66,7 @@ def finished(run: Path, checkpoint: Path | None) -> Path | None:
     return final if is_whole and (checkpoint is None or _step(checkpoint) <= _step(final)) else None
 
 
-def _find(path: Path) -> Path:
+def find_weights_folder(path: Path) -> Path:
     """The folder with the weights: `path` itself, its final, or its newest whole checkpoint."""
     if (path / "ema.safetensors").exists() or (path / "MANIFEST.json").exists():
         check_whole(path)
@@ -87,12 +88,14 @@ def _find(path: Path) -> Path:
 
 
 def read_weights(path: Path) -> Weights:
-    """Those of a run, a checkpoint, a final folder or a `.pt` export; a UserError says what is missing or damaged."""
+    """Those of a run, a checkpoint, a final folder, a `.pt` export or a run on the hub, OWNER/NAME[@REVISION]; a UserError says
+    what is missing or damaged."""
+    path = local_path(path)
     if path.is_file():
         return _read_export(path)
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run or checkpoint")
-    folder = _find(path)
+    folder = find_weights_folder(path)
     return Weights(
         folder=folder,
         tensors=read_tensors(folder, "ema"),

@@ -13,6 +13,7 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.request import getproxies
 
 import torch
@@ -99,8 +100,15 @@ def _only_download(folder: Path) -> Iterator[None]:
         yield
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """OWNER/NAME[@REVISION] in its two parts; the revision is a branch, a tag or a commit, None where there is none."""
+    repo, _, revision = name.partition("@")
+    return repo, revision or None
+
+
 def is_hub_name(name: str) -> bool:
-    """Whether a name that is no folder here may be one on the hub: OWNER/NAME, or a bare NAME."""
+    """Whether a name that is no folder here may be one on the hub: OWNER/NAME, or a bare NAME, either with @REVISION."""
+    name, _ = split_revision(name)
     if not name or name[0] in "./~" or name.count("/") > 1 or "\\" in name or name.startswith("runs/"):
         return False
     return "/" not in name or not Path(name).parent.exists()
@@ -112,34 +120,72 @@ def hub_name_of_url(address: str) -> str | None:
     return match[1] if match is not None else None
 
 
-def from_hub(name: str, patterns: Sequence[str]) -> Path:
-    """The folder in the cache of the hub with the files of `name` that match; a UserError says why the hub does not give it."""
-    with needed(f"{name}, which is no folder here,", "huggingface_hub"):
-        import huggingface_hub
+def quiet_hub(why: str) -> None:
+    """Import huggingface_hub, and leave what it says at each try to the one message of the caller; without a terminal it shows
+    no progress. A UserError where the package, which `why` needs, is missing."""
+    with needed(why, "huggingface_hub"):
+        import huggingface_hub.utils as hub
         import huggingface_hub.utils.logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # the UserError below says once what it says at each try
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        hub.disable_progress_bars()
+
+
+def from_hub(name: str, patterns: Sequence[str]) -> Path:
+    """The folder in the cache of the hub with the files of `name` that match; a UserError says why the hub does not give it."""
+    quiet_hub(f"{name}, which is no folder here,")
+    import huggingface_hub
+
+    repo, revision = split_revision(name)
+    options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(patterns), **options))
     except Exception as error:
         raise UserError(hub_reason(name, error)) from None
+
+
+class HubFailure(NamedTuple):
+    """Why something of the hub failed: the `kinds` of all errors behind it and their bases, by name, what they say, and the
+    status of the hub's answer, None where there was none."""
+
+    kinds: set[str]
+    text: str
+    status: int | None
+
+    @classmethod
+    def of(cls, error: BaseException) -> "HubFailure":
+        """Libraries wrap the hub's errors in their own, so whatever caused the error counts."""
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(cause)
+        codes = [getattr(getattr(cause, "response", None), "status_code", None) for cause in chain]
+        status = next((code for code in codes if isinstance(code, int) and code >= 400), None)
+        kinds = {base.__name__ for cause in chain for base in type(cause).__mro__}
+        return cls(kinds, " ".join(str(cause) for cause in chain), status)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether a variable of the environment keeps the hub from being asked."""
+        return "OfflineModeIsEnabled" in self.kinds or "offline mode" in self.text.lower()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
 def hub_reason(name: str, error: BaseException, kind: str = "model") -> str:
     """Why the Hugging Face hub did not give the `kind` (model or dataset) `name`, and how to go on, in one line.
 
-    Libraries wrap the hub's errors in their own, so whatever caused the error counts. It tells apart: the hub was not reached;
-    it has no such repository; it wants a login; it answered with another error. Anything else is given in its own words.
+    It tells apart: the hub was not reached; it has no such repository, or no such revision of it; it wants a login; it answered
+    with another error. Anything else is given in its own words.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    words = {base.__name__ for cause in chain for base in type(cause).__mro__}
-    text = " ".join(str(cause) for cause in chain)
-    codes = [getattr(getattr(cause, "response", None), "status_code", None) for cause in chain]
-    status = next((code for code in codes if isinstance(code, int) and code >= 400), None)
+    words, text, status = failure = HubFailure.of(error)
     option, folder = (" --repo-type dataset", "datasets/") if kind == "dataset" else ("", "")
     hub, missing = "the Hugging Face hub", f"the cache of this machine does not have {name}"
+    name, revision = split_revision(name)
+    option += f" --revision {revision}" if revision is not None else ""
     fetch = f"where there is a network: hf download{option} {name} --local-dir FOLDER, then give the path of that FOLDER here"
     no_name = "HFValidationError" in words or (words & NOT_THERE and (name[:1] in ("/", ".", "~") or name.count("/") > 1))
     login = "log in with: hf auth login"
@@ -147,6 +193,10 @@ def hub_reason(name: str, error: BaseException, kind: str = "model") -> str:
         (
             "GatedRepoError" in words or "is a gated" in text,
             f"on {hub} {name} is gated: accept its conditions at https://huggingface.co/{folder}{name}, then {login}",
+        ),
+        (
+            "RevisionNotFoundError" in words,
+            f"on {hub} {name} has no revision {revision or 'main'}: give one of its branches, tags or commits, or leave it out",
         ),
         (no_name, f"{name} is no folder that is here, and no name on {hub}, which is OWNER/NAME; check it"),
         (
@@ -159,11 +209,10 @@ def hub_reason(name: str, error: BaseException, kind: str = "model") -> str:
         ),
         (status, f"{hub} answered with an error (status {status}) for {name}; try again later, or, {fetch}"),
         (
-            "OfflineModeIsEnabled" in words or "offline mode" in text.lower(),
+            failure.is_offline,
             f"{hub} was not reached, since HF_HUB_OFFLINE (or a variable like it) is set, and {missing}; unset the variable, "
             f"or, {fetch}",
         ),
         (words & UNREACHED, f"{hub} was not reached, and {missing}; {fetch}"),
     )
-    in_its_words = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
-    return next((reason for holds, reason in reasons if holds), in_its_words)
+    return next((reason for holds, reason in reasons if holds), first_line(error))

@@ -21,6 +21,7 @@ from ..runtime.checkpoint import CheckpointConfig
 from ..runtime.launch import MachineConfig
 from ..sampling.config import SamplerConfig
 from ..storage.blocks import BLOCK
+from ..storage.hub import HubConfig
 from .ema import EMAConfig
 from .optimizer import OptimizerConfig
 
@@ -76,7 +77,8 @@ class PathPreviewConfig:
 @config
 class TrainConfig(MachineConfig):
     """The keys of every training script. `batch_size` counts the images of an optimizer step, on all devices together; one
-    device takes at most `micro_batch_size` of them at a time. `init_from` is a run whose weights are the start."""
+    device takes at most `micro_batch_size` of them at a time. `init_from` is a run whose weights are the start, by its path or
+    its name on the hub. The weights are shown on the `hub`."""
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = pydantic.Field(0, ge=0, lt=2**32)
@@ -91,6 +93,7 @@ class TrainConfig(MachineConfig):
     preview: PreviewConfig | PathPreviewConfig | ReconstructConfig | MeasureConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    hub: HubConfig | None = resumable_field(None)
     max_nonfinite_steps: int = resumable_field(10, ge=1)
 
     @property
@@ -229,8 +232,8 @@ class DiffusionConfig(StepsConfig):
 @config
 class LatentConfig(DiffusionConfig):
     """The keys of a script that may train on latents of an `autoencoder`: a finished run of train_vae.py, or a diffusers
-    AutoencoderKL (folder or hub name). `latents` is the folder of the latent cache, which is made if it is missing (without it:
-    in the autoencoder's run)."""
+    AutoencoderKL (of both a folder, or a name on the hub). `latents` is the folder of the latent cache, which is made if it is
+    missing (without it: in the autoencoder's run)."""
 
     autoencoder: str | None = resumable_field(None)
     latents: str | None = resumable_field(None)

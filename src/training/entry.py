@@ -22,7 +22,7 @@ from .dry_run import dry_run
 from .given import Given
 from .rehearsal import verify_resume
 from .run_mode import RunMode, Train, call
-from .uploads import Uploads, bring
+from .uploads import bring, uploads_of
 
 
 def run_training(train: Train, cfg: TrainConfig, args: argparse.Namespace) -> int:
@@ -52,10 +52,11 @@ def _run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = None,
         status = call(train, cfg, run_dir, run_mode, stop_at)
         if PartialState._shared_state:
             PartialState().destroy_process_group()
-        if status == 0 and run_mode.uploads is None and cfg.bucket is not None and is_first:
-            run_mode.uploads = Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)  # it was finished: did all arrive then?
-            if (checkpoint := newest(run_dir / "checkpoints")[0]) is not None:
-                run_mode.uploads.wake(int(checkpoint.name.removeprefix("step_")))
+        if status == 0 and not run_mode.uploads and is_first:
+            run_mode.uploads = uploads_of(cfg, run_dir)  # it was finished: did all arrive then?
+            if run_mode.uploads and (checkpoint := newest(run_dir / "checkpoints")[0]) is not None:
+                for uploads in run_mode.uploads:
+                    uploads.wake(int(checkpoint.name.removeprefix("step_")))
     except UserError as error:
         if old is None or not (run_dir / MARK).exists():
             raise
@@ -63,11 +64,11 @@ def _run(train: Train, cfg: TrainConfig, run_dir: Path, old: Path | None = None,
             shutil.rmtree(run_dir, ignore_errors=True)
         raise UserError(str(error).replace(str(run_dir), str(old))) from None  # what was read is the old run's
     finally:
-        if run_mode.uploads is not None:
-            run_mode.uploads.say = say
+        for uploads in run_mode.uploads:
+            uploads.say = say
             with closing(Phases("", at_once=True)) as phases:
-                phases.enter(f"putting what is left into {cfg.bucket}")
-                is_whole = run_mode.uploads.close()
+                phases.enter(f"putting what is left into {uploads.where}")
+                is_whole &= uploads.close()
     return status if is_whole else status or 1  # so that `launch && shutdown` does not lose the end of the run
 
 

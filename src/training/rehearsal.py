@@ -32,13 +32,14 @@ NEVER = 10**12  # steps
 def rehearsal_config(
     cfg: TrainConfig, *, log_every: int = NEVER, preview_every: int = NEVER, save_every: int = NEVER, **changes: Any
 ) -> Any:
-    """The config without what leaves traces or takes long: trackers, bucket, exports, rollbacks, and previews and checkpoints
-    but the last. `changes` come on top; a key that the config does not have is left out."""
+    """The config without what leaves traces or takes long: trackers, bucket, hub, exports, rollbacks, and previews and
+    checkpoints but the last. `changes` come on top; a key that the config does not have is left out."""
     preview = replace(cfg.preview, every=preview_every)
     if cfg.quality is not None:
         preview = replace(preview, quality=replace(cfg.quality, every=NEVER))
     plain: dict[str, Any] = {
         "bucket": None,
+        "hub": None,
         "export_every": None,
         "preview": preview,
         "checkpoint": replace(cfg.checkpoint, every=save_every, every_minutes=None, keep=99),

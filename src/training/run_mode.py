@@ -13,9 +13,9 @@ from ..config.progress import Phases
 from ..runtime.failures import explain_out_of_memory, is_lost_rank
 from ..runtime.launch import undetermined
 from ..runtime.processes import silent_ranks
+from .background import Background
 from .clock import Clock
 from .state import TrainState
-from .uploads import Uploads
 
 RESTART = -1  # what `train` returns, instead of an exit status, to be called again: it goes on from the newest checkpoint
 
@@ -35,7 +35,7 @@ class RunMode:
     on_kill: Callable[[], object] = lambda: None
     set_batch: Callable[[int, int, str], None] = lambda *_: None
     closing: ExitStack = field(default_factory=ExitStack)
-    uploads: Uploads | None = None
+    uploads: list[Background] = field(default_factory=list)
     clock: Clock | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     train_state: TrainState | None = None

@@ -25,7 +25,7 @@ from .cooldown import Cooldown
 from .run_directory import RunDirectory, check_ranks
 from .run_mode import RESTART, RunMode
 from .state import Meter, TrainState
-from .uploads import Uploads
+from .uploads import uploads_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -156,11 +156,12 @@ class Session:
         self.run.begin(self.step, cfg, facts, train_set, held_out)
         if self.run.writes:
             (self.run.path / MARK).unlink(missing_ok=True)
-        if cfg.bucket is not None and self.run.writes:
-            uploads = run_mode.uploads = run_mode.uploads or Uploads(cfg.bucket, self.run.path, cfg.checkpoint.keep)
-            uploads.say = self.run.say
-            if self.step:  # this checkpoint may be here and not in the bucket
-                uploads.wake(self.step)
+        if self.run.writes:
+            run_mode.uploads = run_mode.uploads or uploads_of(cfg, self.run.path)
+            for uploads in run_mode.uploads:
+                uploads.say = self.run.say
+                if self.step:  # this checkpoint may be here and not there
+                    uploads.wake(self.step)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # over gloo the error itself says who is lost
             self.heart = Heartbeats(accelerator.process_index, accelerator.num_processes)
         start_trackers(accelerator, cfg.log.project, self.run.path, cfg, self.step, self.run.warn)
@@ -340,10 +341,9 @@ class Session:
             state["scaler"] = self.accelerator.scaler.state_dict()
         tensors = self.train_state.tensors(keep=self.run.writes)
         if self.run.writes:
-            uploads = self.run_mode.uploads
-            pinned = uploads.pinned if uploads is not None else ()
+            pinned = {step for uploads in self.run_mode.uploads for step in uploads.pinned}
             self.run.save(tensors, self._documents(state), self.cfg.checkpoint, pinned)
-            if uploads is not None:
+            for uploads in self.run_mode.uploads:
                 uploads.wake(self.step)
         self.gate.saved(self.step)
         self.clock.leave()
@@ -394,9 +394,9 @@ class Session:
         where a stop was asked for."""
         if self.run.writes and step is not None:
             gone_to = checkpoint.roll_back(self.run.checkpoints, step, progress)
-            if self.run_mode.uploads is not None:
-                self.run_mode.uploads.wake(gone_to, went_back=True)
-                self.run_mode.uploads.say = print  # until the run is open again
+            for uploads in self.run_mode.uploads:
+                uploads.wake(gone_to, went_back=True)
+                uploads.say = print  # until the run is open again
         if self.gate.stop:
             self.run.say("stopped after going back; to go on, run the same command again")
         self._close()

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +12,9 @@ from ..config import UserError, dump, quoted, read_json
 from ..runtime.checkpoint import MANIFEST, newest, spared_steps, step_folder, verify_checkpoint
 from ..storage.buckets import CACHES, Bucket, Empty, Remote, Unreached, is_manifest, is_temporary, open_bucket, pull, push
 from ..storage.locks import folder_lock
+from .background import Background
 from .changed_config import ways_on
 from .run_directory import changes
-
-RETRY_SECONDS = 60.0
 
 
 def place_of(run_dir: Path) -> str:
@@ -168,79 +165,31 @@ def weights_in(bucket: Bucket, name: str) -> Path | None:
     return Path(name) / "checkpoints" / steps[-1] if steps else None
 
 
-class Uploads:
+class Uploads(Background):
     """A thread that pushes the newest checkpoint of a run into a bucket, with those that the run needs beside it and all else
-    of the run. It deletes checkpoints there that are neither here nor among the `keep` last.
+    of the run. It deletes checkpoints there that are neither here nor among the `keep` last."""
 
-    A failure is reported once, and what failed is tried again; it never ends the run. `pinned` checkpoints must stay here.
-    """
+    works = "uploads to the bucket work again"
 
     def __init__(self, url: str, run_dir: Path, keep: int) -> None:
-        self._bucket, self._run_dir, self._keep = open_bucket(url), run_dir, keep
-        self._place = place_of(run_dir)
-        self.say: Callable[[str], None] = print
-        self._condition = threading.Condition()
-        self._next: str | None = None  # the checkpoint to push next
-        self._now: str | None = None  # the one that is being pushed
-        self._back = False  # the run went back to the next one: newer ones in the bucket are void
-        self._closing = self._warned_of_others = False
-        self._failed: str | None = None
-        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
-        self._thread.start()
-
-    @property
-    def pinned(self) -> set[int]:
-        """The steps of checkpoints that are being pushed, or will be next."""
-        with self._condition:
-            return {int(name.removeprefix("step_")) for name in (self._next, self._now) if name is not None}
-
-    def wake(self, step: int, *, went_back: bool = False) -> None:
-        """The checkpoint of this step is the newest now."""
-        with self._condition:
-            self._next = step_folder(Path(), step).name
-            self._back |= went_back
-            self._condition.notify()
+        self._bucket, self._keep = open_bucket(url), keep
+        self._place, self._warned_of_others = place_of(run_dir), False
+        super().__init__(run_dir, self._bucket.url)
 
     def close(self) -> bool:
-        """Push what is left, as long as that takes, or say how to push it later; gives whether all is in the bucket."""
-        with self._condition:
-            self._closing = True
-            self._condition.notify()
-        self._thread.join()
+        is_whole = super().close()
         self._bucket.__exit__()
-        if self._failed is None:
-            self.say(f"all of {self._run_dir} is in {self._bucket.url}")
-        else:
-            linked = "" if Path(self._place).exists() else f"ln -s {quoted(self._run_dir.absolute())} {quoted(self._place)} && "
-            self.say(
-                f"NOT all of {self._run_dir} is in {self._bucket.url}; later: {linked}./setup.sh push {quoted(self._place)}"
-            )
-        return self._failed is None
+        return is_whole
 
-    def _work(self) -> None:
-        closing = False
-        while not closing:
-            with self._condition:
-                if not self._closing and (self._next is None or self._failed is not None):
-                    self._condition.wait(RETRY_SECONDS if self._failed is not None else None)
-                closing, self._now, before = self._closing, self._next, self._failed
-                back, self._back = self._back, False
-            failed = None
-            try:
-                self._put(self._bucket, self._now, back)
-            except Exception as error:  # whatever it is, training goes on
-                failed = str(error) or type(error).__name__
-            with self._condition:
-                self._failed = failed
-                self._back |= back and failed is not None
-                self._next = self._next if failed is not None or self._next != self._now else None
-                self._now = None
-            if (failed is None) != (before is None):
-                warning = f"warning: not uploaded ({failed}); it is tried again, and training goes on"
-                self.say(warning if failed is not None else "uploads to the bucket work again")
+    def _last_line(self, failed: str | None) -> str:
+        if failed is None:
+            return f"all of {self._run_dir} is in {self.where}"
+        linked = "" if Path(self._place).exists() else f"ln -s {quoted(self._run_dir.absolute())} {quoted(self._place)} && "
+        return f"NOT all of {self._run_dir} is in {self.where}; later: {linked}./setup.sh push {quoted(self._place)}"
 
-    def _put(self, bucket: Bucket, step: str | None, back: bool) -> None:
+    def _put(self, step: str | None, back: bool) -> None:
         """Push the rest of the run first: where the push ends in between, the log is longer than the checkpoint, and is cut."""
+        bucket = self._bucket
         push(bucket, self._run_dir, self._place, skip=_is_apart, shown=False)
         if step is None:
             return
@@ -271,3 +220,13 @@ class Uploads:
         for name in sorted(objects, key=lambda name: not is_manifest(name)):
             if name.startswith("checkpoints/") and name.split("/")[1] not in staying:
                 bucket.delete(f"{self._place}/{name}", objects[name])
+
+
+def uploads_of(cfg: Any, run_dir: Path) -> list[Background]:
+    """What brings a run of this config elsewhere, beside its training: into its bucket, and to the hub."""
+    uploads: list[Background] = [] if cfg.bucket is None else [Uploads(cfg.bucket, run_dir, cfg.checkpoint.keep)]
+    if cfg.hub is not None:
+        from .hub import HubPushes
+
+        uploads.append(HubPushes(cfg.hub, run_dir))
+    return uploads

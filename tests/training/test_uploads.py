@@ -18,7 +18,7 @@ import train_iadb
 from src.config import UserError, dump, load
 from src.runtime.checkpoint import newest, retain, roll_back, spared_steps, step_folder, verify_checkpoint, write_folder
 from src.storage.buckets import open_bucket, push
-from src.training import rehearsal, session, uploads
+from src.training import background, rehearsal, session
 from src.training.entry import run_training
 from src.training.run_directory import RunDirectory
 from src.training.run_mode import RunMode
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_was_gone_back_behind_goes_from_the_bucket_too_and_ano
 def test_going_back_while_the_void_checkpoint_is_put_removes_it_too(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(background, "RETRY_SECONDS", 0.05)
     run, lines = tmp_path / "runs" / "x", list[str]()
     for step in (2, 4):
         save(run, step)
@@ -355,7 +355,7 @@ def test_four_processes_bring_an_autoencoder_at_once_and_a_kill_half_way_is_made
 def test_what_fails_is_said_once_and_tried_again(
     server: StorageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(background, "RETRY_SECONDS", 0.05)
     run, lines = tmp_path / "runs" / "x", list[str]()
     save(run, 1)
     server.forbidden.add("bucket")
@@ -386,8 +386,8 @@ def test_a_run_whose_end_is_not_in_the_bucket_does_not_end_well(
     def train(_: Any, run_dir: Path, run_mode: RunMode, __: int | None) -> int:
         save(run_dir, 2)
         if not finished:
-            run_mode.uploads = Uploads("gs://bucket", run_dir, keep=2)
-            run_mode.uploads.wake(2)
+            run_mode.uploads.append(Uploads("gs://bucket", run_dir, keep=2))
+            run_mode.uploads[0].wake(2)
         return 0
 
     server.faults.add(403, "upload", times=99)

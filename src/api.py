@@ -1,0 +1,97 @@
+"""Draw from a run in Python: atelier.from_pretrained gives what was trained, ready to draw."""
+
+from . import threads  # noqa: F401, I001 (before torch, which reads it at its start)
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import figures
+from .config import UserError, quoted, validate
+from .config.sizes import Sides, sides_of
+from .runs.opened import Opened, open_trained
+from .runtime.failures import explain_out_of_memory
+from .runtime.launch import start_sampling
+from .sampling.config import SamplerConfig, count_for_classes
+from .sampling.files import in_batches
+from .sampling.sampler import build_sampler, random_labels
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Pretrained:
+    """A run of images that draws. `opened` is the run with its network, its process and its config, on the `device`."""
+
+    def __init__(self, opened: Opened, device: torch.device) -> None:
+        self.opened, self.device = opened, device
+
+    def __repr__(self) -> str:
+        return f"Pretrained({str(self.opened.path)!r}, step {self.opened.step}, on {self.device})"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of its classes, none where it has none."""
+        return self.opened.class_names if self.opened.num_classes is not None else ()
+
+    def draw(
+        self,
+        *,
+        classes: str | int | Sequence[str | int] | None = None,
+        num_samples: int | None = None,
+        seed: int = 0,
+        size: int | Sides | None = None,
+        batch_size: int = 16,
+        **settings: Any,
+    ) -> "list[Image.Image]":
+        """Draw images, the same as `sample.py` with the same settings: to the bit, on the same device.
+
+        `classes` are names or numbers, or text as `A/B/C`, dealt to the images in equal blocks (default: random ones);
+        `num_samples` is 16 by default, or a few more, for the classes. `size` is (height, width) or the side of a square.
+        `batch_size` images are drawn at a time, and change each other only by rounding. All other `settings` are the keys of a
+        sampler: solver, steps, spacing, eta, guidance, guidance_interval, guide_with and the others of `SamplerConfig`.
+        A UserError says what does not fit.
+        """
+        opened, names = self.opened, self.class_names
+        if opened.condition is not None:
+            raise UserError(
+                f"{opened.path} draws from images ({opened.condition.kind}): python sample.py {quoted(opened.path)} "
+                "--condition FOLDER draws from yours"
+            )
+        text = None if classes is None else classes if isinstance(classes, str) else self._join(classes)
+        count = count_for_classes(16, text, names) if num_samples is None else num_samples
+        if count < 1 or batch_size < 1 or not 0 <= seed < 2**64:
+            raise UserError("num_samples and batch_size must be at least 1, seed from 0 to 2^64 - 1")
+        listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+        spec = validate(SamplerConfig, listed, origin="draw")
+        if spec.guided and spec.guidance_method == "classifier":
+            raise UserError("guidance by a classifier is for sample.py, which takes --classifier RUN; draw guides without one")
+        opened = opened if size is None else opened.at_size(sides_of(size))
+        labels = None
+        if text is not None:
+            labels = opened.labels(text, count)
+        elif names:
+            labels = random_labels(seed, range(count), len(names))
+        sampler, images = build_sampler(opened, spec), list["Image.Image"]()
+        with explain_out_of_memory(batch_size, batch_size, key="batch_size"):
+            for batch in in_batches(range(count), batch_size):
+                of_batch = [labels[i] for i in batch] if labels is not None else None
+                x = sampler.draw(seed, batch, of_batch, device=self.device, batch_size=batch_size)
+                images += [figures.to_image(pixels) for pixels in figures.to_uint8(x)]
+        return images
+
+    def _join(self, classes: int | Sequence[str | int]) -> str:
+        """Classes as one text. A number is that of a class, also where a class has a number for its name."""
+        names, words = self.class_names, list[str]()
+        for each in [classes] if isinstance(classes, int) else classes:
+            if isinstance(each, int) and not 0 <= each < len(names):
+                raise UserError(f"class {each} is not known: {self.opened.path} has {len(names)} classes")
+            words.append((names[each] if isinstance(each, int) else each).replace("/", "\\/"))
+        return "/".join(words)
+
+
+def from_pretrained(name: str, *, device: str | None = None) -> Pretrained:
+    """Open a run by its path (a run, a checkpoint, a final folder, an export) or by its name on the Hugging Face hub,
+    OWNER/NAME[@REVISION], on the `device` (cpu, cuda, mps; default: the best there is). A UserError says what is missing."""
+    _, chosen = start_sampling(device)
+    return Pretrained(open_trained(name, chosen), chosen)
