@@ -6,10 +6,12 @@ The page listens on this machine alone, unless --host or --share say otherwise.
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
+from pathlib import Path
 
 from src.app.page import serve
 from src.app.places import ROOTS, Places
-from src.config import CommandLine, UserError, run_script
+from src.app.space import write_space
+from src.config import CommandLine, UserError, quoted, run_script
 from src.runtime.launch import start_sampling
 
 
@@ -44,9 +46,17 @@ def main() -> None:
     if args.port is not None and not 1 <= args.port <= 65535:
         raise UserError(f"--port {args.port}: ports go from 1 to 65535")
     _, device = start_sampling(args.device)
+    if args.export is not None:
+        if len(args.runs) != 1:
+            raise UserError("--export DIR writes a Space of one run: name it, as in --export DIR runs/digits_ldm")
+        paths = write_space(Path(args.export), args.runs[0], device)
+        print(f"{args.export}: {', '.join(path.name for path in paths)}")
+        print(f"  try it with: cd {quoted(args.export)} && python app.py; then push the folder to a Space of yours")
+        return
     places = Places(ROOTS, tuple(args.runs))
     options = {"host": args.host, "port": args.port, "share": args.share, "auth": login, "browser": args.browser}
-    serve(places, device, **options, device_word=args.device)
+    with serve(places, device, **options, device_word=args.device) as page:
+        page.block_thread()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class DrawRequest:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise UserError("the seed goes from 0 to 2^64 - 1")
-        if (self.num_samples or 1) < 1 or self.resamplings < 1:
+        if (self.num_samples is not None and self.num_samples < 1) or self.resamplings < 1:
             raise UserError("the number of images and of resamplings is at least 1")
 
     @property
@@ -107,6 +107,6 @@ def divisible(count: int, classes: str | None, class_names: Sequence[str]) -> in
 
 def whole(value: Any, name: str, low: int, high: int) -> int:
     """A number of a field of the page as a whole number; a UserError where it is none, or outside."""
-    if not isinstance(value, int | float) or value != int(value) or not low <= value <= high:
+    if not isinstance(value, int | float) or not low <= value <= high or value != int(value):
         raise UserError(f"{name}: give a whole number from {low} to {high}")
     return int(value)

@@ -21,7 +21,7 @@ from .asking import command_line, join_classes, whole
 from .controls import (
     QUEUE,
     Page,
-    Results,
+    ResultFields,
     RunFields,
     SamplerFields,
     in_one_line,
@@ -32,7 +32,7 @@ from .controls import (
     stop_button,
 )
 from .device import Device
-from .drawing import Drawn, Show, pack
+from .drawing import Result, Show, pack
 
 FPS, BATCH = 24, 8
 MOST_BETWEEN = 96
@@ -57,7 +57,7 @@ class Way(NamedTuple):
         return [*words, *(["--loop"] if self.loop else []), *sampler_words(self.spec)]
 
 
-def draw_between(device: Device, way: Way, folder: Path, show: Show) -> Drawn:
+def draw_between(device: Device, way: Way, folder: Path, show: Show) -> Result:
     """Draw the frames into the folder, and an animation of them."""
     with explain_out_of_memory(BATCH, BATCH, key="--batch-size"):
         opened = device.open(way.run)
@@ -89,7 +89,7 @@ def draw_between(device: Device, way: Way, folder: Path, show: Show) -> Drawn:
     figures.save(strip, folder / "strip.png")
     files += [folder / "strip.png", pack(folder, paths)]
     words = f"{len(paths)} frames of {opened.path} (step {opened.step}), {sampler.calls()} network calls each"
-    return Drawn(files[0], files, words)
+    return Result(files[0], files, words)
 
 
 def read_way(
@@ -134,7 +134,7 @@ def build_between_tab(page: Page) -> None:
                 draw = gr.Button("Animate", variant="primary", min_width=120, elem_id="between-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = Results.build("Animation between two seeds", kind="moving")
+            results = ResultFields.build("Animation between two seeds", kind="moving")
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:
@@ -146,6 +146,6 @@ def build_between_tab(page: Page) -> None:
             yield from show_job(page.stream(lambda show: draw_between(page.device, way, folder, show)), command)
 
     inputs = [*fields, first, second, classes, between, loop, *sampler]
-    event = draw.click(handle, inputs, list(results), **QUEUE)
+    event = draw.click(handle, inputs, list(results), api_name="between", **QUEUE)
     stop.click(None, cancels=[event], queue=False)
     page.on_run(fields.run, lambda name: list_classes(page, name), classes)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import UserError
 from .asking import DrawRequest, divisible, join_classes, whole
-from .controls import QUEUE, Page, Results, in_one_line, read_sampler, seed_field, show_job, stop_button
+from .controls import QUEUE, Page, ResultFields, in_one_line, read_sampler, seed_field, show_job, stop_button
 from .drawing import MOST_STEPS, compare_images
 
 MOST_PANELS = 36
@@ -84,7 +84,7 @@ def build_compare_tab(page: Page) -> None:
         guidance = gr.Textbox("1", label="Guidance", info="several: 1, 2, 4", min_width=120)
         compare = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare-button")
         stop = stop_button()
-    results = Results.build("Compared images", lines=4)
+    results = ResultFields.build("Compared images", lines=4)
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:
@@ -96,7 +96,7 @@ def build_compare_tab(page: Page) -> None:
             yield from show_job(job, commands)
 
     inputs = [runs, classes, count, seed, solver, steps, guidance]
-    event = compare.click(handle, inputs, list(results), **QUEUE)
+    event = compare.click(handle, inputs, list(results), api_name="compare", **QUEUE)
     stop.click(None, cancels=[event], queue=False)
 
 

@@ -188,7 +188,7 @@ def seed_field(label: str = "Seed", default: int = 0) -> Any:
     return gr.Number(default, label=label, precision=0, minimum=0, maximum=2**53 - 1, min_width=90)
 
 
-class Results(NamedTuple):
+class ResultFields(NamedTuple):
     """Where a tab shows what it draws: the image, a line of what happens, the files, and the command."""
 
     image: Any
@@ -197,17 +197,17 @@ class Results(NamedTuple):
     command: Any
 
     @staticmethod
-    def build(name: str, *, lines: int = 2, kind: str = "still") -> "Results":
+    def build(name: str, *, lines: int = 2, kind: str = "still") -> "ResultFields":
         import gradio as gr
 
-        look = {"format": "png", "buttons": ["download", "fullscreen"], "elem_classes": kind}
-        image = gr.Image(label=name, interactive=False, alt_text=name, **look)
+        options = {"format": "png", "buttons": ["download", "fullscreen"], "elem_classes": kind}
+        image = gr.Image(label=name, interactive=False, alt_text=name, **options)
         line = gr.Markdown("", elem_classes="line", elem_id=f"line-{name.split()[0].lower()}")
         files = gr.Files(label="Download", visible=False, interactive=False)
         command = gr.Textbox(
             label="The same from the command line", lines=lines, buttons=["copy"], interactive=False, visible=False
         )
-        return Results(image, line, files, command)
+        return ResultFields(image, line, files, command)
 
     @property
     def begin(self) -> list[Any]:
@@ -221,10 +221,10 @@ def show_job(messages: Iterator[Any], command: str) -> Iterator[list[Any]]:
     """What a tab's results become while a job goes on, and when it is done."""
     import gradio as gr
 
-    from .drawing import Drawn
+    from .drawing import Result
 
     for message in messages:
-        if isinstance(message, Drawn):
+        if isinstance(message, Result):
             files = gr.update(value=list(map(str, message.files)), visible=True)
             yield [str(message.sheet), message.words, files, gr.update(value=command, visible=True)]
         else:

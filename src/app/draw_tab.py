@@ -7,7 +7,7 @@ from .asking import DrawRequest, divisible, join_classes, whole
 from .controls import (
     QUEUE,
     Page,
-    Results,
+    ResultFields,
     RunFields,
     SamplerFields,
     count_field,
@@ -77,7 +77,7 @@ def build_draw_tab(page: Page) -> None:
                 draw = gr.Button("Draw", variant="primary", min_width=120, elem_id="draw-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = Results.build("Drawn images")
+            results = ResultFields.build("Result images")
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:
@@ -88,7 +88,7 @@ def build_draw_tab(page: Page) -> None:
             yield from show_job(job, request.command(page.device_word))
 
     inputs = [*fields, classes, shares, count, seed, size, frames, then, *sampler]
-    event = draw.click(handle, inputs, list(results), **QUEUE)
+    event = draw.click(handle, inputs, list(results), api_name="draw", **QUEUE)
     stop.click(None, cancels=[event], queue=False)
     page.on_run(fields.run, lambda name: list_classes(page, name), classes)
     classes.change(

@@ -30,7 +30,7 @@ MOST_IMAGES, MOST_STEPS = 64, 1000  # of one job
 Show = Callable[[Any], None]
 
 
-class Drawn(NamedTuple):
+class Result(NamedTuple):
     """What a job has written: the sheet to look at, the files to take away, and what was drawn, in words."""
 
     sheet: Path
@@ -104,7 +104,7 @@ def prepare(device: Device, request: DrawRequest) -> Prepared:
     return Prepared(opened, sampler, plan_samples(opened, sampler, request.arguments), larger)
 
 
-def draw_images(device: Device, request: DrawRequest, folder: Path, show: Show) -> Drawn:
+def draw_images(device: Device, request: DrawRequest, folder: Path, show: Show) -> Result:
     """Draw what is asked for into the folder, with the files that sample.py writes, and show it on its way."""
     with explain_out_of_memory(request.batch_size, request.batch_size, key="--batch-size"):
         opened, sampler, plan, larger = prepare(device, request)
@@ -124,7 +124,7 @@ def draw_images(device: Device, request: DrawRequest, folder: Path, show: Show) 
             )
             sheet, words = folder / "larger" / "grid.png", f"{words}; then made larger by {larger.path}"
     files = [sheet, *folder.glob("denoising.gif")]
-    return Drawn(sheet, [*files, pack(folder, paths)], words)
+    return Result(sheet, [*files, pack(folder, paths)], words)
 
 
 def pack(folder: Path, paths: Sequence[Path]) -> Path:
@@ -138,7 +138,7 @@ def pack(folder: Path, paths: Sequence[Path]) -> Path:
 
 def compare_images(
     device: Device, requests: Sequence[Sequence[DrawRequest]], titles: Sequence[Sequence[str]], folder: Path, show: Show
-) -> Drawn:
+) -> Result:
     """Draw the same seeds by each request: a panel for each, with its title, in rows as they are given. The folder gets a
     subfolder of each, named by its number."""
     panels, count, every = list[list["Image.Image"]](), 0, sum(map(len, requests))
@@ -160,4 +160,4 @@ def compare_images(
     sheet = figures.in_a_column([figures.in_a_row(row) for row in panels])
     figures.save(sheet, folder / "comparison.png")
     files = [folder / "comparison.png", pack(folder, paths)]
-    return Drawn(files[0], files, f"{every} panels of the same seed, {len(paths)} images")
+    return Result(files[0], files, f"{every} panels of the same seed, {len(paths)} images")

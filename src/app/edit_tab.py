@@ -12,7 +12,7 @@ from .asking import DrawRequest, divisible, join_classes, whole
 from .controls import (
     QUEUE,
     Page,
-    Results,
+    ResultFields,
     RunFields,
     SamplerFields,
     in_one_line,
@@ -22,7 +22,7 @@ from .controls import (
     show_job,
     stop_button,
 )
-from .drawing import Drawn, draw_images
+from .drawing import Result, draw_images
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,7 +85,7 @@ def read_edit(
     *sampler: Any,
 ) -> DrawRequest:
     """What the fields of the tab ask for; the image and the mask become files of the folder. `strength` is the share of the
-    steps that are taken."""
+    steps that an unpainted image is drawn by; what is painted over is drawn by all of them."""
     path, facts = page.places.place(run, checkpoint), page.places.facts(run)
     words, spec = join_classes(classes or [], facts.class_names), read_sampler(page, *sampler)
     image, mask = save_image(editor, folder)
@@ -105,11 +105,12 @@ def read_edit(
             request = dataclasses.replace(request, mask=None)
         return dataclasses.replace(request, condition=str(image), condition_guidance=float(by_image))
     steps = whole(spec.steps, "steps", 1, 10_000)
+    if mask is not None:
+        return dataclasses.replace(request, image=str(image), resamplings=whole(resamplings, "resamplings", 1, 20))
     start_at = min(steps - 1, round((1 - float(strength)) * steps))
-    if mask is None and start_at == 0:
-        raise UserError("at this strength nothing of the image stays: choose less, or paint over what is to be drawn anew")
-    again = whole(resamplings, "resamplings", 1, 20) if mask is not None else 1
-    return dataclasses.replace(request, image=str(image), start_at=start_at, resamplings=again)
+    if start_at == 0:
+        raise UserError("of so few steps none can be left out: take more steps, or paint over what is to be drawn anew")
+    return dataclasses.replace(request, image=str(image), start_at=start_at)
 
 
 def named(request: DrawRequest) -> DrawRequest:
@@ -144,7 +145,7 @@ def build_edit_tab(page: Page) -> None:
             refuse_other_files(editor)
             fields = RunFields.build(page, lambda: page.names("images"))
             hint = gr.Markdown("", elem_classes="line")
-            strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="How much changes (1: all)")
+            strength = gr.Slider(0.05, 0.95, 0.6, step=0.05, label="How much of an unpainted image changes")
             with gr.Row():
                 resamplings = gr.Number(1, label="Resamplings of a fill", precision=0, minimum=1, maximum=20, min_width=120)
                 by_image = gr.Slider(0, 5, 1, step=0.1, label="Guidance by the image", min_width=160)
@@ -157,7 +158,7 @@ def build_edit_tab(page: Page) -> None:
                 draw = gr.Button("Draw from it", variant="primary", min_width=120, elem_id="edit-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = Results.build("Edited images")
+            results = ResultFields.build("Edited images")
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:
@@ -165,14 +166,14 @@ def build_edit_tab(page: Page) -> None:
             request = read_edit(page, folder, *values)
             yield results.begin
 
-            def job(show: Any) -> Drawn:
+            def job(show: Any) -> Result:
                 result = draw_images(page.device, request, folder / "images", show)
                 return result._replace(files=[*result.files, *given_files(request)])
 
             yield from show_job(page.stream(job), named(request).command(page.device_word))
 
     inputs = [editor, *fields, strength, resamplings, by_image, classes, count, seed, *sampler]
-    event = draw.click(handle, inputs, list(results), **QUEUE)
+    event = draw.click(handle, inputs, list(results), api_name="edit", **QUEUE)
     stop.click(None, cancels=[event], queue=False)
 
     def show_fields(name: str | None) -> list[Any]:

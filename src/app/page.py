@@ -3,7 +3,8 @@
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from .compare_tab import build_compare_tab
 from .controls import Page
 from .device import Device
 from .draw_tab import build_draw_tab
+from .edit_tab import build_edit_tab
 from .places import Places
+from .points_tab import build_points_tab
 
 MOST_UPLOAD = "50mb"
 EVERY_SECONDS = 4.0  # between two looks at the files of the runs
@@ -53,6 +56,8 @@ def build_page(page: Page) -> Any:
         "Draw": build_draw_tab,
         "Compare": build_compare_tab,
         "Between": build_between_tab,
+        "Edit": build_edit_tab,
+        "Points": build_points_tab,
     }
     with gr.Blocks(title="Atelier", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as blocks:
         gr.Markdown("# Atelier")
@@ -65,7 +70,7 @@ def build_page(page: Page) -> Any:
         known = gr.State(("", ()))
         timer = gr.Timer(EVERY_SECONDS)
 
-        def look(state: tuple[str, tuple[str, ...]]) -> list[Any]:
+        def refresh(state: tuple[str, tuple[str, ...]]) -> list[Any]:
             """The gallery and the lists of runs, where they have changed."""
             html, names = render_cards(read_cards(page.places)), tuple(page.places.names())
             if (html, names) == tuple(state):
@@ -75,8 +80,8 @@ def build_page(page: Page) -> Any:
             return [html, (html, names), *lists]
 
         targets = [gallery, known, *(component for component, _ in page.lists)]
-        timer.tick(look, known, targets, show_progress="hidden", concurrency_limit=4)
-        blocks.load(look, known, targets, show_progress="hidden")
+        timer.tick(refresh, known, targets, show_progress="hidden", concurrency_limit=4)
+        blocks.load(refresh, known, targets, show_progress="hidden")
         for update, inputs, outputs in page.loads:
             blocks.load(update, inputs, outputs, show_progress="hidden")
     return blocks
@@ -93,6 +98,7 @@ def check_port(host: str, port: int) -> None:
             raise UserError(f"port {port} of {host} cannot be used ({error.strerror}); give another --port") from None
 
 
+@contextmanager
 def serve(
     places: Places,
     device: torch.device,
@@ -103,10 +109,9 @@ def serve(
     auth: tuple[str, str] | None = None,
     device_word: str | None = None,
     browser: bool = False,
-    wait: bool = True,
-) -> Any:
-    """Serve the page until it is interrupted (or, not `wait`, only start it); gives gradio's Blocks. It listens on the loopback
-    where neither `host` nor GRADIO_SERVER_NAME says another address. A UserError where the port is in use."""
+) -> Iterator[Any]:
+    """The page on a server, as gradio's Blocks, until the block ends. It listens on the loopback where neither `host` nor
+    GRADIO_SERVER_NAME says another address. A UserError where the port is in use."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with needed("the page (app.py)", "gradio"):
         import gradio as gr
@@ -114,10 +119,9 @@ def serve(
     address = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     if port is not None:
         check_port(address, port)
-    with tempfile.TemporaryDirectory(prefix="atelier_app_") as folder:
+    with tempfile.TemporaryDirectory(prefix="atelier_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
-        page = Page(places, Device(device), Path(folder), device_word)
-        blocks = build_page(page)
+        blocks = build_page(Page(places, Device(device), Path(folder), device_word))
         blocks.queue(default_concurrency_limit=1, max_size=64)
         try:
             app, _, _ = blocks.launch(
@@ -137,12 +141,10 @@ def serve(
         except OSError as error:
             raise UserError(f"the page cannot be served: {error}") from None
         add_reports(app, places)
-        if wait:
-            try:
-                blocks.block_thread()
-            finally:
-                blocks.close(verbose=False)
-    return blocks
+        try:
+            yield blocks
+        finally:
+            blocks.close(verbose=False)
 
 
 def add_reports(app: Any, places: Places) -> None:

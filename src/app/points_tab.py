@@ -10,16 +10,18 @@ from torch import Tensor
 
 from .. import figures
 from ..config import UserError, validate
-from ..diffusion import ProcessConfig, build_process
+from ..diffusion import ProcessConfig, build_process, invertible_solvers
 from ..diffusion.mixture import mixture_estimate
 from ..runs.opened import Opened
 from ..sampling import Sampler, SamplerConfig, build_sampler
 from ..sampling.files import write_animation
 from ..sampling.paths import move_points
+from ..sampling.sampler import random_labels
+from ..storage.files import numpy_bytes, write_whole
 from .asking import DrawRequest, command_line, whole
-from .controls import QUEUE, Page, Results, in_one_line, seed_field, show_job, stop_button
+from .controls import QUEUE, Page, ResultFields, in_one_line, seed_field, show_job, stop_button
 from .device import Device
-from .drawing import Drawn, Show
+from .drawing import Result, Show
 from .edit_tab import paint_of
 
 DRAWING = "my drawing"
@@ -66,7 +68,7 @@ def drawn_sampler(density: np.ndarray, spec: SamplerConfig) -> Sampler:
     return Sampler(DrawnDensity(density), process, spec, shape=(2,), num_classes=None)
 
 
-def animate(device: Device, sampler: Sampler, count: int, seed: int, labels: Tensor | None, folder: Path, show: Show) -> Drawn:
+def animate(device: Device, sampler: Sampler, count: int, seed: int, labels: Tensor | None, folder: Path, show: Show) -> Result:
     """Move the points, and write an animation of them into the folder: it lingers at its end."""
     way = move_points(sampler, seed, count, labels, device=device.device).numpy()
     steps, sheets = len(way) - 1, list[Any]()
@@ -75,13 +77,14 @@ def animate(device: Device, sampler: Sampler, count: int, seed: int, labels: Ten
         show((sheets[-1], f"{count} points, step {i} of {steps}") if i % max(1, steps // 12) == 0 else None)
     write_animation(folder / "frames" / "frame_%03d.png", [*sheets, *[sheets[-1]] * FPS], folder / "points.gif", fps=FPS)
     figures.save(sheets[-1], folder / "points.png")
-    files = [folder / "points.gif", folder / "points.png"]
-    return Drawn(files[0], files, f"{count} points, {sampler.calls()} calls")
+    write_whole(folder / "points.npz", numpy_bytes(np.savez, source=way[0], data=way[-1]))
+    files = [folder / "points.gif", folder / "points.png", folder / "points.npz"]
+    return Result(files[0], files, f"{count} points, {sampler.calls()} calls")
 
 
 def move_drawing(
     device: Device, density: np.ndarray, spec: SamplerConfig, count: int, seed: int, folder: Path, show: Show
-) -> Drawn:
+) -> Result:
     """The points of a drawing, and the drawing as a file that train_iadb.py learns from."""
     from PIL import Image
 
@@ -91,13 +94,11 @@ def move_drawing(
     return result._replace(files=[*result.files, folder / "drawing.png"], words=words)
 
 
-def move_run(device: Device, request: DrawRequest, folder: Path, show: Show) -> Drawn:
+def move_run(device: Device, request: DrawRequest, folder: Path, show: Show) -> Result:
     """The points of a run."""
     run = device.open(request.run)
     if isinstance(run, Opened):
         raise UserError(f"{request.run} draws images: go to the tab Draw")
-    from ..sampling.sampler import random_labels
-
     count, labels = request.num_samples or 1, None
     if run.num_classes is not None:
         labels = torch.tensor(random_labels(request.seed, range(count), run.num_classes), device=device.device)
@@ -127,18 +128,16 @@ def build_points_tab(page: Page) -> None:
             )
             source = page.run_list(names, label="Points of", value=DRAWING)
             with gr.Row():
-                count = gr.Number(4000, label="Points", precision=0, minimum=10, maximum=MOST_POINTS, min_width=90)
+                count = gr.Number(3000, label="Points", precision=0, minimum=10, maximum=MOST_POINTS, min_width=90)
                 seed = seed_field()
             with gr.Row():
-                solver = gr.Dropdown(
-                    ["euler", "midpoint", "heun", "rk4", "dpmpp_2m"], value="euler", label="Solver", min_width=120
-                )
-                steps = gr.Number(40, label="Steps", precision=0, minimum=1, maximum=200, min_width=90)
+                solver = gr.Dropdown(invertible_solvers(), value="euler", label="Solver", min_width=120)
+                steps = gr.Number(30, label="Steps", precision=0, minimum=1, maximum=200, min_width=90)
             with gr.Row():
                 move = gr.Button("Move", variant="primary", min_width=120, elem_id="points-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = Results.build("Moving points")
+            results = ResultFields.build("Moving points")
 
     @in_one_line
     def handle(drawing: Any, name: str | None, count: Any, seed: Any, solver: str, steps: Any) -> Iterator[list[Any]]:
@@ -146,21 +145,21 @@ def build_points_tab(page: Page) -> None:
         number, at = whole(count, "points", 10, MOST_POINTS), whole(seed, "seed", 0, 2**53 - 1)
         with page.job_folder() as folder:
             if name == DRAWING:
-                density, job = drawing_of(drawing), None
+                density = drawing_of(drawing)
                 command = command_line("train_iadb.py", [*TRAIN, "--set", "data.path=drawing.png", "--run-dir", "runs/drawing"])
 
-                def job(show: Show) -> Drawn:
+                def move_them(show: Show) -> Result:
                     return move_drawing(page.device, density, spec, number, at, folder, show)
             else:
                 request = DrawRequest(run=page.places.place(name), spec=spec, num_samples=number, seed=at, frames=True)
                 words = [word for word in request.words if word not in ("--batch-size", "16")]
                 command = command_line("sample.py", words)
 
-                def job(show: Show) -> Drawn:
+                def move_them(show: Show) -> Result:
                     return move_run(page.device, request, folder, show)
 
             yield results.begin
-            yield from show_job(page.stream(job), command)
+            yield from show_job(page.stream(move_them), command)
 
-    event = move.click(handle, [editor, source, count, seed, solver, steps], list(results), **QUEUE)
+    event = move.click(handle, [editor, source, count, seed, solver, steps], list(results), api_name="points", **QUEUE)
     stop.click(None, cancels=[event], queue=False)
