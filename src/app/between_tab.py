@@ -104,7 +104,7 @@ def read_way(
     *sampler: Any,
 ) -> Way:
     """What the fields of the tab ask for."""
-    path, names = page.places.place(run, checkpoint), page.places.facts(run).class_names
+    path, names = page.places.place(run, checkpoint), page.facts(run).class_names
     if len(classes or []) > 2:
         raise UserError("choose one class, or two: that of the first image and that of the last")
     seeds = whole(first, "first seed", 0, 2**53 - 1), whole(second, "second seed", 0, 2**53 - 1)

@@ -46,7 +46,7 @@ def read_panels(
     number, at = whole(count, "images", 1, 16), whole(seed, "seed", 0, 2**53 - 1)
     for word in runs:
         name, _, checkpoint = word.partition(" @ ")
-        path, names = page.places.place(name, checkpoint or None), page.places.facts(name).class_names
+        path, names = page.places.place(name, checkpoint or None), page.facts(name).class_names
         chosen = [part.strip() for part in (classes or "").split(",") if part.strip()]
         dealt = join_classes(chosen, names)
         images = divisible(number, dealt, names)

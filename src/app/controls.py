@@ -20,7 +20,7 @@ from ..sampling import SamplerConfig
 from .asking import whole
 from .device import Device, Stopped, stream
 from .drawing import MOST_IMAGES, MOST_STEPS
-from .places import NEWEST, Places
+from .places import NEWEST, Facts, Places, kind_of_run
 
 QUEUE = {"concurrency_limit": 1, "concurrency_id": "device", "show_progress": "minimal"}  # of events that draw
 
@@ -71,13 +71,21 @@ class Page:
         """The names of the runs of these kinds; those whose kind only opening tells are among them."""
         return [name for name in self.places.names() if self.places.facts(name).kind in (*kinds, "export", "hub")]
 
+    def facts(self, name: str | None) -> Facts:
+        """The facts of a run of the page; of an export, or a run of the hub, those that opening it tells."""
+        facts = self.places.facts(name)
+        run = self.device.peek(name) if name is not None and facts.kind in ("export", "hub") else None
+        if run is None:
+            return facts
+        return Facts(run.config, run.class_names if run.num_classes is not None else (), kind_of_run(run.config))
+
     def run_list(self, names: Callable[[], list[str]], *, may_be_empty: bool = False, **options: Any) -> Any:
-        """A field that lists runs, which grows as new ones appear."""
+        """A field that lists runs, which grows as new ones appear. It takes any text, so that a run that is gone has a line."""
         import gradio as gr
 
         now = names()
         value = None if may_be_empty or not now else now[0]
-        field_ = gr.Dropdown(choices=now, value=options.pop("value", value), **options)
+        field_ = gr.Dropdown(choices=now, value=options.pop("value", value), allow_custom_value=True, **options)
         self.lists.append((field_, names))
         return field_
 
@@ -126,7 +134,6 @@ class SamplerFields(NamedTuple):
                 label="Autoguidance by",
                 info="a smaller or less trained run, or the width of an average of this one; empty: by the class",
                 may_be_empty=True,
-                allow_custom_value=True,
                 min_width=160,
             )
         return SamplerFields(solver, steps, spacing, guidance, guide)
@@ -159,8 +166,7 @@ class RunFields(NamedTuple):
             checkpoint = gr.Dropdown([NEWEST], value=NEWEST, label="Weights", min_width=120)
 
         def list_checkpoints(name: str | None) -> Any:
-            found_steps = page.places.checkpoints(name) if name else [NEWEST]
-            return gr.update(choices=found_steps, value=NEWEST)
+            return gr.update(choices=page.places.checkpoints(name), value=NEWEST)
 
         page.on_run(run, list_checkpoints, checkpoint)
         return RunFields(run, checkpoint)
@@ -170,7 +176,7 @@ def list_classes(page: Page, name: str | None) -> Any:
     """An update of the field of classes for a run: hidden where the run has none."""
     import gradio as gr
 
-    names = page.places.facts(name).class_names
+    names = page.facts(name).class_names
     return gr.update(choices=list(names), value=[], visible=bool(names))
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..config import UserError
 from ..runs.opened import Run, open_run
 
 OPEN_RUNS = 3  # at most so many stay in memory
@@ -23,8 +24,11 @@ class Stopped(Exception):
 
 
 def stamp_of(path: str) -> tuple[tuple[str, int], ...]:
-    """What changes when the weights of a run do: when its manifests were written, or its file."""
+    """What changes when the weights of a run do: when its manifests were written, or its file. A run of the hub stays the same
+    while the page is open."""
     place = Path(path)
+    if not place.exists() and path.count("/") == 1:  # the page asks for no run of this machine that is gone
+        return ((path, 0),)
     if place.is_file():
         return ((path, place.stat().st_mtime_ns),)
     manifests = [*place.glob("MANIFEST.json"), *place.glob("final/MANIFEST.json"), *place.glob("checkpoints/*/MANIFEST.json")]
@@ -67,6 +71,18 @@ class Device:
             self.runs[path] = stamp, run
         self.runs.move_to_end(path)
         return run
+
+    def peek(self, path: str) -> Run | None:
+        """The run where it can be opened and no job has the device, which would take long to wait for."""
+        if not self.lock.acquire(blocking=False):
+            return self.runs[path][1] if path in self.runs else None
+        try:
+            return self.open(path)
+        except UserError:
+            return None
+        finally:
+            torch.set_num_threads(self.threads)
+            self.lock.release()
 
 
 def stream(device: Device, job: Callable[[Callable[[Any], None]], T]) -> Iterator[Any]:

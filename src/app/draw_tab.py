@@ -36,7 +36,7 @@ def read_request(
 ) -> DrawRequest:
     """What the fields of the tab ask for. Images are dealt to the classes in equal blocks, so there may be a few more than
     asked for."""
-    path, names = page.places.place(run, checkpoint), page.places.facts(run).class_names
+    path, names = page.places.place(run, checkpoint), page.facts(run).class_names
     words = join_classes(classes or [], names, shares)
     number = divisible(whole(count, "images", 1, MOST_IMAGES), words, names)
     return DrawRequest(

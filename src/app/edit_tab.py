@@ -86,7 +86,7 @@ def read_edit(
 ) -> DrawRequest:
     """What the fields of the tab ask for; the image and the mask become files of the folder. `strength` is the share of the
     steps that an unpainted image is drawn by; what is painted over is drawn by all of them."""
-    path, facts = page.places.place(run, checkpoint), page.places.facts(run)
+    path, facts = page.places.place(run, checkpoint), page.facts(run)
     words, spec = join_classes(classes or [], facts.class_names), read_sampler(page, *sampler)
     image, mask = save_image(editor, folder)
     number = divisible(whole(count, "images", 1, 16), words, facts.class_names)
@@ -177,7 +177,7 @@ def build_edit_tab(page: Page) -> None:
     stop.click(None, cancels=[event], queue=False)
 
     def show_fields(name: str | None) -> list[Any]:
-        condition = page.places.facts(name).condition
+        condition = page.facts(name).condition
         is_given = condition is not None
         shown = [gr.update(visible=not is_given), gr.update(visible=not is_given), gr.update(visible=is_given)]
         return [HINTS.get(condition, HINTS[None]), *shown]

@@ -114,7 +114,7 @@ def serve(
     GRADIO_SERVER_NAME says another address. A UserError where the port is in use."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with needed("the page (app.py)", "gradio"):
-        import gradio as gr
+        from gradio.themes import Default
 
     address = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     if port is not None:
@@ -134,7 +134,7 @@ def serve(
                 show_error=False,
                 max_file_size=MOST_UPLOAD,
                 footer_links=[],
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
                 css=STYLE,
                 ssr_mode=False,
             )

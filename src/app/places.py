@@ -87,8 +87,10 @@ class Places:
             return path.suffix == ".pt"
         return any((path / name / "config.json").is_file() for name in (".", "final")) and kind_of_entry(path) != "other"
 
-    def checkpoints(self, name: str) -> list[str]:
+    def checkpoints(self, name: str | None) -> list[str]:
         """What of a run can be drawn from: `newest`, its checkpoints and its post-hoc averages, as its folders are named."""
+        if not name or name not in self.names():
+            return [NEWEST]
         run = Path(name)
         steps = [path.name for path in sorted(run.glob("checkpoints/step_*"), reverse=True) if path.is_dir()]
         widths = [path.name for path in sorted(run.glob("ema/width_*")) if path.is_dir()]
@@ -99,14 +101,13 @@ class Places:
         none of `names`, and for a run that is gone."""
         if not name:
             raise UserError("choose a run; there is none below runs/ or models/ yet if the list is empty")
-        names, steps = self.names(), self.checkpoints(name) if name in self.names() else [NEWEST]
-        if name not in names:
+        if name not in self.names():
             is_inside = any(re.fullmatch(rf"{re.escape(root)}/[^/\\]+", name) for root in self.roots) and ".." not in name
             reason = "is gone; choose another" if is_inside else "is none of the runs on this page; choose one of the list"
             raise UserError(f"the run {printable(name)} {reason}")
         if not checkpoint or checkpoint == NEWEST:
             return name
-        if checkpoint not in steps:
+        if checkpoint not in self.checkpoints(name):
             raise UserError(f"{printable(name)} has no {printable(checkpoint)} any more; choose another checkpoint")
         folder = "ema" if checkpoint.startswith("width_") else "checkpoints"
         return f"{name}/{folder}/{checkpoint}"

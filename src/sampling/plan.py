@@ -3,8 +3,9 @@
 import argparse
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from .edit import Edit, files_of, fingerprint, load_edit
 from .sampler import Sampler, random_labels
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """What `write_samples` is given of what is asked for: the number of images, their labels (None without classes) and the
     names of all classes, what is kept of an image, and what the network is told of the images that it draws from. `request` is
     what else the samples depend on."""
@@ -32,7 +34,7 @@ class Plan(NamedTuple):
     @property
     def job(self) -> dict[str, Any]:
         """The same as arguments of `write_samples`, without the request."""
-        return {key: value for key, value in self._asdict().items() if key != "request"}
+        return {key.name: getattr(self, key.name) for key in fields(self) if key.name != "request"}
 
 
 def plan_samples(
