@@ -22,7 +22,7 @@ MODULES = {
     "prepare_data": 103,
     "convert": 76,
     "doctor": 124,
-    "app": 95,
+    "app": 98,
 }
 TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
 HEAVY = {

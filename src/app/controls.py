@@ -243,3 +243,19 @@ def stop_button() -> Any:
     import gradio as gr
 
     return gr.Button("Stop", variant="stop", min_width=80)
+
+
+def refuse_other_files(field_: Any) -> None:
+    """Let a field of images say in one line that a file is no image."""
+    import gradio as gr
+
+    convert = field_.preprocess
+
+    def preprocess(payload: Any) -> Any:
+        try:
+            return convert(payload)
+        except Exception as error:  # whatever a file makes of its decoder
+            reason = str(error).partition("<")[0].partition("'/")[0].strip() or type(error).__name__
+            raise gr.Error(f"that file is no image that can be read ({reason})", print_exception=False) from None
+
+    field_.preprocess = preprocess

@@ -18,6 +18,7 @@ from .controls import (
     in_one_line,
     list_classes,
     read_sampler,
+    refuse_other_files,
     seed_field,
     show_job,
     stop_button,
@@ -184,19 +185,3 @@ def build_edit_tab(page: Page) -> None:
 
     page.on_run(fields.run, show_fields, [hint, strength, resamplings, by_image])
     page.on_run(fields.run, lambda name: list_classes(page, name), classes)
-
-
-def refuse_other_files(editor: Any) -> None:
-    """Let the editor say in one line that a file is no image."""
-    import gradio as gr
-
-    convert = editor.preprocess
-
-    def preprocess(payload: Any) -> Any:
-        try:
-            return convert(payload)
-        except Exception as error:  # whatever a file makes of its decoder
-            reason = str(error).partition("<")[0].partition("'/")[0].strip() or type(error).__name__
-            raise gr.Error(f"that file is no image that can be read ({reason})", print_exception=False) from None
-
-    editor.preprocess = preprocess

@@ -113,12 +113,13 @@ def serve(
     """The page on a server, as gradio's Blocks, until the block ends. It listens on the loopback where neither `host` nor
     GRADIO_SERVER_NAME says another address. A UserError where the port is in use."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    with needed("the page (app.py)", "gradio"):
-        from gradio.themes import Default
-
     address = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     if port is not None:
         check_port(address, port)
+    with needed("the page (app.py)", "gradio"):
+        from gradio.exceptions import ServerFailedToStartError
+        from gradio.themes import Default
+
     with tempfile.TemporaryDirectory(prefix="atelier_app_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
         blocks = build_page(Page(places, Device(device), Path(folder), device_word))
@@ -138,7 +139,7 @@ def serve(
                 css=STYLE,
                 ssr_mode=False,
             )
-        except OSError as error:
+        except (OSError, ServerFailedToStartError) as error:
             raise UserError(f"the page cannot be served: {error}") from None
         add_reports(app, places)
         try:

@@ -1,10 +1,17 @@
 """A place with runs, as a person has it after some training: below runs/, and models/."""
 
+import asyncio
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from src.app.page import serve
+from src.app.places import Places
 from tests.conftest import run_in_process
 
 
@@ -12,6 +19,27 @@ def train(script: str, config: str, run: Path, *settings: str) -> None:
     words = [word for setting in settings for word in ("--set", setting)]
     done = run_in_process(f"{script}.py", "-cfg", config, "--run-dir", run, *words)
     assert done.status == 0, done.all
+
+
+@contextmanager
+def served(**options: Any) -> Iterator[Any]:
+    """The page of the working directory on a server, as gradio's Blocks. gradio makes event loops that it never closes."""
+    loops, make_loop = list[asyncio.AbstractEventLoop](), asyncio.new_event_loop
+
+    def recorded() -> asyncio.AbstractEventLoop:
+        loops.append(make_loop())
+        return loops[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", recorded)
+        try:
+            with serve(Places(), torch.device("cpu"), **options) as page:
+                yield page
+        finally:
+            asyncio.set_event_loop(None)
+            for loop in loops:
+                if not loop.is_running():
+                    loop.close()
 
 
 @pytest.fixture(scope="session")

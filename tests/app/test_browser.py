@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from src.app.page import serve
-from src.app.places import Places
+from tests.app.conftest import served
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -53,7 +51,7 @@ def browser() -> Iterator[Any]:
 def address(workplace: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
-        with serve(Places(), torch.device("cpu")) as page:
+        with served() as page:
             yield page.local_url
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from src.app.asking import DrawRequest
-from src.app.between_tab import Way, draw_between, read_way
+from src.app.between_tab import Way, copy_images, draw_between, read_way
 from src.app.compare_tab import list_weights, parse_sweep, read_panels
 from src.app.controls import Page, explain, in_one_line, read_sampler, show_job
 from src.app.device import OPEN_RUNS, Device, Stopped, stamp_of, stream
@@ -122,7 +122,7 @@ def test_an_edit_is_the_same(run: str, painted: bool, page: Page, place: Path, t
 
 
 def test_an_animation_is_the_same(page: Page, place: Path, tmp_path: Path) -> None:
-    way = read_way(page, "runs/shapes", None, 0, 1, ["cross", "circle"], 5, True, *SAMPLER)
+    way = read_way(page, "runs/shapes", None, 0, 1, ["cross", "circle"], 5, True, (None, None), *SAMPLER)
     assert way == Way("runs/shapes", validate(SamplerConfig, {"steps": 3}), (0, 1), "cross/circle", 5, True)
     shown = list[Any]()
     result = draw_between(page.device, way, tmp_path / "ours", shown.append)
@@ -132,11 +132,31 @@ def test_an_animation_is_the_same(page: Page, place: Path, tmp_path: Path) -> No
     )
     assert ours == theirs and len(ours) == 10 and shown[-1][1] == "10 of 10 frames"
     assert [path.name for path in result.files][:1] == ["animation.gif"] and result.files[-1].name == "images.zip"
-    assert read_way(page, "runs/shapes", None, 0, 1, [], 5, False, *SAMPLER).words[-4:] == ["--solver", "ddim", "--steps", "3"]
+    assert read_way(page, "runs/shapes", None, 0, 1, [], 5, False, (), *SAMPLER).words[-4:] == [
+        "--solver",
+        "ddim",
+        "--steps",
+        "3",
+    ]
     with pytest.raises(UserError, match="choose one class, or two"):
-        read_way(page, "runs/shapes", None, 0, 1, ["cross"] * 3, 5, True, *SAMPLER)
+        read_way(page, "runs/shapes", None, 0, 1, ["cross"] * 3, 5, True, (), *SAMPLER)
+    with pytest.raises(UserError, match="give two images, or none"):
+        read_way(page, "runs/shapes", None, 0, 1, [], 5, True, ("x.png", None), *SAMPLER)
     with pytest.raises(UserError, match="does not draw images from noise"):
         draw_between(page.device, way._replace(run="runs/larger"), tmp_path / "larger", shown.append)
+
+
+def test_an_animation_between_images_is_the_same(page: Page, place: Path, tmp_path: Path) -> None:
+    samples = sorted((place / "runs" / "shapes" / "samples").glob("*.png"))
+    way = read_way(page, "runs/shapes", None, 7, 8, [], 2, False, (str(samples[0]), str(samples[-1])), *SAMPLER)
+    short, files = copy_images(way, tmp_path)
+    assert short.images == ("first.png", "second.png") and files[1].read_bytes() == samples[-1].read_bytes()
+    result = draw_between(page.device, way, tmp_path / "ours", lambda _: None)
+    short = short._replace(images=tuple(map(str, files)))
+    run_here("interpolate", *short.words, "--device", "cpu", "--out", tmp_path / "theirs", cwd=place)
+    ours, theirs = (sorted((tmp_path / name).glob("frames/*.png")) for name in ("ours", "theirs"))
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs] and len(ours) == 3
+    assert result.words.startswith("3 frames of runs/shapes")
 
 
 def test_panels_are_the_images_of_their_settings(page: Page, tmp_path: Path) -> None:
@@ -151,7 +171,9 @@ def test_panels_are_the_images_of_their_settings(page: Page, tmp_path: Path) -> 
     assert [path.read_bytes() for path in sorted(panel.glob("0*.png"))] == [
         path.read_bytes() for path in sorted((tmp_path / "single").glob("0*.png"))
     ]
-    assert result.words == "2 panels of the same seed, 4 images" and Image.open(result.sheet).width > 2 * 128
+    assert result.words == "2 panels of the same seed, 4 images"
+    with Image.open(result.sheet) as sheet:
+        assert sheet.width > 2 * 128
     with zipfile.ZipFile(result.files[1]) as file:
         assert file.namelist() == ["01/00000.png", "01/00001.png", "02/00000.png", "02/00001.png"]
     assert single.sheet.exists()

@@ -22,11 +22,12 @@ import torch
 
 from src.app.controls import Page
 from src.app.device import Device
-from src.app.page import MOST_UPLOAD, build_page, check_port, serve
+from src.app.page import MOST_UPLOAD, build_page, check_port
 from src.app.places import Places
 from src.app.space import PACKAGES, render_card, write_space
 from src.config import UserError
 from src.runs.opened import open_run
+from tests.app.conftest import served
 from tests.conftest import ROOT, environment, launch, one_line, refused
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
@@ -42,7 +43,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def address(place: Path) -> Iterator[str]:
-    with serve(Places(), CPU) as page:
+    with served() as page:
         yield page.local_url.rstrip("/")
 
 
@@ -135,7 +136,7 @@ def test_a_run_that_vanishes_while_the_page_is_open(workplace: Path, tmp_path: P
     for name in ("shapes", "other"):
         shutil.copytree(workplace / "runs" / "shapes", tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
-    with serve(Places(), CPU) as page:
+    with served() as page:
         address = page.local_url.rstrip("/")
         shutil.rmtree(tmp_path / "runs" / "other")
         values = ("newest", [], "", 2, 0, "", False, None, "ddim", 2, "even", 1, None)
@@ -145,7 +146,7 @@ def test_a_run_that_vanishes_while_the_page_is_open(workplace: Path, tmp_path: P
 
 
 def test_visitors_log_in(place: Path) -> None:
-    with serve(Places(), CPU, auth=("ada", "secret")) as page:
+    with served(auth=("ada", "secret")) as page:
         address = page.local_url.rstrip("/")
         assert get(f"{address}/report/runs/shapes") == (401, "log in first") and get(f"{address}/config")[0] == 401
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
@@ -167,6 +168,14 @@ def test_a_port_in_use(place: Path) -> None:
     check_port("127.0.0.1", port)
     with pytest.raises(UserError, match="cannot be used"):
         check_port("203.0.113.7", port)
+
+
+def test_without_gradio(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"^the page \(app.py\) needs the package gradio: pip install gradio$"), served():
+        pass
+    with pytest.raises(UserError, match="a Space .* needs the package gradio"):
+        write_space(Path("x"), "runs/shapes", CPU)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +234,13 @@ def test_a_space_starts_as_it_is(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_space_of_a_checkpoint_or_an_export_has_one_file_of_weights(place: Path, tmp_path: Path) -> None:
-    for run, name in (("runs/shapes/checkpoints/step_00000020", "shapes.pt"), ("models/shapes.pt", "shapes.pt")):
-        out = tmp_path / name / run.split("/")[0]
+    for run in ("runs/shapes/checkpoints/step_00000020", "models/shapes.pt"):
+        out = tmp_path / run.split("/")[0]
         write_space(out, run, CPU)
-        assert open_run(out / "models" / name, CPU).digest == open_run(run, CPU).digest
-        assert not (out / "runs").exists()
+        exported, ours = (open_run(path, CPU) for path in (out / "models" / "shapes.pt", run))
+        for key, value in ours.network.state_dict().items():
+            assert torch.equal(exported.network.state_dict()[key], value)
+        assert exported.step == ours.step and not (out / "runs").exists()
     write_space(tmp_path / "points", "runs/points", CPU)
     opened = open_run(tmp_path / "points" / "runs" / "points", CPU)
     card = render_card(opened, 'a "name": b')
