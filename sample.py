@@ -3,9 +3,7 @@
 
 import src.threads  # noqa: F401 (before torch, which reads it at its start)
 import argparse
-import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,11 +16,12 @@ from src.runtime.launch import start_sampling
 from src.runtime.processes import ranks_of
 from src.sampling import SamplerConfig, build_sampler
 from src.sampling.cascade import open_upsampler, sampler_of, write_larger
-from src.sampling.conditions import add_condition_arguments, check_conditions, read_given
+from src.sampling.conditions import add_condition_arguments, check_conditions
 from src.sampling.config import SAMPLER_KEYS, SIZE_HELP, add_arguments, count_for_classes, sampler_config, without_newer
-from src.sampling.edit import at_size, files_of, fingerprint, load_edit, no_start, start_from_images
+from src.sampling.edit import at_size, files_of, fingerprint, no_start, start_from_images
 from src.sampling.files import remove_if_empty, short_hash, write_samples
 from src.sampling.paths import write_inversions, write_points
+from src.sampling.plan import plan_samples
 from src.sampling.sampler import describe, random_labels
 from src.sampling.upscaling import open_upscaler, upscale_folder
 
@@ -153,32 +152,8 @@ def main() -> None:
     classifier = open_classifier(args.classifier, device) if args.classifier is not None else None
     source = start_from_images(opened, args.source) if args.source is not None else None
     sampler = build_sampler(opened, spec, classifier, source=source, condition_guidance=args.condition_guidance)
-    known = classifier.class_names if classifier is not None else ()
-    class_names = opened.class_names if opened.num_classes is not None else known
-    values, conditioned, labels, request = read_given(opened, args)
-    if args.size is not None or opened.buckets:
-        request["size"] = list(opened.image.sides)
-    if args.source is not None:
-        files = files_of(args.source)
-        args.num_samples, request["source"] = args.num_samples or len(files), fingerprint(files)
-    args.num_samples = args.num_samples or count_for_classes(16, args.classes, class_names)
-    if args.classes is not None:
-        labels = opened.labels(args.classes, args.num_samples, class_names)
-    elif labels is not None and opened.num_classes is not None:
-        labels = labels[: args.num_samples]
-    elif conditioned is not None and opened.num_classes is not None and classifier is None:
-        opened.no_class()  # nobody knows the class of what is drawn from a given image
-    elif opened.num_classes is not None or classifier is not None:
-        labels = random_labels(args.seed, range(args.num_samples), len(class_names))
-    edit = None
-    if args.image is not None:
-        keep = {"start_at": args.start_at, "resamplings": args.resamplings}
-        edit = load_edit(opened, args.image, args.mask, steps=sampler.steps, **keep)
-        files = {key: hashlib.sha256(Path(getattr(args, key)).read_bytes()).hexdigest() for key in ("image", "mask")
-                 if getattr(args, key) is not None}  # fmt: skip
-        request["edit"] = {**files, **keep}
-    if classifier is not None:
-        request["classifier"] = classifier.digest
+    plan = plan_samples(opened, sampler, args, classifier)
+    labels, class_names, request = plan.labels, plan.class_names, plan.request
     if upscaler is not None:
         request["upscaler"] = upscaler.digest
 
@@ -187,8 +162,7 @@ def main() -> None:
     tag = short_hash(opened.digest, args.num_samples, args.batch_size, labels, words, request)
     name = f"{args.solver}{sampler.steps}_guidance{args.guidance:g}_seed{args.seed}_{tag}"
     out = Path(args.out or f"samples/{opened.folder}/{name}")
-    job: dict[str, Any] = {"count": args.num_samples, "labels": labels, "class_names": class_names, "edit": edit}
-    job |= {"condition": values, "conditioned": conditioned, "upscale": upscaler.upscale if upscaler is not None else None}
+    job = {**plan.job, "upscale": upscaler.upscale if upscaler is not None else None}
     job |= {key: getattr(args, key) for key in ("batch_size", "seed", "frames", "npz")}
     with remove_if_empty(out, state.process_index), explain_out_of_memory(args.batch_size, args.batch_size, key="--batch-size"):
         write_samples(opened, sampler, out, **job, device=device, ranks=ranks_of(state), request=request)
@@ -197,7 +171,7 @@ def main() -> None:
             options = {"class_names": names, "level": args.condition_noise, "seed": args.seed, "batch_size": args.batch_size}
             write_larger(larger, sampler_of(larger, spec), out, device=device, ranks=ranks_of(state), **options)
     if state.is_main_process:
-        calls, processes = sampler.calls(edit), state.num_processes
+        calls, processes = sampler.calls(plan.edit), state.num_processes
         print(
             f"{args.num_samples} images of {opened.path} (step {opened.step}), {calls} network calls a batch, "
             f"{processes} process(es)\n  {out}"
@@ -206,7 +180,7 @@ def main() -> None:
             print("  --guide-with changed nothing, since --guidance was 1: give --guidance 2")
         if larger is not None:
             print(f"  {out}/larger: the same, {describe_size(larger.image.sides)}, by {larger.path} (step {larger.step})")
-        beside = {"side_by_side.png": conditioned is not None, "ways.png": sampler.source is not None}
+        beside = {"side_by_side.png": plan.conditioned is not None, "ways.png": sampler.source is not None}
         wanted = {"grid.png": True, "denoising.gif": args.frames, "upscaled": args.upscale, "samples_*.npz": args.npz}
         for name, is_wanted in {**wanted, **beside}.items():
             if is_wanted and any(out.glob(name)):

@@ -33,6 +33,7 @@ LAYERS = (
     "training",
     "doctor",
     "interop",
+    "app",
 )
 
 # Names that say nothing of what they hold, or that the field calls otherwise. No variable, argument, function or class has one.

@@ -34,7 +34,7 @@ import train_vae
 
 WITH_ACCELERATE = house.LAYERS[house.LAYERS.index("runtime") :]
 TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
-SCRIPTS = (*TRAINING, "sample", "interpolate", "evaluate", "posthoc_ema", "prepare_data", "convert", "doctor")
+SCRIPTS = (*TRAINING, "sample", "interpolate", "evaluate", "posthoc_ema", "prepare_data", "convert", "doctor", "app")
 HEAVY = {
     "datasets",
     "diffusers",
@@ -48,6 +48,8 @@ HEAVY = {
     "efficientnet_lite_pytorch",
     "spandrel",
     "imageio_ffmpeg",
+    "gradio",
+    "fastapi",
 }
 
 

@@ -22,6 +22,7 @@ MODULES = {
     "prepare_data": 103,
     "convert": 76,
     "doctor": 124,
+    "app": 98,
 }
 TRAINING = ("train_vae", "train_ldm", "ddpm_accelerate", "train_iadb", "train_classifier")
 HEAVY = {
@@ -30,7 +31,9 @@ HEAVY = {
     "datasets",
     "diffusers",
     "efficientnet_lite_pytorch",
+    "fastapi",
     "google.cloud",
+    "gradio",
     "huggingface_hub",
     "imageio_ffmpeg",
     "lpips",

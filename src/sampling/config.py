@@ -183,3 +183,26 @@ def sampler_config(args: argparse.Namespace) -> SamplerConfig:
     keys = {name: getattr(args, name) for name in SAMPLER_KEYS} | {"steps": parse_steps(args.steps)}
     base = keys.pop("shift_base")
     return validate(SamplerConfig, keys | {"shift": {"base": base} if base is not None else None}, origin="arguments")
+
+
+def sampler_words(spec: SamplerConfig) -> list[str]:
+    """The arguments of the command line that ask for this sampler: what `sampler_config` makes of them is `spec`. Solver and
+    steps are always among them, the others where they are not the default."""
+    default = SamplerConfig()
+    words = ["--solver", spec.solver, "--steps", _comma_separated(spec.steps)]
+    for key in dataclasses.fields(SamplerConfig):
+        value, option = getattr(spec, key.name), f"--{key.name.replace('_', '-')}"
+        if key.name in ("solver", "steps") or value == getattr(default, key.name):
+            continue
+        if isinstance(value, TimeShift):
+            words += ["--shift-base", str(value.base)]
+        elif key.name == "guidance_interval":
+            words += [option, *map(str, value)]
+        else:
+            words += [option, _comma_separated(value)]
+    return words
+
+
+def _comma_separated(value: Any) -> str:
+    """A number, a word, or a sequence of numbers as an argument."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

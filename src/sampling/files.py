@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from .. import figures
 from ..config import UserError
 from ..config.progress import Progress
 from ..diffusion import Prediction
+from ..diffusion.solvers import Callback
 from ..runs.opened import Opened
 from ..runtime.failures import explain_failure, warn_on_failure
 from ..storage.blocks import Ranks, is_of_request, wait_for
@@ -132,6 +133,14 @@ def _batches_by_shape(shapes: Sequence[tuple[int, ...]], count: int, size: int) 
 Frame = tuple[int, figures.Pixels, figures.Pixels]  # step, x_t, the estimate of x0
 
 
+class Watcher(Protocol):
+    """What sees a batch on its way: each step of the solver, as a callback, and at the end the images (B, C, H, W)."""
+
+    def __call__(self, step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None: ...
+
+    def finish(self, images: Tensor) -> None: ...
+
+
 class Frames:
     """A callback that keeps at most 60 frames of the images `chosen` of a batch."""
 
@@ -164,6 +173,16 @@ class Frames:
         return figures.in_a_row([ImageOps.expand(sheet, (0, tall - sheet.height, 0, 0), "white") for sheet in sheets])
 
 
+def _call_each(watchers: Sequence[Watcher]) -> Callback:
+    """The callback that calls each of them."""
+
+    def callback(step: int, t: Tensor, x_t: Tensor, prediction: Prediction) -> None:
+        for watcher in watchers:
+            watcher(step, t, x_t, prediction)
+
+    return callback
+
+
 def write_samples(
     opened: Opened,
     sampler: Sampler,
@@ -183,6 +202,7 @@ def write_samples(
     upscale: Callable[[Tensor], Tensor] | None = None,
     npz: bool = False,
     request: dict[str, Any] | None = None,
+    watch: Callable[[Sequence[int], Sampler], Watcher] | None = None,
 ) -> list[Path]:
     """Draw `count` images into `out`: PNGs, metadata.json, grid.png, and with `frames` the denoising GIF. Gives their paths.
 
@@ -190,6 +210,7 @@ def write_samples(
     that guided-diffusion's evaluator reads. What is drawn from the `condition`, (k, h, w) of each, is also shown beside what it
     is made of, `conditioned`, each of which stands for as many images in a row, in side_by_side.png. Of a run on images of
     several shapes, each image has the shape of its condition. `request` is what else they depend on.
+    `watch` makes, of the numbers of a batch's images and its sampler, what sees that batch on its way.
     Files that are there already stay; a folder with other images is a UserError.
     """
     shapes = [(sampler.shape[0], *each.shape[1:]) for each in condition or ()] if opened.buckets else []
@@ -216,22 +237,25 @@ def write_samples(
     large = [out / "upscaled" / path.name for path in paths] if upscale is not None else paths
     watched: Frames | None = None
     for batch in _deal(_batches_by_shape(shapes, count, batch_size), ranks, "sampling", "images"):
-        callback, files, larger = None, [paths[i] for i in batch], [large[i] for i in batch]
+        files, larger = [paths[i] for i in batch], [large[i] for i in batch]
+        watchers = list[Watcher]()
         if frames and batch[0] == 0 and not (out / "denoising.gif").exists():  # rank 0 has this batch
             shown = min(20, len(batch))  # spread over the batch, so that every class is among them
-            callback = watched = Frames([i * len(batch) // shown for i in range(shown)], sampler)
-        if callback is None and all(path.exists() for path in (*files, *larger)):
+            watched = Frames([i * len(batch) // shown for i in range(shown)], sampler)
+            watchers.append(watched)
+        if not watchers and all(path.exists() for path in (*files, *larger)):
             continue
         classes = [labels[i] for i in batch] if labels is not None else None
-        options = {"callback": callback, "batch_size": batch_size, "edit": edit}
-        options["condition"] = torch.stack([condition[i] for i in batch]) if condition is not None else None
         shaped = sampler.at_shape(shapes[batch[0]]) if shapes else sampler
+        watchers += [watch(batch, shaped)] if watch is not None else []
+        options = {"callback": _call_each(watchers) if watchers else None, "batch_size": batch_size, "edit": edit}
+        options["condition"] = torch.stack([condition[i] for i in batch]) if condition is not None else None
         x = shaped.draw(seed, batch, classes, device=device, **options)
         if upscale is not None:
             save_missing(figures.to_uint8(upscale(x)), larger)
         save_missing(figures.to_uint8(x), files)
-        if callback is not None:
-            callback.finish(x)
+        for watcher in watchers:
+            watcher.finish(x)
     ranks.barrier()
     if ranks.rank == 0:
         wait_for(paths)

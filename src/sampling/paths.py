@@ -1,6 +1,6 @@
 """Paths between source and data: frames from one image to the next, images inverted, plots of 2-D points on their way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,12 +87,14 @@ def write_frames(
     batch_size: int,
     device: torch.device,
     ranks: Ranks,
+    watch: Callable[[list[Path]], None] | None = None,
 ) -> list[Path]:
     """Draw the frames at `places` between the keys into `folder`, whole batches dealt to ranks; frames that are there already
     stay. The keys start from `starts` (K, *shape) on the CPU and have the classes `labels`; the highest number is no class.
 
     Where the solver draws noise at each step, it is that of image 0 of `seed` in all frames, so that nothing flickers. Between
-    two images of a source that is no noise, frames start from points on a straight line. Gives the frames' paths.
+    two images of a source that is no noise, frames start from points on a straight line. Gives the frames' paths. `watch` is
+    given those that are there, after each batch.
     """
     paths = [folder / f"frame_{i:05d}.png" for i in range(len(places))]
     for batch in deal_batches(range(len(paths)), batch_size, ranks, "drawing frames", unit="frames"):
@@ -109,6 +111,8 @@ def write_frames(
         x = (slerp if opened.gaussian else straight)(before, after, weight).to(device, sampler.dtype)
         x = sampler.move(x, classes, seed=seed, indices=[0] * batch_size)
         save_missing(_enlarged(sampler.decode(x)), files)
+        if watch is not None:
+            watch(paths[: batch.stop])
     ranks.barrier()
     if ranks.rank == 0:
         wait_for(paths)

@@ -1,0 +1,91 @@
+"""A run as a Space: a folder with the page, this package, and the final weights, which starts with `python app.py`."""
+
+import json
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ..config import UserError
+from ..config.packages import ask_for
+from ..data.names import join_names
+from ..runs.folders import read_weights, run_name
+from ..runs.opened import Run, open_run
+from ..runtime.checkpoint import export
+
+# What drawing needs, as pip installs it; gradio comes with the Space.
+PACKAGES = (
+    *("accelerate", "datasets", "diffusers", "einops", "imageio-ffmpeg", "jinja2", "matplotlib", "numpy", "pillow"),
+    *("psutil", "pydantic", "safetensors", "torch", "torchvision", "tqdm"),
+)
+LARGE = "filter=lfs diff=lfs merge=lfs -text"  # how git keeps large files
+CARD = """---
+title: {title}
+emoji: 🖼️
+colorFrom: indigo
+colorTo: yellow
+sdk: gradio
+sdk_version: {gradio}
+python_version: "{python}"
+app_file: app.py
+pinned: false
+---
+
+# {title}
+
+This page draws with `{name}` (step {step}), which was trained with Atelier.{classes}
+
+`pip install -r requirements.txt gradio` and then `python app.py` open the same page on your machine. The licence of weights and
+images is yours to name: add `license:` to the header of this file.
+"""
+
+
+def write_space(out: Path, run: str, device: torch.device) -> list[Path]:
+    """Write the folder `out`, a Space of the `run`, and give what is in it. The data of the run is not there. A UserError where
+    the folder holds something, or where the run draws nothing."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; give another --export, or remove it")
+    ask_for("a Space (app.py --export)", "gradio")
+    opened = open_run(run, device)
+    root = Path(__file__).resolve().parents[1]
+    script = root.parent / "app.py"
+    if not script.is_file():
+        raise UserError(f"{script}: the script of the page is missing; export from a clone of Atelier")
+    weights, name = read_weights(Path(run)), run_name(run)
+    if opened.facts.get("latents") is not None and weights.folder.parent.name == "checkpoints":
+        raise UserError(f"{run} has no final weights yet: finish the run, or continue it to its last step, and export it then")
+    place = out / "runs" / name
+    if weights.folder.is_file() or weights.folder.parent.name == "checkpoints":
+        place = out / "models" / f"{name}.pt"
+        place.parent.mkdir(parents=True)
+        export(place, weights.tensors, opened.config, weights.data, weights.step)
+    else:
+        shutil.copytree(weights.folder, place / "final", ignore=shutil.ignore_patterns("optimizer*"))
+        copy_preview(Path(run), place)
+    shutil.copytree(root, out / "src", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copy(script, out / "app.py")
+    (out / "requirements.txt").write_text("".join(f"{package}\n" for package in PACKAGES), encoding="utf-8")
+    (out / "README.md").write_text(render_card(opened, name), encoding="utf-8")
+    (out / ".gitattributes").write_text("".join(f"*.{ending} {LARGE}\n" for ending in ("safetensors", "pt")))
+    return sorted(out.iterdir())
+
+
+def render_card(opened: Run, name: str) -> str:
+    """README.md of a Space, whose header says how it is started."""
+    classes = f" It knows the classes {join_names(opened.class_names, 40)}." if opened.num_classes is not None else ""
+    python = ".".join(map(str, sys.version_info[:2]))
+    title = json.dumps(name, ensure_ascii=False)  # as YAML reads it, whatever is in the name
+    header = CARD.format(title=title, gradio=version("gradio"), python=python, name=name, step=opened.step, classes=classes)
+    return header.replace(f"# {title}", f"# {name}")
+
+
+def copy_preview(run: Path, place: Path) -> None:
+    """Copy the newest preview of the run, for the gallery."""
+    from .cards import last_preview
+
+    preview = last_preview(run)
+    if preview is not None and preview.parent.name == "samples":
+        (place / "samples").mkdir(parents=True)
+        shutil.copy(preview, place / "samples" / preview.name)
