@@ -17,7 +17,7 @@ from src.config import UserError
 from src.runs.autoencoder import open_autoencoder
 from src.runs.opened import open_run
 from src.runs.starting import start_from
-from tests.conftest import ROOT, refused, run_here
+from tests.conftest import ROOT, launch, refused, run_here
 from tests.hub_server import TOKEN, HubServer
 
 RUNS = ROOT / "tests" / "old_runs"
@@ -120,6 +120,17 @@ def test_an_autoencoder_comes_from_a_name(hub: HubServer) -> None:
         open_autoencoder("me/none", CPU)
     with pytest.raises(UserError, match="is an autoencoder, which draws nothing by itself"):
         src.from_pretrained("me/vae", device="cpu")
+
+
+def test_of_two_processes_one_fetches_and_they_draw_the_same(pushed: HubServer, shapes: str, tmp_path: Path) -> None:
+    words = ("--num-samples", 4, "--batch-size", 2, "--steps", 2)
+    run_here("sample", shapes, *words, "--device", "cpu", "--out", tmp_path / "one")
+    pushed.requests.clear()
+    done = launch("sample.py", "me/cats", *map(str, words), "--out", tmp_path / "two", processes=2)
+    assert done.status == 0 and "2 process(es)" in done.out, done.all
+    assert pngs(tmp_path / "one") == pngs(tmp_path / "two")
+    assert pushed.count("file") == 2 * 5, "a question and an answer for each of five files"
+    assert TOKEN not in done.all
 
 
 # ---------------------------------------------------------------------------------------------- from_pretrained
