@@ -18,7 +18,6 @@ from src.interop.cards import render_card
 from src.interop.diffusers_export import export, write_files
 from src.interop.imported import Imported, keep
 from src.models import UNet
-from src.report.card import push_run
 from src.runs.autoencoder import kept_autoencoder, open_autoencoder
 from src.runs.folders import read_weights
 from src.runs.opened import open_trained
@@ -153,6 +152,8 @@ def to_safetensors(run: str, out: Path, *, half: bool) -> None:
 def push(run: str, repo: str, *, private: bool) -> None:
     if re.fullmatch(NAME, split_revision(repo)[0]) is None:
         raise UserError(f"{repo} is no name on the Hugging Face hub, which is OWNER/NAME or OWNER/NAME@BRANCH")
+    from src.report.card import push_run  # and with it the report: nothing else here needs them
+
     address = push_run(run, repo, private=private)
     print(f"{address}: its card says how to draw from it, and asks for a licence; here: python sample.py {quoted(repo)}")
 

@@ -53,7 +53,9 @@ class DataConfig:
 def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     """The arguments of the command line, and the defaults."""
     parser = CommandLine(description=__doc__)
-    parser.add_argument("run", help="a run, a checkpoint, a final folder, an export; or a folder of images")
+    parser.add_argument(
+        "run", help="a run, a checkpoint, a final folder, an export, OWNER/NAME on the hub; or a folder of images"
+    )
     parser.add_argument("--likelihood", action="store_true", help="the variational bound, in bits per dimension, instead")
     parser.add_argument(
         "--sweep", nargs="+", metavar="KEY=A,B,..", help="one table for all settings of the sampler, and curves"

@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         epilog="example: python interpolate.py runs/digits_ddpm --seeds 3/14/15 --classes 1/7/4 --guidance 2 --loop",
     )
-    parser.add_argument("run", help="a run, a checkpoint, a final folder, or an export")
+    parser.add_argument("run", help="a run, a checkpoint, a final folder, an export, or OWNER/NAME on the hub")
     keys = parser.add_argument_group("keys: what the animation goes through")
     keys.add_argument("--seeds", metavar="A/B/C", help="the first image that sample.py draws of each of these seeds")
     keys.add_argument("--num-seeds", type=int, metavar="N", help="the same of N seeds from --seed on (default about 5)")

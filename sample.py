@@ -34,7 +34,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
         description=__doc__,
         epilog="example: python sample.py runs/digits_ddpm --classes 3/7 --num-samples 16 --guidance 2 --frames",
     )
-    parser.add_argument("run", nargs="?", help="a run, a checkpoint, a final folder, or an export")
+    parser.add_argument("run", nargs="?", help="a run, a checkpoint, a final folder, an export, or OWNER/NAME on the hub")
     parser.add_argument("--out", help="folder for the images (default samples/RUN/...)")
     parser.add_argument("--num-samples", type=int, help="default 16, or a few more for --classes; of each of --condition 1")
     parser.add_argument("--batch-size", type=int, default=16, help="images at a time; changes them only by rounding")

@@ -1,20 +1,23 @@
 """Draw from a run in Python: atelier.from_pretrained gives what was trained, ready to draw."""
 
 from . import threads  # noqa: F401, I001 (before torch, which reads it at its start)
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import figures
-from .config import UserError, quoted, validate
+from .config import UserError, validate
 from .config.sizes import Sides, sides_of
 from .runs.opened import Opened, open_trained
 from .runtime.failures import explain_out_of_memory
 from .runtime.launch import start_sampling
+from .sampling.conditions import read_given
 from .sampling.config import SamplerConfig, count_for_classes
-from .sampling.files import in_batches
-from .sampling.sampler import build_sampler, random_labels
+from .sampling.files import batches_by_shape
+from .sampling.sampler import Sampler, build_sampler, random_labels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,43 +45,66 @@ class Pretrained:
         seed: int = 0,
         size: int | Sides | None = None,
         batch_size: int = 16,
+        condition: str | Path | None = None,
+        condition_guidance: float = 1.0,
         **settings: Any,
     ) -> "list[Image.Image]":
         """Draw images, the same as `sample.py` with the same settings: to the bit, on the same device.
 
         `classes` are names or numbers, or text as `A/B/C`, dealt to the images in equal blocks (default: random ones);
         `num_samples` is 16 by default, or a few more, for the classes. `size` is (height, width) or the side of a square.
-        `batch_size` images are drawn at a time, and change each other only by rounding. All other `settings` are the keys of a
-        sampler: solver, steps, spacing, eta, guidance, guidance_interval, guide_with and the others of `SamplerConfig`.
+        `batch_size` images are drawn at a time, and change each other only by rounding. A run that draws from images is given
+        them as `condition`, a file or a folder, and draws `num_samples` of each (default 1). All other `settings` are the keys
+        of a sampler: solver, steps, spacing, eta, guidance, guidance_interval, guide_with and the others of `SamplerConfig`.
         A UserError says what does not fit.
         """
         opened, names = self.opened, self.class_names
-        if opened.condition is not None:
-            raise UserError(
-                f"{opened.path} draws from images ({opened.condition.kind}): python sample.py {quoted(opened.path)} "
-                "--condition FOLDER draws from yours"
-            )
+        if opened.condition is not None and condition is None:
+            raise UserError(f"{opened.path} draws from images ({opened.condition.kind}): give condition, a file or a folder")
         text = None if classes is None else classes if isinstance(classes, str) else self._join(classes)
-        count = count_for_classes(16, text, names) if num_samples is None else num_samples
-        if count < 1 or batch_size < 1 or not 0 <= seed < 2**64:
+        if (num_samples is not None and num_samples < 1) or batch_size < 1 or not 0 <= seed < 2**64:
             raise UserError("num_samples and batch_size must be at least 1, seed from 0 to 2^64 - 1")
         listed = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
         spec = validate(SamplerConfig, listed, origin="draw")
         if spec.guided and spec.guidance_method == "classifier":
             raise UserError("guidance by a classifier is for sample.py, which takes --classifier RUN; draw guides without one")
         opened = opened if size is None else opened.at_size(sides_of(size))
-        labels = None
+        sampler = build_sampler(opened, spec, condition_guidance=condition_guidance)
+        values, count, labels = None, num_samples, None
+        if condition is not None:
+            options = {"run": opened.path, "low": None, "truth": None, "mask": None, "then": None, "condition_noise": 0.0}
+            given = argparse.Namespace(**options, condition=str(condition), num_samples=num_samples, seed=seed, size=size)
+            values, _, labels, _ = read_given(opened, given)
+            count = given.num_samples
+        count = count_for_classes(16, text, names) if count is None else count
         if text is not None:
             labels = opened.labels(text, count)
-        elif names:
+        elif labels is None and values is not None:
+            opened.no_class()  # nobody knows the class of what is drawn from a given image
+        elif labels is None and names:
             labels = random_labels(seed, range(count), len(names))
-        sampler, images = build_sampler(opened, spec), list["Image.Image"]()
+        return self._draw(sampler, seed, count, batch_size, labels, values)
+
+    def _draw(
+        self,
+        sampler: Sampler,
+        seed: int,
+        count: int,
+        batch_size: int,
+        labels: Sequence[int] | None,
+        values: Sequence[torch.Tensor] | None,
+    ) -> "list[Image.Image]":
+        """The images in their order; those of one shape are drawn together."""
+        shapes = [(sampler.shape[0], *each.shape[1:]) for each in values or ()] if self.opened.buckets else []
+        images = dict[int, "Image.Image"]()
         with explain_out_of_memory(batch_size, batch_size, key="batch_size"):
-            for batch in in_batches(range(count), batch_size):
-                of_batch = [labels[i] for i in batch] if labels is not None else None
-                x = sampler.draw(seed, batch, of_batch, device=self.device, batch_size=batch_size)
-                images += [figures.to_image(pixels) for pixels in figures.to_uint8(x)]
-        return images
+            for batch in batches_by_shape(shapes, count, batch_size):
+                classes = [labels[i] for i in batch] if labels is not None else None
+                given = torch.stack([values[i] for i in batch]) if values is not None else None
+                shaped = sampler.at_shape(shapes[batch[0]]) if shapes else sampler
+                x = shaped.draw(seed, batch, classes, device=self.device, batch_size=batch_size, condition=given)
+                images |= {i: figures.to_image(pixels) for i, pixels in zip(batch, figures.to_uint8(x), strict=True)}
+        return [images[i] for i in range(count)]
 
     def _join(self, classes: int | Sequence[str | int]) -> str:
         """Classes as one text. A number is that of a class, also where a class has a number for its name."""

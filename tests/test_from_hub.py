@@ -17,7 +17,7 @@ from src.config import UserError
 from src.runs.autoencoder import open_autoencoder
 from src.runs.opened import open_run
 from src.runs.starting import start_from
-from tests.conftest import ROOT, refused, run_here
+from tests.conftest import ROOT, SMOKE, launch, refused, run_here
 from tests.hub_server import TOKEN, HubServer
 
 RUNS = ROOT / "tests" / "old_runs"
@@ -122,6 +122,17 @@ def test_an_autoencoder_comes_from_a_name(hub: HubServer) -> None:
         src.from_pretrained("me/vae", device="cpu")
 
 
+def test_of_two_processes_one_fetches_and_they_draw_the_same(pushed: HubServer, shapes: str, tmp_path: Path) -> None:
+    words = ("--num-samples", 4, "--batch-size", 2, "--steps", 2)
+    run_here("sample", shapes, *words, "--device", "cpu", "--out", tmp_path / "one")
+    pushed.requests.clear()
+    done = launch("sample.py", "me/cats", *map(str, words), "--out", tmp_path / "two", processes=2)
+    assert done.status == 0 and "2 process(es)" in done.out, done.all
+    assert pngs(tmp_path / "one") == pngs(tmp_path / "two")
+    assert pushed.count("file") == 2 * 5, "a question and an answer for each of five files"
+    assert TOKEN not in done.all
+
+
 # ---------------------------------------------------------------------------------------------- from_pretrained
 
 
@@ -160,6 +171,25 @@ def test_it_draws_what_sample_draws_to_the_bit(model: Any, shapes: str, tmp_path
             assert written.mode == image.mode and np.array_equal(np.asarray(written), np.asarray(image))
 
 
+def test_it_draws_from_images(tmp_path: Path) -> None:
+    keys = {"condition.kind": "grey", "steps": 2, "preview.quality": "null", "log.trackers": "[]", "label_dropout": 0.5}
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    run_here("ddpm_accelerate", "-cfg", SMOKE, *words, "--run-dir", tmp_path / "run")
+    for i in range(3):
+        Image.fromarray(np.full((16, 16, 3), 80 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    model = src.from_pretrained(str(tmp_path / "run"), device="cpu")
+    words = ("--condition", tmp_path, "--num-samples", 2, "--steps", 3, "--batch-size", 4)
+    for extra, settings in (((), {}), (("--classes", "1/2"), {"classes": "1/2"})):
+        out = tmp_path / f"out{len(extra)}"
+        run_here("sample", tmp_path / "run", *words, *extra, "--device", "cpu", "--out", out)
+        images = model.draw(condition=tmp_path, num_samples=2, steps=3, batch_size=4, **settings)
+        files = sorted(out.glob("0*.png"))
+        assert len(images) == len(files) == 6
+        assert all(np.array_equal(np.asarray(Image.open(file)), np.asarray(image)) for file, image in zip(files, images))  # noqa: B905
+    with pytest.raises(UserError, match=r"draws from images \(grey\): give condition, a file or a folder"):
+        model.draw()
+
+
 def test_it_draws_from_the_hub(pushed: HubServer, model: Any) -> None:
     brought = src.from_pretrained("me/cats", device="cpu")
     assert brought.class_names == ("circle", "cross", "square", "triangle") and "me/cats" in repr(brought)
@@ -173,6 +203,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a class": ({"classes": "dog"}, "class 'dog' is not known; the classes are: circle, cross, square, triangle"),
     "a number": ({"classes": 4}, "class 4 is not known: .* has 4 classes"),
     "blocks": ({"classes": [0, 1], "num_samples": 3}, "3 images cannot be dealt to 2 classes in equal blocks"),
+    "images": ({"condition": "tests"}, "draws from no image; leave --condition out"),
     "none": ({"num_samples": 0}, "num_samples and batch_size must be at least 1"),
     "size": ({"size": 15}, "is not divisible by it"),
     "classifier": ({"guidance_method": "classifier", "guidance": 2.0}, "sample.py, which takes --classifier RUN"),
@@ -183,7 +214,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 def test_mistakes_are_one_line(model: Any, what: str) -> None:
     settings, words = MISTAKES[what]
     with pytest.raises(UserError, match=words) as raised:
-        model.draw(**settings)
+        model.draw(**{"steps": 5, **settings})
     assert "\n" not in str(raised.value)
 
 

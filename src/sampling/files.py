@@ -122,7 +122,7 @@ def write_animation(pattern: Path, sheets: "Iterable[Image.Image]", out: Path, *
     return figures.gif(paths, pattern, out, fps=fps)
 
 
-def _batches_by_shape(shapes: Sequence[tuple[int, ...]], count: int, size: int) -> list[Sequence[int]]:
+def batches_by_shape(shapes: Sequence[tuple[int, ...]], count: int, size: int) -> list[Sequence[int]]:
     """The numbers of `count` images in batches of `size`. With the `shapes` of the images, each batch is of one shape."""
     by_shape: dict[Any, list[int]] = {}
     for i in range(count):
@@ -236,7 +236,7 @@ def write_samples(
     paths = [out / f"{i:0{digits}d}.png" for i in range(count)]
     large = [out / "upscaled" / path.name for path in paths] if upscale is not None else paths
     watched: Frames | None = None
-    for batch in _deal(_batches_by_shape(shapes, count, batch_size), ranks, "sampling", "images"):
+    for batch in _deal(batches_by_shape(shapes, count, batch_size), ranks, "sampling", "images"):
         files, larger = [paths[i] for i in batch], [large[i] for i in batch]
         watchers = list[Watcher]()
         if frames and batch[0] == 0 and not (out / "denoising.gif").exists():  # rank 0 has this batch

@@ -19,6 +19,7 @@ from src.training import background
 from src.training.entry import run_training
 from src.training.hub import HubPushes
 from src.training.rehearsal import rehearsal_config
+from src.training.run_directory import changes
 from tests.conftest import ROOT, SMOKE, refused, run_here
 from tests.hub_server import TOKEN, HubServer
 
@@ -157,6 +158,13 @@ def test_a_run_trains_and_is_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
     assert written and not any(TOKEN.encode() in path.read_bytes() for path in written)
     assert TOKEN.encode() not in b"".join([*files.values(), *hub.bodies])
     assert "is at" not in (run / "config.json").read_text()
+
+
+def test_a_run_may_go_to_the_hub_later_too() -> None:
+    later = replace(CONFIG, hub=HubConfig(repo="me/cats"))
+    before = {key: value for key, value in dump(CONFIG).items() if key != "hub"}  # as runs were begun before there was one
+    assert changes(later, before) == (["hub"], []) and changes(CONFIG, dump(later)) == (["hub"], [])
+    assert changes(replace(later, hub=HubConfig(repo="me/dogs", private=True)), dump(later))[1] == []
 
 
 @pytest.mark.parametrize(
