@@ -160,7 +160,7 @@ def build_between_tab(page: Page) -> None:
                 draw = gr.Button("Animate", variant="primary", min_width=120, elem_id="between-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = ResultFields.build("Animation between two seeds", kind="moving")
+            results = ResultFields.build("between", "Animation", kind="moving")
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:

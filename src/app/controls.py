@@ -203,12 +203,12 @@ class ResultFields(NamedTuple):
     command: Any
 
     @staticmethod
-    def build(name: str, *, lines: int = 2, kind: str = "still") -> "ResultFields":
+    def build(tab: str, name: str, *, lines: int = 2, kind: str = "still") -> "ResultFields":
         import gradio as gr
 
         options = {"format": "png", "buttons": ["download", "fullscreen"], "elem_classes": kind}
-        image = gr.Image(label=name, interactive=False, alt_text=name, **options)
-        line = gr.Markdown("", elem_classes="line", elem_id=f"line-{name.split()[0].lower()}")
+        image = gr.Image(label=name, show_label=False, interactive=False, alt_text=name, **options)
+        line = gr.Markdown("", elem_classes="line", elem_id=f"{tab}-line")
         files = gr.Files(label="Download", visible=False, interactive=False)
         command = gr.Textbox(
             label="The same from the command line", lines=lines, buttons=["copy"], interactive=False, visible=False

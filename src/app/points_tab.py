@@ -137,7 +137,7 @@ def build_points_tab(page: Page) -> None:
                 move = gr.Button("Move", variant="primary", min_width=120, elem_id="points-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = ResultFields.build("Moving points")
+            results = ResultFields.build("points", "Moving points")
 
     @in_one_line
     def handle(drawing: Any, name: str | None, count: Any, seed: Any, solver: str, steps: Any) -> Iterator[list[Any]]:
