@@ -116,7 +116,7 @@ def build_points_tab(page: Page) -> None:
         with gr.Column(min_width=320):
             editor = gr.Sketchpad(
                 type="pil",
-                label="Draw where the points shall go",
+                label="Your drawing",
                 brush=gr.Brush(default_size=20, colors=["#2f6fc4"], color_mode="fixed"),
                 layers=False,
                 transforms=(),
