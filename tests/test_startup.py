@@ -15,7 +15,7 @@ MODULES = {
     "ddpm_accelerate": 124,
     "train_iadb": 124,
     "train_classifier": 120,
-    "sample": 77,
+    "sample": 78,
     "interpolate": 75,
     "evaluate": 103,
     "posthoc_ema": 56,
