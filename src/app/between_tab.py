@@ -54,8 +54,8 @@ class Way(NamedTuple):
     @property
     def words(self) -> list[str]:
         """As the script takes them."""
-        ends = ["--pictures", *self.images] if self.images else ["--seeds", "/".join(map(str, self.seeds))]
-        words = [self.run, *ends, "--frames-between", str(self.between), "--batch-size", str(BATCH)]
+        key_words = ["--pictures", *self.images] if self.images else ["--seeds", "/".join(map(str, self.seeds))]
+        words = [self.run, *key_words, "--frames-between", str(self.between), "--batch-size", str(BATCH)]
         words += ["--classes", self.classes] if self.classes is not None else []
         return [*words, *(["--loop"] if self.loop else []), *sampler_words(self.spec)]
 
