@@ -6,7 +6,7 @@ RUN := .venv/bin/python
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: env dev demo demo-pixels demo-emoji demo-2d test lint soak matrix schemas site badges bench
+.PHONY: env dev app demo demo-pixels demo-emoji demo-2d test lint soak matrix schemas site badges bench
 
 env: .venv/core
 dev: .venv/dev
@@ -23,9 +23,17 @@ dev: .venv/dev
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+.venv/app: .venv/core
+	$(PIP) -e '.[app]'
+	@touch $@
+
 .venv/bench: .venv/core
 	$(PIP) -e '.[bench]'
 	@touch $@
+
+# A page on the runs: see them train, draw, compare, edit.
+app: .venv/app
+	$(RUN) app.py
 
 # The whole pipeline on real handwritten digits: the autoencoder in stages, diffusion on its latents, images.
 demo: .venv/core

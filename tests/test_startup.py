@@ -15,7 +15,7 @@ MODULES = {
     "ddpm_accelerate": 126,
     "train_iadb": 126,
     "train_classifier": 122,
-    "sample": 78,
+    "sample": 79,
     "interpolate": 76,
     "evaluate": 104,
     "posthoc_ema": 57,

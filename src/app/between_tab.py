@@ -54,8 +54,8 @@ class Way(NamedTuple):
     @property
     def words(self) -> list[str]:
         """As the script takes them."""
-        ends = ["--pictures", *self.images] if self.images else ["--seeds", "/".join(map(str, self.seeds))]
-        words = [self.run, *ends, "--frames-between", str(self.between), "--batch-size", str(BATCH)]
+        key_words = ["--pictures", *self.images] if self.images else ["--seeds", "/".join(map(str, self.seeds))]
+        words = [self.run, *key_words, "--frames-between", str(self.between), "--batch-size", str(BATCH)]
         words += ["--classes", self.classes] if self.classes is not None else []
         return [*words, *(["--loop"] if self.loop else []), *sampler_words(self.spec)]
 
@@ -160,7 +160,7 @@ def build_between_tab(page: Page) -> None:
                 draw = gr.Button("Animate", variant="primary", min_width=120, elem_id="between-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = ResultFields.build("Animation between two seeds", kind="moving")
+            results = ResultFields.build("between", "Animation", kind="moving")
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:

@@ -70,7 +70,7 @@ def _read_card(name: str, preview: Path | None, stamps: tuple[Any, ...]) -> Card
     run = Path(name)
     config = read_document(run / "config.json", dict) or read_document(run / "final" / "config.json", dict) or {}
     kind = next((kind.title for kind in KINDS if kind.key in config), "exported weights")
-    columns = metric_columns(read_lines(run / "metrics.jsonl"))
+    columns = metric_columns(read_lines(run / "metrics.jsonl") if run.is_dir() else [])
     lines = {plain(key): columns[key] for key in ("loss", "held_out_loss") if key in columns}
     try:
         charts = draw_chart("loss", lines, log=True) if lines else []

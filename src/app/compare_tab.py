@@ -82,9 +82,10 @@ def build_compare_tab(page: Page) -> None:
     with gr.Row():
         steps = gr.Textbox("25", label="Steps", info="several: 5, 10, 25", min_width=120)
         guidance = gr.Textbox("1", label="Guidance", info="several: 1, 2, 4", min_width=120)
+    with gr.Row():
         compare = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare-button")
         stop = stop_button()
-    results = ResultFields.build("Compared images", lines=4)
+    results = ResultFields.build("compare", "Compared images", lines=4)
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:

@@ -128,13 +128,13 @@ class SamplerFields(NamedTuple):
             steps = gr.Number(25, label="Steps", precision=0, minimum=1, maximum=MOST_STEPS, min_width=90)
             spacing = gr.Dropdown(list(SPACINGS), value="even", label="Spacing of the steps", min_width=120)
         with gr.Row():
-            guidance = gr.Slider(0, 10, 1, step=0.1, label="Guidance (1 is none)", min_width=160)
+            guidance = gr.Slider(0, 10, 1, step=0.1, label="Guidance (1 is none)", min_width=220)
             guide = page.run_list(
                 lambda: page.names("images"),
                 label="Autoguidance by",
                 info="a smaller or less trained run, or the width of an average of this one; empty: by the class",
                 may_be_empty=True,
-                min_width=160,
+                min_width=220,
             )
         return SamplerFields(solver, steps, spacing, guidance, guide)
 
@@ -162,8 +162,8 @@ class RunFields(NamedTuple):
         import gradio as gr
 
         with gr.Row():
-            run = page.run_list(names, label="Run", min_width=200, scale=2)
-            checkpoint = gr.Dropdown([NEWEST], value=NEWEST, label="Weights", min_width=120)
+            run = page.run_list(names, label="Run", min_width=240, scale=2)
+            checkpoint = gr.Dropdown([NEWEST], value=NEWEST, label="Weights", min_width=160)
 
         def list_checkpoints(name: str | None) -> Any:
             return gr.update(choices=page.places.checkpoints(name), value=NEWEST)
@@ -203,12 +203,12 @@ class ResultFields(NamedTuple):
     command: Any
 
     @staticmethod
-    def build(name: str, *, lines: int = 2, kind: str = "still") -> "ResultFields":
+    def build(tab: str, name: str, *, lines: int = 2, kind: str = "still") -> "ResultFields":
         import gradio as gr
 
         options = {"format": "png", "buttons": ["download", "fullscreen"], "elem_classes": kind}
-        image = gr.Image(label=name, interactive=False, alt_text=name, **options)
-        line = gr.Markdown("", elem_classes="line", elem_id=f"line-{name.split()[0].lower()}")
+        image = gr.Image(label=name, show_label=False, interactive=False, alt_text=name, **options)
+        line = gr.Markdown("", elem_classes="line", elem_id=f"{tab}-line")
         files = gr.Files(label="Download", visible=False, interactive=False)
         command = gr.Textbox(
             label="The same from the command line", lines=lines, buttons=["copy"], interactive=False, visible=False

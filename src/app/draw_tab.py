@@ -77,7 +77,7 @@ def build_draw_tab(page: Page) -> None:
                 draw = gr.Button("Draw", variant="primary", min_width=120, elem_id="draw-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = ResultFields.build("Result images")
+            results = ResultFields.build("draw", "Drawn images")
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:

@@ -159,7 +159,7 @@ def build_edit_tab(page: Page) -> None:
                 draw = gr.Button("Draw from it", variant="primary", min_width=120, elem_id="edit-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = ResultFields.build("Edited images")
+            results = ResultFields.build("edit", "Edited images")
 
     @in_one_line
     def handle(*values: Any) -> Iterator[list[Any]]:

@@ -116,7 +116,7 @@ def build_points_tab(page: Page) -> None:
         with gr.Column(min_width=320):
             editor = gr.Sketchpad(
                 type="pil",
-                label="Draw where the points shall go",
+                label="Your drawing",
                 brush=gr.Brush(default_size=20, colors=["#2f6fc4"], color_mode="fixed"),
                 layers=False,
                 transforms=(),
@@ -137,7 +137,7 @@ def build_points_tab(page: Page) -> None:
                 move = gr.Button("Move", variant="primary", min_width=120, elem_id="points-button")
                 stop = stop_button()
         with gr.Column(min_width=320):
-            results = ResultFields.build("Moving points")
+            results = ResultFields.build("points", "Moving points")
 
     @in_one_line
     def handle(drawing: Any, name: str | None, count: Any, seed: Any, solver: str, steps: Any) -> Iterator[list[Any]]:
