@@ -82,14 +82,14 @@ def _read_layers(path: Path) -> list[tuple[str, dict[str, str]]]:
 def _expected_convs(path: Path) -> list[Conv]:
     """The convolutions of the RRDBNet in a .param file, each of them checked; a UserError says what is another network's."""
     layers = _read_layers(path)
-    found = [parameters for kind, parameters in layers if kind == "Convolution"]
-    num_blocks, rest = divmod(len(found) - AROUND_BLOCKS, PER_BLOCK)
+    listed = [parameters for kind, parameters in layers if kind == "Convolution"]
+    num_blocks, rest = divmod(len(listed) - AROUND_BLOCKS, PER_BLOCK)
     if num_blocks < 1 or rest:
-        raise UserError(f"{path}: not an RRDBNet ({len(found)} convolutions, which are not 6 and 15 for each block)")
+        raise UserError(f"{path}: not an RRDBNet ({len(listed)} convolutions, which are not 6 and 15 for each block)")
     try:
-        width, growth = int(found[0]["0"]), int(found[1]["0"])
+        width, growth = int(listed[0]["0"]), int(listed[1]["0"])
         convs = list(rrdbnet_convs(width, num_blocks, growth))
-        for conv, parameters in zip(convs, found, strict=True):
+        for conv, parameters in zip(convs, listed, strict=True):
             leaky = {"9": "2", "-23310": f"1,{SLOPE:e}"} if conv.leaky else {}
             wanted = {"0": conv.outputs, "1": 3, "4": 1, "5": 1, "6": conv.num_weights, **leaky}
             if parameters != {key: str(value) for key, value in wanted.items()}:
