@@ -72,7 +72,7 @@ def _show(tracker: Any, images: Mapping[str, Path], step: int) -> None:
         if tracker.name == "tensorboard":
             tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
         elif tracker.name == "trackio":  # accelerate's tracker of it takes no images
-            import trackio
+            import trackio  # pyright: ignore[reportMissingImports]
 
             tracker.tracker.log({name: trackio.Image(pixels)}, step=step)
         else:
