@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     blended.add_argument("checkpoint")
     blended.add_argument("--model-config", metavar="FILE", help="the YAML that the network was built from")
     blended.add_argument("--image-size", metavar="N", type=int, help="the side of the images, where no YAML says it")
-    of_latents = "the AutoencoderKL of a network on latents: a folder or a name on the hub"
+    of_latents = "diffusers' autoencoder of a network on latents: a folder or a name on the hub"
     theirs.add_argument("--autoencoder", metavar="NAME", help=f"{of_latents} (default: the vae/ of the folder)")
     blended.add_argument("--autoencoder", metavar="NAME", help=of_latents)
     for importing in (guided, theirs, blended):

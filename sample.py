@@ -59,7 +59,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     upscale = parser.add_argument_group("upscaling (Real-ESRGAN)")
     upscale.add_argument("--upscale", action="store_true", help="the samples four times as large, too")
     upscale.add_argument("--upscale-only", metavar="FOLDER", help="the images of a folder instead, into --out")
-    upscale.add_argument("--upscaler", metavar="FILE", help="weights (default models/RealESRGAN_x4plus.pth)")
+    upscale.add_argument("--upscaler", metavar="FILE", help="its weights, or anime (default: those for photos)")
     return parser.parse_args(), parser.parse_args([])
 
 

@@ -220,7 +220,7 @@ def test_an_image_is_filled_in_through_its_latents(ldm_run: Path, tmp_path: Path
         (("--resamplings", "3"), "--resamplings belongs to --mask"),
         (("--classifier", "x"), "guides only with --guidance-method classifier"),
         (("--upscaler", "x.pth"), "--upscaler is for --upscale"),
-        (("--upscale",), "models/RealESRGAN_x4plus.pth: there are no such weights"),
+        (("--upscale", "--upscaler", "none.pth"), "none.pth: there are no such weights"),
         (("--classes", "0/1/2", "--num-samples", "16"), "16 images cannot be dealt to 3 classes in equal blocks"),
         (("--classes", "9"), "class '9' is not known; the classes are: circle"),
         (("--steps", "99,2"), "more than the schedule's 100"),

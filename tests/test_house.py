@@ -124,7 +124,9 @@ def test_scripts_do_not_import_each_other_and_heavy_libraries_wait() -> None:
     for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / f"{name}.py" for name in SCRIPTS)]:
         for module, at_the_top in imports(path):
             assert module.split(".")[0] not in SCRIPTS, f"{path} imports {module}"
-            assert not (at_the_top and module.split(".")[0] in HEAVY), f"{path} imports {module} before it is needed"
+            if path.name != "diffusers_pipeline.py":  # it leaves with exports, and diffusers imports it
+                assert not (at_the_top and module.split(".")[0] in HEAVY), f"{path} imports {module} before it is needed"
+            assert "diffusers_pipeline" not in module, f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -523,6 +523,26 @@ def test_a_diffusers_autoencoder(tmp_path: Path) -> None:
     assert "does not exist; train one" in refuse_ldm(tmp_path / "other", autoencoder=str(tmp_path / "vae"))
 
 
+def test_the_smallest_of_diffusers_autoencoders(tmp_path: Path) -> None:
+    """Its latents are a function of the image: the cache holds them without a variance."""
+    from src.runs.diffusers_autoencoder import autoencoder_from_config
+
+    torch.manual_seed(0)
+    levels = {f"num_{part}_blocks": [1, 1] for part in ("encoder", "decoder")}
+    widths = {f"{part}_block_out_channels": [8, 8] for part in ("encoder", "decoder")}
+    config = {**levels, **widths, "scaling_factor": 0.5}
+    autoencoder_from_config(config, "AutoencoderTiny").network.save_pretrained(tmp_path / "vae")
+    done = train_ldm(tmp_path / "run", tmp_path / "vae", steps=2)
+    assert done.status == 0, done.all
+    facts = read_json(tmp_path / "run" / "data.json")["latents"]
+    assert facts["std"] == [2.0] * 4 and facts["shape"] == [4, 8, 8]
+    shutil.rmtree(tmp_path / "vae")
+    done = run_in_process("sample.py", tmp_path / "run", "--num-samples", "2", "--steps", "2", "--out", tmp_path / "s")
+    assert done.status == 0 and (tmp_path / "s" / "00001.png").exists(), done.all
+    fault = refused("convert", "to-diffusers", tmp_path / "run", "--out", tmp_path / "theirs")
+    assert "its autoencoder is diffusers' AutoencoderTiny" in fault and "convert.py safetensors" in fault
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [

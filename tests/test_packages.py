@@ -28,6 +28,7 @@ from tests.test_house import CONFIGS, script_of
 OPTIONAL = (
     "wandb",
     "tensorboard",
+    "trackio",
     "timm",
     "torch_fidelity",
     "spandrel",
@@ -142,7 +143,7 @@ def test_what_is_missing_is_said_in_one_line(
 
 
 def test_a_use_for_each_optional_package_is_tried() -> None:
-    assert {module for module, _, _ in USES} | {"wandb", "tensorboard"} == set(OPTIONAL)
+    assert {module for module, _, _ in USES} | {"wandb", "tensorboard", "trackio"} == set(OPTIONAL)
 
 
 def test_a_package_that_is_there_and_broken_or_lacks_another(monkeypatch: pytest.MonkeyPatch) -> None:

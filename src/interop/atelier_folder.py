@@ -8,6 +8,7 @@ import torch
 from ..config import UserError, read_json
 from ..models import VAE, UNet
 from ..runs.autoencoder import Autoencoder, kept_autoencoder, open_autoencoder
+from ..runs.diffusers_autoencoder import KL_NAME
 from ..runs.folders import Weights
 from ..runs.opened import Opened, open_trained
 from ..runtime.checkpoint import write_folder
@@ -62,4 +63,6 @@ def latent_obstacles(opened: Opened, autoencoder: Autoencoder) -> list[str]:
         reasons.append(str(error))
     if isinstance(autoencoder.network, VAE) and (faults := obstacles(autoencoder.network)):
         reasons.append(f"AutoencoderKL cannot be its autoencoder: {', '.join(faults)}")
+    class_name = getattr(autoencoder.network, "class_name", KL_NAME)
+    reasons += [f"its autoencoder is diffusers' {class_name}, and this export has an AutoencoderKL"] * (class_name != KL_NAME)
     return reasons

@@ -23,6 +23,7 @@ from .unet_2d import state_for_diffusers, unet2d_config
 
 PIPELINE = {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION}
 PIPELINE |= {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+OUR_PIPELINE = Path(__file__).parent / "diffusers_pipeline.py"
 
 
 def export(
@@ -40,10 +41,11 @@ def export(
     """Write the new folder `out`, which diffusers loads; it is whole or absent. Its README.md has Python that samples from it.
 
     Without `latents` the network sees images (1 or 3 channels, *image_size) in [-1, 1], and a DDPMPipeline loads the
-    folder; so does a DDIMPipeline, but for a learned variance and the sigmoid schedule. There is no pipeline for latents (the
-    folder has their autoencoder in `vae`) and for the blend (it has the UNet2DModel, its head negated, and a
-    FlowMatchEulerDiscreteScheduler; where the network is fed another time than 1000 t, the UNet2DModel alone). `process.json`
-    and `classes.json` keep what diffusers has no place for. `data` is the data.json of the run. `latents` are the facts of a
+    folder; so does a DDIMPipeline, but for a learned variance and the sigmoid schedule. diffusers has no pipeline for classes,
+    for latents (the folder has their autoencoder in `vae`) and for the blend (it has the UNet2DModel, its head negated, and a
+    FlowMatchEulerDiscreteScheduler): for these the folder has one of its own, `pipeline.py`. A network of images that is fed
+    another time than 1000 t leaves as a UNet2DModel alone. `process.json` and `classes.json` keep what diffusers has no place
+    for. `data` is the data.json of the run. `latents` are the facts of a
     latent run (shape, and mean, std, low, high for each channel), and `autoencoder` the files of an AutoencoderKL whose
     latents, by its scaling_factor and shift_factor, are the normalised ones that the U-Net sees. A UserError names the option
     that a UNet2DModel or the schedulers lack, before anything is written.
@@ -64,15 +66,21 @@ def export(
     blend = isinstance(spec.schedule, BlendScheduleConfig)
     place = "unet/" if scheduler is not None or latents is not None else ""
     is_pipeline, has_classes = not blend and latents is None, network.num_classes is not None
+    own_pipeline = bool(place) and (has_classes or not is_pipeline)
+    index = (
+        _pipeline_index(network, spec, scheduler, latents, class_names) if own_pipeline else PIPELINE if is_pipeline else None
+    )
     documents = {
         f"{place}config.json": unet,
         "scheduler/scheduler_config.json": scheduler,
         "process.json": None if is_pipeline else dump(spec),
         LATENTS: latents,
-        "model_index.json": PIPELINE if is_pipeline else None,
+        "model_index.json": index,
         "classes.json": {"class_names": list(class_names), "null_class": network.null_class} if has_classes else None,
     }
     files = {path: (json.dumps(content, indent=2) + "\n").encode() for path, content in documents.items() if content}
+    if own_pipeline:
+        files["pipeline.py"] = OUR_PIPELINE.read_bytes()
     state_dict = state_for_diffusers(network)
     if blend and scheduler is not None:
         state_dict = negate_output(state_dict)
@@ -95,9 +103,35 @@ def export(
         scheduler=scheduler["_class_name"] if scheduler is not None else None,
         time=_time_in_python(spec) if blend else None,
         facts=latents,
+        own_pipeline=own_pipeline,
         data={**(data or {}), "class_names": []},  # the card lists the classes itself
     )
     write_files(out, {**files, "README.md": card.encode()})
+
+
+def _pipeline_index(
+    network: UNet,
+    spec: ProcessConfig,
+    scheduler: Mapping[str, Any] | None,
+    latents: Mapping[str, Any] | None,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """The model_index.json for our pipeline.py: the parts that diffusers loads, and what the pipeline has to know besides."""
+    parts = {"unet": ["diffusers", "UNet2DModel"]}
+    parts |= {"vae": ["diffusers", "AutoencoderKL"]} if latents is not None else {}
+    parts |= {"scheduler": ["diffusers", scheduler["_class_name"]]} if scheduler is not None else {}
+    bounds = {key: list(latents[key]) for key in ("low", "high")} if latents is not None and spec.clip else {}
+    is_blend = isinstance(spec.schedule, BlendScheduleConfig)
+    return {
+        "_class_name": ["pipeline", "AtelierPipeline"],
+        "_diffusers_version": VERSION,
+        **parts,
+        "process": dump(spec),
+        "negated": is_blend and scheduler is not None,
+        **bounds,
+        "class_names": list(class_names) if network.num_classes is not None else [],
+        "null_class": network.num_classes is not None and network.null_class,
+    }
 
 
 def _other_size(data: Mapping[str, Any], sides: Sides) -> Sides:

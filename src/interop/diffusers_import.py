@@ -14,7 +14,7 @@ from ..config import UserError, prefix_errors, read_json, validate
 from ..config.sizes import side_or_sides, sides_of
 from ..diffusion import ProcessConfig
 from ..runs.autoencoder import Autoencoder
-from ..runs.diffusers_autoencoder import WEIGHTS
+from ..runs.diffusers_autoencoder import FAMILIES, SUBFOLDERS, WEIGHTS
 from ..runs.folders import read_if_there, refuse
 from ..storage.downloads import from_hub, hub_name_of_url, is_hub_name
 from ..storage.networks import UNET_2D, few, find_network, preference
@@ -59,7 +59,8 @@ def local_folder(name: str | Path) -> Path:
     refuse(name, reasons)
     files = [f"{place}{WEIGHTS}.safetensors" for place in ("", "unet/", "unet_ema/")]
     files += ["model_index.json", "config.json", "*/config.json", "classes.json", "process.json"]
-    files += ["scheduler_config.json", "scheduler/scheduler_config.json", LATENTS, "vae/*.json", "vae/*.safetensors"]
+    files += ["scheduler_config.json", "scheduler/scheduler_config.json", LATENTS]
+    files += [f"{place}/*.{ending}" for place in SUBFOLDERS for ending in ("json", "safetensors")]
     with prefix_errors(f"{name} {no_folder}"):
         folder = from_hub(str(name), files)
         places = [place for place in ("unet/", "unet_ema/") if (folder / place / "config.json").is_file()] or [""]
@@ -195,9 +196,11 @@ def read_whole(name: str | Path, autoencoder: str | None = None, *, which: str |
     a folder that needs no conversion, and for what `add_autoencoder` refuses."""
     folder = local_folder(name)
     kind, files = read_if_there(folder / "config.json").get("_class_name"), ("MANIFEST.json", "ema.safetensors")
+    what = f"{'a' if kind == 'VQModel' else 'an'} {kind}"
     reasons = {
-        f"is an AutoencoderKL, which needs no conversion: name it as it is, as in train_ldm.py --set autoencoder={name}": kind
-        == "AutoencoderKL",
+        f"is {what}, which needs no conversion: name it as it is, as in train_ldm.py --set autoencoder={name}": (
+            kind in FAMILIES
+        ),
         "is a folder of Atelier's own, which needs no conversion: give it where a run is wanted": all(
             (folder / file).is_file() for file in files
         ),
@@ -212,7 +215,7 @@ def add_autoencoder(imported: Imported, folder: Path, name: str | None = None, *
     latents and there is no autoencoder, or the other way round; where the two do not fit; and where nothing says how the
     latents are normalised."""
     sides, channels, origin = sides_of(imported.image_size), imported.channels, origin or folder
-    inside = next((folder / sub for sub in ("vae", "vqvae", "movq") if (folder / sub).is_dir()), None)
+    inside = next((folder / sub for sub in SUBFOLDERS if (folder / sub).is_dir()), None)
     if name is None and inside is None:
         if channels in (1, 3):
             return imported

@@ -18,7 +18,7 @@ from ..runtime.checkpoint import write_folder
 from ..storage.files import check_is_new, write_whole
 
 LATENTS = "latents.json"  # ours, in a folder of diffusers: shape, statistics per channel and autoencoder of the latents
-GIVE_AUTOENCODER = "give --autoencoder NAME, a diffusers AutoencoderKL as folder or hub name, such as stabilityai/sd-vae-ft-mse"
+GIVE_AUTOENCODER = "give --autoencoder NAME, a diffusers autoencoder as folder or hub name, such as stabilityai/sd-vae-ft-mse"
 UNBOUNDED = 1e9  # where the range of latents is not known: a bound that clips nothing, and that JSON can write
 
 
@@ -74,7 +74,7 @@ def open_autoencoder_of(name: str, channels: int, *, with_scaling: bool = True) 
     theirs = autoencoder.latent_channels
     reasons = {
         f"has latents of {theirs} channels, and the network sees {channels}": theirs != channels,
-        "has latents that have no scale of their own, and the checkpoint does not say theirs; only a diffusers AutoencoderKL, "
+        "has latents that have no scale of their own, and the checkpoint does not say theirs; only a diffusers autoencoder, "
         "with its scaling_factor, can be assumed": with_scaling and autoencoder.scaling is None,
     }
     refuse(f"the autoencoder {autoencoder.path}", reasons)

@@ -20,7 +20,7 @@ from ..runtime.seeds import normal
 from ..storage.downloads import hub_name_of_url, is_hub_name
 from ..storage.hub import is_run, local_path
 from ..storage.networks import few
-from .diffusers_autoencoder import autoencoder_from_config, exported_autoencoder, load_autoencoder
+from .diffusers_autoencoder import KL_NAME, autoencoder_from_config, exported_autoencoder, load_autoencoder
 from .folders import finished, read_if_there, refuse
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def latent_bounds(facts: dict[str, Any], device: torch.device) -> tuple[Tensor, 
 def _rebuild(document: dict[str, Any], weights: dict[str, Tensor], path: str, digest: str, device: torch.device) -> Autoencoder:
     """The autoencoder of a document of `files`, or of a run of train_vae.py."""
     if document["kind"] == "diffusers":
-        network = autoencoder_from_config(document["config"])
+        network = autoencoder_from_config(document["config"], document.get("class", KL_NAME))
         facts = {key: getattr(network, key) for key in ("channels", "latent_channels", "factor", "scaling")}
     else:
         spec = validate(VAEConfig, document["model"], origin=f"{path}: model")
@@ -167,8 +167,8 @@ def _is_of_diffusers(path: Path) -> bool:
 
 
 def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
-    """Open a finished run of train_vae.py (or one of its checkpoints), or a diffusers AutoencoderKL: a folder or a hub name. A
-    UserError says what is missing, unfinished or of another kind."""
+    """Open a finished run of train_vae.py (or one of its checkpoints), or an autoencoder of diffusers: a folder or a hub name.
+    A UserError says what is missing, unfinished or of another kind."""
     path = Path(name).expanduser()
     on_hub = not path.exists() and "/" in name and is_hub_name(name)
     if on_hub:
@@ -184,11 +184,11 @@ def open_autoencoder(name: str, device: torch.device) -> Autoencoder:
     contents = few(file.name for file in path.iterdir()) if path.is_dir() else ""
     reasons = {
         f"is an address; give the name on the hub: {hub_name}": hub_name is not None and not path.exists(),
-        "does not exist; train one (train_vae.py), or name a diffusers AutoencoderKL": not path.exists(),
-        "is a file; name a folder: a run of train_vae.py, or a diffusers AutoencoderKL with its config.json and weights": (
+        "does not exist; train one (train_vae.py), or name a diffusers autoencoder": not path.exists(),
+        "is a file; name a folder: a run of train_vae.py, or a diffusers autoencoder with its config.json and weights": (
             path.is_file()
         ),
-        "is neither a run of train_vae.py nor a diffusers AutoencoderKL, which have a config.json; it holds "
+        "is neither a run of train_vae.py nor a diffusers autoencoder, which have a config.json; it holds "
         f"{contents or 'nothing'}": not (folder.is_dir() or (path / "config.json").exists()),
         f"has not finished{at}; run its command again, or name one of its checkpoints to take it as it is": (
             has_final and finished(path, newest(path / "checkpoints")[0]) is None
@@ -221,8 +221,8 @@ def start_from(name: str, *networks: Any) -> bool:
     autoencoder = open_autoencoder(name, CPU)
     if autoencoder.document["kind"] == "diffusers":
         raise UserError(
-            f"{name} is diffusers' AutoencoderKL, and train_vae.py starts from autoencoders of its own alone; diffusion takes "
-            f"it as it is: train_ldm.py --set autoencoder={quoted(name)}"
+            f"{name} is diffusers' {autoencoder.network.class_name}, and train_vae.py starts from autoencoders of its own "
+            f"alone; diffusion takes it as it is: train_ldm.py --set autoencoder={quoted(name)}"
         )
     for network in networks:
         load_weights(network, autoencoder.network.state_dict(), Path(name))
@@ -237,5 +237,6 @@ def _of_diffusers(name: str, device: torch.device) -> Autoencoder:
     loaded = load_autoencoder(name)
     weights = {key: value.detach().cpu() for key, value in loaded.state_dict().items()}
     document = {"kind": "diffusers", "config": loaded.config}
+    document |= {"class": loaded.class_name} if loaded.class_name != KL_NAME else {}
     autoencoder = _rebuild(document, weights, name, digest_of(weights), device)
     return replace(autoencoder, notes=loaded.notes)

@@ -1,10 +1,11 @@
-"""diffusers' AutoencoderKL behind the interface of our autoencoder; and ours, opened from one that it was written as."""
+"""diffusers' autoencoders behind the interface of ours; and ours, opened from the AutoencoderKL that it was written as."""
 
 import hashlib
+import importlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,32 @@ from ..models import VAEConfig
 from ..models.pretrained import import_torchvision
 from ..runtime.checkpoint import read_tensors
 from ..storage.downloads import from_hub
-from ..storage.networks import KL, few, find_network, list_differences, present_names
+from ..storage.networks import DC, KL, TINY, VQ, Kind, few, find_network, list_differences, present_names
 from ..storage.weight_files import find_files, read_files, read_foreign_json
 from .folders import read_if_there
 
 VERSION = "0.35.0"  # the oldest version of diffusers that reads the folders that we write
 WEIGHTS = "diffusion_pytorch_model"
-PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")  # of an AutoencoderKL: the first words of its names
+SUBFOLDERS = ("vae", "vqvae", "movq")  # in which pipelines have their autoencoder
+KL_NAME = "AutoencoderKL"
+HALVES, CONVS = ("encoder", "decoder"), ("quant_conv", "post_quant_conv")
+
+
+class Family(NamedTuple):
+    """A class of diffusers' autoencoders: where it is, how its weights are known, and the first words of their names."""
+
+    module: str
+    kind: Kind
+    parts: tuple[str, ...]
+
+
+FAMILIES = {
+    KL_NAME: Family("autoencoder_kl", KL, (*HALVES, *CONVS)),
+    "AutoencoderDC": Family("autoencoder_dc", DC, HALVES),
+    "AutoencoderTiny": Family("autoencoder_tiny", TINY, HALVES),
+    "VQModel": Family("vq_model", VQ, (*HALVES, *CONVS, "quantize")),
+}
+CLASSES = f"{', '.join(list(FAMILIES)[:-1])} or {list(FAMILIES)[-1]}"
 OURS = "atelier.json"  # beside the config.json of diffusers: what builds our network again, and the hash of its weights
 NETWORK_KEYS = ("kind", "model", "channels", "tanh", "sizes")  # what, with the weights, builds our network again
 
@@ -60,47 +80,68 @@ def fit_state(state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wh
 
 
 class DiffusersAutoencoder(nn.Module):
-    """An AutoencoderKL with our names: moments(images) and decode(z). `scaling` is the mean and the standard deviation of its
-    latents, by its shift_factor and scaling_factor; `notes` say in words which weights were taken."""
+    """An autoencoder of diffusers with our names: moments(images) and decode(z). `scaling` is the mean and the standard
+    deviation of its latents, by its shift_factor and scaling_factor; `notes` say in words which weights were taken.
+
+    The latents of an AutoencoderKL are drawn from a Gaussian. Those of the other classes are a function of the image; a VQModel
+    gives them as they are before its codebook, which `decode` goes through (Rombach et al. 2022, arXiv:2112.10752).
+    """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
         theirs = network.config
+        self.class_name = type(network).__name__
         self.config = {key: value for key, value in dict(theirs).items() if not key.startswith("_")}
         self.channels, self.latent_channels = theirs["in_channels"], theirs["latent_channels"]
-        self.factor = 2 ** (len(theirs["block_out_channels"]) - 1)
+        if self.class_name == "VQModel":
+            self.latent_channels = theirs["vq_embed_dim"] or self.latent_channels
+        self.factor = self._factor(theirs)
         scale, shift = theirs["scaling_factor"], theirs.get("shift_factor") or 0.0
         if not isinstance(scale, int | float) or not isinstance(shift, int | float) or scale == 0 or not math.isfinite(scale):
-            raise UserError(f"an AutoencoderKL with scaling_factor {scale!r} and shift_factor {shift!r} cannot be used")
+            raise UserError(f"{self.class_name} with scaling_factor {scale!r} and shift_factor {shift!r} cannot be used")
         self.scaling = (float(shift), 1.0 / scale)
         self.notes: tuple[str, ...] = ()
 
-    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) in [-1, 1] -> mean and logvar (B, D, h, w), not normalised."""
-        posterior = self.network.encode(images).latent_dist
-        return posterior.mean, posterior.logvar
+    def _factor(self, theirs: Mapping[str, Any]) -> int:
+        """By how much the sides of an image are larger than those of its latents."""
+        levels = {
+            "AutoencoderDC": ("encoder_block_out_channels", "decoder_block_out_channels"),
+            "AutoencoderTiny": ("num_encoder_blocks", "num_decoder_blocks"),
+        }.get(self.class_name, ("block_out_channels",))
+        counts, up = {len(theirs[key]) for key in levels}, theirs.get("upsampling_scaling_factor", 2)
+        if len(counts) > 1 or up != 2:
+            raise UserError(f"{self.class_name}, here with images of another size than it was given, cannot be used")
+        return 2 ** (counts.pop() - 1)
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, C, H, W) in [-1, 1] -> mean and logvar (B, D, h, w), not normalised; no logvar where latents are not drawn."""
+        encoded = self.network.encode(images)
+        if self.class_name == KL_NAME:
+            return encoded.latent_dist.mean, encoded.latent_dist.logvar
+        return encoded.latent if self.class_name == "AutoencoderDC" else encoded.latents, None
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, D, h, w), not normalised -> (B, C, H, W)."""
         return self.network.decode(z).sample
 
 
-def autoencoder_from_config(config: Mapping[str, Any]) -> DiffusersAutoencoder:
-    """An AutoencoderKL of this config, with random weights."""
+def autoencoder_from_config(config: Mapping[str, Any], class_name: str = KL_NAME) -> DiffusersAutoencoder:
+    """An autoencoder of this class of diffusers and this config, with random weights."""
     import_torchvision()
     with needed("a diffusers autoencoder", "diffusers"):
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    return DiffusersAutoencoder(AutoencoderKL.from_config(dict(config)))
+        module = importlib.import_module(f"diffusers.models.autoencoders.{FAMILIES[class_name].module}")
+    return DiffusersAutoencoder(getattr(module, class_name).from_config(dict(config)))
 
 
 def _find_autoencoder(folder: Path, name: str) -> tuple[Path, dict[str, Any], list[str]]:
-    """The folder of an AutoencoderKL in `folder`, its config, and notes on what was chosen. A UserError says what is in the
+    """The folder of an autoencoder in `folder`, its config, and notes on what was chosen. A UserError says what is in the
     folder instead."""
-    usable = "an AutoencoderKL, such as stabilityai/sd-vae-ft-mse, is what can be used"
+    usable = f"an {CLASSES}, such as stabilityai/sd-vae-ft-mse, is what can be used"
     place, notes = folder, list[str]()
-    if not (folder / "config.json").is_file() or (folder / "vae" / "config.json").is_file():
-        place = folder / "vae"
+    inside = next((folder / sub for sub in SUBFOLDERS if (folder / sub / "config.json").is_file()), None)
+    if not (folder / "config.json").is_file() or inside is not None:
+        place = inside or folder / SUBFOLDERS[0]
         notes = [f"the autoencoder is {place}, a part of the pipeline {folder}"]
     if not (place / "config.json").is_file():
         if place.is_dir():
@@ -110,23 +151,24 @@ def _find_autoencoder(folder: Path, name: str) -> tuple[Path, dict[str, Any], li
         kind = f"a {index['_class_name']}" if "_class_name" in index else "a folder"
         parts = few((f"{sub} ({config.get('_class_name', '?')})" for sub, config in configs.items()), 6)
         contents = parts or few(path.name for path in folder.iterdir()) or "nothing"
-        missing = "vae/ with an AutoencoderKL" if configs or index else "config.json"
+        missing = "vae/ with an autoencoder" if configs or index else "config.json"
         raise UserError(f"autoencoder {name} is {kind} without {missing}; it holds {contents}; {usable}")
     config = read_foreign_json(place / "config.json")
     kind = config.get("_class_name")
     if kind is None and not {"block_out_channels", "latent_channels"} <= set(config):
         raise UserError(f"autoencoder {name}: {place / 'config.json'} does not say its _class_name; {usable}")
-    if kind not in ("AutoencoderKL", None):
+    if kind not in (*FAMILIES, None):
         hint = f"; import a network with: python convert.py diffusers {quoted(name)}" if kind == "UNet2DModel" else ""
-        words = "a diffusion network and no autoencoder" if str(kind).startswith("UNet") else "no AutoencoderKL"
+        words = "a diffusion network and no autoencoder" if str(kind).startswith("UNet") else "none of these"
         raise UserError(f"autoencoder {name}: {place} is of the class {kind}, which is {words}; {usable}{hint}")
     return place, config, notes
 
 
 def load_autoencoder(name: str) -> DiffusersAutoencoder:
-    """diffusers' AutoencoderKL from a folder or the hub, or from the subfolder `vae` of a whole pipeline. Its weights may be in
-    any file, whole or in shards, and no code in them runs. A UserError says why it cannot be loaded: what the folder is
-    instead, which weights are missing, or that the hub was not reached."""
+    """An autoencoder of diffusers (AutoencoderKL, AutoencoderDC, AutoencoderTiny, VQModel) from a folder or the hub, or from
+    the subfolder of a whole pipeline. Its weights may be in any file, whole or in shards, and no code in them runs. A
+    UserError says why it cannot be loaded: what the folder is instead, which weights are missing, or that the hub was not
+    reached."""
     ask_for("a diffusers autoencoder", "diffusers")  # before anything is downloaded
     folder = Path(name).expanduser()
     on_hub = not folder.is_dir()
@@ -134,6 +176,8 @@ def load_autoencoder(name: str) -> DiffusersAutoencoder:
         with prefix_errors(f"autoencoder {name} is no folder here"):
             folder = from_hub(name, ["model_index.json", "config.json", "*/config.json"])
     place, config, notes = _find_autoencoder(folder, name)
+    class_name = config.get("_class_name") or KL_NAME
+    family = FAMILIES[class_name]
     with prefix_errors(f"autoencoder {name}"):
         if on_hub:
             inside = "" if place == folder else f"{place.name}/"
@@ -141,22 +185,22 @@ def load_autoencoder(name: str) -> DiffusersAutoencoder:
             if not any(place.glob("*.safetensors")):
                 from_hub(name, [f"{inside}{file}" for file in (f"{WEIGHTS}.bin", "*.safetensors", "*.index.json")])
         files, left_out = find_files(place)
-        state_dict, (first, *others) = find_network(read_files(files), KL, place / files.name)
+        state_dict, (first, *others) = find_network(read_files(files), family.kind, place / files.name)
         try:
-            autoencoder = autoencoder_from_config(config)
-        except Exception as error:  # AutoencoderKL raises errors of many kinds for values that it does not take
+            autoencoder = autoencoder_from_config(config, class_name)
+        except Exception as error:  # it raises errors of many kinds for values that it does not take
             if isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"no AutoencoderKL can be built of {place / 'config.json'}: {reason}") from None
+            raise UserError(f"no {class_name} can be built of {place / 'config.json'}: {reason}") from None
     state_dict, where = present_names(state_dict), f"autoencoder {name}: {place / files.name}"
     if "encoder.down.0.block.0.conv1.weight" in state_dict:
         raise UserError(f"{where} has the names of CompVis's latent-diffusion; convert it to diffusers' AutoencoderKL first")
-    weights = {key: tensor for key, tensor in state_dict.items() if key.split(".")[0] in PARTS}
-    where += " does not hold the weights of a whole AutoencoderKL of its config.json"
+    weights = {key: tensor for key, tensor in state_dict.items() if key.split(".")[0] in family.parts}
+    where += f" does not hold the weights of a whole {class_name} of its config.json"
     autoencoder.network.load_state_dict(fit_state(weights, autoencoder.network.state_dict(), where))
     beside = state_dict.keys() - weights.keys()
-    unused = [f"left out, tensors of no AutoencoderKL: {few(beside)}"] if beside else []
+    unused = [f"left out, tensors of no {class_name}: {few(beside)}"] if beside else []
     autoencoder.notes = (*notes, f"autoencoder: {place}, {first.removeprefix('network: ')}", *others, *unused, *left_out)
     return autoencoder
 

@@ -75,7 +75,8 @@ def find_weights_folder(path: Path) -> Path:
     if (best := finished(path, checkpoint) or checkpoint) is not None:
         return best
     kind = read_if_there(path / "config.json").get("_class_name")
-    advice = f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents" if kind == "AutoencoderKL" else "give a run"
+    is_autoencoder = str(kind).startswith("Autoencoder") or kind == "VQModel"
+    advice = f"train_ldm.py --set autoencoder={quoted(path)} trains on its latents" if is_autoencoder else "give a run"
     parts = ("model_index.json", "unet/config.json", "unet_ema/config.json")
     reasons = {
         f"holds no checkpoint that is whole ({'; '.join(passed)})": passed,

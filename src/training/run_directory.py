@@ -101,6 +101,7 @@ class RunDirectory:
     def __init__(self, path: Path, *, writes: bool, quiet: bool = False) -> None:
         self.path, self.writes, self._quiet, self._warned = path, writes, quiet, set[str]()
         self.checkpoints, self.samples, self.final = path / "checkpoints", path / "samples", path / "final"
+        self.loss_curves = path / "loss.png"
         self._lock: IO[str] | None = None
         self._log: IO[str] | None = None
         self.has_begun = False
@@ -290,4 +291,4 @@ class RunDirectory:
                         points = [line["step"] for line in known], [line[name] for line in known]
                         curves.setdefault(panel, {})[name] = points
             if curves:
-                figures.curves(self.path / "loss.png", curves, xlabel="step", title=self.path.resolve().name, log={"loss"})
+                figures.curves(self.loss_curves, curves, xlabel="step", title=self.path.resolve().name, log={"loss"})

@@ -11,13 +11,15 @@ from ..config import ENDLESS, Span, UserError, dump
 from ..config.packages import is_installed
 from ..data import ImageSet, PointSet
 from ..data.names import class_remarks
+from ..report.samples import find_samples
 from ..runtime import checkpoint
 from ..runtime.checkpoint import Documents, Tensors, keeps_best, step_folder
-from ..runtime.failures import Outcome, finish_trackers, for_each_tracker, start_trackers, warn_on_failure
+from ..runtime.failures import Outcome, warn_on_failure
 from ..runtime.precision import explain_precision, has_bf16_units, recorded_precision
 from ..runtime.processes import Heartbeats, broadcast
 from ..runtime.stopping import StepGate, StopRequest
 from ..runtime.stream import BatchPlan
+from ..runtime.trackers import finish_trackers, for_each_tracker, log_images, start_trackers
 from .clock import Cadence, Clock
 from .config import TrainConfig
 from .continuing import MARK, describe
@@ -240,6 +242,9 @@ class Session:
         if self.step == self.progress.get("step", 0) + 1:  # by now all that a person looks at first is there
             self.run.write_status("running", self.step, self.total_steps)
             self.run.report(now=True)
+            if self.step == 1 or self.continued:
+                first = [path for path in sorted(self.run.path.glob("*.png")) if path != self.run.loss_curves]
+                self._track({f"first_images/{path.stem}": path for path in first}, self.step - 1)
 
     # ------------------------------------------------------------------------------------------ now and then
 
@@ -320,8 +325,16 @@ class Session:
             self.run.log(self.step, values)
             for_each_tracker(self.accelerator, self.run.warn, lambda: self.accelerator.log(values, step=self.step))
             self.run.say_progress(self.clock, self.step, self.total_steps, values)
+        if self.is_due("preview"):
+            sheets = find_samples(self.run.samples).get(self.step, {})
+            self._track({f"preview/{name}".rstrip("/"): path for name, path in sheets.items()}, self.step)
         self.run.report(now=self.is_due("preview"))
         self.clock.leave()
+
+    def _track(self, images: dict[str, Path], step: int) -> None:
+        """Show image files of the run, {name: file}, in its trackers."""
+        if self.accelerator.trackers:
+            log_images(self.accelerator, images, step, self.run.warn)
 
     def save(self, *, keep: bool = False, **more_progress: Any) -> bool:
         """Write a checkpoint where one is due or to `keep`, or where a stop or the clock asks for it; gives whether it did.
@@ -386,6 +399,9 @@ class Session:
         """Leave loss.png with panels of `curves`, and a last word; `final/` is there."""
         if self.run.writes:
             self.run.draw_curves(curves)
+            points = sorted((self.run.path / "points").glob("*.png"))
+            charts = {"loss": self.run.loss_curves, **{f"points/{path.stem}": path for path in points}}
+            self._track({f"charts/{name}": path for name, path in charts.items()}, self.step)
         self._close("finished", message)
         return 0
 

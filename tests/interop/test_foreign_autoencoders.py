@@ -65,14 +65,11 @@ def test_an_autoencoder_is_opened_as_before_whatever_its_files_are_called(tmp_pa
 
 
 def test_what_is_no_whole_autoencoder_says_what_it_is(tmp_path: Path) -> None:
-    from diffusers import AsymmetricAutoencoderKL, AutoencoderTiny, DDPMPipeline, DDPMScheduler, UNet2DModel, VQModel
+    from diffusers import AsymmetricAutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
 
     def message_of(name: str) -> str:
         return message(open_autoencoder, str(tmp_path / name), CPU)
 
-    blocks = {key: VAE[key] for key in ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups")}
-    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(tmp_path / "tiny")
-    VQModel(**blocks).save_pretrained(tmp_path / "vq")
     unet = UNet2DModel(**THEIRS, in_channels=4, out_channels=4)
     unet.save_pretrained(tmp_path / "unet")
     AsymmetricAutoencoderKL(
@@ -80,13 +77,15 @@ def test_what_is_no_whole_autoencoder_says_what_it_is(tmp_path: Path) -> None:
         up_block_out_channels=(8,), norm_num_groups=4, sample_size=8,
     ).save_pretrained(tmp_path / "asymmetric")  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    known = "an AutoencoderKL, such as stabilityai/sd-vae-ft-mse, is what can be used"
-    for name, kind in (("tiny", "AutoencoderTiny"), ("vq", "VQModel"), ("asymmetric", "AsymmetricAutoencoderKL")):
-        assert f"{tmp_path / name} is of the class {kind}, which is no AutoencoderKL; {known}" in message_of(name)
-        shutil.copytree(tmp_path / name, tmp_path / f"pipeline_{name}" / "vae")
-        assert f"of the class {kind}" in message_of(f"pipeline_{name}")
+    known = (
+        "an AutoencoderKL, AutoencoderDC, AutoencoderTiny or VQModel, such as stabilityai/sd-vae-ft-mse, is what can be used"
+    )
+    kind = "AsymmetricAutoencoderKL"
+    assert f"{tmp_path / 'asymmetric'} is of the class {kind}, which is none of these; {known}" in message_of("asymmetric")
+    shutil.copytree(tmp_path / "asymmetric", tmp_path / "pipeline_asymmetric" / "vae")
+    assert f"of the class {kind}" in message_of("pipeline_asymmetric")
     assert "of the class UNet2DModel, which is a diffusion network and no autoencoder" in message_of("unet")
-    assert "is a DDPMPipeline without vae/ with an AutoencoderKL; it holds unet (UNet2DModel)" in message_of("ddpm")
+    assert "is a DDPMPipeline without vae/ with an autoencoder; it holds unet (UNet2DModel)" in message_of("ddpm")
 
     state = vae(tmp_path / "vae")
     shutil.copytree(tmp_path / "vae", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))

@@ -87,7 +87,11 @@ def test_the_card_draws_our_images_and_the_folder_comes_back(
     export(network, spec, image_size=8, out=out, name="small", class_names=names)
     flow = time.startswith("flow")
     expected = {"README.md", "process.json", *(["classes.json"] if classes else [])}
-    expected |= {"unet", "scheduler"} if flow else {"config.json", "diffusion_pytorch_model.safetensors"}
+    expected |= (
+        {"unet", "scheduler", "pipeline.py", "model_index.json"}
+        if flow
+        else {"config.json", "diffusion_pytorch_model.safetensors"}
+    )
     assert {path.name for path in out.iterdir()} == expected
 
     labels = torch.arange(4) % 3 if classes else None

@@ -124,7 +124,7 @@ def test_a_network_on_latents_draws_images(tmp_path: Path) -> None:
         autoencoder(tmp_path / "vae"),
     )
     with pytest.raises(
-        UserError, match="the network sees latents of 4 channels: give --autoencoder NAME, a diffusers Autoencod"
+        UserError, match="the network sees latents of 4 channels: give --autoencoder NAME, a diffusers autoencod"
     ):
         read(path, image_size=16)
     imported = read(path, image_size=16, autoencoder=str(vae))
@@ -204,5 +204,5 @@ def test_latents_without_a_scale_of_their_own_are_refused(tmp_path: Path, monkey
     path, vae = saved(tmp_path / "a.pt", unet2d(in_channels=4, out_channels=4).state_dict()), str(autoencoder(tmp_path / "vae"))
     opened = replace(open_autoencoder(vae, CPU), scaling=None)  # as a run of train_vae.py
     monkeypatch.setattr("src.interop.imported.open_autoencoder", lambda name, device: opened)
-    with pytest.raises(UserError, match="vae has latents that have no scale of their own, .*; only a diffusers AutoencoderKL"):
+    with pytest.raises(UserError, match="vae has latents that have no scale of their own, .*; only a diffusers autoencoder"):
         read(path, image_size=16, autoencoder=vae)

@@ -98,7 +98,8 @@ def test_a_latent_run_leaves_for_diffusers_draws_there_and_comes_back(
     autoencoder = open_autoencoder(str(keep_vae(tmp_path / "vae")), CPU)
     run, out = keep_latent(tmp_path / "run", autoencoder, process, classes=classes), tmp_path / "theirs"
     leave("to-diffusers", run, out)
-    assert not (out / "model_index.json").exists(), "no pipeline of theirs draws this"
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "AtelierPipeline"], "no pipeline of theirs draws this"
     labels = [0, 1, 2] if classes else None
     wanted = images_of(run, labels=labels)
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from src.config import UserError
 from src.models.pretrained import import_torchvision
+from src.sampling import upscaling
 from src.sampling.upscaling import Upscaler, open_upscaler, upscale_folder
 from src.storage.blocks import Ranks
 
@@ -105,6 +106,7 @@ def test_a_file_opens_as_the_network_that_was_saved(layout: str, num_blocks: int
 
 def test_the_default_is_the_published_file_below_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(upscaling, "PACKAGE", "no_such_package")
     message = refused(None)
     assert "models/RealESRGAN_x4plus.pth" in message and "xinntao/Real-ESRGAN" in message and "v0.1.0" in message
     (tmp_path / "models").mkdir()

