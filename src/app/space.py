@@ -50,9 +50,7 @@ def write_space(out: Path, run: str, device: torch.device) -> list[Path]:
     ask_for("a Space (app.py --export)", "gradio")
     opened = open_run(run, device)
     root = Path(__file__).resolve().parents[1]
-    script = root.parent / "app.py"
-    if not script.is_file():
-        raise UserError(f"{script}: the script of the page is missing; export from a clone of Atelier")
+    scripts = root / "scripts" if (root / "scripts").is_dir() else root.parent  # of the installed package, or of a clone
     weights, name = read_weights(Path(run)), run_name(run)
     if opened.facts.get("latents") is not None and weights.folder.parent.name == "checkpoints":
         raise UserError(f"{run} has no final weights yet: finish the run, or continue it to its last step, and export it then")
@@ -64,8 +62,8 @@ def write_space(out: Path, run: str, device: torch.device) -> list[Path]:
     else:
         shutil.copytree(weights.folder, place / "final", ignore=shutil.ignore_patterns("optimizer*"))
         copy_preview(Path(run), place)
-    shutil.copytree(root, out / "src", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    shutil.copy(script, out / "app.py")
+    shutil.copytree(root, out / "src", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "scripts"))
+    shutil.copy(scripts / "app.py", out / "app.py")
     (out / "requirements.txt").write_text("".join(f"{package}\n" for package in PACKAGES), encoding="utf-8")
     (out / "README.md").write_text(render_card(opened, name), encoding="utf-8")
     (out / ".gitattributes").write_text("".join(f"*.{ending} {LARGE}\n" for ending in ("safetensors", "pt")))
