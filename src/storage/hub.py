@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def make_repo(name: str, *, private: bool = False) -> None:
     """Make the repository OWNER/NAME[@BRANCH] and the branch where they are missing. A UserError says why it cannot be."""
-    quiet_hub("a push to the hub")
+    quiet_hub("a push to the hub", shown=False)
     from huggingface_hub import HfApi
 
     with _explained(name):
@@ -136,14 +136,16 @@ def push_files(
     message: str,
     private: bool = False,
     replaced: Collection[str] = (),
+    shown: bool = True,
 ) -> str:
     """Put files, by their names there, and a card into the repository OWNER/NAME[@BRANCH], in one commit with this `message`,
     or nothing where it fails; gives the address. A repository and a branch that are missing are made.
 
     A README.md there that a person wrote or changed is kept: the card is put beside it as ATELIER.md. Files in the folders
-    `replaced` that are not among the new ones are deleted. A UserError says why the hub does not take it.
+    `replaced` that are not among the new ones are deleted. The progress is `shown` to who watches. A UserError says why the hub
+    does not take it.
     """
-    quiet_hub("a push to the hub")
+    quiet_hub("a push to the hub", shown=shown)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
     (repo, revision), api = split_revision(name), HfApi()
