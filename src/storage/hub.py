@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..config import UserError, config, prefix_errors, resumable_field
 from .downloads import UNREACHED, HubFailure, first_line, from_hub, is_hub_name, quiet_hub, split_revision
@@ -128,6 +128,13 @@ def _explained(name: str) -> Iterator[None]:
         raise UserError(push_reason(name, error).replace(token, "(the token)")) from None
 
 
+class Pushed(NamedTuple):
+    """Where it was pushed to, and the name of the card there."""
+
+    address: str
+    card: str
+
+
 def push_files(
     name: str,
     files: Mapping[str, Path | bytes],
@@ -137,9 +144,9 @@ def push_files(
     private: bool = False,
     replaced: Collection[str] = (),
     shown: bool = True,
-) -> str:
+) -> Pushed:
     """Put files, by their names there, and a card into the repository OWNER/NAME[@BRANCH], in one commit with this `message`,
-    or nothing where it fails; gives the address. A repository and a branch that are missing are made.
+    or nothing where it fails. A repository and a branch that are missing are made.
 
     A README.md there that a person wrote or changed is kept: the card is put beside it as ATELIER.md. Files in the folders
     `replaced` that are not among the new ones are deleted. The progress is `shown` to who watches. A UserError says why the hub
@@ -162,7 +169,7 @@ def push_files(
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in contents.items()),
         ]
         api.create_commit(repo, operations, commit_message=message, revision=revision, parent_commit=head)
-    return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision is not None else "")
+    return Pushed(f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision is not None else ""), named)
 
 
 def sign(card: str) -> bytes:
