@@ -23,7 +23,7 @@ from src.runs.folders import read_weights
 from src.runs.opened import open_trained
 from src.storage.downloads import split_revision
 from src.storage.files import write_whole
-from src.storage.hub import NAME
+from src.storage.hub import CARD, NAME
 
 CPU = torch.device("cpu")
 
@@ -154,8 +154,9 @@ def push(run: str, repo: str, *, private: bool) -> None:
         raise UserError(f"{repo} is no name on the Hugging Face hub, which is OWNER/NAME or OWNER/NAME@BRANCH")
     from src.report.card import push_run  # and with it the report: nothing else here needs them
 
-    address = push_run(run, repo, private=private)
-    print(f"{address}: its card says how to draw from it, and asks for a licence; here: python sample.py {quoted(repo)}")
+    address, card = push_run(run, repo, private=private)
+    remark = "" if card == CARD else f"; the {CARD} there is somebody's own, and is as it was"
+    print(f"{address}: {card} says how to draw from it, and asks for a licence{remark}; here: python sample.py {quoted(repo)}")
 
 
 def main() -> None:

@@ -53,9 +53,15 @@ def test_convert_pushes_a_run(pushed: HubServer, shapes: str, capsys: pytest.Cap
 
     run_here("convert", "push", shapes, "me/cats@trial")
     out = capsys.readouterr().out
-    assert f"{pushed.url}/me/cats/tree/trial: its card says" in out and "python sample.py me/cats@trial" in out
+    assert f"{pushed.url}/me/cats/tree/trial: README.md says how to draw" in out and "python sample.py me/cats@trial" in out
     trial = pushed.files("me/cats", "trial")
     assert trial["MANIFEST.json"] == files["MANIFEST.json"] and b"me/cats@trial" in trial["README.md"]
+    pushed.make("me/cats", {"README.md": b"# mine"})
+    run_here("convert", "push", shapes, "me/cats")
+    assert "ATELIER.md says how to draw from it" in (line := capsys.readouterr().out)
+    assert (
+        "the README.md there is somebody's own, and is as it was" in line and pushed.files("me/cats")["README.md"] == b"# mine"
+    )
     assert TOKEN not in out and TOKEN.encode() not in b"".join([*files.values(), *pushed.bodies])
 
 

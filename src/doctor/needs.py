@@ -104,6 +104,15 @@ def autoencoder(cfg: Any, bucket: str | None = None) -> Verdict:
     return Verdict("pass", f"{name} is here and whole")
 
 
+def hub(cfg: Any) -> Verdict:
+    """Whether there is a token to push with. Whether it may write is seen at the start of the run: here nothing is made."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        return Verdict("fail", f"there is no token to push to {cfg.hub.repo} with", "hf auth login, or set HF_TOKEN")
+    return Verdict("pass", f"there is a token; at its start the run says whether it may write to {cfg.hub.repo}")
+
+
 def perceptual(cfg: Any) -> Verdict:
     if all(stage.perceptual is None for stage in cfg.stages) or cfg.perceptual.network == "random":
         return Verdict("pass", "no stage asks for a network's weights")
@@ -184,6 +193,8 @@ def checks(cfg: Any, folder: Path, local_world: int, world: int, bucket: str | N
     }
     if getattr(cfg, "autoencoder", None) is not None:
         chosen["autoencoder"] = partial(autoencoder, cfg, bucket)
+    if cfg.hub is not None:
+        chosen["hub"] = partial(hub, cfg)
     if hasattr(cfg, "perceptual"):
         chosen["perceptual loss"] = partial(perceptual, cfg)
         if any(stage.alignment is not None for stage in cfg.stages):

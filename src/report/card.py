@@ -11,7 +11,7 @@ from ..config.sizes import describe_size, sides_of
 from ..data.names import printable
 from ..runs.opened import GAUSSIAN
 from ..runs.sharing import SharedRun, share_run
-from ..storage.hub import push_files
+from ..storage.hub import Pushed, push_files
 from .run_files import KINDS, Kind, finite_or_none, read_lines
 from .samples import find_samples
 
@@ -22,15 +22,16 @@ TAGS |= {"autoencoder": "latent-diffusion", "process": "diffusion"}  # by the ke
 MEASURED = re.compile(r"evaluation_(?!sweep_|class_)\w+|frechet_\w+|held_out_[a-z_]+")
 
 
-def push_run(path: str | Path, name: str, *, private: bool = False) -> str:
+def push_run(path: str | Path, name: str, *, private: bool = False, shown: bool = True) -> Pushed:
     """Push the EMA weights of a run, a checkpoint or a final folder to OWNER/NAME[@BRANCH] of the hub, with what opens them,
-    previews and a card; gives the address. A UserError where there are no whole weights, or the hub does not take them."""
+    previews and a card. Its progress is `shown`, or not. A UserError where there are no whole weights, or
+    the hub does not take them."""
     run = share_run(path)
     step, sheets = find_previews(run)
     card = make_card(run, name, step, sheets)
     files = {**run.files, **{preview_name(run, file): file for file in sheets.values()}}
     message = f"{run.config['name']}, step {run.step}"
-    return push_files(name, files, card, message=message, private=private, replaced=[PREVIEWS])
+    return push_files(name, files, card, message=message, private=private, replaced=[PREVIEWS], shown=shown)
 
 
 def draws_from_noise(config: Mapping[str, Any]) -> bool:

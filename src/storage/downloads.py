@@ -120,15 +120,16 @@ def hub_name_of_url(address: str) -> str | None:
     return match[1] if match is not None else None
 
 
-def quiet_hub(why: str) -> None:
-    """Import huggingface_hub, and leave what it says at each try to the one message of the caller; without a terminal it shows
-    no progress. A UserError where the package, which `why` needs, is missing."""
+def quiet_hub(why: str, *, shown: bool = True) -> None:
+    """Import huggingface_hub, and leave what it says at each try to the one message of the caller. Its progress is `shown` in a
+    terminal and in a notebook alone. A UserError where the package, which `why` needs, is missing."""
     with needed(why, "huggingface_hub"):
         import huggingface_hub.utils as hub
         import huggingface_hub.utils.logging
 
     huggingface_hub.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    is_watched = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    if not (shown and is_watched):
         hub.disable_progress_bars()
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..config import UserError, config, prefix_errors, resumable_field
 from .downloads import UNREACHED, HubFailure, first_line, from_hub, is_hub_name, quiet_hub, split_revision
@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def make_repo(name: str, *, private: bool = False) -> None:
     """Make the repository OWNER/NAME[@BRANCH] and the branch where they are missing. A UserError says why it cannot be."""
-    quiet_hub("a push to the hub")
+    quiet_hub("a push to the hub", shown=False)
     from huggingface_hub import HfApi
 
     with _explained(name):
@@ -128,6 +128,13 @@ def _explained(name: str) -> Iterator[None]:
         raise UserError(push_reason(name, error).replace(token, "(the token)")) from None
 
 
+class Pushed(NamedTuple):
+    """Where it was pushed to, and the name of the card there."""
+
+    address: str
+    card: str
+
+
 def push_files(
     name: str,
     files: Mapping[str, Path | bytes],
@@ -136,14 +143,16 @@ def push_files(
     message: str,
     private: bool = False,
     replaced: Collection[str] = (),
-) -> str:
+    shown: bool = True,
+) -> Pushed:
     """Put files, by their names there, and a card into the repository OWNER/NAME[@BRANCH], in one commit with this `message`,
-    or nothing where it fails; gives the address. A repository and a branch that are missing are made.
+    or nothing where it fails. A repository and a branch that are missing are made.
 
     A README.md there that a person wrote or changed is kept: the card is put beside it as ATELIER.md. Files in the folders
-    `replaced` that are not among the new ones are deleted. A UserError says why the hub does not take it.
+    `replaced` that are not among the new ones are deleted. The progress is `shown` to who watches. A UserError says why the hub
+    does not take it.
     """
-    quiet_hub("a push to the hub")
+    quiet_hub("a push to the hub", shown=shown)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 
     (repo, revision), api = split_revision(name), HfApi()
@@ -160,7 +169,7 @@ def push_files(
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in contents.items()),
         ]
         api.create_commit(repo, operations, commit_message=message, revision=revision, parent_commit=head)
-    return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision is not None else "")
+    return Pushed(f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision is not None else ""), named)
 
 
 def sign(card: str) -> bytes:

@@ -30,7 +30,7 @@ class HubPushes(Background):
         if weights is None and step is not None and cfg.every == "checkpoint":
             weights = checkpoints / step
         if weights is not None and weights.exists():  # else the run went back behind it meanwhile
-            self._address = push_run(weights, cfg.name, private=cfg.private)
+            self._address = push_run(weights, cfg.name, private=cfg.private, shown=False).address
 
     def _last_line(self, failed: str | None) -> str | None:
         if failed is None:

@@ -19,7 +19,7 @@ CARD = "---\ntags: [atelier]\n---\n\n# cats\n"
 
 
 def push(name: str = "me/cats", card: str = CARD, **options: bool) -> str:
-    return push_files(name, {**FILES, "MANIFEST.json": MANIFEST}, card, message="a push", **options)
+    return push_files(name, {**FILES, "MANIFEST.json": MANIFEST}, card, message="a push", **options).address
 
 
 def refused(name: str = "me/cats") -> str:
@@ -73,7 +73,8 @@ def test_branches(hub: HubServer) -> None:
 def test_a_card_that_a_person_wrote_is_kept(hub: HubServer) -> None:
     theirs = b"# My cats\n"
     hub.make("me/cats", {"README.md": theirs, "samples/old.png": b"1", "samples.txt": b"2"})
-    push_files("me/cats", {"samples/new.png": b"3"}, CARD, message="one", replaced=["samples"])
+    pushed = push_files("me/cats", {"samples/new.png": b"3"}, CARD, message="one", replaced=["samples"])
+    assert pushed.card == "ATELIER.md"
     files = hub.files("me/cats")
     assert files == {"README.md": theirs, "ATELIER.md": sign(CARD), "samples/new.png": b"3", "samples.txt": b"2"}
 

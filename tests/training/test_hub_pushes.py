@@ -12,6 +12,7 @@ import torch
 
 import ddpm_accelerate
 from src.config import dump, load
+from src.doctor import needs
 from src.runs.opened import open_run
 from src.runtime.checkpoint import step_folder, write_folder
 from src.storage.hub import HubConfig, local_path
@@ -20,7 +21,7 @@ from src.training.entry import run_training
 from src.training.hub import HubPushes
 from src.training.rehearsal import rehearsal_config
 from src.training.run_directory import changes
-from tests.conftest import ROOT, SMOKE, refused, run_here
+from tests.conftest import ROOT, SMOKE, launch, refused, run_here
 from tests.hub_server import TOKEN, HubServer
 
 CONFIG = load(ROOT / SMOKE, ddpm_accelerate.Config)
@@ -158,6 +159,24 @@ def test_a_run_trains_and_is_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
     assert written and not any(TOKEN.encode() in path.read_bytes() for path in written)
     assert TOKEN.encode() not in b"".join([*files.values(), *hub.bodies])
     assert "is at" not in (run / "config.json").read_text()
+
+
+def test_of_two_processes_one_pushes(hub: HubServer, tmp_path: Path) -> None:
+    keys = {"steps": 2, "preview.quality": "null", "log.trackers": "[]", "held_out": 0, "hub": '{"repo": "me/cats"}'}
+    words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    done = launch("ddpm_accelerate.py", "-cfg", SMOKE, *words, "--run-dir", tmp_path / "run", processes=2)
+    assert done.status == 0 and "= 2 x cpu" in done.out and f"is at {hub.url}/me/cats" in done.out, done.all
+    assert hub.messages("me/cats") == ["smoke_ddpm, step 2"] and hub.count("create") == 2, "at the start, and with the push"
+    assert TOKEN not in done.all
+
+
+def test_the_doctor_looks_for_a_token(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = replace(CONFIG, hub=HubConfig(repo="me/cats"))
+    check = needs.checks(cfg, tmp_path, 1, 1)["hub"]
+    assert check().status == "pass" and TOKEN not in str(check()) and not hub.requests
+    monkeypatch.delenv("HF_TOKEN")
+    assert check().status == "fail" and "no token to push to me/cats" in check().found
+    assert "hub" not in needs.checks(CONFIG, tmp_path, 1, 1)
 
 
 def test_a_run_may_go_to_the_hub_later_too() -> None:
