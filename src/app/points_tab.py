@@ -90,7 +90,7 @@ def move_drawing(
 
     result = animate(device, drawn_sampler(density, spec), count, seed, None, folder, show)
     Image.fromarray((255 * density / density.max()).round().astype(np.uint8)).save(folder / "drawing.png")
-    words = f"{result.words} of the exact answer, which a network would learn"
+    words = f"{result.words} of the exact answer; the command trains a network that learns it"
     return result._replace(files=[*result.files, folder / "drawing.png"], words=words)
 
 
