@@ -139,9 +139,7 @@ def build_between_tab(page: Page) -> None:
 
     with gr.Row():
         with gr.Column(min_width=320):
-            fields = RunFields.build(
-                page, lambda: [name for name in page.names("images") if page.places.facts(name).condition is None]
-            )
+            fields = RunFields.build(page, page.unconditional)
             with gr.Row():
                 first, second = seed_field("First seed"), seed_field("Second seed", 1)
             classes = gr.Dropdown(

@@ -61,7 +61,7 @@ def read_panels(
 def list_weights(page: Page) -> list[str]:
     """All that can be compared: each run, and `RUN @ CHECKPOINT` for what else it has."""
     words = list[str]()
-    for name in page.names("images"):
+    for name in page.unconditional():
         words += [name, *(f"{name} @ {checkpoint}" for checkpoint in page.places.checkpoints(name)[1:])]
     return words
 

@@ -71,6 +71,10 @@ class Page:
         """The names of the runs of these kinds; those whose kind only opening tells are among them."""
         return [name for name in self.places.names() if self.places.facts(name).kind in (*kinds, "export", "hub")]
 
+    def unconditional(self) -> list[str]:
+        """The names of the runs of images that need no image to draw from; the others belong to the tab Edit."""
+        return [name for name in self.names("images") if self.places.facts(name).condition is None]
+
     def facts(self, name: str | None) -> Facts:
         """The facts of a run of the page; of an export, or a run of the hub, those that opening it tells."""
         facts = self.places.facts(name)

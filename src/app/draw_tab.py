@@ -58,7 +58,7 @@ def build_draw_tab(page: Page) -> None:
 
     with gr.Row():
         with gr.Column(min_width=320):
-            fields = RunFields.build(page, lambda: page.names("images"))
+            fields = RunFields.build(page, page.unconditional)
             classes = gr.Dropdown([], multiselect=True, label="Classes", info="none chosen: as they come", visible=False)
             shares = gr.Textbox(label="Shares of the classes", placeholder="2/1: twice as many of the first", visible=False)
             with gr.Row():

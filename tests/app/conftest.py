@@ -22,8 +22,8 @@ def train(script: str, config: str, run: Path, *settings: str) -> None:
 
 
 @contextmanager
-def served(**options: Any) -> Iterator[Any]:
-    """The page of the working directory on a server, as gradio's Blocks. gradio makes event loops that it never closes."""
+def closed_loops() -> Iterator[None]:
+    """Around gradio's work: it makes event loops that it never closes."""
     loops, make_loop = list[asyncio.AbstractEventLoop](), asyncio.new_event_loop
 
     def recorded() -> asyncio.AbstractEventLoop:
@@ -33,13 +33,19 @@ def served(**options: Any) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncio, "new_event_loop", recorded)
         try:
-            with serve(Places(), torch.device("cpu"), **options) as page:
-                yield page
+            yield
         finally:
             asyncio.set_event_loop(None)
             for loop in loops:
                 if not loop.is_running():
                     loop.close()
+
+
+@contextmanager
+def served(**options: Any) -> Iterator[Any]:
+    """The page of the working directory on a server, as gradio's Blocks."""
+    with closed_loops(), serve(Places(), torch.device("cpu"), **options) as page:
+        yield page
 
 
 @pytest.fixture(scope="session")

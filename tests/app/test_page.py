@@ -27,7 +27,7 @@ from src.app.places import Places
 from src.app.space import PACKAGES, render_card, write_space
 from src.config import UserError
 from src.runs.opened import open_run
-from tests.app.conftest import served
+from tests.app.conftest import closed_loops, served
 from tests.conftest import ROOT, environment, launch, one_line, refused
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
@@ -193,7 +193,8 @@ def test_mistakes_of_app_py(words: list[str], line: str) -> None:
 
 
 def test_every_field_has_a_label(place: Path, tmp_path: Path) -> None:
-    blocks = build_page(Page(Places(), Device(CPU), tmp_path))
+    with closed_loops():
+        blocks = build_page(Page(Places(), Device(CPU), tmp_path))
     kinds = ("Dropdown", "Number", "Slider", "Textbox", "Checkbox", "Image", "ImageEditor", "Sketchpad", "Files")
     fields = [block for block in blocks.blocks.values() if type(block).__name__ in kinds]
     assert len(fields) > 40 and all(field.label for field in fields)
