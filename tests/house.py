@@ -34,6 +34,7 @@ LAYERS = (
     "doctor",
     "interop",
     "app",
+    "__main__",
 )
 
 # Names that say nothing of what they hold, or that the field calls otherwise. No variable, argument, function or class has one.

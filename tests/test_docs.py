@@ -114,6 +114,9 @@ def help_of(*words: str) -> str:
 def test_commands_have_options_and_configs_that_there_are(page: str) -> None:
     path = next(path for path in PAGES if path.name == page)
     for line in shell_lines(path.read_text(encoding="utf-8"), "sh", "console", "powershell", ""):
+        if (installed := re.search(r"^(accelerate launch -m )?atelier ([a-z-]+)", line)) is not None and installed[2] != "init":
+            script = f"{installed[2].replace('-', '_')}.py"  # the command of the wheel
+            line = line.replace(installed[0], f"python {script}")
         if not re.match(r"(python|accelerate launch|ACCELERATE_USE_CPU=true \S+|sbatch) ", line):
             continue
         words = shlex.split(line)

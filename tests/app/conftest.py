@@ -1,7 +1,9 @@
 """A place with runs, as a person has it after some training: below runs/, and models/."""
 
 import asyncio
+import gc
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,9 @@ def closed_loops() -> Iterator[None]:
             for loop in loops:
                 if not loop.is_running():
                     loop.close()
+            with warnings.catch_warnings():  # of sockets that gradio leaves open: here, or in another test
+                warnings.simplefilter("ignore", ResourceWarning)
+                gc.collect()
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def content(name: str) -> bytes:
     if name in ("PSD", "SUN", "XPM", "FITS", "CUR"):
         return by_hand(name)
     file = io.BytesIO()
-    Image.new("1" if name == "XBM" else "RGB", SIDE).save(file, name)
+    sizes = {"sizes": [SIDE]} if name == "ICO" else {}  # Pillow below 13 makes no icon of less than 16 px by itself
+    Image.new("1" if name == "XBM" else "RGB", SIDE).save(file, name, **sizes)
     return file.getvalue()
 
 
