@@ -12,6 +12,7 @@ import torch
 
 from ..config import UserError
 from ..config.packages import needed
+from ..config.progress import say
 from ..report.report import NAME as REPORT
 from .between_tab import build_between_tab
 from .cards import read_cards, render_cards
@@ -125,7 +126,7 @@ def serve(
         blocks = build_page(Page(places, Device(device), Path(folder), device_word))
         blocks.queue(default_concurrency_limit=1, max_size=64)
         try:
-            app, _, _ = blocks.launch(
+            app, local, public = blocks.launch(
                 server_name=address,
                 server_port=port,
                 share=share,
@@ -133,6 +134,7 @@ def serve(
                 inbrowser=browser,
                 prevent_thread_lock=True,
                 show_error=False,
+                quiet=True,
                 max_file_size=MOST_UPLOAD,
                 footer_links=[],
                 theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
@@ -142,6 +144,13 @@ def serve(
         except (OSError, ServerFailedToStartError) as error:
             raise UserError(f"the page cannot be served: {error}") from None
         add_reports(app, places)
+        say(f"the page is at {local}; Ctrl-C ends it")
+        if share:
+            say(
+                f"and for everybody at {public}"
+                if public
+                else "warning: Gradio's server gave no public address; is it reached?"
+            )
         try:
             yield blocks
         finally:

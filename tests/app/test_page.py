@@ -145,9 +145,10 @@ def test_a_run_that_vanishes_while_the_page_is_open(workplace: Path, tmp_path: P
         assert get(f"{address}/report/runs/other")[0] == 404
 
 
-def test_visitors_log_in(place: Path) -> None:
+def test_visitors_log_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with served(auth=("ada", "secret")) as page:
         address = page.local_url.rstrip("/")
+        assert f"the page is at {address}/; Ctrl-C ends it" in capsys.readouterr().out
         assert get(f"{address}/report/runs/shapes") == (401, "log in first") and get(f"{address}/config")[0] == 401
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(CookieJar()))
         login = urllib.parse.urlencode({"username": "ada", "password": "secret"}).encode()
